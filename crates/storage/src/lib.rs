@@ -1,11 +1,80 @@
-//! Elastic storage: see the Layout section once the rooms stand.
-pub mod size;
+//! An elastic pool of copy-on-write disks on btrfs.
+//!
+//! The pool is a btrfs file system, by default inside a sparse image on a loop device. Templates are golden ext4 images in it;
+//! disks are reflink clones of them, grown to the size that was asked for. Before a disk is made it is *admitted*: the pool and
+//! the host disk under it must really be able to take it, with every other request under way counted.
+//!
+//! The crate knows nothing of virtual machines, HTTP or networks. It is synchronous, prints nothing and has no globals.
+//!
+//! # Layout
+//!
+//! | file | job |
+//! |---|---|
+//! | `size` | [`Bytes`] and [`Gib`]: sizes as types, and how they round |
+//! | `sizing` | how large a new pool becomes: a pure function |
+//! | `init` | making, mounting and registering the pool |
+//! | `fstab`, `mounts` | the table of mounts, and what is mounted |
+//! | `pool` | [`Pool`]: the handle on a mounted pool |
+//! | `space`, `btrfs` | what can really be written, from the kernel |
+//! | `admission` | the decision that a disk fits, and the books behind it |
+//! | `template` | importing, listing, deleting templates; the grown clones kept of them |
+//! | `disk` | cloning, deleting, sweeping disks |
+//! | `files` | clone, sparse copy, flush |
+//! | `command` | the one door to outside programs |
+//!
+//! # Example
+//!
+//! ```no_run
+//! use scalebox_storage::{Bounds, Gib, Pool};
+//! # fn main() -> Result<(), scalebox_storage::StorageError> {
+//! let bounds = Bounds { buffer: Gib::new(2), overcommit_ratio: 4.0 };
+//! let pool = Pool::open("/var/lib/scalebox".as_ref(), bounds)?;
+//! let template = pool.template(&"debian-base".parse()?)?;
+//! let admitted = pool.admit(Gib::new(10).bytes())?;
+//! pool.create_disk(&"vm-0123456789ab".parse()?, &template, &admitted)?;
+//! admitted.commit();
+//! # Ok(())
+//! # }
+//! ```
+
+mod admission;
+mod btrfs;
+mod command;
+mod disk;
+mod error;
+mod files;
+mod fstab;
+mod init;
+mod mounts;
+mod name;
+mod pool;
+mod size;
+mod sizing;
+mod space;
+mod template;
+
+pub use admission::{Admission, Bounds, Promises, Reservation};
+pub use command::{CommandError, Program, require_programs};
+pub use disk::Swept;
+pub use error::StorageError;
+pub use fstab::{FstabError, MOUNT_OPTIONS};
+pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
+pub use name::Name;
+pub use pool::Pool;
 pub use size::{Bytes, Gib, ParseSizeError};
+pub use sizing::{
+    HOST_FLOOR, LARGEST, PoolSize, RequestedSize, RequestedSizeError, SHARE_PERCENT, SMALLEST, TooLittleSpace,
+    pool_size,
+};
+pub use space::Space;
+pub use template::Template;
+
+use std::path::PathBuf;
 
 /// Where a disk is, without promising that it is a file: a hypervisor driver matches on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DiskLocation {
     /// A raw image file on the host.
-    File(std::path::PathBuf),
+    File(PathBuf),
 }

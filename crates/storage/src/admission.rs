@@ -1,0 +1,256 @@
+//! Admission: the decision, before anything is made, that a disk fits.
+//!
+//! Two bounds hold at all times, with every request under way counted:
+//!
+//! ```text
+//! free − reserved                  ≥ size + buffer
+//! committed + reserved + size      ≤ overcommit ratio × capacity
+//! ```
+//!
+//! A request holds a [`Reservation`] from its admission until its disk is recorded (it becomes a commitment) or it fails (the
+//! guard is dropped, and the space is there again). Either happens exactly once, because the guard is consumed.
+
+use crate::error::StorageError;
+use crate::size::{Bytes, Gib};
+use crate::space::Space;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What admission is held to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Bounds {
+    /// Space that is always left free.
+    pub buffer: Gib,
+    /// How many times the capacity may be promised; 1 backs every promised byte.
+    pub overcommit_ratio: f64,
+}
+
+/// Sums of what was promised, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Promises {
+    /// Provisioned sizes of the disks there are.
+    pub committed: Bytes,
+    /// Admitted to requests that are under way.
+    pub reserved: Bytes,
+}
+
+/// The books of one pool. Cloning gives another handle on the same books.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    bounds: Bounds,
+    // A std mutex: held for a few additions and one reading of the pool's space, never across an await.
+    promises: Arc<Mutex<Promises>>,
+}
+
+impl Admission {
+    /// Empty books.
+    pub fn new(bounds: Bounds) -> Self {
+        Admission {
+            bounds,
+            promises: Arc::default(),
+        }
+    }
+
+    /// The bounds the books are held to.
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
+    /// What stands in the books now.
+    pub fn promises(&self) -> Promises {
+        *self.books()
+    }
+
+    /// The largest sum of promises on a pool of this capacity.
+    pub fn limit(&self, capacity: Bytes) -> Bytes {
+        capacity.scaled(self.bounds.overcommit_ratio)
+    }
+
+    /// Admits `size` if both bounds hold. `space` is read under the lock, so that no two requests are shown the same gigabyte;
+    /// it should cost no more than a `statfs`.
+    ///
+    /// # Errors
+    /// [`StorageError::Insufficient`], with nothing reserved; whatever `space` fails with.
+    pub fn admit(
+        &self,
+        size: Bytes,
+        space: impl FnOnce() -> Result<Space, StorageError>,
+    ) -> Result<Reservation, StorageError> {
+        let mut books = self.books();
+        let space = space()?;
+        let writable = space.free - books.reserved;
+        let promisable = self.limit(space.capacity) - books.committed - books.reserved;
+        if writable < size + self.bounds.buffer.bytes() || promisable < size {
+            return Err(StorageError::Insufficient {
+                available: writable.min(promisable).floor_gib(),
+                need: size.ceil_gib() + self.bounds.buffer,
+            });
+        }
+        books.reserved += size;
+        Ok(Reservation {
+            size,
+            books: self.clone(),
+        })
+    }
+
+    /// Enters a disk that is there already, at start.
+    pub fn restore(&self, size: Bytes) {
+        self.books().committed += size;
+    }
+
+    /// Strikes out a disk that was deleted.
+    pub fn release(&self, size: Bytes) {
+        let mut books = self.books();
+        debug_assert!(books.committed >= size, "more is released than was committed");
+        books.committed = books.committed - size;
+    }
+
+    fn books(&self) -> MutexGuard<'_, Promises> {
+        // Nothing in here panics between two writes, so the sums are whole even after a panic elsewhere in a holder.
+        self.promises.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Space admitted to a request that is under way. Dropped, it is given back.
+#[derive(Debug)]
+#[must_use = "dropping a reservation gives its space back"]
+pub struct Reservation {
+    size: Bytes,
+    books: Admission,
+}
+
+impl Reservation {
+    /// How much was admitted.
+    pub fn size(&self) -> Bytes {
+        self.size
+    }
+
+    /// The disk stands and is recorded: the reservation becomes a commitment, in one step under the lock.
+    pub fn commit(mut self) {
+        let size = std::mem::take(&mut self.size);
+        let mut books = self.books.books();
+        books.reserved = books.reserved - size;
+        books.committed += size;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut books = self.books.books();
+        books.reserved = books.reserved - self.size;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn space(capacity: u64, free: u64) -> Space {
+        Space {
+            capacity: Gib::new(capacity).bytes(),
+            used: Bytes::ZERO,
+            free: Gib::new(free).bytes(),
+            pool_free: Gib::new(free).bytes(),
+            host_free: None,
+            unallocated: Bytes::ZERO,
+            metadata_free: Bytes::ZERO,
+        }
+    }
+
+    fn admission(buffer: u64, overcommit_ratio: f64) -> Admission {
+        Admission::new(Bounds {
+            buffer: Gib::new(buffer),
+            overcommit_ratio,
+        })
+    }
+
+    #[test]
+    fn a_refusal_is_in_the_words_of_the_seed() {
+        let error = admission(2, 4.0)
+            .admit(Gib::new(10).bytes(), || Ok(space(30, 5)))
+            .unwrap_err();
+        assert_eq!(error.to_string(), "Insufficient storage: 5GB available, need 12GB");
+    }
+
+    #[test]
+    fn two_requests_cannot_share_the_last_gigabyte() {
+        let admission = admission(2, 4.0);
+        let first = admission.admit(Gib::new(10).bytes(), || Ok(space(30, 13))).unwrap();
+        assert!(admission.admit(Gib::new(10).bytes(), || Ok(space(30, 13))).is_err());
+        drop(first);
+        assert!(admission.admit(Gib::new(10).bytes(), || Ok(space(30, 13))).is_ok());
+    }
+
+    #[test]
+    fn with_a_ratio_of_one_nothing_is_promised_twice() {
+        let admission = admission(2, 1.0);
+        admission
+            .admit(Gib::new(20).bytes(), || Ok(space(30, 30)))
+            .unwrap()
+            .commit();
+        let error = admission.admit(Gib::new(20).bytes(), || Ok(space(30, 30))).unwrap_err();
+        assert_eq!(error.to_string(), "Insufficient storage: 10GB available, need 22GB");
+        admission.release(Gib::new(20).bytes());
+        assert!(admission.admit(Gib::new(20).bytes(), || Ok(space(30, 30))).is_ok());
+    }
+
+    #[test]
+    fn exactly_what_is_left_is_admitted_and_a_byte_more_is_not() {
+        let room = || Ok(space(100, 12));
+        assert!(admission(2, 4.0).admit(Gib::new(10).bytes(), room).is_ok());
+        assert!(
+            admission(2, 4.0)
+                .admit(Gib::new(10).bytes() + Bytes::new(1), room)
+                .is_err()
+        );
+    }
+
+    /// What a request does after it was admitted.
+    #[derive(Debug, Clone, Copy)]
+    enum Step {
+        Admit(u64),
+        Commit(usize),
+        Fail(usize),
+        Delete(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            3 => (1u64..40).prop_map(Step::Admit),
+            2 => any::<usize>().prop_map(Step::Commit),
+            1 => any::<usize>().prop_map(Step::Fail),
+            1 => any::<usize>().prop_map(Step::Delete),
+        ];
+        prop::collection::vec(step, 1..120)
+    }
+
+    proptest! {
+        #[test]
+        fn no_interleaving_passes_a_bound_and_all_end_at_zero(steps in steps(), ratio in 1.0f64..4.0, buffer in 0u64..4) {
+            let admission = admission(buffer, ratio);
+            let (capacity, free) = (Gib::new(100).bytes(), Gib::new(90).bytes());
+            let (mut under_way, mut disks) = (Vec::new(), Vec::new());
+            for step in steps {
+                match step {
+                    Step::Admit(size) => under_way.extend(admission.admit(Gib::new(size).bytes(), || Ok(space(100, 90)))),
+                    Step::Commit(at) if !under_way.is_empty() => {
+                        let reservation: Reservation = under_way.swap_remove(at % under_way.len());
+                        disks.push(reservation.size());
+                        reservation.commit();
+                    }
+                    Step::Fail(at) if !under_way.is_empty() => drop(under_way.swap_remove(at % under_way.len())),
+                    Step::Delete(at) if !disks.is_empty() => admission.release(disks.swap_remove(at % disks.len())),
+                    _ => {}
+                }
+                let promises = admission.promises();
+                prop_assert_eq!(promises.reserved, under_way.iter().map(Reservation::size).sum());
+                prop_assert_eq!(promises.committed, disks.iter().copied().sum());
+                prop_assert!(promises.committed + promises.reserved <= capacity.scaled(ratio));
+                prop_assert!(promises.reserved + Gib::new(buffer).bytes() <= free || promises.reserved == Bytes::ZERO);
+            }
+            drop(under_way);
+            disks.into_iter().for_each(|size| admission.release(size));
+            prop_assert_eq!(admission.promises(), Promises::default());
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! What btrfs says of itself, by ioctl: chunk space by kind and the devices' sizes.
+//!
+//! Layouts and numbers: `include/uapi/linux/btrfs.h` and `btrfs_tree.h` of the kernel.
+
+use crate::size::Bytes;
+use rustix::fd::AsFd;
+use rustix::io;
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+
+const MAGIC: u8 = 0x94;
+const SPACE_INFO: Opcode = opcode::read_write::<SpaceArgsHeader>(MAGIC, 20);
+const DEV_INFO: Opcode = opcode::read_write::<DevInfoArgs>(MAGIC, 30);
+const FS_INFO: Opcode = opcode::read::<FsInfoArgs>(MAGIC, 31);
+
+const DATA: u64 = 1 << 0;
+const SYSTEM: u64 = 1 << 1;
+const METADATA: u64 = 1 << 2;
+const DUP: u64 = 1 << 5;
+const RAID1: u64 = 1 << 4;
+const GLOBAL_RESERVE: u64 = 1 << 49;
+
+/// Kinds of space there can be: data, metadata, system and the reserve, each in up to two profiles while a balance converts.
+const SLOTS: usize = 16;
+
+#[repr(C)]
+struct SpaceArgsHeader {
+    slots: u64,
+    total: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct SpaceInfo {
+    flags: u64,
+    total_bytes: u64,
+    used_bytes: u64,
+}
+
+#[repr(C)]
+struct SpaceArgs {
+    header: SpaceArgsHeader,
+    spaces: [SpaceInfo; SLOTS],
+}
+
+#[repr(C)]
+struct FsInfoArgs {
+    max_id: u64,
+    num_devices: u64,
+    rest: [u64; 126],
+}
+
+#[repr(C)]
+struct DevInfoArgs {
+    devid: u64,
+    uuid: [u8; 16],
+    bytes_used: u64,
+    total_bytes: u64,
+    fsid: [u8; 16],
+    unused: [u64; 377],
+    path: [u8; 1024],
+}
+
+/// The chunk space of a btrfs. Logical sizes count a byte once, raw sizes as often as the profile stores it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct ChunkSpace {
+    /// Size of all devices.
+    pub(crate) device_size: Bytes,
+    /// Raw space in no chunk yet.
+    pub(crate) unallocated: Bytes,
+    /// Logical size of the data chunks, and what of it is used.
+    pub(crate) data_total: Bytes,
+    pub(crate) data_used: Bytes,
+    /// Logical size of the metadata chunks, and what of it is used.
+    pub(crate) metadata_total: Bytes,
+    pub(crate) metadata_used: Bytes,
+    /// Part of the metadata that btrfs keeps for itself to be able to delete when full.
+    pub(crate) global_reserve: Bytes,
+    /// How often a metadata byte is stored: 2 for DUP and RAID1, else 1.
+    pub(crate) metadata_copies: u64,
+    /// Raw bytes in use: data, metadata and system, each as often as it is stored.
+    pub(crate) raw_used: Bytes,
+}
+
+/// Reads the space of the btrfs that `file` lies on.
+///
+/// # Errors
+/// `ENOTTY` when it is no btrfs.
+pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
+    let mut space = ChunkSpace {
+        metadata_copies: 1,
+        ..ChunkSpace::default()
+    };
+    for info in space_infos(&file)? {
+        let (total, used) = (Bytes::new(info.total_bytes), Bytes::new(info.used_bytes));
+        let copies = if info.flags & (DUP | RAID1) != 0 { 2 } else { 1 };
+        if info.flags & GLOBAL_RESERVE != 0 {
+            space.global_reserve += total;
+            continue;
+        }
+        if info.flags & DATA != 0 {
+            space.data_total += total;
+            space.data_used += used;
+        } else if info.flags & METADATA != 0 {
+            space.metadata_total += total;
+            space.metadata_used += used;
+            space.metadata_copies = copies;
+        }
+        if info.flags & (DATA | METADATA | SYSTEM) != 0 {
+            space.raw_used += Bytes::from_blocks(info.used_bytes, copies);
+        }
+    }
+    let (device_size, allocated) = devices(&file)?;
+    space.device_size = device_size;
+    space.unallocated = device_size - allocated;
+    Ok(space)
+}
+
+fn space_infos(file: &impl AsFd) -> io::Result<Vec<SpaceInfo>> {
+    let mut args = SpaceArgs {
+        header: SpaceArgsHeader {
+            slots: SLOTS as u64,
+            total: 0,
+        },
+        spaces: [SpaceInfo::default(); SLOTS],
+    };
+    // SAFETY: the kernel writes at most `slots` entries behind the header, and there is room for SLOTS of them.
+    unsafe { ioctl(file.as_fd(), Updater::<SPACE_INFO, SpaceArgs>::new(&mut args))? };
+    let filled = usize::try_from(args.header.total).map_or(SLOTS, |total| total.min(SLOTS));
+    Ok(args.spaces[..filled].to_vec())
+}
+
+/// The size of all devices, and how much of it is in chunks.
+fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes)> {
+    let mut info = FsInfoArgs {
+        max_id: 0,
+        num_devices: 0,
+        rest: [0; 126],
+    };
+    // SAFETY: the argument has the size and layout of `btrfs_ioctl_fs_info_args`.
+    unsafe { ioctl(file.as_fd(), Updater::<FS_INFO, FsInfoArgs>::new(&mut info))? };
+    let (mut size, mut allocated) = (Bytes::ZERO, Bytes::ZERO);
+    for devid in 1..=info.max_id {
+        let mut device = DevInfoArgs {
+            devid,
+            uuid: [0; 16],
+            bytes_used: 0,
+            total_bytes: 0,
+            fsid: [0; 16],
+            unused: [0; 377],
+            path: [0; 1024],
+        };
+        // SAFETY: the argument has the size and layout of `btrfs_ioctl_dev_info_args`.
+        match unsafe { ioctl(file.as_fd(), Updater::<DEV_INFO, DevInfoArgs>::new(&mut device)) } {
+            Ok(()) => {
+                size += Bytes::new(device.total_bytes);
+                allocated += Bytes::new(device.bytes_used);
+            }
+            // Numbers of devices that were removed stay unused.
+            Err(io::Errno::NODEV) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((size, allocated))
+}
+
+const _: () = assert!(size_of::<DevInfoArgs>() == 4096 && size_of::<FsInfoArgs>() == 1024);

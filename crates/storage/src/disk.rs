@@ -1,0 +1,116 @@
+//! Disks: each VM's own clone of a template.
+
+use crate::DiskLocation;
+use crate::admission::Reservation;
+use crate::error::StorageError;
+use crate::files;
+use crate::name::Name;
+use crate::pool::Pool;
+use crate::size::Bytes;
+use crate::template::Template;
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+/// What a sweep found; see [`Pool::sweep`].
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Files that belonged to nobody and are gone.
+    pub removed: Vec<PathBuf>,
+    /// Disks that should be there and are not.
+    pub missing: Vec<Name>,
+}
+
+impl Pool {
+    /// Makes the disk `id` from `template`, as large as what was admitted. When this returns, the disk survives a power cut; when it
+    /// fails, nothing is left of it. A first disk of a (template, size) waits for the grown clone to be made.
+    ///
+    /// # Errors
+    /// [`StorageError::NoTemplate`], [`StorageError::SmallerThanTemplate`], [`StorageError::Io`].
+    pub fn create_disk(&self, id: &Name, template: &Template, admitted: &Reservation) -> Result<(), StorageError> {
+        let size = admitted.size();
+        if size < template.size {
+            return Err(StorageError::SmallerThanTemplate {
+                template: template.name.to_string(),
+                template_size: template.size.ceil_gib(),
+            });
+        }
+        let golden = self.golden(template, size)?;
+        let path = self.disk_path(id);
+        let disk = files::create_new(&path)?;
+        let made = files::reflink(&golden, &disk)
+            .and_then(|()| disk.sync_all())
+            .map_err(|error| StorageError::io("clone", path.display(), error))
+            .and_then(|()| files::sync_dir(&self.disks_dir()));
+        if made.is_err() {
+            files::discard(&path);
+        }
+        made
+    }
+
+    /// Where the disk `id` is.
+    pub fn disk_location(&self, id: &Name) -> DiskLocation {
+        DiskLocation::File(self.disk_path(id))
+    }
+
+    /// The blocks the disk `id` maps, shared or not.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`] when it is not there.
+    pub fn disk_used(&self, id: &Name) -> Result<Bytes, StorageError> {
+        crate::space::allocated(&self.disk_path(id))
+    }
+
+    /// Deletes the disk `id`, durably. One that is not there is no error: the goal is reached.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn delete_disk(&self, id: &Name) -> Result<(), StorageError> {
+        let path = self.disk_path(id);
+        match fs::remove_file(&path) {
+            Ok(()) => files::sync_dir(&self.disks_dir()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(StorageError::io("delete", path.display(), error)),
+        }
+    }
+
+    /// Puts the folders right after a crash: disks that nobody in `keep` owns and half-made files go, and what is missing is told.
+    /// To be called before the first request.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn sweep(&self, keep: &HashSet<Name>) -> Result<Swept, StorageError> {
+        let mut swept = Swept {
+            removed: self.sweep_partials()?,
+            missing: Vec::new(),
+        };
+        let folder = self.disks_dir();
+        let mut found = HashSet::new();
+        let entries = fs::read_dir(&folder).map_err(|error| StorageError::io("list", folder.display(), error))?;
+        for entry in entries {
+            let path = entry
+                .map_err(|error| StorageError::io("list", folder.display(), error))?
+                .path();
+            let id = path
+                .file_name()
+                .and_then(OsStr::to_str)
+                .and_then(|file| file.strip_suffix(".ext4"));
+            // What does not have the form of a disk is not ours to delete.
+            let Some(Ok(id)) = id.map(str::parse::<Name>) else {
+                continue;
+            };
+            if keep.contains(&id) {
+                found.insert(id);
+            } else {
+                fs::remove_file(&path).map_err(|error| StorageError::io("remove", path.display(), error))?;
+                swept.removed.push(path);
+            }
+        }
+        files::sync_dir(&folder)?;
+        swept.missing = keep.difference(&found).cloned().collect();
+        swept.missing.sort();
+        Ok(swept)
+    }
+}

@@ -1,0 +1,107 @@
+//! What can go wrong with a pool, its templates and its disks.
+
+use crate::command::CommandError;
+use crate::fstab::FstabError;
+use crate::size::Gib;
+use crate::sizing::TooLittleSpace;
+use std::fmt::Display;
+use std::io;
+use std::path::PathBuf;
+
+/// An error of the storage room. Messages name the thing, what is wrong with it, and the way out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StorageError {
+    /// Admission said no: nothing was made. `need` is the size asked for plus the buffer.
+    #[error("Insufficient storage: {available}GB available, need {need}GB")]
+    Insufficient {
+        /// What could still be admitted, rounded down.
+        available: Gib,
+        /// What was asked for, rounded up.
+        need: Gib,
+    },
+    /// The host disk is too small for a pool.
+    #[error(transparent)]
+    TooLittleSpace(#[from] TooLittleSpace),
+    /// No such template.
+    #[error("there is no template {0}")]
+    NoTemplate(String),
+    /// A template of that name is there already.
+    #[error("a template {0} exists already: delete it first, or choose another name")]
+    TemplateExists(String),
+    /// A disk was asked for that its template does not fit on.
+    #[error("disk_size_gib must be at least {template_size}: the template {template} is {template_size} GiB large")]
+    SmallerThanTemplate {
+        /// The template.
+        template: String,
+        /// Its size, rounded up.
+        template_size: Gib,
+    },
+    /// The file given as a template is not one.
+    #[error("{} cannot become a template: {reason}", path.display())]
+    NotATemplate {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead, and what to do.
+        reason: String,
+    },
+    /// A name that would leave its folder or is no file name.
+    #[error(
+        "{0:?} is not a name: use letters, digits, dots, dashes and underscores, at most 63, beginning with a letter or digit"
+    )]
+    Name(String),
+    /// No such disk.
+    #[error("there is no disk {0}")]
+    NoDisk(String),
+    /// The pool is not there.
+    #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
+    NotMounted(PathBuf),
+    /// What is mounted at the pool's place cannot hold disks.
+    #[error("{} is a {fs_type} file system, which cannot clone files: a pool is btrfs; set DATA_DIR to another folder", path.display())]
+    NotAPool {
+        /// The mount point.
+        path: PathBuf,
+        /// The type of what is mounted there.
+        fs_type: String,
+    },
+    /// The folder to mount at is in use.
+    #[error("{} is not empty, and mounting the pool would hide what is in it: move it away or set DATA_DIR to another folder", .0.display())]
+    NotEmpty(PathBuf),
+    /// The pool image holds something else.
+    #[error("{} holds {found}, not a pool: move it away or set POOL_IMAGE to another path; it was not touched", path.display())]
+    ForeignImage {
+        /// The image.
+        path: PathBuf,
+        /// What it holds.
+        found: String,
+    },
+    /// Another program is at work on the same pool.
+    #[error("another scaleboxd is at work on {}: wait for it to finish", .0.display())]
+    Busy(PathBuf),
+    /// The table of mounts could not be written.
+    #[error(transparent)]
+    Fstab(#[from] FstabError),
+    /// An outside program failed.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// A file could not be read or written.
+    #[error("cannot {doing} {what}: {source}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// What it was done to.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl StorageError {
+    pub(crate) fn io(doing: &'static str, what: impl Display, source: io::Error) -> Self {
+        StorageError::Io {
+            doing,
+            what: what.to_string(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Files in the pool: cloning, copying with holes, and making a change durable.
+
+use crate::error::StorageError;
+use rustix::fs::{
+    IFlags, OFlags, RenameFlags, SeekFrom, ioctl_ficlone, ioctl_getflags, ioctl_setflags, renameat_with, seek,
+};
+use rustix::io::Errno;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// Images hold what guests wrote: nobody but root reads them.
+const IMAGE_MODE: u32 = 0o600;
+
+/// Makes a new file for reading and writing; fails if the path exists. Never follows a link.
+pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(IMAGE_MODE)
+        .open(path)
+        .map_err(|error| StorageError::io("create", path.display(), error))
+}
+
+/// Opens a file for reading; never follows a link in the last component.
+pub(crate) fn open_read(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+        .open(path)
+}
+
+/// Makes `target` share all blocks of `source` (`FICLONE`): no byte is copied.
+///
+/// # Errors
+/// `EINVAL` when one of the two is NOCOW and the other is not, `EOPNOTSUPP` where the file system cannot, `EXDEV` across file systems.
+pub(crate) fn reflink(source: &File, target: &File) -> io::Result<()> {
+    ioctl_ficlone(target, source).map_err(io::Error::from)
+}
+
+/// Copies the data of `source` to `target`, keeping its holes. Blocks until done.
+pub(crate) fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
+    let size = source.metadata()?.len();
+    target.set_len(size)?;
+    let mut offset = 0;
+    while let Some(start) = seek_or_end(source, SeekFrom::Data(offset))? {
+        let end = seek_or_end(source, SeekFrom::Hole(start))?.unwrap_or(size);
+        copy_range(source, target, start, end)?;
+        offset = end;
+    }
+    Ok(())
+}
+
+/// `ENXIO` is the kernel's word for "no more data behind this offset".
+fn seek_or_end(file: &File, to: SeekFrom) -> io::Result<Option<u64>> {
+    match seek(file, to) {
+        Ok(offset) => Ok(Some(offset)),
+        Err(Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn copy_range(mut source: &File, mut target: &File, start: u64, end: u64) -> io::Result<()> {
+    source.seek(io::SeekFrom::Start(start))?;
+    target.seek(io::SeekFrom::Start(start))?;
+    let copied = io::copy(&mut source.take(end - start), &mut target)?;
+    if copied < end - start {
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the file became shorter while it was copied",
+        ));
+    }
+    Ok(())
+}
+
+/// Flushes a folder, so that names made or removed in it survive a power cut.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), StorageError> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|error| StorageError::io("flush", dir.display(), error))
+}
+
+/// Renames within one file system, failing with `AlreadyExists` rather than replacing.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from)
+}
+
+/// Marks a folder so that files made in it are overwritten in place (`chattr +C`). Returns whether it had to.
+pub(crate) fn set_nocow(dir: &Path) -> io::Result<bool> {
+    let file = File::open(dir)?;
+    let flags = ioctl_getflags(&file)?;
+    if flags.contains(IFlags::NOCOW) {
+        return Ok(false);
+    }
+    ioctl_setflags(&file, flags | IFlags::NOCOW)?;
+    Ok(true)
+}
+
+/// Removes a file in an undo path, where the first error is the one to report: a failure here is logged.
+pub(crate) fn discard(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "a half-made file could not be removed; the next start removes it");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn a_sparse_copy_has_the_same_bytes_and_the_same_holes() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = create_new(&folder.path().join("source")).unwrap();
+        source.set_len(64 << 20).unwrap();
+        source.write_all_at(b"head", 0).unwrap();
+        source.write_all_at(b"tail", (64 << 20) - 4).unwrap();
+        let target = create_new(&folder.path().join("target")).unwrap();
+        copy_sparse(&source, &target).unwrap();
+        let (mut expected, mut found) = (Vec::new(), Vec::new());
+        File::open(folder.path().join("source"))
+            .unwrap()
+            .read_to_end(&mut expected)
+            .unwrap();
+        File::open(folder.path().join("target"))
+            .unwrap()
+            .read_to_end(&mut found)
+            .unwrap();
+        assert!(expected == found);
+        assert!(crate::space::allocated_of(&target).unwrap() < crate::Bytes::from_mib(1));
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (secret, link) = (folder.path().join("secret"), folder.path().join("link"));
+        File::create(&secret).unwrap().write_all(b"secret").unwrap();
+        std::os::unix::fs::symlink(&secret, &link).unwrap();
+        assert!(open_read(&link).is_err());
+    }
+}

@@ -1,0 +1,106 @@
+//! What is mounted where, read from `/proc/self/mountinfo` (proc(5)).
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+/// One mounted file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MountEntry {
+    pub(crate) target: PathBuf,
+    pub(crate) fs_type: String,
+    pub(crate) source: PathBuf,
+}
+
+/// The file system mounted at exactly `dir`; the topmost when several are stacked there.
+pub(crate) fn mounted_at(dir: &Path) -> io::Result<Option<MountEntry>> {
+    let dir = match dir.canonicalize() {
+        Ok(dir) => dir,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let table = fs::read("/proc/self/mountinfo")?;
+    Ok(table
+        .split(|&byte| byte == b'\n')
+        .filter_map(parse_line)
+        .rfind(|entry| entry.target == dir))
+}
+
+/// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
+fn parse_line(line: &[u8]) -> Option<MountEntry> {
+    let mut fields = line.split(|&byte| byte == b' ');
+    let target = fields.nth(4)?;
+    let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
+    let fs_type = rest.next()?;
+    let source = rest.next()?;
+    Some(MountEntry {
+        target: unescape(target),
+        fs_type: String::from_utf8_lossy(fs_type).into_owned(),
+        source: unescape(source),
+    })
+}
+
+/// Space, tab, newline and backslash are written as three octal digits, here and in fstab(5).
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut path = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = tail.get(..3).filter(|_| first == b'\\').and_then(|digits| {
+            digits.iter().try_fold(0u8, |value, digit| match digit {
+                b'0'..=b'7' => value.checked_mul(8)?.checked_add(digit - b'0'),
+                _ => None,
+            })
+        });
+        match octal {
+            Some(byte) => {
+                path.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                path.push(first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(path))
+}
+
+/// The reverse of what the kernel does in mountinfo, for fstab(5).
+pub(crate) fn escape(path: &Path) -> String {
+    let mut field = String::new();
+    for character in path.to_string_lossy().chars() {
+        match character {
+            ' ' => field.push_str("\\040"),
+            '\t' => field.push_str("\\011"),
+            '\n' => field.push_str("\\012"),
+            '\\' => field.push_str("\\134"),
+            other => field.push(other),
+        }
+    }
+    field
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_mountinfo_is_read_with_its_escapes() {
+        let line = br"36 35 7:3 / /mnt/with\040space rw,noatime shared:1 - btrfs /dev/loop3 rw,space_cache=v2";
+        let entry = parse_line(line).unwrap();
+        assert_eq!(entry.target, Path::new("/mnt/with space"));
+        assert_eq!(entry.fs_type, "btrfs");
+        assert_eq!(entry.source, Path::new("/dev/loop3"));
+        assert_eq!(escape(&entry.target), r"/mnt/with\040space");
+    }
+
+    #[test]
+    fn the_root_is_mounted_and_a_file_s_folder_is_not() {
+        assert!(mounted_at(Path::new("/")).unwrap().is_some());
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(mounted_at(folder.path()).unwrap(), None);
+        assert_eq!(mounted_at(Path::new("/nonexistent")).unwrap(), None);
+    }
+}

@@ -1,0 +1,376 @@
+//! Templates: read-only golden root disks, and the grown clones that are kept of them.
+//!
+//! A template is `templates/NAME.ext4`, a bare ext4 file system that was cleanly unmounted and checked. Growing a file system
+//! takes tens of milliseconds, so it is paid once for a (template, size): the grown clone is kept under `templates/.grown/`, and disks
+//! are cloned from it. Its name holds the template's inode number, so a clone of a template that was replaced is never used.
+
+use crate::command::{self, Program};
+use crate::error::StorageError;
+use crate::files;
+use crate::init::probe;
+use crate::name::Name;
+use crate::pool::Pool;
+use crate::size::{Bytes, Gib};
+use crate::space;
+use rustix::fs::{FlockOperation, flock};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+use std::time::SystemTime;
+
+/// A template as it lies in the pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Template {
+    /// Its name.
+    pub name: Name,
+    /// The size of its file system's image: no disk made from it is smaller.
+    pub size: Bytes,
+    /// The blocks it maps, shared or not.
+    pub used: Bytes,
+    /// When it was made.
+    pub created_at: SystemTime,
+    inode: u64,
+}
+
+const GROWN: &str = ".grown";
+const SUFFIX: &str = ".ext4";
+/// Work that is not finished; what an interrupted run left of it is swept at the next start.
+const PARTIAL: &str = ".partial";
+
+impl Pool {
+    /// All templates, by name.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn templates(&self) -> Result<Vec<Template>, StorageError> {
+        let mut templates = Vec::new();
+        for file in list(&self.templates_dir())? {
+            let name = file
+                .file_name()
+                .and_then(OsStr::to_str)
+                .and_then(|file| file.strip_suffix(SUFFIX));
+            let Some(Ok(name)) = name.map(str::parse) else { continue };
+            match self.template(&name) {
+                Ok(template) => templates.push(template),
+                // Deleted between the listing and now.
+                Err(StorageError::NoTemplate(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        templates.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(templates)
+    }
+
+    /// The template of that name.
+    ///
+    /// # Errors
+    /// [`StorageError::NoTemplate`].
+    pub fn template(&self, name: &Name) -> Result<Template, StorageError> {
+        let path = self.template_path(name);
+        match fs::symlink_metadata(&path) {
+            Ok(meta) if meta.is_file() => Ok(Template {
+                name: name.clone(),
+                size: Bytes::new(meta.len()),
+                used: Bytes::from_blocks(meta.blocks(), 512),
+                created_at: meta
+                    .created()
+                    .or_else(|_| meta.modified())
+                    .unwrap_or(SystemTime::UNIX_EPOCH),
+                inode: meta.ino(),
+            }),
+            Ok(_) => Err(StorageError::NoTemplate(name.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StorageError::NoTemplate(name.to_string())),
+            Err(error) => Err(StorageError::io("read", path.display(), error)),
+        }
+    }
+
+    /// Copies the ext4 image `source` into the pool as template `name`. The source is only read; the copy has its journal replayed
+    /// and is checked, and appears under its name when it is whole and durable. With `replace`, a template of that name gives way to
+    /// it; disks made from the old one are not touched.
+    ///
+    /// # Errors
+    /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`], [`StorageError::Insufficient`].
+    pub fn import_template(&self, name: &Name, source: &Path, replace: bool) -> Result<Template, StorageError> {
+        let target = self.template_path(name);
+        if !replace && target.exists() {
+            return Err(StorageError::TemplateExists(name.to_string()));
+        }
+        let file = File::open(source).map_err(|error| StorageError::io("read", source.display(), error))?;
+        require_bare_ext4(source, &file)?;
+        let data =
+            space::allocated_of(&file).map_err(|errno| StorageError::io("read", source.display(), errno.into()))?;
+        self.require_free(data)?;
+
+        let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
+        let copy = self.claim(&partial)?;
+        let imported = self.copy_and_check(source, &file, &partial, &copy).and_then(|()| {
+            let renamed = if replace {
+                fs::rename(&partial, &target)
+            } else {
+                files::rename_new(&partial, &target)
+            };
+            renamed.map_err(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => StorageError::TemplateExists(name.to_string()),
+                _ => StorageError::io("create", target.display(), error),
+            })
+        });
+        if imported.is_err() {
+            files::discard(&partial);
+        }
+        imported?;
+        files::sync_dir(&self.templates_dir())?;
+        let template = self.template(name)?;
+        self.prune_grown(name, Some(template.inode))?;
+        Ok(template)
+    }
+
+    /// Deletes a template and the grown clones kept of it. Disks made from it are not touched: they share its blocks, which stay.
+    ///
+    /// # Errors
+    /// [`StorageError::NoTemplate`].
+    pub fn delete_template(&self, name: &Name) -> Result<(), StorageError> {
+        let path = self.template_path(name);
+        fs::remove_file(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
+            _ => StorageError::io("delete", path.display(), error),
+        })?;
+        files::sync_dir(&self.templates_dir())?;
+        self.prune_grown(name, None)
+    }
+
+    /// The size of a disk made from `template`: what was asked for, or the larger of `default` and the template.
+    ///
+    /// # Errors
+    /// [`StorageError::SmallerThanTemplate`].
+    pub fn disk_size(template: &Template, asked: Option<Gib>, default: Gib) -> Result<Gib, StorageError> {
+        let template_size = template.size.ceil_gib();
+        match asked {
+            Some(asked) if asked < template_size => Err(StorageError::SmallerThanTemplate {
+                template: template.name.to_string(),
+                template_size,
+            }),
+            Some(asked) => Ok(asked),
+            None => Ok(default.max(template_size)),
+        }
+    }
+
+    /// An image of exactly `size` to clone disks from: the template itself, or its grown clone, which is made if it is not there.
+    pub(crate) fn golden(&self, template: &Template, size: Bytes) -> Result<File, StorageError> {
+        let original = self.template_path(&template.name);
+        let open = |path: &Path| {
+            files::open_read(path).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => StorageError::NoTemplate(template.name.to_string()),
+                _ => StorageError::io("read", path.display(), error),
+            })
+        };
+        if size == template.size {
+            return open(&original);
+        }
+        let grown = self.grown_path(template, size);
+        match files::open_read(&grown) {
+            Ok(file) => return Ok(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(StorageError::io("read", grown.display(), error)),
+        }
+        let lock = self.growing_lock(&grown);
+        let _growing = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(file) = files::open_read(&grown) {
+            return Ok(file);
+        }
+        self.grow_clone(&open(&original)?, &grown, size)?;
+        open(&grown)
+    }
+
+    fn grow_clone(&self, original: &File, grown: &Path, size: Bytes) -> Result<(), StorageError> {
+        let folder = self.templates_dir().join(GROWN);
+        // Made inside templates/, it inherits NOCOW.
+        fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
+        let mut partial = grown.as_os_str().to_owned();
+        partial.push(PARTIAL);
+        let partial = PathBuf::from(partial);
+        let clone = self.claim(&partial)?;
+        let made = files::reflink(original, &clone)
+            .and_then(|()| clone.set_len(size.as_u64()))
+            .map_err(|error| StorageError::io("clone", partial.display(), error))
+            .and_then(|()| grow_file_system(&partial))
+            .and_then(|()| {
+                clone
+                    .sync_all()
+                    .map_err(|error| StorageError::io("flush", partial.display(), error))
+            })
+            .and_then(|()| {
+                fs::rename(&partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))
+            });
+        if made.is_err() {
+            files::discard(&partial);
+        }
+        made?;
+        files::sync_dir(&folder)
+    }
+
+    fn growing_lock(&self, grown: &Path) -> Arc<std::sync::Mutex<()>> {
+        let mut growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(growing.entry(grown.to_owned()).or_default())
+    }
+
+    /// Makes a work file, taking the place of what an interrupted run left, and holds it locked so that no sweep takes it away.
+    fn claim(&self, partial: &Path) -> Result<File, StorageError> {
+        if partial.exists() {
+            sweep_partial(partial)?;
+        }
+        let file = match files::create_new(partial) {
+            Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(StorageError::Busy(partial.to_owned()));
+            }
+            other => other?,
+        };
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| StorageError::io("lock", partial.display(), errno.into()))?;
+        Ok(file)
+    }
+
+    fn copy_and_check(&self, source: &Path, file: &File, partial: &Path, copy: &File) -> Result<(), StorageError> {
+        // From within the pool a clone will do; from anywhere else its data is copied.
+        if files::reflink(file, copy).is_err() {
+            files::copy_sparse(file, copy).map_err(|error| StorageError::io("copy", source.display(), error))?;
+        }
+        command::run_accepting(Program::E2fsck, e2fsck_args("-p", partial), |code| code <= 1).map_err(|error| {
+            not_a_template(
+                source,
+                format!("e2fsck finds it damaged; repair it and try again.\n{error}"),
+            )
+        })?;
+        copy.sync_all()
+            .map_err(|error| StorageError::io("flush", partial.display(), error))
+    }
+
+    /// Removes the grown clones of a template, except those of the file `keep`.
+    fn prune_grown(&self, name: &Name, keep: Option<u64>) -> Result<(), StorageError> {
+        let folder = self.templates_dir().join(GROWN);
+        let prefix = format!("{name}@");
+        for path in list(&folder)? {
+            let Some(file) = path.file_name().and_then(OsStr::to_str) else {
+                continue;
+            };
+            let stale = file
+                .strip_prefix(&prefix)
+                .is_some_and(|rest| !keep.is_some_and(|inode| rest.starts_with(&format!("{inode}."))));
+            if stale && !file.ends_with(PARTIAL) {
+                files::discard(&path);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what interrupted runs left half-made. Work that another process is at is left alone. Returns what was removed.
+    pub(crate) fn sweep_partials(&self) -> Result<Vec<PathBuf>, StorageError> {
+        let templates = self.templates_dir();
+        let mut removed = Vec::new();
+        for path in list(&templates)?.into_iter().chain(list(&templates.join(GROWN))?) {
+            if path.as_os_str().as_encoded_bytes().ends_with(PARTIAL.as_bytes()) && sweep_partial(&path)? {
+                removed.push(path);
+            }
+        }
+        Ok(removed)
+    }
+
+    fn template_path(&self, name: &Name) -> PathBuf {
+        self.templates_dir().join(format!("{name}{SUFFIX}"))
+    }
+
+    fn grown_path(&self, template: &Template, size: Bytes) -> PathBuf {
+        let file = format!("{}@{}.{}{SUFFIX}", template.name, template.inode, size.as_u64());
+        self.templates_dir().join(GROWN).join(file)
+    }
+}
+
+/// Grows the ext4 file system in `image` to the image's size, in user space, and checks what came of it.
+pub(crate) fn grow_file_system(image: &Path) -> Result<(), StorageError> {
+    // A journal that was not replayed would undo the edit at the guest's next boot.
+    command::run_accepting(Program::E2fsck, e2fsck_args("-p", image), |code| code <= 1)?;
+    command::run(Program::Resize2fs, [image])?;
+    command::run(Program::E2fsck, e2fsck_args("-n", image))?;
+    Ok(())
+}
+
+/// A forced check; `mode` is `-p` (repair what is safe) or `-n` (change nothing).
+fn e2fsck_args<'a>(mode: &'a str, image: &'a Path) -> [&'a OsStr; 3] {
+    [OsStr::new("-f"), OsStr::new(mode), image.as_os_str()]
+}
+
+/// Removes a work file unless a living process holds it.
+fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
+    let file = match files::open_read(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(StorageError::io("read", path.display(), error)),
+    };
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(false);
+    }
+    fs::remove_file(path).map_err(|error| StorageError::io("remove", path.display(), error))?;
+    Ok(true)
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(StorageError::io("list", dir.display(), error)),
+    };
+    entries
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<io::Result<_>>()
+        .map_err(|error| StorageError::io("list", dir.display(), error))
+}
+
+fn not_a_template(path: &Path, reason: String) -> StorageError {
+    StorageError::NotATemplate {
+        path: path.to_owned(),
+        reason,
+    }
+}
+
+fn require_bare_ext4(path: &Path, mut file: &File) -> Result<(), StorageError> {
+    let meta = file
+        .metadata()
+        .map_err(|error| StorageError::io("read", path.display(), error))?;
+    if !meta.is_file() {
+        return Err(not_a_template(path, "it is not a plain file".to_owned()));
+    }
+    let mut head = [0; 4];
+    // An image shorter than four bytes has no head, and no file system either.
+    if file.read_exact(&mut head).is_ok() {
+        let packed = match &head {
+            b"QFI\xfb" => Some("a qcow2 image: convert it with qemu-img convert -O raw"),
+            b"KDMV" => Some("a VMDK image: convert it with qemu-img convert -O raw"),
+            [0x1f, 0x8b, ..] => Some("compressed with gzip: unpack it first"),
+            [0x28, 0xb5, 0x2f, 0xfd] => Some("compressed with zstd: unpack it first"),
+            [0xfd, b'7', b'z', b'X'] => Some("compressed with xz: unpack it first"),
+            _ => None,
+        };
+        if let Some(packed) = packed {
+            return Err(not_a_template(path, format!("it is {packed}")));
+        }
+    }
+    match probe(path)?.as_deref() {
+        Some("ext4") => Ok(()),
+        Some(table) if table.contains("partition table") => Err(not_a_template(
+            path,
+            format!(
+                "it is a whole disk with {table}: extract its root partition, which must be ext4, into a file of its own"
+            ),
+        )),
+        Some(kind) => Err(not_a_template(
+            path,
+            format!("it holds {kind}: a template is a bare ext4 file system"),
+        )),
+        None => Err(not_a_template(
+            path,
+            "it holds no file system: a template is a bare ext4 file system".to_owned(),
+        )),
+    }
+}

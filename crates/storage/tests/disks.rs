@@ -1,0 +1,339 @@
+//! Templates and disks, in a real pool.
+
+#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+
+mod support;
+
+use scalebox_storage::{Bounds, Bytes, Gib, StorageError};
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::sync::Barrier;
+use support::{HostDisk, Place, Stocked, USUAL, disk_path, ext4_image, fill, name, run, text};
+
+fn file_system_size(image: &std::path::Path) -> Bytes {
+    let header = run("dumpe2fs", &["-h", text(image)]);
+    let field = |key: &str| -> u64 {
+        header
+            .lines()
+            .find_map(|line| line.strip_prefix(key))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    Bytes::from_blocks(field("Block count:"), field("Block size:"))
+}
+
+#[test]
+fn a_disk_is_a_checked_clone_of_the_size_asked_for() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    for (id, size) in [("vm-1", 1), ("vm-10", 10), ("vm-10-again", 10)] {
+        let admitted = pool.admit(Gib::new(size).bytes()).unwrap();
+        pool.create_disk(&name(id), &stocked.template, &admitted).unwrap();
+        admitted.commit();
+        let path = disk_path(pool, &name(id));
+        assert_eq!(file_system_size(&path), Gib::new(size).bytes());
+        assert_eq!(fs::metadata(&path).unwrap().len(), size << 30);
+        run("e2fsck", &["-fn", text(&path)]);
+        assert_eq!(run("debugfs", &["-R", "cat /marker", text(&path)]), "here\n");
+    }
+    assert_eq!(pool.promises().committed, Gib::new(21).bytes());
+    assert_eq!(pool.promises().reserved, Bytes::ZERO);
+    assert!(
+        pool.space().unwrap().used < Bytes::from_mib(64),
+        "clones share their blocks"
+    );
+}
+
+#[test]
+fn disks_of_one_template_do_not_see_each_other_s_writes() {
+    let stocked = Stocked::new("30G", USUAL);
+    for id in ["vm-a", "vm-b"] {
+        let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
+        stocked
+            .pool
+            .create_disk(&name(id), &stocked.template, &admitted)
+            .unwrap();
+    }
+    let open = |id| {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(disk_path(&stocked.pool, &name(id)))
+            .unwrap()
+    };
+    open("vm-a").write_all_at(b"written by a", 1 << 30).unwrap();
+    let mut seen = [0; 12];
+    open("vm-b").read_exact_at(&mut seen, 1 << 30).unwrap();
+    assert_eq!(seen, [0; 12]);
+}
+
+#[test]
+fn a_disk_smaller_than_its_template_is_refused_with_the_template_s_size() {
+    let stocked = Stocked::new("30G", USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let large = stocked
+        .pool
+        .import_template(&name("large"), &ext4_image(scratch.path(), "3G"), false)
+        .unwrap();
+    let size = |asked: Option<u64>| scalebox_storage::Pool::disk_size(&large, asked.map(Gib::new), Gib::new(2));
+    assert_eq!(
+        size(Some(2)).unwrap_err().to_string(),
+        "disk_size_gib must be at least 3: the template large is 3 GiB large"
+    );
+    assert_eq!(size(Some(3)).unwrap(), Gib::new(3));
+    assert_eq!(
+        size(None).unwrap(),
+        Gib::new(3),
+        "the default gives way to the template"
+    );
+    let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
+    assert!(stocked.pool.create_disk(&name("vm-small"), &large, &admitted).is_err());
+    assert!(!disk_path(&stocked.pool, &name("vm-small")).exists());
+}
+
+#[test]
+fn eight_requests_at_once_never_pass_a_bound() {
+    let stocked = Stocked::new(
+        "30G",
+        Bounds {
+            buffer: Gib::new(2),
+            overcommit_ratio: 1.0,
+        },
+    );
+    let (pool, template) = (&stocked.pool, &stocked.template);
+    let start = Barrier::new(8);
+    let attempt = |id: usize| {
+        start.wait();
+        let admitted = pool.admit(Gib::new(20).bytes())?;
+        pool.create_disk(&name(&format!("vm-{id}")), template, &admitted)?;
+        admitted.commit();
+        Ok::<_, StorageError>(())
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|id| scope.spawn(move || attempt(id))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    for refused in results.into_iter().filter_map(Result::err) {
+        // What is left depends on whether the first was still under way.
+        let StorageError::Insufficient { available, need } = refused else {
+            panic!("{refused}")
+        };
+        assert!(
+            (9..=10).contains(&available.as_u64()) && need == Gib::new(22),
+            "{available} of {need}"
+        );
+    }
+    pool.release(Gib::new(20).bytes());
+    assert!(
+        pool.admit(Gib::new(20).bytes()).is_ok(),
+        "after a delete the space is there again"
+    );
+}
+
+#[test]
+fn a_pool_near_its_end_refuses() {
+    let stocked = Stocked::new("30G", USUAL);
+    let free = stocked.pool.space().unwrap().free;
+    // A little under five GiB stay free: four, rounded down.
+    fill(
+        stocked.pool.path(),
+        "vms/ballast",
+        free - Gib::new(5).bytes() + Bytes::from_mib(256),
+    );
+    let error = stocked.pool.admit(Gib::new(4).bytes()).unwrap_err().to_string();
+    assert_eq!(error, "Insufficient storage: 4GB available, need 6GB");
+    assert!(stocked.pool.admit(Gib::new(2).bytes()).is_ok());
+}
+
+#[test]
+fn blocks_that_the_image_owns_count_as_free_when_the_host_disk_is_full() {
+    let host = HostDisk::ext4(Gib::new(40).bytes());
+    let stocked = Stocked::in_place(Place::at(&host.folder, Some("30G")), USUAL);
+    // The image owns 8 GiB that the pool gave up again: the mount does not discard them.
+    run("mount", &["-o", "remount,nodiscard", text(stocked.pool.path())]);
+    let ballast = stocked.pool.path().join("vms/ballast");
+    run(
+        "dd",
+        &[
+            "if=/dev/zero",
+            &format!("of={}", text(&ballast)),
+            "bs=1M",
+            "count=1024",
+            "conv=fsync",
+            "status=none",
+        ],
+    );
+    fs::remove_file(&ballast).unwrap();
+    run("btrfs", &["filesystem", "sync", text(stocked.pool.path())]);
+    let space = stocked.pool.space().unwrap();
+    let host_free = space.host_free.unwrap();
+    fill(&host.folder, "ballast", host_free - Bytes::from_mib(100));
+    let space = stocked.pool.space().unwrap();
+    assert!(space.host_free.unwrap() < Bytes::from_mib(110), "{space:?}");
+    assert!(space.free > Bytes::from_mib(1000), "{space:?}");
+    assert!(space.free < Bytes::from_mib(1400), "{space:?}");
+}
+
+#[test]
+fn only_a_sound_bare_ext4_image_becomes_a_template() {
+    let stocked = Stocked::new("30G", USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let file = |name: &str| scratch.path().join(name);
+    let sound = ext4_image(scratch.path(), "64M");
+    let sparse = |path: &std::path::Path, mib: u64| File::create_new(path).unwrap().set_len(mib << 20).unwrap();
+
+    fs::copy(&sound, file("cut")).unwrap();
+    File::options()
+        .write(true)
+        .open(file("cut"))
+        .unwrap()
+        .set_len(20 << 20)
+        .unwrap();
+    sparse(&file("xfs"), 512);
+    run("mkfs.xfs", &["-q", text(&file("xfs"))]);
+    sparse(&file("empty"), 64);
+    sparse(&file("nothing"), 0);
+    fs::write(file("packed.gz"), [0x1f, 0x8b, 8, 0]).unwrap();
+    fs::write(file("qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    let mut table = vec![0; 1 << 20];
+    table[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 2, 0, 1, 0, 0, 0, 0xff, 7, 0, 0]);
+    table[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(file("disk"), &table).unwrap();
+    fs::create_dir(file("folder")).unwrap();
+
+    for (source, reason) in [
+        ("cut", "e2fsck finds it damaged"),
+        ("xfs", "it holds xfs"),
+        ("empty", "it holds no file system"),
+        ("nothing", "it holds no file system"),
+        ("packed.gz", "compressed with gzip"),
+        ("qcow2", "qemu-img convert"),
+        ("disk", "it is a whole disk with a dos partition table"),
+        ("folder", "it is not a plain file"),
+    ] {
+        let error = stocked
+            .pool
+            .import_template(&name("bad"), &file(source), false)
+            .unwrap_err();
+        assert!(matches!(error, StorageError::NotATemplate { .. }), "{source}: {error}");
+        assert!(error.to_string().contains(reason), "{source}: {error}");
+    }
+    let names: Vec<_> = stocked
+        .pool
+        .templates()
+        .unwrap()
+        .into_iter()
+        .map(|template| template.name.to_string())
+        .collect();
+    assert_eq!(names, ["tiny"]);
+    let left = fs::read_dir(stocked.pool.path().join("templates")).unwrap().count();
+    assert_eq!(left, 1, "no half-made file is left");
+}
+
+#[test]
+fn an_import_replays_the_journal_of_its_copy_and_leaves_the_source_alone() {
+    let stocked = Stocked::new("30G", USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let (image, folder) = (ext4_image(scratch.path(), "64M"), scratch.path().join("mnt"));
+    fs::create_dir(&folder).unwrap();
+    run("mount", &["-o", "loop", text(&image), text(&folder)]);
+    fs::write(folder.join("late"), "late\n").unwrap();
+    run("sync", &["-f", text(&folder)]);
+    let torn = scratch.path().join("torn.ext4");
+    fs::copy(&image, &torn).unwrap();
+    run("umount", &[text(&folder)]);
+    assert!(run("dumpe2fs", &["-h", text(&torn)]).contains("needs_recovery"));
+
+    let before = fs::read(&torn).unwrap();
+    stocked.pool.import_template(&name("torn"), &torn, false).unwrap();
+    assert!(fs::read(&torn).unwrap() == before);
+    let template = stocked.pool.path().join("templates/torn.ext4");
+    assert!(!run("dumpe2fs", &["-h", text(&template)]).contains("needs_recovery"));
+    assert_eq!(run("debugfs", &["-R", "cat /late", text(&template)]), "late\n");
+}
+
+#[test]
+fn a_template_is_replaced_only_when_asked_and_new_disks_come_from_the_new_one() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    let create = |id: &str| {
+        let admitted = pool.admit(Gib::new(4).bytes()).unwrap();
+        let template = pool.template(&name("tiny")).unwrap();
+        pool.create_disk(&name(id), &template, &admitted).unwrap();
+        disk_path(pool, &name(id))
+    };
+    let old = create("vm-old");
+    let scratch = tempfile::tempdir().unwrap();
+    let image = ext4_image(scratch.path(), "64M");
+    run("debugfs", &["-w", "-R", "rm /marker", text(&image)]);
+    assert!(matches!(
+        pool.import_template(&name("tiny"), &image, false),
+        Err(StorageError::TemplateExists(_))
+    ));
+    pool.import_template(&name("tiny"), &image, true).unwrap();
+    let new = create("vm-new");
+    assert_eq!(run("debugfs", &["-R", "cat /marker", text(&old)]), "here\n");
+    assert_eq!(run("debugfs", &["-R", "cat /marker", text(&new)]), "");
+    let grown: Vec<_> = fs::read_dir(pool.path().join("templates/.grown")).unwrap().collect();
+    assert_eq!(grown.len(), 1, "the old one's grown clone is gone: {grown:?}");
+
+    pool.delete_template(&name("tiny")).unwrap();
+    assert_eq!(fs::read_dir(pool.path().join("templates/.grown")).unwrap().count(), 0);
+    assert!(matches!(
+        pool.delete_template(&name("tiny")),
+        Err(StorageError::NoTemplate(_))
+    ));
+    run("e2fsck", &["-fn", text(&old)]);
+}
+
+#[test]
+fn a_creation_that_fails_leaves_nothing() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    pool.delete_template(&name("tiny")).unwrap();
+    let admitted = pool.admit(Gib::new(4).bytes()).unwrap();
+    assert!(matches!(
+        pool.create_disk(&name("vm-a"), &stocked.template, &admitted),
+        Err(StorageError::NoTemplate(_))
+    ));
+    drop(admitted);
+    assert!(!disk_path(pool, &name("vm-a")).exists());
+    assert_eq!(pool.promises(), Default::default());
+}
+
+#[test]
+fn a_sweep_removes_what_belongs_to_nobody_and_nothing_else() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    for id in ["vm-kept", "vm-stray"] {
+        let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
+        pool.create_disk(&name(id), &stocked.template, &admitted).unwrap();
+    }
+    let half = pool.path().join("templates/.half.partial");
+    fs::write(&half, "half").unwrap();
+    fs::write(pool.path().join("vms/notes.txt"), "the operator's").unwrap();
+    let keep: HashSet<_> = [name("vm-kept"), name("vm-lost")].into();
+    let swept = pool.sweep(&keep).unwrap();
+    assert_eq!(swept.missing, [name("vm-lost")]);
+    assert_eq!(swept.removed, [half.clone(), disk_path(pool, &name("vm-stray"))]);
+    assert!(disk_path(pool, &name("vm-kept")).exists() && pool.path().join("vms/notes.txt").exists());
+    assert!(!half.exists());
+    assert!(pool.template(&name("tiny")).is_ok());
+}
+
+#[test]
+fn deleting_a_disk_twice_is_no_error() {
+    let stocked = Stocked::new("30G", USUAL);
+    let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
+    stocked
+        .pool
+        .create_disk(&name("vm-a"), &stocked.template, &admitted)
+        .unwrap();
+    stocked.pool.delete_disk(&name("vm-a")).unwrap();
+    stocked.pool.delete_disk(&name("vm-a")).unwrap();
+    assert!(!disk_path(&stocked.pool, &name("vm-a")).exists());
+}

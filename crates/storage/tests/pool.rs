@@ -1,0 +1,245 @@
+//! Making a pool, on real file systems.
+
+mod support;
+
+use scalebox_storage::{Bytes, Gib, InitOutcome, MOUNT_OPTIONS, Pool, StorageError, unmount};
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use support::{HostDisk, Place, USUAL, ext4_image, run, text};
+
+fn attributes(path: &Path) -> String {
+    run("lsattr", &["-d", text(path)])
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+fn loop_devices_of(image: &Path) -> String {
+    run("losetup", &["-n", "-O", "NAME,DIO", "-j", text(image)])
+}
+
+#[test]
+fn a_new_pool_is_mounted_registered_and_overwrites_in_place() {
+    let mut place = Place::new("30G");
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+
+    let plan = place.plan.clone();
+    assert_eq!(
+        run("findmnt", &["-n", "-o", "FSTYPE", text(&plan.data_dir)]).trim(),
+        "btrfs"
+    );
+    assert_eq!(fs::metadata(&plan.image).unwrap().len(), 30 << 30);
+    assert!(attributes(&plan.data_dir.join("templates")).contains('C'));
+    assert!(attributes(&plan.data_dir.join("vms")).contains('C'));
+    assert!(!attributes(&plan.data_dir.join("kernel")).contains('C'));
+    assert!(loop_devices_of(&plan.image).trim().ends_with('1'), "direct I/O is on");
+    let line = format!(
+        "{} {} btrfs {MOUNT_OPTIONS} 0 0\n",
+        text(&plan.image),
+        text(&plan.data_dir)
+    );
+    assert_eq!(fs::read_to_string(&plan.fstab).unwrap(), line);
+    let steps = place.steps();
+    assert_eq!(steps[0], "Setting up btrfs storage...");
+    assert!(
+        steps[1].starts_with("Creating 30G btrfs storage pool (") && steps[1].ends_with("GB available on host)...")
+    );
+}
+
+#[test]
+fn a_second_run_says_so_and_changes_nothing() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let before = (
+        fs::read(&place.plan.fstab).unwrap(),
+        fs::metadata(&place.plan.image).unwrap().ino(),
+    );
+    place.said.clear();
+    assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
+    assert_eq!(
+        place.steps(),
+        [format!("Storage already mounted at {}", place.plan.data_dir.display())]
+    );
+    assert_eq!(
+        (
+            fs::read(&place.plan.fstab).unwrap(),
+            fs::metadata(&place.plan.image).unwrap().ino()
+        ),
+        before
+    );
+}
+
+#[test]
+fn the_table_of_mounts_brings_the_pool_back_and_its_data_with_it() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let plan = place.plan.clone();
+    fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
+    assert!(unmount(&plan.data_dir).unwrap());
+    assert_eq!(loop_devices_of(&plan.image), "", "the loop device goes with the mount");
+
+    run("mount", &["--fstab", text(&plan.fstab), text(&plan.data_dir)]);
+    assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
+    // What mount from the table leaves out, the next run puts right.
+    assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
+    assert!(loop_devices_of(&plan.image).trim().ends_with('1'), "direct I/O is on");
+}
+
+#[test]
+fn an_interrupted_run_is_finished_by_the_next() {
+    let mut place = Place::new("30G");
+    let plan = place.plan.clone();
+
+    // Killed while the file system was made.
+    let partial = plan.image.with_extension("img.partial");
+    fs::write(&partial, "half a file system").unwrap();
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+    assert!(!partial.exists());
+
+    // Killed between making the image and mounting it.
+    fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
+    unmount(&plan.data_dir).unwrap();
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+    assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
+
+    // Killed between mounting and registering, and before the folders were made.
+    fs::remove_file(&plan.fstab).unwrap();
+    fs::remove_dir(plan.data_dir.join("kernel")).unwrap();
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+    assert!(plan.fstab.exists() && plan.data_dir.join("kernel").is_dir());
+    assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
+}
+
+#[test]
+fn an_image_that_was_never_formatted_starts_clean() {
+    let mut place = Place::new("30G");
+    File::create_new(&place.plan.image).unwrap().set_len(5 << 30).unwrap();
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+    assert_eq!(fs::metadata(&place.plan.image).unwrap().len(), 30 << 30);
+}
+
+#[test]
+fn what_lies_at_the_image_s_place_is_never_formatted() {
+    let scratch = tempfile::tempdir().unwrap();
+    let ext4 = fs::read(ext4_image(scratch.path(), "16M")).unwrap();
+    for (content, found) in [
+        (ext4.as_slice(), "ext4"),
+        (b"somebody's data".as_slice(), "data without a file system"),
+    ] {
+        let mut place = Place::new("30G");
+        fs::write(&place.plan.image, content).unwrap();
+        let error = place.init().unwrap_err();
+        assert!(
+            matches!(&error, StorageError::ForeignImage { found: said, .. } if said == found),
+            "{error}"
+        );
+        assert!(fs::read(&place.plan.image).unwrap() == content);
+    }
+}
+
+#[test]
+fn a_folder_with_files_in_it_is_not_hidden() {
+    let mut place = Place::new("30G");
+    fs::create_dir(&place.plan.data_dir).unwrap();
+    fs::write(place.plan.data_dir.join("precious"), "data").unwrap();
+    assert!(matches!(place.init(), Err(StorageError::NotEmpty(_))));
+    assert!(!place.plan.image.exists());
+}
+
+#[test]
+fn a_mount_point_of_another_kind_is_refused() {
+    let host = HostDisk::ext4(Gib::new(1).bytes());
+    let mut place = Place::new("30G");
+    place.plan.data_dir = host.folder.clone();
+    assert!(matches!(place.init(), Err(StorageError::NotAPool { .. })));
+    // The host disk unmounts itself; the place must not try.
+    place.plan.data_dir = "/nonexistent".into();
+}
+
+#[test]
+fn a_pool_takes_eighty_percent_of_a_500_gib_host_disk() {
+    let host = HostDisk::ext4(Gib::new(500).bytes());
+    let available = run("df", &["-B1", "--output=avail", text(&host.folder)]);
+    let available: u64 = available.lines().last().unwrap().trim().parse().unwrap();
+    let mut place = Place::at(&host.folder, None);
+    place.init().unwrap();
+    let size = fs::metadata(&place.plan.image).unwrap().len();
+    assert_eq!(size, ((available >> 30) * 80 / 100) << 30);
+    assert!((385..=400).contains(&(size >> 30)), "{} GiB", size >> 30);
+    assert!(place.warnings().is_empty());
+}
+
+#[test]
+fn a_host_disk_with_24_gib_free_is_refused_in_the_words_of_the_seed_also_with_a_requested_size() {
+    let host = HostDisk::ext4(Gib::new(25).bytes());
+    for size in [None, Some("100G")] {
+        let mut place = Place::at(&host.folder, size);
+        let error = place.init().unwrap_err().to_string();
+        assert_eq!(error, "Insufficient disk space. Need at least 25GB free, found 24GB");
+        assert!(!place.plan.image.exists() && !place.plan.fstab.exists());
+    }
+}
+
+#[test]
+fn a_requested_size_is_exact_and_larger_than_the_host_disk_is_a_warning() {
+    let host = HostDisk::ext4(Gib::new(40).bytes());
+    let mut place = Place::at(&host.folder, Some("100G"));
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    assert_eq!(pool.space().unwrap().capacity, Gib::new(100).bytes());
+    assert!(pool.space().unwrap().free < Gib::new(40).bytes());
+    assert!(
+        place.warnings()[0].contains("creations will be refused"),
+        "{:?}",
+        place.warnings()
+    );
+}
+
+#[test]
+fn two_runs_at_once_make_one_pool() {
+    let place = Place::new("30G");
+    let runs: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|_| scope.spawn(|| scalebox_storage::init(&place.plan, &mut |_| {})))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(runs.iter().any(|run| matches!(run, Ok(InitOutcome::Ready))));
+    for run in &runs {
+        assert!(matches!(run, Ok(_) | Err(StorageError::Busy(_))), "{run:?}");
+    }
+    assert_eq!(fs::read_to_string(&place.plan.fstab).unwrap().lines().count(), 1);
+    assert_eq!(loop_devices_of(&place.plan.image).lines().count(), 1);
+}
+
+#[test]
+fn a_pool_that_is_not_mounted_says_how_to_make_it() {
+    let scratch = tempfile::tempdir().unwrap();
+    let error = Pool::open(scratch.path(), USUAL).unwrap_err().to_string();
+    assert!(error.contains("scaleboxd pool init"), "{error}");
+}
+
+#[test]
+fn free_is_what_the_host_disk_can_still_take() {
+    let host = HostDisk::ext4(Gib::new(40).bytes());
+    let mut place = Place::at(&host.folder, Some("30G"));
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    let before = pool.space().unwrap();
+    assert!(before.free > Gib::new(25).bytes(), "{before:?}");
+
+    support::fill(&host.folder, "ballast", Gib::new(34).bytes());
+    let after = pool.space().unwrap();
+    assert_eq!(after.pool_free, before.pool_free);
+    assert!(after.free < Gib::new(6).bytes(), "{after:?}");
+    assert_eq!(
+        pool.admit(Gib::new(10).bytes()).unwrap_err().to_string(),
+        format!(
+            "Insufficient storage: {}GB available, need 12GB",
+            after.free.floor_gib()
+        )
+    );
+    assert_eq!(pool.promises().reserved, Bytes::ZERO);
+}

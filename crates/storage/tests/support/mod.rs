@@ -1,0 +1,195 @@
+//! Real pools for tests: each in a scratch folder of its own, unmounted when the test ends, however it ends.
+#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+use scalebox_storage::{
+    Bounds, Bytes, Gib, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
+};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tempfile::TempDir;
+
+/// Runs a program that a test cannot do without.
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .env("LC_ALL", "C")
+        .output()
+        .expect(program);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+/// A file system of `size` in a sparse file, mounted: stands for a host's disk.
+pub struct HostDisk {
+    pub folder: PathBuf,
+    _scratch: TempDir,
+}
+
+impl HostDisk {
+    pub fn ext4(size: Bytes) -> HostDisk {
+        let scratch = tempfile::tempdir().unwrap();
+        let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
+        File::create_new(&image).unwrap().set_len(size.as_u64()).unwrap();
+        run("mke2fs", &["-q", "-t", "ext4", "-m", "0", text(&image)]);
+        fs::create_dir(&folder).unwrap();
+        run("mount", &["-o", "loop", text(&image), text(&folder)]);
+        HostDisk {
+            folder,
+            _scratch: scratch,
+        }
+    }
+}
+
+impl Drop for HostDisk {
+    fn drop(&mut self) {
+        run("umount", &[text(&self.folder)]);
+    }
+}
+
+/// A place for a pool; the pool is there after [`Place::init`].
+pub struct Place {
+    pub plan: PoolPlan,
+    pub said: Vec<InitEvent>,
+    _scratch: Option<TempDir>,
+}
+
+impl Place {
+    /// In a scratch folder, with a pool of `size` such as `30G` to be.
+    pub fn new(size: &str) -> Place {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut place = Place::at(scratch.path(), Some(size));
+        place._scratch = Some(scratch);
+        place
+    }
+
+    pub fn at(folder: &Path, size: Option<&str>) -> Place {
+        let plan = PoolPlan {
+            data_dir: folder.join("pool"),
+            image: folder.join("pool.img"),
+            fstab: folder.join("fstab"),
+            size: size.map(|size| size.parse().unwrap()),
+            buffer: Gib::new(2),
+        };
+        Place {
+            plan,
+            said: Vec::new(),
+            _scratch: None,
+        }
+    }
+
+    pub fn init(&mut self) -> Result<InitOutcome, StorageError> {
+        let said = &mut self.said;
+        init(&self.plan, &mut |event| said.push(event))
+    }
+
+    pub fn open(&self, bounds: Bounds) -> Pool {
+        Pool::open(&self.plan.data_dir, bounds).unwrap()
+    }
+
+    pub fn steps(&self) -> Vec<&str> {
+        self.said
+            .iter()
+            .filter_map(|event| {
+                if let InitEvent::Step(step) = event {
+                    Some(step.as_str())
+                } else {
+                    None
+                }
+            })
+            .collect()
+    }
+
+    pub fn warnings(&self) -> Vec<&str> {
+        self.said
+            .iter()
+            .filter_map(|event| {
+                if let InitEvent::Warning(text) = event {
+                    Some(text.as_str())
+                } else {
+                    None
+                }
+            })
+            .collect()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Err(error) = unmount(&self.plan.data_dir) {
+            eprintln!("the test's pool is still mounted: {error}");
+        }
+    }
+}
+
+pub const USUAL: Bounds = Bounds {
+    buffer: Gib::new(2),
+    overcommit_ratio: 4.0,
+};
+
+/// A pool with a small template `tiny`, 64 MiB large.
+pub struct Stocked {
+    // Before the place: the pool's folder must be closed before it can be unmounted.
+    pub pool: Pool,
+    pub template: Template,
+    pub place: Place,
+}
+
+impl Stocked {
+    pub fn new(size: &str, bounds: Bounds) -> Stocked {
+        Stocked::in_place(Place::new(size), bounds)
+    }
+
+    pub fn in_place(mut place: Place, bounds: Bounds) -> Stocked {
+        place.init().unwrap();
+        let pool = place.open(bounds);
+        let scratch = tempfile::tempdir().unwrap();
+        let image = ext4_image(scratch.path(), "64M");
+        let template = pool.import_template(&name("tiny"), &image, false).unwrap();
+        Stocked { pool, template, place }
+    }
+}
+
+pub fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+/// A bare ext4 image that holds one file, `/marker`.
+pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
+    let (root, image) = (folder.join("root"), folder.join("image.ext4"));
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("marker"), "here\n").unwrap();
+    run("mke2fs", &["-q", "-t", "ext4", "-d", text(&root), text(&image), size]);
+    image
+}
+
+pub fn disk_path(pool: &Pool, id: &Name) -> PathBuf {
+    match pool.disk_location(id) {
+        scalebox_storage::DiskLocation::File(path) => path,
+        other => panic!("{other:?} is no file"),
+    }
+}
+
+/// Takes blocks of a file system without writing them.
+pub fn fill(folder: &Path, name: &str, size: Bytes) {
+    run(
+        "fallocate",
+        &["-l", &size.as_u64().to_string(), text(&folder.join(name))],
+    );
+}
