@@ -1,2 +1,70 @@
-//! See Cargo.toml.
-fn main() {}
+//! `scalebox`: what a person types. It asks the daemon over HTTP and shows the answer; it decides nothing itself.
+//!
+//! # Layout
+//!
+//! - `args`: every command and its help
+//! - `settings`: whom to ask, and with which token: flags, environment, file
+//! - `vm`: `scalebox vm create|list|get|start|stop|delete`
+//! - `wait`: `scalebox vm wait`: until the guest answers SSH
+//! - `ssh`: `scalebox vm ssh`, and finding a public key
+//! - `host`: `scalebox status`, `template …`, `pool show`
+//! - `output`: tables and JSON, wide and narrow, to people and to pipes
+//! - `human`: sizes and ages as people say them
+//! - `error`: what can go wrong, and the exit code of each
+
+mod args;
+mod error;
+mod host;
+mod human;
+mod output;
+mod settings;
+mod ssh;
+mod vm;
+mod wait;
+
+use args::{Args, Command, TemplateCommand, VmCommand};
+use clap::{CommandFactory, Parser};
+use error::Error;
+use output::Output;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let output = Output::new(args.connection.json);
+    match run(args, &output) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read us has seen enough: `scalebox vm list | head -1`.
+        Err(Error::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            output.error(&error);
+            error.exit_code()
+        }
+    }
+}
+
+fn run(args: Args, output: &Output) -> Result<(), Error> {
+    if let Command::Completions { shell } = args.command {
+        return output.completions(shell, Args::command());
+    }
+    let server = settings::connect(&args.connection, output)?;
+    let result = match args.command {
+        Command::Status => host::status(&server.client, output),
+        Command::Vm(VmCommand::Create(wish)) => vm::create(&server.client, &wish, output),
+        Command::Vm(VmCommand::List) => vm::list(&server.client, output),
+        Command::Vm(VmCommand::Get { vm }) => vm::get(&server.client, &vm, output),
+        Command::Vm(VmCommand::Start { vm }) => vm::start(&server.client, &vm, output),
+        Command::Vm(VmCommand::Stop { vm }) => vm::stop(&server.client, &vm, output),
+        Command::Vm(VmCommand::Delete { vms, yes }) => vm::delete(&server.client, &vms, yes, output),
+        Command::Vm(VmCommand::Wait { vm, timeout }) => vm::wait(&server.client, &vm, timeout, output),
+        Command::Vm(VmCommand::Ssh { vm, identity, command }) => {
+            ssh::connect(&server.client, &vm, identity.as_deref(), &command)
+        }
+        Command::Template(TemplateCommand::List) => host::templates(&server.client, output),
+        Command::Template(TemplateCommand::Delete { templates, yes }) => {
+            host::delete_templates(&server.client, &templates, yes, output)
+        }
+        Command::Pool(args::PoolCommand::Show) => host::pool(&server.client, output),
+        Command::Completions { .. } => Ok(()),
+    };
+    result.map_err(|error| error.about_token(&server))
+}

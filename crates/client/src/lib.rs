@@ -1,1 +1,35 @@
-//! See Cargo.toml.
+//! The Scalebox API as types: what a request may hold, what an answer holds, and (feature `http`) a blocking client.
+//!
+//! The daemon, the command line and the tests share these, so that no two of them can disagree about a field. Requests are
+//! strict, because a misspelt `disk_size_gb` that is quietly ignored is a VM with the wrong disk; answers are read
+//! leniently, because a newer daemon may say more than an older client knows.
+//!
+//! # Layout
+//!
+//! - `types`: every answer of the API
+//! - `requests`: every request, and reading one from the bytes that a client sent
+//! - `body`: reading a JSON object field by field, and [`Invalid`], what is wrong with one
+//! - `names`: the forms of a template's and a VM's name
+//! - `key`: the form of an SSH public key
+//! - `http` (feature `http`): [`Client`], which speaks all of this to a daemon
+
+#![warn(missing_docs)]
+
+mod body;
+#[cfg(feature = "http")]
+mod http;
+mod key;
+mod names;
+mod requests;
+mod types;
+
+pub use body::Invalid;
+#[cfg(feature = "http")]
+pub use http::{Client, ClientError};
+pub use key::SshPublicKey;
+pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
+pub use requests::{CreateVm, Limits, ResizeVm, SnapshotVm};
+pub use types::{
+    Cpu, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, Template, TemplateList, Vm, VmCounts,
+    VmList, VmStatus,
+};

@@ -1,2 +1,137 @@
-//! See Cargo.toml.
-fn main() {}
+//! `scaleboxd`: the Scalebox daemon, and the commands an operator prepares a host with.
+//!
+//! # Layout
+//!
+//! | file | job |
+//! |---|---|
+//! | `commands` | what each subcommand does |
+//! | `settings` | environment, file, defaults |
+//! | `api` | routes, token, limits on a request, request ids |
+//! | `service` | the VM lifecycle: what a request does, step by step |
+//! | `vms` | the VMs in memory: names, addresses, what is under way |
+//! | `state` | the state file |
+//! | `recovery` | putting things right at start |
+//! | `undo` | steps that can be taken back |
+//! | `host` | what the host is |
+//! | `progress` | long work, shown to people |
+//! | `error` | what clients are answered when it does not work |
+
+mod api;
+mod commands;
+mod error;
+mod host;
+mod progress;
+mod recovery;
+mod service;
+mod settings;
+mod state;
+mod undo;
+mod vms;
+
+use clap::{Parser, Subcommand};
+use settings::Settings;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Turns this host into one for disposable virtual machines.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "Settings come from the environment, over the file named by --config, over defaults.\n\n\
+        Example, on a new host:\n  \
+        scaleboxd pool init\n  \
+        scaleboxd template build debian-base\n  \
+        API_TOKEN=$(openssl rand -hex 32) scaleboxd serve"
+)]
+struct Arguments {
+    /// The file of settings, KEY=VALUE lines [default: /etc/scaleboxd/config, if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the API until SIGTERM; machines run on without the daemon
+    #[command(after_help = "Example:\n  API_TOKEN=$(openssl rand -hex 32) API_PORT=8080 scaleboxd serve")]
+    Serve,
+    /// The pool that holds all disks
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// The golden disks that VMs are cloned from
+    #[command(subcommand)]
+    Template(TemplateCommand),
+    /// End all machines, remove the network, unmount the pool; VMs and their disks stay
+    ///
+    /// For maintenance, and before Scalebox is removed from a host. The daemon must not be running.
+    /// `pool init` and `serve` bring everything back, with the VMs stopped.
+    #[command(after_help = "Example:\n  systemctl stop scaleboxd && scaleboxd down")]
+    Down,
+}
+
+#[derive(Debug, Subcommand)]
+enum PoolCommand {
+    /// Size, create, mount and register the pool; run again, it changes nothing
+    #[command(after_help = "Examples:\n  scaleboxd pool init                      # 80 % of what the host disk has free\n  \
+        STORAGE_SIZE=100G scaleboxd pool init    # exactly 100 GiB")]
+    Init,
+}
+
+#[derive(Debug, Subcommand)]
+enum TemplateCommand {
+    /// Build the Debian template, with the kernel of all guests
+    #[command(after_help = "Example:\n  scaleboxd template build debian-base")]
+    Build {
+        /// The template to build
+        #[arg(value_parser = [service::BASE_TEMPLATE])]
+        name: String,
+        /// Build it anew although it is there
+        #[arg(long)]
+        replace: bool,
+        /// Keep the finished parts in this folder, and take them from there if they are
+        #[arg(long, value_name = "DIR")]
+        cache: Option<PathBuf>,
+    },
+    /// Make a template from a bare ext4 image, which is checked and copied
+    #[command(after_help = "Example:\n  scaleboxd template import node-20 node-20.ext4")]
+    Import {
+        /// The new template's name
+        name: String,
+        /// The image
+        file: PathBuf,
+        /// Replace a template of that name; disks made from it stay as they are
+        #[arg(long)]
+        replace: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // Whatever is made is for root alone, unless said otherwise.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), commands::CommandFailed> {
+    let settings = Settings::load(arguments.config.as_deref())?;
+    commands::start_logging(&settings)?;
+    match arguments.command {
+        Command::Serve => commands::serve(settings),
+        Command::Pool(PoolCommand::Init) => commands::pool_init(&settings),
+        Command::Template(TemplateCommand::Build { name, replace, cache }) => {
+            commands::template_build(&settings, &name, replace, cache.as_deref())
+        }
+        Command::Template(TemplateCommand::Import { name, file, replace }) => {
+            commands::template_import(&settings, &name, &file, replace)
+        }
+        Command::Down => commands::down(settings),
+    }
+}

@@ -153,7 +153,8 @@ mod tests {
             pool_free: Gib::new(free).bytes(),
             host_free: None,
             unallocated: Bytes::ZERO,
-            metadata_free: Bytes::ZERO,
+            metadata_total: Bytes::ZERO,
+            metadata_used: Bytes::ZERO,
         }
     }
 

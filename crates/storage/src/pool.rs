@@ -61,6 +61,11 @@ impl Pool {
         self.root.join("kernel")
     }
 
+    /// Where a template is built before it is imported. Nothing in it outlives a build.
+    pub fn build_dir(&self) -> PathBuf {
+        self.root.join("build")
+    }
+
     pub(crate) fn templates_dir(&self) -> PathBuf {
         self.root.join("templates")
     }

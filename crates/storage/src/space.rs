@@ -26,8 +26,10 @@ pub struct Space {
     pub host_free: Option<Bytes>,
     /// Pool space in no chunk yet.
     pub unallocated: Bytes,
-    /// Free room in the metadata chunks, beyond the file system's own reserve.
-    pub metadata_free: Bytes,
+    /// Size of the metadata chunks, and what of it is used; a part of the rest is the file system's own reserve.
+    pub metadata_total: Bytes,
+    /// See [`Space::metadata_total`].
+    pub metadata_used: Bytes,
 }
 
 impl Space {
@@ -54,7 +56,8 @@ impl Space {
             pool_free,
             host_free,
             unallocated: chunks.unallocated,
-            metadata_free: chunks.metadata_total - chunks.metadata_used - chunks.global_reserve,
+            metadata_total: chunks.metadata_total,
+            metadata_used: chunks.metadata_used,
         })
     }
 }

@@ -1,0 +1,52 @@
+# What people run. Each target sets up what it needs by itself; see scripts/deps.sh.
+#
+#   sudo make demo     from a bare machine to SSH in a VM, in a scratch place that is torn down again (KEEP=1 keeps it)
+#   sudo make test     every test, with real pools, a real kernel and a real guest
+#   sudo make bench    POST /vms to SSH, the median of five
+#   make lint          fmt, clippy, cargo deny
+#   sudo make install  this host becomes a Scalebox host (scripts/install.sh)
+
+SHELL := /bin/bash
+export PATH := $(shell scripts/toolchain.sh path)
+export RUSTUP_HOME := $(shell scripts/toolchain.sh rustup-home)
+
+# Finished parts of the Debian template: built once, then taken from here.
+export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
+
+.PHONY: all build release deps test demo bench lint fmt install clean
+
+all: build
+
+deps:
+	scripts/deps.sh
+
+build:
+	cargo build --locked --workspace
+
+release:
+	cargo build --locked --release --bin scaleboxd --bin scalebox
+
+test: deps
+	cargo build --locked --workspace --all-targets
+	scripts/template-cache.sh target/debug/scaleboxd
+	scripts/run-tests.sh
+
+demo: deps release
+	scripts/demo.sh
+
+bench: deps release
+	scripts/bench.sh
+
+fmt:
+	cargo fmt --all
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	scripts/deny.sh
+
+install:
+	scripts/install.sh
+
+clean:
+	cargo clean

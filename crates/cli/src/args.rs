@@ -1,0 +1,207 @@
+//! Every command, its arguments and its help.
+
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Parser, Subcommand};
+use clap_complete::Shell;
+use scalebox_client::{TemplateName, VmName};
+use std::path::PathBuf;
+
+const SETTINGS: &str = "\
+Where the server and its token come from, the first that has them:
+  1. --url and --token (other users of this machine see the arguments of a process: better not the token)
+  2. SCALEBOX_URL and SCALEBOX_TOKEN in the environment
+  3. ~/.config/scalebox/config, lines such as SCALEBOX_TOKEN=...; chmod 600 it
+
+Exit codes: 0 done, 1 the server said no or cannot be reached, 2 the command was not understood.
+
+Example, the first VM:
+  scalebox vm create --disk 10 --name first --wait
+  scalebox vm ssh first -- df -h /
+  scalebox vm delete first";
+
+/// Disposable VMs on a Scalebox host.
+#[derive(Debug, Parser)]
+#[command(name = "scalebox", version, after_help = SETTINGS, max_term_width = 100)]
+pub struct Args {
+    #[command(flatten)]
+    pub connection: Connection,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Whom to ask, and in which form to show the answer.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Server and output")]
+pub struct Connection {
+    /// Address of the server [default: http://127.0.0.1:8080]
+    #[arg(long, global = true, value_name = "URL")]
+    pub url: Option<String>,
+    /// Its API token; seen by others in the list of processes, so rather set SCALEBOX_TOKEN
+    #[arg(long, global = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Print the server's answer as JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// What the host is, what it has and what is in use
+    #[command(after_help = "Example:\n  scalebox status")]
+    Status,
+    /// Make, list, reach and delete VMs
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// List and delete the templates that disks are cloned from
+    #[command(subcommand)]
+    Template(TemplateCommand),
+    /// The storage that disks are made from
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// Print a script that completes commands in your shell
+    #[command(after_help = "Examples:\n  source <(scalebox completions bash)\n  \
+        scalebox completions fish > ~/.config/fish/completions/scalebox.fish")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Make a VM and start it
+    Create(CreateArgs),
+    /// List the VMs
+    #[command(
+        visible_alias = "ls",
+        after_help = "Example, the names of those that run:\n  \
+        scalebox vm list --json | jq -r '.vms[] | select(.status == \"running\").name'"
+    )]
+    List,
+    /// Show one VM
+    #[command(after_help = "Example:\n  scalebox vm get very-silly-penguin")]
+    Get {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+    },
+    /// Start a stopped VM
+    #[command(after_help = "Example:\n  scalebox vm start very-silly-penguin && scalebox vm wait very-silly-penguin")]
+    Start {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+    },
+    /// Shut a VM down; its disk stays
+    #[command(after_help = "Example:\n  scalebox vm stop very-silly-penguin")]
+    Stop {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+    },
+    /// Delete VMs and their disks
+    #[command(
+        visible_alias = "rm",
+        after_help = "Asks first on a terminal; goes on with the others when one cannot be deleted.\n\n\
+        Example:\n  scalebox vm delete --yes very-silly-penguin so-calm-otter"
+    )]
+    Delete {
+        #[arg(value_name = "NAME", help = VM, required = true, value_parser = NonEmptyStringValueParser::new())]
+        vms: Vec<String>,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Wait until a VM answers SSH
+    #[command(after_help = "Example:\n  scalebox vm wait very-silly-penguin --timeout 60")]
+    Wait {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+        #[arg(long, value_name = "SECONDS", default_value_t = 120, help = TIMEOUT,
+              value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        timeout: u64,
+    },
+    /// Log in to a VM, or run a command in it
+    #[command(
+        after_help = "Ends with the exit code of ssh, which is that of COMMAND, or 255. Host keys are kept apart from \
+        yours, in ~/.local/state/scalebox/known_hosts: a new VM's is taken as it is, a changed one is refused.\n\n\
+        Examples:\n  scalebox vm ssh very-silly-penguin\n  scalebox vm ssh very-silly-penguin -- df -h /"
+    )]
+    Ssh {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+        /// Private key to log in with [default: what ssh tries by itself]
+        #[arg(long, short, value_name = "FILE")]
+        identity: Option<PathBuf>,
+        /// What to run instead of a shell
+        #[arg(value_name = "COMMAND", trailing_var_arg = true)]
+        command: Vec<String>,
+    },
+}
+
+const VM: &str = "Name or id of the VM";
+const TIMEOUT: &str = "Give up after this long";
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Prints the name and how to log in. The name is made up of three words unless given.\n\n\
+    Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait"
+)]
+pub struct CreateArgs {
+    /// Template to clone the disk from
+    #[arg(value_name = "TEMPLATE", default_value = "debian-base")]
+    pub template: TemplateName,
+    /// The same as TEMPLATE
+    #[arg(long = "template", value_name = "TEMPLATE", conflicts_with = "template")]
+    pub template_flag: Option<TemplateName>,
+    /// Name of the VM and of its guest: lower-case letters, digits and dashes
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<VmName>,
+    /// Size of the disk in GiB [default: the server's, or the template's if that is larger]
+    #[arg(long, value_name = "GIB")]
+    pub disk: Option<u64>,
+    /// Number of processors [default: the server's]
+    #[arg(long, value_name = "COUNT")]
+    pub vcpus: Option<u32>,
+    /// Memory in MiB [default: the server's]
+    #[arg(long, value_name = "MIB")]
+    pub memory: Option<u64>,
+    /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub, id_rsa.pub]
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Make the VM and leave it stopped
+    #[arg(long)]
+    pub no_start: bool,
+    /// Wait until it answers SSH
+    #[arg(long, conflicts_with = "no_start")]
+    pub wait: bool,
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Give up --wait after this long",
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// List the templates
+    #[command(visible_alias = "ls", after_help = "Example:\n  scalebox template list")]
+    List,
+    /// Delete templates; the VMs made from them stay
+    #[command(
+        visible_alias = "rm",
+        after_help = "Asks first on a terminal.\n\nExample:\n  scalebox template delete my-golden"
+    )]
+    Delete {
+        /// Name of the template
+        #[arg(value_name = "NAME", required = true, value_parser = NonEmptyStringValueParser::new())]
+        templates: Vec<String>,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PoolCommand {
+    /// Show what the pool holds, can still take, and has promised
+    #[command(
+        after_help = "Example, the bytes that can still be written:\n  scalebox pool show --json | jq .free_bytes"
+    )]
+    Show,
+}

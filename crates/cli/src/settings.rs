@@ -1,0 +1,181 @@
+//! Whom to ask, and with which token: flags over environment over `~/.config/scalebox/config`.
+
+use crate::args::Connection;
+use crate::error::Error;
+use crate::output::Output;
+use scalebox_client::Client;
+use std::env;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+const DEFAULT_URL: &str = "http://127.0.0.1:8080";
+
+/// A server that was not asked anything yet.
+pub struct Server {
+    pub client: Client,
+    pub token_from: Source,
+}
+
+/// Where a setting came from, for a message.
+#[derive(Debug, Clone)]
+pub enum Source {
+    Flag,
+    Environment,
+    File(PathBuf),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Flag => f.write_str("--token"),
+            Source::Environment => f.write_str("SCALEBOX_TOKEN"),
+            Source::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// Finds address and token.
+pub fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
+    let path = config_path();
+    let url = flags.url.clone().or_else(|| variable("SCALEBOX_URL"));
+    let token = flags.token.clone().map(|token| (token, Source::Flag));
+    let token = token.or_else(|| variable("SCALEBOX_TOKEN").map(|token| (token, Source::Environment)));
+    let file = match (&url, &token) {
+        // A broken file does not stand in the way of someone who does not need it.
+        (Some(_), Some(_)) => Config::default(),
+        _ => Config::read(&path, output)?,
+    };
+    let url = url.or(file.url).unwrap_or_else(|| DEFAULT_URL.to_owned());
+    let token = token.or_else(|| file.token.map(|token| (token, Source::File(path.clone()))));
+    let (token, token_from) = token.ok_or(Error::NoToken { file: path })?;
+    Ok(Server {
+        client: Client::new(&url, &token)?,
+        token_from,
+    })
+}
+
+/// An empty variable is an unset one.
+fn variable(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// `$XDG_CONFIG_HOME/scalebox/config`, by default `~/.config/scalebox/config`.
+fn config_path() -> PathBuf {
+    own_folder("XDG_CONFIG_HOME", ".config").join("config")
+}
+
+/// Our folder under one of the XDG base directories, which are ignored unless absolute (XDG Base Directory Specification).
+pub fn own_folder(variable_name: &str, under_home: &str) -> PathBuf {
+    let base = variable(variable_name)
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute());
+    base.unwrap_or_else(|| home().join(under_home)).join("scalebox")
+}
+
+/// The home directory; a relative one, which no file is found in, where there is none.
+pub fn home() -> PathBuf {
+    env::home_dir()
+        .filter(|home| home.is_absolute())
+        .unwrap_or_else(|| PathBuf::from("~"))
+}
+
+/// What the file says.
+#[derive(Debug, Default)]
+struct Config {
+    url: Option<String>,
+    token: Option<String>,
+}
+
+impl Config {
+    /// No file is an empty one.
+    fn read(path: &Path, output: &Output) -> Result<Self, Error> {
+        /// In bytes; it holds two lines.
+        const LONGEST: u64 = 64 << 10;
+        let unreadable = |why| Error::ConfigUnreadable {
+            path: path.to_owned(),
+            why,
+        };
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(Config::default());
+            }
+            Err(error) => return Err(unreadable(error)),
+        };
+        let metadata = file.metadata().map_err(unreadable)?;
+        let mut text = String::new();
+        file.take(LONGEST).read_to_string(&mut text).map_err(unreadable)?;
+        let config = Config::parse(&text).map_err(|(line, why)| Error::ConfigLine {
+            path: path.to_owned(),
+            line,
+            why,
+        })?;
+        if config.token.is_some() && metadata.mode() & 0o077 != 0 {
+            let path = path.display();
+            output.warning(&format!(
+                "{path} holds a token and is open to other users; chmod 600 {path}"
+            ));
+        }
+        Ok(config)
+    }
+
+    /// Reads `KEY=VALUE` lines; blank ones and those that begin with `#` are comments. A value may stand in quotes.
+    fn parse(text: &str) -> Result<Self, (usize, String)> {
+        let mut config = Config::default();
+        for (number, line) in (1..).zip(text.lines()) {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let (key, value) = line.split_once('=').ok_or((number, "there is no = in it".to_owned()))?;
+            let value = Some(unquoted(value.trim()).to_owned()).filter(|value| !value.is_empty());
+            match key.trim() {
+                "SCALEBOX_URL" => config.url = value,
+                "SCALEBOX_TOKEN" => config.token = value,
+                other => return Err((number, format!("there is no setting {other:?}"))),
+            }
+        }
+        Ok(config)
+    }
+}
+
+fn unquoted(value: &str) -> &str {
+    ['"', '\'']
+        .into_iter()
+        .find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote))
+        .unwrap_or(value)
+}
+
+/// Whether a file is there; one that cannot be looked at is not.
+pub fn is_file(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_config_is_lines_of_key_and_value() {
+        let text = "# mine\n\n SCALEBOX_URL = \"https://box.example\" \nSCALEBOX_TOKEN='a=b'\n";
+        let config = Config::parse(text).unwrap();
+        assert_eq!(
+            (config.url.as_deref(), config.token.as_deref()),
+            (Some("https://box.example"), Some("a=b"))
+        );
+        let empty = Config::parse("SCALEBOX_TOKEN=\nSCALEBOX_URL=\"\"").unwrap();
+        assert!(empty.url.is_none() && empty.token.is_none());
+    }
+
+    #[test]
+    fn a_line_that_is_not_understood_is_named() {
+        assert_eq!(
+            Config::parse("\nSCALEBOX_TOKE=x").unwrap_err(),
+            (2, "there is no setting \"SCALEBOX_TOKE\"".into())
+        );
+        assert_eq!(Config::parse("secret").unwrap_err().0, 1);
+    }
+}

@@ -1,0 +1,97 @@
+//! The system's own `ssh`, which is the only outside program here, and the public key that it will log in with.
+
+use crate::error::Error;
+use crate::settings::{home, is_file, own_folder};
+use crate::vm::check_runs;
+use scalebox_client::{Client, SshPublicKey, Vm, WrongForm, is_vm_id};
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Becomes `ssh`: returns only when it cannot.
+pub fn connect(client: &Client, vm: &str, identity: Option<&Path>, command: &[String]) -> Result<(), Error> {
+    let vm = client.vm(vm)?;
+    check_runs(&vm)?;
+    if !is_vm_id(&vm.id) {
+        return Err(Error::StrangeId(vm.id));
+    }
+    let known_hosts = known_hosts()?;
+    Err(Error::Ssh(
+        Command::new("ssh")
+            .args(arguments(&vm, identity, &known_hosts, command))
+            .exec(),
+    ))
+}
+
+/// A port of the host leads to one VM today and to another tomorrow, so that a host key belongs to the id, not to the address.
+fn arguments(vm: &Vm, identity: Option<&Path>, known_hosts: &Path, command: &[String]) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = vec!["-p".into(), vm.ssh_port.to_string().into()];
+    let mut option = |option: OsString| arguments.extend(["-o".into(), option]);
+    option(format!("HostKeyAlias={}", vm.id).into());
+    option("StrictHostKeyChecking=accept-new".into());
+    // ssh would read a space as the next file and a % as a token (ssh_config(5)).
+    option(
+        format!(
+            "UserKnownHostsFile=\"{}\"",
+            known_hosts.display().to_string().replace('%', "%%")
+        )
+        .into(),
+    );
+    if let Some(identity) = identity {
+        option("IdentitiesOnly=yes".into());
+        arguments.extend(["-i".into(), identity.into()]);
+    }
+    // After -- neither the address nor the command is read as an option.
+    arguments.extend(["--".into(), format!("user@{}", vm.ip).into()]);
+    arguments.extend(command.iter().map(OsString::from));
+    arguments
+}
+
+/// The file of host keys, in a folder that is made when missing.
+fn known_hosts() -> Result<PathBuf, Error> {
+    let folder = own_folder("XDG_STATE_HOME", ".local/state");
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+    made.map_err(|why| Error::KnownHosts {
+        path: folder.clone(),
+        why,
+    })?;
+    Ok(folder.join("known_hosts"))
+}
+
+/// The key in `file`, or the first of those that `ssh` makes by default.
+pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
+    const DEFAULTS: [&str; 3] = ["id_ed25519.pub", "id_ecdsa.pub", "id_rsa.pub"];
+    let candidates = DEFAULTS.map(|name| home().join(".ssh").join(name));
+    let path = match file {
+        Some(file) => file,
+        None => candidates
+            .iter()
+            .map(PathBuf::as_path)
+            .find(|path| is_file(path))
+            .ok_or_else(|| Error::NoKey {
+                looked_for: candidates.each_ref().map(|path| path.display().to_string()).join(", "),
+            })?,
+    };
+    let text = fs::read(path).map_err(|why| Error::KeyUnreadable {
+        path: path.to_owned(),
+        why,
+    })?;
+    let text = String::from_utf8_lossy(&text);
+    text.trim().parse().map_err(|why: WrongForm| Error::Key {
+        path: path.to_owned(),
+        why: match public_twin(path) {
+            Some(twin) => format!("{why}; did you mean {}?", twin.display()),
+            None => why.to_string(),
+        },
+    })
+}
+
+/// `KEY.pub` beside `KEY`.
+fn public_twin(path: &Path) -> Option<PathBuf> {
+    let mut twin = path.as_os_str().to_owned();
+    twin.push(".pub");
+    Some(PathBuf::from(twin)).filter(|twin| is_file(twin))
+}

@@ -1,0 +1,235 @@
+//! `scalebox vm create|list|get|start|stop|delete|wait`.
+
+use crate::args::CreateArgs;
+use crate::error::Error;
+use crate::human;
+use crate::output::{Output, STATUS, Table, number, text};
+use crate::{ssh, wait};
+use jiff::Timestamp;
+use scalebox_client::{Client, ClientError, CreateVm, Vm, VmList, VmStatus};
+use std::time::Duration;
+
+pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
+    let request = request_of(args)?;
+    let creating = output.progress("making the VM");
+    let mut vm = client.create_vm(&request)?;
+    drop(creating);
+    let mut waited = None;
+    if args.wait {
+        let (up, took) = wait::until_ssh(client, vm, Duration::from_secs(args.timeout), output)?;
+        (vm, waited) = (up, Some(took));
+    }
+    if output.json {
+        return output.answer(&vm);
+    }
+    output.line(&summary(&vm))?;
+    if let Some(took) = waited {
+        output.line(&answers(&vm, took))?;
+    }
+    output.line(&way_in(&vm))
+}
+
+fn request_of(args: &CreateArgs) -> Result<CreateVm, Error> {
+    let template = args.template_flag.as_ref().unwrap_or(&args.template).clone();
+    Ok(CreateVm {
+        name: args.name.clone(),
+        vcpu_count: args.vcpus,
+        mem_size_mib: args.memory,
+        disk_size_gib: args.disk,
+        start: !args.no_start,
+        ..CreateVm::new(template, ssh::public_key(args.key.as_deref())?)
+    })
+}
+
+pub fn list(client: &Client, output: &Output) -> Result<(), Error> {
+    let vms = client.vms()?;
+    if output.json {
+        return output.answer(&VmList { vms });
+    }
+    if vms.is_empty() {
+        output.hint("no VMs; make one with: scalebox vm create");
+        return Ok(());
+    }
+    let columns = vec![
+        text("NAME", 0),
+        text(STATUS, 1),
+        number("DISK", 2),
+        number("CPUS", 6),
+        number("MEMORY", 5),
+        text("SSH", 3),
+        text("TEMPLATE", 7),
+        number("AGE", 4),
+        text("ID", 8),
+    ];
+    let now = Timestamp::now();
+    output.table(Table::new(columns, vms.iter().map(|vm| row(vm, now)).collect()))
+}
+
+fn row(vm: &Vm, now: Timestamp) -> Vec<String> {
+    vec![
+        vm.name.clone(),
+        vm.status.to_string(),
+        format!("{} GiB", vm.disk_size_gib),
+        vm.vcpu_count.to_string(),
+        human::mib(vm.mem_size_mib),
+        format!("{}:{}", vm.ip, vm.ssh_port),
+        vm.template.clone(),
+        human::age(&vm.created_at, now),
+        vm.id.clone(),
+    ]
+}
+
+pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+    let vm = client.vm(vm)?;
+    if output.json {
+        return output.answer(&vm);
+    }
+    let status = match &vm.status_reason {
+        Some(reason) => format!("{}: {reason}", vm.status),
+        None => vm.status.to_string(),
+    };
+    let mut facts = vec![
+        ("name", vm.name),
+        ("id", vm.id),
+        ("status", status),
+        ("ssh", vm.ssh),
+        ("template", vm.template),
+        ("disk", format!("{} GiB", vm.disk_size_gib)),
+        ("cpus", vm.vcpu_count.to_string()),
+        ("memory", human::mib(vm.mem_size_mib)),
+        (
+            "created",
+            format!(
+                "{} ({} ago)",
+                vm.created_at,
+                human::age(&vm.created_at, Timestamp::now())
+            ),
+        ),
+    ];
+    facts.extend(vm.url.map(|url| ("url", url)));
+    output.facts(&facts)
+}
+
+pub fn start(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+    let starting = output.progress(&format!("starting {vm}"));
+    let vm = client.start_vm(vm)?;
+    drop(starting);
+    show_changed(&vm, output)
+}
+
+pub fn stop(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+    let stopping = output.progress(&format!("shutting {vm} down"));
+    let vm = client.stop_vm(vm)?;
+    drop(stopping);
+    show_changed(&vm, output)
+}
+
+fn show_changed(vm: &Vm, output: &Output) -> Result<(), Error> {
+    if output.json {
+        output.answer(vm)
+    } else {
+        output.line(&format!("{} is {}", vm.name, vm.status))
+    }
+}
+
+pub fn delete(client: &Client, vms: &[String], yes: bool, output: &Output) -> Result<(), Error> {
+    let whose = if vms.len() == 1 { "its disk" } else { "their disks" };
+    delete_all(
+        vms,
+        &format!("Delete {} and {whose}?", vms.join(", ")),
+        yes,
+        output,
+        |vm| client.delete_vm(vm),
+    )
+}
+
+/// Deletes what can be deleted of `names`, after a yes.
+pub fn delete_all(
+    names: &[String],
+    question: &str,
+    yes: bool,
+    output: &Output,
+    delete: impl Fn(&str) -> Result<(), ClientError>,
+) -> Result<(), Error> {
+    if !yes {
+        output.confirm(question)?;
+    }
+    let mut deleted = Vec::new();
+    for name in names {
+        let deleting = output.progress(&format!("deleting {name}"));
+        let result = delete(name);
+        drop(deleting);
+        match result {
+            Ok(()) => {
+                deleted.push(name);
+                if !output.json {
+                    output.line(&format!("{name} is deleted"))?;
+                }
+            }
+            // The answer of one is not that of the next, unless nobody answers or the token is wrong.
+            Err(error) if names.len() > 1 && error.status().is_some_and(|status| status != 401) => {
+                output.error(&error.into());
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if output.json {
+        output.answer(&serde_json::json!({ "deleted": deleted }))?;
+    }
+    match names.len() - deleted.len() {
+        0 => Ok(()),
+        failed => Err(Error::SomeFailed {
+            failed,
+            all: names.len(),
+        }),
+    }
+}
+
+pub fn wait(client: &Client, vm: &str, timeout: u64, output: &Output) -> Result<(), Error> {
+    let vm = client.vm(vm)?;
+    let (vm, took) = wait::until_ssh(client, vm, Duration::from_secs(timeout), output)?;
+    if output.json {
+        output.answer(&vm)
+    } else {
+        output.line(&answers(&vm, took))
+    }
+}
+
+fn answers(vm: &Vm, took: Duration) -> String {
+    format!("{} answers SSH (waited {:.1} s)", vm.name, took.as_secs_f64())
+}
+
+fn summary(vm: &Vm) -> String {
+    let cpus = if vm.vcpu_count == 1 { "CPU" } else { "CPUs" };
+    format!(
+        "{} ({}) is {}: {} GiB disk, {} {cpus}, {} memory",
+        vm.name,
+        vm.id,
+        vm.status,
+        vm.disk_size_gib,
+        vm.vcpu_count,
+        human::mib(vm.mem_size_mib)
+    )
+}
+
+fn way_in(vm: &Vm) -> String {
+    match vm.status {
+        VmStatus::Running => format!("log in with: scalebox vm ssh {}\n         or: {}", vm.name, vm.ssh),
+        _ => format!("start it with: scalebox vm start {}", vm.name),
+    }
+}
+
+/// Refuses a VM that nobody can log in to, with the way to change that.
+pub fn check_runs(vm: &Vm) -> Result<(), Error> {
+    let way_out = match vm.status {
+        VmStatus::Running => return Ok(()),
+        VmStatus::Stopped => format!("start it with: scalebox vm start {}", vm.name),
+        VmStatus::Paused | VmStatus::Failed => format!("see: scalebox vm get {}", vm.name),
+    };
+    Err(Error::NotRunning {
+        name: vm.name.clone(),
+        status: vm.status,
+        reason: vm.status_reason.clone(),
+        way_out,
+    })
+}

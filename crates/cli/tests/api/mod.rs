@@ -1,0 +1,184 @@
+//! A server on loopback that answers by a list, and a way to run `scalebox` against it in a home of its own.
+
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex};
+use tempfile::TempDir;
+
+pub const TOKEN: &str = "s3cret-token";
+
+/// What the server was asked.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// `GET /vms`
+    pub line: String,
+    /// `Bearer …`
+    pub authorization: String,
+    pub body: String,
+}
+
+/// Ends with the test's process: its thread waits for a connection that no longer comes.
+pub struct Server {
+    pub address: SocketAddr,
+    requests: Arc<Mutex<Vec<Request>>>,
+}
+
+impl Server {
+    /// Answers each request by the first of `answers` whose line is the request's (an answer may stand there several times: the last
+    /// of them is given for ever), and everything else with a 404.
+    pub fn new(answers: Vec<(&str, u16, Value)>) -> Self {
+        let mut answers: Vec<(String, u16, Value)> = answers
+            .into_iter()
+            .map(|(line, status, body)| (line.to_owned(), status, body))
+            .collect();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let seen = requests.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                // A client may hang up at any point: that is its test's affair.
+                let Ok(request) = read(&stream) else { continue };
+                let (status, body) = next_answer(&mut answers, &request.line);
+                seen.lock().unwrap().push(request);
+                let _ = write(&stream, status, &body);
+            }
+        });
+        Server { address, requests }
+    }
+
+    pub fn requests(&self) -> Vec<Request> {
+        self.requests.lock().unwrap().clone()
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+fn next_answer(answers: &mut Vec<(String, u16, Value)>, line: &str) -> (u16, Value) {
+    let of_line: Vec<usize> = (0..answers.len()).filter(|&i| answers[i].0 == line).collect();
+    match of_line[..] {
+        [] => (404, json!({"error": format!("nothing at {line}")})),
+        [only] => (answers[only].1, answers[only].2.clone()),
+        [first, ..] => {
+            let (_, status, body) = answers.remove(first);
+            (status, body)
+        }
+    }
+}
+
+fn read(stream: &TcpStream) -> std::io::Result<Request> {
+    let mut reader = BufReader::new(stream);
+    let mut first = String::new();
+    reader.read_line(&mut first)?;
+    let (mut length, mut authorization) = (0, String::new());
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        match line.trim().split_once(": ") {
+            None => break,
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.parse().unwrap(),
+            Some((name, value)) if name.eq_ignore_ascii_case("authorization") => authorization = value.to_owned(),
+            Some(_) => {}
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    let line = first.trim().trim_end_matches(" HTTP/1.1").to_owned();
+    Ok(Request {
+        line,
+        authorization,
+        body: String::from_utf8(body).unwrap(),
+    })
+}
+
+fn write(mut stream: &TcpStream, status: u16, body: &Value) -> std::io::Result<()> {
+    let body = if status == 204 { String::new() } else { body.to_string() };
+    let length = body.len();
+    write!(
+        stream,
+        "HTTP/1.1 {status} X\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+    )
+}
+
+/// A home directory, and `scalebox` in it with nothing else of this machine's environment.
+pub struct Home(TempDir);
+
+impl Home {
+    pub fn new() -> Self {
+        Home(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Writes a file under the home directory, with `mode`.
+    pub fn file(&self, name: &str, text: &str, mode: u32) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        path
+    }
+
+    /// `scalebox` without any settings.
+    pub fn bare(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_scalebox"));
+        command.args(arguments).env_clear().env("HOME", self.path());
+        command
+    }
+
+    /// `scalebox` with the server's address and the token in its environment.
+    pub fn scalebox(&self, server: &Server, arguments: &[&str]) -> Command {
+        let mut command = self.bare(arguments);
+        command.env("SCALEBOX_URL", server.url()).env("SCALEBOX_TOKEN", TOKEN);
+        command
+    }
+}
+
+/// What a command printed and its exit code.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+pub fn run(command: &mut Command) -> Ran {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    Ran {
+        code: status.code().unwrap(),
+        out: String::from_utf8(stdout).unwrap(),
+        err: String::from_utf8(stderr).unwrap(),
+    }
+}
+
+/// A VM as the API answers, with `changes` over it.
+pub fn vm(changes: Value) -> Value {
+    let mut vm = json!({
+        "id": "vm-0123456789ab", "name": "calm-red-fox", "template": "debian-base", "ip": "127.0.0.1", "ssh_port": 22001,
+        "ssh": "ssh -p 22001 user@127.0.0.1", "url": null, "status": "running", "created_at": "2026-01-02T03:04:05Z",
+        "vcpu_count": 1, "mem_size_mib": 512, "disk_size_gib": 10,
+    });
+    for (field, value) in changes.as_object().unwrap() {
+        vm[field] = value.clone();
+    }
+    vm
+}
+
+/// `GET /pool`: 100 GiB, 60 of them free.
+pub fn pool() -> Value {
+    const GIB: u64 = 1 << 30;
+    json!({
+        "path": "/var/lib/scalebox", "image": "/var/lib/scalebox.img", "capacity_bytes": 100 * GIB, "free_bytes": 60 * GIB,
+        "used_bytes": 25 * GIB, "committed_bytes": 120 * GIB, "commitment_limit_bytes": 400 * GIB, "overcommit_ratio": 4.0,
+        "reserved_bytes": 0, "buffer_bytes": 2 * GIB, "pool_free_bytes": 75 * GIB, "host_free_bytes": 60 * GIB,
+        "unallocated_bytes": 70 * GIB, "metadata_bytes": GIB, "metadata_used_bytes": GIB / 2,
+    })
+}

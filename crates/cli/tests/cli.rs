@@ -1,0 +1,577 @@
+//! `scalebox` as a person and a script meet it: what it asks, prints and exits with.
+#![allow(clippy::unwrap_used)] // in the server, too, which clippy takes for no test
+
+mod api;
+
+use api::{Home, Server, TOKEN, pool, run, vm};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::net::TcpListener;
+use std::process::{Command, Stdio};
+
+const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
+
+fn two_vms() -> Value {
+    json!({"vms": [
+        vm(json!({})),
+        vm(json!({"id": "vm-0000000000ff", "name": "box", "status": "failed", "status_reason": "its process ended",
+                  "mem_size_mib": 2048, "disk_size_gib": 2, "ssh_port": 22002})),
+    ]})
+}
+
+#[test]
+fn a_list_is_an_aligned_table_without_decoration_in_a_pipe() {
+    let server = Server::new(vec![("GET /vms", 200, two_vms())]);
+    let ran = run(&mut Home::new().scalebox(&server, &["vm", "list"]));
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    let lines: Vec<&str> = ran.out.lines().collect();
+    let [header, first, second] = lines[..] else {
+        panic!("{}", ran.out)
+    };
+    assert!(
+        header.starts_with("NAME          STATUS     DISK  CPUS   MEMORY  SSH              TEMPLATE"),
+        "{header}"
+    );
+    assert!(
+        first.starts_with("calm-red-fox  running  10 GiB     1  512 MiB  127.0.0.1:22001  debian-base"),
+        "{first}"
+    );
+    assert!(
+        second.starts_with("box           failed    2 GiB     1    2 GiB  127.0.0.1:22002  debian-base"),
+        "{second}"
+    );
+    assert!(first.ends_with("  vm-0123456789ab"), "{first}");
+    assert_eq!(server.requests()[0].authorization, format!("Bearer {TOKEN}"));
+}
+
+#[test]
+fn json_is_the_servers_answer() {
+    let home = Home::new();
+    home.file(".ssh/id_ed25519.pub", KEY, 0o644);
+    let templates = json!({"templates": [{"name": "debian-base", "size_bytes": 2147483648u64, "used_bytes": 335544320,
+        "created_at": "2026-01-02T03:04:05Z", "used_by": 2, "protected": true}]});
+    let server = Server::new(vec![
+        ("GET /vms", 200, two_vms()),
+        ("GET /vms/box", 200, vm(json!({"name": "box"}))),
+        ("POST /vms", 201, vm(json!({}))),
+        ("POST /vms/box/start", 200, vm(json!({"name": "box"}))),
+        (
+            "POST /vms/box/stop",
+            200,
+            vm(json!({"name": "box", "status": "stopped"})),
+        ),
+        ("GET /templates", 200, templates.clone()),
+        ("GET /pool", 200, pool()),
+        ("GET /info", 200, info()),
+    ]);
+    for (arguments, answer) in [
+        (&["vm", "list"][..], two_vms()),
+        (&["vm", "get", "box"], vm(json!({"name": "box"}))),
+        (&["vm", "create"], vm(json!({}))),
+        (&["vm", "start", "box"], vm(json!({"name": "box"}))),
+        (&["vm", "stop", "box"], vm(json!({"name": "box", "status": "stopped"}))),
+        (&["template", "list"], templates),
+        (&["pool", "show"], pool()),
+        (&["status"], info()),
+    ] {
+        let ran = run(home.scalebox(&server, arguments).arg("--json"));
+        assert_eq!(ran.code, 0, "{arguments:?}: {}", ran.err);
+        assert_eq!(
+            serde_json::from_str::<Value>(&ran.out).unwrap(),
+            answer,
+            "{arguments:?}"
+        );
+    }
+}
+
+fn info() -> Value {
+    json!({
+        "version": "0.1.0", "hostname": "big-iron", "host_ip": "192.0.2.7", "uptime_seconds": 7300, "vmm": "qemu", "accel": "tcg",
+        "storage": pool(), "memory": {"total_bytes": 8u64 << 30, "available_bytes": 3u64 << 29},
+        "cpu": {"count": 2, "model": "Some CPU"}, "vms": {"total": 3, "running": 2, "stopped": 0, "paused": 0, "failed": 1},
+        "templates": 1, "limits": {"default_disk_size_gib": 2, "max_disk_size_gib": 100, "default_vcpu_count": 1,
+        "max_vcpu_count": 2, "default_mem_size_mib": 512, "min_mem_size_mib": 128, "max_mem_size_mib": 7000},
+    })
+}
+
+#[test]
+fn status_and_pool_tell_what_is_left_in_sizes_that_people_read() {
+    let mut full = pool();
+    full["free_bytes"] = json!(5u64 << 29);
+    let server = Server::new(vec![
+        ("GET /info", 200, info()),
+        ("GET /pool", 200, pool()),
+        ("GET /pool", 200, full),
+    ]);
+    let home = Home::new();
+    let status = run(&mut home.scalebox(&server, &["status"]));
+    for line in [
+        "server     scaleboxd 0.1.0 on big-iron (192.0.2.7)\n",
+        "up         2 h\n",
+        "VMs        3 (2 running, 1 failed)\n",
+        "pool       60 GiB free of 100 GiB, at /var/lib/scalebox\n",
+        "promised   120 GiB of at most 400 GiB\n",
+        "memory     1.5 GiB of 8 GiB available\n",
+    ] {
+        assert!(status.out.contains(line), "{line:?} in\n{}", status.out);
+    }
+    assert_eq!((status.code, status.err.as_str()), (0, ""));
+    let fine = run(&mut home.scalebox(&server, &["pool", "show"]));
+    assert!(fine.out.contains("used                25 GiB (25 %)\n"), "{}", fine.out);
+    assert_eq!(fine.err, "");
+    let full = run(&mut home.scalebox(&server, &["pool", "show"]));
+    assert_eq!(
+        full.err,
+        "warning: the pool is full: the server refuses new VMs until space is given back\n"
+    );
+}
+
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let server = Server::new(vec![("GET /vms", 200, json!({"vms": []}))]);
+    let home = Home::new();
+    let url = server.url();
+    home.file(
+        ".config/scalebox/config",
+        &format!("# mine\nSCALEBOX_URL={url}\nSCALEBOX_TOKEN=from-file\n"),
+        0o600,
+    );
+    let all = ["--url", &url, "--token", "from-flag", "vm", "list"];
+    let environment = ("SCALEBOX_TOKEN", "from-env");
+    let ran = [
+        run(home
+            .bare(&all)
+            .env(environment.0, environment.1)
+            .env("SCALEBOX_URL", "http://127.0.0.1:1")),
+        run(home.bare(&["vm", "list"]).env(environment.0, environment.1)),
+        run(&mut home.bare(&["vm", "list"])),
+        run(home.bare(&["vm", "list"]).env("SCALEBOX_TOKEN", "")),
+    ];
+    for ran in &ran {
+        assert_eq!(
+            (ran.code, ran.out.as_str(), ran.err.as_str()),
+            (0, "", "no VMs; make one with: scalebox vm create\n")
+        );
+    }
+    let tokens: Vec<String> = server
+        .requests()
+        .into_iter()
+        .map(|request| request.authorization)
+        .collect();
+    assert_eq!(
+        tokens,
+        [
+            "Bearer from-flag",
+            "Bearer from-env",
+            "Bearer from-file",
+            "Bearer from-file"
+        ]
+    );
+}
+
+#[test]
+fn without_a_token_all_three_places_are_named() {
+    let ran = run(&mut Home::new().bare(&["vm", "list"]));
+    assert_eq!((ran.code, ran.out.as_str()), (2, ""));
+    for place in ["SCALEBOX_TOKEN", ".config/scalebox/config", "--token"] {
+        assert!(
+            ran.err.starts_with("error: no API token") && ran.err.contains(place),
+            "{}",
+            ran.err
+        );
+    }
+}
+
+#[test]
+fn a_token_file_that_others_can_read_is_warned_of_and_a_wrong_line_named() {
+    let server = Server::new(vec![("GET /vms", 200, json!({"vms": []}))]);
+    let home = Home::new();
+    let path = home.file(".config/scalebox/config", "SCALEBOX_TOKEN=x\n", 0o644);
+    let ran = run(home.bare(&["vm", "list"]).env("SCALEBOX_URL", server.url()));
+    let path = path.display();
+    let warning = format!("warning: {path} holds a token and is open to other users; chmod 600 {path}\n");
+    assert!(ran.code == 0 && ran.err.starts_with(&warning), "{ran:?}");
+    home.file(".config/scalebox/config", "\nSCALEBOX_TOKE=x\n", 0o600);
+    let ran = run(home.bare(&["vm", "list"]).env("SCALEBOX_URL", server.url()));
+    assert_eq!(ran.code, 2);
+    assert!(
+        ran.err
+            .starts_with(&format!("error: {path}, line 2: there is no setting \"SCALEBOX_TOKE\"")),
+        "{}",
+        ran.err
+    );
+}
+
+#[test]
+fn the_servers_no_is_the_message_and_exit_code_1() {
+    let home = Home::new();
+    home.file(".ssh/id_rsa.pub", &format!("{KEY}\n"), 0o644);
+    let sentence = "Insufficient storage: 5GB available, need 12GB";
+    let server = Server::new(vec![("POST /vms", 507, json!({"error": sentence}))]);
+    for json in [&[][..], &["--json"]] {
+        let ran = run(home.scalebox(&server, &["vm", "create", "--disk", "10"]).args(json));
+        assert_eq!(
+            (ran.code, ran.out.as_str(), ran.err),
+            (1, "", format!("error: {sentence}\n"))
+        );
+    }
+}
+
+#[test]
+fn a_refused_token_is_told_with_the_place_it_came_from_and_never_shown() {
+    let server = Server::new(vec![("GET /vms", 401, json!({"error": "unauthorized"}))]);
+    let home = Home::new();
+    home.file(".config/scalebox/config", "SCALEBOX_TOKEN=file-secret\n", 0o600);
+    let url = server.url();
+    let in_file = run(&mut home.bare(&["vm", "list", "--url", &url]));
+    assert!(in_file.err.contains(&format!(
+        "the server at {url} refused the token that {}",
+        home.path().display()
+    )));
+    for (ran, place) in [
+        (run(&mut home.scalebox(&server, &["vm", "list"])), "SCALEBOX_TOKEN gave"),
+        (
+            run(&mut home.scalebox(&server, &["vm", "list", "--token", "flag-secret"])),
+            "--token gave",
+        ),
+        (in_file, "config gave"),
+    ] {
+        assert_eq!((ran.code, ran.out.as_str()), (1, ""));
+        assert!(ran.err.contains(place), "{}", ran.err);
+        assert!(
+            !ran.err.contains("s3cret") && !ran.err.contains("-secret"),
+            "{}",
+            ran.err
+        );
+    }
+}
+
+#[test]
+fn nobody_at_the_address_is_exit_code_1_with_the_way_out() {
+    let url = format!(
+        "http://{}",
+        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    );
+    let ran = run(Home::new()
+        .bare(&["status", "--url", &url])
+        .env("SCALEBOX_TOKEN", TOKEN));
+    let expected = format!(
+        "error: cannot reach scaleboxd at {url}: connection refused; is it running? (systemctl status scaleboxd)\n"
+    );
+    assert_eq!(
+        (ran.code, ran.out.as_str(), ran.err.as_str()),
+        (1, "", expected.as_str())
+    );
+}
+
+#[test]
+fn a_command_that_is_not_understood_is_exit_code_2_and_asks_nobody() {
+    let server = Server::new(vec![]);
+    let home = Home::new();
+    for arguments in [
+        &["vm"][..],
+        &["vm", "lst"],
+        &["vm", "get"],
+        &["vm", "get", ""],
+        &["vm", "delete"],
+        &["vm", "create", "../x"],
+        &["vm", "create", "--name", "Bad_Name"],
+        &["vm", "create", "--disk", "ten"],
+        &["vm", "create", "a", "--template", "b"],
+        &["vm", "wait", "box", "--timeout", "0"],
+        &["vm", "create", "--key", "/no/such/file"],
+        &["--url", "localhost:8080", "status"],
+    ] {
+        let ran = run(&mut home.scalebox(&server, arguments));
+        assert_eq!((ran.code, ran.out.as_str()), (2, ""), "{arguments:?}: {}", ran.err);
+    }
+    assert!(server.requests().is_empty());
+}
+
+#[test]
+fn a_creation_sends_what_was_asked_and_the_first_key_of_the_home_directory() {
+    let server = Server::new(vec![("POST /vms", 201, vm(json!({"status": "stopped"})))]);
+    let home = Home::new();
+    home.file(".ssh/id_rsa.pub", "not this one", 0o644);
+    home.file(".ssh/id_ed25519.pub", &format!("{KEY}\n"), 0o644);
+    let asked = [
+        "vm",
+        "create",
+        "golden",
+        "--name",
+        "box",
+        "--disk",
+        "10",
+        "--vcpus",
+        "2",
+        "--memory",
+        "1024",
+        "--no-start",
+    ];
+    let ran = run(&mut home.scalebox(&server, &asked));
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    assert_eq!(
+        ran.out,
+        "calm-red-fox (vm-0123456789ab) is stopped: 10 GiB disk, 1 CPU, 512 MiB memory\n\
+         start it with: scalebox vm start calm-red-fox\n"
+    );
+    run(&mut home.scalebox(&server, &["vm", "create", "--template", "debian-base"]));
+    let sent: Vec<Value> = server
+        .requests()
+        .iter()
+        .map(|request| serde_json::from_str(&request.body).unwrap())
+        .collect();
+    let everything = json!({"template": "golden", "ssh_public_key": KEY, "name": "box", "disk_size_gib": 10,
+        "vcpu_count": 2, "mem_size_mib": 1024, "start": false});
+    let nothing = json!({"template": "debian-base", "ssh_public_key": KEY, "start": true});
+    assert_eq!(sent, [everything, nothing]);
+}
+
+#[test]
+fn a_key_that_cannot_be_used_is_told_before_anything_is_asked() {
+    let server = Server::new(vec![]);
+    let home = Home::new();
+    let none = run(&mut home.scalebox(&server, &["vm", "create"]));
+    assert!(
+        none.code == 2 && none.err.contains("id_ed25519.pub") && none.err.contains("ssh-keygen"),
+        "{}",
+        none.err
+    );
+    let private = home.file(".ssh/mine", "-----BEGIN OPENSSH PRIVATE KEY-----\nc2VjcmV0\n", 0o600);
+    home.file(".ssh/mine.pub", KEY, 0o644);
+    let ran = run(home.scalebox(&server, &["vm", "create", "--key"]).arg(&private));
+    let hint = format!("did you mean {}.pub?\n", private.display());
+    assert!(
+        ran.code == 2 && ran.err.ends_with(&hint) && !ran.err.contains("c2VjcmV0"),
+        "{}",
+        ran.err
+    );
+    assert!(server.requests().is_empty());
+}
+
+/// A port that says `greetings`, one a connection, the last of them for ever; an empty one hangs up.
+fn guest(greetings: Vec<&'static str>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let mut greetings = greetings.into_iter().peekable();
+        let mut greeting = "";
+        for mut stream in listener.incoming().flatten() {
+            greeting = greetings.next().unwrap_or(greeting);
+            let _ = stream.write_all(greeting.as_bytes());
+        }
+    });
+    port
+}
+
+#[test]
+fn waiting_ends_when_ssh_greets_and_not_when_the_port_merely_accepts() {
+    let port = guest(vec!["", "", "Welcome\r\nSSH-2.0-OpenSSH_9.2\r\n"]);
+    let server = Server::new(vec![
+        ("GET /vms/box", 200, vm(json!({"ssh_port": port}))),
+        ("GET /vms/vm-0123456789ab", 200, vm(json!({"ssh_port": port}))),
+    ]);
+    let home = Home::new();
+    let ran = run(&mut home.scalebox(&server, &["vm", "wait", "box"]));
+    assert_eq!(
+        (ran.code, ran.err.as_str()),
+        (0, ""),
+        "nothing but the answer in a pipe"
+    );
+    assert!(
+        ran.out.starts_with("calm-red-fox answers SSH (waited ") && ran.out.lines().count() == 1,
+        "{}",
+        ran.out
+    );
+    let again = run(&mut home.scalebox(&server, &["vm", "wait", "box", "--json"]));
+    assert_eq!(
+        serde_json::from_str::<Value>(&again.out).unwrap()["ssh_port"],
+        json!(port)
+    );
+}
+
+#[test]
+fn a_creation_that_waits_says_how_to_log_in_when_one_can() {
+    let port = guest(vec!["SSH-2.0-x\r\n"]);
+    let made = vm(json!({"ssh_port": port}));
+    let server = Server::new(vec![
+        ("POST /vms", 201, made.clone()),
+        ("GET /vms/vm-0123456789ab", 200, made),
+    ]);
+    let home = Home::new();
+    let key = home.file("key.pub", KEY, 0o644);
+    let ran = run(home.scalebox(&server, &["vm", "create", "--wait", "--key"]).arg(key));
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    assert!(
+        ran.out.contains("answers SSH") && ran.out.contains("log in with: scalebox vm ssh calm-red-fox\n"),
+        "{}",
+        ran.out
+    );
+}
+
+#[test]
+fn waiting_ends_with_the_reason_when_the_vm_fails_meanwhile() {
+    let port = guest(vec![""]);
+    let failed = json!({"ssh_port": port, "status": "failed", "status_reason": "its process ended: out of memory"});
+    let server = Server::new(vec![
+        ("GET /vms/box", 200, vm(json!({"ssh_port": port}))),
+        ("GET /vms/vm-0123456789ab", 200, vm(failed)),
+    ]);
+    let ran = run(&mut Home::new().scalebox(&server, &["vm", "wait", "box"]));
+    assert_eq!(
+        (ran.code, ran.out.as_str(), ran.err.as_str()),
+        (
+            1,
+            "",
+            "error: calm-red-fox is failed (its process ended: out of memory); see: scalebox vm get calm-red-fox\n"
+        )
+    );
+}
+
+#[test]
+fn waiting_has_an_end() {
+    let port = guest(vec!["HTTP/1.1 400 Bad Request\r\n"]);
+    let server = Server::new(vec![("GET /vms/box", 200, vm(json!({"ssh_port": port})))]);
+    let ran = run(&mut Home::new().scalebox(&server, &["vm", "wait", "box", "--timeout", "1"]));
+    let expected = format!("error: calm-red-fox did not answer SSH at 127.0.0.1:{port} within 1 s (");
+    assert!(ran.code == 1 && ran.err.starts_with(&expected), "{ran:?}");
+}
+
+#[test]
+fn deleting_goes_on_after_a_no_and_ends_with_exit_code_1() {
+    let server = Server::new(vec![
+        ("DELETE /vms/a", 204, json!(null)),
+        ("DELETE /vms/b", 404, json!({"error": "there is no VM b"})),
+        ("DELETE /vms/c", 204, json!(null)),
+    ]);
+    let home = Home::new();
+    let ran = run(&mut home.scalebox(&server, &["vm", "delete", "--yes", "a", "b", "c"]));
+    assert_eq!((ran.code, ran.out.as_str()), (1, "a is deleted\nc is deleted\n"));
+    assert_eq!(ran.err, "error: there is no VM b\nerror: 1 of 3 could not be deleted\n");
+    let json = run(&mut home.scalebox(&server, &["vm", "delete", "a", "c", "--json"]));
+    assert_eq!(
+        serde_json::from_str::<Value>(&json.out).unwrap(),
+        json!({"deleted": ["a", "c"]})
+    );
+    let alone = run(&mut home.scalebox(&server, &["vm", "delete", "b"]));
+    assert_eq!((alone.code, alone.err.as_str()), (1, "error: there is no VM b\n"));
+    let template = run(&mut home.scalebox(&server, &["template", "delete", "x"]));
+    assert_eq!(
+        (template.code, template.err.as_str()),
+        (1, "error: nothing at DELETE /templates/x\n")
+    );
+}
+
+/// A `ssh` that runs `script` instead, first in the search path.
+fn with_ssh(home: &Home, command: &mut Command, script: &str) {
+    home.file("bin/ssh", &format!("#!/bin/sh\n{script}\n"), 0o755);
+    let path = std::env::var("PATH").unwrap();
+    command.env("PATH", format!("{}:{path}", home.path().join("bin").display()));
+}
+
+#[test]
+fn ssh_is_run_with_host_keys_that_belong_to_the_vm() {
+    let server = Server::new(vec![("GET /vms/box", 200, vm(json!({})))]);
+    let home = Home::new();
+    let identity = home.file("my key", "", 0o600);
+    let mut command = home.scalebox(&server, &["vm", "ssh", "box", "-i"]);
+    command.arg(&identity);
+    let real = run(Command::new("sh").args(["-c", "command -v ssh"])).out;
+    with_ssh(&home, &mut command, &format!("exec {} -F none -G \"$@\"", real.trim()));
+    let ran = run(&mut command);
+    assert_eq!(ran.code, 0, "the real ssh takes the options: {}", ran.err);
+    let known_hosts = home.path().join(".local/state/scalebox/known_hosts");
+    for line in [
+        "user user\n",
+        "hostname 127.0.0.1\n",
+        "port 22001\n",
+        "hostkeyalias vm-0123456789ab\n",
+        &format!("identityfile {}\n", identity.display()),
+        "identitiesonly yes\n",
+        "stricthostkeychecking accept-new\n",
+        &format!("userknownhostsfile {}\n", known_hosts.display()),
+    ] {
+        assert!(ran.out.contains(line), "{line:?} in\n{}", ran.out);
+    }
+    assert!(known_hosts.parent().unwrap().is_dir());
+}
+
+#[test]
+fn ssh_gets_the_command_as_it_is_and_its_exit_code_is_ours() {
+    let server = Server::new(vec![("GET /vms/box", 200, vm(json!({})))]);
+    let home = Home::new();
+    let script = "while [ \"$1\" != -- ]; do shift; done; printf '%s|' \"$@\"; exit 7";
+    for (arguments, sent) in [
+        (&["df", "-h", "/"][..], "--|user@127.0.0.1|df|-h|/|"),
+        (&["--", "-v", "--json"], "--|user@127.0.0.1|-v|--json|"),
+        (
+            &["sh", "-c", "echo $HOME; --token x"],
+            "--|user@127.0.0.1|sh|-c|echo $HOME; --token x|",
+        ),
+        (&[], "--|user@127.0.0.1|"),
+    ] {
+        let mut command = home.scalebox(&server, &["vm", "ssh", "box"]);
+        command.args(arguments);
+        with_ssh(&home, &mut command, script);
+        let ran = run(&mut command);
+        assert_eq!((ran.code, ran.out.as_str()), (7, sent), "{}", ran.err);
+    }
+}
+
+#[test]
+fn ssh_to_a_stopped_vm_says_how_to_start_it() {
+    let server = Server::new(vec![(
+        "GET /vms/box",
+        200,
+        vm(json!({"name": "box", "status": "stopped"})),
+    )]);
+    let ran = run(&mut Home::new().scalebox(&server, &["vm", "ssh", "box"]));
+    assert_eq!(
+        (ran.code, ran.err.as_str()),
+        (1, "error: box is stopped; start it with: scalebox vm start box\n")
+    );
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let many: Vec<Value> = (0..5000).map(|_| vm(json!({}))).collect();
+    let server = Server::new(vec![("GET /vms", 200, json!({"vms": many}))]);
+    let home = Home::new();
+    for arguments in [&["vm", "list"][..], &["vm", "list", "--json"], &["completions", "bash"]] {
+        let mut child = home
+            .scalebox(&server, arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let ended = child.wait_with_output().unwrap();
+        assert_eq!((ended.status.code(), ended.stderr), (Some(0), vec![]), "{arguments:?}");
+    }
+}
+
+#[test]
+fn every_command_has_an_example_in_its_help_and_a_completion() {
+    let home = Home::new();
+    let commands =
+        ["create", "list", "get", "start", "stop", "delete", "wait", "ssh"].map(|command| vec!["vm", command]);
+    let others = [
+        vec!["status"],
+        vec!["template", "list"],
+        vec!["template", "delete"],
+        vec!["pool", "show"],
+        vec!["completions"],
+    ];
+    for command in commands.into_iter().chain(others).chain([vec![]]) {
+        let help = run(home.bare(&command).arg("--help"));
+        assert!(
+            help.code == 0 && help.out.contains("Example") && help.out.contains("  scalebox "),
+            "{}",
+            help.out
+        );
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(&mut home.bare(&["completions", shell]));
+        assert!(script.code == 0 && script.out.contains("template"), "{shell}");
+    }
+}

@@ -1,0 +1,206 @@
+//! The forms of a template's and a VM's name. Both become parts of file names, a VM's also its guest's host name, so the
+//! types here are the only way in: what holds one needs no further check.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// A text does not have the form it needs; reads on after the name of the field: `must be …`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct WrongForm(pub(crate) String);
+
+/// A template's name: 1 to 63 ASCII letters, digits, dashes, dots and underscores, the first a letter or a digit. The same form
+/// as a file of the pool has, so that every template that can be made can be asked for.
+///
+/// ```
+/// use scalebox_client::TemplateName;
+/// assert!("debian-12.1_minimal".parse::<TemplateName>().is_ok());
+/// assert!("../x".parse::<TemplateName>().is_err());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TemplateName(String);
+
+/// A VM's name: a host name of 1 to 63 lower-case letters, digits and dashes, no dash at either end (RFC 1123, section
+/// 2.1), that cannot be taken for a VM's id.
+///
+/// ```
+/// use scalebox_client::VmName;
+/// assert!("build-7".parse::<VmName>().is_ok());
+/// assert!("vm-0123456789ab".parse::<VmName>().is_err());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VmName(String);
+
+/// The most that a host name's label holds (RFC 1035, section 2.3.4).
+const LONGEST: usize = 63;
+
+const TEMPLATE_FORM: &str =
+    "must be 1 to 63 letters, digits, dashes, dots or underscores and begin with a letter or a digit";
+const VM_FORM: &str = "must be 1 to 63 lower-case letters, digits or dashes and neither begin nor end with a dash";
+const VM_NOT_ID: &str = "must not have the form of a VM's id (vm- and 12 hex digits)";
+
+/// Whether `text` has the form of a VM's id: `vm-` and twelve lower-case hex digits.
+pub fn is_vm_id(text: &str) -> bool {
+    text.strip_prefix("vm-")
+        .is_some_and(|hex| hex.len() == 12 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+}
+
+impl FromStr for TemplateName {
+    type Err = WrongForm;
+
+    fn from_str(text: &str) -> Result<Self, WrongForm> {
+        let letters = text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+        let begins = text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+        if letters && begins && text.len() <= LONGEST {
+            Ok(TemplateName(text.to_owned()))
+        } else {
+            Err(WrongForm(TEMPLATE_FORM.to_owned()))
+        }
+    }
+}
+
+impl FromStr for VmName {
+    type Err = WrongForm;
+
+    fn from_str(text: &str) -> Result<Self, WrongForm> {
+        let letters = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+        let ends = !text.starts_with('-') && !text.ends_with('-');
+        if !(letters && ends && (1..=LONGEST).contains(&text.len())) {
+            Err(WrongForm(VM_FORM.to_owned()))
+        } else if is_vm_id(text) {
+            Err(WrongForm(VM_NOT_ID.to_owned()))
+        } else {
+            Ok(VmName(text.to_owned()))
+        }
+    }
+}
+
+macro_rules! text_newtype {
+    ($name:ident) => {
+        impl $name {
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = WrongForm;
+
+            fn try_from(text: String) -> Result<Self, WrongForm> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(value: $name) -> String {
+                value.0
+            }
+        }
+    };
+}
+pub(crate) use text_newtype;
+
+text_newtype!(TemplateName);
+text_newtype!(VmName);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_name_cannot_leave_its_folder() {
+        for text in ["debian-base", "a", "0", "Ubuntu_24.04", "a..b", &"a".repeat(63)] {
+            assert_eq!(text.parse::<TemplateName>().expect(text).as_str(), text);
+        }
+        let bad = [
+            "",
+            ".",
+            "..",
+            "../x",
+            "/etc",
+            "a/b",
+            "a\\b",
+            "-a",
+            "_a",
+            ".a",
+            "a b",
+            "a\n",
+            "a\0",
+            "é",
+            "a%2f",
+            &"a".repeat(64),
+        ];
+        for text in bad {
+            assert_eq!(
+                text.parse::<TemplateName>(),
+                Err(WrongForm(TEMPLATE_FORM.into())),
+                "{text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_vm_name_is_a_host_name() {
+        for text in [
+            "very-silly-penguin",
+            "a",
+            "7",
+            "vm-1",
+            "vm-0123456789a",
+            "vm-0123456789xy",
+            &"a".repeat(63),
+        ] {
+            assert_eq!(text.parse::<VmName>().expect(text).as_str(), text);
+        }
+        let bad = [
+            "",
+            "-a",
+            "a-",
+            "-",
+            "A",
+            "a.b",
+            "a_b",
+            "a b",
+            "a\n",
+            "../x",
+            "é",
+            &"a".repeat(64),
+        ];
+        for text in bad {
+            assert_eq!(text.parse::<VmName>(), Err(WrongForm(VM_FORM.into())), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_vm_name_is_never_taken_for_an_id() {
+        assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(WrongForm(VM_NOT_ID.into())));
+        assert!(is_vm_id("vm-0123456789ab"));
+        for text in [
+            "vm-0123456789AB",
+            "vm-0123456789abc",
+            "vm-",
+            "0123456789ab",
+            "vm-0123456789g0",
+        ] {
+            assert!(!is_vm_id(text), "{text}");
+        }
+    }
+}

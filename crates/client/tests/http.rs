@@ -1,0 +1,234 @@
+//! The client against a server that answers from a list and keeps what it was sent.
+#![cfg(feature = "http")]
+#![allow(clippy::unwrap_used)] // in the server, too, which clippy takes for no test
+
+use scalebox_client::{Client, ClientError, CreateVm};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::thread::JoinHandle;
+
+const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
+const TOKEN: &str = "s3cret-token";
+const VM: &str = r#"{"id":"vm-0123456789ab","name":"calm-red-fox","template":"debian-base","ip":"192.0.2.7","ssh_port":22001,
+    "ssh":"ssh -p 22001 user@192.0.2.7","url":null,"status":"running","created_at":"2026-01-02T03:04:05Z","vcpu_count":1,
+    "mem_size_mib":512,"disk_size_gib":10}"#;
+
+/// Answers one connection with `answer`, as it is, and returns what the client sent.
+fn serve_once(answer: String) -> (SocketAddr, JoinHandle<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let (mut request, mut buffer) = (Vec::new(), [0; 4096]);
+        while !is_whole(&request) {
+            let n = stream.read(&mut buffer).unwrap();
+            assert_ne!(n, 0, "the client hung up");
+            request.extend_from_slice(&buffer[..n]);
+        }
+        stream.write_all(answer.as_bytes()).unwrap();
+        String::from_utf8(request).unwrap()
+    });
+    (address, server)
+}
+
+fn is_whole(request: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(request).to_lowercase();
+    let Some((head, body)) = text.split_once("\r\n\r\n") else {
+        return false;
+    };
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+    body.len() >= length.map_or(0, |length| length.parse().unwrap())
+}
+
+fn answer(status: &str, body: &str) -> String {
+    format!(
+        "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+fn client(address: SocketAddr) -> Client {
+    Client::new(&format!("http://{address}/"), TOKEN).unwrap()
+}
+
+#[test]
+fn a_creation_carries_the_token_and_the_request_and_returns_the_vm() {
+    let (address, server) = serve_once(answer("201 Created", VM));
+    let mut request = CreateVm::new("debian-base".parse().unwrap(), KEY.parse().unwrap());
+    request.disk_size_gib = Some(10);
+    let vm = client(address).create_vm(&request).unwrap();
+    assert_eq!((vm.id.as_str(), vm.disk_size_gib), ("vm-0123456789ab", 10));
+    let sent = server.join().unwrap();
+    assert!(sent.starts_with("POST /vms HTTP/1.1\r\n"), "{sent}");
+    assert!(
+        sent.to_lowercase()
+            .contains(&format!("\r\nauthorization: bearer {TOKEN}\r\n")),
+        "{sent}"
+    );
+    assert!(
+        sent.to_lowercase().contains("\r\ncontent-type: application/json\r\n"),
+        "{sent}"
+    );
+    let body = sent.split("\r\n\r\n").nth(1).unwrap();
+    assert_eq!(
+        body,
+        format!(r#"{{"template":"debian-base","ssh_public_key":"{KEY}","disk_size_gib":10,"start":true}}"#)
+    );
+}
+
+#[test]
+fn a_name_cannot_leave_its_place_in_the_path() {
+    let (address, server) = serve_once(answer("204 No Content", ""));
+    client(address).delete_vm("../pool?x=1#/ ü%").unwrap();
+    let sent = server.join().unwrap();
+    assert!(
+        sent.starts_with("DELETE /vms/..%2Fpool%3Fx%3D1%23%2F%20%C3%BC%25 HTTP/1.1\r\n"),
+        "{sent}"
+    );
+}
+
+#[test]
+fn a_call_without_a_body_says_so() {
+    let (address, server) = serve_once(answer("200 OK", VM));
+    client(address).stop_vm("calm-red-fox").unwrap();
+    let sent = server.join().unwrap();
+    assert!(sent.starts_with("POST /vms/calm-red-fox/stop HTTP/1.1\r\n"), "{sent}");
+    assert!(sent.to_lowercase().contains("\r\ncontent-length: 0\r\n"), "{sent}");
+    assert!(!sent.to_lowercase().contains("transfer-encoding"), "{sent}");
+}
+
+#[test]
+fn a_refusal_is_the_daemons_sentence() {
+    let sentence = "Insufficient storage: 5GB available, need 12GB";
+    let (address, server) = serve_once(answer(
+        "507 Insufficient Storage",
+        &format!(r#"{{"error":"{sentence}"}}"#),
+    ));
+    let refused = client(address).pool().unwrap_err();
+    assert_eq!((refused.status(), refused.to_string().as_str()), (Some(507), sentence));
+    server.join().unwrap();
+}
+
+#[test]
+fn a_stranger_is_told_from_a_daemon() {
+    for (reply, why) in [
+        (
+            answer("502 Bad Gateway", "<html>"),
+            "502 Bad Gateway without saying why",
+        ),
+        (
+            answer("200 OK", "<html>"),
+            "something that this client does not understand",
+        ),
+        (answer("200 OK", "{}"), "missing field"),
+        ("SSH-2.0-OpenSSH_9.2\r\n".to_owned(), "not HTTP"),
+    ] {
+        let (address, server) = serve_once(reply);
+        let error = client(address).info().unwrap_err();
+        assert!(matches!(error, ClientError::Protocol { .. }), "{error:?}");
+        let shown = error.to_string();
+        assert!(
+            shown.starts_with(&format!("GET http://{address}/info answered ")),
+            "{shown}"
+        );
+        assert!(shown.contains(why), "{shown}");
+        server.join().unwrap();
+    }
+}
+
+#[test]
+fn the_token_follows_no_redirect() {
+    let elsewhere = TcpListener::bind("127.0.0.1:0").unwrap();
+    elsewhere.set_nonblocking(true).unwrap();
+    let location = format!("http://{}/info", elsewhere.local_addr().unwrap());
+    let redirect = format!("HTTP/1.1 302 Found\r\nlocation: {location}\r\ncontent-length: 0\r\n\r\n");
+    let (address, server) = serve_once(redirect);
+    let error = client(address).info().unwrap_err().to_string();
+    assert!(error.contains(&format!("302 Found, to {location}")), "{error}");
+    assert!(elsewhere.accept().is_err(), "nobody came");
+    server.join().unwrap();
+}
+
+#[test]
+fn an_answer_that_breaks_off_tells_what_may_have_happened() {
+    let cut = "HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{\"id\":";
+    let (address, server) = serve_once(cut.to_owned());
+    let error = client(address).start_vm("calm-red-fox").unwrap_err();
+    assert!(matches!(error, ClientError::Lost { .. }), "{error:?}");
+    assert!(error.to_string().contains("look before you repeat it"), "{error}");
+    server.join().unwrap();
+}
+
+#[test]
+fn nobody_at_home_is_said_with_the_address_and_the_way_out() {
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let error = client(address).vms().unwrap_err();
+    let expected = format!(
+        "cannot reach scaleboxd at http://{address}: connection refused; is it running? (systemctl status scaleboxd)"
+    );
+    assert_eq!(error.to_string(), expected);
+    let unknown = Client::new("http://no-such-host.invalid:8080", TOKEN)
+        .unwrap()
+        .vms()
+        .unwrap_err();
+    assert!(matches!(unknown, ClientError::Unreachable { .. }), "{unknown:?}");
+}
+
+#[test]
+fn https_to_a_plain_server_fails_without_sending_the_token() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut hello = [0; 4096];
+        let n = stream.read(&mut hello).unwrap();
+        // Where the system trusts nobody, the client has already gone.
+        let _ = stream.write_all(answer("400 Bad Request", "").as_bytes());
+        hello[..n].to_vec()
+    });
+    let error = Client::new(&format!("https://{address}"), TOKEN)
+        .unwrap()
+        .info()
+        .unwrap_err();
+    assert!(matches!(error, ClientError::Unreachable { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains("https needs a server that speaks it"),
+        "{error}"
+    );
+    assert!(!String::from_utf8_lossy(&server.join().unwrap()).contains(TOKEN));
+}
+
+#[test]
+fn an_address_or_token_that_cannot_work_is_refused_at_once() {
+    for url in [
+        "",
+        "localhost:8080",
+        "ftp://host",
+        "http://",
+        "http:///x",
+        "http://h?x=1",
+        "http://h ost",
+        "http://h:99999",
+    ] {
+        let error = Client::new(url, TOKEN).unwrap_err();
+        assert!(matches!(error, ClientError::Url { .. }), "{url:?}: {error:?}");
+    }
+    let error = Client::new("http://me:hunter2@host", TOKEN).unwrap_err();
+    assert!(!format!("{error} {error:?}").contains("hunter2"));
+    for token in ["", "a b", "a\n", "é"] {
+        assert!(
+            matches!(Client::new("http://h", token), Err(ClientError::Token)),
+            "{token:?}"
+        );
+    }
+}
+
+#[test]
+fn the_token_is_in_no_debug_output() {
+    let client = Client::new("https://[::1]:8080/scalebox/", TOKEN).unwrap();
+    let shown = format!("{client:?}");
+    assert!(
+        shown.contains("https://[::1]:8080/scalebox\"") && !shown.contains(TOKEN),
+        "{shown}"
+    );
+}

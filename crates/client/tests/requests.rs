@@ -1,0 +1,457 @@
+//! What a request may hold, and the sentence that each bad one gets.
+
+use proptest::prelude::*;
+use scalebox_client::{CreateVm, Invalid, Limits, ResizeVm, SnapshotVm, SshPublicKey};
+use serde_json::{Value, json};
+
+const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
+const LIMITS: Limits = Limits {
+    max_disk_size_gib: 100,
+    max_vcpus: 4,
+    min_mem_mib: 128,
+    max_mem_mib: 4096,
+};
+const DISK: &str = "disk_size_gib must be between 1 and 100";
+const VCPUS: &str = "vcpu_count must be a whole number between 1 and 4";
+const MEM: &str = "mem_size_mib must be a whole number between 128 and 4096";
+const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, start";
+
+fn parse(body: &str) -> Result<CreateVm, Invalid> {
+    CreateVm::parse(body.as_bytes(), &LIMITS)
+}
+
+/// A good request, with `field` set to the JSON text `value`.
+fn with(field: &str, value: &str) -> Result<CreateVm, Invalid> {
+    let others: Vec<String> = [("template", json!("debian-base")), ("ssh_public_key", json!(KEY))]
+        .iter()
+        .filter(|(name, _)| *name != field)
+        .map(|(name, value)| format!("{name:?}: {value}, "))
+        .collect();
+    parse(&format!("{{{}{field:?}: {value}}}", others.concat()))
+}
+
+/// The sentence that refuses `result`.
+fn refusal(result: Result<CreateVm, Invalid>) -> String {
+    result.map_or_else(
+        |invalid| invalid.to_string(),
+        |request| format!("accepted: {request:?}"),
+    )
+}
+
+#[test]
+fn a_request_with_two_fields_starts_a_vm_of_the_hosts_choice() {
+    let request = parse(&json!({"template": "debian-base", "ssh_public_key": KEY}).to_string()).unwrap();
+    assert_eq!(
+        request,
+        CreateVm::new("debian-base".parse().unwrap(), KEY.parse().unwrap())
+    );
+    assert!(request.start);
+}
+
+#[test]
+fn what_the_client_writes_the_daemon_reads() {
+    let request = CreateVm {
+        name: Some("build-7".parse().unwrap()),
+        vcpu_count: Some(2),
+        mem_size_mib: Some(1024),
+        disk_size_gib: Some(10),
+        start: false,
+        ..CreateVm::new("debian-base".parse().unwrap(), KEY.parse().unwrap())
+    };
+    assert_eq!(
+        CreateVm::parse(&serde_json::to_vec(&request).unwrap(), &LIMITS),
+        Ok(request)
+    );
+    let resize = ResizeVm { disk_size_gib: 20 };
+    assert_eq!(
+        ResizeVm::parse(&serde_json::to_vec(&resize).unwrap(), &LIMITS),
+        Ok(resize)
+    );
+    let snapshot = SnapshotVm {
+        template_name: "golden".parse().unwrap(),
+    };
+    assert_eq!(SnapshotVm::parse(&serde_json::to_vec(&snapshot).unwrap()), Ok(snapshot));
+}
+
+#[test]
+fn a_body_that_is_no_object_is_told_so() {
+    for (body, sentence) in [
+        ("", format!("the request has no body: send a JSON object with {FIELDS}")),
+        (
+            " \n",
+            format!("the request has no body: send a JSON object with {FIELDS}"),
+        ),
+        (
+            "[]",
+            format!("the body must be a JSON object with {FIELDS}; this is an array"),
+        ),
+        (
+            " [1, {}]",
+            format!("the body must be a JSON object with {FIELDS}; this is an array"),
+        ),
+        (
+            "\"x\"",
+            format!("the body must be a JSON object with {FIELDS}; this is a string"),
+        ),
+        (
+            "null",
+            format!("the body must be a JSON object with {FIELDS}; this is null"),
+        ),
+        (
+            "1e400",
+            format!("the body must be a JSON object with {FIELDS}; this is a number"),
+        ),
+        (
+            "true",
+            format!("the body must be a JSON object with {FIELDS}; this is true or false"),
+        ),
+    ] {
+        assert_eq!(refusal(parse(body)), sentence, "{body:?}");
+    }
+    for body in [
+        "hello",
+        "{",
+        "{}}",
+        "{'a': 1}",
+        "{\"a\": 1,}",
+        "template=debian-base",
+        "\u{feff}{}",
+        "{\"\\ud800\": 1}",
+    ] {
+        assert!(refusal(parse(body)).starts_with("the body is not JSON: "), "{body:?}");
+    }
+    let not_utf8 = CreateVm::parse(b"{\"name\": \"\xff\"}", &LIMITS).unwrap_err();
+    assert!(not_utf8.to_string().starts_with("the body is not JSON: "), "{not_utf8}");
+}
+
+#[test]
+fn unknown_fields_are_all_named_each_with_what_was_perhaps_meant() {
+    for (field, meant) in [
+        ("disk_size_gb", "disk_size_gib"),
+        ("diskSizeGib", "disk_size_gib"),
+        ("disk_size", "disk_size_gib"),
+        ("disk", "disk_size_gib"),
+        ("vcpus", "vcpu_count"),
+        ("vcpuCount", "vcpu_count"),
+        ("memory", "mem_size_mib"),
+        ("mem", "mem_size_mib"),
+        ("ssh_key", "ssh_public_key"),
+        ("ssh-public-key", "ssh_public_key"),
+        ("Template", "template"),
+        ("tmplate", "template"),
+        ("names", "name"),
+    ] {
+        let sentence = format!("unknown field {field:?} (did you mean {meant}?); the fields are {FIELDS}");
+        // Not a single check of what is known comes before.
+        let missing_the_rest = parse(&json!({field: 1}).to_string());
+        for result in [with(field, "1"), missing_the_rest] {
+            assert_eq!(refusal(result), sentence);
+        }
+    }
+    assert_eq!(
+        refusal(with("colour", "1")),
+        format!("unknown field \"colour\"; the fields are {FIELDS}")
+    );
+    assert_eq!(
+        refusal(parse(r#"{"a\"b": 1, "colour": 2, "start": true}"#)),
+        format!("unknown fields \"a\\\"b\", \"colour\"; the fields are {FIELDS}")
+    );
+}
+
+#[test]
+fn a_hundred_thousand_unknown_fields_get_a_short_answer() {
+    let many: Vec<String> = (0..100_000).map(|i| format!("\"x{i}\":1")).collect();
+    let sentence = refusal(parse(&format!("{{{}}}", many.join(","))));
+    assert!(sentence.contains("and 99992 more"), "{sentence}");
+    assert!(sentence.len() < 1000);
+    let long = refusal(with(&"é".repeat(100_000), "1"));
+    assert!(long.len() < 400, "{long}");
+}
+
+#[test]
+fn a_field_given_twice_is_refused() {
+    let body = r#"{"disk_size_gib": 1, "template": "a", "disk_size_gib": 10}"#;
+    assert_eq!(refusal(parse(body)), "the field \"disk_size_gib\" is given twice");
+}
+
+#[test]
+fn template_and_key_must_be_there() {
+    let no_template = json!({"ssh_public_key": KEY}).to_string();
+    assert_eq!(
+        refusal(parse(&no_template)),
+        "template is missing: name one of those that GET /templates lists"
+    );
+    let no_key = json!({"template": "debian-base"}).to_string();
+    assert!(
+        refusal(parse(&no_key)).starts_with("ssh_public_key is missing: send an OpenSSH public key, such as: ssh-")
+    );
+    assert!(refusal(parse("{}")).starts_with("template is missing"));
+}
+
+#[test]
+fn a_disk_outside_its_bounds_gets_the_words_of_the_seed() {
+    for value in [
+        "0",
+        "-1",
+        "-0",
+        "1.5",
+        "0.5",
+        "100.5",
+        "\"10\"",
+        "\"\"",
+        "1e300",
+        "1e400",
+        "-1e400",
+        "1e-400",
+        "null",
+        "101",
+        "200",
+        "true",
+        "[10]",
+        "{}",
+        "18446744073709551616",
+        "100.00000000001",
+    ] {
+        assert_eq!(refusal(with("disk_size_gib", value)), DISK, "{value}");
+        let resize = ResizeVm::parse(format!("{{\"disk_size_gib\": {value}}}").as_bytes(), &LIMITS);
+        assert_eq!(resize.unwrap_err().to_string(), DISK, "{value}");
+    }
+    let small = Limits {
+        max_disk_size_gib: 7,
+        ..LIMITS
+    };
+    let refused = ResizeVm::parse(br#"{"disk_size_gib": 8}"#, &small).unwrap_err();
+    assert_eq!(refused.to_string(), "disk_size_gib must be between 1 and 7");
+}
+
+#[test]
+fn a_whole_number_is_one_however_it_is_written() {
+    for (value, gib) in [
+        ("1", 1),
+        ("10", 10),
+        ("10.0", 10),
+        ("1e1", 10),
+        ("1E+1", 10),
+        ("1000e-1", 100),
+        ("100", 100),
+    ] {
+        assert_eq!(with("disk_size_gib", value).expect(value).disk_size_gib, Some(gib));
+    }
+}
+
+#[test]
+fn processors_and_memory_are_bounded_by_the_host() {
+    for value in [
+        "0",
+        "-1",
+        "1.5",
+        "5",
+        "4294967297",
+        "1e300",
+        "1e400",
+        "\"2\"",
+        "null",
+        "[]",
+    ] {
+        assert_eq!(refusal(with("vcpu_count", value)), VCPUS, "{value}");
+    }
+    for value in ["0", "127", "4097", "-512", "512.5", "1e300", "\"512\"", "null", "{}"] {
+        assert_eq!(refusal(with("mem_size_mib", value)), MEM, "{value}");
+    }
+    assert_eq!(with("vcpu_count", "4").unwrap().vcpu_count, Some(4));
+    assert_eq!(with("mem_size_mib", "128").unwrap().mem_size_mib, Some(128));
+}
+
+#[test]
+fn start_is_true_or_false() {
+    assert!(!with("start", "false").unwrap().start);
+    assert!(with("start", "true").unwrap().start);
+    assert_eq!(refusal(with("start", "0")), "start must be true or false, not a number");
+    assert_eq!(
+        refusal(with("start", "\"false\"")),
+        "start must be true or false, not a string"
+    );
+    assert_eq!(refusal(with("start", "null")), "start must be true or false, not null");
+}
+
+#[test]
+fn a_name_of_the_wrong_form_is_told_the_right_one() {
+    for (field, value) in [
+        ("template", "\"../x\""),
+        ("template", "\"\""),
+        ("template", "\"-debian\""),
+        ("template", "\"a/b\""),
+        ("template", "\"a\\u0000\""),
+    ] {
+        let sentence = refusal(with(field, value));
+        assert!(
+            sentence.starts_with("template must be 1 to 63 letters, digits,"),
+            "{sentence}"
+        );
+    }
+    let too_long = json!("a".repeat(64)).to_string();
+    for value in ["\"\"", "\"-a\"", "\"A\"", "\"a b\"", "\"a\\n\"", "\"a.b\"", &too_long] {
+        let sentence = refusal(with("name", value));
+        assert!(
+            sentence.starts_with("name must be 1 to 63 lower-case letters, digits or dashes"),
+            "{sentence}"
+        );
+    }
+    let id = refusal(with("name", "\"vm-0123456789ab\""));
+    assert_eq!(id, "name must not have the form of a VM's id (vm- and 12 hex digits)");
+    for field in ["name", "template", "ssh_public_key"] {
+        assert_eq!(
+            refusal(with(field, "null")),
+            format!("{field} must be a string, not null")
+        );
+        assert_eq!(
+            refusal(with(field, "7")),
+            format!("{field} must be a string, not a number")
+        );
+        assert_eq!(
+            refusal(with(field, "[\"a\"]")),
+            format!("{field} must be a string, not an array")
+        );
+        assert_eq!(
+            refusal(with(field, "\"\\ud800\"")),
+            format!("{field} must be a string of Unicode text")
+        );
+    }
+    let snapshot = SnapshotVm::parse(br#"{"template_name": "../x"}"#)
+        .unwrap_err()
+        .to_string();
+    assert!(snapshot.starts_with("template_name must be 1 to 63"), "{snapshot}");
+    let nothing = SnapshotVm::parse(b"{}").unwrap_err().to_string();
+    assert_eq!(nothing, "template_name is missing: name the template to make");
+    let nothing = ResizeVm::parse(b"{}", &LIMITS).unwrap_err().to_string();
+    assert_eq!(
+        nothing,
+        "disk_size_gib is missing: send the new size of the disk in GiB"
+    );
+}
+
+const RSA_2048: &str = "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABAQDgmH/DYMfmkdzbp7uwSme7elaLyaqLQ6XDEd1iEGyZ1y3Bb2kBiMM0c+eXbRnIT5HmoW6mlDs2hksUNCjMhgMPBD4yAi3gZiEMNhNTJ2aRLqxrtHRPPcNrq7wJiwJuxwjxa+KhZIzAoScp89M3j2yJzS2+a5ykm0GUCsJRKoNV5R2KDYe+SVuz+PicfOU7ka+Ik/i49E2DHIEFDkpPxANmMKXsD4SbcWYrBQ1jTlnHBud9U3p5gUVng4SnCH9Btk20DPYAhVTtfxEajL5ow/Rpf+MZv+Oy5RLFGNx6JV8WeP1hYJTl4kIltdwKCrVOZ4B8XViz3W9196OGljq8SNv9";
+const RSA_1024: &str = "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAAAgQCgjnjS2HZjk5nof0aoK+BNwtLK1xxvoP8klmFjh3bOPmL+6HscbWO/JYuqONLMfltAW/j4cL5qOtj4S8G+SDop76Uei6uGipX9hOQ9m5gMEUyXul2W1KXEwgztCXkYzUGpEUGxyGKLxUqxi7iUHzD9DGXTnYV694jUjorXtFCMwQ== r";
+const ECDSA_256: &str = "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAIbmlzdHAyNTYAAABBBCLn9bqzEIFJp3n7bIf/9NptnzfmFzQPCSN1LLP/A5xLuHIw0V59xbHcGco8hhEyVzRMMozl7IJtl9CAr4Iz96Q= e";
+const ECDSA_521: &str = "ecdsa-sha2-nistp521 AAAAE2VjZHNhLXNoYTItbmlzdHA1MjEAAAAIbmlzdHA1MjEAAACFBAFNK50a+5EzO7D5NdAQ+SLcWC02KRyxC4qN+otGYX1O46D/6Uyd/7F6bwioKSMbUNaZmbYLTj2P4feoYozPQ4dUkgHVCqqTGBEQ7fVN34FP5OoXIhQRBXJ3sR1M6hx3T6JLIPLg+wCpmXh9HdUukcIfp7o7jZA/EXHSBpZ4IzgDw9xAkA== e";
+
+#[test]
+fn the_keys_that_sshd_takes_are_taken() {
+    for key in [KEY, RSA_2048, ECDSA_256, ECDSA_521] {
+        assert_eq!(key.parse::<SshPublicKey>().expect(key).as_str(), key);
+    }
+    let spaced = format!("  {}  ", KEY.replace(' ', "   "));
+    assert_eq!(spaced.parse::<SshPublicKey>().unwrap().as_str(), KEY);
+    let commented = format!("{KEY} at home, café");
+    assert_eq!(commented.parse::<SshPublicKey>().unwrap().as_str(), commented);
+}
+
+#[test]
+fn a_key_that_opens_more_or_nothing_is_refused_with_the_reason() {
+    let data = KEY.split(' ').nth(1).unwrap();
+    let cases = [
+        ("", "such as: ssh-ed25519"),
+        ("   ", "such as: ssh-ed25519"),
+        ("hello", "begins with its type, one of ssh-ed25519, "),
+        ("ssh-ed25519", "damaged"),
+        ("ssh-ed25519 AAAA", "damaged"),
+        ("ssh-ed25519 !!!! me", "damaged"),
+        (&KEY[..60], "damaged"),
+        (&format!("ssh-rsa {data}"), "damaged or of another type"),
+        (&format!("{KEY}\n"), "one line"),
+        (&format!("{KEY}\r\n{KEY}"), "one line"),
+        (&format!("{KEY}\0"), "one line"),
+        (&format!("{KEY}\u{2028}x"), "one line"),
+        (&format!("{KEY}\u{85}x"), "one line"),
+        (&KEY.replace(' ', "\t"), "one line"),
+        (&format!("command=\"sh\" {KEY}"), "options before it are not allowed"),
+        (&format!("no-pty {KEY}"), "options before it are not allowed"),
+        (&format!("*.example.org {KEY}"), "options before it are not allowed"),
+        (&format!("ssh-ed25519-cert-v01@openssh.com {data}"), "not a certificate"),
+        ("ssh-dss AAAAB3NzaC1kc3M=", "DSA"),
+        (RSA_1024, "2048 to 16384 bits, not of 1024"),
+        (
+            "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA\n",
+            "must be a public key",
+        ),
+        ("---- BEGIN SSH2 PUBLIC KEY ----", "begins with its type"),
+        (&format!("{KEY} {}", "x".repeat(16 << 10)), "at most 16384 bytes"),
+    ];
+    for (key, reason) in cases {
+        let sentence = refusal(with("ssh_public_key", &json!(key).to_string()));
+        assert!(
+            sentence.starts_with("ssh_public_key must ") && sentence.contains(reason),
+            "{key:?}: {sentence}"
+        );
+        assert!(
+            !sentence.contains("b3BlbnNz"),
+            "a private key is not repeated: {sentence}"
+        );
+    }
+}
+
+#[test]
+fn a_field_of_any_depth_is_refused_not_followed() {
+    let deep = format!("{}{}", "[".repeat(400_000), "]".repeat(400_000));
+    assert_eq!(refusal(with("disk_size_gib", &deep)), DISK);
+    assert_eq!(refusal(with("name", &deep)), "name must be a string, not an array");
+    assert!(refusal(parse(&"{\"a\":".repeat(200_000))).starts_with("the body is not JSON: "));
+}
+
+/// JSON of any shape under the names of real fields.
+fn any_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        ".*".prop_map(Value::from),
+        Just(json!(KEY)),
+        Just(json!("debian-base")),
+    ];
+    leaf.prop_recursive(3, 16, 4, |inner| {
+        prop::collection::vec(inner, 0..4).prop_map(Value::from)
+    })
+}
+
+proptest! {
+    #[test]
+    fn bytes_of_any_kind_are_read_or_refused(body in prop::collection::vec(any::<u8>(), 0..400)) {
+        let _ = CreateVm::parse(&body, &LIMITS);
+        let _ = ResizeVm::parse(&body, &LIMITS);
+        let _ = SnapshotVm::parse(&body);
+    }
+
+    #[test]
+    fn what_is_accepted_keeps_every_bound(
+        fields in prop::collection::btree_map(
+            prop::sample::select(vec!["template", "ssh_public_key", "name", "vcpu_count", "mem_size_mib", "disk_size_gib", "start"]),
+            any_value(),
+            0..7,
+        ),
+        numbers in (0u64..130, 0u64..8, 0u64..5000),
+    ) {
+        let mut body = json!({"template": "debian-base", "ssh_public_key": KEY,
+            "disk_size_gib": numbers.0, "vcpu_count": numbers.1, "mem_size_mib": numbers.2});
+        for (name, value) in fields {
+            body[name] = value;
+        }
+        if let Ok(request) = CreateVm::parse(body.to_string().as_bytes(), &LIMITS) {
+            prop_assert!((1..=100).contains(&request.disk_size_gib.unwrap()));
+            prop_assert!((1..=4).contains(&request.vcpu_count.unwrap()));
+            prop_assert!((128..=4096).contains(&request.mem_size_mib.unwrap()));
+            prop_assert!(!request.ssh_public_key.as_str().contains(char::is_control));
+        }
+    }
+
+    #[test]
+    fn a_damaged_key_is_never_more_than_one_plain_line(at in 0usize..600, with in any::<char>(), key in 0usize..4) {
+        let mut text: Vec<char> = [KEY, RSA_2048, ECDSA_256, ECDSA_521][key].chars().collect();
+        let at = at % text.len();
+        text[at] = with;
+        if let Ok(key) = text.iter().collect::<String>().parse::<SshPublicKey>() {
+            prop_assert!(!key.as_str().contains(char::is_control));
+            prop_assert!(key.as_str().starts_with(['s', 'e']));
+        }
+    }
+}

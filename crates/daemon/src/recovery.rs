@@ -1,0 +1,133 @@
+//! Putting things right at start, from the state file alone.
+//!
+//! What a client was told about is there: its record, its disk, and its machine if that still runs. What has no record belongs to
+//! nobody and goes: machines, taps, forwards, disks, folders. What does not have our form is never touched.
+
+use crate::error::ServiceError;
+use crate::service::{Service, blocking, endpoint, machine_id, remove_dir};
+use crate::state::Record;
+use scalebox_client::{VmStatus, is_vm_id};
+use scalebox_storage::{Gib, Name};
+use scalebox_vmm::Machine;
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::sync::Arc;
+
+/// What was found and done, for the log.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// VMs in the state file.
+    pub vms: usize,
+    /// Machines that ran on and are ours again.
+    pub adopted: usize,
+    /// Machines that had no record and were ended.
+    pub strays_ended: usize,
+    /// Files in the pool that belonged to nobody.
+    pub files_removed: usize,
+}
+
+/// Fills the service's table from the state file and removes leftovers. To be called once, before the first request.
+///
+/// # Errors
+/// When the state, the pool or the network cannot be read or put right.
+pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
+    let state = Arc::clone(&service.inner().state);
+    let records = blocking(move || state.vms()).await?;
+    let known: HashSet<Name> = records.iter().map(|record| record.id.parse()).collect::<Result<_, _>>()?;
+
+    // Strays first: a machine that nobody owns has its disk open.
+    let mut recovered = Recovered { vms: records.len(), strays_ended: end_strays(service, &known).await?, ..Recovered::default() };
+    let pool = Arc::clone(&service.inner().pool);
+    let swept = blocking(move || pool.sweep(&known)).await?;
+    recovered.files_removed = swept.removed.len();
+    for path in &swept.removed {
+        tracing::info!(path = %path.display(), "removed a file that belongs to no VM");
+    }
+
+    let mut attached = Vec::new();
+    for record in records {
+        let lost = swept.missing.iter().any(|missing| missing.as_str() == record.id);
+        let endpoint = endpoint(&record)?;
+        if restore(service, record, lost).await? {
+            recovered.adopted += 1;
+            attached.push(endpoint);
+        }
+    }
+    service.inner().network.reconcile(&attached).await?;
+    Ok(recovered)
+}
+
+/// Enters one VM; returns whether its machine runs.
+async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bool, ServiceError> {
+    service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
+    let machine = match record.status {
+        VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
+        VmStatus::Stopped | VmStatus::Failed => None,
+    };
+    let (status, reason) = match (&machine, lost, record.status) {
+        (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
+        (Some(_), ..) => (VmStatus::Running, None),
+        (None, _, VmStatus::Running | VmStatus::Paused) => {
+            (VmStatus::Stopped, Some("its machine ended while scaleboxd was not running".to_owned()))
+        }
+        (None, _, unchanged) => (unchanged, record.status_reason.clone()),
+    };
+    if (status, &reason) != (record.status, &record.status_reason) {
+        tracing::info!(vm = record.id, name = record.name, from = record.status.as_str(), to = status.as_str(), reason);
+        service.persist(&record.id, status, reason.as_deref()).await?;
+        (record.status, record.status_reason) = (status, reason);
+    }
+    let running = machine.is_some();
+    let id = record.id.clone();
+    service.inner().vms.restore(record, machine.clone());
+    if let Some(machine) = machine {
+        service.watch(id, machine);
+    }
+    Ok(running)
+}
+
+async fn adopt(service: &Service, record: &Record) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
+    let machine = service.inner().vmm.adopt(&machine_id(&record.id)?, &service.run_dir(&record.id)).await?;
+    if machine.is_none() {
+        let run_dir = service.run_dir(&record.id);
+        blocking(move || remove_dir(&run_dir)).await?;
+    }
+    Ok(machine)
+}
+
+/// Ends the machines, and removes the folders, of VMs that have no record.
+async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, ServiceError> {
+    let mut ended = 0;
+    for id in machine_folders(service)? {
+        if known.iter().any(|name| name.as_str() == id) {
+            continue;
+        }
+        let run_dir = service.run_dir(&id);
+        if let Some(machine) = service.inner().vmm.adopt(&machine_id(&id)?, &run_dir).await? {
+            machine.kill().await?;
+            tracing::info!(vm = id, "ended a machine that belongs to no VM");
+            ended += 1;
+        }
+        blocking(move || remove_dir(&run_dir)).await?;
+        let console = service.console_dir(&id);
+        blocking(move || remove_dir(&console)).await?;
+    }
+    Ok(ended)
+}
+
+fn machine_folders(service: &Service) -> Result<Vec<String>, ServiceError> {
+    let folder = service.inner().settings.run_dir.join("vms");
+    let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
+    let entries = match fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut ids = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(failed)?.file_name();
+        ids.extend(name.to_str().filter(|name| is_vm_id(name)).map(str::to_owned));
+    }
+    Ok(ids)
+}

@@ -1,0 +1,629 @@
+//! The VM lifecycle: what each request does, in order, and how it is taken back.
+//!
+//! `create` is: claim a name, an address and a port → admit → clone the disk → (seed drive → tap and forward → launch) → record. Nothing is
+//! visible before the record, and a client is told only after it. A crash at any point leaves either a recorded VM or leftovers that
+//! [`recovery`](crate::recovery) removes at the next start. Creations run side by side; the only lock they share is held for microseconds.
+
+use crate::error::ServiceError;
+use crate::host;
+use crate::settings::Settings;
+use crate::state::{Record, State};
+use crate::undo::Steps;
+use crate::vms::{Operation, Vms};
+use scalebox_client::{
+    Cpu, CreateVm, HostInfo, HostLimits, Limits, Memory, PoolInfo, Template, Vm, VmCounts, VmStatus,
+};
+use scalebox_guest::SeedDrive;
+use scalebox_net::{Endpoint, Network};
+use scalebox_storage::{Bytes, Gib, Name, Pool, Reservation};
+use scalebox_vmm::{ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, Vmm};
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+/// How long a guest may take to shut itself down before it is killed. An emulated Debian takes about eight seconds.
+const STOP_GRACE: Duration = Duration::from_secs(60);
+
+/// The template that every host has and nobody deletes.
+pub const BASE_TEMPLATE: &str = "debian-base";
+
+/// The service behind the API. Cloning gives another handle on the same one.
+#[derive(Clone)]
+pub struct Service {
+    inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) settings: Settings,
+    pub(crate) host_ip: IpAddr,
+    pub(crate) limits: Limits,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) state: Arc<State>,
+    pub(crate) network: Network,
+    pub(crate) resolvers: Vec<Ipv4Addr>,
+    pub(crate) vmm: Arc<dyn Vmm>,
+    accel: String,
+    pub(crate) vms: Vms,
+    started: Instant,
+    /// Operations outlive the connection that asked for them; a shutdown waits for them.
+    tasks: TaskTracker,
+}
+
+/// The parts a service is made of, each ready.
+pub struct Parts {
+    /// The settings.
+    pub settings: Settings,
+    /// The open pool.
+    pub pool: Pool,
+    /// The open state file.
+    pub state: State,
+    /// The bridge and what hangs on it.
+    pub network: Network,
+    /// The resolvers guests are told.
+    pub resolvers: Vec<Ipv4Addr>,
+    /// The hypervisor driver.
+    pub vmm: Arc<dyn Vmm>,
+    /// How guests' code runs: `kvm` or `tcg`.
+    pub accel: String,
+}
+
+impl Service {
+    /// Puts the parts together, with an empty table of VMs.
+    ///
+    /// # Errors
+    /// When the host's memory cannot be read.
+    pub fn new(parts: Parts) -> std::io::Result<Service> {
+        let memory_mib = host::memory()?.total >> 20;
+        let inner = Inner {
+            host_ip: parts.settings.host_ip.unwrap_or_else(host::default_address),
+            limits: parts.settings.limits(host::cpu_count(), memory_mib),
+            vms: Vms::new(&parts.settings.net),
+            settings: parts.settings,
+            pool: Arc::new(parts.pool),
+            state: Arc::new(parts.state),
+            network: parts.network,
+            resolvers: parts.resolvers,
+            vmm: parts.vmm,
+            accel: parts.accel,
+            started: Instant::now(),
+            tasks: TaskTracker::new(),
+        };
+        Ok(Service { inner: Arc::new(inner) })
+    }
+
+    pub(crate) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
+    /// What a request may ask for on this host.
+    pub fn limits(&self) -> &Limits {
+        &self.inner.limits
+    }
+
+    /// Makes a VM. Runs to its end even when the caller stops waiting.
+    ///
+    /// # Errors
+    /// 404 no such template, 400 disk smaller than it, 409 name taken, 507 does not fit, 503 the host is not ready. Nothing is left then.
+    pub async fn create(&self, request: CreateVm) -> Result<Vm, ServiceError> {
+        let service = self.clone();
+        self.detached(async move { service.create_now(request).await }).await
+    }
+
+    /// Starts a stopped VM.
+    ///
+    /// # Errors
+    /// 404, 409 when it runs or something is under way on it.
+    pub async fn start(&self, reference: String) -> Result<Vm, ServiceError> {
+        let service = self.clone();
+        self.detached(async move { service.start_now(&reference).await }).await
+    }
+
+    /// Shuts a VM down: by the guest itself, or after [`STOP_GRACE`] without it.
+    ///
+    /// # Errors
+    /// 404, 409 when it does not run or something is under way on it.
+    pub async fn stop(&self, reference: String) -> Result<Vm, ServiceError> {
+        let service = self.clone();
+        self.detached(async move { service.stop_now(&reference).await }).await
+    }
+
+    /// Deletes a VM, running or not, with its disk.
+    ///
+    /// # Errors
+    /// 404, 409 when something is under way on it.
+    pub async fn delete(&self, reference: String) -> Result<(), ServiceError> {
+        let service = self.clone();
+        self.detached(async move { service.delete_now(&reference).await }).await
+    }
+
+    /// All VMs, oldest first.
+    pub fn list(&self) -> Vec<Vm> {
+        self.inner.vms.all().iter().map(|record| self.describe(record)).collect()
+    }
+
+    /// One VM by id or name.
+    ///
+    /// # Errors
+    /// 404.
+    pub fn get(&self, reference: &str) -> Result<Vm, ServiceError> {
+        self.inner.vms.find(reference).map(|record| self.describe(&record))
+    }
+
+    /// All templates.
+    ///
+    /// # Errors
+    /// 500 when the pool cannot be read.
+    pub async fn templates(&self) -> Result<Vec<Template>, ServiceError> {
+        let pool = Arc::clone(&self.inner.pool);
+        let templates = blocking(move || pool.templates()).await?;
+        let vms = self.inner.vms.all();
+        let describe = |template: scalebox_storage::Template| Template {
+            size_bytes: template.size.as_u64(),
+            used_bytes: template.used.as_u64(),
+            created_at: rfc3339(template.created_at.try_into().unwrap_or(jiff::Timestamp::UNIX_EPOCH)),
+            used_by: vms.iter().filter(|vm| vm.template == template.name.as_str()).count() as u64,
+            protected: template.name.as_str() == BASE_TEMPLATE,
+            name: template.name.to_string(),
+        };
+        Ok(templates.into_iter().map(describe).collect())
+    }
+
+    /// Deletes a template. VMs made from it are not touched.
+    ///
+    /// # Errors
+    /// 403 for [`BASE_TEMPLATE`], 404.
+    pub async fn delete_template(&self, name: String) -> Result<(), ServiceError> {
+        if name == BASE_TEMPLATE {
+            return Err(ServiceError::Forbidden(format!("the template {BASE_TEMPLATE} is protected: it cannot be deleted")));
+        }
+        let missing = || ServiceError::NotFound(format!("there is no template {name}"));
+        let parsed: Name = name.parse().map_err(|_| missing())?;
+        let pool = Arc::clone(&self.inner.pool);
+        blocking(move || pool.delete_template(&parsed)).await?;
+        tracing::info!(template = name, "template deleted");
+        Ok(())
+    }
+
+    /// The pool's numbers.
+    ///
+    /// # Errors
+    /// 500 when the kernel does not tell.
+    pub fn pool(&self) -> Result<PoolInfo, ServiceError> {
+        let pool = &self.inner.pool;
+        let space = pool.space()?;
+        let promises = pool.promises();
+        Ok(PoolInfo {
+            path: pool.path().display().to_string(),
+            image: pool.image().map(|image| image.display().to_string()),
+            capacity_bytes: space.capacity.as_u64(),
+            free_bytes: space.free.as_u64(),
+            used_bytes: space.used.as_u64(),
+            committed_bytes: promises.committed.as_u64(),
+            commitment_limit_bytes: pool.commitment_limit(space.capacity).as_u64(),
+            overcommit_ratio: pool.bounds().overcommit_ratio,
+            reserved_bytes: promises.reserved.as_u64(),
+            buffer_bytes: Bytes::from(pool.bounds().buffer).as_u64(),
+            pool_free_bytes: space.pool_free.as_u64(),
+            host_free_bytes: space.host_free.map(Bytes::as_u64),
+            unallocated_bytes: space.unallocated.as_u64(),
+            metadata_bytes: space.metadata_total.as_u64(),
+            metadata_used_bytes: space.metadata_used.as_u64(),
+        })
+    }
+
+    /// The host and what is on it.
+    ///
+    /// # Errors
+    /// 500 when the kernel does not tell.
+    pub async fn info(&self) -> Result<HostInfo, ServiceError> {
+        let memory = host::memory().map_err(|error| ServiceError::Internal(format!("cannot read the host's memory: {error}")))?;
+        let (settings, limits) = (&self.inner.settings, &self.inner.limits);
+        Ok(HostInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            hostname: host::hostname(),
+            host_ip: self.inner.host_ip.to_string(),
+            uptime_seconds: self.inner.started.elapsed().as_secs(),
+            vmm: self.inner.vmm.name().to_owned(),
+            accel: self.inner.accel.clone(),
+            storage: self.pool()?,
+            memory: Memory { total_bytes: memory.total, available_bytes: memory.available },
+            cpu: Cpu { count: host::cpu_count(), model: host::cpu_model() },
+            vms: VmCounts::from_iter(self.inner.vms.statuses()),
+            templates: self.templates().await?.len() as u64,
+            limits: HostLimits {
+                default_disk_size_gib: settings.default_disk_size.as_u64(),
+                max_disk_size_gib: limits.max_disk_size_gib,
+                default_vcpu_count: settings.default_vcpu_count.min(limits.max_vcpus),
+                max_vcpu_count: limits.max_vcpus,
+                default_mem_size_mib: settings.default_mem_size_mib,
+                min_mem_size_mib: limits.min_mem_mib,
+                max_mem_size_mib: limits.max_mem_mib,
+            },
+        })
+    }
+
+    /// Shuts every machine down and removes the network; VMs and their disks stay.
+    ///
+    /// # Errors
+    /// The first machine that could not be ended, after all were tried.
+    pub async fn take_all_down(&self) -> Result<(), ServiceError> {
+        let running = self.inner.vms.all().into_iter().filter(|vm| matches!(vm.status, VmStatus::Running | VmStatus::Paused));
+        let stops: Vec<_> = running
+            .map(|vm| {
+                let service = self.clone();
+                self.inner.tasks.spawn(async move { service.stop_now(&vm.id).await })
+            })
+            .collect();
+        let mut first_error = None;
+        for stop in stops {
+            let stopped = stop.await.unwrap_or_else(|error| Err(ServiceError::Internal(error.to_string())));
+            first_error = first_error.or(stopped.err());
+        }
+        match first_error {
+            Some(error) => Err(error),
+            None => Ok(self.inner.network.teardown().await?),
+        }
+    }
+
+    /// Waits for every operation under way; no new one is begun meanwhile.
+    pub async fn finish(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    async fn create_now(&self, request: CreateVm) -> Result<Vm, ServiceError> {
+        let inner = self.inner();
+        let claim = inner.vms.claim(request.name.as_ref().map(|name| name.as_str()))?;
+        let template = self.template(request.template.as_str()).await?;
+        let asked = request.disk_size_gib.map(Gib::new);
+        let disk_size = Pool::disk_size(&template, asked, inner.settings.default_disk_size)?;
+        if disk_size > inner.settings.max_disk_size {
+            let (size, max) = (disk_size, inner.settings.max_disk_size);
+            return Err(ServiceError::Invalid(format!(
+                "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}", template.name
+            )));
+        }
+        let reservation = inner.pool.admit(disk_size.bytes())?;
+
+        let record = Record {
+            id: new_id()?,
+            name: claim.name.clone(),
+            template: template.name.to_string(),
+            ssh_public_key: request.ssh_public_key.as_str().to_owned(),
+            created_at: rfc3339(jiff::Timestamp::now()),
+            vcpu_count: request.vcpu_count.unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
+            mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
+            disk_size_gib: disk_size.as_u64(),
+            guest_ip: claim.lease.guest_ip,
+            ssh_port: claim.lease.ssh_port,
+            status: if request.start { VmStatus::Running } else { VmStatus::Stopped },
+            status_reason: None,
+        };
+        tracing::info!(vm = record.id, name = record.name, template = record.template, disk_size_gib = record.disk_size_gib, "admitted");
+
+        let disk = disk_name(&record)?;
+        let reservation = self.clone_disk(&disk, &template, reservation).await?;
+        let mut steps = Steps::new();
+        let pool = Arc::clone(&inner.pool);
+        steps.taken("clone the disk", async move { blocking(move || pool.delete_disk(&disk)).await });
+
+        match self.complete(&record, &mut steps).await {
+            Ok(machine) => {
+                reservation.commit();
+                claim.publish(record.clone(), machine.clone());
+                if let Some(machine) = machine {
+                    self.watch(record.id.clone(), machine);
+                }
+                tracing::info!(vm = record.id, name = record.name, status = record.status.as_str(), "created");
+                Ok(self.describe(&record))
+            }
+            Err(error) => {
+                steps.undo_all().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// What comes after the disk: the machine, if it is to run, and the record.
+    async fn complete(&self, record: &Record, steps: &mut Steps) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
+        let machine = match record.status {
+            VmStatus::Running => Some(self.bring_up(record, steps).await?),
+            _ => None,
+        };
+        let (state, row) = (Arc::clone(&self.inner.state), record.clone());
+        blocking(move || state.insert(&row)).await?;
+        Ok(machine)
+    }
+
+    /// Returns the reservation when the disk stands; on a failure nothing is left of either.
+    async fn clone_disk(
+        &self,
+        disk: &Name,
+        template: &scalebox_storage::Template,
+        reservation: Reservation,
+    ) -> Result<Reservation, ServiceError> {
+        let (pool, disk, template) = (Arc::clone(&self.inner.pool), disk.clone(), template.clone());
+        blocking(move || pool.create_disk(&disk, &template, &reservation).map(|()| reservation)).await
+    }
+
+    /// Seed drive, tap and forward, machine. The undos of the steps taken stand in `steps`.
+    async fn bring_up(&self, record: &Record, steps: &mut Steps) -> Result<Arc<dyn Machine>, ServiceError> {
+        let inner = self.inner();
+        let endpoint = endpoint(record)?;
+        let run_dir = self.run_dir(&record.id);
+        let seed = run_dir.join("seed.img");
+
+        let drive = SeedDrive {
+            instance_id: record.id.clone(),
+            hostname: record.name.clone(),
+            ssh_public_key: record.ssh_public_key.clone(),
+            mac: endpoint.mac().to_string(),
+            address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())
+                .map_err(|error| ServiceError::Internal(error.to_string()))?,
+            gateway: inner.settings.net.gateway(),
+            dns: inner.resolvers.clone(),
+        };
+        {
+            let (run_dir, seed) = (run_dir.clone(), seed.clone());
+            blocking(move || {
+                make_private_dir(&run_dir)
+                    .map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", run_dir.display())))?;
+                drive.write(&seed).map_err(|error| ServiceError::Internal(error.to_string()))
+            })
+            .await?;
+        }
+        let undo_dir = run_dir.clone();
+        steps.taken("write the seed drive", async move { blocking(move || remove_dir(&undo_dir)).await });
+
+        inner.network.attach(&endpoint).await?;
+        let (network, undo_endpoint) = (inner.network.clone(), endpoint.clone());
+        steps.taken("attach to the network", async move { network.detach(&undo_endpoint).await });
+
+        let machine = inner.vmm.launch(&self.spec(record, &endpoint, run_dir, seed)?).await?;
+        let undo_machine = Arc::clone(&machine);
+        steps.taken("launch the machine", async move { undo_machine.kill().await.map(drop) });
+        tracing::info!(vm = record.id, pid = machine.pid(), tap = endpoint.tap(), ssh_port = record.ssh_port, "launched");
+        Ok(machine)
+    }
+
+    fn spec(&self, record: &Record, endpoint: &Endpoint, run_dir: PathBuf, seed: PathBuf) -> Result<MachineSpec, ServiceError> {
+        let kernel_dir = self.inner.pool.kernel_dir();
+        let (kernel, initrd) = (kernel_dir.join("vmlinuz"), kernel_dir.join("initrd.img"));
+        if !kernel.is_file() || !initrd.is_file() {
+            return Err(ServiceError::Unavailable(format!(
+                "this host has no kernel for its guests yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
+            )));
+        }
+        Ok(MachineSpec {
+            id: machine_id(&record.id)?,
+            vcpus: record.vcpu_count,
+            memory_mib: record.mem_size_mib,
+            kernel,
+            initrd: Some(initrd),
+            cmdline: scalebox_guest::kernel_cmdline(),
+            root: self.inner.pool.disk_location(&disk_name(record)?),
+            seed,
+            nic: Nic { tap: endpoint.tap().to_owned(), mac: endpoint.mac().to_string() },
+            console_log: self.console_log(&record.id),
+            run_dir,
+            run_as: Some(vmm_user(record)),
+        })
+    }
+
+    async fn start_now(&self, reference: &str) -> Result<Vm, ServiceError> {
+        let operation = self.inner.vms.begin(reference, "being started")?;
+        let record = &operation.record;
+        if matches!(record.status, VmStatus::Running | VmStatus::Paused) {
+            return Err(ServiceError::Conflict(format!("VM {} is {} already", record.name, record.status)));
+        }
+        let mut steps = Steps::new();
+        let started = async {
+            let machine = self.bring_up(record, &mut steps).await?;
+            self.persist(&record.id, VmStatus::Running, None).await?;
+            Ok(machine)
+        };
+        match started.await {
+            Ok(machine) => {
+                self.inner.vms.set(&record.id, VmStatus::Running, None, Some(Arc::clone(&machine)));
+                self.watch(record.id.clone(), machine);
+                tracing::info!(vm = record.id, name = record.name, "started");
+                self.get(&record.id)
+            }
+            Err(error) => {
+                steps.undo_all().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn stop_now(&self, reference: &str) -> Result<Vm, ServiceError> {
+        let operation = self.inner.vms.begin(reference, "being stopped")?;
+        let record = &operation.record;
+        let Some(machine) = &operation.machine else {
+            return Err(ServiceError::Conflict(format!("VM {} is {} already", record.name, record.status)));
+        };
+        let outcome = machine.stop(STOP_GRACE).await?;
+        self.inner.vms.set(&record.id, VmStatus::Stopped, None, None);
+        self.take_down(record).await?;
+        self.persist(&record.id, VmStatus::Stopped, None).await?;
+        tracing::info!(vm = record.id, name = record.name, ?outcome, "stopped");
+        self.get(&record.id)
+    }
+
+    async fn delete_now(&self, reference: &str) -> Result<(), ServiceError> {
+        let operation = self.inner.vms.begin(reference, "being deleted")?;
+        let Operation { record, machine, .. } = &operation;
+        if let Some(machine) = machine {
+            machine.kill().await?;
+        }
+        self.take_down(record).await?;
+        // The record goes before the disk: a disk without a record is removed at the next start, a record without a disk is a loss.
+        let (state, id) = (Arc::clone(&self.inner.state), record.id.clone());
+        blocking(move || state.delete(&id)).await?;
+        let (pool, disk) = (Arc::clone(&self.inner.pool), disk_name(record)?);
+        blocking(move || pool.delete_disk(&disk)).await?;
+        self.inner.pool.release(Gib::new(record.disk_size_gib).bytes());
+        let console = self.console_dir(&record.id);
+        blocking(move || remove_dir(&console)).await?;
+        self.inner.vms.remove(&record.id);
+        tracing::info!(vm = record.id, name = record.name, "deleted");
+        Ok(())
+    }
+
+    /// Tap, forward, seed drive and sockets of a machine that is gone.
+    pub(crate) async fn take_down(&self, record: &Record) -> Result<(), ServiceError> {
+        self.inner.network.detach(&endpoint(record)?).await?;
+        let run_dir = self.run_dir(&record.id);
+        blocking(move || remove_dir(&run_dir)).await
+    }
+
+    /// Follows a machine to its end, and notes what came of the VM.
+    pub(crate) fn watch(&self, id: String, machine: Arc<dyn Machine>) {
+        let service = self.clone();
+        // Not in `tasks`: a shutdown does not wait for machines.
+        tokio::spawn(async move {
+            let reason = machine.exited().await;
+            service.note_exit(&id, &machine, reason).await;
+        });
+    }
+
+    async fn note_exit(&self, id: &str, machine: &Arc<dyn Machine>, reason: ExitReason) {
+        let Ok(operation) = self.inner.vms.begin_when_idle(id, "ending").await else { return };
+        // An operation that ended the machine itself has noted what came of it.
+        if !operation.machine.as_ref().is_some_and(|current| Arc::ptr_eq(current, machine)) {
+            return;
+        }
+        let (status, reason) = match reason {
+            ExitReason::GuestShutdown => (VmStatus::Stopped, None),
+            other => (VmStatus::Failed, Some(other.to_string())),
+        };
+        self.inner.vms.set(id, status, reason.clone(), None);
+        tracing::info!(vm = id, status = status.as_str(), reason, "machine ended");
+        let noted = async {
+            self.take_down(&operation.record).await?;
+            self.persist(id, status, reason.as_deref()).await
+        };
+        if let Err(error) = noted.await {
+            tracing::error!(vm = id, %error, "the end of a machine could not be noted; the next start puts it right");
+        }
+    }
+
+    pub(crate) async fn persist(&self, id: &str, status: VmStatus, reason: Option<&str>) -> Result<(), ServiceError> {
+        let (state, id, reason) = (Arc::clone(&self.inner.state), id.to_owned(), reason.map(str::to_owned));
+        blocking(move || state.set_status(&id, status, reason.as_deref())).await
+    }
+
+    async fn template(&self, name: &str) -> Result<scalebox_storage::Template, ServiceError> {
+        let parsed: Name = name.parse().map_err(|_| ServiceError::NotFound(format!("there is no template {name}")))?;
+        let pool = Arc::clone(&self.inner.pool);
+        blocking(move || pool.template(&parsed)).await
+    }
+
+    /// Sockets, pid file and seed drive of a machine.
+    pub(crate) fn run_dir(&self, id: &str) -> PathBuf {
+        self.inner.settings.run_dir.join("vms").join(id)
+    }
+
+    pub(crate) fn console_dir(&self, id: &str) -> PathBuf {
+        self.inner.settings.state_dir.join("console").join(id)
+    }
+
+    pub(crate) fn console_log(&self, id: &str) -> PathBuf {
+        self.console_dir(id).join("console.log")
+    }
+
+    fn describe(&self, record: &Record) -> Vm {
+        let ip = self.inner.host_ip;
+        Vm {
+            id: record.id.clone(),
+            name: record.name.clone(),
+            template: record.template.clone(),
+            ip: ip.to_string(),
+            ssh_port: record.ssh_port,
+            ssh: format!("ssh -p {} user@{ip}", record.ssh_port),
+            url: None,
+            status: record.status,
+            status_reason: record.status_reason.clone(),
+            created_at: record.created_at.clone(),
+            vcpu_count: record.vcpu_count,
+            mem_size_mib: record.mem_size_mib,
+            disk_size_gib: record.disk_size_gib,
+        }
+    }
+
+    /// Runs an operation in a task of its own: a client that hangs up does not leave it half-done.
+    async fn detached<T: Send + 'static>(
+        &self,
+        operation: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
+    ) -> Result<T, ServiceError> {
+        let task = self.inner.tasks.spawn(operation.in_current_span());
+        task.await.unwrap_or_else(|error| Err(ServiceError::Internal(format!("the operation did not end: {error}"))))
+    }
+}
+
+/// Runs what blocks on a thread that may, within the caller's log span.
+pub(crate) async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ServiceError>
+where
+    T: Send + 'static,
+    E: Into<ServiceError> + Send + 'static,
+{
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(error) => Err(ServiceError::Internal(format!("a step did not end: {error}"))),
+    }
+}
+
+pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {
+    Ok(record.id.parse()?)
+}
+
+pub(crate) fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
+    Ok(Endpoint::new(&record.id, record.guest_ip, record.ssh_port)?)
+}
+
+/// `vm-` and 48 random bits in hex.
+fn new_id() -> Result<String, ServiceError> {
+    let mut bits = [0; 6];
+    let drawn = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty());
+    if drawn != Ok(bits.len()) {
+        return Err(ServiceError::Internal("the kernel gave no random bytes".to_owned()));
+    }
+    let hex: String = bits.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!("vm-{hex}"))
+}
+
+/// Each VM's machine runs as a user of its own, so that one that breaks out of its hypervisor finds nothing of another's. The
+/// numbers lie in the range that <https://systemd.io/UIDS-GIDS/> lists as unused (1879048192 to 2147352575).
+fn vmm_user(record: &Record) -> RunAs {
+    let uid = 1_900_000_000 + u32::from(record.ssh_port);
+    RunAs { uid, gid: uid }
+}
+
+pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
+    Ok(id.parse()?)
+}
+
+fn rfc3339(time: jiff::Timestamp) -> String {
+    // Whole milliseconds are enough to sort by, and short enough to read.
+    format!("{time:.3}")
+}
+
+fn make_private_dir(dir: &Path) -> std::io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+/// Removes a folder and all in it; one that is not there is no error.
+pub(crate) fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(ServiceError::Internal(format!("cannot remove {}: {error}", dir.display())))
+        }
+        _ => Ok(()),
+    }
+}

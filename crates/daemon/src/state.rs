@@ -1,0 +1,314 @@
+//! The state file: what the daemon must know after a crash, in SQLite under `STATE_DIR`.
+//!
+//! It lies outside the pool, so that a full pool does not stop the daemon. A method returns when what it wrote survives a
+//! power cut (`synchronous=FULL`). All methods block.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use scalebox_client::VmStatus;
+use std::fs::{self, File};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A VM as it stands in the state file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// `vm-` and twelve hex digits.
+    pub id: String,
+    /// Unique.
+    pub name: String,
+    /// The template its disk was cloned from.
+    pub template: String,
+    /// The key its account accepts.
+    pub ssh_public_key: String,
+    /// RFC 3339, UTC.
+    pub created_at: String,
+    /// Processors.
+    pub vcpu_count: u32,
+    /// Memory in MiB.
+    pub mem_size_mib: u64,
+    /// Provisioned size of its disk in GiB.
+    pub disk_size_gib: u64,
+    /// Its address in `SUBNET`; unique.
+    pub guest_ip: Ipv4Addr,
+    /// The host's port that leads to its port 22; unique.
+    pub ssh_port: u16,
+    /// What it was last known to do.
+    pub status: VmStatus,
+    /// Why, where that needs saying.
+    pub status_reason: Option<String>,
+}
+
+/// Why the state could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// SQLite said no.
+    #[error("the state file {}: {source}", path.display())]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+    /// The folder or the lock.
+    #[error("cannot use the state folder {}: {source}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another daemon has it.
+    #[error("another scaleboxd uses {}: stop it first, or set STATE_DIR to another folder", .0.display())]
+    Locked(PathBuf),
+    /// A later release wrote it.
+    #[error("{} was written by a later release (schema {found}, this one knows {known}): install that release again", path.display())]
+    FromTheFuture {
+        /// The file.
+        path: PathBuf,
+        /// Its schema.
+        found: usize,
+        /// The last one known.
+        known: usize,
+    },
+}
+
+/// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
+/// `PRAGMA user_version`. Steps are only ever appended.
+const MIGRATIONS: [&str; 1] = ["CREATE TABLE vms (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        template TEXT NOT NULL,
+        ssh_public_key TEXT NOT NULL,
+        created_at TEXT NOT NULL,
+        vcpu_count INTEGER NOT NULL,
+        mem_size_mib INTEGER NOT NULL,
+        disk_size_gib INTEGER NOT NULL,
+        guest_ip TEXT NOT NULL UNIQUE,
+        ssh_port INTEGER NOT NULL UNIQUE,
+        status TEXT NOT NULL,
+        status_reason TEXT
+    ) STRICT"];
+
+/// The open state file. One process has it at a time.
+#[derive(Debug)]
+pub struct State {
+    path: PathBuf,
+    connection: Mutex<Connection>,
+    _lock: File,
+}
+
+impl State {
+    /// Opens the state in `folder`, making it when it is not there, and brings it to this release's schema.
+    ///
+    /// # Errors
+    /// [`StateError::Locked`] while another process has it.
+    pub fn open(folder: &Path) -> Result<State, StateError> {
+        let in_folder = |source| StateError::Folder { path: folder.to_owned(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(in_folder)?;
+        let lock = File::create(folder.join("lock")).map_err(in_folder)?;
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StateError::Locked(folder.to_owned())),
+            Err(errno) => return Err(in_folder(errno.into())),
+        }
+        let path = folder.join("state.db");
+        let database = |source| StateError::Database { path: path.clone(), source };
+        let connection = Connection::open(&path).map_err(database)?;
+        connection.execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;").map_err(database)?;
+        let mut state = State { path: path.clone(), connection: Mutex::new(connection), _lock: lock };
+        state.migrate()?;
+        // The file's own name must survive a power cut too.
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(in_folder)?;
+        Ok(state)
+    }
+
+    fn migrate(&mut self) -> Result<(), StateError> {
+        let path = self.path.clone();
+        let database = |source| StateError::Database { path: path.clone(), source };
+        let connection = self.connection.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let done: usize = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(database)?;
+        if done > MIGRATIONS.len() {
+            return Err(StateError::FromTheFuture { path: self.path.clone(), found: done, known: MIGRATIONS.len() });
+        }
+        for (step, sql) in MIGRATIONS.iter().enumerate().skip(done) {
+            let transaction = connection.transaction().map_err(database)?;
+            transaction.execute_batch(sql).map_err(database)?;
+            transaction.pragma_update(None, "user_version", step + 1).map_err(database)?;
+            transaction.commit().map_err(database)?;
+        }
+        Ok(())
+    }
+
+    /// All VMs, oldest first.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn vms(&self) -> Result<Vec<Record>, StateError> {
+        self.with(|connection| {
+            let mut query = connection.prepare("SELECT * FROM vms ORDER BY created_at, id")?;
+            query.query_map([], record)?.collect()
+        })
+    }
+
+    /// Adds a VM.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], also when its id, name, address or port is taken.
+    pub fn insert(&self, vm: &Record) -> Result<(), StateError> {
+        self.with(|connection| {
+            connection
+                .prepare_cached("INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?,?,?,?)")?
+                .execute(params![
+                    vm.id,
+                    vm.name,
+                    vm.template,
+                    vm.ssh_public_key,
+                    vm.created_at,
+                    vm.vcpu_count,
+                    vm.mem_size_mib,
+                    vm.disk_size_gib,
+                    vm.guest_ip.to_string(),
+                    vm.ssh_port,
+                    vm.status.as_str(),
+                    vm.status_reason,
+                ])
+                .map(drop)
+        })
+    }
+
+    /// Changes what a VM is known to do. One that is gone is not made anew.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn set_status(&self, id: &str, status: VmStatus, reason: Option<&str>) -> Result<(), StateError> {
+        self.with(|connection| {
+            connection
+                .prepare_cached("UPDATE vms SET status = ?2, status_reason = ?3 WHERE id = ?1")?
+                .execute(params![id, status.as_str(), reason])
+                .map(drop)
+        })
+    }
+
+    /// Removes a VM. Returns whether it was there.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn delete(&self, id: &str) -> Result<bool, StateError> {
+        self.with(|connection| {
+            let there: Option<String> =
+                connection.query_row("DELETE FROM vms WHERE id = ? RETURNING id", [id], |row| row.get(0)).optional()?;
+            Ok(there.is_some())
+        })
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
+        work(&self.lock()).map_err(|source| StateError::Database { path: self.path.clone(), source })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // A statement that panicked was rolled back by SQLite; the connection is whole.
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
+    let ip: String = row.get("guest_ip")?;
+    let status: String = row.get("status")?;
+    Ok(Record {
+        id: row.get("id")?,
+        name: row.get("name")?,
+        template: row.get("template")?,
+        ssh_public_key: row.get("ssh_public_key")?,
+        created_at: row.get("created_at")?,
+        vcpu_count: row.get("vcpu_count")?,
+        mem_size_mib: row.get("mem_size_mib")?,
+        disk_size_gib: row.get("disk_size_gib")?,
+        guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
+        ssh_port: row.get("ssh_port")?,
+        status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
+        status_reason: row.get("status_reason")?,
+    })
+}
+
+fn status_of(word: &str) -> Option<VmStatus> {
+    [VmStatus::Running, VmStatus::Stopped, VmStatus::Paused, VmStatus::Failed]
+        .into_iter()
+        .find(|status| status.as_str() == word)
+}
+
+fn malformed(column: &str, value: &str) -> rusqlite::Error {
+    let problem = format!("{value:?} in column {column} was not written by this program");
+    rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, problem.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm(n: u16) -> Record {
+        Record {
+            id: format!("vm-{n:012x}"),
+            name: format!("vm-{n}"),
+            template: "debian-base".into(),
+            ssh_public_key: "ssh-ed25519 AAAA".into(),
+            created_at: format!("2026-01-02T03:04:{n:02}Z"),
+            vcpu_count: 1,
+            mem_size_mib: 512,
+            disk_size_gib: 10,
+            guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
+            ssh_port: 22001 + n,
+            status: VmStatus::Running,
+            status_reason: None,
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_there_after_a_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        state.insert(&vm(1)).unwrap();
+        state.insert(&vm(2)).unwrap();
+        state.set_status(&vm(2).id, VmStatus::Failed, Some("its process ended")).unwrap();
+        assert!(state.delete(&vm(1).id).unwrap());
+        assert!(!state.delete(&vm(1).id).unwrap());
+        drop(state);
+
+        let failed = Record { status: VmStatus::Failed, status_reason: Some("its process ended".into()), ..vm(2) };
+        assert_eq!(State::open(folder.path()).unwrap().vms().unwrap(), [failed]);
+    }
+
+    #[test]
+    fn names_addresses_and_ports_are_taken_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        state.insert(&vm(1)).unwrap();
+        for twin in [
+            Record { name: vm(1).name, ..vm(2) },
+            Record { guest_ip: vm(1).guest_ip, ..vm(2) },
+            Record { ssh_port: vm(1).ssh_port, ..vm(2) },
+            Record { id: vm(1).id, ..vm(2) },
+        ] {
+            assert!(state.insert(&twin).is_err());
+        }
+    }
+
+    #[test]
+    fn one_process_has_the_state_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let _first = State::open(folder.path()).unwrap();
+        assert!(matches!(State::open(folder.path()), Err(StateError::Locked(_))));
+    }
+
+    #[test]
+    fn a_state_of_a_later_release_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(State::open(folder.path()).unwrap());
+        let connection = Connection::open(folder.path().join("state.db")).unwrap();
+        connection.pragma_update(None, "user_version", 99).unwrap();
+        drop(connection);
+        assert!(matches!(State::open(folder.path()), Err(StateError::FromTheFuture { found: 99, .. })));
+    }
+}

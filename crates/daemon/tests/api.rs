@@ -1,0 +1,318 @@
+//! The HTTP contract, through a real socket to a real daemon on a real pool. No guest is booted.
+
+mod support;
+
+use scalebox_client::{ClientError, CreateVm, VmStatus};
+use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Barrier;
+use support::{Host, HostDisk, KEY, Options, TOKEN, run, text};
+
+fn error_of(body: &str) -> String {
+    let body: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {body:?}"));
+    assert_eq!(body.as_object().map(|fields| fields.len()), Some(1), "{body}");
+    body["error"].as_str().expect("an error").to_owned()
+}
+
+fn refused(error: ClientError) -> (u16, String) {
+    match error {
+        ClientError::Refused { status, message } => (status, message),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn bad_input_gets_a_400_that_names_the_field_and_makes_nothing() {
+    let host = Host::with_tiny_template(&Options::default());
+    let with = |field: &str, value: Value| {
+        let mut body = json!({"template": "tiny", "ssh_public_key": KEY, "start": false});
+        body[field] = value;
+        body.to_string().into_bytes()
+    };
+    let without = |field: &str| {
+        let mut body = json!({"template": "tiny", "ssh_public_key": KEY, "start": false});
+        body.as_object_mut().unwrap().remove(field);
+        body.to_string().into_bytes()
+    };
+    let range = "disk_size_gib must be between 1 and 100";
+    let mut cases: Vec<(Vec<u8>, &str)> = vec![
+        (b"".to_vec(), "body"),
+        (b"nonsense".to_vec(), "JSON"),
+        (b"[]".to_vec(), "object"),
+        (b"null".to_vec(), "object"),
+        (b"\xff\xfe".to_vec(), "JSON"),
+        (vec![b'['; 100_000], "JSON"),
+        (with("disk_size_gb", json!(10)), "disk_size_gb"),
+        (without("template"), "template"),
+        (without("ssh_public_key"), "ssh_public_key"),
+        (with("template", json!("")), "template"),
+        (with("template", json!("../x")), "template"),
+        (with("template", json!(7)), "template"),
+        (with("ssh_public_key", json!("")), "ssh_public_key"),
+        (with("ssh_public_key", json!("hello")), "ssh_public_key"),
+        (with("ssh_public_key", json!(format!("{KEY}\n{KEY}"))), "ssh_public_key"),
+        (with("ssh_public_key", json!(format!("command=\"id\" {KEY}"))), "ssh_public_key"),
+        (with("vcpu_count", json!(0)), "vcpu_count"),
+        (with("vcpu_count", json!(100_000)), "vcpu_count"),
+        (with("mem_size_mib", json!(1)), "mem_size_mib"),
+        (with("mem_size_mib", json!(1u64 << 40)), "mem_size_mib"),
+        (with("name", json!("Upper")), "name"),
+        (with("name", json!("-x")), "name"),
+        (with("name", json!("a".repeat(64))), "name"),
+        (with("name", json!("vm-0123456789ab")), "name"),
+        (with("start", json!("yes")), "start"),
+    ];
+    for size in [json!(0), json!(-1), json!(1.5), json!("10"), json!(1e300), json!(null), json!(101), json!(200)] {
+        cases.push((with("disk_size_gib", size), range));
+    }
+    for (body, expected) in cases {
+        let shown = String::from_utf8_lossy(&body[..body.len().min(120)]).into_owned();
+        let (status, answer) = host.send("POST", "/vms", &body);
+        assert_eq!(status, 400, "{shown}: {answer}");
+        let message = error_of(&answer);
+        assert!(message.contains(expected), "{shown}: {message}");
+        if expected == range {
+            assert_eq!(message, range);
+        }
+    }
+    assert_eq!(host.client().vms().unwrap(), []);
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
+}
+
+#[test]
+fn refusals_of_every_kind_are_the_same_json_and_never_a_500() {
+    let host = Host::with_tiny_template(&Options::default());
+    let body = json!({"template": "absent", "ssh_public_key": KEY}).to_string();
+    for (method, path, body, status) in [
+        ("POST", "/vms", body.as_bytes(), 404),
+        ("GET", "/vms/nobody", b"", 404),
+        ("GET", "/vms/..%2f..%2fetc", b"", 404),
+        ("DELETE", "/vms/vm-0123456789ab", b"", 404),
+        ("POST", "/vms/nobody/start", b"", 404),
+        ("POST", "/vms/nobody/stop", b"", 404),
+        ("DELETE", "/templates/absent", b"", 404),
+        ("DELETE", "/templates/..%2fx", b"", 404),
+        ("DELETE", "/templates/debian-base", b"", 403),
+        ("GET", "/nothing/here", b"", 404),
+        ("GET", "/vms/%ff", b"", 400),
+        ("PUT", "/vms", b"", 405),
+        ("DELETE", "/health", b"", 405),
+        ("POST", "/pool", b"", 405),
+        ("POST", "/vms", &vec![b' '; (1 << 20) + 1], 413),
+    ] {
+        let (found, answer) = host.send(method, path, body);
+        assert_eq!(found, status, "{method} {path}: {answer}");
+        error_of(&answer);
+    }
+}
+
+#[test]
+fn a_body_of_unknown_length_is_cut_off_at_one_mebibyte() {
+    let host = Host::with_tiny_template(&Options::default());
+    let mut request = format!(
+        "POST /vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    .into_bytes();
+    let chunk = [b"40000\r\n".as_slice(), &[b' '; 0x40000], b"\r\n"].concat();
+    for _ in 0..5 {
+        request.extend_from_slice(&chunk);
+    }
+    request.extend_from_slice(b"0\r\n\r\n");
+    let (status, answer) = host.raw(&request);
+    assert_eq!(status, 413, "{answer}");
+    error_of(&answer);
+}
+
+#[test]
+fn without_the_token_nothing_is_told_but_health() {
+    let host = Host::with_tiny_template(&Options::default());
+    let longer = format!("Bearer {TOKEN}x");
+    let shorter = format!("Bearer {}", &TOKEN[..TOKEN.len() - 1]);
+    let as_user = format!("Basic {TOKEN}");
+    let mut answers = Vec::new();
+    for header in ["", "Bearer", "Bearer ", longer.as_str(), &shorter, &as_user, TOKEN] {
+        let header = if header.is_empty() { String::new() } else { format!("Authorization: {header}\r\n") };
+        for path in ["/vms", "/info", "/pool", "/templates", "/nothing/here", "/vms/nobody"] {
+            let (status, answer) = host.raw(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n").as_bytes());
+            assert_eq!(status, 401, "{header}{path}: {answer}");
+            answers.push(error_of(&answer));
+        }
+    }
+    answers.dedup();
+    assert_eq!(answers.len(), 1, "an answer that differs is a hint: {answers:?}");
+    let (status, answer) = host.raw(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert_eq!((status, answer.as_str()), (200, r#"{"status":"ok"}"#));
+}
+
+#[test]
+fn a_vm_has_the_disk_it_asked_for_or_the_default() {
+    let host = Host::with_tiny_template(&Options::default());
+    for (asked, expected) in [(None, 2), (Some(1), 1), (Some(10), 10)] {
+        let vm = host.create_stopped("tiny", asked);
+        assert_eq!(vm.disk_size_gib, expected);
+        assert_eq!(fs::metadata(host.disk(&vm)).unwrap().len(), expected << 30);
+        run("e2fsck", &["-fn", text(&host.disk(&vm))]);
+        let blocks = run("dumpe2fs", &["-h", text(&host.disk(&vm))]);
+        let blocks = blocks.lines().find_map(|line| line.strip_prefix("Block count:")).unwrap().trim();
+        assert_eq!(blocks.parse::<u64>().unwrap() * 4096, expected << 30);
+    }
+    let error = host.client().create_vm(&CreateVm { disk_size_gib: Some(200), ..host.stopped("tiny") }).unwrap_err();
+    assert_eq!(refused(error), (400, "disk_size_gib must be between 1 and 100".to_owned()));
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 13 << 30);
+}
+
+#[test]
+fn a_disk_smaller_than_its_template_is_a_400_that_names_the_template_s_size() {
+    let host = Host::with_tiny_template(&Options::default());
+    let image = host.folder.join("large.image");
+    run("mke2fs", &["-q", "-t", "ext4", text(&image), "3G"]);
+    host.scaleboxd_ok(&["template", "import", "large", text(&image)]);
+    let error = host.client().create_vm(&CreateVm { disk_size_gib: Some(2), ..host.stopped("large") }).unwrap_err();
+    assert_eq!(refused(error), (400, "disk_size_gib must be at least 3: the template large is 3 GiB large".to_owned()));
+    assert_eq!(host.create_stopped("large", None).disk_size_gib, 3, "the default gives way to the template");
+}
+
+#[test]
+fn a_vm_is_made_found_listed_and_deleted() {
+    let host = Host::with_tiny_template(&Options::default());
+    let client = host.client();
+    let vm = client.create_vm(&CreateVm { name: Some("my-box".parse().unwrap()), ..host.stopped("tiny") }).unwrap();
+    assert!(scalebox_client::is_vm_id(&vm.id), "{}", vm.id);
+    assert_eq!((vm.name.as_str(), vm.template.as_str(), vm.status), ("my-box", "tiny", VmStatus::Stopped));
+    assert_eq!((vm.ip.as_str(), vm.vcpu_count, vm.mem_size_mib), ("127.0.0.1", 1, 512));
+    assert_eq!(vm.ssh, format!("ssh -p {} user@127.0.0.1", vm.ssh_port));
+    assert!(vm.created_at.ends_with('Z') && vm.created_at.contains('T'), "{}", vm.created_at);
+    assert_eq!(fs::metadata(host.disk(&vm)).unwrap().mode() & 0o777, 0o600);
+
+    assert_eq!(client.vm("my-box").unwrap(), vm);
+    assert_eq!(client.vm(&vm.id).unwrap(), vm);
+    let unnamed = host.create_stopped("tiny", None);
+    assert_eq!(unnamed.name.split('-').count(), 3, "{}", unnamed.name);
+    assert_eq!(client.vms().unwrap(), [vm.clone(), unnamed.clone()]);
+    let taken = client.create_vm(&CreateVm { name: Some("my-box".parse().unwrap()), ..host.stopped("tiny") });
+    let (status, message) = refused(taken.unwrap_err());
+    assert!(status == 409 && message.contains("my-box"), "{message}");
+
+    let templates = client.templates().unwrap();
+    assert_eq!((templates[0].name.as_str(), templates[0].used_by, templates[0].size_bytes), ("tiny", 2, 64 << 20));
+    let info = client.info().unwrap();
+    assert_eq!((info.vms.total, info.vms.stopped, info.templates), (2, 2, 1));
+    assert_eq!((info.host_ip.as_str(), info.vmm.as_str()), ("127.0.0.1", "qemu"));
+
+    client.delete_vm("my-box").unwrap();
+    client.delete_vm(&unnamed.id).unwrap();
+    assert_eq!(refused(client.delete_vm("my-box").unwrap_err()).0, 404);
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    client.delete_template("tiny").unwrap();
+    assert_eq!(client.templates().unwrap(), []);
+}
+
+#[test]
+fn the_pool_s_numbers_are_those_of_the_pool() {
+    let host = Host::with_tiny_template(&Options { pool_size: "100G", ..Options::default() });
+    host.create_stopped("tiny", Some(10));
+    let pool = host.client().pool().unwrap();
+    assert_eq!(pool.capacity_bytes, 100 << 30);
+    assert_eq!(pool.committed_bytes, 10 << 30);
+    assert_eq!(pool.commitment_limit_bytes, 400 << 30);
+    assert_eq!((pool.reserved_bytes, pool.buffer_bytes), (0, 2 << 30));
+    let host_free = pool.host_free_bytes.expect("an image lies on a host disk");
+    assert!(pool.free_bytes <= 100 << 30 && pool.free_bytes <= host_free + (1 << 30), "{pool:?}");
+    assert_eq!(Path::new(&pool.path), host.folder.join("pool"));
+    assert_eq!(pool.image.as_deref().map(Path::new), Some(host.folder.join("pool.img").as_path()));
+}
+
+#[test]
+fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_there_again() {
+    let host = Host::with_tiny_template(&Options { env: &[("OVERCOMMIT_RATIO", "1")], ..Options::default() });
+    let request = CreateVm { disk_size_gib: Some(20), ..host.stopped("tiny") };
+    let start = Barrier::new(8);
+    let attempt = || {
+        let client = host.client();
+        start.wait();
+        client.create_vm(&request)
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(attempt)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let (made, refusals): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    assert_eq!((made.len(), refusals.len()), (1, 7));
+    for refusal in refusals {
+        let (status, message) = refused(refusal.unwrap_err());
+        assert_eq!(status, 507);
+        assert!(message.starts_with("Insufficient storage: ") && message.ends_with("GB available, need 22GB"), "{message}");
+    }
+    let vm = made.into_iter().next().unwrap().unwrap();
+    assert_eq!(host.client().vms().unwrap(), [vm.clone()]);
+    assert_eq!(host.leftovers(), [format!("{}.ext4", vm.id)]);
+    assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
+    host.client().delete_vm(&vm.id).unwrap();
+    host.client().create_vm(&request).unwrap();
+}
+
+#[test]
+fn a_pool_near_its_end_gives_507_and_makes_nothing() {
+    let host = Host::with_tiny_template(&Options::default());
+    let free = host.client().pool().unwrap().free_bytes;
+    let left = (5 << 30) + (512 << 20);
+    run("fallocate", &["-l", &(free - left).to_string(), text(&host.folder.join("pool/ballast"))]);
+    let error = host.client().create_vm(&CreateVm { disk_size_gib: Some(10), ..host.stopped("tiny") }).unwrap_err();
+    assert_eq!(refused(error), (507, "Insufficient storage: 5GB available, need 12GB".to_owned()));
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    assert_eq!(host.create_stopped("tiny", Some(3)).disk_size_gib, 3);
+}
+
+#[test]
+fn a_host_disk_that_fills_up_behind_the_pool_gives_507() {
+    let disk = HostDisk::ext4("60G");
+    let host = Host::with_tiny_template(&Options { image_dir: Some(&disk.folder), ..Options::default() });
+    let request = CreateVm { disk_size_gib: Some(10), ..host.stopped("tiny") };
+    host.client().create_vm(&request).unwrap();
+    let free = host.client().pool().unwrap().host_free_bytes.expect("an image lies on a host disk");
+    let left = (4 << 30) + (512 << 20);
+    run("fallocate", &["-l", &(free - left).to_string(), text(&disk.folder.join("ballast"))]);
+    let (status, message) = refused(host.client().create_vm(&request).unwrap_err());
+    assert_eq!((status, message.as_str()), (507, "Insufficient storage: 4GB available, need 12GB"));
+    assert_eq!(host.client().vms().unwrap().len(), 1);
+    fs::remove_file(disk.folder.join("ballast")).unwrap();
+    host.client().create_vm(&request).unwrap();
+}
+
+#[test]
+fn a_start_that_fails_takes_back_every_step() {
+    // There is a template but no kernel: the failure comes after disk, seed drive and tap.
+    let host = Host::with_tiny_template(&Options::default());
+    let (status, message) = refused(host.client().create_vm(&CreateVm { start: true, ..host.stopped("tiny") }).unwrap_err());
+    assert!(status == 503 && message.contains("scaleboxd template build debian-base"), "{status} {message}");
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    assert_eq!(host.client().vms().unwrap(), []);
+    let pool = host.client().pool().unwrap();
+    assert_eq!((pool.reserved_bytes, pool.committed_bytes), (0, 0));
+
+    let vm = host.create_stopped("tiny", None);
+    assert_eq!(refused(host.client().start_vm(&vm.id).unwrap_err()).0, 503);
+    assert_eq!(host.client().vm(&vm.id).unwrap(), vm);
+    assert_eq!(refused(host.client().stop_vm(&vm.id).unwrap_err()).0, 409);
+    assert_eq!(host.taps(), Vec::<String>::new());
+}
+
+#[test]
+fn every_answer_carries_a_request_id_that_stands_in_the_log() {
+    let host = Host::with_tiny_template(&Options::default());
+    let body = json!({"template": "tiny", "ssh_public_key": KEY, "start": false}).to_string();
+    let request = format!(
+        "POST /vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nX-Request-Id: build-17\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    assert_eq!(host.raw(request.as_bytes()).0, 201);
+    let log = host.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("build-17")).collect();
+    for step in ["admitted", "created", "answered"] {
+        assert!(lines.iter().any(|line| line.contains(step)), "{step}: {lines:#?}");
+    }
+    assert!(!log.contains(TOKEN), "the token stands in the log");
+}

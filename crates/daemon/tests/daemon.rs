@@ -1,0 +1,187 @@
+//! The daemon as a process: its settings, its end, and what a crash leaves.
+
+mod support;
+
+use scalebox_client::CreateVm;
+use std::collections::HashSet;
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use support::{Host, Options, eventually, run, text};
+
+#[test]
+fn a_setting_that_does_not_parse_stops_the_daemon_with_its_name_its_value_and_what_would_be_right() {
+    let mut host = Host::new(&Options::default());
+    for (key, value, right) in [
+        ("MAX_DISK_SIZE_GIB", "lots", "whole number"),
+        ("STORAGE_SIZE", "0", "100G"),
+        ("SUBNET", "10.0.0.0/40", "172.16.0.0/16"),
+        ("VMM", "xen", "qemu"),
+        ("LOG_LEVEL", "=/=", "info"),
+    ] {
+        host.set(key, value);
+        let said = host.scaleboxd_fails(&["serve"]);
+        assert!(said.contains(&format!("{key}=\"{value}\"")) && said.contains(right), "{said}");
+        host.set(key, "");
+    }
+    host.set("API_TOKEN", "");
+    let said = host.scaleboxd_fails(&["serve"]);
+    assert!(said.contains("API_TOKEN is not set") && said.contains("no default"), "{said}");
+}
+
+#[test]
+fn a_file_of_settings_is_read_and_the_environment_goes_over_it() {
+    let host = Host::new(&Options::default());
+    let file = host.folder.join("config");
+    fs::write(&file, "MAX_DISK_SIZE_GIB=lots\n").unwrap();
+    let serve = |env: &[(&str, &str)]| {
+        let mut command = host.scaleboxd(&["template", "import", "x", "/nonexistent"]);
+        command.args(["--config", text(&file)]).envs(env.iter().copied());
+        support::said(&command.output().unwrap())
+    };
+    // `--config` may be given once; the harness gives its own.
+    assert!(serve(&[]).contains("cannot be used multiple times"));
+    let said = support::said(
+        &std::process::Command::new(env!("CARGO_BIN_EXE_scaleboxd"))
+            .args(["pool", "init", "--config", text(&file)])
+            .env_clear()
+            .output()
+            .unwrap(),
+    );
+    assert!(said.contains("MAX_DISK_SIZE_GIB=\"lots\""), "{said}");
+}
+
+#[test]
+fn a_pool_that_is_not_there_a_second_daemon_and_a_taken_port_are_clear_errors() {
+    let mut host = Host::new(&Options::default());
+    host.serve();
+    let said = host.scaleboxd_fails(&["serve"]);
+    assert!(said.contains("another scaleboxd uses"), "{said}");
+    assert!(host.scaleboxd_fails(&["down"]).contains("another scaleboxd uses"));
+    assert!(host.terminate().success());
+
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    host.set("API_PORT", &taken.local_addr().unwrap().port().to_string());
+    let said = host.scaleboxd_fails(&["serve"]);
+    assert!(said.contains("cannot listen on 127.0.0.1") && said.contains("API_PORT"), "{said}");
+
+    host.set("API_PORT", "0");
+    host.scaleboxd_ok(&["down"]);
+    let said = host.scaleboxd_fails(&["serve"]);
+    assert!(said.contains("scaleboxd pool init"), "{said}");
+}
+
+#[test]
+fn pool_init_speaks_as_the_seed_does_and_says_nothing_to_do_the_second_time() {
+    let host = Host::new(&Options { pool_size: "100G", ..Options::default() });
+    assert_eq!(fs::metadata(host.folder.join("pool.img")).unwrap().len(), 100 << 30);
+    assert_eq!(fs::metadata(host.folder.join("pool.img")).unwrap().mode() & 0o777, 0o600);
+    let said = host.scaleboxd_ok(&["pool", "init"]);
+    assert_eq!(said, format!("Storage already mounted at {}\nNothing to do.\n", host.folder.join("pool").display()));
+}
+
+#[test]
+fn sigterm_answers_the_requests_under_way_and_exits_0() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let client = host.client();
+    let stopping = AtomicBool::new(false);
+    let request = host.stopped("tiny");
+    std::thread::scope(|scope| {
+        // Creations one after another until the daemon takes no more; every one that was begun is answered.
+        let worker = scope.spawn(|| {
+            let mut made = 0;
+            loop {
+                match client.create_vm(&request) {
+                    Ok(_) => made += 1,
+                    Err(error) => {
+                        assert!(stopping.load(Ordering::SeqCst), "refused before the daemon was told to stop: {error}");
+                        assert_eq!(error.status(), None, "{error}");
+                        return made;
+                    }
+                }
+            }
+        });
+        eventually("a few VMs", || (host.client().vms().unwrap().len() >= 3).then_some(()));
+        stopping.store(true, Ordering::SeqCst);
+        assert_eq!(host.terminate().code(), Some(0));
+        let made = worker.join().unwrap();
+        // Nothing was made whose client got no answer.
+        host.serve();
+        assert_eq!(host.client().vms().unwrap().len(), made);
+    });
+}
+
+#[test]
+fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_nothing_else() {
+    let mut host = Host::with_tiny_template(&Options { env: &[("OVERCOMMIT_RATIO", "1000")], ..Options::default() });
+    let mut told: HashSet<String> = HashSet::new();
+    for round in 0..5 {
+        let client = host.client();
+        // A new size each round: the crash also falls into the making of a grown clone.
+        let request = CreateVm { disk_size_gib: Some(2 + round), ..host.stopped("tiny") };
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut told = Vec::new();
+                        while let Ok(vm) = client.create_vm(&request) {
+                            told.push(vm.id);
+                        }
+                        told
+                    })
+                })
+                .collect();
+            let before = told.len();
+            eventually("some VMs", || (host.client().vms().unwrap().len() >= before + 4 + round as usize).then_some(()));
+            host.crash();
+            told.extend(workers.into_iter().flat_map(|worker| worker.join().unwrap()));
+        });
+        host.serve();
+
+        let listed = host.client().vms().unwrap();
+        let ids: HashSet<String> = listed.iter().map(|vm| vm.id.clone()).collect();
+        assert!(told.is_subset(&ids), "lost: {:?}", told.difference(&ids));
+        let disks: HashSet<String> = host.leftovers().into_iter().collect();
+        let expected: HashSet<String> = ids.iter().map(|id| format!("{id}.ext4")).collect();
+        assert_eq!(disks, expected, "each VM has its disk, and no disk is nobody's");
+        let pool = host.client().pool().unwrap();
+        assert_eq!(pool.reserved_bytes, 0);
+        assert_eq!(pool.committed_bytes, listed.iter().map(|vm| vm.disk_size_gib << 30).sum::<u64>());
+        // A VM that was recorded when the crash came before the answer is there too: it can be seen and deleted.
+        told = ids;
+    }
+    let vm = host.client().vms().unwrap().pop().unwrap();
+    run("e2fsck", &["-fn", text(&host.disk(&vm))]);
+    host.client().delete_vm(&vm.id).unwrap();
+}
+
+#[test]
+fn a_disk_that_vanished_is_told_and_the_vm_can_be_deleted() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let vm = host.create_stopped("tiny", None);
+    assert!(host.terminate().success());
+    fs::remove_file(host.disk(&vm)).unwrap();
+    host.serve();
+    let found = host.client().vm(&vm.id).unwrap();
+    assert_eq!(found.status, scalebox_client::VmStatus::Failed);
+    assert!(found.status_reason.unwrap().contains("disk"), "the reason names it");
+    host.client().delete_vm(&vm.id).unwrap();
+}
+
+#[test]
+fn down_leaves_no_mount_no_bridge_no_table_and_keeps_the_vms() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let vm = host.create_stopped("tiny", Some(5));
+    assert!(host.terminate().success());
+    host.scaleboxd_ok(&["down"]);
+    assert!(!std::path::Path::new("/sys/class/net").join(&host.bridge).exists());
+    assert!(!run("nft", &["list", "tables"]).contains(&host.bridge));
+    assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains(text(&host.folder)));
+    assert_eq!(run("losetup", &["-j", text(&host.folder.join("pool.img"))]), "");
+    host.scaleboxd_ok(&["down"]);
+
+    host.scaleboxd_ok(&["pool", "init"]);
+    host.serve();
+    assert_eq!(host.client().vms().unwrap(), [vm]);
+}

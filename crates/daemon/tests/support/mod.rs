@@ -1,0 +1,345 @@
+//! A whole Scalebox host for a test: a pool, a network and a daemon of its own, through the programs and the socket that users have.
+//!
+//! Everything lies in one scratch folder and goes with the [`Host`], also when the test fails.
+#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops where it cannot go on")]
+
+use rustix::fs::{FlockOperation, flock};
+use scalebox_client::{Client, CreateVm, Vm};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+pub const TOKEN: &str = "a-token-for-tests-0123456789";
+/// A public key whose private half nobody has.
+pub const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0nVq0Z9m2hJb5p0nS9QmVb1cD";
+
+/// How long anything may take before a test gives up; generous, because the machines are small and shared.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until `probe` gives something.
+pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = probe() {
+            return found;
+        }
+        assert!(begun.elapsed() < PATIENCE, "gave up waiting for {what}");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).env("LC_ALL", "C").output().expect(program);
+    assert!(output.status.success(), "{program} {args:?}: {}", said(&output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A bridge, a subnet and a range of ports that no other test has at the same time.
+struct NetworkSlot {
+    number: u16,
+    _lock: File,
+}
+
+impl NetworkSlot {
+    fn take() -> NetworkSlot {
+        let folder = std::env::temp_dir().join("scalebox-test-networks");
+        fs::create_dir_all(&folder).unwrap();
+        let free = (0..60).find_map(|number| {
+            let lock = File::create(folder.join(number.to_string())).unwrap();
+            flock(&lock, FlockOperation::NonBlockingLockExclusive).ok().map(|()| NetworkSlot { number, _lock: lock })
+        });
+        free.expect("a free network for the test")
+    }
+}
+
+/// How a host differs from the usual one.
+pub struct Options<'a> {
+    /// `STORAGE_SIZE` of its pool.
+    pub pool_size: &'a str,
+    /// Where the pool image is to lie; in the scratch folder if not said.
+    pub image_dir: Option<&'a Path>,
+    /// More settings.
+    pub env: &'a [(&'a str, &'a str)],
+}
+
+impl Default for Options<'_> {
+    fn default() -> Self {
+        Options { pool_size: "30G", image_dir: None, env: &[] }
+    }
+}
+
+pub struct Host {
+    pub folder: PathBuf,
+    env: Vec<(String, String)>,
+    daemon: Option<Child>,
+    pub url: String,
+    pub bridge: String,
+    _slot: NetworkSlot,
+    _scratch: TempDir,
+}
+
+impl Host {
+    /// A host with an empty pool, its daemon not running.
+    pub fn new(options: &Options) -> Host {
+        let slot = NetworkSlot::take();
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path().to_owned();
+        let (number, first_port) = (slot.number, 23000 + slot.number * 100);
+        let bridge = format!("sbtest{number}");
+        let image = options.image_dir.unwrap_or(&folder).join("pool.img");
+        let path = |name: &str| text(&folder.join(name)).to_owned();
+        let mut env: Vec<(String, String)> = [
+            ("STORAGE_SIZE", options.pool_size.to_owned()),
+            ("DATA_DIR", path("pool")),
+            ("POOL_IMAGE", text(&image).to_owned()),
+            ("STATE_DIR", path("state")),
+            ("RUN_DIR", path("run")),
+            ("FSTAB", path("fstab")),
+            ("API_PORT", "0".to_owned()),
+            ("API_TOKEN", TOKEN.to_owned()),
+            ("HOST_IP", "127.0.0.1".to_owned()),
+            ("BRIDGE", bridge.clone()),
+            ("SUBNET", format!("172.31.{number}.0/24")),
+            ("PORT_MIN", first_port.to_string()),
+            ("PORT_MAX", (first_port + 99).to_string()),
+            ("LOG_LEVEL", "debug,hyper=info".to_owned()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into();
+        env.extend(options.env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+        let host = Host { folder, env, daemon: None, url: String::new(), bridge, _slot: slot, _scratch: scratch };
+        host.scaleboxd_ok(&["pool", "init"]);
+        host
+    }
+
+    /// A host with the small template `tiny`, its daemon running.
+    pub fn with_tiny_template(options: &Options) -> Host {
+        let mut host = Host::new(options);
+        host.import_tiny("tiny");
+        host.serve();
+        host
+    }
+
+    /// Adds a template of 64 MiB that boots nothing.
+    pub fn import_tiny(&self, name: &str) {
+        let image = self.folder.join(format!("{name}.image"));
+        run("mke2fs", &["-q", "-t", "ext4", text(&image), "64M"]);
+        self.scaleboxd_ok(&["template", "import", name, text(&image)]);
+    }
+
+    /// Adds the Debian template and its kernel from the cache that `make test` fills.
+    pub fn import_debian(&self) {
+        let cache = template_cache();
+        self.scaleboxd_ok(&["template", "build", "debian-base", "--cache", text(&cache)]);
+    }
+
+    pub fn scaleboxd(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_scaleboxd"));
+        command.args(args).args(["--config", "/dev/null"]).stdin(Stdio::null());
+        for key in ["SCALEBOX_TOKEN", "SCALEBOX_URL"] {
+            command.env_remove(key);
+        }
+        command.envs(self.env.iter().map(|(key, value)| (key, value)));
+        command
+    }
+
+    pub fn scaleboxd_ok(&self, args: &[&str]) -> String {
+        let output = self.scaleboxd(args).output().unwrap();
+        assert!(output.status.success(), "scaleboxd {args:?}: {}", said(&output));
+        said(&output)
+    }
+
+    pub fn scaleboxd_fails(&self, args: &[&str]) -> String {
+        let output = self.scaleboxd(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "scaleboxd {args:?}: {}", said(&output));
+        said(&output)
+    }
+
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.env.retain(|(known, _)| known != key);
+        self.env.push((key.to_owned(), value.to_owned()));
+    }
+
+    /// Starts the daemon and waits until it answers.
+    pub fn serve(&mut self) {
+        let log_path = self.log_path();
+        let log = File::options().create(true).append(true).open(&log_path).unwrap();
+        let already = fs::metadata(&log_path).unwrap().len() as usize;
+        let mut daemon = self.scaleboxd(&["serve"]).stderr(log).stdout(Stdio::null()).spawn().unwrap();
+        let address = eventually("the daemon", || {
+            let log = fs::read(&log_path).unwrap();
+            let log = String::from_utf8_lossy(&log[already..]).into_owned();
+            if let Some(status) = daemon.try_wait().unwrap() {
+                panic!("the daemon ended with {status}:\n{log}");
+            }
+            let ready = log.lines().find(|line| line.contains(" ready "))?;
+            Some(ready.split_once("address=")?.1.trim().to_owned())
+        });
+        self.url = format!("http://{address}");
+        self.daemon = Some(daemon);
+    }
+
+    pub fn log_path(&self) -> PathBuf {
+        self.folder.join("daemon.log")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// `kill -9`, as a crash.
+    pub fn crash(&mut self) {
+        let mut daemon = self.daemon.take().expect("a running daemon");
+        daemon.kill().unwrap();
+        assert_eq!(daemon.wait().unwrap().signal(), Some(9));
+    }
+
+    /// SIGTERM, and the daemon's exit status.
+    pub fn terminate(&mut self) -> ExitStatus {
+        let mut daemon = self.daemon.take().expect("a running daemon");
+        send_sigterm(&daemon);
+        eventually("the daemon to end", || daemon.try_wait().unwrap())
+    }
+
+    /// SIGTERM, without waiting.
+    pub fn begin_terminating(&mut self) -> Child {
+        let daemon = self.daemon.take().expect("a running daemon");
+        send_sigterm(&daemon);
+        daemon
+    }
+
+    pub fn client(&self) -> Client {
+        Client::new(&self.url, TOKEN).unwrap()
+    }
+
+    /// A request for a VM from `template` with a key that nobody has, which is not started.
+    pub fn stopped(&self, template: &str) -> CreateVm {
+        CreateVm { start: false, ..CreateVm::new(template.parse().unwrap(), KEY.parse().unwrap()) }
+    }
+
+    pub fn create_stopped(&self, template: &str, disk_size_gib: Option<u64>) -> Vm {
+        self.client().create_vm(&CreateVm { disk_size_gib, ..self.stopped(template) }).unwrap()
+    }
+
+    /// Sends bytes as they are and returns status and body. The connection is closed after one answer.
+    pub fn raw(&self, request: &[u8]) -> (u16, String) {
+        let mut stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        // A server that refuses early may close before all is sent.
+        let _sent = stream.write_all(request);
+        let mut reader = BufReader::new(stream);
+        let mut status = String::new();
+        reader.read_line(&mut status).unwrap();
+        let mut rest = Vec::new();
+        let _ended = reader.read_to_end(&mut rest);
+        let rest = String::from_utf8_lossy(&rest).into_owned();
+        let body = rest.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned());
+        (status.split(' ').nth(1).unwrap_or_else(|| panic!("no status in {status:?}")).parse().unwrap(), body)
+    }
+
+    /// One request with the right token.
+    pub fn send(&self, method: &str, path: &str, body: &[u8]) -> (u16, String) {
+        let mut request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        )
+        .into_bytes();
+        request.extend_from_slice(body);
+        self.raw(&request)
+    }
+
+    /// What is left of VMs on the host: disks, taps, forwards, folders of machines.
+    pub fn leftovers(&self) -> Vec<String> {
+        let mut found = names_in(&self.folder.join("pool/vms"));
+        found.extend(names_in(&self.folder.join("run/vms")));
+        found.extend(names_in(&self.folder.join("state/console")));
+        found.extend(self.taps());
+        found
+    }
+
+    /// The taps on this host's bridge.
+    pub fn taps(&self) -> Vec<String> {
+        names_in(&Path::new("/sys/class/net").join(&self.bridge).join("brif"))
+    }
+
+    pub fn disk(&self, vm: &Vm) -> PathBuf {
+        self.folder.join("pool/vms").join(format!("{}.ext4", vm.id))
+    }
+}
+
+fn send_sigterm(daemon: &Child) {
+    let pid = rustix::process::Pid::from_child(daemon);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+}
+
+fn names_in(folder: &Path) -> Vec<String> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
+        Err(error) => panic!("{}: {error}", folder.display()),
+    };
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _killed = daemon.kill();
+            let _reaped = daemon.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("---- the daemon's log ----\n{}", self.log());
+        }
+        match self.scaleboxd(&["down"]).output() {
+            Ok(output) if output.status.success() => {}
+            Ok(output) => eprintln!("the test's host is not down: {}", said(&output)),
+            Err(error) => eprintln!("the test's host is not down: {error}"),
+        }
+    }
+}
+
+/// Where `make test` keeps the finished Debian template.
+pub fn template_cache() -> PathBuf {
+    match std::env::var_os("SCALEBOX_CACHE") {
+        Some(folder) => folder.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/template-cache"),
+    }
+}
+
+/// A file system of `size` in a sparse file, mounted: stands for a host's disk.
+pub struct HostDisk {
+    pub folder: PathBuf,
+    _scratch: TempDir,
+}
+
+impl HostDisk {
+    pub fn ext4(size: &str) -> HostDisk {
+        let scratch = tempfile::tempdir().unwrap();
+        let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
+        run("truncate", &["-s", size, text(&image)]);
+        run("mke2fs", &["-q", "-t", "ext4", "-m", "0", text(&image)]);
+        fs::create_dir(&folder).unwrap();
+        run("mount", &["-o", "loop", text(&image), text(&folder)]);
+        HostDisk { folder, _scratch: scratch }
+    }
+}
+
+impl Drop for HostDisk {
+    fn drop(&mut self) {
+        run("umount", &[text(&self.folder)]);
+    }
+}

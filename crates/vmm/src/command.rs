@@ -1,0 +1,90 @@
+//! The only door to the QEMU binary.
+
+use crate::{Error, Result};
+use std::env;
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// The program, as Debian names it.
+pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
+
+/// The oldest QEMU whose `microvm` has what the driver uses.
+const OLDEST: (u32, u32) = (7, 2);
+
+/// QEMU, as found on this host.
+#[derive(Debug, Clone)]
+pub(crate) struct Qemu {
+    program: PathBuf,
+    version: String,
+}
+
+impl Qemu {
+    /// Looks for QEMU on the `PATH` and asks it for its version.
+    pub(crate) fn find() -> Result<Qemu> {
+        let path = env::var_os("PATH").unwrap_or_default();
+        let program = env::split_paths(&path)
+            .map(|folder| folder.join(PROGRAM))
+            .find(|candidate| is_executable(candidate))
+            .ok_or(Error::NotInstalled { program: PROGRAM })?;
+        let version = ask_version(&program)?;
+        Ok(Qemu { program, version })
+    }
+
+    /// Such as `7.2.22`.
+    pub(crate) fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Starts a machine's process: out of reach of this process' terminal, with no environment and no open file but
+    /// `messages`, to which stdout and stderr go. It is not waited for, and lives on when this process ends.
+    pub(crate) fn spawn(&self, arguments: &[String], messages: File) -> std::io::Result<Child> {
+        let stdout = messages.try_clone()?;
+        Command::new(&self.program)
+            .args(arguments)
+            .env_clear()
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(messages)
+            .spawn()
+    }
+}
+
+fn is_executable(file: &Path) -> bool {
+    file.metadata()
+        .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+fn ask_version(program: &Path) -> Result<String> {
+    let unusable = |why| Error::Unusable {
+        program: program.display().to_string(),
+        why,
+    };
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| unusable(error.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1);
+    let (Some(version), true) = (version, output.status.success()) else {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        return Err(unusable(format!("--version: {}: {text}{errors}", output.status)));
+    };
+    if major_minor(version).is_none_or(|found| found < OLDEST) {
+        let (major, minor) = OLDEST;
+        return Err(unusable(format!(
+            "its version is {version}, at least {major}.{minor} is needed"
+        )));
+    }
+    Ok(version.to_owned())
+}
+
+fn major_minor(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}

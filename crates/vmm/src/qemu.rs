@@ -1,0 +1,305 @@
+//! The QEMU `microvm` driver: launch and adopt.
+//!
+//! A machine is one QEMU process, controlled through the sockets in its [`RunDir`]; [`QemuMachine`] is how it is held.
+
+use crate::accel::Accel;
+use crate::arguments::{DiskIo, arguments, identity, root_file};
+use crate::command::Qemu;
+use crate::machine::{Machine, MachineId, MachineSpec, Vmm};
+use crate::messages::Messages;
+use crate::process::Process;
+use crate::qemu_machine::{Held, QemuMachine, Unreached};
+use crate::run_dir::{Lock, Record, RunDir};
+use crate::{Error, Result};
+use async_trait::async_trait;
+use qapi::qmp::{self, RunState};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The longest from QEMU's start to its control socket: it reads the kernel and initramfs before.
+const LAUNCH_DEADLINE: Duration = Duration::from_secs(30);
+/// The longest that a running QEMU may keep its adopter waiting.
+const ADOPT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Machines as QEMU `microvm` processes.
+///
+/// A guest's reboot restarts the machine in place: same process, same disk, same network
+/// ([`MachineEvent::GuestReboot`](crate::MachineEvent::GuestReboot)). So does a kernel panic with `panic=N` on the command line;
+/// without, a panicked guest stands still, and is there to be looked at.
+#[derive(Debug, Clone)]
+pub struct QemuDriver {
+    qemu: Qemu,
+    accel: Accel,
+}
+
+impl QemuDriver {
+    /// Looks for QEMU on this host. Runs it once, for its version; blocks for that long.
+    ///
+    /// # Errors
+    /// [`Error::NotInstalled`] with the package to install; [`Error::Unusable`] when it is too old or does not run.
+    pub fn find(accel: Accel) -> Result<QemuDriver> {
+        Ok(QemuDriver {
+            qemu: Qemu::find()?,
+            accel,
+        })
+    }
+
+    /// QEMU's version, such as `7.2.22`.
+    pub fn version(&self) -> &str {
+        self.qemu.version()
+    }
+
+    /// Launches; undoes what was done when a step fails.
+    async fn start(self, spec: MachineSpec) -> Result<Fresh> {
+        spec.check()?;
+        need_tap(&spec)?;
+        let dir = RunDir::at(&spec.run_dir);
+        let argv = arguments(&spec, &dir, self.accel, disk_io(root_file(&spec)?))?;
+        dir.create()?;
+        let lock = claim(&dir, &spec.id)?;
+        match self.spawn(&spec, &dir, lock, &argv) {
+            Ok(held) => bring_up(held).await,
+            Err(error) => {
+                dir.clear();
+                Err(error)
+            }
+        }
+    }
+
+    /// The process, on record; stopped before the guest's first instruction.
+    fn spawn(&self, spec: &MachineSpec, dir: &RunDir, lock: Lock, argv: &[String]) -> Result<Held> {
+        let root = root_file(spec)?.to_owned();
+        let theirs = Messages::create(&dir.messages())?;
+        let messages = Messages::open(&dir.messages())?;
+        let mut child = self
+            .qemu
+            .spawn(argv, theirs)
+            .map_err(|error| failed(&spec.id, error, ""))?;
+        let process = match Process::of_child(&child) {
+            Ok(process) => process,
+            Err(error) => {
+                // Without a pidfd the pid will do: until it is waited for, it is nobody else's.
+                if let Err(error) = child.kill().and_then(|()| child.wait()) {
+                    tracing::warn!(machine = %spec.id, %error, "QEMU not killed after a failed launch");
+                }
+                return Err(failed(&spec.id, error, ""));
+            }
+        };
+        let console_log = spec.console_log.clone();
+        Ok(Held {
+            id: spec.id.clone(),
+            dir: dir.clone(),
+            lock,
+            process,
+            messages,
+            root,
+            console_log,
+        })
+    }
+}
+
+#[async_trait]
+impl Vmm for QemuDriver {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
+        // In a task of its own, so that a caller who goes away leaves no half-launched machine.
+        match tokio::spawn(self.clone().start(spec.clone())).await {
+            Ok(fresh) => Ok(fresh?.keep()),
+            Err(error) => Err(failed(&spec.id, error, "")),
+        }
+    }
+
+    async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
+        let dir = RunDir::at(run_dir);
+        let Some(lock) = dir.lock(id)? else { return Ok(None) };
+        let Some(held) = find(id, &dir, lock).await? else {
+            dir.clear();
+            return Ok(None);
+        };
+        let machine = match held.connect(ADOPT_DEADLINE).await {
+            Ok(machine) => machine,
+            Err((held, Unreached::Ended)) => {
+                held.process.reap();
+                dir.clear();
+                return Ok(None);
+            }
+            Err((_, Unreached::Late(why))) => {
+                tracing::warn!(machine = %id, why, "QEMU runs, but does not answer");
+                return Err(Error::Hung {
+                    id: id.clone(),
+                    command: "a new connection",
+                    after: ADOPT_DEADLINE,
+                });
+            }
+        };
+        match machine.execute("query-status", qmp::query_status {}).await?.status {
+            RunState::prelaunch => {
+                tracing::info!(machine = %id, "its launch was interrupted: killed");
+                machine.kill().await?;
+                return Ok(None);
+            }
+            RunState::shutdown => machine.guest_has_shut_down(),
+            _ => {}
+        }
+        Ok(Some(machine))
+    }
+}
+
+/// Connects to a process just spawned, and lets the guest go; or kills the process and says why.
+async fn bring_up(held: Held) -> Result<Fresh> {
+    if let Err(error) = held.process.bound().and_then(|()| held.record()) {
+        return Err(put_down(held, &error.to_string()).await);
+    }
+    let machine = match held.connect(LAUNCH_DEADLINE).await {
+        Ok(machine) => machine,
+        Err((held, Unreached::Ended)) => return Err(put_down(held, "QEMU ended at once").await),
+        Err((held, Unreached::Late(why))) => return Err(put_down(held, &why).await),
+    };
+    if let Err(error) = machine.execute("cont", qmp::cont {}).await {
+        let output = machine.messages();
+        machine.kill().await?;
+        return Err(failed(machine.id(), error, &output));
+    }
+    let warnings = machine.messages();
+    if !warnings.is_empty() {
+        tracing::warn!(machine = %machine.id(), warnings, "QEMU started with warnings");
+    }
+    Ok(Fresh::new(machine))
+}
+
+/// Undoes a launch: no process, no files. Returns what went wrong, with QEMU's words.
+async fn put_down(held: Held, why: &str) -> Error {
+    if let Err(error) = held.process.kill() {
+        return failed(
+            &held.id,
+            format!(
+                "{why}; and its process {} could not be killed: {error}",
+                held.process.pid()
+            ),
+            "",
+        );
+    }
+    held.process.exited().await;
+    let status = held.process.reap().unwrap_or_default();
+    let output = held.messages.text();
+    held.dir.clear();
+    failed(&held.id, format!("{why} ({status})"), &output)
+}
+
+fn failed(id: &MachineId, why: impl ToString, output: &str) -> Error {
+    Error::Launch {
+        id: id.clone(),
+        why: why.to_string(),
+        output: output.to_owned(),
+    }
+}
+
+/// A launched machine that nobody has taken yet: killed when dropped.
+struct Fresh {
+    machine: Arc<QemuMachine>,
+    kept: bool,
+}
+
+impl Fresh {
+    fn new(machine: Arc<QemuMachine>) -> Fresh {
+        Fresh { machine, kept: false }
+    }
+
+    fn keep(mut self) -> Arc<QemuMachine> {
+        self.kept = true;
+        self.machine.clone()
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let machine = self.machine.clone();
+        tracing::info!(machine = %machine.id(), "launch cancelled: killed");
+        tokio::spawn(async move {
+            if let Err(error) = machine.kill().await {
+                tracing::warn!(machine = %machine.id(), %error, "not killed after a cancelled launch");
+            }
+        });
+    }
+}
+
+/// Takes the folder for a launch, unless the machine runs. What a dead one left is removed.
+fn claim(dir: &RunDir, id: &MachineId) -> Result<Lock> {
+    let gone = || Error::io("lock", dir.path())(std::io::ErrorKind::NotFound.into());
+    let lock = dir.lock(id)?.ok_or_else(gone)?;
+    if let Some(process) = running(id, dir)? {
+        return Err(Error::Running {
+            id: id.clone(),
+            pid: Some(process.pid()),
+        });
+    }
+    dir.clear_files();
+    Ok(lock)
+}
+
+/// The machine's process, recorded or not, that an earlier holder left.
+fn running(id: &MachineId, dir: &RunDir) -> Result<Option<Process>> {
+    let recorded = match dir.read()? {
+        Some(record) => Process::find(&record.process),
+        None => Process::search(&identity(id, dir)?),
+    };
+    recorded.map_err(Error::io("read", "/proc"))
+}
+
+/// The machine that an earlier holder left. One that it did not get to put on record is killed.
+async fn find(id: &MachineId, dir: &RunDir, lock: Lock) -> Result<Option<Held>> {
+    let Some(process) = running(id, dir)? else {
+        return Ok(None);
+    };
+    let Some(Record { root, console_log, .. }) = dir.read()? else {
+        tracing::info!(machine = %id, pid = process.pid(), "its launch was interrupted: killed");
+        process
+            .kill()
+            .map_err(Error::io("kill", format!("/proc/{}", process.pid())))?;
+        process.exited().await;
+        return Ok(None);
+    };
+    let messages = Messages::open(&dir.messages())?;
+    Ok(Some(Held {
+        id: id.clone(),
+        dir: dir.clone(),
+        lock,
+        process,
+        messages,
+        root,
+        console_log,
+    }))
+}
+
+/// QEMU would make a tap that is missing, connected to nothing.
+fn need_tap(spec: &MachineSpec) -> Result<()> {
+    let any = socket(AddressFamily::INET, SocketType::DGRAM, None).map_err(std::io::Error::from);
+    let found = any.and_then(|any| Ok(name_to_index(any, &spec.nic.tap)?));
+    found.map(drop).map_err(|error| Error::Spec {
+        id: spec.id.clone(),
+        what: "nic.tap",
+        why: format!("there is no interface {}: {error}", spec.nic.tap),
+    })
+}
+
+/// Direct, unless the file system cannot (some network and memory file systems). Any other fault is for QEMU to report.
+fn disk_io(file: &Path) -> DiskIo {
+    match open(file, OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()) {
+        Err(Errno::INVAL) => {
+            tracing::info!(file = %file.display(), "no direct I/O on this file system: the host's page cache is used");
+            DiskIo::Buffered
+        }
+        _ => DiskIo::Direct,
+    }
+}

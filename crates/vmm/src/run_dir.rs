@@ -1,0 +1,163 @@
+//! The files of a running machine: who owns them, and how they go.
+//!
+//! One folder a machine, mode 0700: whoever can enter it controls the machine. It is locked (flock(2)) by the process that
+//! holds the machine, so that neither a second daemon nor a second handle can get between; the kernel lets go of the lock
+//! when the holder dies, however it dies.
+
+use crate::machine::MachineId;
+use crate::process::Identity;
+use crate::{Error, Result};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// The folder's files, by name.
+#[derive(Debug, Clone)]
+pub(crate) struct RunDir(PathBuf);
+
+/// Holding the machine: released when dropped.
+#[derive(Debug)]
+pub(crate) struct Lock(#[expect(dead_code, reason = "held, not read")] OwnedFd);
+
+/// What the next daemon needs to know of a machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub id: MachineId,
+    pub process: Identity,
+    pub root: PathBuf,
+    pub console_log: PathBuf,
+}
+
+impl RunDir {
+    pub(crate) fn at(path: &Path) -> RunDir {
+        RunDir(path.to_owned())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// QEMU's control socket.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.0.join("control.sock")
+    }
+
+    /// The guest's serial console.
+    pub(crate) fn console(&self) -> PathBuf {
+        self.0.join("console.sock")
+    }
+
+    /// The guest agent's port.
+    pub(crate) fn agent(&self) -> PathBuf {
+        self.0.join("agent.sock")
+    }
+
+    /// The pipe to which QEMU's stderr goes.
+    pub(crate) fn messages(&self) -> PathBuf {
+        self.0.join("messages.pipe")
+    }
+
+    fn record(&self) -> PathBuf {
+        self.0.join("machine.json")
+    }
+
+    fn part(&self) -> PathBuf {
+        self.0.join("machine.json.part")
+    }
+
+    /// Makes the folder where it is missing. Its parent must exist.
+    pub(crate) fn create(&self) -> Result<()> {
+        match DirBuilder::new().mode(0o700).create(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                fs::set_permissions(&self.0, Permissions::from_mode(0o700))
+            }
+            other => other,
+        }
+        .map_err(Error::io("create", &self.0))
+    }
+
+    /// Locks the folder, or says that another holder is there. `None`: there is no folder.
+    pub(crate) fn lock(&self, id: &MachineId) -> Result<Option<Lock>> {
+        loop {
+            let folder = match open(&self.0, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+                Ok(folder) => folder,
+                Err(Errno::NOENT) => return Ok(None),
+                Err(error) => return Err(Error::io("open", &self.0)(error.into())),
+            };
+            match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) if self.is(&folder) => return Ok(Some(Lock(folder))),
+                // The last holder removed it between the opening and the locking: look again.
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    let pid = self.read().ok().flatten().map(|record| record.process.pid);
+                    return Err(Error::Running { id: id.clone(), pid });
+                }
+                Err(error) => return Err(Error::io("lock", &self.0)(error.into())),
+            }
+        }
+    }
+
+    fn is(&self, folder: &OwnedFd) -> bool {
+        matches!((fstat(folder), stat(&self.0)), (Ok(open), Ok(named)) if open.st_ino == named.st_ino)
+    }
+
+    /// Writes the record, whole or not at all.
+    pub(crate) fn write(&self, record: &Record) -> Result<()> {
+        let part = self.part();
+        let text = serde_json::to_vec(record)
+            .map_err(io::Error::from)
+            .map_err(Error::io("write", &part))?;
+        fs::write(&part, text).map_err(Error::io("write", &part))?;
+        fs::rename(&part, self.record()).map_err(Error::io("rename", &part))
+    }
+
+    /// The record, if a launch got as far as writing one. One that cannot be read is as good as none.
+    pub(crate) fn read(&self) -> Result<Option<Record>> {
+        let text = match fs::read(self.record()) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("read", self.record())(error)),
+        };
+        let record = serde_json::from_slice(&text);
+        if let Err(error) = &record {
+            tracing::warn!(file = %self.record().display(), %error, "not a machine's record, ignored");
+        }
+        Ok(record.ok())
+    }
+
+    /// Removes everything that a machine leaves, and the folder if nothing else is in it. What cannot be removed is logged:
+    /// the next launch tries again.
+    pub(crate) fn clear(&self) {
+        self.clear_files();
+        match fs::remove_dir(&self.0) {
+            Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+                tracing::warn!(folder = %self.0.display(), %error, "run folder of a machine not removed");
+            }
+            _ => {}
+        }
+    }
+
+    /// As [`clear`](RunDir::clear), but leaves the folder.
+    pub(crate) fn clear_files(&self) {
+        for file in [
+            self.control(),
+            self.console(),
+            self.agent(),
+            self.messages(),
+            self.part(),
+            self.record(),
+        ] {
+            match fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(file = %file.display(), %error, "leftover of a machine not removed");
+                }
+                _ => {}
+            }
+        }
+    }
+}

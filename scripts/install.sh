@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Makes this Debian or Ubuntu server a Scalebox host: packages, programs, pool, template, token, service. Run again, it brings the
+# programs up to date and leaves the rest as it is.
+#
+#   sudo scripts/install.sh
+#   sudo STORAGE_SIZE=100G scripts/install.sh        a pool of 100 GiB rather than 80 % of what is free
+#   sudo BIN_DIR=/path scripts/install.sh            programs that are built already, rather than building them here
+#
+# Settings in the environment (see the table in the README) are written to a new /etc/scaleboxd/config.
+set -euo pipefail
+cd -- "$(dirname -- "$0")/.."
+
+readonly config_dir=/etc/scaleboxd config=/etc/scaleboxd/config unit=/etc/systemd/system/scaleboxd.service
+readonly settings=(
+	STORAGE_SIZE DEFAULT_DISK_SIZE_GIB MAX_DISK_SIZE_GIB STORAGE_BUFFER_GIB OVERCOMMIT_RATIO DATA_DIR POOL_IMAGE STATE_DIR RUN_DIR
+	FSTAB API_BIND API_PORT HOST_IP BRIDGE SUBNET PORT_MIN PORT_MAX GUEST_DNS VMM ACCEL DEFAULT_VCPU_COUNT DEFAULT_MEM_SIZE_MIB
+	LOG_FORMAT LOG_LEVEL
+)
+
+say() { printf '== %s\n' "$*"; }
+die() {
+	printf 'install.sh: %s\n' "$*" >&2
+	exit 1
+}
+
+require_host() {
+	[[ $EUID -eq 0 ]] || die "run it as root: sudo scripts/install.sh"
+	[[ $(uname -m) == x86_64 ]] || die "Scalebox runs on x86_64, this is $(uname -m)"
+	command -v apt-get >/dev/null || die "this script knows Debian and Ubuntu; see docs/install.md for what to do elsewhere"
+}
+
+install_programs() {
+	local from=${BIN_DIR:-}
+	if [[ -z $from ]]; then
+		say "Build the programs"
+		PATH=$(scripts/toolchain.sh path)
+		RUSTUP_HOME=$(scripts/toolchain.sh rustup-home)
+		export PATH RUSTUP_HOME
+		command -v cargo >/dev/null || die "no Rust toolchain was found: install one, or set BIN_DIR to a folder with scaleboxd and scalebox"
+		cargo build --locked --release --bin scaleboxd --bin scalebox
+		from=target/release
+	fi
+	local program
+	for program in scaleboxd scalebox; do
+		[[ -x $from/$program ]] || die "$from/$program is not there"
+		# Beside and renamed: a program that runs is replaced for its next start.
+		install -m 0755 "$from/$program" "/usr/local/bin/.$program.new"
+		mv -f "/usr/local/bin/.$program.new" "/usr/local/bin/$program"
+	done
+	install -d /usr/share/bash-completion/completions
+	/usr/local/bin/scalebox completions bash >/usr/share/bash-completion/completions/scalebox
+}
+
+# A new token is in $token; empty when there was a configuration already.
+token=
+write_config() {
+	install -d -m 0700 "$config_dir"
+	if [[ -e $config ]]; then
+		say "Keeping $config"
+		chmod 0600 "$config"
+		return
+	fi
+	say "Write $config"
+	token=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+	local new key
+	new=$(mktemp "$config_dir/.config.XXXXXX")
+	chmod 0600 "$new"
+	{
+		echo "# Scalebox's settings; the README lists them all. Restart scaleboxd after a change."
+		echo "API_TOKEN=$token"
+		for key in "${settings[@]}"; do
+			[[ -z ${!key:-} ]] || echo "$key=${!key}"
+		done
+	} >"$new"
+	mv "$new" "$config"
+}
+
+install_unit() {
+	say "Install the service"
+	install -d /etc/systemd/system
+	install -m 0644 packaging/scaleboxd.service "$unit"
+	if [[ ! -d /run/systemd/system ]]; then
+		echo "systemd does not run here; start the daemon with: scaleboxd serve"
+		return
+	fi
+	systemctl daemon-reload
+	systemctl enable --quiet scaleboxd
+	# Machines run on through a restart of the daemon.
+	systemctl restart scaleboxd
+}
+
+require_host
+say "Install packages"
+scripts/deps.sh
+install_programs
+write_config
+say "Create the pool"
+/usr/local/bin/scaleboxd pool init
+say "Build the Debian template"
+/usr/local/bin/scaleboxd template build debian-base
+install_unit
+
+say "Scalebox is installed"
+if [[ -n $token ]]; then
+	cat <<TXT
+
+The API's token, shown this once (it stands in $config, for root alone):
+
+  export SCALEBOX_TOKEN=$token
+
+TXT
+fi
+echo "Next: scalebox status, then: scalebox vm create --wait"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Fills SCALEBOX_CACHE with the finished Debian template and kernel, for the tests; does nothing when they are there.
+#
+#   scripts/template-cache.sh path/to/scaleboxd
+set -euo pipefail
+daemon=$(realpath -- "$1")
+cd -- "$(dirname -- "$0")/.."
+# shellcheck source=scripts/scratch.sh
+source scripts/scratch.sh
+
+: "${SCALEBOX_CACHE:?set it to the folder to keep the template in}"
+mkdir -p -- "$SCALEBOX_CACHE"
+scratch_up template 8
+trap 'scratch_down "$daemon"' EXIT
+STORAGE_SIZE=20G "$daemon" --config /dev/null pool init >/dev/null
+"$daemon" --config /dev/null template build debian-base --cache "$SCALEBOX_CACHE"
