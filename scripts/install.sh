@@ -75,6 +75,13 @@ write_config() {
 	mv "$new" "$config"
 }
 
+# Guests reach the network through this host. Set before Docker starts: where Docker has to turn forwarding on itself, it drops what is
+# not its own.
+allow_forwarding() {
+	echo "net.ipv4.ip_forward = 1" >/etc/sysctl.d/60-scalebox.conf
+	sysctl -q -p /etc/sysctl.d/60-scalebox.conf
+}
+
 install_unit() {
 	say "Install the service"
 	install -d /etc/systemd/system
@@ -94,6 +101,7 @@ say "Install packages"
 scripts/deps.sh
 install_programs
 write_config
+allow_forwarding
 say "Create the pool"
 /usr/local/bin/scaleboxd pool init
 say "Build the Debian template"

@@ -4,7 +4,8 @@ use crate::error::ServiceError;
 use crate::service::Service;
 use crate::settings::Token;
 use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::{FromRequest, Path, Request, State};
+use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
+use axum::http::request::Parts;
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
@@ -59,19 +60,19 @@ async fn list_vms(State(service): State<Service>) -> Json<VmList> {
     Json(VmList { vms: service.list() })
 }
 
-async fn get_vm(State(service): State<Service>, Path(vm): Path<String>) -> Result<Json<Vm>, ServiceError> {
+async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.get(&vm).map(Json)
 }
 
-async fn delete_vm(State(service): State<Service>, Path(vm): Path<String>) -> Result<StatusCode, ServiceError> {
+async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
     service.delete(vm).await.map(|()| StatusCode::NO_CONTENT)
 }
 
-async fn start_vm(State(service): State<Service>, Path(vm): Path<String>) -> Result<Json<Vm>, ServiceError> {
+async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.start(vm).await.map(Json)
 }
 
-async fn stop_vm(State(service): State<Service>, Path(vm): Path<String>) -> Result<Json<Vm>, ServiceError> {
+async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.stop(vm).await.map(Json)
 }
 
@@ -79,7 +80,7 @@ async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateL
     Ok(Json(TemplateList { templates: service.templates().await? }))
 }
 
-async fn delete_template(State(service): State<Service>, Path(name): Path<String>) -> Result<StatusCode, ServiceError> {
+async fn delete_template(State(service): State<Service>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
     service.delete_template(name).await.map(|()| StatusCode::NO_CONTENT)
 }
 
@@ -97,6 +98,20 @@ async fn no_such_route(uri: Uri) -> ServiceError {
 
 async fn method_not_allowed(method: Method, uri: Uri) -> ServiceError {
     ServiceError::MethodNotAllowed(format!("{} does not take {method}", uri.path()))
+}
+
+/// The one variable part of a path, decoded.
+struct Segment(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = ServiceError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ServiceError> {
+        match Path::<String>::from_request_parts(parts, state).await {
+            Ok(Path(segment)) => Ok(Segment(segment)),
+            Err(_) => Err(ServiceError::Invalid(format!("{} is not the path of anything: it is not UTF-8", parts.uri.path()))),
+        }
+    }
 }
 
 /// A body as its bytes, whatever its content type says, within the limits of size and time.

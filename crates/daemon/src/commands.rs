@@ -186,9 +186,6 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     })?;
     let (vmm, accel) = find_vmm(&settings)?;
     let network = Network::ensure(settings.net.clone()).await?;
-    for drop in network.forward_drops().await? {
-        tracing::warn!("{drop}");
-    }
     let resolvers = resolvers(&settings)?;
     let parts = Parts { settings, pool, state, network, resolvers, vmm, accel };
     let service = Service::new(parts).map_err(io("read the host's memory"))?;
@@ -205,7 +202,7 @@ fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFailed
     match settings.vmm {
         VmmChoice::Auto | VmmChoice::Qemu => {
             let accel = scalebox_vmm::accelerator(setting)?;
-            tracing::info!(accel = %accel.accel, because = %accel.because, "hypervisor: qemu");
+            tracing::info!(accel = %accel.accel, reason = accel.reason, "hypervisor: qemu");
             Ok((Arc::new(QemuDriver::find(accel.accel)?), accel.accel.to_string()))
         }
     }

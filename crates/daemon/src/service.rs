@@ -181,7 +181,7 @@ impl Service {
         if name == BASE_TEMPLATE {
             return Err(ServiceError::Forbidden(format!("the template {BASE_TEMPLATE} is protected: it cannot be deleted")));
         }
-        let missing = || ServiceError::NotFound(format!("there is no template {name}"));
+        let missing = || ServiceError::NotFound(format!("there is no template {name:?}"));
         let parsed: Name = name.parse().map_err(|_| missing())?;
         let pool = Arc::clone(&self.inner.pool);
         blocking(move || pool.delete_template(&parsed)).await?;
@@ -519,7 +519,7 @@ impl Service {
     }
 
     async fn template(&self, name: &str) -> Result<scalebox_storage::Template, ServiceError> {
-        let parsed: Name = name.parse().map_err(|_| ServiceError::NotFound(format!("there is no template {name}")))?;
+        let parsed: Name = name.parse().map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))?;
         let pool = Arc::clone(&self.inner.pool);
         blocking(move || pool.template(&parsed)).await
     }

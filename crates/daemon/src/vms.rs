@@ -159,7 +159,8 @@ impl Table {
 }
 
 fn not_found(reference: &str) -> ServiceError {
-    ServiceError::NotFound(format!("there is no VM {reference}"))
+    // Quoted with its escapes: it comes from a client, and goes to the log.
+    ServiceError::NotFound(format!("there is no VM {reference:?}"))
 }
 
 fn lease(record: &Record) -> Lease {

@@ -16,9 +16,10 @@ pub struct Lease {
 
 /// The addresses and ports of a network, and who has them.
 ///
-/// The search begins after the last one given out (next-fit), not at the first: an address and a port that were just freed
-/// come back last, so that a client's `known_hosts` does not meet another machine's key at once. After a restart,
-/// [`occupy`](Addresses::occupy) the leases of the state file, oldest VM first, and the search goes on behind the newest.
+/// The search begins after the last one given out (next-fit), not at the first: an address and a port that were just
+/// freed come back last, so that a client's `known_hosts` does not meet another machine's key at once. After a restart,
+/// [`occupy`](Addresses::occupy) the leases of the state file, oldest VM first, and the search goes on behind the
+/// newest.
 #[derive(Debug, Clone)]
 pub struct Addresses {
     config: NetConfig,
@@ -181,10 +182,14 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is claimed and released in whatever order: never twice at a time, never outside, and an error only when
-        /// there is really nothing left.
+        /// Whatever is claimed and released in whatever order: never twice at a time, never outside, and an error only
+        /// when there is really nothing left.
         #[test]
-        fn no_two_leases_meet(prefix in 26u8..=30, ports in 1u16..=40, steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..200)) {
+        fn no_two_leases_meet(
+            prefix in 26u8..=30,
+            ports in 1u16..=40,
+            steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..200),
+        ) {
             let mut addresses = addresses(&format!("10.1.2.0/{prefix}"), 22001..=22000 + ports);
             let hosts = (1usize << (32 - prefix)) - 3;
             let mut held: Vec<Lease> = Vec::new();
@@ -192,7 +197,9 @@ mod tests {
                 if claim {
                     match addresses.claim(|port| port % 7 != 0) {
                         Ok(lease) => {
-                            prop_assert!(held.iter().all(|other| other.guest_ip != lease.guest_ip && other.ssh_port != lease.ssh_port));
+                            for other in &held {
+                                prop_assert!(other.guest_ip != lease.guest_ip && other.ssh_port != lease.ssh_port);
+                            }
                             prop_assert!(addresses.config.check_guest(lease.guest_ip).is_ok());
                             prop_assert!((22001..=22000 + ports).contains(&lease.ssh_port) && lease.ssh_port % 7 != 0);
                             held.push(lease);

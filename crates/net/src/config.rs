@@ -51,8 +51,8 @@ impl NetConfig {
         })
     }
 
-    /// The same, with taps that the user `uid` may open besides root: for a VMM that runs without root. It counts for taps
-    /// made from then on.
+    /// The same, with taps that the user `uid` may open besides root: for a VMM that runs without root. It counts for
+    /// taps made from then on.
     #[must_use]
     pub fn with_tap_owner(mut self, uid: u32) -> NetConfig {
         self.tap_owner = uid;

@@ -20,7 +20,8 @@ impl Mac {
     /// these was made by this crate.
     const OURS: [u8; 2] = [0x02, 0x5b];
 
-    /// The MAC of the machine with this address. Deriving it makes it unique wherever the address is, with nothing to remember.
+    /// The MAC of the machine with this address. Deriving it makes it unique wherever the address is, with nothing to
+    /// remember.
     pub fn from_ip(ip: Ipv4Addr) -> Mac {
         let [a, b, c, d] = ip.octets();
         Mac([Mac::OURS[0], Mac::OURS[1], a, b, c, d])
@@ -70,8 +71,8 @@ impl FromStr for Mac {
     }
 }
 
-/// Where one VM is on the network. All of it follows from the VM's key, its address and its port, so that the same three
-/// give the same endpoint after a restart.
+/// Where one VM is on the network. All of it follows from the VM's key, its address and its port, so that the same
+/// three give the same endpoint after a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     tap: String,

@@ -1,12 +1,14 @@
-//! Other people's firewall tables that drop what our guests send and receive. They are found and told of, never changed.
+//! Other people's firewall tables that drop what our guests send and receive. They are found and told of, never
+//! changed.
 
 use crate::error::Result;
 use crate::nft;
 use serde_json::Value;
 use std::fmt;
 
-/// A chain of another table that drops forwarded packets unless a rule of that table says otherwise, and has no rule that
-/// names our bridge. In nftables a packet has to pass the chains of every table: our `accept` does not overrule this.
+/// A chain of another table that drops forwarded packets unless a rule of that table says otherwise, and has no rule
+/// that names our bridge. In nftables a packet has to pass the chains of every table: our `accept` does not overrule
+/// this.
 ///
 /// Only nftables is looked at (which `iptables` writes to on current distributions); `iptables-legacy` is not seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +60,8 @@ fn drops_forwarded(chain: &Value) -> bool {
         && text(chain, "policy") == "drop"
 }
 
-/// Whether a string in there is the bridge's name: somebody has thought of it, and what their rule does is their affair.
+/// Whether a string in there is the bridge's name: somebody has thought of it, and what their rule does is their
+/// affair.
 fn names(items: &[Value], bridge: &str) -> bool {
     items.iter().any(|item| match item {
         Value::String(string) => string == bridge,

@@ -61,8 +61,8 @@ impl Links {
         links.map_err(|error| failed("list the interfaces", error))
     }
 
-    /// Makes a bridge, down. The MAC is fixed in the same message: left to itself a bridge takes the lowest of its ports', and
-    /// guests would lose their gateway whenever a VM comes or goes.
+    /// Makes a bridge, down. The MAC is fixed in the same message: left to itself a bridge takes the lowest of its
+    /// ports', and guests would lose their gateway whenever a VM comes or goes.
     pub(crate) async fn add_bridge(&self, name: &str, mac: Mac) -> Result<()> {
         let message = LinkBridge::new(name)
             .down()
@@ -102,7 +102,8 @@ impl Links {
             .await
     }
 
-    /// Keeps a port from passing frames to other isolated ports of its bridge. Only the bridge itself is left to talk to.
+    /// Keeps a port from passing frames to other isolated ports of its bridge. Only the bridge itself is left to talk
+    /// to.
     pub(crate) async fn isolate(&self, port: &Link) -> Result<()> {
         let message = LinkBridgePort::new(port.index).isolated(true).build();
         let set = self.0.link().set_port(message).execute().await;

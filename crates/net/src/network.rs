@@ -31,7 +31,8 @@ struct Shared {
     changing: Mutex<()>,
 }
 
-/// What [`Network::reconcile`] did, a line for the log each: taps by name, rules in words. Both empty when all was well.
+/// What [`Network::reconcile`] did, a line for the log each: taps by name, rules in words. Both empty when all was
+/// well.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Reconciled {
     /// What was missing.
@@ -41,13 +42,13 @@ pub struct Reconciled {
 }
 
 impl Network {
-    /// Makes the bridge, its address, the kernel settings and the tables, or repairs what of them is there. Taps and forwards
-    /// that exist are not touched. The netlink socket belongs to the network namespace of the calling thread.
+    /// Makes the bridge, its address, the kernel settings and the tables, or repairs what of them is there. Taps and
+    /// forwards that exist are not touched. The netlink socket belongs to the network namespace of the calling thread.
     ///
     /// # Errors
     ///
-    /// [`Error::Foreign`] if the bridge's name is somebody else's, [`Error::Overlap`] if the subnet is in use on this host
-    /// (nothing was changed then); those of the tools otherwise. Repeat it when the cause is gone.
+    /// [`Error::Foreign`] if the bridge's name is somebody else's, [`Error::Overlap`] if the subnet is in use on this
+    /// host (nothing was changed then); those of the tools otherwise. Repeat it when the cause is gone.
     pub async fn ensure(config: NetConfig) -> Result<Network> {
         Network::ensure_guarded(config, Guard::PerTap).await
     }
@@ -88,14 +89,15 @@ impl Network {
         &self.shared.config
     }
 
-    /// Whether frames are checked tap by tap. Without (a kernel lacking `CONFIG_NF_TABLES_BRIDGE`; logged as a warning by
-    /// [`ensure`](Network::ensure)), a guest with root can take over the address *and* MAC of another VM, and can answer
-    /// the host's ARP requests in its place; a source that is no VM's is dropped all the same.
+    /// Whether frames are checked tap by tap. Without (a kernel lacking `CONFIG_NF_TABLES_BRIDGE`; logged as a warning
+    /// by [`ensure`](Network::ensure)), a guest with root can take over the address *and* MAC of another VM, and can
+    /// answer the host's ARP requests in its place; a source that is no VM's is dropped all the same.
     pub fn guards_taps(&self) -> bool {
         self.shared.ruleset.guard() == Guard::PerTap
     }
 
-    /// Firewall chains of the host that drop what guests send and receive; each says, by `Display`, what to do about it.
+    /// Firewall chains of the host that drop what guests send and receive; each says, by `Display`, what to do about
+    /// it.
     ///
     /// # Errors
     ///
@@ -108,8 +110,8 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::Foreign`] if an interface that is not ours has the tap's name;
-    /// those of the tools otherwise. What the call had done is undone.
+    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::Foreign`] if an interface that is not ours has the tap's
+    /// name; those of the tools otherwise. What the call had done is undone.
     pub async fn attach(&self, endpoint: &Endpoint) -> Result<()> {
         let Shared { config, ruleset, .. } = &*self.shared;
         config.check_guest(endpoint.guest_ip())?;
@@ -156,9 +158,10 @@ impl Network {
         ruleset.apply(&present.removing(&ruleset.elements([endpoint]))).await
     }
 
-    /// Makes exactly these VMs have a network: what is ours and not wanted goes, what is missing comes back, what is right is
-    /// not touched, so that sessions through wanted forwards go on. A bridge or tables that somebody swept away come back too.
-    /// Ours are the taps on our bridge with a name of our form, those that our own tables name, and what is in our tables.
+    /// Makes exactly these VMs have a network: what is ours and not wanted goes, what is missing comes back, what is
+    /// right is not touched, so that sessions through wanted forwards go on. A bridge or tables that somebody swept
+    /// away come back too. Ours are the taps on our bridge with a name of our form, those that our own tables name, and
+    /// what is in our tables.
     ///
     /// # Errors
     ///
@@ -195,8 +198,8 @@ impl Network {
         Ok(done)
     }
 
-    /// Takes it all away: taps, bridge, tables. `net.ipv4.ip_forward` stays as it is, because others may rely on it by now.
-    /// Repeating it is no error; other clones are of no use any more.
+    /// Takes it all away: taps, bridge, tables. `net.ipv4.ip_forward` stays as it is, because others may rely on it by
+    /// now. Repeating it is no error; other clones are of no use any more.
     ///
     /// # Errors
     ///

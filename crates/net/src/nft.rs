@@ -1,5 +1,5 @@
-//! The one door to the program `nft`: a script on its standard input, or a question answered in JSON. By argument vector, never
-//! a shell; with a fixed `PATH` and locale. All that a failed one wrote stands in its error.
+//! The one door to the program `nft`: a script on its standard input, or a question answered in JSON. By argument
+//! vector, never a shell; with a fixed `PATH` and locale. All that a failed one wrote stands in its error.
 
 use crate::error::{Error, Result};
 use std::io;
@@ -11,7 +11,8 @@ use tokio::process::Command;
 ///
 /// # Errors
 ///
-/// [`Error::NftMissing`], [`Error::NftStart`], [`Error::Nft`]. `action` says in them what was to be done: "add the forward …".
+/// [`Error::NftMissing`], [`Error::NftStart`], [`Error::Nft`]. `action` says in them what was to be done: "add the
+/// forward …".
 pub(crate) async fn run(action: &str, script: &str) -> Result<()> {
     let output = call(action, &["-f", "-"], script).await?;
     succeeded(action, output).map(drop)
@@ -59,8 +60,8 @@ async fn call(action: &str, arguments: &[&str], input: &str) -> Result<Output> {
         .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
-    // nft reads its whole input before it says anything longer than a line, so the two do not wait for each other. A pipe
-    // that closes early is the program's failure, which its status and output tell better.
+    // nft reads its whole input before it says anything longer than a line, so the two do not wait for each other. A
+    // pipe that closes early is the program's failure, which its status and output tell better.
     if let Some(mut stdin) = child.stdin.take() {
         match stdin.write_all(input.as_bytes()).await {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(failed(error)),

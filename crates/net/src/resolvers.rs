@@ -20,7 +20,8 @@ pub struct Resolvers {
     pub source: PathBuf,
 }
 
-/// The host's DNS servers, without those on loopback. Where only systemd-resolved's stub is left, the servers behind it.
+/// The host's DNS servers, without those on loopback. Where only systemd-resolved's stub is left, the servers behind
+/// it.
 ///
 /// # Errors
 ///
@@ -97,7 +98,8 @@ mod tests {
 
     #[test]
     fn the_hosts_own_servers_come_first_and_in_order() {
-        let text = "# nameserver 9.9.9.9\nsearch example.org\nnameserver 192.0.2.53\nnameserver ::1\nnameserver 2001:db8::1\nnameserver\t198.51.100.53 # second\nnameserver 192.0.2.53\nnameserver not-an-address\n";
+        let text = "# nameserver 9.9.9.9\nsearch example.org\nnameserver 192.0.2.53\nnameserver ::1\nnameserver 2001:db8::1\n\
+                    nameserver\t198.51.100.53 # second\nnameserver 192.0.2.53\nnameserver not-an-address\n";
         let (servers, source) = resolvers(text, Some("nameserver 203.0.113.1\n"));
         assert_eq!(
             (servers, source.as_str()),

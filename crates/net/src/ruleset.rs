@@ -1,8 +1,8 @@
 //! The tables of a network: their rules, what they hold, and the difference between what is there and what should be.
 //!
-//! Rules are constant for a network; a VM is only an element of the maps and sets they look into. Adding and removing a VM
-//! therefore touches nothing of another one, and a script is one transaction: packets see the state before or after it.
-//! A connection keeps its translation in the kernel's connection table whatever happens to the rules.
+//! Rules are constant for a network; a VM is only an element of the maps and sets they look into. Adding and removing a
+//! VM therefore touches nothing of another one, and a script is one transaction: packets see the state before or after
+//! it. A connection keeps its translation in the kernel's connection table whatever happens to the rules.
 //!
 //! Scripts are built from typed values only: names checked by [`NetConfig`] and [`Endpoint`], addresses, ports.
 
@@ -106,7 +106,8 @@ impl Ruleset {
         Ok(present)
     }
 
-    /// Makes or repairs the rules, and changes elements, in one transaction. Elements that are in no change stay untouched.
+    /// Makes or repairs the rules, and changes elements, in one transaction. Elements that are in no change stay
+    /// untouched.
     pub(crate) async fn apply_whole(&self, change: &Change) -> Result<()> {
         let mut script = self.rules();
         self.write_change(&mut script, change);
@@ -123,7 +124,8 @@ impl Ruleset {
         nft::run(&format!("change {change} in the tables {}", self.table()), &script).await
     }
 
-    /// Removes the tables; those that are not there are made first, because old versions of nft cannot say "if it exists".
+    /// Removes the tables; those that are not there are made first, because old versions of nft cannot say "if it
+    /// exists".
     pub(crate) async fn remove(&self) -> Result<()> {
         let table = self.table();
         let mut script = String::new();
@@ -158,8 +160,8 @@ impl Ruleset {
         }
     }
 
-    /// The tables as they should be. Rules are emptied and written again, so that those of an older version, or half of them,
-    /// do not survive; `flush table` leaves maps, sets and their elements alone.
+    /// The tables as they should be. Rules are emptied and written again, so that those of an older version, or half of
+    /// them, do not survive; `flush table` leaves maps, sets and their elements alone.
     fn rules(&self) -> String {
         match self.guard {
             Guard::PerTap => self.ip_rules() + &self.bridge_rules(),
@@ -167,8 +169,9 @@ impl Ruleset {
         }
     }
 
-    /// Priorities are numbers, because nft of Debian 12 does not know their names in every hook: -300 is before connection
-    /// tracking (raw), -100 dstnat, 0 filter, 100 srcnat. The policy is to accept: what is not our bridge's is not our affair.
+    /// Priorities are numbers, because nft of Debian 12 does not know their names in every hook: -300 is before
+    /// connection tracking (raw), -100 dstnat, 0 filter, 100 srcnat. The policy is to accept: what is not our bridge's
+    /// is not our affair.
     fn ip_rules(&self) -> String {
         let table = self.table();
         let (bridge, subnet, gateway) = (self.config.bridge(), self.config.subnet(), self.config.gateway());

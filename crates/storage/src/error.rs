@@ -24,7 +24,7 @@ pub enum StorageError {
     #[error(transparent)]
     TooLittleSpace(#[from] TooLittleSpace),
     /// No such template.
-    #[error("there is no template {0}")]
+    #[error("there is no template {0:?}")]
     NoTemplate(String),
     /// A template of that name is there already.
     #[error("a template {0} exists already: delete it first, or choose another name")]
@@ -50,9 +50,6 @@ pub enum StorageError {
         "{0:?} is not a name: use letters, digits, dots, dashes and underscores, at most 63, beginning with a letter or digit"
     )]
     Name(String),
-    /// No such disk.
-    #[error("there is no disk {0}")]
-    NoDisk(String),
     /// The pool is not there.
     #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
     NotMounted(PathBuf),

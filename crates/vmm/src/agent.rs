@@ -23,8 +23,7 @@ pub(crate) async fn ask_to_shut_down(socket: &Path) {
             closed = events => closed,
         }
     };
-    match timeout(ATTEMPT, attempt).await {
-        Ok(Err(error)) => tracing::debug!(%error, "the guest agent did not take the shutdown"),
-        Ok(Ok(())) | Err(_) => {}
+    if let Ok(Err(error)) = timeout(ATTEMPT, attempt).await {
+        tracing::debug!(%error, "the guest agent did not take the shutdown");
     }
 }

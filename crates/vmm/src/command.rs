@@ -38,6 +38,13 @@ impl Qemu {
         &self.version
     }
 
+    /// The argument vector of a process started with [`spawn`](Qemu::spawn), the program included.
+    pub(crate) fn argv(&self, arguments: &[String]) -> Vec<String> {
+        std::iter::once(self.program.to_string_lossy().into_owned())
+            .chain(arguments.iter().cloned())
+            .collect()
+    }
+
     /// Starts a machine's process: out of reach of this process' terminal, with no environment and no open file but
     /// `messages`, to which stdout and stderr go. It is not waited for, and lives on when this process ends.
     pub(crate) fn spawn(&self, arguments: &[String], messages: File) -> std::io::Result<Child> {

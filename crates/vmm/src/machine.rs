@@ -358,7 +358,7 @@ pub enum AgentEndpoint {
 mod tests {
     use super::*;
 
-    pub(crate) fn spec() -> MachineSpec {
+    fn spec() -> MachineSpec {
         MachineSpec {
             id: "vm-0123456789ab".parse().unwrap(),
             vcpus: 1,
@@ -404,7 +404,8 @@ mod tests {
     #[test]
     fn what_cannot_be_right_is_named_before_anything_is_made() {
         spec().check().unwrap();
-        let wrong: [(&str, fn(&mut MachineSpec)); 8] = [
+        type Break = fn(&mut MachineSpec);
+        let wrong: [(&str, Break); 8] = [
             ("vcpus", |spec| spec.vcpus = 0),
             ("memory_mib", |spec| spec.memory_mib = 31),
             ("cmdline", |spec| spec.cmdline = "x".repeat(2048)),

@@ -98,9 +98,17 @@ impl Process {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// The process' identity, for the record. `None` when it has ended.
-    pub(crate) fn identity(&self) -> Option<Identity> {
-        Identity::read(self.pid()).filter(|_| self.lives())
+    /// The identity, for the record, of a process that was started with `argv`. It is not asked for its arguments: right after
+    /// its start the kernel has none to show.
+    pub(crate) fn identity(&self, argv: Vec<String>) -> io::Result<Identity> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
+        let started = start_time(&stat).ok_or_else(|| io::Error::other(format!("no start time in {stat:?}")))?;
+        Ok(Identity {
+            pid: self.pid(),
+            started,
+            boot_id: boot_id()?,
+            argv,
+        })
     }
 
     /// Bounds what the process may open, and keeps the guest's memory out of core dumps.
@@ -159,21 +167,27 @@ impl Process {
 }
 
 impl Identity {
+    /// Whoever has the pid now; `None` when nobody has, or a process that has ended.
     fn read(pid: i32) -> Option<Identity> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let cmdline = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let text = |argument: &[u8]| String::from_utf8_lossy(argument).into_owned();
+        let argv = cmdline
+            .strip_suffix(b"\0")?
+            .split(|&byte| byte == 0)
+            .map(text)
+            .collect();
         Some(Identity {
             pid,
             started: start_time(&stat)?,
-            boot_id: boot_id.trim().to_owned(),
-            argv: cmdline
-                .strip_suffix(b"\0")?
-                .split(|&byte| byte == 0)
-                .map(|argument| String::from_utf8_lossy(argument).into_owned())
-                .collect(),
+            boot_id: boot_id().ok()?,
+            argv,
         })
     }
+}
+
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// The second field is the process' name in parentheses and may hold anything, parentheses included: count from the last.
@@ -195,6 +209,18 @@ mod tests {
         fn new() -> Sleeper {
             Sleeper(Command::new("sleep").arg("600").spawn().unwrap())
         }
+
+        fn identity(&self) -> Identity {
+            let argv = ["sleep", "600"].map(str::to_owned).to_vec();
+            Process::of_child(&self.0).unwrap().identity(argv).unwrap()
+        }
+
+        /// Waits until the kernel shows its arguments.
+        fn settle(&self) {
+            while Identity::read(self.0.id() as i32).is_none() {
+                std::thread::yield_now();
+            }
+        }
     }
 
     impl Drop for Sleeper {
@@ -207,7 +233,8 @@ mod tests {
     #[tokio::test]
     async fn a_recycled_pid_is_not_taken_for_the_machine() {
         let sleeper = Sleeper::new();
-        let recorded = Process::of_child(&sleeper.0).unwrap().identity().unwrap();
+        let recorded = sleeper.identity();
+        sleeper.settle();
         assert!(Process::find(&recorded).unwrap().is_some());
 
         let earlier = Identity {
@@ -231,7 +258,7 @@ mod tests {
     async fn a_dead_process_is_not_found_and_its_end_can_be_awaited_twice() {
         let mut sleeper = Sleeper::new();
         let process = Process::of_child(&sleeper.0).unwrap();
-        let recorded = process.identity().unwrap();
+        let recorded = sleeper.identity();
         process.kill().unwrap();
         process.exited().await;
         process.exited().await;

@@ -63,7 +63,7 @@ impl QemuDriver {
         dir.create()?;
         let lock = claim(&dir, &spec.id)?;
         match self.spawn(&spec, &dir, lock, &argv) {
-            Ok(held) => bring_up(held).await,
+            Ok(held) => bring_up(held, self.qemu.argv(&argv)).await,
             Err(error) => {
                 dir.clear();
                 Err(error)
@@ -154,8 +154,8 @@ impl Vmm for QemuDriver {
 }
 
 /// Connects to a process just spawned, and lets the guest go; or kills the process and says why.
-async fn bring_up(held: Held) -> Result<Fresh> {
-    if let Err(error) = held.process.bound().and_then(|()| held.record()) {
+async fn bring_up(held: Held, argv: Vec<String>) -> Result<Fresh> {
+    if let Err(error) = held.process.bound().and_then(|()| held.record(argv)) {
         return Err(put_down(held, &error.to_string()).await);
     }
     let machine = match held.connect(LAUNCH_DEADLINE).await {

@@ -60,11 +60,8 @@ pub(crate) enum Unreached {
 
 impl Held {
     /// Puts the machine on record, for whoever adopts it.
-    pub(crate) fn record(&self) -> io::Result<()> {
-        let process = self
-            .process
-            .identity()
-            .ok_or_else(|| io::Error::other("QEMU ended at once"))?;
+    pub(crate) fn record(&self, argv: Vec<String>) -> io::Result<()> {
+        let process = self.process.identity(argv)?;
         let (id, root, console_log) = (self.id.clone(), self.root.clone(), self.console_log.clone());
         self.dir
             .write(&Record {
@@ -113,7 +110,7 @@ async fn reach(process: &Process, dir: &RunDir, within: Duration) -> Result<(Qmp
     }
 }
 
-/// The handle. Dropping it lets go of the machine, at once and in full: another may adopt it.
+/// The handle. Dropping it lets go of the machine: another may adopt it.
 pub(crate) struct QemuMachine {
     shared: Arc<Shared>,
     tasks: [AbortHandle; 2],
@@ -127,8 +124,8 @@ struct Shared {
     root: PathBuf,
     /// Given back before the end is announced, so that who waited for the end can launch again.
     lock: Mutex<Option<Lock>>,
-    /// Replaced when the connection breaks. A `std` mutex: held to clone the `Arc`, never across an await.
-    qmp: Mutex<Arc<Qmp>>,
+    /// Replaced when the connection breaks. A `std` mutex: held to clone it, never across an await.
+    qmp: Mutex<Qmp>,
     /// How the machine is about to end, as soon as that is known. The first to know is right.
     cause: Mutex<Option<ExitReason>>,
     /// The largest size that the root disk was asked to have. Held while a request is under way: QEMU would carry out a smaller
@@ -156,7 +153,7 @@ impl QemuMachine {
             messages,
             root,
             lock: Mutex::new(Some(lock)),
-            qmp: Mutex::new(Arc::new(qmp)),
+            qmp: Mutex::new(qmp),
             cause: Mutex::default(),
             asked: tokio::sync::Mutex::new(Bytes::ZERO),
             events: broadcast::Sender::new(EVENTS_KEPT),
@@ -171,7 +168,11 @@ impl QemuMachine {
         })
     }
 
-    pub(crate) async fn execute<C: QmpCommand>(&self, name: &'static str, command: C) -> Result<C::Ok> {
+    pub(crate) async fn execute<C>(&self, name: &'static str, command: C) -> Result<C::Ok>
+    where
+        C: QmpCommand + Send + 'static,
+        C::Ok: Send,
+    {
         self.shared.execute(name, command).await
     }
 
@@ -336,7 +337,11 @@ impl Machine for QemuMachine {
 }
 
 impl Shared {
-    async fn execute<C: QmpCommand>(&self, name: &'static str, command: C) -> Result<C::Ok> {
+    async fn execute<C>(&self, name: &'static str, command: C) -> Result<C::Ok>
+    where
+        C: QmpCommand + Send + 'static,
+        C::Ok: Send,
+    {
         let qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let failure = match qmp.execute(command).await {
             Ok(answer) => return Ok(answer),
@@ -481,7 +486,7 @@ async fn hear_all(shared: &Arc<Shared>, events: &mut Events) {
         match reach(&shared.process, &shared.dir, RECONNECT_DEADLINE).await {
             Ok((qmp, again)) => {
                 tracing::info!(machine = %shared.id, "control connection restored");
-                *shared.qmp.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(qmp);
+                *shared.qmp.lock().unwrap_or_else(PoisonError::into_inner) = qmp;
                 *events = again;
             }
             // The attendant sees the end by itself.

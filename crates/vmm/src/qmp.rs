@@ -1,29 +1,47 @@
 //! QEMU's control socket (the QEMU Machine Protocol), every command with a deadline.
 //!
-//! A command's answer comes in through the event stream: as long as commands are sent, somebody has to poll the [`Events`].
+//! Commands go one at a time, and none is ever left half-way: crate `qapi` does not number them (it does not recognise the
+//! capability that it would take as the sign, `oob`), so an answer belongs to whoever waits. A caller who goes away leaves
+//! his command running; one that has no answer in time ends the connection, and the next one starts afresh.
+//!
+//! An answer comes in through the event stream: as long as commands are sent, somebody has to poll the [`Events`].
 
 use futures::StreamExt;
 use qapi::futures::{QapiEvents, QapiService, QmpStreamTokio};
 use qapi::qmp::{Event, QmpCommand};
-use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 
 /// The longest that QEMU may take to answer a command. It answers in milliseconds; a host that emulates many guests on few
 /// cores, in seconds.
 pub(crate) const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The longest that a freshly connected QEMU may take for its greeting. It is silent while another client is connected.
+/// The longest that QEMU may take to greet. It is silent while another client is connected.
 const GREETING_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What QEMU says unasked.
-pub(crate) struct Events(QapiEvents<QmpStreamTokio<ReadHalf<UnixStream>>>);
+pub(crate) struct Events {
+    stream: QapiEvents<QmpStreamTokio<ReadHalf<UnixStream>>>,
+    given_up: Arc<Notify>,
+}
 
 /// A connected control socket.
-pub(crate) struct Qmp(QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>);
+#[derive(Clone)]
+pub(crate) struct Qmp {
+    line: Arc<Mutex<Line>>,
+    given_up: Arc<Notify>,
+}
+
+enum Line {
+    Open(QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>),
+    /// A command had no answer in time. Should it come yet, it would be taken for another's.
+    GivenUp,
+}
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -36,31 +54,43 @@ pub(crate) enum QmpError {
 
 impl Qmp {
     pub(crate) async fn connect(socket: &Path) -> Result<(Qmp, Events), QmpError> {
-        let handshake = async {
-            let greeted = QmpStreamTokio::open_uds(socket).await?;
-            // Answers carry the number of their command only where out-of-band execution exists (QEMU 2.12). Without, a command
-            // given up on would take the next one's answer.
-            if !greeted.capabilities.supports_oob() {
-                return Err(io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    "this QEMU does not number its answers",
-                ));
-            }
-            Ok(greeted.negotiate().await?.into_parts())
+        let handshake = async { QmpStreamTokio::open_uds(socket).await?.negotiate().await };
+        let (service, stream) = match timeout(GREETING_DEADLINE, handshake).await {
+            Ok(Ok(connected)) => connected.into_parts(),
+            Ok(Err(error)) => return Err(QmpError::Refused(error.to_string())),
+            Err(_) => return Err(QmpError::Hung(GREETING_DEADLINE)),
         };
-        match timeout(GREETING_DEADLINE, handshake).await {
-            Ok(Ok((service, events))) => Ok((Qmp(service), Events(events))),
-            Ok(Err(error)) => Err(QmpError::Refused(error.to_string())),
-            Err(_) => Err(QmpError::Hung(GREETING_DEADLINE)),
-        }
+        let given_up = Arc::new(Notify::new());
+        let qmp = Qmp {
+            line: Arc::new(Mutex::new(Line::Open(service))),
+            given_up: given_up.clone(),
+        };
+        Ok((qmp, Events { stream, given_up }))
     }
 
-    /// Sends one command and waits for its answer. If the future is dropped, the command may still be carried out.
-    pub(crate) async fn execute<C: QmpCommand>(&self, command: C) -> Result<C::Ok, QmpError> {
-        match timeout(COMMAND_DEADLINE, self.0.execute(command)).await {
+    /// Sends one command and waits for its answer. If the future is dropped, the command is carried out all the same.
+    pub(crate) async fn execute<C>(&self, command: C) -> Result<C::Ok, QmpError>
+    where
+        C: QmpCommand + Send + 'static,
+        C::Ok: Send,
+    {
+        let answered = tokio::spawn(self.clone().carry_out(command)).await;
+        answered.unwrap_or_else(|error| Err(QmpError::Refused(error.to_string())))
+    }
+
+    async fn carry_out<C: QmpCommand>(self, command: C) -> Result<C::Ok, QmpError> {
+        let mut line = self.line.lock().await;
+        let Line::Open(service) = &*line else {
+            return Err(QmpError::Hung(COMMAND_DEADLINE));
+        };
+        match timeout(COMMAND_DEADLINE, service.execute(command)).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(QmpError::Refused(error.to_string())),
-            Err(_) => Err(QmpError::Hung(COMMAND_DEADLINE)),
+            Err(_) => {
+                *line = Line::GivenUp;
+                self.given_up.notify_one();
+                Err(QmpError::Hung(COMMAND_DEADLINE))
+            }
         }
     }
 }
@@ -69,9 +99,13 @@ impl Events {
     /// The next event; `None` when the connection is over. Dropping the future loses nothing.
     pub(crate) async fn next(&mut self) -> Option<Event> {
         loop {
-            match self.0.next().await? {
+            let message = tokio::select! {
+                message = self.stream.next() => message?,
+                () = self.given_up.notified() => return None,
+            };
+            match message {
                 Ok(event) => return Some(event),
-                // The answer to a command that was given up on, or an event of a newer QEMU.
+                // Such as an event that only a newer QEMU has.
                 Err(error) => tracing::debug!(%error, "QMP message ignored"),
             }
         }

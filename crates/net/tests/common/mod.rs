@@ -1,7 +1,7 @@
 //! A host, its guests and the world outside, each in a network namespace of its own, on this machine.
 //!
-//! A namespace lives as long as a thread, a file or a socket is in it: when a test ends, however it ends, the kernel takes
-//! away its links and tables. Nothing of the real host is touched, and tests do not see each other.
+//! A namespace lives as long as a thread, a file or a socket is in it: when a test ends, however it ends, the kernel
+//! takes away its links and tables. Nothing of the real host is touched, and tests do not see each other.
 
 // Each test binary uses its part of this; and what fails here is the test.
 #![allow(dead_code, clippy::expect_used, clippy::panic)]
@@ -59,7 +59,8 @@ pub struct Namespace(File);
 impl Namespace {
     pub fn new() -> Namespace {
         let made = std::thread::spawn(|| {
-            // SAFETY: of what threads share, only the network namespace is left, and nothing here relies on it being shared.
+            // SAFETY: of what threads share, only the network namespace is left, and nothing here relies on it being
+            // shared.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace (tests run as root)");
             Namespace::current()
         });
@@ -148,8 +149,9 @@ pub fn outside() -> Namespace {
     world
 }
 
-/// A machine behind a tap: a namespace with a card `eth0`, and a thread that carries frames between that card and the host's
-/// tap, which it opens by name as a VMM does. On its port 22 a server says `guest A.B.C.D` and then repeats what it hears.
+/// A machine behind a tap: a namespace with a card `eth0`, and a thread that carries frames between that card and the
+/// host's tap, which it opens by name as a VMM does. On its port 22 a server says `guest A.B.C.D` and then repeats what
+/// it hears.
 pub struct Guest {
     pub inside: Namespace,
     _power: UnixStream,
@@ -236,8 +238,8 @@ fn carry(a: File, b: File, plug: UnixStream) {
     }
 }
 
-/// Listens in the namespace of the calling thread: greets each client with a line that ends in the client's address, and
-/// repeats what it says. The clients' addresses come out of the channel too.
+/// Listens in the namespace of the calling thread: greets each client with a line that ends in the client's address,
+/// and repeats what it says. The clients' addresses come out of the channel too.
 pub fn serve(at: SocketAddrV4, greeting: String) -> Receiver<SocketAddr> {
     let listener = TcpListener::bind(at).unwrap_or_else(|error| panic!("listen on {at}: {error}"));
     let (seen, clients) = channel();

@@ -1,0 +1,236 @@
+//! The main job with real guests: a Debian booted by QEMU, reached over SSH through the forward.
+//!
+//! Guests are emulated on most machines and take many seconds to boot, so few are booted, and each answers for several promises.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops where it cannot go on")]
+
+mod support;
+
+use scalebox_client::{CreateVm, Vm, VmStatus};
+use std::collections::HashSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+use support::{Host, Options, TOKEN, eventually, run, said, text};
+
+/// A key pair of a user.
+struct Key {
+    private: PathBuf,
+    public: String,
+}
+
+impl Key {
+    fn new(host: &Host, name: &str) -> Key {
+        let private = host.folder.join(name);
+        run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-C", name, "-f", text(&private)]);
+        let public = fs::read_to_string(private.with_extension("pub")).unwrap().trim().to_owned();
+        Key { private, public }
+    }
+
+    fn request(&self, name: &str) -> CreateVm {
+        let template = "debian-base".parse().unwrap();
+        CreateVm { name: Some(name.parse().unwrap()), ..CreateVm::new(template, self.public.parse().unwrap()) }
+    }
+
+    fn ssh(&self, vm: &Vm, command: &str) -> Command {
+        let mut ssh = Command::new("ssh");
+        ssh.args(["-F", "none", "-i", text(&self.private), "-p", &vm.ssh_port.to_string()]);
+        for option in
+            ["BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "IdentitiesOnly=yes"]
+        {
+            ssh.args(["-o", option]);
+        }
+        ssh.args([&format!("user@{}", vm.ip), command]).stdin(Stdio::null());
+        ssh
+    }
+
+    /// What `command` says in the guest.
+    fn run(&self, vm: &Vm, command: &str) -> String {
+        let output = self.ssh(vm, command).output().unwrap();
+        assert!(output.status.success(), "{command:?} in {}: {}\n{}", vm.name, said(&output), console(vm));
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    fn is_refused_by(&self, vm: &Vm) {
+        let output = self.ssh(vm, "true").output().unwrap();
+        assert!(!output.status.success() && said(&output).contains("Permission denied"), "{}", said(&output));
+    }
+}
+
+/// Nothing to show for a VM whose console is not at hand.
+fn console(_: &Vm) -> &'static str {
+    "(see the console's log in the state folder)"
+}
+
+fn wait_for_ssh(vm: &Vm) {
+    eventually(&format!("the SSH banner of {}", vm.name), || {
+        let stream = TcpStream::connect((vm.ip.as_str(), vm.ssh_port)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut banner = String::new();
+        BufReader::new(stream).read_line(&mut banner).ok()?;
+        banner.starts_with("SSH-2.0").then_some(())
+    });
+}
+
+fn scalebox(host: &Host, args: &[&str]) -> Output {
+    let program = Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name("scalebox");
+    let mut command = Command::new(&program);
+    command.args(args).env("SCALEBOX_URL", &host.url).env("SCALEBOX_TOKEN", TOKEN).env("HOME", &host.folder);
+    command.stdin(Stdio::null()).output().unwrap_or_else(|error| {
+        panic!("{}: {error}; `make test` builds it", program.display());
+    })
+}
+
+/// The processes that run machines of this host.
+fn machines(host: &Host) -> Vec<String> {
+    let folder = host.folder.join("run/vms");
+    let ours = |pid: &str| fs::read(Path::new("/proc").join(pid).join("cmdline")).is_ok_and(|line| {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        line.starts_with("qemu") && line.contains(text(&folder)) || line.contains("qemu-system") && line.contains(text(&folder))
+    });
+    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    processes.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()) && ours(name)).collect()
+}
+
+fn root_size_gib(key: &Key, vm: &Vm) -> f64 {
+    let bytes: f64 = key.run(vm, "df --output=size -B1 / | tail -n 1").parse().unwrap();
+    bytes / f64::from(1 << 30)
+}
+
+#[test]
+fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    host.serve();
+    let (anna, ben) = (Key::new(&host, "anna"), Key::new(&host, "ben"));
+
+    // Both boot at once.
+    let first = host.client().create_vm(&anna.request("first")).unwrap();
+    let second = host.client().create_vm(&CreateVm { disk_size_gib: Some(10), ..ben.request("second") }).unwrap();
+    assert_eq!((first.status, first.disk_size_gib, second.disk_size_gib), (VmStatus::Running, 2, 10));
+    let waited = scalebox(&host, &["vm", "wait", "second", "--timeout", "110"]);
+    assert!(waited.status.success(), "{}", said(&waited));
+    wait_for_ssh(&first);
+
+    assert_eq!(anna.run(&first, "hostname"), "first");
+    assert_eq!(ben.run(&second, "hostname"), "second");
+    anna.is_refused_by(&second);
+    ben.is_refused_by(&first);
+    let (small, large) = (root_size_gib(&anna, &first), root_size_gib(&ben, &second));
+    assert!((1.8..=2.0).contains(&small), "the default: {small} GiB");
+    assert!((9.5..=10.0).contains(&large), "what was asked for: {large} GiB");
+    assert_eq!(ben.run(&second, "id -un; id -u; sudo -n id -u"), "user\n1000\n0");
+    assert_eq!(ben.run(&second, "sudo findmnt -n -o FSTYPE --target /run/scalebox"), "tmpfs", "keys are in a tmpfs");
+    assert_ne!(
+        anna.run(&first, "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub"),
+        ben.run(&second, "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub")
+    );
+    let by_cli = scalebox(&host, &["vm", "ssh", "second", "-i", text(&ben.private), "--", "echo", "through the CLI"]);
+    assert!(said(&by_cli).contains("through the CLI"), "{}", said(&by_cli));
+
+    // The daemon dies with an SSH session open: machines and session go on, and the next daemon has them again.
+    let mut session = anna.ssh(&first, "cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut to_guest = session.stdin.take().unwrap();
+    let mut from_guest = BufReader::new(session.stdout.take().unwrap());
+    let mut echo = |word: &str| {
+        writeln!(to_guest, "{word}").unwrap();
+        let mut line = String::new();
+        from_guest.read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), word);
+    };
+    echo("before");
+    let before = machines(&host);
+    assert_eq!(before.len(), 2);
+    host.crash();
+    echo("without a daemon");
+    host.serve();
+    echo("with the next daemon");
+    assert_eq!(machines(&host), before);
+    let statuses: Vec<_> = host.client().vms().unwrap().into_iter().map(|vm| vm.status).collect();
+    assert_eq!(statuses, [VmStatus::Running, VmStatus::Running]);
+    drop(to_guest);
+    session.wait().unwrap();
+
+    // SIGTERM leaves them running too.
+    assert!(host.terminate().success());
+    assert_eq!(machines(&host), before);
+    host.serve();
+
+    // A stop is the guest's own shutdown; the disk is as the guest left it, and so is the port.
+    ben.run(&second, "echo kept > note && sync");
+    let stopped = host.client().stop_vm("second").unwrap();
+    assert_eq!((stopped.status, stopped.ssh_port), (VmStatus::Stopped, second.ssh_port));
+    let header = run("dumpe2fs", &["-h", text(&host.disk(&second))]);
+    assert!(!header.contains("needs_recovery"), "the guest unmounted its root");
+    assert_eq!(machines(&host).len(), 1);
+
+    // A guest that powers itself off becomes stopped.
+    let _connection_ends = anna.ssh(&first, "sudo systemctl poweroff").output().unwrap();
+    eventually("the guest's own shutdown", || (host.client().vm("first").unwrap().status == VmStatus::Stopped).then_some(()));
+    assert_eq!(host.taps(), Vec::<String>::new());
+
+    let started = host.client().start_vm("second").unwrap();
+    assert_eq!((started.status, started.ssh_port), (VmStatus::Running, second.ssh_port));
+    wait_for_ssh(&second);
+    assert_eq!(ben.run(&second, "cat note; hostname"), "kept\nsecond");
+
+    // A machine whose process dies is a failed VM that says so and can be deleted.
+    let pid: i32 = machines(&host)[0].parse().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL).unwrap();
+    let failed = eventually("the failure", || {
+        let vm = host.client().vm("second").unwrap();
+        (vm.status == VmStatus::Failed).then_some(vm)
+    });
+    assert!(failed.status_reason.is_some());
+
+    host.client().delete_vm("first").unwrap();
+    host.client().delete_vm("second").unwrap();
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    assert_eq!(machines(&host), Vec::<String>::new());
+}
+
+#[test]
+fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_machine() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    host.serve();
+    let key = Key::new(&host, "key");
+    let client = host.client();
+    let told: HashSet<String> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..8)
+            .map(|n| {
+                let (client, request) = (&client, CreateVm { disk_size_gib: Some(3), ..key.request(&format!("vm-{n}")) });
+                scope.spawn(move || client.create_vm(&request).ok().map(|vm| vm.id))
+            })
+            .collect();
+        eventually("two VMs", || (host.client().vms().unwrap().len() >= 2).then_some(()));
+        host.crash();
+        workers.into_iter().filter_map(|worker| worker.join().unwrap()).collect()
+    });
+    host.serve();
+
+    let listed = host.client().vms().unwrap();
+    let ids: HashSet<String> = listed.iter().map(|vm| vm.id.clone()).collect();
+    assert!(told.is_subset(&ids), "lost: {:?}", told.difference(&ids));
+    for vm in &listed {
+        assert_eq!(vm.status, VmStatus::Running, "{vm:?}");
+    }
+    assert_eq!(machines(&host).len(), listed.len(), "no machine is nobody's");
+    assert_eq!(host.taps().len(), listed.len());
+    let disks = fs::read_dir(host.folder.join("pool/vms")).unwrap().count();
+    assert_eq!(disks, listed.len());
+    assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
+
+    // One is looked at from inside; the others make room for it to boot.
+    let (kept, others) = listed.split_first().unwrap();
+    for vm in others {
+        host.client().delete_vm(&vm.id).unwrap();
+    }
+    wait_for_ssh(kept);
+    assert_eq!(key.run(kept, "hostname"), kept.name);
+    host.client().delete_vm(&kept.id).unwrap();
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    assert_eq!(machines(&host), Vec::<String>::new());
+}

@@ -1,0 +1,181 @@
+//! A laboratory for machines: a folder, a tap, a disk, a driver; all of it gone in the end, also after a panic.
+
+pub mod guest;
+
+use guest::Guest;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use scalebox_storage::{Bytes, DiskLocation};
+use scalebox_vmm::{Accel, Machine, MachineId, MachineSpec, Nic, QemuDriver, console_tail};
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// The longest that any test waits for anything. Generous: emulation on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Everything that a machine needs but the machine.
+pub struct Lab {
+    folder: PathBuf,
+    tap: String,
+    owned: Option<TempDir>,
+    pub driver: QemuDriver,
+}
+
+impl Lab {
+    pub fn new() -> Lab {
+        let owned = tempfile::Builder::new().prefix("vmm-").tempdir().unwrap();
+        let tap = format!("t{}", &unique(owned.path())[..10]);
+        run("ip", &["tuntap", "add", "dev", &tap, "mode", "tap"]);
+        let folder = owned.path().to_owned();
+        Lab {
+            folder,
+            tap,
+            owned: Some(owned),
+            driver: QemuDriver::find(Accel::Tcg).unwrap(),
+        }
+    }
+
+    /// The same laboratory, seen from another process.
+    fn shared(folder: &str, tap: &str) -> Lab {
+        Lab {
+            folder: folder.into(),
+            tap: tap.into(),
+            owned: None,
+            driver: QemuDriver::find(Accel::Tcg).unwrap(),
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// A machine that has not been launched, with disks of its own.
+    pub fn spec(&self, guest: Guest) -> MachineSpec {
+        let id: MachineId = format!("vm-{}", unique(&self.folder)).parse().unwrap();
+        guest.write_to(&self.path("kernel"));
+        for (disk, size) in [("root", Bytes::from_mib(16)), ("seed", Bytes::from_mib(1))] {
+            File::create(self.path(disk)).unwrap().set_len(size.as_u64()).unwrap();
+        }
+        MachineSpec {
+            id,
+            vcpus: 1,
+            memory_mib: 64,
+            kernel: self.path("kernel"),
+            initrd: None,
+            cmdline: String::new(),
+            root: DiskLocation::File(self.path("root")),
+            seed: self.path("seed"),
+            nic: Nic {
+                tap: self.tap.clone(),
+                mac: "52:54:00:12:34:56".into(),
+            },
+            run_dir: self.path("run"),
+            console_log: self.path("console.log"),
+            run_as: None,
+        }
+    }
+
+    /// Everything on the console so far.
+    pub fn console(&self) -> String {
+        console_tail(&self.path("console.log"), Bytes::from_mib(8)).unwrap()
+    }
+
+    pub async fn console_says(&self, text: &str) {
+        until(&format!("{text:?} on the console"), || self.console().contains(text)).await;
+    }
+
+    /// Runs the test `name` again in a process of its own, which finds the laboratory by [`Lab::inherited`] and is expected to
+    /// die by SIGKILL.
+    pub fn in_a_process_that_dies(&self, name: &str) {
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env("VMM_LAB", &self.folder)
+            .env("VMM_LAB_TAP", &self.tap)
+            .process_group(0)
+            .status()
+            .unwrap();
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&status),
+            Some(9),
+            "{status}"
+        );
+    }
+
+    pub fn inherited() -> Option<Lab> {
+        let folder = std::env::var("VMM_LAB").ok()?;
+        Some(Lab::shared(&folder, &std::env::var("VMM_LAB_TAP").unwrap()))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.owned.is_none() {
+            return;
+        }
+        for pid in processes_with(self.folder.to_str().unwrap()) {
+            signal(pid, Signal::KILL);
+        }
+        run("ip", &["link", "delete", &self.tap]);
+    }
+}
+
+/// Dies as by `kill -9`, without a destructor.
+pub fn die() -> ! {
+    signal(std::process::id() as i32, Signal::KILL);
+    unreachable!("SIGKILL")
+}
+
+/// Sends a signal to a process of the laboratory.
+pub fn signal(pid: i32, signal: Signal) {
+    if let Ok(pidfd) = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()) {
+        // One that has ended in between is what was wanted.
+        let _ = pidfd_send_signal(pidfd, signal);
+    }
+}
+
+/// The QEMU processes that have `text` in their arguments.
+pub fn processes_with(text: &str) -> Vec<i32> {
+    let entries = fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    let has = |pid: &i32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let arguments = String::from_utf8_lossy(&arguments).into_owned();
+        arguments.contains("qemu-system") && arguments.contains(text)
+    };
+    entries.filter(has).collect()
+}
+
+/// One line of `/proc/PID/status`.
+pub fn status_line(machine: &dyn Machine, key: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    line.unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Waits until something is so, for which there is no event.
+pub async fn until(what: &str, so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !so() {
+        assert!(start.elapsed() < PATIENCE, "still waiting for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+pub fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+}
+
+/// 12 hex digits of a temporary folder's name and this process.
+fn unique(folder: &Path) -> String {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    (folder, std::env::var("VMM_LAB").is_ok()).0.hash(&mut hasher);
+    format!("{:012x}", hasher.finish() & 0xffff_ffff_ffff)
+}
