@@ -5,8 +5,8 @@ use crate::service::Service;
 use crate::settings::Token;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
-use axum::http::request::Parts;
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, WWW_AUTHENTICATE};
+use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -51,7 +51,10 @@ async fn health() -> Json<Health> {
     Json(Health::ok())
 }
 
-async fn create_vm(State(service): State<Service>, RawBody(body): RawBody) -> Result<(StatusCode, Json<Vm>), ServiceError> {
+async fn create_vm(
+    State(service): State<Service>,
+    RawBody(body): RawBody,
+) -> Result<(StatusCode, Json<Vm>), ServiceError> {
     let request = CreateVm::parse(&body, service.limits())?;
     Ok((StatusCode::CREATED, Json(service.create(request).await?)))
 }
@@ -77,7 +80,9 @@ async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result
 }
 
 async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateList>, ServiceError> {
-    Ok(Json(TemplateList { templates: service.templates().await? }))
+    Ok(Json(TemplateList {
+        templates: service.templates().await?,
+    }))
 }
 
 async fn delete_template(State(service): State<Service>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
@@ -109,7 +114,10 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ServiceError> {
         match Path::<String>::from_request_parts(parts, state).await {
             Ok(Path(segment)) => Ok(Segment(segment)),
-            Err(_) => Err(ServiceError::Invalid(format!("{} is not the path of anything: it is not UTF-8", parts.uri.path()))),
+            Err(_) => Err(ServiceError::Invalid(format!(
+                "{} is not the path of anything: it is not UTF-8",
+                parts.uri.path()
+            ))),
         }
     }
 }
@@ -122,7 +130,10 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ServiceError> {
         let too_large = || ServiceError::TooLarge(format!("the body is larger than {LARGEST_BODY} bytes"));
-        let announced = request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        let announced = request
+            .headers()
+            .get(CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         if announced.is_some_and(|length| length > LARGEST_BODY as u64) {
             return Err(too_large());
         }
@@ -132,7 +143,10 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
             Ok(Ok(bytes)) => Ok(RawBody(bytes)),
             Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
             Ok(Err(error)) => Err(ServiceError::Invalid(format!("the body could not be read: {error}"))),
-            Err(_) => Err(ServiceError::Timeout(format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs()))),
+            Err(_) => Err(ServiceError::Timeout(format!(
+                "the body did not arrive within {} s",
+                BODY_TIMEOUT.as_secs()
+            ))),
         }
     }
 }
@@ -163,12 +177,18 @@ impl TokenDigest {
 }
 
 async fn require_token(State(token): State<Arc<TokenDigest>>, request: Request, next: Next) -> Response {
-    let offered = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes).and_then(bearer);
+    let offered = request
+        .headers()
+        .get(AUTHORIZATION)
+        .map(HeaderValue::as_bytes)
+        .and_then(bearer);
     if offered.is_some_and(|offered| token.matches(offered)) {
         return next.run(request).await;
     }
     let mut response = ServiceError::Unauthorized.into_response();
-    response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    response
+        .headers_mut()
+        .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     response
 }
 
@@ -181,7 +201,11 @@ fn bearer(header: &[u8]) -> Option<&[u8]> {
 /// Gives each request an id, the client's own if it sent a sane one, and logs its end. The id stands in every line that is logged on the way and
 /// in the answer.
 async fn with_request_id(request: Request<Body>, next: Next) -> Response {
-    let id = request.headers().get(REQUEST_ID).and_then(|id| sane_id(id.as_bytes())).unwrap_or_else(random_id);
+    let id = request
+        .headers()
+        .get(REQUEST_ID)
+        .and_then(|id| sane_id(id.as_bytes()))
+        .unwrap_or_else(random_id);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let span = tracing::info_span!("request", id, %method, path);
     async move {

@@ -48,7 +48,9 @@ pub enum CommandFailed {
     #[error(transparent)]
     Service(#[from] ServiceError),
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {source}; set API_BIND and API_PORT to an address of this host and a free port")]
+    #[error(
+        "cannot listen on {address}: {source}; set API_BIND and API_PORT to an address of this host and a free port"
+    )]
     Listen {
         /// The address.
         address: SocketAddr,
@@ -56,7 +58,9 @@ pub enum CommandFailed {
         source: io::Error,
     },
     /// The log's filter.
-    #[error("LOG_LEVEL={0:?} cannot be used: it must be one of error, warn, info, debug, trace, or a filter such as info,scalebox_net=debug")]
+    #[error(
+        "LOG_LEVEL={0:?} cannot be used: it must be one of error, warn, info, debug, trace, or a filter such as info,scalebox_net=debug"
+    )]
     LogLevel(String),
     /// Something the kernel would not do.
     #[error("cannot {doing}: {source}")]
@@ -76,7 +80,10 @@ fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
 pub fn start_logging(settings: &Settings) -> Result<(), CommandFailed> {
     let level = &settings.log_level;
     let filter = EnvFilter::try_new(level).map_err(|_| CommandFailed::LogLevel(level.clone()))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
     match settings.log_format {
         LogFormat::Text => log.with_target(false).init(),
         LogFormat::Json => log.json().init(),
@@ -102,7 +109,12 @@ fn tell(event: InitEvent) {
 }
 
 /// `scaleboxd template build`.
-pub fn template_build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path>) -> Result<(), CommandFailed> {
+pub fn template_build(
+    settings: &Settings,
+    name: &str,
+    replace: bool,
+    cache: Option<&Path>,
+) -> Result<(), CommandFailed> {
     let name: Name = name.parse()?;
     let pool = Pool::open(&settings.data_dir, settings.bounds())?;
     let kernel_there = pool.kernel_dir().join("vmlinuz").exists() && pool.kernel_dir().join("initrd.img").exists();
@@ -116,7 +128,10 @@ pub fn template_build(settings: &Settings, name: &str, replace: bool, cache: Opt
     pool.install_kernel(&made.kernel, &made.initrd)?;
     let template = pool.import_template(&name, &made.rootfs, true)?;
     shown.finish();
-    println!("The template {name} is ready: {} large, {} on disk.", template.size, template.used);
+    println!(
+        "The template {name} is ready: {} large, {} on disk.",
+        template.size, template.used
+    );
     Ok(())
 }
 
@@ -125,7 +140,10 @@ pub fn template_import(settings: &Settings, name: &str, file: &Path, replace: bo
     scalebox_storage::require_programs().map_err(StorageError::from)?;
     let pool = Pool::open(&settings.data_dir, settings.bounds())?;
     let template = pool.import_template(&name.parse()?, file, replace)?;
-    println!("The template {name} is ready: {} large, {} on disk.", template.size, template.used);
+    println!(
+        "The template {name} is ready: {} large, {} on disk.",
+        template.size, template.used
+    );
     Ok(())
 }
 
@@ -135,7 +153,9 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
     runtime()?.block_on(async {
         let state = State::open(&settings.state_dir)?;
         let address = settings.api;
-        let listener = TcpListener::bind(address).await.map_err(|source| CommandFailed::Listen { address, source })?;
+        let listener = TcpListener::bind(address)
+            .await
+            .map_err(|source| CommandFailed::Listen { address, source })?;
         let (service, recovered) = open_service(settings, state).await?;
         tracing::info!(
             vms = recovered.vms,
@@ -144,7 +164,9 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             files_removed = recovered.files_removed,
             "recovered"
         );
-        let local = listener.local_addr().map_err(io("read the address that is listened on"))?;
+        let local = listener
+            .local_addr()
+            .map_err(io("read the address that is listened on"))?;
         tracing::info!(address = %local, "ready");
         answer_until_told_to_stop(listener, api::router(service.clone(), &token)).await?;
         service.finish().await;
@@ -168,12 +190,17 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     if scalebox_storage::unmount(&data_dir)? {
         println!("Unmounted {}.", data_dir.display());
     }
-    println!("Everything is down; VMs and their disks are kept. `scaleboxd pool init` and `scaleboxd serve` bring them back.");
+    println!(
+        "Everything is down; VMs and their disks are kept. `scaleboxd pool init` and `scaleboxd serve` bring them back."
+    );
     Ok(())
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(io("start threads"))
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(io("start threads"))
 }
 
 /// Opens every part, puts them together and puts right what a crash left.
@@ -187,7 +214,15 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     let (vmm, accel) = find_vmm(&settings)?;
     let network = Network::ensure(settings.net.clone()).await?;
     let resolvers = resolvers(&settings)?;
-    let parts = Parts { settings, pool, state, network, resolvers, vmm, accel };
+    let parts = Parts {
+        settings,
+        pool,
+        state,
+        network,
+        resolvers,
+        vmm,
+        accel,
+    };
     let service = Service::new(parts).map_err(io("read the host's memory"))?;
     let recovered = recovery::recover(&service).await?;
     Ok((service, recovered))
@@ -228,7 +263,9 @@ async fn answer_until_told_to_stop(listener: TcpListener, router: axum::Router) 
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("watch for SIGINT"))?;
     let (told, stop) = tokio::sync::oneshot::channel::<()>();
     let mut server = std::pin::pin!(
-        axum::serve(listener, router).with_graceful_shutdown(async move { drop(stop.await) }).into_future()
+        axum::serve(listener, router)
+            .with_graceful_shutdown(async move { drop(stop.await) })
+            .into_future()
     );
     tokio::select! {
         ended = &mut server => return ended.map_err(io("serve the API")),
@@ -239,7 +276,10 @@ async fn answer_until_told_to_stop(listener: TcpListener, router: axum::Router) 
     match tokio::time::timeout(SHUTDOWN_GRACE, server).await {
         Ok(ended) => ended.map_err(io("serve the API")),
         Err(_) => {
-            tracing::warn!(seconds = SHUTDOWN_GRACE.as_secs(), "some clients did not finish their requests: leaving them");
+            tracing::warn!(
+                seconds = SHUTDOWN_GRACE.as_secs(),
+                "some clients did not finish their requests: leaving them"
+            );
             Ok(())
         }
     }

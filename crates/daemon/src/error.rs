@@ -72,7 +72,13 @@ impl IntoResponse for ServiceError {
         } else {
             tracing::info!(status = status.as_u16(), error = %self, "request refused");
         }
-        (status, Json(ErrorBody { error: self.to_string() })).into_response()
+        (
+            status,
+            Json(ErrorBody {
+                error: self.to_string(),
+            }),
+        )
+            .into_response()
     }
 }
 

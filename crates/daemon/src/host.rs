@@ -43,9 +43,17 @@ fn parse_meminfo(text: &str) -> Option<MemoryBytes> {
     // `MemTotal:       24684084 kB`, where kB is 1024 bytes.
     let field = |key: &str| -> Option<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+        line.trim()
+            .strip_suffix("kB")?
+            .trim()
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
     };
-    Some(MemoryBytes { total: field("MemTotal:")?, available: field("MemAvailable:")? })
+    Some(MemoryBytes {
+        total: field("MemTotal:")?,
+        available: field("MemAvailable:")?,
+    })
 }
 
 /// How many processors this process may use.
@@ -56,7 +64,9 @@ pub fn cpu_count() -> u32 {
 /// The processors' name, or `unknown`.
 pub fn cpu_model() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    let model = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     model.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
 }
 

@@ -74,8 +74,10 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum PoolCommand {
     /// Size, create, mount and register the pool; run again, it changes nothing
-    #[command(after_help = "Examples:\n  scaleboxd pool init                      # 80 % of what the host disk has free\n  \
-        STORAGE_SIZE=100G scaleboxd pool init    # exactly 100 GiB")]
+    #[command(
+        after_help = "Examples:\n  scaleboxd pool init                      # 80 % of what the host disk has free\n  \
+        STORAGE_SIZE=100G scaleboxd pool init    # exactly 100 GiB"
+    )]
     Init,
 }
 

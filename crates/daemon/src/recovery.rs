@@ -12,6 +12,7 @@ use scalebox_vmm::Machine;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 /// What was found and done, for the log.
@@ -34,10 +35,17 @@ pub struct Recovered {
 pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&service.inner().state);
     let records = blocking(move || state.vms()).await?;
-    let known: HashSet<Name> = records.iter().map(|record| record.id.parse()).collect::<Result<_, _>>()?;
+    let known: HashSet<Name> = records
+        .iter()
+        .map(|record| record.id.parse())
+        .collect::<Result<_, _>>()?;
 
     // Strays first: a machine that nobody owns has its disk open.
-    let mut recovered = Recovered { vms: records.len(), strays_ended: end_strays(service, &known).await?, ..Recovered::default() };
+    let mut recovered = Recovered {
+        vms: records.len(),
+        strays_ended: end_strays(service, &known).await?,
+        ..Recovered::default()
+    };
     let pool = Arc::clone(&service.inner().pool);
     let swept = blocking(move || pool.sweep(&known)).await?;
     recovered.files_removed = swept.removed.len();
@@ -68,13 +76,20 @@ async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bo
     let (status, reason) = match (&machine, lost, record.status) {
         (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
         (Some(_), ..) => (VmStatus::Running, None),
-        (None, _, VmStatus::Running | VmStatus::Paused) => {
-            (VmStatus::Stopped, Some("its machine ended while scaleboxd was not running".to_owned()))
-        }
+        (None, _, VmStatus::Running | VmStatus::Paused) => (
+            VmStatus::Stopped,
+            Some("its machine ended while scaleboxd was not running".to_owned()),
+        ),
         (None, _, unchanged) => (unchanged, record.status_reason.clone()),
     };
     if (status, &reason) != (record.status, &record.status_reason) {
-        tracing::info!(vm = record.id, name = record.name, from = record.status.as_str(), to = status.as_str(), reason);
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            from = record.status.as_str(),
+            to = status.as_str(),
+            reason
+        );
         service.persist(&record.id, status, reason.as_deref()).await?;
         (record.status, record.status_reason) = (status, reason);
     }
@@ -88,7 +103,11 @@ async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bo
 }
 
 async fn adopt(service: &Service, record: &Record) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
-    let machine = service.inner().vmm.adopt(&machine_id(&record.id)?, &service.run_dir(&record.id)).await?;
+    let machine = service
+        .inner()
+        .vmm
+        .adopt(&machine_id(&record.id)?, &service.run_dir(&record.id))
+        .await?;
     if machine.is_none() {
         let run_dir = service.run_dir(&record.id);
         blocking(move || remove_dir(&run_dir)).await?;
@@ -98,11 +117,12 @@ async fn adopt(service: &Service, record: &Record) -> Result<Option<Arc<dyn Mach
 
 /// Ends the machines, and removes the folders, of VMs that have no record.
 async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, ServiceError> {
+    let stray = |id: &String| !known.iter().any(|name| name.as_str() == id);
     let mut ended = 0;
-    for id in machine_folders(service)? {
-        if known.iter().any(|name| name.as_str() == id) {
-            continue;
-        }
+    for id in vm_folders(&service.inner().settings.run_dir.join("vms"))?
+        .into_iter()
+        .filter(stray)
+    {
         let run_dir = service.run_dir(&id);
         if let Some(machine) = service.inner().vmm.adopt(&machine_id(&id)?, &run_dir).await? {
             machine.kill().await?;
@@ -110,16 +130,21 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
             ended += 1;
         }
         blocking(move || remove_dir(&run_dir)).await?;
+    }
+    for id in vm_folders(&service.inner().settings.state_dir.join("console"))?
+        .into_iter()
+        .filter(stray)
+    {
         let console = service.console_dir(&id);
         blocking(move || remove_dir(&console)).await?;
     }
     Ok(ended)
 }
 
-fn machine_folders(service: &Service) -> Result<Vec<String>, ServiceError> {
-    let folder = service.inner().settings.run_dir.join("vms");
+/// The ids for which there is a folder in `folder`. What does not have the form of an id is not ours.
+fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
-    let entries = match fs::read_dir(&folder) {
+    let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(failed(error)),

@@ -143,7 +143,12 @@ impl Service {
 
     /// All VMs, oldest first.
     pub fn list(&self) -> Vec<Vm> {
-        self.inner.vms.all().iter().map(|record| self.describe(record)).collect()
+        self.inner
+            .vms
+            .all()
+            .iter()
+            .map(|record| self.describe(record))
+            .collect()
     }
 
     /// One VM by id or name.
@@ -179,7 +184,9 @@ impl Service {
     /// 403 for [`BASE_TEMPLATE`], 404.
     pub async fn delete_template(&self, name: String) -> Result<(), ServiceError> {
         if name == BASE_TEMPLATE {
-            return Err(ServiceError::Forbidden(format!("the template {BASE_TEMPLATE} is protected: it cannot be deleted")));
+            return Err(ServiceError::Forbidden(format!(
+                "the template {BASE_TEMPLATE} is protected: it cannot be deleted"
+            )));
         }
         let missing = || ServiceError::NotFound(format!("there is no template {name:?}"));
         let parsed: Name = name.parse().map_err(|_| missing())?;
@@ -221,7 +228,8 @@ impl Service {
     /// # Errors
     /// 500 when the kernel does not tell.
     pub async fn info(&self) -> Result<HostInfo, ServiceError> {
-        let memory = host::memory().map_err(|error| ServiceError::Internal(format!("cannot read the host's memory: {error}")))?;
+        let memory = host::memory()
+            .map_err(|error| ServiceError::Internal(format!("cannot read the host's memory: {error}")))?;
         let (settings, limits) = (&self.inner.settings, &self.inner.limits);
         Ok(HostInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -231,8 +239,14 @@ impl Service {
             vmm: self.inner.vmm.name().to_owned(),
             accel: self.inner.accel.clone(),
             storage: self.pool()?,
-            memory: Memory { total_bytes: memory.total, available_bytes: memory.available },
-            cpu: Cpu { count: host::cpu_count(), model: host::cpu_model() },
+            memory: Memory {
+                total_bytes: memory.total,
+                available_bytes: memory.available,
+            },
+            cpu: Cpu {
+                count: host::cpu_count(),
+                model: host::cpu_model(),
+            },
             vms: VmCounts::from_iter(self.inner.vms.statuses()),
             templates: self.templates().await?.len() as u64,
             limits: HostLimits {
@@ -252,7 +266,12 @@ impl Service {
     /// # Errors
     /// The first machine that could not be ended, after all were tried.
     pub async fn take_all_down(&self) -> Result<(), ServiceError> {
-        let running = self.inner.vms.all().into_iter().filter(|vm| matches!(vm.status, VmStatus::Running | VmStatus::Paused));
+        let running = self
+            .inner
+            .vms
+            .all()
+            .into_iter()
+            .filter(|vm| matches!(vm.status, VmStatus::Running | VmStatus::Paused));
         let stops: Vec<_> = running
             .map(|vm| {
                 let service = self.clone();
@@ -261,7 +280,9 @@ impl Service {
             .collect();
         let mut first_error = None;
         for stop in stops {
-            let stopped = stop.await.unwrap_or_else(|error| Err(ServiceError::Internal(error.to_string())));
+            let stopped = stop
+                .await
+                .unwrap_or_else(|error| Err(ServiceError::Internal(error.to_string())));
             first_error = first_error.or(stopped.err());
         }
         match first_error {
@@ -285,7 +306,8 @@ impl Service {
         if disk_size > inner.settings.max_disk_size {
             let (size, max) = (disk_size, inner.settings.max_disk_size);
             return Err(ServiceError::Invalid(format!(
-                "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}", template.name
+                "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
+                template.name
             )));
         }
         let reservation = inner.pool.admit(disk_size.bytes())?;
@@ -296,21 +318,39 @@ impl Service {
             template: template.name.to_string(),
             ssh_public_key: request.ssh_public_key.as_str().to_owned(),
             created_at: rfc3339(jiff::Timestamp::now()),
-            vcpu_count: request.vcpu_count.unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
+            vcpu_count: request
+                .vcpu_count
+                .unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
             mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
             disk_size_gib: disk_size.as_u64(),
             guest_ip: claim.lease.guest_ip,
             ssh_port: claim.lease.ssh_port,
-            status: if request.start { VmStatus::Running } else { VmStatus::Stopped },
+            status: if request.start {
+                VmStatus::Running
+            } else {
+                VmStatus::Stopped
+            },
             status_reason: None,
         };
-        tracing::info!(vm = record.id, name = record.name, template = record.template, disk_size_gib = record.disk_size_gib, "admitted");
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            template = record.template,
+            disk_size_gib = record.disk_size_gib,
+            "admitted"
+        );
 
         let disk = disk_name(&record)?;
         let reservation = self.clone_disk(&disk, &template, reservation).await?;
         let mut steps = Steps::new();
         let pool = Arc::clone(&inner.pool);
-        steps.taken("clone the disk", async move { blocking(move || pool.delete_disk(&disk)).await });
+        steps.taken("clone the disk", async move {
+            blocking(move || pool.delete_disk(&disk)).await
+        });
+        let console = self.console_dir(&record.id);
+        steps.taken("make the console's folder", async move {
+            blocking(move || remove_dir(&console)).await
+        });
 
         match self.complete(&record, &mut steps).await {
             Ok(machine) => {
@@ -319,7 +359,12 @@ impl Service {
                 if let Some(machine) = machine {
                     self.watch(record.id.clone(), machine);
                 }
-                tracing::info!(vm = record.id, name = record.name, status = record.status.as_str(), "created");
+                tracing::info!(
+                    vm = record.id,
+                    name = record.name,
+                    status = record.status.as_str(),
+                    "created"
+                );
                 Ok(self.describe(&record))
             }
             Err(error) => {
@@ -369,29 +414,49 @@ impl Service {
             dns: inner.resolvers.clone(),
         };
         {
-            let (run_dir, seed) = (run_dir.clone(), seed.clone());
+            let (run_dir, console, seed) = (run_dir.clone(), self.console_dir(&record.id), seed.clone());
             blocking(move || {
-                make_private_dir(&run_dir)
-                    .map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", run_dir.display())))?;
-                drive.write(&seed).map_err(|error| ServiceError::Internal(error.to_string()))
+                // The console's log stays when the machine ends: it tells why.
+                make_private_dir(&console)?;
+                make_private_dir(&run_dir)?;
+                drive
+                    .write(&seed)
+                    .map_err(|error| ServiceError::Internal(error.to_string()))
             })
             .await?;
         }
         let undo_dir = run_dir.clone();
-        steps.taken("write the seed drive", async move { blocking(move || remove_dir(&undo_dir)).await });
+        steps.taken("write the seed drive", async move {
+            blocking(move || remove_dir(&undo_dir)).await
+        });
 
         inner.network.attach(&endpoint).await?;
         let (network, undo_endpoint) = (inner.network.clone(), endpoint.clone());
-        steps.taken("attach to the network", async move { network.detach(&undo_endpoint).await });
+        steps.taken(
+            "attach to the network",
+            async move { network.detach(&undo_endpoint).await },
+        );
 
         let machine = inner.vmm.launch(&self.spec(record, &endpoint, run_dir, seed)?).await?;
         let undo_machine = Arc::clone(&machine);
         steps.taken("launch the machine", async move { undo_machine.kill().await.map(drop) });
-        tracing::info!(vm = record.id, pid = machine.pid(), tap = endpoint.tap(), ssh_port = record.ssh_port, "launched");
+        tracing::info!(
+            vm = record.id,
+            pid = machine.pid(),
+            tap = endpoint.tap(),
+            ssh_port = record.ssh_port,
+            "launched"
+        );
         Ok(machine)
     }
 
-    fn spec(&self, record: &Record, endpoint: &Endpoint, run_dir: PathBuf, seed: PathBuf) -> Result<MachineSpec, ServiceError> {
+    fn spec(
+        &self,
+        record: &Record,
+        endpoint: &Endpoint,
+        run_dir: PathBuf,
+        seed: PathBuf,
+    ) -> Result<MachineSpec, ServiceError> {
         let kernel_dir = self.inner.pool.kernel_dir();
         let (kernel, initrd) = (kernel_dir.join("vmlinuz"), kernel_dir.join("initrd.img"));
         if !kernel.is_file() || !initrd.is_file() {
@@ -408,7 +473,10 @@ impl Service {
             cmdline: scalebox_guest::kernel_cmdline(),
             root: self.inner.pool.disk_location(&disk_name(record)?),
             seed,
-            nic: Nic { tap: endpoint.tap().to_owned(), mac: endpoint.mac().to_string() },
+            nic: Nic {
+                tap: endpoint.tap().to_owned(),
+                mac: endpoint.mac().to_string(),
+            },
             console_log: self.console_log(&record.id),
             run_dir,
             run_as: Some(vmm_user(record)),
@@ -419,7 +487,10 @@ impl Service {
         let operation = self.inner.vms.begin(reference, "being started")?;
         let record = &operation.record;
         if matches!(record.status, VmStatus::Running | VmStatus::Paused) {
-            return Err(ServiceError::Conflict(format!("VM {} is {} already", record.name, record.status)));
+            return Err(ServiceError::Conflict(format!(
+                "VM {} is {} already",
+                record.name, record.status
+            )));
         }
         let mut steps = Steps::new();
         let started = async {
@@ -429,7 +500,9 @@ impl Service {
         };
         match started.await {
             Ok(machine) => {
-                self.inner.vms.set(&record.id, VmStatus::Running, None, Some(Arc::clone(&machine)));
+                self.inner
+                    .vms
+                    .set(&record.id, VmStatus::Running, None, Some(Arc::clone(&machine)));
                 self.watch(record.id.clone(), machine);
                 tracing::info!(vm = record.id, name = record.name, "started");
                 self.get(&record.id)
@@ -445,7 +518,10 @@ impl Service {
         let operation = self.inner.vms.begin(reference, "being stopped")?;
         let record = &operation.record;
         let Some(machine) = &operation.machine else {
-            return Err(ServiceError::Conflict(format!("VM {} is {} already", record.name, record.status)));
+            return Err(ServiceError::Conflict(format!(
+                "VM {} is {} already",
+                record.name, record.status
+            )));
         };
         let outcome = machine.stop(STOP_GRACE).await?;
         self.inner.vms.set(&record.id, VmStatus::Stopped, None, None);
@@ -493,9 +569,15 @@ impl Service {
     }
 
     async fn note_exit(&self, id: &str, machine: &Arc<dyn Machine>, reason: ExitReason) {
-        let Ok(operation) = self.inner.vms.begin_when_idle(id, "ending").await else { return };
+        let Ok(operation) = self.inner.vms.begin_when_idle(id, "ending").await else {
+            return;
+        };
         // An operation that ended the machine itself has noted what came of it.
-        if !operation.machine.as_ref().is_some_and(|current| Arc::ptr_eq(current, machine)) {
+        if !operation
+            .machine
+            .as_ref()
+            .is_some_and(|current| Arc::ptr_eq(current, machine))
+        {
             return;
         }
         let (status, reason) = match reason {
@@ -519,7 +601,9 @@ impl Service {
     }
 
     async fn template(&self, name: &str) -> Result<scalebox_storage::Template, ServiceError> {
-        let parsed: Name = name.parse().map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))?;
+        let parsed: Name = name
+            .parse()
+            .map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))?;
         let pool = Arc::clone(&self.inner.pool);
         blocking(move || pool.template(&parsed)).await
     }
@@ -562,7 +646,8 @@ impl Service {
         operation: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
     ) -> Result<T, ServiceError> {
         let task = self.inner.tasks.spawn(operation.in_current_span());
-        task.await.unwrap_or_else(|error| Err(ServiceError::Internal(format!("the operation did not end: {error}"))))
+        task.await
+            .unwrap_or_else(|error| Err(ServiceError::Internal(format!("the operation did not end: {error}"))))
     }
 }
 
@@ -614,16 +699,18 @@ fn rfc3339(time: jiff::Timestamp) -> String {
     format!("{time:.3}")
 }
 
-fn make_private_dir(dir: &Path) -> std::io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+fn make_private_dir(dir: &Path) -> Result<(), ServiceError> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", dir.display())))
 }
 
 /// Removes a folder and all in it; one that is not there is no error.
 pub(crate) fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
     match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(ServiceError::Internal(format!("cannot remove {}: {error}", dir.display())))
-        }
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(ServiceError::Internal(format!(
+            "cannot remove {}: {error}",
+            dir.display()
+        ))),
         _ => Ok(()),
     }
 }

@@ -193,7 +193,10 @@ impl Settings {
             (_, Ok(text)) => parse_file(file.unwrap_or(Path::new(DEFAULT_FILE)), &text)?,
             (None, Err(error)) if error.kind() == io::ErrorKind::NotFound => HashMap::new(),
             (_, Err(source)) => {
-                return Err(SettingsError::File { path: file.unwrap_or(Path::new(DEFAULT_FILE)).to_owned(), source });
+                return Err(SettingsError::File {
+                    path: file.unwrap_or(Path::new(DEFAULT_FILE)).to_owned(),
+                    source,
+                });
             }
         };
         for key in KEYS {
@@ -217,7 +220,11 @@ impl Settings {
             let right = format!("it must not be larger than MAX_DISK_SIZE_GIB, which is {max_disk_size}");
             return Err(values.wrong("DEFAULT_DISK_SIZE_GIB", right));
         }
-        let bind = values.parsed("API_BIND", IpAddr::V4(Ipv4Addr::LOCALHOST), "an address such as 127.0.0.1 or 0.0.0.0")?;
+        let bind = values.parsed(
+            "API_BIND",
+            IpAddr::V4(Ipv4Addr::LOCALHOST),
+            "an address such as 127.0.0.1 or 0.0.0.0",
+        )?;
         Ok(Settings {
             storage_size: values.storage_size()?,
             default_disk_size: Gib::new(default_disk_size),
@@ -234,15 +241,27 @@ impl Settings {
             host_ip: values.optional("HOST_IP", "an address such as 192.0.2.10")?,
             net: values.net()?,
             guest_dns: values.addresses("GUEST_DNS")?,
-            vmm: values.word("VMM", VmmChoice::Auto, &[("auto", VmmChoice::Auto), ("qemu", VmmChoice::Qemu)])?,
+            vmm: values.word(
+                "VMM",
+                VmmChoice::Auto,
+                &[("auto", VmmChoice::Auto), ("qemu", VmmChoice::Qemu)],
+            )?,
             accel: values.word(
                 "ACCEL",
                 AccelChoice::Auto,
-                &[("auto", AccelChoice::Auto), ("kvm", AccelChoice::Kvm), ("tcg", AccelChoice::Tcg)],
+                &[
+                    ("auto", AccelChoice::Auto),
+                    ("kvm", AccelChoice::Kvm),
+                    ("tcg", AccelChoice::Tcg),
+                ],
             )?,
             default_vcpu_count: values.number("DEFAULT_VCPU_COUNT", 1, 1..=1024)?,
             default_mem_size_mib: values.number("DEFAULT_MEM_SIZE_MIB", 512, MIN_MEM_MIB..=1 << 24)?,
-            log_format: values.word("LOG_FORMAT", LogFormat::Text, &[("text", LogFormat::Text), ("json", LogFormat::Json)])?,
+            log_format: values.word(
+                "LOG_FORMAT",
+                LogFormat::Text,
+                &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+            )?,
             log_level: values.get("LOG_LEVEL").unwrap_or("info").to_owned(),
         })
     }
@@ -271,7 +290,10 @@ impl Settings {
 
     /// What admission is held to.
     pub fn bounds(&self) -> Bounds {
-        Bounds { buffer: self.storage_buffer, overcommit_ratio: self.overcommit_ratio }
+        Bounds {
+            buffer: self.storage_buffer,
+            overcommit_ratio: self.overcommit_ratio,
+        }
     }
 
     /// What a request may ask for, on a host with `cpus` processors and `memory_mib` of memory.
@@ -292,16 +314,26 @@ fn parse_file(path: &Path, text: &str) -> Result<HashMap<&'static str, String>, 
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let problem = |problem| SettingsError::Line { path: path.to_owned(), number: index + 1, problem };
+        let problem = |problem| SettingsError::Line {
+            path: path.to_owned(),
+            number: index + 1,
+            problem,
+        };
         let Some((key, value)) = line.split_once('=') else {
             return Err(problem(format!("{line:?} is not of the form KEY=VALUE")));
         };
         let Some(key) = KEYS.into_iter().find(|known| *known == key.trim()) else {
-            return Err(problem(format!("there is no setting {:?}; the settings are {}", key.trim(), KEYS.join(", "))));
+            return Err(problem(format!(
+                "there is no setting {:?}; the settings are {}",
+                key.trim(),
+                KEYS.join(", ")
+            )));
         };
         let value = value.trim();
         // systemd's EnvironmentFile= takes quotes off; the same file serves both.
-        let unquoted = ['"', '\''].into_iter().find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
+        let unquoted = ['"', '\'']
+            .into_iter()
+            .find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
         let value = unquoted.unwrap_or(value);
         if !value.is_empty() {
             values.insert(key, value.to_owned());
@@ -318,7 +350,11 @@ impl Values {
     }
 
     fn wrong(&self, key: &'static str, right: impl Into<String>) -> SettingsError {
-        SettingsError::Value { key, value: self.get(key).unwrap_or_default().to_owned(), right: right.into() }
+        SettingsError::Value {
+            key,
+            value: self.get(key).unwrap_or_default().to_owned(),
+            right: right.into(),
+        }
     }
 
     fn number<T>(&self, key: &'static str, default: T, range: RangeInclusive<T>) -> Result<T, SettingsError>
@@ -328,12 +364,17 @@ impl Values {
         let Some(text) = self.get(key) else { return Ok(default) };
         match text.parse() {
             Ok(number) if range.contains(&number) => Ok(number),
-            _ => Err(self.wrong(key, format!("it must be a whole number from {} to {}", range.start(), range.end()))),
+            _ => Err(self.wrong(
+                key,
+                format!("it must be a whole number from {} to {}", range.start(), range.end()),
+            )),
         }
     }
 
     fn optional<T: FromStr>(&self, key: &'static str, form: &str) -> Result<Option<T>, SettingsError> {
-        self.get(key).map(|text| text.parse().map_err(|_| self.wrong(key, format!("it must be {form}")))).transpose()
+        self.get(key)
+            .map(|text| text.parse().map_err(|_| self.wrong(key, format!("it must be {form}"))))
+            .transpose()
     }
 
     fn parsed<T: FromStr>(&self, key: &'static str, default: T, form: &str) -> Result<T, SettingsError> {
@@ -342,19 +383,30 @@ impl Values {
 
     fn word<T: Copy>(&self, key: &'static str, default: T, words: &[(&str, T)]) -> Result<T, SettingsError> {
         let Some(text) = self.get(key) else { return Ok(default) };
-        words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value).ok_or_else(|| {
-            let known: Vec<_> = words.iter().map(|(word, _)| *word).collect();
-            self.wrong(key, format!("it must be one of {}", known.join(", ")))
-        })
+        words
+            .iter()
+            .find(|(word, _)| *word == text)
+            .map(|(_, value)| *value)
+            .ok_or_else(|| {
+                let known: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+                self.wrong(key, format!("it must be one of {}", known.join(", ")))
+            })
     }
 
     fn path(&self, key: &'static str, default: &str) -> Result<PathBuf, SettingsError> {
         let path = PathBuf::from(self.get(key).unwrap_or(default));
-        if path.is_absolute() { Ok(path) } else { Err(self.wrong(key, "it must be an absolute path, beginning with /")) }
+        if path.is_absolute() {
+            Ok(path)
+        } else {
+            Err(self.wrong(key, "it must be an absolute path, beginning with /"))
+        }
     }
 
     fn storage_size(&self) -> Result<Option<RequestedSize>, SettingsError> {
-        let parse = |text: &str| text.parse().map_err(|error| self.wrong("STORAGE_SIZE", format!("{error}")));
+        let parse = |text: &str| {
+            text.parse()
+                .map_err(|error| self.wrong("STORAGE_SIZE", format!("{error}")))
+        };
         self.get("STORAGE_SIZE").map(parse).transpose()
     }
 
@@ -363,12 +415,17 @@ impl Values {
         if (0.1..=1000.0).contains(&ratio) {
             Ok(ratio)
         } else {
-            Err(self.wrong("OVERCOMMIT_RATIO", "it must be a number from 0.1 to 1000; 1 backs every promised byte"))
+            Err(self.wrong(
+                "OVERCOMMIT_RATIO",
+                "it must be a number from 0.1 to 1000; 1 backs every promised byte",
+            ))
         }
     }
 
     fn token(&self) -> Result<Option<Token>, SettingsError> {
-        let Some(text) = self.get("API_TOKEN") else { return Ok(None) };
+        let Some(text) = self.get("API_TOKEN") else {
+            return Ok(None);
+        };
         if text.bytes().all(|byte| byte.is_ascii_graphic()) {
             Ok(Some(Token(text.to_owned())))
         } else {
@@ -382,7 +439,11 @@ impl Values {
     }
 
     fn net(&self) -> Result<NetConfig, SettingsError> {
-        let subnet = self.parsed("SUBNET", Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 16), "a network such as 172.16.0.0/16")?;
+        let subnet = self.parsed(
+            "SUBNET",
+            Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 16),
+            "a network such as 172.16.0.0/16",
+        )?;
         let ports = self.number("PORT_MIN", 22001, 1024..=65535)?..=self.number("PORT_MAX", 32000, 1024..=65535)?;
         NetConfig::new(self.get("BRIDGE").unwrap_or("scalebox0"), subnet, ports).map_err(|error| {
             let key = match &error {
@@ -398,7 +459,10 @@ impl Values {
         let text = self.get(key).unwrap_or_default();
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         parts
-            .map(|part| part.parse().map_err(|_| self.wrong(key, "it must be IPv4 addresses, separated by commas")))
+            .map(|part| {
+                part.parse()
+                    .map_err(|_| self.wrong(key, "it must be IPv4 addresses, separated by commas"))
+            })
             .collect()
     }
 }
@@ -424,7 +488,10 @@ mod tests {
         assert_eq!(settings.state_dir, Path::new("/var/lib/scaleboxd"));
         assert_eq!(settings.run_dir, Path::new("/run/scaleboxd"));
         assert_eq!(settings.api.to_string(), "127.0.0.1:8080");
-        assert_eq!((settings.net.bridge(), settings.net.subnet().to_string().as_str()), ("scalebox0", "172.16.0.0/16"));
+        assert_eq!(
+            (settings.net.bridge(), settings.net.subnet().to_string().as_str()),
+            ("scalebox0", "172.16.0.0/16")
+        );
         assert_eq!(settings.net.ports(), 22001..=32000);
         assert_eq!((settings.default_vcpu_count, settings.default_mem_size_mib), (1, 512));
         assert!(settings.token().is_err(), "there is no default token");
@@ -466,9 +533,15 @@ mod tests {
     fn a_file_is_read_line_by_line_and_a_misspelt_key_is_an_error() {
         let path = Path::new("/etc/scaleboxd/config");
         let values = parse_file(path, "# comment\n\nAPI_TOKEN=\"abc\"\nAPI_PORT = 9090\nHOST_IP=\n").unwrap();
-        assert_eq!((values["API_TOKEN"].as_str(), values["API_PORT"].as_str(), values.len()), ("abc", "9090", 2));
+        assert_eq!(
+            (values["API_TOKEN"].as_str(), values["API_PORT"].as_str(), values.len()),
+            ("abc", "9090", 2)
+        );
         let error = parse_file(path, "API_TOKEN=abc\nAPI_PROT=1").unwrap_err().to_string();
-        assert!(error.contains("line 2") && error.contains("API_PROT") && error.contains("API_PORT"), "{error}");
+        assert!(
+            error.contains("line 2") && error.contains("API_PROT") && error.contains("API_PORT"),
+            "{error}"
+        );
         assert!(parse_file(path, "just words").is_err());
     }
 

@@ -106,8 +106,15 @@ impl State {
     /// # Errors
     /// [`StateError::Locked`] while another process has it.
     pub fn open(folder: &Path) -> Result<State, StateError> {
-        let in_folder = |source| StateError::Folder { path: folder.to_owned(), source };
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(in_folder)?;
+        let in_folder = |source| StateError::Folder {
+            path: folder.to_owned(),
+            source,
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .map_err(in_folder)?;
         let lock = File::create(folder.join("lock")).map_err(in_folder)?;
         match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
@@ -115,28 +122,50 @@ impl State {
             Err(errno) => return Err(in_folder(errno.into())),
         }
         let path = folder.join("state.db");
-        let database = |source| StateError::Database { path: path.clone(), source };
+        let database = |source| StateError::Database {
+            path: path.clone(),
+            source,
+        };
         let connection = Connection::open(&path).map_err(database)?;
-        connection.execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;").map_err(database)?;
-        let mut state = State { path: path.clone(), connection: Mutex::new(connection), _lock: lock };
+        connection
+            .execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;")
+            .map_err(database)?;
+        let mut state = State {
+            path: path.clone(),
+            connection: Mutex::new(connection),
+            _lock: lock,
+        };
         state.migrate()?;
         // The file's own name must survive a power cut too.
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(in_folder)?;
+        File::open(folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(in_folder)?;
         Ok(state)
     }
 
     fn migrate(&mut self) -> Result<(), StateError> {
         let path = self.path.clone();
-        let database = |source| StateError::Database { path: path.clone(), source };
+        let database = |source| StateError::Database {
+            path: path.clone(),
+            source,
+        };
         let connection = self.connection.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let done: usize = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(database)?;
+        let done: usize = connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .map_err(database)?;
         if done > MIGRATIONS.len() {
-            return Err(StateError::FromTheFuture { path: self.path.clone(), found: done, known: MIGRATIONS.len() });
+            return Err(StateError::FromTheFuture {
+                path: self.path.clone(),
+                found: done,
+                known: MIGRATIONS.len(),
+            });
         }
         for (step, sql) in MIGRATIONS.iter().enumerate().skip(done) {
             let transaction = connection.transaction().map_err(database)?;
             transaction.execute_batch(sql).map_err(database)?;
-            transaction.pragma_update(None, "user_version", step + 1).map_err(database)?;
+            transaction
+                .pragma_update(None, "user_version", step + 1)
+                .map_err(database)?;
             transaction.commit().map_err(database)?;
         }
         Ok(())
@@ -198,14 +227,18 @@ impl State {
     /// [`StateError::Database`].
     pub fn delete(&self, id: &str) -> Result<bool, StateError> {
         self.with(|connection| {
-            let there: Option<String> =
-                connection.query_row("DELETE FROM vms WHERE id = ? RETURNING id", [id], |row| row.get(0)).optional()?;
+            let there: Option<String> = connection
+                .query_row("DELETE FROM vms WHERE id = ? RETURNING id", [id], |row| row.get(0))
+                .optional()?;
             Ok(there.is_some())
         })
     }
 
     fn with<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
-        work(&self.lock()).map_err(|source| StateError::Database { path: self.path.clone(), source })
+        work(&self.lock()).map_err(|source| StateError::Database {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -271,12 +304,18 @@ mod tests {
         let state = State::open(folder.path()).unwrap();
         state.insert(&vm(1)).unwrap();
         state.insert(&vm(2)).unwrap();
-        state.set_status(&vm(2).id, VmStatus::Failed, Some("its process ended")).unwrap();
+        state
+            .set_status(&vm(2).id, VmStatus::Failed, Some("its process ended"))
+            .unwrap();
         assert!(state.delete(&vm(1).id).unwrap());
         assert!(!state.delete(&vm(1).id).unwrap());
         drop(state);
 
-        let failed = Record { status: VmStatus::Failed, status_reason: Some("its process ended".into()), ..vm(2) };
+        let failed = Record {
+            status: VmStatus::Failed,
+            status_reason: Some("its process ended".into()),
+            ..vm(2)
+        };
         assert_eq!(State::open(folder.path()).unwrap().vms().unwrap(), [failed]);
     }
 
@@ -286,9 +325,18 @@ mod tests {
         let state = State::open(folder.path()).unwrap();
         state.insert(&vm(1)).unwrap();
         for twin in [
-            Record { name: vm(1).name, ..vm(2) },
-            Record { guest_ip: vm(1).guest_ip, ..vm(2) },
-            Record { ssh_port: vm(1).ssh_port, ..vm(2) },
+            Record {
+                name: vm(1).name,
+                ..vm(2)
+            },
+            Record {
+                guest_ip: vm(1).guest_ip,
+                ..vm(2)
+            },
+            Record {
+                ssh_port: vm(1).ssh_port,
+                ..vm(2)
+            },
             Record { id: vm(1).id, ..vm(2) },
         ] {
             assert!(state.insert(&twin).is_err());
@@ -309,6 +357,9 @@ mod tests {
         let connection = Connection::open(folder.path().join("state.db")).unwrap();
         connection.pragma_update(None, "user_version", 99).unwrap();
         drop(connection);
-        assert!(matches!(State::open(folder.path()), Err(StateError::FromTheFuture { found: 99, .. })));
+        assert!(matches!(
+            State::open(folder.path()),
+            Err(StateError::FromTheFuture { found: 99, .. })
+        ));
     }
 }

@@ -23,7 +23,10 @@ impl Steps {
         step: &'static str,
         undo: impl Future<Output = Result<(), E>> + Send + 'static,
     ) {
-        self.taken.push((step, Box::pin(async move { undo.await.map_err(|error| error.to_string()) })));
+        self.taken.push((
+            step,
+            Box::pin(async move { undo.await.map_err(|error| error.to_string()) }),
+        ));
     }
 
     /// Takes all steps back, last first. One that fails is logged, and the others are still taken back: what is left of it is found

@@ -37,8 +37,15 @@ struct Entry {
 impl Vms {
     /// An empty table.
     pub fn new(network: &NetConfig) -> Vms {
-        let table = Table { by_id: BTreeMap::new(), names: HashSet::new(), addresses: Addresses::new(network) };
-        Vms { table: Arc::new(Mutex::new(table)), idle: Arc::default() }
+        let table = Table {
+            by_id: BTreeMap::new(),
+            names: HashSet::new(),
+            addresses: Addresses::new(network),
+        };
+        Vms {
+            table: Arc::new(Mutex::new(table)),
+            idle: Arc::default(),
+        }
     }
 
     /// Takes a name, an address and a port for a VM that is being made. They are free again when the claim is dropped before
@@ -50,15 +57,24 @@ impl Vms {
         let mut table = self.lock();
         let name = match name {
             Some(name) if table.names.contains(name) => {
-                return Err(ServiceError::Conflict(format!("name {name} is taken by another VM: choose another, or none to be given one")));
+                return Err(ServiceError::Conflict(format!(
+                    "name {name} is taken by another VM: choose another, or none to be given one"
+                )));
             }
             Some(name) => name.to_owned(),
             None => free_name(&table.names)?,
         };
-        let lease =
-            table.addresses.claim(usable_port).map_err(|error| ServiceError::Unavailable(error.to_string()))?;
+        let lease = table
+            .addresses
+            .claim(usable_port)
+            .map_err(|error| ServiceError::Unavailable(error.to_string()))?;
         table.names.insert(name.clone());
-        Ok(Claim { name, lease, published: false, vms: self.clone() })
+        Ok(Claim {
+            name,
+            lease,
+            published: false,
+            vms: self.clone(),
+        })
     }
 
     /// Enters a VM of the state file, at start.
@@ -66,7 +82,14 @@ impl Vms {
         let mut table = self.lock();
         table.names.insert(record.name.clone());
         table.addresses.occupy(lease(&record));
-        table.by_id.insert(record.id.clone(), Entry { record, machine, busy: None });
+        table.by_id.insert(
+            record.id.clone(),
+            Entry {
+                record,
+                machine,
+                busy: None,
+            },
+        );
     }
 
     /// All VMs, oldest first.
@@ -99,10 +122,16 @@ impl Vms {
         let entry = table.by_id.get_mut(&id).ok_or_else(|| not_found(reference))?;
         if let Some(under_way) = entry.busy {
             let name = &entry.record.name;
-            return Err(ServiceError::Conflict(format!("VM {name} is {under_way}: try again when that is done")));
+            return Err(ServiceError::Conflict(format!(
+                "VM {name} is {under_way}: try again when that is done"
+            )));
         }
         entry.busy = Some(operation);
-        Ok(Operation { record: entry.record.clone(), machine: entry.machine.clone(), vms: self.clone() })
+        Ok(Operation {
+            record: entry.record.clone(),
+            machine: entry.machine.clone(),
+            vms: self.clone(),
+        })
     }
 
     /// As [`Vms::begin`], after whatever is under way on the VM has ended.
@@ -164,7 +193,10 @@ fn not_found(reference: &str) -> ServiceError {
 }
 
 fn lease(record: &Record) -> Lease {
-    Lease { guest_ip: record.guest_ip, ssh_port: record.ssh_port }
+    Lease {
+        guest_ip: record.guest_ip,
+        ssh_port: record.ssh_port,
+    }
 }
 
 /// How often a random name is drawn before giving up: with 300,000 names and ten thousand taken, one draw in thirty collides.
@@ -200,7 +232,14 @@ impl Claim {
     /// The VM stands: from now on others see it.
     pub fn publish(mut self, record: Record, machine: Option<Arc<dyn Machine>>) {
         self.published = true;
-        self.vms.lock().by_id.insert(record.id.clone(), Entry { record, machine, busy: None });
+        self.vms.lock().by_id.insert(
+            record.id.clone(),
+            Entry {
+                record,
+                machine,
+                busy: None,
+            },
+        );
     }
 }
 
@@ -285,7 +324,9 @@ mod tests {
         let vms = vms();
         make(&vms, "vm-1", Some("one")).unwrap();
         let operation = vms.begin("one", "being stopped").unwrap();
-        let Err(ServiceError::Conflict(message)) = vms.begin("vm-1", "being deleted") else { panic!("two at once") };
+        let Err(ServiceError::Conflict(message)) = vms.begin("vm-1", "being deleted") else {
+            panic!("two at once")
+        };
         assert!(message.contains("VM one is being stopped"), "{message}");
         drop(operation);
         assert!(vms.begin("vm-1", "being deleted").is_ok());
@@ -300,7 +341,10 @@ mod tests {
         let (_, begun) = tokio::join!(async { drop(operation) }, waiting);
         assert!(begun.is_ok());
         vms.remove("vm-1");
-        assert!(matches!(vms.begin_when_idle("vm-1", "ending").await, Err(ServiceError::NotFound(_))));
+        assert!(matches!(
+            vms.begin_when_idle("vm-1", "ending").await,
+            Err(ServiceError::NotFound(_))
+        ));
     }
 
     #[test]

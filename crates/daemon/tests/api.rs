@@ -1,6 +1,11 @@
 //! The HTTP contract, through a real socket to a real daemon on a real pool. No guest is booted.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
 
 mod support;
 
@@ -55,7 +60,10 @@ fn bad_input_gets_a_400_that_names_the_field_and_makes_nothing() {
         (with("ssh_public_key", json!("")), "ssh_public_key"),
         (with("ssh_public_key", json!("hello")), "ssh_public_key"),
         (with("ssh_public_key", json!(format!("{KEY}\n{KEY}"))), "ssh_public_key"),
-        (with("ssh_public_key", json!(format!("command=\"id\" {KEY}"))), "ssh_public_key"),
+        (
+            with("ssh_public_key", json!(format!("command=\"id\" {KEY}"))),
+            "ssh_public_key",
+        ),
         (with("vcpu_count", json!(0)), "vcpu_count"),
         (with("vcpu_count", json!(100_000)), "vcpu_count"),
         (with("mem_size_mib", json!(1)), "mem_size_mib"),
@@ -66,7 +74,16 @@ fn bad_input_gets_a_400_that_names_the_field_and_makes_nothing() {
         (with("name", json!("vm-0123456789ab")), "name"),
         (with("start", json!("yes")), "start"),
     ];
-    for size in [json!(0), json!(-1), json!(1.5), json!("10"), json!(1e300), json!(null), json!(101), json!(200)] {
+    for size in [
+        json!(0),
+        json!(-1),
+        json!(1.5),
+        json!("10"),
+        json!(1e300),
+        json!(null),
+        json!(101),
+        json!(200),
+    ] {
         cases.push((with("disk_size_gib", size), range));
     }
     for (body, expected) in cases {
@@ -137,9 +154,14 @@ fn without_the_token_nothing_is_told_but_health() {
     let as_user = format!("Basic {TOKEN}");
     let mut answers = Vec::new();
     for header in ["", "Bearer", "Bearer ", longer.as_str(), &shorter, &as_user, TOKEN] {
-        let header = if header.is_empty() { String::new() } else { format!("Authorization: {header}\r\n") };
+        let header = if header.is_empty() {
+            String::new()
+        } else {
+            format!("Authorization: {header}\r\n")
+        };
         for path in ["/vms", "/info", "/pool", "/templates", "/nothing/here", "/vms/nobody"] {
-            let (status, answer) = host.raw(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n").as_bytes());
+            let (status, answer) =
+                host.raw(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n").as_bytes());
             assert_eq!(status, 401, "{header}{path}: {answer}");
             answers.push(error_of(&answer));
         }
@@ -160,12 +182,27 @@ fn a_vm_has_the_disk_it_asked_for_or_the_default() {
         run("e2fsck", &["-fn", text(&host.disk(&vm))]);
         let header = run("dumpe2fs", &["-h", text(&host.disk(&vm))]);
         let field = |key: &str| -> u64 {
-            header.lines().find_map(|line| line.strip_prefix(key)).expect(key).trim().parse().expect(key)
+            header
+                .lines()
+                .find_map(|line| line.strip_prefix(key))
+                .expect(key)
+                .trim()
+                .parse()
+                .expect(key)
         };
         assert_eq!(field("Block count:") * field("Block size:"), expected << 30);
     }
-    let error = host.client().create_vm(&CreateVm { disk_size_gib: Some(200), ..host.stopped("tiny") }).unwrap_err();
-    assert_eq!(refused(error), (400, "disk_size_gib must be between 1 and 100".to_owned()));
+    let error = host
+        .client()
+        .create_vm(&CreateVm {
+            disk_size_gib: Some(200),
+            ..host.stopped("tiny")
+        })
+        .unwrap_err();
+    assert_eq!(
+        refused(error),
+        (400, "disk_size_gib must be between 1 and 100".to_owned())
+    );
     assert_eq!(host.client().pool().unwrap().committed_bytes, 13 << 30);
 }
 
@@ -175,21 +212,49 @@ fn a_disk_smaller_than_its_template_is_a_400_that_names_the_template_s_size() {
     let image = host.folder.join("large.image");
     run("mke2fs", &["-q", "-t", "ext4", text(&image), "3G"]);
     host.scaleboxd_ok(&["template", "import", "large", text(&image)]);
-    let error = host.client().create_vm(&CreateVm { disk_size_gib: Some(2), ..host.stopped("large") }).unwrap_err();
-    assert_eq!(refused(error), (400, "disk_size_gib must be at least 3: the template large is 3 GiB large".to_owned()));
-    assert_eq!(host.create_stopped("large", None).disk_size_gib, 3, "the default gives way to the template");
+    let error = host
+        .client()
+        .create_vm(&CreateVm {
+            disk_size_gib: Some(2),
+            ..host.stopped("large")
+        })
+        .unwrap_err();
+    assert_eq!(
+        refused(error),
+        (
+            400,
+            "disk_size_gib must be at least 3: the template large is 3 GiB large".to_owned()
+        )
+    );
+    assert_eq!(
+        host.create_stopped("large", None).disk_size_gib,
+        3,
+        "the default gives way to the template"
+    );
 }
 
 #[test]
 fn a_vm_is_made_found_listed_and_deleted() {
     let host = Host::with_tiny_template(&Options::default());
     let client = host.client();
-    let vm = client.create_vm(&CreateVm { name: Some("my-box".parse().unwrap()), ..host.stopped("tiny") }).unwrap();
+    let vm = client
+        .create_vm(&CreateVm {
+            name: Some("my-box".parse().unwrap()),
+            ..host.stopped("tiny")
+        })
+        .unwrap();
     assert!(scalebox_client::is_vm_id(&vm.id), "{}", vm.id);
-    assert_eq!((vm.name.as_str(), vm.template.as_str(), vm.status), ("my-box", "tiny", VmStatus::Stopped));
+    assert_eq!(
+        (vm.name.as_str(), vm.template.as_str(), vm.status),
+        ("my-box", "tiny", VmStatus::Stopped)
+    );
     assert_eq!((vm.ip.as_str(), vm.vcpu_count, vm.mem_size_mib), ("127.0.0.1", 1, 512));
     assert_eq!(vm.ssh, format!("ssh -p {} user@127.0.0.1", vm.ssh_port));
-    assert!(vm.created_at.ends_with('Z') && vm.created_at.contains('T'), "{}", vm.created_at);
+    assert!(
+        vm.created_at.ends_with('Z') && vm.created_at.contains('T'),
+        "{}",
+        vm.created_at
+    );
     assert_eq!(fs::metadata(host.disk(&vm)).unwrap().mode() & 0o777, 0o600);
 
     assert_eq!(client.vm("my-box").unwrap(), vm);
@@ -197,12 +262,22 @@ fn a_vm_is_made_found_listed_and_deleted() {
     let unnamed = host.create_stopped("tiny", None);
     assert_eq!(unnamed.name.split('-').count(), 3, "{}", unnamed.name);
     assert_eq!(client.vms().unwrap(), [vm.clone(), unnamed.clone()]);
-    let taken = client.create_vm(&CreateVm { name: Some("my-box".parse().unwrap()), ..host.stopped("tiny") });
+    let taken = client.create_vm(&CreateVm {
+        name: Some("my-box".parse().unwrap()),
+        ..host.stopped("tiny")
+    });
     let (status, message) = refused(taken.unwrap_err());
     assert!(status == 409 && message.contains("my-box"), "{message}");
 
     let templates = client.templates().unwrap();
-    assert_eq!((templates[0].name.as_str(), templates[0].used_by, templates[0].size_bytes), ("tiny", 2, 64 << 20));
+    assert_eq!(
+        (
+            templates[0].name.as_str(),
+            templates[0].used_by,
+            templates[0].size_bytes
+        ),
+        ("tiny", 2, 64 << 20)
+    );
     let info = client.info().unwrap();
     assert_eq!((info.vms.total, info.vms.stopped, info.templates), (2, 2, 1));
     assert_eq!((info.host_ip.as_str(), info.vmm.as_str()), ("127.0.0.1", "qemu"));
@@ -217,7 +292,10 @@ fn a_vm_is_made_found_listed_and_deleted() {
 
 #[test]
 fn the_pool_s_numbers_are_those_of_the_pool() {
-    let host = Host::with_tiny_template(&Options { pool_size: "100G", ..Options::default() });
+    let host = Host::with_tiny_template(&Options {
+        pool_size: "100G",
+        ..Options::default()
+    });
     host.create_stopped("tiny", Some(10));
     let pool = host.client().pool().unwrap();
     assert_eq!(pool.capacity_bytes, 100 << 30);
@@ -225,15 +303,27 @@ fn the_pool_s_numbers_are_those_of_the_pool() {
     assert_eq!(pool.commitment_limit_bytes, 400 << 30);
     assert_eq!((pool.reserved_bytes, pool.buffer_bytes), (0, 2 << 30));
     let host_free = pool.host_free_bytes.expect("an image lies on a host disk");
-    assert!(pool.free_bytes <= 100 << 30 && pool.free_bytes <= host_free + (1 << 30), "{pool:?}");
+    assert!(
+        pool.free_bytes <= 100 << 30 && pool.free_bytes <= host_free + (1 << 30),
+        "{pool:?}"
+    );
     assert_eq!(Path::new(&pool.path), host.folder.join("pool"));
-    assert_eq!(pool.image.as_deref().map(Path::new), Some(host.folder.join("pool.img").as_path()));
+    assert_eq!(
+        pool.image.as_deref().map(Path::new),
+        Some(host.folder.join("pool.img").as_path())
+    );
 }
 
 #[test]
 fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_there_again() {
-    let host = Host::with_tiny_template(&Options { env: &[("OVERCOMMIT_RATIO", "1")], ..Options::default() });
-    let request = CreateVm { disk_size_gib: Some(20), ..host.stopped("tiny") };
+    let host = Host::with_tiny_template(&Options {
+        env: &[("OVERCOMMIT_RATIO", "1")],
+        ..Options::default()
+    });
+    let request = CreateVm {
+        disk_size_gib: Some(20),
+        ..host.stopped("tiny")
+    };
     let start = Barrier::new(8);
     let attempt = || {
         let client = host.client();
@@ -249,7 +339,10 @@ fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_th
     for refusal in refusals {
         let (status, message) = refused(refusal.unwrap_err());
         assert_eq!(status, 507);
-        assert!(message.starts_with("Insufficient storage: ") && message.ends_with("GB available, need 22GB"), "{message}");
+        assert!(
+            message.starts_with("Insufficient storage: ") && message.ends_with("GB available, need 22GB"),
+            "{message}"
+        );
     }
     let vm = made.into_iter().next().unwrap().unwrap();
     assert_eq!(host.client().vms().unwrap(), std::slice::from_ref(&vm));
@@ -264,9 +357,25 @@ fn a_pool_near_its_end_gives_507_and_makes_nothing() {
     let host = Host::with_tiny_template(&Options::default());
     let free = host.client().pool().unwrap().free_bytes;
     let left = (5 << 30) + (512 << 20);
-    run("fallocate", &["-l", &(free - left).to_string(), text(&host.folder.join("pool/ballast"))]);
-    let error = host.client().create_vm(&CreateVm { disk_size_gib: Some(10), ..host.stopped("tiny") }).unwrap_err();
-    assert_eq!(refused(error), (507, "Insufficient storage: 5GB available, need 12GB".to_owned()));
+    run(
+        "fallocate",
+        &[
+            "-l",
+            &(free - left).to_string(),
+            text(&host.folder.join("pool/ballast")),
+        ],
+    );
+    let error = host
+        .client()
+        .create_vm(&CreateVm {
+            disk_size_gib: Some(10),
+            ..host.stopped("tiny")
+        })
+        .unwrap_err();
+    assert_eq!(
+        refused(error),
+        (507, "Insufficient storage: 5GB available, need 12GB".to_owned())
+    );
     assert_eq!(host.leftovers(), Vec::<String>::new());
     assert_eq!(host.create_stopped("tiny", Some(3)).disk_size_gib, 3);
 }
@@ -274,14 +383,31 @@ fn a_pool_near_its_end_gives_507_and_makes_nothing() {
 #[test]
 fn a_host_disk_that_fills_up_behind_the_pool_gives_507() {
     let disk = HostDisk::ext4("60G");
-    let host = Host::with_tiny_template(&Options { image_dir: Some(&disk.folder), ..Options::default() });
-    let request = CreateVm { disk_size_gib: Some(10), ..host.stopped("tiny") };
+    let host = Host::with_tiny_template(&Options {
+        image_dir: Some(&disk.folder),
+        ..Options::default()
+    });
+    let request = CreateVm {
+        disk_size_gib: Some(10),
+        ..host.stopped("tiny")
+    };
     host.client().create_vm(&request).unwrap();
-    let free = host.client().pool().unwrap().host_free_bytes.expect("an image lies on a host disk");
+    let free = host
+        .client()
+        .pool()
+        .unwrap()
+        .host_free_bytes
+        .expect("an image lies on a host disk");
     let left = (4 << 30) + (512 << 20);
-    run("fallocate", &["-l", &(free - left).to_string(), text(&disk.folder.join("ballast"))]);
+    run(
+        "fallocate",
+        &["-l", &(free - left).to_string(), text(&disk.folder.join("ballast"))],
+    );
     let (status, message) = refused(host.client().create_vm(&request).unwrap_err());
-    assert_eq!((status, message.as_str()), (507, "Insufficient storage: 4GB available, need 12GB"));
+    assert_eq!(
+        (status, message.as_str()),
+        (507, "Insufficient storage: 4GB available, need 12GB")
+    );
     assert_eq!(host.client().vms().unwrap().len(), 1);
     fs::remove_file(disk.folder.join("ballast")).unwrap();
     host.client().create_vm(&request).unwrap();
@@ -291,8 +417,18 @@ fn a_host_disk_that_fills_up_behind_the_pool_gives_507() {
 fn a_start_that_fails_takes_back_every_step() {
     // There is a template but no kernel: the failure comes after disk, seed drive and tap.
     let host = Host::with_tiny_template(&Options::default());
-    let (status, message) = refused(host.client().create_vm(&CreateVm { start: true, ..host.stopped("tiny") }).unwrap_err());
-    assert!(status == 503 && message.contains("scaleboxd template build debian-base"), "{status} {message}");
+    let (status, message) = refused(
+        host.client()
+            .create_vm(&CreateVm {
+                start: true,
+                ..host.stopped("tiny")
+            })
+            .unwrap_err(),
+    );
+    assert!(
+        status == 503 && message.contains("scaleboxd template build debian-base"),
+        "{status} {message}"
+    );
     assert_eq!(host.leftovers(), Vec::<String>::new());
     assert_eq!(host.client().vms().unwrap(), []);
     let pool = host.client().pool().unwrap();

@@ -22,12 +22,18 @@ fn a_setting_that_does_not_parse_stops_the_daemon_with_its_name_its_value_and_wh
     ] {
         host.set(key, value);
         let said = host.scaleboxd_fails(&["serve"]);
-        assert!(said.contains(&format!("{key}=\"{value}\"")) && said.contains(right), "{said}");
+        assert!(
+            said.contains(&format!("{key}=\"{value}\"")) && said.contains(right),
+            "{said}"
+        );
         host.set(key, "");
     }
     host.set("API_TOKEN", "");
     let said = host.scaleboxd_fails(&["serve"]);
-    assert!(said.contains("API_TOKEN is not set") && said.contains("no default"), "{said}");
+    assert!(
+        said.contains("API_TOKEN is not set") && said.contains("no default"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -64,7 +70,10 @@ fn a_pool_that_is_not_there_a_second_daemon_and_a_taken_port_are_clear_errors() 
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     host.set("API_PORT", &taken.local_addr().unwrap().port().to_string());
     let said = host.scaleboxd_fails(&["serve"]);
-    assert!(said.contains("cannot listen on 127.0.0.1") && said.contains("API_PORT"), "{said}");
+    assert!(
+        said.contains("cannot listen on 127.0.0.1") && said.contains("API_PORT"),
+        "{said}"
+    );
 
     host.set("API_PORT", "0");
     host.scaleboxd_ok(&["down"]);
@@ -74,11 +83,23 @@ fn a_pool_that_is_not_there_a_second_daemon_and_a_taken_port_are_clear_errors() 
 
 #[test]
 fn pool_init_speaks_as_the_seed_does_and_says_nothing_to_do_the_second_time() {
-    let host = Host::new(&Options { pool_size: "100G", ..Options::default() });
+    let host = Host::new(&Options {
+        pool_size: "100G",
+        ..Options::default()
+    });
     assert_eq!(fs::metadata(host.folder.join("pool.img")).unwrap().len(), 100 << 30);
-    assert_eq!(fs::metadata(host.folder.join("pool.img")).unwrap().mode() & 0o777, 0o600);
+    assert_eq!(
+        fs::metadata(host.folder.join("pool.img")).unwrap().mode() & 0o777,
+        0o600
+    );
     let said = host.scaleboxd_ok(&["pool", "init"]);
-    assert_eq!(said, format!("Storage already mounted at {}\nNothing to do.\n", host.folder.join("pool").display()));
+    assert_eq!(
+        said,
+        format!(
+            "Storage already mounted at {}\nNothing to do.\n",
+            host.folder.join("pool").display()
+        )
+    );
 }
 
 #[test]
@@ -95,7 +116,10 @@ fn sigterm_answers_the_requests_under_way_and_exits_0() {
                 match client.create_vm(&request) {
                     Ok(_) => made += 1,
                     Err(error) => {
-                        assert!(stopping.load(Ordering::SeqCst), "refused before the daemon was told to stop: {error}");
+                        assert!(
+                            stopping.load(Ordering::SeqCst),
+                            "refused before the daemon was told to stop: {error}"
+                        );
                         assert_eq!(error.status(), None, "{error}");
                         return made;
                     }
@@ -114,12 +138,18 @@ fn sigterm_answers_the_requests_under_way_and_exits_0() {
 
 #[test]
 fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_nothing_else() {
-    let mut host = Host::with_tiny_template(&Options { env: &[("OVERCOMMIT_RATIO", "1000")], ..Options::default() });
+    let mut host = Host::with_tiny_template(&Options {
+        env: &[("OVERCOMMIT_RATIO", "1000")],
+        ..Options::default()
+    });
     let mut told: HashSet<String> = HashSet::new();
     for round in 0..5 {
         let client = host.client();
         // A new size each round: the crash also falls into the making of a grown clone.
-        let request = CreateVm { disk_size_gib: Some(2 + round), ..host.stopped("tiny") };
+        let request = CreateVm {
+            disk_size_gib: Some(2 + round),
+            ..host.stopped("tiny")
+        };
         std::thread::scope(|scope| {
             let workers: Vec<_> = (0..8)
                 .map(|_| {
@@ -133,7 +163,9 @@ fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_
                 })
                 .collect();
             let before = told.len();
-            eventually("some VMs", || (host.client().vms().unwrap().len() >= before + 4 + round as usize).then_some(()));
+            eventually("some VMs", || {
+                (host.client().vms().unwrap().len() >= before + 4 + round as usize).then_some(())
+            });
             host.crash();
             told.extend(workers.into_iter().flat_map(|worker| worker.join().unwrap()));
         });
@@ -147,7 +179,10 @@ fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_
         assert_eq!(disks, expected, "each VM has its disk, and no disk is nobody's");
         let pool = host.client().pool().unwrap();
         assert_eq!(pool.reserved_bytes, 0);
-        assert_eq!(pool.committed_bytes, listed.iter().map(|vm| vm.disk_size_gib << 30).sum::<u64>());
+        assert_eq!(
+            pool.committed_bytes,
+            listed.iter().map(|vm| vm.disk_size_gib << 30).sum::<u64>()
+        );
         // A VM that was recorded when the crash came before the answer is there too: it can be seen and deleted.
         told = ids;
     }
@@ -177,7 +212,11 @@ fn down_leaves_no_mount_no_bridge_no_table_and_keeps_the_vms() {
     host.scaleboxd_ok(&["down"]);
     assert!(!std::path::Path::new("/sys/class/net").join(&host.bridge).exists());
     assert!(!run("nft", &["list", "tables"]).contains(&host.bridge));
-    assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains(text(&host.folder)));
+    assert!(
+        !fs::read_to_string("/proc/self/mountinfo")
+            .unwrap()
+            .contains(text(&host.folder))
+    );
     assert_eq!(run("losetup", &["-j", text(&host.folder.join("pool.img"))]), "");
     host.scaleboxd_ok(&["down"]);
 

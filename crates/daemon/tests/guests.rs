@@ -1,7 +1,12 @@
 //! The main job with real guests: a Debian booted by QEMU, reached over SSH through the forward.
 //!
 //! Guests are emulated on most machines and take many seconds to boot, so few are booted, and each answers for several promises.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
 
 mod support;
 
@@ -24,22 +29,35 @@ struct Key {
 impl Key {
     fn new(host: &Host, name: &str) -> Key {
         let private = host.folder.join(name);
-        run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-C", name, "-f", text(&private)]);
-        let public = fs::read_to_string(private.with_extension("pub")).unwrap().trim().to_owned();
+        run(
+            "ssh-keygen",
+            &["-q", "-t", "ed25519", "-N", "", "-C", name, "-f", text(&private)],
+        );
+        let public = fs::read_to_string(private.with_extension("pub"))
+            .unwrap()
+            .trim()
+            .to_owned();
         Key { private, public }
     }
 
     fn request(&self, name: &str) -> CreateVm {
         let template = "debian-base".parse().unwrap();
-        CreateVm { name: Some(name.parse().unwrap()), ..CreateVm::new(template, self.public.parse().unwrap()) }
+        CreateVm {
+            name: Some(name.parse().unwrap()),
+            ..CreateVm::new(template, self.public.parse().unwrap())
+        }
     }
 
     fn ssh(&self, vm: &Vm, command: &str) -> Command {
         let mut ssh = Command::new("ssh");
         ssh.args(["-F", "none", "-i", text(&self.private), "-p", &vm.ssh_port.to_string()]);
-        for option in
-            ["BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "IdentitiesOnly=yes"]
-        {
+        for option in [
+            "BatchMode=yes",
+            "StrictHostKeyChecking=no",
+            "UserKnownHostsFile=/dev/null",
+            "LogLevel=ERROR",
+            "IdentitiesOnly=yes",
+        ] {
             ssh.args(["-o", option]);
         }
         ssh.args([&format!("user@{}", vm.ip), command]).stdin(Stdio::null());
@@ -49,19 +67,18 @@ impl Key {
     /// What `command` says in the guest.
     fn run(&self, vm: &Vm, command: &str) -> String {
         let output = self.ssh(vm, command).output().unwrap();
-        assert!(output.status.success(), "{command:?} in {}: {}\n{}", vm.name, said(&output), console(vm));
+        assert!(output.status.success(), "{command:?} in {}: {}", vm.name, said(&output));
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
     fn is_refused_by(&self, vm: &Vm) {
         let output = self.ssh(vm, "true").output().unwrap();
-        assert!(!output.status.success() && said(&output).contains("Permission denied"), "{}", said(&output));
+        assert!(
+            !output.status.success() && said(&output).contains("Permission denied"),
+            "{}",
+            said(&output)
+        );
     }
-}
-
-/// Nothing to show for a VM whose console is not at hand.
-fn console(_: &Vm) -> &'static str {
-    "(see the console's log in the state folder)"
 }
 
 fn wait_for_ssh(vm: &Vm) {
@@ -77,7 +94,11 @@ fn wait_for_ssh(vm: &Vm) {
 fn scalebox(host: &Host, args: &[&str]) -> Output {
     let program = Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name("scalebox");
     let mut command = Command::new(&program);
-    command.args(args).env("SCALEBOX_URL", &host.url).env("SCALEBOX_TOKEN", TOKEN).env("HOME", &host.folder);
+    command
+        .args(args)
+        .env("SCALEBOX_URL", &host.url)
+        .env("SCALEBOX_TOKEN", TOKEN)
+        .env("HOME", &host.folder);
     command.stdin(Stdio::null()).output().unwrap_or_else(|error| {
         panic!("{}: {error}; `make test` builds it", program.display());
     })
@@ -86,12 +107,17 @@ fn scalebox(host: &Host, args: &[&str]) -> Output {
 /// The processes that run machines of this host.
 fn machines(host: &Host) -> Vec<String> {
     let folder = host.folder.join("run/vms");
-    let ours = |pid: &str| fs::read(Path::new("/proc").join(pid).join("cmdline")).is_ok_and(|line| {
-        let line = String::from_utf8_lossy(&line).into_owned();
-        line.starts_with("qemu") && line.contains(text(&folder)) || line.contains("qemu-system") && line.contains(text(&folder))
-    });
-    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    processes.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()) && ours(name)).collect()
+    let ours = |pid: &str| {
+        let line = fs::read(Path::new("/proc").join(pid).join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        line.contains("qemu-system") && line.contains(text(&folder))
+    };
+    let processes = fs::read_dir("/proc")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    processes
+        .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()) && ours(name))
+        .collect()
 }
 
 fn root_size_gib(key: &Key, vm: &Vm) -> f64 {
@@ -108,8 +134,17 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
 
     // Both boot at once.
     let first = host.client().create_vm(&anna.request("first")).unwrap();
-    let second = host.client().create_vm(&CreateVm { disk_size_gib: Some(10), ..ben.request("second") }).unwrap();
-    assert_eq!((first.status, first.disk_size_gib, second.disk_size_gib), (VmStatus::Running, 2, 10));
+    let second = host
+        .client()
+        .create_vm(&CreateVm {
+            disk_size_gib: Some(10),
+            ..ben.request("second")
+        })
+        .unwrap();
+    assert_eq!(
+        (first.status, first.disk_size_gib, second.disk_size_gib),
+        (VmStatus::Running, 2, 10)
+    );
     let waited = scalebox(&host, &["vm", "wait", "second", "--timeout", "110"]);
     assert!(waited.status.success(), "{}", said(&waited));
     wait_for_ssh(&first);
@@ -122,16 +157,37 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert!((1.8..=2.0).contains(&small), "the default: {small} GiB");
     assert!((9.5..=10.0).contains(&large), "what was asked for: {large} GiB");
     assert_eq!(ben.run(&second, "id -un; id -u; sudo -n id -u"), "user\n1000\n0");
-    assert_eq!(ben.run(&second, "sudo findmnt -n -o FSTYPE --target /run/scalebox"), "tmpfs", "keys are in a tmpfs");
+    assert_eq!(
+        ben.run(&second, "sudo findmnt -n -o FSTYPE --target /run/scalebox"),
+        "tmpfs",
+        "keys are in a tmpfs"
+    );
     assert_ne!(
         anna.run(&first, "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub"),
         ben.run(&second, "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub")
     );
-    let by_cli = scalebox(&host, &["vm", "ssh", "second", "-i", text(&ben.private), "--", "echo", "through the CLI"]);
+    let by_cli = scalebox(
+        &host,
+        &[
+            "vm",
+            "ssh",
+            "second",
+            "-i",
+            text(&ben.private),
+            "--",
+            "echo",
+            "through the CLI",
+        ],
+    );
     assert!(said(&by_cli).contains("through the CLI"), "{}", said(&by_cli));
 
     // The daemon dies with an SSH session open: machines and session go on, and the next daemon has them again.
-    let mut session = anna.ssh(&first, "cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut session = anna
+        .ssh(&first, "cat")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut to_guest = session.stdin.take().unwrap();
     let mut from_guest = BufReader::new(session.stdout.take().unwrap());
     let mut echo = |word: &str| {
@@ -164,11 +220,18 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert_eq!((stopped.status, stopped.ssh_port), (VmStatus::Stopped, second.ssh_port));
     let header = run("dumpe2fs", &["-h", text(&host.disk(&second))]);
     assert!(!header.contains("needs_recovery"), "the guest unmounted its root");
+    let console = fs::read_to_string(host.console(&second)).unwrap();
+    assert!(
+        console.contains("Power down"),
+        "the console's log has the guest's last words: {console:?}"
+    );
     assert_eq!(machines(&host).len(), 1);
 
     // A guest that powers itself off becomes stopped.
     let _connection_ends = anna.ssh(&first, "sudo systemctl poweroff").output().unwrap();
-    eventually("the guest's own shutdown", || (host.client().vm("first").unwrap().status == VmStatus::Stopped).then_some(()));
+    eventually("the guest's own shutdown", || {
+        (host.client().vm("first").unwrap().status == VmStatus::Stopped).then_some(())
+    });
     assert_eq!(host.taps(), Vec::<String>::new());
 
     let started = host.client().start_vm("second").unwrap();
@@ -178,7 +241,11 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
 
     // A machine whose process dies is a failed VM that says so and can be deleted.
     let pid: i32 = machines(&host)[0].parse().unwrap();
-    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(pid).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
     let failed = eventually("the failure", || {
         let vm = host.client().vm("second").unwrap();
         (vm.status == VmStatus::Failed).then_some(vm)
@@ -201,13 +268,22 @@ fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_machine() {
     let told: HashSet<String> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..8)
             .map(|n| {
-                let (client, request) = (&client, CreateVm { disk_size_gib: Some(3), ..key.request(&format!("vm-{n}")) });
+                let (client, request) = (
+                    &client,
+                    CreateVm {
+                        disk_size_gib: Some(3),
+                        ..key.request(&format!("vm-{n}"))
+                    },
+                );
                 scope.spawn(move || client.create_vm(&request).ok().map(|vm| vm.id))
             })
             .collect();
         eventually("two VMs", || (host.client().vms().unwrap().len() >= 2).then_some(()));
         host.crash();
-        workers.into_iter().filter_map(|worker| worker.join().unwrap()).collect()
+        workers
+            .into_iter()
+            .filter_map(|worker| worker.join().unwrap())
+            .collect()
     });
     host.serve();
 

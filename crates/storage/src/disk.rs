@@ -50,6 +50,34 @@ impl Pool {
         made
     }
 
+    /// Grows the disk `id`, which no machine may be using, and the ext4 file system on it to `size`. A crash leaves it as large as it was
+    /// or as large as it should be, and sound in both cases. One that is at least as large already stays as it is.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`]; [`StorageError::Command`] with e2fsck's words when its file system is damaged: it is left as it was.
+    pub fn grow_disk(&self, id: &Name, size: Bytes) -> Result<(), StorageError> {
+        let path = self.disk_path(id);
+        let disk = files::open_read(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
+        let meta = disk
+            .metadata()
+            .map_err(|error| StorageError::io("read", path.display(), error))?;
+        if meta.len() >= size.as_u64() {
+            return Ok(());
+        }
+        self.replace_by_grown_clone(&disk, &path, size)?;
+        files::sync_dir(&self.disks_dir())
+    }
+
+    /// The provisioned size of the disk `id`, as it stands in the pool.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`] when it is not there.
+    pub fn provisioned(&self, id: &Name) -> Result<Bytes, StorageError> {
+        let path = self.disk_path(id);
+        let meta = fs::metadata(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
+        Ok(Bytes::new(meta.len()))
+    }
+
     /// Where the disk `id` is.
     pub fn disk_location(&self, id: &Name) -> DiskLocation {
         DiskLocation::File(self.disk_path(id))

@@ -188,7 +188,19 @@ impl Pool {
         let folder = self.templates_dir().join(GROWN);
         // Made inside templates/, it inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
-        let mut partial = grown.as_os_str().to_owned();
+        self.replace_by_grown_clone(original, grown, size)?;
+        files::sync_dir(&folder)
+    }
+
+    /// Puts a clone of `original`, grown to `size` and checked, at `target`, in place of what may be there. Until the clone is whole,
+    /// nothing changes; the caller flushes the folder.
+    pub(crate) fn replace_by_grown_clone(
+        &self,
+        original: &File,
+        target: &Path,
+        size: Bytes,
+    ) -> Result<(), StorageError> {
+        let mut partial = target.as_os_str().to_owned();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
         let clone = self.claim(&partial)?;
@@ -202,13 +214,12 @@ impl Pool {
                     .map_err(|error| StorageError::io("flush", partial.display(), error))
             })
             .and_then(|()| {
-                fs::rename(&partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))
+                fs::rename(&partial, target).map_err(|error| StorageError::io("create", target.display(), error))
             });
         if made.is_err() {
             files::discard(&partial);
         }
-        made?;
-        files::sync_dir(&folder)
+        made
     }
 
     fn growing_lock(&self, grown: &Path) -> Arc<std::sync::Mutex<()>> {
@@ -269,9 +280,12 @@ impl Pool {
     pub(crate) fn sweep_partials(&self) -> Result<Vec<PathBuf>, StorageError> {
         let templates = self.templates_dir();
         let mut removed = Vec::new();
-        for path in list(&templates)?.into_iter().chain(list(&templates.join(GROWN))?) {
-            if path.as_os_str().as_encoded_bytes().ends_with(PARTIAL.as_bytes()) && sweep_partial(&path)? {
-                removed.push(path);
+        let folders = [templates.join(GROWN), templates, self.disks_dir()];
+        for folder in folders {
+            for path in list(&folder)? {
+                if path.as_os_str().as_encoded_bytes().ends_with(PARTIAL.as_bytes()) && sweep_partial(&path)? {
+                    removed.push(path);
+                }
             }
         }
         Ok(removed)
@@ -288,7 +302,7 @@ impl Pool {
 }
 
 /// Grows the ext4 file system in `image` to the image's size, in user space, and checks what came of it.
-pub(crate) fn grow_file_system(image: &Path) -> Result<(), StorageError> {
+fn grow_file_system(image: &Path) -> Result<(), StorageError> {
     // A journal that was not replayed would undo the edit at the guest's next boot.
     command::run_accepting(Program::E2fsck, e2fsck_args("-p", image), |code| code <= 1)?;
     command::run(Program::Resize2fs, [image])?;

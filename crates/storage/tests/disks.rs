@@ -315,14 +315,67 @@ fn a_sweep_removes_what_belongs_to_nobody_and_nothing_else() {
     }
     let half = pool.path().join("templates/.half.partial");
     fs::write(&half, "half").unwrap();
+    let half_grown = pool.path().join("vms/vm-kept.ext4.partial");
+    fs::write(&half_grown, "half").unwrap();
     fs::write(pool.path().join("vms/notes.txt"), "the operator's").unwrap();
     let keep: HashSet<_> = [name("vm-kept"), name("vm-lost")].into();
     let swept = pool.sweep(&keep).unwrap();
     assert_eq!(swept.missing, [name("vm-lost")]);
-    assert_eq!(swept.removed, [half.clone(), disk_path(pool, &name("vm-stray"))]);
+    assert_eq!(
+        swept.removed,
+        [half.clone(), half_grown.clone(), disk_path(pool, &name("vm-stray"))]
+    );
     assert!(disk_path(pool, &name("vm-kept")).exists() && pool.path().join("vms/notes.txt").exists());
-    assert!(!half.exists());
+    assert!(!half.exists() && !half_grown.exists());
     assert!(pool.template(&name("tiny")).is_ok());
+}
+
+#[test]
+fn a_disk_is_grown_with_its_file_system_and_what_is_on_it() {
+    let stocked = Stocked::new("30G", USUAL);
+    let (pool, disk) = (&stocked.pool, name("vm-a"));
+    let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
+    pool.create_disk(&disk, &stocked.template, &admitted).unwrap();
+    pool.grow_disk(&disk, Gib::new(5).bytes()).unwrap();
+    pool.grow_disk(&disk, Gib::new(3).bytes()).unwrap();
+    let path = disk_path(pool, &disk);
+    assert_eq!(pool.provisioned(&disk).unwrap(), Gib::new(5).bytes());
+    assert_eq!(file_system_size(&path), Gib::new(5).bytes());
+    run("e2fsck", &["-fn", text(&path)]);
+    assert_eq!(run("debugfs", &["-R", "cat /marker", text(&path)]), "here\n");
+}
+
+#[test]
+fn a_damaged_disk_is_not_grown_and_left_as_it_was() {
+    let stocked = Stocked::new("30G", USUAL);
+    let (pool, disk) = (&stocked.pool, name("vm-a"));
+    let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
+    pool.create_disk(&disk, &stocked.template, &admitted).unwrap();
+    let path = disk_path(pool, &disk);
+    // The superblock and the first group descriptors.
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .write_all_at(&[0xff; 8192], 1024)
+        .unwrap();
+    let head = || {
+        let mut head = vec![0; 65536];
+        File::open(&path).unwrap().read_exact_at(&mut head, 0).unwrap();
+        head
+    };
+    let before = head();
+    assert!(matches!(
+        pool.grow_disk(&disk, Gib::new(5).bytes()),
+        Err(StorageError::Command(_))
+    ));
+    assert_eq!(pool.provisioned(&disk).unwrap(), Gib::new(2).bytes());
+    assert!(head() == before);
+    assert_eq!(
+        fs::read_dir(pool.path().join("vms")).unwrap().count(),
+        1,
+        "no half-made file is left"
+    );
 }
 
 #[test]

@@ -299,7 +299,8 @@ pub enum MachineState {
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitReason {
-    /// The guest powered itself off: its file systems are clean.
+    /// The guest powered itself off: its file systems are clean. Also when it rebooted, under a hypervisor that cannot restart a
+    /// guest in place.
     GuestShutdown,
     /// Killed on request, or told to end by a signal or command from outside.
     Killed,

@@ -250,7 +250,7 @@ fn claim(dir: &RunDir, id: &MachineId) -> Result<Lock> {
 
 /// The machine's process, recorded or not, that an earlier holder left.
 fn running(id: &MachineId, dir: &RunDir) -> Result<Option<Process>> {
-    let recorded = match dir.read()? {
+    let recorded = match dir.read(id)? {
         Some(record) => Process::find(&record.process),
         None => Process::search(&identity(id, dir)?),
     };
@@ -262,7 +262,7 @@ async fn find(id: &MachineId, dir: &RunDir, lock: Lock) -> Result<Option<Held>> 
     let Some(process) = running(id, dir)? else {
         return Ok(None);
     };
-    let Some(Record { root, console_log, .. }) = dir.read()? else {
+    let Some(Record { root, console_log, .. }) = dir.read(id)? else {
         tracing::info!(machine = %id, pid = process.pid(), "its launch was interrupted: killed");
         process
             .kill()

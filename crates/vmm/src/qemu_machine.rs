@@ -13,7 +13,6 @@ use crate::{Error, Result, agent, console};
 use async_trait::async_trait;
 use qapi::qmp::{self, BlockErrorAction, Event, QmpCommand, RunState, ShutdownCause};
 use scalebox_storage::Bytes;
-use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +20,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, watch};
 use tokio::task::{AbortHandle, JoinHandle};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout};
 
 /// Between two attempts to connect: a socket that is not there yet announces itself in no other way.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(5);
@@ -186,6 +185,17 @@ impl QemuMachine {
         self.shared.note_guest_shutdown();
     }
 
+    /// A guest that stands still hears nothing.
+    async fn let_a_standing_guest_go(&self) {
+        let resumed = match self.state().await {
+            Ok(MachineState::Paused | MachineState::Stalled) => self.resume().await,
+            other => other.map(drop),
+        };
+        if let Err(error) = resumed {
+            tracing::warn!(machine = %self.shared.id, %error, "not resumed for its shutdown");
+        }
+    }
+
     /// Presses the power button and asks the agent; either may be enough.
     async fn ask_to_shut_down(&self) {
         let button = self.shared.execute("system_powerdown", qmp::system_powerdown {});
@@ -278,18 +288,8 @@ impl Machine for QemuMachine {
     }
 
     async fn stop(&self, grace: Duration) -> Result<ExitReason> {
-        let deadline = Instant::now() + grace;
-        match self.state().await {
-            Ok(MachineState::Ended(reason)) => return Ok(reason),
-            Ok(MachineState::Running) => {}
-            Ok(MachineState::Paused | MachineState::Stalled) => {
-                if let Err(error) = self.resume().await {
-                    tracing::warn!(machine = %self.shared.id, %error, "not resumed for its shutdown");
-                }
-            }
-            Err(error) => tracing::warn!(machine = %self.shared.id, %error, "does not answer before its shutdown"),
-        }
-        let asking = async || -> Infallible {
+        let asking = async {
+            self.let_a_standing_guest_go().await;
             loop {
                 self.ask_to_shut_down().await;
                 sleep(SHUTDOWN_INTERVAL).await;
@@ -297,11 +297,12 @@ impl Machine for QemuMachine {
         };
         let obeyed = async {
             tokio::select! {
+                biased;
                 reason = self.exited() => reason,
-                never = asking() => match never {},
+                never = asking => never,
             }
         };
-        if let Ok(reason) = timeout_at(deadline, obeyed).await {
+        if let Ok(reason) = timeout(grace, obeyed).await {
             return Ok(reason);
         }
         if self.shared.cause().is_some() {

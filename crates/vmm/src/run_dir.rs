@@ -94,7 +94,7 @@ impl RunDir {
                 // The last holder removed it between the opening and the locking: look again.
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
-                    let pid = self.read().ok().flatten().map(|record| record.process.pid);
+                    let pid = self.read(id).ok().flatten().map(|record| record.process.pid);
                     return Err(Error::Running { id: id.clone(), pid });
                 }
                 Err(error) => return Err(Error::io("lock", &self.0)(error.into())),
@@ -116,18 +116,29 @@ impl RunDir {
         fs::rename(&part, self.record()).map_err(Error::io("rename", &part))
     }
 
-    /// The record, if a launch got as far as writing one. One that cannot be read is as good as none.
-    pub(crate) fn read(&self) -> Result<Option<Record>> {
+    /// The record, if a launch got as far as writing one. One that cannot be understood is as good as none; one of another
+    /// machine is an error, for its files are not ours to remove.
+    pub(crate) fn read(&self, id: &MachineId) -> Result<Option<Record>> {
         let text = match fs::read(self.record()) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io("read", self.record())(error)),
         };
-        let record = serde_json::from_slice(&text);
-        if let Err(error) = &record {
-            tracing::warn!(file = %self.record().display(), %error, "not a machine's record, ignored");
+        match serde_json::from_slice::<Record>(&text) {
+            Ok(record) if record.id == *id => Ok(Some(record)),
+            Ok(record) => {
+                let why = format!("{} belongs to {}", self.0.display(), record.id);
+                Err(Error::Spec {
+                    id: id.clone(),
+                    what: "run_dir",
+                    why,
+                })
+            }
+            Err(error) => {
+                tracing::warn!(file = %self.record().display(), %error, "not a machine's record, ignored");
+                Ok(None)
+            }
         }
-        Ok(record.ok())
     }
 
     /// Removes everything that a machine leaves, and the folder if nothing else is in it. What cannot be removed is logged:

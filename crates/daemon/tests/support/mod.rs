@@ -2,7 +2,12 @@
 //!
 //! Everything lies in one scratch folder and goes with the [`Host`], also when the test fails.
 #![allow(dead_code, reason = "each test file uses its part")]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
 
 use rustix::fs::{FlockOperation, flock};
 use scalebox_client::{Client, CreateVm, Vm};
@@ -35,13 +40,21 @@ pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
 }
 
 pub fn run(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program).args(args).env("LC_ALL", "C").output().expect(program);
+    let output = Command::new(program)
+        .args(args)
+        .env("LC_ALL", "C")
+        .output()
+        .expect(program);
     assert!(output.status.success(), "{program} {args:?}: {}", said(&output));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 pub fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
 }
 
 pub fn text(path: &Path) -> &str {
@@ -56,11 +69,14 @@ struct NetworkSlot {
 
 impl NetworkSlot {
     fn take() -> NetworkSlot {
-        let folder = std::env::temp_dir().join("scalebox-test-networks");
-        fs::create_dir_all(&folder).unwrap();
+        // Not in TMPDIR: two runs at once must see each other.
+        let folder = Path::new("/run/lock/scalebox-test-networks");
+        fs::create_dir_all(folder).unwrap();
         let free = (0..60).find_map(|number| {
             let lock = File::create(folder.join(number.to_string())).unwrap();
-            flock(&lock, FlockOperation::NonBlockingLockExclusive).ok().map(|()| NetworkSlot { number, _lock: lock })
+            flock(&lock, FlockOperation::NonBlockingLockExclusive)
+                .ok()
+                .map(|()| NetworkSlot { number, _lock: lock })
         });
         free.expect("a free network for the test")
     }
@@ -78,7 +94,11 @@ pub struct Options<'a> {
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Options { pool_size: "30G", image_dir: None, env: &[] }
+        Options {
+            pool_size: "30G",
+            image_dir: None,
+            env: &[],
+        }
     }
 }
 
@@ -120,8 +140,21 @@ impl Host {
         ]
         .map(|(key, value)| (key.to_owned(), value))
         .into();
-        env.extend(options.env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-        let host = Host { folder, env, daemon: None, url: String::new(), bridge, _slot: slot, _scratch: scratch };
+        env.extend(
+            options
+                .env
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned())),
+        );
+        let host = Host {
+            folder,
+            env,
+            daemon: None,
+            url: String::new(),
+            bridge,
+            _slot: slot,
+            _scratch: scratch,
+        };
         host.scaleboxd_ok(&["pool", "init"]);
         host
     }
@@ -179,7 +212,12 @@ impl Host {
         let log_path = self.log_path();
         let log = File::options().create(true).append(true).open(&log_path).unwrap();
         let already = fs::metadata(&log_path).unwrap().len() as usize;
-        let mut daemon = self.scaleboxd(&["serve"]).stderr(log).stdout(Stdio::null()).spawn().unwrap();
+        let mut daemon = self
+            .scaleboxd(&["serve"])
+            .stderr(log)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
         let address = eventually("the daemon", || {
             let log = fs::read(&log_path).unwrap();
             let log = String::from_utf8_lossy(&log[already..]).into_owned();
@@ -228,11 +266,19 @@ impl Host {
 
     /// A request for a VM from `template` with a key that nobody has, which is not started.
     pub fn stopped(&self, template: &str) -> CreateVm {
-        CreateVm { start: false, ..CreateVm::new(template.parse().unwrap(), KEY.parse().unwrap()) }
+        CreateVm {
+            start: false,
+            ..CreateVm::new(template.parse().unwrap(), KEY.parse().unwrap())
+        }
     }
 
     pub fn create_stopped(&self, template: &str, disk_size_gib: Option<u64>) -> Vm {
-        self.client().create_vm(&CreateVm { disk_size_gib, ..self.stopped(template) }).unwrap()
+        self.client()
+            .create_vm(&CreateVm {
+                disk_size_gib,
+                ..self.stopped(template)
+            })
+            .unwrap()
     }
 
     /// Sends bytes as they are and returns status and body. The connection is closed after one answer.
@@ -247,8 +293,18 @@ impl Host {
         let mut rest = Vec::new();
         let _ended = reader.read_to_end(&mut rest);
         let rest = String::from_utf8_lossy(&rest).into_owned();
-        let body = rest.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned());
-        (status.split(' ').nth(1).unwrap_or_else(|| panic!("no status in {status:?}")).parse().unwrap(), body)
+        let body = rest
+            .split_once("\r\n\r\n")
+            .map_or(String::new(), |(_, body)| body.to_owned());
+        (
+            status
+                .split(' ')
+                .nth(1)
+                .unwrap_or_else(|| panic!("no status in {status:?}"))
+                .parse()
+                .unwrap(),
+            body,
+        )
     }
 
     /// One request with the right token.
@@ -276,6 +332,10 @@ impl Host {
         names_in(&Path::new("/sys/class/net").join(&self.bridge).join("brif"))
     }
 
+    pub fn console(&self, vm: &Vm) -> PathBuf {
+        self.folder.join("state/console").join(&vm.id).join("console.log")
+    }
+
     pub fn disk(&self, vm: &Vm) -> PathBuf {
         self.folder.join("pool/vms").join(format!("{}.ext4", vm.id))
     }
@@ -292,7 +352,9 @@ fn names_in(folder: &Path) -> Vec<String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
         Err(error) => panic!("{}: {error}", folder.display()),
     };
-    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect()
 }
 
 impl Drop for Host {
@@ -334,7 +396,10 @@ impl HostDisk {
         run("mke2fs", &["-q", "-t", "ext4", "-m", "0", text(&image)]);
         fs::create_dir(&folder).unwrap();
         run("mount", &["-o", "loop", text(&image), text(&folder)]);
-        HostDisk { folder, _scratch: scratch }
+        HostDisk {
+            folder,
+            _scratch: scratch,
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use scalebox_storage::{Bytes, DiskLocation};
 use scalebox_vmm::{Accel, Machine, MachineId, MachineSpec, Nic, QemuDriver, console_tail};
 use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -118,7 +119,10 @@ impl Drop for Lab {
         for pid in processes_with(self.folder.to_str().unwrap()) {
             signal(pid, Signal::KILL);
         }
-        run("ip", &["link", "delete", &self.tap]);
+        let deleted = Command::new("ip").args(["link", "delete", &self.tap]).status();
+        if !deleted.is_ok_and(|status| status.success()) {
+            eprintln!("tap {} not deleted", self.tap);
+        }
     }
 }
 
@@ -172,10 +176,9 @@ pub fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
 }
 
-/// 12 hex digits of a temporary folder's name and this process.
+/// 12 hex digits that belong to a temporary folder.
 fn unique(folder: &Path) -> String {
-    use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
-    (folder, std::env::var("VMM_LAB").is_ok()).0.hash(&mut hasher);
+    folder.hash(&mut hasher);
     format!("{:012x}", hasher.finish() & 0xffff_ffff_ffff)
 }
