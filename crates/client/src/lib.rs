@@ -30,6 +30,6 @@ pub use key::SshPublicKey;
 pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
 pub use requests::{CreateVm, Limits, ResizeVm, SnapshotVm};
 pub use types::{
-    Cpu, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, Template, TemplateList, Vm, VmCounts,
-    VmList, VmStatus,
+    Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, Template, TemplateList, Vm,
+    VmCounts, VmList, VmStatus,
 };

@@ -34,6 +34,22 @@ pub struct Vm {
     pub mem_size_mib: u64,
     /// Size of its disk as promised to the guest, in GiB.
     pub disk_size_gib: u64,
+    /// What became of the guest's file system; only in the answer to a change of the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Disk>,
+}
+
+/// What became of a guest's root file system when its disk was grown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Whether the file system is known to have grown with the disk.
+    pub confirmed: bool,
+    /// Size of the root file system as the guest's agent tells it, less what the file system keeps for itself; null when there was
+    /// no guest to ask.
+    pub guest_total_bytes: Option<u64>,
+    /// Why it is not confirmed, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// What a machine does.
@@ -288,6 +304,7 @@ mod tests {
             vcpu_count: 1,
             mem_size_mib: 512,
             disk_size_gib: 10,
+            disk: None,
         }
     }
 

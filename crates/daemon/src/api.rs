@@ -12,7 +12,7 @@ use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use scalebox_client::{CreateVm, Health, HostInfo, PoolInfo, TemplateList, Vm, VmList};
+use scalebox_client::{CreateVm, Health, HostInfo, PoolInfo, ResizeVm, TemplateList, Vm, VmList};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ pub fn router(service: Service, token: &Token) -> Router {
     let token = Arc::new(TokenDigest::new(token));
     let guarded = Router::new()
         .route("/vms", get(list_vms).post(create_vm))
-        .route("/vms/{vm}", get(get_vm).delete(delete_vm))
+        .route("/vms/{vm}", get(get_vm).patch(resize_vm).delete(delete_vm))
         .route("/vms/{vm}/start", post(start_vm))
         .route("/vms/{vm}/stop", post(stop_vm))
         .route("/templates", get(list_templates))
@@ -69,6 +69,15 @@ async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<
 
 async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
     service.delete(vm).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+async fn resize_vm(
+    State(service): State<Service>,
+    Segment(vm): Segment,
+    RawBody(body): RawBody,
+) -> Result<Json<Vm>, ServiceError> {
+    let request = ResizeVm::parse(&body, service.limits())?;
+    service.resize(vm, request).await.map(Json)
 }
 
 async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {

@@ -124,7 +124,7 @@ pub fn template_build(
     }
     let mut shown = progress::Shown::new();
     let recipe = scalebox_guest::Recipe::default();
-    let made = scalebox_guest::build(&recipe, &pool.build_dir(), cache, &mut shown)?;
+    let made = scalebox_guest::build(&recipe, &pool.build_dir()?, cache, &mut shown)?;
     pool.install_kernel(&made.kernel, &made.initrd)?;
     let template = pool.import_template(&name, &made.rootfs, true)?;
     shown.finish();
@@ -222,6 +222,7 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         resolvers,
         vmm,
         accel,
+        cmdline: scalebox_guest::kernel_cmdline(),
     };
     let service = Service::new(parts).map_err(io("read the host's memory"))?;
     let recovered = recovery::recover(&service).await?;

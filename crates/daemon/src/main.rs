@@ -11,6 +11,7 @@
 //! | `vms` | the VMs in memory: names, addresses, what is under way |
 //! | `state` | the state file |
 //! | `recovery` | putting things right at start |
+//! | `resize` | asking a guest how large its root file system is |
 //! | `undo` | steps that can be taken back |
 //! | `host` | what the host is |
 //! | `progress` | long work, shown to people |
@@ -22,6 +23,7 @@ mod error;
 mod host;
 mod progress;
 mod recovery;
+mod resize;
 mod service;
 mod settings;
 mod state;

@@ -68,11 +68,14 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
 
 /// Enters one VM; returns whether its machine runs.
 async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bool, ServiceError> {
-    service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
     let machine = match record.status {
         VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
         VmStatus::Stopped | VmStatus::Failed => None,
     };
+    if !lost {
+        agree_on_disk_size(service, &mut record, machine.as_ref()).await?;
+    }
+    service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
     let (status, reason) = match (&machine, lost, record.status) {
         (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
         (Some(_), ..) => (VmStatus::Running, None),
@@ -100,6 +103,25 @@ async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bo
         service.watch(id, machine);
     }
     Ok(running)
+}
+
+/// A crash in the middle of a growth leaves the disk smaller than the state says: the growth is carried through. One that is larger was left by
+/// a growth that failed: it is promised as it is, because the guest may have seen it.
+async fn agree_on_disk_size(
+    service: &Service,
+    record: &mut Record,
+    machine: Option<&Arc<dyn Machine>>,
+) -> Result<(), ServiceError> {
+    let recorded = Gib::new(record.disk_size_gib);
+    let found = service.inner().pool.provisioned(&record.id.parse()?)?;
+    if found < recorded.bytes() {
+        tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "carrying a growth of the disk through");
+        service.grow(record, machine, recorded).await?;
+    } else if found > recorded.bytes() {
+        record.disk_size_gib = found.ceil_gib().as_u64();
+        service.persist_disk_size(&record.id, found.ceil_gib()).await?;
+    }
+    Ok(())
 }
 
 async fn adopt(service: &Service, record: &Record) -> Result<Option<Arc<dyn Machine>>, ServiceError> {

@@ -6,12 +6,13 @@
 
 use crate::error::ServiceError;
 use crate::host;
+use crate::resize;
 use crate::settings::Settings;
 use crate::state::{Record, State};
 use crate::undo::Steps;
 use crate::vms::{Operation, Vms};
 use scalebox_client::{
-    Cpu, CreateVm, HostInfo, HostLimits, Limits, Memory, PoolInfo, Template, Vm, VmCounts, VmStatus,
+    Cpu, CreateVm, Disk, HostInfo, HostLimits, Limits, Memory, PoolInfo, ResizeVm, Template, Vm, VmCounts, VmStatus,
 };
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Network};
@@ -48,6 +49,7 @@ pub(crate) struct Inner {
     pub(crate) resolvers: Vec<Ipv4Addr>,
     pub(crate) vmm: Arc<dyn Vmm>,
     accel: String,
+    cmdline: String,
     pub(crate) vms: Vms,
     started: Instant,
     /// Operations outlive the connection that asked for them; a shutdown waits for them.
@@ -70,6 +72,8 @@ pub struct Parts {
     pub vmm: Arc<dyn Vmm>,
     /// How guests' code runs: `kvm` or `tcg`.
     pub accel: String,
+    /// What guests' kernels are told.
+    pub cmdline: String,
 }
 
 impl Service {
@@ -90,6 +94,7 @@ impl Service {
             resolvers: parts.resolvers,
             vmm: parts.vmm,
             accel: parts.accel,
+            cmdline: parts.cmdline,
             started: Instant::now(),
             tasks: TaskTracker::new(),
         };
@@ -130,6 +135,17 @@ impl Service {
     pub async fn stop(&self, reference: String) -> Result<Vm, ServiceError> {
         let service = self.clone();
         self.detached(async move { service.stop_now(&reference).await }).await
+    }
+
+    /// Grows a VM's disk, and the file system on it: live if it runs, else offline. Waits for what is under way on the VM, so that of
+    /// several requests at once the largest size is what is left.
+    ///
+    /// # Errors
+    /// 404, 400 when it would become smaller, 507 when it does not fit.
+    pub async fn resize(&self, reference: String, request: ResizeVm) -> Result<Vm, ServiceError> {
+        let service = self.clone();
+        self.detached(async move { service.resize_now(&reference, Gib::new(request.disk_size_gib)).await })
+            .await
     }
 
     /// Deletes a VM, running or not, with its disk.
@@ -470,7 +486,7 @@ impl Service {
             memory_mib: record.mem_size_mib,
             kernel,
             initrd: Some(initrd),
-            cmdline: scalebox_guest::kernel_cmdline(),
+            cmdline: self.inner.cmdline.clone(),
             root: self.inner.pool.disk_location(&disk_name(record)?),
             seed,
             nic: Nic {
@@ -529,6 +545,75 @@ impl Service {
         self.persist(&record.id, VmStatus::Stopped, None).await?;
         tracing::info!(vm = record.id, name = record.name, ?outcome, "stopped");
         self.get(&record.id)
+    }
+
+    async fn resize_now(&self, reference: &str, size: Gib) -> Result<Vm, ServiceError> {
+        let operation = self.inner.vms.begin_when_idle(reference, "being resized").await?;
+        let Operation { record, machine, .. } = &operation;
+        let current = Gib::new(record.disk_size_gib);
+        if size < current {
+            return Err(ServiceError::Invalid(format!(
+                "disk_size_gib must be at least {current}: the disk of {} is {current} GiB large, and disks do not shrink",
+                record.name
+            )));
+        }
+        if size == current {
+            return Ok(self.describe(record));
+        }
+        let reservation = self.inner.pool.admit(size.bytes() - current.bytes())?;
+        let before = match machine {
+            Some(machine) => resize::guest_total(machine).await,
+            None => None,
+        };
+        // The intent first: a crash from here on is carried through by the next start.
+        self.persist_disk_size(&record.id, size).await?;
+        if let Err(error) = self.grow(record, machine.as_ref(), size).await {
+            self.persist_disk_size(&record.id, current).await?;
+            return Err(error);
+        }
+        reservation.commit();
+        self.inner.vms.set_disk_size(&record.id, size.as_u64());
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            from = current.as_u64(),
+            to = size.as_u64(),
+            "disk grown"
+        );
+
+        let disk = match machine {
+            Some(machine) => resize::confirm(machine, before, size.bytes() - current.bytes()).await,
+            None => Disk {
+                confirmed: true,
+                guest_total_bytes: None,
+                note: None,
+            },
+        };
+        Ok(Vm {
+            disk: Some(disk),
+            ..self.get(&record.id)?
+        })
+    }
+
+    /// Makes the disk as large as the state says: through the machine if there is one, else offline with its file system.
+    pub(crate) async fn grow(
+        &self,
+        record: &Record,
+        machine: Option<&Arc<dyn Machine>>,
+        size: Gib,
+    ) -> Result<(), ServiceError> {
+        match machine {
+            Some(machine) => Ok(machine.resize_root(size.bytes()).await?),
+            None => {
+                let (pool, disk) = (Arc::clone(&self.inner.pool), disk_name(record)?);
+                blocking(move || pool.grow_disk(&disk, size.bytes())).await
+            }
+        }
+    }
+
+    pub(crate) async fn persist_disk_size(&self, id: &str, size: Gib) -> Result<(), ServiceError> {
+        let (state, id) = (Arc::clone(&self.inner.state), id.to_owned());
+        blocking(move || state.set_disk_size(&id, size.as_u64())).await
     }
 
     async fn delete_now(&self, reference: &str) -> Result<(), ServiceError> {
@@ -637,6 +722,7 @@ impl Service {
             vcpu_count: record.vcpu_count,
             mem_size_mib: record.mem_size_mib,
             disk_size_gib: record.disk_size_gib,
+            disk: None,
         }
     }
 

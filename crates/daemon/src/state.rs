@@ -221,6 +221,19 @@ impl State {
         })
     }
 
+    /// Changes the size a VM's disk has, or is about to have.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) -> Result<(), StateError> {
+        self.with(|connection| {
+            connection
+                .prepare_cached("UPDATE vms SET disk_size_gib = ?2 WHERE id = ?1")?
+                .execute(params![id, disk_size_gib])
+                .map(drop)
+        })
+    }
+
     /// Removes a VM. Returns whether it was there.
     ///
     /// # Errors

@@ -138,12 +138,12 @@ impl Vms {
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
-    pub async fn begin_when_idle(&self, id: &str, operation: &'static str) -> Result<Operation, ServiceError> {
+    pub async fn begin_when_idle(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
         loop {
             // Registered before looking, so that an end between the two is not missed.
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
-            match self.begin(id, operation) {
+            match self.begin(reference, operation) {
                 Err(ServiceError::Conflict(_)) => ended.await,
                 other => return other,
             }
@@ -160,6 +160,13 @@ impl Vms {
                 true
             }
             None => false,
+        }
+    }
+
+    /// Notes the size of a VM's disk.
+    pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) {
+        if let Some(entry) = self.lock().by_id.get_mut(id) {
+            entry.record.disk_size_gib = disk_size_gib;
         }
     }
 

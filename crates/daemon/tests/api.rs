@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::{ClientError, CreateVm, VmStatus};
+use scalebox_client::{ClientError, CreateVm, ResizeVm, VmStatus};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -312,6 +312,76 @@ fn the_pool_s_numbers_are_those_of_the_pool() {
         pool.image.as_deref().map(Path::new),
         Some(host.folder.join("pool.img").as_path())
     );
+}
+
+#[test]
+fn a_stopped_vm_s_disk_grows_with_its_file_system_and_never_shrinks() {
+    let host = Host::with_tiny_template(&Options {
+        env: &[("OVERCOMMIT_RATIO", "1")],
+        ..Options::default()
+    });
+    let vm = host.create_stopped("tiny", Some(5));
+    let resize = |size: u64| host.client().resize_vm(&vm.id, &ResizeVm { disk_size_gib: size });
+    let grown = resize(8).unwrap();
+    assert_eq!(grown.disk_size_gib, 8);
+    assert!(grown.disk.expect("what became of the file system").confirmed);
+    assert_eq!(fs::metadata(host.disk(&vm)).unwrap().len(), 8 << 30);
+    run("e2fsck", &["-fn", text(&host.disk(&vm))]);
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 8 << 30);
+    assert_eq!(resize(8).unwrap().disk_size_gib, 8, "as large as it is already");
+
+    let (status, message) = refused(resize(5).unwrap_err());
+    assert!(
+        status == 400 && message.contains("at least 8") && message.contains("do not shrink"),
+        "{message}"
+    );
+    assert_eq!(
+        refused(resize(101).unwrap_err()),
+        (400, "disk_size_gib must be between 1 and 100".to_owned())
+    );
+    assert_eq!(
+        refused(resize(60).unwrap_err()),
+        (507, "Insufficient storage: 22GB available, need 54GB".to_owned())
+    );
+    for (body, expected) in [
+        (&b"{}"[..], "disk_size_gib"),
+        (b"", "body"),
+        (br#"{"disk_size_gib": 9, "name": "x"}"#, "name"),
+    ] {
+        let (status, answer) = host.send("PATCH", &format!("/vms/{}", vm.id), body);
+        assert!(status == 400 && error_of(&answer).contains(expected), "{answer}");
+    }
+    let pool = host.client().pool().unwrap();
+    assert_eq!((pool.committed_bytes, pool.reserved_bytes), (8 << 30, 0));
+    host.client().delete_vm(&vm.id).unwrap();
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 0);
+}
+
+#[test]
+fn ten_clients_that_grow_the_same_disk_end_at_the_largest_size() {
+    let host = Host::with_tiny_template(&Options {
+        pool_size: "100G",
+        ..Options::default()
+    });
+    let vm = host.create_stopped("tiny", None);
+    let start = Barrier::new(10);
+    std::thread::scope(|scope| {
+        for size in 11..=20 {
+            let (host, vm, start) = (&host, &vm, &start);
+            scope.spawn(move || {
+                start.wait();
+                // A larger one may have come first: then this one would shrink the disk.
+                if let Err(error) = host.client().resize_vm(&vm.id, &ResizeVm { disk_size_gib: size }) {
+                    assert_eq!(refused(error).0, 400);
+                }
+            });
+        }
+    });
+    assert_eq!(host.client().vm(&vm.id).unwrap().disk_size_gib, 20);
+    assert_eq!(fs::metadata(host.disk(&vm)).unwrap().len(), 20 << 30);
+    let pool = host.client().pool().unwrap();
+    assert_eq!((pool.committed_bytes, pool.reserved_bytes), (20 << 30, 0));
+    run("e2fsck", &["-fn", text(&host.disk(&vm))]);
 }
 
 #[test]

@@ -192,6 +192,22 @@ fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_
 }
 
 #[test]
+fn a_growth_that_a_crash_interrupted_is_carried_through() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let vm = host.create_stopped("tiny", None);
+    host.crash();
+    // What the state says when the crash comes after the intent and before the disk.
+    let state = rusqlite::Connection::open(host.folder.join("state/state.db")).unwrap();
+    state.execute("UPDATE vms SET disk_size_gib = 7", []).unwrap();
+    drop(state);
+    host.serve();
+    assert_eq!(host.client().vm(&vm.id).unwrap().disk_size_gib, 7);
+    assert_eq!(fs::metadata(host.disk(&vm)).unwrap().len(), 7 << 30);
+    run("e2fsck", &["-fn", text(&host.disk(&vm))]);
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 7 << 30);
+}
+
+#[test]
 fn a_disk_that_vanished_is_told_and_the_vm_can_be_deleted() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);

@@ -10,7 +10,7 @@
 
 mod support;
 
-use scalebox_client::{CreateVm, Vm, VmStatus};
+use scalebox_client::{CreateVm, ResizeVm, Vm, VmStatus};
 use std::collections::HashSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -180,6 +180,20 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         ],
     );
     assert!(said(&by_cli).contains("through the CLI"), "{}", said(&by_cli));
+
+    // A disk grows live, and the answer says so only when the guest's file system has grown.
+    let grown = host
+        .client()
+        .resize_vm("first", &ResizeVm { disk_size_gib: 6 })
+        .unwrap();
+    let disk = grown.disk.expect("what became of the file system");
+    assert!(disk.confirmed, "{disk:?}");
+    let told = disk.guest_total_bytes.expect("the agent's word") as f64 / f64::from(1 << 30);
+    let seen = root_size_gib(&anna, &first);
+    assert!(
+        (5.5..=6.0).contains(&told) && (5.5..=6.0).contains(&seen),
+        "told {told}, seen {seen}"
+    );
 
     // The daemon dies with an SSH session open: machines and session go on, and the next daemon has them again.
     let mut session = anna

@@ -9,7 +9,9 @@ use crate::size::Bytes;
 use crate::space::Space;
 use rustix::fs::{Mode, OFlags};
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -61,9 +63,18 @@ impl Pool {
         self.root.join("kernel")
     }
 
-    /// Where a template is built before it is imported. Nothing in it outlives a build.
-    pub fn build_dir(&self) -> PathBuf {
-        self.root.join("build")
+    /// Where a template is built before it is imported; made if it is not there. Nothing in it outlives a build.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn build_dir(&self) -> Result<PathBuf, StorageError> {
+        let dir = self.root.join("build");
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(StorageError::io("create", dir.display(), error))
+            }
+            _ => Ok(dir),
+        }
     }
 
     pub(crate) fn templates_dir(&self) -> PathBuf {

@@ -1,0 +1,63 @@
+//! Asking a guest how large its root file system is, through its agent: what the host grew, the guest must have grown too.
+
+use scalebox_client::Disk;
+use scalebox_guest::Agent;
+use scalebox_storage::Bytes;
+use scalebox_vmm::{AgentEndpoint, Machine};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a guest may take to grow its file system. An emulated one takes about a second.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often it is asked meanwhile.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// The size of the guest's root file system; `None` when it has no agent, or one that does not answer.
+pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
+    let AgentEndpoint::Unix(socket) = machine.agent()? else {
+        return None;
+    };
+    let asked = async { Agent::connect(&socket).await?.root_file_system().await };
+    match asked.await {
+        Ok(root) => Some(root.total),
+        Err(error) => {
+            tracing::debug!(vm = %machine.id(), %error, "the guest agent did not answer");
+            None
+        }
+    }
+}
+
+/// Waits until a guest's root file system has grown by about `growth` over `before`.
+pub async fn confirm(machine: &Arc<dyn Machine>, before: Option<Bytes>, growth: Bytes) -> Disk {
+    let Some(before) = before else {
+        return Disk {
+            confirmed: false,
+            guest_total_bytes: None,
+            note: Some("the guest has no agent that answers: if it does not grow its file system by itself, run resize2fs in it".to_owned()),
+        };
+    };
+    // Of what is added, the file system keeps a part for itself: inode tables, journal, the blocks reserved for root.
+    let expected = before + growth.scaled(0.9);
+    let begun = Instant::now();
+    loop {
+        let total = guest_total(machine).await;
+        if total.is_some_and(|total| total >= expected) {
+            return Disk {
+                confirmed: true,
+                guest_total_bytes: total.map(Bytes::as_u64),
+                note: None,
+            };
+        }
+        if begun.elapsed() > PATIENCE {
+            return Disk {
+                confirmed: false,
+                guest_total_bytes: total.map(Bytes::as_u64),
+                note: Some(
+                    "the disk is larger, but the guest has not grown its file system yet: run resize2fs in it"
+                        .to_owned(),
+                ),
+            };
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}

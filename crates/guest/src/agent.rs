@@ -1,0 +1,125 @@
+//! The guest agent, asked from the host: `qemu-guest-agent` in the guest, over its port.
+//!
+//! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. The port takes one client at a time, so a connection is
+//! held for one errand and dropped. Every question has a deadline: a guest that boots, hangs or has no agent does not answer.
+
+use qapi::futures::{QapiService, QgaStreamTokio};
+use qapi::qga;
+use scalebox_storage::Bytes;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::WriteHalf;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// How long an agent may take to answer. An emulated guest under load takes about half a second.
+const DEADLINE: Duration = Duration::from_secs(3);
+
+/// Why the agent said nothing useful.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// There is no port, or it is closed.
+    #[error("the guest agent's port {} cannot be reached: {source}", socket.display())]
+    Port {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It does not answer: the guest boots, hangs, or runs no agent.
+    #[error("the guest agent does not answer within {} s", DEADLINE.as_secs())]
+    Silent,
+    /// It answered with an error.
+    #[error("the guest agent could not {asked}: {answer}")]
+    Refused {
+        /// What was asked.
+        asked: &'static str,
+        /// What it said.
+        answer: String,
+    },
+    /// The guest's root file system is not among those it told of.
+    #[error("the guest agent tells of no file system mounted at /")]
+    NoRoot,
+}
+
+/// A file system as the guest sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileSystem {
+    /// What its files can take in all: its size, less what it keeps for itself and for root.
+    pub total: Bytes,
+    /// What they take now.
+    pub used: Bytes,
+}
+
+/// A connection to the agent of one guest.
+pub struct Agent {
+    service: QapiService<QgaStreamTokio<WriteHalf<UnixStream>>>,
+    reader: tokio::task::JoinHandle<()>,
+}
+
+impl Agent {
+    /// Connects, and waits until the agent answers.
+    ///
+    /// # Errors
+    /// [`AgentError::Port`], [`AgentError::Silent`].
+    pub async fn connect(socket: &Path) -> Result<Agent, AgentError> {
+        let port = |source| AgentError::Port {
+            socket: socket.to_owned(),
+            source,
+        };
+        let opened = timeout(DEADLINE, QgaStreamTokio::open_uds(socket)).await;
+        let stream = opened.map_err(|_| AgentError::Silent)?.map_err(port)?;
+        let (service, reader) = stream.spawn_tokio();
+        let agent = Agent { service, reader };
+        // An answer to an earlier client may still be on its way: the number tells it from ours.
+        let number = sync_number().map_err(port)?;
+        match timeout(DEADLINE, agent.service.guest_sync(number)).await {
+            Ok(Ok(())) => Ok(agent),
+            Ok(Err(error)) => Err(AgentError::Refused {
+                asked: "begin",
+                answer: error.to_string(),
+            }),
+            Err(_) => Err(AgentError::Silent),
+        }
+    }
+
+    /// The guest's root file system.
+    ///
+    /// # Errors
+    /// [`AgentError::Silent`], [`AgentError::Refused`], [`AgentError::NoRoot`].
+    pub async fn root_file_system(&self) -> Result<FileSystem, AgentError> {
+        let answer = timeout(DEADLINE, self.service.execute(qga::guest_get_fsinfo {})).await;
+        let all = match answer {
+            Ok(Ok(all)) => all,
+            Ok(Err(error)) => {
+                return Err(AgentError::Refused {
+                    asked: "list its file systems",
+                    answer: error.to_string(),
+                });
+            }
+            Err(_) => return Err(AgentError::Silent),
+        };
+        let root = all.into_iter().find(|found| found.mountpoint == "/");
+        let sizes = root
+            .and_then(|root| root.total_bytes.zip(root.used_bytes))
+            .ok_or(AgentError::NoRoot)?;
+        Ok(FileSystem {
+            total: Bytes::new(sizes.0),
+            used: Bytes::new(sizes.1),
+        })
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// A number that no earlier client has used.
+fn sync_number() -> io::Result<i32> {
+    let mut bytes = [0; 4];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(i32::from_ne_bytes(bytes) & i32::MAX)
+}

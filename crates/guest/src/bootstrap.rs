@@ -1,0 +1,140 @@
+//! Installing Debian into a directory, by `mmdebstrap`.
+
+use crate::archive;
+use crate::command::{Call, Program};
+use crate::error::Error;
+use crate::files;
+use crate::progress::{self, Progress, Step};
+use crate::recipe::Recipe;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// What the bootstrap leaves in a scratch directory.
+pub(crate) struct Bootstrapped {
+    /// The guest's root.
+    pub(crate) root: PathBuf,
+    /// The kernel's package and busybox, unpacked, not installed.
+    pub(crate) kernel: PathBuf,
+}
+
+/// Installs the recipe's packages below `scratch`. Runs for about a minute.
+pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Progress) -> Result<Bootstrapped, Error> {
+    let (root, kernel) = (scratch.join("root"), scratch.join("kernel"));
+    fs::create_dir(&kernel).map_err(Error::io("create", &kernel))?;
+    let hook = scratch.join("fetch-kernel");
+    fs::write(&hook, files::FETCH_KERNEL).map_err(Error::io("write", &hook))?;
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).map_err(Error::io("make executable", &hook))?;
+
+    let mut phases = Phases::new(progress);
+    Call::new(Program::Mmdebstrap, arguments(recipe, &root, &hook))
+        .env("SCALEBOX_KERNEL", &kernel)
+        .env("SCALEBOX_KERNEL_PACKAGE", recipe.kernel_package.as_str())
+        .run(|line| phases.line(line))?;
+    Ok(Bootstrapped { root, kernel })
+}
+
+fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
+    let mut arguments: Vec<String> = [
+        "--verbose",
+        "--mode=root",
+        "--variant=minbase",
+        "--format=directory",
+        // Without it, setting up the merged /usr brings the whole of Perl along.
+        "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+        "--aptopt=Apt::Install-Recommends \"false\"",
+        // An interrupted build is thrown away whole.
+        "--dpkgopt=force-unsafe-io",
+    ]
+    .map(str::to_owned)
+    .into();
+    let dpkg = files::IN_GUEST
+        .iter()
+        .find(|file| file.path == "etc/dpkg/dpkg.cfg.d/scalebox");
+    let dpkg = dpkg.map(|file| file.content).unwrap_or_default();
+    arguments.extend(files::entries(dpkg).map(|option| format!("--dpkgopt={option}")));
+    let packages: Vec<&str> = files::entries(files::PACKAGES)
+        .chain(recipe.extra_packages.iter().map(String::as_str))
+        .collect();
+    arguments.push(format!("--include={}", packages.join(",")));
+    arguments.push(format!("--customize-hook={}", hook.display()));
+    arguments.push(recipe.suite.clone());
+    arguments.push(root.display().to_string());
+    arguments.extend(archive::mirrors(recipe));
+    arguments
+}
+
+/// Where in mmdebstrap's output a step begins, and how many lines it has until the next: the measure of its fraction.
+const PHASES: [(&str, Step, usize); 5] = [
+    ("I: running apt-get update", progress::INDEX, 12),
+    ("I: downloading packages with apt", progress::UNPACK, 200),
+    ("I: installing essential packages", progress::BASE, 290),
+    ("I: installing remaining packages", progress::PACKAGES, 560),
+    ("I: running --customize-hook", progress::KERNEL, 14),
+];
+
+struct Phases<'a> {
+    progress: &'a mut dyn Progress,
+    current: Option<usize>,
+    lines: usize,
+}
+
+impl<'a> Phases<'a> {
+    fn new(progress: &'a mut dyn Progress) -> Self {
+        Phases {
+            progress,
+            current: None,
+            lines: 0,
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        self.progress.line(line);
+        let next = self.current.map_or(0, |current| current + 1);
+        if let Some(begun) = PHASES[next..].iter().position(|(mark, _, _)| line.starts_with(mark)) {
+            self.current = Some(next + begun);
+            self.lines = 0;
+            self.progress.step(PHASES[next + begun].1);
+        } else if let Some(current) = self.current {
+            self.lines += 1;
+            let expected = PHASES[current].2;
+            self.progress.fraction((self.lines as f64 / expected as f64).min(1.0));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Seen {
+        steps: Vec<&'static str>,
+        fractions: Vec<f64>,
+    }
+
+    impl Progress for Seen {
+        fn step(&mut self, step: Step) {
+            self.steps.push(step.name);
+            self.fractions.clear();
+        }
+        fn fraction(&mut self, fraction: f64) {
+            self.fractions.push(fraction);
+        }
+    }
+
+    #[test]
+    fn the_bootstrap_s_own_lines_begin_the_steps_and_the_rest_fill_them() {
+        let mut seen = Seen::default();
+        let mut phases = Phases::new(&mut seen);
+        phases.line("I: chroot architecture amd64 is equal to the host's architecture");
+        phases.line("I: running apt-get update...");
+        phases.line("I: downloading packages with apt...");
+        for _ in 0..300 {
+            phases.line("Get:1 something");
+        }
+        assert_eq!(seen.steps, [progress::INDEX.name, progress::UNPACK.name]);
+        assert!(seen.fractions.is_sorted());
+        assert_eq!(seen.fractions.last(), Some(&1.0));
+    }
+}

@@ -1,0 +1,307 @@
+//! The seed drive: a small FAT image, volume label `cidata`, that tells a guest who it is.
+//!
+//! It speaks to two readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and `network-config`, written as JSON,
+//! which YAML contains. The guest's own unit (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: a line
+//! `KEY=VALUE` for each fact, the value as it is to the end of the line, without quotes; `dns` may stand several times.
+
+use crate::error::Error;
+use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
+use ipnet::Ipv4Net;
+use serde_json::{Value, json};
+use std::fmt::Display;
+use std::io::{self, Cursor, Write};
+use std::net::Ipv4Addr;
+use std::path::Path;
+use tempfile::NamedTempFile;
+
+/// By which a guest finds the drive; NoCloud's name for it.
+const LABEL: [u8; 11] = *b"cidata     ";
+
+/// 1 MiB: hundreds of times what is in it.
+const IMAGE_BYTES: usize = 1 << 20;
+
+/// A key is one line of `authorized_keys`; RSA keys of 16384 bits have 2,800 characters.
+const LONGEST_KEY: usize = 8 << 10;
+
+/// What a guest is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeedDrive {
+    /// Names the machine for good. A guest that reads another one than at its last boot is a clone of the machine it was: it makes
+    /// itself new host keys and a new machine id. 1 to 128 letters, digits, `-`, `_` and `.`.
+    pub instance_id: String,
+    /// 1 to 63 lower-case letters, digits and dashes, no dash at either end (RFC 1123).
+    pub hostname: String,
+    /// One line of `authorized_keys`, for the account `user`.
+    pub ssh_public_key: String,
+    /// Of the network card that gets the address: `52:54:00:12:34:56`.
+    pub mac: String,
+    /// The guest's own address, with its network's prefix length.
+    pub address: Ipv4Net,
+    /// The default route: another address of the same network.
+    pub gateway: Ipv4Addr,
+    /// Name servers, the first asked first.
+    pub dns: Vec<Ipv4Addr>,
+}
+
+impl SeedDrive {
+    /// Writes the image to `path`, mode 0600, in place of what is there. It is written beside it and renamed: a reader sees the old
+    /// or the new one. It is not flushed: it is made anew at each start of its machine.
+    ///
+    /// # Errors
+    /// [`Error::Seed`] for a field that does not have its form, before anything is written; [`Error::Io`].
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        self.check()?;
+        let image = self.image().map_err(Error::io("write", path))?;
+        let dir = path.parent().unwrap_or(Path::new("."));
+        // Made with mode 0600.
+        let mut file = NamedTempFile::new_in(dir).map_err(Error::io("create a file in", dir))?;
+        file.write_all(&image).map_err(Error::io("write", path))?;
+        file.persist(path)
+            .map_err(|error| Error::io("write", path)(error.error))?;
+        Ok(())
+    }
+
+    fn image(&self) -> io::Result<Vec<u8>> {
+        let mut image = vec![0; IMAGE_BYTES];
+        fatfs::format_volume(Cursor::new(&mut image), FormatVolumeOptions::new().volume_label(LABEL))?;
+        let volume = FileSystem::new(Cursor::new(&mut image), FsOptions::new())?;
+        for (name, content) in [
+            ("meta-data", self.meta_data()),
+            ("user-data", self.user_data()),
+            ("network-config", self.network_config()),
+            ("scalebox", self.facts()),
+        ] {
+            volume.root_dir().create_file(name)?.write_all(content.as_bytes())?;
+        }
+        volume.unmount()?;
+        Ok(image)
+    }
+
+    fn meta_data(&self) -> String {
+        json!({ "instance-id": self.instance_id, "local-hostname": self.hostname }).to_string()
+    }
+
+    fn user_data(&self) -> String {
+        let config = json!({
+            "hostname": self.hostname,
+            "manage_etc_hosts": true,
+            "disable_root": true,
+            "ssh_pwauth": false,
+            "users": [{
+                "name": "user",
+                "uid": 1000,
+                "shell": "/bin/bash",
+                "sudo": "ALL=(ALL) NOPASSWD:ALL",
+                "lock_passwd": true,
+                "ssh_authorized_keys": [self.ssh_public_key],
+            }],
+            "growpart": { "mode": "auto", "devices": ["/"] },
+            "resize_rootfs": true,
+        });
+        // The first line tells cloud-init what kind of user-data this is.
+        format!("#cloud-config\n{config}\n")
+    }
+
+    fn network_config(&self) -> String {
+        let card: Value = json!({
+            "match": { "macaddress": self.mac.to_ascii_lowercase() },
+            "addresses": [self.address.to_string()],
+            "routes": [{ "to": "0.0.0.0/0", "via": self.gateway }],
+            "nameservers": { "addresses": self.dns },
+        });
+        json!({ "version": 2, "ethernets": { "eth0": card } }).to_string()
+    }
+
+    fn facts(&self) -> String {
+        let mut facts = String::new();
+        let mut fact = |key: &str, value: &dyn Display| {
+            facts.push_str(&format!("{key}={value}\n"));
+        };
+        fact("instance-id", &self.instance_id);
+        fact("hostname", &self.hostname);
+        fact("ssh-key", &self.ssh_public_key);
+        fact("mac", &self.mac.to_ascii_lowercase());
+        fact("address", &self.address);
+        fact("gateway", &self.gateway);
+        for server in &self.dns {
+            fact("dns", server);
+        }
+        facts
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let word = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let id = &self.instance_id;
+        check(
+            "instance_id",
+            id,
+            "1 to 128 letters, digits, '-', '_' and '.'",
+            (1..=128).contains(&id.len()) && id.bytes().all(word),
+        )?;
+        let name = &self.hostname;
+        let letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        check(
+            "hostname",
+            name,
+            "1 to 63 lower-case letters, digits and dashes, no dash at either end",
+            (1..=63).contains(&name.len())
+                && name.bytes().all(letter)
+                && !name.starts_with('-')
+                && !name.ends_with('-'),
+        )?;
+        let key = &self.ssh_public_key;
+        check(
+            "ssh_public_key",
+            key,
+            "one line of an authorized_keys file, at most 8 KiB, without control characters",
+            (1..=LONGEST_KEY).contains(&key.len()) && !key.contains(char::is_control) && key.trim() == key,
+        )?;
+        check(
+            "mac",
+            &self.mac,
+            "six bytes in hexadecimal, as in 52:54:00:12:34:56",
+            is_mac(&self.mac),
+        )?;
+        let own = self.address.addr();
+        let edges = [self.address.network(), self.address.broadcast()];
+        check(
+            "address",
+            &self.address.to_string(),
+            "a host's address with its network's prefix length, at most 30",
+            self.address.prefix_len() <= 30 && !edges.contains(&own),
+        )?;
+        check(
+            "gateway",
+            &self.gateway.to_string(),
+            "another host's address in the network of the guest's",
+            self.address.contains(&self.gateway) && self.gateway != own && !edges.contains(&self.gateway),
+        )
+    }
+}
+
+fn check(field: &'static str, value: &str, reason: &'static str, good: bool) -> Result<(), Error> {
+    if good {
+        return Ok(());
+    }
+    Err(Error::Seed {
+        field,
+        value: value.to_owned(),
+        reason,
+    })
+}
+
+fn is_mac(text: &str) -> bool {
+    let bytes: Vec<&str> = text.split(':').collect();
+    let hex = |byte: &&str| byte.len() == 2 && byte.bytes().all(|digit| digit.is_ascii_hexdigit());
+    bytes.len() == 6 && bytes.iter().all(hex)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    fn drive() -> SeedDrive {
+        SeedDrive {
+            instance_id: "vm-0123456789ab".into(),
+            hostname: "very-silly-penguin".into(),
+            ssh_public_key: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEXAMPLE== some: \"one\" # 'here' $(x) `y`".into(),
+            mac: "52:54:00:AB:cd:01".into(),
+            address: "172.16.3.4/16".parse().unwrap(),
+            gateway: Ipv4Addr::new(172, 16, 0, 1),
+            dns: vec![Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)],
+        }
+    }
+
+    fn output(program: &str, args: &[&str]) -> String {
+        let output = Command::new(program).args(args).output().unwrap();
+        assert!(output.status.success(), "{program} {args:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn other_programs_read_back_what_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("seed.img");
+        let (drive, image) = (drive(), path.to_str().unwrap());
+        drive.write(&path).unwrap();
+        drive.write(&path).unwrap();
+
+        assert_eq!(
+            fs::read_dir(dir.path()).unwrap().count(),
+            1,
+            "nothing is left beside the image"
+        );
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            output("blkid", &["-p", "-o", "value", "-s", "LABEL", image]).trim(),
+            "cidata"
+        );
+        assert_eq!(
+            output("blkid", &["-p", "-o", "value", "-s", "TYPE", image]).trim(),
+            "vfat"
+        );
+        output("fsck.fat", &["-n", image]);
+
+        let facts = output("mtype", &["-i", image, "::scalebox"]);
+        let key = format!("ssh-key={}", drive.ssh_public_key);
+        for line in [
+            "instance-id=vm-0123456789ab",
+            "hostname=very-silly-penguin",
+            &key,
+            "mac=52:54:00:ab:cd:01",
+            "address=172.16.3.4/16",
+            "gateway=172.16.0.1",
+            "dns=192.0.2.1",
+            "dns=192.0.2.2",
+        ] {
+            assert!(facts.lines().any(|it| it == line), "{line}: {facts}");
+        }
+
+        let read = |name: &str| -> Value {
+            let text = output("mtype", &["-i", image, &format!("::{name}")]);
+            serde_json::from_str(text.trim_start_matches("#cloud-config\n")).unwrap()
+        };
+        assert_eq!(read("meta-data")["instance-id"], "vm-0123456789ab");
+        let user = &read("user-data")["users"][0];
+        assert_eq!(user["ssh_authorized_keys"][0], drive.ssh_public_key.as_str());
+        assert_eq!(user["uid"], 1000);
+        let card = &read("network-config")["ethernets"]["eth0"];
+        assert_eq!(card["match"]["macaddress"], "52:54:00:ab:cd:01");
+        assert_eq!(card["addresses"][0], "172.16.3.4/16");
+        assert_eq!(card["routes"][0]["via"], "172.16.0.1");
+        assert_eq!(card["nameservers"]["addresses"][1], "192.0.2.2");
+    }
+
+    #[test]
+    fn a_field_that_could_be_read_as_something_else_is_refused_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("seed.img");
+        let refused = |field: &str, change: &dyn Fn(&mut SeedDrive)| {
+            let mut drive = drive();
+            change(&mut drive);
+            match drive.write(&path) {
+                Err(Error::Seed { field: named, .. }) => assert_eq!(named, field),
+                other => panic!("{field}: {other:?}"),
+            }
+            assert!(!path.exists());
+        };
+        refused("instance_id", &|drive| drive.instance_id.clear());
+        refused("instance_id", &|drive| drive.instance_id = "a\nhostname=b".into());
+        refused("hostname", &|drive| drive.hostname = "a b".into());
+        refused("hostname", &|drive| drive.hostname = "-a".into());
+        refused("hostname", &|drive| drive.hostname = "a".repeat(64));
+        refused("ssh_public_key", &|drive| drive.ssh_public_key.push('\n'));
+        refused("ssh_public_key", &|drive| {
+            drive.ssh_public_key = "ssh-rsa A\rssh-rsa B".into()
+        });
+        refused("ssh_public_key", &|drive| drive.ssh_public_key.clear());
+        refused("mac", &|drive| drive.mac = "52:54:00:12:34".into());
+        refused("mac", &|drive| drive.mac = "52:54:00:12:34:\n6".into());
+        refused("address", &|drive| drive.address = "172.16.0.0/16".parse().unwrap());
+        refused("gateway", &|drive| drive.gateway = Ipv4Addr::new(10, 0, 0, 1));
+        refused("gateway", &|drive| drive.gateway = drive.address.addr());
+    }
+}
