@@ -40,8 +40,9 @@ bench: deps release
 fmt:
 	cargo fmt --all
 
-lint:
+lint: deps
 	cargo fmt --all --check
+	scripts/lint-scripts.sh
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	scripts/deny.sh
 

@@ -85,7 +85,12 @@ allow_forwarding() {
 install_unit() {
 	say "Install the service"
 	install -d /etc/systemd/system
-	install -m 0644 packaging/scaleboxd.service "$unit"
+	# The unit waits for the pool's mount, wherever that is.
+	local data_dir
+	data_dir=$(sed -n 's/^DATA_DIR=//p' "$config")
+	sed "s#^RequiresMountsFor=.*#RequiresMountsFor=${data_dir:-/var/lib/scalebox}#" packaging/scaleboxd.service >"$unit.new"
+	chmod 0644 "$unit.new"
+	mv "$unit.new" "$unit"
 	if [[ ! -d /run/systemd/system ]]; then
 		echo "systemd does not run here; start the daemon with: scaleboxd serve"
 		return

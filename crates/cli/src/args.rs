@@ -96,6 +96,15 @@ pub enum VmCommand {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
     },
+    /// Grow a VM's disk, live if it runs; disks do not shrink
+    #[command(after_help = "Example:\n  scalebox vm resize very-silly-penguin --disk 20")]
+    Resize {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+        /// New size of the disk
+        #[arg(long, value_name = "GIB")]
+        disk: u64,
+    },
     /// Delete VMs and their disks
     #[command(
         visible_alias = "rm",

@@ -54,6 +54,7 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
         Command::Vm(VmCommand::Get { vm }) => vm::get(&server.client, &vm, output),
         Command::Vm(VmCommand::Start { vm }) => vm::start(&server.client, &vm, output),
         Command::Vm(VmCommand::Stop { vm }) => vm::stop(&server.client, &vm, output),
+        Command::Vm(VmCommand::Resize { vm, disk }) => vm::resize(&server.client, &vm, disk, output),
         Command::Vm(VmCommand::Delete { vms, yes }) => vm::delete(&server.client, &vms, yes, output),
         Command::Vm(VmCommand::Wait { vm, timeout }) => vm::wait(&server.client, &vm, timeout, output),
         Command::Vm(VmCommand::Ssh { vm, identity, command }) => {

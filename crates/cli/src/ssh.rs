@@ -5,7 +5,8 @@ use crate::settings::{home, is_file, own_folder};
 use crate::vm::check_runs;
 use scalebox_client::{Client, SshPublicKey, Vm, WrongForm, is_vm_id};
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
+use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -75,10 +76,7 @@ pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
                 looked_for: candidates.each_ref().map(|path| path.display().to_string()).join(", "),
             })?,
     };
-    let text = fs::read(path).map_err(|why| Error::KeyUnreadable {
-        path: path.to_owned(),
-        why,
-    })?;
+    let text = read_key(path)?;
     let text = String::from_utf8_lossy(&text);
     text.trim().parse().map_err(|why: WrongForm| Error::Key {
         path: path.to_owned(),
@@ -87,6 +85,33 @@ pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
             None => why.to_string(),
         },
     })
+}
+
+/// What the file holds. Only a plain one, and only so much: a device or a pipe may never come to an end.
+fn read_key(path: &Path) -> Result<Vec<u8>, Error> {
+    /// In bytes; a public key of RSA with 16384 bits, the longest that `ssh-keygen` makes, has under 3 KiB.
+    const LONGEST: u64 = 64 << 10;
+    let unreadable = |why| Error::KeyUnreadable {
+        path: path.to_owned(),
+        why,
+    };
+    let wrong = |why: &str| Error::Key {
+        path: path.to_owned(),
+        why: why.to_owned(),
+    };
+    // Before it is opened: opening a pipe waits for its writer.
+    if !fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err(wrong("is not in a plain file; name one such as ~/.ssh/id_ed25519.pub"));
+    }
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(unreadable)?;
+    file.take(LONGEST + 1).read_to_end(&mut text).map_err(unreadable)?;
+    if text.len() as u64 > LONGEST {
+        return Err(wrong(
+            "is in a file of over 64 KiB; a public key is one line, such as in ~/.ssh/id_ed25519.pub",
+        ));
+    }
+    Ok(text)
 }
 
 /// `KEY.pub` beside `KEY`.

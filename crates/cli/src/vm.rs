@@ -6,7 +6,7 @@ use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
 use crate::{ssh, wait};
 use jiff::Timestamp;
-use scalebox_client::{Client, ClientError, CreateVm, Vm, VmList, VmStatus};
+use scalebox_client::{Client, ClientError, CreateVm, ResizeVm, Vm, VmList, VmStatus};
 use std::time::Duration;
 
 pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
@@ -122,6 +122,20 @@ pub fn stop(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let vm = client.stop_vm(vm)?;
     drop(stopping);
     show_changed(&vm, output)
+}
+
+pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) -> Result<(), Error> {
+    let growing = output.progress(&format!("growing the disk of {vm}"));
+    let vm = client.resize_vm(vm, &ResizeVm { disk_size_gib })?;
+    drop(growing);
+    if output.json {
+        return output.answer(&vm);
+    }
+    output.line(&format!("the disk of {} is {} GiB large", vm.name, vm.disk_size_gib))?;
+    match vm.disk.and_then(|disk| disk.note) {
+        Some(note) => output.line(&note),
+        None => Ok(()),
+    }
 }
 
 fn show_changed(vm: &Vm, output: &Output) -> Result<(), Error> {

@@ -5,9 +5,14 @@ mod api;
 
 use api::{Home, Server, TOKEN, pool, run, vm};
 use serde_json::{Value, json};
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
 
@@ -349,6 +354,59 @@ fn a_key_that_cannot_be_used_is_told_before_anything_is_asked() {
     assert!(server.requests().is_empty());
 }
 
+#[test]
+fn a_key_without_end_is_refused_and_not_waited_for() {
+    let server = Server::new(vec![]);
+    let home = Home::new();
+    let large = home.file("large", &"x".repeat((64 << 10) + 1), 0o600);
+    let pipe = large.with_file_name("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let link = large.with_file_name("link");
+    symlink("/dev/zero", &link).unwrap();
+    for (key, reason) in [
+        (Path::new("/dev/zero"), "not in a plain file"),
+        (&link, "not in a plain file"),
+        (&pipe, "not in a plain file"),
+        (large.parent().unwrap(), "not in a plain file"),
+        (&large, "over 64 KiB"),
+    ] {
+        let (code, err) = run_with_a_deadline(home.scalebox(&server, &["vm", "create", "--key"]).arg(key));
+        let named = format!("error: {}: the SSH key is ", key.display());
+        assert!(
+            code == Some(2) && err.starts_with(&named) && err.contains(reason),
+            "{err}"
+        );
+    }
+    assert!(server.requests().is_empty());
+}
+
+#[test]
+fn a_key_may_be_a_link_to_its_file() {
+    let server = Server::new(vec![("POST /vms", 201, vm(json!({})))]);
+    let home = Home::new();
+    let key = home.file("key.pub", KEY, 0o644);
+    let link = key.with_file_name("link.pub");
+    symlink(&key, &link).unwrap();
+    let ran = run(home.scalebox(&server, &["vm", "create", "--key"]).arg(link));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+}
+
+/// The exit code and what was written on stderr; a command that is not done in time is killed, and has no exit code.
+fn run_with_a_deadline(command: &mut Command) -> (Option<i32>, String) {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let (sender, done) = mpsc::channel();
+    let reader = thread::spawn(move || {
+        let text = io::read_to_string(&mut stderr).unwrap();
+        sender.send(()).unwrap();
+        text
+    });
+    if done.recv_timeout(Duration::from_secs(20)).is_err() {
+        child.kill().unwrap();
+    }
+    (child.wait().unwrap().code(), reader.join().unwrap())
+}
+
 /// A port that says `greetings`, one a connection, the last of them for ever; an empty one hangs up.
 fn guest(greetings: Vec<&'static str>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -519,6 +577,25 @@ fn ssh_gets_the_command_as_it_is_and_its_exit_code_is_ours() {
 }
 
 #[test]
+fn a_resize_says_how_large_the_disk_is_and_what_is_left_to_do() {
+    for (disk, said) in [
+        (
+            json!({"confirmed": true, "guest_total_bytes": 1}),
+            "the disk of box is 20 GiB large\n",
+        ),
+        (
+            json!({"confirmed": false, "guest_total_bytes": null, "note": "run resize2fs in it"}),
+            "the disk of box is 20 GiB large\nrun resize2fs in it\n",
+        ),
+    ] {
+        let grown = vm(json!({"name": "box", "disk_size_gib": 20, "disk": disk}));
+        let server = Server::new(vec![("PATCH /vms/box", 200, grown)]);
+        let ran = run(&mut Home::new().scalebox(&server, &["vm", "resize", "box", "--disk", "20"]));
+        assert_eq!((ran.code, ran.out.as_str()), (0, said), "{}", ran.err);
+    }
+}
+
+#[test]
 fn ssh_to_a_stopped_vm_says_how_to_start_it() {
     let server = Server::new(vec![(
         "GET /vms/box",
@@ -553,8 +630,10 @@ fn a_reader_that_has_seen_enough_is_no_error() {
 #[test]
 fn every_command_has_an_example_in_its_help_and_a_completion() {
     let home = Home::new();
-    let commands =
-        ["create", "list", "get", "start", "stop", "delete", "wait", "ssh"].map(|command| vec!["vm", command]);
+    let commands = [
+        "create", "list", "get", "start", "stop", "resize", "delete", "wait", "ssh",
+    ]
+    .map(|command| vec!["vm", command]);
     let others = [
         vec!["status"],
         vec!["template", "list"],

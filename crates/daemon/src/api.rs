@@ -1,6 +1,7 @@
 //! The HTTP API: routes, the token, the limits on a request, one id from the HTTP line down to the last step.
 
 use crate::error::ServiceError;
+use crate::random::random_hex;
 use crate::service::Service;
 use crate::settings::Token;
 use axum::body::{Body, Bytes, to_bytes};
@@ -242,11 +243,10 @@ fn sane_id(id: &[u8]) -> Option<String> {
 }
 
 fn random_id() -> String {
-    let mut bits = [0; 8];
-    if rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty()).is_err() {
-        tracing::warn!("the kernel gave no random bytes: a request has the id of zeros");
-    }
-    bits.iter().map(|byte| format!("{byte:02x}")).collect()
+    random_hex(8).unwrap_or_else(|error| {
+        tracing::warn!(%error, "a request has no id of its own");
+        "none".to_owned()
+    })
 }
 
 #[cfg(test)]

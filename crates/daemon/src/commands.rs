@@ -3,25 +3,27 @@
 use crate::api;
 use crate::error::ServiceError;
 use crate::progress;
+use crate::random::random_hex;
 use crate::recovery::{self, Recovered};
+use crate::server;
 use crate::service::{Parts, Service};
 use crate::settings::{AccelChoice, LogFormat, Settings, SettingsError, VmmChoice};
 use crate::state::{State, StateError};
+use rustix::fs::{Mode, OFlags};
 use scalebox_net::Network;
 use scalebox_storage::{InitEvent, InitOutcome, Name, Pool, StorageError};
 use scalebox_vmm::{AccelSetting, QemuDriver, Vmm};
-use std::future::IntoFuture;
+use std::fs;
 use std::io::{self, IsTerminal};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// How long a shutdown waits for requests under way; longer than the longest of them, a stop.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(90);
+/// The longest path of a Unix socket, in bytes: `sun_path` less its final zero (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
 
 /// Why a command failed: a sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +49,20 @@ pub enum CommandFailed {
     /// Putting things right at start.
     #[error(transparent)]
     Service(#[from] ServiceError),
+    /// The pool's disks are not those of this state.
+    #[error(
+        "the pool at {} holds {disks} disks that the state in {} knows nothing of: set STATE_DIR and DATA_DIR to a pair that belongs together. \
+         To give these VMs up for good, remove their disks first: rm {}/vms/*.ext4",
+        pool.display(), state_dir.display(), pool.display()
+    )]
+    ForeignPool {
+        /// The pool's mount point.
+        pool: PathBuf,
+        /// The state's folder.
+        state_dir: PathBuf,
+        /// How many disks there are.
+        disks: usize,
+    },
     /// The address cannot be listened on.
     #[error(
         "cannot listen on {address}: {source}; set API_BIND and API_PORT to an address of this host and a free port"
@@ -168,8 +184,9 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             .local_addr()
             .map_err(io("read the address that is listened on"))?;
         tracing::info!(address = %local, "ready");
-        answer_until_told_to_stop(listener, api::router(service.clone(), &token)).await?;
-        service.finish().await;
+        server::run(listener, api::router(service.clone(), &token), &service)
+            .await
+            .map_err(io("serve the API"))?;
         tracing::info!("stopped; machines run on");
         Ok(())
     })
@@ -180,10 +197,10 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     let data_dir = settings.data_dir.clone();
     runtime()?.block_on(async {
         let state = State::open(&settings.state_dir)?;
-        match open_service(settings, state).await {
+        match open_service(settings.clone(), state).await {
             Ok((service, _)) => service.take_all_down().await.map_err(CommandFailed::from),
-            // Without a pool there are no machines either; what is left of the network goes with the next start.
-            Err(CommandFailed::Storage(StorageError::NotMounted(_))) => Ok(()),
+            // The pool is not there; machines and network may be all the same.
+            Err(CommandFailed::Storage(StorageError::NotMounted(_))) => down_without_pool(&settings).await,
             Err(error) => Err(error),
         }
     })?;
@@ -194,6 +211,15 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
         "Everything is down; VMs and their disks are kept. `scaleboxd pool init` and `scaleboxd serve` bring them back."
     );
     Ok(())
+}
+
+async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
+    let (vmm, _) = find_vmm(settings)?;
+    let machines = settings.run_dir.join("vms");
+    for id in recovery::vm_folders(&machines)? {
+        vmm.put_down(&id.parse()?, &machines.join(&id)).await?;
+    }
+    Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
@@ -207,6 +233,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
 async fn open_service(settings: Settings, state: State) -> Result<(Service, Recovered), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
     let pool = Pool::open(&settings.data_dir, settings.bounds())?;
+    take_pool(&pool, &state, &settings)?;
+    prepare_run_dir(&settings.run_dir)?;
     scalebox_storage::ensure_direct_io(&settings.data_dir, &mut |event| match event {
         InitEvent::Step(step) => tracing::info!("{step}"),
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
@@ -227,6 +255,54 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     let service = Service::new(parts).map_err(io("read the host's memory"))?;
     let recovered = recovery::recover(&service).await?;
     Ok((service, recovered))
+}
+
+/// Makes sure that the pool's disks are the state's: with the wrong state they would all look like nobody's, and be removed.
+fn take_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), CommandFailed> {
+    pool.lock()?;
+    let (on_pool, in_state) = (pool.owner()?, state.pool_owner()?);
+    if on_pool.is_some() && on_pool == in_state {
+        return Ok(());
+    }
+    let disks = pool.disks()?.len();
+    if disks > 0 {
+        let (pool, state_dir) = (settings.data_dir.clone(), settings.state_dir.clone());
+        return Err(CommandFailed::ForeignPool { pool, state_dir, disks });
+    }
+    let owner = random_hex(16).map_err(io("get random bytes"))?;
+    pool.set_owner(&owner)?;
+    Ok(state.set_pool_owner(&owner)?)
+}
+
+/// A folder that cannot be used is told now, not at the first machine.
+fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
+    let vms = run_dir.join("vms");
+    // The longest socket in it: `vm-0123456789ab/control.sock`.
+    let longest = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::machine::SOCKET_NAME_MAX;
+    if longest > SOCKET_PATH_MAX {
+        let right = format!(
+            "sockets in it would have paths of {longest} bytes, and {SOCKET_PATH_MAX} is the most: choose a shorter one"
+        );
+        return Err(SettingsError::Value {
+            key: "RUN_DIR",
+            value: run_dir.display().to_string(),
+            right,
+        }
+        .into());
+    }
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&vms)
+        .map_err(io("create RUN_DIR"))?;
+    tempfile_probe(&vms).map_err(io("write to RUN_DIR"))
+}
+
+/// Writes an unnamed file and forgets it.
+fn tempfile_probe(dir: &Path) -> io::Result<()> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)?;
+    Ok(())
 }
 
 fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFailed> {
@@ -256,32 +332,4 @@ fn resolvers(settings: &Settings) -> Result<Vec<Ipv4Addr>, CommandFailed> {
         );
     }
     Ok(found.servers)
-}
-
-/// Serves until SIGTERM or SIGINT, then answers the requests under way and takes no more.
-async fn answer_until_told_to_stop(listener: TcpListener, router: axum::Router) -> Result<(), CommandFailed> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(io("watch for SIGTERM"))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(io("watch for SIGINT"))?;
-    let (told, stop) = tokio::sync::oneshot::channel::<()>();
-    let mut server = std::pin::pin!(
-        axum::serve(listener, router)
-            .with_graceful_shutdown(async move { drop(stop.await) })
-            .into_future()
-    );
-    tokio::select! {
-        ended = &mut server => return ended.map_err(io("serve the API")),
-        _ = terminate.recv() => tracing::info!("SIGTERM: finishing what is under way"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: finishing what is under way"),
-    }
-    drop(told);
-    match tokio::time::timeout(SHUTDOWN_GRACE, server).await {
-        Ok(ended) => ended.map_err(io("serve the API")),
-        Err(_) => {
-            tracing::warn!(
-                seconds = SHUTDOWN_GRACE.as_secs(),
-                "some clients did not finish their requests: leaving them"
-            );
-            Ok(())
-        }
-    }
 }

@@ -67,7 +67,7 @@ impl ServiceError {
 impl IntoResponse for ServiceError {
     fn into_response(self) -> Response {
         let status = self.status();
-        if status.is_server_error() {
+        if matches!(self, ServiceError::Internal(_)) {
             tracing::error!(status = status.as_u16(), error = %self, "request failed");
         } else {
             tracing::info!(status = status.as_u16(), error = %self, "request refused");
@@ -95,6 +95,7 @@ impl From<StorageError> for ServiceError {
             StorageError::Insufficient { .. } => ServiceError::Insufficient(text),
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
             StorageError::TemplateExists(_) => ServiceError::Conflict(text),
+            StorageError::NotMounted(_) => ServiceError::Unavailable(text),
             StorageError::SmallerThanTemplate { .. } | StorageError::Name(_) => ServiceError::Invalid(text),
             _ => ServiceError::Internal(text),
         }
@@ -109,7 +110,11 @@ impl From<StateError> for ServiceError {
 
 impl From<scalebox_net::Error> for ServiceError {
     fn from(error: scalebox_net::Error) -> Self {
-        ServiceError::Internal(error.to_string())
+        match error {
+            // SUBNET was changed under a VM that has its address from before.
+            scalebox_net::Error::NotAGuestAddress { .. } => ServiceError::Conflict(error.to_string()),
+            _ => ServiceError::Internal(error.to_string()),
+        }
     }
 }
 

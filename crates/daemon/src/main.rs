@@ -7,12 +7,15 @@
 //! | `commands` | what each subcommand does |
 //! | `settings` | environment, file, defaults |
 //! | `api` | routes, token, limits on a request, request ids |
+//! | `server` | connections, and the daemon's end |
 //! | `service` | the VM lifecycle: what a request does, step by step |
 //! | `vms` | the VMs in memory: names, addresses, what is under way |
 //! | `state` | the state file |
 //! | `recovery` | putting things right at start |
+//! | `stall` | machines that stand still because the pool is full, and go on when there is room |
 //! | `resize` | asking a guest how large its root file system is |
 //! | `undo` | steps that can be taken back |
+//! | `random` | random ids |
 //! | `host` | what the host is |
 //! | `progress` | long work, shown to people |
 //! | `error` | what clients are answered when it does not work |
@@ -22,10 +25,13 @@ mod commands;
 mod error;
 mod host;
 mod progress;
+mod random;
 mod recovery;
 mod resize;
+mod server;
 mod service;
 mod settings;
+mod stall;
 mod state;
 mod undo;
 mod vms;

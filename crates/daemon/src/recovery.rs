@@ -68,17 +68,31 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
 
 /// Enters one VM; returns whether its machine runs.
 async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bool, ServiceError> {
-    let machine = match record.status {
+    let found = match record.status {
         VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
-        VmStatus::Stopped | VmStatus::Failed => None,
+        // A start that a crash interrupted before it was recorded: nobody was told of its machine.
+        VmStatus::Stopped | VmStatus::Failed => {
+            service.put_down(&record.id).await?;
+            Found::Nothing
+        }
     };
-    if !lost {
+    let (machine, hung) = match found {
+        Found::Machine(machine) => (Some(machine), false),
+        Found::Hung => (None, true),
+        Found::Nothing => (None, false),
+    };
+    // A disk that a hung machine has open is left alone.
+    if !lost && !hung {
         agree_on_disk_size(service, &mut record, machine.as_ref()).await?;
     }
     service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
     let (status, reason) = match (&machine, lost, record.status) {
         (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
         (Some(_), ..) => (VmStatus::Running, None),
+        _ if hung => (
+            VmStatus::Failed,
+            Some("its hypervisor does not answer: start or delete the VM to end it".to_owned()),
+        ),
         (None, _, VmStatus::Running | VmStatus::Paused) => (
             VmStatus::Stopped,
             Some("its machine ended while scaleboxd was not running".to_owned()),
@@ -124,17 +138,27 @@ async fn agree_on_disk_size(
     Ok(())
 }
 
-async fn adopt(service: &Service, record: &Record) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
-    let machine = service
-        .inner()
-        .vmm
-        .adopt(&machine_id(&record.id)?, &service.run_dir(&record.id))
-        .await?;
-    if machine.is_none() {
-        let run_dir = service.run_dir(&record.id);
-        blocking(move || remove_dir(&run_dir)).await?;
+enum Found {
+    Machine(Arc<dyn Machine>),
+    /// Its process is there and does not answer.
+    Hung,
+    Nothing,
+}
+
+async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError> {
+    let run_dir = service.run_dir(&record.id);
+    match service.inner().vmm.adopt(&machine_id(&record.id)?, &run_dir).await {
+        Ok(Some(machine)) => Ok(Found::Machine(machine)),
+        Ok(None) => {
+            blocking(move || remove_dir(&run_dir)).await?;
+            Ok(Found::Nothing)
+        }
+        Err(error @ scalebox_vmm::Error::Hung { .. }) => {
+            tracing::warn!(vm = record.id, %error, "a machine does not answer; the others are served all the same");
+            Ok(Found::Hung)
+        }
+        Err(error) => Err(error.into()),
     }
-    Ok(machine)
 }
 
 /// Ends the machines, and removes the folders, of VMs that have no record.
@@ -145,13 +169,10 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
         .into_iter()
         .filter(stray)
     {
-        let run_dir = service.run_dir(&id);
-        if let Some(machine) = service.inner().vmm.adopt(&machine_id(&id)?, &run_dir).await? {
-            machine.kill().await?;
+        if service.put_down(&id).await? {
             tracing::info!(vm = id, "ended a machine that belongs to no VM");
             ended += 1;
         }
-        blocking(move || remove_dir(&run_dir)).await?;
     }
     for id in vm_folders(&service.inner().settings.state_dir.join("console"))?
         .into_iter()
@@ -164,7 +185,7 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
 }
 
 /// The ids for which there is a folder in `folder`. What does not have the form of an id is not ours.
-fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
+pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,

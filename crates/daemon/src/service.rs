@@ -6,8 +6,10 @@
 
 use crate::error::ServiceError;
 use crate::host;
+use crate::random::random_hex;
 use crate::resize;
 use crate::settings::Settings;
+use crate::stall;
 use crate::state::{Record, State};
 use crate::undo::Steps;
 use crate::vms::{Operation, Vms};
@@ -326,7 +328,7 @@ impl Service {
                 template.name
             )));
         }
-        let reservation = inner.pool.admit(disk_size.bytes())?;
+        let reservation = self.admit(disk_size.bytes()).await?;
 
         let record = Record {
             id: new_id()?,
@@ -357,7 +359,7 @@ impl Service {
         );
 
         let disk = disk_name(&record)?;
-        let reservation = self.clone_disk(&disk, &template, reservation).await?;
+        let reservation = self.clone_disk(&disk, &template.name, reservation).await?;
         let mut steps = Steps::new();
         let pool = Arc::clone(&inner.pool);
         steps.taken("clone the disk", async move {
@@ -401,11 +403,16 @@ impl Service {
         Ok(machine)
     }
 
+    async fn admit(&self, size: Bytes) -> Result<Reservation, ServiceError> {
+        let pool = Arc::clone(&self.inner.pool);
+        blocking(move || pool.admit(size)).await
+    }
+
     /// Returns the reservation when the disk stands; on a failure nothing is left of either.
     async fn clone_disk(
         &self,
         disk: &Name,
-        template: &scalebox_storage::Template,
+        template: &Name,
         reservation: Reservation,
     ) -> Result<Reservation, ServiceError> {
         let (pool, disk, template) = (Arc::clone(&self.inner.pool), disk.clone(), template.clone());
@@ -508,6 +515,14 @@ impl Service {
                 record.name, record.status
             )));
         }
+        let (pool, disk) = (Arc::clone(&self.inner.pool), disk_name(record)?);
+        if blocking(move || pool.provisioned(&disk)).await.is_err() {
+            return Err(ServiceError::Conflict(format!(
+                "VM {} cannot be started: its disk is gone from the pool; delete it",
+                record.name
+            )));
+        }
+        self.put_down(&record.id).await?;
         let mut steps = Steps::new();
         let started = async {
             let machine = self.bring_up(record, &mut steps).await?;
@@ -560,7 +575,7 @@ impl Service {
         if size == current {
             return Ok(self.describe(record));
         }
-        let reservation = self.inner.pool.admit(size.bytes() - current.bytes())?;
+        let reservation = self.admit(size.bytes() - current.bytes()).await?;
         let before = match machine {
             Some(machine) => resize::guest_total(machine).await,
             None => None,
@@ -619,21 +634,35 @@ impl Service {
     async fn delete_now(&self, reference: &str) -> Result<(), ServiceError> {
         let operation = self.inner.vms.begin(reference, "being deleted")?;
         let Operation { record, machine, .. } = &operation;
-        if let Some(machine) = machine {
-            machine.kill().await?;
+        match machine {
+            Some(machine) => drop(machine.kill().await?),
+            // One that does not answer is no machine of ours, and still has to end.
+            None => drop(self.put_down(&record.id).await?),
         }
         self.take_down(record).await?;
         // The record goes before the disk: a disk without a record is removed at the next start, a record without a disk is a loss.
         let (state, id) = (Arc::clone(&self.inner.state), record.id.clone());
         blocking(move || state.delete(&id)).await?;
-        let (pool, disk) = (Arc::clone(&self.inner.pool), disk_name(record)?);
-        blocking(move || pool.delete_disk(&disk)).await?;
-        self.inner.pool.release(Gib::new(record.disk_size_gib).bytes());
-        let console = self.console_dir(&record.id);
-        blocking(move || remove_dir(&console)).await?;
+        // From here on it is gone; what cannot be removed now is removed at the next start.
         self.inner.vms.remove(&record.id);
+        let (pool, disk) = (Arc::clone(&self.inner.pool), disk_name(record)?);
+        let console = self.console_dir(&record.id);
+        let removed = blocking(move || pool.delete_disk(&disk)).await;
+        let removed = removed.and(blocking(move || remove_dir(&console)).await);
+        self.inner.pool.release(Gib::new(record.disk_size_gib).bytes());
+        if let Err(error) = removed {
+            tracing::warn!(vm = record.id, %error, "deleted, but something of it is left; the next start removes it");
+        }
         tracing::info!(vm = record.id, name = record.name, "deleted");
         Ok(())
+    }
+
+    /// Ends whatever there is of a VM's machine without asking it, and removes its folder. Returns whether a process was ended.
+    pub(crate) async fn put_down(&self, id: &str) -> Result<bool, ServiceError> {
+        let run_dir = self.run_dir(id);
+        let ended = self.inner.vmm.put_down(&machine_id(id)?, &run_dir).await?;
+        blocking(move || remove_dir(&run_dir)).await?;
+        Ok(ended)
     }
 
     /// Tap, forward, seed drive and sockets of a machine that is gone.
@@ -648,7 +677,10 @@ impl Service {
         let service = self.clone();
         // Not in `tasks`: a shutdown does not wait for machines.
         tokio::spawn(async move {
-            let reason = machine.exited().await;
+            let reason = tokio::select! {
+                reason = machine.exited() => reason,
+                never = stall::ride_out(&service, &id, &machine) => match never {},
+            };
             service.note_exit(&id, &machine, reason).await;
         });
     }
@@ -731,9 +763,14 @@ impl Service {
         &self,
         operation: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
     ) -> Result<T, ServiceError> {
-        let task = self.inner.tasks.spawn(operation.in_current_span());
-        task.await
-            .unwrap_or_else(|error| Err(ServiceError::Internal(format!("the operation did not end: {error}"))))
+        // Its own failure is logged here too: a client that hung up takes no answer that would be logged.
+        let logged = async move {
+            operation
+                .await
+                .inspect_err(|error| tracing::debug!(%error, "operation failed"))
+        };
+        let task = self.inner.tasks.spawn(logged.in_current_span());
+        task.await.unwrap_or_else(|error| Err(did_not_end(&error)))
     }
 }
 
@@ -746,8 +783,14 @@ where
     let span = tracing::Span::current();
     match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
         Ok(result) => result.map_err(Into::into),
-        Err(error) => Err(ServiceError::Internal(format!("a step did not end: {error}"))),
+        Err(error) => Err(did_not_end(&error)),
     }
+}
+
+/// A task that panicked: what it said is for the log alone.
+fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
+    tracing::error!(%error, "a task did not end");
+    ServiceError::Internal("an error inside scaleboxd; its log tells more under the request's id".to_owned())
 }
 
 pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {
@@ -760,13 +803,8 @@ pub(crate) fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
 
 /// `vm-` and 48 random bits in hex.
 fn new_id() -> Result<String, ServiceError> {
-    let mut bits = [0; 6];
-    let drawn = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty());
-    if drawn != Ok(bits.len()) {
-        return Err(ServiceError::Internal("the kernel gave no random bytes".to_owned()));
-    }
-    let hex: String = bits.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("vm-{hex}"))
+    let bits = random_hex(6).map_err(|error| ServiceError::Internal(format!("no id could be drawn: {error}")))?;
+    Ok(format!("vm-{bits}"))
 }
 
 /// Each VM's machine runs as a user of its own, so that one that breaks out of its hypervisor finds nothing of another's. The

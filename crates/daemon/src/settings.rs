@@ -238,7 +238,7 @@ impl Settings {
             fstab: values.path("FSTAB", "/etc/fstab")?,
             api: SocketAddr::new(bind, values.number("API_PORT", 8080, 0..=65535)?),
             api_token: values.token()?,
-            host_ip: values.optional("HOST_IP", "an address such as 192.0.2.10")?,
+            host_ip: values.host_ip()?,
             net: values.net()?,
             guest_dns: values.addresses("GUEST_DNS")?,
             vmm: values.word(
@@ -320,7 +320,8 @@ fn parse_file(path: &Path, text: &str) -> Result<HashMap<&'static str, String>, 
             problem,
         };
         let Some((key, value)) = line.split_once('=') else {
-            return Err(problem(format!("{line:?} is not of the form KEY=VALUE")));
+            // The line stays out of the message: it may hold the token.
+            return Err(problem("it is not of the form KEY=VALUE".to_owned()));
         };
         let Some(key) = KEYS.into_iter().find(|known| *known == key.trim()) else {
             return Err(problem(format!(
@@ -422,6 +423,14 @@ impl Values {
         }
     }
 
+    fn host_ip(&self) -> Result<Option<IpAddr>, SettingsError> {
+        const FORM: &str = "an address that clients reach this host at, such as 192.0.2.10";
+        match self.optional("HOST_IP", FORM)? {
+            Some(ip) if IpAddr::is_unspecified(&ip) => Err(self.wrong("HOST_IP", format!("it must be {FORM}"))),
+            other => Ok(other),
+        }
+    }
+
     fn token(&self) -> Result<Option<Token>, SettingsError> {
         let Some(text) = self.get("API_TOKEN") else {
             return Ok(None);
@@ -513,6 +522,7 @@ mod tests {
             ("API_PORT", "80800", "from 0 to 65535"),
             ("API_TOKEN", "with space", "printable ASCII"),
             ("HOST_IP", "host", "an address"),
+            ("HOST_IP", "0.0.0.0", "clients reach"),
             ("BRIDGE", "a bridge with a long name", "such as scalebox0"),
             ("SUBNET", "172.16.0.0/32", "172.16.0.0/16"),
             ("SUBNET", "here", "172.16.0.0/16"),

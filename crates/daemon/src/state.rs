@@ -90,7 +90,8 @@ const MIGRATIONS: [&str; 1] = ["CREATE TABLE vms (
         ssh_port INTEGER NOT NULL UNIQUE,
         status TEXT NOT NULL,
         status_reason TEXT
-    ) STRICT"];
+    ) STRICT;
+    CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"];
 
 /// The open state file. One process has it at a time.
 #[derive(Debug)]
@@ -230,6 +231,30 @@ impl State {
             connection
                 .prepare_cached("UPDATE vms SET disk_size_gib = ?2 WHERE id = ?1")?
                 .execute(params![id, disk_size_gib])
+                .map(drop)
+        })
+    }
+
+    /// The mark on the pool whose disks these are; `None` before a pool was ever used.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn pool_owner(&self) -> Result<Option<String>, StateError> {
+        self.with(|connection| {
+            connection
+                .query_row("SELECT value FROM facts WHERE key = 'pool_owner'", [], |row| row.get(0))
+                .optional()
+        })
+    }
+
+    /// Notes the mark on the pool.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn set_pool_owner(&self, owner: &str) -> Result<(), StateError> {
+        self.with(|connection| {
+            connection
+                .execute("INSERT OR REPLACE INTO facts VALUES ('pool_owner', ?)", [owner])
                 .map(drop)
         })
     }

@@ -163,6 +163,19 @@ impl Vms {
         }
     }
 
+    /// Notes what a VM does now, if `machine` is still the one it has: an operation under way knows better.
+    pub fn note(&self, id: &str, machine: &Arc<dyn Machine>, status: VmStatus, reason: Option<&str>) {
+        if let Some(entry) = self.lock().by_id.get_mut(id)
+            && entry
+                .machine
+                .as_ref()
+                .is_some_and(|current| Arc::ptr_eq(current, machine))
+        {
+            entry.record.status = status;
+            entry.record.status_reason = reason.map(str::to_owned);
+        }
+    }
+
     /// Notes the size of a VM's disk.
     pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) {
         if let Some(entry) = self.lock().by_id.get_mut(id) {

@@ -192,6 +192,59 @@ fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_
 }
 
 #[test]
+fn disks_are_kept_from_a_daemon_whose_state_knows_nothing_of_them() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let vm = host.create_stopped("tiny", None);
+    let right = text(&host.folder.join("state")).to_owned();
+    let wrong = text(&host.folder.join("other")).to_owned();
+
+    // Beside the daemon that has the pool.
+    host.set("STATE_DIR", &wrong);
+    let said = host.scaleboxd_fails(&["serve"]);
+    assert!(said.contains("at work on"), "{said}");
+    // In its place.
+    assert!(host.terminate().success());
+    for command in ["serve", "down"] {
+        let said = host.scaleboxd_fails(&[command]);
+        assert!(
+            said.contains("holds 1 disks") && said.contains("STATE_DIR"),
+            "{command}: {said}"
+        );
+        assert!(host.disk(&vm).exists());
+    }
+    host.set("STATE_DIR", &right);
+    host.serve();
+    assert_eq!(host.client().vms().unwrap(), [vm.clone()]);
+
+    // An empty pool is anybody's.
+    host.client().delete_vm(&vm.id).unwrap();
+    assert!(host.terminate().success());
+    host.set("STATE_DIR", &wrong);
+    host.serve();
+    let vm = host.create_stopped("tiny", None);
+    assert!(host.disk(&vm).exists());
+}
+
+#[test]
+fn a_run_dir_that_is_too_long_for_sockets_is_told_at_start() {
+    let mut host = Host::new(&Options::default());
+    let long = host.folder.join("x".repeat(90));
+    host.set("RUN_DIR", text(&long));
+    let said = host.scaleboxd_fails(&["serve"]);
+    assert!(said.contains("RUN_DIR") && said.contains("shorter"), "{said}");
+    host.set("RUN_DIR", text(&host.folder.join("run").clone()));
+}
+
+#[test]
+fn a_client_that_never_finishes_its_request_does_not_hold_up_the_end() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let mut slow = std::net::TcpStream::connect(host.url.strip_prefix("http://").unwrap()).unwrap();
+    std::io::Write::write_all(&mut slow, b"GET /health HTTP/1.1\r\n").unwrap();
+    assert_eq!(host.client().vms().unwrap(), []);
+    assert_eq!(host.terminate().code(), Some(0));
+}
+
+#[test]
 fn a_growth_that_a_crash_interrupted_is_carried_through() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);

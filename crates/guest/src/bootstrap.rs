@@ -1,4 +1,4 @@
-//! Installing Debian into a directory, by `mmdebstrap`.
+//! Installing Debian into a directory, by `mmdebstrap`, in a mount namespace of its own.
 
 use crate::archive;
 use crate::command::{Call, Program};
@@ -27,7 +27,7 @@ pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Prog
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).map_err(Error::io("make executable", &hook))?;
 
     let mut phases = Phases::new(progress);
-    Call::new(Program::Mmdebstrap, arguments(recipe, &root, &hook))
+    Call::new(Program::Unshare, arguments(recipe, &root, &hook))
         .env("SCALEBOX_KERNEL", &kernel)
         .env("SCALEBOX_KERNEL_PACKAGE", recipe.kernel_package.as_str())
         .run(|line| phases.line(line))?;
@@ -36,6 +36,10 @@ pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Prog
 
 fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
     let mut arguments: Vec<String> = [
+        // It mounts /proc, /sys and /dev in the new root: in a mount namespace of its own they are gone with it, killed or not.
+        "--mount",
+        "--",
+        Program::Mmdebstrap.name(),
         "--verbose",
         "--mode=root",
         "--variant=minbase",
@@ -48,11 +52,7 @@ fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
     ]
     .map(str::to_owned)
     .into();
-    let dpkg = files::IN_GUEST
-        .iter()
-        .find(|file| file.path == "etc/dpkg/dpkg.cfg.d/scalebox");
-    let dpkg = dpkg.map(|file| file.content).unwrap_or_default();
-    arguments.extend(files::entries(dpkg).map(|option| format!("--dpkgopt={option}")));
+    arguments.extend(files::entries(files::DPKG_OPTIONS).map(|option| format!("--dpkgopt={option}")));
     let packages: Vec<&str> = files::entries(files::PACKAGES)
         .chain(recipe.extra_packages.iter().map(String::as_str))
         .collect();
@@ -66,11 +66,11 @@ fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
 
 /// Where in mmdebstrap's output a step begins, and how many lines it has until the next: the measure of its fraction.
 const PHASES: [(&str, Step, usize); 5] = [
-    ("I: running apt-get update", progress::INDEX, 12),
-    ("I: downloading packages with apt", progress::UNPACK, 200),
-    ("I: installing essential packages", progress::BASE, 290),
-    ("I: installing remaining packages", progress::PACKAGES, 560),
-    ("I: running --customize-hook", progress::KERNEL, 14),
+    ("I: running apt-get update", progress::INDEX, 8),
+    ("I: downloading packages with apt", progress::UNPACK, 213),
+    ("I: installing essential packages", progress::BASE, 607),
+    ("I: installing remaining packages", progress::PACKAGES, 728),
+    ("I: running --customize-hook", progress::KERNEL, 9),
 ];
 
 struct Phases<'a> {
@@ -130,7 +130,7 @@ mod tests {
         phases.line("I: chroot architecture amd64 is equal to the host's architecture");
         phases.line("I: running apt-get update...");
         phases.line("I: downloading packages with apt...");
-        for _ in 0..300 {
+        for _ in 0..400 {
             phases.line("Get:1 something");
         }
         assert_eq!(seen.steps, [progress::INDEX.name, progress::UNPACK.name]);

@@ -25,17 +25,20 @@ pub enum Program {
     Rm,
     /// Sets what `mke2fs` cannot.
     Tune2fs,
+    /// Runs another program where its mounts are nobody else's, and end with it.
+    Unshare,
 }
 
 impl Program {
     /// Those that a build cannot do without.
-    pub const REQUIRED: [Program; 6] = [
+    pub const REQUIRED: [Program; 7] = [
         Program::Chroot,
         Program::E2fsck,
         Program::Mke2fs,
         Program::Mmdebstrap,
         Program::Rm,
         Program::Tune2fs,
+        Program::Unshare,
     ];
 
     /// The name of the executable.
@@ -48,6 +51,7 @@ impl Program {
             Program::Mmdebstrap => "mmdebstrap",
             Program::Rm => "rm",
             Program::Tune2fs => "tune2fs",
+            Program::Unshare => "unshare",
         }
     }
 
@@ -58,6 +62,7 @@ impl Program {
             Program::Chroot | Program::Rm => "coreutils",
             Program::E2fsck | Program::Mke2fs | Program::Tune2fs => "e2fsprogs",
             Program::Mmdebstrap => "mmdebstrap",
+            Program::Unshare => "util-linux",
         }
     }
 }

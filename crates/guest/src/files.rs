@@ -30,10 +30,13 @@ macro_rules! in_guest {
 /// Puts a unit behind sshd and the network.
 const BEHIND_SSH: &str = include_str!("../files/behind-ssh.conf");
 
+/// What dpkg leaves out of packages: when the template is built, and in the guest from then on.
+pub(crate) const DPKG_OPTIONS: &str = include_str!("../files/root/etc/dpkg/dpkg.cfg.d/scalebox");
+
 /// All files that are put into the guest beside those of its packages.
 pub(crate) const IN_GUEST: &[GuestFile] = &[
     in_guest!(0o644 "etc/default/locale"),
-    in_guest!(0o644 "etc/dpkg/dpkg.cfg.d/scalebox"),
+    in_guest!(0o644 "etc/dpkg/dpkg.cfg.d/scalebox" = DPKG_OPTIONS),
     in_guest!(0o644 "etc/fstab"),
     in_guest!(0o644 "etc/hosts"),
     in_guest!(0o644 "etc/ssh/sshd_config.d/scalebox.conf"),

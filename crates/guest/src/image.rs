@@ -2,6 +2,7 @@
 
 use crate::command::{Program, run};
 use crate::error::Error;
+use crate::progress::{self, Progress};
 use scalebox_storage::Bytes;
 use std::fs::File;
 use std::path::Path;
@@ -18,7 +19,8 @@ const JOURNAL_MIB: &str = "size=32";
 const RESERVED: &str = "1";
 
 /// Writes the tree below `root` as an ext4 file system of `size` (sparse) to the new file `image`, and checks it.
-pub(crate) fn write(root: &Path, image: &Path, size: Bytes) -> Result<(), Error> {
+pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn Progress) -> Result<(), Error> {
+    progress.step(progress::IMAGE);
     let file = File::create_new(image).map_err(Error::io("create", image))?;
     file.set_len(size.as_u64())
         .map_err(Error::io("set the size of", image))?;
@@ -50,6 +52,7 @@ pub(crate) fn write(root: &Path, image: &Path, size: Bytes) -> Result<(), Error>
             &path,
         ],
     )?;
+    progress.fraction(0.3);
     // `noinit_itable` as a default mount option: a grown clone has inode tables that nobody zeroed, for 100 GiB 1.6 GB of them, which
     // the kernel would write in the background (and while growing). They lie in holes and read as zeros as it is.
     run(
@@ -57,5 +60,8 @@ pub(crate) fn write(root: &Path, image: &Path, size: Bytes) -> Result<(), Error>
         ["-e", "remount-ro", "-E", "mount_opts=noinit_itable", &path],
     )?;
     run(Program::E2fsck, ["-f", "-n", &path])?;
-    file.sync_all().map_err(Error::io("flush", image))
+    progress.fraction(0.5);
+    file.sync_all().map_err(Error::io("flush", image))?;
+    progress.fraction(1.0);
+    Ok(())
 }

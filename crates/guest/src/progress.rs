@@ -32,16 +32,16 @@ pub trait Progress {
 impl Progress for () {}
 
 /// The steps of a build with their shares: seconds of a measured build (2 cores, archive at 9 MB/s), of [`TOTAL`].
-pub(crate) const INDEX: Step = step("Reading the archive's index", 2.7);
-pub(crate) const UNPACK: Step = step("Fetching and unpacking the base system", 18.0);
-pub(crate) const BASE: Step = step("Installing the base system", 18.0);
-pub(crate) const PACKAGES: Step = step("Installing the guest's packages", 26.0);
-pub(crate) const KERNEL: Step = step("Fetching the kernel", 3.3);
-pub(crate) const CONTENTS: Step = step("Putting in the guest's own files", 4.0);
-pub(crate) const BOOT: Step = step("Making kernel and initramfs", 1.0);
-pub(crate) const IMAGE: Step = step("Writing the image", 6.0);
+pub(crate) const INDEX: Step = step("Reading the archive's index", 2.5);
+pub(crate) const UNPACK: Step = step("Fetching and unpacking the base system", 8.0);
+pub(crate) const BASE: Step = step("Installing the base system", 13.0);
+pub(crate) const PACKAGES: Step = step("Installing the guest's packages", 25.0);
+pub(crate) const KERNEL: Step = step("Fetching the kernel", 3.0);
+pub(crate) const CONTENTS: Step = step("Putting in the guest's own files", 0.5);
+pub(crate) const BOOT: Step = step("Making kernel and initramfs", 0.5);
+pub(crate) const IMAGE: Step = step("Writing the image", 12.0);
 
-const TOTAL: f64 = 79.0;
+const TOTAL: f64 = 64.5;
 
 const fn step(name: &'static str, seconds: f64) -> Step {
     Step {

@@ -72,8 +72,7 @@ fn sweep(work_dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes a tree. An interrupted bootstrap may have left `/dev` or `/proc` mounted in it: then it says so, and nothing on the far
-/// side of a mount is touched.
+/// Removes a tree. Should anything be mounted in it, such as `/dev`, it says so, and nothing on the far side of a mount is touched.
 pub(crate) fn remove_tree(path: &Path) -> Result<(), Error> {
     let table = Path::new("/proc/self/mountinfo");
     let table = fs::read_to_string(table).map_err(Error::io("read", table))?;

@@ -99,10 +99,7 @@ fn cook(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn Progress
     progress.step(progress::CONTENTS);
     contents::furnish(&root, &kernel, &package.version)?;
 
-    progress.step(progress::IMAGE);
-    image::write(&root, &out.join(ROOTFS), recipe.size)?;
-    progress.fraction(1.0);
-    Ok(())
+    image::write(&root, &out.join(ROOTFS), recipe.size, progress)
 }
 
 fn write_flushed(path: &Path, content: &[u8]) -> Result<(), Error> {

@@ -6,6 +6,9 @@ use crate::size::Bytes;
 use rustix::fd::AsFd;
 use rustix::io;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 const MAGIC: u8 = 0x94;
 const SPACE_INFO: Opcode = opcode::read_write::<SpaceArgsHeader>(MAGIC, 20);
@@ -46,7 +49,8 @@ struct SpaceArgs {
 struct FsInfoArgs {
     max_id: u64,
     num_devices: u64,
-    rest: [u64; 126],
+    fsid: [u8; 16],
+    rest: [u64; 124],
 }
 
 #[repr(C)]
@@ -79,6 +83,44 @@ pub(crate) struct ChunkSpace {
     pub(crate) metadata_copies: u64,
     /// Raw bytes in use: data, metadata and system, each as often as it is stored.
     pub(crate) raw_used: Bytes,
+}
+
+/// Data that btrfs has taken and not yet committed: `used` grows only with the next commit, 30 s away by default, in which gigabytes are written.
+///
+/// From `/sys/fs/btrfs/UUID/allocation/data` (Documentation/ABI/testing/sysfs-fs-btrfs): what is reserved for writes under way, what may
+/// be needed by buffered ones, and what was freed and can be used only after the commit.
+#[derive(Debug)]
+pub(crate) struct PendingWrites {
+    counters: [File; 3],
+}
+
+impl PendingWrites {
+    /// The counters of the btrfs that `file` lies on. They stay open: reading one is then a single system call.
+    pub(crate) fn open(file: impl AsFd) -> std::io::Result<PendingWrites> {
+        let info = fs_info(&file)?;
+        let hex: Vec<String> = info.fsid.iter().map(|byte| format!("{byte:02x}")).collect();
+        let group = |range: std::ops::Range<usize>| hex[range].concat();
+        let uuid = [group(0..4), group(4..6), group(6..8), group(8..10), group(10..16)].join("-");
+        let folder = Path::new("/sys/fs/btrfs").join(uuid).join("allocation/data");
+        let open = |counter: &str| File::open(folder.join(counter));
+        Ok(PendingWrites {
+            counters: [open("bytes_reserved")?, open("bytes_may_use")?, open("bytes_pinned")?],
+        })
+    }
+
+    /// Their sum now.
+    pub(crate) fn read(&self) -> std::io::Result<Bytes> {
+        let mut sum = Bytes::ZERO;
+        for counter in &self.counters {
+            let mut text = [0; 32];
+            let length = counter.read_at(&mut text, 0)?;
+            let number = str::from_utf8(&text[..length])
+                .ok()
+                .and_then(|text| text.trim().parse().ok());
+            sum += Bytes::new(number.ok_or_else(|| std::io::Error::other("a counter of btrfs is no number"))?);
+        }
+        Ok(sum)
+    }
 }
 
 /// Reads the space of the btrfs that `file` lies on.
@@ -129,15 +171,21 @@ fn space_infos(file: &impl AsFd) -> io::Result<Vec<SpaceInfo>> {
     Ok(args.spaces[..filled].to_vec())
 }
 
-/// The size of all devices, and how much of it is in chunks.
-fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes)> {
+fn fs_info(file: &impl AsFd) -> io::Result<FsInfoArgs> {
     let mut info = FsInfoArgs {
         max_id: 0,
         num_devices: 0,
-        rest: [0; 126],
+        fsid: [0; 16],
+        rest: [0; 124],
     };
     // SAFETY: the argument has the size and layout of `btrfs_ioctl_fs_info_args`.
     unsafe { ioctl(file.as_fd(), Updater::<FS_INFO, FsInfoArgs>::new(&mut info))? };
+    Ok(info)
+}
+
+/// The size of all devices, and how much of it is in chunks.
+fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes)> {
+    let info = fs_info(file)?;
     let (mut size, mut allocated) = (Bytes::ZERO, Bytes::ZERO);
     for devid in 1..=info.max_id {
         let mut device = DevInfoArgs {

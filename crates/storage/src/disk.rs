@@ -7,9 +7,7 @@ use crate::files;
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
-use crate::template::Template;
 use std::collections::HashSet;
-use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -29,15 +27,8 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`], [`StorageError::SmallerThanTemplate`], [`StorageError::Io`].
-    pub fn create_disk(&self, id: &Name, template: &Template, admitted: &Reservation) -> Result<(), StorageError> {
-        let size = admitted.size();
-        if size < template.size {
-            return Err(StorageError::SmallerThanTemplate {
-                template: template.name.to_string(),
-                template_size: template.size.ceil_gib(),
-            });
-        }
-        let golden = self.golden(template, size)?;
+    pub fn create_disk(&self, id: &Name, template: &Name, admitted: &Reservation) -> Result<(), StorageError> {
+        let golden = self.golden(template, admitted.size())?;
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
         let made = files::reflink(&golden, &disk)
@@ -104,6 +95,25 @@ impl Pool {
         }
     }
 
+    /// The disks there are, whoever they belong to.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn disks(&self) -> Result<Vec<Name>, StorageError> {
+        let folder = self.disks_dir();
+        let entries = fs::read_dir(&folder).map_err(|error| StorageError::io("list", folder.display(), error))?;
+        let mut disks = Vec::new();
+        for entry in entries {
+            let name = entry
+                .map_err(|error| StorageError::io("list", folder.display(), error))?
+                .file_name();
+            let id = name.to_str().and_then(|file| file.strip_suffix(".ext4"));
+            // What does not have the form of a disk is none.
+            disks.extend(id.and_then(|id| id.parse().ok()));
+        }
+        Ok(disks)
+    }
+
     /// Puts the folders right after a crash: disks that nobody in `keep` owns and half-made files go, and what is missing is told.
     /// To be called before the first request.
     ///
@@ -114,29 +124,14 @@ impl Pool {
             removed: self.sweep_partials()?,
             missing: Vec::new(),
         };
-        let folder = self.disks_dir();
-        let mut found = HashSet::new();
-        let entries = fs::read_dir(&folder).map_err(|error| StorageError::io("list", folder.display(), error))?;
-        for entry in entries {
-            let path = entry
-                .map_err(|error| StorageError::io("list", folder.display(), error))?
-                .path();
-            let id = path
-                .file_name()
-                .and_then(OsStr::to_str)
-                .and_then(|file| file.strip_suffix(".ext4"));
-            // What does not have the form of a disk is not ours to delete.
-            let Some(Ok(id)) = id.map(str::parse::<Name>) else {
-                continue;
-            };
-            if keep.contains(&id) {
-                found.insert(id);
-            } else {
-                fs::remove_file(&path).map_err(|error| StorageError::io("remove", path.display(), error))?;
-                swept.removed.push(path);
-            }
+        let found: HashSet<Name> = self.disks()?.into_iter().collect();
+        let mut strays: Vec<_> = found.difference(keep).map(|id| self.disk_path(id)).collect();
+        strays.sort();
+        for path in strays {
+            fs::remove_file(&path).map_err(|error| StorageError::io("remove", path.display(), error))?;
+            swept.removed.push(path);
         }
-        files::sync_dir(&folder)?;
+        files::sync_dir(&self.disks_dir())?;
         swept.missing = keep.difference(&found).cloned().collect();
         swept.missing.sort();
         Ok(swept)

@@ -27,7 +27,7 @@ pub enum StorageError {
     #[error("there is no template {0:?}")]
     NoTemplate(String),
     /// A template of that name is there already.
-    #[error("a template {0} exists already: delete it first, or choose another name")]
+    #[error("a template {0} exists already: replace it (--replace), delete it first, or choose another name")]
     TemplateExists(String),
     /// A disk was asked for that its template does not fit on.
     #[error("disk_size_gib must be at least {template_size}: the template {template} is {template_size} GiB large")]
@@ -71,6 +71,14 @@ pub enum StorageError {
         path: PathBuf,
         /// What it holds.
         found: String,
+    },
+    /// The pool image is in use at another place.
+    #[error("{} is mounted at {} already: set DATA_DIR to that folder, or unmount it there first", image.display(), at.display())]
+    MountedElsewhere {
+        /// The image.
+        image: PathBuf,
+        /// Where it is mounted.
+        at: PathBuf,
     },
     /// Another program is at work on the same pool.
     #[error("another scaleboxd is at work on {}: wait for it to finish", .0.display())]

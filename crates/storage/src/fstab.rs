@@ -3,6 +3,7 @@
 use crate::mounts::escape;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// The pool's mount options. `loop` makes the loop device; `nofail` lets a host boot whose pool is gone; `noatime` saves a write
@@ -72,6 +73,10 @@ pub(crate) fn register(path: &Path, image: &Path, target: &Path) -> Result<bool,
     };
     let line = format!("{newline}{image_field} {target_field} btrfs {MOUNT_OPTIONS} 0 0\n");
     let mut file = OpenOptions::new().append(true).create(true).open(path).map_err(io)?;
+    if table.is_empty() {
+        // A new table is read by programs that are not root, whatever the umask of this one is.
+        file.set_permissions(fs::Permissions::from_mode(0o644)).map_err(io)?;
+    }
     file.write_all(line.as_bytes())
         .and_then(|()| file.sync_all())
         .map_err(io)?;

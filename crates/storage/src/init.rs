@@ -76,6 +76,7 @@ pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutc
             tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
             make_dir(&plan.data_dir)?;
             require_empty(&plan.data_dir)?;
+            require_not_mounted_elsewhere(&plan.image)?;
             ensure_image(plan, tell)?;
             mount(plan, tell)?;
             false
@@ -183,6 +184,21 @@ fn require_empty(dir: &Path) -> Result<(), StorageError> {
     }
 }
 
+/// One pool at two places would be two sets of books over the same disks.
+fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
+    let image = image.canonicalize().unwrap_or_else(|_| image.to_owned());
+    let mounts = mounts::all().map_err(|error| StorageError::io("read", "the table of mounts", error))?;
+    for mount in mounts {
+        if backing_file(&mount)?.is_some_and(|backing| backing == image) {
+            return Err(StorageError::MountedElsewhere {
+                image,
+                at: mount.target,
+            });
+        }
+    }
+    Ok(())
+}
+
 fn ensure_image(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
     match image_content(&plan.image)? {
         ImageContent::Pool => {
@@ -252,7 +268,7 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
 /// What a file holds, by its signatures: the type of a file system, or of a partition table.
 pub(crate) fn probe(path: &Path) -> Result<Option<String>, StorageError> {
     // Exit code 2: no signature was found; 8: several that contradict each other.
-    let args = ["-p", "-o", "export"].map(OsStr::new);
+    let args = ["-p", "-o", "export", "--"].map(OsStr::new);
     let (code, output) = command::run_accepting(Program::Blkid, args.into_iter().chain([path.as_os_str()]), |code| {
         matches!(code, 0 | 2 | 8)
     })?;

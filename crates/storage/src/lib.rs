@@ -31,7 +31,7 @@
 //! let pool = Pool::open("/var/lib/scalebox".as_ref(), bounds)?;
 //! let template = pool.template(&"debian-base".parse()?)?;
 //! let admitted = pool.admit(Gib::new(10).bytes())?;
-//! pool.create_disk(&"vm-0123456789ab".parse()?, &template, &admitted)?;
+//! pool.create_disk(&"vm-0123456789ab".parse()?, &template.name, &admitted)?;
 //! admitted.commit();
 //! # Ok(())
 //! # }

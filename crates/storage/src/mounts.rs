@@ -21,11 +21,13 @@ pub(crate) fn mounted_at(dir: &Path) -> io::Result<Option<MountEntry>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
+    Ok(all()?.into_iter().rfind(|entry| entry.target == dir))
+}
+
+/// Every file system mounted, in the order they were.
+pub(crate) fn all() -> io::Result<Vec<MountEntry>> {
     let table = fs::read("/proc/self/mountinfo")?;
-    Ok(table
-        .split(|&byte| byte == b'\n')
-        .filter_map(parse_line)
-        .rfind(|entry| entry.target == dir))
+    Ok(table.split(|&byte| byte == b'\n').filter_map(parse_line).collect())
 }
 
 /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`

@@ -1,19 +1,23 @@
 //! An open pool: the handle through which templates and disks are made.
 
 use crate::admission::{Admission, Bounds, Promises, Reservation};
+use crate::btrfs::PendingWrites;
 use crate::error::StorageError;
 use crate::files;
 use crate::init::{backing_file, mounted_pool};
 use crate::name::Name;
 use crate::size::Bytes;
 use crate::space::Space;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+
+/// The file in the pool's root that tells whose it is.
+const OWNER: &str = "owner";
 
 /// A mounted pool. All methods block; share it in an `Arc` and call it from threads that may.
 #[derive(Debug)]
@@ -22,6 +26,8 @@ pub struct Pool {
     image: Option<PathBuf>,
     /// The root folder, held open: space is read through it without a path look-up, and the pool cannot be unmounted under us.
     dir: File,
+    /// What btrfs has taken and not yet accounted for.
+    pending: PendingWrites,
     admission: Admission,
     /// One lock for each (template, size) that is being grown: two requests for the same wait for one another, others do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
@@ -36,16 +42,71 @@ impl Pool {
         let mount = mounted_pool(data_dir)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
         let image = backing_file(&mount)?;
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
+        let pending = PendingWrites::open(&dir)
+            .map_err(|error| StorageError::io("read the uncommitted writes of", data_dir.display(), error))?;
         let pool = Pool {
             root: data_dir.to_owned(),
             image,
             dir,
+            pending,
             admission: Admission::new(bounds),
             growing: Mutex::default(),
         };
         pool.require_folders()?;
         pool.require_reflink()?;
         Ok(pool)
+    }
+
+    /// Takes the pool for one program that makes and removes disks in it, for as long as the pool is open.
+    ///
+    /// # Errors
+    /// [`StorageError::Busy`] while another has it.
+    pub fn lock(&self) -> Result<(), StorageError> {
+        match flock(&self.dir, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StorageError::Busy(self.root.clone())),
+            Err(errno) => Err(StorageError::io("lock", self.root.display(), errno.into())),
+        }
+    }
+
+    /// Who the pool belongs to, as [`Pool::set_owner`] wrote it; `None` for a pool that was never used.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn owner(&self) -> Result<Option<String>, StorageError> {
+        let path = self.root.join(OWNER);
+        match std::fs::read_to_string(&path) {
+            Ok(owner) => Ok(Some(owner.trim().to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(StorageError::io("read", path.display(), error)),
+        }
+    }
+
+    /// Marks the pool as belonging to `owner`, durably: whoever keeps the books of its disks, so that nobody else takes them for
+    /// nobody's.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn set_owner(&self, owner: &str) -> Result<(), StorageError> {
+        let path = self.root.join(OWNER);
+        let partial = path.with_extension("partial");
+        files::discard(&partial);
+        let written = files::create_new(&partial).and_then(|mut file| {
+            file.write_all(owner.as_bytes())
+                .and_then(|()| file.sync_all())
+                .and_then(|()| std::fs::rename(&partial, &path))
+                .map_err(|error| StorageError::io("write", path.display(), error))
+        });
+        written.and_then(|()| files::sync_dir(&self.root))
+    }
+
+    /// An unmounted pool must not look like an empty one.
+    pub(crate) fn require_mounted(&self) -> Result<(), StorageError> {
+        let (held, there) = (rustix::fs::fstat(&self.dir), rustix::fs::stat(&self.root));
+        match (held, there) {
+            (Ok(held), Ok(there)) if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino) => Ok(()),
+            _ => Err(StorageError::NotMounted(self.root.clone())),
+        }
     }
 
     /// The mount point.
@@ -90,7 +151,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`] when the kernel does not tell.
     pub fn space(&self) -> Result<Space, StorageError> {
-        Space::read(&self.dir, self.image())
+        Space::read(&self.dir, &self.pending, self.image())
     }
 
     /// Admits a disk of `size`, or refuses it with nothing done; see [`Admission::admit`].
@@ -98,6 +159,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Insufficient`].
     pub fn admit(&self, size: Bytes) -> Result<Reservation, StorageError> {
+        self.require_mounted()?;
         self.admission.admit(size, || self.space())
     }
 
@@ -126,15 +188,10 @@ impl Pool {
         self.admission.limit(capacity)
     }
 
-    /// Refuses what could not be written right now, for data that is copied in and not promised.
-    pub(crate) fn require_free(&self, size: Bytes) -> Result<(), StorageError> {
-        self.admit(size).map(drop)
-    }
-
     /// Puts kernel and initramfs in place of what was there. Machines that run keep the old ones.
     ///
     /// # Errors
-    /// [`StorageError::Io`]; either both are new or, after a crash between the two, the next run puts it right.
+    /// [`StorageError::Io`]; after a crash between the two, run it again.
     pub fn install_kernel(&self, vmlinuz: &Path, initrd: &Path) -> Result<(), StorageError> {
         let dir = self.kernel_dir();
         for (from, name) in [(initrd, "initrd.img"), (vmlinuz, "vmlinuz")] {

@@ -1,6 +1,6 @@
 //! How much can really be written: the pool and the host disk under it, seen as one.
 
-use crate::btrfs::{ChunkSpace, chunk_space};
+use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
 use crate::size::Bytes;
 use rustix::fs::{fstat, statvfs};
@@ -37,16 +37,23 @@ impl Space {
     ///
     /// `free = min(pool free, host free + blocks the image owns and the pool does not use)`: a block that the image
     /// already owns can be written again without the host disk's help.
-    pub(crate) fn read(pool: &File, image: Option<&Path>) -> Result<Space, StorageError> {
+    pub(crate) fn read(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
         let chunks =
             chunk_space(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
-        let pool_free = writable(&chunks);
+        // Taken by btrfs and not accounted for until its next commit, half a minute away at most: gone all the same.
+        let pending = pending
+            .read()
+            .map_err(|error| StorageError::io("read the uncommitted writes of", "the pool", error))?;
+        let pool_free = writable(&chunks) - pending;
         let (host_free, free) = match image {
             None => (None, pool_free),
             Some(image) => {
                 let host_free = available(image)?;
                 let owned = allocated(image)?;
-                (Some(host_free), pool_free.min(host_free + (owned - chunks.raw_used)))
+                (
+                    Some(host_free),
+                    pool_free.min(host_free + (owned - chunks.raw_used - pending)),
+                )
             }
         };
         Ok(Space {

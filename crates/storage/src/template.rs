@@ -35,6 +35,21 @@ pub struct Template {
     inode: u64,
 }
 
+impl Template {
+    fn of(name: &Name, meta: &fs::Metadata) -> Template {
+        Template {
+            name: name.clone(),
+            size: Bytes::new(meta.len()),
+            used: Bytes::from_blocks(meta.blocks(), 512),
+            created_at: meta
+                .created()
+                .or_else(|_| meta.modified())
+                .unwrap_or(SystemTime::UNIX_EPOCH),
+            inode: meta.ino(),
+        }
+    }
+}
+
 const GROWN: &str = ".grown";
 const SUFFIX: &str = ".ext4";
 /// Work that is not finished; what an interrupted run left of it is swept at the next start.
@@ -46,6 +61,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`].
     pub fn templates(&self) -> Result<Vec<Template>, StorageError> {
+        self.require_mounted()?;
         let mut templates = Vec::new();
         for file in list(&self.templates_dir())? {
             let name = file
@@ -71,16 +87,7 @@ impl Pool {
     pub fn template(&self, name: &Name) -> Result<Template, StorageError> {
         let path = self.template_path(name);
         match fs::symlink_metadata(&path) {
-            Ok(meta) if meta.is_file() => Ok(Template {
-                name: name.clone(),
-                size: Bytes::new(meta.len()),
-                used: Bytes::from_blocks(meta.blocks(), 512),
-                created_at: meta
-                    .created()
-                    .or_else(|_| meta.modified())
-                    .unwrap_or(SystemTime::UNIX_EPOCH),
-                inode: meta.ino(),
-            }),
+            Ok(meta) if meta.is_file() => Ok(Template::of(name, &meta)),
             Ok(_) => Err(StorageError::NoTemplate(name.to_string())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StorageError::NoTemplate(name.to_string())),
             Err(error) => Err(StorageError::io("read", path.display(), error)),
@@ -98,11 +105,17 @@ impl Pool {
         if !replace && target.exists() {
             return Err(StorageError::TemplateExists(name.to_string()));
         }
+        // Looked at before it is opened: opening a FIFO would wait for somebody to write to it.
+        let meta = fs::metadata(source).map_err(|error| StorageError::io("read", source.display(), error))?;
+        if !meta.is_file() {
+            return Err(not_a_template(source, "it is not a plain file".to_owned()));
+        }
         let file = File::open(source).map_err(|error| StorageError::io("read", source.display(), error))?;
         require_bare_ext4(source, &file)?;
         let data =
             space::allocated_of(&file).map_err(|errno| StorageError::io("read", source.display(), errno.into()))?;
-        self.require_free(data)?;
+        // Held until the data is there, and counts for itself.
+        let _room = self.admit(data)?;
 
         let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
         let copy = self.claim(&partial)?;
@@ -132,6 +145,8 @@ impl Pool {
     /// # Errors
     /// [`StorageError::NoTemplate`].
     pub fn delete_template(&self, name: &Name) -> Result<(), StorageError> {
+        // What is no template is not deleted as one.
+        self.template(name)?;
         let path = self.template_path(name);
         fs::remove_file(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
@@ -157,49 +172,66 @@ impl Pool {
         }
     }
 
-    /// An image of exactly `size` to clone disks from: the template itself, or its grown clone, which is made if it is not there.
-    pub(crate) fn golden(&self, template: &Template, size: Bytes) -> Result<File, StorageError> {
-        let original = self.template_path(&template.name);
-        let open = |path: &Path| {
-            files::open_read(path).map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound => StorageError::NoTemplate(template.name.to_string()),
-                _ => StorageError::io("read", path.display(), error),
-            })
-        };
-        if size == template.size {
-            return open(&original);
+    /// An image of exactly `size` to clone a disk of template `name` from: the template itself, or its grown clone, which is made if it
+    /// is not there. What is returned is open: it can be cloned even if the template is deleted or replaced meanwhile.
+    pub(crate) fn golden(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
+        let (template, original) = self.open_template(name)?;
+        if size < template.size {
+            let template_size = template.size.ceil_gib();
+            return Err(StorageError::SmallerThanTemplate {
+                template: name.to_string(),
+                template_size,
+            });
         }
-        let grown = self.grown_path(template, size);
+        if size == template.size {
+            return Ok(original);
+        }
+        let grown = self.grown_path(&template, size);
+        let lock = self.growing_lock(&grown);
+        let _growing = lock.lock().unwrap_or_else(PoisonError::into_inner);
         match files::open_read(&grown) {
             Ok(file) => return Ok(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(StorageError::io("read", grown.display(), error)),
         }
-        let lock = self.growing_lock(&grown);
-        let _growing = lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Ok(file) = files::open_read(&grown) {
-            return Ok(file);
+        let clone = self.grow_clone(&original, &grown, size)?;
+        // Deleted or replaced meanwhile, the template has no use for the clone, and nobody would look for it again.
+        if !self.template(name).is_ok_and(|now| now.inode == template.inode) {
+            files::discard(&grown);
         }
-        self.grow_clone(&open(&original)?, &grown, size)?;
-        open(&grown)
+        Ok(clone)
     }
 
-    fn grow_clone(&self, original: &File, grown: &Path, size: Bytes) -> Result<(), StorageError> {
+    /// A template and its image, opened; both of the same file, also when it is being replaced.
+    fn open_template(&self, name: &Name) -> Result<(Template, File), StorageError> {
+        let path = self.template_path(name);
+        let file = files::open_read(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
+            _ => StorageError::io("read", path.display(), error),
+        })?;
+        let meta = file
+            .metadata()
+            .map_err(|error| StorageError::io("read", path.display(), error))?;
+        Ok((Template::of(name, &meta), file))
+    }
+
+    fn grow_clone(&self, original: &File, grown: &Path, size: Bytes) -> Result<File, StorageError> {
         let folder = self.templates_dir().join(GROWN);
         // Made inside templates/, it inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
-        self.replace_by_grown_clone(original, grown, size)?;
-        files::sync_dir(&folder)
+        let clone = self.replace_by_grown_clone(original, grown, size)?;
+        files::sync_dir(&folder)?;
+        Ok(clone)
     }
 
     /// Puts a clone of `original`, grown to `size` and checked, at `target`, in place of what may be there. Until the clone is whole,
-    /// nothing changes; the caller flushes the folder.
+    /// nothing changes; the caller flushes the folder. Returns the clone, open.
     pub(crate) fn replace_by_grown_clone(
         &self,
         original: &File,
         target: &Path,
         size: Bytes,
-    ) -> Result<(), StorageError> {
+    ) -> Result<File, StorageError> {
         let mut partial = target.as_os_str().to_owned();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
@@ -219,7 +251,7 @@ impl Pool {
         if made.is_err() {
             files::discard(&partial);
         }
-        made
+        made.map(|()| clone)
     }
 
     fn growing_lock(&self, grown: &Path) -> Arc<std::sync::Mutex<()>> {
@@ -288,6 +320,25 @@ impl Pool {
                 }
             }
         }
+        removed.extend(self.sweep_stale_clones()?);
+        Ok(removed)
+    }
+
+    /// Grown clones of templates that are gone, or were replaced.
+    fn sweep_stale_clones(&self) -> Result<Vec<PathBuf>, StorageError> {
+        let current: Vec<String> = self
+            .templates()?
+            .iter()
+            .map(|template| format!("{}@{}.", template.name, template.inode))
+            .collect();
+        let mut removed = Vec::new();
+        for path in list(&self.templates_dir().join(GROWN))? {
+            let file = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+            if file.ends_with(SUFFIX) && !current.iter().any(|prefix| file.starts_with(prefix)) {
+                fs::remove_file(&path).map_err(|error| StorageError::io("remove", path.display(), error))?;
+                removed.push(path);
+            }
+        }
         Ok(removed)
     }
 
@@ -349,12 +400,6 @@ fn not_a_template(path: &Path, reason: String) -> StorageError {
 }
 
 fn require_bare_ext4(path: &Path, mut file: &File) -> Result<(), StorageError> {
-    let meta = file
-        .metadata()
-        .map_err(|error| StorageError::io("read", path.display(), error))?;
-    if !meta.is_file() {
-        return Err(not_a_template(path, "it is not a plain file".to_owned()));
-    }
     let mut head = [0; 4];
     // An image shorter than four bytes has no head, and no file system either.
     if file.read_exact(&mut head).is_ok() {

@@ -31,7 +31,7 @@ fn a_disk_is_a_checked_clone_of_the_size_asked_for() {
     let pool = &stocked.pool;
     for (id, size) in [("vm-1", 1), ("vm-10", 10), ("vm-10-again", 10)] {
         let admitted = pool.admit(Gib::new(size).bytes()).unwrap();
-        pool.create_disk(&name(id), &stocked.template, &admitted).unwrap();
+        pool.create_disk(&name(id), &stocked.template.name, &admitted).unwrap();
         admitted.commit();
         let path = disk_path(pool, &name(id));
         assert_eq!(file_system_size(&path), Gib::new(size).bytes());
@@ -54,7 +54,7 @@ fn disks_of_one_template_do_not_see_each_other_s_writes() {
         let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
         stocked
             .pool
-            .create_disk(&name(id), &stocked.template, &admitted)
+            .create_disk(&name(id), &stocked.template.name, &admitted)
             .unwrap();
     }
     let open = |id| {
@@ -90,7 +90,12 @@ fn a_disk_smaller_than_its_template_is_refused_with_the_template_s_size() {
         "the default gives way to the template"
     );
     let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
-    assert!(stocked.pool.create_disk(&name("vm-small"), &large, &admitted).is_err());
+    assert!(
+        stocked
+            .pool
+            .create_disk(&name("vm-small"), &large.name, &admitted)
+            .is_err()
+    );
     assert!(!disk_path(&stocked.pool, &name("vm-small")).exists());
 }
 
@@ -108,7 +113,7 @@ fn eight_requests_at_once_never_pass_a_bound() {
     let attempt = |id: usize| {
         start.wait();
         let admitted = pool.admit(Gib::new(20).bytes())?;
-        pool.create_disk(&name(&format!("vm-{id}")), template, &admitted)?;
+        pool.create_disk(&name(&format!("vm-{id}")), &template.name, &admitted)?;
         admitted.commit();
         Ok::<_, StorageError>(())
     };
@@ -204,6 +209,7 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
     table[510..512].copy_from_slice(&[0x55, 0xaa]);
     fs::write(file("disk"), &table).unwrap();
     fs::create_dir(file("folder")).unwrap();
+    run("mkfifo", &[text(&file("fifo"))]);
 
     for (source, reason) in [
         ("cut", "e2fsck finds it damaged"),
@@ -214,6 +220,7 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
         ("qcow2", "qemu-img convert"),
         ("disk", "it is a whole disk with a dos partition table"),
         ("folder", "it is not a plain file"),
+        ("fifo", "it is not a plain file"),
     ] {
         let error = stocked
             .pool
@@ -263,7 +270,7 @@ fn a_template_is_replaced_only_when_asked_and_new_disks_come_from_the_new_one() 
     let create = |id: &str| {
         let admitted = pool.admit(Gib::new(4).bytes()).unwrap();
         let template = pool.template(&name("tiny")).unwrap();
-        pool.create_disk(&name(id), &template, &admitted).unwrap();
+        pool.create_disk(&name(id), &template.name, &admitted).unwrap();
         disk_path(pool, &name(id))
     };
     let old = create("vm-old");
@@ -291,13 +298,45 @@ fn a_template_is_replaced_only_when_asked_and_new_disks_come_from_the_new_one() 
 }
 
 #[test]
+fn a_template_that_is_replaced_or_deleted_during_creations_leaves_no_grown_clone() {
+    let stocked = Stocked::new("100G", USUAL);
+    let pool = &stocked.pool;
+    let scratch = tempfile::tempdir().unwrap();
+    let image = ext4_image(scratch.path(), "64M");
+    std::thread::scope(|scope| {
+        for worker in 0..4 {
+            scope.spawn(move || {
+                for n in 0..6 {
+                    let admitted = pool.admit(Gib::new(2 + n % 3).bytes()).unwrap();
+                    match pool.create_disk(&name(&format!("vm-{worker}-{n}")), &name("tiny"), &admitted) {
+                        Ok(()) | Err(StorageError::NoTemplate(_)) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+        }
+        for _ in 0..5 {
+            pool.delete_template(&name("tiny")).unwrap();
+            pool.import_template(&name("tiny"), &image, false).unwrap();
+            pool.import_template(&name("tiny"), &image, true).unwrap();
+        }
+    });
+    pool.delete_template(&name("tiny")).unwrap();
+    let left: Vec<_> = fs::read_dir(pool.path().join("templates/.grown"))
+        .into_iter()
+        .flatten()
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
 fn a_creation_that_fails_leaves_nothing() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     pool.delete_template(&name("tiny")).unwrap();
     let admitted = pool.admit(Gib::new(4).bytes()).unwrap();
     assert!(matches!(
-        pool.create_disk(&name("vm-a"), &stocked.template, &admitted),
+        pool.create_disk(&name("vm-a"), &stocked.template.name, &admitted),
         Err(StorageError::NoTemplate(_))
     ));
     drop(admitted);
@@ -311,22 +350,29 @@ fn a_sweep_removes_what_belongs_to_nobody_and_nothing_else() {
     let pool = &stocked.pool;
     for id in ["vm-kept", "vm-stray"] {
         let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
-        pool.create_disk(&name(id), &stocked.template, &admitted).unwrap();
+        pool.create_disk(&name(id), &stocked.template.name, &admitted).unwrap();
     }
     let half = pool.path().join("templates/.half.partial");
     fs::write(&half, "half").unwrap();
     let half_grown = pool.path().join("vms/vm-kept.ext4.partial");
     fs::write(&half_grown, "half").unwrap();
     fs::write(pool.path().join("vms/notes.txt"), "the operator's").unwrap();
+    let stale = pool.path().join("templates/.grown/gone@1.4294967296.ext4");
+    fs::write(&stale, "of a template that is gone").unwrap();
     let keep: HashSet<_> = [name("vm-kept"), name("vm-lost")].into();
     let swept = pool.sweep(&keep).unwrap();
     assert_eq!(swept.missing, [name("vm-lost")]);
     assert_eq!(
         swept.removed,
-        [half.clone(), half_grown.clone(), disk_path(pool, &name("vm-stray"))]
+        [
+            half.clone(),
+            half_grown.clone(),
+            stale.clone(),
+            disk_path(pool, &name("vm-stray"))
+        ]
     );
     assert!(disk_path(pool, &name("vm-kept")).exists() && pool.path().join("vms/notes.txt").exists());
-    assert!(!half.exists() && !half_grown.exists());
+    assert!(!half.exists() && !half_grown.exists() && !stale.exists());
     assert!(pool.template(&name("tiny")).is_ok());
 }
 
@@ -335,7 +381,7 @@ fn a_disk_is_grown_with_its_file_system_and_what_is_on_it() {
     let stocked = Stocked::new("30G", USUAL);
     let (pool, disk) = (&stocked.pool, name("vm-a"));
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
-    pool.create_disk(&disk, &stocked.template, &admitted).unwrap();
+    pool.create_disk(&disk, &stocked.template.name, &admitted).unwrap();
     pool.grow_disk(&disk, Gib::new(5).bytes()).unwrap();
     pool.grow_disk(&disk, Gib::new(3).bytes()).unwrap();
     let path = disk_path(pool, &disk);
@@ -350,7 +396,7 @@ fn a_damaged_disk_is_not_grown_and_left_as_it_was() {
     let stocked = Stocked::new("30G", USUAL);
     let (pool, disk) = (&stocked.pool, name("vm-a"));
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
-    pool.create_disk(&disk, &stocked.template, &admitted).unwrap();
+    pool.create_disk(&disk, &stocked.template.name, &admitted).unwrap();
     let path = disk_path(pool, &disk);
     // The superblock and the first group descriptors.
     File::options()
@@ -384,7 +430,7 @@ fn deleting_a_disk_twice_is_no_error() {
     let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
     stocked
         .pool
-        .create_disk(&name("vm-a"), &stocked.template, &admitted)
+        .create_disk(&name("vm-a"), &stocked.template.name, &admitted)
         .unwrap();
     stocked.pool.delete_disk(&name("vm-a")).unwrap();
     stocked.pool.delete_disk(&name("vm-a")).unwrap();

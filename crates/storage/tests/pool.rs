@@ -215,6 +215,80 @@ fn two_runs_at_once_make_one_pool() {
 }
 
 #[test]
+fn an_image_that_is_mounted_elsewhere_is_not_mounted_twice() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let mut other = Place::at(place.plan.image.parent().unwrap(), Some("30G"));
+    other.plan.data_dir = place.plan.data_dir.with_file_name("second");
+    other.plan.fstab = place.plan.fstab.with_file_name("second-fstab");
+    let error = other.init().unwrap_err();
+    assert!(
+        matches!(&error, StorageError::MountedElsewhere { at, .. } if *at == place.plan.data_dir),
+        "{error}"
+    );
+    assert!(!other.plan.fstab.exists());
+}
+
+#[test]
+fn a_pool_has_one_user_at_a_time_and_remembers_whose_it_is() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let (first, second) = (place.open(USUAL), place.open(USUAL));
+    first.lock().unwrap();
+    assert!(matches!(second.lock(), Err(StorageError::Busy(_))));
+    assert_eq!(first.owner().unwrap(), None);
+    first.set_owner("somebody").unwrap();
+    first.set_owner("somebody-else").unwrap();
+    assert_eq!(second.owner().unwrap().as_deref(), Some("somebody-else"));
+    drop(first);
+    second.lock().unwrap();
+}
+
+#[test]
+fn an_unmounted_pool_is_not_taken_for_an_empty_one() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    run("umount", &["--lazy", text(&place.plan.data_dir)]);
+    assert!(matches!(pool.templates(), Err(StorageError::NotMounted(_))));
+    assert!(matches!(
+        pool.admit(Gib::new(1).bytes()),
+        Err(StorageError::NotMounted(_))
+    ));
+}
+
+#[test]
+fn what_btrfs_has_not_committed_yet_is_not_free() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    let before = pool.space().unwrap().free;
+    let file = format!("of={}", text(&place.plan.data_dir.join("vms/written")));
+    run(
+        "dd",
+        &[
+            "if=/dev/zero",
+            &file,
+            "bs=1M",
+            "count=512",
+            "oflag=direct",
+            "status=none",
+        ],
+    );
+    let taken = before - pool.space().unwrap().free;
+    assert!(
+        (Bytes::from_mib(500)..Bytes::from_mib(600)).contains(&taken),
+        "{taken} before the commit"
+    );
+    run("btrfs", &["filesystem", "sync", text(&place.plan.data_dir)]);
+    let taken = before - pool.space().unwrap().free;
+    assert!(
+        (Bytes::from_mib(500)..Bytes::from_mib(600)).contains(&taken),
+        "{taken} after it"
+    );
+}
+
+#[test]
 fn a_pool_that_is_not_mounted_says_how_to_make_it() {
     let scratch = tempfile::tempdir().unwrap();
     let error = Pool::open(scratch.path(), USUAL).unwrap_err().to_string();

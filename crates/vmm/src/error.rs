@@ -80,6 +80,19 @@ pub enum Error {
         /// The deadline that passed.
         after: Duration,
     },
+    /// The process was killed and is still there: the kernel does not let go of it, most often because of a disk request that
+    /// the host's storage does not answer.
+    #[error(
+        "{id}: process {pid} was killed and has not ended within {after:?}: the host's storage may be stuck (dmesg); try again"
+    )]
+    Unkillable {
+        /// The machine.
+        id: MachineId,
+        /// Its process.
+        pid: i32,
+        /// The deadline that passed.
+        after: Duration,
+    },
     /// The machine has ended.
     #[error("{id} has ended: {reason}")]
     Ended {

@@ -17,6 +17,11 @@
 //! A machine belongs to the host, not to the process that launched it: that process may die or be replaced at any moment, and
 //! the next one calls [`Vmm::adopt`]. A handle ([`Machine`]) is how one process holds a machine; there is one at a time. Dropping
 //! the last reference to it lets go of the machine, which runs on (its console is then not recorded).
+//!
+//! [`Vmm::put_down`] stands outside the picture: it leads from any state, and from a launch that was interrupted, to
+//! *(nothing)*. It takes no handle and asks the hypervisor nothing, so that it is the way out where [`Vmm::adopt`] fails with
+//! [`Error::Hung`]. Of a machine that somebody holds it keeps its hands off: that one is the holder's to
+//! [`kill`](Machine::kill).
 
 use crate::{Error, Result};
 use async_trait::async_trait;
@@ -58,8 +63,26 @@ pub trait Vmm: Send + Sync {
     ///
     /// # Errors
     /// [`Error::Running`] when a process (this one included) still holds the machine; [`Error::Hung`] when the hypervisor is
-    /// alive but does not answer: it is left as it is.
+    /// alive but does not answer: it is left as it is, held by nobody, to be adopted later or [`put_down`](Vmm::put_down).
+    /// [`Error::Unkillable`] as there, where an interrupted launch cannot be undone.
     async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>>;
+
+    /// Ends whatever an earlier process left of a machine that nobody holds, without asking the hypervisor anything: one that
+    /// hangs or is stopped (SIGSTOP) goes like any other, and so does a launch that was interrupted half-way. As pulling the
+    /// plug: what the guest has not flushed is lost.
+    ///
+    /// It demands the same proof as [`adopt`](Vmm::adopt) that a process is the machine's (where there is a record: pid, start
+    /// time, boot and arguments), and kills through a pidfd; whoever else has the pid by now is safe.
+    ///
+    /// Before: `run_dir` may be missing; its parent exists. After success: no process and no file of the machine is left. `true`:
+    /// there was a process. `false`: there was none.
+    ///
+    /// Cancellation: a kill that was sent is not taken back, the files may remain; call it again.
+    ///
+    /// # Errors
+    /// [`Error::Running`] when a process (this one included) holds the machine; [`Error::Unkillable`] when its process does not
+    /// end within 10 s of being killed: its files stay, for the next attempt.
+    async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool>;
 }
 
 /// A machine that was launched or adopted. Every method may be called at any time, by several callers at once.

@@ -20,11 +20,14 @@ use rustix::net::{AddressFamily, SocketType, socket};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::timeout;
 
 /// The longest from QEMU's start to its control socket: it reads the kernel and initramfs before.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(30);
 /// The longest that a running QEMU may keep its adopter waiting.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(10);
+/// The longest from SIGKILL to a process' end: it gives back its memory, and the kernel finishes its disk requests.
+const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Machines as QEMU `microvm` processes.
 ///
@@ -60,7 +63,6 @@ impl QemuDriver {
         need_tap(&spec)?;
         let dir = RunDir::at(&spec.run_dir);
         let argv = arguments(&spec, &dir, self.accel, disk_io(root_file(&spec)?))?;
-        dir.create()?;
         let lock = claim(&dir, &spec.id)?;
         match self.spawn(&spec, &dir, lock, &argv) {
             Ok(held) => bring_up(held, self.qemu.argv(&argv)).await,
@@ -143,7 +145,13 @@ impl Vmm for QemuDriver {
         match machine.execute("query-status", qmp::query_status {}).await?.status {
             RunState::prelaunch => {
                 tracing::info!(machine = %id, "its launch was interrupted: killed");
-                machine.kill().await?;
+                let (pid, after) = (machine.pid(), END_DEADLINE);
+                let unkillable = |_| Error::Unkillable {
+                    id: id.clone(),
+                    pid,
+                    after,
+                };
+                timeout(END_DEADLINE, machine.kill()).await.map_err(unkillable)??;
                 return Ok(None);
             }
             RunState::shutdown => machine.guest_has_shut_down(),
@@ -151,17 +159,30 @@ impl Vmm for QemuDriver {
         }
         Ok(Some(machine))
     }
+
+    async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
+        let dir = RunDir::at(run_dir);
+        // Made where it is missing, for its process may live all the same: and nobody launches it meanwhile.
+        let _lock = dir.create_locked(id)?;
+        let process = running(id, &dir)?;
+        if let Some(process) = &process {
+            end(id, process).await?;
+            tracing::info!(machine = %id, pid = process.pid(), "put down");
+        }
+        dir.clear();
+        Ok(process.is_some())
+    }
 }
 
 /// Connects to a process just spawned, and lets the guest go; or kills the process and says why.
 async fn bring_up(held: Held, argv: Vec<String>) -> Result<Fresh> {
     if let Err(error) = held.process.bound().and_then(|()| held.record(argv)) {
-        return Err(put_down(held, &error.to_string()).await);
+        return Err(undo(held, &error.to_string()).await);
     }
     let machine = match held.connect(LAUNCH_DEADLINE).await {
         Ok(machine) => machine,
-        Err((held, Unreached::Ended)) => return Err(put_down(held, "QEMU ended at once").await),
-        Err((held, Unreached::Late(why))) => return Err(put_down(held, &why).await),
+        Err((held, Unreached::Ended)) => return Err(undo(held, "QEMU ended at once").await),
+        Err((held, Unreached::Late(why))) => return Err(undo(held, &why).await),
     };
     if let Err(error) = machine.execute("cont", qmp::cont {}).await {
         let output = machine.messages();
@@ -176,22 +197,28 @@ async fn bring_up(held: Held, argv: Vec<String>) -> Result<Fresh> {
 }
 
 /// Undoes a launch: no process, no files. Returns what went wrong, with QEMU's words.
-async fn put_down(held: Held, why: &str) -> Error {
-    if let Err(error) = held.process.kill() {
-        return failed(
-            &held.id,
-            format!(
-                "{why}; and its process {} could not be killed: {error}",
-                held.process.pid()
-            ),
-            "",
-        );
-    }
-    held.process.exited().await;
-    let status = held.process.reap().unwrap_or_default();
+async fn undo(held: Held, why: &str) -> Error {
+    let status = match end(&held.id, &held.process).await {
+        Ok(status) => status.unwrap_or_default(),
+        Err(error) => return failed(&held.id, format!("{why}; and {error}"), &held.messages.text()),
+    };
     let output = held.messages.text();
     held.dir.clear();
     failed(&held.id, format!("{why} ({status})"), &output)
+}
+
+/// Kills a process that is known to be the machine's and waits for its end. Returns its exit status, where that is ours to know.
+async fn end(id: &MachineId, process: &Process) -> Result<Option<String>> {
+    let (pid, after) = (process.pid(), END_DEADLINE);
+    process.kill().map_err(Error::io("kill", format!("/proc/{pid}")))?;
+    match timeout(after, process.exited()).await {
+        Ok(()) => Ok(process.reap()),
+        Err(_) => Err(Error::Unkillable {
+            id: id.clone(),
+            pid,
+            after,
+        }),
+    }
 }
 
 fn failed(id: &MachineId, why: impl ToString, output: &str) -> Error {
@@ -236,8 +263,7 @@ impl Drop for Fresh {
 
 /// Takes the folder for a launch, unless the machine runs. What a dead one left is removed.
 fn claim(dir: &RunDir, id: &MachineId) -> Result<Lock> {
-    let gone = || Error::io("lock", dir.path())(std::io::ErrorKind::NotFound.into());
-    let lock = dir.lock(id)?.ok_or_else(gone)?;
+    let lock = dir.create_locked(id)?;
     if let Some(process) = running(id, dir)? {
         return Err(Error::Running {
             id: id.clone(),
@@ -264,10 +290,7 @@ async fn find(id: &MachineId, dir: &RunDir, lock: Lock) -> Result<Option<Held>> 
     };
     let Some(Record { root, console_log, .. }) = dir.read(id)? else {
         tracing::info!(machine = %id, pid = process.pid(), "its launch was interrupted: killed");
-        process
-            .kill()
-            .map_err(Error::io("kill", format!("/proc/{}", process.pid())))?;
-        process.exited().await;
+        end(id, &process).await?;
         return Ok(None);
     };
     let messages = Messages::open(&dir.messages())?;

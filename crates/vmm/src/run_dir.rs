@@ -22,7 +22,17 @@ pub(crate) struct RunDir(PathBuf);
 
 /// Holding the machine: released when dropped.
 #[derive(Debug)]
-pub(crate) struct Lock(#[expect(dead_code, reason = "held, not read")] OwnedFd);
+pub(crate) struct Lock(OwnedFd);
+
+impl Drop for Lock {
+    /// Closing would not do: a child that is just being spawned has a copy of the descriptor, and with it the lock, until it
+    /// executes its program.
+    fn drop(&mut self) {
+        if let Err(error) = flock(&self.0, FlockOperation::Unlock) {
+            tracing::warn!(%error, "run folder of a machine not unlocked");
+        }
+    }
+}
 
 /// What the next daemon needs to know of a machine.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,10 +46,6 @@ pub(crate) struct Record {
 impl RunDir {
     pub(crate) fn at(path: &Path) -> RunDir {
         RunDir(path.to_owned())
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
     }
 
     /// QEMU's control socket.
@@ -71,7 +77,7 @@ impl RunDir {
     }
 
     /// Makes the folder where it is missing. Its parent must exist.
-    pub(crate) fn create(&self) -> Result<()> {
+    fn create(&self) -> Result<()> {
         match DirBuilder::new().mode(0o700).create(&self.0) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 fs::set_permissions(&self.0, Permissions::from_mode(0o700))
@@ -79,6 +85,17 @@ impl RunDir {
             other => other,
         }
         .map_err(Error::io("create", &self.0))
+    }
+
+    /// Locks the folder, made where it is missing, or says that another holder is there.
+    pub(crate) fn create_locked(&self, id: &MachineId) -> Result<Lock> {
+        loop {
+            self.create()?;
+            // None: its last holder removed it in between.
+            if let Some(lock) = self.lock(id)? {
+                return Ok(lock);
+            }
+        }
     }
 
     /// Locks the folder, or says that another holder is there. `None`: there is no folder.

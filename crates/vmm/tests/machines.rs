@@ -250,8 +250,8 @@ async fn a_record_that_names_another_process_kills_nobody() {
     drop(machine);
     let record = spec.run_dir.join("machine.json");
     let text = fs::read_to_string(&record).unwrap();
-    let mut bystander = std::process::Command::new("sleep").arg("600").spawn().unwrap();
-    let (pid, other) = (processes_with(spec.id.as_str())[0], bystander.id());
+    let bystander = Bystander::new();
+    let (pid, other) = (processes_with(spec.id.as_str())[0], bystander.0.id());
     fs::write(
         &record,
         text.replace(&format!("\"pid\":{pid}"), &format!("\"pid\":{other}")),
@@ -259,9 +259,140 @@ async fn a_record_that_names_another_process_kills_nobody() {
     .unwrap();
 
     assert!(adopt(&lab, &spec).await.is_none());
-    assert!(bystander.try_wait().unwrap().is_none(), "the bystander lives");
-    bystander.kill().unwrap();
-    bystander.wait().unwrap();
+    assert!(bystander.lives());
+}
+
+#[tokio::test]
+async fn a_hung_machine_can_be_put_down() {
+    let lab = Lab::new();
+    let spec = lab.spec(Guest::Deaf);
+    let machine = lab.driver.launch(&spec).await.unwrap();
+    let pid = machine.pid();
+    drop(machine);
+    signal(pid, Signal::STOP);
+    match lab.driver.adopt(&spec.id, &spec.run_dir).await {
+        Err(Error::Hung { .. }) => {}
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("adopted a process that is stopped"),
+    }
+    // It was left as it was: had it only been slow, it could still be adopted.
+    signal(pid, Signal::CONT);
+    let machine = adopt(&lab, &spec).await.expect("it runs again");
+    assert_eq!(
+        (machine.pid(), machine.state().await.unwrap()),
+        (pid, MachineState::Running)
+    );
+    drop(machine);
+
+    signal(pid, Signal::STOP);
+    assert!(put_down(&lab, &spec).await);
+    assert!(processes_with(spec.id.as_str()).is_empty());
+    assert!(!spec.run_dir.exists());
+    assert!(!put_down(&lab, &spec).await, "there is nothing left");
+    assert!(!spec.run_dir.exists());
+}
+
+/// Well within the 10 s that a command to the hypervisor would wait.
+async fn put_down(lab: &Lab, spec: &MachineSpec) -> bool {
+    let ended = timeout(Duration::from_secs(9), lab.driver.put_down(&spec.id, &spec.run_dir)).await;
+    // It asks the hypervisor nothing.
+    ended.unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn an_interrupted_launch_or_a_lost_folder_does_not_save_a_machine_from_being_put_down() {
+    let lab = Lab::new();
+    let spec = lab.spec(Guest::Deaf);
+    type Lose = fn(&MachineSpec);
+    let losses: [Lose; 3] = [
+        |spec| fs::remove_file(spec.run_dir.join("machine.json")).unwrap(),
+        |spec| fs::write(spec.run_dir.join("machine.json"), "{").unwrap(),
+        |spec| fs::remove_dir_all(&spec.run_dir).unwrap(),
+    ];
+    for lose in losses {
+        let machine = lab.driver.launch(&spec).await.unwrap();
+        let pid = machine.pid();
+        drop(machine);
+        signal(pid, Signal::STOP);
+        lose(&spec);
+        assert!(put_down(&lab, &spec).await);
+        assert!(processes_with(spec.id.as_str()).is_empty());
+        assert!(!spec.run_dir.exists());
+    }
+}
+
+#[tokio::test]
+async fn put_down_never_kills_a_recycled_pid() {
+    let lab = Lab::new();
+    let spec = lab.spec(Guest::Deaf);
+    let record = spec.run_dir.join("machine.json");
+    let machine = lab.driver.launch(&spec).await.unwrap();
+    let pid = machine.pid();
+    drop(machine);
+    let text = fs::read_to_string(&record).unwrap();
+
+    // The machine's own process is the bystander here: everything about it is right but one thing.
+    let recycled: [(&str, &str, String); 3] = [
+        ("start time", "\"started\":", "\"started\":1".into()),
+        ("boot", "\"boot_id\":\"", "\"boot_id\":\"0".into()),
+        ("arguments", "\"argv\":[", "\"argv\":[\"other\",".into()),
+    ];
+    for (what, from, to) in &recycled {
+        assert!(text.contains(from), "{what}: {text}");
+        fs::write(&record, text.replace(from, to)).unwrap();
+        assert!(!put_down(&lab, &spec).await, "another {what}");
+        assert_eq!(processes_with(spec.id.as_str()), [pid], "another {what}");
+        fs::create_dir(&spec.run_dir).unwrap();
+    }
+
+    // And another's pid.
+    let bystander = Bystander::new();
+    let other = text.replace(&format!("\"pid\":{pid}"), &format!("\"pid\":{}", bystander.0.id()));
+    fs::write(&record, other).unwrap();
+    assert!(!put_down(&lab, &spec).await);
+    assert!(bystander.lives());
+    assert_eq!(processes_with(spec.id.as_str()), [pid]);
+
+    fs::create_dir(&spec.run_dir).unwrap();
+    fs::write(&record, text).unwrap();
+    assert!(put_down(&lab, &spec).await, "with the true record it goes");
+    assert!(processes_with(spec.id.as_str()).is_empty());
+}
+
+/// A process that is none of our business; gone when dropped.
+struct Bystander(std::process::Child);
+
+impl Bystander {
+    fn new() -> Bystander {
+        Bystander(std::process::Command::new("sleep").arg("600").spawn().unwrap())
+    }
+
+    fn lives(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+        !stat.contains(") Z ")
+    }
+}
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        // One that has ended already is told by the test.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_machine_that_is_held_is_not_put_down() {
+    let lab = Lab::new();
+    let spec = lab.spec(Guest::Deaf);
+    let machine = lab.driver.launch(&spec).await.unwrap();
+    match lab.driver.put_down(&spec.id, &spec.run_dir).await {
+        Err(Error::Running { pid, .. }) => assert_eq!(pid, Some(machine.pid())),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(machine.state().await.unwrap(), MachineState::Running);
+    machine.kill().await.unwrap();
+    assert!(!put_down(&lab, &spec).await);
 }
 
 #[tokio::test]

@@ -364,7 +364,10 @@ impl Drop for Host {
             let _reaped = daemon.wait();
         }
         if std::thread::panicking() {
-            eprintln!("---- the daemon's log ----\n{}", self.log());
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(80)..];
+            eprintln!("---- the last lines of the daemon's log ----\n{}", last.join("\n"));
         }
         match self.scaleboxd(&["down"]).output() {
             Ok(output) if output.status.success() => {}
