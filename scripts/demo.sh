@@ -17,6 +17,7 @@ fi
 
 begun=$SECONDS
 step_begun=
+df=
 step() {
 	finish_step
 	step_begun=$SECONDS
@@ -39,7 +40,9 @@ tear_down() {
 	step "Tear everything down"
 	scratch_down "$daemon"
 	finish_step
-	[[ $status -eq 0 ]] && printf '\ndemo: ok (%s s)\n' $((SECONDS - begun))
+	if [[ $status -eq 0 ]]; then
+		printf '\nAll of it took %s s. What the guest said of its root file system:\n%s\ndemo: ok\n' $((SECONDS - begun)) "$df"
+	fi
 	exit "$status"
 }
 
@@ -93,7 +96,8 @@ To take it away:
   DATA_DIR=$DATA_DIR STATE_DIR=$STATE_DIR RUN_DIR=$RUN_DIR BRIDGE=$BRIDGE SUBNET=$SUBNET $daemon --config /dev/null down
   rm -rf $SCRATCH
 
-demo: ok ($((SECONDS - begun)) s)
+$df
+demo: ok
 TXT
 	disown "$DAEMON_PID"
 fi
