@@ -214,7 +214,7 @@ fn disks_are_kept_from_a_daemon_whose_state_knows_nothing_of_them() {
     }
     host.set("STATE_DIR", &right);
     host.serve();
-    assert_eq!(host.client().vms().unwrap(), [vm.clone()]);
+    assert_eq!(host.client().vms().unwrap(), std::slice::from_ref(&vm));
 
     // An empty pool is anybody's.
     host.client().delete_vm(&vm.id).unwrap();
