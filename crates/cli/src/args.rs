@@ -213,4 +213,24 @@ pub enum PoolCommand {
         after_help = "Example, the bytes that can still be written:\n  scalebox pool show --json | jq .free_bytes"
     )]
     Show,
+    /// Grow the pool while it is in use
+    #[command(
+        after_help = "Examples:\n  scalebox pool grow                # 80 % of what the host disk can hold today\n  \
+        scalebox pool grow --size 200     # exactly 200 GiB"
+    )]
+    Grow {
+        /// New size of the pool
+        #[arg(long, value_name = "GIB")]
+        size: Option<u64>,
+    },
+    /// Shrink the pool while it is in use; what is in the way is moved, which can take minutes
+    #[command(after_help = "Example:\n  scalebox pool shrink --size 40")]
+    Shrink {
+        /// New size of the pool
+        #[arg(long, value_name = "GIB")]
+        size: u64,
+    },
+    /// Give the pool's free blocks back to the host disk
+    #[command(after_help = "Example:\n  scalebox pool trim")]
+    Trim,
 }

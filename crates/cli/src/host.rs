@@ -92,6 +92,44 @@ fn warn_when_full(pool: &PoolInfo, output: &Output) {
     }
 }
 
+pub fn grow_pool(client: &Client, size_gib: Option<u64>, output: &Output) -> Result<(), Error> {
+    let growing = output.progress("growing the pool");
+    let pool = client.grow_pool(size_gib)?;
+    drop(growing);
+    show_size(&pool, output)
+}
+
+pub fn shrink_pool(client: &Client, size_gib: u64, output: &Output) -> Result<(), Error> {
+    let shrinking = output.progress("shrinking the pool");
+    let pool = client.shrink_pool(size_gib)?;
+    drop(shrinking);
+    show_size(&pool, output)
+}
+
+fn show_size(pool: &PoolInfo, output: &Output) -> Result<(), Error> {
+    if output.json {
+        return output.answer(pool);
+    }
+    output.line(&format!(
+        "the pool is {} large, {} can be written",
+        bytes(pool.capacity_bytes),
+        bytes(pool.free_bytes)
+    ))
+}
+
+pub fn trim_pool(client: &Client, output: &Output) -> Result<(), Error> {
+    let trimming = output.progress("giving free blocks back to the host disk");
+    let trimmed = client.trim_pool()?;
+    drop(trimming);
+    if output.json {
+        return output.answer(&trimmed);
+    }
+    output.line(&format!(
+        "{} are free on the host disk's side too",
+        bytes(trimmed.trimmed_bytes)
+    ))
+}
+
 pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
     let pool = client.pool()?;
     if output.json {

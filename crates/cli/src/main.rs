@@ -65,6 +65,9 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
             host::delete_templates(&server.client, &templates, yes, output)
         }
         Command::Pool(args::PoolCommand::Show) => host::pool(&server.client, output),
+        Command::Pool(args::PoolCommand::Grow { size }) => host::grow_pool(&server.client, size, output),
+        Command::Pool(args::PoolCommand::Shrink { size }) => host::shrink_pool(&server.client, size, output),
+        Command::Pool(args::PoolCommand::Trim) => host::trim_pool(&server.client, output),
         Command::Completions { .. } => Ok(()),
     };
     result.map_err(|error| error.about_token(&server))

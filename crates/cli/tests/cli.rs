@@ -577,6 +577,29 @@ fn ssh_gets_the_command_as_it_is_and_its_exit_code_is_ours() {
 }
 
 #[test]
+fn the_pool_s_size_is_changed_and_told() {
+    for (args, asked, said) in [
+        (
+            &["pool", "grow", "--size", "100"][..],
+            "POST /pool/grow",
+            "the pool is ",
+        ),
+        (&["pool", "grow"], "POST /pool/grow", "the pool is "),
+        (&["pool", "shrink", "--size", "40"], "POST /pool/shrink", "the pool is "),
+    ] {
+        let server = Server::new(vec![(asked, 200, pool())]);
+        let ran = run(&mut Home::new().scalebox(&server, args));
+        assert!(ran.code == 0 && ran.out.starts_with(said), "{}{}", ran.out, ran.err);
+    }
+    let server = Server::new(vec![("POST /pool/trim", 200, json!({"trimmed_bytes": 3u64 << 30}))]);
+    let ran = run(&mut Home::new().scalebox(&server, &["pool", "trim"]));
+    assert_eq!(
+        (ran.code, ran.out.as_str()),
+        (0, "3 GiB are free on the host disk's side too\n")
+    );
+}
+
+#[test]
 fn a_resize_says_how_large_the_disk_is_and_what_is_left_to_do() {
     for (disk, said) in [
         (

@@ -1,7 +1,7 @@
 //! A blocking client: one method a call of the API, typed both ways.
 
-use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Vm, VmList};
-use crate::{CreateVm, ResizeVm, SnapshotVm};
+use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
+use crate::{CreateVm, ResizePool, ResizeVm, SnapshotVm};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -228,6 +228,36 @@ impl Client {
     /// See [`ClientError`].
     pub fn pool(&self) -> Result<PoolInfo, ClientError> {
         self.ask("/pool")
+    }
+
+    /// `POST /pool/grow`; without a size, to 80 % of what the host disk can hold today.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn grow_pool(&self, size_gib: Option<u64>) -> Result<PoolInfo, ClientError> {
+        self.send(Method::POST, "/pool/grow", &ResizePool { size_gib })
+    }
+
+    /// `POST /pool/shrink`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn shrink_pool(&self, size_gib: u64) -> Result<PoolInfo, ClientError> {
+        self.send(
+            Method::POST,
+            "/pool/shrink",
+            &ResizePool {
+                size_gib: Some(size_gib),
+            },
+        )
+    }
+
+    /// `POST /pool/trim`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn trim_pool(&self) -> Result<Trimmed, ClientError> {
+        self.send(Method::POST, "/pool/trim", &serde_json::json!({}))
     }
 
     /// `GET /info`.

@@ -114,6 +114,43 @@ impl ResizeVm {
     }
 }
 
+/// The largest pool that is ever asked for, in GiB: 64 TiB.
+const LARGEST_POOL_GIB: u64 = 65_536;
+
+/// `POST /pool/grow` and `POST /pool/shrink`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ResizePool {
+    /// The new size of the pool, in GiB. Growing without it takes 80 % of what the host disk can hold today.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_gib: Option<u64>,
+}
+
+impl ResizePool {
+    /// Reads the body of `POST /pool/grow`; none at all is as good as an empty object.
+    ///
+    /// # Errors
+    /// The first thing wrong, as a sentence that names the field and what it may be.
+    pub fn parse_grow(body: &[u8]) -> Result<Self, Invalid> {
+        let body = if body.is_empty() { b"{}" } else { body };
+        let size_gib = Fields::read(body, &["size_gib"])?.optional_number("size_gib", 1..=LARGEST_POOL_GIB)?;
+        Ok(ResizePool { size_gib })
+    }
+
+    /// Reads the body of `POST /pool/shrink`, and returns the size in GiB.
+    ///
+    /// # Errors
+    /// The first thing wrong, as a sentence that names the field and what it may be.
+    pub fn parse_shrink(body: &[u8]) -> Result<u64, Invalid> {
+        let missing = Invalid::Missing {
+            field: "size_gib",
+            what: "send the new size of the pool in GiB",
+        };
+        Fields::read(body, &["size_gib"])?
+            .optional_number("size_gib", 1..=LARGEST_POOL_GIB)?
+            .ok_or(missing)
+    }
+}
+
 /// `POST /vms/{id}/snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SnapshotVm {
@@ -131,5 +168,32 @@ impl SnapshotVm {
         Ok(SnapshotVm {
             template_name: fields.text("template_name", "name the template to make")?,
         })
+    }
+}
+
+#[cfg(test)]
+mod pool_tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_is_grown_with_or_without_a_size_and_shrunk_with_one() {
+        assert_eq!(ResizePool::parse_grow(b"").unwrap().size_gib, None);
+        assert_eq!(ResizePool::parse_grow(b"{}").unwrap().size_gib, None);
+        assert_eq!(
+            ResizePool::parse_grow(br#"{"size_gib": 80}"#).unwrap().size_gib,
+            Some(80)
+        );
+        assert_eq!(ResizePool::parse_shrink(br#"{"size_gib": 40}"#).unwrap(), 40);
+        for body in [
+            &b"{}"[..],
+            br#"{"size_gib": 0}"#,
+            br#"{"size_gib": "40"}"#,
+            br#"{"size": 40}"#,
+            b"",
+        ] {
+            assert!(ResizePool::parse_shrink(body).is_err());
+        }
+        let error = ResizePool::parse_grow(br#"{"size_gib": 1.5}"#).unwrap_err().to_string();
+        assert!(error.contains("size_gib") && error.contains("65536"), "{error}");
     }
 }

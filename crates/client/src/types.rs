@@ -163,6 +163,13 @@ pub struct PoolInfo {
     pub metadata_used_bytes: u64,
 }
 
+/// `POST /pool/trim`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trimmed {
+    /// What the pool handed to the host disk as free, what was free there already included.
+    pub trimmed_bytes: u64,
+}
+
 /// `GET /info`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HostInfo {

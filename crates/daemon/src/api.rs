@@ -13,7 +13,8 @@ use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use scalebox_client::{CreateVm, Health, HostInfo, PoolInfo, ResizeVm, TemplateList, Vm, VmList};
+use scalebox_client::{CreateVm, Health, HostInfo, PoolInfo, ResizePool, ResizeVm, TemplateList, Trimmed, Vm, VmList};
+use scalebox_storage::Gib;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,6 +38,9 @@ pub fn router(service: Service, token: &Token) -> Router {
         .route("/templates", get(list_templates))
         .route("/templates/{name}", axum::routing::delete(delete_template))
         .route("/pool", get(pool))
+        .route("/pool/grow", post(grow_pool))
+        .route("/pool/shrink", post(shrink_pool))
+        .route("/pool/trim", post(trim_pool))
         .route("/info", get(info))
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
@@ -101,6 +105,20 @@ async fn delete_template(State(service): State<Service>, Segment(name): Segment)
 
 async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceError> {
     service.pool().map(Json)
+}
+
+async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
+    let request = ResizePool::parse_grow(&body)?;
+    service.grow_pool(request.size_gib.map(Gib::new)).await.map(Json)
+}
+
+async fn shrink_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
+    let size = ResizePool::parse_shrink(&body)?;
+    service.shrink_pool(Gib::new(size)).await.map(Json)
+}
+
+async fn trim_pool(State(service): State<Service>) -> Result<Json<Trimmed>, ServiceError> {
+    service.trim_pool().await.map(Json)
 }
 
 async fn info(State(service): State<Service>) -> Result<Json<HostInfo>, ServiceError> {

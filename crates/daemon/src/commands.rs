@@ -239,6 +239,7 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         InitEvent::Step(step) => tracing::info!("{step}"),
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;
+    pool.agree()?;
     let (vmm, accel) = find_vmm(&settings)?;
     let network = Network::ensure(settings.net.clone()).await?;
     let resolvers = resolvers(&settings)?;

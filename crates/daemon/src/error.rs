@@ -95,6 +95,8 @@ impl From<StorageError> for ServiceError {
             StorageError::Insufficient { .. } => ServiceError::Insufficient(text),
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
             StorageError::TemplateExists(_) => ServiceError::Conflict(text),
+            StorageError::PoolSize(_) | StorageError::NoImage(_) => ServiceError::Invalid(text),
+            StorageError::Busy(_) => ServiceError::Conflict(text),
             StorageError::NotMounted(_) => ServiceError::Unavailable(text),
             StorageError::SmallerThanTemplate { .. } | StorageError::Name(_) => ServiceError::Invalid(text),
             _ => ServiceError::Internal(text),

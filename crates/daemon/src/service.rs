@@ -14,11 +14,12 @@ use crate::state::{Record, State};
 use crate::undo::Steps;
 use crate::vms::{Operation, Vms};
 use scalebox_client::{
-    Cpu, CreateVm, Disk, HostInfo, HostLimits, Limits, Memory, PoolInfo, ResizeVm, Template, Vm, VmCounts, VmStatus,
+    Cpu, CreateVm, Disk, HostInfo, HostLimits, Limits, Memory, PoolInfo, ResizeVm, Template, Trimmed, Vm, VmCounts,
+    VmStatus,
 };
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Network};
-use scalebox_storage::{Bytes, Gib, Name, Pool, Reservation};
+use scalebox_storage::{Bytes, Gib, Name, Pool, Reservation, StorageError};
 use scalebox_vmm::{ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, Vmm};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
@@ -239,6 +240,56 @@ impl Service {
             metadata_bytes: space.metadata_total.as_u64(),
             metadata_used_bytes: space.metadata_used.as_u64(),
         })
+    }
+
+    /// Grows the pool while it is in use, to `size` or by the 80 % rule.
+    ///
+    /// # Errors
+    /// 400 when that is no growth or too much, 409 while its size is being changed already.
+    pub async fn grow_pool(&self, size: Option<Gib>) -> Result<PoolInfo, ServiceError> {
+        self.change_pool(move |pool| pool.grow(size)).await
+    }
+
+    /// Shrinks the pool while it is in use.
+    ///
+    /// # Errors
+    /// 400 when it is no shrinking, or what is used, promised or kept free would not fit; 409 while its size is being changed already.
+    pub async fn shrink_pool(&self, size: Gib) -> Result<PoolInfo, ServiceError> {
+        self.change_pool(move |pool| pool.shrink(size)).await
+    }
+
+    async fn change_pool(
+        &self,
+        change: impl FnOnce(&Pool) -> Result<(), StorageError> + Send + 'static,
+    ) -> Result<PoolInfo, ServiceError> {
+        let service = self.clone();
+        self.detached(async move {
+            let pool = Arc::clone(&service.inner.pool);
+            blocking(move || change(&pool)).await?;
+            let pool = service.pool()?;
+            tracing::info!(
+                capacity_bytes = pool.capacity_bytes,
+                free_bytes = pool.free_bytes,
+                "the pool has another size"
+            );
+            Ok(pool)
+        })
+        .await
+    }
+
+    /// Gives the pool's free blocks back to the host disk.
+    ///
+    /// # Errors
+    /// 500 when the host disk takes none.
+    pub async fn trim_pool(&self) -> Result<Trimmed, ServiceError> {
+        let pool = Arc::clone(&self.inner.pool);
+        self.detached(async move {
+            let trimmed = blocking(move || pool.trim()).await?;
+            Ok(Trimmed {
+                trimmed_bytes: trimmed.as_u64(),
+            })
+        })
+        .await
     }
 
     /// The host and what is on it.

@@ -385,6 +385,49 @@ fn ten_clients_that_grow_the_same_disk_end_at_the_largest_size() {
 }
 
 #[test]
+fn the_pool_grows_shrinks_and_is_trimmed_while_it_is_in_use() {
+    let disk = HostDisk::ext4("100G");
+    let host = Host::with_tiny_template(&Options {
+        image_dir: Some(&disk.folder),
+        env: &[("OVERCOMMIT_RATIO", "1")],
+        ..Options::default()
+    });
+    let client = host.client();
+    let vm = host.create_stopped("tiny", Some(20));
+    let request = CreateVm {
+        disk_size_gib: Some(20),
+        ..host.stopped("tiny")
+    };
+    assert_eq!(refused(client.create_vm(&request).unwrap_err()).0, 507);
+    assert_eq!(client.grow_pool(Some(60)).unwrap().capacity_bytes, 60 << 30);
+    let second = client.create_vm(&request).unwrap();
+
+    let (status, message) = refused(client.shrink_pool(35).unwrap_err());
+    assert!(status == 400 && message.contains("promised 40 GiB"), "{message}");
+    client.delete_vm(&second.id).unwrap();
+    assert_eq!(client.shrink_pool(40).unwrap().capacity_bytes, 40 << 30);
+    assert_eq!(fs::metadata(disk.folder.join("pool.img")).unwrap().len(), 40 << 30);
+    client.trim_pool().unwrap();
+    let (status, answer) = host.send("POST", "/pool/grow", b"");
+    assert_eq!(status, 200, "{answer}");
+    assert!(client.pool().unwrap().capacity_bytes >= 75 << 30);
+    for (path, body, expected) in [
+        ("/pool/grow", &br#"{"size_gib": 50}"#[..], "no growth"),
+        ("/pool/grow", br#"{"size_gib": 5000}"#, "at most"),
+        ("/pool/grow", br#"{"size_gib": 1.5}"#, "size_gib"),
+        ("/pool/shrink", b"{}", "size_gib"),
+        ("/pool/shrink", b"", "body"),
+    ] {
+        let (status, answer) = host.send("POST", path, body);
+        assert!(
+            status == 400 && error_of(&answer).contains(expected),
+            "{path}: {status} {answer}"
+        );
+    }
+    run("e2fsck", &["-fn", text(&host.disk(&vm))]);
+}
+
+#[test]
 fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_there_again() {
     let host = Host::with_tiny_template(&Options {
         env: &[("OVERCOMMIT_RATIO", "1")],

@@ -38,7 +38,28 @@ pub struct Promises {
 pub struct Admission {
     bounds: Bounds,
     // A std mutex: held for a few additions and one reading of the pool's space, never across an await.
-    promises: Arc<Mutex<Promises>>,
+    books: Arc<Mutex<Books>>,
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    promises: Promises,
+    /// The size of the pool to count with while it is being shrunk to that.
+    ceiling: Option<Bytes>,
+}
+
+impl Books {
+    /// The space as it will be when a shrinking under way is done.
+    fn foreseen(&self, space: Space) -> Space {
+        match self.ceiling {
+            Some(ceiling) if ceiling < space.capacity => Space {
+                free: space.free - (space.capacity - ceiling),
+                capacity: ceiling,
+                ..space
+            },
+            _ => space,
+        }
+    }
 }
 
 impl Admission {
@@ -46,7 +67,7 @@ impl Admission {
     pub fn new(bounds: Bounds) -> Self {
         Admission {
             bounds,
-            promises: Arc::default(),
+            books: Arc::default(),
         }
     }
 
@@ -57,7 +78,7 @@ impl Admission {
 
     /// What stands in the books now.
     pub fn promises(&self) -> Promises {
-        *self.books()
+        self.books().promises
     }
 
     /// The largest sum of promises on a pool of this capacity.
@@ -76,16 +97,17 @@ impl Admission {
         space: impl FnOnce() -> Result<Space, StorageError>,
     ) -> Result<Reservation, StorageError> {
         let mut books = self.books();
-        let space = space()?;
-        let writable = space.free - books.reserved;
-        let promisable = self.limit(space.capacity) - books.committed - books.reserved;
+        let space = books.foreseen(space()?);
+        let Promises { committed, reserved } = books.promises;
+        let writable = space.free - reserved;
+        let promisable = self.limit(space.capacity) - committed - reserved;
         if writable < size + self.bounds.buffer.bytes() || promisable < size {
             return Err(StorageError::Insufficient {
                 available: writable.min(promisable).floor_gib(),
                 need: size.ceil_gib() + self.bounds.buffer,
             });
         }
-        books.reserved += size;
+        books.promises.reserved += size;
         Ok(Reservation {
             size,
             books: self.clone(),
@@ -94,19 +116,62 @@ impl Admission {
 
     /// Enters a disk that is there already, at start.
     pub fn restore(&self, size: Bytes) {
-        self.books().committed += size;
+        self.books().promises.committed += size;
     }
 
     /// Strikes out a disk that was deleted.
     pub fn release(&self, size: Bytes) {
         let mut books = self.books();
-        debug_assert!(books.committed >= size, "more is released than was committed");
-        books.committed = books.committed - size;
+        debug_assert!(books.promises.committed >= size, "more is released than was committed");
+        books.promises.committed = books.promises.committed - size;
     }
 
-    fn books(&self) -> MutexGuard<'_, Promises> {
+    /// Counts with a pool of `size` from now on, until the guard is dropped: the pool is about to be shrunk to that. `fits` says whether what is
+    /// used will fit, or what size would do.
+    ///
+    /// # Errors
+    /// [`StorageError::PoolSize`] when what is used or promised would not fit; whatever `fits` fails with.
+    pub fn lower_ceiling(
+        &self,
+        size: Bytes,
+        fits: impl FnOnce() -> Result<Result<(), Gib>, StorageError>,
+    ) -> Result<LoweredCeiling, StorageError> {
+        let mut books = self.books();
+        if let Err(needed) = fits()? {
+            return Err(StorageError::PoolSize(format!(
+                "a pool of {size} cannot hold what is used and keep {} GiB free: at least {needed} GiB are needed",
+                self.bounds.buffer
+            )));
+        }
+        let promised = books.promises.committed + books.promises.reserved;
+        if promised > self.limit(size) {
+            return Err(StorageError::PoolSize(format!(
+                "VMs were promised {promised}, and a pool of {size} may be promised at most {}: delete some, or shrink it less",
+                self.limit(size)
+            )));
+        }
+        books.ceiling = Some(size);
+        Ok(LoweredCeiling {
+            admission: self.clone(),
+        })
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
         // Nothing in here panics between two writes, so the sums are whole even after a panic elsewhere in a holder.
-        self.promises.lock().unwrap_or_else(PoisonError::into_inner)
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A pool that is being shrunk; dropped, admission counts with what the pool has.
+#[derive(Debug)]
+#[must_use = "dropping it lets admission count with the larger size again"]
+pub struct LoweredCeiling {
+    admission: Admission,
+}
+
+impl Drop for LoweredCeiling {
+    fn drop(&mut self) {
+        self.admission.books().ceiling = None;
     }
 }
 
@@ -128,15 +193,15 @@ impl Reservation {
     pub fn commit(mut self) {
         let size = std::mem::take(&mut self.size);
         let mut books = self.books.books();
-        books.reserved = books.reserved - size;
-        books.committed += size;
+        books.promises.reserved = books.promises.reserved - size;
+        books.promises.committed += size;
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut books = self.books.books();
-        books.reserved = books.reserved - self.size;
+        books.promises.reserved = books.promises.reserved - self.size;
     }
 }
 
@@ -193,6 +258,29 @@ mod tests {
         assert_eq!(error.to_string(), "Insufficient storage: 10GB available, need 22GB");
         admission.release(Gib::new(20).bytes());
         assert!(admission.admit(Gib::new(20).bytes(), || Ok(space(30, 30))).is_ok());
+    }
+
+    #[test]
+    fn a_pool_about_to_shrink_is_counted_as_shrunk_already() {
+        let admission = admission(2, 1.0);
+        let room = || Ok(space(60, 60));
+        admission.admit(Gib::new(20).bytes(), room).unwrap().commit();
+        let lowered = admission.lower_ceiling(Gib::new(40).bytes(), || Ok(Ok(()))).unwrap();
+        assert!(admission.admit(Gib::new(30).bytes(), room).is_err());
+        drop(lowered);
+        assert!(admission.admit(Gib::new(30).bytes(), room).is_ok());
+        let refused = admission
+            .lower_ceiling(Gib::new(10).bytes(), || Ok(Ok(())))
+            .unwrap_err();
+        assert!(refused.to_string().contains("promised 20 GiB"), "{refused}");
+        let refused = admission
+            .lower_ceiling(Gib::new(40).bytes(), || Ok(Err(Gib::new(50))))
+            .unwrap_err();
+        assert!(refused.to_string().contains("at least 50 GiB"), "{refused}");
+        assert!(
+            admission.admit(Gib::new(30).bytes(), room).is_ok(),
+            "a refusal lowers nothing"
+        );
     }
 
     #[test]

@@ -12,9 +12,13 @@ use std::process::{Command, Output, Stdio};
 pub enum Program {
     /// Tells what file system an image holds.
     Blkid,
+    /// Grows and shrinks the pool's file system.
+    Btrfs,
     /// Checks an ext4 file system and replays its journal, in user space.
     E2fsck,
-    /// Sets direct I/O on a loop device.
+    /// Discards the free blocks of a file system.
+    Fstrim,
+    /// Sets direct I/O on a loop device, and tells it that its file has another size.
     Losetup,
     /// Makes the pool's file system.
     MkfsBtrfs,
@@ -28,9 +32,11 @@ pub enum Program {
 
 impl Program {
     /// All of them, to look for at start.
-    pub const ALL: [Program; 7] = [
+    pub const ALL: [Program; 9] = [
         Program::Blkid,
+        Program::Btrfs,
         Program::E2fsck,
+        Program::Fstrim,
         Program::Losetup,
         Program::MkfsBtrfs,
         Program::Mount,
@@ -42,7 +48,9 @@ impl Program {
     pub fn name(self) -> &'static str {
         match self {
             Program::Blkid => "blkid",
+            Program::Btrfs => "btrfs",
             Program::E2fsck => "e2fsck",
+            Program::Fstrim => "fstrim",
             Program::Losetup => "losetup",
             Program::MkfsBtrfs => "mkfs.btrfs",
             Program::Mount => "mount",
@@ -55,8 +63,8 @@ impl Program {
     pub fn package(self) -> &'static str {
         match self {
             Program::E2fsck | Program::Resize2fs => "e2fsprogs",
-            Program::MkfsBtrfs => "btrfs-progs",
-            Program::Blkid => "util-linux",
+            Program::Btrfs | Program::MkfsBtrfs => "btrfs-progs",
+            Program::Blkid | Program::Fstrim => "util-linux",
             Program::Losetup | Program::Mount | Program::Umount => "mount",
         }
     }

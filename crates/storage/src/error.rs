@@ -80,6 +80,12 @@ pub enum StorageError {
         /// Where it is mounted.
         at: PathBuf,
     },
+    /// The pool cannot have that size.
+    #[error("{0}")]
+    PoolSize(String),
+    /// The pool is not on an image of its own.
+    #[error("the pool at {} is not on an image file: its size is that of its device", .0.display())]
+    NoImage(PathBuf),
     /// Another program is at work on the same pool.
     #[error("another scaleboxd is at work on {}: wait for it to finish", .0.display())]
     Busy(PathBuf),

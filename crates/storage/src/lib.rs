@@ -15,6 +15,7 @@
 //! | `init` | making, mounting and registering the pool |
 //! | `fstab`, `mounts` | the table of mounts, and what is mounted |
 //! | `pool` | [`Pool`]: the handle on a mounted pool |
+//! | `resize` | growing, shrinking and trimming the pool |
 //! | `space`, `btrfs` | what can really be written, from the kernel |
 //! | `admission` | the decision that a disk fits, and the books behind it |
 //! | `template` | importing, listing, deleting templates; the grown clones kept of them |
@@ -48,6 +49,7 @@ mod init;
 mod mounts;
 mod name;
 mod pool;
+mod resize;
 mod size;
 mod sizing;
 mod space;

@@ -1,12 +1,12 @@
 //! An open pool: the handle through which templates and disks are made.
 
-use crate::admission::{Admission, Bounds, Promises, Reservation};
+use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
 use crate::btrfs::PendingWrites;
 use crate::error::StorageError;
 use crate::files;
 use crate::init::{backing_file, mounted_pool};
 use crate::name::Name;
-use crate::size::Bytes;
+use crate::size::{Bytes, Gib};
 use crate::space::Space;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use std::collections::HashMap;
@@ -24,11 +24,15 @@ const OWNER: &str = "owner";
 pub struct Pool {
     pub(crate) root: PathBuf,
     image: Option<PathBuf>,
+    /// The device it is mounted from.
+    pub(crate) device: PathBuf,
     /// The root folder, held open: space is read through it without a path look-up, and the pool cannot be unmounted under us.
     dir: File,
     /// What btrfs has taken and not yet accounted for.
     pending: PendingWrites,
     admission: Admission,
+    /// Held while the pool's size changes.
+    pub(crate) resizing: Mutex<()>,
     /// One lock for each (template, size) that is being grown: two requests for the same wait for one another, others do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
 }
@@ -47,9 +51,11 @@ impl Pool {
         let pool = Pool {
             root: data_dir.to_owned(),
             image,
+            device: mount.source,
             dir,
             pending,
             admission: Admission::new(bounds),
+            resizing: Mutex::default(),
             growing: Mutex::default(),
         };
         pool.require_folders()?;
@@ -161,6 +167,15 @@ impl Pool {
     pub fn admit(&self, size: Bytes) -> Result<Reservation, StorageError> {
         self.require_mounted()?;
         self.admission.admit(size, || self.space())
+    }
+
+    /// See [`Admission::lower_ceiling`].
+    pub(crate) fn lower_ceiling(
+        &self,
+        size: Bytes,
+        fits: impl FnOnce() -> Result<Result<(), Gib>, StorageError>,
+    ) -> Result<LoweredCeiling, StorageError> {
+        self.admission.lower_ceiling(size, fits)
     }
 
     /// Enters a disk that is there already, at start.

@@ -289,6 +289,120 @@ fn what_btrfs_has_not_committed_yet_is_not_free() {
 }
 
 #[test]
+fn a_pool_grows_and_shrinks_in_all_its_layers_and_keeps_its_data() {
+    let host = HostDisk::ext4(Gib::new(100).bytes());
+    let mut place = Place::at(&host.folder, Some("30G"));
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    let file = place.plan.data_dir.join("vms/kept");
+    run(
+        "dd",
+        &[
+            "if=/dev/urandom",
+            &format!("of={}", text(&file)),
+            "bs=1M",
+            "count=200",
+            "status=none",
+        ],
+    );
+    let sum = run("sha256sum", &[text(&file)]);
+    let layers = || {
+        let device = run("losetup", &["-n", "-O", "NAME", "-j", text(&place.plan.image)]);
+        let device: u64 = run("blockdev", &["--getsize64", device.trim()]).trim().parse().unwrap();
+        let image = fs::metadata(&place.plan.image).unwrap().len();
+        [
+            image >> 30,
+            device >> 30,
+            pool.space().unwrap().capacity.floor_gib().as_u64(),
+        ]
+    };
+
+    pool.grow(Some(Gib::new(60))).unwrap();
+    assert_eq!(layers(), [60; 3]);
+    pool.shrink(Gib::new(40)).unwrap();
+    assert_eq!(layers(), [40; 3]);
+    // By the rule, on what the host disk has today: its image's own blocks count as free for it.
+    pool.grow(None).unwrap();
+    assert!((75..=80).contains(&layers()[0]), "{:?}", layers());
+    assert_eq!(run("sha256sum", &[text(&file)]), sum);
+
+    for (refused, why) in [
+        (pool.grow(Some(Gib::new(60))), "no growth"),
+        (pool.grow(Some(Gib::new(200))), "at most"),
+        (pool.shrink(Gib::new(90)), "no shrinking"),
+        (pool.shrink(Gib::new(1)), "GiB are needed"),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(
+            matches!(error, StorageError::PoolSize(_)) && error.to_string().contains(why),
+            "{error}"
+        );
+    }
+    drop(pool);
+    unmount(&place.plan.data_dir).unwrap();
+    run("btrfs", &["check", "--quiet", text(&place.plan.image)]);
+}
+
+#[test]
+fn a_pool_is_not_shrunk_below_what_was_promised() {
+    let host = HostDisk::ext4(Gib::new(100).bytes());
+    let mut place = Place::at(&host.folder, Some("60G"));
+    place.init().unwrap();
+    let pool = place.open(scalebox_storage::Bounds {
+        buffer: Gib::new(2),
+        overcommit_ratio: 1.0,
+    });
+    pool.admit(Gib::new(45).bytes()).unwrap().commit();
+    let error = pool.shrink(Gib::new(40)).unwrap_err().to_string();
+    assert!(error.contains("promised 45 GiB"), "{error}");
+    assert_eq!(pool.space().unwrap().capacity, Gib::new(60).bytes());
+    pool.shrink(Gib::new(50)).unwrap();
+}
+
+#[test]
+fn a_change_of_size_that_a_crash_interrupted_ends_with_all_layers_agreeing() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    // A growth that came as far as the image.
+    run("truncate", &["-s", "35G", text(&place.plan.image)]);
+    pool.agree().unwrap();
+    assert_eq!(pool.space().unwrap().capacity, Gib::new(35).bytes());
+    // A shrinking that came as far as the file system.
+    run("btrfs", &["filesystem", "resize", "20G", text(&place.plan.data_dir)]);
+    assert_eq!(pool.space().unwrap().capacity, Gib::new(20).bytes());
+    pool.agree().unwrap();
+    assert_eq!(pool.space().unwrap().capacity, Gib::new(35).bytes());
+}
+
+#[test]
+fn trimming_gives_deleted_data_back_to_the_host_disk() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    run("mount", &["-o", "remount,nodiscard", text(&place.plan.data_dir)]);
+    let file = place.plan.data_dir.join("vms/written");
+    let blocks = || fs::metadata(&place.plan.image).unwrap().blocks() * 512;
+    run(
+        "dd",
+        &[
+            "if=/dev/urandom",
+            &format!("of={}", text(&file)),
+            "bs=1M",
+            "count=200",
+            "conv=fsync",
+            "status=none",
+        ],
+    );
+    assert!(blocks() > 200 << 20);
+    fs::remove_file(&file).unwrap();
+    run("btrfs", &["filesystem", "sync", text(&place.plan.data_dir)]);
+    assert!(blocks() > 200 << 20);
+    assert!(pool.trim().unwrap() > Bytes::from_mib(200));
+    assert!(blocks() < 50 << 20, "{} MiB are left", blocks() >> 20);
+}
+
+#[test]
 fn a_pool_that_is_not_mounted_says_how_to_make_it() {
     let scratch = tempfile::tempdir().unwrap();
     let error = Pool::open(scratch.path(), USUAL).unwrap_err().to_string();
