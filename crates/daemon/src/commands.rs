@@ -2,6 +2,7 @@
 
 use crate::api;
 use crate::error::ServiceError;
+use crate::pool_watch;
 use crate::progress;
 use crate::random::random_hex;
 use crate::recovery::{self, Recovered};
@@ -184,6 +185,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             .local_addr()
             .map_err(io("read the address that is listened on"))?;
         tracing::info!(address = %local, "ready");
+        tokio::spawn(pool_watch::run(service.clone()));
         server::run(listener, api::router(service.clone(), &token), &service)
             .await
             .map_err(io("serve the API"))?;

@@ -12,7 +12,7 @@
 //! | `vms` | the VMs in memory: names, addresses, what is under way |
 //! | `state` | the state file |
 //! | `recovery` | putting things right at start |
-//! | `stall` | machines that stand still because the pool is full, and go on when there is room |
+//! | `pool_watch` | pausing guests before the pool runs full, and letting them go on |
 //! | `resize` | asking a guest how large its root file system is |
 //! | `undo` | steps that can be taken back |
 //! | `random` | random ids |
@@ -24,6 +24,7 @@ mod api;
 mod commands;
 mod error;
 mod host;
+mod pool_watch;
 mod progress;
 mod random;
 mod recovery;
@@ -31,7 +32,6 @@ mod resize;
 mod server;
 mod service;
 mod settings;
-mod stall;
 mod state;
 mod undo;
 mod vms;

@@ -6,10 +6,10 @@
 
 use crate::error::ServiceError;
 use crate::host;
+use crate::pool_watch::{self, Held};
 use crate::random::random_hex;
 use crate::resize;
 use crate::settings::Settings;
-use crate::stall;
 use crate::state::{Record, State};
 use crate::undo::Steps;
 use crate::vms::{Operation, Vms};
@@ -54,6 +54,8 @@ pub(crate) struct Inner {
     accel: String,
     cmdline: String,
     pub(crate) vms: Vms,
+    /// The machines that stand still for lack of space.
+    pub(crate) held: Held,
     started: Instant,
     /// Operations outlive the connection that asked for them; a shutdown waits for them.
     tasks: TaskTracker,
@@ -90,6 +92,7 @@ impl Service {
             host_ip: parts.settings.host_ip.unwrap_or_else(host::default_address),
             limits: parts.settings.limits(host::cpu_count(), memory_mib),
             vms: Vms::new(&parts.settings.net),
+            held: Held::default(),
             settings: parts.settings,
             pool: Arc::new(parts.pool),
             state: Arc::new(parts.state),
@@ -730,7 +733,7 @@ impl Service {
         tokio::spawn(async move {
             let reason = tokio::select! {
                 reason = machine.exited() => reason,
-                never = stall::ride_out(&service, &id, &machine) => match never {},
+                never = pool_watch::follow(&service, &id, &machine) => match never {},
             };
             service.note_exit(&id, &machine, reason).await;
         });

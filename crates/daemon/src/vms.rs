@@ -176,6 +176,17 @@ impl Vms {
         }
     }
 
+    /// The VMs that run and have nothing under way, with their machines.
+    pub fn running(&self) -> Vec<(String, Arc<dyn Machine>)> {
+        let table = self.lock();
+        let idle = table
+            .by_id
+            .values()
+            .filter(|entry| entry.busy.is_none() && entry.record.status == VmStatus::Running);
+        idle.filter_map(|entry| Some((entry.record.id.clone(), Arc::clone(entry.machine.as_ref()?))))
+            .collect()
+    }
+
     /// Notes the size of a VM's disk.
     pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) {
         if let Some(entry) = self.lock().by_id.get_mut(id) {
