@@ -9,8 +9,9 @@ use crate::recovery::{self, Recovered};
 use crate::server;
 use crate::service::{Parts, Service};
 use crate::settings::{AccelChoice, LogFormat, Settings, SettingsError, VmmChoice};
-use crate::state::{State, StateError};
+use crate::state::{Fact, State, StateError};
 use rustix::fs::{Mode, OFlags};
+use scalebox_client::VmStatus;
 use scalebox_net::Network;
 use scalebox_storage::{InitEvent, InitOutcome, Name, Pool, StorageError};
 use scalebox_vmm::{AccelSetting, QemuDriver, Vmm};
@@ -179,6 +180,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             adopted = recovered.adopted,
             strays_ended = recovered.strays_ended,
             files_removed = recovered.files_removed,
+            to_start = recovered.to_start.len(),
             "recovered"
         );
         let local = listener
@@ -186,6 +188,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             .map_err(io("read the address that is listened on"))?;
         tracing::info!(address = %local, "ready");
         tokio::spawn(pool_watch::run(service.clone()));
+        tokio::spawn(recovery::start_again(service.clone(), recovered.to_start));
         server::run(listener, api::router(service.clone(), &token), &service)
             .await
             .map_err(io("serve the API"))?;
@@ -200,7 +203,12 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     runtime()?.block_on(async {
         let state = State::open(&settings.state_dir)?;
         match open_service(settings.clone(), state).await {
-            Ok((service, _)) => service.take_all_down().await.map_err(CommandFailed::from),
+            Ok((service, recovered)) => {
+                for id in recovered.to_start {
+                    service.persist(&id, VmStatus::Stopped, None).await?;
+                }
+                service.take_all_down().await.map_err(CommandFailed::from)
+            }
             // The pool is not there; machines and network may be all the same.
             Err(CommandFailed::Storage(StorageError::NotMounted(_))) => down_without_pool(&settings).await,
             Err(error) => Err(error),
@@ -263,7 +271,7 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
 /// Makes sure that the pool's disks are the state's: with the wrong state they would all look like nobody's, and be removed.
 fn take_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), CommandFailed> {
     pool.lock()?;
-    let (on_pool, in_state) = (pool.owner()?, state.pool_owner()?);
+    let (on_pool, in_state) = (pool.owner()?, state.fact(Fact::PoolOwner)?);
     if on_pool.is_some() && on_pool == in_state {
         return Ok(());
     }
@@ -274,7 +282,7 @@ fn take_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), Comm
     }
     let owner = random_hex(16).map_err(io("get random bytes"))?;
     pool.set_owner(&owner)?;
-    Ok(state.set_pool_owner(&owner)?)
+    Ok(state.set_fact(Fact::PoolOwner, &owner)?)
 }
 
 /// A folder that cannot be used is told now, not at the first machine.

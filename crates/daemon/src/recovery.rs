@@ -4,8 +4,9 @@
 //! nobody and goes: machines, taps, forwards, disks, folders. What does not have our form is never touched.
 
 use crate::error::ServiceError;
+use crate::host;
 use crate::service::{Service, blocking, endpoint, machine_id, remove_dir};
-use crate::state::Record;
+use crate::state::{Fact, Record, State};
 use scalebox_client::{VmStatus, is_vm_id};
 use scalebox_storage::{Gib, Name};
 use scalebox_vmm::Machine;
@@ -26,6 +27,8 @@ pub struct Recovered {
     pub strays_ended: usize,
     /// Files in the pool that belonged to nobody.
     pub files_removed: usize,
+    /// VMs that ran when the host went down, for [`start_again`].
+    pub to_start: Vec<String>,
 }
 
 /// Fills the service's table from the state file and removes leftovers. To be called once, before the first request.
@@ -53,21 +56,71 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
         tracing::info!(path = %path.display(), "removed a file that belongs to no VM");
     }
 
+    let rebooted = is_another_boot(service).await?;
     let mut attached = Vec::new();
     for record in records {
         let lost = swept.missing.iter().any(|missing| missing.as_str() == record.id);
-        let endpoint = endpoint(&record)?;
-        if restore(service, record, lost).await? {
-            recovered.adopted += 1;
-            attached.push(endpoint);
+        let (endpoint, id) = (endpoint(&record)?, record.id.clone());
+        match restore(service, record, lost, rebooted).await? {
+            Restored::Running => {
+                recovered.adopted += 1;
+                attached.push(endpoint);
+            }
+            Restored::ToStart => recovered.to_start.push(id),
+            Restored::Still => {}
         }
     }
     service.inner().network.reconcile(&attached).await?;
     Ok(recovered)
 }
 
-/// Enters one VM; returns whether its machine runs.
-async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bool, ServiceError> {
+/// Starts the VMs that ran when the host went down, one after the other, and notes that this boot's were seen to. Until then the state
+/// says that they run: a crash in between starts the rest at the next start.
+pub async fn start_again(service: Service, vms: Vec<String>) {
+    for id in vms {
+        if let Err(error) = service.start(id.clone()).await {
+            let reason = format!("it could not be started after the host's reboot: {error}");
+            tracing::error!(vm = id, %error, "could not be started after the host's reboot");
+            service
+                .inner()
+                .vms
+                .set(&id, VmStatus::Failed, Some(reason.clone()), None);
+            if let Err(error) = service.persist(&id, VmStatus::Failed, Some(&reason)).await {
+                tracing::error!(vm = id, %error, "its failure could not be noted");
+            }
+        }
+    }
+    let state = Arc::clone(&service.inner().state);
+    let noted = blocking(move || note_boot(&state)).await;
+    if let Err(error) = noted {
+        tracing::error!(%error, "this boot of the host could not be noted");
+    }
+}
+
+fn note_boot(state: &State) -> Result<(), ServiceError> {
+    Ok(state.set_fact(Fact::BootId, &boot_id()?)?)
+}
+
+fn boot_id() -> Result<String, ServiceError> {
+    host::boot_id().map_err(|error| ServiceError::Internal(format!("cannot read the boot's id: {error}")))
+}
+
+/// Whether the host was rebooted since the VMs were last seen to.
+async fn is_another_boot(service: &Service) -> Result<bool, ServiceError> {
+    let state = Arc::clone(&service.inner().state);
+    let last = blocking(move || state.fact(Fact::BootId)).await?;
+    Ok(last.is_some() && last != Some(boot_id()?))
+}
+
+enum Restored {
+    Running,
+    /// It ran when the host went down.
+    ToStart,
+    Still,
+}
+
+/// Enters one VM.
+async fn restore(service: &Service, mut record: Record, lost: bool, rebooted: bool) -> Result<Restored, ServiceError> {
     let found = match record.status {
         VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
         // A start that a crash interrupted before it was recorded: nobody was told of its machine.
@@ -86,6 +139,21 @@ async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bo
         agree_on_disk_size(service, &mut record, machine.as_ref()).await?;
     }
     service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
+    let was_running = matches!(record.status, VmStatus::Running | VmStatus::Paused);
+    if rebooted && was_running && machine.is_none() && !lost && !hung {
+        let waiting = Some("waiting to be started after the host's reboot".to_owned());
+        let id = record.id.clone();
+        tracing::info!(vm = id, name = record.name, "ran when the host went down");
+        service.inner().vms.restore(
+            Record {
+                status: VmStatus::Stopped,
+                status_reason: waiting,
+                ..record
+            },
+            None,
+        );
+        return Ok(Restored::ToStart);
+    }
     let (status, reason) = match (&machine, lost, record.status) {
         (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
         (Some(_), ..) => (VmStatus::Running, None),
@@ -110,13 +178,15 @@ async fn restore(service: &Service, mut record: Record, lost: bool) -> Result<bo
         service.persist(&record.id, status, reason.as_deref()).await?;
         (record.status, record.status_reason) = (status, reason);
     }
-    let running = machine.is_some();
     let id = record.id.clone();
     service.inner().vms.restore(record, machine.clone());
-    if let Some(machine) = machine {
-        service.watch(id, machine);
+    match machine {
+        Some(machine) => {
+            service.watch(id, machine);
+            Ok(Restored::Running)
+        }
+        None => Ok(Restored::Still),
     }
-    Ok(running)
 }
 
 /// A crash in the middle of a growth leaves the disk smaller than the state says: the growth is carried through. One that is larger was left by

@@ -9,11 +9,23 @@ use std::time::{Duration, Instant};
 
 /// How long a guest may take to grow its file system. An emulated one takes about a second.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often it is asked meanwhile.
+/// How often a guest is asked before it counts as one without an agent; each attempt has a deadline of its own.
+const ATTEMPTS: u32 = 3;
+/// How long to wait between two questions meanwhile.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// The size of the guest's root file system; `None` when it has no agent, or one that does not answer.
+/// The size of the guest's root file system; `None` when it has no agent, or one that does not answer though it was given time: a busy
+/// host's guest may take a few seconds.
 pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
+    for _ in 0..ATTEMPTS {
+        if let Some(total) = ask(machine).await {
+            return Some(total);
+        }
+    }
+    None
+}
+
+async fn ask(machine: &Arc<dyn Machine>) -> Option<Bytes> {
     let AgentEndpoint::Unix(socket) = machine.agent()? else {
         return None;
     };
@@ -40,7 +52,7 @@ pub async fn confirm(machine: &Arc<dyn Machine>, before: Option<Bytes>, growth: 
     let expected = before + growth.scaled(0.9);
     let begun = Instant::now();
     loop {
-        let total = guest_total(machine).await;
+        let total = ask(machine).await;
         if total.is_some_and(|total| total >= expected) {
             return Disk {
                 confirmed: true,

@@ -41,6 +41,24 @@ pub struct Record {
     pub status_reason: Option<String>,
 }
 
+/// What the state knows of its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fact {
+    /// The mark on the pool whose disks these are.
+    PoolOwner,
+    /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which the VMs were last seen to.
+    BootId,
+}
+
+impl Fact {
+    fn key(self) -> &'static str {
+        match self {
+            Fact::PoolOwner => "pool_owner",
+            Fact::BootId => "boot_id",
+        }
+    }
+}
+
 /// Why the state could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -235,26 +253,25 @@ impl State {
         })
     }
 
-    /// The mark on the pool whose disks these are; `None` before a pool was ever used.
+    /// A fact about the host that the state belongs to; `None` when it was never noted.
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn pool_owner(&self) -> Result<Option<String>, StateError> {
+    pub fn fact(&self, fact: Fact) -> Result<Option<String>, StateError> {
         self.with(|connection| {
-            connection
-                .query_row("SELECT value FROM facts WHERE key = 'pool_owner'", [], |row| row.get(0))
-                .optional()
+            let query = "SELECT value FROM facts WHERE key = ?";
+            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
         })
     }
 
-    /// Notes the mark on the pool.
+    /// Notes a fact.
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn set_pool_owner(&self, owner: &str) -> Result<(), StateError> {
+    pub fn set_fact(&self, fact: Fact, value: &str) -> Result<(), StateError> {
         self.with(|connection| {
             connection
-                .execute("INSERT OR REPLACE INTO facts VALUES ('pool_owner', ?)", [owner])
+                .execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [fact.key(), value])
                 .map(drop)
         })
     }

@@ -87,7 +87,8 @@ impl Key {
 fn wait_for_ssh(vm: &Vm) {
     eventually(&format!("the SSH banner of {}", vm.name), || {
         let stream = TcpStream::connect((vm.ip.as_str(), vm.ssh_port)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        // One connection is held: each that is dropped early costs the guest's sshd a process.
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut banner = String::new();
         BufReader::new(stream).read_line(&mut banner).ok()?;
         banner.starts_with("SSH-2.0").then_some(())
@@ -155,7 +156,7 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         (first.status, first.disk_size_gib, second.disk_size_gib),
         (VmStatus::Running, 2, 10)
     );
-    let waited = scalebox(&host, &["vm", "wait", "second", "--timeout", "110"]);
+    let waited = scalebox(&host, &["vm", "wait", "second", "--timeout", "300"]);
     assert!(waited.status.success(), "{}", said(&waited));
     wait_for_ssh(&first);
 
@@ -381,6 +382,20 @@ fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_machine() {
     }
     wait_for_ssh(kept);
     assert_eq!(key.run(kept, "hostname"), kept.name);
+
+    // The host reboots: no machine is left, and another boot has another id. What ran runs again.
+    host.crash();
+    rustix::process::kill_process(machine_of(&host, kept), rustix::process::Signal::KILL).unwrap();
+    let state = rusqlite::Connection::open(host.folder.join("state/state.db")).unwrap();
+    state
+        .execute("UPDATE facts SET value = 'another' WHERE key = 'boot_id'", [])
+        .unwrap();
+    drop(state);
+    host.serve();
+    eventually("the VM to be started again", || {
+        (host.client().vm(&kept.id).unwrap().status == VmStatus::Running).then_some(())
+    });
+    assert_eq!(machines(&host).len(), 1);
     host.client().delete_vm(&kept.id).unwrap();
     assert_eq!(host.leftovers(), Vec::<String>::new());
     assert_eq!(machines(&host), Vec::<String>::new());

@@ -25,7 +25,7 @@ pub const TOKEN: &str = "a-token-for-tests-0123456789";
 pub const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0nVq0Z9m2hJb5p0nS9QmVb1cD";
 
 /// How long anything may take before a test gives up; generous, because the machines are small and shared.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Waits until `probe` gives something.
 pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
