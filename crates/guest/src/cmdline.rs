@@ -8,7 +8,7 @@ const PARAMETERS: [&str; 11] = [
     // The console goes to the first serial port, and only warnings do: each character is an exit to the emulator.
     "console=ttyS0",
     "quiet",
-    // A kernel that gives up resets, and the hypervisor (QEMU's -no-reboot) ends: a VM that is seen to have failed.
+    // A kernel that gives up resets after a second, as hardware with a watchdog does: nobody can type at its console.
     "panic=1",
     // The root is the first disk, and mounted for writing at once: see the initramfs and the template's fstab.
     "root=/dev/vda",
