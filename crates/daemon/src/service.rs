@@ -632,7 +632,11 @@ impl Service {
         let reservation = self.admit(size.bytes() - current.bytes()).await?;
         let before = match machine {
             Some(machine) => resize::guest_total(machine).await,
-            None => None,
+            // Grown offline, the disk gives way to a grown clone: nothing may have it open, not even a machine that hangs.
+            None => {
+                self.put_down(&record.id).await?;
+                None
+            }
         };
         // The intent first: a crash from here on is carried through by the next start.
         self.persist_disk_size(&record.id, size).await?;
