@@ -1,7 +1,7 @@
 //! A blocking client: one method a call of the API, typed both ways.
 
-use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
-use crate::{CreateVm, ResizePool, ResizeVm, SnapshotVm};
+use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Template, TemplateList, Trimmed, Vm, VmList};
+use crate::{CreateVm, ResizePool, ResizeVm};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -196,14 +196,6 @@ impl Client {
     /// See [`ClientError`].
     pub fn resize_vm(&self, id_or_name: &str, request: &ResizeVm) -> Result<Vm, ClientError> {
         self.send(Method::PATCH, &vm_path(id_or_name), request)
-    }
-
-    /// `POST /vms/{id or name}/snapshot`.
-    ///
-    /// # Errors
-    /// See [`ClientError`].
-    pub fn snapshot_vm(&self, id_or_name: &str, request: &SnapshotVm) -> Result<Snapshot, ClientError> {
-        self.send(Method::POST, &(vm_path(id_or_name) + "/snapshot"), request)
     }
 
     /// `GET /templates`.

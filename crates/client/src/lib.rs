@@ -28,8 +28,8 @@ pub use body::Invalid;
 pub use http::{Client, ClientError};
 pub use key::SshPublicKey;
 pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
-pub use requests::{CreateVm, Limits, ResizePool, ResizeVm, SnapshotVm};
+pub use requests::{CreateVm, Limits, ResizePool, ResizeVm};
 pub use types::{
-    Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, Template, TemplateList, Trimmed,
-    Vm, VmCounts, VmList, VmStatus,
+    Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Template, TemplateList, Trimmed, Vm,
+    VmCounts, VmList, VmStatus,
 };

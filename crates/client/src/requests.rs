@@ -151,26 +151,6 @@ impl ResizePool {
     }
 }
 
-/// `POST /vms/{id}/snapshot`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct SnapshotVm {
-    /// What the template that holds a copy of the disk is to be called.
-    pub template_name: TemplateName,
-}
-
-impl SnapshotVm {
-    /// Reads a client's body. Whether the name is free is for the caller to see.
-    ///
-    /// # Errors
-    /// The first thing wrong, as a sentence that names the field and what it may be.
-    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
-        let fields = Fields::read(body, &["template_name"])?;
-        Ok(SnapshotVm {
-            template_name: fields.text("template_name", "name the template to make")?,
-        })
-    }
-}
-
 #[cfg(test)]
 mod pool_tests {
     use super::*;

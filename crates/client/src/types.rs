@@ -115,19 +115,6 @@ pub struct TemplateList {
     pub templates: Vec<Template>,
 }
 
-/// `POST /vms/{id}/snapshot`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Snapshot {
-    /// The template that was made.
-    pub template: String,
-    /// The id of the VM whose disk it holds.
-    pub source_vm: String,
-    /// Its size as a guest sees it.
-    pub size_bytes: u64,
-    /// RFC 3339, in UTC.
-    pub created_at: String,
-}
-
 /// The pool, as `GET /pool` answers and as part of [`HostInfo`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PoolInfo {

@@ -1,7 +1,7 @@
 //! What a request may hold, and the sentence that each bad one gets.
 
 use proptest::prelude::*;
-use scalebox_client::{CreateVm, Invalid, Limits, ResizeVm, SnapshotVm, SshPublicKey};
+use scalebox_client::{CreateVm, Invalid, Limits, ResizeVm, SshPublicKey};
 use serde_json::{Value, json};
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
@@ -67,10 +67,6 @@ fn what_the_client_writes_the_daemon_reads() {
         ResizeVm::parse(&serde_json::to_vec(&resize).unwrap(), &LIMITS),
         Ok(resize)
     );
-    let snapshot = SnapshotVm {
-        template_name: "golden".parse().unwrap(),
-    };
-    assert_eq!(SnapshotVm::parse(&serde_json::to_vec(&snapshot).unwrap()), Ok(snapshot));
 }
 
 #[test]
@@ -317,12 +313,6 @@ fn a_name_of_the_wrong_form_is_told_the_right_one() {
             format!("{field} must be a string of Unicode text")
         );
     }
-    let snapshot = SnapshotVm::parse(br#"{"template_name": "../x"}"#)
-        .unwrap_err()
-        .to_string();
-    assert!(snapshot.starts_with("template_name must be 1 to 63"), "{snapshot}");
-    let nothing = SnapshotVm::parse(b"{}").unwrap_err().to_string();
-    assert_eq!(nothing, "template_name is missing: name the template to make");
     let nothing = ResizeVm::parse(b"{}", &LIMITS).unwrap_err().to_string();
     assert_eq!(
         nothing,
@@ -419,7 +409,6 @@ proptest! {
     fn bytes_of_any_kind_are_read_or_refused(body in prop::collection::vec(any::<u8>(), 0..400)) {
         let _ = CreateVm::parse(&body, &LIMITS);
         let _ = ResizeVm::parse(&body, &LIMITS);
-        let _ = SnapshotVm::parse(&body);
     }
 
     #[test]

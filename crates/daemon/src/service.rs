@@ -20,7 +20,7 @@ use scalebox_client::{
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Network};
 use scalebox_storage::{Bytes, Gib, Name, Pool, Reservation, StorageError};
-use scalebox_vmm::{ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, Vmm};
+use scalebox_vmm::{ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, Vmm, console_tail};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::DirBuilderExt;
@@ -32,6 +32,9 @@ use tracing::Instrument;
 
 /// How long a guest may take to shut itself down before it is killed. An emulated Debian takes about eight seconds.
 const STOP_GRACE: Duration = Duration::from_secs(60);
+
+/// How much of the console goes into the reason of a failure: a few lines.
+const LAST_WORDS: Bytes = Bytes::new(512);
 
 /// The template that every host has and nobody deletes.
 pub const BASE_TEMPLATE: &str = "debian-base";
@@ -757,7 +760,7 @@ impl Service {
         }
         let (status, reason) = match reason {
             ExitReason::GuestShutdown => (VmStatus::Stopped, None),
-            other => (VmStatus::Failed, Some(other.to_string())),
+            other => (VmStatus::Failed, Some(format!("{other}{}", self.last_words(id).await))),
         };
         self.inner.vms.set(id, status, reason.clone(), None);
         tracing::info!(vm = id, status = status.as_str(), reason, "machine ended");
@@ -767,6 +770,21 @@ impl Service {
         };
         if let Err(error) = noted.await {
             tracing::error!(vm = id, %error, "the end of a machine could not be noted; the next start puts it right");
+        }
+    }
+
+    /// What the console said last, to go behind the reason of a failure; nothing when it said nothing.
+    async fn last_words(&self, id: &str) -> String {
+        let log = self.console_log(id);
+        let read =
+            blocking(move || console_tail(&log, LAST_WORDS).map_err(|error| ServiceError::Internal(error.to_string())));
+        match read.await {
+            Ok(said) if !said.trim().is_empty() => format!("; its console's last words: {}", said.trim()),
+            Ok(_) => String::new(),
+            Err(error) => {
+                tracing::warn!(vm = id, %error, "the console's log cannot be read");
+                String::new()
+            }
         }
     }
 

@@ -306,7 +306,8 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         let vm = host.client().vm("second").unwrap();
         (vm.status == VmStatus::Failed).then_some(vm)
     });
-    assert!(failed.status_reason.is_some());
+    let reason = failed.status_reason.expect("why it failed");
+    assert!(reason.contains("its console's last words:"), "{reason}");
 
     host.client().delete_vm("first").unwrap();
     host.client().delete_vm("second").unwrap();
