@@ -5,7 +5,7 @@
 use crate::size::Bytes;
 use rustix::fd::AsFd;
 use rustix::io;
-use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::ioctl::{Getter, Opcode, Setter, Updater, ioctl, opcode};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -14,6 +14,9 @@ const MAGIC: u8 = 0x94;
 const SPACE_INFO: Opcode = opcode::read_write::<SpaceArgsHeader>(MAGIC, 20);
 const DEV_INFO: Opcode = opcode::read_write::<DevInfoArgs>(MAGIC, 30);
 const FS_INFO: Opcode = opcode::read::<FsInfoArgs>(MAGIC, 31);
+
+const START_SYNC: Opcode = opcode::read::<u64>(MAGIC, 24);
+const WAIT_SYNC: Opcode = opcode::write::<u64>(MAGIC, 22);
 
 const DATA: u64 = 1 << 0;
 const SYSTEM: u64 = 1 << 1;
@@ -87,11 +90,12 @@ pub(crate) struct ChunkSpace {
 
 /// Data that btrfs has taken and not yet committed: `used` grows only with the next commit, 30 s away by default, in which gigabytes are written.
 ///
-/// From `/sys/fs/btrfs/UUID/allocation/data` (Documentation/ABI/testing/sysfs-fs-btrfs): what is reserved for writes under way, what may
+/// From `/sys/fs/btrfs/UUID/allocation/data` and `…/metadata` (Documentation/ABI/testing/sysfs-fs-btrfs): what is reserved for writes under way, what may
 /// be needed by buffered ones, and what was freed and can be used only after the commit.
 #[derive(Debug)]
 pub(crate) struct PendingWrites {
-    counters: [File; 3],
+    data: [File; 3],
+    metadata: [File; 3],
 }
 
 impl PendingWrites {
@@ -101,26 +105,46 @@ impl PendingWrites {
         let hex: Vec<String> = info.fsid.iter().map(|byte| format!("{byte:02x}")).collect();
         let group = |range: std::ops::Range<usize>| hex[range].concat();
         let uuid = [group(0..4), group(4..6), group(6..8), group(8..10), group(10..16)].join("-");
-        let folder = Path::new("/sys/fs/btrfs").join(uuid).join("allocation/data");
-        let open = |counter: &str| File::open(folder.join(counter));
+        let folder = Path::new("/sys/fs/btrfs").join(uuid).join("allocation");
+        let counters = |kind: &str| {
+            let open = |counter: &str| File::open(folder.join(kind).join(counter));
+            Ok::<_, std::io::Error>([open("bytes_reserved")?, open("bytes_may_use")?, open("bytes_pinned")?])
+        };
         Ok(PendingWrites {
-            counters: [open("bytes_reserved")?, open("bytes_may_use")?, open("bytes_pinned")?],
+            data: counters("data")?,
+            metadata: counters("metadata")?,
         })
     }
 
-    /// Their sum now.
-    pub(crate) fn read(&self) -> std::io::Result<Bytes> {
-        let mut sum = Bytes::ZERO;
-        for counter in &self.counters {
-            let mut text = [0; 32];
-            let length = counter.read_at(&mut text, 0)?;
-            let number = str::from_utf8(&text[..length])
-                .ok()
-                .and_then(|text| text.trim().parse().ok());
-            sum += Bytes::new(number.ok_or_else(|| std::io::Error::other("a counter of btrfs is no number"))?);
-        }
-        Ok(sum)
+    /// Data that is taken and not yet accounted for.
+    pub(crate) fn data(&self) -> std::io::Result<Bytes> {
+        sum(&self.data)
     }
+
+    /// Metadata that is taken or may be by the transaction under way, btrfs' own reserve included.
+    pub(crate) fn metadata(&self) -> std::io::Result<Bytes> {
+        sum(&self.metadata)
+    }
+}
+
+fn sum(counters: &[File]) -> std::io::Result<Bytes> {
+    let mut sum = Bytes::ZERO;
+    for counter in counters {
+        let mut text = [0; 32];
+        let length = counter.read_at(&mut text, 0)?;
+        let number = str::from_utf8(&text[..length])
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        sum += Bytes::new(number.ok_or_else(|| std::io::Error::other("a counter of btrfs is no number"))?);
+    }
+    Ok(sum)
+}
+
+/// Whether `file` lies on a btrfs.
+pub(crate) fn is_btrfs(file: impl AsFd) -> io::Result<bool> {
+    // BTRFS_SUPER_MAGIC of include/uapi/linux/magic.h.
+    const SUPER_MAGIC: u64 = 0x9123_683e;
+    Ok(rustix::fs::fstatfs(file)?.f_type as u64 == SUPER_MAGIC)
 }
 
 /// Reads the space of the btrfs that `file` lies on.
@@ -155,6 +179,34 @@ pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
     space.device_size = device_size;
     space.unallocated = device_size - allocated;
     Ok(space)
+}
+
+/// Longer than most commits take.
+const WAKE_AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
+
+/// Commits the transaction under way and waits for it. Unlike `syncfs`, it does not write out what guests and others have dirty.
+///
+/// # Errors
+/// `ENOTTY` when it is no btrfs; what the commit fails with.
+pub(crate) fn commit(file: impl AsFd) -> io::Result<()> {
+    let fd = file.as_fd();
+    // SAFETY: the kernel writes the transaction's number, a u64.
+    let begin = || unsafe { ioctl(fd, Getter::<START_SYNC, u64>::new()) };
+    let transaction = begin()?;
+    // The kernel's thread is only woken: while it ends the commit before, it does not hear that, and would sleep until its timer of 30 s. So it
+    // is woken again for as long as it takes.
+    std::thread::scope(|scope| {
+        let (done, waiting) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || {
+            while waiting.recv_timeout(WAKE_AGAIN) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) && begin().is_ok()
+            {
+            }
+        });
+        // SAFETY: the kernel reads the transaction's number, a u64.
+        let committed = unsafe { ioctl(fd, Setter::<WAIT_SYNC, u64>::new(transaction)) };
+        drop(done);
+        committed
+    })
 }
 
 fn space_infos(file: &impl AsFd) -> io::Result<Vec<SpaceInfo>> {

@@ -4,6 +4,7 @@
 //! stands in its error.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::process::{Command, Output, Stdio};
 
@@ -14,6 +15,8 @@ pub enum Program {
     Blkid,
     /// Grows and shrinks the pool's file system.
     Btrfs,
+    /// Edits an ext4 file system, in user space.
+    Debugfs,
     /// Checks an ext4 file system and replays its journal, in user space.
     E2fsck,
     /// Discards the free blocks of a file system.
@@ -26,21 +29,25 @@ pub enum Program {
     Mount,
     /// Grows an ext4 file system, in user space.
     Resize2fs,
+    /// Takes an ext4 file system's journal away and makes a new one.
+    Tune2fs,
     /// Unmounts the pool; its loop device goes with it.
     Umount,
 }
 
 impl Program {
     /// All of them, to look for at start.
-    pub const ALL: [Program; 9] = [
+    pub const ALL: [Program; 11] = [
         Program::Blkid,
         Program::Btrfs,
+        Program::Debugfs,
         Program::E2fsck,
         Program::Fstrim,
         Program::Losetup,
         Program::MkfsBtrfs,
         Program::Mount,
         Program::Resize2fs,
+        Program::Tune2fs,
         Program::Umount,
     ];
 
@@ -49,12 +56,14 @@ impl Program {
         match self {
             Program::Blkid => "blkid",
             Program::Btrfs => "btrfs",
+            Program::Debugfs => "debugfs",
             Program::E2fsck => "e2fsck",
             Program::Fstrim => "fstrim",
             Program::Losetup => "losetup",
             Program::MkfsBtrfs => "mkfs.btrfs",
             Program::Mount => "mount",
             Program::Resize2fs => "resize2fs",
+            Program::Tune2fs => "tune2fs",
             Program::Umount => "umount",
         }
     }
@@ -62,11 +71,18 @@ impl Program {
     /// The Debian package that brings it.
     pub fn package(self) -> &'static str {
         match self {
-            Program::E2fsck | Program::Resize2fs => "e2fsprogs",
+            Program::Debugfs | Program::E2fsck | Program::Resize2fs | Program::Tune2fs => "e2fsprogs",
             Program::Btrfs | Program::MkfsBtrfs => "btrfs-progs",
             Program::Blkid | Program::Fstrim => "util-linux",
             Program::Losetup | Program::Mount | Program::Umount => "mount",
         }
+    }
+
+    /// Whether it is installed where this crate looks for it, which is not the caller's `PATH`.
+    pub fn is_installed(self) -> bool {
+        SEARCH_PATH
+            .split(':')
+            .any(|dir| std::path::Path::new(dir).join(self.name()).is_file())
     }
 }
 
@@ -107,10 +123,7 @@ pub enum CommandError {
 /// [`CommandError::Missing`] for the first one that is not there.
 pub fn require_programs() -> Result<(), CommandError> {
     for program in Program::ALL {
-        let found = SEARCH_PATH
-            .split(':')
-            .any(|dir| std::path::Path::new(dir).join(program.name()).is_file());
-        if !found {
+        if !program.is_installed() {
             return Err(CommandError::Missing {
                 program: program.name(),
                 package: program.package(),
@@ -137,11 +150,36 @@ pub(crate) fn run_accepting<S: AsRef<OsStr>>(
     good: impl Fn(i32) -> bool,
 ) -> Result<(i32, String), CommandError> {
     let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
-    let output = Command::new(program.name())
-        .args(&args)
+    let output = output_of(program, &args, None)?;
+    match output.status.code() {
+        Some(code) if good(code) => Ok((code, String::from_utf8_lossy(&output.stdout).into_owned())),
+        _ => Err(failed(program, &args, &output)),
+    }
+}
+
+/// Runs a program that must not complain: a line on standard error for which `harmless` does not hold is a failure, whatever the exit
+/// code says (`debugfs` always ends with 0). `input` becomes its standard input. Returns its standard output.
+pub(crate) fn run_without_complaint<S: AsRef<OsStr>>(
+    program: Program,
+    args: impl IntoIterator<Item = S>,
+    input: Option<File>,
+    harmless: impl Fn(&str) -> bool,
+) -> Result<Vec<u8>, CommandError> {
+    let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
+    let output = output_of(program, &args, input)?;
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() && complaints.lines().all(|line| line.trim().is_empty() || harmless(line)) {
+        return Ok(output.stdout);
+    }
+    Err(failed(program, &args, &output))
+}
+
+fn output_of(program: Program, args: &[OsString], input: Option<File>) -> Result<Output, CommandError> {
+    Command::new(program.name())
+        .args(args)
         .env("PATH", SEARCH_PATH)
         .env("LC_ALL", "C")
-        .stdin(Stdio::null())
+        .stdin(input.map_or_else(Stdio::null, Stdio::from))
         .output()
         .map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => CommandError::Missing {
@@ -152,11 +190,7 @@ pub(crate) fn run_accepting<S: AsRef<OsStr>>(
                 program: program.name(),
                 source,
             },
-        })?;
-    match output.status.code() {
-        Some(code) if good(code) => Ok((code, String::from_utf8_lossy(&output.stdout).into_owned())),
-        _ => Err(failed(program, &args, &output)),
-    }
+        })
 }
 
 fn failed(program: Program, args: &[OsString], output: &Output) -> CommandError {

@@ -29,6 +29,12 @@ pub enum StorageError {
     /// A template of that name is there already.
     #[error("a template {0} exists already: replace it (--replace), delete it first, or choose another name")]
     TemplateExists(String),
+    /// A template of that name is being made at this moment.
+    #[error("a template {0} is being made right now: wait for it, or choose another name")]
+    TemplateBeingMade(String),
+    /// A disk cannot become a template.
+    #[error("the disk cannot become a template: {0}")]
+    Unfit(String),
     /// A disk was asked for that its template does not fit on.
     #[error("disk_size_gib must be at least {template_size}: the template {template} is {template_size} GiB large")]
     SmallerThanTemplate {

@@ -18,9 +18,14 @@
 //! | `resize` | growing, shrinking and trimming the pool |
 //! | `space`, `btrfs` | what can really be written, from the kernel |
 //! | `admission` | the decision that a disk fits, and the books behind it |
+//! | `accounting`, `extents` | whose each block is |
 //! | `template` | importing, listing, deleting templates; the grown clones kept of them |
+//! | `snapshot` | a template made of a disk |
+//! | `identity` | taking out of an image what belongs to one machine only |
 //! | `disk` | cloning, deleting, sweeping disks |
+//! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
 //! | `files` | clone, sparse copy, flush |
+//! | `group_sync` | one flush for all who wait for it |
 //! | `command` | the one door to outside programs |
 //!
 //! # Example
@@ -38,36 +43,47 @@
 //! # }
 //! ```
 
+mod accounting;
 mod admission;
 mod btrfs;
 mod command;
 mod disk;
 mod error;
+mod extents;
 mod files;
 mod fstab;
+mod group_sync;
+mod identity;
 mod init;
 mod mounts;
 mod name;
 mod pool;
+mod reclaim;
 mod resize;
 mod size;
 mod sizing;
+mod snapshot;
 mod space;
 mod template;
 
+pub use accounting::{Accounts, Usage};
 pub use admission::{Admission, Bounds, Promises, Reservation};
 pub use command::{CommandError, Program, require_programs};
 pub use disk::Swept;
 pub use error::StorageError;
 pub use fstab::{FstabError, MOUNT_OPTIONS};
+pub use group_sync::GroupSync;
+pub use identity::Identity;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
 pub use name::Name;
 pub use pool::Pool;
+pub use reclaim::Unlinked;
 pub use size::{Bytes, Gib, ParseSizeError};
 pub use sizing::{
     HOST_FLOOR, LARGEST, PoolSize, RequestedSize, RequestedSizeError, SHARE_PERCENT, SMALLEST, TooLittleSpace,
     pool_size,
 };
+pub use snapshot::Snapshot;
 pub use space::Space;
 pub use template::Template;
 

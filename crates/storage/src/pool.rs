@@ -1,9 +1,11 @@
 //! An open pool: the handle through which templates and disks are made.
 
+use crate::accounting::Fixed;
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
-use crate::btrfs::PendingWrites;
+use crate::btrfs::{self, PendingWrites};
 use crate::error::StorageError;
 use crate::files;
+use crate::group_sync::GroupSync;
 use crate::init::{backing_file, mounted_pool};
 use crate::name::Name;
 use crate::size::{Bytes, Gib};
@@ -27,14 +29,20 @@ pub struct Pool {
     /// The device it is mounted from.
     pub(crate) device: PathBuf,
     /// The root folder, held open: space is read through it without a path look-up, and the pool cannot be unmounted under us.
-    dir: File,
+    pub(crate) dir: File,
     /// What btrfs has taken and not yet accounted for.
     pending: PendingWrites,
     admission: Admission,
+    /// What the last walk over the extents found.
+    pub(crate) fixed: Mutex<Option<Fixed>>,
     /// Held while the pool's size changes.
     pub(crate) resizing: Mutex<()>,
     /// One lock for each (template, size) that is being grown: two requests for the same wait for one another, others do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
+    /// Whether the flush of a new file covers its name: on btrfs.
+    pub(crate) fsync_keeps_name: bool,
+    /// Flushes of the disks' folder, shared by those who make disks at the same time.
+    pub(crate) disks_sync: GroupSync,
 }
 
 impl Pool {
@@ -48,6 +56,8 @@ impl Pool {
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
         let pending = PendingWrites::open(&dir)
             .map_err(|error| StorageError::io("read the uncommitted writes of", data_dir.display(), error))?;
+        let fsync_keeps_name = btrfs::is_btrfs(&dir)
+            .map_err(|errno| StorageError::io("read the file system of", data_dir.display(), errno.into()))?;
         let pool = Pool {
             root: data_dir.to_owned(),
             image,
@@ -55,8 +65,11 @@ impl Pool {
             dir,
             pending,
             admission: Admission::new(bounds),
+            fixed: Mutex::default(),
             resizing: Mutex::default(),
             growing: Mutex::default(),
+            fsync_keeps_name,
+            disks_sync: GroupSync::default(),
         };
         pool.require_folders()?;
         pool.require_reflink()?;
@@ -125,6 +138,14 @@ impl Pool {
         self.image.as_deref()
     }
 
+    /// Whether the pool's loop device goes around the host's page cache; `None` when the kernel does not tell, or there is no such
+    /// device.
+    pub fn direct_io(&self) -> Option<bool> {
+        let name = self.device.file_name()?;
+        let attribute = Path::new("/sys/block").join(name).join("loop/dio");
+        Some(std::fs::read_to_string(attribute).ok()?.trim() == "1")
+    }
+
     /// Where kernel and initramfs of the guests lie.
     pub fn kernel_dir(&self) -> PathBuf {
         self.root.join("kernel")
@@ -148,6 +169,11 @@ impl Pool {
         self.root.join("templates")
     }
 
+    /// Where the grown clones of templates are kept.
+    pub(crate) fn grown_dir(&self) -> PathBuf {
+        self.templates_dir().join(".grown")
+    }
+
     pub(crate) fn disks_dir(&self) -> PathBuf {
         self.root.join("vms")
     }
@@ -157,7 +183,15 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`] when the kernel does not tell.
     pub fn space(&self) -> Result<Space, StorageError> {
-        Space::read(&self.dir, &self.pending, self.image())
+        let space = Space::read(&self.dir, &self.pending, self.image())?;
+        Ok(match self.measured_fixed() {
+            // Deletions since the walk show in what is used.
+            Some(fixed) => Space {
+                fixed: fixed.min(space.used),
+                ..space
+            },
+            None => space,
+        })
     }
 
     /// Admits a disk of `size`, or refuses it with nothing done; see [`Admission::admit`].
@@ -173,7 +207,7 @@ impl Pool {
     pub(crate) fn lower_ceiling(
         &self,
         size: Bytes,
-        fits: impl FnOnce() -> Result<Result<(), Gib>, StorageError>,
+        fits: impl FnOnce(Bytes) -> Result<Result<(), Gib>, StorageError>,
     ) -> Result<LoweredCeiling, StorageError> {
         self.admission.lower_ceiling(size, fits)
     }

@@ -9,8 +9,10 @@ use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use crate::sizing::{LARGEST, SHARE_PERCENT};
 use crate::space::{allocated, available};
+use scalebox_crash_points::crash_point;
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::path::Path;
 use std::sync::{MutexGuard, TryLockError};
 
@@ -27,11 +29,8 @@ impl Pool {
         let _changing = self.begin_resize()?;
         let image = self.require_image()?;
         let current = image_size(image)?;
-        let holdable = available(image)? + allocated(image)?;
-        let size = size.unwrap_or_else(|| {
-            let share = Gib::new(holdable.floor_gib().as_u64() * SHARE_PERCENT / 100);
-            share.min(LARGEST)
-        });
+        let holdable = holdable(image)?;
+        let size = size.unwrap_or_else(|| share_of(holdable));
         if size.bytes() <= current {
             return Err(StorageError::PoolSize(format!(
                 "the pool has {current}: {size} GiB is no growth; free space on the host disk, or name a larger size"
@@ -45,7 +44,30 @@ impl Pool {
             )));
         }
         set_image_size(image, size.bytes())?;
+        crash_point("pool grow: image larger");
         self.agree()
+    }
+
+    /// Grows the pool to what the 80 % rule gives on today's host disk, if that is at least a GiB more than it has. Returns whether it did:
+    /// a pool that is as large as it may be, that has no image, or whose size is being changed already stays as it is.
+    ///
+    /// # Errors
+    /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
+    pub fn extend(&self) -> Result<bool, StorageError> {
+        let Some(image) = self.image() else { return Ok(false) };
+        let _changing = match self.begin_resize() {
+            Err(StorageError::Busy(_)) => return Ok(false),
+            other => other?,
+        };
+        let holdable = holdable(image)?;
+        let kept_free = (holdable - self.bounds().buffer.bytes()).floor_gib();
+        let size = share_of(holdable).min(kept_free).bytes();
+        if size < image_size(image)? + Gib::new(1).bytes() {
+            return Ok(false);
+        }
+        set_image_size(image, size)?;
+        self.agree()?;
+        Ok(true)
     }
 
     /// Shrinks the pool to `size`, online: what lies behind it is moved first, which can take minutes. The image becomes smaller too.
@@ -64,19 +86,32 @@ impl Pool {
             )));
         }
         // From here on nothing is admitted that would not fit; taken back if it comes to nothing.
-        let lowered = self.lower_ceiling(size.bytes(), || {
+        let lowered = self.lower_ceiling(size.bytes(), |promised| {
             let space = self.space()?;
             let needed = space.used
                 + space.metadata_total
                 + space.metadata_total
                 + self.bounds().buffer.bytes()
                 + ROOM_TO_MOVE.bytes();
+            // With every promise backed, the guests' blocks that are yet to come count as those that are there.
+            let backed = match self.bounds().overcommit_ratio {
+                ratio if ratio <= 1.0 => {
+                    let overhead = space.capacity - space.backable;
+                    space.fixed + promised + self.bounds().buffer.bytes() + overhead
+                }
+                _ => Bytes::ZERO,
+            };
+            let needed = needed.max(backed);
             Ok((needed <= size.bytes()).then_some(()).ok_or(needed.ceil_gib()))
         })?;
         let bytes = size.bytes().as_u64().to_string();
+        crash_point("pool shrink: ceiling lowered");
         self.btrfs(&["filesystem", "resize", &bytes])?;
+        crash_point("pool shrink: file system smaller");
         set_image_size(image, size.bytes())?;
+        crash_point("pool shrink: image smaller");
         self.refresh_device()?;
+        crash_point("pool shrink: device smaller");
         drop(lowered);
         Ok(())
     }
@@ -102,11 +137,16 @@ impl Pool {
     /// [`StorageError::Command`].
     pub fn agree(&self) -> Result<(), StorageError> {
         let Some(image) = self.image() else { return Ok(()) };
-        if self.space()?.capacity >= image_size(image)? {
-            return Ok(());
+        let size = image_size(image)?;
+        if self.device_size()? != size {
+            self.refresh_device()?;
+            crash_point("pool grow: device larger");
         }
-        self.refresh_device()?;
-        self.btrfs(&["filesystem", "resize", "max"])
+        if self.space()?.capacity < size {
+            self.btrfs(&["filesystem", "resize", "max"])?;
+            crash_point("pool grow: file system larger");
+        }
+        Ok(())
     }
 
     fn begin_resize(&self) -> Result<MutexGuard<'_, ()>, StorageError> {
@@ -131,6 +171,21 @@ impl Pool {
         Ok(())
     }
 
+    fn device_size(&self) -> Result<Bytes, StorageError> {
+        let attribute = Path::new("/sys/class/block")
+            .join(self.device.file_name().unwrap_or_default())
+            .join("size");
+        let read = fs::read_to_string(&attribute).and_then(|sectors| {
+            sectors
+                .trim()
+                .parse()
+                .map_err(|_| io::Error::other("it is not a number"))
+        });
+        // The kernel counts in sectors of 512 bytes, whatever the device's own are.
+        read.map(|sectors| Bytes::from_blocks(sectors, 512))
+            .map_err(|error| StorageError::io("read", attribute.display(), error))
+    }
+
     fn btrfs(&self, args: &[&str]) -> Result<(), StorageError> {
         command::run(
             Program::Btrfs,
@@ -138,6 +193,17 @@ impl Pool {
         )?;
         Ok(())
     }
+}
+
+/// What the host disk could hold of the image at most.
+fn holdable(image: &Path) -> Result<Bytes, StorageError> {
+    Ok(available(image)? + allocated(image)?)
+}
+
+/// The 80 % rule, without its lower bound: the pool is there already.
+fn share_of(holdable: Bytes) -> Gib {
+    let share = Gib::new(holdable.floor_gib().as_u64() * SHARE_PERCENT / 100);
+    share.min(LARGEST)
 }
 
 fn image_size(image: &Path) -> Result<Bytes, StorageError> {

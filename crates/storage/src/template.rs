@@ -13,6 +13,7 @@ use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use crate::space;
 use rustix::fs::{FlockOperation, flock};
+use scalebox_crash_points::crash_point;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -50,10 +51,9 @@ impl Template {
     }
 }
 
-const GROWN: &str = ".grown";
 const SUFFIX: &str = ".ext4";
 /// Work that is not finished; what an interrupted run left of it is swept at the next start.
-const PARTIAL: &str = ".partial";
+pub(crate) const PARTIAL: &str = ".partial";
 
 impl Pool {
     /// All templates, by name.
@@ -119,6 +119,7 @@ impl Pool {
 
         let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
         let copy = self.claim(&partial)?;
+        crash_point("import: file made");
         let imported = self.copy_and_check(source, &file, &partial, &copy).and_then(|()| {
             let renamed = if replace {
                 fs::rename(&partial, &target)
@@ -134,7 +135,9 @@ impl Pool {
             files::discard(&partial);
         }
         imported?;
+        crash_point("import: template in place");
         files::sync_dir(&self.templates_dir())?;
+        crash_point("import: template durable");
         let template = self.template(name)?;
         self.prune_grown(name, Some(template.inode))?;
         Ok(template)
@@ -152,7 +155,9 @@ impl Pool {
             io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
             _ => StorageError::io("delete", path.display(), error),
         })?;
+        crash_point("delete template: template removed");
         files::sync_dir(&self.templates_dir())?;
+        crash_point("delete template: template durably gone");
         self.prune_grown(name, None)
     }
 
@@ -216,11 +221,12 @@ impl Pool {
     }
 
     fn grow_clone(&self, original: &File, grown: &Path, size: Bytes) -> Result<File, StorageError> {
-        let folder = self.templates_dir().join(GROWN);
+        let folder = self.grown_dir();
         // Made inside templates/, it inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
         let clone = self.replace_by_grown_clone(original, grown, size)?;
         files::sync_dir(&folder)?;
+        crash_point("grown clone: kept");
         Ok(clone)
     }
 
@@ -236,18 +242,24 @@ impl Pool {
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
         let clone = self.claim(&partial)?;
+        crash_point("grown clone: file made");
         let made = files::reflink(original, &clone)
+            .inspect(|()| crash_point("grown clone: cloned"))
             .and_then(|()| clone.set_len(size.as_u64()))
             .map_err(|error| StorageError::io("clone", partial.display(), error))
+            .inspect(|()| crash_point("grown clone: file larger"))
             .and_then(|()| grow_file_system(&partial))
             .and_then(|()| {
+                crash_point("grown clone: file system larger");
                 clone
                     .sync_all()
                     .map_err(|error| StorageError::io("flush", partial.display(), error))
             })
             .and_then(|()| {
+                crash_point("grown clone: flushed");
                 fs::rename(&partial, target).map_err(|error| StorageError::io("create", target.display(), error))
-            });
+            })
+            .inspect(|()| crash_point("grown clone: in place"));
         if made.is_err() {
             files::discard(&partial);
         }
@@ -260,7 +272,7 @@ impl Pool {
     }
 
     /// Makes a work file, taking the place of what an interrupted run left, and holds it locked so that no sweep takes it away.
-    fn claim(&self, partial: &Path) -> Result<File, StorageError> {
+    pub(crate) fn claim(&self, partial: &Path) -> Result<File, StorageError> {
         if partial.exists() {
             sweep_partial(partial)?;
         }
@@ -280,19 +292,21 @@ impl Pool {
         if files::reflink(file, copy).is_err() {
             files::copy_sparse(file, copy).map_err(|error| StorageError::io("copy", source.display(), error))?;
         }
+        crash_point("import: copied");
         command::run_accepting(Program::E2fsck, e2fsck_args("-p", partial), |code| code <= 1).map_err(|error| {
             not_a_template(
                 source,
                 format!("e2fsck finds it damaged; repair it and try again.\n{error}"),
             )
         })?;
+        crash_point("import: checked");
         copy.sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))
     }
 
     /// Removes the grown clones of a template, except those of the file `keep`.
     fn prune_grown(&self, name: &Name, keep: Option<u64>) -> Result<(), StorageError> {
-        let folder = self.templates_dir().join(GROWN);
+        let folder = self.grown_dir();
         let prefix = format!("{name}@");
         for path in list(&folder)? {
             let Some(file) = path.file_name().and_then(OsStr::to_str) else {
@@ -312,7 +326,7 @@ impl Pool {
     pub(crate) fn sweep_partials(&self) -> Result<Vec<PathBuf>, StorageError> {
         let templates = self.templates_dir();
         let mut removed = Vec::new();
-        let folders = [templates.join(GROWN), templates, self.disks_dir()];
+        let folders = [self.grown_dir(), templates, self.disks_dir()];
         for folder in folders {
             for path in list(&folder)? {
                 if path.as_os_str().as_encoded_bytes().ends_with(PARTIAL.as_bytes()) && sweep_partial(&path)? {
@@ -332,7 +346,7 @@ impl Pool {
             .map(|template| format!("{}@{}.", template.name, template.inode))
             .collect();
         let mut removed = Vec::new();
-        for path in list(&self.templates_dir().join(GROWN))? {
+        for path in list(&self.grown_dir())? {
             let file = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
             if file.ends_with(SUFFIX) && !current.iter().any(|prefix| file.starts_with(prefix)) {
                 fs::remove_file(&path).map_err(|error| StorageError::io("remove", path.display(), error))?;
@@ -342,13 +356,13 @@ impl Pool {
         Ok(removed)
     }
 
-    fn template_path(&self, name: &Name) -> PathBuf {
+    pub(crate) fn template_path(&self, name: &Name) -> PathBuf {
         self.templates_dir().join(format!("{name}{SUFFIX}"))
     }
 
     fn grown_path(&self, template: &Template, size: Bytes) -> PathBuf {
         let file = format!("{}@{}.{}{SUFFIX}", template.name, template.inode, size.as_u64());
-        self.templates_dir().join(GROWN).join(file)
+        self.grown_dir().join(file)
     }
 }
 
@@ -362,7 +376,7 @@ fn grow_file_system(image: &Path) -> Result<(), StorageError> {
 }
 
 /// A forced check; `mode` is `-p` (repair what is safe) or `-n` (change nothing).
-fn e2fsck_args<'a>(mode: &'a str, image: &'a Path) -> [&'a OsStr; 3] {
+pub(crate) fn e2fsck_args<'a>(mode: &'a str, image: &'a Path) -> [&'a OsStr; 3] {
     [OsStr::new("-f"), OsStr::new(mode), image.as_os_str()]
 }
 

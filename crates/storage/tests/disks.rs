@@ -48,6 +48,39 @@ fn a_disk_is_a_checked_clone_of_the_size_asked_for() {
 }
 
 #[test]
+fn a_disk_whose_creation_has_returned_survives_a_power_cut() {
+    let stocked = Stocked::new("30G", USUAL);
+    let make = |id: &str, size: u64| {
+        let admitted = stocked.pool.admit(Gib::new(size).bytes()).unwrap();
+        let made = stocked.pool.create_disk(&name(id), &stocked.template.name, &admitted);
+        made.unwrap();
+        admitted.commit();
+    };
+    // The grown clone, and a commit of its own: what follows is in the log alone.
+    make("vm-before", 3);
+    run("btrfs", &["filesystem", "sync", text(stocked.pool.path())]);
+    make("vm-1", 3);
+    make("vm-2", 3);
+
+    let cut = HostDisk::after_power_cut(stocked.pool.image().unwrap());
+    let disk = disk_path(&stocked.pool, &name("vm-1"));
+    let vms = disk
+        .parent()
+        .unwrap()
+        .strip_prefix(stocked.pool.path())
+        .unwrap()
+        .to_owned();
+    drop(stocked);
+    let host = cut();
+    for id in ["vm-before", "vm-1", "vm-2"] {
+        let disk = host.folder.join(&vms).join(format!("{id}.ext4"));
+        assert_eq!(file_system_size(&disk), Gib::new(3).bytes());
+        run("e2fsck", &["-fn", text(&disk)]);
+        assert_eq!(run("debugfs", &["-R", "cat /marker", text(&disk)]), "here\n");
+    }
+}
+
+#[test]
 fn disks_of_one_template_do_not_see_each_other_s_writes() {
     let stocked = Stocked::new("30G", USUAL);
     for id in ["vm-a", "vm-b"] {
@@ -123,12 +156,13 @@ fn eight_requests_at_once_never_pass_a_bound() {
     });
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     for refused in results.into_iter().filter_map(Result::err) {
-        // What is left depends on whether the first was still under way.
+        // Of the 10 GiB that were not promised, metadata for 20 GiB of scattered blocks has its share; what is left also depends on whether
+        // the first was still under way.
         let StorageError::Insufficient { available, need } = refused else {
             panic!("{refused}")
         };
         assert!(
-            (9..=10).contains(&available.as_u64()) && need == Gib::new(22),
+            (5..=7).contains(&available.as_u64()) && need == Gib::new(22),
             "{available} of {need}"
         );
     }

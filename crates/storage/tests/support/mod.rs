@@ -48,8 +48,21 @@ impl HostDisk {
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
         File::create_new(&image).unwrap().set_len(size.as_u64()).unwrap();
         run("mke2fs", &["-q", "-t", "ext4", "-m", "0", text(&image)]);
+        HostDisk::mount(scratch, &image, folder)
+    }
+
+    /// What a power cut would leave of the file system in `image`, as it is now. To be mounted when the original is not: a kernel takes two
+    /// btrfs of one UUID for one.
+    pub fn after_power_cut(image: &Path) -> impl FnOnce() -> HostDisk + use<> {
+        let scratch = tempfile::tempdir().unwrap();
+        let (copy, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
+        run("cp", &["--sparse=always", "--reflink=never", text(image), text(&copy)]);
+        move || HostDisk::mount(scratch, &copy, folder)
+    }
+
+    fn mount(scratch: TempDir, image: &Path, folder: PathBuf) -> HostDisk {
         fs::create_dir(&folder).unwrap();
-        run("mount", &["-o", "loop", text(&image), text(&folder)]);
+        run("mount", &["-o", "loop", text(image), text(&folder)]);
         HostDisk {
             folder,
             _scratch: scratch,

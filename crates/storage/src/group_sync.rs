@@ -1,0 +1,121 @@
+//! One flush for all who wait for it.
+
+use std::io;
+use std::sync::{Condvar, Mutex, PoisonError};
+
+/// Flushes of one file or folder, shared: whoever asks while one is under way waits for the next, together with all others who
+/// asked meanwhile. A flush costs a round trip to the device whatever it carries, so thirty-two writers at once pay for two, not for
+/// thirty-two.
+#[derive(Debug, Default)]
+pub struct GroupSync {
+    // A std mutex: held for a few comparisons, never while flushing.
+    rounds: Mutex<Rounds>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Rounds {
+    begun: u64,
+    ended: u64,
+    /// The last round that failed, and with what. A later round that works does not bring its data back.
+    failed: Option<(u64, io::ErrorKind, String)>,
+}
+
+impl GroupSync {
+    /// Returns when a flush that began after this call has ended. `flush` may be run or another caller's; it must be of the same file.
+    ///
+    /// # Errors
+    /// What that flush, or a later one that ended meanwhile, failed with.
+    pub fn sync(&self, flush: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is under way may have begun before the caller's write: the one behind it is the first that counts.
+        let mine = rounds.begun + 1;
+        while rounds.ended < rounds.begun && rounds.ended < mine {
+            rounds = self.ended.wait(rounds).unwrap_or_else(PoisonError::into_inner);
+        }
+        if rounds.ended < mine {
+            rounds.begun += 1;
+            drop(rounds);
+            let outcome = flush();
+            rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+            rounds.ended += 1;
+            if let Err(error) = outcome {
+                rounds.failed = Some((rounds.ended, error.kind(), error.to_string()));
+            }
+            self.ended.notify_all();
+        }
+        match &rounds.failed {
+            Some((round, kind, text)) if *round >= mine => Err(io::Error::new(*kind, text.clone())),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::mpsc;
+    use std::thread;
+
+    /// Every write is on the medium when its writer is told so, and every flush is one that somebody waited for.
+    #[test]
+    fn what_was_written_before_the_call_is_flushed_when_it_returns() {
+        let (group, written, flushed, flushes) = (
+            GroupSync::default(),
+            AtomicU64::new(0),
+            AtomicU64::new(0),
+            AtomicU64::new(0),
+        );
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let mine = written.fetch_add(1, Ordering::SeqCst) + 1;
+                        let flush = || {
+                            flushes.fetch_add(1, Ordering::SeqCst);
+                            let seen = written.load(Ordering::SeqCst);
+                            thread::yield_now();
+                            flushed.fetch_max(seen, Ordering::SeqCst);
+                            Ok(())
+                        };
+                        group.sync(flush).unwrap();
+                        assert!(flushed.load(Ordering::SeqCst) >= mine);
+                    }
+                });
+            }
+        });
+        assert!((1..=1600).contains(&flushes.load(Ordering::SeqCst)));
+    }
+
+    #[test]
+    fn who_asks_while_a_flush_is_under_way_shares_the_next_and_its_failure() {
+        let group = GroupSync::default();
+        let (begun, has_begun) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel::<()>();
+        let second = AtomicU64::new(0);
+        let fail = || {
+            second.fetch_add(1, Ordering::SeqCst);
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        };
+        thread::scope(|scope| {
+            let shared = &group;
+            let first = scope.spawn(move || {
+                shared.sync(|| {
+                    begun.send(()).unwrap();
+                    may_go_on.recv().map_err(io::Error::other)
+                })
+            });
+            has_begun.recv().unwrap();
+            let later: Vec<_> = (0..4).map(|_| scope.spawn(|| group.sync(fail))).collect();
+            go_on.send(()).unwrap();
+            assert!(first.join().unwrap().is_ok());
+            for waiter in later {
+                let error = waiter.join().unwrap().unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+            }
+        });
+        assert!((1..=4).contains(&second.load(Ordering::SeqCst)));
+        assert!(group.sync(|| Ok(())).is_ok(), "a later flush stands for itself");
+    }
+}

@@ -1,0 +1,125 @@
+//! Snapshots: a disk becomes a template.
+//!
+//! [`Pool::begin_snapshot`] holds a name and room, [`Pool::take_snapshot`] clones the disk, [`Pool::finish_snapshot`] makes the clone a
+//! template. Only the one in the middle needs the disk to stand still, and it copies nothing; all else is done on the clone.
+
+use crate::admission::Reservation;
+use crate::command::{self, Program};
+use crate::error::StorageError;
+use crate::files;
+use crate::identity::{self, Identity};
+use crate::name::Name;
+use crate::pool::Pool;
+use crate::size::Bytes;
+use crate::template::{PARTIAL, Template, e2fsck_args};
+use scalebox_crash_points::crash_point;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+
+/// What cleaning a clone may write: the new journal, and the metadata blocks that it no longer shares.
+const WORK: Bytes = Bytes::from_mib(256);
+
+/// A template that is being made of a disk. Dropped before it is finished, nothing is left of it.
+#[derive(Debug)]
+#[must_use = "dropping a snapshot takes it back"]
+pub struct Snapshot {
+    name: Name,
+    partial: PathBuf,
+    file: File,
+    finished: bool,
+    _room: Reservation,
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        if !self.finished {
+            files::discard(&self.partial);
+        }
+    }
+}
+
+impl Pool {
+    /// Takes the name of a template to be made, and the room that its making needs.
+    ///
+    /// # Errors
+    /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`], [`StorageError::Insufficient`].
+    pub fn begin_snapshot(&self, name: &Name) -> Result<Snapshot, StorageError> {
+        match self.template(name) {
+            Ok(_) => return Err(StorageError::TemplateExists(name.to_string())),
+            Err(StorageError::NoTemplate(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let room = self.admit(WORK)?;
+        let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
+        let file = self.claim(&partial).map_err(|error| match error {
+            StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
+            other => other,
+        })?;
+        crash_point("snapshot: file made");
+        Ok(Snapshot {
+            name: name.clone(),
+            partial,
+            file,
+            finished: false,
+            _room: room,
+        })
+    }
+
+    /// Writes what the host still holds of the disk `id`, so that [`Pool::take_snapshot`] finds little to wait for.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn settle_disk(&self, id: &Name) -> Result<(), StorageError> {
+        let path = self.disk_path(id);
+        files::open_read(&path)
+            .and_then(|disk| disk.sync_data())
+            .map_err(|error| StorageError::io("flush", path.display(), error))
+    }
+
+    /// Clones the disk `id` as it is now: no byte is copied, and a write beside it is in the clone wholly or not at all. What the guest has
+    /// not written out is not in it: to have that, freeze its file systems first.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn take_snapshot(&self, snapshot: &Snapshot, id: &Name) -> Result<(), StorageError> {
+        let path = self.disk_path(id);
+        files::open_read(&path)
+            .and_then(|disk| files::reflink(&disk, &snapshot.file))
+            .map_err(|error| StorageError::io("clone", path.display(), error))?;
+        crash_point("snapshot: disk cloned");
+        Ok(())
+    }
+
+    /// Makes the clone a template: its journal is replayed, what belongs to the disk's owner alone is taken out, blocks in which a guest
+    /// deleted something are emptied, and the file system is checked. It appears under its name when it is whole and durable.
+    ///
+    /// # Errors
+    /// [`StorageError::Unfit`] with the reason, [`StorageError::TemplateExists`], [`StorageError::Command`].
+    pub fn finish_snapshot(&self, mut snapshot: Snapshot, source: &Identity) -> Result<Template, StorageError> {
+        let partial = snapshot.partial.as_path();
+        // An edit before the journal is replayed would be undone by the replay.
+        command::run_accepting(Program::E2fsck, e2fsck_args("-p", partial), |code| code <= 1)
+            .map_err(|error| StorageError::Unfit(format!("its file system is damaged; repair it first.\n{error}")))?;
+        crash_point("snapshot: journal replayed");
+        identity::remove(partial, source)?;
+        crash_point("snapshot: identity removed");
+        command::run(Program::E2fsck, e2fsck_args("-n", partial))?;
+        snapshot
+            .file
+            .sync_all()
+            .map_err(|error| StorageError::io("flush", partial.display(), error))?;
+        crash_point("snapshot: flushed");
+
+        let target = self.template_path(&snapshot.name);
+        files::rename_new(partial, &target).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => StorageError::TemplateExists(snapshot.name.to_string()),
+            _ => StorageError::io("create", target.display(), error),
+        })?;
+        snapshot.finished = true;
+        crash_point("snapshot: template in place");
+        files::sync_dir(&self.templates_dir())?;
+        crash_point("snapshot: template durable");
+        self.template(&snapshot.name)
+    }
+}

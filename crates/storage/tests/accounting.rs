@@ -1,0 +1,218 @@
+//! Whose each block is, held against what btrfs-progs say and what a deletion frees, on real pools.
+
+#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+
+mod support;
+
+use scalebox_storage::{Accounts, Bounds, Bytes, Gib, Name, Pool};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use support::{Stocked, USUAL, disk_path, name, run, text};
+
+const MIB: u64 = 1 << 20;
+
+fn create(stocked: &Stocked, id: &str) -> Name {
+    let id = name(id);
+    let admitted = stocked.pool.admit(Gib::new(1).bytes()).unwrap();
+    stocked
+        .pool
+        .create_disk(&id, &stocked.template.name, &admitted)
+        .unwrap();
+    admitted.commit();
+    id
+}
+
+fn write(path: &Path, offset: u64, length: u64) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&vec![0x5a; length as usize], offset).unwrap();
+    file.sync_all().unwrap();
+}
+
+fn punch(path: &Path, offset: u64, length: u64) {
+    let (offset, length) = (offset.to_string(), length.to_string());
+    run("fallocate", &["-p", "-o", &offset, "-l", &length, text(path)]);
+    File::open(path).unwrap().sync_all().unwrap();
+}
+
+fn sync(pool: &Pool) {
+    run("btrfs", &["filesystem", "sync", text(pool.path())]);
+}
+
+/// `btrfs filesystem du --raw` of one file: mapped and exclusive bytes. It counts what files map, not what extents hold.
+fn du(path: &Path) -> (Bytes, Bytes) {
+    let said = run("btrfs", &["filesystem", "du", "--raw", "-s", text(path)]);
+    let line = said.lines().nth(1).unwrap();
+    let mut numbers = line
+        .split_whitespace()
+        .map(|field| Bytes::new(field.parse().unwrap_or(0)));
+    (numbers.next().unwrap(), numbers.next().unwrap())
+}
+
+/// What btrfs says is used must be what the parts add up to, within 1 %.
+fn agrees_with_btrfs(pool: &Pool, accounts: &Accounts) {
+    let (used, total) = (pool.space().unwrap().used.as_u64(), accounts.total().as_u64());
+    assert!(
+        used.abs_diff(total) * 100 <= used,
+        "btrfs says {used}, the parts are {total}: {accounts:?}"
+    );
+}
+
+fn measured(pool: &Pool) -> Accounts {
+    sync(pool);
+    let accounts = pool.measure().unwrap();
+    agrees_with_btrfs(pool, &accounts);
+    accounts
+}
+
+#[test]
+fn used_and_exclusive_are_what_btrfs_says_and_the_sums_agree() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    let [a, b, c] = ["vm-a", "vm-b", "vm-c"].map(|id| create(&stocked, id));
+    // Over the template's own blocks, and where it has none.
+    write(&disk_path(pool, &a), 0, 64 * 1024);
+    write(&disk_path(pool, &a), 300 * MIB, 100 * MIB);
+    write(&disk_path(pool, &b), 500 * MIB, 40 * MIB);
+    fs::write(pool.kernel_dir().join("vmlinuz"), vec![1; 8 << 20]).unwrap();
+    let accounts = measured(pool);
+    for id in [&a, &b, &c] {
+        let usage = accounts.disks[id];
+        assert_eq!((usage.used, usage.exclusive), du(&disk_path(pool, id)), "{id}");
+        assert_eq!(usage.provisioned, Gib::new(1).bytes());
+    }
+    let template = accounts.templates[&stocked.template.name];
+    assert_eq!(template.provisioned, stocked.template.size);
+    assert_eq!(template.used, stocked.template.used);
+    assert_eq!(
+        accounts.disks_exclusive,
+        accounts.disks.values().map(|usage| usage.exclusive).sum()
+    );
+    assert_eq!(accounts.other, Bytes::from_mib(8));
+    assert!(accounts.shared > Bytes::ZERO);
+    // Fixed is all that the disks do not have to themselves.
+    assert_eq!(
+        accounts.fixed(),
+        accounts.templates_exclusive + accounts.shared + accounts.other
+    );
+}
+
+#[test]
+fn a_deletion_frees_what_was_exclusive_whatever_happened_to_the_disk_before() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    let [a, b] = ["vm-a", "vm-b"].map(|id| create(&stocked, id));
+    write(&disk_path(pool, &a), 300 * MIB, 64 * MIB);
+    write(&disk_path(pool, &b), 300 * MIB, 16 * MIB);
+    // A hole in the middle of an extent: the file maps less, the extent stays whole.
+    punch(&disk_path(pool, &a), 310 * MIB, 32 * MIB);
+    let accounts = measured(pool);
+    let usage = accounts.disks[&a];
+    assert!(
+        usage.exclusive >= usage.used - Bytes::from_mib(2) + Bytes::from_mib(32),
+        "FIEMAP would not tell: {usage:?}"
+    );
+    assert!(
+        accounts.fixed() >= Bytes::from_mib(32),
+        "no promise covers what is held for a part"
+    );
+
+    let before = pool.space().unwrap().used;
+    pool.delete_disk(&a).unwrap();
+    pool.release(Gib::new(1).bytes());
+    sync(pool);
+    assert_eq!(before - pool.space().unwrap().used, usage.exclusive);
+    let after = measured(pool);
+    assert!(!after.disks.contains_key(&a));
+    assert_eq!(after.disks[&b], accounts.disks[&b]);
+}
+
+#[test]
+fn a_deleted_template_s_blocks_belong_to_the_clones_that_still_map_a_part_of_them() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    let scratch = tempfile::tempdir().unwrap();
+    let source = scratch.path().join("big.ext4");
+    // One large extent in the template, once ext4's own blocks are past.
+    run("mke2fs", &["-q", "-t", "ext4", text(&source), "256M"]);
+    let big = pool.import_template(&name("big"), &source, false).unwrap();
+    let template = pool.path().join("templates/big.ext4");
+    write(&template, 100 * MIB, 64 * MIB);
+    let admitted = pool.admit(Gib::new(1).bytes()).unwrap();
+    let (a, b) = (name("vm-a"), name("vm-b"));
+    for id in [&a, &b] {
+        pool.create_disk(id, &big.name, &admitted).unwrap();
+    }
+    admitted.commit();
+    // Every second MiB is overwritten: what is written is new, what was there stays, since the extents are larger than that.
+    for odd in (1..64).step_by(2) {
+        write(&disk_path(pool, &a), (100 + odd) * MIB, MIB);
+    }
+    pool.delete_template(&big.name).unwrap();
+    let accounts = measured(pool);
+    assert!(accounts.shared >= Bytes::from_mib(56), "{accounts:?}");
+    assert!(accounts.fixed() >= Bytes::from_mib(56));
+
+    // The last clone but one gone, the extents are held by one that maps half of them.
+    pool.delete_disk(&b).unwrap();
+    let accounts = measured(pool);
+    let usage = accounts.disks[&a];
+    assert!(usage.exclusive >= usage.used + Bytes::from_mib(24), "{usage:?}");
+    assert!(accounts.fixed() >= Bytes::from_mib(24), "{accounts:?}");
+    let before = pool.space().unwrap().used;
+    pool.delete_disk(&a).unwrap();
+    sync(pool);
+    assert_eq!(before - pool.space().unwrap().used, usage.exclusive);
+}
+
+#[test]
+fn a_file_deleted_and_still_open_is_counted_with_the_rest() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    let id = create(&stocked, "vm-a");
+    write(&disk_path(pool, &id), 300 * MIB, 32 * MIB);
+    let open = File::open(disk_path(pool, &id)).unwrap();
+    let exclusive = measured(pool).disks[&id].exclusive;
+    pool.delete_disk(&id).unwrap();
+    assert_eq!(measured(pool).other, exclusive);
+    drop(open);
+    assert_eq!(measured(pool).other, Bytes::ZERO);
+}
+
+#[test]
+fn a_measurement_holds_until_templates_come_or_go() {
+    let stocked = Stocked::new(
+        "30G",
+        Bounds {
+            buffer: Gib::new(2),
+            overcommit_ratio: 1.0,
+        },
+    );
+    let pool = &stocked.pool;
+    let id = create(&stocked, "vm-a");
+    assert!(pool.needs_measuring(), "nothing was measured yet");
+    write(&disk_path(pool, &id), 300 * MIB, 512 * MIB);
+    sync(pool);
+    assert_eq!(
+        pool.space().unwrap().fixed,
+        pool.space().unwrap().used,
+        "unmeasured, all of it may be fixed"
+    );
+    let accounts = pool.measure().unwrap();
+    assert!(!pool.needs_measuring());
+    assert_eq!(pool.space().unwrap().fixed, accounts.fixed());
+    assert!(
+        accounts.fixed() < Bytes::from_mib(64),
+        "what the disk wrote is what it was promised: {accounts:?}"
+    );
+    // A disk made from a grown clone that is there changes nothing; one of another size makes a clone, which is part of the templates.
+    create(&stocked, "vm-b");
+    assert!(!pool.needs_measuring());
+    let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
+    pool.create_disk(&name("vm-c"), &stocked.template.name, &admitted)
+        .unwrap();
+    assert!(pool.needs_measuring());
+    pool.measure().unwrap();
+    pool.delete_template(&stocked.template.name).unwrap();
+    assert!(pool.needs_measuring());
+}

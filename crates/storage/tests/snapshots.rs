@@ -1,0 +1,195 @@
+//! Snapshots of disks on real pools: what is in the template, and what is not any more.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+mod support;
+
+use scalebox_storage::{Bytes, Identity, Pool, StorageError, Template};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use support::{Stocked, USUAL, disk_path, name, run, text};
+
+const HOST_KEY: &str = "b3BlbnNzaC1rZXktdjEAAAAA-the-private-host-key";
+const DELETED_KEY: &str = "a-key-that-the-guest-had-deleted";
+const MACHINE_ID: &str = "0123456789abcdef0123456789abcdef";
+const HOST_NAME: &str = "so-secret-otter";
+const SEEDED: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJustAPublicKeyThatWasSeeded";
+const OWN: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIAKeyThatThePersonAddedThemself";
+
+/// An ext4 image with what a guest has that was used.
+fn used_guest(folder: &Path) -> PathBuf {
+    let (root, image) = (folder.join("root"), folder.join("guest.ext4"));
+    let put = |path: &str, content: &str| {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    };
+    put("etc/ssh/ssh_host_ed25519_key", HOST_KEY);
+    put(
+        "etc/ssh/ssh_host_ed25519_key.pub",
+        &format!("ssh-ed25519 AAAA {HOST_NAME}\n"),
+    );
+    put("etc/ssh/ssh_host_ \"odd\" key", "left alone\n");
+    put("etc/ssh/sshd_config", "UsePAM yes\n");
+    put("etc/machine-id", &format!("{MACHINE_ID}\n"));
+    put("etc/hostname", &format!("{HOST_NAME}\n"));
+    put(
+        "etc/hosts",
+        &format!("127.0.0.1 localhost\n127.0.1.1 {HOST_NAME}.lan {HOST_NAME}\n192.0.2.9 other\n"),
+    );
+    put("var/lib/dbus/machine-id", MACHINE_ID);
+    put("var/lib/scalebox/instance-id", "vm-0123456789ab\n");
+    put(
+        &format!("var/log/journal/{MACHINE_ID}/system.journal"),
+        &format!("_HOSTNAME={HOST_NAME}").repeat(999),
+    );
+    put("var/log/syslog", &format!("Jan 1 {HOST_NAME} sshd\n"));
+    put("var/log/wtmp", HOST_NAME);
+    put("var/log/mine.log", "my own log\n");
+    put("var/lib/cloud/instances/i-1/sem/config_ssh", HOST_NAME);
+    put(
+        "home/user/.ssh/authorized_keys",
+        &format!("ssh-ed25519 {SEEDED} me\nssh-ed25519 {OWN} me too\n"),
+    );
+    put("home/user/work", "what was written\n");
+    put("deleted", DELETED_KEY);
+    run("mke2fs", &["-q", "-t", "ext4", "-d", text(&root), text(&image), "64M"]);
+    run("debugfs", &["-w", "-R", "rm /deleted", text(&image)]);
+    image
+}
+
+fn contains(file: &Path, needle: &str) -> bool {
+    let found = Command::new("grep")
+        .args(["-qaF", "-e", needle, text(file)])
+        .status()
+        .unwrap();
+    assert_ne!(found.code(), Some(2), "grep");
+    found.success()
+}
+
+fn cat(image: &Path, path: &str) -> String {
+    run("debugfs", &["-R", &format!("cat {path}"), text(image)])
+}
+
+/// A pool with the disk `vm-1`, cloned from a template that a guest has used.
+fn with_a_used_disk() -> Stocked {
+    let stocked = Stocked::new("20G", USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let pool = &stocked.pool;
+    pool.import_template(&name("used"), &used_guest(scratch.path()), false)
+        .unwrap();
+    let admitted = pool.admit(Bytes::from_mib(64)).unwrap();
+    pool.create_disk(&name("vm-1"), &name("used"), &admitted).unwrap();
+    admitted.commit();
+    stocked
+}
+
+fn snapshot(pool: &Pool, template: &str) -> Result<Template, StorageError> {
+    let source = Identity {
+        hostname: HOST_NAME.to_owned(),
+        ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
+    };
+    let snapshot = pool.begin_snapshot(&name(template))?;
+    pool.settle_disk(&name("vm-1"))?;
+    pool.take_snapshot(&snapshot, &name("vm-1"))?;
+    pool.finish_snapshot(snapshot, &source)
+}
+
+fn template_path(stocked: &Stocked, template: &str) -> PathBuf {
+    stocked.place.plan.data_dir.join(format!("templates/{template}.ext4"))
+}
+
+#[test]
+fn a_template_made_of_a_disk_has_its_files_and_nothing_of_its_identity() {
+    let stocked = with_a_used_disk();
+    let disk = disk_path(&stocked.pool, &name("vm-1"));
+    let secrets = [HOST_KEY, DELETED_KEY, MACHINE_ID, HOST_NAME, SEEDED, "vm-0123456789ab"];
+    for secret in secrets {
+        assert!(contains(&disk, secret), "{secret} is where it was");
+    }
+    let before = fs::read(&disk).unwrap();
+
+    let made = snapshot(&stocked.pool, "golden").unwrap();
+    assert_eq!(made.size, Bytes::from_mib(64));
+    let image = template_path(&stocked, "golden");
+    for secret in secrets {
+        assert!(
+            !contains(&image, secret),
+            "{secret} is nowhere, free blocks and journal included"
+        );
+    }
+    let checked = Command::new("e2fsck").args(["-fn", text(&image)]).output().unwrap();
+    assert_eq!(
+        checked.status.code(),
+        Some(0),
+        "{}",
+        String::from_utf8_lossy(&checked.stdout)
+    );
+    assert!(run("dumpe2fs", &["-h", text(&image)]).contains("has_journal"));
+
+    assert_eq!(cat(&image, "/home/user/work"), "what was written\n");
+    assert_eq!(cat(&image, "/etc/ssh/sshd_config"), "UsePAM yes\n");
+    assert_eq!(cat(&image, "/var/log/mine.log"), "my own log\n");
+    assert_eq!(cat(&image, "/etc/hosts"), "127.0.0.1 localhost\n192.0.2.9 other\n");
+    assert_eq!(
+        cat(&image, "/home/user/.ssh/authorized_keys"),
+        format!("ssh-ed25519 {OWN} me too\n")
+    );
+    assert_eq!(cat(&image, "/etc/machine-id"), "");
+    assert!(run("debugfs", &["-R", "stat /etc/machine-id", text(&image)]).contains("Size: 0"));
+    assert!(run("debugfs", &["-R", "ls -l /var/log", text(&image)]).contains("journal"));
+    let ssh = run("debugfs", &["-R", "ls /etc/ssh", text(&image)]);
+    assert!(ssh.contains("odd") && !ssh.contains("ssh_host_ed25519_key"), "{ssh}");
+
+    assert!(fs::read(&disk).unwrap() == before, "the disk is as it was");
+    // Only the template's own is left beside it.
+    let left: Vec<_> = fs::read_dir(image.parent().unwrap())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|file| file.contains("partial"))
+        .collect();
+    assert_eq!(left, Vec::<String>::new());
+}
+
+#[test]
+fn a_name_is_snapshotted_to_once_and_a_failure_leaves_nothing() {
+    let stocked = with_a_used_disk();
+    let pool = &stocked.pool;
+    let held = pool.begin_snapshot(&name("golden")).unwrap();
+    assert!(matches!(
+        snapshot(pool, "golden"),
+        Err(StorageError::TemplateBeingMade(_))
+    ));
+    assert!(matches!(snapshot(pool, "tiny"), Err(StorageError::TemplateExists(_))));
+    let reserved = pool.promises().reserved;
+    drop(held);
+    assert!(pool.promises().reserved < reserved, "its room is given back");
+
+    // A disk that holds no file system any more.
+    let disk = disk_path(pool, &name("vm-1"));
+    run(
+        "dd",
+        &[
+            "if=/dev/zero",
+            &format!("of={}", text(&disk)),
+            "bs=1M",
+            "count=64",
+            "conv=notrunc",
+            "status=none",
+        ],
+    );
+    let refused = snapshot(pool, "golden").unwrap_err();
+    assert!(matches!(refused, StorageError::Unfit(_)), "{refused}");
+    assert!(pool.template(&name("golden")).is_err());
+    let templates = template_path(&stocked, "golden");
+    let left = fs::read_dir(templates.parent().unwrap()).unwrap().filter(|entry| {
+        let name = entry.as_ref().unwrap().file_name();
+        name.to_string_lossy().contains("golden")
+    });
+    assert_eq!(left.count(), 0);
+}
