@@ -40,6 +40,7 @@
 //! * [`endpoint`](Endpoint): what one VM gets: tap, MAC, address, port
 //! * [`addresses`](Addresses): which address and port are next; no I/O
 //! * [`host_port`](port_is_free_on_host): whether a port is taken by another program
+//! * [`inspect`](inspect()): looking at a host before anything is made on it
 //! * [`resolvers`](host_resolvers): the DNS servers that guests can use
 //! * [`network`](Network): the five operations, as steps with their undo
 //! * `links`: bridge, ports and addresses, by netlink
@@ -61,6 +62,7 @@ mod endpoint;
 mod error;
 mod firewall;
 mod host_port;
+mod inspect;
 mod links;
 mod network;
 mod nft;
@@ -75,5 +77,6 @@ pub use endpoint::{Endpoint, Mac, ParseMacError};
 pub use error::{Error, Result};
 pub use firewall::ForwardDrop;
 pub use host_port::port_is_free_on_host;
+pub use inspect::{Inspection, inspect};
 pub use network::{Network, Reconciled};
 pub use resolvers::{Resolvers, host_resolvers};

@@ -198,6 +198,35 @@ impl Network {
         Ok(done)
     }
 
+    /// Whether bridge and tables are there: one question to nft, one to the kernel. A `flush ruleset` of somebody else, or a
+    /// restart of a firewall's service, takes the tables away, and with them what keeps guests from the host.
+    ///
+    /// # Errors
+    ///
+    /// Those of the tools.
+    pub async fn is_whole(&self) -> Result<bool> {
+        let Shared {
+            config, links, ruleset, ..
+        } = &*self.shared;
+        Ok(ruleset.is_there().await? && links.find(config.bridge()).await?.is_some())
+    }
+
+    /// Brings back bridge and tables, with nothing in them that was not there: what VMs need is put in by
+    /// [`attach`](Network::attach), which may be repeated.
+    ///
+    /// # Errors
+    ///
+    /// As [`ensure`](Network::ensure).
+    pub async fn repair(&self) -> Result<()> {
+        let Shared {
+            config, links, ruleset, ..
+        } = &*self.shared;
+        let _one_at_a_time = self.shared.changing.lock().await;
+        check_bridge(links, config).await?;
+        ruleset.apply_whole(&Change::default()).await?;
+        ensure_bridge(links, config).await.map(drop)
+    }
+
     /// Takes it all away: taps, bridge, tables. `net.ipv4.ip_forward` stays as it is, because others may rely on it by
     /// now. Repeating it is no error; other clones are of no use any more.
     ///
@@ -282,7 +311,7 @@ async fn ensure_tables(config: &NetConfig, guard: Guard) -> Result<Ruleset> {
 }
 
 /// EAFNOSUPPORT or EOPNOTSUPP, as nft words them. What else is missing shows in the second attempt.
-fn lacks_the_bridge_family(output: &str) -> bool {
+pub(crate) fn lacks_the_bridge_family(output: &str) -> bool {
     output.contains("not supported")
 }
 
@@ -332,7 +361,7 @@ async fn ensure_address(links: &Links, config: &NetConfig, bridge: &Link) -> Res
     Ok(())
 }
 
-async fn check_bridge(links: &Links, config: &NetConfig) -> Result<()> {
+pub(crate) async fn check_bridge(links: &Links, config: &NetConfig) -> Result<()> {
     links.find(config.bridge()).await?.as_ref().map_or(Ok(()), check_ours)
 }
 
@@ -370,7 +399,7 @@ fn check_tap(link: &Link, bridge: Option<&Link>) -> Result<()> {
     })
 }
 
-async fn check_overlap(links: &Links, config: &NetConfig) -> Result<()> {
+pub(crate) async fn check_overlap(links: &Links, config: &NetConfig) -> Result<()> {
     let names: BTreeMap<u32, String> = links
         .all()
         .await?

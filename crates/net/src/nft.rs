@@ -18,6 +18,16 @@ pub(crate) async fn run(action: &str, script: &str) -> Result<()> {
     succeeded(action, output).map(drop)
 }
 
+/// Has the kernel check a script as [`run`] would run it, and changes nothing.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) async fn check(action: &str, script: &str) -> Result<()> {
+    let output = call(action, &["-c", "-f", "-"], script).await?;
+    succeeded(action, output).map(drop)
+}
+
 /// Asks for something in JSON (`man libnftables-json`): the list under `nftables`, each item an object with one key.
 ///
 /// # Errors

@@ -106,6 +106,21 @@ impl Ruleset {
         Ok(present)
     }
 
+    /// Whether all tables are there, whatever they hold.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`nft::list`].
+    pub(crate) async fn is_there(&self) -> Result<bool> {
+        let (ours, listed) = (self.table(), nft::list(&["tables"]).await?);
+        let has = |family: &&str| {
+            listed
+                .iter()
+                .any(|item| item["table"]["name"] == *ours && item["table"]["family"] == **family)
+        };
+        Ok(self.families().iter().all(has))
+    }
+
     /// Makes or repairs the rules, and changes elements, in one transaction. Elements that are in no change stay
     /// untouched.
     pub(crate) async fn apply_whole(&self, change: &Change) -> Result<()> {

@@ -525,6 +525,12 @@ fn a_session_survives_a_flushed_ruleset() {
         first.reconcile(&[endpoint(1)]).await.expect("reconcile");
         assert_eq!(greeting(LOOPBACK, 22002), "guest 10.77.0.11 to 10.77.0.1");
         session.echo("still there").expect("the session goes on");
+        assert!(first.is_whole().await.expect("a look"));
+        nft("flush ruleset");
+        assert!(!first.is_whole().await.expect("a look"));
+        first.repair().await.expect("repair");
+        assert!(first.is_whole().await.expect("a look"));
+        unreachable(LOOPBACK, 22002);
         nft("flush ruleset");
         first
             .attach(&endpoint(1))
