@@ -1,5 +1,6 @@
 //! The only door to the QEMU binary.
 
+use crate::process::Process;
 use crate::{Error, Result};
 use std::env;
 use std::fs::File;
@@ -24,11 +25,7 @@ pub(crate) struct Qemu {
 impl Qemu {
     /// Looks for QEMU on the `PATH` and asks it for its version.
     pub(crate) fn find() -> Result<Qemu> {
-        let path = env::var_os("PATH").unwrap_or_default();
-        let program = env::split_paths(&path)
-            .map(|folder| folder.join(PROGRAM))
-            .find(|candidate| is_executable(candidate))
-            .ok_or(Error::NotInstalled { program: PROGRAM })?;
+        let program = on_path(PROGRAM).ok_or(Error::NotInstalled { program: PROGRAM })?;
         let version = ask_version(&program)?;
         Ok(Qemu { program, version })
     }
@@ -49,16 +46,27 @@ impl Qemu {
     /// `messages`, to which stdout and stderr go. It is not waited for, and lives on when this process ends.
     pub(crate) fn spawn(&self, arguments: &[String], messages: File) -> std::io::Result<Child> {
         let stdout = messages.try_clone()?;
-        Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        command
             .args(arguments)
             .env_clear()
             .current_dir("/")
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(stdout)
-            .stderr(messages)
-            .spawn()
+            .stderr(messages);
+        // SAFETY: between fork and exec only system calls are made: nothing is allocated and no lock is taken.
+        unsafe { command.pre_exec(|| Ok(Process::bound_self()?)) };
+        command.spawn()
     }
+}
+
+/// The first of that name on the `PATH`.
+pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|candidate| is_executable(candidate))
 }
 
 fn is_executable(file: &Path) -> bool {

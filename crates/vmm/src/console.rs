@@ -10,8 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// The most that one machine's console takes on the host: two files of half of it.
 pub const CONSOLE_LIMIT: Bytes = Bytes::from_mib(1);
@@ -42,7 +41,7 @@ pub fn console_tail(log: &Path, most: Bytes) -> io::Result<String> {
 }
 
 /// Reads a console into its log until the machine has ended.
-pub(crate) async fn drain(mut console: UnixStream, log: PathBuf) {
+pub(crate) async fn drain(mut console: impl AsyncRead + Unpin, log: PathBuf) {
     let mut log = ConsoleLog {
         path: log,
         failed: false,

@@ -15,6 +15,17 @@ pub enum Error {
         /// The program looked for.
         program: &'static str,
     },
+    /// `VMM=firecracker` without Firecracker.
+    #[error("firecracker is not on the PATH: install a release of it there, or set VMM=auto or qemu")]
+    NoFirecracker,
+    /// Another driver launched the machine.
+    #[error("{id} runs under another hypervisor ({program}): set VMM back, stop it, then change VMM")]
+    Foreign {
+        /// The machine.
+        id: MachineId,
+        /// The program that runs it.
+        program: String,
+    },
     /// The hypervisor is there but cannot be used.
     #[error("{program} cannot be used: {why}")]
     Unusable {

@@ -18,6 +18,10 @@
 //! | `command` | the only door to the QEMU binary |
 //! | `qmp` | QEMU's control socket, every command with a deadline |
 //! | `agent` | the guest agent's own shutdown |
+//! | `firecracker` | the Firecracker driver: launch and adopt |
+//! | `firecracker_machine` | a running Firecracker machine, and its attendant |
+//! | `firecracker_api` | Firecracker's API socket: every request, in order |
+//! | `firecracker_command` | the only door to the Firecracker binary, and the files it gets |
 //! | `process` | a process by pidfd and start time, never by pid alone |
 //! | `messages` | what QEMU says on stderr, bounded, also when nobody listens |
 //! | `run_dir` | the files of a running machine, who owns them, how they go |
@@ -28,6 +32,10 @@ mod arguments;
 mod command;
 pub mod console;
 pub mod error;
+mod firecracker;
+mod firecracker_api;
+mod firecracker_command;
+mod firecracker_machine;
 pub mod machine;
 mod messages;
 mod process;
@@ -39,6 +47,7 @@ mod run_dir;
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator};
 pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;
+pub use firecracker::FirecrackerDriver;
 pub use machine::{
     AgentEndpoint, ExitReason, Machine, MachineEvent, MachineId, MachineSpec, MachineState, Nic, RunAs, Vmm,
 };

@@ -7,7 +7,7 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, prlimit, waitid,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, setrlimit, waitid,
 };
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -111,14 +111,17 @@ impl Process {
         })
     }
 
-    /// Bounds what the process may open, and keeps the guest's memory out of core dumps.
-    pub(crate) fn bound(&self) -> io::Result<()> {
-        let both = |most| Rlimit {
-            current: Some(most),
-            maximum: Some(most),
-        };
-        prlimit(Some(self.pid), Resource::Nofile, both(OPEN_FILES))?;
-        prlimit(Some(self.pid), Resource::Core, both(0))?;
+    /// Bounds what the calling process may open, and keeps its memory, a guest's, out of core dumps. For a child between fork and
+    /// exec, where it is safe: two system calls. From outside it would race with the child's change of account, after which only
+    /// `CAP_SYS_RESOURCE` may set its limits.
+    pub(crate) fn bound_self() -> rustix::io::Result<()> {
+        for (resource, most) in [(Resource::Nofile, OPEN_FILES), (Resource::Core, 0)] {
+            let both = Rlimit {
+                current: Some(most),
+                maximum: Some(most),
+            };
+            setrlimit(resource, both)?;
+        }
         Ok(())
     }
 

@@ -63,7 +63,7 @@ impl QemuDriver {
         need_tap(&spec)?;
         let dir = RunDir::at(&spec.run_dir);
         let argv = arguments(&spec, &dir, self.accel, disk_io(root_file(&spec)?))?;
-        let lock = claim(&dir, &spec.id)?;
+        let lock = claim(&dir, &spec.id, &identity(&spec.id, &dir)?)?;
         match self.spawn(&spec, &dir, lock, &argv) {
             Ok(held) => bring_up(held, self.qemu.argv(&argv)).await,
             Err(error) => {
@@ -122,7 +122,7 @@ impl Vmm for QemuDriver {
     async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
         let dir = RunDir::at(run_dir);
         let Some(lock) = dir.lock(id)? else { return Ok(None) };
-        let Some(held) = find(id, &dir, lock).await? else {
+        let Some(held) = find(id, &dir, lock, &identity(id, &dir)?).await? else {
             dir.clear();
             return Ok(None);
         };
@@ -164,7 +164,7 @@ impl Vmm for QemuDriver {
         let dir = RunDir::at(run_dir);
         // Made where it is missing, for its process may live all the same: and nobody launches it meanwhile.
         let _lock = dir.create_locked(id)?;
-        let process = running(id, &dir)?;
+        let process = running(id, &dir, &identity(id, &dir)?)?;
         if let Some(process) = &process {
             end(id, process).await?;
             tracing::info!(machine = %id, pid = process.pid(), "put down");
@@ -176,7 +176,7 @@ impl Vmm for QemuDriver {
 
 /// Connects to a process just spawned, and lets the guest go; or kills the process and says why.
 async fn bring_up(held: Held, argv: Vec<String>) -> Result<Fresh> {
-    if let Err(error) = held.process.bound().and_then(|()| held.record(argv)) {
+    if let Err(error) = held.record(argv) {
         return Err(undo(held, &error.to_string()).await);
     }
     let machine = match held.connect(LAUNCH_DEADLINE).await {
@@ -208,7 +208,7 @@ async fn undo(held: Held, why: &str) -> Error {
 }
 
 /// Kills a process that is known to be the machine's and waits for its end. Returns its exit status, where that is ours to know.
-async fn end(id: &MachineId, process: &Process) -> Result<Option<String>> {
+pub(crate) async fn end(id: &MachineId, process: &Process) -> Result<Option<String>> {
     let (pid, after) = (process.pid(), END_DEADLINE);
     process.kill().map_err(Error::io("kill", format!("/proc/{pid}")))?;
     match timeout(after, process.exited()).await {
@@ -221,7 +221,7 @@ async fn end(id: &MachineId, process: &Process) -> Result<Option<String>> {
     }
 }
 
-fn failed(id: &MachineId, why: impl ToString, output: &str) -> Error {
+pub(crate) fn failed(id: &MachineId, why: impl ToString, output: &str) -> Error {
     Error::Launch {
         id: id.clone(),
         why: why.to_string(),
@@ -262,9 +262,9 @@ impl Drop for Fresh {
 }
 
 /// Takes the folder for a launch, unless the machine runs. What a dead one left is removed.
-fn claim(dir: &RunDir, id: &MachineId) -> Result<Lock> {
+pub(crate) fn claim(dir: &RunDir, id: &MachineId, marks: &[String]) -> Result<Lock> {
     let lock = dir.create_locked(id)?;
-    if let Some(process) = running(id, dir)? {
+    if let Some(process) = running(id, dir, marks)? {
         return Err(Error::Running {
             id: id.clone(),
             pid: Some(process.pid()),
@@ -275,24 +275,32 @@ fn claim(dir: &RunDir, id: &MachineId) -> Result<Lock> {
 }
 
 /// The machine's process, recorded or not, that an earlier holder left.
-fn running(id: &MachineId, dir: &RunDir) -> Result<Option<Process>> {
+pub(crate) fn running(id: &MachineId, dir: &RunDir, marks: &[String]) -> Result<Option<Process>> {
     let recorded = match dir.read(id)? {
         Some(record) => Process::find(&record.process),
-        None => Process::search(&identity(id, dir)?),
+        None => Process::search(marks),
     };
     recorded.map_err(Error::io("read", "/proc"))
 }
 
 /// The machine that an earlier holder left. One that it did not get to put on record is killed.
-async fn find(id: &MachineId, dir: &RunDir, lock: Lock) -> Result<Option<Held>> {
-    let Some(process) = running(id, dir)? else {
+pub(crate) async fn find(id: &MachineId, dir: &RunDir, lock: Lock, marks: &[String]) -> Result<Option<Held>> {
+    let Some(process) = running(id, dir, marks)? else {
         return Ok(None);
     };
-    let Some(Record { root, console_log, .. }) = dir.read(id)? else {
+    let Some(record) = dir.read(id)? else {
         tracing::info!(machine = %id, pid = process.pid(), "its launch was interrupted: killed");
         end(id, &process).await?;
         return Ok(None);
     };
+    // Another driver's machine is neither adopted nor ended by mistake: `VMM` was changed while it ran.
+    if !marks.iter().all(|mark| record.process.argv.contains(mark)) {
+        return Err(Error::Foreign {
+            id: id.clone(),
+            program: record.process.argv.into_iter().next().unwrap_or_default(),
+        });
+    }
+    let Record { root, console_log, .. } = record;
     let messages = Messages::open(&dir.messages())?;
     Ok(Some(Held {
         id: id.clone(),
@@ -306,7 +314,7 @@ async fn find(id: &MachineId, dir: &RunDir, lock: Lock) -> Result<Option<Held>> 
 }
 
 /// QEMU would make a tap that is missing, connected to nothing.
-fn need_tap(spec: &MachineSpec) -> Result<()> {
+pub(crate) fn need_tap(spec: &MachineSpec) -> Result<()> {
     let any = socket(AddressFamily::INET, SocketType::DGRAM, None).map_err(std::io::Error::from);
     let found = any.and_then(|any| Ok(name_to_index(any, &spec.nic.tap)?));
     found.map(drop).map_err(|error| Error::Spec {

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use qapi::qmp::{self, BlockErrorAction, Event, QmpCommand, RunState, ShutdownCause};
 use scalebox_storage::Bytes;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -27,13 +27,13 @@ const CONNECT_INTERVAL: Duration = Duration::from_millis(5);
 /// The longest that a lost control connection is sought again, before the next attempt.
 const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// Between two requests to shut down: one made while the guest boots is lost.
-const SHUTDOWN_INTERVAL: Duration = Duration::from_secs(2);
+pub(crate) const SHUTDOWN_INTERVAL: Duration = Duration::from_secs(2);
 /// The longest from the guest's power-off to the process' end: QEMU flushes the disk in between.
 const QUIT_DEADLINE: Duration = Duration::from_secs(30);
 /// The longest that a dead machine's last events and console output are waited for.
-const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
+pub(crate) const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
 /// Events by which a slow receiver may lag behind.
-const EVENTS_KEPT: usize = 64;
+pub(crate) const EVENTS_KEPT: usize = 64;
 /// A disk's size is a multiple of this, in bytes: virtio counts in sectors (virtio 1.2, section 5.2.4).
 const SECTOR: u64 = 512;
 
@@ -251,27 +251,7 @@ impl Machine for QemuMachine {
 
     async fn resize_root(&self, size: Bytes) -> Result<()> {
         let mut asked = self.shared.asked.lock().await;
-        let wrong = |why| Error::Spec {
-            id: self.shared.id.clone(),
-            what: "size",
-            why,
-        };
-        let length = self
-            .shared
-            .root
-            .metadata()
-            .map_err(Error::io("look at", &self.shared.root))?
-            .len();
-        let least = Bytes::new(length).max(*asked);
-        if size < least {
-            return Err(wrong(format!(
-                "{size} is less than the disk's {least}, and a disk does not get smaller"
-            )));
-        }
-        let bytes = match i64::try_from(size.as_u64()) {
-            Ok(bytes) if size.as_u64().is_multiple_of(SECTOR) => bytes,
-            _ => return Err(wrong(format!("{} bytes are not sectors of {SECTOR}", size.as_u64()))),
-        };
+        let bytes = check_growth(&self.shared.id, &self.shared.root, *asked, size)?;
         // Before it is sent: whether it arrived is not known if this future is dropped.
         *asked = size;
         let node_name = Some(ROOT_NODE.to_owned());
@@ -319,13 +299,7 @@ impl Machine for QemuMachine {
     }
 
     async fn exited(&self) -> ExitReason {
-        let mut ended = self.shared.ended.subscribe();
-        let reason = ended.wait_for(Option::is_some).await;
-        // The sender lives as long as `self`.
-        reason
-            .ok()
-            .and_then(|reason| reason.clone())
-            .unwrap_or(ExitReason::Unknown)
+        wait_for_end(&self.shared.ended).await
     }
 
     fn events(&self) -> broadcast::Receiver<MachineEvent> {
@@ -497,7 +471,38 @@ async fn hear_all(shared: &Arc<Shared>, events: &mut Events) {
     }
 }
 
-fn crash(status: Option<String>, messages: &str) -> ExitReason {
+/// Waits for the attendant's word on how the machine ended.
+pub(crate) async fn wait_for_end(ended: &watch::Sender<Option<ExitReason>>) -> ExitReason {
+    let mut ended = ended.subscribe();
+    let reason = ended.wait_for(Option::is_some).await;
+    // The sender lives as long as the machine's handle.
+    reason
+        .ok()
+        .and_then(|reason| reason.clone())
+        .unwrap_or(ExitReason::Unknown)
+}
+
+/// Refuses a size below the disk's, or below the largest asked for before, or not in sectors. Gives the size in bytes.
+pub(crate) fn check_growth(id: &MachineId, root: &Path, asked: Bytes, size: Bytes) -> Result<i64> {
+    let wrong = |why| Error::Spec {
+        id: id.clone(),
+        what: "size",
+        why,
+    };
+    let length = root.metadata().map_err(Error::io("look at", root))?.len();
+    let least = Bytes::new(length).max(asked);
+    if size < least {
+        return Err(wrong(format!(
+            "{size} is less than the disk's {least}, and a disk does not get smaller"
+        )));
+    }
+    match i64::try_from(size.as_u64()) {
+        Ok(bytes) if size.as_u64().is_multiple_of(SECTOR) => Ok(bytes),
+        _ => Err(wrong(format!("{} bytes are not sectors of {SECTOR}", size.as_u64()))),
+    }
+}
+
+pub(crate) fn crash(status: Option<String>, messages: &str) -> ExitReason {
     let status = status.unwrap_or_else(|| "its process is gone".to_owned());
     let detail = match messages.trim() {
         "" => status,

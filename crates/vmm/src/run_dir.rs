@@ -58,6 +58,21 @@ impl RunDir {
         self.0.join("console.sock")
     }
 
+    /// The pipe to which Firecracker writes the guest's serial console.
+    pub(crate) fn console_pipe(&self) -> PathBuf {
+        self.0.join("console.pipe")
+    }
+
+    /// The folder that belongs to the machine's own account: where Firecracker makes its socket.
+    pub(crate) fn firecracker(&self) -> PathBuf {
+        self.0.join("fc")
+    }
+
+    /// Firecracker's control socket.
+    pub(crate) fn api(&self) -> PathBuf {
+        self.firecracker().join("api.sock")
+    }
+
     /// The guest agent's port.
     pub(crate) fn agent(&self) -> PathBuf {
         self.0.join("agent.sock")
@@ -175,6 +190,7 @@ impl RunDir {
         for file in [
             self.control(),
             self.console(),
+            self.console_pipe(),
             self.agent(),
             self.messages(),
             self.part(),
@@ -186,6 +202,13 @@ impl RunDir {
                 }
                 _ => {}
             }
+        }
+        // The process may have made more in its own folder: whatever it is goes, and a link is not followed.
+        match fs::remove_dir_all(self.firecracker()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(folder = %self.firecracker().display(), %error, "leftover of a machine not removed");
+            }
+            _ => {}
         }
     }
 }

@@ -29,6 +29,11 @@ impl Guest {
         fs::write(file, elf(self.code())).unwrap();
     }
 
+    /// The same in a 64-bit file, the only kind that Firecracker loads. Devices lie elsewhere there, but for the serial port.
+    pub fn write_64_to(self, file: &Path) {
+        fs::write(file, elf_64(self.code())).unwrap();
+    }
+
     fn code(self) -> &'static [u8] {
         let (start, end) = match self {
             Guest::Obedient => (&raw const guest_obedient, &raw const guest_obedient_end),
@@ -76,6 +81,34 @@ fn elf(code: &[u8]) -> Vec<u8> {
     file.extend(halves(&[52, 32, 2, 0, 0, 0]));
     file.extend(words(&[1, code_at, LOAD, LOAD, code_size, code_size, 7, 4])); // PT_LOAD
     file.extend(words(&[4, HEADERS, 0, 0, note_size, note_size, 4, 4])); // PT_NOTE
+    file.extend(note);
+    file.extend(code);
+    file
+}
+
+/// A 64-bit ELF file of one loaded segment and the same note.
+fn elf_64(code: &[u8]) -> Vec<u8> {
+    const HEADERS: u64 = 64 + 2 * 56;
+    let note: Vec<u8> = [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), LOAD]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    let (note_size, code_size, load) = (note.len() as u64, code.len() as u64, u64::from(LOAD));
+    let code_at = HEADERS + note_size;
+
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let halves = |halves: &[u16]| halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<u8>>();
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let longs = |longs: &[u64]| longs.iter().flat_map(|long| long.to_le_bytes()).collect::<Vec<u8>>();
+    file.extend(halves(&[2, 62])); // an executable for x86-64
+    file.extend(words(&[1])); // version
+    file.extend(longs(&[load, 64, 0])); // entry, program headers, no sections
+    file.extend(words(&[0])); // flags
+    file.extend(halves(&[64, 56, 2, 0, 0, 0]));
+    file.extend(words(&[1, 7])); // PT_LOAD
+    file.extend(longs(&[code_at, load, load, code_size, code_size, 4]));
+    file.extend(words(&[4, 4])); // PT_NOTE
+    file.extend(longs(&[HEADERS, 0, 0, note_size, note_size, 4]));
     file.extend(note);
     file.extend(code);
     file

@@ -1,5 +1,7 @@
 //! A laboratory for machines: a folder, a tap, a disk, a driver; all of it gone in the end, also after a panic.
 
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
 pub mod guest;
 
 use guest::Guest;
@@ -140,7 +142,7 @@ pub fn signal(pid: i32, signal: Signal) {
     }
 }
 
-/// The QEMU processes that have `text` in their arguments.
+/// The hypervisors' processes that have `text` in their arguments.
 pub fn processes_with(text: &str) -> Vec<i32> {
     let entries = fs::read_dir("/proc")
         .unwrap()
@@ -148,7 +150,7 @@ pub fn processes_with(text: &str) -> Vec<i32> {
     let has = |pid: &i32| {
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let arguments = String::from_utf8_lossy(&arguments).into_owned();
-        arguments.contains("qemu-system") && arguments.contains(text)
+        (arguments.contains("qemu-system") || arguments.starts_with("firecracker:")) && arguments.contains(text)
     };
     entries.filter(has).collect()
 }
