@@ -3,7 +3,7 @@
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
-use scalebox_client::{TemplateName, VmName};
+use scalebox_client::{IdempotencyKey, TemplateName, VmName};
 use std::path::PathBuf;
 
 const SETTINGS: &str = "\
@@ -58,6 +58,21 @@ pub enum Command {
     /// The storage that disks are made from
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Show what happens on the host, as it happens
+    #[command(
+        after_help = "One event a line, with --json as one JSON object a line. When the server is started anew, it goes on by itself; \
+        an event `missed` says that some were lost meanwhile.\n\n\
+        Examples:\n  scalebox events\n  scalebox events --no-follow    # what happened so far\n  \
+        scalebox events --json | jq --unbuffered -r 'select(.kind == \"failed\").vm.name'"
+    )]
+    Events {
+        /// Begin after this event, as far as the server still knows; 0 for all it knows [default: from now on]
+        #[arg(long, value_name = "ID")]
+        since: Option<u64>,
+        /// End with what happened so far instead of waiting for more
+        #[arg(long)]
+        no_follow: bool,
+    },
     /// Print a script that completes commands in your shell
     #[command(after_help = "Examples:\n  source <(scalebox completions bash)\n  \
         scalebox completions fish > ~/.config/fish/completions/scalebox.fish")]
@@ -96,6 +111,12 @@ pub enum VmCommand {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
     },
+    /// Shut a VM down and start it again; one that does not run is started
+    #[command(after_help = "Example:\n  scalebox vm restart very-silly-penguin")]
+    Restart {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+    },
     /// Grow a VM's disk, live if it runs; disks do not shrink
     #[command(after_help = "Example:\n  scalebox vm resize very-silly-penguin --disk 20")]
     Resize {
@@ -104,6 +125,27 @@ pub enum VmCommand {
         /// New size of the disk
         #[arg(long, value_name = "GIB")]
         disk: u64,
+    },
+    /// Have a guest give back the blocks of what it deleted
+    #[command(
+        after_help = "Guests do so by schedule too. It needs a guest agent in the guest.\n\n\
+        Example:\n  scalebox vm trim very-silly-penguin"
+    )]
+    Trim {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+    },
+    /// Make a template of a VM's disk, running or not
+    #[command(
+        after_help = "VMs made from it have the files of the VM, and a name, host key and machine id of their own.\n\n\
+        Examples:\n  scalebox vm snapshot very-silly-penguin my-golden\n  scalebox vm create my-golden --wait"
+    )]
+    Snapshot {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+        /// Name of the template to be made
+        #[arg(value_name = "TEMPLATE")]
+        template: TemplateName,
     },
     /// Delete VMs and their disks
     #[command(
@@ -178,6 +220,9 @@ pub struct CreateArgs {
     /// Make the VM and leave it stopped
     #[arg(long)]
     pub no_start: bool,
+    /// Make one VM however often this is run: while it exists, the same request with the same key gives it again
+    #[arg(long, value_name = "KEY")]
+    pub idempotency_key: Option<IdempotencyKey>,
     /// Wait until it answers SSH
     #[arg(long, conflicts_with = "no_start")]
     pub wait: bool,

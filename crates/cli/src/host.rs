@@ -81,6 +81,13 @@ fn promised(pool: &PoolInfo) -> String {
     )
 }
 
+fn days_left(pool: &PoolInfo) -> String {
+    match pool.days_left {
+        Some(days) => format!("{days:.1} days at the rate of the last day"),
+        None => "no end in sight, or too short a history to tell".to_owned(),
+    }
+}
+
 /// The smallest VM has a disk of 1 GiB.
 fn warn_when_full(pool: &PoolInfo, output: &Output) {
     let left = pool
@@ -151,9 +158,17 @@ pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
         ),
         ("capacity", bytes(pool.capacity_bytes)),
         ("used", used),
+        ("  by one VM each", human::measured(pool.vms_exclusive_bytes)),
+        (
+            "  by one template each",
+            human::measured(pool.templates_exclusive_bytes),
+        ),
+        ("  shared", human::measured(pool.shared_bytes)),
+        ("  by anything else", human::measured(pool.other_bytes)),
         ("free", format!("{} can really be written", bytes(pool.free_bytes))),
         ("  of the pool", bytes(pool.pool_free_bytes)),
         ("  of the host disk", host_free),
+        ("  will last", days_left(&pool)),
         (
             "reserved",
             format!("{} for what is being made", bytes(pool.reserved_bytes)),
@@ -190,6 +205,7 @@ pub fn templates(client: &Client, output: &Output) -> Result<(), Error> {
         text("NAME", 0),
         number("SIZE", 1),
         number("USED", 3),
+        number("EXCLUSIVE", 6),
         number("VMS", 2),
         number("AGE", 4),
         text("PROTECTED", 5),
@@ -200,6 +216,7 @@ pub fn templates(client: &Client, output: &Output) -> Result<(), Error> {
             template.name.clone(),
             bytes(template.size_bytes),
             bytes(template.used_bytes),
+            human::measured(template.storage.as_ref().map(|storage| storage.exclusive_bytes)),
             template.used_by.to_string(),
             human::age(&template.created_at, now),
             if template.protected { "yes" } else { "" }.to_owned(),

@@ -15,6 +15,11 @@ pub fn bytes(n: u64) -> String {
     format!("{n} B")
 }
 
+/// A size that may not have been measured yet.
+pub fn measured(n: Option<u64>) -> String {
+    n.map_or_else(|| "-".to_owned(), bytes)
+}
+
 /// A number of MiB, as a size.
 pub fn mib(n: u64) -> String {
     bytes(n.saturating_mul(1 << 20))
@@ -59,6 +64,7 @@ mod tests {
             assert_eq!(bytes(n), shown);
         }
         assert_eq!(mib(512), "512 MiB");
+        assert_eq!((measured(None), measured(Some(0))), ("-".to_owned(), "0 B".to_owned()));
         assert_eq!(mib(1024), "1 GiB");
         assert_eq!(bytes(u64::MAX), "16384 PiB");
     }

@@ -4,16 +4,18 @@
 //!
 //! - `args`: every command and its help
 //! - `settings`: whom to ask, and with which token: flags, environment, file
-//! - `vm`: `scalebox vm create|list|get|start|stop|delete`
+//! - `vm`: `scalebox vm create|list|get|start|stop|restart|delete`
 //! - `wait`: `scalebox vm wait`: until the guest answers SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `host`: `scalebox status`, `template …`, `pool show`
+//! - `events`: `scalebox events`
 //! - `output`: tables and JSON, wide and narrow, to people and to pipes
 //! - `human`: sizes and ages as people say them
 //! - `error`: what can go wrong, and the exit code of each
 
 mod args;
 mod error;
+mod events;
 mod host;
 mod human;
 mod output;
@@ -54,7 +56,10 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
         Command::Vm(VmCommand::Get { vm }) => vm::get(&server.client, &vm, output),
         Command::Vm(VmCommand::Start { vm }) => vm::start(&server.client, &vm, output),
         Command::Vm(VmCommand::Stop { vm }) => vm::stop(&server.client, &vm, output),
+        Command::Vm(VmCommand::Restart { vm }) => vm::restart(&server.client, &vm, output),
         Command::Vm(VmCommand::Resize { vm, disk }) => vm::resize(&server.client, &vm, disk, output),
+        Command::Vm(VmCommand::Trim { vm }) => vm::trim(&server.client, &vm, output),
+        Command::Vm(VmCommand::Snapshot { vm, template }) => vm::snapshot(&server.client, &vm, template, output),
         Command::Vm(VmCommand::Delete { vms, yes }) => vm::delete(&server.client, &vms, yes, output),
         Command::Vm(VmCommand::Wait { vm, timeout }) => vm::wait(&server.client, &vm, timeout, output),
         Command::Vm(VmCommand::Ssh { vm, identity, command }) => {
@@ -68,6 +73,7 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
         Command::Pool(args::PoolCommand::Grow { size }) => host::grow_pool(&server.client, size, output),
         Command::Pool(args::PoolCommand::Shrink { size }) => host::shrink_pool(&server.client, size, output),
         Command::Pool(args::PoolCommand::Trim) => host::trim_pool(&server.client, output),
+        Command::Events { since, no_follow } => events::events(&server.client, since, !no_follow, output),
         Command::Completions { .. } => Ok(()),
     };
     result.map_err(|error| error.about_token(&server))

@@ -38,6 +38,12 @@ impl Output {
         print(&format!("{text}\n"))
     }
 
+    /// One of many answers, on a line of its own.
+    pub fn json_line(&self, answer: &impl Serialize) -> Result<(), Error> {
+        let text = serde_json::to_string(answer).map_err(io::Error::from)?;
+        print(&format!("{text}\n"))
+    }
+
     /// A line for people.
     pub fn line(&self, text: &str) -> Result<(), Error> {
         print(&format!("{}\n", printable(text)))

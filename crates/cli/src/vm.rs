@@ -1,4 +1,4 @@
-//! `scalebox vm create|list|get|start|stop|delete|wait`.
+//! `scalebox vm create|list|get|start|stop|resize|snapshot|delete|wait`.
 
 use crate::args::CreateArgs;
 use crate::error::Error;
@@ -6,7 +6,7 @@ use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
 use crate::{ssh, wait};
 use jiff::Timestamp;
-use scalebox_client::{Client, ClientError, CreateVm, ResizeVm, Vm, VmList, VmStatus};
+use scalebox_client::{Client, ClientError, CreateVm, ResizeVm, SnapshotVm, TemplateName, Vm, VmList, VmStatus};
 use std::time::Duration;
 
 pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
@@ -37,6 +37,7 @@ fn request_of(args: &CreateArgs) -> Result<CreateVm, Error> {
         mem_size_mib: args.memory,
         disk_size_gib: args.disk,
         start: !args.no_start,
+        idempotency_key: args.idempotency_key.clone(),
         ..CreateVm::new(template, ssh::public_key(args.key.as_deref())?)
     })
 }
@@ -54,6 +55,8 @@ pub fn list(client: &Client, output: &Output) -> Result<(), Error> {
         text("NAME", 0),
         text(STATUS, 1),
         number("DISK", 2),
+        number("USED", 6),
+        number("EXCLUSIVE", 7),
         number("CPUS", 6),
         number("MEMORY", 5),
         text("SSH", 3),
@@ -70,6 +73,8 @@ fn row(vm: &Vm, now: Timestamp) -> Vec<String> {
         vm.name.clone(),
         vm.status.to_string(),
         format!("{} GiB", vm.disk_size_gib),
+        human::measured(vm.storage.as_ref().map(|storage| storage.used_bytes)),
+        human::measured(vm.storage.as_ref().map(|storage| storage.exclusive_bytes)),
         vm.vcpu_count.to_string(),
         human::mib(vm.mem_size_mib),
         format!("{}:{}", vm.ip, vm.ssh_port),
@@ -88,13 +93,22 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
         Some(reason) => format!("{}: {reason}", vm.status),
         None => vm.status.to_string(),
     };
+    let disk = match &vm.storage {
+        Some(storage) => format!(
+            "{} GiB, of which {} are used; deleting it frees {}",
+            vm.disk_size_gib,
+            human::bytes(storage.used_bytes),
+            human::bytes(storage.exclusive_bytes)
+        ),
+        None => format!("{} GiB", vm.disk_size_gib),
+    };
     let mut facts = vec![
         ("name", vm.name),
         ("id", vm.id),
         ("status", status),
         ("ssh", vm.ssh),
         ("template", vm.template),
-        ("disk", format!("{} GiB", vm.disk_size_gib)),
+        ("disk", disk),
         ("cpus", vm.vcpu_count.to_string()),
         ("memory", human::mib(vm.mem_size_mib)),
         (
@@ -124,6 +138,13 @@ pub fn stop(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     show_changed(&vm, output)
 }
 
+pub fn restart(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+    let restarting = output.progress(&format!("restarting {vm}"));
+    let vm = client.restart_vm(vm)?;
+    drop(restarting);
+    show_changed(&vm, output)
+}
+
 pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) -> Result<(), Error> {
     let growing = output.progress(&format!("growing the disk of {vm}"));
     let vm = client.resize_vm(vm, &ResizeVm { disk_size_gib })?;
@@ -136,6 +157,31 @@ pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) ->
         Some(note) => output.line(&note),
         None => Ok(()),
     }
+}
+
+pub fn trim(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+    let trimming = output.progress(&format!("{vm} gives free blocks back"));
+    let trimmed = client.trim_vm(vm)?;
+    drop(trimming);
+    if output.json {
+        return output.answer(&trimmed);
+    }
+    output.line(&format!("{vm} has given back {}", human::bytes(trimmed.trimmed_bytes)))
+}
+
+pub fn snapshot(client: &Client, vm: &str, template_name: TemplateName, output: &Output) -> Result<(), Error> {
+    let making = output.progress(&format!("making a template of {vm}"));
+    let made = client.snapshot_vm(vm, &SnapshotVm { template_name })?;
+    drop(making);
+    if output.json {
+        return output.answer(&made);
+    }
+    let still = match made.held.as_str() {
+        "not_running" => String::new(),
+        held => format!("; {vm} was {held} for {} ms", made.stood_still_ms),
+    };
+    let size = human::bytes(made.size_bytes);
+    output.line(&format!("the template {} is made, {size} large{still}", made.template))
 }
 
 fn show_changed(vm: &Vm, output: &Output) -> Result<(), Error> {

@@ -18,7 +18,8 @@ const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8k
 
 fn two_vms() -> Value {
     json!({"vms": [
-        vm(json!({})),
+        vm(json!({"storage": {"provisioned_bytes": 10u64 << 30, "used_bytes": 2u64 << 30, "exclusive_bytes": 300u64 << 20,
+                  "measured_at": "2026-01-02T03:04:05.000Z"}})),
         vm(json!({"id": "vm-0000000000ff", "name": "box", "status": "failed", "status_reason": "its process ended",
                   "mem_size_mib": 2048, "disk_size_gib": 2, "ssh_port": 22002})),
     ]})
@@ -34,15 +35,19 @@ fn a_list_is_an_aligned_table_without_decoration_in_a_pipe() {
         panic!("{}", ran.out)
     };
     assert!(
-        header.starts_with("NAME          STATUS     DISK  CPUS   MEMORY  SSH              TEMPLATE"),
+        header.starts_with("NAME          STATUS     DISK   USED  EXCLUSIVE  CPUS   MEMORY  SSH              TEMPLATE"),
         "{header}"
     );
     assert!(
-        first.starts_with("calm-red-fox  running  10 GiB     1  512 MiB  127.0.0.1:22001  debian-base"),
+        first.starts_with(
+            "calm-red-fox  running  10 GiB  2 GiB    300 MiB     1  512 MiB  127.0.0.1:22001  debian-base"
+        ),
         "{first}"
     );
     assert!(
-        second.starts_with("box           failed    2 GiB     1    2 GiB  127.0.0.1:22002  debian-base"),
+        second.starts_with(
+            "box           failed    2 GiB      -          -     1    2 GiB  127.0.0.1:22002  debian-base"
+        ),
         "{second}"
     );
     assert!(first.ends_with("  vm-0123456789ab"), "{first}");
@@ -54,7 +59,8 @@ fn json_is_the_servers_answer() {
     let home = Home::new();
     home.file(".ssh/id_ed25519.pub", KEY, 0o644);
     let templates = json!({"templates": [{"name": "debian-base", "size_bytes": 2147483648u64, "used_bytes": 335544320,
-        "created_at": "2026-01-02T03:04:05Z", "used_by": 2, "protected": true}]});
+        "created_at": "2026-01-02T03:04:05Z", "used_by": 2, "protected": true, "storage": {"provisioned_bytes": 2147483648u64,
+        "used_bytes": 335544320, "exclusive_bytes": 4096, "measured_at": "2026-01-02T03:04:05.000Z"}}]});
     let server = Server::new(vec![
         ("GET /vms", 200, two_vms()),
         ("GET /vms/box", 200, vm(json!({"name": "box"}))),
@@ -122,7 +128,16 @@ fn status_and_pool_tell_what_is_left_in_sizes_that_people_read() {
     }
     assert_eq!((status.code, status.err.as_str()), (0, ""));
     let fine = run(&mut home.scalebox(&server, &["pool", "show"]));
-    assert!(fine.out.contains("used                25 GiB (25 %)\n"), "{}", fine.out);
+    for line in [
+        "used                    25 GiB (25 %)\n",
+        "  by one VM each        15 GiB\n",
+        "  by one template each  2 GiB\n",
+        "  shared                7 GiB\n",
+        "  by anything else      1 GiB\n",
+        "  will last             12.5 days at the rate of the last day\n",
+    ] {
+        assert!(fine.out.contains(line), "{line:?} in\n{}", fine.out);
+    }
     assert_eq!(fine.err, "");
     let full = run(&mut home.scalebox(&server, &["pool", "show"]));
     assert_eq!(
@@ -597,6 +612,10 @@ fn the_pool_s_size_is_changed_and_told() {
         (ran.code, ran.out.as_str()),
         (0, "3 GiB are free on the host disk's side too\n")
     );
+    let trimmed = json!({"trimmed_bytes": 200u64 << 20});
+    let server = Server::new(vec![("POST /vms/box/trim", 200, trimmed)]);
+    let ran = run(&mut Home::new().scalebox(&server, &["vm", "trim", "box"]));
+    assert_eq!((ran.code, ran.out.as_str()), (0, "box has given back 200 MiB\n"));
 }
 
 #[test]
@@ -676,4 +695,51 @@ fn every_command_has_an_example_in_its_help_and_a_completion() {
         let script = run(&mut home.bare(&["completions", shell]));
         assert!(script.code == 0 && script.out.contains("template"), "{shell}");
     }
+}
+
+/// Two events, as the server sends them.
+fn stream() -> Value {
+    let created = json!({"id": 1000000001u64, "at": "2026-01-02T03:04:05.678Z", "kind": "created",
+                         "vm": {"id": "vm-0123456789ab", "name": "calm-red-fox"}, "details": {"disk_size_gib": 10, "template": "debian-base"}});
+    let failed = json!({"id": 1000000002u64, "at": "2026-01-02T03:04:06.789Z", "kind": "failed",
+                        "vm": {"id": "vm-0123456789ab", "name": "calm-red-fox"}, "details": {"reason": "it said:\nhello"}});
+    let event = |event: &Value| format!("id: {}\nevent: {}\ndata: {event}\n\n", event["id"], event["kind"]);
+    json!(format!(
+        ": here\nid: 1000000000\n\n{}{}",
+        event(&created),
+        event(&failed)
+    ))
+}
+
+#[test]
+fn events_are_a_line_each_for_people_and_for_programs() {
+    let server = Server::new(vec![("GET /events?follow=false&since=0", 200, stream())]);
+    let ran = run(&mut Home::new().scalebox(&server, &["events", "--no-follow"]));
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    let lines: Vec<_> = ran.out.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "2026-01-02T03:04:05.678Z  created           calm-red-fox              disk_size_gib=10 template=debian-base",
+            "2026-01-02T03:04:06.789Z  failed            calm-red-fox              reason=\"it said:\\nhello\"",
+        ]
+    );
+    let ran = run(&mut Home::new().scalebox(&server, &["events", "--no-follow", "--json"]));
+    let read: Vec<Value> = ran
+        .out
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!((read.len(), &read[1]["kind"]), (2, &json!("failed")));
+}
+
+#[test]
+fn events_go_on_after_the_last_one_seen_when_the_server_was_away() {
+    let server = Server::new(vec![
+        ("GET /events?follow=true&since=7", 200, stream()),
+        ("GET /events?follow=true&since=1000000002", 401, json!({"error": "no"})),
+    ]);
+    let ran = run(&mut Home::new().scalebox(&server, &["events", "--since", "7"]));
+    assert_eq!((ran.code, ran.out.lines().count()), (1, 2), "{ran:?}");
+    assert!(ran.err.contains("waiting for it"), "{ran:?}");
 }

@@ -1,7 +1,8 @@
 //! A blocking client: one method a call of the API, typed both ways.
 
-use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Template, TemplateList, Trimmed, Vm, VmList};
-use crate::{CreateVm, ResizePool, ResizeVm};
+use crate::event_stream::EventStream;
+use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
+use crate::{CreateVm, ResizePool, ResizeVm, SnapshotVm};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -98,6 +99,8 @@ const ASK: Duration = Duration::from_secs(30);
 /// For what it does to a VM. Above every deadline of its own (a guest's shutdown, the check of a template), because a client that
 /// gives up first does not learn how it ended.
 const WORK: Duration = Duration::from_secs(300);
+/// Between two signs of life on a stream of events; the daemon gives one every 15 seconds.
+const QUIET: Duration = Duration::from_secs(60);
 /// An answer is read up to this many bytes: some ten thousand VMs.
 const LONGEST_ANSWER: u64 = 16 << 20;
 
@@ -147,7 +150,10 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn create_vm(&self, request: &CreateVm) -> Result<Vm, ClientError> {
-        self.send(Method::POST, "/vms", request)
+        let mut call = Call::new(self, Method::POST, "/vms", WORK);
+        call.idempotency_key = request.idempotency_key.as_ref().map(|key| format!("\"{key}\""));
+        let body = serde_json::to_vec(request).map_err(|error| call.protocol(error.to_string()))?;
+        call.run(Some(body))?.json()
     }
 
     /// `GET /vms`.
@@ -190,12 +196,36 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/stop"))
     }
 
+    /// `POST /vms/{id or name}/restart`: stopped as by [`Client::stop_vm`], and started; one that does not run is started.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn restart_vm(&self, id_or_name: &str) -> Result<Vm, ClientError> {
+        self.post(&(vm_path(id_or_name) + "/restart"))
+    }
+
     /// `PATCH /vms/{id or name}`.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn resize_vm(&self, id_or_name: &str, request: &ResizeVm) -> Result<Vm, ClientError> {
         self.send(Method::PATCH, &vm_path(id_or_name), request)
+    }
+
+    /// `POST /vms/{id or name}/trim`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn trim_vm(&self, id_or_name: &str) -> Result<Trimmed, ClientError> {
+        self.post(&(vm_path(id_or_name) + "/trim"))
+    }
+
+    /// `POST /vms/{id or name}/snapshot`: returns when the template can be used.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn snapshot_vm(&self, id_or_name: &str, request: &SnapshotVm) -> Result<Snapshot, ClientError> {
+        self.send(Method::POST, &(vm_path(id_or_name) + "/snapshot"), request)
     }
 
     /// `GET /templates`.
@@ -252,6 +282,17 @@ impl Client {
         self.send(Method::POST, "/pool/trim", &serde_json::json!({}))
     }
 
+    /// `GET /events`: what happens from now on, or after the event `since` where one is given (0: all that the daemon still knows). Without
+    /// `follow` the stream ends with what has happened so far.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; once it runs, the stream has its own.
+    pub fn events(&self, since: Option<u64>, follow: bool) -> Result<EventStream, ClientError> {
+        let since = since.map_or_else(String::new, |since| format!("&since={since}"));
+        let path = format!("/events?follow={follow}{since}");
+        Call::new(self, Method::GET, &path, ASK).stream()
+    }
+
     /// `GET /info`.
     ///
     /// # Errors
@@ -285,6 +326,8 @@ struct Call<'c> {
     method: Method,
     url: String,
     patience: Duration,
+    /// As it stands in the header.
+    idempotency_key: Option<String>,
 }
 
 /// What came back with a status under 300.
@@ -300,11 +343,16 @@ impl<'c> Call<'c> {
             method,
             url: format!("{}{path}", client.base),
             patience,
+            idempotency_key: None,
         }
     }
 
     fn run(self, body: Option<Vec<u8>>) -> Result<Answer<'c>, ClientError> {
-        let mut response = self.transmit(body).map_err(|error| self.failed(error))?;
+        let response = self.transmit(body).map_err(|error| self.failed(error))?;
+        self.answer(response)
+    }
+
+    fn answer(self, mut response: Response<Body>) -> Result<Answer<'c>, ClientError> {
         let status = response.status();
         let text = response.body_mut().with_config().limit(LONGEST_ANSWER).read_to_string();
         let body = text.map_err(|error| self.failed(error))?;
@@ -329,6 +377,10 @@ impl<'c> Call<'c> {
             .uri(&self.url)
             .header(header::AUTHORIZATION, &self.client.authorization)
             .header(header::ACCEPT, "application/json");
+        let request = match &self.idempotency_key {
+            Some(key) => request.header("Idempotency-Key", key),
+            None => request,
+        };
         let agent = &self.client.agent;
         let patience = Some(self.patience);
         // Without any body at all, ureq would announce the chunks of one for a POST.
@@ -342,6 +394,33 @@ impl<'c> Call<'c> {
         };
         let request = request.body(body.unwrap_or_default())?;
         agent.run(agent.configure_request(request).timeout_global(patience).build())
+    }
+
+    /// As [`Call::run`], for an answer that comes bit by bit and has no end in time.
+    fn stream(self) -> Result<EventStream, ClientError> {
+        let request = Request::builder()
+            .method(self.method.clone())
+            .uri(&self.url)
+            .header(header::AUTHORIZATION, &self.client.authorization)
+            .header(header::ACCEPT, "text/event-stream");
+        let agent = &self.client.agent;
+        let answered = request.body(()).map_err(ureq::Error::from).and_then(|request| {
+            let request = agent.configure_request(request);
+            agent.run(
+                request
+                    .timeout_recv_response(Some(self.patience))
+                    .timeout_per_read(Some(QUIET))
+                    .build(),
+            )
+        });
+        let response = answered.map_err(|error| self.failed(error))?;
+        if !response.status().is_success() {
+            return match self.answer(response) {
+                Ok(answer) => Err(answer.call.protocol("another stream than was asked for".to_owned())),
+                Err(error) => Err(error),
+            };
+        }
+        Ok(EventStream::new(response.into_body().into_reader(), self.to_string()))
     }
 
     fn failed(&self, error: ureq::Error) -> ClientError {

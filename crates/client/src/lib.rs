@@ -10,26 +10,37 @@
 //! - `requests`: every request, and reading one from the bytes that a client sent
 //! - `body`: reading a JSON object field by field, and [`Invalid`], what is wrong with one
 //! - `names`: the forms of a template's and a VM's name
+//! - `idempotency`: the form of an idempotency key
 //! - `key`: the form of an SSH public key
+//! - `event`: what `GET /events` tells
+//! - `event_stream` (feature `http`): reading it as it happens
 //! - `http` (feature `http`): [`Client`], which speaks all of this to a daemon
 
 #![warn(missing_docs)]
 
 mod body;
+mod event;
+#[cfg(feature = "http")]
+mod event_stream;
 #[cfg(feature = "http")]
 mod http;
+mod idempotency;
 mod key;
 mod names;
 mod requests;
 mod types;
 
 pub use body::Invalid;
+pub use event::{Event, EventKind, EventVm};
+#[cfg(feature = "http")]
+pub use event_stream::EventStream;
 #[cfg(feature = "http")]
 pub use http::{Client, ClientError};
+pub use idempotency::IdempotencyKey;
 pub use key::SshPublicKey;
 pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
-pub use requests::{CreateVm, Limits, ResizePool, ResizeVm};
+pub use requests::{CreateVm, Limits, ResizePool, ResizeVm, SnapshotVm};
 pub use types::{
-    Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Template, TemplateList, Trimmed, Vm,
-    VmCounts, VmList, VmStatus,
+    Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
+    TemplateList, Trimmed, Vm, VmCounts, VmList, VmStatus,
 };

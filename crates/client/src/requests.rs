@@ -1,7 +1,7 @@
 //! Every request that has a body. `parse` reads one from a client's bytes; what it returns holds in every field.
 
 use crate::body::{Fields, Invalid};
-use crate::{SshPublicKey, TemplateName, VmName};
+use crate::{IdempotencyKey, SshPublicKey, TemplateName, VmName};
 use serde::Serialize;
 
 /// What a host allows, from its settings and its size.
@@ -38,6 +38,9 @@ pub struct CreateVm {
     pub disk_size_gib: Option<u64>,
     /// False makes the VM and leaves it stopped.
     pub start: bool,
+    /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same key gives it again instead of another.
+    #[serde(skip)]
+    pub idempotency_key: Option<IdempotencyKey>,
 }
 
 impl CreateVm {
@@ -61,6 +64,7 @@ impl CreateVm {
             mem_size_mib: None,
             disk_size_gib: None,
             start: true,
+            idempotency_key: None,
         }
     }
 
@@ -85,6 +89,7 @@ impl CreateVm {
             template: fields.text("template", TEMPLATE)?,
             name: fields.optional_text("name")?,
             ssh_public_key: fields.text("ssh_public_key", KEY)?,
+            idempotency_key: None,
         })
     }
 }
@@ -110,6 +115,26 @@ impl ResizeVm {
         };
         Ok(ResizeVm {
             disk_size_gib: size.ok_or(missing)?,
+        })
+    }
+}
+
+/// `POST /vms/{id}/snapshot`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct SnapshotVm {
+    /// What the template is to be called; there must be none of that name.
+    pub template_name: TemplateName,
+}
+
+impl SnapshotVm {
+    /// Reads a client's body. Whether the name is free is for the caller to see.
+    ///
+    /// # Errors
+    /// The first thing wrong, as a sentence that names the field and what it may be.
+    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
+        let fields = Fields::read(body, &["template_name"])?;
+        Ok(SnapshotVm {
+            template_name: fields.text("template_name", "send the name of the template to be made")?,
         })
     }
 }
@@ -154,6 +179,21 @@ impl ResizePool {
 #[cfg(test)]
 mod pool_tests {
     use super::*;
+
+    #[test]
+    fn a_snapshot_names_its_template_and_nothing_else() {
+        let named = SnapshotVm::parse(br#"{"template_name": "my-golden"}"#).unwrap();
+        assert_eq!(named.template_name.as_str(), "my-golden");
+        for body in [
+            &b"{}"[..],
+            b"",
+            br#"{"template_name": "../x"}"#,
+            br#"{"template_name": 7}"#,
+            br#"{"template_name": "x", "vm": "y"}"#,
+        ] {
+            assert!(SnapshotVm::parse(body).is_err());
+        }
+    }
 
     #[test]
     fn a_pool_is_grown_with_or_without_a_size_and_shrunk_with_one() {

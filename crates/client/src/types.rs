@@ -37,6 +37,22 @@ pub struct Vm {
     /// What became of the guest's file system; only in the answer to a change of the disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
+    /// What its disk takes in the pool; not there until it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<StorageUsage>,
+}
+
+/// What a disk or a template takes in the pool, as last measured: at most a minute ago, or `ACCOUNTING_SECONDS`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageUsage {
+    /// The size promised to the guest; of a template, the size of its image.
+    pub provisioned_bytes: u64,
+    /// The blocks that it maps, shared or not.
+    pub used_bytes: u64,
+    /// What deleting it frees. Can be more than `used_bytes`: an extent overwritten in part stays whole.
+    pub exclusive_bytes: u64,
+    /// RFC 3339, in UTC.
+    pub measured_at: String,
 }
 
 /// What became of a guest's root file system when its disk was grown.
@@ -106,6 +122,26 @@ pub struct Template {
     pub used_by: u64,
     /// It cannot be deleted.
     pub protected: bool,
+    /// What it takes in the pool, the grown clones kept of it included in `exclusive_bytes`; not there until it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<StorageUsage>,
+}
+
+/// A template made of a VM's disk, as `POST /vms/{id}/snapshot` answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The template's name.
+    pub template: String,
+    /// The id of the VM whose disk it was.
+    pub source_vm: String,
+    /// Its size as a guest sees it.
+    pub size_bytes: u64,
+    /// RFC 3339, in UTC.
+    pub created_at: String,
+    /// How long the guest could not write meanwhile, in milliseconds, the way to its agent and back included; 0 for one that did not run.
+    pub stood_still_ms: u64,
+    /// How the guest was held still: `frozen` by its agent, `paused` by the host, or `not_running`.
+    pub held: String,
 }
 
 /// `GET /templates`.
@@ -148,12 +184,31 @@ pub struct PoolInfo {
     pub metadata_bytes: u64,
     /// Of `metadata_bytes`, what is in use.
     pub metadata_used_bytes: u64,
+    /// Blocks that belong to a single VM's disk. The four sums together are `used_bytes` at `measured_at`, within 1 %; null until measured.
+    #[serde(default)]
+    pub vms_exclusive_bytes: Option<u64>,
+    /// Blocks that belong to a single template and the grown clones kept of it.
+    #[serde(default)]
+    pub templates_exclusive_bytes: Option<u64>,
+    /// Blocks that several disks or templates share, each counted once.
+    #[serde(default)]
+    pub shared_bytes: Option<u64>,
+    /// All other blocks: the guests' kernel, half-made files, deleted disks that are still open.
+    #[serde(default)]
+    pub other_bytes: Option<u64>,
+    /// When the four sums were measured: RFC 3339, in UTC.
+    #[serde(default)]
+    pub measured_at: Option<String>,
+    /// In how many days `free_bytes` are used up at the rate of the last day. Null with less than an hour of history (a restart of
+    /// the daemon begins it anew), when nothing grows, and beyond ten years.
+    #[serde(default)]
+    pub days_left: Option<f64>,
 }
 
-/// `POST /pool/trim`.
+/// `POST /pool/trim` and `POST /vms/{id}/trim`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trimmed {
-    /// What the pool handed to the host disk as free, what was free there already included.
+    /// What the pool, or the guest, told its disk to be free; what was free there already may be included.
     pub trimmed_bytes: u64,
 }
 
@@ -299,6 +354,7 @@ mod tests {
             mem_size_mib: 512,
             disk_size_gib: 10,
             disk: None,
+            storage: None,
         }
     }
 

@@ -15,6 +15,11 @@ use tokio::time::timeout;
 
 /// How long an agent may take to answer. An emulated guest under load takes about half a second.
 const DEADLINE: Duration = Duration::from_secs(3);
+/// How long trimming may take: it walks all free space of the guest.
+const TRIM_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How long to wait before the same question is put again.
+const BETWEEN_QUESTIONS: Duration = Duration::from_millis(50);
 
 /// Why the agent said nothing useful.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +42,12 @@ pub enum AgentError {
         asked: &'static str,
         /// What it said.
         answer: String,
+    },
+    /// It began a long errand and did not end it.
+    #[error("the guest agent did not {asked} within {} s", TRIM_DEADLINE.as_secs())]
+    Unfinished {
+        /// What was asked.
+        asked: &'static str,
     },
     /// The guest's root file system is not among those it told of.
     #[error("the guest agent tells of no file system mounted at /")]
@@ -108,6 +119,96 @@ impl Agent {
             total: Bytes::new(sizes.0),
             used: Bytes::new(sizes.1),
         })
+    }
+
+    /// Has the guest tell its disks which blocks it does not use. Returns how much that is, in all file systems that can trim; ext4 leaves out
+    /// what it told since it was mounted.
+    ///
+    /// # Errors
+    /// [`AgentError::Unfinished`]; [`AgentError::Refused`], also when no file system could be trimmed.
+    pub async fn trim(&self) -> Result<Bytes, AgentError> {
+        const ASKED: &str = "trim its file systems";
+        let refused = |answer| AgentError::Refused { asked: ASKED, answer };
+        let answer = timeout(TRIM_DEADLINE, self.service.execute(qga::guest_fstrim { minimum: None })).await;
+        let paths = match answer {
+            Ok(Ok(response)) => response.paths,
+            Ok(Err(error)) => return Err(refused(error.to_string())),
+            Err(_) => return Err(AgentError::Unfinished { asked: ASKED }),
+        };
+        let sizes: Vec<u64> = paths.iter().filter_map(|path| path.trimmed?.try_into().ok()).collect();
+        if sizes.is_empty() {
+            let errors: Vec<String> = paths
+                .into_iter()
+                .filter_map(|path| Some(format!("{}: {}", path.path, path.error?)))
+                .collect();
+            return Err(refused(format!("no file system was trimmed. {}", errors.join(", "))));
+        }
+        // A guest may say anything: the sum does not overflow for it.
+        Ok(Bytes::new(sizes.into_iter().fold(0, u64::saturating_add)))
+    }
+}
+
+impl Agent {
+    /// Has the guest write out what it holds back, for at most `within`, so that a [freeze](Agent::freeze) finds little left to write.
+    ///
+    /// # Errors
+    /// [`AgentError::Silent`], [`AgentError::Refused`], also where the agent runs no programs.
+    pub async fn flush(&self, within: Duration) -> Result<(), AgentError> {
+        let run = qga::guest_exec {
+            path: "sync".to_owned(),
+            arg: None,
+            capture_output: None,
+            env: None,
+            input_data: None,
+        };
+        let started = self.ask("run sync", DEADLINE, run).await?;
+        let ended = async {
+            loop {
+                let status = qga::guest_exec_status { pid: started.pid };
+                if self.ask("tell of sync", DEADLINE, status).await?.exited {
+                    return Ok(());
+                }
+                tokio::time::sleep(BETWEEN_QUESTIONS).await;
+            }
+        };
+        timeout(within, ended).await.unwrap_or(Err(AgentError::Silent))
+    }
+
+    /// Freezes the guest's file systems: what writes to them waits until the [thaw](Agent::thaw). After an error they may be frozen all the
+    /// same: thaw them.
+    ///
+    /// # Errors
+    /// [`AgentError::Silent`], [`AgentError::Refused`].
+    pub async fn freeze(&self) -> Result<(), AgentError> {
+        self.ask("freeze its file systems", DEADLINE, qga::guest_fsfreeze_freeze {})
+            .await
+            .map(drop)
+    }
+
+    /// Thaws the guest's file systems; none that is not frozen minds.
+    ///
+    /// # Errors
+    /// [`AgentError::Silent`], [`AgentError::Refused`].
+    pub async fn thaw(&self) -> Result<(), AgentError> {
+        self.ask("thaw its file systems", DEADLINE, qga::guest_fsfreeze_thaw {})
+            .await
+            .map(drop)
+    }
+
+    async fn ask<C: qga::QgaCommand>(
+        &self,
+        asked: &'static str,
+        within: Duration,
+        command: C,
+    ) -> Result<C::Ok, AgentError> {
+        match timeout(within, self.service.execute(command)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(AgentError::Refused {
+                asked,
+                answer: error.to_string(),
+            }),
+            Err(_) => Err(AgentError::Silent),
+        }
     }
 }
 

@@ -97,7 +97,12 @@ fn read(stream: &TcpStream) -> std::io::Result<Request> {
 }
 
 fn write(mut stream: &TcpStream, status: u16, body: &Value) -> std::io::Result<()> {
-    let body = if status == 204 { String::new() } else { body.to_string() };
+    let body = match body {
+        _ if status == 204 => String::new(),
+        // Not JSON: as it is.
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
     let length = body.len();
     write!(
         stream,
@@ -180,5 +185,7 @@ pub fn pool() -> Value {
         "used_bytes": 25 * GIB, "committed_bytes": 120 * GIB, "commitment_limit_bytes": 400 * GIB, "overcommit_ratio": 4.0,
         "reserved_bytes": 0, "buffer_bytes": 2 * GIB, "pool_free_bytes": 75 * GIB, "host_free_bytes": 60 * GIB,
         "unallocated_bytes": 70 * GIB, "metadata_bytes": GIB, "metadata_used_bytes": GIB / 2,
+        "vms_exclusive_bytes": 15 * GIB, "templates_exclusive_bytes": 2 * GIB, "shared_bytes": 7 * GIB, "other_bytes": GIB,
+        "measured_at": "2026-01-02T03:04:05.000Z", "days_left": 12.5,
     })
 }

@@ -1,0 +1,67 @@
+//! The form of an idempotency key: what makes a request that is sent again the same request.
+
+use crate::names::WrongForm;
+use std::fmt;
+use std::str::FromStr;
+
+/// The value of the header `Idempotency-Key`: 1 to 255 printable ASCII characters without spaces, such as a UUID, drawn anew for each
+/// VM. Quotes around it, which draft-ietf-httpapi-idempotency-key-header asks for, belong to the header and not to the key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct IdempotencyKey(String);
+
+impl IdempotencyKey {
+    /// The key.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for IdempotencyKey {
+    type Err = WrongForm;
+
+    fn from_str(text: &str) -> Result<Self, WrongForm> {
+        let text = text.trim();
+        let key = text
+            .strip_prefix('"')
+            .and_then(|rest| rest.strip_suffix('"'))
+            .unwrap_or(text);
+        let sane = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\');
+        if (1..=255).contains(&key.len()) && key.bytes().all(sane) {
+            Ok(IdempotencyKey(key.to_owned()))
+        } else {
+            let form =
+                "must be 1 to 255 printable ASCII characters without spaces, quotes and backslashes, such as a UUID";
+            Err(WrongForm(form.to_owned()))
+        }
+    }
+}
+
+impl fmt::Display for IdempotencyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_the_same_with_and_without_the_header_s_quotes() {
+        for text in ["job-17", "\"job-17\"", " job-17 "] {
+            assert_eq!(text.parse::<IdempotencyKey>().unwrap().as_str(), "job-17");
+        }
+        for text in [
+            "",
+            "\"\"",
+            "two words",
+            "a\"b",
+            "a\\b",
+            "naïve",
+            "a\nb",
+            &"x".repeat(256),
+        ] {
+            assert!(text.parse::<IdempotencyKey>().is_err(), "{text:?}");
+        }
+    }
+}
