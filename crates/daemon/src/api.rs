@@ -1,6 +1,8 @@
 //! The HTTP API: routes, the token, the limits on a request, one id from the HTTP line down to the last step.
 
 use crate::error::ServiceError;
+use crate::event_stream;
+use crate::metrics;
 use crate::random::random_hex;
 use crate::service::Service;
 use crate::settings::Token;
@@ -8,12 +10,15 @@ use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, WWW_AUTHENTICATE};
 use axum::http::request::Parts;
-use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use scalebox_client::{CreateVm, Health, HostInfo, PoolInfo, ResizePool, ResizeVm, TemplateList, Trimmed, Vm, VmList};
+use scalebox_client::{
+    CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, ResizeVm, Snapshot, SnapshotVm, TemplateList,
+    Trimmed, Vm, VmList,
+};
 use scalebox_storage::Gib;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
@@ -25,6 +30,8 @@ use tracing::Instrument;
 const LARGEST_BODY: usize = 1 << 20;
 /// How long a client may take to send a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// All routes, behind the token but for `/health`.
@@ -35,6 +42,9 @@ pub fn router(service: Service, token: &Token) -> Router {
         .route("/vms/{vm}", get(get_vm).patch(resize_vm).delete(delete_vm))
         .route("/vms/{vm}/start", post(start_vm))
         .route("/vms/{vm}/stop", post(stop_vm))
+        .route("/vms/{vm}/restart", post(restart_vm))
+        .route("/vms/{vm}/trim", post(trim_vm))
+        .route("/vms/{vm}/snapshot", post(snapshot_vm))
         .route("/templates", get(list_templates))
         .route("/templates/{name}", axum::routing::delete(delete_template))
         .route("/pool", get(pool))
@@ -42,13 +52,16 @@ pub fn router(service: Service, token: &Token) -> Router {
         .route("/pool/shrink", post(shrink_pool))
         .route("/pool/trim", post(trim_pool))
         .route("/info", get(info))
+        .route("/events", get(event_stream::events))
+        .route("/metrics", get(metrics::metrics))
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(token, require_token))
-        .with_state(service);
+        .with_state(service.clone());
     Router::new()
         .route("/health", get(health).fallback(method_not_allowed))
         .merge(guarded)
+        .layer(from_fn_with_state(service, metrics::count))
         .layer(from_fn(with_request_id))
 }
 
@@ -58,10 +71,24 @@ async fn health() -> Json<Health> {
 
 async fn create_vm(
     State(service): State<Service>,
+    headers: HeaderMap,
     RawBody(body): RawBody,
-) -> Result<(StatusCode, Json<Vm>), ServiceError> {
-    let request = CreateVm::parse(&body, service.limits())?;
-    Ok((StatusCode::CREATED, Json(service.create(request).await?)))
+) -> Result<impl IntoResponse, ServiceError> {
+    let mut request = CreateVm::parse(&body, service.limits())?;
+    request.idempotency_key = idempotency_key(&headers)?;
+    let (vm, replayed) = service.create(request).await?;
+    // The status of the first answer, as draft-ietf-httpapi-idempotency-key-header has it; the header tells them apart.
+    let mark = replayed.then_some([(IDEMPOTENT_REPLAYED, "true")]);
+    Ok((StatusCode::CREATED, mark, Json(vm)))
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ServiceError> {
+    let Some(key) = headers.get(IDEMPOTENCY_KEY) else {
+        return Ok(None);
+    };
+    let key = String::from_utf8_lossy(key.as_bytes()).parse();
+    key.map(Some)
+        .map_err(|form| ServiceError::Invalid(format!("the header Idempotency-Key {form}")))
 }
 
 async fn list_vms(State(service): State<Service>) -> Json<VmList> {
@@ -89,8 +116,25 @@ async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Resul
     service.start(vm).await.map(Json)
 }
 
+async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    service.restart(vm).await.map(Json)
+}
+
 async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.stop(vm).await.map(Json)
+}
+
+async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Trimmed>, ServiceError> {
+    service.trim_vm(vm).await.map(Json)
+}
+
+async fn snapshot_vm(
+    State(service): State<Service>,
+    Segment(vm): Segment,
+    RawBody(body): RawBody,
+) -> Result<(StatusCode, Json<Snapshot>), ServiceError> {
+    let request = SnapshotVm::parse(&body)?;
+    Ok((StatusCode::CREATED, Json(service.snapshot(vm, request).await?)))
 }
 
 async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateList>, ServiceError> {

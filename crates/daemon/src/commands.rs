@@ -1,20 +1,26 @@
 //! What each subcommand does.
 
+use crate::accounts;
 use crate::api;
 use crate::error::ServiceError;
+use crate::events::Events;
+use crate::guest_trim;
+use crate::network_watch;
 use crate::pool_watch;
 use crate::progress;
 use crate::random::random_hex;
+use crate::reclaim;
 use crate::recovery::{self, Recovered};
 use crate::server;
 use crate::service::{Parts, Service};
 use crate::settings::{AccelChoice, LogFormat, Settings, SettingsError, VmmChoice};
+use crate::snapshots;
 use crate::state::{Fact, State, StateError};
 use rustix::fs::{Mode, OFlags};
 use scalebox_client::VmStatus;
 use scalebox_net::Network;
 use scalebox_storage::{InitEvent, InitOutcome, Name, Pool, StorageError};
-use scalebox_vmm::{AccelSetting, QemuDriver, Vmm};
+use scalebox_vmm::{Accel, AccelSetting, FirecrackerDriver, QemuDriver, Vmm};
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -96,8 +102,7 @@ fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
 
 /// Logs go to standard error.
 pub fn start_logging(settings: &Settings) -> Result<(), CommandFailed> {
-    let level = &settings.log_level;
-    let filter = EnvFilter::try_new(level).map_err(|_| CommandFailed::LogLevel(level.clone()))?;
+    let filter = log_filter(settings)?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
@@ -107,6 +112,12 @@ pub fn start_logging(settings: &Settings) -> Result<(), CommandFailed> {
         LogFormat::Json => log.json().init(),
     }
     Ok(())
+}
+
+/// `LOG_LEVEL`, understood.
+pub fn log_filter(settings: &Settings) -> Result<EnvFilter, CommandFailed> {
+    let level = &settings.log_level;
+    EnvFilter::try_new(level).map_err(|_| CommandFailed::LogLevel(level.clone()))
 }
 
 /// `scaleboxd pool init`.
@@ -188,6 +199,11 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             .map_err(io("read the address that is listened on"))?;
         tracing::info!(address = %local, "ready");
         tokio::spawn(pool_watch::run(service.clone()));
+        tokio::spawn(reclaim::run(service.clone()));
+        tokio::spawn(accounts::run(service.clone()));
+        tokio::spawn(network_watch::run(service.clone()));
+        tokio::spawn(guest_trim::run(service.clone()));
+        tokio::spawn(snapshots::thaw_left_frozen(service.clone()));
         tokio::spawn(recovery::start_again(service.clone(), recovered.to_start));
         server::run(listener, api::router(service.clone(), &token), &service)
             .await
@@ -232,7 +248,8 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
     Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
+/// Threads for whatever waits on sockets.
+pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -253,10 +270,13 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     let (vmm, accel) = find_vmm(&settings)?;
     let network = Network::ensure(settings.net.clone()).await?;
     let resolvers = resolvers(&settings)?;
+    state.forget_unmade()?;
+    let events = Events::begin(&state)?;
     let parts = Parts {
         settings,
         pool,
         state,
+        events,
         network,
         resolvers,
         vmm,
@@ -316,19 +336,48 @@ fn tempfile_probe(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFailed> {
+/// The hypervisor the settings ask for, and how it runs guests.
+pub fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFailed> {
     let setting = match settings.accel {
         AccelChoice::Auto => AccelSetting::Auto,
         AccelChoice::Kvm => AccelSetting::Kvm,
         AccelChoice::Tcg => AccelSetting::Tcg,
     };
-    match settings.vmm {
-        VmmChoice::Auto | VmmChoice::Qemu => {
-            let accel = scalebox_vmm::accelerator(setting)?;
-            tracing::info!(accel = %accel.accel, reason = accel.reason, "hypervisor: qemu");
-            Ok((Arc::new(QemuDriver::find(accel.accel)?), accel.accel.to_string()))
+    let accel = match settings.vmm {
+        // Firecracker has no emulation: it takes KVM at the operator's word, as ACCEL=kvm does.
+        VmmChoice::Firecracker if setting == AccelSetting::Auto => scalebox_vmm::accelerator(AccelSetting::Kvm)?,
+        _ => scalebox_vmm::accelerator(setting)?,
+    };
+    let firecracker = match (settings.vmm, accel.accel) {
+        (VmmChoice::Firecracker, Accel::Kvm) => Some(FirecrackerDriver::find()?),
+        (VmmChoice::Firecracker, Accel::Tcg) => {
+            return Err(SettingsError::Value {
+                key: "ACCEL",
+                value: "tcg".to_owned(),
+                right: "Firecracker does not emulate: set ACCEL=auto, or VMM=qemu".to_owned(),
+            }
+            .into());
         }
+        (VmmChoice::Auto, Accel::Kvm) => match FirecrackerDriver::find() {
+            Ok(driver) => Some(driver),
+            Err(error) => {
+                tracing::info!(%error, "Firecracker is not used");
+                None
+            }
+        },
+        _ => None,
+    };
+    let text = accel.accel.to_string();
+    if let Some(driver) = firecracker {
+        tracing::info!(
+            version = driver.version(),
+            reason = accel.reason,
+            "hypervisor: firecracker"
+        );
+        return Ok((Arc::new(driver), text));
     }
+    tracing::info!(accel = text, reason = accel.reason, "hypervisor: qemu");
+    Ok((Arc::new(QemuDriver::find(accel.accel)?), text))
 }
 
 fn resolvers(settings: &Settings) -> Result<Vec<Ipv4Addr>, CommandFailed> {

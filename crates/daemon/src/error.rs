@@ -34,6 +34,9 @@ pub enum ServiceError {
     /// 413.
     #[error("{0}")]
     TooLarge(String),
+    /// 422: understood, and not to be done.
+    #[error("{0}")]
+    Unprocessable(String),
     /// 503: the host is not ready for it; its operator can change that.
     #[error("{0}")]
     Unavailable(String),
@@ -57,6 +60,7 @@ impl ServiceError {
             ServiceError::Timeout(_) => StatusCode::REQUEST_TIMEOUT,
             ServiceError::Conflict(_) => StatusCode::CONFLICT,
             ServiceError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            ServiceError::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
             ServiceError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             ServiceError::Insufficient(_) => StatusCode::INSUFFICIENT_STORAGE,
             ServiceError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -94,7 +98,9 @@ impl From<StorageError> for ServiceError {
         match error {
             StorageError::Insufficient { .. } => ServiceError::Insufficient(text),
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
-            StorageError::TemplateExists(_) => ServiceError::Conflict(text),
+            StorageError::TemplateExists(_) | StorageError::TemplateBeingMade(_) | StorageError::Unfit(_) => {
+                ServiceError::Conflict(text)
+            }
             StorageError::PoolSize(_) | StorageError::NoImage(_) => ServiceError::Invalid(text),
             StorageError::Busy(_) => ServiceError::Conflict(text),
             StorageError::NotMounted(_) => ServiceError::Unavailable(text),

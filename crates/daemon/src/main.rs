@@ -5,33 +5,57 @@
 //! | file | job |
 //! |---|---|
 //! | `commands` | what each subcommand does |
+//! | `doctor` | what is missing or wrong on this host |
 //! | `settings` | environment, file, defaults |
 //! | `api` | routes, token, limits on a request, request ids |
 //! | `server` | connections, and the daemon's end |
+//! | `events` | what happens on the host, told as it happens |
+//! | `event_stream` | `GET /events` |
 //! | `service` | the VM lifecycle: what a request does, step by step |
+//! | `metrics` | `GET /metrics` |
+//! | `idempotency` | a creation that is asked for again gives the same VM |
+//! | `restart` | down and up again |
 //! | `vms` | the VMs in memory: names, addresses, what is under way |
 //! | `state` | the state file |
 //! | `recovery` | putting things right at start |
+//! | `pool_growth` | a pool that grows by itself |
+//! | `guest_trim` | guests that give back what they deleted |
 //! | `pool_watch` | pausing guests before the pool runs full, and letting them go on |
+//! | `reclaim` | blocks of deleted disks, back to the pool and to the host disk |
+//! | `network_watch` | putting the network back when somebody sweeps it away |
+//! | `accounts` | measuring whose the pool's blocks are, and how long it lasts |
 //! | `resize` | asking a guest how large its root file system is |
+//! | `snapshots` | a VM's disk becomes a template; the guest stands still for it |
 //! | `undo` | steps that can be taken back |
 //! | `random` | random ids |
 //! | `host` | what the host is |
 //! | `progress` | long work, shown to people |
 //! | `error` | what clients are answered when it does not work |
 
+mod accounts;
 mod api;
 mod commands;
+mod doctor;
 mod error;
+mod event_stream;
+mod events;
+mod guest_trim;
 mod host;
+mod idempotency;
+mod metrics;
+mod network_watch;
+mod pool_growth;
 mod pool_watch;
 mod progress;
 mod random;
+mod reclaim;
 mod recovery;
 mod resize;
+mod restart;
 mod server;
 mod service;
 mod settings;
+mod snapshots;
 mod state;
 mod undo;
 mod vms;
@@ -77,6 +101,17 @@ enum Command {
     /// `pool init` and `serve` bring everything back, with the VMs stopped.
     #[command(after_help = "Example:\n  systemctl stop scaleboxd && scaleboxd down")]
     Down,
+    /// Say what is missing or wrong on this host, and how to put it right; changes nothing
+    ///
+    /// Exits with 1 if there is a problem. Works before anything is set up, and beside a running daemon.
+    #[command(
+        after_help = "Examples:\n  scaleboxd doctor\n  scaleboxd doctor --json | jq '.[] | select(.level == \"problem\")'"
+    )]
+    Doctor {
+        /// An array of {check, level, finding, fix}, for programs
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -122,7 +157,7 @@ fn main() -> ExitCode {
     // Whatever is made is for root alone, unless said otherwise.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     match run(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE
@@ -130,7 +165,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: Arguments) -> Result<(), commands::CommandFailed> {
+fn run(arguments: Arguments) -> Result<ExitCode, commands::CommandFailed> {
+    // Settings that cannot be used are a finding to it, not its end.
+    if let Command::Doctor { json } = arguments.command {
+        return doctor::run(arguments.config.as_deref(), json);
+    }
     let settings = Settings::load(arguments.config.as_deref())?;
     commands::start_logging(&settings)?;
     match arguments.command {
@@ -143,5 +182,7 @@ fn run(arguments: Arguments) -> Result<(), commands::CommandFailed> {
             commands::template_import(&settings, &name, &file, replace)
         }
         Command::Down => commands::down(settings),
+        Command::Doctor { json } => return doctor::run(arguments.config.as_deref(), json),
     }
+    .map(|()| ExitCode::SUCCESS)
 }

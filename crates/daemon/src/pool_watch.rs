@@ -1,14 +1,16 @@
 //! No guest breaks because the host ran out of space.
 //!
-//! The pool is watched together with the host disk under it. Before either runs out, the VMs that still take new blocks are paused; they
+//! The pool is watched together with the host disk under it. Before either runs out, the pool grows if it may and the host disk has room;
+//! else the VMs that still take new blocks are paused; they
 //! are resumed when there is room. Behind that stands the hypervisor, which stops a guest whose write the host refuses rather than hand
 //! the error on. In both cases the guest sees neither an I/O error nor a read-only root, only time that passed; the VM is `paused`
 //! with the reason `storage_full`.
 
 use crate::service::{Service, blocking};
-use scalebox_client::VmStatus;
+use scalebox_client::{EventKind, VmStatus};
 use scalebox_storage::{Bytes, Name};
 use scalebox_vmm::{Machine, MachineEvent, MachineState};
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +31,8 @@ const MUCH: Bytes = Bytes::from_mib(1);
 
 const INTERVAL: Duration = Duration::from_secs(1);
 const INTERVAL_NEAR: Duration = Duration::from_millis(200);
+/// How long a growth of the pool is waited for.
+const GROWTH: Duration = Duration::from_millis(500);
 
 /// The machines that stand still for lack of space, by VM.
 #[derive(Default)]
@@ -55,6 +59,13 @@ pub async fn run(service: Service) -> Infallible {
                 continue;
             }
         };
+        if service.low_water().is_some_and(|mark| free < mark.max(RESUME_FROM)) {
+            // A growth that takes its time goes on, and does not keep the VMs from being paused meanwhile.
+            let grown = tokio::time::timeout(GROWTH, service.extend_pool()).await;
+            if grown.is_ok_and(|grown| grown) {
+                continue;
+            }
+        }
         if free >= RESUME_FROM {
             resume_held(&service).await;
         }
@@ -117,7 +128,10 @@ async fn pause_growing(
 
 fn hold(service: &Service, id: &str, machine: &Arc<dyn Machine>, reason: &str) {
     tracing::warn!(vm = id, reason, "paused");
-    service.inner().vms.note(id, machine, VmStatus::Paused, Some(reason));
+    if let Some(vm) = service.inner().vms.note(id, machine, VmStatus::Paused, Some(reason)) {
+        let details = json!({ "reason": reason });
+        service.inner().events.publish(EventKind::Paused, Some(&vm), details);
+    }
     service.inner().held.lock().insert(id.to_owned(), Arc::clone(machine));
 }
 
@@ -126,7 +140,12 @@ async fn resume_held(service: &Service) {
     for (id, machine) in held {
         match machine.resume().await {
             Ok(()) => {
-                service.inner().vms.note(&id, &machine, VmStatus::Running, None);
+                if let Some(vm) = service.inner().vms.note(&id, &machine, VmStatus::Running, None) {
+                    service
+                        .inner()
+                        .events
+                        .publish(EventKind::Resumed, Some(&vm), Value::Null);
+                }
                 tracing::info!(vm = id, "resumed: there is room again");
             }
             // Stopped or deleted meanwhile.

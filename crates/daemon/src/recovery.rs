@@ -7,9 +7,10 @@ use crate::error::ServiceError;
 use crate::host;
 use crate::service::{Service, blocking, endpoint, machine_id, remove_dir};
 use crate::state::{Fact, Record, State};
-use scalebox_client::{VmStatus, is_vm_id};
+use scalebox_client::{EventKind, VmStatus, is_vm_id};
 use scalebox_storage::{Gib, Name};
 use scalebox_vmm::Machine;
+use serde_json::json;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
@@ -57,11 +58,12 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
     }
 
     let rebooted = is_another_boot(service).await?;
+    let with_process = blocking(vms_with_process).await?;
     let mut attached = Vec::new();
     for record in records {
         let lost = swept.missing.iter().any(|missing| missing.as_str() == record.id);
         let (endpoint, id) = (endpoint(&record)?, record.id.clone());
-        match restore(service, record, lost, rebooted).await? {
+        match restore(service, record, lost, rebooted, &with_process).await? {
             Restored::Running => {
                 recovered.adopted += 1;
                 attached.push(endpoint);
@@ -85,6 +87,10 @@ pub async fn start_again(service: Service, vms: Vec<String>) {
                 .inner()
                 .vms
                 .set(&id, VmStatus::Failed, Some(reason.clone()), None);
+            if let Ok(vm) = service.inner().vms.find(&id) {
+                let details = json!({ "reason": reason });
+                service.inner().events.publish(EventKind::Failed, Some(&vm), details);
+            }
             if let Err(error) = service.persist(&id, VmStatus::Failed, Some(&reason)).await {
                 tracing::error!(vm = id, %error, "its failure could not be noted");
             }
@@ -120,12 +126,20 @@ enum Restored {
 }
 
 /// Enters one VM.
-async fn restore(service: &Service, mut record: Record, lost: bool, rebooted: bool) -> Result<Restored, ServiceError> {
+async fn restore(
+    service: &Service,
+    mut record: Record,
+    lost: bool,
+    rebooted: bool,
+    with_process: &HashSet<String>,
+) -> Result<Restored, ServiceError> {
     let found = match record.status {
         VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
         // A start that a crash interrupted before it was recorded: nobody was told of its machine.
         VmStatus::Stopped | VmStatus::Failed => {
-            service.put_down(&record.id).await?;
+            if with_process.contains(&record.id) || service.run_dir(&record.id).exists() {
+                service.put_down(&record.id).await?;
+            }
             Found::Nothing
         }
     };
@@ -176,6 +190,14 @@ async fn restore(service: &Service, mut record: Record, lost: bool, rebooted: bo
             reason
         );
         service.persist(&record.id, status, reason.as_deref()).await?;
+        let kind = match status {
+            VmStatus::Running => EventKind::Resumed,
+            VmStatus::Paused => EventKind::Paused,
+            VmStatus::Stopped => EventKind::Stopped,
+            VmStatus::Failed => EventKind::Failed,
+        };
+        let details = json!({ "reason": reason });
+        service.inner().events.publish(kind, Some(&record), details);
         (record.status, record.status_reason) = (status, reason);
     }
     let id = record.id.clone();
@@ -253,6 +275,32 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
     }
     Ok(ended)
 }
+
+/// The VMs that some process of this host names in its arguments: one look for all of them, because a host has thousands of stopped VMs
+/// and few processes. Whether a process really is a VM's machine is for the driver to prove.
+fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
+    let failed = |error: io::Error| ServiceError::Internal(format!("cannot list /proc: {error}"));
+    let mut ids = HashSet::new();
+    for entry in fs::read_dir("/proc").map_err(failed)? {
+        // A process that ended meanwhile has no arguments any more, and what is no process never had.
+        let Ok(arguments) = fs::read(entry.map_err(failed)?.path().join("cmdline")) else {
+            continue;
+        };
+        let arguments = String::from_utf8_lossy(&arguments);
+        for (at, _) in arguments.match_indices("vm-") {
+            ids.extend(
+                arguments
+                    .get(at..at + VM_ID_LENGTH)
+                    .filter(|id| is_vm_id(id))
+                    .map(str::to_owned),
+            );
+        }
+    }
+    Ok(ids)
+}
+
+/// `vm-` and twelve hex digits.
+const VM_ID_LENGTH: usize = 15;
 
 /// The ids for which there is a folder in `folder`. What does not have the form of an id is not ours.
 pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {

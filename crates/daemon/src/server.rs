@@ -68,7 +68,13 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
 
     drop(listener);
     let finished = async {
-        graceful.shutdown().await;
+        // Those who follow events are told the end of what is under way; then their streams end too.
+        let last_words = async {
+            service.finish().await;
+            service.inner().events.end();
+        };
+        tokio::join!(graceful.shutdown(), last_words);
+        // What a request that was still arriving began.
         service.finish().await;
     };
     tokio::select! {

@@ -4,23 +4,33 @@
 //! visible before the record, and a client is told only after it. A crash at any point leaves either a recorded VM or leftovers that
 //! [`recovery`](crate::recovery) removes at the next start. Creations run side by side; the only lock they share is held for microseconds.
 
+use crate::accounts::{self, Ledger};
 use crate::error::ServiceError;
+use crate::events::Events;
+use crate::guest_trim;
 use crate::host;
+use crate::idempotency::{self, Keys, Once};
+use crate::metrics::Metrics;
+use crate::pool_growth::Growth;
 use crate::pool_watch::{self, Held};
 use crate::random::random_hex;
+use crate::reclaim::{self, Reclaim};
 use crate::resize;
 use crate::settings::Settings;
+use crate::snapshots::Cloning;
 use crate::state::{Record, State};
 use crate::undo::Steps;
-use crate::vms::{Operation, Vms};
+use crate::vms::{Claim, Operation, Vms};
 use scalebox_client::{
-    Cpu, CreateVm, Disk, HostInfo, HostLimits, Limits, Memory, PoolInfo, ResizeVm, Template, Trimmed, Vm, VmCounts,
-    VmStatus,
+    Cpu, CreateVm, Disk, EventKind, HostInfo, HostLimits, Limits, Memory, PoolInfo, ResizeVm, Template, Trimmed, Vm,
+    VmCounts, VmStatus,
 };
+use scalebox_crash_points::crash_point;
 use scalebox_guest::SeedDrive;
-use scalebox_net::{Endpoint, Network};
-use scalebox_storage::{Bytes, Gib, Name, Pool, Reservation, StorageError};
+use scalebox_net::{Endpoint, Lease, Network};
+use scalebox_storage::{Accounts, Bytes, Gib, Name, Pool, Reservation, StorageError};
 use scalebox_vmm::{ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, Vmm, console_tail};
+use serde_json::{Value, json};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::DirBuilderExt;
@@ -51,17 +61,28 @@ pub(crate) struct Inner {
     pub(crate) limits: Limits,
     pub(crate) pool: Arc<Pool>,
     pub(crate) state: Arc<State>,
+    /// Whatever changes a VM, a template or the pool is told here.
+    pub(crate) events: Arc<Events>,
     pub(crate) network: Network,
     pub(crate) resolvers: Vec<Ipv4Addr>,
     pub(crate) vmm: Arc<dyn Vmm>,
     accel: String,
     cmdline: String,
     pub(crate) vms: Vms,
+    /// What adds up, for Prometheus.
+    pub(crate) metrics: Metrics,
+    /// The idempotency keys of creations under way.
+    pub(crate) keys: Keys,
     /// The machines that stand still for lack of space.
     pub(crate) held: Held,
+    pub(crate) growth: Growth,
+    /// Whose the pool's blocks are.
+    pub(crate) ledger: Ledger,
+    pub(crate) reclaim: Reclaim,
+    pub(crate) cloning: Cloning,
     started: Instant,
     /// Operations outlive the connection that asked for them; a shutdown waits for them.
-    tasks: TaskTracker,
+    pub(crate) tasks: TaskTracker,
 }
 
 /// The parts a service is made of, each ready.
@@ -72,6 +93,8 @@ pub struct Parts {
     pub pool: Pool,
     /// The open state file.
     pub state: State,
+    /// Where what happens is told.
+    pub events: Events,
     /// The bridge and what hangs on it.
     pub network: Network,
     /// The resolvers guests are told.
@@ -95,15 +118,22 @@ impl Service {
             host_ip: parts.settings.host_ip.unwrap_or_else(host::default_address),
             limits: parts.settings.limits(host::cpu_count(), memory_mib),
             vms: Vms::new(&parts.settings.net),
+            metrics: Metrics::new().map_err(std::io::Error::other)?,
+            keys: Keys::default(),
             held: Held::default(),
+            growth: Growth::default(),
+            ledger: Ledger::default(),
             settings: parts.settings,
             pool: Arc::new(parts.pool),
             state: Arc::new(parts.state),
+            events: Arc::new(parts.events),
             network: parts.network,
             resolvers: parts.resolvers,
             vmm: parts.vmm,
             accel: parts.accel,
             cmdline: parts.cmdline,
+            reclaim: Reclaim::default(),
+            cloning: Cloning::default(),
             started: Instant::now(),
             tasks: TaskTracker::new(),
         };
@@ -123,9 +153,12 @@ impl Service {
     ///
     /// # Errors
     /// 404 no such template, 400 disk smaller than it, 409 name taken, 507 does not fit, 503 the host is not ready. Nothing is left then.
-    pub async fn create(&self, request: CreateVm) -> Result<Vm, ServiceError> {
+    ///
+    /// With an idempotency key that has made one, that VM; the second of the pair says so.
+    pub async fn create(&self, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
         let service = self.clone();
-        self.detached(async move { service.create_now(request).await }).await
+        self.detached(async move { idempotency::create(&service, request).await })
+            .await
     }
 
     /// Starts a stopped VM.
@@ -157,7 +190,17 @@ impl Service {
             .await
     }
 
-    /// Deletes a VM, running or not, with its disk.
+    /// Has a guest give back what it deleted.
+    ///
+    /// # Errors
+    /// 404, 409 when it does not run or its agent does not answer.
+    pub async fn trim_vm(&self, reference: String) -> Result<Trimmed, ServiceError> {
+        let service = self.clone();
+        self.detached(async move { guest_trim::on_demand(&service, &reference).await })
+            .await
+    }
+
+    /// Deletes a VM, running or not, with its disk. One that is still being made is called off, by its name, and undone.
     ///
     /// # Errors
     /// 404, 409 when something is under way on it.
@@ -168,11 +211,11 @@ impl Service {
 
     /// All VMs, oldest first.
     pub fn list(&self) -> Vec<Vm> {
-        self.inner
-            .vms
-            .all()
+        let accounts = self.inner.ledger.latest();
+        let records = self.inner.vms.all();
+        records
             .iter()
-            .map(|record| self.describe(record))
+            .map(|record| self.describe_by(record, accounts.as_deref()))
             .collect()
     }
 
@@ -192,7 +235,11 @@ impl Service {
         let pool = Arc::clone(&self.inner.pool);
         let templates = blocking(move || pool.templates()).await?;
         let vms = self.inner.vms.all();
+        let accounts = self.inner.ledger.latest();
         let describe = |template: scalebox_storage::Template| Template {
+            storage: accounts
+                .as_deref()
+                .and_then(|accounts| accounts::template_usage(accounts, &template)),
             size_bytes: template.size.as_u64(),
             used_bytes: template.used.as_u64(),
             created_at: rfc3339(template.created_at.try_into().unwrap_or(jiff::Timestamp::UNIX_EPOCH)),
@@ -206,7 +253,7 @@ impl Service {
     /// Deletes a template. VMs made from it are not touched.
     ///
     /// # Errors
-    /// 403 for [`BASE_TEMPLATE`], 404.
+    /// 403 for [`BASE_TEMPLATE`], 404, 409 while a VM is being made from it.
     pub async fn delete_template(&self, name: String) -> Result<(), ServiceError> {
         if name == BASE_TEMPLATE {
             return Err(ServiceError::Forbidden(format!(
@@ -215,9 +262,13 @@ impl Service {
         }
         let missing = || ServiceError::NotFound(format!("there is no template {name:?}"));
         let parsed: Name = name.parse().map_err(|_| missing())?;
+        self.inner.cloning.require_idle(&name)?;
         let pool = Arc::clone(&self.inner.pool);
         blocking(move || pool.delete_template(&parsed)).await?;
         tracing::info!(template = name, "template deleted");
+        self.inner
+            .events
+            .publish(EventKind::TemplateDeleted, None, json!({ "template": name }));
         Ok(())
     }
 
@@ -229,6 +280,8 @@ impl Service {
         let pool = &self.inner.pool;
         let space = pool.space()?;
         let promises = pool.promises();
+        let accounts = self.inner.ledger.latest();
+        let measured = |sum: fn(&Accounts) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
         Ok(PoolInfo {
             path: pool.path().display().to_string(),
             image: pool.image().map(|image| image.display().to_string()),
@@ -245,6 +298,14 @@ impl Service {
             unallocated_bytes: space.unallocated.as_u64(),
             metadata_bytes: space.metadata_total.as_u64(),
             metadata_used_bytes: space.metadata_used.as_u64(),
+            vms_exclusive_bytes: measured(|accounts| accounts.disks_exclusive),
+            templates_exclusive_bytes: measured(|accounts| accounts.templates_exclusive),
+            shared_bytes: measured(|accounts| accounts.shared),
+            other_bytes: measured(|accounts| accounts.other),
+            measured_at: accounts
+                .as_deref()
+                .map(|accounts| accounts::rfc3339(accounts.measured_at)),
+            days_left: self.inner.ledger.days_left(space.free),
         })
     }
 
@@ -253,7 +314,8 @@ impl Service {
     /// # Errors
     /// 400 when that is no growth or too much, 409 while its size is being changed already.
     pub async fn grow_pool(&self, size: Option<Gib>) -> Result<PoolInfo, ServiceError> {
-        self.change_pool(move |pool| pool.grow(size)).await
+        self.change_pool(EventKind::PoolGrown, move |pool| pool.grow(size))
+            .await
     }
 
     /// Shrinks the pool while it is in use.
@@ -261,11 +323,14 @@ impl Service {
     /// # Errors
     /// 400 when it is no shrinking, or what is used, promised or kept free would not fit; 409 while its size is being changed already.
     pub async fn shrink_pool(&self, size: Gib) -> Result<PoolInfo, ServiceError> {
-        self.change_pool(move |pool| pool.shrink(size)).await
+        self.inner.reclaim.settled().await;
+        self.change_pool(EventKind::PoolShrunk, move |pool| pool.shrink(size))
+            .await
     }
 
     async fn change_pool(
         &self,
+        kind: EventKind,
         change: impl FnOnce(&Pool) -> Result<(), StorageError> + Send + 'static,
     ) -> Result<PoolInfo, ServiceError> {
         let service = self.clone();
@@ -277,6 +342,11 @@ impl Service {
                 capacity_bytes = pool.capacity_bytes,
                 free_bytes = pool.free_bytes,
                 "the pool has another size"
+            );
+            service.inner.events.publish(
+                kind,
+                None,
+                json!({ "capacity_bytes": pool.capacity_bytes, "free_bytes": pool.free_bytes }),
             );
             Ok(pool)
         })
@@ -372,51 +442,21 @@ impl Service {
         self.inner.tasks.wait().await;
     }
 
-    async fn create_now(&self, request: CreateVm) -> Result<Vm, ServiceError> {
+    pub(crate) async fn create_now(&self, request: CreateVm) -> Result<Vm, ServiceError> {
         let inner = self.inner();
         let claim = inner.vms.claim(request.name.as_ref().map(|name| name.as_str()))?;
-        let template = self.template(request.template.as_str()).await?;
-        let asked = request.disk_size_gib.map(Gib::new);
-        let disk_size = Pool::disk_size(&template, asked, inner.settings.default_disk_size)?;
-        if disk_size > inner.settings.max_disk_size {
-            let (size, max) = (disk_size, inner.settings.max_disk_size);
-            return Err(ServiceError::Invalid(format!(
-                "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
-                template.name
-            )));
-        }
-        let reservation = self.admit(disk_size.bytes()).await?;
-
-        let record = Record {
-            id: new_id()?,
-            name: claim.name.clone(),
-            template: template.name.to_string(),
-            ssh_public_key: request.ssh_public_key.as_str().to_owned(),
-            created_at: rfc3339(jiff::Timestamp::now()),
-            vcpu_count: request
-                .vcpu_count
-                .unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
-            mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
-            disk_size_gib: disk_size.as_u64(),
-            guest_ip: claim.lease.guest_ip,
-            ssh_port: claim.lease.ssh_port,
-            status: if request.start {
-                VmStatus::Running
-            } else {
-                VmStatus::Stopped
-            },
-            status_reason: None,
+        let in_use = inner.cloning.hold(request.template.as_str());
+        let request = Arc::new(request);
+        let allot = || {
+            let (service, request, name, lease) = (self.clone(), Arc::clone(&request), claim.name.clone(), claim.lease);
+            // In one go: a change of threads costs as much as the clone.
+            blocking(move || service.allot(&request, name, lease))
         };
-        tracing::info!(
-            vm = record.id,
-            name = record.name,
-            template = record.template,
-            disk_size_gib = record.disk_size_gib,
-            "admitted"
-        );
+        let (record, reservation) = self.until_admitted(allot).await?;
 
+        drop(in_use);
+        crash_point("create: disk durable");
         let disk = disk_name(&record)?;
-        let reservation = self.clone_disk(&disk, &template.name, reservation).await?;
         let mut steps = Steps::new();
         let pool = Arc::clone(&inner.pool);
         steps.taken("clone the disk", async move {
@@ -427,10 +467,12 @@ impl Service {
             blocking(move || remove_dir(&console)).await
         });
 
-        match self.complete(&record, &mut steps).await {
+        let once = Once::of(&request);
+        match self.complete(&record, &claim, once, &mut steps).await {
             Ok(machine) => {
                 reservation.commit();
                 claim.publish(record.clone(), machine.clone());
+                self.tell_created(&record);
                 if let Some(machine) = machine {
                     self.watch(record.id.clone(), machine);
                 }
@@ -449,31 +491,116 @@ impl Service {
         }
     }
 
+    fn tell_created(&self, record: &Record) {
+        let events = &self.inner.events;
+        let details = json!({
+            "template": record.template, "status": record.status,
+            "disk_size_gib": record.disk_size_gib, "ssh_port": record.ssh_port,
+        });
+        events.publish(EventKind::Created, Some(record), details);
+        if record.status == VmStatus::Running {
+            events.publish(EventKind::Started, Some(record), Value::Null);
+        }
+    }
+
+    /// Admits what was asked for and makes its disk. Blocks; on a failure nothing is left.
+    fn allot(&self, request: &CreateVm, name: String, lease: Lease) -> Result<(Record, Reservation), ServiceError> {
+        let inner = self.inner();
+        let template = inner.pool.template(&template_name(request.template.as_str())?)?;
+        let asked = request.disk_size_gib.map(Gib::new);
+        let disk_size = Pool::disk_size(&template, asked, inner.settings.default_disk_size)?;
+        if disk_size > inner.settings.max_disk_size {
+            let (size, max) = (disk_size, inner.settings.max_disk_size);
+            return Err(ServiceError::Invalid(format!(
+                "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
+                template.name
+            )));
+        }
+        let reservation = inner.pool.admit(disk_size.bytes())?;
+
+        let record = Record {
+            id: new_id()?,
+            name,
+            template: template.name.to_string(),
+            ssh_public_key: request.ssh_public_key.as_str().to_owned(),
+            created_at: rfc3339(jiff::Timestamp::now()),
+            vcpu_count: request
+                .vcpu_count
+                .unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
+            mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
+            disk_size_gib: disk_size.as_u64(),
+            guest_ip: lease.guest_ip,
+            ssh_port: lease.ssh_port,
+            status: if request.start {
+                VmStatus::Running
+            } else {
+                VmStatus::Stopped
+            },
+            status_reason: None,
+        };
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            template = record.template,
+            disk_size_gib = record.disk_size_gib,
+            "admitted"
+        );
+
+        crash_point("create: admitted");
+        inner
+            .pool
+            .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
+        Ok((record, reservation))
+    }
+
     /// What comes after the disk: the machine, if it is to run, and the record.
-    async fn complete(&self, record: &Record, steps: &mut Steps) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
+    async fn complete(
+        &self,
+        record: &Record,
+        claim: &Claim,
+        once: Option<Once>,
+        steps: &mut Steps,
+    ) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
+        claim.still_wanted()?;
+        if let Some(once) = once {
+            let (state, id, undo) = (Arc::clone(&self.inner.state), record.id.clone(), once.clone());
+            blocking(move || state.remember(&once, &id)).await?;
+            let state = Arc::clone(&self.inner.state);
+            steps.taken("write the request's key down", async move {
+                blocking(move || state.forget(&undo)).await
+            });
+        }
         let machine = match record.status {
             VmStatus::Running => Some(self.bring_up(record, steps).await?),
             _ => None,
         };
+        claim.still_wanted()?;
         let (state, row) = (Arc::clone(&self.inner.state), record.clone());
         blocking(move || state.insert(&row)).await?;
+        crash_point("create: recorded");
         Ok(machine)
     }
 
     async fn admit(&self, size: Bytes) -> Result<Reservation, ServiceError> {
-        let pool = Arc::clone(&self.inner.pool);
-        blocking(move || pool.admit(size)).await
+        let once = || {
+            let pool = Arc::clone(&self.inner.pool);
+            blocking(move || pool.admit(size))
+        };
+        self.until_admitted(once).await
     }
 
-    /// Returns the reservation when the disk stands; on a failure nothing is left of either.
-    async fn clone_disk(
-        &self,
-        disk: &Name,
-        template: &Name,
-        reservation: Reservation,
-    ) -> Result<Reservation, ServiceError> {
-        let (pool, disk, template) = (Arc::clone(&self.inner.pool), disk.clone(), template.clone());
-        blocking(move || pool.create_disk(&disk, &template, &reservation).map(|()| reservation)).await
+    /// Asks again while deleted disks are on their way back, and once more when the pool may grow by itself.
+    async fn until_admitted<T, F>(&self, ask: impl Fn() -> F) -> Result<T, ServiceError>
+    where
+        F: Future<Output = Result<T, ServiceError>>,
+    {
+        let answer = self.inner.reclaim.ask_again(is_refusal, &ask).await;
+        if answer.as_ref().is_err_and(is_refusal) && self.low_water().is_some() {
+            // Asked again also when another request has made it grow meanwhile.
+            self.extend_pool().await;
+            return ask().await;
+        }
+        answer
     }
 
     /// Seed drive, tap and forward, machine. The undos of the steps taken stand in `steps`.
@@ -506,11 +633,13 @@ impl Service {
             .await?;
         }
         let undo_dir = run_dir.clone();
+        crash_point("start: seed drive written");
         steps.taken("write the seed drive", async move {
             blocking(move || remove_dir(&undo_dir)).await
         });
 
         inner.network.attach(&endpoint).await?;
+        crash_point("start: tap and forward there");
         let (network, undo_endpoint) = (inner.network.clone(), endpoint.clone());
         steps.taken(
             "attach to the network",
@@ -518,6 +647,7 @@ impl Service {
         );
 
         let machine = inner.vmm.launch(&self.spec(record, &endpoint, run_dir, seed)?).await?;
+        crash_point("start: machine launched");
         let undo_machine = Arc::clone(&machine);
         steps.taken("launch the machine", async move { undo_machine.kill().await.map(drop) });
         tracing::info!(
@@ -572,6 +702,11 @@ impl Service {
                 record.name, record.status
             )));
         }
+        self.boot(record).await
+    }
+
+    /// Starts the machine of a VM that has none.
+    pub(crate) async fn boot(&self, record: &Record) -> Result<Vm, ServiceError> {
         let (pool, disk) = (Arc::clone(&self.inner.pool), disk_name(record)?);
         if blocking(move || pool.provisioned(&disk)).await.is_err() {
             return Err(ServiceError::Conflict(format!(
@@ -584,6 +719,7 @@ impl Service {
         let started = async {
             let machine = self.bring_up(record, &mut steps).await?;
             self.persist(&record.id, VmStatus::Running, None).await?;
+            crash_point("start: recorded");
             Ok(machine)
         };
         match started.await {
@@ -593,6 +729,7 @@ impl Service {
                     .set(&record.id, VmStatus::Running, None, Some(Arc::clone(&machine)));
                 self.watch(record.id.clone(), machine);
                 tracing::info!(vm = record.id, name = record.name, "started");
+                self.inner.events.publish(EventKind::Started, Some(record), Value::Null);
                 self.get(&record.id)
             }
             Err(error) => {
@@ -611,11 +748,22 @@ impl Service {
                 record.name, record.status
             )));
         };
+        self.shut_down(record, machine).await
+    }
+
+    /// Ends a VM's machine as the guest would have it, and notes that.
+    pub(crate) async fn shut_down(&self, record: &Record, machine: &Arc<dyn Machine>) -> Result<Vm, ServiceError> {
         let outcome = machine.stop(STOP_GRACE).await?;
+        crash_point("stop: machine ended");
         self.inner.vms.set(&record.id, VmStatus::Stopped, None, None);
         self.take_down(record).await?;
+        crash_point("stop: tap and forward gone");
         self.persist(&record.id, VmStatus::Stopped, None).await?;
+        crash_point("stop: recorded");
         tracing::info!(vm = record.id, name = record.name, ?outcome, "stopped");
+        self.inner
+            .events
+            .publish(EventKind::Stopped, Some(record), json!({ "by": "request" }));
         self.get(&record.id)
     }
 
@@ -643,10 +791,12 @@ impl Service {
         };
         // The intent first: a crash from here on is carried through by the next start.
         self.persist_disk_size(&record.id, size).await?;
+        crash_point("grow: size recorded");
         if let Err(error) = self.grow(record, machine.as_ref(), size).await {
             self.persist_disk_size(&record.id, current).await?;
             return Err(error);
         }
+        crash_point("grow: disk grown");
         reservation.commit();
         self.inner.vms.set_disk_size(&record.id, size.as_u64());
         tracing::info!(
@@ -655,6 +805,11 @@ impl Service {
             from = current.as_u64(),
             to = size.as_u64(),
             "disk grown"
+        );
+        self.inner.events.publish(
+            EventKind::Grown,
+            Some(record),
+            json!({ "from_gib": current.as_u64(), "to_gib": size.as_u64() }),
         );
 
         let disk = match machine {
@@ -693,28 +848,42 @@ impl Service {
     }
 
     async fn delete_now(&self, reference: &str) -> Result<(), ServiceError> {
-        let operation = self.inner.vms.begin(reference, "being deleted")?;
+        let called_off = self.inner.vms.call_off(reference).await;
+        let operation = match self.inner.vms.begin(reference, "being deleted") {
+            Err(ServiceError::NotFound(_)) if called_off => return Ok(()),
+            other => other?,
+        };
         let Operation { record, machine, .. } = &operation;
         match machine {
             Some(machine) => drop(machine.kill().await?),
             // One that does not answer is no machine of ours, and still has to end.
             None => drop(self.put_down(&record.id).await?),
         }
+        crash_point("delete: machine ended");
         self.take_down(record).await?;
+        crash_point("delete: tap and forward gone");
         // The record goes before the disk: a disk without a record is removed at the next start, a record without a disk is a loss.
         let (state, id) = (Arc::clone(&self.inner.state), record.id.clone());
         blocking(move || state.delete(&id)).await?;
+        crash_point("delete: record gone");
         // From here on it is gone; what cannot be removed now is removed at the next start.
         self.inner.vms.remove(&record.id);
         let (pool, disk) = (Arc::clone(&self.inner.pool), disk_name(record)?);
         let console = self.console_dir(&record.id);
-        let removed = blocking(move || pool.delete_disk(&disk)).await;
-        let removed = removed.and(blocking(move || remove_dir(&console)).await);
-        self.inner.pool.release(Gib::new(record.disk_size_gib).bytes());
+        let unlinked = blocking(move || pool.unlink_disk(&disk)).await;
+        let removed = blocking(move || remove_dir(&console)).await;
         if let Err(error) = removed {
-            tracing::warn!(vm = record.id, %error, "deleted, but something of it is left; the next start removes it");
+            tracing::warn!(vm = record.id, %error, "deleted, but its console's log is left; the next start removes it");
+        }
+        match unlinked {
+            Ok(disk) => reclaim::give_back(self, record.id.clone(), disk, Gib::new(record.disk_size_gib)),
+            // Its blocks are not free, so they stay promised.
+            Err(error) => {
+                tracing::warn!(vm = record.id, %error, "deleted, but its disk is left; the next start removes it");
+            }
         }
         tracing::info!(vm = record.id, name = record.name, "deleted");
+        self.inner.events.publish(EventKind::Deleted, Some(record), Value::Null);
         Ok(())
     }
 
@@ -768,7 +937,13 @@ impl Service {
             self.take_down(&operation.record).await?;
             self.persist(id, status, reason.as_deref()).await
         };
-        if let Err(error) = noted.await {
+        let noted = noted.await;
+        let (kind, details) = match &reason {
+            None => (EventKind::Stopped, json!({ "by": "guest" })),
+            Some(reason) => (EventKind::Failed, json!({ "reason": reason })),
+        };
+        self.inner.events.publish(kind, Some(&operation.record), details);
+        if let Err(error) = noted {
             tracing::error!(vm = id, %error, "the end of a machine could not be noted; the next start puts it right");
         }
     }
@@ -793,14 +968,6 @@ impl Service {
         blocking(move || state.set_status(&id, status, reason.as_deref())).await
     }
 
-    async fn template(&self, name: &str) -> Result<scalebox_storage::Template, ServiceError> {
-        let parsed: Name = name
-            .parse()
-            .map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))?;
-        let pool = Arc::clone(&self.inner.pool);
-        blocking(move || pool.template(&parsed)).await
-    }
-
     /// Sockets, pid file and seed drive of a machine.
     pub(crate) fn run_dir(&self, id: &str) -> PathBuf {
         self.inner.settings.run_dir.join("vms").join(id)
@@ -815,6 +982,10 @@ impl Service {
     }
 
     fn describe(&self, record: &Record) -> Vm {
+        self.describe_by(record, self.inner.ledger.latest().as_deref())
+    }
+
+    fn describe_by(&self, record: &Record, accounts: Option<&Accounts>) -> Vm {
         let ip = self.inner.host_ip;
         Vm {
             id: record.id.clone(),
@@ -831,11 +1002,12 @@ impl Service {
             mem_size_mib: record.mem_size_mib,
             disk_size_gib: record.disk_size_gib,
             disk: None,
+            storage: accounts.and_then(|accounts| accounts::disk_usage(accounts, record)),
         }
     }
 
     /// Runs an operation in a task of its own: a client that hangs up does not leave it half-done.
-    async fn detached<T: Send + 'static>(
+    pub(crate) async fn detached<T: Send + 'static>(
         &self,
         operation: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
     ) -> Result<T, ServiceError> {
@@ -869,6 +1041,15 @@ fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
     ServiceError::Internal("an error inside scaleboxd; its log tells more under the request's id".to_owned())
 }
 
+fn is_refusal(error: &ServiceError) -> bool {
+    matches!(error, ServiceError::Insufficient(_))
+}
+
+fn template_name(name: &str) -> Result<Name, ServiceError> {
+    name.parse()
+        .map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))
+}
+
 pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {
     Ok(record.id.parse()?)
 }
@@ -894,7 +1075,7 @@ pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
     Ok(id.parse()?)
 }
 
-fn rfc3339(time: jiff::Timestamp) -> String {
+pub(crate) fn rfc3339(time: jiff::Timestamp) -> String {
     // Whole milliseconds are enough to sort by, and short enough to read.
     format!("{time:.3}")
 }

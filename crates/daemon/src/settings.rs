@@ -14,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Where the file is looked for when `--config` does not name one.
 pub const DEFAULT_FILE: &str = "/etc/scaleboxd/config";
@@ -26,6 +27,10 @@ const MIN_MEM_MIB: u64 = 128;
 pub struct Settings {
     /// `STORAGE_SIZE`: the size of a new pool; 80 % of what is free when not set.
     pub storage_size: Option<RequestedSize>,
+    /// `POOL_AUTO_GROW`: whether the pool grows by itself; when not set, a pool does whose size was not asked for.
+    pub pool_auto_grow: bool,
+    /// `POOL_LOW_WATER_GIB`: with less than this free, it does.
+    pub pool_low_water: Gib,
     /// `DEFAULT_DISK_SIZE_GIB`: the disk of a VM that names none.
     pub default_disk_size: Gib,
     /// `MAX_DISK_SIZE_GIB`: the largest disk.
@@ -34,6 +39,8 @@ pub struct Settings {
     pub storage_buffer: Gib,
     /// `OVERCOMMIT_RATIO`: how many times the pool may be promised.
     pub overcommit_ratio: f64,
+    /// `ACCOUNTING_SECONDS`: how often it is measured whose the pool's blocks are, in seconds.
+    pub accounting_interval: Duration,
     /// `DATA_DIR`: the pool's mount point.
     pub data_dir: PathBuf,
     /// `POOL_IMAGE`: the pool's backing image.
@@ -62,6 +69,8 @@ pub struct Settings {
     pub default_vcpu_count: u32,
     /// `DEFAULT_MEM_SIZE_MIB`.
     pub default_mem_size_mib: u64,
+    /// `GUEST_TRIM_INTERVAL_MINUTES`: how often each guest gives back what it deleted; zero for never.
+    pub guest_trim_interval: Duration,
     /// `LOG_FORMAT`.
     pub log_format: LogFormat,
     /// `LOG_LEVEL`: a level, or a filter by module as crate `tracing-subscriber` reads it.
@@ -92,6 +101,8 @@ pub enum VmmChoice {
     Auto,
     /// QEMU's `microvm` machine.
     Qemu,
+    /// Firecracker, which needs KVM.
+    Firecracker,
 }
 
 /// `ACCEL`.
@@ -155,12 +166,15 @@ pub enum SettingsError {
     },
 }
 
-const KEYS: [&str; 25] = [
+const KEYS: [&str; 29] = [
     "STORAGE_SIZE",
+    "POOL_AUTO_GROW",
+    "POOL_LOW_WATER_GIB",
     "DEFAULT_DISK_SIZE_GIB",
     "MAX_DISK_SIZE_GIB",
     "STORAGE_BUFFER_GIB",
     "OVERCOMMIT_RATIO",
+    "ACCOUNTING_SECONDS",
     "DATA_DIR",
     "POOL_IMAGE",
     "STATE_DIR",
@@ -179,6 +193,7 @@ const KEYS: [&str; 25] = [
     "ACCEL",
     "DEFAULT_VCPU_COUNT",
     "DEFAULT_MEM_SIZE_MIB",
+    "GUEST_TRIM_INTERVAL_MINUTES",
     "LOG_FORMAT",
     "LOG_LEVEL",
 ];
@@ -225,12 +240,21 @@ impl Settings {
             IpAddr::V4(Ipv4Addr::LOCALHOST),
             "an address such as 127.0.0.1 or 0.0.0.0",
         )?;
+        let storage_size = values.storage_size()?;
         Ok(Settings {
-            storage_size: values.storage_size()?,
+            // A size that was asked for is a wish not to take more.
+            pool_auto_grow: values.word(
+                "POOL_AUTO_GROW",
+                storage_size.is_none(),
+                &[("on", true), ("off", false)],
+            )?,
+            pool_low_water: Gib::new(values.number("POOL_LOW_WATER_GIB", 10, 0..=65536)?),
+            storage_size,
             default_disk_size: Gib::new(default_disk_size),
             max_disk_size: Gib::new(max_disk_size),
             storage_buffer: Gib::new(values.number("STORAGE_BUFFER_GIB", 2, 0..=65536)?),
             overcommit_ratio: values.overcommit_ratio()?,
+            accounting_interval: Duration::from_secs(values.number("ACCOUNTING_SECONDS", 60, 1..=86400)?),
             data_dir: values.path("DATA_DIR", "/var/lib/scalebox")?,
             pool_image: values.path("POOL_IMAGE", "/var/lib/scalebox.img")?,
             state_dir: values.path("STATE_DIR", "/var/lib/scaleboxd")?,
@@ -244,7 +268,11 @@ impl Settings {
             vmm: values.word(
                 "VMM",
                 VmmChoice::Auto,
-                &[("auto", VmmChoice::Auto), ("qemu", VmmChoice::Qemu)],
+                &[
+                    ("auto", VmmChoice::Auto),
+                    ("qemu", VmmChoice::Qemu),
+                    ("firecracker", VmmChoice::Firecracker),
+                ],
             )?,
             accel: values.word(
                 "ACCEL",
@@ -257,6 +285,9 @@ impl Settings {
             )?,
             default_vcpu_count: values.number("DEFAULT_VCPU_COUNT", 1, 1..=1024)?,
             default_mem_size_mib: values.number("DEFAULT_MEM_SIZE_MIB", 512, MIN_MEM_MIB..=1 << 24)?,
+            guest_trim_interval: Duration::from_secs(
+                60 * values.number("GUEST_TRIM_INTERVAL_MINUTES", 24 * 60, 0..=525_600)?,
+            ),
             log_format: values.word(
                 "LOG_FORMAT",
                 LogFormat::Text,
@@ -507,15 +538,27 @@ mod tests {
     }
 
     #[test]
+    fn a_pool_whose_size_was_asked_for_grows_by_itself_only_when_told_to() {
+        let grows = |pairs: &[(&'static str, &str)]| settings(pairs).unwrap().pool_auto_grow;
+        assert!(grows(&[]));
+        assert!(!grows(&[("STORAGE_SIZE", "100G")]));
+        assert!(grows(&[("STORAGE_SIZE", "100G"), ("POOL_AUTO_GROW", "on")]));
+        assert!(!grows(&[("POOL_AUTO_GROW", "off")]));
+    }
+
+    #[test]
     fn a_setting_that_does_not_parse_is_named_with_its_value_and_what_would_be_right() {
         for (key, value, right) in [
             ("STORAGE_SIZE", "100", "100G"),
             ("STORAGE_SIZE", "0G", "100G"),
+            ("POOL_AUTO_GROW", "yes", "one of on, off"),
+            ("POOL_LOW_WATER_GIB", "10%", "a whole number from 0"),
             ("DEFAULT_DISK_SIZE_GIB", "two", "a whole number from 1"),
             ("DEFAULT_DISK_SIZE_GIB", "200", "MAX_DISK_SIZE_GIB, which is 100"),
             ("MAX_DISK_SIZE_GIB", "0", "a whole number from 1"),
             ("STORAGE_BUFFER_GIB", "-1", "a whole number from 0"),
             ("OVERCOMMIT_RATIO", "0", "from 0.1 to 1000"),
+            ("ACCOUNTING_SECONDS", "0", "a whole number from 1"),
             ("OVERCOMMIT_RATIO", "NaN", "from 0.1 to 1000"),
             ("DATA_DIR", "pool", "an absolute path"),
             ("API_BIND", "localhost", "an address such as 127.0.0.1"),
@@ -531,6 +574,7 @@ mod tests {
             ("GUEST_DNS", "one", "IPv4 addresses"),
             ("VMM", "xen", "one of auto, qemu"),
             ("ACCEL", "hvf", "one of auto, kvm, tcg"),
+            ("GUEST_TRIM_INTERVAL_MINUTES", "daily", "from 0 to"),
             ("LOG_FORMAT", "xml", "one of text, json"),
         ] {
             let error = settings(&[(key, value)]).expect_err(key);

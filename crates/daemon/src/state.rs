@@ -1,10 +1,16 @@
 //! The state file: what the daemon must know after a crash, in SQLite under `STATE_DIR`.
 //!
 //! It lies outside the pool, so that a full pool does not stop the daemon. A method returns when what it wrote survives a
-//! power cut (`synchronous=FULL`). All methods block.
+//! power cut. All methods block.
+//!
+//! SQLite commits each statement to its write-ahead log (WAL) without flushing it (`synchronous=NORMAL`: the database is whole after a power
+//! cut, and what the log holds of flushed commits is there, see <https://www.sqlite.org/pragma.html#pragma_synchronous>). The flush is ours: one
+//! `fdatasync` of the log, shared by all who wrote at the same time. SQLite's own would be one for each commit, under its lock, and an `fsync`,
+//! which on ext4 also commits the journal for the log's new time of change.
 
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use scalebox_client::VmStatus;
+use scalebox_storage::GroupSync;
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
@@ -48,6 +54,8 @@ pub enum Fact {
     PoolOwner,
     /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which the VMs were last seen to.
     BootId,
+    /// How many times a daemon was started on it.
+    Starts,
 }
 
 impl Fact {
@@ -55,6 +63,7 @@ impl Fact {
         match self {
             Fact::PoolOwner => "pool_owner",
             Fact::BootId => "boot_id",
+            Fact::Starts => "starts",
         }
     }
 }
@@ -69,6 +78,14 @@ pub enum StateError {
         path: PathBuf,
         /// What SQLite said.
         source: rusqlite::Error,
+    },
+    /// The log could not be flushed: whether what was written survives a power cut is not known.
+    #[error("the state file {} could not be flushed: {source}; see the kernel's log for what is wrong with its disk", path.display())]
+    Flush {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The folder or the lock.
     #[error("cannot use the state folder {}: {source}", path.display())]
@@ -95,7 +112,8 @@ pub enum StateError {
 
 /// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
 /// `PRAGMA user_version`. Steps are only ever appended.
-const MIGRATIONS: [&str; 1] = ["CREATE TABLE vms (
+const MIGRATIONS: [&str; 2] = [
+    "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
         template TEXT NOT NULL,
@@ -109,13 +127,19 @@ const MIGRATIONS: [&str; 1] = ["CREATE TABLE vms (
         status TEXT NOT NULL,
         status_reason TEXT
     ) STRICT;
-    CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"];
+    CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+    "CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, digest TEXT NOT NULL, vm TEXT NOT NULL) STRICT;
+    CREATE TRIGGER forget_key AFTER DELETE ON vms BEGIN DELETE FROM idempotency_keys WHERE vm = OLD.id; END",
+];
 
 /// The open state file. One process has it at a time.
 #[derive(Debug)]
 pub struct State {
     path: PathBuf,
     connection: Mutex<Connection>,
+    /// SQLite's log, open as long as the connection, which keeps the file. No lock of SQLite's lies on it that closing it would drop.
+    log: File,
+    flushes: GroupSync,
     _lock: File,
 }
 
@@ -145,16 +169,24 @@ impl State {
             path: path.clone(),
             source,
         };
-        let connection = Connection::open(&path).map_err(database)?;
+        let mut connection = Connection::open(&path).map_err(database)?;
         connection
-            .execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;")
+            .execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;")
             .map_err(database)?;
-        let mut state = State {
+        migrate(&mut connection, &path)?;
+        // Makes the log if there was nothing to migrate: SQLite makes it with the first statement that looks at the data.
+        connection
+            .query_row("SELECT count(*) FROM facts", [], |row| row.get::<_, i64>(0))
+            .map_err(database)?;
+        let log = File::open(folder.join("state.db-wal")).map_err(in_folder)?;
+        let state = State {
             path: path.clone(),
             connection: Mutex::new(connection),
+            log,
+            flushes: GroupSync::default(),
             _lock: lock,
         };
-        state.migrate()?;
+        state.flush()?;
         // The file's own name must survive a power cut too.
         File::open(folder)
             .and_then(|folder| folder.sync_all())
@@ -162,32 +194,24 @@ impl State {
         Ok(state)
     }
 
-    fn migrate(&mut self) -> Result<(), StateError> {
-        let path = self.path.clone();
-        let database = |source| StateError::Database {
+    /// Reads a fact without taking the state, also while a daemon has it; `None` also when there is no state yet.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn peek(folder: &Path, fact: Fact) -> Result<Option<String>, StateError> {
+        let path = folder.join("state.db");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let read = || {
+            let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+            let query = "SELECT value FROM facts WHERE key = ?";
+            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
+        };
+        read().map_err(|source| StateError::Database {
             path: path.clone(),
             source,
-        };
-        let connection = self.connection.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let done: usize = connection
-            .query_row("PRAGMA user_version", [], |row| row.get(0))
-            .map_err(database)?;
-        if done > MIGRATIONS.len() {
-            return Err(StateError::FromTheFuture {
-                path: self.path.clone(),
-                found: done,
-                known: MIGRATIONS.len(),
-            });
-        }
-        for (step, sql) in MIGRATIONS.iter().enumerate().skip(done) {
-            let transaction = connection.transaction().map_err(database)?;
-            transaction.execute_batch(sql).map_err(database)?;
-            transaction
-                .pragma_update(None, "user_version", step + 1)
-                .map_err(database)?;
-            transaction.commit().map_err(database)?;
-        }
-        Ok(())
+        })
     }
 
     /// All VMs, oldest first.
@@ -195,7 +219,7 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn vms(&self) -> Result<Vec<Record>, StateError> {
-        self.with(|connection| {
+        self.run(|connection| {
             let mut query = connection.prepare("SELECT * FROM vms ORDER BY created_at, id")?;
             query.query_map([], record)?.collect()
         })
@@ -206,7 +230,7 @@ impl State {
     /// # Errors
     /// [`StateError::Database`], also when its id, name, address or port is taken.
     pub fn insert(&self, vm: &Record) -> Result<(), StateError> {
-        self.with(|connection| {
+        self.run(|connection| {
             connection
                 .prepare_cached("INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?,?,?,?)")?
                 .execute(params![
@@ -224,6 +248,12 @@ impl State {
                     vm.status_reason,
                 ])
                 .map(drop)
+        })?;
+        // A VM that nobody is told of must not be there either.
+        self.flush().inspect_err(|_| {
+            if let Err(error) = self.delete(&vm.id) {
+                tracing::error!(vm = vm.id, %error, "its record could not be taken back");
+            }
         })
     }
 
@@ -258,7 +288,7 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn fact(&self, fact: Fact) -> Result<Option<String>, StateError> {
-        self.with(|connection| {
+        self.run(|connection| {
             let query = "SELECT value FROM facts WHERE key = ?";
             connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
         })
@@ -289,17 +319,59 @@ impl State {
         })
     }
 
-    fn with<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
+    /// Runs statements, and returns when what they wrote is flushed.
+    pub(crate) fn with<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
+        let done = self.run(work)?;
+        self.flush().map(|()| done)
+    }
+
+    fn run<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
         work(&self.lock()).map_err(|source| StateError::Database {
             path: self.path.clone(),
             source,
         })
     }
 
+    /// Makes what was committed until now survive a power cut.
+    fn flush(&self) -> Result<(), StateError> {
+        self.flushes
+            .sync(|| self.log.sync_data())
+            .map_err(|source| StateError::Flush {
+                path: self.path.clone(),
+                source,
+            })
+    }
+
     fn lock(&self) -> MutexGuard<'_, Connection> {
         // A statement that panicked was rolled back by SQLite; the connection is whole.
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StateError> {
+    let database = |source| StateError::Database {
+        path: path.to_owned(),
+        source,
+    };
+    let done: usize = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(database)?;
+    if done > MIGRATIONS.len() {
+        return Err(StateError::FromTheFuture {
+            path: path.to_owned(),
+            found: done,
+            known: MIGRATIONS.len(),
+        });
+    }
+    for (step, sql) in MIGRATIONS.iter().enumerate().skip(done) {
+        let transaction = connection.transaction().map_err(database)?;
+        transaction.execute_batch(sql).map_err(database)?;
+        transaction
+            .pragma_update(None, "user_version", step + 1)
+            .map_err(database)?;
+        transaction.commit().map_err(database)?;
+    }
+    Ok(())
 }
 
 fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
@@ -403,6 +475,32 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let _first = State::open(folder.path()).unwrap();
         assert!(matches!(State::open(folder.path()), Err(StateError::Locked(_))));
+    }
+
+    #[test]
+    fn a_state_of_the_first_release_is_read_with_all_its_vms() {
+        let folder = tempfile::tempdir().unwrap();
+        // As that release left it, to the letter: the first step of the migrations must never change.
+        let written = Connection::open(folder.path().join("state.db")).unwrap();
+        written
+            .execute_batch(include_str!("../tests/data/state-schema-1.sql"))
+            .unwrap();
+        drop(written);
+        let vms = State::open(folder.path()).unwrap().vms().unwrap();
+        let failed = Record {
+            status: VmStatus::Failed,
+            status_reason: Some("its process ended".into()),
+            ..vm(2)
+        };
+        assert_eq!(vms, [vm(1), failed]);
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(
+            state.fact(Fact::PoolOwner).unwrap().as_deref(),
+            Some("0123456789abcdef")
+        );
+        state.insert(&vm(3)).unwrap();
+        assert!(state.delete(&vm(1).id).unwrap());
+        assert_eq!(state.vms().unwrap().len(), 2);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use crate::state::Record;
 use scalebox_client::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};
 use scalebox_vmm::Machine;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
@@ -24,6 +25,8 @@ struct Table {
     by_id: BTreeMap<String, Entry>,
     /// Names of VMs, those being made included.
     names: HashSet<String>,
+    /// Those being made, by name; the flag says that one was deleted meanwhile.
+    making: HashMap<String, Arc<AtomicBool>>,
     addresses: Addresses,
 }
 
@@ -40,6 +43,7 @@ impl Vms {
         let table = Table {
             by_id: BTreeMap::new(),
             names: HashSet::new(),
+            making: HashMap::new(),
             addresses: Addresses::new(network),
         };
         Vms {
@@ -69,9 +73,12 @@ impl Vms {
             .claim(usable_port)
             .map_err(|error| ServiceError::Unavailable(error.to_string()))?;
         table.names.insert(name.clone());
+        let called_off = Arc::new(AtomicBool::new(false));
+        table.making.insert(name.clone(), Arc::clone(&called_off));
         Ok(Claim {
             name,
             lease,
+            called_off,
             published: false,
             vms: self.clone(),
         })
@@ -112,6 +119,16 @@ impl Vms {
         self.lock().find(reference).map(|entry| entry.record.clone())
     }
 
+    /// The VM with that id or name, and its machine.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`].
+    pub fn find_with_machine(&self, reference: &str) -> Result<(Record, Option<Arc<dyn Machine>>), ServiceError> {
+        let table = self.lock();
+        let entry = table.find(reference)?;
+        Ok((entry.record.clone(), entry.machine.clone()))
+    }
+
     /// Begins an operation on the VM with that id or name; no other can begin until the guard is dropped.
     ///
     /// # Errors
@@ -150,6 +167,25 @@ impl Vms {
         }
     }
 
+    /// Calls the creation of the VM of that name off, and waits until it has ended, undone or, when it was too late, done. Returns whether
+    /// there was one.
+    pub async fn call_off(&self, name: &str) -> bool {
+        let flag = self.lock().making.get(name).cloned();
+        let Some(flag) = flag else { return false };
+        flag.store(true, Ordering::Relaxed);
+        loop {
+            // Registered before looking, so that an end between the two is not missed.
+            let mut ended = std::pin::pin!(self.idle.notified());
+            ended.as_mut().enable();
+            // One of the same name that began since is another VM.
+            let making = self.lock().making.get(name).is_some_and(|now| Arc::ptr_eq(now, &flag));
+            if !making {
+                return true;
+            }
+            ended.await;
+        }
+    }
+
     /// Notes what a VM does now, and with which machine. One that is gone is not made anew; returns whether it was there.
     pub fn set(&self, id: &str, status: VmStatus, reason: Option<String>, machine: Option<Arc<dyn Machine>>) -> bool {
         match self.lock().by_id.get_mut(id) {
@@ -163,17 +199,21 @@ impl Vms {
         }
     }
 
-    /// Notes what a VM does now, if `machine` is still the one it has: an operation under way knows better.
-    pub fn note(&self, id: &str, machine: &Arc<dyn Machine>, status: VmStatus, reason: Option<&str>) {
+    /// Notes what a VM does now, if `machine` is still the one it has: an operation under way knows better. Returns the VM if that is
+    /// news.
+    pub fn note(&self, id: &str, machine: &Arc<dyn Machine>, status: VmStatus, reason: Option<&str>) -> Option<Record> {
         if let Some(entry) = self.lock().by_id.get_mut(id)
             && entry
                 .machine
                 .as_ref()
                 .is_some_and(|current| Arc::ptr_eq(current, machine))
         {
+            let news = entry.record.status != status;
             entry.record.status = status;
             entry.record.status_reason = reason.map(str::to_owned);
+            return news.then(|| entry.record.clone());
         }
+        None
     }
 
     /// The VMs that run and have nothing under way, with their machines.
@@ -255,6 +295,7 @@ pub struct Claim {
     pub name: String,
     /// The address and the port.
     pub lease: Lease,
+    called_off: Arc<AtomicBool>,
     published: bool,
     vms: Vms,
 }
@@ -263,7 +304,9 @@ impl Claim {
     /// The VM stands: from now on others see it.
     pub fn publish(mut self, record: Record, machine: Option<Arc<dyn Machine>>) {
         self.published = true;
-        self.vms.lock().by_id.insert(
+        let mut table = self.vms.lock();
+        table.making.remove(&self.name);
+        table.by_id.insert(
             record.id.clone(),
             Entry {
                 record,
@@ -272,6 +315,20 @@ impl Claim {
             },
         );
     }
+
+    /// Whether the VM is still wanted.
+    ///
+    /// # Errors
+    /// [`ServiceError::Conflict`] when it was deleted while it was being made.
+    pub fn still_wanted(&self) -> Result<(), ServiceError> {
+        if self.called_off.load(Ordering::Relaxed) {
+            let name = &self.name;
+            return Err(ServiceError::Conflict(format!(
+                "VM {name} was deleted while it was being made"
+            )));
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Claim {
@@ -279,8 +336,10 @@ impl Drop for Claim {
         if !self.published {
             let mut table = self.vms.lock();
             table.names.remove(&self.name);
+            table.making.remove(&self.name);
             table.addresses.release(self.lease);
         }
+        self.vms.idle.notify_waiters();
     }
 }
 

@@ -9,6 +9,8 @@
     reason = "a test stops where it cannot go on"
 )]
 
+pub mod guest;
+
 use rustix::fs::{FlockOperation, flock};
 use scalebox_client::{Client, CreateVm, Vm};
 use std::fs::{self, File};
@@ -246,6 +248,13 @@ impl Host {
         assert_eq!(daemon.wait().unwrap().signal(), Some(9));
     }
 
+    /// Waits until the daemon has ended itself at a crash point.
+    pub fn wait_for_crash(&mut self) {
+        let mut daemon = self.daemon.take().expect("a running daemon");
+        let status = eventually("the daemon to crash", || daemon.try_wait().unwrap());
+        assert_eq!(status.signal(), Some(9), "{status}");
+    }
+
     /// SIGTERM, and the daemon's exit status.
     pub fn terminate(&mut self) -> ExitStatus {
         let mut daemon = self.daemon.take().expect("a running daemon");
@@ -339,6 +348,11 @@ impl Host {
     pub fn disk(&self, vm: &Vm) -> PathBuf {
         self.folder.join("pool/vms").join(format!("{}.ext4", vm.id))
     }
+}
+
+/// VMs without what is measured of their disks in the background, at any time.
+pub fn unmeasured(vms: impl IntoIterator<Item = Vm>) -> Vec<Vm> {
+    vms.into_iter().map(|vm| Vm { storage: None, ..vm }).collect()
 }
 
 fn send_sigterm(daemon: &Child) {

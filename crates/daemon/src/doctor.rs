@@ -1,0 +1,484 @@
+//! `scaleboxd doctor`: what is missing or wrong on this host, in plain words, with the way out.
+//!
+//! It changes nothing and takes no lock, so that it can be asked before anything is set up and beside a running daemon.
+
+use crate::commands::{self, CommandFailed};
+use crate::service::BASE_TEMPLATE;
+use crate::settings::Settings;
+use crate::state::{Fact, State};
+use scalebox_net::Inspection;
+use scalebox_storage::{Bytes, Pool, Program, StorageError, pool_size};
+use scalebox_vmm::{Accel, AccelSetting};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, Write as _};
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::ExitCode;
+use tokio::net::TcpSocket;
+
+/// 2024-01-01 in seconds since the epoch: an earlier clock was never set.
+const CLOCK_FLOOR: i64 = 1_704_067_200;
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    Ok,
+    /// Works, and could be better.
+    Note,
+    /// Something does not work until it is put right.
+    Problem,
+}
+
+/// One line of the answer.
+#[derive(Debug, Serialize)]
+struct Finding {
+    check: &'static str,
+    level: Level,
+    finding: String,
+    /// What to do about it; none where all is well.
+    fix: Option<String>,
+}
+
+#[derive(Default)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn add(&mut self, check: &'static str, level: Level, finding: impl ToString, fix: Option<String>) {
+        let finding = finding.to_string();
+        self.0.push(Finding {
+            check,
+            level,
+            finding,
+            fix,
+        });
+    }
+
+    fn ok(&mut self, check: &'static str, finding: impl ToString) {
+        self.add(check, Level::Ok, finding, None);
+    }
+
+    fn note(&mut self, check: &'static str, finding: impl ToString, fix: impl Into<String>) {
+        self.add(check, Level::Note, finding, Some(fix.into()));
+    }
+
+    fn problem(&mut self, check: &'static str, finding: impl ToString, fix: impl Into<String>) {
+        self.add(check, Level::Problem, finding, Some(fix.into()));
+    }
+
+    fn count(&self, level: Level) -> usize {
+        self.0.iter().filter(|finding| finding.level == level).count()
+    }
+}
+
+/// Looks, tells on the standard output, and exits with 1 if there is a problem.
+///
+/// # Errors
+/// Only when it cannot look or tell at all; what it finds is no error.
+pub fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, CommandFailed> {
+    let mut found = Findings::default();
+    privileges(&mut found);
+    programs(&mut found);
+    kernel(&mut found);
+    clock(&mut found);
+    match Settings::load(config) {
+        Ok(settings) => {
+            setting_values(&mut found, &settings);
+            hypervisor(&mut found, &settings);
+            storage(&mut found, &settings);
+            let runtime = commands::runtime()?;
+            runtime.block_on(network(&mut found, &settings));
+            api_port(&mut found, &settings);
+        }
+        Err(error) => found.problem(
+            "settings",
+            error,
+            "correct it; pool, network and ports are looked at when the settings can be read",
+        ),
+    }
+    let text = if json {
+        serde_json::to_string_pretty(&found.0)
+            .map_err(io::Error::from)
+            .map(|text| text + "\n")
+    } else {
+        Ok(table(&found))
+    };
+    text.and_then(|text| io::stdout().lock().write_all(text.as_bytes()))
+        .map_err(|source| CommandFailed::Io {
+            doing: "write the findings",
+            source,
+        })?;
+    Ok(ExitCode::from(u8::from(found.count(Level::Problem) > 0)))
+}
+
+fn table(found: &Findings) -> String {
+    let mut text = String::new();
+    for Finding {
+        check,
+        level,
+        finding,
+        fix,
+    } in &found.0
+    {
+        let level = match level {
+            Level::Ok => "ok",
+            Level::Note => "note",
+            Level::Problem => "PROBLEM",
+        };
+        // Writing to a String does not fail.
+        let _infallible = writeln!(text, "{level:<8} {check:<11} {finding}");
+        if let Some(fix) = fix {
+            let _infallible = writeln!(text, "{:<20} -> {fix}", "");
+        }
+    }
+    let _infallible = match (found.count(Level::Problem), found.count(Level::Note)) {
+        (0, 0) => writeln!(text, "\nAll is well."),
+        (problems, notes) => writeln!(text, "\nProblems: {problems}. Notes: {notes}."),
+    };
+    text
+}
+
+fn privileges(found: &mut Findings) {
+    if rustix::process::geteuid().is_root() {
+        found.ok("root", "runs as root");
+    } else {
+        found.problem(
+            "root",
+            "not run as root: the rest cannot be seen rightly, and the daemon does not work",
+            "run it with sudo",
+        );
+    }
+}
+
+fn programs(found: &mut Findings) {
+    let missing: Vec<_> = Program::ALL
+        .into_iter()
+        .filter(|program| !program.is_installed())
+        .collect();
+    for program in &missing {
+        let finding = format!("the program {} is missing", program.name());
+        found.problem("programs", finding, format!("apt-get install {}", program.package()));
+    }
+    if missing.is_empty() {
+        found.ok(
+            "programs",
+            "those of btrfs-progs, e2fsprogs, util-linux and mount are there",
+        );
+    }
+}
+
+/// What the kernel has, built in or loaded, or can load.
+fn kernel(found: &mut Findings) {
+    let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let btrfs = filesystems.split_whitespace().any(|name| name == "btrfs");
+    let mut all = true;
+    for (module, there) in [
+        ("btrfs", btrfs),
+        ("loop", Path::new("/dev/loop-control").exists()),
+        ("tun", Path::new("/dev/net/tun").exists()),
+        ("bridge", Path::new("/sys/module/bridge").exists()),
+    ] {
+        if !there && !is_loadable(module) {
+            all = false;
+            let finding = format!("this kernel has no {module}, and no module of that name to load");
+            let fix = format!("modprobe {module}; if that fails, install the distribution's standard kernel");
+            found.problem("kernel", finding, fix);
+        }
+    }
+    if all {
+        found.ok("kernel", "btrfs, loop, tun and bridge are there");
+    }
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        found.ok("cgroup", "cgroup v2");
+    } else {
+        found.note(
+            "cgroup",
+            "no cgroup v2 at /sys/fs/cgroup",
+            "Scalebox runs without; systemd.unified_cgroup_hierarchy=1 on the kernel's command line turns it on",
+        );
+    }
+}
+
+/// Whether the running kernel comes with a module of that name, as a file or built in.
+fn is_loadable(module: &str) -> bool {
+    let uname = rustix::system::uname();
+    let folder = Path::new("/lib/modules").join(uname.release().to_string_lossy().as_ref());
+    let file = format!("/{module}.ko");
+    ["modules.dep", "modules.builtin"].into_iter().any(|list| {
+        let list = fs::read_to_string(folder.join(list)).unwrap_or_default();
+        list.lines()
+            .filter_map(|line| line.split(':').next())
+            // Modules may be compressed: `bridge.ko.xz`.
+            .any(|path| {
+                path.rsplit_once(&file)
+                    .is_some_and(|(_, rest)| rest.is_empty() || rest.starts_with('.'))
+            })
+    })
+}
+
+fn clock(found: &mut Findings) {
+    let now = jiff::Timestamp::now();
+    let synchronised = Path::new("/run/systemd/timesync/synchronized").exists();
+    if now.as_second() < CLOCK_FLOOR {
+        let finding = format!("the clock says {now}: certificates and packages will not be accepted");
+        found.problem(
+            "clock",
+            finding,
+            "timedatectl set-ntp true, or set it by hand with date -s",
+        );
+    } else if synchronised {
+        found.ok("clock", "set, and synchronised");
+    } else {
+        found.ok("clock", "set; whether it is synchronised is not known");
+    }
+}
+
+fn setting_values(found: &mut Findings, settings: &Settings) {
+    match commands::log_filter(settings) {
+        Ok(_) => found.ok("settings", "understood"),
+        Err(error) => found.problem("settings", error, "correct LOG_LEVEL"),
+    }
+    match settings.token() {
+        Ok(_) => found.ok("token", "API_TOKEN is set"),
+        Err(error) => found.problem(
+            "token",
+            error,
+            "write a line API_TOKEN=… to /etc/scaleboxd/config, for root alone (mode 0600)",
+        ),
+    }
+}
+
+fn hypervisor(found: &mut Findings, settings: &Settings) {
+    match commands::find_vmm(settings) {
+        Ok((_, accel)) => found.ok("hypervisor", format!("found; guests run by {accel}")),
+        Err(error) => found.problem("hypervisor", error, "install or set what it names"),
+    }
+    match scalebox_vmm::accelerator(AccelSetting::Auto) {
+        Ok(choice) if choice.accel == Accel::Kvm => found.ok("kvm", choice.reason),
+        Ok(choice) => found.note(
+            "kvm",
+            format!(
+                "KVM cannot be used ({}): guests are emulated, an order of magnitude slower",
+                choice.reason
+            ),
+            "turn virtualisation on in the firmware, or nested virtualisation for this machine, and modprobe kvm",
+        ),
+        Err(error) => found.note("kvm", error, "set ACCEL=auto"),
+    }
+}
+
+fn storage(found: &mut Findings, settings: &Settings) {
+    let (at, image) = (settings.data_dir.display(), &settings.pool_image);
+    let pool = match Pool::open(&settings.data_dir, settings.bounds()) {
+        Ok(pool) => pool,
+        Err(StorageError::NotMounted(_)) if image.exists() => {
+            let finding = format!("the pool {} is not mounted at {at}", image.display());
+            return found.problem("pool", finding, "scaleboxd pool init (keeps what is in it)");
+        }
+        Err(StorageError::NotMounted(_)) => {
+            found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init");
+            return space_for_a_pool(found, settings);
+        }
+        Err(error) => return found.problem("pool", error, "set DATA_DIR to where the pool is, or is to be"),
+    };
+    found.ok("pool", format!("mounted at {at}, and clones files"));
+    if pool.direct_io() == Some(false) {
+        found.note(
+            "pool",
+            "its loop device does without direct I/O, so what guests write is cached twice",
+            "scaleboxd pool init turns it on, where the host's file system takes it",
+        );
+    }
+    owner(found, settings, &pool);
+    space(found, settings, &pool);
+    let kernel_there = pool.kernel_dir().join("vmlinuz").exists();
+    let template_there = BASE_TEMPLATE.parse().is_ok_and(|name| pool.template(&name).is_ok());
+    if kernel_there && template_there {
+        found.ok("template", format!("{BASE_TEMPLATE} and the guests' kernel are there"));
+    } else {
+        let finding =
+            format!("the template {BASE_TEMPLATE} or the guests' kernel is missing: no VM boots without a kernel");
+        found.note("template", finding, format!("scaleboxd template build {BASE_TEMPLATE}"));
+    }
+}
+
+/// The daemon refuses a pool whose disks are not in its state.
+fn owner(found: &mut Findings, settings: &Settings, pool: &Pool) {
+    let state_dir = settings.state_dir.display();
+    let fix = || "set STATE_DIR and DATA_DIR to a pair that belongs together".to_owned();
+    let (on_pool, in_state) = match (pool.owner(), State::peek(&settings.state_dir, Fact::PoolOwner)) {
+        (Ok(on_pool), Ok(in_state)) => (on_pool, in_state),
+        (Err(error), _) => return found.problem("owner", error, fix()),
+        (_, Err(error)) => {
+            return found.problem(
+                "owner",
+                error,
+                "put STATE_DIR back from a backup, or set it to the right folder",
+            );
+        }
+    };
+    match pool.disks() {
+        Err(error) => found.problem("owner", error, fix()),
+        Ok(_) if on_pool.is_some() && on_pool == in_state => {
+            found.ok("owner", format!("the pool belongs to the state in {state_dir}"));
+        }
+        Ok(disks) if disks.is_empty() => found.ok("owner", "the pool is nobody's, and will be the daemon's"),
+        Ok(disks) => {
+            let finding = format!(
+                "the pool holds {} disks that the state in {state_dir} knows nothing of",
+                disks.len()
+            );
+            found.problem("owner", finding, fix());
+        }
+    }
+}
+
+fn space(found: &mut Findings, settings: &Settings, pool: &Pool) {
+    let buffer = settings.storage_buffer.bytes();
+    match pool.space() {
+        Err(error) => found.problem("space", error, "look into the kernel's log: dmesg"),
+        Ok(space) if space.host_free.is_some_and(|free| free < buffer) => {
+            let finding = format!(
+                "the host disk under the pool has {} free, less than the buffer of {buffer} (STORAGE_BUFFER_GIB)",
+                space.host_free.unwrap_or_default()
+            );
+            found.problem(
+                "space",
+                finding,
+                "make room on the host disk, or delete VMs and run scalebox pool trim",
+            );
+        }
+        Ok(space) if space.free < buffer => {
+            let finding = format!(
+                "{} can be written, less than the buffer of {buffer} (STORAGE_BUFFER_GIB)",
+                space.free
+            );
+            found.problem("space", finding, "scalebox pool grow, or delete VMs");
+        }
+        Ok(space) => found.ok("space", format!("{} of {} can be written", space.free, space.capacity)),
+    }
+}
+
+/// Whether `pool init` would find room, by its own rule.
+fn space_for_a_pool(found: &mut Findings, settings: &Settings) {
+    // The folder may be one that `pool init` makes.
+    let Some(folder) = settings.pool_image.ancestors().skip(1).find(|folder| folder.exists()) else {
+        return;
+    };
+    match rustix::fs::statvfs(folder) {
+        Err(errno) => found.problem(
+            "space",
+            format!("cannot read the free space of {}: {errno}", folder.display()),
+            "set POOL_IMAGE",
+        ),
+        Ok(stat) => {
+            let available = Bytes::from_blocks(stat.f_bavail, stat.f_frsize);
+            match pool_size(available, settings.storage_size.as_ref()) {
+                Ok(size) => found.ok(
+                    "space",
+                    format!("{available} free in {}, for a pool of {size}", folder.display()),
+                ),
+                Err(error) => found.problem(
+                    "space",
+                    error,
+                    "make room, or set POOL_IMAGE to a path on a larger disk",
+                ),
+            }
+        }
+    }
+}
+
+async fn network(found: &mut Findings, settings: &Settings) {
+    match scalebox_net::inspect(&settings.net).await {
+        Err(error) => found.problem(
+            "network",
+            error,
+            "install nftables, or set BRIDGE and SUBNET to what is free here",
+        ),
+        Ok(Inspection {
+            forward_drops,
+            guards_taps,
+        }) => {
+            let (bridge, subnet) = (settings.net.bridge(), settings.net.subnet());
+            found.ok(
+                "network",
+                format!("bridge {bridge} and subnet {subnet} are free, or Scalebox's"),
+            );
+            for drop in &forward_drops {
+                let finding = format!(
+                    "chain {} of the nftables table {} drops what guests send and receive",
+                    drop.chain, drop.table
+                );
+                found.problem("firewall", finding, drop.to_string());
+            }
+            if forward_drops.is_empty() {
+                found.ok("firewall", "no other firewall drops what guests send and receive");
+            }
+            if !guards_taps {
+                found.note(
+                    "firewall",
+                    "this kernel has no nftables bridge family: a guest with root can pretend to be another VM of this host",
+                    "use a kernel with CONFIG_NF_TABLES_BRIDGE",
+                );
+            }
+        }
+    }
+    let range = settings.net.ports();
+    let (first, last, all) = (*range.start(), *range.end(), range.len());
+    let free = range
+        .filter(|port| scalebox_net::port_is_free_on_host(*port).unwrap_or(false))
+        .count();
+    let finding = format!("{free} of the {all} ports from {first} to {last} are free of other programs");
+    if free > 0 {
+        found.ok("ports", finding);
+    } else {
+        found.problem("ports", finding, "set PORT_MIN and PORT_MAX to a free range");
+    }
+}
+
+fn api_port(found: &mut Findings, settings: &Settings) {
+    let address = settings.api;
+    let running = daemon_runs(&settings.state_dir);
+    match try_bind(address) {
+        Ok(()) if running => found.ok("api", format!("a daemon runs, and {address} is not its address")),
+        Ok(()) => found.ok("api", format!("{address} is free; no daemon runs")),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && running => {
+            found.ok("api", format!("a daemon runs, and {address} is in use"));
+        }
+        Err(error) => found.problem(
+            "api",
+            format!("the API cannot listen on {address}: {error}"),
+            format!("set API_BIND and API_PORT to an address of this host and a free port; ss -ltnp 'sport = :{}' shows who has it", address.port()),
+        ),
+    }
+}
+
+/// Bound and closed, never listened on: no client can meet it.
+fn try_bind(address: SocketAddr) -> io::Result<()> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
+    // As the daemon does; else a connection in TIME_WAIT would count as a program.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)
+}
+
+/// Whether somebody holds the state's lock. Read from the kernel's list (proc(5)): trying the lock would take it, and a daemon that
+/// starts at that moment would find it taken.
+fn daemon_runs(state_dir: &Path) -> bool {
+    let Ok(lock) = fs::metadata(state_dir.join("lock")) else {
+        return false;
+    };
+    let inode = format!(":{}", lock.ino());
+    // `1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF`
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    locks.lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|file| file.ends_with(&inode))
+    })
+}

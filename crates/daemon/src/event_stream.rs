@@ -1,0 +1,61 @@
+//! `GET /events`: the host's events as server-sent events (<https://html.spec.whatwg.org/multipage/server-sent-events.html>).
+
+use crate::error::ServiceError;
+use crate::events::Subscription;
+use crate::service::Service;
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, HeaderName};
+use axum::response::sse::{KeepAlive, KeepAliveStream, Sse};
+use axum::response::{IntoResponse, sse};
+use futures::future;
+use futures::stream::{self, Stream, StreamExt};
+use serde::Deserialize;
+use std::sync::Arc;
+use std::time::Duration;
+
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+/// How often a silent stream gives a sign of life, so that neither a proxy nor a client takes it for dead.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
+
+/// What `GET /events` may be asked with.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wish {
+    since: Option<u64>,
+    follow: Option<bool>,
+}
+
+/// Answers with events: after `since`, or after the header `Last-Event-ID`, which wins, because a browser that reconnects repeats the query.
+pub async fn events(
+    State(service): State<Service>,
+    headers: HeaderMap,
+    wish: Result<Query<Wish>, axum::extract::rejection::QueryRejection>,
+) -> Result<impl IntoResponse, ServiceError> {
+    let Query(wish) = wish.map_err(|_| {
+        ServiceError::Invalid("the query may hold since=ID, a whole number, and follow=true or follow=false".to_owned())
+    })?;
+    let last = headers.get(LAST_EVENT_ID).map(|id| {
+        let id = id.to_str().ok().and_then(|id| id.trim().parse().ok());
+        id.ok_or_else(|| ServiceError::Invalid("Last-Event-ID must be the id of an event, a whole number".to_owned()))
+    });
+    let since = last.transpose()?.or(wish.since);
+    let subscription = service.inner().events.subscribe(since, wish.follow.unwrap_or(true));
+    Ok(sse(subscription))
+}
+
+fn sse(subscription: Subscription) -> Sse<KeepAliveStream<impl Stream<Item = Result<sse::Event, axum::Error>>>> {
+    // Even who is never told an event knows where to go on.
+    let place = sse::Event::default()
+        .id(subscription.seen().to_string())
+        .comment("here");
+    let events = stream::unfold(subscription, |mut subscription| async {
+        let event = subscription.next().await?;
+        let line = sse::Event::default()
+            .id(event.id.to_string())
+            .event(event.kind.as_str())
+            .json_data(Arc::as_ref(&event));
+        Some((line, subscription))
+    });
+    let stream = stream::once(future::ready(Ok(place))).chain(events);
+    Sse::new(stream).keep_alive(KeepAlive::new().interval(SIGN_OF_LIFE))
+}

@@ -1,0 +1,180 @@
+//! `GET /metrics`: numbers for Prometheus, in its text form (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
+//!
+//! What adds up is counted as it happens: requests by route and status, which are the operations with their outcome. What stands (VMs, the
+//! pool) is read when it is asked for. No label has more values than the API has routes and statuses, whatever clients send.
+
+use crate::error::ServiceError;
+use crate::service::Service;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use prometheus::{
+    Encoder, Gauge, HistogramOpts, HistogramVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+use scalebox_client::VmStatus;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Upper bounds in seconds: an answer from memory takes less than the first, a stop that the guest ignores about the last but one.
+const BUCKETS: [f64; 12] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0, 300.0,
+];
+
+/// What adds up over the daemon's life.
+pub struct Metrics {
+    registry: Registry,
+    requests: HistogramVec,
+    refusals: IntCounter,
+}
+
+impl Metrics {
+    /// All at zero; the process's start is now.
+    ///
+    /// # Errors
+    /// [`prometheus::Error`], for a name that is none or is there twice.
+    pub fn new() -> Result<Metrics, prometheus::Error> {
+        let registry = Registry::new();
+        let requests = HistogramVec::new(
+            HistogramOpts::new(
+                "scalebox_http_request_duration_seconds",
+                "Time from a request's head to its answer's, by route and status: what was asked of the host, how long it took and how it ended.",
+            )
+            .buckets(BUCKETS.to_vec()),
+            &["method", "route", "status"],
+        )?;
+        let refusals = IntCounter::new(
+            "scalebox_storage_refusals_total",
+            "Requests refused because they do not fit into the pool (507).",
+        )?;
+        let started = Gauge::new(
+            "process_start_time_seconds",
+            "Start time of the process since unix epoch in seconds.",
+        )?;
+        // A clock before 1970 is not worth an error.
+        started.set(
+            SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0.0, |now| now.as_secs_f64()),
+        );
+        let build = IntGaugeVec::new(
+            Opts::new("scalebox_build_info", "Always 1; the labels tell the release."),
+            &["version"],
+        )?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        registry.register(Box::new(requests.clone()))?;
+        registry.register(Box::new(refusals.clone()))?;
+        registry.register(Box::new(started))?;
+        registry.register(Box::new(build))?;
+        Ok(Metrics {
+            registry,
+            requests,
+            refusals,
+        })
+    }
+
+    fn text(&self, service: &Service) -> Result<Vec<u8>, ServiceError> {
+        let pool = service.pool()?;
+        let failed = |error: prometheus::Error| ServiceError::Internal(format!("the metrics cannot be told: {error}"));
+        let mut families = self.registry.gather();
+        families.extend(now(service, &pool).map_err(failed)?.gather());
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&families, &mut text).map_err(failed)?;
+        Ok(text)
+    }
+}
+
+/// What stands now.
+fn now(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Registry, prometheus::Error> {
+    let registry = Registry::new();
+    let vms = IntGaugeVec::new(Opts::new("scalebox_vms", "VMs of the host by status."), &["status"])?;
+    for status in [VmStatus::Running, VmStatus::Stopped, VmStatus::Paused, VmStatus::Failed] {
+        vms.with_label_values(&[status.as_str()]).set(0);
+    }
+    for status in service.inner().vms.statuses() {
+        vms.with_label_values(&[status.as_str()]).inc();
+    }
+    registry.register(Box::new(vms))?;
+    let events = IntCounter::new("scalebox_events_total", "Events told by GET /events since the start.")?;
+    events.inc_by(service.inner().events.count());
+    registry.register(Box::new(events))?;
+    let sizes = [
+        ("capacity", "Size of the pool's file system.", Some(pool.capacity_bytes)),
+        (
+            "free",
+            "What can really be written: bounded by the pool, its metadata and the host disk.",
+            Some(pool.free_bytes),
+        ),
+        ("used", "What is written.", Some(pool.used_bytes)),
+        (
+            "committed",
+            "Sum of the sizes promised to guests.",
+            Some(pool.committed_bytes),
+        ),
+        (
+            "commitment_limit",
+            "What may be promised at most.",
+            Some(pool.commitment_limit_bytes),
+        ),
+        ("reserved", "Admitted and not yet spent.", Some(pool.reserved_bytes)),
+        ("buffer", "Always left free.", Some(pool.buffer_bytes)),
+        (
+            "host_free",
+            "Free on the file system that the pool's image lies on.",
+            pool.host_free_bytes,
+        ),
+        (
+            "unallocated",
+            "Not yet given to either data or metadata by btrfs.",
+            Some(pool.unallocated_bytes),
+        ),
+        (
+            "metadata",
+            "What btrfs has given to metadata.",
+            Some(pool.metadata_bytes),
+        ),
+        (
+            "metadata_used",
+            "Of the metadata, what is in use.",
+            Some(pool.metadata_used_bytes),
+        ),
+    ];
+    for (name, help, bytes) in sizes {
+        let Some(bytes) = bytes else { continue };
+        let gauge = IntGauge::new(format!("scalebox_pool_{name}_bytes"), help)?;
+        gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        registry.register(Box::new(gauge))?;
+    }
+    Ok(registry)
+}
+
+/// `GET /metrics`.
+pub async fn metrics(State(service): State<Service>) -> Result<impl IntoResponse, ServiceError> {
+    let text = service.inner().metrics.text(&service)?;
+    Ok(([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text))
+}
+
+/// Counts each request with its outcome.
+pub async fn count(State(service): State<Service>, request: Request, next: Next) -> Response {
+    let begun = Instant::now();
+    let method = match *request.method() {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        // A client may make one up.
+        _ => "other",
+    };
+    let path = request.extensions().get::<MatchedPath>().cloned();
+    let response = next.run(request).await;
+    let metrics = &service.inner().metrics;
+    if response.status() == StatusCode::INSUFFICIENT_STORAGE {
+        metrics.refusals.inc();
+    }
+    let route = path.as_ref().map_or("none", MatchedPath::as_str);
+    metrics
+        .requests
+        .with_label_values(&[method, route, response.status().as_str()])
+        .observe(begun.elapsed().as_secs_f64());
+    response
+}

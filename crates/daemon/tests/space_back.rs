@@ -1,0 +1,63 @@
+//! Blocks that nobody needs any more are the host disk's again. No guest is booted.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
+use support::{Host, HostDisk, Options, eventually};
+
+const MIB: u64 = 1 << 20;
+
+fn free(folder: &Path) -> u64 {
+    let stat = rustix::fs::statvfs(folder).unwrap();
+    stat.f_bavail * stat.f_frsize
+}
+
+#[test]
+fn a_deleted_vm_s_blocks_come_back_to_the_host_disk_and_stay_promised_until_they_are_free() {
+    let disk = HostDisk::ext4("60G");
+    let mut host = Host::with_tiny_template(&Options {
+        image_dir: Some(&disk.folder),
+        env: &[("OVERCOMMIT_RATIO", "1")],
+        ..Options::default()
+    });
+    let vm = host.create_stopped("tiny", Some(20));
+    let (empty, path) = (free(&disk.folder), host.disk(&vm));
+    let mut written = File::options().write(true).open(&path).unwrap();
+    // In many pieces: that is what takes the kernel time to free.
+    for _ in 0..300 {
+        written.write_all(&[7; MIB as usize]).unwrap();
+        written.sync_data().unwrap();
+    }
+    drop(written);
+    assert!(free(&disk.folder) < empty - 250 * MIB, "it lies on the host disk");
+
+    host.client().delete_vm(&vm.id).unwrap();
+    let answered = Instant::now();
+    // Its promise is the only room that there is, and it is never refused.
+    let next = host.create_stopped("tiny", Some(20));
+    eventually("the host disk's free space", || {
+        (free(&disk.folder) > empty - 20 * MIB).then_some(())
+    });
+    eprintln!(
+        "300 MiB were back on the host disk {:.1} s after the answer",
+        answered.elapsed().as_secs_f64()
+    );
+
+    // A daemon that ends with a deletion under way has its blocks back too.
+    host.client().delete_vm(&next.id).unwrap();
+    assert!(host.terminate().success());
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    host.serve();
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 0);
+    assert!(fs::read_dir(host.folder.join("pool/vms")).unwrap().next().is_none());
+}

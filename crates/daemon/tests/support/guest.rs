@@ -1,0 +1,119 @@
+//! Guests as their users have them: keys, SSH through the forward, the processes that run them.
+
+use super::{Host, TOKEN, eventually, run, said, text};
+use scalebox_client::{CreateVm, Vm};
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+/// A key pair of a user.
+pub struct Key {
+    pub private: PathBuf,
+    pub public: String,
+}
+
+impl Key {
+    pub fn new(host: &Host, name: &str) -> Key {
+        let private = host.folder.join(name);
+        run(
+            "ssh-keygen",
+            &["-q", "-t", "ed25519", "-N", "", "-C", name, "-f", text(&private)],
+        );
+        let public = fs::read_to_string(private.with_extension("pub"))
+            .unwrap()
+            .trim()
+            .to_owned();
+        Key { private, public }
+    }
+
+    pub fn request(&self, name: &str) -> CreateVm {
+        let template = "debian-base".parse().unwrap();
+        CreateVm {
+            name: Some(name.parse().unwrap()),
+            ..CreateVm::new(template, self.public.parse().unwrap())
+        }
+    }
+
+    pub fn ssh(&self, vm: &Vm, command: &str) -> Command {
+        let mut ssh = Command::new("ssh");
+        ssh.args(["-F", "none", "-i", text(&self.private), "-p", &vm.ssh_port.to_string()]);
+        for option in [
+            "BatchMode=yes",
+            "StrictHostKeyChecking=no",
+            "UserKnownHostsFile=/dev/null",
+            "LogLevel=ERROR",
+            "IdentitiesOnly=yes",
+            "ConnectTimeout=10",
+        ] {
+            ssh.args(["-o", option]);
+        }
+        ssh.args([&format!("user@{}", vm.ip), command]).stdin(Stdio::null());
+        ssh
+    }
+
+    /// What `command` says in the guest.
+    pub fn run(&self, vm: &Vm, command: &str) -> String {
+        let output = self.ssh(vm, command).output().unwrap();
+        assert!(output.status.success(), "{command:?} in {}: {}", vm.name, said(&output));
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    pub fn is_refused_by(&self, vm: &Vm) {
+        let output = self.ssh(vm, "true").output().unwrap();
+        assert!(
+            !output.status.success() && said(&output).contains("Permission denied"),
+            "{}",
+            said(&output)
+        );
+    }
+}
+
+pub fn wait_for_ssh(vm: &Vm) {
+    eventually(&format!("the SSH banner of {}", vm.name), || {
+        let stream = TcpStream::connect((vm.ip.as_str(), vm.ssh_port)).ok()?;
+        // One connection is held: each that is dropped early costs the guest's sshd a process.
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut banner = String::new();
+        BufReader::new(stream).read_line(&mut banner).ok()?;
+        banner.starts_with("SSH-2.0").then_some(())
+    });
+}
+
+pub fn scalebox(host: &Host, args: &[&str]) -> Output {
+    let program = Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name("scalebox");
+    let mut command = Command::new(&program);
+    command
+        .args(args)
+        .env("SCALEBOX_URL", &host.url)
+        .env("SCALEBOX_TOKEN", TOKEN)
+        .env("HOME", &host.folder);
+    command.stdin(Stdio::null()).output().unwrap_or_else(|error| {
+        panic!("{}: {error}; `make test` builds it", program.display());
+    })
+}
+
+/// The processes that run machines of this host.
+pub fn machines(host: &Host) -> Vec<String> {
+    let folder = host.folder.join("run/vms");
+    let ours = |pid: &str| {
+        let line = fs::read(Path::new("/proc").join(pid).join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        line.contains("qemu-system") && line.contains(text(&folder))
+    };
+    let processes = fs::read_dir("/proc")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    processes
+        .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()) && ours(name))
+        .collect()
+}
+
+pub fn machine_of(host: &Host, vm: &Vm) -> rustix::process::Pid {
+    let command = |pid: &String| fs::read(Path::new("/proc").join(pid).join("cmdline")).unwrap_or_default();
+    let ours = |pid: &String| String::from_utf8_lossy(&command(pid)).contains(&vm.id);
+    let pid = machines(host).into_iter().find(ours).expect("its machine");
+    rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap()
+}
