@@ -3,7 +3,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 
-git ls-files -z -- 'scripts/*.sh' .ci/run | xargs -0 shellcheck --external-sources
+git ls-files -z -- 'scripts/*.sh' 'bench/*.sh' 'examples/*.sh' .ci/run | xargs -0 shellcheck --external-sources
 # What a guest runs is for its own shells: dash, and busybox in the initramfs.
 git grep -lzE '^#!/bin/(busybox )?sh' -- crates/guest/files | xargs -0 shellcheck --shell=dash --exclude=SC2093
 

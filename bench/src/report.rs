@@ -1,0 +1,313 @@
+//! The table, the JSON and the chart.
+
+use crate::Outcome;
+use crate::disks::Way;
+use crate::stages::{MANY, Made, Results};
+use comfy_table::{CellAlignment, Table, presets};
+use plotters::prelude::*;
+use rustix::system::uname;
+use serde::Serialize;
+use std::fs;
+use std::path::Path;
+
+/// A figure that has to be reached.
+#[derive(Debug, Serialize)]
+struct Goal {
+    figure: String,
+    value: f64,
+    unit: &'static str,
+    goal: f64,
+    /// Whether less is better.
+    at_most: bool,
+    reached: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Machine {
+    cores: usize,
+    kernel: String,
+    pool: &'static str,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    machine: Machine,
+    goals: Vec<Goal>,
+    #[serde(flatten)]
+    results: &'a Results,
+}
+
+/// Prints the tables, and writes `bench/results/bench.json` and `bench.svg`.
+pub fn write(results: &Results) -> Outcome<()> {
+    let report = Report {
+        machine: Machine {
+            cores: std::thread::available_parallelism()?.get(),
+            kernel: uname().release().to_string_lossy().into_owned(),
+            pool: "btrfs, NOCOW, on a loop device with direct I/O",
+        },
+        goals: goals(results)?,
+        results,
+    };
+    println!(
+        "{} cores, Linux {}; pool: {}\n",
+        report.machine.cores, report.machine.kernel, report.machine.pool
+    );
+    println!("{}\n", disks_table(results));
+    println!("{}\n", writes_table(results));
+    println!("{}", goals_table(&report.goals));
+    let folder = Path::new("bench/results");
+    fs::create_dir_all(folder)?;
+    fs::write(folder.join("bench.json"), serde_json::to_string_pretty(&report)? + "\n")?;
+    draw(results, &folder.join("bench.svg"))
+}
+
+impl Results {
+    fn find(&self, way: Way, size_gib: u64, disks: usize, clients: usize) -> Outcome<&Made> {
+        let found = self.made.iter().find(|made| {
+            (made.way, made.size_gib, made.disks, made.samples.clients) == (way, size_gib, disks, clients)
+        });
+        found.ok_or_else(|| format!("{way:?} of {size_gib} GiB among {disks} was not measured").into())
+    }
+
+    fn most_disks(&self) -> usize {
+        self.made.iter().map(|made| made.disks).max().unwrap_or_default()
+    }
+}
+
+fn goals(results: &Results) -> Outcome<Vec<Goal>> {
+    let p50 = |way, size, disks| results.find(way, size, disks, 1).map(|made| made.samples.p50_ms);
+    let rate = results.find(Way::Api, 2, 10, MANY)?.samples.per_second;
+    let most = results.most_disks();
+    let last = |on: &str| {
+        let passes = results.random_writes.iter().find(|passes| passes.on == on);
+        passes
+            .and_then(|passes| passes.iops.last().copied())
+            .ok_or_else(|| format!("no writes to {on} were measured"))
+    };
+    let mut goals = vec![
+        Goal::at_most(
+            "POST /vms, warm, durable, 10 GiB, p50",
+            p50(Way::Api, 10, 10)?,
+            "ms",
+            3.0,
+        ),
+        Goal::at_least(
+            "the seed's sequence ÷ POST /vms, 10 GiB, p50",
+            p50(Way::Seed, 10, 10)? / p50(Way::Api, 10, 10)?,
+            "×",
+            35.0,
+        ),
+        Goal::at_least("POST /vms, 32 clients", rate, "disks/s", 300.0),
+        Goal::at_most(
+            &format!("POST /vms, p50 with {most} disks ÷ with 10"),
+            p50(Way::Api, 2, most)? / p50(Way::Api, 2, 10)?,
+            "×",
+            1.5,
+        ),
+        Goal::at_most(
+            "POST /vms, p50 of 100 GiB ÷ of 2 GiB",
+            p50(Way::Api, 100, 10)? / p50(Way::Api, 2, 10)?,
+            "×",
+            1.1,
+        ),
+        Goal::at_most("admission decision, p50", results.admission_us, "µs", 50.0),
+        Goal::at_most(
+            &format!("the daemon's memory with {} stopped VMs", results.resident_vms),
+            results.resident_bytes as f64 / f64::from(1 << 20),
+            "MiB",
+            40.0,
+        ),
+        Goal::at_least(
+            "4 KiB random writes, third pass: clone ÷ ext4 on a loop device",
+            last("a clone in the pool")? / last("ext4 on a loop device")?,
+            "×",
+            0.6,
+        ),
+        Goal::at_most("live grow 10 → 20 GiB, idle guest", results.live_grow_s, "s", 2.0),
+    ];
+    // Without a goal in the table, told all the same: the goal is the figure itself.
+    let list = results.list.as_ref().map_or(0.0, |list| list.p99_ms);
+    for (figure, value, unit) in [
+        (format!("GET /vms with {} VMs, p99", results.list_vms), list, "ms"),
+        (
+            format!("daemon's restart to ready with {} VMs", results.list_vms),
+            results.restart_ms,
+            "ms",
+        ),
+        ("POST /vms to SSH, median".to_owned(), results.to_ssh_s, "s"),
+    ] {
+        goals.push(Goal {
+            figure,
+            value,
+            unit,
+            goal: f64::NAN,
+            at_most: true,
+            reached: true,
+        });
+    }
+    Ok(goals)
+}
+
+impl Goal {
+    fn at_most(figure: &str, value: f64, unit: &'static str, goal: f64) -> Goal {
+        Goal {
+            figure: figure.to_owned(),
+            value,
+            unit,
+            goal,
+            at_most: true,
+            reached: value <= goal,
+        }
+    }
+
+    fn at_least(figure: &str, value: f64, unit: &'static str, goal: f64) -> Goal {
+        Goal {
+            at_most: false,
+            reached: value >= goal,
+            ..Goal::at_most(figure, value, unit, goal)
+        }
+    }
+}
+
+/// A table whose columns behind the first are numbers.
+fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn disks_table(results: &Results) -> Table {
+    let seed = |made: &Made| {
+        let same = results.find(Way::Seed, made.size_gib, made.disks, made.samples.clients);
+        same.map_or_else(
+            |_| "–".to_owned(),
+            |seed| format!("{:.1}×", seed.samples.p50_ms / made.samples.p50_ms),
+        )
+    };
+    let rows = results.made.iter().map(|made| {
+        let samples = &made.samples;
+        vec![
+            made.way.name().to_owned(),
+            made.size_gib.to_string(),
+            made.disks.to_string(),
+            samples.clients.to_string(),
+            samples.count.to_string(),
+            format!("{:.2}", samples.p50_ms),
+            format!("{:.2}", samples.p99_ms),
+            format!("{:.0}", samples.per_second),
+            seed(made),
+        ]
+    });
+    let header = [
+        "a disk by",
+        "GiB",
+        "disks",
+        "clients",
+        "made",
+        "p50 ms",
+        "p99 ms",
+        "a second",
+        "seed ÷ it",
+    ];
+    table(&header, rows)
+}
+
+fn writes_table(results: &Results) -> Table {
+    let rows = results.random_writes.iter().map(|passes| {
+        let mut row = vec![passes.on.to_owned()];
+        row.extend(passes.iops.iter().map(|iops| format!("{iops:.0}")));
+        row
+    });
+    table(&["4 KiB random writes a second to", "pass 1", "pass 2", "pass 3"], rows)
+}
+
+fn goals_table(goals: &[Goal]) -> Table {
+    let rows = goals.iter().map(|goal| {
+        let (sign, verdict) = match (goal.goal.is_nan(), goal.at_most, goal.reached) {
+            (true, ..) => {
+                return vec![
+                    goal.figure.clone(),
+                    number(goal.value, goal.unit),
+                    String::new(),
+                    String::new(),
+                ];
+            }
+            (_, true, true) => ("≤", "reached"),
+            (_, true, false) => ("≤", "NOT reached"),
+            (_, false, true) => ("≥", "reached"),
+            (_, false, false) => ("≥", "NOT reached"),
+        };
+        let goal_text = format!("{sign} {} {}", goal.goal, goal.unit);
+        vec![
+            goal.figure.clone(),
+            number(goal.value, goal.unit),
+            goal_text,
+            verdict.to_owned(),
+        ]
+    });
+    table(&["figure", "measured", "goal", ""], rows)
+}
+
+fn number(value: f64, unit: &str) -> String {
+    if value < 100.0 {
+        format!("{value:.2} {unit}")
+    } else {
+        format!("{value:.0} {unit}")
+    }
+}
+
+/// One bar a way and size, one client: the median on a logarithmic scale.
+fn draw(results: &Results, path: &Path) -> Outcome<()> {
+    let bars: Vec<(String, f64, RGBColor)> = results
+        .made
+        .iter()
+        .filter(|made| made.samples.clients == 1 && made.disks == 10)
+        .map(|made| {
+            let colour = match made.way {
+                Way::Seed => RGBColor(0xb0, 0x4a, 0x3a),
+                Way::Bare => RGBColor(0x8a, 0x8a, 0x8a),
+                Way::Library => RGBColor(0x5b, 0x9b, 0xc4),
+                Way::Api => RGBColor(0x1f, 0x5f, 0x8b),
+            };
+            let label = format!("{}, {} GiB", made.way.name(), made.size_gib);
+            (label, made.samples.p50_ms.max(0.02), colour)
+        })
+        .collect();
+    let (width, bar) = (760, 26);
+    let height = 70 + bar * bars.len() as i32;
+    let area = SVGBackend::new(path, (width, height.unsigned_abs())).into_drawing_area();
+    area.fill(&WHITE)?;
+    let font = |size: i32| ("sans-serif", size).into_font();
+    area.draw(&Text::new(
+        "A disk, one at a time: median in milliseconds (logarithmic)",
+        (12, 14),
+        font(16),
+    ))?;
+    // 0.1 ms to 1 s: four decades.
+    let (left, right) = (190.0, 640.0);
+    let x = |ms: f64| (left + (right - left) * ((ms.log10() + 1.0) / 4.0).clamp(0.0, 1.0)) as i32;
+    for decade in [0.1, 1.0, 10.0, 100.0, 1000.0] {
+        let grid = PathElement::new(
+            vec![(x(decade), 40), (x(decade), height - 24)],
+            RGBColor(0xdd, 0xdd, 0xdd),
+        );
+        area.draw(&grid)?;
+        area.draw(&Text::new(format!("{decade}"), (x(decade) - 6, height - 20), font(12)))?;
+    }
+    for (row, (label, ms, colour)) in bars.iter().enumerate() {
+        let top = 44 + bar * row as i32;
+        area.draw(&Text::new(label.clone(), (12, top + 4), font(13)))?;
+        area.draw(&Rectangle::new(
+            [(x(0.1), top), (x(*ms), top + bar - 6)],
+            colour.filled(),
+        ))?;
+        area.draw(&Text::new(format!("{ms:.2}"), (x(*ms) + 6, top + 4), font(13)))?;
+    }
+    Ok(area.present()?)
+}
