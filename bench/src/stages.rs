@@ -5,7 +5,7 @@ use crate::disks::{TEMPLATE, Way, Workshop};
 use crate::measure::{self, Samples, milliseconds};
 use crate::random_writes::{self, Passes};
 use crate::{Outcome, Setup};
-use scalebox_client::{Client, CreateVm, ResizeVm};
+use scalebox_client::{Client, CreateVm, UpdateVm};
 use serde::Serialize;
 use std::fs::File;
 use std::io::Read;
@@ -175,7 +175,7 @@ fn guests(setup: &Setup, shop: &Workshop<'_>, daemon: &Daemon, results: &mut Res
         times.push(begun.elapsed());
         if run + 1 == runs {
             wait_for_agent(client, &vm.id)?;
-            let grow = |disk_size_gib| measure::timed(|| Ok(client.resize_vm(&vm.id, &ResizeVm { disk_size_gib })?));
+            let grow = |disk_size_gib| measure::timed(|| Ok(client.update_vm(&vm.id, &UpdateVm::grow(disk_size_gib))?));
             let (time, grown) = grow(20)?;
             results.live_grow_s = time.as_secs_f64();
             results.live_grow_confirmed = grown.disk.is_some_and(|disk| disk.confirmed);
@@ -202,12 +202,12 @@ fn wait_for_ssh(port: u16) -> Outcome<()> {
 /// A growth that is confirmed tells that the guest's agent is up. Ends with a disk of 10 GiB.
 fn wait_for_agent(client: &Client, id: &str) -> Outcome<()> {
     for disk_size_gib in 4..=10 {
-        let grown = client.resize_vm(id, &ResizeVm { disk_size_gib })?;
+        let grown = client.update_vm(id, &UpdateVm::grow(disk_size_gib))?;
         if grown.disk.is_some_and(|disk| disk.confirmed) {
             break;
         }
     }
-    client.resize_vm(id, &ResizeVm { disk_size_gib: 10 })?;
+    client.update_vm(id, &UpdateVm::grow(10))?;
     Ok(())
 }
 

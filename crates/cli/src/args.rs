@@ -3,7 +3,7 @@
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
-use scalebox_client::{IdempotencyKey, TemplateName, VmName};
+use scalebox_client::{AutoExtend, IdempotencyKey, TemplateName, VmName};
 use std::path::PathBuf;
 
 const SETTINGS: &str = "\
@@ -126,6 +126,16 @@ pub enum VmCommand {
         #[arg(long, value_name = "GIB")]
         disk: u64,
     },
+    /// Change how a VM is kept; what is not named stays as it is
+    #[command(after_help = "Examples:\n  scalebox vm set very-silly-penguin --extend-to 50\n  \
+        scalebox vm set very-silly-penguin --extend-to 50 --extend-by 10 --extend-at 90\n  \
+        scalebox vm set very-silly-penguin --no-extend")]
+    Set {
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        vm: String,
+        #[command(flatten)]
+        changes: SetArgs,
+    },
     /// Have a guest give back the blocks of what it deleted
     #[command(
         after_help = "Guests do so by schedule too. It needs a guest agent in the guest.\n\n\
@@ -214,6 +224,8 @@ pub struct CreateArgs {
     /// Memory in MiB [default: the server's]
     #[arg(long, value_name = "MIB")]
     pub memory: Option<u64>,
+    #[command(flatten)]
+    pub extend: ExtendArgs,
     /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub, id_rsa.pub]
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
@@ -229,6 +241,42 @@ pub struct CreateArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Give up --wait after this long",
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub timeout: u64,
+}
+
+/// How a disk extends itself.
+#[derive(Debug, clap::Args)]
+pub struct ExtendArgs {
+    /// Let the disk extend itself when the guest's root file system fills up, until it is this large
+    #[arg(long, value_name = "GIB")]
+    pub extend_to: Option<u64>,
+    /// By how much at a time
+    #[arg(long, value_name = "GIB", requires = "extend_to", default_value_t = 5)]
+    pub extend_by: u64,
+    /// When so much of it is in use
+    #[arg(long, value_name = "PERCENT", requires = "extend_to", default_value_t = 80)]
+    pub extend_at: u64,
+}
+
+impl ExtendArgs {
+    /// In the API's words.
+    pub fn policy(&self) -> Option<AutoExtend> {
+        self.extend_to.map(|limit_gib| AutoExtend {
+            threshold_percent: self.extend_at,
+            increment_gib: self.extend_by,
+            limit_gib,
+        })
+    }
+}
+
+/// What `vm set` may change.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = true, args = ["extend_to", "no_extend"])]
+pub struct SetArgs {
+    #[command(flatten)]
+    pub extend: ExtendArgs,
+    /// Leave the disk as large as it is
+    #[arg(long, conflicts_with = "extend_to")]
+    pub no_extend: bool,
 }
 
 #[derive(Debug, Subcommand)]

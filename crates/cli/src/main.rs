@@ -4,7 +4,7 @@
 //!
 //! - `args`: every command and its help
 //! - `settings`: whom to ask, and with which token: flags, environment, file
-//! - `vm`: `scalebox vm create|list|get|start|stop|restart|delete`
+//! - `vm`: `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete`
 //! - `wait`: `scalebox vm wait`: until the guest answers SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `host`: `scalebox status`, `template …`, `pool show`
@@ -58,6 +58,7 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
         Command::Vm(VmCommand::Stop { vm }) => vm::stop(&server.client, &vm, output),
         Command::Vm(VmCommand::Restart { vm }) => vm::restart(&server.client, &vm, output),
         Command::Vm(VmCommand::Resize { vm, disk }) => vm::resize(&server.client, &vm, disk, output),
+        Command::Vm(VmCommand::Set { vm, changes }) => vm::set(&server.client, &vm, &changes, output),
         Command::Vm(VmCommand::Trim { vm }) => vm::trim(&server.client, &vm, output),
         Command::Vm(VmCommand::Snapshot { vm, template }) => vm::snapshot(&server.client, &vm, template, output),
         Command::Vm(VmCommand::Delete { vms, yes }) => vm::delete(&server.client, &vms, yes, output),

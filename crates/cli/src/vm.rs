@@ -1,12 +1,14 @@
-//! `scalebox vm create|list|get|start|stop|resize|snapshot|delete|wait`.
+//! `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`.
 
-use crate::args::CreateArgs;
+use crate::args::{CreateArgs, SetArgs};
 use crate::error::Error;
 use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
 use crate::{ssh, wait};
 use jiff::Timestamp;
-use scalebox_client::{Client, ClientError, CreateVm, ResizeVm, SnapshotVm, TemplateName, Vm, VmList, VmStatus};
+use scalebox_client::{
+    AutoExtend, Client, ClientError, CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus,
+};
 use std::time::Duration;
 
 pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
@@ -36,6 +38,7 @@ fn request_of(args: &CreateArgs) -> Result<CreateVm, Error> {
         vcpu_count: args.vcpus,
         mem_size_mib: args.memory,
         disk_size_gib: args.disk,
+        disk_auto_extend: args.extend.policy(),
         start: !args.no_start,
         idempotency_key: args.idempotency_key.clone(),
         ..CreateVm::new(template, ssh::public_key(args.key.as_deref())?)
@@ -109,6 +112,7 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
         ("ssh", vm.ssh),
         ("template", vm.template),
         ("disk", disk),
+        ("extends", extends(vm.disk_auto_extend)),
         ("cpus", vm.vcpu_count.to_string()),
         ("memory", human::mib(vm.mem_size_mib)),
         (
@@ -147,7 +151,7 @@ pub fn restart(client: &Client, vm: &str, output: &Output) -> Result<(), Error> 
 
 pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) -> Result<(), Error> {
     let growing = output.progress(&format!("growing the disk of {vm}"));
-    let vm = client.resize_vm(vm, &ResizeVm { disk_size_gib })?;
+    let vm = client.update_vm(vm, &UpdateVm::grow(disk_size_gib))?;
     drop(growing);
     if output.json {
         return output.answer(&vm);
@@ -156,6 +160,29 @@ pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) ->
     match vm.disk.and_then(|disk| disk.note) {
         Some(note) => output.line(&note),
         None => Ok(()),
+    }
+}
+
+pub fn set(client: &Client, vm: &str, changes: &SetArgs, output: &Output) -> Result<(), Error> {
+    let extend = changes.extend.policy();
+    let change = UpdateVm {
+        disk_auto_extend: (changes.no_extend || extend.is_some()).then_some(extend),
+        ..UpdateVm::default()
+    };
+    let vm = client.update_vm(vm, &change)?;
+    if output.json {
+        return output.answer(&vm);
+    }
+    output.line(&format!("{}: {}", vm.name, extends(vm.disk_auto_extend)))
+}
+
+fn extends(extend: Option<AutoExtend>) -> String {
+    match extend {
+        Some(extend) => format!(
+            "the disk grows by {} GiB when {} % of it are used, up to {} GiB",
+            extend.increment_gib, extend.threshold_percent, extend.limit_gib
+        ),
+        None => "the disk does not extend itself".to_owned(),
     }
 }
 

@@ -638,6 +638,38 @@ fn a_resize_says_how_large_the_disk_is_and_what_is_left_to_do() {
 }
 
 #[test]
+fn what_is_set_is_sent_and_nothing_else() {
+    let policy = json!({"threshold_percent": 80, "increment_gib": 10, "limit_gib": 50});
+    for (args, sent, said) in [
+        (
+            &["--extend-to", "50", "--extend-by", "10"][..],
+            json!({"disk_auto_extend": policy}),
+            "box: the disk grows by 10 GiB when 80 % of it are used, up to 50 GiB\n",
+        ),
+        (
+            &["--no-extend"],
+            json!({"disk_auto_extend": null}),
+            "box: the disk does not extend itself\n",
+        ),
+    ] {
+        let mut answer = vm(json!({"name": "box"}));
+        if !sent["disk_auto_extend"].is_null() {
+            answer["disk_auto_extend"] = sent["disk_auto_extend"].clone();
+        }
+        let server = Server::new(vec![("PATCH /vms/box", 200, answer)]);
+        let ran = run(&mut Home::new().scalebox(&server, &[&["vm", "set", "box"], args].concat()));
+        assert_eq!((ran.code, ran.out.as_str()), (0, said), "{}", ran.err);
+        let body: Value = serde_json::from_str(&server.requests()[0].body).unwrap();
+        assert_eq!(body, sent);
+    }
+    for args in [&[][..], &["--extend-by", "10"], &["--extend-to", "50", "--no-extend"]] {
+        let server = Server::new(Vec::new());
+        let ran = run(&mut Home::new().scalebox(&server, &[&["vm", "set", "box"], args].concat()));
+        assert_eq!((ran.code, server.requests().len()), (2, 0), "{args:?}: {}", ran.err);
+    }
+}
+
+#[test]
 fn ssh_to_a_stopped_vm_says_how_to_start_it() {
     let server = Server::new(vec![(
         "GET /vms/box",

@@ -70,12 +70,18 @@ pub enum Invalid {
         /// The largest value allowed.
         most: u64,
     },
+    /// A change that changes nothing.
+    #[error("there is nothing to change: send at least one of {}", known.join(", "))]
+    Nothing {
+        /// The fields that the request may have.
+        known: &'static [&'static str],
+    },
     /// A value of another type than the field's.
     #[error("{field} must be {expected}, not {kind}")]
     Type {
         /// The field.
         field: &'static str,
-        /// `a string`, `true or false`.
+        /// `a string`, `true or false`, `an object`.
         expected: &'static str,
         /// `an array`, `null` …
         kind: &'static str,
@@ -107,9 +113,15 @@ impl<'a> Fields<'a> {
                 known,
             });
         }
-        let Pairs(pairs) = serde_json::from_str(value.get()).map_err(not_json)?;
+        Fields::of(value.get(), known, |name| name)
+    }
+
+    /// The members of an object, called by what `path` makes of their names.
+    fn of(object: &'a str, known: &'static [&'static str], path: impl Fn(String) -> String) -> Result<Self, Invalid> {
+        let Pairs(pairs) = serde_json::from_str(object).map_err(not_json)?;
         let mut fields = BTreeMap::new();
         for (name, value) in pairs {
+            let name = path(name);
             if fields.contains_key(&name) {
                 return Err(Invalid::Duplicate(shortened(&name)));
             }
@@ -143,6 +155,17 @@ impl<'a> Fields<'a> {
         self.0.get(field).map(|json| read_text(field, json)).transpose()
     }
 
+    /// A whole number that must be there.
+    pub(crate) fn number(
+        &self,
+        field: &'static str,
+        range: RangeInclusive<u64>,
+        what: &'static str,
+    ) -> Result<u64, Invalid> {
+        let number = self.optional_number(field, range)?;
+        number.ok_or(Invalid::Missing { field, what })
+    }
+
     /// A whole number, if it is there.
     pub(crate) fn optional_number(
         &self,
@@ -166,6 +189,36 @@ impl<'a> Fields<'a> {
     pub(crate) fn optional_disk_size(&self, max: u64) -> Result<Option<u64>, Invalid> {
         self.optional_number("disk_size_gib", 1..=max)
             .map_err(|_| Invalid::DiskSize { max })
+    }
+
+    /// The fields of an object, if it is there. `known` names them with their path, `outer.inner`, and so does every refusal.
+    pub(crate) fn optional_object(
+        &self,
+        field: &'static str,
+        known: &'static [&'static str],
+    ) -> Result<Option<Fields<'a>>, Invalid> {
+        let Some(json) = self.0.get(field).copied() else {
+            return Ok(None);
+        };
+        if !json.starts_with('{') {
+            return Err(Invalid::Type {
+                field,
+                expected: "an object",
+                kind: kind(json),
+            });
+        }
+        let name = |inner| format!("{field}.{inner}");
+        Fields::of(json, known, name).map(Some)
+    }
+
+    /// Whether the field is there and null: in a change, that takes away what it names.
+    pub(crate) fn is_null(&self, field: &'static str) -> bool {
+        self.0.get(field).is_some_and(|json| *json == "null")
+    }
+
+    /// Whether there is no field at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// True or false, if it is there.

@@ -63,8 +63,10 @@ kinds! {
     Started = "started",
     /// Its machine ended as it should: by a request or by the guest itself. `by`: `request`, `guest`, or `reason`.
     Stopped = "stopped",
-    /// Its disk grew. `from_gib`, `to_gib`.
+    /// Its disk grew. `from_gib`, `to_gib`, `by`: `request`, or `auto_extend` with `used_percent`.
     Grown = "grown",
+    /// Its disk should have extended itself and did not. `reason`, `used_percent`.
+    NotExtended = "not_extended",
     /// Its processors stand still. `reason`.
     Paused = "paused",
     /// They go on.

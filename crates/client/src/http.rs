@@ -2,7 +2,7 @@
 
 use crate::event_stream::EventStream;
 use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
-use crate::{CreateVm, ResizePool, ResizeVm, SnapshotVm};
+use crate::{CreateVm, ResizePool, SnapshotVm, UpdateVm};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -208,7 +208,7 @@ impl Client {
     ///
     /// # Errors
     /// See [`ClientError`].
-    pub fn resize_vm(&self, id_or_name: &str, request: &ResizeVm) -> Result<Vm, ClientError> {
+    pub fn update_vm(&self, id_or_name: &str, request: &UpdateVm) -> Result<Vm, ClientError> {
         self.send(Method::PATCH, &vm_path(id_or_name), request)
     }
 

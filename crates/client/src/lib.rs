@@ -39,8 +39,8 @@ pub use http::{Client, ClientError};
 pub use idempotency::IdempotencyKey;
 pub use key::SshPublicKey;
 pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
-pub use requests::{CreateVm, Limits, ResizePool, ResizeVm, SnapshotVm};
+pub use requests::{CreateVm, Limits, ResizePool, SnapshotVm, UpdateVm};
 pub use types::{
-    Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
+    AutoExtend, Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
     TemplateList, Trimmed, Vm, VmCounts, VmList, VmStatus,
 };

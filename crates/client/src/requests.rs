@@ -1,6 +1,7 @@
 //! Every request that has a body. `parse` reads one from a client's bytes; what it returns holds in every field.
 
 use crate::body::{Fields, Invalid};
+use crate::types::AutoExtend;
 use crate::{IdempotencyKey, SshPublicKey, TemplateName, VmName};
 use serde::Serialize;
 
@@ -36,6 +37,9 @@ pub struct CreateVm {
     /// Size of its disk, in GiB; otherwise the larger of the host's default and the template.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_size_gib: Option<u64>,
+    /// Extends the disk when the guest's root file system fills up; otherwise it stays as large as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_auto_extend: Option<AutoExtend>,
     /// False makes the VM and leaves it stopped.
     pub start: bool,
     /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same key gives it again instead of another.
@@ -44,13 +48,14 @@ pub struct CreateVm {
 }
 
 impl CreateVm {
-    const FIELDS: [&str; 7] = [
+    const FIELDS: [&str; 8] = [
         "template",
         "ssh_public_key",
         "name",
         "vcpu_count",
         "mem_size_mib",
         "disk_size_gib",
+        "disk_auto_extend",
         "start",
     ];
 
@@ -63,6 +68,7 @@ impl CreateVm {
             vcpu_count: None,
             mem_size_mib: None,
             disk_size_gib: None,
+            disk_auto_extend: None,
             start: true,
             idempotency_key: None,
         }
@@ -83,6 +89,7 @@ impl CreateVm {
         let vcpus = fields.optional_number("vcpu_count", 1..=limits.max_vcpus.into())?;
         Ok(CreateVm {
             disk_size_gib: fields.optional_disk_size(limits.max_disk_size_gib)?,
+            disk_auto_extend: AutoExtend::read(&fields, limits)?,
             vcpu_count: vcpus.and_then(|count| count.try_into().ok()),
             mem_size_mib: fields.optional_number("mem_size_mib", mem_mib)?,
             start: fields.optional_bool("start")?.unwrap_or(true),
@@ -94,28 +101,70 @@ impl CreateVm {
     }
 }
 
-/// `PATCH /vms/{id}`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct ResizeVm {
+/// `PATCH /vms/{id}`. What is `None` stays as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct UpdateVm {
     /// The new size of its disk, in GiB.
-    pub disk_size_gib: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_size_gib: Option<u64>,
+    /// Whether and how its disk extends itself from now on; `Some(None)`, which is `null` in JSON, for not at all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_auto_extend: Option<Option<AutoExtend>>,
 }
 
-impl ResizeVm {
+impl UpdateVm {
+    /// A change of the disk's size alone.
+    pub fn grow(disk_size_gib: u64) -> Self {
+        UpdateVm {
+            disk_size_gib: Some(disk_size_gib),
+            ..UpdateVm::default()
+        }
+    }
+
+    const FIELDS: [&str; 2] = ["disk_size_gib", "disk_auto_extend"];
+
     /// Reads a client's body. Whether the disk would become smaller is for the caller to see.
     ///
     /// # Errors
     /// The first thing wrong, as a sentence that names the field and what it may be.
     pub fn parse(body: &[u8], limits: &Limits) -> Result<Self, Invalid> {
-        let fields = Fields::read(body, &["disk_size_gib"])?;
-        let size = fields.optional_disk_size(limits.max_disk_size_gib)?;
-        let missing = Invalid::Missing {
-            field: "disk_size_gib",
-            what: "send the new size of the disk in GiB",
-        };
-        Ok(ResizeVm {
-            disk_size_gib: size.ok_or(missing)?,
+        let fields = Fields::read(body, &Self::FIELDS)?;
+        if fields.is_empty() {
+            return Err(Invalid::Nothing { known: &Self::FIELDS });
+        }
+        Ok(UpdateVm {
+            disk_size_gib: fields.optional_disk_size(limits.max_disk_size_gib)?,
+            disk_auto_extend: if fields.is_null(AutoExtend::FIELD) {
+                Some(None)
+            } else {
+                AutoExtend::read(&fields, limits)?.map(Some)
+            },
         })
+    }
+}
+
+impl AutoExtend {
+    const FIELD: &str = "disk_auto_extend";
+    const THRESHOLD: &str = "disk_auto_extend.threshold_percent";
+    const INCREMENT: &str = "disk_auto_extend.increment_gib";
+    const LIMIT: &str = "disk_auto_extend.limit_gib";
+
+    fn read(fields: &Fields<'_>, limits: &Limits) -> Result<Option<Self>, Invalid> {
+        let known = &[Self::THRESHOLD, Self::INCREMENT, Self::LIMIT];
+        let Some(fields) = fields.optional_object(Self::FIELD, known)? else {
+            return Ok(None);
+        };
+        let sizes = 1..=limits.max_disk_size_gib;
+        let percent = "send the share of the guest's root file system that may be in use, in percent";
+        Ok(Some(AutoExtend {
+            threshold_percent: fields.number(Self::THRESHOLD, 1..=99, percent)?,
+            increment_gib: fields.number(
+                Self::INCREMENT,
+                sizes.clone(),
+                "send by how much the disk grows, in GiB",
+            )?,
+            limit_gib: fields.number(Self::LIMIT, sizes, "send how large the disk may become, in GiB")?,
+        }))
     }
 }
 

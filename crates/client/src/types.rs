@@ -34,12 +34,26 @@ pub struct Vm {
     pub mem_size_mib: u64,
     /// Size of its disk as promised to the guest, in GiB.
     pub disk_size_gib: u64,
+    /// How its disk extends itself; not there where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_auto_extend: Option<AutoExtend>,
     /// What became of the guest's file system; only in the answer to a change of the disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
     /// What its disk takes in the pool; not there until it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
+}
+
+/// When a disk extends itself, by how much, and how far. It needs a guest agent in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoExtend {
+    /// The disk grows when this share of the guest's root file system is in use, as `df` in the guest shows it: 1 to 99 %.
+    pub threshold_percent: u64,
+    /// By this much, in GiB; by less where the limit or the pool allow no more.
+    pub increment_gib: u64,
+    /// Until it is this large, in GiB. It may be made larger by a request.
+    pub limit_gib: u64,
 }
 
 /// What a disk or a template takes in the pool, as last measured: at most a minute ago, or `ACCOUNTING_SECONDS`.
@@ -353,6 +367,7 @@ mod tests {
             vcpu_count: 1,
             mem_size_mib: 512,
             disk_size_gib: 10,
+            disk_auto_extend: None,
             disk: None,
             storage: None,
         }

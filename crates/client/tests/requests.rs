@@ -1,7 +1,7 @@
 //! What a request may hold, and the sentence that each bad one gets.
 
 use proptest::prelude::*;
-use scalebox_client::{CreateVm, Invalid, Limits, ResizeVm, SshPublicKey};
+use scalebox_client::{AutoExtend, CreateVm, Invalid, Limits, SshPublicKey, UpdateVm};
 use serde_json::{Value, json};
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
@@ -14,7 +14,12 @@ const LIMITS: Limits = Limits {
 const DISK: &str = "disk_size_gib must be between 1 and 100";
 const VCPUS: &str = "vcpu_count must be a whole number between 1 and 4";
 const MEM: &str = "mem_size_mib must be a whole number between 128 and 4096";
-const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, start";
+const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, disk_auto_extend, start";
+const EXTEND: AutoExtend = AutoExtend {
+    threshold_percent: 80,
+    increment_gib: 5,
+    limit_gib: 50,
+};
 
 fn parse(body: &str) -> Result<CreateVm, Invalid> {
     CreateVm::parse(body.as_bytes(), &LIMITS)
@@ -55,6 +60,7 @@ fn what_the_client_writes_the_daemon_reads() {
         vcpu_count: Some(2),
         mem_size_mib: Some(1024),
         disk_size_gib: Some(10),
+        disk_auto_extend: Some(EXTEND),
         start: false,
         ..CreateVm::new("debian-base".parse().unwrap(), KEY.parse().unwrap())
     };
@@ -62,11 +68,21 @@ fn what_the_client_writes_the_daemon_reads() {
         CreateVm::parse(&serde_json::to_vec(&request).unwrap(), &LIMITS),
         Ok(request)
     );
-    let resize = ResizeVm { disk_size_gib: 20 };
-    assert_eq!(
-        ResizeVm::parse(&serde_json::to_vec(&resize).unwrap(), &LIMITS),
-        Ok(resize)
-    );
+    let changes = [
+        UpdateVm::grow(20),
+        UpdateVm {
+            disk_auto_extend: Some(Some(EXTEND)),
+            ..UpdateVm::grow(20)
+        },
+        UpdateVm {
+            disk_auto_extend: Some(None),
+            ..UpdateVm::default()
+        },
+    ];
+    for change in changes {
+        let body = serde_json::to_vec(&change).unwrap();
+        assert_eq!(UpdateVm::parse(&body, &LIMITS), Ok(change));
+    }
 }
 
 #[test]
@@ -209,14 +225,14 @@ fn a_disk_outside_its_bounds_gets_the_words_of_the_seed() {
         "100.00000000001",
     ] {
         assert_eq!(refusal(with("disk_size_gib", value)), DISK, "{value}");
-        let resize = ResizeVm::parse(format!("{{\"disk_size_gib\": {value}}}").as_bytes(), &LIMITS);
+        let resize = UpdateVm::parse(format!("{{\"disk_size_gib\": {value}}}").as_bytes(), &LIMITS);
         assert_eq!(resize.unwrap_err().to_string(), DISK, "{value}");
     }
     let small = Limits {
         max_disk_size_gib: 7,
         ..LIMITS
     };
-    let refused = ResizeVm::parse(br#"{"disk_size_gib": 8}"#, &small).unwrap_err();
+    let refused = UpdateVm::parse(br#"{"disk_size_gib": 8}"#, &small).unwrap_err();
     assert_eq!(refused.to_string(), "disk_size_gib must be between 1 and 7");
 }
 
@@ -313,11 +329,56 @@ fn a_name_of_the_wrong_form_is_told_the_right_one() {
             format!("{field} must be a string of Unicode text")
         );
     }
-    let nothing = ResizeVm::parse(b"{}", &LIMITS).unwrap_err().to_string();
+    let nothing = UpdateVm::parse(b"{}", &LIMITS).unwrap_err().to_string();
     assert_eq!(
         nothing,
-        "disk_size_gib is missing: send the new size of the disk in GiB"
+        "there is nothing to change: send at least one of disk_size_gib, disk_auto_extend"
     );
+}
+
+#[test]
+fn a_disk_that_extends_itself_has_a_threshold_an_increment_and_a_limit_within_their_bounds() {
+    const ALL: &str = "disk_auto_extend.threshold_percent, disk_auto_extend.increment_gib, disk_auto_extend.limit_gib";
+    let good = r#"{"threshold_percent": 80, "increment_gib": 5, "limit_gib": 50}"#;
+    assert_eq!(with("disk_auto_extend", good).unwrap().disk_auto_extend, Some(EXTEND));
+    for (value, sentence) in [
+        ("80", "disk_auto_extend must be an object, not a number".to_owned()),
+        ("null", "disk_auto_extend must be an object, not null".to_owned()),
+        (
+            "{}",
+            "disk_auto_extend.threshold_percent is missing: send the share of the guest's root file system that may be in use, in \
+             percent"
+                .to_owned(),
+        ),
+        (
+            r#"{"threshold_percent": 80, "increment_gib": 5}"#,
+            "disk_auto_extend.limit_gib is missing: send how large the disk may become, in GiB".to_owned(),
+        ),
+        (
+            r#"{"threshold_percent": 100, "increment_gib": 5, "limit_gib": 50}"#,
+            "disk_auto_extend.threshold_percent must be a whole number between 1 and 99".to_owned(),
+        ),
+        (
+            r#"{"threshold_percent": 80, "increment_gib": 0, "limit_gib": 50}"#,
+            "disk_auto_extend.increment_gib must be a whole number between 1 and 100".to_owned(),
+        ),
+        (
+            r#"{"threshold_percent": 80, "increment_gib": 5, "limit_gib": 101}"#,
+            "disk_auto_extend.limit_gib must be a whole number between 1 and 100".to_owned(),
+        ),
+        (
+            r#"{"threshold": 80, "increment_gib": 5, "limit_gib": 50}"#,
+            format!(
+                "unknown field \"disk_auto_extend.threshold\" (did you mean disk_auto_extend.threshold_percent?); the fields are {ALL}"
+            ),
+        ),
+        (
+            r#"{"limit_gib": 5, "limit_gib": 50}"#,
+            "the field \"disk_auto_extend.limit_gib\" is given twice".to_owned(),
+        ),
+    ] {
+        assert_eq!(refusal(with("disk_auto_extend", value)), sentence, "{value}");
+    }
 }
 
 const RSA_2048: &str = "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABAQDgmH/DYMfmkdzbp7uwSme7elaLyaqLQ6XDEd1iEGyZ1y3Bb2kBiMM0c+eXbRnIT5HmoW6mlDs2hksUNCjMhgMPBD4yAi3gZiEMNhNTJ2aRLqxrtHRPPcNrq7wJiwJuxwjxa+KhZIzAoScp89M3j2yJzS2+a5ykm0GUCsJRKoNV5R2KDYe+SVuz+PicfOU7ka+Ik/i49E2DHIEFDkpPxANmMKXsD4SbcWYrBQ1jTlnHBud9U3p5gUVng4SnCH9Btk20DPYAhVTtfxEajL5ow/Rpf+MZv+Oy5RLFGNx6JV8WeP1hYJTl4kIltdwKCrVOZ4B8XViz3W9196OGljq8SNv9";
@@ -408,15 +469,15 @@ proptest! {
     #[test]
     fn bytes_of_any_kind_are_read_or_refused(body in prop::collection::vec(any::<u8>(), 0..400)) {
         let _ = CreateVm::parse(&body, &LIMITS);
-        let _ = ResizeVm::parse(&body, &LIMITS);
+        let _ = UpdateVm::parse(&body, &LIMITS);
     }
 
     #[test]
     fn what_is_accepted_keeps_every_bound(
         fields in prop::collection::btree_map(
-            prop::sample::select(vec!["template", "ssh_public_key", "name", "vcpu_count", "mem_size_mib", "disk_size_gib", "start"]),
+            prop::sample::select(vec!["template", "ssh_public_key", "name", "vcpu_count", "mem_size_mib", "disk_size_gib", "disk_auto_extend", "start"]),
             any_value(),
-            0..7,
+            0..8,
         ),
         numbers in (0u64..130, 0u64..8, 0u64..5000),
     ) {

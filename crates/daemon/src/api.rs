@@ -16,8 +16,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use scalebox_client::{
-    CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, ResizeVm, Snapshot, SnapshotVm, TemplateList,
-    Trimmed, Vm, VmList,
+    CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, TemplateList, Trimmed,
+    UpdateVm, Vm, VmList,
 };
 use scalebox_storage::Gib;
 use sha2::{Digest, Sha256};
@@ -39,7 +39,7 @@ pub fn router(service: Service, token: &Token) -> Router {
     let token = Arc::new(TokenDigest::new(token));
     let guarded = Router::new()
         .route("/vms", get(list_vms).post(create_vm))
-        .route("/vms/{vm}", get(get_vm).patch(resize_vm).delete(delete_vm))
+        .route("/vms/{vm}", get(get_vm).patch(update_vm).delete(delete_vm))
         .route("/vms/{vm}/start", post(start_vm))
         .route("/vms/{vm}/stop", post(stop_vm))
         .route("/vms/{vm}/restart", post(restart_vm))
@@ -103,13 +103,13 @@ async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Resu
     service.delete(vm).await.map(|()| StatusCode::NO_CONTENT)
 }
 
-async fn resize_vm(
+async fn update_vm(
     State(service): State<Service>,
     Segment(vm): Segment,
     RawBody(body): RawBody,
 ) -> Result<Json<Vm>, ServiceError> {
-    let request = ResizeVm::parse(&body, service.limits())?;
-    service.resize(vm, request).await.map(Json)
+    let request = UpdateVm::parse(&body, service.limits())?;
+    service.update(vm, request).await.map(Json)
 }
 
 async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {

@@ -2,6 +2,7 @@
 
 use crate::accounts;
 use crate::api;
+use crate::auto_extend;
 use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
@@ -203,6 +204,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tokio::spawn(accounts::run(service.clone()));
         tokio::spawn(network_watch::run(service.clone()));
         tokio::spawn(guest_trim::run(service.clone()));
+        tokio::spawn(auto_extend::run(service.clone()));
         tokio::spawn(snapshots::thaw_left_frozen(service.clone()));
         tokio::spawn(recovery::start_again(service.clone(), recovered.to_start));
         server::run(listener, api::router(service.clone(), &token), &service)

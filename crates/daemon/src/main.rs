@@ -19,6 +19,7 @@
 //! | `state` | the state file |
 //! | `recovery` | putting things right at start |
 //! | `pool_growth` | a pool that grows by itself |
+//! | `auto_extend` | disks that extend themselves |
 //! | `guest_trim` | guests that give back what they deleted |
 //! | `pool_watch` | pausing guests before the pool runs full, and letting them go on |
 //! | `reclaim` | blocks of deleted disks, back to the pool and to the host disk |
@@ -34,6 +35,7 @@
 
 mod accounts;
 mod api;
+mod auto_extend;
 mod commands;
 mod doctor;
 mod error;

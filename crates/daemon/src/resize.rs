@@ -1,7 +1,7 @@
-//! Asking a guest how large its root file system is, through its agent: what the host grew, the guest must have grown too.
+//! Asking a guest how large and how full its root file system is, through its agent: what the host grew, the guest must have grown too.
 
 use scalebox_client::Disk;
-use scalebox_guest::Agent;
+use scalebox_guest::{Agent, FileSystem};
 use scalebox_storage::Bytes;
 use scalebox_vmm::{AgentEndpoint, Machine};
 use std::sync::Arc;
@@ -18,20 +18,21 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// host's guest may take a few seconds.
 pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
     for _ in 0..ATTEMPTS {
-        if let Some(total) = ask(machine).await {
-            return Some(total);
+        if let Some(root) = root_of(machine).await {
+            return Some(root.total);
         }
     }
     None
 }
 
-async fn ask(machine: &Arc<dyn Machine>) -> Option<Bytes> {
+/// What the guest's agent says of its root file system, if it answers.
+pub async fn root_of(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
     let AgentEndpoint::Unix(socket) = machine.agent()? else {
         return None;
     };
     let asked = async { Agent::connect(&socket).await?.root_file_system().await };
     match asked.await {
-        Ok(root) => Some(root.total),
+        Ok(root) => Some(root),
         Err(error) => {
             tracing::debug!(vm = %machine.id(), %error, "the guest agent did not answer");
             None
@@ -52,7 +53,7 @@ pub async fn confirm(machine: &Arc<dyn Machine>, before: Option<Bytes>, growth: 
     let expected = before + growth.scaled(0.9);
     let begun = Instant::now();
     loop {
-        let total = ask(machine).await;
+        let total = root_of(machine).await.map(|root| root.total);
         if total.is_some_and(|total| total >= expected) {
             return Disk {
                 confirmed: true,

@@ -5,6 +5,7 @@
 //! [`recovery`](crate::recovery) removes at the next start. Creations run side by side; the only lock they share is held for microseconds.
 
 use crate::accounts::{self, Ledger};
+use crate::auto_extend;
 use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
@@ -22,7 +23,7 @@ use crate::state::{Record, State};
 use crate::undo::Steps;
 use crate::vms::{Claim, Operation, Vms};
 use scalebox_client::{
-    Cpu, CreateVm, Disk, EventKind, HostInfo, HostLimits, Limits, Memory, PoolInfo, ResizeVm, Template, Trimmed, Vm,
+    Cpu, CreateVm, Disk, EventKind, HostInfo, HostLimits, Limits, Memory, PoolInfo, Template, Trimmed, UpdateVm, Vm,
     VmCounts, VmStatus,
 };
 use scalebox_crash_points::crash_point;
@@ -179,14 +180,14 @@ impl Service {
         self.detached(async move { service.stop_now(&reference).await }).await
     }
 
-    /// Grows a VM's disk, and the file system on it: live if it runs, else offline. Waits for what is under way on the VM, so that of
-    /// several requests at once the largest size is what is left.
+    /// Changes a VM. Its disk grows, and the file system on it: live if it runs, else offline. Waits for what is under way on the VM, so that
+    /// of several requests at once the largest size is what is left.
     ///
     /// # Errors
-    /// 404, 400 when it would become smaller, 507 when it does not fit.
-    pub async fn resize(&self, reference: String, request: ResizeVm) -> Result<Vm, ServiceError> {
+    /// 404, 400 when the disk would become smaller, 507 when it does not fit; nothing is changed then.
+    pub async fn update(&self, reference: String, request: UpdateVm) -> Result<Vm, ServiceError> {
         let service = self.clone();
-        self.detached(async move { service.resize_now(&reference, Gib::new(request.disk_size_gib)).await })
+        self.detached(async move { service.update_now(&reference, request).await })
             .await
     }
 
@@ -516,6 +517,9 @@ impl Service {
                 template.name
             )));
         }
+        if let Some(extend) = request.disk_auto_extend {
+            auto_extend::check(extend, disk_size)?;
+        }
         let reservation = inner.pool.admit(disk_size.bytes())?;
 
         let record = Record {
@@ -529,6 +533,7 @@ impl Service {
                 .unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
             mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
             disk_size_gib: disk_size.as_u64(),
+            auto_extend: request.disk_auto_extend,
             guest_ip: lease.guest_ip,
             ssh_port: lease.ssh_port,
             status: if request.start {
@@ -581,7 +586,7 @@ impl Service {
         Ok(machine)
     }
 
-    async fn admit(&self, size: Bytes) -> Result<Reservation, ServiceError> {
+    pub(crate) async fn admit(&self, size: Bytes) -> Result<Reservation, ServiceError> {
         let once = || {
             let pool = Arc::clone(&self.inner.pool);
             blocking(move || pool.admit(size))
@@ -767,28 +772,66 @@ impl Service {
         self.get(&record.id)
     }
 
-    async fn resize_now(&self, reference: &str, size: Gib) -> Result<Vm, ServiceError> {
-        let operation = self.inner.vms.begin_when_idle(reference, "being resized").await?;
-        let Operation { record, machine, .. } = &operation;
+    async fn update_now(&self, reference: &str, request: UpdateVm) -> Result<Vm, ServiceError> {
+        let operation = self.inner.vms.begin_when_idle(reference, "being changed").await?;
+        let record = &operation.record;
         let current = Gib::new(record.disk_size_gib);
+        let size = request.disk_size_gib.map_or(current, Gib::new);
         if size < current {
             return Err(ServiceError::Invalid(format!(
                 "disk_size_gib must be at least {current}: the disk of {} is {current} GiB large, and disks do not shrink",
                 record.name
             )));
         }
-        if size == current {
-            return Ok(self.describe(record));
+        if let Some(Some(extend)) = request.disk_auto_extend {
+            auto_extend::check(extend, size)?;
         }
-        let reservation = self.admit(size.bytes() - current.bytes()).await?;
-        let before = match machine {
-            Some(machine) => resize::guest_total(machine).await,
-            // Grown offline, the disk gives way to a grown clone: nothing may have it open, not even a machine that hangs.
-            None => {
-                self.put_down(&record.id).await?;
-                None
-            }
+        // First what can be refused.
+        let disk = if size > current {
+            let reservation = self.admit(size.bytes() - current.bytes()).await?;
+            let before = match &operation.machine {
+                Some(machine) => resize::guest_total(machine).await,
+                None => None,
+            };
+            self.enlarge(&operation, reservation, json!({ "by": "request" }))
+                .await?;
+            Some(match &operation.machine {
+                Some(machine) => resize::confirm(machine, before, size.bytes() - current.bytes()).await,
+                None => Disk {
+                    confirmed: true,
+                    guest_total_bytes: None,
+                    note: None,
+                },
+            })
+        } else {
+            None
         };
+        if let Some(extend) = request.disk_auto_extend {
+            let (state, id) = (Arc::clone(&self.inner.state), record.id.clone());
+            blocking(move || state.set_auto_extend(&id, extend)).await?;
+            self.inner.vms.change(&record.id, |record| record.auto_extend = extend);
+            tracing::info!(vm = record.id, name = record.name, auto_extend = ?extend, "changed");
+        }
+        Ok(Vm {
+            disk,
+            ..self.get(&record.id)?
+        })
+    }
+
+    /// Grows a VM's disk by what was admitted, and tells of it: `cause` says by whom it was asked for.
+    pub(crate) async fn enlarge(
+        &self,
+        operation: &Operation,
+        admitted: Reservation,
+        cause: Value,
+    ) -> Result<(), ServiceError> {
+        let Operation { record, machine, .. } = operation;
+        let current = Gib::new(record.disk_size_gib);
+        let size = (current.bytes() + admitted.size()).floor_gib();
+        if machine.is_none() {
+            // Grown offline, the disk gives way to a grown clone: nothing may have it open, not even a machine that hangs.
+            self.put_down(&record.id).await?;
+        }
         // The intent first: a crash from here on is carried through by the next start.
         self.persist_disk_size(&record.id, size).await?;
         crash_point("grow: size recorded");
@@ -797,33 +840,15 @@ impl Service {
             return Err(error);
         }
         crash_point("grow: disk grown");
-        reservation.commit();
-        self.inner.vms.set_disk_size(&record.id, size.as_u64());
-        tracing::info!(
-            vm = record.id,
-            name = record.name,
-            from = current.as_u64(),
-            to = size.as_u64(),
-            "disk grown"
-        );
-        self.inner.events.publish(
-            EventKind::Grown,
-            Some(record),
-            json!({ "from_gib": current.as_u64(), "to_gib": size.as_u64() }),
-        );
-
-        let disk = match machine {
-            Some(machine) => resize::confirm(machine, before, size.bytes() - current.bytes()).await,
-            None => Disk {
-                confirmed: true,
-                guest_total_bytes: None,
-                note: None,
-            },
-        };
-        Ok(Vm {
-            disk: Some(disk),
-            ..self.get(&record.id)?
-        })
+        admitted.commit();
+        let (from, to) = (current.as_u64(), size.as_u64());
+        self.inner.vms.change(&record.id, |record| record.disk_size_gib = to);
+        tracing::info!(vm = record.id, name = record.name, from, to, %cause, "disk grown");
+        let mut details = cause;
+        details["from_gib"] = from.into();
+        details["to_gib"] = to.into();
+        self.inner.events.publish(EventKind::Grown, Some(record), details);
+        Ok(())
     }
 
     /// Makes the disk as large as the state says: through the machine if there is one, else offline with its file system.
@@ -1001,6 +1026,7 @@ impl Service {
             vcpu_count: record.vcpu_count,
             mem_size_mib: record.mem_size_mib,
             disk_size_gib: record.disk_size_gib,
+            disk_auto_extend: record.auto_extend,
             disk: None,
             storage: accounts.and_then(|accounts| accounts::disk_usage(accounts, record)),
         }
@@ -1041,7 +1067,7 @@ fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
     ServiceError::Internal("an error inside scaleboxd; its log tells more under the request's id".to_owned())
 }
 
-fn is_refusal(error: &ServiceError) -> bool {
+pub(crate) fn is_refusal(error: &ServiceError) -> bool {
     matches!(error, ServiceError::Insufficient(_))
 }
 

@@ -9,7 +9,7 @@
 //! which on ext4 also commits the journal for the log's new time of change.
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
-use scalebox_client::VmStatus;
+use scalebox_client::{AutoExtend, VmStatus};
 use scalebox_storage::GroupSync;
 use std::fs::{self, File};
 use std::io;
@@ -37,6 +37,8 @@ pub struct Record {
     pub mem_size_mib: u64,
     /// Provisioned size of its disk in GiB.
     pub disk_size_gib: u64,
+    /// How its disk extends itself, if it does.
+    pub auto_extend: Option<AutoExtend>,
     /// Its address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
     /// The host's port that leads to its port 22; unique.
@@ -112,7 +114,7 @@ pub enum StateError {
 
 /// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
 /// `PRAGMA user_version`. Steps are only ever appended.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -130,6 +132,10 @@ const MIGRATIONS: [&str; 2] = [
     CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     "CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, digest TEXT NOT NULL, vm TEXT NOT NULL) STRICT;
     CREATE TRIGGER forget_key AFTER DELETE ON vms BEGIN DELETE FROM idempotency_keys WHERE vm = OLD.id; END",
+    // All three or none of them.
+    "ALTER TABLE vms ADD COLUMN extend_threshold_percent INTEGER;
+    ALTER TABLE vms ADD COLUMN extend_increment_gib INTEGER;
+    ALTER TABLE vms ADD COLUMN extend_limit_gib INTEGER",
 ];
 
 /// The open state file. One process has it at a time.
@@ -232,7 +238,12 @@ impl State {
     pub fn insert(&self, vm: &Record) -> Result<(), StateError> {
         self.run(|connection| {
             connection
-                .prepare_cached("INSERT INTO vms VALUES (?,?,?,?,?,?,?,?,?,?,?,?)")?
+                .prepare_cached(
+                    "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
+                        guest_ip, ssh_port, status, status_reason,
+                        extend_threshold_percent, extend_increment_gib, extend_limit_gib)
+                    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                )?
                 .execute(params![
                     vm.id,
                     vm.name,
@@ -246,6 +257,9 @@ impl State {
                     vm.ssh_port,
                     vm.status.as_str(),
                     vm.status_reason,
+                    vm.auto_extend.map(|extend| extend.threshold_percent),
+                    vm.auto_extend.map(|extend| extend.increment_gib),
+                    vm.auto_extend.map(|extend| extend.limit_gib),
                 ])
                 .map(drop)
         })?;
@@ -279,6 +293,27 @@ impl State {
             connection
                 .prepare_cached("UPDATE vms SET disk_size_gib = ?2 WHERE id = ?1")?
                 .execute(params![id, disk_size_gib])
+                .map(drop)
+        })
+    }
+
+    /// Changes how a VM's disk extends itself.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn set_auto_extend(&self, id: &str, extend: Option<AutoExtend>) -> Result<(), StateError> {
+        self.with(|connection| {
+            connection
+                .prepare_cached(
+                    "UPDATE vms SET extend_threshold_percent = ?2, extend_increment_gib = ?3, extend_limit_gib = ?4
+                    WHERE id = ?1",
+                )?
+                .execute(params![
+                    id,
+                    extend.map(|extend| extend.threshold_percent),
+                    extend.map(|extend| extend.increment_gib),
+                    extend.map(|extend| extend.limit_gib),
+                ])
                 .map(drop)
         })
     }
@@ -386,11 +421,23 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
         vcpu_count: row.get("vcpu_count")?,
         mem_size_mib: row.get("mem_size_mib")?,
         disk_size_gib: row.get("disk_size_gib")?,
+        auto_extend: auto_extend(row)?,
         guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
         ssh_port: row.get("ssh_port")?,
         status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
         status_reason: row.get("status_reason")?,
     })
+}
+
+fn auto_extend(row: &Row<'_>) -> rusqlite::Result<Option<AutoExtend>> {
+    let Some(threshold_percent) = row.get("extend_threshold_percent")? else {
+        return Ok(None);
+    };
+    Ok(Some(AutoExtend {
+        threshold_percent,
+        increment_gib: row.get("extend_increment_gib")?,
+        limit_gib: row.get("extend_limit_gib")?,
+    }))
 }
 
 fn status_of(word: &str) -> Option<VmStatus> {
@@ -418,6 +465,7 @@ mod tests {
             vcpu_count: 1,
             mem_size_mib: 512,
             disk_size_gib: 10,
+            auto_extend: None,
             guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
             ssh_port: 22001 + n,
             status: VmStatus::Running,
@@ -429,8 +477,18 @@ mod tests {
     fn what_was_written_is_there_after_a_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
+        let extend = Some(AutoExtend {
+            threshold_percent: 80,
+            increment_gib: 5,
+            limit_gib: 50,
+        });
+        let extending = Record {
+            auto_extend: extend,
+            ..vm(3)
+        };
         state.insert(&vm(1)).unwrap();
         state.insert(&vm(2)).unwrap();
+        state.insert(&extending).unwrap();
         state
             .set_status(&vm(2).id, VmStatus::Failed, Some("its process ended"))
             .unwrap();
@@ -443,7 +501,13 @@ mod tests {
             status_reason: Some("its process ended".into()),
             ..vm(2)
         };
-        assert_eq!(State::open(folder.path()).unwrap().vms().unwrap(), [failed]);
+        let state = State::open(folder.path()).unwrap();
+        assert_eq!(state.vms().unwrap(), [failed, extending]);
+        state.set_auto_extend(&vm(2).id, extend).unwrap();
+        state.set_auto_extend(&vm(3).id, None).unwrap();
+        drop(state);
+        let vms = State::open(folder.path()).unwrap().vms().unwrap();
+        assert_eq!([vms[0].auto_extend, vms[1].auto_extend], [extend, None]);
     }
 
     #[test]

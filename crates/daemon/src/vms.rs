@@ -219,18 +219,28 @@ impl Vms {
     /// The VMs that run and have nothing under way, with their machines.
     pub fn running(&self) -> Vec<(String, Arc<dyn Machine>)> {
         let table = self.lock();
-        let idle = table
-            .by_id
-            .values()
-            .filter(|entry| entry.busy.is_none() && entry.record.status == VmStatus::Running);
-        idle.filter_map(|entry| Some((entry.record.id.clone(), Arc::clone(entry.machine.as_ref()?))))
+        table
+            .running()
+            .filter_map(|entry| Some((entry.record.id.clone(), Arc::clone(entry.machine.as_ref()?))))
             .collect()
     }
 
-    /// Notes the size of a VM's disk.
-    pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) {
+    /// The VMs among them whose disks extend themselves and are not as large as they may become.
+    pub fn extending(&self) -> Vec<(Record, Arc<dyn Machine>)> {
+        let table = self.lock();
+        let extending = table.running().filter(|entry| {
+            let extend = entry.record.auto_extend;
+            extend.is_some_and(|extend| entry.record.disk_size_gib < extend.limit_gib)
+        });
+        extending
+            .filter_map(|entry| Some((entry.record.clone(), Arc::clone(entry.machine.as_ref()?))))
+            .collect()
+    }
+
+    /// Notes what else has changed of a VM: its disk, its settings. One that is gone is not made anew.
+    pub fn change(&self, id: &str, change: impl FnOnce(&mut Record)) {
         if let Some(entry) = self.lock().by_id.get_mut(id) {
-            entry.record.disk_size_gib = disk_size_gib;
+            change(&mut entry.record);
         }
     }
 
@@ -250,6 +260,12 @@ impl Vms {
 }
 
 impl Table {
+    fn running(&self) -> impl Iterator<Item = &Entry> {
+        self.by_id
+            .values()
+            .filter(|entry| entry.busy.is_none() && entry.record.status == VmStatus::Running)
+    }
+
     fn find(&self, reference: &str) -> Result<&Entry, ServiceError> {
         self.by_id
             .get(reference)
@@ -380,6 +396,7 @@ mod tests {
             vcpu_count: 1,
             mem_size_mib: 512,
             disk_size_gib: 2,
+            auto_extend: None,
             guest_ip: claim.lease.guest_ip,
             ssh_port: claim.lease.ssh_port,
             status: VmStatus::Stopped,

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::{ClientError, CreateVm, ResizeVm, VmStatus};
+use scalebox_client::{AutoExtend, ClientError, CreateVm, UpdateVm, VmStatus};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -322,7 +322,7 @@ fn a_stopped_vm_s_disk_grows_with_its_file_system_and_never_shrinks() {
         ..Options::default()
     });
     let vm = host.create_stopped("tiny", Some(5));
-    let resize = |size: u64| host.client().resize_vm(&vm.id, &ResizeVm { disk_size_gib: size });
+    let resize = |size: u64| host.client().update_vm(&vm.id, &UpdateVm::grow(size));
     let grown = resize(8).unwrap();
     assert_eq!(grown.disk_size_gib, 8);
     assert!(grown.disk.expect("what became of the file system").confirmed);
@@ -361,6 +361,49 @@ fn a_stopped_vm_s_disk_grows_with_its_file_system_and_never_shrinks() {
 }
 
 #[test]
+fn how_a_disk_extends_itself_is_set_changed_kept_and_taken_away() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let policy = |limit_gib| AutoExtend {
+        threshold_percent: 80,
+        increment_gib: 5,
+        limit_gib,
+    };
+    let request = |limit| CreateVm {
+        disk_size_gib: Some(10),
+        disk_auto_extend: Some(policy(limit)),
+        ..host.stopped("tiny")
+    };
+    let too_small = "disk_auto_extend.limit_gib must be at least the size of the disk, which is 10 GiB";
+    assert_eq!(
+        refused(host.client().create_vm(&request(9)).unwrap_err()),
+        (400, too_small.to_owned())
+    );
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 0);
+    let vm = host.client().create_vm(&request(20)).unwrap();
+    assert_eq!(vm.disk_auto_extend, Some(policy(20)));
+
+    let set = |host: &Host, extend| {
+        host.client().update_vm(
+            &vm.id,
+            &UpdateVm {
+                disk_auto_extend: Some(extend),
+                ..UpdateVm::default()
+            },
+        )
+    };
+    assert_eq!(
+        refused(set(&host, Some(policy(9))).unwrap_err()),
+        (400, too_small.to_owned())
+    );
+    let changed = set(&host, Some(policy(30))).unwrap();
+    assert_eq!((changed.disk_auto_extend, changed.disk), (Some(policy(30)), None));
+    host.crash();
+    host.serve();
+    assert_eq!(host.client().vm(&vm.id).unwrap().disk_auto_extend, Some(policy(30)));
+    assert_eq!(set(&host, None).unwrap().disk_auto_extend, None);
+}
+
+#[test]
 fn ten_clients_that_grow_the_same_disk_end_at_the_largest_size() {
     let host = Host::with_tiny_template(&Options {
         pool_size: "100G",
@@ -374,7 +417,7 @@ fn ten_clients_that_grow_the_same_disk_end_at_the_largest_size() {
             scope.spawn(move || {
                 start.wait();
                 // A larger one may have come first: then this one would shrink the disk.
-                if let Err(error) = host.client().resize_vm(&vm.id, &ResizeVm { disk_size_gib: size }) {
+                if let Err(error) = host.client().update_vm(&vm.id, &UpdateVm::grow(size)) {
                     assert_eq!(refused(error).0, 400);
                 }
             });

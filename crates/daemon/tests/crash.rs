@@ -15,7 +15,7 @@ mod support;
 #[allow(dead_code, clippy::unwrap_used, reason = "the hypervisor's tests use the others")]
 mod tiny_guest;
 
-use scalebox_client::{CreateVm, PoolInfo, ResizeVm, SnapshotVm, Vm, VmStatus};
+use scalebox_client::{CreateVm, PoolInfo, SnapshotVm, UpdateVm, Vm, VmStatus};
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write as _};
 use std::fs;
@@ -500,7 +500,7 @@ impl Scene {
     }
 
     fn grow(&self, disk_size_gib: u64) -> Result<(), String> {
-        done(self.host.client().resize_vm(MADE, &ResizeVm { disk_size_gib }))
+        done(self.host.client().update_vm(MADE, &UpdateVm::grow(disk_size_gib)))
     }
 
     fn delete(&self) -> Result<(), String> {

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::{Event, EventKind, ResizeVm};
+use scalebox_client::{Event, EventKind, UpdateVm};
 use serde_json::json;
 use support::{Host, HostDisk, Options, TOKEN, eventually};
 
@@ -42,7 +42,7 @@ fn a_follower_is_told_of_each_change_and_who_comes_back_of_what_it_missed() {
     let details = json!({"template": "tiny", "status": "stopped", "disk_size_gib": 2, "ssh_port": vm.ssh_port});
     assert_eq!(serde_json::to_value(&created.details).unwrap(), details);
 
-    client.resize_vm(&vm.id, &ResizeVm { disk_size_gib: 3 }).unwrap();
+    client.update_vm(&vm.id, &UpdateVm::grow(3)).unwrap();
     client.grow_pool(Some(50)).unwrap();
     client.shrink_pool(40).unwrap();
     client.delete_vm(&vm.id).unwrap();
@@ -53,7 +53,7 @@ fn a_follower_is_told_of_each_change_and_who_comes_back_of_what_it_missed() {
     assert!(told.windows(2).all(|pair| pair[0].id < pair[1].id));
     assert_eq!(
         serde_json::to_value(&told[0].details).unwrap(),
-        json!({"from_gib": 2, "to_gib": 3})
+        json!({"from_gib": 2, "to_gib": 3, "by": "request"})
     );
     assert_eq!(told[1].details["capacity_bytes"], json!(50u64 << 30));
 

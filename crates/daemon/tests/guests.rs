@@ -10,7 +10,7 @@
 
 mod support;
 
-use scalebox_client::{CreateVm, ResizeVm, Vm, VmStatus};
+use scalebox_client::{AutoExtend, CreateVm, EventKind, UpdateVm, Vm, VmStatus};
 use std::collections::HashSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -83,10 +83,7 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert!(said(&by_cli).contains("through the CLI"), "{}", said(&by_cli));
 
     // A disk grows live, and the answer says so only when the guest's file system has grown.
-    let grown = host
-        .client()
-        .resize_vm("first", &ResizeVm { disk_size_gib: 6 })
-        .unwrap();
+    let grown = host.client().update_vm("first", &UpdateVm::grow(6)).unwrap();
     let disk = grown.disk.expect("what became of the file system");
     assert!(disk.confirmed, "{disk:?}");
     let told = disk.guest_total_bytes.expect("the agent's word") as f64 / f64::from(1 << 30);
@@ -95,6 +92,48 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         (5.5..=6.0).contains(&told) && (5.5..=6.0).contains(&seen),
         "told {told}, seen {seen}"
     );
+
+    // A disk extends itself before its guest is full, by its increment and no further than its limit.
+    let extend = AutoExtend {
+        threshold_percent: 60,
+        increment_gib: 2,
+        limit_gib: 9,
+    };
+    let change = UpdateVm {
+        disk_auto_extend: Some(Some(extend)),
+        ..UpdateVm::default()
+    };
+    assert_eq!(
+        host.client().update_vm("first", &change).unwrap().disk_auto_extend,
+        Some(extend)
+    );
+    for (file, size, grown) in [("one", "3600M", 8), ("two", "1500M", 9)] {
+        // Takes room in the guest's file system and none on the host.
+        anna.run(&first, &format!("fallocate -l {size} {file}"));
+        eventually(&format!("the disk to extend itself to {grown} GiB"), || {
+            (host.client().vm("first").unwrap().disk_size_gib == grown).then_some(())
+        });
+        eventually("the guest to see it", || {
+            (root_size_gib(&anna, &first) > grown as f64 - 0.5).then_some(())
+        });
+    }
+    let told: Vec<_> = host
+        .client()
+        .events(Some(0), false)
+        .unwrap()
+        .map(Result::unwrap)
+        .filter(|event| event.kind == EventKind::Grown)
+        .map(|event| (event.details["by"].clone(), event.details["to_gib"].clone()))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("request".into(), 6.into()),
+            ("auto_extend".into(), 8.into()),
+            ("auto_extend".into(), 9.into())
+        ]
+    );
+    anna.run(&first, "rm one two");
 
     // The pool runs full under a guest that writes: it stands still before the last block is taken, sees no error, and goes on by itself
     // when there is room.
