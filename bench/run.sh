@@ -4,7 +4,7 @@
 #   make bench            a full run, ten minutes at most
 #   make bench QUICK=1    a small one
 #
-# The pool lies on a loop device under another name, over a sparse 4 TiB file, so it counts as one on a device of its own: 32 disks of 100 GiB are admitted at once on a host
+# The pool lies on a device of its own, which is a loop device over a sparse 4 TiB file: 32 disks of 100 GiB are admitted at once on a host
 # that has not that much. The disks are clones, and what is really written is less than 5 GB.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
@@ -50,11 +50,9 @@ trap 'exit 130' INT TERM
 echo "Setting up the benchmark in $SCRATCH..." >&2
 truncate --size 4T "$SCRATCH/pool.disk"
 pool_loop=$(loop "$SCRATCH/pool.disk")
-mknod "$SCRATCH/pool-device" b "0x$(stat --format %t "$pool_loop")" "0x$(stat --format %T "$pool_loop")"
-mkdir -p "$DATA_DIR" "$BENCH_EXT4"
-# As `pool init` formats and mounts an image.
-mkfs.btrfs --quiet --nodiscard --label scalebox --data single --metadata dup "$SCRATCH/pool-device" 2>/dev/null
-mount -o noatime,discard=async "$SCRATCH/pool-device" "$DATA_DIR"
+export POOL_DEVICE=$pool_loop
+unset POOL_IMAGE
+mkdir -p "$BENCH_EXT4"
 truncate --size 4G "$SCRATCH/ext4.disk"
 ext4_loop=$(loop "$SCRATCH/ext4.disk")
 mke2fs -q -t ext4 "$ext4_loop"

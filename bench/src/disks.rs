@@ -5,7 +5,7 @@ use crate::measure::timed;
 use crate::{Outcome, Setup};
 use rustix::fs::ioctl_ficlone;
 use scalebox_client::{Client, CreateVm, SshPublicKey};
-use scalebox_storage::{Bounds, Gib, Name, Pool};
+use scalebox_storage::{Backing, Bounds, Gib, Name, Pool};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ impl<'a> Workshop<'a> {
         Ok(Workshop {
             setup,
             daemon,
-            pool: Pool::open(&setup.pool, bounds)?,
+            pool: Pool::open(&setup.pool, &Backing::Device(setup.device.clone()), bounds)?,
             template: TEMPLATE.parse()?,
             key: KEY.parse()?,
         })

@@ -45,6 +45,8 @@ pub struct Setup {
     pub scratch: PathBuf,
     /// The mounted pool.
     pub pool: PathBuf,
+    /// The device it lies on.
+    pub device: PathBuf,
     /// A folder on ext4 over a loop device like the pool's.
     pub ext4: PathBuf,
     /// The daemon's token.
@@ -60,6 +62,7 @@ impl Setup {
             scaleboxd: read("SCALEBOXD")?.into(),
             scratch: read("SCRATCH")?.into(),
             pool: read("DATA_DIR")?.into(),
+            device: read("POOL_DEVICE")?.into(),
             ext4: read("BENCH_EXT4")?.into(),
             token: read("API_TOKEN")?,
             quick: std::env::var("QUICK").is_ok_and(|quick| quick == "1"),

@@ -137,6 +137,13 @@ pub fn trim_pool(client: &Client, output: &Output) -> Result<(), Error> {
     ))
 }
 
+fn lies_on(pool: &PoolInfo) -> String {
+    match &pool.image {
+        Some(image) => format!("{}, the image {image}", pool.file_system),
+        None => format!("{}, {}", pool.file_system, pool.device),
+    }
+}
+
 pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
     let pool = client.pool()?;
     if output.json {
@@ -150,12 +157,7 @@ pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
     );
     output.facts(&[
         ("path", pool.path.clone()),
-        (
-            "image",
-            pool.image
-                .clone()
-                .unwrap_or_else(|| "none: a device of its own".to_owned()),
-        ),
+        ("lies on", lies_on(&pool)),
         ("capacity", bytes(pool.capacity_bytes)),
         ("used", used),
         ("  by one VM each", human::measured(pool.vms_exclusive_bytes)),

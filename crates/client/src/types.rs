@@ -170,8 +170,14 @@ pub struct TemplateList {
 pub struct PoolInfo {
     /// Where the pool is mounted.
     pub path: String,
+    /// `btrfs` or `xfs`.
+    #[serde(default)]
+    pub file_system: String,
     /// The file behind it; null when the pool is not on an image.
     pub image: Option<String>,
+    /// What it is mounted from; the loop device, when it is on an image.
+    #[serde(default)]
+    pub device: String,
     /// Size of the pool's file system.
     pub capacity_bytes: u64,
     /// What can really be written: bounded by the pool, by its metadata and by the host disk.

@@ -146,7 +146,7 @@ pub fn template_build(
     cache: Option<&Path>,
 ) -> Result<(), CommandFailed> {
     let name: Name = name.parse()?;
-    let pool = Pool::open(&settings.data_dir, settings.bounds())?;
+    let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     let kernel_there = pool.kernel_dir().join("vmlinuz").exists() && pool.kernel_dir().join("initrd.img").exists();
     if !replace && kernel_there && pool.template(&name).is_ok() {
         println!("The template {name} is there already; --replace builds it anew.");
@@ -168,7 +168,7 @@ pub fn template_build(
 /// `scaleboxd template import`.
 pub fn template_import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
-    let pool = Pool::open(&settings.data_dir, settings.bounds())?;
+    let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     let template = pool.import_template(&name.parse()?, file, replace)?;
     println!(
         "The template {name} is ready: {} large, {} on disk.",
@@ -217,7 +217,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
 
 /// `scaleboxd down`.
 pub fn down(settings: Settings) -> Result<(), CommandFailed> {
-    let data_dir = settings.data_dir.clone();
+    let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
     runtime()?.block_on(async {
         let state = State::open(&settings.state_dir)?;
         match open_service(settings.clone(), state).await {
@@ -232,7 +232,7 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
             Err(error) => Err(error),
         }
     })?;
-    if scalebox_storage::unmount(&data_dir)? {
+    if scalebox_storage::unmount(&data_dir, &backing)? {
         println!("Unmounted {}.", data_dir.display());
     }
     println!(
@@ -261,10 +261,10 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
 /// Opens every part, puts them together and puts right what a crash left.
 async fn open_service(settings: Settings, state: State) -> Result<(Service, Recovered), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
-    let pool = Pool::open(&settings.data_dir, settings.bounds())?;
+    let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     take_pool(&pool, &state, &settings)?;
     prepare_run_dir(&settings.run_dir)?;
-    scalebox_storage::ensure_direct_io(&settings.data_dir, &mut |event| match event {
+    scalebox_storage::ensure_direct_io(&settings.data_dir, &settings.backing, &mut |event| match event {
         InitEvent::Step(step) => tracing::info!("{step}"),
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;

@@ -7,7 +7,7 @@ use crate::service::BASE_TEMPLATE;
 use crate::settings::Settings;
 use crate::state::{Fact, State};
 use scalebox_net::Inspection;
-use scalebox_storage::{Bytes, Pool, Program, StorageError, pool_size};
+use scalebox_storage::{Backing, Bytes, Pool, Program, StorageError, pool_size};
 use scalebox_vmm::{Accel, AccelSetting};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -271,20 +271,29 @@ fn hypervisor(found: &mut Findings, settings: &Settings) {
 }
 
 fn storage(found: &mut Findings, settings: &Settings) {
-    let (at, image) = (settings.data_dir.display(), &settings.pool_image);
-    let pool = match Pool::open(&settings.data_dir, settings.bounds()) {
+    let at = settings.data_dir.display();
+    let pool = match Pool::open(&settings.data_dir, &settings.backing, settings.bounds()) {
         Ok(pool) => pool,
-        Err(StorageError::NotMounted(_)) if image.exists() => {
-            let finding = format!("the pool {} is not mounted at {at}", image.display());
-            return found.problem("pool", finding, "scaleboxd pool init (keeps what is in it)");
-        }
         Err(StorageError::NotMounted(_)) => {
-            found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init");
-            return space_for_a_pool(found, settings);
+            return match &settings.backing {
+                Backing::Image(image) if image.exists() => {
+                    let finding = format!("the pool {} is not mounted at {at}", image.display());
+                    found.problem("pool", finding, "scaleboxd pool init (keeps what is in it)");
+                }
+                Backing::Image(image) => {
+                    found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init");
+                    space_for_a_pool(found, settings, image);
+                }
+                Backing::Device(device) => {
+                    let finding = format!("the pool on {} is not mounted at {at}", device.display());
+                    found.problem("pool", finding, "scaleboxd pool init (keeps a pool that is on it)");
+                }
+                Backing::Given => found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init"),
+            };
         }
         Err(error) => return found.problem("pool", error, "set DATA_DIR to where the pool is, or is to be"),
     };
-    found.ok("pool", format!("mounted at {at}, and clones files"));
+    found.ok("pool", format!("at {at}, on {}, and clones files", pool.file_system()));
     if pool.direct_io() == Some(false) {
         found.note(
             "pool",
@@ -363,9 +372,9 @@ fn space(found: &mut Findings, settings: &Settings, pool: &Pool) {
 }
 
 /// Whether `pool init` would find room, by its own rule.
-fn space_for_a_pool(found: &mut Findings, settings: &Settings) {
+fn space_for_a_pool(found: &mut Findings, settings: &Settings, image: &Path) {
     // The folder may be one that `pool init` makes.
-    let Some(folder) = settings.pool_image.ancestors().skip(1).find(|folder| folder.exists()) else {
+    let Some(folder) = image.ancestors().skip(1).find(|folder| folder.exists()) else {
         return;
     };
     match rustix::fs::statvfs(folder) {

@@ -101,7 +101,7 @@ impl From<StorageError> for ServiceError {
             StorageError::TemplateExists(_) | StorageError::TemplateBeingMade(_) | StorageError::Unfit(_) => {
                 ServiceError::Conflict(text)
             }
-            StorageError::PoolSize(_) | StorageError::NoImage(_) => ServiceError::Invalid(text),
+            StorageError::PoolSize(_) | StorageError::Given(_) => ServiceError::Invalid(text),
             StorageError::Busy(_) => ServiceError::Conflict(text),
             StorageError::NotMounted(_) => ServiceError::Unavailable(text),
             StorageError::SmallerThanTemplate { .. } | StorageError::Name(_) => ServiceError::Invalid(text),

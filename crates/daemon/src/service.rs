@@ -285,7 +285,9 @@ impl Service {
         let measured = |sum: fn(&Accounts) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
         Ok(PoolInfo {
             path: pool.path().display().to_string(),
+            file_system: pool.file_system().to_owned(),
             image: pool.image().map(|image| image.display().to_string()),
+            device: pool.device().display().to_string(),
             capacity_bytes: space.capacity.as_u64(),
             free_bytes: space.free.as_u64(),
             used_bytes: space.used.as_u64(),

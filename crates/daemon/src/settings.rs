@@ -6,7 +6,7 @@
 use ipnet::Ipv4Net;
 use scalebox_client::Limits;
 use scalebox_net::NetConfig;
-use scalebox_storage::{Bounds, Gib, PoolPlan, RequestedSize};
+use scalebox_storage::{Backing, Bounds, Gib, PoolPlan, RequestedSize};
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -43,8 +43,8 @@ pub struct Settings {
     pub accounting_interval: Duration,
     /// `DATA_DIR`: the pool's mount point.
     pub data_dir: PathBuf,
-    /// `POOL_IMAGE`: the pool's backing image.
-    pub pool_image: PathBuf,
+    /// `POOL_IMAGE` and `POOL_DEVICE`: what the pool lies on.
+    pub backing: Backing,
     /// `STATE_DIR`: the state, outside the pool.
     pub state_dir: PathBuf,
     /// `RUN_DIR`: sockets and seed drives of running machines.
@@ -166,7 +166,7 @@ pub enum SettingsError {
     },
 }
 
-const KEYS: [&str; 29] = [
+const KEYS: [&str; 30] = [
     "STORAGE_SIZE",
     "POOL_AUTO_GROW",
     "POOL_LOW_WATER_GIB",
@@ -177,6 +177,7 @@ const KEYS: [&str; 29] = [
     "ACCOUNTING_SECONDS",
     "DATA_DIR",
     "POOL_IMAGE",
+    "POOL_DEVICE",
     "STATE_DIR",
     "RUN_DIR",
     "FSTAB",
@@ -256,7 +257,7 @@ impl Settings {
             overcommit_ratio: values.overcommit_ratio()?,
             accounting_interval: Duration::from_secs(values.number("ACCOUNTING_SECONDS", 60, 1..=86400)?),
             data_dir: values.path("DATA_DIR", "/var/lib/scalebox")?,
-            pool_image: values.path("POOL_IMAGE", "/var/lib/scalebox.img")?,
+            backing: values.backing()?,
             state_dir: values.path("STATE_DIR", "/var/lib/scaleboxd")?,
             run_dir: values.path("RUN_DIR", "/run/scaleboxd")?,
             fstab: values.path("FSTAB", "/etc/fstab")?,
@@ -312,7 +313,7 @@ impl Settings {
     pub fn pool_plan(&self) -> PoolPlan {
         PoolPlan {
             data_dir: self.data_dir.clone(),
-            image: self.pool_image.clone(),
+            backing: self.backing.clone(),
             fstab: self.fstab.clone(),
             size: self.storage_size.clone(),
             buffer: self.storage_buffer,
@@ -434,6 +435,23 @@ impl Values {
         }
     }
 
+    /// An image unless a device is named, or neither is wanted.
+    fn backing(&self) -> Result<Backing, SettingsError> {
+        if self.get("POOL_DEVICE").is_some() {
+            if self.get("POOL_IMAGE").is_some() {
+                return Err(self.wrong(
+                    "POOL_DEVICE",
+                    "it cannot be set together with POOL_IMAGE: a pool lies on one of them",
+                ));
+            }
+            return self.path("POOL_DEVICE", "").map(Backing::Device);
+        }
+        match self.get("POOL_IMAGE") {
+            Some("none") => Ok(Backing::Given),
+            _ => self.path("POOL_IMAGE", "/var/lib/scalebox.img").map(Backing::Image),
+        }
+    }
+
     fn storage_size(&self) -> Result<Option<RequestedSize>, SettingsError> {
         let parse = |text: &str| {
             text.parse()
@@ -524,7 +542,7 @@ mod tests {
         assert_eq!(settings.storage_buffer, Gib::new(2));
         assert_eq!(settings.overcommit_ratio, 4.0);
         assert_eq!(settings.data_dir, Path::new("/var/lib/scalebox"));
-        assert_eq!(settings.pool_image, Path::new("/var/lib/scalebox.img"));
+        assert_eq!(settings.backing, Backing::Image("/var/lib/scalebox.img".into()));
         assert_eq!(settings.state_dir, Path::new("/var/lib/scaleboxd"));
         assert_eq!(settings.run_dir, Path::new("/run/scaleboxd"));
         assert_eq!(settings.api.to_string(), "127.0.0.1:8080");
@@ -535,6 +553,25 @@ mod tests {
         assert_eq!(settings.net.ports(), 22001..=32000);
         assert_eq!((settings.default_vcpu_count, settings.default_mem_size_mib), (1, 512));
         assert!(settings.token().is_err(), "there is no default token");
+    }
+
+    #[test]
+    fn a_pool_lies_on_an_image_a_device_or_what_is_there() {
+        let backing = |pairs: &[(&'static str, &str)]| settings(pairs).map(|settings| settings.backing);
+        assert_eq!(
+            backing(&[("POOL_IMAGE", "/srv/p.img")]),
+            Ok(Backing::Image("/srv/p.img".into()))
+        );
+        assert_eq!(
+            backing(&[("POOL_DEVICE", "/dev/sdb")]),
+            Ok(Backing::Device("/dev/sdb".into()))
+        );
+        assert_eq!(backing(&[("POOL_IMAGE", "none")]), Ok(Backing::Given));
+        let both = backing(&[("POOL_DEVICE", "/dev/sdb"), ("POOL_IMAGE", "/srv/p.img")]).unwrap_err();
+        assert!(
+            both.contains("POOL_DEVICE=\"/dev/sdb\"") && both.contains("together with POOL_IMAGE"),
+            "{both}"
+        );
     }
 
     #[test]
@@ -561,6 +598,7 @@ mod tests {
             ("ACCOUNTING_SECONDS", "0", "a whole number from 1"),
             ("OVERCOMMIT_RATIO", "NaN", "from 0.1 to 1000"),
             ("DATA_DIR", "pool", "an absolute path"),
+            ("POOL_DEVICE", "sdb", "an absolute path"),
             ("API_BIND", "localhost", "an address such as 127.0.0.1"),
             ("API_PORT", "80800", "from 0 to 65535"),
             ("API_TOKEN", "with space", "printable ASCII"),

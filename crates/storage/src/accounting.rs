@@ -4,14 +4,19 @@
 //! single template refers to is *exclusive* to it: deleting that frees it. One that several refer to is *shared*. What no disk or template
 //! refers to (kernel, half-made files, files deleted and still open) is *other*. The four sums make up what btrfs says is used.
 //!
+//! On XFS, what counts is each block, for there a block that no file maps is free. *Other* is then what is used and no disk or template maps, and so it
+//! is on a btrfs that holds more than the pool.
+//!
 //! A template and the grown clones kept of it are one owner, because they go together.
 //!
 //! The walk costs about a microsecond a reference and memory for each distinct extent (some 50 bytes), none for further references to
 //! it; nothing waits for it.
 
-use crate::btrfs::chunk_space;
 use crate::error::StorageError;
 use crate::extents::{self, Reference};
+use crate::fiemap;
+use crate::files;
+use crate::ground::{FileSystem, Ground};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
@@ -131,8 +136,8 @@ impl Tally {
         }
     }
 
-    /// `used` is what the file system says of itself after the walk.
-    fn close(mut self, used: Bytes, measured_at: SystemTime, took: Duration) -> Accounts {
+    /// `used` is what the file system says of itself after the walk; `other_is_rest` where the walk does not show all that it holds.
+    fn close(mut self, used: Bytes, other_is_rest: bool, measured_at: SystemTime, took: Duration) -> Accounts {
         let (mut disks_exclusive, mut templates_exclusive) = (Bytes::ZERO, Bytes::ZERO);
         let (mut shared, mut other, mut covered) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
         for held in self.extents.values() {
@@ -150,6 +155,9 @@ impl Tally {
                 None if held.owner == SHARED => shared += size,
                 None => other += size,
             }
+        }
+        if other_is_rest {
+            other = used - (disks_exclusive + templates_exclusive + shared);
         }
         let (disks, templates): (Vec<_>, Vec<_>) = self.owners.into_iter().partition(|holding| holding.disk);
         let by_name = |owners: Vec<Holding>| owners.into_iter().map(|owner| (owner.name, owner.usage)).collect();
@@ -183,9 +191,12 @@ impl Pool {
         // Before anything else: what changes from here on makes the result stale.
         let folders = self.folder_times();
         let mut tally = self.owners()?;
-        extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?;
-        let used = chunk_space(&self.dir).map_err(failed)?.data_used;
-        let accounts = tally.close(used, measured_at, begun.elapsed());
+        match self.file_system {
+            FileSystem::Btrfs(_) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
+            FileSystem::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
+        }
+        let used = self.space()?.used;
+        let accounts = tally.close(used, self.ground == Ground::Given, measured_at, begun.elapsed());
         let fixed = folders.map(|folders| Fixed {
             size: accounts.fixed,
             folders,
@@ -220,6 +231,26 @@ impl Pool {
             changed(&self.templates_dir())?,
             changed(&self.grown_dir())?,
         ]))
+    }
+
+    /// What each file of the pool maps.
+    fn map_files(&self) -> Result<Vec<fiemap::Mapped>, StorageError> {
+        let mut mapped = Vec::new();
+        for folder in [self.disks_dir(), self.templates_dir(), self.grown_dir()] {
+            for (_, inode, path) in files_of(&folder)? {
+                let failed = |error| StorageError::io("read the extents of", path.display(), error);
+                match files::open_read(&path) {
+                    Ok(file) if file.metadata().map_err(failed)?.is_file() => {
+                        fiemap::read(&file, inode, &mut mapped).map_err(|errno| failed(errno.into()))?;
+                    }
+                    Ok(_) => {}
+                    // Deleted between the listing and now.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(failed(error)),
+                }
+            }
+        }
+        Ok(mapped)
     }
 
     /// Every disk and template, and the files that belong to it.
@@ -309,7 +340,7 @@ mod tests {
         }
     }
 
-    fn close(references: &[(u64, u64, u64, u64)], used: u64) -> Accounts {
+    fn close(references: &[(u64, u64, u64, u64)], used: u64, other_is_rest: bool) -> Accounts {
         let mut tally = tally();
         for &(inode, start, size, mapped) in references {
             tally.take(Reference {
@@ -319,7 +350,7 @@ mod tests {
                 mapped,
             });
         }
-        tally.close(Bytes::new(used), SystemTime::UNIX_EPOCH, Duration::ZERO)
+        tally.close(Bytes::new(used), other_is_rest, SystemTime::UNIX_EPOCH, Duration::ZERO)
     }
 
     #[test]
@@ -336,6 +367,7 @@ mod tests {
                 (KERNEL, 5000, 7, 7),
             ],
             237,
+            false,
         );
         let usage = |used, exclusive| Usage {
             used: Bytes::new(used),
@@ -358,6 +390,13 @@ mod tests {
 
     #[test]
     fn what_the_walk_does_not_see_is_fixed_all_the_same() {
-        assert_eq!(close(&[(DISK, 1000, 100, 100)], 500).fixed(), Bytes::new(400));
+        assert_eq!(close(&[(DISK, 1000, 100, 100)], 500, false).fixed(), Bytes::new(400));
+    }
+
+    #[test]
+    fn on_a_file_system_with_more_on_it_than_the_pool_the_rest_is_other() {
+        let accounts = close(&[(DISK, 1000, 100, 100), (KERNEL, 5000, 7, 7)], 500, true);
+        assert_eq!((accounts.other, accounts.total()), (Bytes::new(400), Bytes::new(500)));
+        assert_eq!(accounts.fixed(), Bytes::new(400));
     }
 }

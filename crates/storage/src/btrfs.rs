@@ -21,8 +21,19 @@ const WAIT_SYNC: Opcode = opcode::write::<u64>(MAGIC, 22);
 const DATA: u64 = 1 << 0;
 const SYSTEM: u64 = 1 << 1;
 const METADATA: u64 = 1 << 2;
-const DUP: u64 = 1 << 5;
-const RAID1: u64 = 1 << 4;
+/// Profiles, and how many raw bytes a byte takes in them at most.
+const COPIES: [(u64, u64); 7] = [
+    // DUP, RAID1, RAID10
+    (1 << 5, 2),
+    (1 << 4, 2),
+    (1 << 6, 2),
+    // RAID1C3, RAID1C4
+    (1 << 9, 3),
+    (1 << 10, 4),
+    // RAID5, RAID6: as many as on the fewest devices.
+    (1 << 7, 2),
+    (1 << 8, 3),
+];
 const GLOBAL_RESERVE: u64 = 1 << 49;
 
 /// Kinds of space there can be: data, metadata, system and the reserve, each in up to two profiles while a balance converts.
@@ -82,8 +93,12 @@ pub(crate) struct ChunkSpace {
     pub(crate) metadata_used: Bytes,
     /// Part of the metadata that btrfs keeps for itself to be able to delete when full.
     pub(crate) global_reserve: Bytes,
-    /// How often a metadata byte is stored: 2 for DUP and RAID1, else 1.
+    /// How many raw bytes a byte of metadata takes: 2 for DUP and RAID1.
     pub(crate) metadata_copies: u64,
+    /// The same of data: 1 in a pool that was made here.
+    pub(crate) data_copies: u64,
+    /// How many devices there are. With several, what one has left may have no counterpart on another.
+    pub(crate) devices: u64,
     /// Raw bytes in use: data, metadata and system, each as often as it is stored.
     pub(crate) raw_used: Bytes,
 }
@@ -154,11 +169,13 @@ pub(crate) fn is_btrfs(file: impl AsFd) -> io::Result<bool> {
 pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
     let mut space = ChunkSpace {
         metadata_copies: 1,
+        data_copies: 1,
         ..ChunkSpace::default()
     };
     for info in space_infos(&file)? {
         let (total, used) = (Bytes::new(info.total_bytes), Bytes::new(info.used_bytes));
-        let copies = if info.flags & (DUP | RAID1) != 0 { 2 } else { 1 };
+        let profile = COPIES.iter().find(|(profile, _)| info.flags & profile != 0);
+        let copies = profile.map_or(1, |(_, copies)| *copies);
         if info.flags & GLOBAL_RESERVE != 0 {
             space.global_reserve += total;
             continue;
@@ -166,18 +183,21 @@ pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
         if info.flags & DATA != 0 {
             space.data_total += total;
             space.data_used += used;
+            // While a balance converts, the dearer one.
+            space.data_copies = space.data_copies.max(copies);
         } else if info.flags & METADATA != 0 {
             space.metadata_total += total;
             space.metadata_used += used;
-            space.metadata_copies = copies;
+            space.metadata_copies = space.metadata_copies.max(copies);
         }
         if info.flags & (DATA | METADATA | SYSTEM) != 0 {
             space.raw_used += Bytes::from_blocks(info.used_bytes, copies);
         }
     }
-    let (device_size, allocated) = devices(&file)?;
+    let (device_size, allocated, count) = devices(&file)?;
     space.device_size = device_size;
     space.unallocated = device_size - allocated;
+    space.devices = count;
     Ok(space)
 }
 
@@ -235,8 +255,8 @@ fn fs_info(file: &impl AsFd) -> io::Result<FsInfoArgs> {
     Ok(info)
 }
 
-/// The size of all devices, and how much of it is in chunks.
-fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes)> {
+/// The size of all devices, how much of it is in chunks, and how many they are.
+fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes, u64)> {
     let info = fs_info(file)?;
     let (mut size, mut allocated) = (Bytes::ZERO, Bytes::ZERO);
     for devid in 1..=info.max_id {
@@ -260,7 +280,7 @@ fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes)> {
             Err(error) => return Err(error),
         }
     }
-    Ok((size, allocated))
+    Ok((size, allocated, info.num_devices))
 }
 
 const _: () = assert!(size_of::<DevInfoArgs>() == 4096 && size_of::<FsInfoArgs>() == 1024);

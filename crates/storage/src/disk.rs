@@ -48,7 +48,7 @@ impl Pool {
     /// includes its name (`INODE_REF`, from which the replay makes the folder's entry), and a flush of the folder would be a second commit
     /// of the log, as long as the first. RocksDB counts on it since 2021 (facebook/rocksdb#8903); here a test cuts the power.
     fn sync_new_name(&self) -> Result<(), StorageError> {
-        if self.fsync_keeps_name {
+        if self.file_system.fsync_keeps_name() {
             return Ok(());
         }
         let folder = self.disks_dir();

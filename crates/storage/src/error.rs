@@ -59,17 +59,41 @@ pub enum StorageError {
     /// The pool is not there.
     #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
     NotMounted(PathBuf),
-    /// What is mounted at the pool's place cannot hold disks.
-    #[error("{} is a {fs_type} file system, which cannot clone files: a pool is btrfs; set DATA_DIR to another folder", path.display())]
+    /// What the pool's folder lies on cannot hold disks.
+    #[error(
+        "{} lies on a {fs_type} file system, which cannot clone files: a pool is btrfs, or XFS made with reflink=1; set DATA_DIR to a folder on \
+         one, or POOL_IMAGE to the path of an image to be made", path.display()
+    )]
     NotAPool {
+        /// The folder.
+        path: PathBuf,
+        /// The type of what it lies on.
+        fs_type: String,
+    },
+    /// Something else is mounted at the pool's place.
+    #[error("{} is mounted from {}, and POOL_DEVICE is {}: unmount it, or set DATA_DIR to another folder", path.display(), found.display(), device.display())]
+    OtherDevice {
         /// The mount point.
         path: PathBuf,
-        /// The type of what is mounted there.
-        fs_type: String,
+        /// What should be mounted there.
+        device: PathBuf,
+        /// What is.
+        found: PathBuf,
+    },
+    /// The device asked for cannot become a pool.
+    #[error("{} cannot become a pool: {reason}; it was not touched", device.display())]
+    UnfitDevice {
+        /// The device.
+        device: PathBuf,
+        /// What is wrong with it, and what to do.
+        reason: String,
     },
     /// The folder to mount at is in use.
     #[error("{} is not empty, and mounting the pool would hide what is in it: move it away or set DATA_DIR to another folder", .0.display())]
     NotEmpty(PathBuf),
+    /// The folder that is to be a pool is something else.
+    #[error("{} holds files and is no pool: set DATA_DIR to an empty folder, or one to be made", .0.display())]
+    OtherFolder(PathBuf),
     /// The pool image holds something else.
     #[error("{} holds {found}, not a pool: move it away or set POOL_IMAGE to another path; it was not touched", path.display())]
     ForeignImage {
@@ -89,9 +113,11 @@ pub enum StorageError {
     /// The pool cannot have that size.
     #[error("{0}")]
     PoolSize(String),
-    /// The pool is not on an image of its own.
-    #[error("the pool at {} is not on an image file: its size is that of its device", .0.display())]
-    NoImage(PathBuf),
+    /// The pool's size is not its own.
+    #[error(
+        "the pool at {} lies on a file system that was there before it: make that larger or smaller with its own tools", .0.display()
+    )]
+    Given(PathBuf),
     /// Another program is at work on the same pool.
     #[error("another scaleboxd is at work on {}: wait for it to finish", .0.display())]
     Busy(PathBuf),

@@ -1,8 +1,9 @@
 //! Files in the pool: cloning, copying with holes, and making a change durable.
 
 use crate::error::StorageError;
+use crate::mounts;
 use rustix::fs::{
-    IFlags, OFlags, RenameFlags, SeekFrom, ioctl_ficlone, ioctl_getflags, ioctl_setflags, renameat_with, seek,
+    IFlags, Mode, OFlags, RenameFlags, SeekFrom, ioctl_ficlone, ioctl_getflags, ioctl_setflags, renameat_with, seek,
 };
 use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
@@ -32,12 +33,46 @@ pub(crate) fn open_read(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
+/// As [`open_read`], for writing too.
+pub(crate) fn open_write(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+        .open(path)
+}
+
 /// Makes `target` share all blocks of `source` (`FICLONE`): no byte is copied.
 ///
 /// # Errors
 /// `EINVAL` when one of the two is NOCOW and the other is not, `EOPNOTSUPP` where the file system cannot, `EXDEV` across file systems.
 pub(crate) fn reflink(source: &File, target: &File) -> io::Result<()> {
     ioctl_ficlone(target, source).map_err(io::Error::from)
+}
+
+/// Clones an unnamed file from `from` to `to`, two folders of one file system, as every creation of a disk will.
+///
+/// # Errors
+/// [`StorageError::NotAPool`] where the file system cannot.
+pub(crate) fn require_reflink(from: &Path, to: &Path) -> Result<(), StorageError> {
+    let unnamed = |dir: &Path| {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR);
+        fd.map(File::from)
+            .map_err(|errno| StorageError::io("create a file in", dir.display(), errno.into()))
+    };
+    let (source, target) = (unnamed(from)?, unnamed(to)?);
+    match ioctl_ficlone(&target, &source) {
+        Ok(()) => Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOTTY) => Err(StorageError::NotAPool {
+            path: to.to_owned(),
+            fs_type: mounts::holding(to)
+                .ok()
+                .flatten()
+                .map_or_else(|| "different".to_owned(), |mount| mount.fs_type),
+        }),
+        Err(errno) => Err(StorageError::io("clone files to", to.display(), errno.into())),
+    }
 }
 
 /// Copies the data of `source` to `target`, keeping its holes. Blocks until done.
@@ -87,9 +122,9 @@ pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from)
 }
 
-/// Marks a folder so that files made in it are overwritten in place (`chattr +C`). Returns whether it had to.
-pub(crate) fn set_nocow(dir: &Path) -> io::Result<bool> {
-    let file = File::open(dir)?;
+/// Marks a folder so that files made in it are overwritten in place (`chattr +C`), or an empty file. Returns whether it had to.
+pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
+    let file = File::open(path)?;
     let flags = ioctl_getflags(&file)?;
     if flags.contains(IFlags::NOCOW) {
         return Ok(false);

@@ -6,9 +6,11 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// The pool's mount options. `loop` makes the loop device; `nofail` lets a host boot whose pool is gone; `noatime` saves a write
+/// The mount options of a pool on an image. `loop` makes the loop device; `nofail` lets a host boot whose pool is gone; `noatime` saves a write
 /// for each read; `discard=async` hands freed blocks on to the host disk.
-pub const MOUNT_OPTIONS: &str = "loop,nofail,noatime,discard=async";
+pub(crate) const IMAGE_OPTIONS: &str = "loop,nofail,noatime,discard=async";
+/// Those of a pool on a device.
+pub(crate) const DEVICE_OPTIONS: &str = "nofail,noatime,discard=async";
 
 /// Why the mount was not registered.
 #[derive(Debug, thiserror::Error)]
@@ -36,11 +38,17 @@ pub enum FstabError {
     },
 }
 
-/// Adds the line for `image` at `target` unless it is there; returns whether it was added. A missing table is made.
+/// A path as it stands in the table.
+pub(crate) fn escape_path(path: &Path) -> String {
+    escape(path)
+}
+
+/// Adds the line for `source` (a path as [`escape_path`] gives it, or `UUID=…`) at `target` unless it is there; returns whether it was added.
+/// A missing table is made.
 ///
 /// # Errors
 /// [`FstabError::Claimed`] when another line mounts something else at `target`.
-pub(crate) fn register(path: &Path, image: &Path, target: &Path) -> Result<bool, FstabError> {
+pub(crate) fn register(path: &Path, source: &str, target: &Path, options: &str) -> Result<bool, FstabError> {
     let io = |source| FstabError::Io {
         path: path.to_owned(),
         source,
@@ -50,18 +58,18 @@ pub(crate) fn register(path: &Path, image: &Path, target: &Path) -> Result<bool,
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         Err(error) => return Err(io(error)),
     };
-    let (image_field, target_field) = (escape(image), escape(target));
+    let target_field = escape(target);
     for line in table.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
         let mut fields = line.split_whitespace();
-        let (source, at) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
-        if source == image_field && at == target_field {
+        let (other, at) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
+        if other == source && at == target_field {
             return Ok(false);
         }
         if at == target_field {
             return Err(FstabError::Claimed {
                 path: path.to_owned(),
                 target: target.to_owned(),
-                other: source.to_owned(),
+                other: other.to_owned(),
             });
         }
     }
@@ -71,7 +79,7 @@ pub(crate) fn register(path: &Path, image: &Path, target: &Path) -> Result<bool,
     } else {
         "\n"
     };
-    let line = format!("{newline}{image_field} {target_field} btrfs {MOUNT_OPTIONS} 0 0\n");
+    let line = format!("{newline}{source} {target_field} btrfs {options} 0 0\n");
     let mut file = OpenOptions::new().append(true).create(true).open(path).map_err(io)?;
     if table.is_empty() {
         // A new table is read by programs that are not root, whatever the umask of this one is.
@@ -92,9 +100,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fstab");
         fs::write(&path, "# comment\n/dev/sda1 / ext4 defaults 0 1").unwrap();
-        let (image, target) = (Path::new("/srv/pool image"), Path::new("/srv/pool"));
-        assert!(register(&path, image, target).unwrap());
-        assert!(!register(&path, image, target).unwrap());
+        let (image, target) = (escape_path(Path::new("/srv/pool image")), Path::new("/srv/pool"));
+        assert!(register(&path, &image, target, IMAGE_OPTIONS).unwrap());
+        assert!(!register(&path, &image, target, IMAGE_OPTIONS).unwrap());
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
             "# comment\n/dev/sda1 / ext4 defaults 0 1\n/srv/pool\\040image /srv/pool btrfs loop,nofail,noatime,discard=async 0 0\n"
@@ -106,7 +114,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fstab");
         fs::write(&path, "/dev/sdb1 /srv/pool xfs defaults 0 0\n").unwrap();
-        let error = register(&path, Path::new("/srv/pool.img"), Path::new("/srv/pool")).unwrap_err();
+        let error = register(&path, "/srv/pool.img", Path::new("/srv/pool"), IMAGE_OPTIONS).unwrap_err();
         assert!(
             error.to_string().contains("already the mount point of /dev/sdb1"),
             "{error}"

@@ -1,22 +1,26 @@
-//! `pool init`: the pool image, its file system, its mount and its folders.
+//! `pool init`: what the pool lies on, its mount and its folders.
 //!
 //! Every step looks at what is there before it does anything, so a run that was interrupted is finished by the next, and a
-//! run on a finished pool changes nothing. The image is made under another name and renamed when its file system stands:
-//! what lies at `POOL_IMAGE` is whole, or not ours, and is never formatted.
+//! run on a finished pool changes nothing. An image is made under another name and renamed when its file system stands:
+//! what lies at `POOL_IMAGE` is whole, or not ours, and is never formatted. Neither is a device on which anything is found. A file
+//! system that is there already is taken as it is.
 
+use crate::btrfs;
 use crate::command::{self, Program};
 use crate::error::StorageError;
 use crate::files;
-use crate::fstab::{self, MOUNT_OPTIONS};
-use crate::mounts::{self, MountEntry};
+use crate::fstab::{self, DEVICE_OPTIONS, IMAGE_OPTIONS};
+use crate::ground::{self, Backing, Ground, Kind, Place};
+use crate::mounts;
+use crate::signature::{Signature, probe};
 use crate::size::{Bytes, Gib};
-use crate::sizing::{PoolSize, RequestedSize, pool_size};
+use crate::sizing::{PoolSize, RequestedSize, SMALLEST, pool_size};
 use crate::space;
 use rustix::fs::{FlockOperation, flock};
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 /// Where a pool is to be and how large.
@@ -24,11 +28,11 @@ use std::path::{Path, PathBuf};
 pub struct PoolPlan {
     /// The mount point (`DATA_DIR`).
     pub data_dir: PathBuf,
-    /// The backing image (`POOL_IMAGE`).
-    pub image: PathBuf,
+    /// What the pool is to lie on (`POOL_IMAGE`, `POOL_DEVICE`).
+    pub backing: Backing,
     /// The table to register the mount in (`FSTAB`).
     pub fstab: PathBuf,
-    /// The size the operator asked for (`STORAGE_SIZE`); `None` takes 80 % of what is free.
+    /// The size the operator asked for (`STORAGE_SIZE`); `None` takes 80 % of what is free, or the whole device.
     pub size: Option<RequestedSize>,
     /// Space that admission leaves free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger than its host disk.
     pub buffer: Gib,
@@ -56,42 +60,34 @@ pub enum InitOutcome {
 /// such a folder too, so it is set before the first file.
 const FOLDERS: [(&str, bool); 3] = [("templates", true), ("vms", true), ("kernel", false)];
 
+/// The label of the file systems that are made here.
+const LABEL: &str = "scalebox";
+
 /// Makes the pool of `plan` unless it is there, and mounts it. Blocks for a few seconds.
 ///
 /// # Errors
-/// [`StorageError::TooLittleSpace`], [`StorageError::ForeignImage`], [`StorageError::NotEmpty`], [`StorageError::Busy`] and the failures of the
-/// programs it calls; each leaves what was there before as it was.
+/// [`StorageError::TooLittleSpace`], [`StorageError::ForeignImage`], [`StorageError::UnfitDevice`], [`StorageError::OtherDevice`],
+/// [`StorageError::NotAPool`], [`StorageError::NotEmpty`], [`StorageError::OtherFolder`], [`StorageError::Busy`] and the failures of the programs it
+/// calls; each leaves what was there before as it was.
 pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
-    let _lock = lock_beside(&plan.image)?;
-    let was_mounted = match mounted_pool(&plan.data_dir)? {
-        Some(mount) => {
-            tell(InitEvent::Step(format!(
-                "Storage already mounted at {}",
-                plan.data_dir.display()
-            )));
-            use_direct_io(&mount, tell);
-            true
-        }
-        None => {
-            tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
-            make_dir(&plan.data_dir)?;
-            require_empty(&plan.data_dir)?;
-            require_not_mounted_elsewhere(&plan.image)?;
-            ensure_image(plan, tell)?;
-            mount(plan, tell)?;
-            false
-        }
+    let beside = match &plan.backing {
+        Backing::Image(image) => image,
+        Backing::Device(_) | Backing::Given => &plan.data_dir,
     };
-    let mut changed = !was_mounted;
-    if lies_on_image(plan)? && fstab::register(&plan.fstab, &plan.image, &plan.data_dir)? {
-        tell(InitEvent::Step(format!(
-            "Registered {} in {}",
-            plan.data_dir.display(),
-            plan.fstab.display()
-        )));
-        changed = true;
+    let _lock = lock_beside(beside)?;
+    let (place, made) = match ground::find(&plan.data_dir, &plan.backing)? {
+        Some(place) => {
+            tell(InitEvent::Step(found_there(plan, &place)));
+            (place, false)
+        }
+        None => (make(plan, tell)?, true),
+    };
+    if place.ground == Ground::Given {
+        require_pool_or_room(&plan.data_dir, &place)?;
     }
-    changed |= ensure_folders(&plan.data_dir, tell)?;
+    use_direct_io(&place, tell);
+    let mut changed = made | register(plan, &place, tell)?;
+    changed |= ensure_folders(&plan.data_dir, place.kind, tell)?;
     Ok(if changed {
         InitOutcome::Ready
     } else {
@@ -99,64 +95,125 @@ pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutc
     })
 }
 
-/// Unmounts the pool; its loop device goes with it. The image and the line in the table of mounts stay. Returns whether it was
-/// mounted.
-///
-/// # Errors
-/// [`StorageError::Command`] when it is in use.
-pub fn unmount(data_dir: &Path) -> Result<bool, StorageError> {
-    if mounted_pool(data_dir)?.is_none() {
-        return Ok(false);
+fn found_there(plan: &PoolPlan, place: &Place) -> String {
+    let at = plan.data_dir.display();
+    if place.is_mount_point {
+        format!("Storage already mounted at {at}")
+    } else {
+        format!("Using the {} file system that {at} lies on", place.kind.name())
     }
-    command::run(Program::Umount, [data_dir])?;
+}
+
+/// What `pool init` does where nothing is mounted yet.
+fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, StorageError> {
+    match &plan.backing {
+        Backing::Image(image) => {
+            tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
+            make_dir(&plan.data_dir)?;
+            require_empty(&plan.data_dir)?;
+            require_not_mounted_elsewhere(image)?;
+            ensure_image(plan, image, tell)?;
+            mount(image, &plan.data_dir, IMAGE_OPTIONS)?;
+        }
+        Backing::Device(device) => {
+            tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
+            make_dir(&plan.data_dir)?;
+            require_empty(&plan.data_dir)?;
+            ensure_device(plan, device, tell)?;
+            mount(device, &plan.data_dir, DEVICE_OPTIONS)?;
+        }
+        Backing::Given => make_dir(&plan.data_dir)?,
+    }
+    let place = ground::find(&plan.data_dir, &plan.backing)?;
+    place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))
+}
+
+/// A file system that was there before must be able to clone, and a folder on it must not be somebody else's.
+fn require_pool_or_room(data_dir: &Path, place: &Place) -> Result<(), StorageError> {
+    files::require_reflink(data_dir, data_dir)?;
+    let is_pool = FOLDERS.iter().all(|(name, _)| data_dir.join(name).is_dir());
+    if place.is_mount_point || is_pool || only_ours_in(data_dir)? {
+        return Ok(());
+    }
+    Err(StorageError::OtherFolder(data_dir.to_owned()))
+}
+
+/// Whether a folder holds nothing but what an interrupted run of `pool init` may have made.
+fn only_ours_in(dir: &Path) -> Result<bool, StorageError> {
+    let failed = |error| StorageError::io("read", dir.display(), error);
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        if !FOLDERS.iter().any(|(ours, _)| name == *ours) {
+            return Ok(false);
+        }
+    }
     Ok(true)
 }
 
+/// Enters a pool that is mounted from its own image or device in the table of mounts. Returns whether it was not in there.
+fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
+    let (source, options) = match (&place.ground, &plan.backing) {
+        // Only the image that is asked for: one of another name was mounted by somebody else.
+        (Ground::Image(image), Backing::Image(wanted)) if is_same_file(image, wanted) => {
+            (fstab::escape_path(wanted), IMAGE_OPTIONS)
+        }
+        // Devices change their names from boot to boot.
+        (Ground::Device(device), _) => match probe(device)?.and_then(|found| found.uuid) {
+            Some(uuid) => (format!("UUID={uuid}"), DEVICE_OPTIONS),
+            None => (fstab::escape_path(device), DEVICE_OPTIONS),
+        },
+        _ => return Ok(false),
+    };
+    let added = fstab::register(&plan.fstab, &source, &plan.data_dir, options)?;
+    if added {
+        tell(InitEvent::Step(format!(
+            "Registered {} in {}",
+            plan.data_dir.display(),
+            plan.fstab.display()
+        )));
+    }
+    Ok(added)
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    one == other || other.canonicalize().is_ok_and(|other| other == one)
+}
+
+/// Unmounts a pool that is mounted from its own image or device; a loop device goes with it. Image, device and the line in the table of mounts
+/// stay, and so does a file system that was there before the pool. Returns whether it was mounted.
+///
+/// # Errors
+/// [`StorageError::Command`] when it is in use.
+pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError> {
+    match ground::find(data_dir, backing)? {
+        Some(place) if place.ground != Ground::Given => {
+            command::run(Program::Umount, [data_dir])?;
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}
+
 /// Turns direct I/O on for the pool's loop device, as `pool init` does; a mount from the table of mounts comes without it.
-pub fn ensure_direct_io(data_dir: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
-    if let Some(mount) = mounted_pool(data_dir)? {
-        use_direct_io(&mount, tell);
+pub fn ensure_direct_io(
+    data_dir: &Path,
+    backing: &Backing,
+    tell: &mut dyn FnMut(InitEvent),
+) -> Result<(), StorageError> {
+    if let Some(place) = ground::find(data_dir, backing)? {
+        use_direct_io(&place, tell);
     }
     Ok(())
 }
 
-/// The pool mounted at `data_dir`, if something is; an error if that is not btrfs.
-pub(crate) fn mounted_pool(data_dir: &Path) -> Result<Option<MountEntry>, StorageError> {
-    let mount = mounts::mounted_at(data_dir).map_err(|error| StorageError::io("look up", data_dir.display(), error))?;
-    match mount {
-        Some(mount) if mount.fs_type != "btrfs" => Err(StorageError::NotAPool {
-            path: data_dir.to_owned(),
-            fs_type: mount.fs_type,
-        }),
-        other => Ok(other),
-    }
-}
-
-/// The backing file of the loop device a pool is mounted from; `None` for any other device.
-pub(crate) fn backing_file(mount: &MountEntry) -> Result<Option<PathBuf>, StorageError> {
-    let Some(name) = mount
-        .source
-        .file_name()
-        .filter(|name| name.as_encoded_bytes().starts_with(b"loop"))
-    else {
-        return Ok(None);
-    };
-    let attribute = Path::new("/sys/block").join(name).join("loop/backing_file");
-    match fs::read_to_string(&attribute) {
-        Ok(path) => Ok(Some(PathBuf::from(path.trim_end_matches('\n')))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(StorageError::io("read", attribute.display(), error)),
-    }
-}
-
-/// Two runs at once would make the image twice: a lock on the folder it lies in, which leaves no file behind.
-fn lock_beside(image: &Path) -> Result<File, StorageError> {
-    let folder = parent(image)?;
+/// Two runs at once would make the pool twice: a lock on the folder that its image or its mount point lies in, which leaves no file behind.
+fn lock_beside(path: &Path) -> Result<File, StorageError> {
+    let folder = parent(path)?;
     make_dir(folder)?;
     let dir = File::open(folder).map_err(|error| StorageError::io("open", folder.display(), error))?;
     match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(dir),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(StorageError::Busy(image.to_owned())),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(StorageError::Busy(path.to_owned())),
         Err(errno) => Err(StorageError::io("lock", folder.display(), errno.into())),
     }
 }
@@ -189,7 +246,7 @@ fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
     let image = image.canonicalize().unwrap_or_else(|_| image.to_owned());
     let mounts = mounts::all().map_err(|error| StorageError::io("read", "the table of mounts", error))?;
     for mount in mounts {
-        if backing_file(&mount)?.is_some_and(|backing| backing == image) {
+        if ground::backing_file(&mount)?.is_some_and(|backing| backing == image) {
             return Err(StorageError::MountedElsewhere {
                 image,
                 at: mount.target,
@@ -199,29 +256,29 @@ fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
     Ok(())
 }
 
-fn ensure_image(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
-    match image_content(&plan.image)? {
+fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
+    match image_content(image)? {
         ImageContent::Pool => {
-            let found = format!("Found the pool image {}, keeping what is in it", plan.image.display());
+            let found = format!("Found the pool image {}, keeping what is in it", image.display());
             tell(InitEvent::Step(found));
             return Ok(());
         }
         ImageContent::Other(found) => {
             return Err(StorageError::ForeignImage {
-                path: plan.image.clone(),
+                path: image.to_owned(),
                 found,
             });
         }
         ImageContent::Hole => {
             tell(InitEvent::Step(format!(
                 "Removing the empty image {} of an interrupted run",
-                plan.image.display()
+                image.display()
             )));
-            remove(&plan.image)?;
+            remove(image)?;
         }
         ImageContent::Absent => {}
     }
-    let available = space::available(parent(&plan.image)?)?;
+    let available = space::available(parent(image)?)?;
     let size = pool_size(available, plan.size.as_ref())?;
     tell(InitEvent::Step(format!(
         "Creating {size} btrfs storage pool ({}GB available on host)...",
@@ -230,7 +287,59 @@ fn ensure_image(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<(), 
     if size.bytes > available {
         tell(InitEvent::Warning(larger_than_host(&size, available, plan.buffer)));
     }
-    create_image(&plan.image, size.bytes)
+    create_image(image, size.bytes)?;
+    if files::require_reflink(parent(image)?, parent(image)?).is_ok() {
+        tell(InitEvent::Warning(format!(
+            "{} lies on a file system that can clone files itself: POOL_IMAGE=none puts a pool in a folder on it, without an image",
+            image.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The device, with a pool's file system on it; formatted only where nothing at all is found on it.
+fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
+    let unfit = |reason| StorageError::UnfitDevice {
+        device: device.to_owned(),
+        reason,
+    };
+    let meta = fs::metadata(device).map_err(|error| StorageError::io("look at", device.display(), error))?;
+    if !meta.file_type().is_block_device() {
+        return Err(unfit(
+            "it is no block device: set POOL_DEVICE to one, such as /dev/disk/by-id/…, or POOL_IMAGE to a file to be made".to_owned(),
+        ));
+    }
+    match probe(device)? {
+        Some(found) if found.is_pool() => {
+            tell(InitEvent::Step(format!(
+                "Found a pool on {}, keeping what is in it",
+                device.display()
+            )));
+            return Ok(());
+        }
+        Some(found) => {
+            return Err(unfit(format!(
+                "it holds {found}; to give that up for good, run: wipefs --all {}",
+                device.display()
+            )));
+        }
+        None => {}
+    }
+    let found = space::device_size(device)?;
+    let size = match &plan.size {
+        None if found < SMALLEST.bytes() => {
+            return Err(unfit(format!("it has {found}, and a pool at least {SMALLEST} GiB")));
+        }
+        Some(asked) if asked.bytes() > found => {
+            return Err(unfit(format!("it has {found}, less than STORAGE_SIZE asks for")));
+        }
+        asked => asked.as_ref().map_or(found, RequestedSize::bytes),
+    };
+    tell(InitEvent::Step(format!(
+        "Creating {size} btrfs storage pool on {} ({found})...",
+        device.display()
+    )));
+    make_file_system(device, Some(size))
 }
 
 fn larger_than_host(size: &PoolSize, available: Bytes, buffer: Gib) -> String {
@@ -258,29 +367,11 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
         Ok(_) => {}
     }
     Ok(match probe(image)? {
-        Some(kind) if kind == "btrfs" => ImageContent::Pool,
-        Some(kind) => ImageContent::Other(kind),
+        Some(Signature { kind, .. }) if kind == "btrfs" => ImageContent::Pool,
+        Some(found) => ImageContent::Other(found.to_string()),
         None if space::allocated(image)? == Bytes::ZERO => ImageContent::Hole,
         None => ImageContent::Other("data without a file system".to_owned()),
     })
-}
-
-/// What a file holds, by its signatures: the type of a file system, or of a partition table.
-pub(crate) fn probe(path: &Path) -> Result<Option<String>, StorageError> {
-    // Exit code 2: no signature was found; 8: several that contradict each other.
-    let args = ["-p", "-o", "export", "--"].map(OsStr::new);
-    let (code, output) = command::run_accepting(Program::Blkid, args.into_iter().chain([path.as_os_str()]), |code| {
-        matches!(code, 0 | 2 | 8)
-    })?;
-    if code == 8 {
-        return Ok(Some("several file systems at once".to_owned()));
-    }
-    let value = |key: &str| {
-        output
-            .lines()
-            .find_map(|line| line.strip_prefix(key).map(str::to_owned))
-    };
-    Ok(value("TYPE=").or_else(|| value("PTTYPE=").map(|table| format!("a {table} partition table"))))
 }
 
 fn create_image(image: &Path, size: Bytes) -> Result<(), StorageError> {
@@ -301,21 +392,24 @@ fn create_image(image: &Path, size: Bytes) -> Result<(), StorageError> {
 
 fn format_image(partial: &Path, size: Bytes) -> Result<(), StorageError> {
     let file = files::create_new(partial)?;
+    // On a btrfs, the pool's own way of writing would be undone below it.
+    if btrfs::is_btrfs(&file).unwrap_or(false) {
+        files::set_nocow(partial).map_err(|error| StorageError::io("set NOCOW on", partial.display(), error))?;
+    }
     file.set_len(size.as_u64())
         .map_err(|error| StorageError::io("make", format!("an image of {size}"), error))?;
-    let args = [
-        "--quiet",
-        "--label",
-        "scalebox",
-        "--data",
-        "single",
-        "--metadata",
-        "dup",
-    ]
-    .map(OsStr::new);
-    command::run(Program::MkfsBtrfs, args.into_iter().chain([partial.as_os_str()]))?;
+    make_file_system(partial, None)?;
     file.sync_all()
         .map_err(|error| StorageError::io("flush", partial.display(), error))
+}
+
+/// In all of what `path` is, or in its first `size` bytes.
+fn make_file_system(path: &Path, size: Option<Bytes>) -> Result<(), StorageError> {
+    let size = size.map(|size| format!("--byte-count={}", size.as_u64()));
+    let args = ["--quiet", "--label", LABEL, "--data", "single", "--metadata", "dup"];
+    let args = args.into_iter().chain(size.as_deref()).map(OsStr::new);
+    command::run(Program::MkfsBtrfs, args.chain([path.as_os_str()]))?;
+    Ok(())
 }
 
 fn remove(path: &Path) -> Result<(), StorageError> {
@@ -325,29 +419,26 @@ fn remove(path: &Path) -> Result<(), StorageError> {
     }
 }
 
-/// Mounts by `mount -o loop`, as a reboot does: the loop device then goes with the mount, however that ends.
-fn mount(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
-    let options = ["-t", "btrfs", "-o", MOUNT_OPTIONS].map(OsStr::new);
+/// Mounts by `mount`, as a reboot does: a loop device then goes with the mount, however that ends.
+fn mount(source: &Path, target: &Path, options: &str) -> Result<(), StorageError> {
+    let args = ["-t", "btrfs", "-o", options].map(OsStr::new);
     command::run(
         Program::Mount,
-        options
-            .into_iter()
-            .chain([plan.image.as_os_str(), plan.data_dir.as_os_str()]),
+        args.into_iter().chain([source.as_os_str(), target.as_os_str()]),
     )?;
-    if let Some(mount) = mounted_pool(&plan.data_dir)? {
-        use_direct_io(&mount, tell);
-    }
     Ok(())
 }
 
 /// Without direct I/O, every block a guest writes is cached twice, and the writes of all guests go through one page cache.
-fn use_direct_io(mount: &MountEntry, tell: &mut dyn FnMut(InitEvent)) {
-    let Some(name) = mount.source.file_name() else { return };
+fn use_direct_io(place: &Place, tell: &mut dyn FnMut(InitEvent)) {
+    let (Ground::Image(_), Some(name)) = (&place.ground, place.device.file_name()) else {
+        return;
+    };
     let state = fs::read_to_string(Path::new("/sys/block").join(name).join("loop/dio"));
     if state.is_ok_and(|state| state.trim() == "0")
         && let Err(error) = command::run(
             Program::Losetup,
-            [OsStr::new("--direct-io=on"), mount.source.as_os_str()],
+            [OsStr::new("--direct-io=on"), place.device.as_os_str()],
         )
     {
         let warning = format!("The host disk takes no direct I/O, so the pool is slower than it could be: {error}");
@@ -355,16 +446,7 @@ fn use_direct_io(mount: &MountEntry, tell: &mut dyn FnMut(InitEvent)) {
     }
 }
 
-/// Whether the pool that is mounted lies on the plan's image, and not on a device or an image of another name.
-fn lies_on_image(plan: &PoolPlan) -> Result<bool, StorageError> {
-    let Some(mount) = mounted_pool(&plan.data_dir)? else {
-        return Ok(false);
-    };
-    Ok(backing_file(&mount)?
-        .is_some_and(|backing| backing == plan.image || plan.image.canonicalize().is_ok_and(|i| i == backing)))
-}
-
-fn ensure_folders(data_dir: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
+fn ensure_folders(data_dir: &Path, kind: Kind, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
     let mut changed = false;
     for (name, in_place) in FOLDERS {
         let folder = data_dir.join(name);
@@ -373,7 +455,8 @@ fn ensure_folders(data_dir: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<bo
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(StorageError::io("create", folder.display(), error)),
         }
-        if !in_place {
+        // XFS writes in place by itself, what is not shared.
+        if !in_place || kind == Kind::Xfs {
             continue;
         }
         let newly_set =

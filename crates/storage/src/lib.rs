@@ -1,6 +1,7 @@
 //! An elastic pool of copy-on-write disks on btrfs.
 //!
-//! The pool is a btrfs file system, by default inside a sparse image on a loop device. Templates are golden ext4 images in it;
+//! The pool is a btrfs file system, by default inside a sparse image on a loop device; or a device of its own; or a folder on a btrfs or XFS that is
+//! there already. Templates are golden ext4 images in it;
 //! disks are reflink clones of them, grown to the size that was asked for. Before a disk is made it is *admitted*: the pool and
 //! the host disk under it must really be able to take it, with every other request under way counted.
 //!
@@ -13,12 +14,14 @@
 //! | `size` | [`Bytes`] and [`Gib`]: sizes as types, and how they round |
 //! | `sizing` | how large a new pool becomes: a pure function |
 //! | `init` | making, mounting and registering the pool |
+//! | `ground` | what the pool lies on, and what differs by the kind of its file system |
 //! | `fstab`, `mounts` | the table of mounts, and what is mounted |
+//! | `signature` | what a file or a device holds |
 //! | `pool` | [`Pool`]: the handle on a mounted pool |
 //! | `resize` | growing, shrinking and trimming the pool |
 //! | `space`, `btrfs` | what can really be written, from the kernel |
 //! | `admission` | the decision that a disk fits, and the books behind it |
-//! | `accounting`, `extents` | whose each block is |
+//! | `accounting`, `extents`, `fiemap` | whose each block is |
 //! | `template` | importing, listing, deleting templates; the grown clones kept of them |
 //! | `snapshot` | a template made of a disk |
 //! | `identity` | taking out of an image what belongs to one machine only |
@@ -31,10 +34,11 @@
 //! # Example
 //!
 //! ```no_run
-//! use scalebox_storage::{Bounds, Gib, Pool};
+//! use scalebox_storage::{Backing, Bounds, Gib, Pool};
 //! # fn main() -> Result<(), scalebox_storage::StorageError> {
 //! let bounds = Bounds { buffer: Gib::new(2), overcommit_ratio: 4.0 };
-//! let pool = Pool::open("/var/lib/scalebox".as_ref(), bounds)?;
+//! let image = Backing::Image("/var/lib/scalebox.img".into());
+//! let pool = Pool::open("/var/lib/scalebox".as_ref(), &image, bounds)?;
 //! let template = pool.template(&"debian-base".parse()?)?;
 //! let admitted = pool.admit(Gib::new(10).bytes())?;
 //! pool.create_disk(&"vm-0123456789ab".parse()?, &template.name, &admitted)?;
@@ -50,8 +54,10 @@ mod command;
 mod disk;
 mod error;
 mod extents;
+mod fiemap;
 mod files;
 mod fstab;
+mod ground;
 mod group_sync;
 mod identity;
 mod init;
@@ -60,6 +66,7 @@ mod name;
 mod pool;
 mod reclaim;
 mod resize;
+mod signature;
 mod size;
 mod sizing;
 mod snapshot;
@@ -71,7 +78,8 @@ pub use admission::{Admission, Bounds, Promises, Reservation};
 pub use command::{CommandError, Program, require_programs};
 pub use disk::Swept;
 pub use error::StorageError;
-pub use fstab::{FstabError, MOUNT_OPTIONS};
+pub use fstab::FstabError;
+pub use ground::{Backing, Ground};
 pub use group_sync::GroupSync;
 pub use identity::Identity;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};

@@ -24,6 +24,18 @@ pub(crate) fn mounted_at(dir: &Path) -> io::Result<Option<MountEntry>> {
     Ok(all()?.into_iter().rfind(|entry| entry.target == dir))
 }
 
+/// The file system that `dir` lies on; `None` when there is no such folder.
+pub(crate) fn holding(dir: &Path) -> io::Result<Option<MountEntry>> {
+    let dir = match dir.canonicalize() {
+        Ok(dir) => dir,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    // Of those mounted at the same place, the topmost is the last.
+    let holding = all()?.into_iter().filter(|entry| dir.starts_with(&entry.target));
+    Ok(holding.max_by_key(|entry| entry.target.as_os_str().len()))
+}
+
 /// Every file system mounted, in the order they were.
 pub(crate) fn all() -> io::Result<Vec<MountEntry>> {
     let table = fs::read("/proc/self/mountinfo")?;
@@ -103,6 +115,9 @@ mod tests {
         assert!(mounted_at(Path::new("/")).unwrap().is_some());
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(mounted_at(folder.path()).unwrap(), None);
+        let holding = holding(folder.path()).unwrap().unwrap();
+        assert!(folder.path().canonicalize().unwrap().starts_with(&holding.target));
+        assert_eq!(super::holding(Path::new("/nonexistent")).unwrap(), None);
         assert_eq!(mounted_at(Path::new("/nonexistent")).unwrap(), None);
     }
 }

@@ -2,15 +2,14 @@
 
 use crate::accounting::Fixed;
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
-use crate::btrfs::{self, PendingWrites};
 use crate::error::StorageError;
 use crate::files;
+use crate::ground::{self, Backing, FileSystem, Ground};
 use crate::group_sync::GroupSync;
-use crate::init::{backing_file, mounted_pool};
 use crate::name::Name;
 use crate::size::{Bytes, Gib};
 use crate::space::Space;
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{FlockOperation, flock};
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
@@ -25,13 +24,12 @@ const OWNER: &str = "owner";
 #[derive(Debug)]
 pub struct Pool {
     pub(crate) root: PathBuf,
-    image: Option<PathBuf>,
+    pub(crate) ground: Ground,
     /// The device it is mounted from.
     pub(crate) device: PathBuf,
     /// The root folder, held open: space is read through it without a path look-up, and the pool cannot be unmounted under us.
     pub(crate) dir: File,
-    /// What btrfs has taken and not yet accounted for.
-    pending: PendingWrites,
+    pub(crate) file_system: FileSystem,
     admission: Admission,
     /// What the last walk over the extents found.
     pub(crate) fixed: Mutex<Option<Fixed>>,
@@ -39,40 +37,34 @@ pub struct Pool {
     pub(crate) resizing: Mutex<()>,
     /// One lock for each (template, size) that is being grown: two requests for the same wait for one another, others do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
-    /// Whether the flush of a new file covers its name: on btrfs.
-    pub(crate) fsync_keeps_name: bool,
     /// Flushes of the disks' folder, shared by those who make disks at the same time.
     pub(crate) disks_sync: GroupSync,
 }
 
 impl Pool {
-    /// Opens the pool mounted at `data_dir`, with empty books: [`Pool::restore`] enters the disks there are.
+    /// Opens the pool at `data_dir`, with empty books: [`Pool::restore`] enters the disks there are.
     ///
     /// # Errors
-    /// [`StorageError::NotMounted`], [`StorageError::NotAPool`] when it cannot clone files.
-    pub fn open(data_dir: &Path, bounds: Bounds) -> Result<Pool, StorageError> {
-        let mount = mounted_pool(data_dir)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
-        let image = backing_file(&mount)?;
+    /// [`StorageError::NotMounted`], [`StorageError::OtherDevice`], [`StorageError::NotAPool`] when it cannot clone files.
+    pub fn open(data_dir: &Path, backing: &Backing, bounds: Bounds) -> Result<Pool, StorageError> {
+        let place = ground::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
-        let pending = PendingWrites::open(&dir)
+        let file_system = FileSystem::open(place.kind, &dir)
             .map_err(|error| StorageError::io("read the uncommitted writes of", data_dir.display(), error))?;
-        let fsync_keeps_name = btrfs::is_btrfs(&dir)
-            .map_err(|errno| StorageError::io("read the file system of", data_dir.display(), errno.into()))?;
         let pool = Pool {
             root: data_dir.to_owned(),
-            image,
-            device: mount.source,
+            ground: place.ground,
+            device: place.device,
             dir,
-            pending,
+            file_system,
             admission: Admission::new(bounds),
             fixed: Mutex::default(),
             resizing: Mutex::default(),
             growing: Mutex::default(),
-            fsync_keeps_name,
             disks_sync: GroupSync::default(),
         };
         pool.require_folders()?;
-        pool.require_reflink()?;
+        files::require_reflink(&pool.templates_dir(), &pool.disks_dir())?;
         Ok(pool)
     }
 
@@ -133,14 +125,33 @@ impl Pool {
         &self.root
     }
 
-    /// The backing image; `None` for a pool on a device of its own.
+    /// What it lies on.
+    pub fn ground(&self) -> &Ground {
+        &self.ground
+    }
+
+    /// The backing image, if it lies on one.
     pub fn image(&self) -> Option<&Path> {
-        self.image.as_deref()
+        match &self.ground {
+            Ground::Image(image) => Some(image),
+            Ground::Device(_) | Ground::Given => None,
+        }
+    }
+
+    /// The device that it is mounted from.
+    pub fn device(&self) -> &Path {
+        &self.device
+    }
+
+    /// The name of its file system: `btrfs` or `xfs`.
+    pub fn file_system(&self) -> &'static str {
+        self.file_system.kind().name()
     }
 
     /// Whether the pool's loop device goes around the host's page cache; `None` when the kernel does not tell, or there is no such
     /// device.
     pub fn direct_io(&self) -> Option<bool> {
+        self.image()?;
         let name = self.device.file_name()?;
         let attribute = Path::new("/sys/block").join(name).join("loop/dio");
         Some(std::fs::read_to_string(attribute).ok()?.trim() == "1")
@@ -183,7 +194,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`] when the kernel does not tell.
     pub fn space(&self) -> Result<Space, StorageError> {
-        let space = Space::read(&self.dir, &self.pending, self.image())?;
+        let space = Space::read(&self.dir, &self.file_system, self.image())?;
         Ok(match self.measured_fixed() {
             // Deletions since the walk show in what is used.
             Some(fixed) => Space {
@@ -274,18 +285,5 @@ impl Pool {
             }
         }
         Ok(())
-    }
-
-    /// Clones an unnamed file from the templates' folder to the disks', as every creation will.
-    fn require_reflink(&self) -> Result<(), StorageError> {
-        let unnamed = |dir: PathBuf| {
-            let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-            let fd = rustix::fs::open(&dir, flags, Mode::RUSR | Mode::WUSR);
-            fd.map(File::from)
-                .map_err(|errno| StorageError::io("create a file in", dir.display(), errno.into()))
-        };
-        let (source, target) = (unnamed(self.templates_dir())?, unnamed(self.disks_dir())?);
-        files::reflink(&source, &target)
-            .map_err(|error| StorageError::io("clone files from templates/ to vms/ of", self.root.display(), error))
     }
 }

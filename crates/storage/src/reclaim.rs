@@ -1,9 +1,8 @@
 //! Deleting a disk in two steps: its name goes at once, its blocks follow.
 //!
 //! Freeing a large disk takes the kernel a while, so the file is kept open over its unlinking, and the blocks go when it is closed. Should
-//! the program end in between, the kernel closes it; should the host, btrfs drops what has no name at the next mount. Nothing is left to sweep.
+//! the program end in between, the kernel closes it; should the host, what has no name is dropped at the next mount. Nothing is left to sweep.
 
-use crate::btrfs;
 use crate::error::StorageError;
 use crate::files;
 use crate::name::Name;
@@ -28,7 +27,8 @@ impl Pool {
     /// [`StorageError::Io`].
     pub fn unlink_disk(&self, id: &Name) -> Result<Option<Unlinked>, StorageError> {
         let path = self.disk_path(id);
-        let unlinked = files::open_read(&path).and_then(|disk| fs::remove_file(&path).map(|()| disk));
+        // For writing, because XFS has it cut off.
+        let unlinked = files::open_write(&path).and_then(|disk| fs::remove_file(&path).map(|()| disk));
         match unlinked {
             Ok(file) => {
                 crash_point("delete: disk's name gone");
@@ -45,7 +45,9 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`]; the disk is gone all the same.
     pub fn reclaim(&self, disk: Unlinked) -> Result<(), StorageError> {
-        drop(disk.file);
+        self.file_system
+            .free(disk.file)
+            .map_err(|error| StorageError::io("free a disk in", self.path().display(), error))?;
         crash_point("delete: blocks let go");
         self.commit()
     }
@@ -67,6 +69,8 @@ impl Pool {
     }
 
     fn commit(&self) -> Result<(), StorageError> {
-        btrfs::commit(&self.dir).map_err(|errno| StorageError::io("flush", self.path().display(), errno.into()))
+        self.file_system
+            .commit(&self.dir)
+            .map_err(|errno| StorageError::io("flush", self.path().display(), errno.into()))
     }
 }

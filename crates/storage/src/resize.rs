@@ -1,33 +1,45 @@
 //! A pool that grows and shrinks while it is in use, and gives freed blocks back to the host disk.
 //!
-//! Three layers have to agree: the image, the loop device over it, the file system on that. Growing goes up through them, shrinking
-//! down; after a crash in between, [`Pool::agree`] makes the file system as large as the image is.
+//! Three layers of a pool on an image have to agree: the image, the loop device over it, the file system on that. Growing goes up through them,
+//! shrinking down; after a crash in between, [`Pool::agree`] makes the file system as large as the image is. A pool on a device of its own has
+//! the file system alone, which may be smaller than the device. One on a file system that was there before has a size that is not its affair.
 
 use crate::command::{self, Program};
 use crate::error::StorageError;
+use crate::ground::Ground;
 use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use crate::sizing::{LARGEST, SHARE_PERCENT};
-use crate::space::{allocated, available};
+use crate::space::{allocated, available, device_size};
 use scalebox_crash_points::crash_point;
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
-use std::io;
 use std::path::Path;
 use std::sync::{MutexGuard, TryLockError};
 
 /// btrfs wants some unallocated room to move chunks about in, beyond what is used: one data chunk.
 const ROOM_TO_MOVE: Gib = Gib::new(1);
+/// A device is larger than the file system on it by less than this, because that counts in blocks.
+const LEAST_GROWTH: Bytes = Bytes::from_mib(1);
+/// The file system's block, in bytes.
+const BLOCK: u64 = 4096;
 
 impl Pool {
-    /// Grows the pool to `size`, or to what the 80 % rule gives on today's host disk, online.
+    /// Grows the pool to `size`, online; without one, to what the 80 % rule gives on today's host disk, or to all of its device.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when that is no growth, or more than the host disk can ever hold; [`StorageError::NoImage`],
+    /// [`StorageError::PoolSize`] when that is no growth, or more than the host disk or the device can hold; [`StorageError::Given`],
     /// [`StorageError::Busy`] while another change of size is under way.
     pub fn grow(&self, size: Option<Gib>) -> Result<(), StorageError> {
         let _changing = self.begin_resize()?;
-        let image = self.require_image()?;
+        match &self.ground {
+            Ground::Image(image) => self.grow_image(image, size),
+            Ground::Device(device) => self.grow_on_device(device, size),
+            Ground::Given => Err(StorageError::Given(self.root.clone())),
+        }
+    }
+
+    fn grow_image(&self, image: &Path, size: Option<Gib>) -> Result<(), StorageError> {
         let current = image_size(image)?;
         let holdable = holdable(image)?;
         let size = size.unwrap_or_else(|| share_of(holdable));
@@ -48,38 +60,71 @@ impl Pool {
         self.agree()
     }
 
-    /// Grows the pool to what the 80 % rule gives on today's host disk, if that is at least a GiB more than it has. Returns whether it did:
-    /// a pool that is as large as it may be, that has no image, or whose size is being changed already stays as it is.
+    fn grow_on_device(&self, device: &Path, size: Option<Gib>) -> Result<(), StorageError> {
+        let (current, holdable) = (self.space()?.capacity, device_size(device)?);
+        let wanted = size.map_or(holdable, Gib::bytes);
+        if wanted > holdable {
+            return Err(StorageError::PoolSize(format!(
+                "{} has {holdable}: a pool of {wanted} does not fit on it",
+                device.display()
+            )));
+        }
+        if wanted < current + LEAST_GROWTH {
+            return Err(StorageError::PoolSize(format!(
+                "the pool has {current} of the {holdable} of {}: {wanted} is no growth; make the device larger first",
+                device.display()
+            )));
+        }
+        self.resize_file_system(wanted)
+    }
+
+    /// Grows the pool to what the 80 % rule gives on today's host disk, or to all of its device, if that is at least a GiB more than it has. Returns
+    /// whether it did: a pool that is as large as it may be, or whose size is being changed already or not its own, stays as it is.
     ///
     /// # Errors
     /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
     pub fn extend(&self) -> Result<bool, StorageError> {
-        let Some(image) = self.image() else { return Ok(false) };
+        let worth_it = Gib::new(1).bytes();
         let _changing = match self.begin_resize() {
             Err(StorageError::Busy(_)) => return Ok(false),
             other => other?,
         };
-        let holdable = holdable(image)?;
-        let kept_free = (holdable - self.bounds().buffer.bytes()).floor_gib();
-        let size = share_of(holdable).min(kept_free).bytes();
-        if size < image_size(image)? + Gib::new(1).bytes() {
-            return Ok(false);
+        match &self.ground {
+            Ground::Image(image) => {
+                let holdable = holdable(image)?;
+                let kept_free = (holdable - self.bounds().buffer.bytes()).floor_gib();
+                let size = share_of(holdable).min(kept_free).bytes();
+                if size < image_size(image)? + worth_it {
+                    return Ok(false);
+                }
+                set_image_size(image, size)?;
+                self.agree()?;
+            }
+            Ground::Device(device) => {
+                let size = device_size(device)?;
+                if size < self.space()?.capacity + worth_it {
+                    return Ok(false);
+                }
+                self.resize_file_system(size)?;
+            }
+            Ground::Given => return Ok(false),
         }
-        set_image_size(image, size)?;
-        self.agree()?;
         Ok(true)
     }
 
-    /// Shrinks the pool to `size`, online: what lies behind it is moved first, which can take minutes. The image becomes smaller too.
+    /// Shrinks the pool to `size`, online: what lies behind it is moved first, which can take minutes. An image becomes smaller too.
     /// While that lasts, admission counts with the smaller size already.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when what is used, promised or kept free would not fit, and nothing is changed; [`StorageError::NoImage`],
+    /// [`StorageError::PoolSize`] when what is used, promised or kept free would not fit, and nothing is changed; [`StorageError::Given`],
     /// [`StorageError::Busy`] while another change of size is under way.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
         let _changing = self.begin_resize()?;
-        let image = self.require_image()?;
-        let current = image_size(image)?;
+        let current = match &self.ground {
+            Ground::Image(image) => image_size(image)?,
+            Ground::Device(_) => self.space()?.capacity,
+            Ground::Given => return Err(StorageError::Given(self.root.clone())),
+        };
         if size.bytes() >= current {
             return Err(StorageError::PoolSize(format!(
                 "the pool has {current}: {size} GiB is no shrinking"
@@ -104,14 +149,15 @@ impl Pool {
             let needed = needed.max(backed);
             Ok((needed <= size.bytes()).then_some(()).ok_or(needed.ceil_gib()))
         })?;
-        let bytes = size.bytes().as_u64().to_string();
         crash_point("pool shrink: ceiling lowered");
-        self.btrfs(&["filesystem", "resize", &bytes])?;
+        self.resize_file_system(size.bytes())?;
         crash_point("pool shrink: file system smaller");
-        set_image_size(image, size.bytes())?;
-        crash_point("pool shrink: image smaller");
-        self.refresh_device()?;
-        crash_point("pool shrink: device smaller");
+        if let Ground::Image(image) = &self.ground {
+            set_image_size(image, size.bytes())?;
+            crash_point("pool shrink: image smaller");
+            self.refresh_device()?;
+            crash_point("pool shrink: device smaller");
+        }
         drop(lowered);
         Ok(())
     }
@@ -130,20 +176,20 @@ impl Pool {
         Ok(Bytes::new(bytes.unwrap_or(0)))
     }
 
-    /// Makes loop device and file system as large as the image: what a crash between the steps of a change left, and the second half of
-    /// a growth.
+    /// Makes loop device and file system as large as the image, if there is one: what a crash between the steps of a change left, and the second
+    /// half of a growth.
     ///
     /// # Errors
     /// [`StorageError::Command`].
     pub fn agree(&self) -> Result<(), StorageError> {
         let Some(image) = self.image() else { return Ok(()) };
         let size = image_size(image)?;
-        if self.device_size()? != size {
+        if device_size(&self.device)? != size {
             self.refresh_device()?;
             crash_point("pool grow: device larger");
         }
         if self.space()?.capacity < size {
-            self.btrfs(&["filesystem", "resize", "max"])?;
+            self.resize_file_system(size)?;
             crash_point("pool grow: file system larger");
         }
         Ok(())
@@ -158,11 +204,6 @@ impl Pool {
         }
     }
 
-    fn require_image(&self) -> Result<&Path, StorageError> {
-        self.image()
-            .ok_or_else(|| StorageError::NoImage(self.path().to_owned()))
-    }
-
     fn refresh_device(&self) -> Result<(), StorageError> {
         command::run(
             Program::Losetup,
@@ -171,26 +212,11 @@ impl Pool {
         Ok(())
     }
 
-    fn device_size(&self) -> Result<Bytes, StorageError> {
-        let attribute = Path::new("/sys/class/block")
-            .join(self.device.file_name().unwrap_or_default())
-            .join("size");
-        let read = fs::read_to_string(&attribute).and_then(|sectors| {
-            sectors
-                .trim()
-                .parse()
-                .map_err(|_| io::Error::other("it is not a number"))
-        });
-        // The kernel counts in sectors of 512 bytes, whatever the device's own are.
-        read.map(|sectors| Bytes::from_blocks(sectors, 512))
-            .map_err(|error| StorageError::io("read", attribute.display(), error))
-    }
-
-    fn btrfs(&self, args: &[&str]) -> Result<(), StorageError> {
-        command::run(
-            Program::Btrfs,
-            args.iter().map(OsStr::new).chain([self.path().as_os_str()]),
-        )?;
+    fn resize_file_system(&self, size: Bytes) -> Result<(), StorageError> {
+        // Whole blocks: an image or a device may be larger by a part of one.
+        let size = (size.as_u64() & !(BLOCK - 1)).to_string();
+        let args = ["filesystem", "resize", &size].map(OsStr::new);
+        command::run(Program::Btrfs, args.into_iter().chain([self.path().as_os_str()]))?;
         Ok(())
     }
 }

@@ -2,9 +2,11 @@
 
 use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
+use crate::ground::FileSystem;
 use crate::size::Bytes;
-use rustix::fs::{fstat, statvfs};
+use rustix::fs::{fstat, fstatvfs, statvfs};
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::path::Path;
 
 /// Metadata room that must stay within reach before btrfs is counted on to take more data. Below it, unallocated space is set
@@ -15,6 +17,10 @@ const METADATA_HEADROOM: Bytes = Bytes::from_mib(128);
 /// item of 78 bytes in the file's tree and one in the tree of extents, in leaves that are two thirds full or better. Measured: 172 bytes
 /// for each of 98,000 blocks written in random order.
 const METADATA_PER_BLOCK: f64 = 256.0;
+
+/// The same of XFS: 16 bytes in the file's map, 24 in the reverse map, 12 in the tree of shared extents, in blocks that are at least half full (XFS
+/// Algorithms & Data Structures, 3rd edition, chapters 11 to 13).
+const XFS_METADATA_PER_BLOCK: f64 = 104.0;
 
 /// Metadata room below which nothing is free when no further chunk can be made for it: what is under way, and the deletions that make room
 /// again, still have to fit.
@@ -31,11 +37,12 @@ pub struct Space {
     pub free: Bytes,
     /// What the pool alone could take.
     pub pool_free: Bytes,
-    /// Free space of the host disk under the pool image; `None` for a pool on a device of its own.
+    /// Free space of the host disk under the pool image; `None` for a pool that lies on none.
     pub host_free: Option<Bytes>,
-    /// Pool space in no chunk yet.
+    /// Pool space in no chunk yet. XFS has no chunks: zero.
     pub unallocated: Bytes,
-    /// Size of the metadata chunks, and what of it is used; a part of the rest is the file system's own reserve.
+    /// Size of the metadata chunks, and what of it is used; a part of the rest is the file system's own reserve. Zero on XFS, which takes metadata
+    /// where it takes data.
     pub metadata_total: Bytes,
     /// See [`Space::metadata_total`].
     pub metadata_used: Bytes,
@@ -48,17 +55,49 @@ pub struct Space {
 
 impl Space {
     /// Reads the space of the pool that `pool` lies on, over `image` when it is a loop device's backing file.
-    ///
+    pub(crate) fn read(pool: &File, file_system: &FileSystem, image: Option<&Path>) -> Result<Space, StorageError> {
+        match file_system {
+            FileSystem::Btrfs(pending) => Space::of_btrfs(pool, pending, image),
+            FileSystem::Xfs => Space::of_xfs(pool),
+        }
+    }
+
+    /// XFS takes what is written off what is free at once, and has no second limit.
+    fn of_xfs(pool: &File) -> Result<Space, StorageError> {
+        let stat = fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
+        let blocks = |count| Bytes::from_blocks(count, stat.f_frsize);
+        let (capacity, free) = (blocks(stat.f_blocks), blocks(stat.f_bavail));
+        let used = capacity - blocks(stat.f_bfree);
+        Ok(Space {
+            capacity,
+            used,
+            free,
+            pool_free: free,
+            host_free: None,
+            unallocated: Bytes::ZERO,
+            metadata_total: Bytes::ZERO,
+            metadata_used: Bytes::ZERO,
+            backable: (used + free).scaled(1.0 / (1.0 + XFS_METADATA_PER_BLOCK / 4096.0)),
+            fixed: used,
+        })
+    }
+
     /// `free = min(pool free, host free + blocks the image owns and the pool does not use)`: a block that the image
     /// already owns can be written again without the host disk's help.
-    pub(crate) fn read(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
+    fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
         let chunks =
             chunk_space(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
         // Taken by btrfs and not accounted for until its next commit, half a minute away at most: gone all the same.
         let unread = |error| StorageError::io("read the uncommitted writes of", "the pool", error);
-        let pool_free = writable(&chunks, pending.metadata().map_err(unread)?);
+        let mut pool_free = writable(&chunks, pending.metadata().map_err(unread)?);
         let pending = pending.data().map_err(unread)?;
-        let pool_free = pool_free - pending;
+        pool_free = pool_free - pending;
+        if chunks.devices > 1 {
+            // How much of it finds room on several devices at once, btrfs knows.
+            let stat =
+                fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
+            pool_free = pool_free.min(Bytes::from_blocks(stat.f_bavail, stat.f_frsize));
+        }
         // What can be held in the end does not depend on the transaction under way.
         let holdable = writable(&chunks, Bytes::ZERO) + chunks.data_used;
         let (host_free, free, holdable) = match image {
@@ -74,7 +113,7 @@ impl Space {
             }
         };
         Ok(Space {
-            capacity: chunks.device_size,
+            capacity: chunks.device_size.scaled(1.0 / chunks.data_copies as f64),
             used: chunks.data_used,
             free,
             pool_free,
@@ -98,19 +137,20 @@ fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
     if now < METADATA_FLOOR && chunks.unallocated < wanted(now) {
         return Bytes::ZERO;
     }
-    (chunks.data_total - chunks.data_used) + (chunks.unallocated - wanted(unused - chunks.global_reserve))
+    let raw = chunks.unallocated - wanted(unused - chunks.global_reserve);
+    (chunks.data_total - chunks.data_used) + raw.scaled(1.0 / chunks.data_copies as f64)
 }
 
 /// Of `holdable` bytes, what can be data when the metadata for it has to be made out of the same space.
 ///
-/// Data `x` needs `x ÷ 4096 × METADATA_PER_BLOCK` of metadata. What the metadata chunks cannot take becomes further chunks, each byte stored
-/// `copies` times: the largest `x` with `x + copies × (x × share − chunks) ≤ holdable`.
+/// Data `x` needs `x ÷ 4096 × METADATA_PER_BLOCK` of metadata. What the metadata chunks cannot take becomes further chunks. With each byte of
+/// data stored `d` times and each of metadata `m` times, it is the largest `x` with `d·x + m × (x × share − chunks) ≤ d × holdable`.
 fn backable(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     let room = chunks.metadata_total - chunks.global_reserve;
-    let (share, copies) = (METADATA_PER_BLOCK / 4096.0, chunks.metadata_copies as f64);
-    let doubled =
-        (holdable + Bytes::from_blocks(room.as_u64(), chunks.metadata_copies)).scaled(1.0 / (1.0 + copies * share));
-    holdable.min(doubled)
+    let share = METADATA_PER_BLOCK / 4096.0;
+    let (d, m) = (chunks.data_copies, chunks.metadata_copies);
+    let raw = Bytes::from_blocks(holdable.as_u64(), d) + Bytes::from_blocks(room.as_u64(), m);
+    holdable.min(raw.scaled(1.0 / (d as f64 + m as f64 * share)))
 }
 
 /// What an unprivileged program could write to the file system that `path` lies on.
@@ -118,6 +158,13 @@ pub(crate) fn available(path: &Path) -> Result<Bytes, StorageError> {
     let stat =
         statvfs(path).map_err(|errno| StorageError::io("read the free space of", path.display(), errno.into()))?;
     Ok(Bytes::from_blocks(stat.f_bavail, stat.f_frsize))
+}
+
+/// The size of a block device.
+pub(crate) fn device_size(device: &Path) -> Result<Bytes, StorageError> {
+    let size = File::open(device).and_then(|mut device| device.seek(SeekFrom::End(0)));
+    size.map(Bytes::new)
+        .map_err(|error| StorageError::io("read the size of", device.display(), error))
 }
 
 /// The blocks a file owns; `st_blocks` counts 512 bytes whatever the file system's block size.
@@ -149,6 +196,8 @@ mod tests {
             metadata_used: Bytes::from_mib(100),
             global_reserve: Bytes::from_mib(64),
             metadata_copies: 2,
+            data_copies: 1,
+            devices: 1,
             raw_used: Gib::new(4).bytes(),
         }
     }
@@ -185,6 +234,15 @@ mod tests {
             ..chunks
         };
         assert_eq!(backable(holdable, &ample), holdable);
+    }
+
+    #[test]
+    fn data_that_is_stored_twice_takes_twice_the_unallocated_space() {
+        let mirrored = ChunkSpace {
+            data_copies: 2,
+            ..chunks()
+        };
+        assert_eq!(writable(&mirrored, Bytes::ZERO), Gib::new(15).bytes());
     }
 
     #[test]

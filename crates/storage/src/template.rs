@@ -7,9 +7,9 @@
 use crate::command::{self, Program};
 use crate::error::StorageError;
 use crate::files;
-use crate::init::probe;
 use crate::name::Name;
 use crate::pool::Pool;
+use crate::signature::probe;
 use crate::size::{Bytes, Gib};
 use crate::space;
 use rustix::fs::{FlockOperation, flock};
@@ -429,7 +429,7 @@ fn require_bare_ext4(path: &Path, mut file: &File) -> Result<(), StorageError> {
             return Err(not_a_template(path, format!("it is {packed}")));
         }
     }
-    match probe(path)?.as_deref() {
+    match probe(path)?.map(|found| found.kind).as_deref() {
         Some("ext4") => Ok(()),
         Some(table) if table.contains("partition table") => Err(not_a_template(
             path,

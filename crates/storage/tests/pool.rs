@@ -2,7 +2,7 @@
 
 mod support;
 
-use scalebox_storage::{Bytes, Gib, InitOutcome, MOUNT_OPTIONS, Pool, StorageError, unmount};
+use scalebox_storage::{Backing, Bytes, Gib, InitOutcome, Pool, StorageError, unmount};
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -26,18 +26,20 @@ fn a_new_pool_is_mounted_registered_and_overwrites_in_place() {
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
 
     let plan = place.plan.clone();
+    let image = place.image().to_owned();
+    let image = image.as_path();
     assert_eq!(
         run("findmnt", &["-n", "-o", "FSTYPE", text(&plan.data_dir)]).trim(),
         "btrfs"
     );
-    assert_eq!(fs::metadata(&plan.image).unwrap().len(), 30 << 30);
+    assert_eq!(fs::metadata(image).unwrap().len(), 30 << 30);
     assert!(attributes(&plan.data_dir.join("templates")).contains('C'));
     assert!(attributes(&plan.data_dir.join("vms")).contains('C'));
     assert!(!attributes(&plan.data_dir.join("kernel")).contains('C'));
-    assert!(loop_devices_of(&plan.image).trim().ends_with('1'), "direct I/O is on");
+    assert!(loop_devices_of(image).trim().ends_with('1'), "direct I/O is on");
     let line = format!(
-        "{} {} btrfs {MOUNT_OPTIONS} 0 0\n",
-        text(&plan.image),
+        "{} {} btrfs loop,nofail,noatime,discard=async 0 0\n",
+        text(image),
         text(&plan.data_dir)
     );
     assert_eq!(fs::read_to_string(&plan.fstab).unwrap(), line);
@@ -54,7 +56,7 @@ fn a_second_run_says_so_and_changes_nothing() {
     place.init().unwrap();
     let before = (
         fs::read(&place.plan.fstab).unwrap(),
-        fs::metadata(&place.plan.image).unwrap().ino(),
+        fs::metadata(place.image()).unwrap().ino(),
     );
     place.said.clear();
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
@@ -65,7 +67,7 @@ fn a_second_run_says_so_and_changes_nothing() {
     assert_eq!(
         (
             fs::read(&place.plan.fstab).unwrap(),
-            fs::metadata(&place.plan.image).unwrap().ino()
+            fs::metadata(place.image()).unwrap().ino()
         ),
         before
     );
@@ -76,31 +78,35 @@ fn the_table_of_mounts_brings_the_pool_back_and_its_data_with_it() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let plan = place.plan.clone();
+    let image = place.image().to_owned();
+    let image = image.as_path();
     fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
-    assert!(unmount(&plan.data_dir).unwrap());
-    assert_eq!(loop_devices_of(&plan.image), "", "the loop device goes with the mount");
+    assert!(unmount(&plan.data_dir, &plan.backing).unwrap());
+    assert_eq!(loop_devices_of(image), "", "the loop device goes with the mount");
 
     run("mount", &["--fstab", text(&plan.fstab), text(&plan.data_dir)]);
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
     // What mount from the table leaves out, the next run puts right.
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
-    assert!(loop_devices_of(&plan.image).trim().ends_with('1'), "direct I/O is on");
+    assert!(loop_devices_of(image).trim().ends_with('1'), "direct I/O is on");
 }
 
 #[test]
 fn an_interrupted_run_is_finished_by_the_next() {
     let mut place = Place::new("30G");
     let plan = place.plan.clone();
+    let image = place.image().to_owned();
+    let image = image.as_path();
 
     // Killed while the file system was made.
-    let partial = plan.image.with_extension("img.partial");
+    let partial = image.with_extension("img.partial");
     fs::write(&partial, "half a file system").unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert!(!partial.exists());
 
     // Killed between making the image and mounting it.
     fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
-    unmount(&plan.data_dir).unwrap();
+    unmount(&plan.data_dir, &plan.backing).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
 
@@ -115,9 +121,9 @@ fn an_interrupted_run_is_finished_by_the_next() {
 #[test]
 fn an_image_that_was_never_formatted_starts_clean() {
     let mut place = Place::new("30G");
-    File::create_new(&place.plan.image).unwrap().set_len(5 << 30).unwrap();
+    File::create_new(place.image()).unwrap().set_len(5 << 30).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
-    assert_eq!(fs::metadata(&place.plan.image).unwrap().len(), 30 << 30);
+    assert_eq!(fs::metadata(place.image()).unwrap().len(), 30 << 30);
 }
 
 #[test]
@@ -129,13 +135,13 @@ fn what_lies_at_the_image_s_place_is_never_formatted() {
         (b"somebody's data".as_slice(), "data without a file system"),
     ] {
         let mut place = Place::new("30G");
-        fs::write(&place.plan.image, content).unwrap();
+        fs::write(place.image(), content).unwrap();
         let error = place.init().unwrap_err();
         assert!(
             matches!(&error, StorageError::ForeignImage { found: said, .. } if said == found),
             "{error}"
         );
-        assert!(fs::read(&place.plan.image).unwrap() == content);
+        assert!(fs::read(place.image()).unwrap() == content);
     }
 }
 
@@ -145,7 +151,7 @@ fn a_folder_with_files_in_it_is_not_hidden() {
     fs::create_dir(&place.plan.data_dir).unwrap();
     fs::write(place.plan.data_dir.join("precious"), "data").unwrap();
     assert!(matches!(place.init(), Err(StorageError::NotEmpty(_))));
-    assert!(!place.plan.image.exists());
+    assert!(!place.image().exists());
 }
 
 #[test]
@@ -165,7 +171,7 @@ fn a_pool_takes_eighty_percent_of_a_500_gib_host_disk() {
     let available: u64 = available.lines().last().unwrap().trim().parse().unwrap();
     let mut place = Place::at(&host.folder, None);
     place.init().unwrap();
-    let size = fs::metadata(&place.plan.image).unwrap().len();
+    let size = fs::metadata(place.image()).unwrap().len();
     assert_eq!(size, ((available >> 30) * 80 / 100) << 30);
     assert!((385..=400).contains(&(size >> 30)), "{} GiB", size >> 30);
     assert!(place.warnings().is_empty());
@@ -178,7 +184,7 @@ fn a_host_disk_with_24_gib_free_is_refused_in_the_words_of_the_seed_also_with_a_
         let mut place = Place::at(&host.folder, size);
         let error = place.init().unwrap_err().to_string();
         assert_eq!(error, "Insufficient disk space. Need at least 25GB free, found 24GB");
-        assert!(!place.plan.image.exists() && !place.plan.fstab.exists());
+        assert!(!place.image().exists() && !place.plan.fstab.exists());
     }
 }
 
@@ -211,14 +217,14 @@ fn two_runs_at_once_make_one_pool() {
         assert!(matches!(run, Ok(_) | Err(StorageError::Busy(_))), "{run:?}");
     }
     assert_eq!(fs::read_to_string(&place.plan.fstab).unwrap().lines().count(), 1);
-    assert_eq!(loop_devices_of(&place.plan.image).lines().count(), 1);
+    assert_eq!(loop_devices_of(place.image()).lines().count(), 1);
 }
 
 #[test]
 fn an_image_that_is_mounted_elsewhere_is_not_mounted_twice() {
     let mut place = Place::new("30G");
     place.init().unwrap();
-    let mut other = Place::at(place.plan.image.parent().unwrap(), Some("30G"));
+    let mut other = Place::at(place.image().parent().unwrap(), Some("30G"));
     other.plan.data_dir = place.plan.data_dir.with_file_name("second");
     other.plan.fstab = place.plan.fstab.with_file_name("second-fstab");
     let error = other.init().unwrap_err();
@@ -307,9 +313,9 @@ fn a_pool_grows_and_shrinks_in_all_its_layers_and_keeps_its_data() {
     );
     let sum = run("sha256sum", &[text(&file)]);
     let layers = || {
-        let device = run("losetup", &["-n", "-O", "NAME", "-j", text(&place.plan.image)]);
+        let device = run("losetup", &["-n", "-O", "NAME", "-j", text(place.image())]);
         let device: u64 = run("blockdev", &["--getsize64", device.trim()]).trim().parse().unwrap();
-        let image = fs::metadata(&place.plan.image).unwrap().len();
+        let image = fs::metadata(place.image()).unwrap().len();
         [
             image >> 30,
             device >> 30,
@@ -339,8 +345,8 @@ fn a_pool_grows_and_shrinks_in_all_its_layers_and_keeps_its_data() {
         );
     }
     drop(pool);
-    unmount(&place.plan.data_dir).unwrap();
-    run("btrfs", &["check", "--quiet", text(&place.plan.image)]);
+    unmount(&place.plan.data_dir, &place.plan.backing).unwrap();
+    run("btrfs", &["check", "--quiet", text(place.image())]);
 }
 
 #[test]
@@ -371,7 +377,7 @@ fn a_change_of_size_that_a_crash_interrupted_ends_with_all_layers_agreeing() {
     place.init().unwrap();
     let pool = place.open(USUAL);
     // A growth that came as far as the image.
-    run("truncate", &["-s", "35G", text(&place.plan.image)]);
+    run("truncate", &["-s", "35G", text(place.image())]);
     pool.agree().unwrap();
     assert_eq!(pool.space().unwrap().capacity, Gib::new(35).bytes());
     // A shrinking that came as far as the file system.
@@ -388,7 +394,7 @@ fn trimming_gives_deleted_data_back_to_the_host_disk() {
     let pool = place.open(USUAL);
     run("mount", &["-o", "remount,nodiscard", text(&place.plan.data_dir)]);
     let file = place.plan.data_dir.join("vms/written");
-    let blocks = || fs::metadata(&place.plan.image).unwrap().blocks() * 512;
+    let blocks = || fs::metadata(place.image()).unwrap().blocks() * 512;
     run(
         "dd",
         &[
@@ -411,7 +417,9 @@ fn trimming_gives_deleted_data_back_to_the_host_disk() {
 #[test]
 fn a_pool_that_is_not_mounted_says_how_to_make_it() {
     let scratch = tempfile::tempdir().unwrap();
-    let error = Pool::open(scratch.path(), USUAL).unwrap_err().to_string();
+    let error = Pool::open(scratch.path(), &Backing::Image("/nonexistent".into()), USUAL)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("scaleboxd pool init"), "{error}");
 }
 

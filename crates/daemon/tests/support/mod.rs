@@ -407,10 +407,15 @@ pub struct HostDisk {
 
 impl HostDisk {
     pub fn ext4(size: &str) -> HostDisk {
+        HostDisk::made(size, "mke2fs", &["-q", "-t", "ext4", "-m", "0"])
+    }
+
+    /// Formatted by a program of one's choice.
+    pub fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
         run("truncate", &["-s", size, text(&image)]);
-        run("mke2fs", &["-q", "-t", "ext4", "-m", "0", text(&image)]);
+        run(program, &[args, &[text(&image)]].concat());
         fs::create_dir(&folder).unwrap();
         run("mount", &["-o", "loop", text(&image), text(&folder)]);
         HostDisk {

@@ -8,7 +8,7 @@
 )]
 
 use scalebox_storage::{
-    Bounds, Bytes, Gib, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
+    Backing, Bounds, Bytes, Gib, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
 };
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -48,6 +48,15 @@ impl HostDisk {
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
         File::create_new(&image).unwrap().set_len(size.as_u64()).unwrap();
         run("mke2fs", &["-q", "-t", "ext4", "-m", "0", text(&image)]);
+        HostDisk::mount(scratch, &image, folder)
+    }
+
+    /// Formatted by a program of one's choice.
+    pub fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
+        let scratch = tempfile::tempdir().unwrap();
+        let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
+        run("truncate", &["-s", size, text(&image)]);
+        run(program, &[args, &[text(&image)]].concat());
         HostDisk::mount(scratch, &image, folder)
     }
 
@@ -95,7 +104,7 @@ impl Place {
     pub fn at(folder: &Path, size: Option<&str>) -> Place {
         let plan = PoolPlan {
             data_dir: folder.join("pool"),
-            image: folder.join("pool.img"),
+            backing: Backing::Image(folder.join("pool.img")),
             fstab: folder.join("fstab"),
             size: size.map(|size| size.parse().unwrap()),
             buffer: Gib::new(2),
@@ -107,13 +116,21 @@ impl Place {
         }
     }
 
+    /// The image that the pool lies on, or will.
+    pub fn image(&self) -> &Path {
+        match &self.plan.backing {
+            Backing::Image(image) => image,
+            other => panic!("{other:?} is no image"),
+        }
+    }
+
     pub fn init(&mut self) -> Result<InitOutcome, StorageError> {
         let said = &mut self.said;
         init(&self.plan, &mut |event| said.push(event))
     }
 
     pub fn open(&self, bounds: Bounds) -> Pool {
-        Pool::open(&self.plan.data_dir, bounds).unwrap()
+        Pool::open(&self.plan.data_dir, &self.plan.backing, bounds).unwrap()
     }
 
     pub fn steps(&self) -> Vec<&str> {
@@ -145,7 +162,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Err(error) = unmount(&self.plan.data_dir) {
+        if let Err(error) = unmount(&self.plan.data_dir, &self.plan.backing) {
             eprintln!("the test's pool is still mounted: {error}");
         }
     }

@@ -1,0 +1,376 @@
+//! Pools without an image: on a device of their own, and on a btrfs or XFS that is there already.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+mod support;
+
+use scalebox_storage::{Backing, Bytes, Gib, Ground, InitOutcome, Name, StorageError, unmount};
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use support::{HostDisk, Place, Stocked, USUAL, disk_path, ext4_image, name, run, text};
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+/// A block device over a sparse file, gone when dropped.
+struct Device {
+    file: PathBuf,
+    path: PathBuf,
+    _scratch: TempDir,
+}
+
+impl Device {
+    fn new(size: &str) -> Device {
+        let scratch = tempfile::tempdir().unwrap();
+        let file = scratch.path().join("disk");
+        run("truncate", &["-s", size, text(&file)]);
+        let path = run("losetup", &["--find", "--show", text(&file)]).trim().into();
+        Device {
+            file,
+            path,
+            _scratch: scratch,
+        }
+    }
+
+    fn enlarge(&self, size: &str) {
+        run("truncate", &["-s", size, text(&self.file)]);
+        run("losetup", &["--set-capacity", text(&self.path)]);
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        run("losetup", &["--detach", text(&self.path)]);
+    }
+}
+
+/// A place in the scratch folder of a device, with a pool on the device to be.
+fn place_on(device: &Device, size: Option<&str>) -> Place {
+    let mut place = Place::at(device.file.parent().unwrap(), size);
+    place.plan.backing = Backing::Device(device.path.clone());
+    place
+}
+
+/// A place for a pool in a folder on a file system.
+fn place_in(folder: PathBuf) -> Place {
+    let mut place = Place::at(&folder, None);
+    place.plan.backing = Backing::Given;
+    place
+}
+
+fn create(stocked: &Stocked, id: &str, size: u64) -> Name {
+    let id = name(id);
+    let admitted = stocked.pool.admit(Gib::new(size).bytes()).unwrap();
+    stocked
+        .pool
+        .create_disk(&id, &stocked.template.name, &admitted)
+        .unwrap();
+    admitted.commit();
+    id
+}
+
+fn write(path: &Path, offset: u64, length: u64) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&vec![0x5a; length as usize], offset).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// What every pool does, wherever it lies.
+fn does_what_a_pool_does(stocked: &Stocked) {
+    let pool = &stocked.pool;
+    let before = pool.space().unwrap();
+    let [a, b] = ["vm-a", "vm-b"].map(|id| create(stocked, id, 2));
+    for id in [&a, &b] {
+        run("e2fsck", &["-fn", text(&disk_path(pool, id))]);
+        assert_eq!(pool.provisioned(id).unwrap(), Gib::new(2).bytes());
+    }
+    assert!(
+        before.free - pool.space().unwrap().free < Bytes::from_mib(32),
+        "a clone takes no space"
+    );
+
+    // What is one's own, what is shared, and what a deletion frees.
+    write(&disk_path(pool, &a), 300 * MIB, 100 * MIB);
+    run("sync", &["-f", text(pool.path())]);
+    let accounts = pool.measure().unwrap();
+    let usage = accounts.disks[&a];
+    assert!(
+        usage.exclusive >= Bytes::from_mib(100) && usage.exclusive < Bytes::from_mib(102),
+        "{usage:?}"
+    );
+    assert!(accounts.disks[&b].exclusive < Bytes::from_mib(2), "{accounts:?}");
+    assert!(accounts.shared > Bytes::ZERO);
+    let (used, total) = (pool.space().unwrap().used.as_u64(), accounts.total().as_u64());
+    assert!(used.abs_diff(total) * 100 <= used, "{used} are used, and {total} told");
+    assert!(accounts.fixed() < pool.space().unwrap().used - Bytes::from_mib(90));
+
+    pool.grow_disk(&b, Gib::new(3).bytes()).unwrap();
+    run("e2fsck", &["-fn", text(&disk_path(pool, &b))]);
+    let full = pool.space().unwrap().free;
+    let unlinked = pool.unlink_disk(&a).unwrap().expect("there was a disk");
+    pool.reclaim(unlinked).unwrap();
+    pool.release(Gib::new(2).bytes());
+    let freed = pool.space().unwrap().free - full;
+    assert!(freed >= Bytes::from_mib(99), "{freed} are free again");
+
+    // A request that does not fit is refused in the words of the seed.
+    let free = pool.space().unwrap().free.floor_gib();
+    let refused = pool.admit(free.bytes()).unwrap_err().to_string();
+    let need = free.as_u64() + 2;
+    assert_eq!(
+        refused,
+        format!("Insufficient storage: {free}GB available, need {need}GB")
+    );
+
+    pool.sweep(&HashSet::new()).unwrap();
+    assert_eq!(pool.disks().unwrap(), []);
+    pool.delete_template(&stocked.template.name).unwrap();
+    assert_eq!(fs::read_dir(pool.path().join("templates/.grown")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_pool_on_a_device_takes_all_of_it_and_comes_back_by_the_table_of_mounts() {
+    let device = Device::new("30G");
+    let mut place = place_on(&device, None);
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+    assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
+    let plan = place.plan.clone();
+    let uuid = run("blkid", &["-p", "-s", "UUID", "-o", "value", text(&device.path)]);
+    assert_eq!(
+        fs::read_to_string(&plan.fstab).unwrap(),
+        format!(
+            "UUID={} {} btrfs nofail,noatime,discard=async 0 0\n",
+            uuid.trim(),
+            text(&plan.data_dir)
+        )
+    );
+    let steps = place.steps();
+    assert!(
+        steps[1].starts_with("Creating 30 GiB btrfs storage pool on /dev/loop"),
+        "{steps:?}"
+    );
+
+    let stocked = Stocked::in_place(place, USUAL);
+    assert_eq!(stocked.pool.ground(), &Ground::Device(device.path.clone()));
+    let space = stocked.pool.space().unwrap();
+    assert_eq!((space.capacity, space.host_free), (Gib::new(30).bytes(), None));
+    does_what_a_pool_does(&stocked);
+
+    let Stocked { pool, mut place, .. } = stocked;
+    drop(pool);
+    fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
+    assert!(unmount(&plan.data_dir, &plan.backing).unwrap());
+    run("mount", &["--fstab", text(&plan.fstab), text(&plan.data_dir)]);
+    assert!(unmount(&plan.data_dir, &plan.backing).unwrap());
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+    assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
+}
+
+#[test]
+fn a_pool_on_a_device_grows_with_it_and_shrinks_on_it() {
+    let device = Device::new("40G");
+    let mut place = place_on(&device, Some("30G"));
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    let capacity = || pool.space().unwrap().capacity.floor_gib().as_u64();
+    assert_eq!(capacity(), 30, "STORAGE_SIZE is what it takes of the device");
+    pool.grow(None).unwrap();
+    assert_eq!(capacity(), 40);
+    device.enlarge("60G");
+    pool.grow(Some(Gib::new(50))).unwrap();
+    assert_eq!(capacity(), 50);
+    assert!(pool.extend().unwrap());
+    assert_eq!(capacity(), 60);
+    assert!(!pool.extend().unwrap());
+    pool.shrink(Gib::new(25)).unwrap();
+    assert_eq!(capacity(), 25);
+    // What a start puts right leaves a pool as small as it was made.
+    pool.agree().unwrap();
+    assert_eq!(capacity(), 25);
+    for (refused, why) in [
+        (pool.grow(Some(Gib::new(61))), "does not fit"),
+        (pool.grow(Some(Gib::new(25))), "no growth"),
+        (pool.shrink(Gib::new(30)), "no shrinking"),
+        (pool.shrink(Gib::new(1)), "GiB are needed"),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(
+            matches!(error, StorageError::PoolSize(_)) && error.to_string().contains(why),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_device_with_anything_on_it_is_not_formatted() {
+    let device = Device::new("30G");
+    let mut place = place_on(&device, None);
+    let mut refused = |why: &str| {
+        let error = place.init().unwrap_err();
+        assert!(
+            matches!(&error, StorageError::UnfitDevice { .. }) && error.to_string().contains(why),
+            "{error}"
+        );
+    };
+    run("mke2fs", &["-q", "-t", "ext4", text(&device.path)]);
+    refused("it holds ext4");
+    run("wipefs", &["-q", "--all", text(&device.path)]);
+    run("mkfs.btrfs", &["-q", "-L", "mine", text(&device.path)]);
+    refused("it holds btrfs (label \"mine\")");
+    run("wipefs", &["-q", "--all", text(&device.path)]);
+    // One partition of Linux' type, from sector 2048 on, 1000 long.
+    let mut sector = [0; 512];
+    sector[446 + 4] = 0x83;
+    sector[446 + 8..446 + 16].copy_from_slice(&[0, 8, 0, 0, 0xe8, 3, 0, 0]);
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    let disk = File::options().write(true).open(&device.path).unwrap();
+    disk.write_all_at(&sector, 0).unwrap();
+    disk.sync_all().unwrap();
+    refused("a dos partition table");
+
+    let small = Device::new("10G");
+    let error = place_on(&small, None).init().unwrap_err().to_string();
+    assert!(error.contains("it has 10 GiB, and a pool at least 20 GiB"), "{error}");
+    let error = place_on(&small, Some("11G")).init().unwrap_err().to_string();
+    assert!(error.contains("less than STORAGE_SIZE asks for"), "{error}");
+    let mut file = Place::new("30G");
+    let plain = file.image().to_owned();
+    fs::write(&plain, "a file").unwrap();
+    file.plan.backing = Backing::Device(plain);
+    let error = file.init().unwrap_err().to_string();
+    assert!(error.contains("no block device"), "{error}");
+    assert!(!file.plan.fstab.exists());
+}
+
+#[test]
+fn a_pool_that_another_device_is_mounted_at_is_not_used() {
+    let (device, other) = (Device::new("30G"), Device::new("30G"));
+    let mut place = place_on(&device, None);
+    place.init().unwrap();
+    let wrong = Backing::Device(other.path.clone());
+    let error = scalebox_storage::Pool::open(&place.plan.data_dir, &wrong, USUAL).unwrap_err();
+    assert!(matches!(error, StorageError::OtherDevice { .. }), "{error}");
+    // By another name it is the same device.
+    let link = place.plan.fstab.with_file_name("by-another-name");
+    std::os::unix::fs::symlink(&device.path, &link).unwrap();
+    scalebox_storage::Pool::open(&place.plan.data_dir, &Backing::Device(link), USUAL).unwrap();
+}
+
+#[test]
+fn an_xfs_that_is_mounted_at_the_pool_s_place_is_the_pool() {
+    let host = HostDisk::made("30G", "mkfs.xfs", &["-q"]);
+    let mut place = Place::at(&host.folder, Some("100G"));
+    place.plan.data_dir = host.folder.clone();
+    // No image is made though one is configured: there is a file system that can clone.
+    assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+    assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
+    assert!(!place.image().exists() && !place.plan.fstab.exists());
+    assert_eq!(
+        place.steps()[0],
+        format!("Storage already mounted at {}", host.folder.display())
+    );
+    let stocked = Stocked::in_place(place, USUAL);
+    assert_eq!(
+        (stocked.pool.ground(), stocked.pool.file_system()),
+        (&Ground::Given, "xfs")
+    );
+    does_what_a_pool_does(&stocked);
+    for refused in [stocked.pool.grow(None), stocked.pool.shrink(Gib::new(20))] {
+        assert!(matches!(refused, Err(StorageError::Given(_))), "{refused:?}");
+    }
+    assert!(!stocked.pool.extend().unwrap());
+    let Stocked { pool, place, .. } = stocked;
+    drop(pool);
+    assert!(
+        !unmount(&place.plan.data_dir, &place.plan.backing).unwrap(),
+        "it was there before the pool"
+    );
+}
+
+#[test]
+fn a_folder_on_an_xfs_or_a_btrfs_is_a_pool_when_no_image_is_wanted() {
+    for (program, args) in [("mkfs.xfs", &["-q"][..]), ("mkfs.btrfs", &["-q"])] {
+        let host = HostDisk::made("30G", program, args);
+        fs::write(host.folder.join("somebody-else-s"), vec![7; 64 << 20]).unwrap();
+        let mut place = place_in(host.folder.join("scalebox"));
+        assert_eq!(place.init().unwrap(), InitOutcome::Ready);
+        assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
+        assert!(!place.plan.fstab.exists());
+        let stocked = Stocked::in_place(place, USUAL);
+        does_what_a_pool_does(&stocked);
+        let accounts = stocked.pool.measure().unwrap();
+        assert!(
+            accounts.other >= Bytes::from_mib(64),
+            "what is not the pool's: {accounts:?}"
+        );
+        assert_eq!(
+            fs::metadata(host.folder.join("somebody-else-s")).unwrap().len(),
+            64 << 20
+        );
+    }
+}
+
+#[test]
+fn a_file_system_that_cannot_clone_and_a_folder_that_is_no_pool_are_refused() {
+    let ext4 = HostDisk::ext4(Gib::new(1).bytes());
+    let error = place_in(ext4.folder.join("pool")).init().unwrap_err();
+    assert!(
+        matches!(&error, StorageError::NotAPool { fs_type, .. } if fs_type == "ext4"),
+        "{error}"
+    );
+
+    let old = HostDisk::made("2G", "mkfs.xfs", &["-q", "-m", "reflink=0"]);
+    let mut place = place_in(old.folder.join("pool"));
+    let error = place.init().unwrap_err();
+    assert!(error.to_string().contains("XFS made with reflink=1"), "{error}");
+    assert_eq!(
+        fs::read_dir(&place.plan.data_dir).unwrap().count(),
+        0,
+        "nothing was made"
+    );
+
+    let xfs = HostDisk::made("2G", "mkfs.xfs", &["-q"]);
+    let mut place = place_in(xfs.folder.clone());
+    place.plan.data_dir = xfs.folder.join("home");
+    fs::create_dir(&place.plan.data_dir).unwrap();
+    fs::write(place.plan.data_dir.join("precious"), "data").unwrap();
+    let error = place.init().unwrap_err();
+    assert!(matches!(error, StorageError::OtherFolder(_)), "{error}");
+    assert_eq!(fs::read_dir(&place.plan.data_dir).unwrap().count(), 1);
+}
+
+#[test]
+fn an_image_where_none_is_needed_is_told_and_kept_from_copying_on_write() {
+    let host = HostDisk::made("30G", "mkfs.btrfs", &["-q"]);
+    let mut place = Place::at(&host.folder, None);
+    place.init().unwrap();
+    let warnings = place.warnings();
+    assert!(
+        warnings.len() == 1 && warnings[0].contains("POOL_IMAGE=none"),
+        "{warnings:?}"
+    );
+    let attributes = run("lsattr", &[text(place.image())]);
+    assert!(attributes.split(' ').next().unwrap().contains('C'), "{attributes}");
+}
+
+#[test]
+fn a_template_is_imported_to_xfs_from_elsewhere_and_from_within() {
+    let host = HostDisk::made("30G", "mkfs.xfs", &["-q"]);
+    let mut place = place_in(host.folder.join("pool"));
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let image = ext4_image(scratch.path(), "64M");
+    let outside = pool.import_template(&name("outside"), &image, false).unwrap();
+    let inside = place.plan.data_dir.join("templates/outside.ext4");
+    let again = pool.import_template(&name("inside"), &inside, false).unwrap();
+    assert_eq!((outside.size, again.size), (Bytes::from_mib(64), Bytes::from_mib(64)));
+    assert_eq!(pool.templates().unwrap().len(), 2);
+}
