@@ -15,6 +15,10 @@ const FEATURES: &str = "none,has_journal,ext_attr,resize_inode,dir_index,sparse_
 /// The journal is written in a ring: all of it becomes each VM's own, whatever it shares otherwise. MiB.
 const JOURNAL_MIB: &str = "size=32";
 
+/// Block groups that keep their bitmaps and inode tables together: those of 32 GiB. A disk that is grown to 100 GiB has a stretch of metadata for each
+/// such lot, and each stretch is an extent that every clone copies and flushes: 68 in all, where mke2fs' default of 16 groups makes 109.
+const FLEX_GROUPS: &str = "256";
+
 /// Reserved for root, so that a full disk still lets its owner log in and tidy up. Per cent.
 const RESERVED: &str = "1";
 
@@ -41,6 +45,8 @@ pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn P
             "16384",
             "-m",
             RESERVED,
+            "-G",
+            FLEX_GROUPS,
             "-J",
             JOURNAL_MIB,
             "-L",
