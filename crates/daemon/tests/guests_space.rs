@@ -8,10 +8,10 @@
 
 mod support;
 
-use scalebox_client::Vm;
+use scalebox_client::{Vm, VmStatus};
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use support::guest::{Key, wait_for_ssh};
 use support::{Host, HostDisk, Options, eventually, run, said, text};
@@ -19,17 +19,34 @@ use support::{Host, HostDisk, Options, eventually, run, said, text};
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Writes blocks of 1 MiB over and over in 40 files until told to stop, and keeps the sum of each outside the disk once it is flushed.
-const WRITER: &str = "mkdir -p data /dev/shm/sums && n=0 && while [ ! -e /dev/shm/stop ]; do \
-    head -c 1M /dev/urandom > /dev/shm/block && \
-    dd if=/dev/shm/block of=data/$((n % 40)) bs=1M conv=notrunc,fsync status=none && \
-    (sha256sum < /dev/shm/block) > /dev/shm/sums/$((n % 40)) || exit 1; \
-    n=$((n + 1)); echo $n > /dev/shm/written.new; mv /dev/shm/written.new /dev/shm/written; done";
+/// For the guests' Perl, because starting a program costs an emulated processor more than writing a block. A block is 1 MiB that no other number gives.
+const BLOCK: &str = "use strict; use Fcntl; use IO::Handle; \
+    sub block { my $line = qq(number $_[0]\n); substr($line x (1 + (1 << 20) / length $line), 0, 1 << 20) } \
+    sub put { my ($file, $n) = @_; sysopen(my $f, $file, O_RDWR | O_CREAT) or die qq($file: $!); \
+        syswrite($f, block($n)) == 1 << 20 or die qq($file: $!); $f->sync or die qq($file: $!); } \
+    sub check { my ($file, $n) = @_; open(my $f, q(<), $file) or die qq($file: $!); local $/; <$f> eq block($n) or die qq($file differs); }";
 
-/// Reads what is on the disk, not in the guest's memory, and compares.
-const VERIFY: &str = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'; \
-    for f in data/*; do [ \"$(sha256sum < $f)\" = \"$(cat /dev/shm/sums/${f#data/})\" ] || { echo $f differs; exit 1; }; done; \
-    ls data | wc -l";
+/// Writes blocks over and over in 40 files until told to stop, and keeps the number of each outside the disk once it is flushed.
+const WRITER: &str = "my ($n, @last) = 0; mkdir q(data); until (-e q(/dev/shm/stop)) { put(q(data/) . $n % 40, $n); \
+    $last[$n % 40] = $n; $n++; open(my $f, q(>), q(/dev/shm/written.new)); print $f qq($n @last\n); close $f; \
+    rename q(/dev/shm/written.new), q(/dev/shm/written); }";
+
+/// Writes 250 files of a block each, each flushed.
+const FILLER: &str = "mkdir q(fill); put(qq(fill/$_), $_) for 0 .. 249;";
+
+/// Compares what the writer wrote; tells how many files that is.
+const VERIFY: &str = "open(my $f, q(<), q(/dev/shm/written)); my (undef, @last) = split q( ), <$f>; \
+    check(qq(data/$_), $last[$_]) for 0 .. $#last; print scalar @last;";
+
+/// The same of what the filler wrote.
+const VERIFY_FILL: &str = "check(qq(fill/$_), $_) for 0 .. 249; print 250;";
+
+/// From here on, the guest reads what is on its disk, and not in its memory.
+const FORGET: &str = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'; ";
+
+fn perl(script: &str) -> String {
+    format!("perl -e '{BLOCK} {script}'")
+}
 
 fn free(folder: &Path) -> u64 {
     let stat = rustix::fs::statvfs(folder).unwrap();
@@ -38,7 +55,7 @@ fn free(folder: &Path) -> u64 {
 
 /// How many blocks the guest has written.
 fn written(key: &Key, vm: &Vm) -> u64 {
-    key.run(vm, "cat /dev/shm/written 2>/dev/null || echo 0")
+    key.run(vm, "cut -d ' ' -f 1 /dev/shm/written 2>/dev/null || echo 0")
         .parse()
         .unwrap()
 }
@@ -53,8 +70,47 @@ fn wait_for_writes(key: &Key, vms: &[Vm], more: u64) {
     }
 }
 
+/// Starts the writer in each guest, anew.
+fn start_writers(key: &Key, vms: &[Vm]) -> Vec<Child> {
+    vms.iter()
+        .map(|vm| {
+            key.run(vm, "rm -f /dev/shm/stop /dev/shm/written");
+            let mut writer = key.ssh(vm, &perl(WRITER));
+            writer.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect()
+}
+
+/// Stops the writers; what they wrote must be on their disks, and their kernels must have seen no error.
+fn stop_writers(key: &Key, vms: &[Vm], writers: Vec<Child>) {
+    for vm in vms {
+        key.run(vm, "touch /dev/shm/stop");
+    }
+    for (vm, writer) in vms.iter().zip(writers) {
+        let ended = writer.wait_with_output().unwrap();
+        assert!(ended.status.success(), "{}: {}", vm.name, said(&ended));
+        let blocks = written(key, vm);
+        assert_eq!(
+            key.run(vm, &format!("{FORGET}{}", perl(VERIFY))),
+            blocks.min(40).to_string(),
+            "all of {}",
+            vm.name
+        );
+        eprintln!("{}: {blocks} blocks written, those on the disk verified", vm.name);
+        saw_no_error(key, vm);
+    }
+}
+
+fn saw_no_error(key: &Key, vm: &Vm) {
+    let kernel = key.run(vm, "sudo dmesg");
+    assert!(
+        !kernel.contains("I/O error") && !kernel.contains("Remounting filesystem read-only"),
+        "{kernel}"
+    );
+}
+
 #[test]
-fn a_pool_shrinks_and_grows_under_three_writing_guests_and_a_guest_s_deletions_come_back_to_the_host() {
+fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_delete_comes_back_to_the_host() {
     let disk = HostDisk::ext4("100G");
     let mut host = Host::new(&Options {
         pool_size: "60G",
@@ -72,14 +128,8 @@ fn a_pool_shrinks_and_grows_under_three_writing_guests_and_a_guest_s_deletions_c
         .iter()
         .map(|name| client.create_vm(&key.request(name)).unwrap())
         .collect();
-    let writers: Vec<_> = vms
-        .iter()
-        .map(|vm| {
-            wait_for_ssh(vm);
-            let mut writer = key.ssh(vm, WRITER);
-            writer.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-        })
-        .collect();
+    vms.iter().for_each(wait_for_ssh);
+    let writers = start_writers(&key, &vms);
     wait_for_writes(&key, &vms, 5);
     fs::remove_file(&ballast).unwrap();
     // Its blocks are free when btrfs has committed that.
@@ -95,21 +145,7 @@ fn a_pool_shrinks_and_grows_under_three_writing_guests_and_a_guest_s_deletions_c
     eprintln!("grown from 40 to 80 GiB in {:.1} s", begun.elapsed().as_secs_f64());
     wait_for_writes(&key, &vms, 5);
 
-    for vm in &vms {
-        key.run(vm, "touch /dev/shm/stop");
-    }
-    for (vm, writer) in vms.iter().zip(writers) {
-        let ended = writer.wait_with_output().unwrap();
-        assert!(ended.status.success(), "{}: {}", vm.name, said(&ended));
-        let blocks = written(&key, vm);
-        assert_eq!(key.run(vm, VERIFY), blocks.min(40).to_string(), "all of {}", vm.name);
-        eprintln!("{}: {blocks} blocks written, those on the disk verified", vm.name);
-        let kernel = key.run(vm, "sudo dmesg");
-        assert!(
-            !kernel.contains("I/O error") && !kernel.contains("Remounting filesystem read-only"),
-            "{kernel}"
-        );
-    }
+    stop_writers(&key, &vms, writers);
 
     // 200 MiB, written and deleted: the guest keeps the blocks until it trims.
     let guest = &vms[0];
@@ -136,6 +172,35 @@ fn a_pool_shrinks_and_grows_under_three_writing_guests_and_a_guest_s_deletions_c
         "of {trimmed} bytes trimmed, 200 MiB were back on the host disk after {:.1} s",
         begun.elapsed().as_secs_f64()
     );
+
+    // One guest fills the pool while two others work: it stands still before the last block is taken, they go on, and so does it when there is room.
+    let free_bytes = client.pool().unwrap().free_bytes;
+    run(
+        "fallocate",
+        &["-l", &(free_bytes - 1150 * MIB).to_string(), text(&ballast)],
+    );
+    let workers = start_writers(&key, &vms[1..]);
+    wait_for_writes(&key, &vms[1..], 3);
+    let mut filler = key.ssh(&vms[0], &perl(FILLER));
+    let filler = filler.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let paused = eventually("the filler to be paused", || {
+        let vm = client.vm("one").unwrap();
+        (vm.status == VmStatus::Paused).then_some(vm)
+    });
+    assert_eq!(paused.status_reason.as_deref(), Some("storage_full"));
+    let left = client.pool().unwrap().free_bytes;
+    assert!(left > 0);
+    wait_for_writes(&key, &vms[1..], 5);
+    for name in ["two", "three"] {
+        assert_eq!(client.vm(name).unwrap().status, VmStatus::Running, "{name} only works");
+    }
+    eprintln!("paused with {} MiB left, while the others write on", left / MIB);
+    assert_eq!(client.grow_pool(Some(85)).unwrap().capacity_bytes, 85 * GIB);
+    let filled = filler.wait_with_output().unwrap();
+    assert!(filled.status.success(), "{}", said(&filled));
+    stop_writers(&key, &vms[1..], workers);
+    assert_eq!(key.run(&vms[0], &format!("{FORGET}{}", perl(VERIFY_FILL))), "250");
+    saw_no_error(&key, &vms[0]);
 
     client.stop_vm("three").unwrap();
     let (status, refusal) = host.send("POST", "/vms/three/trim", b"");
