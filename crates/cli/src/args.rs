@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use scalebox_client::{AutoExtend, IdempotencyKey, TemplateName, VmName};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 const SETTINGS: &str = "\
 Where the server and its token come from, the first that has them:
@@ -129,7 +130,7 @@ pub enum VmCommand {
     /// Change how a VM is kept; what is not named stays as it is
     #[command(after_help = "Examples:\n  scalebox vm set very-silly-penguin --extend-to 50\n  \
         scalebox vm set very-silly-penguin --extend-to 50 --extend-by 10 --extend-at 90\n  \
-        scalebox vm set very-silly-penguin --no-extend")]
+        scalebox vm set very-silly-penguin --no-extend --disk-iops 500 --net-mbps none --autostart off")]
     Set {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
@@ -226,6 +227,18 @@ pub struct CreateArgs {
     pub memory: Option<u64>,
     #[command(flatten)]
     pub extend: ExtendArgs,
+    /// Requests a second that it may make of its disk [default: no limit]
+    #[arg(long, value_name = "IOPS")]
+    pub disk_iops: Option<u64>,
+    /// Megabytes a second that it may read and write [default: no limit]
+    #[arg(long, value_name = "MB")]
+    pub disk_mbps: Option<u64>,
+    /// Megabits a second that it may send, and receive [default: no limit]
+    #[arg(long, value_name = "MBIT")]
+    pub net_mbps: Option<u64>,
+    /// Do not start it again after a reboot of the host
+    #[arg(long)]
+    pub no_autostart: bool,
     /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub, id_rsa.pub]
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
@@ -270,13 +283,50 @@ impl ExtendArgs {
 
 /// What `vm set` may change.
 #[derive(Debug, clap::Args)]
-#[group(required = true, multiple = true, args = ["extend_to", "no_extend"])]
+#[group(required = true, multiple = true, args = ["extend_to", "no_extend", "disk_iops", "disk_mbps", "net_mbps", "autostart"])]
 pub struct SetArgs {
     #[command(flatten)]
     pub extend: ExtendArgs,
     /// Leave the disk as large as it is
     #[arg(long, conflicts_with = "extend_to")]
     pub no_extend: bool,
+    /// Requests a second that it may make of its disk
+    #[arg(long, value_name = "IOPS|none")]
+    pub disk_iops: Option<Limit>,
+    /// Megabytes a second that it may read and write
+    #[arg(long, value_name = "MB|none")]
+    pub disk_mbps: Option<Limit>,
+    /// Megabits a second that it may send, and receive
+    #[arg(long, value_name = "MBIT|none")]
+    pub net_mbps: Option<Limit>,
+    /// Whether it is started again after a reboot of the host
+    #[arg(long, value_name = "on|off")]
+    pub autostart: Option<Switch>,
+}
+
+/// A number, or no limit.
+#[derive(Debug, Clone, Copy)]
+pub struct Limit(pub Option<u64>);
+
+impl FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Limit(None)),
+            number => number
+                .parse()
+                .map(|number| Limit(Some(number)))
+                .map_err(|_| "it must be a whole number, or none".to_owned()),
+        }
+    }
+}
+
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,14 +1,12 @@
 //! `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`.
 
-use crate::args::{CreateArgs, SetArgs};
+use crate::args::{CreateArgs, Limit, SetArgs, Switch};
 use crate::error::Error;
 use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
 use crate::{ssh, wait};
 use jiff::Timestamp;
-use scalebox_client::{
-    AutoExtend, Client, ClientError, CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus,
-};
+use scalebox_client::{Client, ClientError, CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
 use std::time::Duration;
 
 pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
@@ -39,6 +37,10 @@ fn request_of(args: &CreateArgs) -> Result<CreateVm, Error> {
         mem_size_mib: args.memory,
         disk_size_gib: args.disk,
         disk_auto_extend: args.extend.policy(),
+        disk_iops: args.disk_iops,
+        disk_mbps: args.disk_mbps,
+        net_mbps: args.net_mbps,
+        autostart: !args.no_autostart,
         start: !args.no_start,
         idempotency_key: args.idempotency_key.clone(),
         ..CreateVm::new(template, ssh::public_key(args.key.as_deref())?)
@@ -105,6 +107,7 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
         ),
         None => format!("{} GiB", vm.disk_size_gib),
     };
+    let keeping = keeping(&vm);
     let mut facts = vec![
         ("name", vm.name),
         ("id", vm.id),
@@ -112,7 +115,6 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
         ("ssh", vm.ssh),
         ("template", vm.template),
         ("disk", disk),
-        ("extends", extends(vm.disk_auto_extend)),
         ("cpus", vm.vcpu_count.to_string()),
         ("memory", human::mib(vm.mem_size_mib)),
         (
@@ -124,6 +126,7 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
             ),
         ),
     ];
+    facts.extend(keeping);
     facts.extend(vm.url.map(|url| ("url", url)));
     output.facts(&facts)
 }
@@ -165,25 +168,53 @@ pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) ->
 
 pub fn set(client: &Client, vm: &str, changes: &SetArgs, output: &Output) -> Result<(), Error> {
     let extend = changes.extend.policy();
+    let limit = |limit: Option<Limit>| limit.map(|Limit(number)| number);
     let change = UpdateVm {
+        disk_size_gib: None,
         disk_auto_extend: (changes.no_extend || extend.is_some()).then_some(extend),
-        ..UpdateVm::default()
+        disk_iops: limit(changes.disk_iops),
+        disk_mbps: limit(changes.disk_mbps),
+        net_mbps: limit(changes.net_mbps),
+        autostart: changes.autostart.map(|switch| switch == Switch::On),
     };
     let vm = client.update_vm(vm, &change)?;
     if output.json {
         return output.answer(&vm);
     }
-    output.line(&format!("{}: {}", vm.name, extends(vm.disk_auto_extend)))
+    output.facts(&keeping(&vm))
 }
 
-fn extends(extend: Option<AutoExtend>) -> String {
-    match extend {
+/// How a VM is kept.
+fn keeping(vm: &Vm) -> [(&'static str, String); 3] {
+    let extends = match vm.disk_auto_extend {
         Some(extend) => format!(
-            "the disk grows by {} GiB when {} % of it are used, up to {} GiB",
+            "by {} GiB when {} % of the disk are used, up to {} GiB",
             extend.increment_gib, extend.threshold_percent, extend.limit_gib
         ),
-        None => "the disk does not extend itself".to_owned(),
-    }
+        None => "no".to_owned(),
+    };
+    let limits: Vec<String> = [
+        (vm.disk_iops, "disk requests/s"),
+        (vm.disk_mbps, "MB/s of disk"),
+        (vm.net_mbps, "Mbit/s of network"),
+    ]
+    .into_iter()
+    .filter_map(|(limit, unit)| Some(format!("{} {unit}", limit?)))
+    .collect();
+    let limits = match limits.is_empty() {
+        true => "none".to_owned(),
+        false => limits.join(", "),
+    };
+    let autostart = if vm.autostart {
+        "after a reboot of the host, if it ran"
+    } else {
+        "no"
+    };
+    [
+        ("extends", extends),
+        ("limits", limits),
+        ("autostart", autostart.to_owned()),
+    ]
 }
 
 pub fn trim(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {

@@ -644,17 +644,26 @@ fn what_is_set_is_sent_and_nothing_else() {
         (
             &["--extend-to", "50", "--extend-by", "10"][..],
             json!({"disk_auto_extend": policy}),
-            "box: the disk grows by 10 GiB when 80 % of it are used, up to 50 GiB\n",
+            "extends    by 10 GiB when 80 % of the disk are used, up to 50 GiB\nlimits     none\n\
+             autostart  after a reboot of the host, if it ran\n",
         ),
         (
-            &["--no-extend"],
-            json!({"disk_auto_extend": null}),
-            "box: the disk does not extend itself\n",
+            &[
+                "--no-extend",
+                "--disk-iops",
+                "500",
+                "--net-mbps",
+                "none",
+                "--autostart",
+                "off",
+            ],
+            json!({"disk_auto_extend": null, "disk_iops": 500, "net_mbps": null, "autostart": false}),
+            "extends    no\nlimits     500 disk requests/s\nautostart  no\n",
         ),
     ] {
         let mut answer = vm(json!({"name": "box"}));
-        if !sent["disk_auto_extend"].is_null() {
-            answer["disk_auto_extend"] = sent["disk_auto_extend"].clone();
+        for (field, value) in sent.as_object().unwrap().iter().filter(|(_, value)| !value.is_null()) {
+            answer[field] = value.clone();
         }
         let server = Server::new(vec![("PATCH /vms/box", 200, answer)]);
         let ran = run(&mut Home::new().scalebox(&server, &[&["vm", "set", "box"], args].concat()));
@@ -662,7 +671,13 @@ fn what_is_set_is_sent_and_nothing_else() {
         let body: Value = serde_json::from_str(&server.requests()[0].body).unwrap();
         assert_eq!(body, sent);
     }
-    for args in [&[][..], &["--extend-by", "10"], &["--extend-to", "50", "--no-extend"]] {
+    for args in [
+        &[][..],
+        &["--extend-by", "10"],
+        &["--extend-to", "50", "--no-extend"],
+        &["--disk-iops", "many"],
+        &["--autostart", "maybe"],
+    ] {
         let server = Server::new(Vec::new());
         let ran = run(&mut Home::new().scalebox(&server, &[&["vm", "set", "box"], args].concat()));
         assert_eq!((ran.code, server.requests().len()), (2, 0), "{args:?}: {}", ran.err);

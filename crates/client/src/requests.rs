@@ -4,6 +4,7 @@ use crate::body::{Fields, Invalid};
 use crate::types::AutoExtend;
 use crate::{IdempotencyKey, SshPublicKey, TemplateName, VmName};
 use serde::Serialize;
+use std::ops::RangeInclusive;
 
 /// What a host allows, from its settings and its size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +18,13 @@ pub struct Limits {
     /// The most memory, in MiB, that the host has for one guest.
     pub max_mem_mib: u64,
 }
+
+/// What a limit on a disk or a network card may be; the largest is more than any has.
+const RATES: RangeInclusive<u64> = 1..=1_000_000;
+const DISK_IOPS: &str = "disk_iops";
+const DISK_MBPS: &str = "disk_mbps";
+const NET_MBPS: &str = "net_mbps";
+const AUTOSTART: &str = "autostart";
 
 /// `POST /vms`. What is `None` is the host's choice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -40,6 +48,18 @@ pub struct CreateVm {
     /// Extends the disk when the guest's root file system fills up; otherwise it stays as large as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_auto_extend: Option<AutoExtend>,
+    /// Requests a second that the guest may make of its disk; otherwise as many as it can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_iops: Option<u64>,
+    /// Megabytes (10⁶ bytes) a second that it may read and write.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_mbps: Option<u64>,
+    /// Megabits (10⁶ bits) a second that it may send, and that it may receive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net_mbps: Option<u64>,
+    /// Whether it is started again after a reboot of the host in which it ran.
+    #[serde(skip_serializing_if = "is_true")]
+    pub autostart: bool,
     /// False makes the VM and leaves it stopped.
     pub start: bool,
     /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same key gives it again instead of another.
@@ -47,8 +67,14 @@ pub struct CreateVm {
     pub idempotency_key: Option<IdempotencyKey>,
 }
 
+/// What is left out: a field that every server knows from its silence. It also keeps the text of a request, and so the digest that goes with
+/// an idempotency key, what it was before there was such a field.
+fn is_true(value: &bool) -> bool {
+    *value
+}
+
 impl CreateVm {
-    const FIELDS: [&str; 8] = [
+    const FIELDS: [&str; 12] = [
         "template",
         "ssh_public_key",
         "name",
@@ -56,6 +82,10 @@ impl CreateVm {
         "mem_size_mib",
         "disk_size_gib",
         "disk_auto_extend",
+        "disk_iops",
+        "disk_mbps",
+        "net_mbps",
+        "autostart",
         "start",
     ];
 
@@ -69,6 +99,10 @@ impl CreateVm {
             mem_size_mib: None,
             disk_size_gib: None,
             disk_auto_extend: None,
+            disk_iops: None,
+            disk_mbps: None,
+            net_mbps: None,
+            autostart: true,
             start: true,
             idempotency_key: None,
         }
@@ -92,6 +126,10 @@ impl CreateVm {
             disk_auto_extend: AutoExtend::read(&fields, limits)?,
             vcpu_count: vcpus.and_then(|count| count.try_into().ok()),
             mem_size_mib: fields.optional_number("mem_size_mib", mem_mib)?,
+            disk_iops: fields.optional_number(DISK_IOPS, RATES)?,
+            disk_mbps: fields.optional_number(DISK_MBPS, RATES)?,
+            net_mbps: fields.optional_number(NET_MBPS, RATES)?,
+            autostart: fields.optional_bool(AUTOSTART)?.unwrap_or(true),
             start: fields.optional_bool("start")?.unwrap_or(true),
             template: fields.text("template", TEMPLATE)?,
             name: fields.optional_text("name")?,
@@ -110,6 +148,18 @@ pub struct UpdateVm {
     /// Whether and how its disk extends itself from now on; `Some(None)`, which is `null` in JSON, for not at all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_auto_extend: Option<Option<AutoExtend>>,
+    /// See [`CreateVm::disk_iops`]; `Some(None)` for no limit, and so for the other two.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_iops: Option<Option<u64>>,
+    /// See [`CreateVm::disk_mbps`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_mbps: Option<Option<u64>>,
+    /// See [`CreateVm::net_mbps`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net_mbps: Option<Option<u64>>,
+    /// See [`CreateVm::autostart`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
 }
 
 impl UpdateVm {
@@ -121,7 +171,14 @@ impl UpdateVm {
         }
     }
 
-    const FIELDS: [&str; 2] = ["disk_size_gib", "disk_auto_extend"];
+    const FIELDS: [&str; 6] = [
+        "disk_size_gib",
+        AutoExtend::FIELD,
+        DISK_IOPS,
+        DISK_MBPS,
+        NET_MBPS,
+        AUTOSTART,
+    ];
 
     /// Reads a client's body. Whether the disk would become smaller is for the caller to see.
     ///
@@ -132,14 +189,27 @@ impl UpdateVm {
         if fields.is_empty() {
             return Err(Invalid::Nothing { known: &Self::FIELDS });
         }
+        let rate = |field| or_null(&fields, field, || fields.optional_number(field, RATES));
         Ok(UpdateVm {
             disk_size_gib: fields.optional_disk_size(limits.max_disk_size_gib)?,
-            disk_auto_extend: if fields.is_null(AutoExtend::FIELD) {
-                Some(None)
-            } else {
-                AutoExtend::read(&fields, limits)?.map(Some)
-            },
+            disk_auto_extend: or_null(&fields, AutoExtend::FIELD, || AutoExtend::read(&fields, limits))?,
+            disk_iops: rate(DISK_IOPS)?,
+            disk_mbps: rate(DISK_MBPS)?,
+            net_mbps: rate(NET_MBPS)?,
+            autostart: fields.optional_bool(AUTOSTART)?,
         })
+    }
+}
+
+/// `Some(None)` for null, else what `read` reads, if it is there.
+fn or_null<T>(
+    fields: &Fields<'_>,
+    field: &'static str,
+    read: impl FnOnce() -> Result<Option<T>, Invalid>,
+) -> Result<Option<Option<T>>, Invalid> {
+    match fields.is_null(field) {
+        true => Ok(Some(None)),
+        false => Ok(read()?.map(Some)),
     }
 }
 

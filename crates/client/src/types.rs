@@ -37,12 +37,29 @@ pub struct Vm {
     /// How its disk extends itself; not there where it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_auto_extend: Option<AutoExtend>,
+    /// Requests a second that the guest may make of its disk, reading and writing together; not there where it has no such limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_iops: Option<u64>,
+    /// Megabytes (10⁶ bytes) a second that it may read and write together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mbps: Option<u64>,
+    /// Megabits (10⁶ bits) a second that it may send, and that it may receive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_mbps: Option<u64>,
+    /// Whether it is started again after a reboot of the host in which it ran.
+    #[serde(default = "yes")]
+    pub autostart: bool,
     /// What became of the guest's file system; only in the answer to a change of the disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
     /// What its disk takes in the pool; not there until it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
+}
+
+/// What servers did before they said so.
+fn yes() -> bool {
+    true
 }
 
 /// When a disk extends itself, by how much, and how far. It needs a guest agent in the guest.
@@ -374,6 +391,10 @@ mod tests {
             mem_size_mib: 512,
             disk_size_gib: 10,
             disk_auto_extend: None,
+            disk_iops: None,
+            disk_mbps: None,
+            net_mbps: None,
+            autostart: true,
             disk: None,
             storage: None,
         }
@@ -385,6 +406,7 @@ mod tests {
             "id": "vm-0123456789ab", "name": "very-silly-penguin", "template": "debian-base", "ip": "192.0.2.7",
             "ssh_port": 22001, "ssh": "ssh -p 22001 user@192.0.2.7", "url": null, "status": "running",
             "created_at": "2026-01-02T03:04:05Z", "vcpu_count": 1, "mem_size_mib": 512, "disk_size_gib": 10,
+            "autostart": true,
         });
         assert_eq!(serde_json::to_value(vm()).unwrap(), expected);
         assert_eq!(serde_json::from_value::<Vm>(expected).unwrap(), vm());

@@ -14,7 +14,7 @@ const LIMITS: Limits = Limits {
 const DISK: &str = "disk_size_gib must be between 1 and 100";
 const VCPUS: &str = "vcpu_count must be a whole number between 1 and 4";
 const MEM: &str = "mem_size_mib must be a whole number between 128 and 4096";
-const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, disk_auto_extend, start";
+const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, disk_auto_extend, disk_iops, disk_mbps, net_mbps, autostart, start";
 const EXTEND: AutoExtend = AutoExtend {
     threshold_percent: 80,
     increment_gib: 5,
@@ -61,6 +61,10 @@ fn what_the_client_writes_the_daemon_reads() {
         mem_size_mib: Some(1024),
         disk_size_gib: Some(10),
         disk_auto_extend: Some(EXTEND),
+        disk_iops: Some(500),
+        disk_mbps: Some(20),
+        net_mbps: Some(100),
+        autostart: false,
         start: false,
         ..CreateVm::new("debian-base".parse().unwrap(), KEY.parse().unwrap())
     };
@@ -76,6 +80,10 @@ fn what_the_client_writes_the_daemon_reads() {
         },
         UpdateVm {
             disk_auto_extend: Some(None),
+            disk_iops: Some(Some(1)),
+            disk_mbps: Some(None),
+            net_mbps: Some(Some(1_000_000)),
+            autostart: Some(true),
             ..UpdateVm::default()
         },
     ];
@@ -332,7 +340,7 @@ fn a_name_of_the_wrong_form_is_told_the_right_one() {
     let nothing = UpdateVm::parse(b"{}", &LIMITS).unwrap_err().to_string();
     assert_eq!(
         nothing,
-        "there is nothing to change: send at least one of disk_size_gib, disk_auto_extend"
+        "there is nothing to change: send at least one of disk_size_gib, disk_auto_extend, disk_iops, disk_mbps, net_mbps, autostart"
     );
 }
 
@@ -379,6 +387,25 @@ fn a_disk_that_extends_itself_has_a_threshold_an_increment_and_a_limit_within_th
     ] {
         assert_eq!(refusal(with("disk_auto_extend", value)), sentence, "{value}");
     }
+}
+
+#[test]
+fn a_limit_is_a_whole_number_and_is_taken_away_by_null_in_a_change_alone() {
+    for field in ["disk_iops", "disk_mbps", "net_mbps"] {
+        let sentence = format!("{field} must be a whole number between 1 and 1000000");
+        for value in ["0", "-1", "1000001", "\"10\"", "1.5", "null", "{}"] {
+            assert_eq!(refusal(with(field, value)), sentence, "{value}");
+            let change = UpdateVm::parse(format!("{{\"{field}\": {value}}}").as_bytes(), &LIMITS);
+            match value {
+                "null" => assert!(change.is_ok()),
+                _ => assert_eq!(change.unwrap_err().to_string(), sentence, "{value}"),
+            }
+        }
+    }
+    assert_eq!(
+        refusal(with("autostart", "1")),
+        "autostart must be true or false, not a number"
+    );
 }
 
 const RSA_2048: &str = "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABAQDgmH/DYMfmkdzbp7uwSme7elaLyaqLQ6XDEd1iEGyZ1y3Bb2kBiMM0c+eXbRnIT5HmoW6mlDs2hksUNCjMhgMPBD4yAi3gZiEMNhNTJ2aRLqxrtHRPPcNrq7wJiwJuxwjxa+KhZIzAoScp89M3j2yJzS2+a5ykm0GUCsJRKoNV5R2KDYe+SVuz+PicfOU7ka+Ik/i49E2DHIEFDkpPxANmMKXsD4SbcWYrBQ1jTlnHBud9U3p5gUVng4SnCH9Btk20DPYAhVTtfxEajL5ow/Rpf+MZv+Oy5RLFGNx6JV8WeP1hYJTl4kIltdwKCrVOZ4B8XViz3W9196OGljq8SNv9";

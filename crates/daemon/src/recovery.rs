@@ -5,7 +5,7 @@
 
 use crate::error::ServiceError;
 use crate::host;
-use crate::service::{Service, blocking, endpoint, machine_id, remove_dir};
+use crate::service::{Service, blocking, disk_limits, endpoint, machine_id, remove_dir};
 use crate::state::{Fact, Record, State};
 use scalebox_client::{EventKind, VmStatus, is_vm_id};
 use scalebox_storage::{Gib, Name};
@@ -148,13 +148,19 @@ async fn restore(
         Found::Hung => (None, true),
         Found::Nothing => (None, false),
     };
+    // A change that a crash interrupted may not have reached it.
+    if let Some(machine) = &machine
+        && let Err(error) = machine.limit_disk(disk_limits(record.limits)).await
+    {
+        tracing::warn!(vm = record.id, %error, "its disk may not be limited as it should: stop and start it");
+    }
     // A disk that a hung machine has open is left alone.
     if !lost && !hung {
         agree_on_disk_size(service, &mut record, machine.as_ref()).await?;
     }
     service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
     let was_running = matches!(record.status, VmStatus::Running | VmStatus::Paused);
-    if rebooted && was_running && machine.is_none() && !lost && !hung {
+    if rebooted && was_running && record.autostart && machine.is_none() && !lost && !hung {
         let waiting = Some("waiting to be started after the host's reboot".to_owned());
         let id = record.id.clone();
         tracing::info!(vm = id, name = record.name, "ran when the host went down");
@@ -174,6 +180,10 @@ async fn restore(
         _ if hung => (
             VmStatus::Failed,
             Some("its hypervisor does not answer: start or delete the VM to end it".to_owned()),
+        ),
+        (None, _, VmStatus::Running | VmStatus::Paused) if rebooted => (
+            VmStatus::Stopped,
+            Some("the host was rebooted, and its autostart is off".to_owned()),
         ),
         (None, _, VmStatus::Running | VmStatus::Paused) => (
             VmStatus::Stopped,

@@ -19,7 +19,7 @@ use crate::reclaim::{self, Reclaim};
 use crate::resize;
 use crate::settings::Settings;
 use crate::snapshots::Cloning;
-use crate::state::{Record, State};
+use crate::state::{Record, State, VmLimits};
 use crate::undo::Steps;
 use crate::vms::{Claim, Operation, Vms};
 use scalebox_client::{
@@ -28,9 +28,9 @@ use scalebox_client::{
 };
 use scalebox_crash_points::crash_point;
 use scalebox_guest::SeedDrive;
-use scalebox_net::{Endpoint, Lease, Network};
+use scalebox_net::{Endpoint, Lease, Mbps, Network};
 use scalebox_storage::{Accounts, Bytes, Gib, Name, Pool, Reservation, StorageError};
-use scalebox_vmm::{ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, Vmm, console_tail};
+use scalebox_vmm::{DiskLimits, ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, Vmm, console_tail};
 use serde_json::{Value, json};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
@@ -536,6 +536,12 @@ impl Service {
             mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
             disk_size_gib: disk_size.as_u64(),
             auto_extend: request.disk_auto_extend,
+            limits: VmLimits {
+                disk_iops: request.disk_iops,
+                disk_mbps: request.disk_mbps,
+                net_mbps: request.net_mbps,
+            },
+            autostart: request.autostart,
             guest_ip: lease.guest_ip,
             ssh_port: lease.ssh_port,
             status: if request.start {
@@ -689,6 +695,7 @@ impl Service {
             initrd: Some(initrd),
             cmdline: self.inner.cmdline.clone(),
             root: self.inner.pool.disk_location(&disk_name(record)?),
+            root_limits: disk_limits(record.limits),
             seed,
             nic: Nic {
                 tap: endpoint.tap().to_owned(),
@@ -808,16 +815,51 @@ impl Service {
         } else {
             None
         };
-        if let Some(extend) = request.disk_auto_extend {
-            let (state, id) = (Arc::clone(&self.inner.state), record.id.clone());
-            blocking(move || state.set_auto_extend(&id, extend)).await?;
-            self.inner.vms.change(&record.id, |record| record.auto_extend = extend);
-            tracing::info!(vm = record.id, name = record.name, auto_extend = ?extend, "changed");
-        }
+        self.keep(&operation, &request).await?;
         Ok(Vm {
             disk,
             ..self.get(&record.id)?
         })
+    }
+
+    /// Carries out what of a change is not the disk's size: on the machine if there is one, in the state, in memory.
+    async fn keep(&self, operation: &Operation, request: &UpdateVm) -> Result<(), ServiceError> {
+        let Operation { record, machine, .. } = operation;
+        let limits = VmLimits {
+            disk_iops: request.disk_iops.unwrap_or(record.limits.disk_iops),
+            disk_mbps: request.disk_mbps.unwrap_or(record.limits.disk_mbps),
+            net_mbps: request.net_mbps.unwrap_or(record.limits.net_mbps),
+        };
+        let extend = request.disk_auto_extend.unwrap_or(record.auto_extend);
+        let autostart = request.autostart.unwrap_or(record.autostart);
+        if (limits, extend, autostart) == (record.limits, record.auto_extend, record.autostart) {
+            return Ok(());
+        }
+        let (state, id) = (Arc::clone(&self.inner.state), record.id.clone());
+        // What runs is changed last: should that fail or a crash come before it, the next start does it from the state.
+        blocking(move || state.set_keeping(&id, extend, limits, autostart)).await?;
+        self.inner.vms.change(&record.id, |record| {
+            (record.limits, record.auto_extend, record.autostart) = (limits, extend, autostart);
+        });
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            auto_extend = ?extend,
+            ?limits,
+            autostart,
+            "changed"
+        );
+        if let Some(machine) = machine
+            && limits != record.limits
+        {
+            machine.limit_disk(disk_limits(limits)).await?;
+            let limited = Record {
+                limits,
+                ..record.clone()
+            };
+            self.inner.network.attach(&endpoint(&limited)?).await?;
+        }
+        Ok(())
     }
 
     /// Grows a VM's disk by what was admitted, and tells of it: `cause` says by whom it was asked for.
@@ -1029,6 +1071,10 @@ impl Service {
             mem_size_mib: record.mem_size_mib,
             disk_size_gib: record.disk_size_gib,
             disk_auto_extend: record.auto_extend,
+            disk_iops: record.limits.disk_iops,
+            disk_mbps: record.limits.disk_mbps,
+            net_mbps: record.limits.net_mbps,
+            autostart: record.autostart,
             disk: None,
             storage: accounts.and_then(|accounts| accounts::disk_usage(accounts, record)),
         }
@@ -1083,7 +1129,16 @@ pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {
 }
 
 pub(crate) fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
-    Ok(Endpoint::new(&record.id, record.guest_ip, record.ssh_port)?)
+    let endpoint = Endpoint::new(&record.id, record.guest_ip, record.ssh_port)?;
+    let rate = record.limits.net_mbps;
+    Ok(endpoint.with_rate(rate.map(|rate| Mbps::new(rate.try_into().unwrap_or(u32::MAX)))))
+}
+
+pub(crate) fn disk_limits(limits: VmLimits) -> DiskLimits {
+    DiskLimits {
+        iops: limits.disk_iops.map(|iops| iops.try_into().unwrap_or(u32::MAX)),
+        bytes_per_second: limits.disk_mbps.map(|megabytes| megabytes.saturating_mul(1_000_000)),
+    }
 }
 
 /// `vm-` and 48 random bits in hex.

@@ -39,6 +39,10 @@ pub struct Record {
     pub disk_size_gib: u64,
     /// How its disk extends itself, if it does.
     pub auto_extend: Option<AutoExtend>,
+    /// What it may take of disk and network.
+    pub limits: VmLimits,
+    /// Whether it is started again after a reboot of the host.
+    pub autostart: bool,
     /// Its address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
     /// The host's port that leads to its port 22; unique.
@@ -47,6 +51,17 @@ pub struct Record {
     pub status: VmStatus,
     /// Why, where that needs saying.
     pub status_reason: Option<String>,
+}
+
+/// What a VM may take of disk and network; no limit where there is `None`. Units as in the API.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct VmLimits {
+    /// Requests a second.
+    pub disk_iops: Option<u64>,
+    /// Megabytes a second.
+    pub disk_mbps: Option<u64>,
+    /// Megabits a second.
+    pub net_mbps: Option<u64>,
 }
 
 /// What the state knows of its host.
@@ -114,7 +129,7 @@ pub enum StateError {
 
 /// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
 /// `PRAGMA user_version`. Steps are only ever appended.
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -136,6 +151,10 @@ const MIGRATIONS: [&str; 3] = [
     "ALTER TABLE vms ADD COLUMN extend_threshold_percent INTEGER;
     ALTER TABLE vms ADD COLUMN extend_increment_gib INTEGER;
     ALTER TABLE vms ADD COLUMN extend_limit_gib INTEGER",
+    "ALTER TABLE vms ADD COLUMN disk_iops INTEGER;
+    ALTER TABLE vms ADD COLUMN disk_mbps INTEGER;
+    ALTER TABLE vms ADD COLUMN net_mbps INTEGER;
+    ALTER TABLE vms ADD COLUMN autostart INTEGER NOT NULL DEFAULT 1",
 ];
 
 /// The open state file. One process has it at a time.
@@ -241,8 +260,9 @@ impl State {
                 .prepare_cached(
                     "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
                         guest_ip, ssh_port, status, status_reason,
-                        extend_threshold_percent, extend_increment_gib, extend_limit_gib)
-                    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                        extend_threshold_percent, extend_increment_gib, extend_limit_gib,
+                        disk_iops, disk_mbps, net_mbps, autostart)
+                    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 )?
                 .execute(params![
                     vm.id,
@@ -260,6 +280,10 @@ impl State {
                     vm.auto_extend.map(|extend| extend.threshold_percent),
                     vm.auto_extend.map(|extend| extend.increment_gib),
                     vm.auto_extend.map(|extend| extend.limit_gib),
+                    vm.limits.disk_iops,
+                    vm.limits.disk_mbps,
+                    vm.limits.net_mbps,
+                    vm.autostart,
                 ])
                 .map(drop)
         })?;
@@ -297,15 +321,22 @@ impl State {
         })
     }
 
-    /// Changes how a VM's disk extends itself.
+    /// Changes how a VM is kept: how its disk extends itself, what it may take, whether it is started again.
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn set_auto_extend(&self, id: &str, extend: Option<AutoExtend>) -> Result<(), StateError> {
+    pub fn set_keeping(
+        &self,
+        id: &str,
+        extend: Option<AutoExtend>,
+        limits: VmLimits,
+        autostart: bool,
+    ) -> Result<(), StateError> {
         self.with(|connection| {
             connection
                 .prepare_cached(
-                    "UPDATE vms SET extend_threshold_percent = ?2, extend_increment_gib = ?3, extend_limit_gib = ?4
+                    "UPDATE vms SET extend_threshold_percent = ?2, extend_increment_gib = ?3, extend_limit_gib = ?4,
+                        disk_iops = ?5, disk_mbps = ?6, net_mbps = ?7, autostart = ?8
                     WHERE id = ?1",
                 )?
                 .execute(params![
@@ -313,6 +344,10 @@ impl State {
                     extend.map(|extend| extend.threshold_percent),
                     extend.map(|extend| extend.increment_gib),
                     extend.map(|extend| extend.limit_gib),
+                    limits.disk_iops,
+                    limits.disk_mbps,
+                    limits.net_mbps,
+                    autostart,
                 ])
                 .map(drop)
         })
@@ -422,6 +457,12 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
         mem_size_mib: row.get("mem_size_mib")?,
         disk_size_gib: row.get("disk_size_gib")?,
         auto_extend: auto_extend(row)?,
+        limits: VmLimits {
+            disk_iops: row.get("disk_iops")?,
+            disk_mbps: row.get("disk_mbps")?,
+            net_mbps: row.get("net_mbps")?,
+        },
+        autostart: row.get("autostart")?,
         guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
         ssh_port: row.get("ssh_port")?,
         status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
@@ -466,6 +507,8 @@ mod tests {
             mem_size_mib: 512,
             disk_size_gib: 10,
             auto_extend: None,
+            limits: VmLimits::default(),
+            autostart: true,
             guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
             ssh_port: 22001 + n,
             status: VmStatus::Running,
@@ -482,8 +525,15 @@ mod tests {
             increment_gib: 5,
             limit_gib: 50,
         });
+        let limits = VmLimits {
+            disk_iops: Some(500),
+            disk_mbps: None,
+            net_mbps: Some(100),
+        };
         let extending = Record {
             auto_extend: extend,
+            limits,
+            autostart: false,
             ..vm(3)
         };
         state.insert(&vm(1)).unwrap();
@@ -503,11 +553,13 @@ mod tests {
         };
         let state = State::open(folder.path()).unwrap();
         assert_eq!(state.vms().unwrap(), [failed, extending]);
-        state.set_auto_extend(&vm(2).id, extend).unwrap();
-        state.set_auto_extend(&vm(3).id, None).unwrap();
+        state.set_keeping(&vm(2).id, extend, limits, false).unwrap();
+        state.set_keeping(&vm(3).id, None, VmLimits::default(), true).unwrap();
         drop(state);
         let vms = State::open(folder.path()).unwrap().vms().unwrap();
-        assert_eq!([vms[0].auto_extend, vms[1].auto_extend], [extend, None]);
+        let kept = |vm: &Record| (vm.auto_extend, vm.limits, vm.autostart);
+        assert_eq!(kept(&vms[0]), (extend, limits, false));
+        assert_eq!(kept(&vms[1]), (None, VmLimits::default(), true));
     }
 
     #[test]

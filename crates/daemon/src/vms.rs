@@ -397,6 +397,8 @@ mod tests {
             mem_size_mib: 512,
             disk_size_gib: 2,
             auto_extend: None,
+            limits: crate::state::VmLimits::default(),
+            autostart: true,
             guest_ip: claim.lease.guest_ip,
             ssh_port: claim.lease.ssh_port,
             status: VmStatus::Stopped,

@@ -90,6 +90,33 @@ fn two_guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         "told {told}, seen {seen}"
     );
 
+    // Limits hold, seen from inside, from the moment they are set and until they are taken away.
+    let limit = |disk_iops, disk_mbps| {
+        let change = UpdateVm {
+            disk_iops: Some(disk_iops),
+            disk_mbps: Some(disk_mbps),
+            ..UpdateVm::default()
+        };
+        host.client().update_vm("first", &change).unwrap();
+    };
+    // How long so many writes of that size take the guest, in seconds, past its cache.
+    let write = |size: &str, count: u32| -> f64 {
+        let dd = format!("dd if=/dev/zero of=w bs={size} count={count} oflag=direct conv=notrunc 2>&1 | tail -n 1");
+        let said = anna.run(&first, &dd);
+        let seconds = said.split(", ").nth(2).and_then(|part| part.strip_suffix(" s"));
+        seconds.unwrap_or_else(|| panic!("{said}")).parse().unwrap()
+    };
+    let free = write("4k", 400);
+    limit(Some(100), None);
+    // Four seconds' worth, of which one may come at once.
+    let by_requests = write("4k", 400);
+    limit(None, Some(4));
+    let by_bytes = write("1M", 16);
+    limit(None, None);
+    println!("400 writes: {free} s, and {by_requests} s at 100 a second; 16 MiB at 4 MB/s: {by_bytes} s");
+    assert!(by_requests > 2.9 && by_bytes > 2.9, "{by_requests} {by_bytes}");
+    assert!(write("4k", 400) < by_requests);
+
     // A disk extends itself before its guest is full, by its increment and no further than its limit.
     let extend = AutoExtend {
         threshold_percent: 60,

@@ -71,13 +71,29 @@ impl FromStr for Mac {
     }
 }
 
-/// Where one VM is on the network. All of it follows from the VM's key, its address and its port, so that the same
+/// How much may pass in each direction, in megabits (10⁶) a second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mbps(u32);
+
+impl Mbps {
+    /// So many megabits a second, at least one.
+    pub const fn new(megabits: u32) -> Mbps {
+        Mbps(if megabits == 0 { 1 } else { megabits })
+    }
+
+    pub(crate) fn bytes_per_second(self) -> u64 {
+        u64::from(self.0) * 125_000
+    }
+}
+
+/// Where one VM is on the network, and how much it may send and receive. All of it but the rate follows from the VM's key, its address and its port, so that the same
 /// three give the same endpoint after a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     tap: String,
     guest_ip: Ipv4Addr,
     ssh_port: u16,
+    rate: Option<Mbps>,
 }
 
 impl Endpoint {
@@ -103,7 +119,14 @@ impl Endpoint {
             tap: format!("{TAP_PREFIX}{digits}"),
             guest_ip,
             ssh_port,
+            rate: None,
         })
+    }
+
+    /// The same with another limit on what it may send and receive; `None` for no limit.
+    #[must_use]
+    pub fn with_rate(self, rate: Option<Mbps>) -> Endpoint {
+        Endpoint { rate, ..self }
     }
 
     /// The tap's name, for the VMM: 14 bytes.
@@ -119,6 +142,11 @@ impl Endpoint {
     /// The guest's address; packets from another one are dropped.
     pub fn guest_ip(&self) -> Ipv4Addr {
         self.guest_ip
+    }
+
+    /// The limit on what it may send, and on what it may receive.
+    pub fn rate(&self) -> Option<Mbps> {
+        self.rate
     }
 
     /// The host's port that leads to the guest's port 22.

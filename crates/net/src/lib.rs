@@ -73,7 +73,7 @@ mod tap;
 
 pub use addresses::{Addresses, Lease};
 pub use config::NetConfig;
-pub use endpoint::{Endpoint, Mac, ParseMacError};
+pub use endpoint::{Endpoint, Mac, Mbps, ParseMacError};
 pub use error::{Error, Result};
 pub use firewall::ForwardDrop;
 pub use host_port::port_is_free_on_host;

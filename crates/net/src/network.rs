@@ -106,7 +106,8 @@ impl Network {
         firewall::forward_drops(self.shared.config.bridge(), &self.shared.ruleset.table()).await
     }
 
-    /// Gives a VM its tap, its address and its forward. What of it is there already stays as it is.
+    /// Gives a VM its tap, its address, its forward and its rate. What of it is there already stays as it is; another rate gives way to this one, and
+    /// so this is also how a rate is changed.
     ///
     /// # Errors
     ///
@@ -121,7 +122,7 @@ impl Network {
         // The tap's guard is there before the tap is.
         let present = ruleset.read().await?;
         present.elements.check_free(endpoint)?;
-        let change = present.elements.adding(&ruleset.elements([endpoint]));
+        let change = present.elements.adding(&ruleset.elements([endpoint]), endpoint);
         if present.is_whole {
             ruleset.apply(&change).await?;
         } else {
@@ -155,7 +156,8 @@ impl Network {
             links.delete(&tap).await?;
         }
         let present = ruleset.read().await?.elements;
-        ruleset.apply(&present.removing(&ruleset.elements([endpoint]))).await
+        let unwanted = ruleset.elements([endpoint]);
+        ruleset.apply(&present.removing(&unwanted, endpoint)).await
     }
 
     /// Makes exactly these VMs have a network: what is ours and not wanted goes, what is missing comes back, what is

@@ -7,7 +7,7 @@
 //! Scripts are built from typed values only: names checked by [`NetConfig`] and [`Endpoint`], addresses, ports.
 
 use crate::config::NetConfig;
-use crate::endpoint::{Endpoint, Mac};
+use crate::endpoint::{Endpoint, Mac, Mbps};
 use crate::error::{Error, Result};
 use crate::nft;
 use serde_json::Value;
@@ -54,6 +54,17 @@ pub(crate) struct Change {
     pub(crate) added: Vec<Element>,
 }
 
+/// What may pass at once beyond what the rate gives in a second, in bytes. A guest's card and the kernel put up to 64 KiB into one packet, which must
+/// never be more than all that may pass. (nftables' limits hold a second's worth and this: `nft_limit_init` in `net/netfilter/nft_limit.c`.)
+const BURST: u64 = 64 << 10;
+
+/// Seen from the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Direction {
+    Up,
+    Down,
+}
+
 /// One element of one map or set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Element {
@@ -65,6 +76,8 @@ pub(crate) enum Element {
     Tap(String),
     /// Who may send frames out of which tap.
     Binding(String, Mac, Ipv4Addr),
+    /// How many bytes a second a guest may send, or receive: a limit of its own, and the element that leads to it.
+    Rate(Direction, Ipv4Addr, u64),
 }
 
 impl Ruleset {
@@ -160,6 +173,9 @@ impl Ruleset {
             let (tap, mac, ip) = (endpoint.tap().to_owned(), endpoint.mac(), endpoint.guest_ip());
             elements.insert(Element::Forward(endpoint.ssh_port(), ip));
             elements.insert(Element::Guest(mac, ip));
+            if let Some(rate) = endpoint.rate().map(Mbps::bytes_per_second) {
+                elements.extend([Direction::Up, Direction::Down].map(|direction| Element::Rate(direction, ip, rate)));
+            }
             if self.guard == Guard::PerTap {
                 elements.insert(Element::Tap(tap.clone()));
                 elements.insert(Element::Binding(tap, mac, ip));
@@ -196,6 +212,8 @@ flush table ip {table}
 table ip {table} {{
     map forwards {{ type inet_service : ipv4_addr; }}
     set guests {{ type ether_addr . ipv4_addr; }}
+    map uploads {{ type ipv4_addr : limit; }}
+    map downloads {{ type ipv4_addr : limit; }}
 
     # Answers to a masqueraded client on 127.0.0.1 still carry the gateway's address here: what is addressed to
     # 127/8 is a guest's own invention.
@@ -203,6 +221,16 @@ table ip {table} {{
         type filter hook prerouting priority -300; policy accept;
         iifname "{bridge}" ip daddr 127.0.0.0/8 counter drop
         iifname "{bridge}" ether saddr . ip saddr != @guests counter drop
+    }}
+
+    # What a guest sends and receives beyond its limit, from and to wherever.
+    chain upload {{
+        type filter hook prerouting priority -290; policy accept;
+        iifname "{bridge}" limit name ip saddr map @uploads counter drop
+    }}
+    chain download {{
+        type filter hook postrouting priority 300; policy accept;
+        oifname "{bridge}" limit name ip daddr map @downloads counter drop
     }}
 
     # The way in. Guests do not get it: a forward is a way to another guest.
@@ -273,9 +301,24 @@ table bridge {table} {{
                 script,
                 format_args!("delete element {family} {table} {set} {{ {} }}", element.key()),
             );
+            if let Element::Rate(..) = element {
+                put(
+                    script,
+                    format_args!("delete limit {family} {table} {}", element.limit()),
+                );
+            }
         }
         for element in &change.added {
             let (family, set) = element.place();
+            if let Element::Rate(_, _, rate) = element {
+                let name = element.limit();
+                put(
+                    script,
+                    format_args!(
+                        "add limit {family} {table} {name} {{ rate over {rate} bytes/second burst {BURST} bytes; }}"
+                    ),
+                );
+            }
             put(
                 script,
                 format_args!(
@@ -296,6 +339,22 @@ impl Element {
             Element::Guest(..) => ("ip", "guests"),
             Element::Tap(_) => ("bridge", "taps"),
             Element::Binding(..) => ("bridge", "guests"),
+            Element::Rate(Direction::Up, ..) => ("ip", "uploads"),
+            Element::Rate(Direction::Down, ..) => ("ip", "downloads"),
+        }
+    }
+
+    /// The name of a rate's limit, which tells all of it: nothing else need be read back.
+    fn limit(&self) -> String {
+        match self {
+            Element::Rate(direction, ip, rate) => {
+                let direction = match direction {
+                    Direction::Up => "up",
+                    Direction::Down => "down",
+                };
+                format!("{direction}_{:08x}_{rate}", u32::from(*ip))
+            }
+            _ => String::new(),
         }
     }
 
@@ -305,6 +364,7 @@ impl Element {
             Element::Guest(mac, ip) => format!("{mac} . {ip}"),
             Element::Tap(tap) => format!("\"{tap}\""),
             Element::Binding(tap, mac, ip) => format!("\"{tap}\" . {mac} . {ip}"),
+            Element::Rate(_, ip, _) => ip.to_string(),
         }
     }
 
@@ -312,6 +372,7 @@ impl Element {
     fn value(&self) -> String {
         match self {
             Element::Forward(_, ip) => format!(" : {ip}"),
+            Element::Rate(..) => format!(" : \"{}\"", self.limit()),
             Element::Guest(..) | Element::Tap(_) | Element::Binding(..) => String::new(),
         }
     }
@@ -337,6 +398,18 @@ impl Element {
                 let [tap, mac, ip] = concatenated(listed)?.try_into().ok()?;
                 Some(Element::Binding(tap.to_owned(), mac.parse().ok()?, ip.parse().ok()?))
             }
+            ("ip", "uploads" | "downloads") => {
+                let [ip, limit] = listed.as_array()?.as_slice() else {
+                    return None;
+                };
+                let direction = if set == "uploads" {
+                    Direction::Up
+                } else {
+                    Direction::Down
+                };
+                let rate = limit.as_str()?.rsplit_once('_')?.1.parse().ok()?;
+                Some(Element::Rate(direction, ip.as_str()?.parse().ok()?, rate))
+            }
             _ => None,
         }
     }
@@ -349,6 +422,8 @@ impl fmt::Display for Element {
             Element::Guest(mac, ip) => write!(f, "guest {mac} {ip}"),
             Element::Tap(tap) => write!(f, "guarded tap {tap}"),
             Element::Binding(tap, mac, ip) => write!(f, "sender {mac} {ip} on {tap}"),
+            Element::Rate(Direction::Up, ip, rate) => write!(f, "{rate} bytes a second from {ip}"),
+            Element::Rate(Direction::Down, ip, rate) => write!(f, "{rate} bytes a second to {ip}"),
         }
     }
 }
@@ -380,24 +455,35 @@ impl Elements {
     pub(crate) fn taps(&self) -> impl Iterator<Item = &str> {
         self.0.iter().filter_map(|element| match element {
             Element::Tap(tap) => Some(tap.as_str()),
-            Element::Forward(..) | Element::Guest(..) | Element::Binding(..) => None,
+            _ => None,
         })
     }
 
-    /// Adds what is missing of `wanted`; takes nothing away.
-    pub(crate) fn adding(&self, wanted: &Elements) -> Change {
+    /// Adds what is missing of `wanted`, what one endpoint needs; takes nothing away but another rate of its own.
+    pub(crate) fn adding(&self, wanted: &Elements, endpoint: &Endpoint) -> Change {
+        let rates = self.rates_of(endpoint);
         Change {
-            removed: Vec::new(),
+            removed: rates.filter(|rate| !wanted.0.contains(rate)).cloned().collect(),
             added: wanted.without(self),
         }
     }
 
-    /// Takes away what is there of `unwanted`. A forward of the same port to another guest is not it.
-    pub(crate) fn removing(&self, unwanted: &Elements) -> Change {
+    /// Takes away what is there of `unwanted`, what one endpoint needs, and whatever rate it has. A forward of the same port to another guest is not
+    /// it.
+    pub(crate) fn removing(&self, unwanted: &Elements, endpoint: &Endpoint) -> Change {
+        let rates: BTreeSet<Element> = self.rates_of(endpoint).cloned().collect();
+        let removed: BTreeSet<Element> = self.0.intersection(&unwanted.0).cloned().collect();
         Change {
-            removed: self.0.intersection(&unwanted.0).cloned().collect(),
+            removed: removed.union(&rates).cloned().collect(),
             added: Vec::new(),
         }
+    }
+
+    fn rates_of(&self, endpoint: &Endpoint) -> impl Iterator<Item = &Element> {
+        let own = endpoint.guest_ip();
+        self.0
+            .iter()
+            .filter(move |element| matches!(element, Element::Rate(_, ip, _) if *ip == own))
     }
 
     /// Makes `wanted` of these.

@@ -9,9 +9,10 @@ use common::{
     GATEWAY, Guest, HOST, NEVER, Namespace, OUTSIDE, SOON, SUBNET, Session, answers_ping, config, endpoint, greeting,
     ip, links, nft, on_a_host, open_tap, outside, rules, serve, sysctl, unreachable,
 };
-use scalebox_net::{Endpoint, Error, Mac, NetConfig, Network, Reconciled, port_is_free_on_host};
-use std::io::{Read, Write};
+use scalebox_net::{Endpoint, Error, Mac, Mbps, NetConfig, Network, Reconciled, port_is_free_on_host};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::time::{Duration, Instant};
 
 const LOOPBACK: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
@@ -647,6 +648,72 @@ fn a_taken_port_address_or_tap_is_refused() {
             ));
         }
         assert_eq!((links(), rules()), before);
+    });
+}
+
+/// Has a server far away repeat so many bytes, from the namespace of the calling thread; how long that takes.
+fn there_and_back(bytes: usize) -> Duration {
+    let mut there = TcpStream::connect((OUTSIDE, 443)).expect("connect");
+    there.set_read_timeout(Some(SOON)).expect("a deadline");
+    let mut back = BufReader::new(there.try_clone().expect("another handle"));
+    let mut greeting = String::new();
+    back.read_line(&mut greeting).expect("a greeting");
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(move || there.write_all(&vec![7; bytes]).expect("send"));
+        back.read_exact(&mut vec![0; bytes]).expect("receive");
+    });
+    begun.elapsed()
+}
+
+#[test]
+fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they_can() {
+    on_a_host(async || {
+        const MEGABYTE: usize = 1_000_000;
+        let world = outside();
+        let network = network().await;
+        let limited = |megabits| endpoint(1).with_rate(Some(Mbps::new(megabits)));
+        network.attach(&limited(8)).await.expect("attach");
+        network.attach(&endpoint(2)).await.expect("attach");
+        let _clients = world.run(|| serve(SocketAddrV4::new(OUTSIDE, 443), "internet".to_owned()));
+        let (slow, fast) = (Guest::boot(&endpoint(1)), Guest::boot(&endpoint(2)));
+
+        // At 1 MB a second, less the second's worth that may pass at once.
+        let took = slow.inside.run(|| there_and_back(4 * MEGABYTE));
+        assert!(took > Duration::from_millis(2800), "{took:?}");
+        let free = fast.inside.run(|| there_and_back(4 * MEGABYTE));
+        assert!(free < took, "{free:?} without a rate");
+
+        // From the host itself too, by the forward.
+        let begun = Instant::now();
+        let mut session = TcpStream::connect((LOOPBACK, 22002)).expect("connect");
+        let mut back = session.try_clone().expect("another handle");
+        std::thread::scope(|scope| {
+            scope.spawn(move || session.write_all(&vec![7; 3 * MEGABYTE]).expect("send"));
+            back.read_exact(&mut vec![0; 3 * MEGABYTE]).expect("receive");
+        });
+        assert!(begun.elapsed() > Duration::from_millis(1800), "{:?}", begun.elapsed());
+
+        // A rate is changed while the guest runs, without another attach's doing, and is not undone by a reconcile.
+        network.attach(&limited(80)).await.expect("another rate");
+        let wanted = [limited(80), endpoint(2)];
+        assert_eq!(
+            network.reconcile(&wanted).await.expect("reconcile"),
+            Reconciled::default()
+        );
+        let faster = slow.inside.run(|| there_and_back(4 * MEGABYTE));
+        assert!(faster < took, "{faster:?} at ten times the rate");
+        network.attach(&endpoint(1)).await.expect("no rate");
+        assert!(
+            !rules().contains("bytes/second") && !rules().contains("limit up_"),
+            "{}",
+            rules()
+        );
+
+        // What a crash left of another rate goes with the guest.
+        network.attach(&limited(8)).await.expect("attach");
+        network.detach(&limited(16)).await.expect("detach");
+        assert!(!rules().contains("10.77.0.11"), "{}", rules());
     });
 }
 

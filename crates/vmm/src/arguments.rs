@@ -14,6 +14,9 @@ use std::path::Path;
 /// The name of the root disk's block node, by which it is resized.
 pub(crate) const ROOT_NODE: &str = "root";
 
+/// The name of the root disk's device, by which it is limited.
+pub(crate) const ROOT_DEVICE: &str = "root-device";
+
 /// The virtio-serial port on which `qemu-guest-agent` listens in the guest.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
@@ -119,7 +122,7 @@ pub(crate) fn identity(id: &MachineId, dir: &RunDir) -> Result<[String; 2]> {
 /// only for want of space, because what runs out of it below (a pool's image, a loop device) reports other errors.
 fn root_device() -> Value {
     json!({
-        "driver": "virtio-blk-device", "drive": ROOT_NODE, "serial": "root", "bootindex": 1,
+        "driver": "virtio-blk-device", "id": ROOT_DEVICE, "drive": ROOT_NODE, "serial": "root", "bootindex": 1,
         "write-cache": "on", "werror": "stop", "rerror": "stop",
         "discard": true, "write-zeroes": true, "physical_block_size": 4096, "discard_granularity": 4096,
     })
@@ -208,7 +211,7 @@ impl Argv {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{Nic, RunAs};
+    use crate::machine::{DiskLimits, Nic, RunAs};
 
     fn spec() -> MachineSpec {
         MachineSpec {
@@ -219,6 +222,7 @@ mod tests {
             initrd: Some("/initrd".into()),
             cmdline: "root=/dev/vda console=ttyS0,115200".into(),
             root: DiskLocation::File("/pool/a,b=c\"d.ext4".into()),
+            root_limits: DiskLimits::default(),
             seed: "/seed".into(),
             nic: Nic {
                 tap: "tap0".into(),

@@ -3,7 +3,7 @@
 //! What is asked, and in which order, is here in one place; `tests/data/firecracker-*.json` holds the same requests with the answers
 //! of a real Firecracker, and a test compares them.
 
-use crate::machine::MachineSpec;
+use crate::machine::{DiskLimits, MachineSpec};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes as Body;
 use hyper::client::conn::http1;
@@ -67,10 +67,13 @@ impl Api {
         self.put("/boot-source", boot).await?;
         // Writeback: a guest's flush reaches the disk. Its default would swallow it. The synchronous engine is the one that every
         // version supports for production.
-        let root = json!({
+        let mut root = json!({
             "drive_id": ROOT_DRIVE, "path_on_host": names.root, "is_root_device": false, "is_read_only": false,
             "cache_type": "Writeback", "io_engine": "Sync",
         });
+        if spec.root_limits != DiskLimits::default() {
+            root["rate_limiter"] = rate_limiter(spec.root_limits);
+        }
         self.put("/drives/root", root).await?;
         let seed = json!({
             "drive_id": "seed", "path_on_host": names.seed, "is_root_device": false, "is_read_only": true,
@@ -117,6 +120,11 @@ impl Api {
             .ok_or_else(|| ApiError::Refused("it has no root drive".to_owned()))?;
         self.patch("/drives/root", json!({ "drive_id": ROOT_DRIVE, "path_on_host": name }))
             .await
+    }
+
+    pub(crate) async fn limit_root(&self, limits: DiskLimits) -> Result<(), ApiError> {
+        let change = json!({ "drive_id": ROOT_DRIVE, "rate_limiter": rate_limiter(limits) });
+        self.patch("/drives/root", change).await
     }
 
     async fn put(&self, path: &str, body: Value) -> Result<(), ApiError> {
@@ -179,6 +187,15 @@ impl Api {
     }
 }
 
+/// A bucket of each kind, refilled once a second. An empty one is Firecracker's word for no limit; one that is left out would stay as it is.
+fn rate_limiter(limits: DiskLimits) -> Value {
+    let bucket = |size: Option<u64>| match size {
+        Some(size) => json!({ "size": size, "refill_time": 1000 }),
+        None => json!({ "size": 0, "refill_time": 0 }),
+    };
+    json!({ "bandwidth": bucket(limits.bytes_per_second), "ops": bucket(limits.iops.map(u64::from)) })
+}
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The guest's restart is the only end that Firecracker notices, and it notices it by the keyboard controller (`reboot=k`).
@@ -207,6 +224,7 @@ mod tests {
             initrd: Some("/tmp/fcrec/initrd".into()),
             cmdline: "console=ttyS0 panic=1 root=/dev/vda rw".into(),
             root: DiskLocation::File("/tmp/fcrec/root".into()),
+            root_limits: DiskLimits::default(),
             seed: "/tmp/fcrec/seed".into(),
             nic: Nic {
                 tap: "fcrec0".into(),

@@ -4,7 +4,7 @@
 //! error that the guest gets. There is no [`MachineState::Stalled`] here.
 
 use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
-use crate::machine::{AgentEndpoint, ExitReason, Machine, MachineEvent, MachineId, MachineState};
+use crate::machine::{AgentEndpoint, DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
 use crate::messages::Messages;
 use crate::process::Process;
 use crate::qemu_machine::{
@@ -147,6 +147,11 @@ impl Machine for FirecrackerMachine {
         file.and_then(|file| file.set_len(size.as_u64()))
             .map_err(Error::io("grow", &self.shared.root))?;
         let answer = self.shared.api.root_has_grown().await;
+        self.answered("PATCH /drives/root", answer).await
+    }
+
+    async fn limit_disk(&self, limits: DiskLimits) -> Result<()> {
+        let answer = self.shared.api.limit_root(limits).await;
         self.answered("PATCH /drives/root", answer).await
     }
 

@@ -49,7 +49,7 @@ pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;
 pub use firecracker::FirecrackerDriver;
 pub use machine::{
-    AgentEndpoint, ExitReason, Machine, MachineEvent, MachineId, MachineSpec, MachineState, Nic, RunAs, Vmm,
+    AgentEndpoint, DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineSpec, MachineState, Nic, RunAs, Vmm,
 };
 pub use qemu::QemuDriver;
 

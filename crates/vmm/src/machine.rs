@@ -115,6 +115,9 @@ pub trait Machine: Send + Sync {
     /// [`Error::Spec`] when `size` is below the disk's size, or below the largest size asked for before, or not in sectors of 512 bytes.
     async fn resize_root(&self, size: Bytes) -> Result<()>;
 
+    /// Limits what the guest may ask of its root disk from now on; no limit where there is none in `limits`. What is beyond waits.
+    async fn limit_disk(&self, limits: DiskLimits) -> Result<()>;
+
     /// Asks the guest to shut down, again and again until `grace` has passed, then kills it. A paused guest is resumed for it.
     /// Returns how the machine ended: [`ExitReason::GuestShutdown`] when it obeyed, [`ExitReason::Killed`] when it had to be
     /// killed, something else when it ended by itself in between.
@@ -155,6 +158,8 @@ pub struct MachineSpec {
     pub cmdline: String,
     /// The root disk, the guest's first: `/dev/vda`.
     pub root: DiskLocation,
+    /// What the guest may ask of it.
+    pub root_limits: DiskLimits,
     /// The seed drive, read-only, the guest's second.
     pub seed: PathBuf,
     /// The network interface.
@@ -250,6 +255,15 @@ pub struct Nic {
     pub tap: String,
     /// The guest's address, `52:54:00:12:34:56`.
     pub mac: String,
+}
+
+/// How much a guest may ask of a disk, reading and writing together. A second's worth may come at once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Requests a second; at least 1.
+    pub iops: Option<u32>,
+    /// Bytes a second.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// An account by its numbers.
@@ -391,6 +405,7 @@ mod tests {
             initrd: None,
             cmdline: "quiet".into(),
             root: DiskLocation::File("/r".into()),
+            root_limits: DiskLimits::default(),
             seed: "/s".into(),
             nic: Nic {
                 tap: "tap0".into(),

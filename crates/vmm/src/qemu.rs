@@ -5,7 +5,7 @@
 use crate::accel::Accel;
 use crate::arguments::{DiskIo, arguments, identity, root_file};
 use crate::command::Qemu;
-use crate::machine::{Machine, MachineId, MachineSpec, Vmm};
+use crate::machine::{DiskLimits, Machine, MachineId, MachineSpec, Vmm};
 use crate::messages::Messages;
 use crate::process::Process;
 use crate::qemu_machine::{Held, QemuMachine, Unreached};
@@ -65,7 +65,7 @@ impl QemuDriver {
         let argv = arguments(&spec, &dir, self.accel, disk_io(root_file(&spec)?))?;
         let lock = claim(&dir, &spec.id, &identity(&spec.id, &dir)?)?;
         match self.spawn(&spec, &dir, lock, &argv) {
-            Ok(held) => bring_up(held, self.qemu.argv(&argv)).await,
+            Ok(held) => bring_up(held, self.qemu.argv(&argv), spec.root_limits).await,
             Err(error) => {
                 dir.clear();
                 Err(error)
@@ -175,7 +175,7 @@ impl Vmm for QemuDriver {
 }
 
 /// Connects to a process just spawned, and lets the guest go; or kills the process and says why.
-async fn bring_up(held: Held, argv: Vec<String>) -> Result<Fresh> {
+async fn bring_up(held: Held, argv: Vec<String>, limits: DiskLimits) -> Result<Fresh> {
     if let Err(error) = held.record(argv) {
         return Err(undo(held, &error.to_string()).await);
     }
@@ -184,7 +184,16 @@ async fn bring_up(held: Held, argv: Vec<String>) -> Result<Fresh> {
         Err((held, Unreached::Ended)) => return Err(undo(held, "QEMU ended at once").await),
         Err((held, Unreached::Late(why))) => return Err(undo(held, &why).await),
     };
-    if let Err(error) = machine.execute("cont", qmp::cont {}).await {
+    // The guest's first instruction comes after this.
+    let limited = match limits == DiskLimits::default() {
+        true => Ok(()),
+        false => machine.limit_disk(limits).await,
+    };
+    let started = match limited {
+        Ok(()) => machine.execute("cont", qmp::cont {}).await.map(drop),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = started {
         let output = machine.messages();
         machine.kill().await?;
         return Err(failed(machine.id(), error, &output));

@@ -3,8 +3,8 @@
 //! Per machine there are two tasks in this process: the *attendant*, which hears what QEMU says, notes how the machine ends and
 //! cleans up after it, and the console's drain. Both end with the machine, or when the handle is dropped.
 
-use crate::arguments::ROOT_NODE;
-use crate::machine::{AgentEndpoint, ExitReason, Machine, MachineEvent, MachineId, MachineState};
+use crate::arguments::{ROOT_DEVICE, ROOT_NODE};
+use crate::machine::{AgentEndpoint, DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
 use crate::messages::Messages;
 use crate::process::Process;
 use crate::qmp::{Events, Qmp, QmpError};
@@ -267,6 +267,21 @@ impl Machine for QemuMachine {
         .map(drop)
     }
 
+    async fn limit_disk(&self, limits: DiskLimits) -> Result<()> {
+        // Zero is QEMU's word for no limit.
+        let throttle = qmp::BlockIOThrottle {
+            id: Some(ROOT_DEVICE.to_owned()),
+            iops: limits.iops.map_or(0, i64::from),
+            bps: limits
+                .bytes_per_second
+                .map_or(0, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+            ..no_throttle()
+        };
+        self.execute("block_set_io_throttle", qmp::block_set_io_throttle(throttle))
+            .await
+            .map(drop)
+    }
+
     async fn stop(&self, grace: Duration) -> Result<ExitReason> {
         let asking = async {
             self.let_a_standing_guest_go().await;
@@ -308,6 +323,34 @@ impl Machine for QemuMachine {
 
     fn agent(&self) -> Option<AgentEndpoint> {
         Some(AgentEndpoint::Unix(self.shared.dir.agent()))
+    }
+}
+
+#[allow(deprecated, reason = "a field that is left empty has to be named all the same")]
+fn no_throttle() -> qmp::BlockIOThrottle {
+    qmp::BlockIOThrottle {
+        device: None,
+        id: None,
+        group: None,
+        bps: 0,
+        bps_rd: 0,
+        bps_wr: 0,
+        iops: 0,
+        iops_rd: 0,
+        iops_wr: 0,
+        bps_max: None,
+        bps_max_length: None,
+        bps_rd_max: None,
+        bps_rd_max_length: None,
+        bps_wr_max: None,
+        bps_wr_max_length: None,
+        iops_max: None,
+        iops_max_length: None,
+        iops_rd_max: None,
+        iops_rd_max_length: None,
+        iops_wr_max: None,
+        iops_wr_max_length: None,
+        iops_size: None,
     }
 }
 

@@ -15,8 +15,8 @@ use futures::future::BoxFuture;
 use rustix::process::Signal;
 use scalebox_storage::{Bytes, DiskLocation};
 use scalebox_vmm::{
-    Accel, AccelSetting, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec, MachineState, QemuDriver,
-    RunAs, Vmm, accelerator,
+    Accel, AccelSetting, DiskLimits, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec, MachineState,
+    QemuDriver, RunAs, Vmm, accelerator,
 };
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -55,6 +55,9 @@ const TESTS: &[Test] = &[
     }),
     ("disk grown live, never smaller", Needs::Control, |bench| {
         grown(bench).boxed()
+    }),
+    ("disk limited live, and freed again", Needs::Control, |bench| {
+        limited(bench).boxed()
     }),
     ("adopted, then controlled", Needs::Control, |bench| {
         adopted(bench).boxed()
@@ -218,6 +221,35 @@ async fn grown(bench: Bench) {
     assert!(matches!(refusal, Error::Spec { what: "size", .. }), "{refusal}");
     assert_eq!(disk.metadata().unwrap().len(), Bytes::from_mib(48).as_u64());
     machine.kill().await.unwrap();
+}
+
+async fn limited(mut bench: Bench) {
+    bench.spec.root_limits = DiskLimits {
+        iops: Some(500),
+        bytes_per_second: Some(10_000_000),
+    };
+    let machine = bench.vmm.launch(&bench.spec).await.unwrap();
+    let limits = [
+        DiskLimits {
+            iops: Some(100),
+            bytes_per_second: None,
+        },
+        DiskLimits {
+            iops: None,
+            bytes_per_second: Some(1 << 40),
+        },
+        DiskLimits::default(),
+    ];
+    for limits in limits {
+        machine.limit_disk(limits).await.unwrap();
+    }
+    machine.resize_root(Bytes::from_mib(32)).await.unwrap();
+    machine.kill().await.unwrap();
+    assert!(matches!(
+        machine.limit_disk(DiskLimits::default()).await,
+        Err(Error::Ended { .. })
+    ));
+    bench.nothing_is_left();
 }
 
 async fn adopted(bench: Bench) {

@@ -169,7 +169,7 @@ pub fn vm(changes: Value) -> Value {
     let mut vm = json!({
         "id": "vm-0123456789ab", "name": "calm-red-fox", "template": "debian-base", "ip": "127.0.0.1", "ssh_port": 22001,
         "ssh": "ssh -p 22001 user@127.0.0.1", "url": null, "status": "running", "created_at": "2026-01-02T03:04:05Z",
-        "vcpu_count": 1, "mem_size_mib": 512, "disk_size_gib": 10,
+        "vcpu_count": 1, "mem_size_mib": 512, "disk_size_gib": 10, "autostart": true,
     });
     for (field, value) in changes.as_object().unwrap() {
         vm[field] = value.clone();
@@ -181,7 +181,7 @@ pub fn vm(changes: Value) -> Value {
 pub fn pool() -> Value {
     const GIB: u64 = 1 << 30;
     json!({
-        "path": "/var/lib/scalebox", "image": "/var/lib/scalebox.img", "capacity_bytes": 100 * GIB, "free_bytes": 60 * GIB,
+        "path": "/var/lib/scalebox", "file_system": "btrfs", "device": "/dev/loop3", "image": "/var/lib/scalebox.img", "capacity_bytes": 100 * GIB, "free_bytes": 60 * GIB,
         "used_bytes": 25 * GIB, "committed_bytes": 120 * GIB, "commitment_limit_bytes": 400 * GIB, "overcommit_ratio": 4.0,
         "reserved_bytes": 0, "buffer_bytes": 2 * GIB, "pool_free_bytes": 75 * GIB, "host_free_bytes": 60 * GIB,
         "unallocated_bytes": 70 * GIB, "metadata_bytes": GIB, "metadata_used_bytes": GIB / 2,

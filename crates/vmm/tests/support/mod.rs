@@ -7,7 +7,7 @@ pub mod guest;
 use guest::Guest;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use scalebox_storage::{Bytes, DiskLocation};
-use scalebox_vmm::{Accel, Machine, MachineId, MachineSpec, Nic, QemuDriver, console_tail};
+use scalebox_vmm::{Accel, DiskLimits, Machine, MachineId, MachineSpec, Nic, QemuDriver, console_tail};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::process::CommandExt;
@@ -70,6 +70,7 @@ impl Lab {
             initrd: None,
             cmdline: String::new(),
             root: DiskLocation::File(self.path("root")),
+            root_limits: DiskLimits::default(),
             seed: self.path("seed"),
             nic: Nic {
                 tap: self.tap.clone(),
