@@ -21,6 +21,13 @@ taps() { ip -o link show | sed -n 's/^[0-9]*: \(sb[0-9a-f]\{12\}\)[@:].* master 
 tables() { nft list tables | sed -n 's/^table \([a-z0-9]* scalebox_sbtest[0-9]*\)$/\1/p'; }
 mounts() { awk -v dir="$TMPDIR/" 'index($5, dir) == 1 { print $5 }' /proc/self/mountinfo | tac; }
 loops() { losetup -n -O NAME,BACK-FILE | awk -v dir="$TMPDIR/" 'index($2, dir) == 1 { print $1 }'; }
+# Control groups of machines that are gone: those of machines that run hold a process.
+groups() {
+	local group
+	find /sys/fs/cgroup -type d -path '*/scalebox/vm-*' 2>/dev/null | while read -r group; do
+		[[ -n $(cat "$group/cgroup.procs" 2>/dev/null) ]] || echo "$group"
+	done
+}
 processes() {
 	local pid
 	for pid in $(pgrep -f -- "$TMPDIR/"); do
@@ -46,6 +53,7 @@ clean_up() {
 		[[ -z $it ]] || remove table "$it" nft delete table $it
 	done < <(tables)
 	while read -r it; do [[ -z $it ]] || remove mount "$it" umount -l "$it"; done < <(mounts)
+	for it in $(groups); do remove "control group" "$it" rmdir "$it"; done
 	for it in $(loops); do remove loop "$it" losetup -d "$it"; done
 	rm -rf -- "$TMPDIR"
 }

@@ -86,7 +86,7 @@ pub enum Command {
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
     /// Make a VM and start it
-    Create(CreateArgs),
+    Create(Box<CreateArgs>),
     /// List the VMs
     #[command(
         visible_alias = "ls",

@@ -129,9 +129,9 @@ fn table(found: &Findings) -> String {
             Level::Problem => "PROBLEM",
         };
         // Writing to a String does not fail.
-        let _infallible = writeln!(text, "{level:<8} {check:<11} {finding}");
+        let _infallible = writeln!(text, "{level:<8} {check:<12} {finding}");
         if let Some(fix) = fix {
-            let _infallible = writeln!(text, "{:<20} -> {fix}", "");
+            let _infallible = writeln!(text, "{:<21} -> {fix}", "");
         }
     }
     let _infallible = match (found.count(Level::Problem), found.count(Level::Note)) {
@@ -191,13 +191,15 @@ fn kernel(found: &mut Findings) {
     if all {
         found.ok("kernel", "btrfs, loop, tun and bridge are there");
     }
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        found.ok("cgroup", "cgroup v2");
-    } else {
+    let unconfined = scalebox_vmm::unconfined();
+    if unconfined.is_empty() {
+        found.ok("confinement", "control groups and Landlock are there");
+    }
+    for lack in unconfined {
         found.note(
-            "cgroup",
-            "no cgroup v2 at /sys/fs/cgroup",
-            "Scalebox runs without; systemd.unified_cgroup_hierarchy=1 on the kernel's command line turns it on",
+            "confinement",
+            lack,
+            "boot the distribution's standard kernel with cgroup v2",
         );
     }
 }

@@ -21,7 +21,7 @@ pub(crate) const ROOT_DEVICE: &str = "root-device";
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
 /// QEMU's cache of translated code. The default is an eighth of the host's memory, at most 1 GiB, for every machine.
-const TRANSLATION_CACHE_MIB: u64 = 256;
+pub(crate) const TRANSLATION_CACHE_MIB: u64 = 256;
 
 /// How the root disk's file is accessed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

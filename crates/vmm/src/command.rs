@@ -1,6 +1,6 @@
 //! The only door to the QEMU binary.
 
-use crate::process::Process;
+use crate::confinement::Confined;
 use crate::{Error, Result};
 use std::env;
 use std::fs::File;
@@ -30,6 +30,11 @@ impl Qemu {
         Ok(Qemu { program, version })
     }
 
+    /// The binary.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Such as `7.2.22`.
     pub(crate) fn version(&self) -> &str {
         &self.version
@@ -44,7 +49,7 @@ impl Qemu {
 
     /// Starts a machine's process: out of reach of this process' terminal, with no environment and no open file but
     /// `messages`, to which stdout and stderr go. It is not waited for, and lives on when this process ends.
-    pub(crate) fn spawn(&self, arguments: &[String], messages: File) -> std::io::Result<Child> {
+    pub(crate) fn spawn(&self, arguments: &[String], mut confined: Confined, messages: File) -> std::io::Result<Child> {
         let stdout = messages.try_clone()?;
         let mut command = Command::new(&self.program);
         command
@@ -56,7 +61,7 @@ impl Qemu {
             .stdout(stdout)
             .stderr(messages);
         // SAFETY: between fork and exec only system calls are made: nothing is allocated and no lock is taken.
-        unsafe { command.pre_exec(|| Ok(Process::bound_self()?)) };
+        unsafe { command.pre_exec(move || confined.enter()) };
         command.spawn()
     }
 }

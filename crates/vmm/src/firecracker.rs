@@ -4,6 +4,7 @@
 //! [`FirecrackerMachine`] is how it is held. What this driver cannot promise, and QEMU's can, is in `docs/firecracker.md`.
 
 use crate::arguments::root_file;
+use crate::confinement::Confinement;
 use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
 use crate::firecracker_command::{Files, Firecracker, mark};
 use crate::firecracker_machine::FirecrackerMachine;
@@ -13,14 +14,18 @@ use crate::process::Process;
 use crate::qemu::{claim, end, failed, find, need_tap, running};
 use crate::qemu_machine::Held;
 use crate::run_dir::{Lock, RunDir};
+use crate::sandbox::Needed;
 use crate::{Error, Result};
 use async_trait::async_trait;
+use scalebox_storage::Bytes;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep};
 
+/// The memory that Firecracker may take for itself; it needs a few MiB, and reads kernel and initramfs.
+const BESIDE_GUEST: Bytes = Bytes::from_mib(128);
 /// The longest from the process' start to its first answer.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(10);
 /// Between two attempts: a socket that is not there yet announces itself in no other way.
@@ -34,6 +39,7 @@ const NOT_STARTED: &str = "Not started";
 #[derive(Debug, Clone)]
 pub struct FirecrackerDriver {
     firecracker: Firecracker,
+    confinement: Confinement,
 }
 
 impl FirecrackerDriver {
@@ -44,6 +50,7 @@ impl FirecrackerDriver {
     pub fn find() -> Result<FirecrackerDriver> {
         Ok(FirecrackerDriver {
             firecracker: Firecracker::find()?,
+            confinement: Confinement::find(),
         })
     }
 
@@ -79,9 +86,21 @@ impl FirecrackerDriver {
         let console = open_console(dir)?;
         let (files, names) = Files::prepare(spec, &root, dir, &theirs)?;
         let argv = Firecracker::argv(spec.id.as_str(), dir);
+        let needed = Needed {
+            program: self.firecracker.program().to_owned(),
+            read: [&spec.kernel, &spec.seed]
+                .into_iter()
+                .chain(&spec.initrd)
+                .cloned()
+                .collect(),
+            // Its log is opened anew by name.
+            write: vec![root.clone(), dir.messages()],
+            sockets: dir.firecracker(),
+        };
+        let confined = self.confinement.prepare(spec, dir, &needed, BESIDE_GUEST)?;
         let mut child = self
             .firecracker
-            .spawn(&argv, files, console_end, theirs)
+            .spawn(&argv, files, confined, console_end, theirs)
             .map_err(|error| failed(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
             Ok(process) => process,

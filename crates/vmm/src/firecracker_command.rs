@@ -1,9 +1,9 @@
 //! The only door to the Firecracker binary.
 
 use crate::command::on_path;
+use crate::confinement::Confined;
 use crate::firecracker_api::Names;
 use crate::machine::{MachineSpec, RunAs};
-use crate::process::Process;
 use crate::run_dir::RunDir;
 use crate::{Error, Result};
 use rustix::fs::{Mode, OFlags, open};
@@ -62,6 +62,11 @@ impl Firecracker {
         })
     }
 
+    /// The binary.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Such as `1.16.1`.
     pub(crate) fn version(&self) -> &str {
         &self.version
@@ -111,7 +116,14 @@ impl Firecracker {
 
     /// Starts a machine's process, as its own user and in its own folder. It has no environment, and no open file but
     /// `console` (stdout), `messages` (stderr) and those of `files`. It is not waited for, and lives on when this process ends.
-    pub(crate) fn spawn(&self, argv: &[String], files: Files, console: File, messages: File) -> std::io::Result<Child> {
+    pub(crate) fn spawn(
+        &self,
+        argv: &[String],
+        files: Files,
+        mut confined: Confined,
+        console: File,
+        messages: File,
+    ) -> std::io::Result<Child> {
         let mut command = Command::new(&self.program);
         command
             .arg0(&argv[0])
@@ -130,8 +142,7 @@ impl Firecracker {
             for file in &inherited {
                 fcntl_setfd(file, FdFlags::empty())?;
             }
-            Process::bound_self()?;
-            Ok(())
+            confined.enter()
         };
         // SAFETY: between fork and exec only system calls are made: nothing is allocated and no lock is taken.
         unsafe { command.pre_exec(prepare) };

@@ -226,7 +226,7 @@ async fn attend(shared: Arc<Shared>, drain: JoinHandle<()>) {
     let status = shared.process.reap();
     let said = shared.messages.text();
     let killed = *shared.killed.lock().unwrap_or_else(PoisonError::into_inner);
-    let reason = how_it_ended(killed, status, &said);
+    let reason = how_it_ended(killed, status, &said, shared.dir.ran_out_of_memory());
     if reason == ExitReason::GuestShutdown {
         shared.announce(MachineEvent::GuestShutdown);
     }
@@ -237,12 +237,12 @@ async fn attend(shared: Arc<Shared>, drain: JoinHandle<()>) {
 }
 
 /// The exit status tells only its parent; the log tells whoever adopted the machine.
-fn how_it_ended(killed: bool, status: Option<String>, said: &str) -> ExitReason {
+fn how_it_ended(killed: bool, status: Option<String>, said: &str, out_of_memory: bool) -> ExitReason {
     let well = said.contains(GONE_WELL) || status.as_deref() == Some("exit status 0");
     match (killed, well) {
         (_, true) => ExitReason::GuestShutdown,
         (true, false) => ExitReason::Killed,
-        (false, false) => crash(status, said),
+        (false, false) => crash(status, said, out_of_memory),
     }
 }
 
@@ -253,16 +253,16 @@ mod tests {
     #[test]
     fn an_end_is_told_by_the_log_where_the_status_is_anothers_to_know() {
         let restarted = "Firecracker exiting successfully. exit_code=0";
-        assert_eq!(how_it_ended(false, None, restarted), ExitReason::GuestShutdown);
+        assert_eq!(how_it_ended(false, None, restarted, false), ExitReason::GuestShutdown);
         assert_eq!(
-            how_it_ended(false, Some("exit status 0".into()), ""),
+            how_it_ended(false, Some("exit status 0".into()), "", false),
             ExitReason::GuestShutdown
         );
         assert_eq!(
-            how_it_ended(true, Some("killed by signal 9".into()), ""),
+            how_it_ended(true, Some("killed by signal 9".into()), "", false),
             ExitReason::Killed
         );
-        let fault = how_it_ended(false, Some("exit status 148".into()), "exit_code=148");
+        let fault = how_it_ended(false, Some("exit status 148".into()), "exit_code=148", false);
         let ExitReason::Crashed { detail } = fault else {
             panic!("{fault:?}")
         };

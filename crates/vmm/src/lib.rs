@@ -22,6 +22,7 @@
 //! | `firecracker_machine` | a running Firecracker machine, and its attendant |
 //! | `firecracker_api` | Firecracker's API socket: every request, in order |
 //! | `firecracker_command` | the only door to the Firecracker binary, and the files it gets |
+//! | `confinement`, `cgroup`, `sandbox` | what keeps a process to itself: a control group, and a fence around its files |
 //! | `process` | a process by pidfd and start time, never by pid alone |
 //! | `messages` | what QEMU says on stderr, bounded, also when nobody listens |
 //! | `run_dir` | the files of a running machine, who owns them, how they go |
@@ -29,7 +30,9 @@
 pub mod accel;
 mod agent;
 mod arguments;
+mod cgroup;
 mod command;
+mod confinement;
 pub mod console;
 pub mod error;
 mod firecracker;
@@ -43,8 +46,10 @@ mod qemu;
 mod qemu_machine;
 mod qmp;
 mod run_dir;
+mod sandbox;
 
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator};
+pub use confinement::unconfined;
 pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;
 pub use firecracker::FirecrackerDriver;

@@ -3,13 +3,15 @@
 //! A machine is one QEMU process, controlled through the sockets in its [`RunDir`]; [`QemuMachine`] is how it is held.
 
 use crate::accel::Accel;
-use crate::arguments::{DiskIo, arguments, identity, root_file};
+use crate::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identity, root_file};
 use crate::command::Qemu;
+use crate::confinement::Confinement;
 use crate::machine::{DiskLimits, Machine, MachineId, MachineSpec, Vmm};
 use crate::messages::Messages;
 use crate::process::Process;
 use crate::qemu_machine::{Held, QemuMachine, Unreached};
 use crate::run_dir::{Lock, Record, RunDir};
+use crate::sandbox::Needed;
 use crate::{Error, Result};
 use async_trait::async_trait;
 use qapi::qmp::{self, RunState};
@@ -17,11 +19,14 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
+use scalebox_storage::Bytes;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
 
+/// The memory that QEMU may take for itself: program, libraries, buffers of requests under way. It needs about 60 MiB.
+const BESIDE_GUEST: Bytes = Bytes::from_mib(256);
 /// The longest from QEMU's start to its control socket: it reads the kernel and initramfs before.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(30);
 /// The longest that a running QEMU may keep its adopter waiting.
@@ -38,6 +43,7 @@ const END_DEADLINE: Duration = Duration::from_secs(10);
 pub struct QemuDriver {
     qemu: Qemu,
     accel: Accel,
+    confinement: Confinement,
 }
 
 impl QemuDriver {
@@ -49,6 +55,7 @@ impl QemuDriver {
         Ok(QemuDriver {
             qemu: Qemu::find()?,
             accel,
+            confinement: Confinement::find(),
         })
     }
 
@@ -78,9 +85,24 @@ impl QemuDriver {
         let root = root_file(spec)?.to_owned();
         let theirs = Messages::create(&dir.messages())?;
         let messages = Messages::open(&dir.messages())?;
+        let needed = Needed {
+            program: self.qemu.program().to_owned(),
+            read: [&spec.kernel, &spec.seed]
+                .into_iter()
+                .chain(&spec.initrd)
+                .cloned()
+                .collect(),
+            write: vec![root.clone()],
+            sockets: spec.run_dir.clone(),
+        };
+        let beside_guest = match self.accel {
+            Accel::Kvm => BESIDE_GUEST,
+            Accel::Tcg => BESIDE_GUEST + Bytes::from_mib(TRANSLATION_CACHE_MIB),
+        };
+        let confined = self.confinement.prepare(spec, dir, &needed, beside_guest)?;
         let mut child = self
             .qemu
-            .spawn(argv, theirs)
+            .spawn(argv, confined, theirs)
             .map_err(|error| failed(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
             Ok(process) => process,

@@ -488,7 +488,7 @@ async fn attend(shared: Arc<Shared>, mut events: Events, drain: JoinHandle<()>) 
     let reason = shared
         .cause()
         .take()
-        .unwrap_or_else(|| crash(status, &shared.messages.text()));
+        .unwrap_or_else(|| crash(status, &shared.messages.text(), shared.dir.ran_out_of_memory()));
     shared.dir.clear();
     shared.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     shared.announce(MachineEvent::Ended(reason.clone()));
@@ -545,8 +545,11 @@ pub(crate) fn check_growth(id: &MachineId, root: &Path, asked: Bytes, size: Byte
     }
 }
 
-pub(crate) fn crash(status: Option<String>, messages: &str) -> ExitReason {
-    let status = status.unwrap_or_else(|| "its process is gone".to_owned());
+pub(crate) fn crash(status: Option<String>, messages: &str, out_of_memory: bool) -> ExitReason {
+    let mut status = status.unwrap_or_else(|| "its process is gone".to_owned());
+    if out_of_memory {
+        status += ", because it took more memory than its machine may have";
+    }
     let detail = match messages.trim() {
         "" => status,
         said => format!("{status}; it said: {said}"),

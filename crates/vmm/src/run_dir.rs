@@ -4,6 +4,7 @@
 //! holds the machine, so that neither a second daemon nor a second handle can get between; the kernel lets go of the lock
 //! when the holder dies, however it dies.
 
+use crate::cgroup;
 use crate::machine::MachineId;
 use crate::process::Identity;
 use crate::{Error, Result};
@@ -81,6 +82,11 @@ impl RunDir {
     /// The pipe to which QEMU's stderr goes.
     pub(crate) fn messages(&self) -> PathBuf {
         self.0.join("messages.pipe")
+    }
+
+    /// Which control groups are the machine's, a path a line.
+    fn groups(&self) -> PathBuf {
+        self.0.join("groups")
     }
 
     fn record(&self) -> PathBuf {
@@ -173,6 +179,22 @@ impl RunDir {
         }
     }
 
+    /// Notes the control groups that are about to be made for the machine, so that they go with the folder.
+    pub(crate) fn note_groups(&self, folders: &[PathBuf]) -> Result<()> {
+        let lines: Vec<_> = folders.iter().map(|folder| folder.to_string_lossy()).collect();
+        fs::write(self.groups(), lines.join("\n")).map_err(Error::io("write", self.groups()))
+    }
+
+    /// Whether the kernel has killed the machine's process for taking more memory than its control group may have.
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        cgroup::ran_out_of_memory(&self.noted_groups())
+    }
+
+    fn noted_groups(&self) -> Vec<PathBuf> {
+        let noted = fs::read_to_string(self.groups()).unwrap_or_default();
+        noted.lines().map(PathBuf::from).collect()
+    }
+
     /// Removes everything that a machine leaves, and the folder if nothing else is in it. What cannot be removed is logged:
     /// the next launch tries again.
     pub(crate) fn clear(&self) {
@@ -187,7 +209,9 @@ impl RunDir {
 
     /// As [`clear`](RunDir::clear), but leaves the folder.
     pub(crate) fn clear_files(&self) {
+        cgroup::remove(&self.noted_groups());
         for file in [
+            self.groups(),
             self.control(),
             self.console(),
             self.console_pipe(),
