@@ -53,7 +53,7 @@ pub enum Command {
     /// Make, list, reach and delete VMs
     #[command(subcommand)]
     Vm(VmCommand),
-    /// List and delete the templates that disks are cloned from
+    /// List, export, import and delete the templates that disks are cloned from
     #[command(subcommand)]
     Template(TemplateCommand),
     /// The storage that disks are made from
@@ -334,6 +334,38 @@ pub enum TemplateCommand {
     /// List the templates
     #[command(visible_alias = "ls", after_help = "Example:\n  scalebox template list")]
     List,
+    /// Write a template to a file, packed with zstd
+    #[command(
+        after_help = "What comes is checked while it is written, and the file gets its name when it is whole.\n\n\
+        Examples:\n  scalebox template export my-golden\n  scalebox template export my-golden - | ssh other-host scalebox template import my-golden -"
+    )]
+    Export {
+        /// Name of the template
+        #[arg(value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+        template: String,
+        /// File to write, or - for the standard output [default: NAME.ext4.zst]
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+        /// Write over a file that is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make a template of a file: an ext4 image, bare or packed with zstd
+    #[command(
+        after_help = "The image is checked on the server, and appears under its name when it is whole.\n\n\
+        Examples:\n  scalebox template import my-golden my-golden.ext4.zst\n  scalebox template import my-golden rootfs.ext4 --replace"
+    )]
+    Import {
+        /// Name of the template to be made
+        #[arg(value_name = "NAME")]
+        template: TemplateName,
+        /// File to read, or - for the standard input
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Replace a template of that name; VMs made from it stay as they are
+        #[arg(long)]
+        replace: bool,
+    },
     /// Delete templates; the VMs made from them stay
     #[command(
         visible_alias = "rm",

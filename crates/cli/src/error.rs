@@ -57,6 +57,12 @@ pub enum Error {
     /// Each was reported when it happened.
     #[error("{failed} of {all} could not be deleted")]
     SomeFailed { failed: usize, all: usize },
+    #[error("{} is there already: name another file, or write over it with --force", .0.display())]
+    FileExists(PathBuf),
+    #[error("{}: {why}", path.display())]
+    File { path: PathBuf, why: io::Error },
+    #[error("the export broke off: {0}; nothing of it is kept, so try again")]
+    Export(String),
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }
@@ -68,6 +74,13 @@ fn reason_of(reason: &Option<String>) -> String {
 }
 
 impl Error {
+    pub fn file(path: &std::path::Path, why: io::Error) -> Error {
+        Error::File {
+            path: path.to_owned(),
+            why,
+        }
+    }
+
     /// 1 for a no, 2 for what the person who typed has to put right first.
     pub fn exit_code(&self) -> ExitCode {
         use Error::*;
@@ -78,7 +91,8 @@ impl Error {
             | ConfigLine { .. }
             | NoKey { .. }
             | KeyUnreadable { .. }
-            | Key { .. } => ExitCode::from(2),
+            | Key { .. }
+            | FileExists(_) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }

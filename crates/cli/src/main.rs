@@ -8,6 +8,7 @@
 //! - `wait`: `scalebox vm wait`: until the guest answers SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `host`: `scalebox status`, `template …`, `pool show`
+//! - `template_files`: `scalebox template export|import`
 //! - `events`: `scalebox events`
 //! - `output`: tables and JSON, wide and narrow, to people and to pipes
 //! - `human`: sizes and ages as people say them
@@ -21,6 +22,7 @@ mod human;
 mod output;
 mod settings;
 mod ssh;
+mod template_files;
 mod vm;
 mod wait;
 
@@ -67,6 +69,14 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
             ssh::connect(&server.client, &vm, identity.as_deref(), &command)
         }
         Command::Template(TemplateCommand::List) => host::templates(&server.client, output),
+        Command::Template(TemplateCommand::Export { template, file, force }) => {
+            template_files::export(&server.client, &template, file.as_deref(), force, output)
+        }
+        Command::Template(TemplateCommand::Import {
+            template,
+            file,
+            replace,
+        }) => template_files::import(&server.client, template.as_str(), &file, replace, output),
         Command::Template(TemplateCommand::Delete { templates, yes }) => {
             host::delete_templates(&server.client, &templates, yes, output)
         }

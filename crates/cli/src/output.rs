@@ -109,6 +109,20 @@ impl Output {
         }
     }
 
+    /// How much of something is done, gone when finished; nothing where no terminal is.
+    pub fn bar(&self, text: &str, whole: Option<u64>) -> ProgressBar {
+        let Some(whole) = whole else {
+            return self.progress(text);
+        };
+        let bar = ProgressBar::new(whole).with_finish(ProgressFinish::AndClear);
+        let style = "{msg}  {bar:30} {percent:>3}%  {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            bar.set_style(style.progress_chars("━╸ "));
+        }
+        bar.set_message(printable(text));
+        bar
+    }
+
     /// A line that shows life and the time so far, gone when dropped; nothing where no terminal is.
     pub fn progress(&self, text: &str) -> ProgressBar {
         let style = ProgressStyle::with_template("{spinner} {elapsed}  {wide_msg}");

@@ -6,12 +6,12 @@ use crate::{CreateVm, ResizePool, SnapshotVm, UpdateVm};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::time::Duration;
 use ureq::http::uri::Authority;
-use ureq::http::{Method, Request, Response, header};
+use ureq::http::{Method, Request, Response, header, request};
 use ureq::tls::{RootCerts, TlsConfig};
-use ureq::{Agent, Body, Timeout};
+use ureq::{Agent, Body, SendBody, Timeout};
 
 /// Speaks to one daemon. Cheap to make; every call has a connection of its own, so that a daemon that was started anew between two
 /// calls is not noticed.
@@ -241,7 +241,39 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn delete_template(&self, name: &str) -> Result<(), ClientError> {
-        self.delete(&format!("/templates/{}", percent_encoded(name)))
+        self.delete(&template_path(name, ""))
+    }
+
+    /// `GET /templates/{name}/export`: the template's image, packed with zstd.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; what breaks off later is the reader's to tell.
+    pub fn export_template(&self, name: &str) -> Result<Export, ClientError> {
+        let call = Call::new(self, Method::GET, &template_path(name, "/export"), ASK);
+        let (response, call) = call.begin("application/zstd")?;
+        let image_bytes = response
+            .headers()
+            .get("Scalebox-Image-Bytes")
+            .and_then(|size| size.to_str().ok()?.parse().ok())
+            .ok_or_else(|| call.protocol("another file than was asked for".to_owned()))?;
+        Ok(Export {
+            image_bytes,
+            packed: Box::new(response.into_body().into_reader()),
+        })
+    }
+
+    /// `POST /templates/{name}/import`: makes a template of an ext4 image, packed with zstd or bare. With `replace`, one of that name gives way to it.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn import_template(
+        &self,
+        name: &str,
+        image: impl Read + 'static,
+        replace: bool,
+    ) -> Result<Template, ClientError> {
+        let path = template_path(name, &format!("/import?replace={replace}"));
+        Call::new(self, Method::POST, &path, WORK).upload(image)?.json()
     }
 
     /// `GET /pool`.
@@ -320,6 +352,14 @@ impl Client {
     }
 }
 
+/// A template on its way out.
+pub struct Export {
+    /// The size of its image.
+    pub image_bytes: u64,
+    /// The image, packed with zstd. What comes is whole when it unpacks to [`Export::image_bytes`].
+    pub packed: Box<dyn Read + Send>,
+}
+
 /// One request on its way.
 struct Call<'c> {
     client: &'c Client,
@@ -372,11 +412,7 @@ impl<'c> Call<'c> {
     }
 
     fn transmit(&self, body: Option<Vec<u8>>) -> Result<Response<Body>, ureq::Error> {
-        let request = Request::builder()
-            .method(self.method.clone())
-            .uri(&self.url)
-            .header(header::AUTHORIZATION, &self.client.authorization)
-            .header(header::ACCEPT, "application/json");
+        let request = self.request().header(header::ACCEPT, "application/json");
         let request = match &self.idempotency_key {
             Some(key) => request.header("Idempotency-Key", key),
             None => request,
@@ -398,11 +434,13 @@ impl<'c> Call<'c> {
 
     /// As [`Call::run`], for an answer that comes bit by bit and has no end in time.
     fn stream(self) -> Result<EventStream, ClientError> {
-        let request = Request::builder()
-            .method(self.method.clone())
-            .uri(&self.url)
-            .header(header::AUTHORIZATION, &self.client.authorization)
-            .header(header::ACCEPT, "text/event-stream");
+        let (response, call) = self.begin("text/event-stream")?;
+        Ok(EventStream::new(response.into_body().into_reader(), call.to_string()))
+    }
+
+    /// The answer's head, and its body yet to be read; the server gives a sign of life at least every [`QUIET`].
+    fn begin(self, accept: &str) -> Result<(Response<Body>, Self), ClientError> {
+        let request = self.request().header(header::ACCEPT, accept);
         let agent = &self.client.agent;
         let answered = request.body(()).map_err(ureq::Error::from).and_then(|request| {
             let request = agent.configure_request(request);
@@ -420,7 +458,31 @@ impl<'c> Call<'c> {
                 Err(error) => Err(error),
             };
         }
-        Ok(EventStream::new(response.into_body().into_reader(), self.to_string()))
+        Ok((response, self))
+    }
+
+    /// Sends a body of any length. The server says first whether it wants it.
+    fn upload(self, body: impl Read + 'static) -> Result<Answer<'c>, ClientError> {
+        let request = self
+            .request()
+            .header(header::ACCEPT, "application/json")
+            .header(header::CONTENT_TYPE, "application/octet-stream")
+            .header(header::EXPECT, "100-continue");
+        let agent = &self.client.agent;
+        let body = SendBody::from_owned_reader(body);
+        let answered = request.body(body).map_err(ureq::Error::from).and_then(|request| {
+            let request = agent.configure_request(request);
+            agent.run(request.timeout_recv_response(Some(self.patience)).build())
+        });
+        let response = answered.map_err(|error| self.failed(error))?;
+        self.answer(response)
+    }
+
+    fn request(&self) -> request::Builder {
+        Request::builder()
+            .method(self.method.clone())
+            .uri(&self.url)
+            .header(header::AUTHORIZATION, &self.client.authorization)
     }
 
     fn failed(&self, error: ureq::Error) -> ClientError {
@@ -531,6 +593,10 @@ fn is_loopback(base: &str) -> bool {
     let uri = base.parse::<ureq::http::Uri>().unwrap_or_default();
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn template_path(name: &str, rest: &str) -> String {
+    format!("/templates/{}{rest}", percent_encoded(name))
 }
 
 fn vm_path(id_or_name: &str) -> String {

@@ -35,7 +35,7 @@ pub use event::{Event, EventKind, EventVm};
 #[cfg(feature = "http")]
 pub use event_stream::EventStream;
 #[cfg(feature = "http")]
-pub use http::{Client, ClientError};
+pub use http::{Client, ClientError, Export};
 pub use idempotency::IdempotencyKey;
 pub use key::SshPublicKey;
 pub use names::{TemplateName, VmName, WrongForm, is_vm_id};

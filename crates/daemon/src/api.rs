@@ -6,6 +6,7 @@ use crate::metrics;
 use crate::random::random_hex;
 use crate::service::Service;
 use crate::settings::Token;
+use crate::template_files;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, WWW_AUTHENTICATE};
@@ -28,8 +29,8 @@ use tracing::Instrument;
 
 /// The largest body that is read. A request with a key of the longest kind is a hundredth of it.
 const LARGEST_BODY: usize = 1 << 20;
-/// How long a client may take to send a body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a client may take to send a body, or the next piece of one that is streamed.
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -47,6 +48,8 @@ pub fn router(service: Service, token: &Token) -> Router {
         .route("/vms/{vm}/snapshot", post(snapshot_vm))
         .route("/templates", get(list_templates))
         .route("/templates/{name}", axum::routing::delete(delete_template))
+        .route("/templates/{name}/export", get(template_files::export))
+        .route("/templates/{name}/import", post(template_files::import))
         .route("/pool", get(pool))
         .route("/pool/grow", post(grow_pool))
         .route("/pool/shrink", post(shrink_pool))
@@ -178,7 +181,7 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ServiceError {
 }
 
 /// The one variable part of a path, decoded.
-struct Segment(String);
+pub(crate) struct Segment(pub(crate) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Segment {
     type Rejection = ServiceError;

@@ -104,7 +104,9 @@ impl From<StorageError> for ServiceError {
             StorageError::PoolSize(_) | StorageError::Given(_) => ServiceError::Invalid(text),
             StorageError::Busy(_) => ServiceError::Conflict(text),
             StorageError::NotMounted(_) => ServiceError::Unavailable(text),
-            StorageError::SmallerThanTemplate { .. } | StorageError::Name(_) => ServiceError::Invalid(text),
+            StorageError::SmallerThanTemplate { .. } | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
+                ServiceError::Invalid(text)
+            }
             _ => ServiceError::Internal(text),
         }
     }

@@ -27,6 +27,7 @@
 //! | `accounts` | measuring whose the pool's blocks are, and how long it lasts |
 //! | `resize` | asking a guest how large its root file system is |
 //! | `snapshots` | a VM's disk becomes a template; the guest stands still for it |
+//! | `template_files` | templates to elsewhere and from elsewhere |
 //! | `undo` | steps that can be taken back |
 //! | `random` | random ids |
 //! | `host` | what the host is |
@@ -59,6 +60,7 @@ mod service;
 mod settings;
 mod snapshots;
 mod state;
+mod template_files;
 mod undo;
 mod vms;
 

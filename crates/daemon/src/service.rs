@@ -235,20 +235,25 @@ impl Service {
     pub async fn templates(&self) -> Result<Vec<Template>, ServiceError> {
         let pool = Arc::clone(&self.inner.pool);
         let templates = blocking(move || pool.templates()).await?;
-        let vms = self.inner.vms.all();
+        Ok(templates
+            .into_iter()
+            .map(|template| self.describe_template(template))
+            .collect())
+    }
+
+    pub(crate) fn describe_template(&self, template: scalebox_storage::Template) -> Template {
         let accounts = self.inner.ledger.latest();
-        let describe = |template: scalebox_storage::Template| Template {
+        Template {
             storage: accounts
                 .as_deref()
                 .and_then(|accounts| accounts::template_usage(accounts, &template)),
             size_bytes: template.size.as_u64(),
             used_bytes: template.used.as_u64(),
             created_at: rfc3339(template.created_at.try_into().unwrap_or(jiff::Timestamp::UNIX_EPOCH)),
-            used_by: vms.iter().filter(|vm| vm.template == template.name.as_str()).count() as u64,
+            used_by: self.inner.vms.made_from(template.name.as_str()),
             protected: template.name.as_str() == BASE_TEMPLATE,
             name: template.name.to_string(),
-        };
-        Ok(templates.into_iter().map(describe).collect())
+        }
     }
 
     /// Deletes a template. VMs made from it are not touched.

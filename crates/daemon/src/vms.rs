@@ -106,6 +106,16 @@ impl Vms {
         records
     }
 
+    /// How many were made from a template.
+    pub fn made_from(&self, template: &str) -> u64 {
+        let table = self.lock();
+        table
+            .by_id
+            .values()
+            .filter(|entry| entry.record.template == template)
+            .count() as u64
+    }
+
     /// The statuses alone, for counting.
     pub fn statuses(&self) -> Vec<VmStatus> {
         self.lock().by_id.values().map(|entry| entry.record.status).collect()

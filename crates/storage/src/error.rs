@@ -43,11 +43,11 @@ pub enum StorageError {
         /// Its size, rounded up.
         template_size: Gib,
     },
-    /// The file given as a template is not one.
-    #[error("{} cannot become a template: {reason}", path.display())]
+    /// What was given as a template is none.
+    #[error("{what} cannot become a template: {reason}")]
     NotATemplate {
-        /// The file.
-        path: PathBuf,
+        /// The file, or what else it came from.
+        what: String,
         /// What it is instead, and what to do.
         reason: String,
     },

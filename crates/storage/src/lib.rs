@@ -22,7 +22,8 @@
 //! | `space`, `btrfs` | what can really be written, from the kernel |
 //! | `admission` | the decision that a disk fits, and the books behind it |
 //! | `accounting`, `extents`, `fiemap` | whose each block is |
-//! | `template` | importing, listing, deleting templates; the grown clones kept of them |
+//! | `template` | listing and deleting templates; the grown clones kept of them |
+//! | `import`, `pack` | templates from elsewhere and to elsewhere, packed with zstd |
 //! | `snapshot` | a template made of a disk |
 //! | `identity` | taking out of an image what belongs to one machine only |
 //! | `disk` | cloning, deleting, sweeping disks |
@@ -60,9 +61,11 @@ mod fstab;
 mod ground;
 mod group_sync;
 mod identity;
+mod import;
 mod init;
 mod mounts;
 mod name;
+mod pack;
 mod pool;
 mod reclaim;
 mod resize;
@@ -82,6 +85,7 @@ pub use fstab::FstabError;
 pub use ground::{Backing, Ground};
 pub use group_sync::GroupSync;
 pub use identity::Identity;
+pub use import::Packing;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
 pub use name::Name;
 pub use pool::Pool;

@@ -9,14 +9,12 @@ use crate::error::StorageError;
 use crate::files;
 use crate::name::Name;
 use crate::pool::Pool;
-use crate::signature::probe;
 use crate::size::{Bytes, Gib};
-use crate::space;
 use rustix::fs::{FlockOperation, flock};
 use scalebox_crash_points::crash_point;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -33,7 +31,7 @@ pub struct Template {
     pub used: Bytes,
     /// When it was made.
     pub created_at: SystemTime,
-    inode: u64,
+    pub(crate) inode: u64,
 }
 
 impl Template {
@@ -92,55 +90,6 @@ impl Pool {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StorageError::NoTemplate(name.to_string())),
             Err(error) => Err(StorageError::io("read", path.display(), error)),
         }
-    }
-
-    /// Copies the ext4 image `source` into the pool as template `name`. The source is only read; the copy has its journal replayed
-    /// and is checked, and appears under its name when it is whole and durable. With `replace`, a template of that name gives way to
-    /// it; disks made from the old one are not touched.
-    ///
-    /// # Errors
-    /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`], [`StorageError::Insufficient`].
-    pub fn import_template(&self, name: &Name, source: &Path, replace: bool) -> Result<Template, StorageError> {
-        let target = self.template_path(name);
-        if !replace && target.exists() {
-            return Err(StorageError::TemplateExists(name.to_string()));
-        }
-        // Looked at before it is opened: opening a FIFO would wait for somebody to write to it.
-        let meta = fs::metadata(source).map_err(|error| StorageError::io("read", source.display(), error))?;
-        if !meta.is_file() {
-            return Err(not_a_template(source, "it is not a plain file".to_owned()));
-        }
-        let file = File::open(source).map_err(|error| StorageError::io("read", source.display(), error))?;
-        require_bare_ext4(source, &file)?;
-        let data =
-            space::allocated_of(&file).map_err(|errno| StorageError::io("read", source.display(), errno.into()))?;
-        // Held until the data is there, and counts for itself.
-        let _room = self.admit(data)?;
-
-        let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
-        let copy = self.claim(&partial)?;
-        crash_point("import: file made");
-        let imported = self.copy_and_check(source, &file, &partial, &copy).and_then(|()| {
-            let renamed = if replace {
-                fs::rename(&partial, &target)
-            } else {
-                files::rename_new(&partial, &target)
-            };
-            renamed.map_err(|error| match error.kind() {
-                io::ErrorKind::AlreadyExists => StorageError::TemplateExists(name.to_string()),
-                _ => StorageError::io("create", target.display(), error),
-            })
-        });
-        if imported.is_err() {
-            files::discard(&partial);
-        }
-        imported?;
-        crash_point("import: template in place");
-        files::sync_dir(&self.templates_dir())?;
-        crash_point("import: template durable");
-        let template = self.template(name)?;
-        self.prune_grown(name, Some(template.inode))?;
-        Ok(template)
     }
 
     /// Deletes a template and the grown clones kept of it. Disks made from it are not touched: they share its blocks, which stay.
@@ -208,7 +157,7 @@ impl Pool {
     }
 
     /// A template and its image, opened; both of the same file, also when it is being replaced.
-    fn open_template(&self, name: &Name) -> Result<(Template, File), StorageError> {
+    pub(crate) fn open_template(&self, name: &Name) -> Result<(Template, File), StorageError> {
         let path = self.template_path(name);
         let file = files::open_read(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
@@ -287,25 +236,8 @@ impl Pool {
         Ok(file)
     }
 
-    fn copy_and_check(&self, source: &Path, file: &File, partial: &Path, copy: &File) -> Result<(), StorageError> {
-        // From within the pool a clone will do; from anywhere else its data is copied.
-        if files::reflink(file, copy).is_err() {
-            files::copy_sparse(file, copy).map_err(|error| StorageError::io("copy", source.display(), error))?;
-        }
-        crash_point("import: copied");
-        command::run_accepting(Program::E2fsck, e2fsck_args("-p", partial), |code| code <= 1).map_err(|error| {
-            not_a_template(
-                source,
-                format!("e2fsck finds it damaged; repair it and try again.\n{error}"),
-            )
-        })?;
-        crash_point("import: checked");
-        copy.sync_all()
-            .map_err(|error| StorageError::io("flush", partial.display(), error))
-    }
-
     /// Removes the grown clones of a template, except those of the file `keep`.
-    fn prune_grown(&self, name: &Name, keep: Option<u64>) -> Result<(), StorageError> {
+    pub(crate) fn prune_grown(&self, name: &Name, keep: Option<u64>) -> Result<(), StorageError> {
         let folder = self.grown_dir();
         let prefix = format!("{name}@");
         for path in list(&folder)? {
@@ -404,46 +336,4 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
         .map(|entry| entry.map(|entry| entry.path()))
         .collect::<io::Result<_>>()
         .map_err(|error| StorageError::io("list", dir.display(), error))
-}
-
-fn not_a_template(path: &Path, reason: String) -> StorageError {
-    StorageError::NotATemplate {
-        path: path.to_owned(),
-        reason,
-    }
-}
-
-fn require_bare_ext4(path: &Path, mut file: &File) -> Result<(), StorageError> {
-    let mut head = [0; 4];
-    // An image shorter than four bytes has no head, and no file system either.
-    if file.read_exact(&mut head).is_ok() {
-        let packed = match &head {
-            b"QFI\xfb" => Some("a qcow2 image: convert it with qemu-img convert -O raw"),
-            b"KDMV" => Some("a VMDK image: convert it with qemu-img convert -O raw"),
-            [0x1f, 0x8b, ..] => Some("compressed with gzip: unpack it first"),
-            [0x28, 0xb5, 0x2f, 0xfd] => Some("compressed with zstd: unpack it first"),
-            [0xfd, b'7', b'z', b'X'] => Some("compressed with xz: unpack it first"),
-            _ => None,
-        };
-        if let Some(packed) = packed {
-            return Err(not_a_template(path, format!("it is {packed}")));
-        }
-    }
-    match probe(path)?.map(|found| found.kind).as_deref() {
-        Some("ext4") => Ok(()),
-        Some(table) if table.contains("partition table") => Err(not_a_template(
-            path,
-            format!(
-                "it is a whole disk with {table}: extract its root partition, which must be ext4, into a file of its own"
-            ),
-        )),
-        Some(kind) => Err(not_a_template(
-            path,
-            format!("it holds {kind}: a template is a bare ext4 file system"),
-        )),
-        None => Err(not_a_template(
-            path,
-            "it holds no file system: a template is a bare ext4 file system".to_owned(),
-        )),
-    }
 }

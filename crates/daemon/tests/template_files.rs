@@ -1,0 +1,192 @@
+//! Templates to files and back: over the API, and by the command line. No guest is booted.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+mod support;
+
+use scalebox_client::ClientError;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use support::guest::scalebox;
+use support::{Host, Options, TOKEN, eventually, run, said, text};
+
+/// An ext4 image with data in it that does not pack well.
+fn image(folder: &Path, name: &str, size: &str, data_mib: usize) -> PathBuf {
+    let (root, image) = (folder.join(format!("{name}.root")), folder.join(name));
+    fs::create_dir(&root).unwrap();
+    let mut random = vec![0; data_mib << 20];
+    File::open("/dev/urandom").unwrap().read_exact(&mut random).unwrap();
+    fs::write(root.join("data"), random).unwrap();
+    run("mke2fs", &["-q", "-t", "ext4", "-d", text(&root), text(&image), size]);
+    image
+}
+
+fn template(host: &Host, name: &str) -> PathBuf {
+    host.folder.join(format!("pool/templates/{name}.ext4"))
+}
+
+/// What lies in the templates' folder beside the templates: half-made files.
+fn half_made(host: &Host) -> usize {
+    let entries = fs::read_dir(host.folder.join("pool/templates")).unwrap();
+    entries
+        .filter(|entry| {
+            entry
+                .as_ref()
+                .unwrap()
+                .file_name()
+                .to_string_lossy()
+                .contains("partial")
+        })
+        .count()
+}
+
+fn refused(error: ClientError) -> (u16, String) {
+    (error.status().unwrap_or_else(|| panic!("{error}")), error.to_string())
+}
+
+#[test]
+fn a_template_goes_out_and_comes_in_again_as_it_was() {
+    let host = Host::with_tiny_template(&Options::default());
+    let client = host.client();
+    let mut packed = Vec::new();
+    let mut export = client.export_template("tiny").unwrap();
+    assert_eq!(export.image_bytes, 64 << 20);
+    export.packed.read_to_end(&mut packed).unwrap();
+    assert!(packed.len() < 1 << 20, "{} bytes", packed.len());
+
+    // Any zstd unpacks it, to the same image.
+    let (file, unpacked) = (host.folder.join("tiny.zst"), host.folder.join("unpacked"));
+    fs::write(&file, &packed).unwrap();
+    run("zstd", &["-q", "-d", text(&file), "-o", text(&unpacked)]);
+    run("cmp", &[text(&unpacked), text(&template(&host, "tiny"))]);
+
+    let made = client
+        .import_template("second", std::io::Cursor::new(packed.clone()), false)
+        .unwrap();
+    assert_eq!((made.name.as_str(), made.size_bytes), ("second", 64 << 20));
+    assert!(made.used_bytes < 8 << 20, "holes stay holes: {made:?}");
+    run("e2fsck", &["-fn", text(&template(&host, "second"))]);
+    // A bare image will do too, and one that is there is replaced only when that is asked for.
+    let bare = || File::open(&unpacked).unwrap();
+    let (status, message) = refused(client.import_template("second", bare(), false).unwrap_err());
+    assert!(status == 409 && message.contains("exists already"), "{message}");
+    client.import_template("second", bare(), true).unwrap();
+    let vm = host.create_stopped("second", Some(1));
+    run("e2fsck", &["-fn", text(&host.disk(&vm))]);
+    assert_eq!(half_made(&host), 0);
+
+    assert_eq!(refused(client.export_template("nothing").err().unwrap()).0, 404);
+    assert_eq!(refused(client.export_template("../state").err().unwrap()).0, 404);
+}
+
+#[test]
+fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
+    let host = Host::with_tiny_template(&Options {
+        env: &[("MAX_DISK_SIZE_GIB", "2")],
+        ..Options::default()
+    });
+    let client = host.client();
+    let import = |name: &str, bytes: Vec<u8>| {
+        let made = client.import_template(name, std::io::Cursor::new(bytes), false);
+        refused(made.unwrap_err())
+    };
+    let image = image(&host.folder, "image", "100M", 40);
+    let bytes = fs::read(&image).unwrap();
+    let (status, message) = import("debian-base", bytes.clone());
+    assert!(status == 403 && message.contains("protected"), "{message}");
+    for (bytes, why) in [
+        (b"just a text".to_vec(), "holds no file system"),
+        (Vec::new(), "holds no file system"),
+        (vec![0x1f, 0x8b, 8, 0], "compressed with gzip"),
+        (vec![0x28, 0xb5, 0x2f, 0xfd, 1, 2, 3], "cannot become a template"),
+        (bytes[..30 << 20].to_vec(), "cannot become a template"),
+    ] {
+        let (status, message) = import("broken", bytes);
+        assert!(status == 400 && message.contains(why), "{message}");
+    }
+    assert_eq!(import("../x", b"x".to_vec()).0, 400);
+
+    // A stream of zeros packs to next to nothing, and unpacks to more than the largest disk.
+    let bomb = host.folder.join("bomb");
+    run("truncate", &["-s", "3G", text(&bomb)]);
+    let packed = host.folder.join("bomb.zst");
+    run("zstd", &["-q", text(&bomb), "-o", text(&packed)]);
+    let (status, message) = import("bomb", fs::read(&packed).unwrap());
+    assert!(
+        status == 400 && message.contains("larger than the largest disk, which is 2 GiB"),
+        "{message}"
+    );
+
+    // The pool is nearly full: it is refused by the same words as a VM.
+    let ballast = host.folder.join("pool/vms/ballast");
+    let free = client.pool().unwrap().free_bytes;
+    run("fallocate", &["-l", &(free - (2200 << 20)).to_string(), text(&ballast)]);
+    let (status, message) = import("large", bytes.clone());
+    assert!(
+        status == 507 && message.starts_with("Insufficient storage: "),
+        "{message}"
+    );
+    fs::remove_file(&ballast).unwrap();
+    run("btrfs", &["filesystem", "sync", text(&host.folder.join("pool"))]);
+
+    // A client that hangs up in the middle.
+    let mut stream = TcpStream::connect(host.url.strip_prefix("http://").unwrap()).unwrap();
+    let head = format!(
+        "POST /templates/cut/import HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {}\r\n\r\n",
+        bytes.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&bytes[..20 << 20]).unwrap();
+    eventually("the import to have begun", || (half_made(&host) == 1).then_some(()));
+    drop(stream);
+    eventually("the half-made file to go", || (half_made(&host) == 0).then_some(()));
+
+    let names: Vec<_> = client
+        .templates()
+        .unwrap()
+        .into_iter()
+        .map(|template| template.name)
+        .collect();
+    assert_eq!(names, ["tiny"]);
+    assert_eq!(client.pool().unwrap().reserved_bytes, 0);
+    client
+        .import_template("large", File::open(&image).unwrap(), false)
+        .unwrap();
+}
+
+#[test]
+fn the_command_line_exports_to_a_file_that_is_whole_and_imports_it() {
+    let host = Host::with_tiny_template(&Options::default());
+    let file = host.folder.join("tiny.ext4.zst");
+    let cli = |args: &[&str]| {
+        let output = scalebox(&host, args);
+        (output.status.code().unwrap(), said(&output))
+    };
+    let (code, said) = cli(&["template", "export", "tiny", text(&file)]);
+    assert!(
+        code == 0 && said.contains("holds the template tiny: 64 MiB in "),
+        "{said}"
+    );
+    let (code, said) = cli(&["template", "export", "tiny", text(&file)]);
+    assert!(code == 2 && said.contains("is there already"), "{said}");
+    let (code, said) = cli(&["template", "import", "copy", text(&file)]);
+    assert!(
+        code == 0 && said.contains("the template copy is made: 64 MiB large"),
+        "{said}"
+    );
+    run("e2fsck", &["-fn", text(&template(&host, "copy"))]);
+    let (code, said) = cli(&["template", "import", "copy", text(&file)]);
+    assert!(code == 1 && said.contains("exists already"), "{said}");
+    let (code, said) = cli(&["template", "import", "copy", text(&file), "--replace", "--json"]);
+    assert!(code == 0 && said.contains("\"size_bytes\": 67108864"), "{said}");
+    // The daemon's own command takes what is packed too.
+    host.scaleboxd_ok(&["template", "import", "third", text(&file)]);
+    assert!(!host.folder.join("tiny.ext4.zst.partial").exists());
+}
