@@ -6,23 +6,27 @@ use std::fmt;
 
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Event {
     /// Grows from event to event, also over a restart of the daemon, in steps of any size; below 2⁵³.
     pub id: u64,
     /// When it happened: RFC 3339, in UTC.
     pub at: String,
-    /// What happened.
+    /// What happened; a word of [`EventKind`], to which newer servers add.
+    #[cfg_attr(feature = "openapi", schema(value_type = String, example = "created"))]
     pub kind: EventKind,
     /// The VM it happened to; absent where it is the host's affair.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<EventVm>,
     /// What else there is to say; which fields, depends on the kind.
     #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(value_type = Object))]
     pub details: Map<String, Value>,
 }
 
 /// The VM that an event is about, which may be gone when the event is read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct EventVm {
     /// `vm-` and twelve lower-case hex digits.
     pub id: String,

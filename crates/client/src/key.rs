@@ -12,6 +12,7 @@ use std::str::FromStr;
 /// What is refused, because it would open more than the holder of one key, or nothing at all: several lines, options before
 /// the key, certificates, DSA, RSA under 2048 bits, types that `sshd` does not know.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct SshPublicKey(String);
 

@@ -19,6 +19,7 @@ pub struct WrongForm(pub(crate) String);
 /// assert!("../x".parse::<TemplateName>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct TemplateName(String);
 
@@ -31,6 +32,7 @@ pub struct TemplateName(String);
 /// assert!("vm-0123456789ab".parse::<VmName>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct VmName(String);
 

@@ -28,6 +28,7 @@ const AUTOSTART: &str = "autostart";
 
 /// `POST /vms`. What is `None` is the host's choice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CreateVm {
     /// What its disk is cloned from.
     pub template: TemplateName,
@@ -59,8 +60,10 @@ pub struct CreateVm {
     pub net_mbps: Option<u64>,
     /// Whether it is started again after a reboot of the host in which it ran.
     #[serde(skip_serializing_if = "is_true")]
+    #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub autostart: bool,
     /// False makes the VM and leaves it stopped.
+    #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub start: bool,
     /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same key gives it again instead of another.
     #[serde(skip)]
@@ -141,21 +144,26 @@ impl CreateVm {
 
 /// `PATCH /vms/{id}`. What is `None` stays as it is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct UpdateVm {
     /// The new size of its disk, in GiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_size_gib: Option<u64>,
     /// Whether and how its disk extends itself from now on; `Some(None)`, which is `null` in JSON, for not at all.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<AutoExtend>))]
     pub disk_auto_extend: Option<Option<AutoExtend>>,
     /// See [`CreateVm::disk_iops`]; `Some(None)` for no limit, and so for the other two.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
     pub disk_iops: Option<Option<u64>>,
     /// See [`CreateVm::disk_mbps`].
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
     pub disk_mbps: Option<Option<u64>>,
     /// See [`CreateVm::net_mbps`].
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
     pub net_mbps: Option<Option<u64>>,
     /// See [`CreateVm::autostart`].
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -240,6 +248,7 @@ impl AutoExtend {
 
 /// `POST /vms/{id}/snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SnapshotVm {
     /// What the template is to be called; there must be none of that name.
     pub template_name: TemplateName,
@@ -263,6 +272,7 @@ const LARGEST_POOL_GIB: u64 = 65_536;
 
 /// `POST /pool/grow` and `POST /pool/shrink`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ResizePool {
     /// The new size of the pool, in GiB. Growing without it takes 80 % of what the host disk can hold today.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -5,6 +5,7 @@ use std::fmt;
 
 /// A VM, as `POST /vms` and `GET /vms/{id or name}` answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Vm {
     /// `vm-` and twelve lower-case hex digits; see [`is_vm_id`](crate::is_vm_id).
     pub id: String,
@@ -64,6 +65,7 @@ fn yes() -> bool {
 
 /// When a disk extends itself, by how much, and how far. It needs a guest agent in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AutoExtend {
     /// The disk grows when this share of the guest's root file system is in use, as `df` in the guest shows it: 1 to 99 %.
     pub threshold_percent: u64,
@@ -75,6 +77,7 @@ pub struct AutoExtend {
 
 /// What a disk or a template takes in the pool, as last measured: at most a minute ago, or `ACCOUNTING_SECONDS`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct StorageUsage {
     /// The size promised to the guest; of a template, the size of its image.
     pub provisioned_bytes: u64,
@@ -88,6 +91,7 @@ pub struct StorageUsage {
 
 /// What became of a guest's root file system when its disk was grown.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Disk {
     /// Whether the file system is known to have grown with the disk.
     pub confirmed: bool,
@@ -101,6 +105,7 @@ pub struct Disk {
 
 /// What a machine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum VmStatus {
     /// Its process runs, its processors too.
@@ -133,6 +138,7 @@ impl fmt::Display for VmStatus {
 
 /// `GET /vms`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VmList {
     /// All VMs of the host.
     pub vms: Vec<Vm>,
@@ -140,6 +146,7 @@ pub struct VmList {
 
 /// A template, as `GET /templates` lists it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Template {
     /// What `POST /vms` calls it.
     pub name: String,
@@ -160,6 +167,7 @@ pub struct Template {
 
 /// A template made of a VM's disk, as `POST /vms/{id}/snapshot` answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Snapshot {
     /// The template's name.
     pub template: String,
@@ -177,6 +185,7 @@ pub struct Snapshot {
 
 /// `GET /templates`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TemplateList {
     /// All templates of the pool.
     pub templates: Vec<Template>,
@@ -184,6 +193,7 @@ pub struct TemplateList {
 
 /// The pool, as `GET /pool` answers and as part of [`HostInfo`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolInfo {
     /// Where the pool is mounted.
     pub path: String,
@@ -244,6 +254,7 @@ pub struct PoolInfo {
 
 /// `POST /pool/trim` and `POST /vms/{id}/trim`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Trimmed {
     /// What the pool, or the guest, told its disk to be free; what was free there already may be included.
     pub trimmed_bytes: u64,
@@ -251,6 +262,7 @@ pub struct Trimmed {
 
 /// `GET /info`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HostInfo {
     /// The daemon's version.
     pub version: String,
@@ -280,6 +292,7 @@ pub struct HostInfo {
 
 /// The host's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Memory {
     /// What the host has.
     pub total_bytes: u64,
@@ -289,6 +302,7 @@ pub struct Memory {
 
 /// The host's processors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Cpu {
     /// How many are online.
     pub count: u32,
@@ -298,6 +312,7 @@ pub struct Cpu {
 
 /// How many VMs there are, in all and by status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VmCounts {
     /// All of them.
     pub total: u64,
@@ -330,6 +345,7 @@ impl FromIterator<VmStatus> for VmCounts {
 
 /// What a VM gets when it names nothing, and at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HostLimits {
     /// `DEFAULT_DISK_SIZE_GIB`; a larger template makes a larger disk.
     pub default_disk_size_gib: u64,
@@ -349,6 +365,7 @@ pub struct HostLimits {
 
 /// Every refusal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {
     /// A sentence for people.
     pub error: String,
@@ -356,6 +373,7 @@ pub struct ErrorBody {
 
 /// `GET /health`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Health {
     /// `ok`.
     pub status: String,

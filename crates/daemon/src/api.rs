@@ -3,6 +3,7 @@
 use crate::error::ServiceError;
 use crate::event_stream;
 use crate::metrics;
+use crate::openapi;
 use crate::random::random_hex;
 use crate::service::Service;
 use crate::settings::Token;
@@ -14,8 +15,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use scalebox_client::{
     CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, TemplateList, Trimmed,
     UpdateVm, Vm, VmList,
@@ -26,6 +26,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use subtle::ConstantTimeEq;
 use tracing::Instrument;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 /// The largest body that is read. A request with a key of the longest kind is a hundredth of it.
 const LARGEST_BODY: usize = 1 << 20;
@@ -38,40 +41,66 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// All routes, behind the token but for `/health`.
 pub fn router(service: Service, token: &Token) -> Router {
     let token = Arc::new(TokenDigest::new(token));
-    let guarded = Router::new()
-        .route("/vms", get(list_vms).post(create_vm))
-        .route("/vms/{vm}", get(get_vm).patch(update_vm).delete(delete_vm))
-        .route("/vms/{vm}/start", post(start_vm))
-        .route("/vms/{vm}/stop", post(stop_vm))
-        .route("/vms/{vm}/restart", post(restart_vm))
-        .route("/vms/{vm}/trim", post(trim_vm))
-        .route("/vms/{vm}/snapshot", post(snapshot_vm))
-        .route("/templates", get(list_templates))
-        .route("/templates/{name}", axum::routing::delete(delete_template))
-        .route("/templates/{name}/export", get(template_files::export))
-        .route("/templates/{name}/import", post(template_files::import))
-        .route("/pool", get(pool))
-        .route("/pool/grow", post(grow_pool))
-        .route("/pool/shrink", post(shrink_pool))
-        .route("/pool/trim", post(trim_pool))
-        .route("/info", get(info))
-        .route("/events", get(event_stream::events))
-        .route("/metrics", get(metrics::metrics))
+    let guarded = OpenApiRouter::new()
+        .routes(routes!(list_vms, create_vm))
+        .routes(routes!(get_vm, update_vm, delete_vm))
+        .routes(routes!(start_vm))
+        .routes(routes!(stop_vm))
+        .routes(routes!(restart_vm))
+        .routes(routes!(trim_vm))
+        .routes(routes!(snapshot_vm))
+        .routes(routes!(list_templates))
+        .routes(routes!(delete_template))
+        .routes(routes!(template_files::export))
+        .routes(routes!(template_files::import))
+        .routes(routes!(pool))
+        .routes(routes!(grow_pool))
+        .routes(routes!(shrink_pool))
+        .routes(routes!(trim_pool))
+        .routes(routes!(info))
+        .routes(routes!(event_stream::events))
+        .routes(routes!(metrics::metrics))
+        .routes(routes!(openapi::openapi))
+        .with_state(service.clone());
+    let (guarded, described) = guarded.split_for_parts();
+    let (open, mut document) = OpenApiRouter::with_openapi(openapi::Api::openapi())
+        .routes(routes!(health))
+        .split_for_parts();
+    document.merge(described);
+    let guarded = guarded
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(from_fn_with_state(token, require_token))
-        .with_state(service.clone());
-    Router::new()
-        .route("/health", get(health).fallback(method_not_allowed))
+        .layer(Extension(Arc::new(openapi::complete(document))))
+        .layer(from_fn_with_state(token, require_token));
+    open.method_not_allowed_fallback(method_not_allowed)
         .merge(guarded)
         .layer(from_fn_with_state(service, metrics::count))
         .layer(from_fn(with_request_id))
 }
 
+/// Whether the daemon serves.
+#[utoipa::path(get, path = "/health", tag = "Host", security(()), responses((status = 200, body = Health)))]
 async fn health() -> Json<Health> {
     Json(Health::ok())
 }
 
+/// Makes a VM and starts it.
+#[utoipa::path(
+    post, path = "/vms", tag = "VMs", request_body = CreateVm,
+    params(("Idempotency-Key" = Option<String>, Header, description = "While the VM exists, the same request with the same key gives it again.")),
+    responses(
+        (status = 201, body = Vm, description = "The VM; its guest is still booting.", headers(
+            ("Idempotent-Replayed" = Option<String>, description = "`true`: an earlier request with the key made it.")
+        )),
+        (status = 400, description = "What is wrong with which field."),
+        (status = 404, description = "No such template."),
+        (status = 409, description = "The name is taken, the key's request is under way, or the VM was deleted meanwhile."),
+        (status = 413, description = "A body over 1 MiB."),
+        (status = 422, description = "The key belongs to another request."),
+        (status = 503, description = "The host is not ready: no kernel, no free port."),
+        (status = 507, description = "It does not fit."),
+    )
+)]
 async fn create_vm(
     State(service): State<Service>,
     headers: HeaderMap,
@@ -94,18 +123,37 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Servic
         .map_err(|form| ServiceError::Invalid(format!("the header Idempotency-Key {form}")))
 }
 
+/// All VMs, oldest first.
+#[utoipa::path(get, path = "/vms", tag = "VMs", responses((status = 200, body = VmList)))]
 async fn list_vms(State(service): State<Service>) -> Json<VmList> {
     Json(VmList { vms: service.list() })
 }
 
+/// One VM.
+#[utoipa::path(get, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), responses((status = 200, body = Vm), (status = 404, description = "No such VM.")))]
 async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.get(&vm).map(Json)
 }
 
+/// Deletes a VM, running or not, with its disk.
+#[utoipa::path(
+    delete, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
+    responses((status = 204), (status = 404, description = "No such VM."), (status = 409, description = "Something is under way on it."))
+)]
 async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
     service.delete(vm).await.map(|()| StatusCode::NO_CONTENT)
 }
 
+/// Changes a VM; its disk grows live if it runs.
+#[utoipa::path(
+    patch, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), request_body = UpdateVm,
+    responses(
+        (status = 200, body = Vm, description = "The VM as it is now; `disk` tells what became of the guest's file system."),
+        (status = 400, description = "What is wrong with which field; disks do not shrink."),
+        (status = 404, description = "No such VM."),
+        (status = 507, description = "It does not fit."),
+    )
+)]
 async fn update_vm(
     State(service): State<Service>,
     Segment(vm): Segment,
@@ -115,22 +163,54 @@ async fn update_vm(
     service.update(vm, request).await.map(Json)
 }
 
+/// Starts a stopped VM.
+#[utoipa::path(
+    post, path = "/vms/{vm}/start", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "It runs, or something is under way on it."))
+)]
 async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.start(vm).await.map(Json)
 }
 
+/// Shuts a VM down and starts it again; one that does not run is started.
+#[utoipa::path(
+    post, path = "/vms/{vm}/restart", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "Something is under way on it."))
+)]
 async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.restart(vm).await.map(Json)
 }
 
+/// Shuts a VM down: by the guest itself, or after a minute without it.
+#[utoipa::path(
+    post, path = "/vms/{vm}/stop", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "It does not run, or something is under way on it."))
+)]
 async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.stop(vm).await.map(Json)
 }
 
+/// Has a guest give back the blocks of what it deleted.
+#[utoipa::path(
+    post, path = "/vms/{vm}/trim", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
+    responses((status = 200, body = Trimmed), (status = 404, description = "No such VM."), (status = 409, description = "It does not run, or no agent answers."))
+)]
 async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Trimmed>, ServiceError> {
     service.trim_vm(vm).await.map(Json)
 }
 
+/// Makes a template of a VM's disk, running or not.
+#[utoipa::path(
+    post, path = "/vms/{vm}/snapshot", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), request_body = SnapshotVm,
+    responses(
+        (status = 201, body = Snapshot),
+        (status = 400, description = "What is wrong with which field."),
+        (status = 403, description = "A protected name."),
+        (status = 404, description = "No such VM."),
+        (status = 409, description = "The name is taken, or something is under way on the VM."),
+        (status = 507, description = "It does not fit."),
+    )
+)]
 async fn snapshot_vm(
     State(service): State<Service>,
     Segment(vm): Segment,
@@ -140,34 +220,70 @@ async fn snapshot_vm(
     Ok((StatusCode::CREATED, Json(service.snapshot(vm, request).await?)))
 }
 
+/// All templates.
+#[utoipa::path(get, path = "/templates", tag = "Templates", responses((status = 200, body = TemplateList)))]
 async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateList>, ServiceError> {
     Ok(Json(TemplateList {
         templates: service.templates().await?,
     }))
 }
 
+/// Deletes a template; VMs made from it stay.
+#[utoipa::path(
+    delete, path = "/templates/{name}", tag = "Templates", params(("name" = String, Path, description = "Name of the template.")),
+    responses(
+        (status = 204),
+        (status = 403, description = "It is protected."),
+        (status = 404, description = "No such template."),
+        (status = 409, description = "A VM is being made from it."),
+    )
+)]
 async fn delete_template(State(service): State<Service>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
     service.delete_template(name).await.map(|()| StatusCode::NO_CONTENT)
 }
 
+/// What the pool holds, can still take, and has promised.
+#[utoipa::path(get, path = "/pool", tag = "Pool", responses((status = 200, body = PoolInfo)))]
 async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceError> {
     service.pool().map(Json)
 }
 
+/// Grows the pool while it is in use; without a size, by the 80 % rule on today's host disk.
+#[utoipa::path(
+    post, path = "/pool/grow", tag = "Pool", request_body = Option<ResizePool>,
+    responses(
+        (status = 200, body = PoolInfo),
+        (status = 400, description = "No growth, more than there is, or a size that is not the pool's own."),
+        (status = 409, description = "Its size is being changed already."),
+    )
+)]
 async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
     let request = ResizePool::parse_grow(&body)?;
     service.grow_pool(request.size_gib.map(Gib::new)).await.map(Json)
 }
 
+/// Shrinks the pool while it is in use.
+#[utoipa::path(
+    post, path = "/pool/shrink", tag = "Pool", request_body = ResizePool,
+    responses(
+        (status = 200, body = PoolInfo),
+        (status = 400, description = "No shrinking, or what is used, promised or kept free would not fit."),
+        (status = 409, description = "Its size is being changed already."),
+    )
+)]
 async fn shrink_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
     let size = ResizePool::parse_shrink(&body)?;
     service.shrink_pool(Gib::new(size)).await.map(Json)
 }
 
+/// Gives the pool's free blocks back to the host disk.
+#[utoipa::path(post, path = "/pool/trim", tag = "Pool", responses((status = 200, body = Trimmed)))]
 async fn trim_pool(State(service): State<Service>) -> Result<Json<Trimmed>, ServiceError> {
     service.trim_pool().await.map(Json)
 }
 
+/// The host and what is on it.
+#[utoipa::path(get, path = "/info", tag = "Host", responses((status = 200, body = HostInfo)))]
 async fn info(State(service): State<Service>) -> Result<Json<HostInfo>, ServiceError> {
     service.info().await.map(Json)
 }

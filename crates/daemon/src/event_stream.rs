@@ -9,6 +9,7 @@ use axum::response::sse::{KeepAlive, KeepAliveStream, Sse};
 use axum::response::{IntoResponse, sse};
 use futures::future;
 use futures::stream::{self, Stream, StreamExt};
+use scalebox_client::Event;
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +27,18 @@ pub struct Wish {
 }
 
 /// Answers with events: after `since`, or after the header `Last-Event-ID`, which wins, because a browser that reconnects repeats the query.
+#[utoipa::path(
+    get, path = "/events", tag = "Host",
+    params(
+        ("since" = Option<u64>, Query, description = "Begin after this event; 0 for all that the daemon still knows."),
+        ("follow" = Option<bool>, Query, description = "False ends with what happened so far."),
+        ("Last-Event-ID" = Option<u64>, Header, description = "Goes before `since`: browsers send it when they reconnect."),
+    ),
+    responses(
+        (status = 200, content_type = "text/event-stream", body = Event, description = "Server-sent events; each one's data is an event."),
+        (status = 400, description = "A query that is not understood."),
+    )
+)]
 pub async fn events(
     State(service): State<Service>,
     headers: HeaderMap,

@@ -13,6 +13,7 @@
 //! | `event_stream` | `GET /events` |
 //! | `service` | the VM lifecycle: what a request does, step by step |
 //! | `metrics` | `GET /metrics` |
+//! | `openapi` | `GET /openapi.json` |
 //! | `idempotency` | a creation that is asked for again gives the same VM |
 //! | `restart` | down and up again |
 //! | `vms` | the VMs in memory: names, addresses, what is under way |
@@ -47,6 +48,7 @@ mod host;
 mod idempotency;
 mod metrics;
 mod network_watch;
+mod openapi;
 mod pool_growth;
 mod pool_watch;
 mod progress;

@@ -148,7 +148,11 @@ fn now(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Registry, 
     Ok(registry)
 }
 
-/// `GET /metrics`.
+/// Numbers for Prometheus.
+#[utoipa::path(
+    get, path = "/metrics", tag = "Host",
+    responses((status = 200, content_type = "text/plain", body = String, description = "Prometheus' text form."))
+)]
 pub async fn metrics(State(service): State<Service>) -> Result<impl IntoResponse, ServiceError> {
     let text = service.inner().metrics.text(&service)?;
     Ok(([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text))

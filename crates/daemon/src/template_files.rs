@@ -35,7 +35,16 @@ pub struct Wish {
     replace: Option<bool>,
 }
 
-/// Answers with a template, packed with zstd.
+/// A template's image, packed with zstd.
+#[utoipa::path(
+    get, path = "/templates/{name}/export", tag = "Templates",
+    params(("name" = String, Path, description = "Name of the template.")),
+    responses(
+        (status = 200, content_type = "application/zstd", body = [u8], description = "One zstd frame with a checksum.",
+            headers(("Scalebox-Image-Bytes" = u64, description = "The size of the image."))),
+        (status = 404, description = "No such template."),
+    )
+)]
 pub async fn export(State(service): State<Service>, Segment(name): Segment) -> Result<Response, ServiceError> {
     let missing = || ServiceError::NotFound(format!("there is no template {name:?}"));
     let parsed: Name = name.parse().map_err(|_| missing())?;
@@ -63,6 +72,21 @@ pub async fn export(State(service): State<Service>, Segment(name): Segment) -> R
 }
 
 /// Makes a template of an ext4 image, bare or packed with zstd, that comes in as the body.
+#[utoipa::path(
+    post, path = "/templates/{name}/import", tag = "Templates",
+    params(
+        ("name" = String, Path, description = "Name of the template to be made."),
+        ("replace" = Option<bool>, Query, description = "Whether one of that name gives way to it."),
+    ),
+    request_body(content = [u8], content_type = "application/octet-stream"),
+    responses(
+        (status = 201, body = Template),
+        (status = 400, description = "It is no template, damaged, or larger than the largest disk."),
+        (status = 403, description = "A protected name."),
+        (status = 409, description = "The name is taken, or a VM is being made from it."),
+        (status = 507, description = "It does not fit."),
+    )
+)]
 pub async fn import(
     State(service): State<Service>,
     Segment(name): Segment,
