@@ -1136,7 +1136,9 @@ pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {
 pub(crate) fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
     let endpoint = Endpoint::new(&record.id, record.guest_ip, record.ssh_port)?;
     let rate = record.limits.net_mbps;
-    Ok(endpoint.with_rate(rate.map(|rate| Mbps::new(rate.try_into().unwrap_or(u32::MAX)))))
+    Ok(endpoint
+        .with_owner(vmm_user(record).uid)
+        .with_rate(rate.map(|rate| Mbps::new(rate.try_into().unwrap_or(u32::MAX)))))
 }
 
 pub(crate) fn disk_limits(limits: VmLimits) -> DiskLimits {

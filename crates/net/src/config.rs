@@ -17,7 +17,6 @@ pub struct NetConfig {
     bridge: String,
     subnet: Ipv4Net,
     ports: RangeInclusive<u16>,
-    tap_owner: u32,
 }
 
 impl NetConfig {
@@ -47,16 +46,7 @@ impl NetConfig {
             bridge: bridge.to_owned(),
             subnet,
             ports,
-            tap_owner: 0,
         })
-    }
-
-    /// The same, with taps that the user `uid` may open besides root: for a VMM that runs without root. It counts for
-    /// taps made from then on.
-    #[must_use]
-    pub fn with_tap_owner(mut self, uid: u32) -> NetConfig {
-        self.tap_owner = uid;
-        self
     }
 
     /// The bridge's name.
@@ -77,11 +67,6 @@ impl NetConfig {
     /// The bridge's own address and the guests' default route: the first host of the subnet.
     pub fn gateway(&self) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.subnet.network().to_bits() + 1)
-    }
-
-    /// The user that may open the taps.
-    pub fn tap_owner(&self) -> u32 {
-        self.tap_owner
     }
 
     /// Whether a guest can have this address.

@@ -86,13 +86,14 @@ impl Mbps {
     }
 }
 
-/// Where one VM is on the network, and how much it may send and receive. All of it but the rate follows from the VM's key, its address and its port, so that the same
-/// three give the same endpoint after a restart.
+/// Where one VM is on the network, whose its tap is, and how much it may send and receive. All of it but owner and rate follows from the VM's key, its address and its
+/// port, so that the same three give the same endpoint after a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     tap: String,
     guest_ip: Ipv4Addr,
     ssh_port: u16,
+    owner: u32,
     rate: Option<Mbps>,
 }
 
@@ -119,8 +120,15 @@ impl Endpoint {
             tap: format!("{TAP_PREFIX}{digits}"),
             guest_ip,
             ssh_port,
+            owner: 0,
             rate: None,
         })
+    }
+
+    /// The same with a tap that the user `uid` may open, besides root: for a VMM that does so as that user. It counts when the tap is made.
+    #[must_use]
+    pub fn with_owner(self, uid: u32) -> Endpoint {
+        Endpoint { owner: uid, ..self }
     }
 
     /// The same with another limit on what it may send and receive; `None` for no limit.
@@ -132,6 +140,11 @@ impl Endpoint {
     /// The tap's name, for the VMM: 14 bytes.
     pub fn tap(&self) -> &str {
         &self.tap
+    }
+
+    /// The user that may open the tap.
+    pub fn owner(&self) -> u32 {
+        self.owner
     }
 
     /// The MAC that the guest's card must have; frames from another one are dropped.

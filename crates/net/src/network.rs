@@ -129,7 +129,7 @@ impl Network {
             ruleset.apply_whole(&change).await?;
         }
 
-        if let Err(error) = self.ensure_tap(endpoint.tap(), &bridge).await {
+        if let Err(error) = self.ensure_tap(endpoint, &bridge).await {
             if let Err(undo) = ruleset.apply(&change.reversed()).await {
                 warn!(
                     tap = endpoint.tap(),
@@ -192,9 +192,9 @@ impl Network {
         ruleset.apply_whole(&change).await?;
         done.removed.extend(change.removed.iter().map(ToString::to_string));
         done.added.extend(change.added.iter().map(ToString::to_string));
-        for tap in names {
-            if self.ensure_tap(tap, &bridge).await? {
-                done.added.push(tap.to_owned());
+        for endpoint in wanted {
+            if self.ensure_tap(endpoint, &bridge).await? {
+                done.added.push(endpoint.tap().to_owned());
             }
         }
         Ok(done)
@@ -264,7 +264,8 @@ impl Network {
     }
 
     /// Makes the tap, or repairs the one that is there. Says whether it was made.
-    async fn ensure_tap(&self, name: &str, bridge: &Link) -> Result<bool> {
+    async fn ensure_tap(&self, endpoint: &Endpoint, bridge: &Link) -> Result<bool> {
+        let name = endpoint.tap();
         let links = &self.shared.links;
         if let Some(tap) = links.find(name).await? {
             check_tap(&tap, Some(bridge))?;
@@ -272,7 +273,7 @@ impl Network {
             return Ok(false);
         }
         // The tap exists only as long as this value, until the last step: an early return or a crash needs no undo.
-        let made = Tap::create(name, self.config().tap_owner())?;
+        let made = Tap::create(name, endpoint.owner())?;
         let tap = links.find(name).await?.ok_or_else(|| Error::Gone(name.to_owned()))?;
         self.ensure_port(&tap, bridge).await?;
         made.persist()?;

@@ -584,10 +584,8 @@ fn attach_twice_is_attach_once() {
 #[test]
 fn a_tap_belongs_to_the_owner_asked_for() {
     on_a_host(async || {
-        let network = Network::ensure(config().with_tap_owner(65534))
-            .await
-            .expect("a network");
-        network.attach(&endpoint(1)).await.expect("attach");
+        let network = network().await;
+        network.attach(&endpoint(1).with_owner(65534)).await.expect("attach");
         let tap = ip("-d link show sb000000000001");
         assert!(tap.contains("user nobody") || tap.contains("user 65534"), "{tap}");
     });
