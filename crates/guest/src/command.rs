@@ -3,8 +3,11 @@
 //! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale. All that a failed one wrote
 //! stands in its error.
 
+use rustix::fs::Mode;
+use rustix::process::umask;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -165,6 +168,15 @@ impl Call {
             .stdin(Stdio::null())
             .stdout(writer.try_clone().map_err(start)?)
             .stderr(writer);
+        if self.program == Program::Chroot {
+            // What it makes is the guest's, and for everybody there.
+            let for_everybody = || {
+                umask(Mode::WGRP | Mode::WOTH);
+                Ok(())
+            };
+            // SAFETY: between fork and exec one system call is made: nothing is allocated and no lock is taken.
+            unsafe { command.pre_exec(for_everybody) };
+        }
         let mut child = command.spawn().map_err(start)?;
         // The command holds the writing end: as long as it does, the reader sees no end.
         drop(command);

@@ -145,8 +145,16 @@ fn chroot(root: &Path, argv: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
+/// A folder of the guest, with those on the way to it: for everybody in the guest, whatever this process' umask.
 fn make_dir(path: &Path) -> Result<(), Error> {
-    fs::create_dir_all(path).map_err(Error::io("create", path))
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        make_dir(parent)?;
+    }
+    fs::create_dir(path).map_err(Error::io("create", path))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(Error::io("set the mode of", path))
 }
 
 fn write(root: &Path, path: &str, mode: u32, content: &str) -> Result<(), Error> {
