@@ -20,7 +20,7 @@ use crate::state::{Fact, State, StateError};
 use rustix::fs::{Mode, OFlags};
 use scalebox_client::VmStatus;
 use scalebox_net::Network;
-use scalebox_storage::{InitEvent, InitOutcome, Name, Pool, StorageError};
+use scalebox_storage::{InitEvent, InitOutcome, Name, Pool, StorageError, jails_dir};
 use scalebox_vmm::{Accel, AccelSetting, FirecrackerDriver, QemuDriver, Vmm};
 use std::fs;
 use std::io::{self, IsTerminal};
@@ -350,8 +350,9 @@ pub fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFa
         VmmChoice::Firecracker if setting == AccelSetting::Auto => scalebox_vmm::accelerator(AccelSetting::Kvm)?,
         _ => scalebox_vmm::accelerator(setting)?,
     };
+    let jails = jails_dir(&settings.data_dir);
     let firecracker = match (settings.vmm, accel.accel) {
-        (VmmChoice::Firecracker, Accel::Kvm) => Some(FirecrackerDriver::find()?),
+        (VmmChoice::Firecracker, Accel::Kvm) => Some(FirecrackerDriver::find(&jails)?),
         (VmmChoice::Firecracker, Accel::Tcg) => {
             return Err(SettingsError::Value {
                 key: "ACCEL",
@@ -360,7 +361,7 @@ pub fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFa
             }
             .into());
         }
-        (VmmChoice::Auto, Accel::Kvm) => match FirecrackerDriver::find() {
+        (VmmChoice::Auto, Accel::Kvm) => match FirecrackerDriver::find(&jails) {
             Ok(driver) => Some(driver),
             Err(error) => {
                 tracing::info!(%error, "Firecracker is not used");

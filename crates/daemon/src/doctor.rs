@@ -255,7 +255,7 @@ fn setting_values(found: &mut Findings, settings: &Settings) {
 
 fn hypervisor(found: &mut Findings, settings: &Settings) {
     match commands::find_vmm(settings) {
-        Ok((_, accel)) => found.ok("hypervisor", format!("found; guests run by {accel}")),
+        Ok((vmm, accel)) => found.ok("hypervisor", format!("{} is there; guests run by {accel}", vmm.name())),
         Err(error) => found.problem("hypervisor", error, "install or set what it names"),
     }
     match scalebox_vmm::accelerator(AccelSetting::Auto) {

@@ -3,12 +3,12 @@
 //! A guest that deletes a file keeps its blocks until it trims: then the hypervisor punches holes in the disk, the pool frees the blocks, and
 //! the host disk has them (see [`reclaim`](crate::reclaim)).
 
+use crate::agent::{self, NoAgent};
 use crate::error::ServiceError;
 use crate::service::Service;
 use scalebox_client::{Trimmed, VmStatus};
-use scalebox_guest::{Agent, AgentError};
 use scalebox_storage::Bytes;
-use scalebox_vmm::{AgentEndpoint, Machine};
+use scalebox_vmm::Machine;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -41,12 +41,8 @@ pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, Se
     })
 }
 
-async fn trim(service: &Service, machine: &Arc<dyn Machine>) -> Result<Bytes, String> {
-    let Some(AgentEndpoint::Unix(socket)) = machine.agent() else {
-        return Err("its machine has no port for a guest agent".to_owned());
-    };
-    let asked = async { Agent::connect(&socket).await?.trim().await };
-    let trimmed = asked.await.map_err(|error: AgentError| error.to_string())?;
+async fn trim(service: &Service, machine: &Arc<dyn Machine>) -> Result<Bytes, NoAgent> {
+    let trimmed = agent::reach(machine).await?.trim().await?;
     service.inner().reclaim.freed();
     tracing::info!(vm = %machine.id(), trimmed_bytes = trimmed.as_u64(), "the guest trimmed its file systems");
     Ok(trimmed)
@@ -68,7 +64,7 @@ pub async fn run(service: Service) -> Infallible {
             if let Err(why) = trim(&service, machine).await {
                 tracing::info!(
                     vm = id,
-                    why,
+                    %why,
                     "the guest was not trimmed; it is asked again at its next turn"
                 );
             }

@@ -36,6 +36,7 @@
 //! | `error` | what clients are answered when it does not work |
 
 mod accounts;
+mod agent;
 mod api;
 mod auto_extend;
 mod commands;

@@ -8,8 +8,8 @@ use crate::host;
 use crate::service::{Service, blocking, disk_limits, endpoint, machine_id, remove_dir};
 use crate::state::{Fact, Record, State};
 use scalebox_client::{EventKind, VmStatus, is_vm_id};
-use scalebox_storage::{Gib, Name};
-use scalebox_vmm::Machine;
+use scalebox_storage::{Gib, Name, jails_dir};
+use scalebox_vmm::{Machine, MachineId};
 use serde_json::json;
 use std::collections::HashSet;
 use std::fs;
@@ -59,6 +59,7 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
 
     let rebooted = is_another_boot(service).await?;
     let with_process = blocking(vms_with_process).await?;
+    sweep_jails(service, &with_process).await?;
     let mut attached = Vec::new();
     for record in records {
         let lost = swept.missing.iter().any(|missing| missing.as_str() == record.id);
@@ -284,6 +285,13 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
         blocking(move || remove_dir(&console)).await?;
     }
     Ok(ended)
+}
+
+/// Removes the jails of machines whose process is gone. After a reboot of the host there may be many.
+async fn sweep_jails(service: &Service, with_process: &HashSet<String>) -> Result<(), ServiceError> {
+    let jails = jails_dir(&service.inner().settings.data_dir);
+    let running: Vec<MachineId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
+    blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
 }
 
 /// The VMs that some process of this host names in its arguments: one look for all of them, because a host has thousands of stopped VMs

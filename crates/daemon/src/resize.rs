@@ -1,9 +1,10 @@
 //! Asking a guest how large and how full its root file system is, through its agent: what the host grew, the guest must have grown too.
 
+use crate::agent::{self, NoAgent};
 use scalebox_client::Disk;
-use scalebox_guest::{Agent, FileSystem};
+use scalebox_guest::FileSystem;
 use scalebox_storage::Bytes;
-use scalebox_vmm::{AgentEndpoint, Machine};
+use scalebox_vmm::Machine;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,10 +28,7 @@ pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
 
 /// What the guest's agent says of its root file system, if it answers.
 pub async fn root_of(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
-    let AgentEndpoint::Unix(socket) = machine.agent()? else {
-        return None;
-    };
-    let asked = async { Agent::connect(&socket).await?.root_file_system().await };
+    let asked = async { Ok::<_, NoAgent>(agent::reach(machine).await?.root_file_system().await?) };
     match asked.await {
         Ok(root) => Some(root),
         Err(error) => {

@@ -3,6 +3,7 @@
 //! The guest stands still only while its disk is cloned, which copies nothing: frozen by its agent, or paused where no agent answers. All
 //! else is done on the clone, when the VM is free again.
 
+use crate::agent;
 use crate::error::ServiceError;
 use crate::recovery::vm_folders;
 use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name};
@@ -11,7 +12,7 @@ use crate::vms::Operation;
 use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
 use scalebox_guest::{Agent, AgentError};
 use scalebox_storage::{Identity, Name, Snapshot as Unfinished};
-use scalebox_vmm::{AgentEndpoint, Machine, MachineState};
+use scalebox_vmm::{Machine, MachineState};
 use serde_json::json;
 use std::collections::HashMap;
 use std::fs;
@@ -292,10 +293,7 @@ async fn resume(machine: &Arc<dyn Machine>) -> Result<(), ServiceError> {
 }
 
 async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
-    let AgentEndpoint::Unix(socket) = machine.agent()? else {
-        return None;
-    };
-    match Agent::connect(&socket).await {
+    match agent::reach(machine).await {
         Ok(agent) => Some(agent),
         Err(error) => {
             tracing::debug!(vm = %machine.id(), %error, "the guest agent did not answer");

@@ -1,13 +1,12 @@
-//! The guest agent, asked from the host: `qemu-guest-agent` in the guest, over its port.
+//! The guest agent, asked from the host: `qemu-guest-agent` in the guest, over its serial port or a vsock.
 //!
-//! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. The port takes one client at a time, so a connection is
+//! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. A serial port takes one client at a time, so a connection is
 //! held for one errand and dropped. Every question has a deadline: a guest that boots, hangs or has no agent does not answer.
 
 use qapi::futures::{QapiService, QgaStreamTokio};
 use qapi::qga;
 use scalebox_storage::Bytes;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::WriteHalf;
 use tokio::net::UnixStream;
@@ -24,14 +23,9 @@ const BETWEEN_QUESTIONS: Duration = Duration::from_millis(50);
 /// Why the agent said nothing useful.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// There is no port, or it is closed.
-    #[error("the guest agent's port {} cannot be reached: {source}", socket.display())]
-    Port {
-        /// The socket.
-        socket: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// This host gives no random numbers.
+    #[error("the guest agent cannot be asked: no random number: {0}")]
+    Random(io::Error),
     /// It does not answer: the guest boots, hangs, or runs no agent.
     #[error("the guest agent does not answer within {} s", DEADLINE.as_secs())]
     Silent,
@@ -70,21 +64,15 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Connects, and waits until the agent answers.
+    /// Waits until the agent at the other end of `stream` answers.
     ///
     /// # Errors
-    /// [`AgentError::Port`], [`AgentError::Silent`].
-    pub async fn connect(socket: &Path) -> Result<Agent, AgentError> {
-        let port = |source| AgentError::Port {
-            socket: socket.to_owned(),
-            source,
-        };
-        let opened = timeout(DEADLINE, QgaStreamTokio::open_uds(socket)).await;
-        let stream = opened.map_err(|_| AgentError::Silent)?.map_err(port)?;
-        let (service, reader) = stream.spawn_tokio();
+    /// [`AgentError::Silent`], [`AgentError::Refused`].
+    pub async fn begin(stream: UnixStream) -> Result<Agent, AgentError> {
+        let (service, reader) = QgaStreamTokio::open(stream).spawn_tokio();
         let agent = Agent { service, reader };
         // An answer to an earlier client may still be on its way: the number tells it from ours.
-        let number = sync_number().map_err(port)?;
+        let number = sync_number().map_err(AgentError::Random)?;
         match timeout(DEADLINE, agent.service.guest_sync(number)).await {
             Ok(Ok(())) => Ok(agent),
             Ok(Err(error)) => Err(AgentError::Refused {

@@ -39,6 +39,7 @@ pub(crate) const IN_GUEST: &[GuestFile] = &[
     in_guest!(0o644 "etc/dpkg/dpkg.cfg.d/scalebox" = DPKG_OPTIONS),
     in_guest!(0o644 "etc/fstab"),
     in_guest!(0o644 "etc/hosts"),
+    in_guest!(0o644 "etc/modprobe.d/scalebox-agent-vsock.conf"),
     in_guest!(0o644 "etc/ssh/sshd_config.d/scalebox.conf"),
     in_guest!(0o440 "etc/sudoers.d/scalebox"),
     in_guest!(0o644 "etc/systemd/journald.conf.d/scalebox.conf"),
@@ -51,8 +52,10 @@ pub(crate) const IN_GUEST: &[GuestFile] = &[
     in_guest!(0o644 "etc/tmpfiles.d/systemd-nologin.conf"),
     in_guest!(0o755 "usr/lib/scalebox/apply-seed"),
     in_guest!(0o755 "usr/lib/scalebox/grow-root"),
+    in_guest!(0o644 "usr/lib/systemd/system/scalebox-agent-vsock.service"),
     in_guest!(0o644 "usr/lib/systemd/system/scalebox-grow-root.service"),
     in_guest!(0o644 "usr/lib/systemd/system/scalebox-seed.service"),
+    in_guest!(0o644 "usr/lib/udev/rules.d/90-scalebox-agent-vsock.rules"),
     in_guest!(0o644 "usr/lib/udev/rules.d/90-scalebox-grow-root.rules"),
 ];
 

@@ -24,10 +24,11 @@ pub(crate) fn build(kernel: &KernelPackage) -> Result<Vec<u8>, Error> {
     archive.file("init", 0o755, files::INITRAMFS_INIT.as_bytes());
 
     let mut order = String::new();
-    for name in files::entries(files::INITRAMFS_MODULES) {
+    for entry in files::entries(files::INITRAMFS_MODULES) {
+        let name = entry.split_once(' ').map_or(entry, |(name, _device)| name);
         if let Some(module) = kernel.module(name)? {
             archive.file(&format!("modules/{name}.ko"), 0o644, &module);
-            order.push_str(name);
+            order.push_str(entry);
             order.push('\n');
         }
     }

@@ -44,6 +44,8 @@ impl Image<'_> {
 }
 
 fn template() -> Artifacts {
+    // As scaleboxd does: what is for everybody in the guest must not depend on it.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let beside = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
     let cache = env::var_os("SCALEBOX_CACHE").map_or(beside.join("scalebox-cache"), PathBuf::from);
     let work = tempfile::tempdir_in(&beside).unwrap();
@@ -131,6 +133,11 @@ fn units_and_modules(image: &Image) {
         ("/usr/lib/systemd/system/scalebox-seed.service", "apply-seed"),
         ("/usr/lib/scalebox/apply-seed", "cidata"),
         ("/usr/lib/udev/rules.d/90-scalebox-grow-root.rules", "RESIZE"),
+        (
+            "/usr/lib/udev/rules.d/90-scalebox-agent-vsock.rules",
+            "scalebox-agent-vsock.service",
+        ),
+        ("/usr/lib/systemd/system/scalebox-agent-vsock.service", "vsock-listen"),
         ("/usr/lib/tmpfiles.d/scalebox-static-nodes.conf", "/dev/net/tun"),
     ] {
         assert!(image.cat(path).contains(content), "{path}");
@@ -160,6 +167,16 @@ fn units_and_modules(image: &Image) {
     ] {
         assert!(image.has(&format!("/usr/lib/modules/{version}/{file}")), "{file}");
     }
+    for (path, mode) in [
+        (format!("/usr/lib/modules/{version}"), "Mode:  0755"),
+        (format!("/usr/lib/modules/{version}/modules.dep.bin"), "Mode:  0644"),
+        ("/etc/systemd/system/sysinit.target.wants".to_owned(), "Mode:  0755"),
+        ("/etc/systemd/system/dbus.service.d".to_owned(), "Mode:  0755"),
+        ("/var/lib/scalebox".to_owned(), "Mode:  0755"),
+    ] {
+        let stat = image.stat(&path);
+        assert!(stat.contains(mode), "everybody may read {path}: {stat}");
+    }
 }
 
 fn boot_files(made: &Artifacts) {
@@ -178,6 +195,7 @@ fn boot_files(made: &Artifacts) {
         "bin/busybox",
         "modules/order",
         "modules/virtio_blk.ko",
+        "modules/vmw_vsock_virtio_transport.ko",
         "modules/vfat.ko",
     ] {
         assert!(list.lines().any(|line| line == file), "{file}: {list}");

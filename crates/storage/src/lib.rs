@@ -88,7 +88,7 @@ pub use identity::Identity;
 pub use import::Packing;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
 pub use name::Name;
-pub use pool::Pool;
+pub use pool::{Pool, jails_dir};
 pub use reclaim::Unlinked;
 pub use size::{Bytes, Gib, ParseSizeError};
 pub use sizing::{

@@ -20,6 +20,11 @@ use std::sync::{Arc, Mutex};
 /// The file in the pool's root that tells whose it is.
 const OWNER: &str = "owner";
 
+/// Where the jails of hypervisors lie in the pool at `data_dir`, so that disks can be linked into them. It need not be there.
+pub fn jails_dir(data_dir: &Path) -> PathBuf {
+    data_dir.join("jails")
+}
+
 /// A mounted pool. All methods block; share it in an `Arc` and call it from threads that may.
 #[derive(Debug)]
 pub struct Pool {

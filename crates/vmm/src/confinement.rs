@@ -34,7 +34,7 @@ pub(crate) struct Confinement {
 #[derive(Debug)]
 pub(crate) struct Confined {
     group: Option<Group>,
-    sandbox: Sandbox,
+    sandbox: Option<Sandbox>,
 }
 
 impl Confinement {
@@ -52,7 +52,8 @@ impl Confinement {
         }
     }
 
-    /// Prepares what a machine's process will put on. Its hypervisor may take `beside_guest` of memory.
+    /// Prepares what a machine's process will put on. Its hypervisor may take `beside_guest` of memory. It is not fenced in to files that are
+    /// `needed` where something else sees to that.
     ///
     /// # Errors
     /// [`Error::Io`]; nothing is left then but what [`RunDir::clear`] removes.
@@ -60,10 +61,12 @@ impl Confinement {
         &self,
         spec: &MachineSpec,
         dir: &RunDir,
-        needed: &Needed,
+        needed: Option<&Needed>,
         beside_guest: Bytes,
     ) -> Result<Confined> {
-        let sandbox = Sandbox::new(needed).map_err(Error::io("fence in", &needed.sockets))?;
+        let sandbox = needed
+            .map(|needed| Sandbox::new(needed).map_err(Error::io("fence in", &needed.sockets)))
+            .transpose()?;
         let group = match &self.cgroups {
             None => None,
             Some(cgroups) => {
@@ -88,6 +91,9 @@ impl Confined {
         if let Some(group) = &self.group {
             group.enter()?;
         }
-        self.sandbox.enter()
+        match &mut self.sandbox {
+            Some(sandbox) => sandbox.enter(),
+            None => Ok(()),
+        }
     }
 }

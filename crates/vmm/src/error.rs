@@ -16,8 +16,8 @@ pub enum Error {
         program: &'static str,
     },
     /// `VMM=firecracker` without Firecracker.
-    #[error("firecracker is not on the PATH: install a release of it there, or set VMM=auto or qemu")]
-    NoFirecracker,
+    #[error("{0} is not on the PATH: install a release of Firecracker there, or set VMM=auto or qemu")]
+    NoFirecracker(&'static str),
     /// Another driver launched the machine.
     #[error("{id} runs under another hypervisor ({program}): set VMM back, stop it, then change VMM")]
     Foreign {
@@ -79,6 +79,14 @@ pub enum Error {
         /// The command, in the hypervisor's words.
         command: &'static str,
         /// What it answered.
+        why: String,
+    },
+    /// The guest agent cannot be reached.
+    #[error("{id}: the guest agent cannot be reached: {why}")]
+    Agent {
+        /// The machine.
+        id: MachineId,
+        /// What connecting to it said.
         why: String,
     },
     /// The hypervisor did not answer in time: it hangs, or the host is badly overloaded. The command may still take effect.

@@ -1,20 +1,20 @@
 //! The Firecracker driver: launch and adopt.
 //!
-//! A machine is one Firecracker process, controlled through the API socket in its own folder of the [`RunDir`];
+//! A machine is one Firecracker process in the folder that its jailer locks it into (`jail`), controlled through the API socket there;
 //! [`FirecrackerMachine`] is how it is held. What this driver cannot promise, and QEMU's can, is in `docs/firecracker.md`.
 
 use crate::arguments::root_file;
 use crate::confinement::Confinement;
 use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
-use crate::firecracker_command::{Files, Firecracker, mark};
+use crate::firecracker_command::{Firecracker, marks};
 use crate::firecracker_machine::FirecrackerMachine;
-use crate::machine::{Machine, MachineId, MachineSpec, Vmm};
+use crate::jail::{self, Jails, give};
+use crate::machine::{Machine, MachineId, MachineSpec, RunAs, Vmm};
 use crate::messages::Messages;
 use crate::process::Process;
 use crate::qemu::{claim, end, failed, find, need_tap, running};
 use crate::qemu_machine::Held;
 use crate::run_dir::{Lock, RunDir};
-use crate::sandbox::Needed;
 use crate::{Error, Result};
 use async_trait::async_trait;
 use scalebox_storage::Bytes;
@@ -39,17 +39,21 @@ const NOT_STARTED: &str = "Not started";
 #[derive(Debug, Clone)]
 pub struct FirecrackerDriver {
     firecracker: Firecracker,
+    jails: Jails,
     confinement: Confinement,
 }
 
 impl FirecrackerDriver {
-    /// Looks for Firecracker on this host. Runs it once, for its version; blocks for that long.
+    /// Looks for Firecracker and its jailer on this host. Runs it once, for its version; blocks for that long. The folder `jails`, made when the
+    /// first machine is launched, is on the file system of the machines' disks.
     ///
     /// # Errors
-    /// [`Error::NoFirecracker`]; [`Error::Unusable`] when it is too old or does not run.
-    pub fn find() -> Result<FirecrackerDriver> {
+    /// [`Error::NoFirecracker`]; [`Error::Unusable`] when it is too old, cannot be jailed or does not run.
+    pub fn find(jails: &Path) -> Result<FirecrackerDriver> {
+        let firecracker = Firecracker::find()?;
         Ok(FirecrackerDriver {
-            firecracker: Firecracker::find()?,
+            jails: firecracker.jails(jails),
+            firecracker,
             confinement: Confinement::find(),
         })
     }
@@ -65,12 +69,13 @@ impl FirecrackerDriver {
         need_tap(&spec)?;
         self.firecracker.check_kernel(&spec)?;
         let dir = RunDir::at(&spec.run_dir);
-        let lock = claim(&dir, &spec.id, &mark(spec.id.as_str(), &dir))?;
+        let lock = claim(&dir, &spec.id, &marks(spec.id.as_str()))?;
         match self.bring_up(&spec, &dir, lock).await {
             Ok(fresh) => Ok(fresh),
             Err(error) => {
                 // One that could not be ended keeps its files, by which it is found again.
                 if !matches!(error, Error::Unkillable { .. }) {
+                    self.jails.remove(&spec.id);
                     dir.clear();
                 }
                 Err(error)
@@ -80,27 +85,18 @@ impl FirecrackerDriver {
 
     async fn bring_up(&self, spec: &MachineSpec, dir: &RunDir, lock: Lock) -> Result<Fresh> {
         let root = root_file(spec)?.to_owned();
-        let theirs = Messages::create(&dir.messages())?;
-        let messages = Messages::open(&dir.messages())?;
+        let account = spec.run_as.unwrap_or_else(own_account);
+        let jail = self.jails.make(spec, &root, account)?;
+        let theirs = Messages::create(&jail.path(jail::MESSAGES))?;
+        give(&jail.path(jail::MESSAGES), account)?;
+        let messages = Messages::open(&jail.path(jail::MESSAGES))?;
         let console_end = Messages::create(&dir.console_pipe())?;
         let console = open_console(dir)?;
-        let (files, names) = Files::prepare(spec, &root, dir, &theirs)?;
-        let argv = Firecracker::argv(spec.id.as_str(), dir);
-        let needed = Needed {
-            program: self.firecracker.program().to_owned(),
-            read: [&spec.kernel, &spec.seed]
-                .into_iter()
-                .chain(&spec.initrd)
-                .cloned()
-                .collect(),
-            // Its log is opened anew by name.
-            write: vec![root.clone(), dir.messages()],
-            sockets: dir.firecracker(),
-        };
-        let confined = self.confinement.prepare(spec, dir, &needed, BESIDE_GUEST)?;
+        // It is not fenced in as QEMU is: who is may not make the mounts that are a jail, and in a jail there is nothing else.
+        let confined = self.confinement.prepare(spec, dir, None, BESIDE_GUEST)?;
         let mut child = self
             .firecracker
-            .spawn(&argv, files, confined, console_end, theirs)
+            .spawn(spec.id.as_str(), &self.jails, account, confined, console_end, theirs)
             .map_err(|error| failed(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
             Ok(process) => process,
@@ -121,11 +117,13 @@ impl FirecrackerDriver {
             root,
             console_log: spec.console_log.clone(),
         };
-        let api = Api::at(&dir.api());
+        let api = Api::at(&jail.path(jail::API));
         let steps = async {
-            held.record(argv).map_err(|error| error.to_string())?;
             answering(&held.process, &api).await?;
-            api.configure(spec, &names).await.map_err(|error| error.to_string())?;
+            // Only now are its arguments Firecracker's.
+            let recorded = held.process.arguments().and_then(|argv| held.record(argv));
+            recorded.map_err(|error| error.to_string())?;
+            api.configure(spec).await.map_err(|error| error.to_string())?;
             api.start().await.map_err(|error| error.to_string())
         };
         let stepped: Result<(), String> = steps.await;
@@ -134,9 +132,15 @@ impl FirecrackerDriver {
             return Err(failed(&held.id, format!("{why} ({status})"), &held.messages.text()));
         }
         Ok(Fresh {
-            machine: FirecrackerMachine::new(held, api, console),
+            machine: FirecrackerMachine::new(held, jail, api, console),
             kept: false,
         })
+    }
+
+    /// Removes everything of a machine whose process is gone.
+    fn clear(&self, id: &MachineId, dir: &RunDir) {
+        self.jails.remove(id);
+        dir.clear();
     }
 }
 
@@ -157,47 +161,63 @@ impl Vmm for FirecrackerDriver {
     async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
         let dir = RunDir::at(run_dir);
         let Some(lock) = dir.lock(id)? else { return Ok(None) };
-        let Some(held) = find(id, &dir, lock, &mark(id.as_str(), &dir)).await? else {
-            dir.clear();
+        let Some((process, record)) = find(id, &dir, &marks(id.as_str())).await? else {
+            self.clear(id, &dir);
             return Ok(None);
         };
-        let api = Api::at(&dir.api());
+        // Somebody has removed the jail of a process that runs in it: it cannot be reached any more.
+        let jail = self.jails.of(id)?.ok_or_else(|| hung(id))?;
+        let messages = Messages::open(&jail.path(jail::MESSAGES))?;
+        let held = Held::again(process, record, &dir, lock, messages);
+        let api = Api::at(&jail.path(jail::API));
         match api.state().await {
             Ok(state) if state != NOT_STARTED => {}
             Ok(_) => {
                 tracing::info!(machine = %id, "its launch was interrupted: killed");
                 end(id, &held.process).await?;
-                dir.clear();
+                self.clear(id, &dir);
                 return Ok(None);
             }
             Err(error) if held.process.lives() => {
                 tracing::warn!(machine = %id, %error, "Firecracker runs, but does not answer");
-                return Err(Error::Hung {
-                    id: id.clone(),
-                    command: "a new connection",
-                    after: ANSWER_DEADLINE,
-                });
+                return Err(hung(id));
             }
             Err(_) => {
-                dir.clear();
+                self.clear(id, &dir);
                 return Ok(None);
             }
         }
         let console = open_console(&dir)?;
-        Ok(Some(FirecrackerMachine::new(held, api, console)))
+        Ok(Some(FirecrackerMachine::new(held, jail, api, console)))
     }
 
     async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
         let dir = RunDir::at(run_dir);
         // Made where it is missing, for its process may live all the same: and nobody launches it meanwhile.
         let _lock = dir.create_locked(id)?;
-        let process = running(id, &dir, &mark(id.as_str(), &dir))?;
+        let process = running(id, &dir, &marks(id.as_str()))?;
         if let Some(process) = &process {
             end(id, process).await?;
             tracing::info!(machine = %id, pid = process.pid(), "put down");
         }
-        dir.clear();
+        self.clear(id, &dir);
         Ok(process.is_some())
+    }
+}
+
+fn hung(id: &MachineId) -> Error {
+    Error::Hung {
+        id: id.clone(),
+        command: "a new connection",
+        after: ANSWER_DEADLINE,
+    }
+}
+
+/// That of this process, for a machine that has none of its own.
+fn own_account() -> RunAs {
+    RunAs {
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
     }
 }
 

@@ -1,22 +1,22 @@
-//! The only door to the Firecracker binary.
+//! The only door to the Firecracker binary and its jailer.
 
-use crate::command::on_path;
+use crate::command::{is_executable, on_path};
 use crate::confinement::Confined;
-use crate::firecracker_api::Names;
+use crate::jail::{self, Jails};
 use crate::machine::{MachineSpec, RunAs};
-use crate::run_dir::RunDir;
+use crate::process::OPEN_FILES;
 use crate::{Error, Result};
-use rustix::fs::{Mode, OFlags, open};
-use rustix::io::{FdFlags, fcntl_setfd};
+use elf::ElfStream;
+use elf::abi::PT_INTERP;
+use elf::endian::AnyEndian;
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// The program, as it is released.
-pub(crate) const PROGRAM: &str = "firecracker";
+/// The programs, as they are installed from a release.
+const PROGRAM: &str = "firecracker";
+const JAILER: &str = "jailer";
 /// The oldest that tells guests of their devices by ACPI: Debian's kernel takes them from nowhere else.
 const OLDEST: (u32, u32) = (1, 8);
 /// The first that boots a bzImage.
@@ -25,15 +25,19 @@ const BOOTS_BZIMAGE: (u32, u32) = (1, 17);
 /// Firecracker, as found on this host.
 #[derive(Debug, Clone)]
 pub(crate) struct Firecracker {
+    /// The file itself, not a link to it: the jailer names a folder after it.
     program: PathBuf,
+    jailer: PathBuf,
     version: String,
     numbers: (u32, u32),
 }
 
 impl Firecracker {
-    /// Looks for Firecracker on the `PATH` and asks it for its version.
+    /// Looks for Firecracker and its jailer on the `PATH`, and asks it for its version.
     pub(crate) fn find() -> Result<Firecracker> {
-        let program = on_path(PROGRAM).ok_or(Error::NoFirecracker)?;
+        let named = on_path(PROGRAM).ok_or(Error::NoFirecracker(PROGRAM))?;
+        let program = named.canonicalize().map_err(Error::io("look at", &named))?;
+        let jailer = find_jailer(&named).or_else(|_| find_jailer(&program))?;
         let unusable = |why| Error::Unusable {
             program: program.display().to_string(),
             why,
@@ -55,16 +59,22 @@ impl Firecracker {
                 "its version is {version}, at least {major}.{minor} is needed"
             )));
         }
+        if is_dynamic(&program).map_err(|error| unusable(error.to_string()))? {
+            return Err(unusable(
+                "it needs libraries, which its jail does not have: install a release, which does not".to_owned(),
+            ));
+        }
         Ok(Firecracker {
             program,
+            jailer,
             version,
             numbers,
         })
     }
 
-    /// The binary.
-    pub(crate) fn program(&self) -> &Path {
-        &self.program
+    /// The jails of its machines, below `base`.
+    pub(crate) fn jails(&self, base: &Path) -> Jails {
+        Jails::new(base, self.program.file_name().unwrap_or_default().to_owned())
     }
 
     /// Such as `1.16.1`.
@@ -95,64 +105,57 @@ impl Firecracker {
         })
     }
 
-    /// The argument vector of a machine's process, with what stands for the program: by it and the id the process is found.
-    pub(crate) fn argv(spec_id: &str, dir: &RunDir) -> Vec<String> {
-        let mut argv = mark(spec_id, dir).to_vec();
-        argv.insert(1, "--id".to_owned());
-        // Relative to its own folder: nothing above it is the machine's to enter. Its log is opened anew through its stderr.
-        argv.extend(
-            [
-                "--api-sock",
-                "api.sock",
-                "--log-path",
-                "/proc/self/fd/2",
-                "--level",
-                "Info",
-            ]
-            .map(str::to_owned),
-        );
-        argv
-    }
-
-    /// Starts a machine's process, as its own user and in its own folder. It has no environment, and no open file but
-    /// `console` (stdout), `messages` (stderr) and those of `files`. It is not waited for, and lives on when this process ends.
+    /// Starts a machine's process by way of the jailer, which it becomes Firecracker from: the pid stays. It has no environment, and no open file but
+    /// `console` (stdout) and `messages` (stderr). It is not waited for, and lives on when this process ends.
     pub(crate) fn spawn(
         &self,
-        argv: &[String],
-        files: Files,
+        id: &str,
+        jails: &Jails,
+        account: RunAs,
         mut confined: Confined,
         console: File,
         messages: File,
     ) -> std::io::Result<Child> {
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new(&self.jailer);
         command
-            .arg0(&argv[0])
-            .args(&argv[1..])
+            .args(["--id", id])
+            .arg("--exec-file")
+            .arg(&self.program)
+            .args(["--uid", &account.uid.to_string(), "--gid", &account.gid.to_string()])
+            .arg("--chroot-base-dir")
+            .arg(jails.base())
+            // Its default is more than it may set.
+            .args(["--resource-limit", &format!("no-file={OPEN_FILES}")])
+            .args(["--", "--api-sock", jail::API])
+            .args(["--log-path", jail::MESSAGES, "--level", "Info"])
             .env_clear()
+            .current_dir("/")
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(console)
             .stderr(messages);
-        if let Some(account) = files.account {
-            command.uid(account.uid).gid(account.gid);
-        }
-        let Files { folder, inherited, .. } = files;
-        let prepare = move || {
-            rustix::process::fchdir(&folder)?;
-            for file in &inherited {
-                fcntl_setfd(file, FdFlags::empty())?;
-            }
-            confined.enter()
-        };
         // SAFETY: between fork and exec only system calls are made: nothing is allocated and no lock is taken.
-        unsafe { command.pre_exec(prepare) };
+        unsafe { command.pre_exec(move || confined.enter()) };
         command.spawn()
     }
 }
 
-/// The two arguments by which a machine's Firecracker is told from every other process.
-pub(crate) fn mark(id: &str, dir: &RunDir) -> [String; 2] {
-    [format!("{PROGRAM}:{}", dir.firecracker().display()), id.to_owned()]
+/// The arguments by which a machine's process is told from every other: the jailer has them, and hands them on.
+pub(crate) fn marks(id: &str) -> [String; 4] {
+    ["--id", id, "--api-sock", jail::API].map(str::to_owned)
+}
+
+/// Where the jailer is: releases have it beside Firecracker.
+fn find_jailer(program: &Path) -> Result<PathBuf> {
+    let beside = program.parent().map(|folder| folder.join(JAILER));
+    let beside = beside.filter(|jailer| is_executable(jailer));
+    beside.or_else(|| on_path(JAILER)).ok_or(Error::NoFirecracker(JAILER))
+}
+
+/// Whether a program needs an interpreter, and with it libraries that no jail has.
+fn is_dynamic(program: &Path) -> std::io::Result<bool> {
+    let file = ElfStream::<AnyEndian, _>::open_stream(File::open(program)?).map_err(std::io::Error::other)?;
+    Ok(file.segments().iter().any(|segment| segment.p_type == PT_INTERP))
 }
 
 /// The version in the first line of `firecracker --version`: `Firecracker v1.16.1`.
@@ -163,84 +166,15 @@ fn version(text: &str) -> Option<(String, (u32, u32))> {
     Some((version.to_owned(), numbers))
 }
 
-/// What the process gets beside its output: its folder, and the files of its machine.
-#[derive(Debug)]
-pub(crate) struct Files {
-    folder: OwnedFd,
-    inherited: Vec<OwnedFd>,
-    account: Option<RunAs>,
-}
-
-impl Files {
-    /// Makes the files ready for the account that the process runs as: it opens them itself, and can enter no folder on the way to
-    /// them. So it inherits them and opens them again under `/proc/self/fd`; its disks are made its own for it.
-    pub(crate) fn prepare(spec: &MachineSpec, root: &Path, dir: &RunDir, messages: &File) -> Result<(Files, Names)> {
-        let folder_path = dir.firecracker();
-        match std::fs::create_dir(&folder_path) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(Error::io("create", &folder_path)(error));
-            }
-            _ => {}
-        }
-        std::fs::set_permissions(&folder_path, std::fs::Permissions::from_mode(0o700))
-            .map_err(Error::io("set the mode of", &folder_path))?;
-        let folder = opened(&folder_path, OFlags::DIRECTORY)?;
-        let mut files = Files {
-            folder,
-            inherited: Vec::new(),
-            account: None,
-        };
-        let Some(account) = spec.run_as else {
-            let name = |path: &Path| path.to_string_lossy().into_owned();
-            let names = Names {
-                kernel: name(&spec.kernel),
-                initrd: spec.initrd.as_deref().map(name),
-                root: name(root),
-                seed: name(&spec.seed),
-            };
-            return Ok((files, names));
-        };
-        fchown(&files.folder, Some(account.uid), Some(account.gid)).map_err(Error::io("give away", &folder_path))?;
-        fchown(messages, Some(account.uid), Some(account.gid)).map_err(Error::io("give away", dir.messages()))?;
-        let mut pass = |path: &Path, flags, own: bool| -> Result<String> {
-            let file = opened(path, flags)?;
-            if own {
-                fchown(&file, Some(account.uid), Some(account.gid)).map_err(Error::io("give away", path))?;
-            }
-            let name = format!("/proc/self/fd/{}", file.as_raw_fd());
-            files.inherited.push(file);
-            Ok(name)
-        };
-        let names = Names {
-            kernel: pass(&spec.kernel, OFlags::RDONLY, false)?,
-            initrd: match &spec.initrd {
-                Some(initrd) => Some(pass(initrd, OFlags::RDONLY, false)?),
-                None => None,
-            },
-            root: pass(root, OFlags::RDWR, true)?,
-            seed: pass(&spec.seed, OFlags::RDONLY, true)?,
-        };
-        files.account = Some(RunAs {
-            uid: account.uid,
-            gid: kvm_group().unwrap_or(account.gid),
-        });
-        Ok((files, names))
-    }
-}
-
-fn opened(path: &Path, flags: OFlags) -> Result<OwnedFd> {
-    open(path, flags | OFlags::CLOEXEC, Mode::empty()).map_err(|error| Error::io("open", path)(error.into()))
-}
-
-/// The group that may use `/dev/kvm`, as distributions set it up; never root's.
-fn kvm_group() -> Option<u32> {
-    let device = Path::new("/dev/kvm").metadata().ok()?;
-    (device.mode() & 0o060 == 0o060 && device.gid() != 0).then(|| device.gid())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_needs_libraries_is_seen() {
+        assert!(is_dynamic(Path::new("/bin/sh")).unwrap());
+        assert!(is_dynamic(Path::new("/etc/passwd")).is_err());
+    }
 
     #[test]
     fn the_version_is_in_the_first_line() {

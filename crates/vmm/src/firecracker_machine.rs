@@ -4,20 +4,23 @@
 //! error that the guest gets. There is no [`MachineState::Stalled`] here.
 
 use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
-use crate::machine::{AgentEndpoint, DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
+use crate::jail::{self, Jail};
+use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
 use crate::messages::Messages;
 use crate::process::Process;
 use crate::qemu_machine::{
     EVENTS_KEPT, Held, LAST_WORDS_DEADLINE, SHUTDOWN_INTERVAL, check_growth, crash, wait_for_end,
 };
 use crate::run_dir::{Lock, RunDir};
-use crate::{Error, Result, console};
+use crate::{Error, Result, agent, console, vsock};
 use async_trait::async_trait;
+use qapi::qga::GuestShutdownMode;
 use scalebox_storage::Bytes;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::{broadcast, watch};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -25,6 +28,9 @@ use tokio::time::{sleep, timeout};
 
 /// What Firecracker logs when its guest has restarted: the one end that is not a fault.
 const GONE_WELL: &str = "exit_code=0";
+
+/// The port on which a guest's agent listens: the first that an ordinary program may take (vsock(7)).
+const AGENT_PORT: u32 = 1024;
 
 /// The handle. Dropping it lets go of the machine: another may adopt it.
 pub(crate) struct FirecrackerMachine {
@@ -38,6 +44,7 @@ struct Shared {
     process: Process,
     messages: Messages,
     root: PathBuf,
+    jail: Jail,
     api: Api,
     /// Given back before the end is announced, so that who waited for the end can launch again.
     lock: Mutex<Option<Lock>>,
@@ -50,7 +57,7 @@ struct Shared {
 }
 
 impl FirecrackerMachine {
-    pub(crate) fn new(held: Held, api: Api, console: pipe::Receiver) -> Arc<FirecrackerMachine> {
+    pub(crate) fn new(held: Held, jail: Jail, api: Api, console: pipe::Receiver) -> Arc<FirecrackerMachine> {
         let drain = tokio::spawn(console::drain(console, held.console_log));
         let drain_handle = drain.abort_handle();
         let shared = Arc::new(Shared {
@@ -59,6 +66,7 @@ impl FirecrackerMachine {
             process: held.process,
             messages: held.messages,
             root: held.root,
+            jail,
             api,
             lock: Mutex::new(Some(held.lock)),
             killed: Mutex::default(),
@@ -161,7 +169,10 @@ impl Machine for FirecrackerMachine {
                 tracing::warn!(machine = %self.shared.id, %error, "not resumed for its shutdown");
             }
             loop {
-                if let Err(error) = self.shared.api.ctrl_alt_del().await {
+                // The restart of the guest is the machine's end.
+                let asked = agent::ask_to_shut_down(self.agent(), GuestShutdownMode::Reboot);
+                let (pressed, ()) = futures::join!(self.shared.api.ctrl_alt_del(), asked);
+                if let Err(error) = pressed {
                     tracing::debug!(machine = %self.shared.id, %error, "Ctrl+Alt+Del not pressed");
                 }
                 sleep(SHUTDOWN_INTERVAL).await;
@@ -200,9 +211,12 @@ impl Machine for FirecrackerMachine {
         self.shared.events.subscribe()
     }
 
-    /// None: the agent's channel here would be a vsock, for which the guests have no modules.
-    fn agent(&self) -> Option<AgentEndpoint> {
-        None
+    async fn agent(&self) -> Result<UnixStream> {
+        let stream = vsock::connect(&self.shared.jail.path(jail::AGENT), AGENT_PORT).await;
+        stream.map_err(|error| Error::Agent {
+            id: self.shared.id.clone(),
+            why: error.to_string(),
+        })
     }
 }
 
@@ -230,6 +244,7 @@ async fn attend(shared: Arc<Shared>, drain: JoinHandle<()>) {
     if reason == ExitReason::GuestShutdown {
         shared.announce(MachineEvent::GuestShutdown);
     }
+    shared.jail.remove();
     shared.dir.clear();
     shared.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     shared.announce(MachineEvent::Ended(reason.clone()));

@@ -21,10 +21,12 @@
 //! | `firecracker` | the Firecracker driver: launch and adopt |
 //! | `firecracker_machine` | a running Firecracker machine, and its attendant |
 //! | `firecracker_api` | Firecracker's API socket: every request, in order |
-//! | `firecracker_command` | the only door to the Firecracker binary, and the files it gets |
+//! | `firecracker_command` | the only door to the Firecracker binary and its jailer |
+//! | `jail` | the folder that the jailer locks a process into |
+//! | `vsock` | a guest's vsock, as Firecracker shows it on the host |
 //! | `confinement`, `cgroup`, `sandbox` | what keeps a process to itself: a control group, and a fence around its files |
 //! | `process` | a process by pidfd and start time, never by pid alone |
-//! | `messages` | what QEMU says on stderr, bounded, also when nobody listens |
+//! | `messages` | what a hypervisor says on stderr, bounded, also when nobody listens |
 //! | `run_dir` | the files of a running machine, who owns them, how they go |
 
 pub mod accel;
@@ -39,6 +41,7 @@ mod firecracker;
 mod firecracker_api;
 mod firecracker_command;
 mod firecracker_machine;
+mod jail;
 pub mod machine;
 mod messages;
 mod process;
@@ -47,14 +50,16 @@ mod qemu_machine;
 mod qmp;
 mod run_dir;
 mod sandbox;
+mod vsock;
 
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator};
 pub use confinement::unconfined;
 pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;
 pub use firecracker::FirecrackerDriver;
+pub use jail::sweep_jails;
 pub use machine::{
-    AgentEndpoint, DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineSpec, MachineState, Nic, RunAs, Vmm,
+    DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineSpec, MachineState, Nic, RunAs, Vmm,
 };
 pub use qemu::QemuDriver;
 

@@ -32,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::UnixStream;
 use tokio::sync::broadcast;
 
 /// A hypervisor that can run machines: a driver.
@@ -136,9 +137,12 @@ pub trait Machine: Send + Sync {
     /// What happens to the machine from now on. A receiver that falls behind loses the oldest: ask [`state`](Machine::state).
     fn events(&self) -> broadcast::Receiver<MachineEvent>;
 
-    /// Where the guest agent answers, when the machine has a channel for it. One client at a time: whoever connects second
-    /// waits until the first has left.
-    fn agent(&self) -> Option<AgentEndpoint>;
+    /// A new connection to the guest agent, whose protocol is spoken from its first byte on. Under some hypervisors there is one client at a
+    /// time: whoever connects second waits for its first answer until the first has left.
+    ///
+    /// # Errors
+    /// [`Error::Agent`] when nobody can be reached; a guest that boots or has no agent may show by its silence only.
+    async fn agent(&self) -> Result<UnixStream>;
 }
 
 /// Everything a machine is made of. It names what exists; nothing is made but what is in `run_dir`.
@@ -382,14 +386,6 @@ pub enum MachineEvent {
     },
     /// The machine is gone.
     Ended(ExitReason),
-}
-
-/// How the guest agent is reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum AgentEndpoint {
-    /// A Unix socket that speaks the agent's protocol at once.
-    Unix(PathBuf),
 }
 
 #[cfg(test)]

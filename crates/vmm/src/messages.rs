@@ -1,16 +1,15 @@
-//! What QEMU says on stderr, bounded, also when nobody listens.
+//! What a hypervisor says on stderr, bounded, also when nobody listens.
 //!
 //! A file would grow as a guest pleases (some of QEMU's warnings can be provoked from inside), and a pipe to this process
-//! would break with it. So it is a named pipe that QEMU itself holds open at both ends, without blocking: it never breaks,
+//! would break with it. So it is a named pipe that the hypervisor itself holds open at both ends, without blocking: it never breaks,
 //! holds 64 KiB at most (pipe(7)), drops what does not fit, and whoever adopts the machine can open it again.
 
 use crate::{Error, Result};
-use rustix::fs::{CWD, Mode, OFlags, mkfifoat};
+use rustix::fs::{CWD, Mode, OFlags, mkfifoat, open};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use tokio::net::unix::pipe;
@@ -21,9 +20,6 @@ const KEPT: usize = 64 << 10;
 /// One read. As many as fill [`KEPT`] empty a full pipe.
 const CHUNK: usize = 4 << 10;
 
-/// `O_NONBLOCK`, in the type that the standard library takes.
-const NONBLOCK: i32 = OFlags::NONBLOCK.bits() as i32;
-
 /// The reading end, and what was read.
 #[derive(Debug)]
 pub(crate) struct Messages {
@@ -32,25 +28,15 @@ pub(crate) struct Messages {
 }
 
 impl Messages {
-    /// Makes the pipe and opens the end that QEMU gets.
+    /// Makes the pipe and opens the end that the hypervisor gets.
     pub(crate) fn create(path: &Path) -> Result<File> {
-        make(path)?;
-        File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(NONBLOCK)
-            .open(path)
-            .map_err(Error::io("open", path))
+        made(path)
     }
 
     /// Opens this process' end.
     pub(crate) fn open(path: &Path) -> Result<Messages> {
-        make(path)?;
-        // For writing too, or the first launch would see the end of file before QEMU's first word.
-        let pipe = pipe::OpenOptions::new()
-            .read_write(true)
-            .open_receiver(path)
-            .map_err(Error::io("open", path))?;
+        // For writing too, or the first launch would see the end of file before the hypervisor's first word.
+        let pipe = pipe::Receiver::from_file(made(path)?).map_err(Error::io("open", path))?;
         Ok(Messages {
             pipe,
             kept: Mutex::default(),
@@ -61,7 +47,7 @@ impl Messages {
     pub(crate) async fn listen(&self) {
         loop {
             if let Err(error) = self.pipe.readable().await {
-                tracing::warn!(%error, "QEMU's messages can no longer be read");
+                tracing::warn!(%error, "the hypervisor's messages can no longer be read");
                 std::future::pending::<()>().await;
             }
             self.take_in();
@@ -85,13 +71,13 @@ impl Messages {
                 Ok(0) => return,
                 Ok(read) => self.keep(&buffer[..read]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => return tracing::warn!(%error, "QEMU's messages can no longer be read"),
+                Err(error) => return tracing::warn!(%error, "the hypervisor's messages can no longer be read"),
             }
         }
     }
 
     fn keep(&self, said: &[u8]) {
-        tracing::debug!(said = %String::from_utf8_lossy(said), "QEMU");
+        tracing::debug!(said = %String::from_utf8_lossy(said), "the hypervisor");
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend(said);
         let surplus = kept.len().saturating_sub(KEPT);
@@ -99,9 +85,14 @@ impl Messages {
     }
 }
 
-fn make(path: &Path) -> Result<()> {
+/// The pipe, made where it is missing, open at both ends. A link in its place is not followed.
+fn made(path: &Path) -> Result<File> {
     match mkfifoat(CWD, path, Mode::RUSR | Mode::WUSR) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
-        Err(error) => Err(Error::io("create", path)(error.into())),
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(Error::io("create", path)(error.into())),
     }
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    open(path, flags, Mode::empty())
+        .map(File::from)
+        .map_err(|error| Error::io("open", path)(error.into()))
 }

@@ -18,7 +18,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// The most files a machine's process may hold open; it needs about 40.
-const OPEN_FILES: u64 = 256;
+pub(crate) const OPEN_FILES: u64 = 256;
 
 /// What tells a process from all others, also after it is gone: kept in the record of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +96,12 @@ impl Process {
 
     pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
+    }
+
+    /// Its argument vector, once it has executed its program.
+    pub(crate) fn arguments(&self) -> io::Result<Vec<String>> {
+        let found = Identity::read(self.pid()).map(|identity| identity.argv);
+        found.ok_or_else(|| io::Error::other(format!("process {} shows no arguments", self.pid())))
     }
 
     /// The identity, for the record, of a process that was started with `argv`. It is not asked for its arguments: right after

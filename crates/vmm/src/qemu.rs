@@ -99,7 +99,7 @@ impl QemuDriver {
             Accel::Kvm => BESIDE_GUEST,
             Accel::Tcg => BESIDE_GUEST + Bytes::from_mib(TRANSLATION_CACHE_MIB),
         };
-        let confined = self.confinement.prepare(spec, dir, &needed, beside_guest)?;
+        let confined = self.confinement.prepare(spec, dir, Some(&needed), beside_guest)?;
         let mut child = self
             .qemu
             .spawn(argv, confined, theirs)
@@ -144,10 +144,11 @@ impl Vmm for QemuDriver {
     async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
         let dir = RunDir::at(run_dir);
         let Some(lock) = dir.lock(id)? else { return Ok(None) };
-        let Some(held) = find(id, &dir, lock, &identity(id, &dir)?).await? else {
+        let Some((process, record)) = find(id, &dir, &identity(id, &dir)?).await? else {
             dir.clear();
             return Ok(None);
         };
+        let held = Held::again(process, record, &dir, lock, Messages::open(&dir.messages())?);
         let machine = match held.connect(ADOPT_DEADLINE).await {
             Ok(machine) => machine,
             Err((held, Unreached::Ended)) => {
@@ -314,8 +315,8 @@ pub(crate) fn running(id: &MachineId, dir: &RunDir, marks: &[String]) -> Result<
     recorded.map_err(Error::io("read", "/proc"))
 }
 
-/// The machine that an earlier holder left. One that it did not get to put on record is killed.
-pub(crate) async fn find(id: &MachineId, dir: &RunDir, lock: Lock, marks: &[String]) -> Result<Option<Held>> {
+/// The machine's process that an earlier holder left, with its record. One that it did not get to put on record is killed.
+pub(crate) async fn find(id: &MachineId, dir: &RunDir, marks: &[String]) -> Result<Option<(Process, Record)>> {
     let Some(process) = running(id, dir, marks)? else {
         return Ok(None);
     };
@@ -331,17 +332,7 @@ pub(crate) async fn find(id: &MachineId, dir: &RunDir, lock: Lock, marks: &[Stri
             program: record.process.argv.into_iter().next().unwrap_or_default(),
         });
     }
-    let Record { root, console_log, .. } = record;
-    let messages = Messages::open(&dir.messages())?;
-    Ok(Some(Held {
-        id: id.clone(),
-        dir: dir.clone(),
-        lock,
-        process,
-        messages,
-        root,
-        console_log,
-    }))
+    Ok(Some((process, record)))
 }
 
 /// QEMU would make a tap that is missing, connected to nothing.

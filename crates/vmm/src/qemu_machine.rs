@@ -4,13 +4,14 @@
 //! cleans up after it, and the console's drain. Both end with the machine, or when the handle is dropped.
 
 use crate::arguments::{ROOT_DEVICE, ROOT_NODE};
-use crate::machine::{AgentEndpoint, DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
+use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
 use crate::messages::Messages;
 use crate::process::Process;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::run_dir::{Lock, Record, RunDir};
 use crate::{Error, Result, agent, console};
 use async_trait::async_trait;
+use qapi::qga::GuestShutdownMode;
 use qapi::qmp::{self, BlockErrorAction, Event, QmpCommand, RunState, ShutdownCause};
 use scalebox_storage::Bytes;
 use std::io;
@@ -58,6 +59,22 @@ pub(crate) enum Unreached {
 }
 
 impl Held {
+    /// A machine that was found again by its record.
+    pub(crate) fn again(process: Process, record: Record, dir: &RunDir, lock: Lock, messages: Messages) -> Held {
+        let Record {
+            id, root, console_log, ..
+        } = record;
+        Held {
+            id,
+            dir: dir.clone(),
+            lock,
+            process,
+            messages,
+            root,
+            console_log,
+        }
+    }
+
     /// Puts the machine on record, for whoever adopts it.
     pub(crate) fn record(&self, argv: Vec<String>) -> io::Result<()> {
         let process = self.process.identity(argv)?;
@@ -199,8 +216,8 @@ impl QemuMachine {
     /// Presses the power button and asks the agent; either may be enough.
     async fn ask_to_shut_down(&self) {
         let button = self.shared.execute("system_powerdown", qmp::system_powerdown {});
-        let agent = self.shared.dir.agent();
-        let (button, ()) = futures::join!(button, agent::ask_to_shut_down(&agent));
+        let agent = agent::ask_to_shut_down(self.agent(), GuestShutdownMode::Powerdown);
+        let (button, ()) = futures::join!(button, agent);
         if let Err(error) = button {
             tracing::debug!(machine = %self.shared.id, %error, "power button not pressed");
         }
@@ -321,8 +338,12 @@ impl Machine for QemuMachine {
         self.shared.events.subscribe()
     }
 
-    fn agent(&self) -> Option<AgentEndpoint> {
-        Some(AgentEndpoint::Unix(self.shared.dir.agent()))
+    async fn agent(&self) -> Result<UnixStream> {
+        let stream = UnixStream::connect(self.shared.dir.agent()).await;
+        stream.map_err(|error| Error::Agent {
+            id: self.shared.id.clone(),
+            why: error.to_string(),
+        })
     }
 }
 

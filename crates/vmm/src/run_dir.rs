@@ -64,16 +64,6 @@ impl RunDir {
         self.0.join("console.pipe")
     }
 
-    /// The folder that belongs to the machine's own account: where Firecracker makes its socket.
-    pub(crate) fn firecracker(&self) -> PathBuf {
-        self.0.join("fc")
-    }
-
-    /// Firecracker's control socket.
-    pub(crate) fn api(&self) -> PathBuf {
-        self.firecracker().join("api.sock")
-    }
-
     /// The guest agent's port.
     pub(crate) fn agent(&self) -> PathBuf {
         self.0.join("agent.sock")
@@ -226,13 +216,6 @@ impl RunDir {
                 }
                 _ => {}
             }
-        }
-        // The process may have made more in its own folder: whatever it is goes, and a link is not followed.
-        match fs::remove_dir_all(self.firecracker()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(folder = %self.firecracker().display(), %error, "leftover of a machine not removed");
-            }
-            _ => {}
         }
     }
 }

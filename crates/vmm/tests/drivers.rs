@@ -1,5 +1,5 @@
 //! One suite for every driver: what the traits promise, whatever the hypervisor. It prints a table that tells of each test and
-//! driver: passed, or why it could not run here. Needs root, for taps.
+//! driver: passed, or why it could not run here. Needs root, for taps and jails.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,18 +19,21 @@ use scalebox_vmm::{
     QemuDriver, RunAs, Vmm, accelerator,
 };
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use support::guest::Guest;
 use support::{Lab, PATIENCE, processes_with, signal, status_line, until};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 /// A driver, a laboratory and a machine that has not been launched: each test's own.
 struct Bench {
     lab: Lab,
     vmm: Arc<dyn Vmm>,
+    jails: PathBuf,
     spec: MachineSpec,
 }
 
@@ -40,8 +43,6 @@ enum Needs {
     Control,
     /// A guest that runs.
     Guest,
-    /// An account of its own for the machine, which KVM's device lets in.
-    Account,
 }
 
 type Test = (&'static str, Needs, fn(Bench) -> BoxFuture<'static, ()>);
@@ -81,8 +82,11 @@ const TESTS: &[Test] = &[
     ("console recorded", Needs::Guest, |bench| {
         console_recorded(bench).boxed()
     }),
-    ("own account, without a capability", Needs::Account, |bench| {
+    ("own account, without a capability", Needs::Control, |bench| {
         own_account(bench).boxed()
+    }),
+    ("no agent, no waiting for one", Needs::Control, |bench| {
+        no_agent(bench).boxed()
     }),
 ];
 
@@ -91,7 +95,8 @@ struct Candidate {
     name: &'static str,
     driver: Result<Arc<dyn Vmm>, String>,
     guests: Result<(), String>,
-    accounts: Result<(), String>,
+    /// On the file system of the laboratories' disks.
+    jails: TempDir,
 }
 
 fn candidates() -> [Candidate; 2] {
@@ -101,34 +106,23 @@ fn candidates() -> [Candidate; 2] {
         Ok(choice) => Err(choice.reason),
         Err(error) => Err(error.to_string()),
     };
-    let firecracker = kvm.and_then(|_| FirecrackerDriver::find().map_err(|error| error.to_string()));
+    let jails = || tempfile::Builder::new().prefix("jails-").tempdir().unwrap();
+    let cells = jails();
+    let firecracker = kvm.and_then(|_| FirecrackerDriver::find(cells.path()).map_err(|error| error.to_string()));
     [
         Candidate {
             name: "qemu",
             driver: Ok(Arc::new(QemuDriver::find(Accel::Tcg).unwrap())),
             guests: Ok(()),
-            accounts: Ok(()),
+            jails: jails(),
         },
         Candidate {
             name: "firecracker",
             driver: firecracker.map(|driver| Arc::new(driver) as Arc<dyn Vmm>),
             guests,
-            accounts: devices_let_others_in(),
+            jails: cells,
         },
     ]
-}
-
-/// Whether the devices are open to an account of its own: to everybody, or KVM's to a group that is not root's.
-fn devices_let_others_in() -> Result<(), String> {
-    for (path, by_group) in [("/dev/kvm", true), ("/dev/net/tun", false)] {
-        let device = std::fs::metadata(path).map_err(|error| format!("{path}: {error}"))?;
-        let (mode, group) = (device.mode() & 0o777, device.gid());
-        let open = mode & 0o006 == 0o006 || (by_group && group != 0 && mode & 0o060 == 0o060);
-        if !open {
-            return Err(format!("{path} (mode {mode:o}, group {group}) lets in root alone"));
-        }
-    }
-    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -139,11 +133,13 @@ async fn every_driver_keeps_the_promises_of_the_traits() {
             let possible = match needs {
                 Needs::Control => &Ok(()),
                 Needs::Guest => &candidate.guests,
-                Needs::Account => &candidate.accounts,
             };
             let outcome = match (&candidate.driver, possible) {
                 (Err(why), _) | (_, Err(why)) => format!("not run: {why}"),
-                (Ok(vmm), Ok(())) => match AssertUnwindSafe(test(bench(vmm))).catch_unwind().await {
+                (Ok(vmm), Ok(())) => match AssertUnwindSafe(test(bench(vmm, candidate.jails.path())))
+                    .catch_unwind()
+                    .await
+                {
                     Ok(()) => "passed".to_owned(),
                     Err(_) => {
                         failed += 1;
@@ -158,7 +154,7 @@ async fn every_driver_keeps_the_promises_of_the_traits() {
     assert_eq!(failed, 0, "\n{}", table.join("\n"));
 }
 
-fn bench(vmm: &Arc<dyn Vmm>) -> Bench {
+fn bench(vmm: &Arc<dyn Vmm>, jails: &Path) -> Bench {
     let lab = Lab::new();
     let mut spec = lab.spec(Guest::Deaf);
     if vmm.name() == "firecracker" {
@@ -167,16 +163,31 @@ fn bench(vmm: &Arc<dyn Vmm>) -> Bench {
     }
     let vmm = vmm.clone();
     spec.memory_mib = 128;
-    Bench { lab, vmm, spec }
+    Bench {
+        lab,
+        vmm,
+        jails: jails.to_owned(),
+        spec,
+    }
 }
 
 impl Bench {
     fn nothing_is_left(&self) {
         assert!(processes_with(self.spec.id.as_str()).is_empty());
         assert!(!self.spec.run_dir.exists());
+        assert_eq!(jails_in(&self.jails), Vec::<PathBuf>::new());
         // The tap and the disk are the caller's.
         assert!(self.lab.path("root").exists());
     }
+}
+
+/// The machines' folders, below those named after their program.
+fn jails_in(base: &Path) -> Vec<PathBuf> {
+    let entries = |of: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(of).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    entries(base).iter().flat_map(|program| entries(program)).collect()
 }
 
 async fn launched_and_killed(bench: Bench) {
@@ -351,22 +362,46 @@ async fn own_account(mut bench: Bench) {
     })
     .await;
     assert_eq!(status_line(&*machine, "CapEff"), "0000000000000000");
+    if bench.vmm.name() == "firecracker" {
+        let root = PathBuf::from(format!("/proc/{}/root", machine.pid()));
+        let there = ["disk", "kernel", "seed", "api.sock"].map(|name| root.join(name).exists());
+        let elsewhere = ["etc", "proc", "usr", "home"].map(|name| root.join(name).exists());
+        assert_eq!((there, elsewhere), ([true; 4], [false; 4]));
+    }
     machine.pause().await.unwrap();
     machine.resume().await.unwrap();
     machine.resize_root(Bytes::from_mib(32)).await.unwrap();
-    machine.kill().await.unwrap();
+    drop(machine);
+    let adopted = bench.vmm.adopt(&bench.spec.id, &bench.spec.run_dir).await.unwrap();
+    adopted.expect("it runs").kill().await.unwrap();
     bench.nothing_is_left();
+}
+
+async fn no_agent(bench: Bench) {
+    let machine = bench.vmm.launch(&bench.spec).await.unwrap();
+    match timeout(PATIENCE, machine.agent()).await.unwrap() {
+        // A serial port takes every client, and nobody speaks there.
+        Ok(mut stream) => {
+            stream.write_all(b"{\"execute\":\"guest-ping\"}\n").await.unwrap();
+            let silence = timeout(Duration::from_millis(300), stream.read_u8()).await;
+            assert!(silence.is_err(), "{silence:?}");
+        }
+        Err(error) => assert!(matches!(error, Error::Agent { .. }), "{error}"),
+    }
+    machine.kill().await.unwrap();
+    assert!(matches!(machine.agent().await, Err(Error::Agent { .. })));
 }
 
 /// A machine launched by one driver is neither adopted nor taken for dead by the other.
 #[tokio::test]
 async fn a_machine_of_another_driver_is_left_alone() {
     let [qemu, firecracker] = candidates();
+    let jails = firecracker.jails;
     let (Ok(qemu), Ok(firecracker)) = (qemu.driver, &firecracker.driver) else {
         println!("not run: {}", firecracker.driver.err().unwrap_or_default());
         return;
     };
-    let bench = bench(&qemu);
+    let bench = bench(&qemu, jails.path());
     let machine = qemu.launch(&bench.spec).await.unwrap();
     let pid = machine.pid();
     drop(machine);

@@ -119,7 +119,12 @@ impl Drop for Lab {
         if self.owned.is_none() {
             return;
         }
-        for pid in processes_with(self.folder.to_str().unwrap()) {
+        // By folder or by id: a jailed process names no folder.
+        let id = format!("vm-{}", unique(&self.folder));
+        for pid in [self.folder.to_str().unwrap(), &id]
+            .into_iter()
+            .flat_map(processes_with)
+        {
             signal(pid, Signal::KILL);
         }
         let deleted = Command::new("ip").args(["link", "delete", &self.tap]).status();
@@ -151,7 +156,7 @@ pub fn processes_with(text: &str) -> Vec<i32> {
     let has = |pid: &i32| {
         let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let arguments = String::from_utf8_lossy(&arguments).into_owned();
-        (arguments.contains("qemu-system") || arguments.starts_with("firecracker:")) && arguments.contains(text)
+        (arguments.contains("qemu-system") || arguments.starts_with("/firecracker\0")) && arguments.contains(text)
     };
     entries.filter(has).collect()
 }
