@@ -11,6 +11,9 @@ if [[ $EUID -ne 0 ]]; then
 	exit 1
 fi
 
+promtool=$(scripts/promtool.sh)
+PATH=$PATH${promtool:+:$promtool}
+
 # Every test's scratch folder lies in here, so that what belongs to them can be told from all else. Short: sockets' paths are limited.
 TMPDIR=$(mktemp -d /tmp/sbt.XXXXXX)
 export TMPDIR

@@ -41,8 +41,10 @@ pub struct Results {
     pub admission_us: f64,
     /// `GET /vms`.
     pub list: Option<Samples>,
-    /// VMs there were then, and at the restart.
-    pub list_vms: usize,
+    /// Stopped VMs there were then, and at the restart.
+    pub list_stopped: usize,
+    /// And running ones, whose guests had booted.
+    pub list_running: usize,
     /// From a restart of the daemon to its readiness.
     pub restart_ms: f64,
     /// The daemon's memory, in bytes, and with how many stopped VMs.
@@ -62,10 +64,11 @@ pub struct Results {
 /// Runs all stages.
 pub fn run(setup: &Setup) -> Outcome<Results> {
     let mut results = Results::default();
-    let (listed, many, most) = if setup.quick { (50, 200, 400) } else { (200, 1000, 5000) };
+    let (listed, running) = if setup.quick { (50, 2) } else { (200, 8) };
+    let (many, most) = if setup.quick { (200, 400) } else { (1000, 5000) };
 
     let mut daemon = Daemon::start(setup)?;
-    {
+    let guests = {
         let shop = Workshop::open(setup, &daemon)?;
         tell("disks of each size, one at a time and 32 at once");
         fill(&shop, &daemon, 10)?;
@@ -79,13 +82,18 @@ pub fn run(setup: &Setup) -> Outcome<Results> {
 
         tell("a list of VMs, and a restart");
         fill(&shop, &daemon, listed)?;
+        let guests = boot(&shop, &daemon, running)?;
         let list = || measure::timed(|| Ok(daemon.client().vms()?));
         results.list = Some(measure::run(300, 1, |_| list().map(|(time, _)| time))?);
-        results.list_vms = listed;
-    }
+        (results.list_stopped, results.list_running) = (listed, running);
+        guests
+    };
     drop(daemon);
     daemon = Daemon::start(setup)?;
     results.restart_ms = milliseconds(daemon.ready_after);
+    for id in guests {
+        daemon.client().delete_vm(&id)?;
+    }
 
     let shop = Workshop::open(setup, &daemon)?;
     for disks in [many, most] {
@@ -102,7 +110,7 @@ pub fn run(setup: &Setup) -> Outcome<Results> {
     tell("random writes");
     results.random_writes = random_writes::run(setup)?;
     tell("a guest");
-    guests(setup, &shop, &daemon, &mut results)?;
+    one_guest(setup, &shop, &daemon, &mut results)?;
     Ok(results)
 }
 
@@ -115,6 +123,19 @@ fn fill(shop: &Workshop<'_>, daemon: &Daemon, disks: usize) -> Outcome<()> {
     let there = daemon.client().vms()?.len();
     let make = |number| shop.make(Way::Api, number, 2).map(|(time, _)| time);
     measure::run(disks.saturating_sub(there), MANY, make).map(drop)
+}
+
+/// Makes VMs and waits until their guests have booted.
+fn boot(shop: &Workshop<'_>, daemon: &Daemon, guests: usize) -> Outcome<Vec<String>> {
+    let mut booted = Vec::new();
+    for _ in 0..guests {
+        let request = CreateVm::new(TEMPLATE.parse()?, shop.key().clone());
+        booted.push(daemon.client().create_vm(&request)?);
+    }
+    for vm in &booted {
+        wait_for_ssh(vm.ssh_port)?;
+    }
+    Ok(booted.into_iter().map(|vm| vm.id).collect())
 }
 
 impl Results {
@@ -162,7 +183,7 @@ fn settle(setup: &Setup, client: &Client) -> Outcome<()> {
     Ok(rustix::fs::syncfs(File::open(&setup.pool)?)?)
 }
 
-fn guests(setup: &Setup, shop: &Workshop<'_>, daemon: &Daemon, results: &mut Results) -> Outcome<()> {
+fn one_guest(setup: &Setup, shop: &Workshop<'_>, daemon: &Daemon, results: &mut Results) -> Outcome<()> {
     let client = daemon.client();
     let runs = if setup.quick { 1 } else { 3 };
     let mut times = Vec::new();

@@ -477,4 +477,16 @@ mod tests {
             assert!(name.parse::<scalebox_client::VmName>().is_ok(), "{name}");
         }
     }
+
+    #[test]
+    fn there_are_names_enough_and_each_word_can_stand_in_one() {
+        let words = petname::Petnames::default();
+        assert!(words.cardinality(3) >= 300_000, "{}", words.cardinality(3));
+        for list in [&words.adverbs, &words.adjectives, &words.nouns] {
+            assert!(
+                list.iter()
+                    .all(|word| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase()))
+            );
+        }
+    }
 }

@@ -64,9 +64,7 @@ fn the_metrics_are_the_host_s_numbers_and_promtool_has_nothing_to_say() {
     let mut promtool = match promtool {
         Ok(promtool) => promtool,
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            eprintln!(
-                "NOT RUN: promtool is not on the PATH (Debian: apt-get install --no-install-recommends prometheus)"
-            );
+            eprintln!("NOT RUN: promtool is not on the PATH (scripts/promtool.sh fetches it)");
             return;
         }
         Err(error) => panic!("promtool: {error}"),
