@@ -19,6 +19,8 @@ scratch_up() {
 
 scratch_serve() {
 	local daemon=$1 log=$SCRATCH/daemon.log address tries
+	# Looked into at once: the daemon's own redirection may come a moment later.
+	: >>"$log"
 	"$daemon" --config /dev/null serve 2>>"$log" &
 	DAEMON_PID=$!
 	for ((tries = 0; tries < 300; tries++)); do
