@@ -54,6 +54,7 @@ mod pool_growth;
 mod pool_watch;
 mod progress;
 mod random;
+mod reboot_loop;
 mod reclaim;
 mod recovery;
 mod resize;

@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::pool_growth::Growth;
 use crate::pool_watch::{self, Held};
 use crate::random::random_hex;
+use crate::reboot_loop;
 use crate::reclaim::{self, Reclaim};
 use crate::resize;
 use crate::settings::Settings;
@@ -981,15 +982,22 @@ impl Service {
         let service = self.clone();
         // Not in `tasks`: a shutdown does not wait for machines.
         tokio::spawn(async move {
-            let reason = tokio::select! {
-                reason = machine.exited() => reason,
+            let (reason, failure) = tokio::select! {
+                reason = machine.exited() => (reason, None),
+                failure = reboot_loop::seen(&machine) => {
+                    if let Err(error) = machine.kill().await {
+                        tracing::warn!(vm = id, %error, "a guest that cannot boot was not ended");
+                    }
+                    (machine.exited().await, Some(failure))
+                }
                 never = pool_watch::follow(&service, &id, &machine) => match never {},
             };
-            service.note_exit(&id, &machine, reason).await;
+            service.note_exit(&id, &machine, reason, failure).await;
         });
     }
 
-    async fn note_exit(&self, id: &str, machine: &Arc<dyn Machine>, reason: ExitReason) {
+    /// Notes that a machine has ended, which is a failure of the VM if there is one to tell.
+    async fn note_exit(&self, id: &str, machine: &Arc<dyn Machine>, reason: ExitReason, failure: Option<String>) {
         let Ok(operation) = self.inner.vms.begin_when_idle(id, "ending").await else {
             return;
         };
@@ -1001,17 +1009,22 @@ impl Service {
         {
             return;
         }
-        let (status, reason) = match reason {
-            ExitReason::GuestShutdown => (VmStatus::Stopped, None),
-            other => (VmStatus::Failed, Some(format!("{other}{}", self.last_words(id).await))),
+        let failure = match reason {
+            ExitReason::GuestShutdown => failure,
+            other => Some(failure.unwrap_or_else(|| other.to_string())),
         };
-        self.inner.vms.set(id, status, reason.clone(), None);
+        let (status, reason) = match failure {
+            None => (VmStatus::Stopped, None),
+            Some(failure) => (VmStatus::Failed, Some(failure + &self.last_words(id).await)),
+        };
         tracing::info!(vm = id, status = status.as_str(), reason, "machine ended");
         let noted = async {
             self.take_down(&operation.record).await?;
             self.persist(id, status, reason.as_deref()).await
         };
         let noted = noted.await;
+        // Seen when it can be started again.
+        self.inner.vms.set(id, status, reason.clone(), None);
         let (kind, details) = match &reason {
             None => (EventKind::Stopped, json!({ "by": "guest" })),
             Some(reason) => (EventKind::Failed, json!({ "reason": reason })),

@@ -1,0 +1,47 @@
+//! A guest that cannot boot: a kernel of a few bytes stands for it, which restarts the machine at once.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+#[path = "../../vmm/tests/support/guest.rs"]
+#[allow(dead_code, reason = "one of its guests is needed")]
+mod bare_guest;
+mod support;
+
+use bare_guest::Guest;
+use scalebox_client::{CreateVm, EventKind, VmStatus};
+use std::fs;
+use support::{Host, Options, eventually};
+
+#[test]
+fn a_guest_that_cannot_boot_fails_says_so_and_takes_no_processor_any_more() {
+    let host = Host::with_tiny_template(&Options::default());
+    let kernel = host.folder.join("pool/kernel");
+    Guest::Restless.write_to(&kernel.join("vmlinuz"));
+    fs::write(kernel.join("initrd.img"), b"").unwrap();
+    let request = CreateVm {
+        start: true,
+        ..host.stopped("tiny")
+    };
+    let vm = host.client().create_vm(&request).unwrap();
+    let failed = eventually("the loop to be seen", || {
+        let vm = host.client().vm(&vm.id).unwrap();
+        (vm.status == VmStatus::Failed).then_some(vm)
+    });
+    let reason = failed.status_reason.unwrap();
+    assert!(
+        reason.contains("restarted itself 6 times") && reason.contains("last words: up"),
+        "{reason}"
+    );
+    assert_eq!(host.taps(), Vec::<String>::new(), "its machine is gone");
+    let events = host.client().events(Some(0), false).unwrap();
+    assert_eq!(events.last().unwrap().unwrap().kind, EventKind::Failed);
+
+    // It can be started again, as after a repair of its disk.
+    assert_eq!(host.client().start_vm(&vm.id).unwrap().status, VmStatus::Running);
+    host.client().delete_vm(&vm.id).unwrap();
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
