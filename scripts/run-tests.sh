@@ -24,10 +24,12 @@ taps() { ip -o link show | sed -n 's/^[0-9]*: \(sb[0-9a-f]\{12\}\)[@:].* master 
 tables() { nft list tables | sed -n 's/^table \([a-z0-9]* scalebox_sbtest[0-9]*\)$/\1/p'; }
 mounts() { awk -v dir="$TMPDIR/" 'index($5, dir) == 1 { print $5 }' /proc/self/mountinfo | tac; }
 loops() { losetup -n -O NAME,BACK-FILE | awk -v dir="$TMPDIR/" 'index($2, dir) == 1 { print $1 }'; }
-# Control groups of machines that are gone: those of machines that run hold a process.
+# Control groups of machines that are gone: those of machines that run hold a process. What was there before belongs to somebody else.
+all_groups() { find /sys/fs/cgroup -type d -path '*/scalebox/vm-*' 2>/dev/null; }
+groups_before=$(all_groups)
 groups() {
 	local group
-	find /sys/fs/cgroup -type d -path '*/scalebox/vm-*' 2>/dev/null | while read -r group; do
+	all_groups | grep -vxF -e "${groups_before:-none}" | while read -r group; do
 		[[ -n $(cat "$group/cgroup.procs" 2>/dev/null) ]] || echo "$group"
 	done
 }
