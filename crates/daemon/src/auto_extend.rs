@@ -4,9 +4,10 @@
 //! `PATCH /vms/{vm}`: admitted, live, recorded before it is done; by the increment, or by what limit and pool allow. Each step is an
 //! event and a line in the log; so is one that could not be taken, once until it can.
 
+use crate::create::is_refusal;
 use crate::error::ServiceError;
 use crate::resize;
-use crate::service::{Service, blocking, is_refusal};
+use crate::service::{Service, blocking};
 use crate::state::Record;
 use futures::stream::{self, StreamExt};
 use scalebox_client::{AutoExtend, EventKind};

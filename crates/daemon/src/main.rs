@@ -11,7 +11,11 @@
 //! | `server` | connections, and the daemon's end |
 //! | `events` | what happens on the host, told as it happens |
 //! | `event_stream` | `GET /events` |
-//! | `service` | the VM lifecycle: what a request does, step by step |
+//! | `service` | the service behind the API: its parts, and what can be asked of it |
+//! | `create` | a VM is made, step by step |
+//! | `lifecycle` | machines brought up, shut down, followed to their end, taken away |
+//! | `update` | a VM's disk grows, what is kept of it changes |
+//! | `pool` | the pool's numbers, and its size |
 //! | `metrics` | `GET /metrics` |
 //! | `openapi` | `GET /openapi.json` |
 //! | `idempotency` | a creation that is asked for again gives the same VM |
@@ -20,6 +24,8 @@
 //! | `state` | the state file |
 //! | `recovery` | putting things right at start |
 //! | `pool_growth` | a pool that grows by itself |
+//! | `agent` | reaching a guest's agent |
+//! | `reboot_loop` | guests that cannot boot |
 //! | `auto_extend` | disks that extend themselves |
 //! | `guest_trim` | guests that give back what they deleted |
 //! | `pool_watch` | pausing guests before the pool runs full, and letting them go on |
@@ -40,6 +46,7 @@ mod agent;
 mod api;
 mod auto_extend;
 mod commands;
+mod create;
 mod doctor;
 mod error;
 mod event_stream;
@@ -47,9 +54,11 @@ mod events;
 mod guest_trim;
 mod host;
 mod idempotency;
+mod lifecycle;
 mod metrics;
 mod network_watch;
 mod openapi;
+mod pool;
 mod pool_growth;
 mod pool_watch;
 mod progress;
@@ -66,6 +75,7 @@ mod snapshots;
 mod state;
 mod template_files;
 mod undo;
+mod update;
 mod vms;
 
 use clap::{Parser, Subcommand};

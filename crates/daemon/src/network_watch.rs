@@ -5,7 +5,8 @@
 //! operation, so that nothing is given to one that is being deleted.
 
 use crate::error::ServiceError;
-use crate::service::{Service, endpoint};
+use crate::lifecycle::endpoint;
+use crate::service::Service;
 use std::convert::Infallible;
 use std::time::Duration;
 

@@ -5,7 +5,8 @@
 
 use crate::error::ServiceError;
 use crate::host;
-use crate::service::{Service, blocking, disk_limits, endpoint, machine_id, remove_dir};
+use crate::lifecycle::{disk_limits, endpoint, machine_id, remove_dir};
+use crate::service::{Service, blocking};
 use crate::state::{Fact, Record, State};
 use scalebox_client::{EventKind, VmStatus, is_vm_id};
 use scalebox_storage::{Gib, Name, jails_dir};

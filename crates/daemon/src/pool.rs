@@ -1,0 +1,109 @@
+//! The pool: its numbers, and its size as people change it.
+
+use crate::accounts;
+use crate::error::ServiceError;
+use crate::service::{Service, blocking};
+use scalebox_client::{EventKind, PoolInfo, Trimmed};
+use scalebox_storage::{Accounts, Bytes, Gib, Pool, StorageError};
+use serde_json::json;
+use std::sync::Arc;
+
+impl Service {
+    /// The pool's numbers.
+    ///
+    /// # Errors
+    /// 500 when the kernel does not tell.
+    pub fn pool(&self) -> Result<PoolInfo, ServiceError> {
+        let pool = &self.inner().pool;
+        let space = pool.space()?;
+        let promises = pool.promises();
+        let accounts = self.inner().ledger.latest();
+        let measured = |sum: fn(&Accounts) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
+        Ok(PoolInfo {
+            path: pool.path().display().to_string(),
+            file_system: pool.file_system().to_owned(),
+            image: pool.image().map(|image| image.display().to_string()),
+            device: pool.device().display().to_string(),
+            capacity_bytes: space.capacity.as_u64(),
+            free_bytes: space.free.as_u64(),
+            used_bytes: space.used.as_u64(),
+            committed_bytes: promises.committed.as_u64(),
+            commitment_limit_bytes: pool.commitment_limit(space.capacity).as_u64(),
+            overcommit_ratio: pool.bounds().overcommit_ratio,
+            reserved_bytes: promises.reserved.as_u64(),
+            buffer_bytes: Bytes::from(pool.bounds().buffer).as_u64(),
+            pool_free_bytes: space.pool_free.as_u64(),
+            host_free_bytes: space.host_free.map(Bytes::as_u64),
+            unallocated_bytes: space.unallocated.as_u64(),
+            metadata_bytes: space.metadata_total.as_u64(),
+            metadata_used_bytes: space.metadata_used.as_u64(),
+            vms_exclusive_bytes: measured(|accounts| accounts.disks_exclusive),
+            templates_exclusive_bytes: measured(|accounts| accounts.templates_exclusive),
+            shared_bytes: measured(|accounts| accounts.shared),
+            other_bytes: measured(|accounts| accounts.other),
+            measured_at: accounts
+                .as_deref()
+                .map(|accounts| accounts::rfc3339(accounts.measured_at)),
+            days_left: self.inner().ledger.days_left(space.free),
+        })
+    }
+
+    /// Grows the pool while it is in use, to `size` or by the 80 % rule.
+    ///
+    /// # Errors
+    /// 400 when that is no growth or too much, 409 while its size is being changed already.
+    pub async fn grow_pool(&self, size: Option<Gib>) -> Result<PoolInfo, ServiceError> {
+        self.change_pool(EventKind::PoolGrown, move |pool| pool.grow(size))
+            .await
+    }
+
+    /// Shrinks the pool while it is in use.
+    ///
+    /// # Errors
+    /// 400 when it is no shrinking, or what is used, promised or kept free would not fit; 409 while its size is being changed already.
+    pub async fn shrink_pool(&self, size: Gib) -> Result<PoolInfo, ServiceError> {
+        self.inner().reclaim.settled().await;
+        self.change_pool(EventKind::PoolShrunk, move |pool| pool.shrink(size))
+            .await
+    }
+
+    async fn change_pool(
+        &self,
+        kind: EventKind,
+        change: impl FnOnce(&Pool) -> Result<(), StorageError> + Send + 'static,
+    ) -> Result<PoolInfo, ServiceError> {
+        let service = self.clone();
+        self.detached(async move {
+            let pool = Arc::clone(&service.inner().pool);
+            blocking(move || change(&pool)).await?;
+            let pool = service.pool()?;
+            tracing::info!(
+                capacity_bytes = pool.capacity_bytes,
+                free_bytes = pool.free_bytes,
+                "the pool has another size"
+            );
+            service.inner().events.publish(
+                kind,
+                None,
+                json!({ "capacity_bytes": pool.capacity_bytes, "free_bytes": pool.free_bytes }),
+            );
+            Ok(pool)
+        })
+        .await
+    }
+
+    /// Gives the pool's free blocks back to the host disk.
+    ///
+    /// # Errors
+    /// 500 when the host disk takes none.
+    pub async fn trim_pool(&self) -> Result<Trimmed, ServiceError> {
+        let pool = Arc::clone(&self.inner().pool);
+        self.detached(async move {
+            let trimmed = blocking(move || pool.trim()).await?;
+            Ok(Trimmed {
+                trimmed_bytes: trimmed.as_u64(),
+            })
+        })
+        .await
+    }
+}
