@@ -89,7 +89,7 @@ pub(crate) fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
 }
 
 /// `ENXIO` is the kernel's word for "no more data behind this offset".
-fn seek_or_end(file: &File, to: SeekFrom) -> io::Result<Option<u64>> {
+pub(crate) fn seek_or_end(file: &File, to: SeekFrom) -> io::Result<Option<u64>> {
     match seek(file, to) {
         Ok(offset) => Ok(Some(offset)),
         Err(Errno::NXIO) => Ok(None),

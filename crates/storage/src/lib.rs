@@ -27,6 +27,7 @@
 //! | `snapshot` | a template made of a disk |
 //! | `identity` | taking out of an image what belongs to one machine only |
 //! | `disk` | cloning, deleting, sweeping disks |
+//! | `compact` | fewer extents in an image of which many clones are made |
 //! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
 //! | `files` | clone, sparse copy, flush |
 //! | `group_sync` | one flush for all who wait for it |
@@ -52,6 +53,7 @@ mod accounting;
 mod admission;
 mod btrfs;
 mod command;
+mod compact;
 mod disk;
 mod error;
 mod extents;

@@ -5,6 +5,7 @@
 //! are cloned from it. Its name holds the template's inode number, so a clone of a template that was replaced is never used.
 
 use crate::command::{self, Program};
+use crate::compact::compact;
 use crate::error::StorageError;
 use crate::files;
 use crate::name::Name;
@@ -173,19 +174,20 @@ impl Pool {
         let folder = self.grown_dir();
         // Made inside templates/, it inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
-        let clone = self.replace_by_grown_clone(original, grown, size)?;
+        let clone = self.replace_by_grown_clone(original, grown, size, compact)?;
         files::sync_dir(&folder)?;
         crash_point("grown clone: kept");
         Ok(clone)
     }
 
-    /// Puts a clone of `original`, grown to `size` and checked, at `target`, in place of what may be there. Until the clone is whole,
-    /// nothing changes; the caller flushes the folder. Returns the clone, open.
+    /// Puts a clone of `original`, grown to `size`, arranged by `arrange` and checked, at `target`, in place of what may be there. Until the
+    /// clone is whole, nothing changes; the caller flushes the folder. Returns the clone, open.
     pub(crate) fn replace_by_grown_clone(
         &self,
         original: &File,
         target: &Path,
         size: Bytes,
+        arrange: impl FnOnce(&File) -> io::Result<()>,
     ) -> Result<File, StorageError> {
         let mut partial = target.as_os_str().to_owned();
         partial.push(PARTIAL);
@@ -200,6 +202,11 @@ impl Pool {
             .and_then(|()| grow_file_system(&partial))
             .and_then(|()| {
                 crash_point("grown clone: file system larger");
+                arrange(&clone).map_err(|error| StorageError::io("arrange", partial.display(), error))
+            })
+            .inspect(|()| crash_point("grown clone: arranged"))
+            .and_then(|()| check_file_system(&partial))
+            .and_then(|()| {
                 clone
                     .sync_all()
                     .map_err(|error| StorageError::io("flush", partial.display(), error))
@@ -298,11 +305,15 @@ impl Pool {
     }
 }
 
-/// Grows the ext4 file system in `image` to the image's size, in user space, and checks what came of it.
+/// Grows the ext4 file system in `image` to the image's size, in user space.
 fn grow_file_system(image: &Path) -> Result<(), StorageError> {
     // A journal that was not replayed would undo the edit at the guest's next boot.
     command::run_accepting(Program::E2fsck, e2fsck_args("-p", image), |code| code <= 1)?;
     command::run(Program::Resize2fs, [image])?;
+    Ok(())
+}
+
+fn check_file_system(image: &Path) -> Result<(), StorageError> {
     command::run(Program::E2fsck, e2fsck_args("-n", image))?;
     Ok(())
 }

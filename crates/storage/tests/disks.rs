@@ -8,6 +8,7 @@ use scalebox_storage::{Bounds, Bytes, Gib, StorageError};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Barrier;
 use support::{HostDisk, Place, Stocked, USUAL, disk_path, ext4_image, fill, name, run, text};
 
@@ -423,6 +424,39 @@ fn a_disk_is_grown_with_its_file_system_and_what_is_on_it() {
     assert_eq!(file_system_size(&path), Gib::new(5).bytes());
     run("e2fsck", &["-fn", text(&path)]);
     assert_eq!(run("debugfs", &["-R", "cat /marker", text(&path)]), "here\n");
+}
+
+/// What each clone of an image pays for: how many extents it has.
+fn extents(image: &Path) -> usize {
+    let told = run("filefrag", &["-v", text(image)]);
+    let numbered = |line: &&str| {
+        line.split_once(':')
+            .is_some_and(|(number, _)| number.trim().parse::<u32>().is_ok())
+    };
+    told.lines().filter(numbered).count()
+}
+
+#[test]
+fn what_disks_are_cloned_from_has_fewer_extents_than_a_disk_grown_by_itself() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    let make = |id: &str, size: u64| {
+        let admitted = pool.admit(Gib::new(size).bytes()).unwrap();
+        pool.create_disk(&name(id), &stocked.template.name, &admitted).unwrap();
+        disk_path(pool, &name(id))
+    };
+    let cloned = make("vm-cloned", 20);
+    let grown = make("vm-grown", 1);
+    pool.grow_disk(&name("vm-grown"), Gib::new(20).bytes()).unwrap();
+    assert!(
+        extents(&cloned) < extents(&grown),
+        "{} and {}",
+        extents(&cloned),
+        extents(&grown)
+    );
+    assert_eq!(file_system_size(&cloned), Gib::new(20).bytes());
+    run("e2fsck", &["-fn", text(&cloned)]);
+    assert_eq!(run("debugfs", &["-R", "cat /marker", text(&cloned)]), "here\n");
 }
 
 #[test]
