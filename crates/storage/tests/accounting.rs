@@ -4,30 +4,12 @@
 
 mod support;
 
-use scalebox_storage::{Accounts, Bounds, Bytes, Gib, Name, Pool};
+use scalebox_storage::{Accounts, Bounds, Bytes, Gib, Pool};
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
-use support::{Stocked, USUAL, disk_path, name, run, text};
+use support::{Stocked, USUAL, disk_path, name, run, text, write};
 
 const MIB: u64 = 1 << 20;
-
-fn create(stocked: &Stocked, id: &str) -> Name {
-    let id = name(id);
-    let admitted = stocked.pool.admit(Gib::new(1).bytes()).unwrap();
-    stocked
-        .pool
-        .create_disk(&id, &stocked.template.name, &admitted)
-        .unwrap();
-    admitted.commit();
-    id
-}
-
-fn write(path: &Path, offset: u64, length: u64) {
-    let file = File::options().write(true).open(path).unwrap();
-    file.write_all_at(&vec![0x5a; length as usize], offset).unwrap();
-    file.sync_all().unwrap();
-}
 
 fn punch(path: &Path, offset: u64, length: u64) {
     let (offset, length) = (offset.to_string(), length.to_string());
@@ -69,7 +51,7 @@ fn measured(pool: &Pool) -> Accounts {
 fn used_and_exclusive_are_what_btrfs_says_and_the_sums_agree() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
-    let [a, b, c] = ["vm-a", "vm-b", "vm-c"].map(|id| create(&stocked, id));
+    let [a, b, c] = ["vm-a", "vm-b", "vm-c"].map(|id| stocked.create(id, 1));
     // Over the template's own blocks, and where it has none.
     write(&disk_path(pool, &a), 0, 64 * 1024);
     write(&disk_path(pool, &a), 300 * MIB, 100 * MIB);
@@ -101,7 +83,7 @@ fn used_and_exclusive_are_what_btrfs_says_and_the_sums_agree() {
 fn a_deletion_frees_what_was_exclusive_whatever_happened_to_the_disk_before() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
-    let [a, b] = ["vm-a", "vm-b"].map(|id| create(&stocked, id));
+    let [a, b] = ["vm-a", "vm-b"].map(|id| stocked.create(id, 1));
     write(&disk_path(pool, &a), 300 * MIB, 64 * MIB);
     write(&disk_path(pool, &b), 300 * MIB, 16 * MIB);
     // A hole in the middle of an extent: the file maps less, the extent stays whole.
@@ -169,7 +151,7 @@ fn a_deleted_template_s_blocks_belong_to_the_clones_that_still_map_a_part_of_the
 fn a_file_deleted_and_still_open_is_counted_with_the_rest() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
-    let id = create(&stocked, "vm-a");
+    let id = stocked.create("vm-a", 1);
     write(&disk_path(pool, &id), 300 * MIB, 32 * MIB);
     let open = File::open(disk_path(pool, &id)).unwrap();
     let exclusive = measured(pool).disks[&id].exclusive;
@@ -189,7 +171,7 @@ fn a_measurement_holds_until_templates_come_or_go() {
         },
     );
     let pool = &stocked.pool;
-    let id = create(&stocked, "vm-a");
+    let id = stocked.create("vm-a", 1);
     assert!(pool.needs_measuring(), "nothing was measured yet");
     write(&disk_path(pool, &id), 300 * MIB, 512 * MIB);
     sync(pool);
@@ -206,7 +188,7 @@ fn a_measurement_holds_until_templates_come_or_go() {
         "what the disk wrote is what it was promised: {accounts:?}"
     );
     // A disk made from a grown clone that is there changes nothing; one of another size makes a clone, which is part of the templates.
-    create(&stocked, "vm-b");
+    stocked.create("vm-b", 1);
     assert!(!pool.needs_measuring());
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
     pool.create_disk(&name("vm-c"), &stocked.template.name, &admitted)

@@ -9,12 +9,12 @@
 
 mod support;
 
-use scalebox_storage::{Backing, Bytes, Gib, Ground, InitOutcome, Name, StorageError, unmount};
+use scalebox_storage::{Backing, Bytes, Gib, Ground, InitOutcome, StorageError, unmount};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use support::{HostDisk, Place, Stocked, USUAL, disk_path, ext4_image, name, run, text};
+use std::path::PathBuf;
+use support::{HostDisk, Place, Stocked, USUAL, disk_path, ext4_image, name, run, text, write};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -65,28 +65,11 @@ fn place_in(folder: PathBuf) -> Place {
     place
 }
 
-fn create(stocked: &Stocked, id: &str, size: u64) -> Name {
-    let id = name(id);
-    let admitted = stocked.pool.admit(Gib::new(size).bytes()).unwrap();
-    stocked
-        .pool
-        .create_disk(&id, &stocked.template.name, &admitted)
-        .unwrap();
-    admitted.commit();
-    id
-}
-
-fn write(path: &Path, offset: u64, length: u64) {
-    let file = File::options().write(true).open(path).unwrap();
-    file.write_all_at(&vec![0x5a; length as usize], offset).unwrap();
-    file.sync_all().unwrap();
-}
-
 /// What every pool does, wherever it lies.
 fn does_what_a_pool_does(stocked: &Stocked) {
     let pool = &stocked.pool;
     let before = pool.space().unwrap();
-    let [a, b] = ["vm-a", "vm-b"].map(|id| create(stocked, id, 2));
+    let [a, b] = ["vm-a", "vm-b"].map(|id| stocked.create(id, 2));
     for id in [&a, &b] {
         run("e2fsck", &["-fn", text(&disk_path(pool, id))]);
         assert_eq!(pool.provisioned(id).unwrap(), Gib::new(2).bytes());

@@ -11,6 +11,7 @@ use scalebox_storage::{
     Backing, Bounds, Bytes, Gib, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
 };
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -30,6 +31,13 @@ pub fn run(program: &str, args: &[&str]) -> String {
         text(&output.stderr)
     );
     text(&output.stdout)
+}
+
+/// Writes into a file, to disk.
+pub fn write(path: &Path, offset: u64, length: u64) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&vec![0x5a; length as usize], offset).unwrap();
+    file.sync_all().unwrap();
 }
 
 pub fn text(path: &Path) -> &str {
@@ -182,6 +190,15 @@ pub struct Stocked {
 }
 
 impl Stocked {
+    /// A disk of `size` GiB, made of the template and counted.
+    pub fn create(&self, id: &str, size: u64) -> Name {
+        let id = name(id);
+        let admitted = self.pool.admit(Gib::new(size).bytes()).unwrap();
+        self.pool.create_disk(&id, &self.template.name, &admitted).unwrap();
+        admitted.commit();
+        id
+    }
+
     pub fn new(size: &str, bounds: Bounds) -> Stocked {
         Stocked::in_place(Place::new(size), bounds)
     }
