@@ -10,7 +10,7 @@ use crate::settings::Token;
 use crate::template_files;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, WWW_AUTHENTICATE};
+use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, WWW_AUTHENTICATE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
@@ -37,6 +37,9 @@ pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// To whoever shows no token: the connection ends behind it. What does not fit into the socket's buffer would have to be waited for.
+const LAST_ANSWER: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
 
 /// All routes, behind the token but for `/health`.
 pub fn router(service: Service, token: &Token) -> Router {
@@ -80,8 +83,8 @@ pub fn router(service: Service, token: &Token) -> Router {
 
 /// Whether the daemon serves.
 #[utoipa::path(get, path = "/health", tag = "Host", security(()), responses((status = 200, body = Health)))]
-async fn health() -> Json<Health> {
-    Json(Health::ok())
+async fn health() -> impl IntoResponse {
+    (LAST_ANSWER, Json(Health::ok()))
 }
 
 /// Makes a VM and starts it.
@@ -380,6 +383,7 @@ async fn require_token(State(token): State<Arc<TokenDigest>>, request: Request, 
     response
         .headers_mut()
         .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    response.headers_mut().extend(LAST_ANSWER);
     response
 }
 

@@ -180,7 +180,8 @@ pub fn template_import(settings: &Settings, name: &str, file: &Path, replace: bo
 /// `scaleboxd serve`.
 pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
     let token = settings.token()?.clone();
-    runtime()?.block_on(async {
+    let runtime = runtime()?;
+    let served = runtime.block_on(async {
         let state = State::open(&settings.state_dir)?;
         let address = settings.api;
         let listener = TcpListener::bind(address)
@@ -212,7 +213,10 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             .map_err(io("serve the API"))?;
         tracing::info!("stopped; machines run on");
         Ok(())
-    })
+    });
+    // Threads that still wait for something had the time they get: what they are about, the next start puts right.
+    runtime.shutdown_background();
+    served
 }
 
 /// `scaleboxd down`.

@@ -98,9 +98,10 @@ impl From<StorageError> for ServiceError {
         match error {
             StorageError::Insufficient { .. } => ServiceError::Insufficient(text),
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
-            StorageError::TemplateExists(_) | StorageError::TemplateBeingMade(_) | StorageError::Unfit(_) => {
-                ServiceError::Conflict(text)
-            }
+            StorageError::TemplateExists(_)
+            | StorageError::TemplateBeingMade(_)
+            | StorageError::Unfit(_)
+            | StorageError::FileSystem(_) => ServiceError::Conflict(text),
             StorageError::PoolSize(_) | StorageError::Given(_) => ServiceError::Invalid(text),
             StorageError::Busy(_) => ServiceError::Conflict(text),
             StorageError::NotMounted(_) => ServiceError::Unavailable(text),

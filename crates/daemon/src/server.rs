@@ -1,4 +1,7 @@
 //! Connections: accepted within bounds, and answered to the end when the daemon is told to stop.
+//!
+//! Whoever can reach the port can open connections, so none is worth anything to hold: it has to send, it has to read what it is answered, and one
+//! that shows no token is closed behind its first answer (see [`api`](crate::api)).
 
 use crate::service::Service;
 use axum::Router;
@@ -6,15 +9,22 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
 
 /// Connections served at once; more wait in the kernel's queue.
 const MOST_CONNECTIONS: usize = 1024;
+/// Of these, one other host's at most. This host's own may come from a proxy, for all the world.
+const MOST_OF_A_PEER: usize = MOST_CONNECTIONS / 2;
+/// How long a client may leave what it is answered where it is, before the connection is given up.
+const READ_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a client may take to send a request's head, the time between two requests included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a shutdown waits for requests under way; longer than the longest of them, a stop.
@@ -32,6 +42,7 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
         interrupt: signal(SignalKind::interrupt())?,
     };
     let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let peers = Peers::default();
     let graceful = GracefulShutdown::new();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
@@ -42,9 +53,9 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
             let room = Arc::clone(&connections).acquire_owned().await;
             (room, listener.accept().await)
         };
-        let (room, stream) = tokio::select! {
+        let (room, stream, peer) = tokio::select! {
             accepted = accepted => match accepted {
-                (room, Ok((stream, _))) => (room, stream),
+                (room, Ok((stream, peer))) => (room, stream, peer.ip()),
                 (_, Err(error)) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -56,10 +67,17 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
                 break;
             }
         };
-        let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+        let Some(counted) = peers.count(peer) else {
+            tracing::debug!(%peer, "it has connections enough");
+            continue;
+        };
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(READ_PATIENCE));
+        let connection =
+            http.serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router.clone()));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
-            let _room = room;
+            let _held = (room, counted);
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a connection ended early");
             }
@@ -67,6 +85,7 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
     }
 
     drop(listener);
+    service.inner().closing.cancel();
     let finished = async {
         // Those who follow events are told the end of what is under way; then their streams end too.
         let last_words = async {
@@ -86,6 +105,46 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
     Ok(())
 }
 
+/// How many connections each other host has.
+#[derive(Clone, Default)]
+struct Peers {
+    counts: Arc<Mutex<HashMap<IpAddr, usize>>>,
+}
+
+/// A connection of a peer, for as long as this lives.
+struct Counted {
+    peers: Peers,
+    peer: IpAddr,
+}
+
+impl Peers {
+    /// Counts a connection; `None` when the peer has as many as it may have.
+    fn count(&self, peer: IpAddr) -> Option<Counted> {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(peer).or_default();
+        if *count >= MOST_OF_A_PEER && !peer.is_loopback() {
+            return None;
+        }
+        *count += 1;
+        Some(Counted {
+            peers: self.clone(),
+            peer,
+        })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut counts = self.peers.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.peer);
+            }
+        }
+    }
+}
+
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -97,5 +156,24 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_host_has_half_of_the_connections_at_most_and_gets_them_back() {
+        let peers = Peers::default();
+        let (other, third, own) = ("192.0.2.1", "192.0.2.2", "127.0.0.1");
+        let count = |peer: &str| peers.count(peer.parse().unwrap());
+        let mut held: Vec<_> = (0..MOST_OF_A_PEER).map(|_| count(other).unwrap()).collect();
+        assert!(count(other).is_none() && count(third).is_some());
+        held.pop();
+        assert!(count(other).is_some());
+        let own: Vec<_> = (0..=MOST_OF_A_PEER).map(|_| count(own).unwrap()).collect();
+        drop((held, own));
+        assert!(peers.counts.lock().unwrap().is_empty());
     }
 }

@@ -16,6 +16,7 @@ use crate::reclaim::Reclaim;
 use crate::settings::Settings;
 use crate::snapshots::Cloning;
 use crate::state::{Record, State};
+use crate::template_files::MOST_TRANSFERS;
 use crate::vms::Vms;
 use scalebox_client::{
     Cpu, CreateVm, EventKind, HostInfo, HostLimits, Limits, Memory, Template, Trimmed, UpdateVm, Vm, VmCounts, VmStatus,
@@ -28,6 +29,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
@@ -66,6 +69,10 @@ pub(crate) struct Inner {
     pub(crate) reclaim: Reclaim,
     pub(crate) cloning: Cloning,
     started: Instant,
+    /// Cancelled when the daemon is told to stop.
+    pub(crate) closing: CancellationToken,
+    /// Templates on their way to elsewhere or from elsewhere.
+    pub(crate) transfers: Arc<Semaphore>,
     /// Operations outlive the connection that asked for them; a shutdown waits for them.
     pub(crate) tasks: TaskTracker,
 }
@@ -120,6 +127,8 @@ impl Service {
             reclaim: Reclaim::default(),
             cloning: Cloning::default(),
             started: Instant::now(),
+            closing: CancellationToken::new(),
+            transfers: Arc::new(Semaphore::new(MOST_TRANSFERS)),
             tasks: TaskTracker::new(),
         };
         Ok(Service { inner: Arc::new(inner) })

@@ -1,6 +1,7 @@
 //! Templates to elsewhere and from elsewhere: `GET /templates/{name}/export` and `POST /templates/{name}/import`.
 //!
-//! Both stream: an image is packed or unpacked as it goes over the wire, and stands nowhere in between.
+//! Both stream: an image is packed or unpacked as it goes over the wire, and stands nowhere in between. Each takes a thread that waits for the
+//! network, so there are few at a time, and none waits for ever.
 
 use crate::api::{BODY_TIMEOUT, Segment};
 use crate::error::ServiceError;
@@ -18,15 +19,25 @@ use serde::Deserialize;
 use serde_json::json;
 use std::io::{self, BufWriter, Read, Write};
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::mpsc::{self, error::SendTimeoutError};
 use tokio::time::timeout;
 use tokio_util::io::{StreamReader, SyncIoBridge};
+use tokio_util::sync::CancellationToken;
 
 /// The size of the image that the answer to an export holds packed.
 const IMAGE_BYTES: HeaderName = HeaderName::from_static("scalebox-image-bytes");
 /// What is packed and not yet taken by the network: so many pieces of that many bytes.
 const AHEAD: usize = 8;
 const PIECE: usize = 64 << 10;
+/// Templates on their way at once.
+pub(crate) const MOST_TRANSFERS: usize = 8;
+/// How long a client may leave a piece of an export where it is.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the rest of an import is listened to that has failed already.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What `POST /templates/{name}/import` may be asked with.
 #[derive(Debug, Deserialize)]
@@ -43,24 +54,34 @@ pub struct Wish {
         (status = 200, content_type = "application/zstd", body = [u8], description = "One zstd frame with a checksum.",
             headers(("Scalebox-Image-Bytes" = u64, description = "The size of the image."))),
         (status = 404, description = "No such template."),
+        (status = 503, description = "Too many templates are on their way already."),
     )
 )]
 pub async fn export(State(service): State<Service>, Segment(name): Segment) -> Result<Response, ServiceError> {
     let missing = || ServiceError::NotFound(format!("there is no template {name:?}"));
     let parsed: Name = name.parse().map_err(|_| missing())?;
+    let transfer = service.begin_transfer()?;
     let pool = Arc::clone(&service.inner().pool);
     let packing = blocking(move || pool.pack_template(&parsed)).await?;
     let size = packing.size().as_u64();
-    let (sender, mut receiver) = mpsc::channel(AHEAD);
+    let (sender, receiver) = mpsc::channel(AHEAD);
+    let mut pieces = Pieces {
+        sender,
+        runtime: Handle::current(),
+    };
     tokio::task::spawn_blocking(move || {
-        let mut out = BufWriter::with_capacity(PIECE, Pieces(sender.clone()));
-        if let Err(error) = packing.write_to(&mut out, |_| {}).and_then(|()| out.flush()) {
+        let _transfer = transfer;
+        let mut out = BufWriter::with_capacity(PIECE, &mut pieces);
+        let written = packing.write_to(&mut out, |_| {}).and_then(|()| out.flush());
+        // What is left in the buffer is of no use behind a failure.
+        let (_pieces, _left) = out.into_parts();
+        if let Err(error) = written {
             tracing::warn!(%error, "an export ended early");
             // Who hung up does not hear it.
-            let _hung_up = sender.blocking_send(Err(error));
+            let _hung_up = pieces.send(Err(error));
         }
     });
-    let body = Body::from_stream(stream::poll_fn(move |context| receiver.poll_recv(context)));
+    let body = Body::from_stream(going_out(receiver, service.inner().closing.clone()));
     let file = format!("attachment; filename=\"{name}.ext4.zst\"");
     let file = HeaderValue::from_str(&file).map_err(|error| ServiceError::Internal(error.to_string()))?;
     let head = [
@@ -84,6 +105,7 @@ pub async fn export(State(service): State<Service>, Segment(name): Segment) -> R
         (status = 400, description = "It is no template, damaged, or larger than the largest disk."),
         (status = 403, description = "A protected name."),
         (status = 409, description = "The name is taken, or a VM is being made from it."),
+        (status = 503, description = "Too many templates are on their way already."),
         (status = 507, description = "It does not fit."),
     )
 )]
@@ -117,14 +139,43 @@ fn arriving(body: Body) -> impl Stream<Item = io::Result<Bytes>> + Send {
     })
 }
 
-/// The sending end of a body that is written by a thread that may block.
-struct Pieces(mpsc::Sender<io::Result<Bytes>>);
+/// The pieces of an export, until the daemon is told to stop: it does not wait for who asked, who can ask again.
+fn going_out(
+    receiver: mpsc::Receiver<io::Result<Bytes>>,
+    closing: CancellationToken,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    stream::unfold(Some((receiver, closing)), |state| async {
+        let (mut receiver, closing) = state?;
+        tokio::select! {
+            piece = receiver.recv() => Some((piece?, Some((receiver, closing)))),
+            () = closing.cancelled() => Some((Err(io::Error::other("scaleboxd is being stopped")), None)),
+        }
+    })
+}
 
-impl Write for Pieces {
+/// The sending end of a body that is written by a thread that may block.
+struct Pieces {
+    sender: mpsc::Sender<io::Result<Bytes>>,
+    runtime: Handle,
+}
+
+impl Pieces {
+    fn send(&self, piece: io::Result<Bytes>) -> io::Result<()> {
+        let sent = self.runtime.block_on(self.sender.send_timeout(piece, PIECE_TIMEOUT));
+        sent.map_err(|error| match error {
+            SendTimeoutError::Timeout(_) => {
+                let why = format!("the client took nothing for {} s", PIECE_TIMEOUT.as_secs());
+                io::Error::new(io::ErrorKind::TimedOut, why)
+            }
+            SendTimeoutError::Closed(_) => io::Error::new(io::ErrorKind::BrokenPipe, "the client hung up"),
+        })
+    }
+}
+
+impl Write for &mut Pieces {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        let sent = self.0.blocking_send(Ok(Bytes::copy_from_slice(piece)));
-        sent.map(|()| piece.len())
-            .map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the client hung up"))
+        self.send(Ok(Bytes::copy_from_slice(piece)))?;
+        Ok(piece.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -132,7 +183,22 @@ impl Write for Pieces {
     }
 }
 
+fn drain(input: &mut impl Read) {
+    let begun = Instant::now();
+    let mut piece = vec![0; PIECE];
+    while begun.elapsed() < DRAIN_TIMEOUT && input.read(&mut piece).is_ok_and(|read| read > 0) {}
+}
+
 impl Service {
+    /// Takes one of the places for templates on their way.
+    fn begin_transfer(&self) -> Result<OwnedSemaphorePermit, ServiceError> {
+        Arc::clone(&self.inner().transfers).try_acquire_owned().map_err(|_| {
+            ServiceError::Unavailable(format!(
+                "{MOST_TRANSFERS} templates are being exported or imported already: try again when one is done"
+            ))
+        })
+    }
+
     /// Makes a template of an image that comes in as a stream.
     ///
     /// # Errors
@@ -150,7 +216,9 @@ impl Service {
             )));
         }
         let service = self.clone();
+        let transfer = self.begin_transfer()?;
         self.detached(async move {
+            let _transfer = transfer;
             let parsed: Name = name.parse()?;
             if replace {
                 service.inner().cloning.require_idle(&name)?;
@@ -163,7 +231,7 @@ impl Service {
                 let made = pool.unpack_template(&parsed, &mut input, largest, replace);
                 if made.is_err() {
                     // A client that sends all before it reads would not get to the answer. What it failed with is known already.
-                    let _ended = io::copy(&mut input, &mut io::sink());
+                    drain(&mut input);
                 }
                 made
             })

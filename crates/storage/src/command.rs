@@ -2,11 +2,25 @@
 //!
 //! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale. All that a failed one wrote
 //! stands in its error.
+//!
+//! Some read what guests have written, so none is trusted to come to an end by itself: each has a deadline, a limit to what it may say, and
+//! dies with the daemon.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io;
-use std::process::{Command, Output, Stdio};
+use std::io::{self, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a program may take that works on one image. The largest disks take it seconds; one whose file system was made to keep it busy, or
+/// to keep it waiting, would take hours.
+const IMAGE_DEADLINE: Duration = Duration::from_secs(300);
+/// What a program may write, in bytes: the longest listing of a folder that is read is a tenth of it.
+const MOST_SAID: u64 = 16 << 20;
 
 /// The programs this crate calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +92,21 @@ impl Program {
         }
     }
 
+    /// How long it may take; `None` for one that takes as long as the pool is large.
+    fn deadline(self) -> Option<Duration> {
+        match self {
+            Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs | Program::Tune2fs => {
+                Some(IMAGE_DEADLINE)
+            }
+            Program::Btrfs
+            | Program::Fstrim
+            | Program::Losetup
+            | Program::MkfsBtrfs
+            | Program::Mount
+            | Program::Umount => None,
+        }
+    }
+
     /// Whether it is installed where this crate looks for it, which is not the caller's `PATH`.
     pub fn is_installed(self) -> bool {
         SEARCH_PATH
@@ -115,6 +144,25 @@ pub enum CommandError {
         /// All it wrote, on both streams.
         output: String,
     },
+    /// It did not come to an end, or wrote without one, and was killed.
+    #[error("{command} was ended: it {why}")]
+    Endless {
+        /// The program and its arguments.
+        command: String,
+        /// What it did.
+        why: String,
+    },
+}
+
+impl CommandError {
+    /// What the program said, without the command and the paths in it; the whole error when it said nothing.
+    pub(crate) fn words(&self) -> String {
+        match self {
+            CommandError::Failed { output, .. } if !output.is_empty() => output.clone(),
+            CommandError::Endless { why, .. } => format!("its check {why}"),
+            other => other.to_string(),
+        }
+    }
 }
 
 /// Looks for every program of [`Program::ALL`].
@@ -175,30 +223,107 @@ pub(crate) fn run_without_complaint<S: AsRef<OsStr>>(
 }
 
 fn output_of(program: Program, args: &[OsString], input: Option<File>) -> Result<Output, CommandError> {
-    Command::new(program.name())
+    let not_started = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => CommandError::Missing {
+            program: program.name(),
+            package: program.package(),
+        },
+        _ => CommandError::Start {
+            program: program.name(),
+            source,
+        },
+    };
+    let mut command = Command::new(program.name());
+    command
         .args(args)
         .env("PATH", SEARCH_PATH)
         .env("LC_ALL", "C")
         .stdin(input.map_or_else(Stdio::null, Stdio::from))
-        .output()
-        .map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => CommandError::Missing {
-                program: program.name(),
-                package: program.package(),
-            },
-            _ => CommandError::Start {
-                program: program.name(),
-                source,
-            },
-        })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    // SAFETY: one system call, which allocates nothing.
+    unsafe {
+        // Told of the end of the thread that starts it, which waits for it.
+        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+    }
+    let child = command.spawn().map_err(not_started)?;
+    match attend(child, program.deadline()).map_err(not_started)? {
+        Ok(output) => Ok(output),
+        Err(why) => Err(CommandError::Endless {
+            command: spelled(program, args),
+            why,
+        }),
+    }
 }
 
-fn failed(program: Program, args: &[OsString], output: &Output) -> CommandError {
+/// Takes down what a program says until it ends. One that has to be ended is; `Err` then says why.
+fn attend(mut child: Child, deadline: Option<Duration>) -> io::Result<Result<Output, String>> {
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    thread::scope(|scope| {
+        let stdout = scope.spawn(move || read_up_to_limit(stdout));
+        let stderr = scope.spawn(move || read_up_to_limit(stderr));
+        let ended = match wait(&mut child, deadline) {
+            Ok(Some(status)) => Ok(status),
+            Ok(None) => Err(format!(
+                "did not end within {} s",
+                deadline.unwrap_or_default().as_secs()
+            )),
+            Err(error) => Err(format!("could not be waited for: {error}")),
+        };
+        if ended.is_err() {
+            child.kill()?;
+            child.wait()?;
+        }
+        let joined = |said: thread::ScopedJoinHandle<'_, io::Result<Option<Vec<u8>>>>| {
+            said.join().map_err(|_| io::Error::other("its output was not read"))?
+        };
+        // A program that is not listened to any more ends, by SIGPIPE.
+        let (stdout, stderr) = (joined(stdout)?, joined(stderr)?);
+        Ok(ended.and_then(|status| match (stdout, stderr) {
+            (Some(stdout), Some(stderr)) => Ok(Output { status, stdout, stderr }),
+            _ => Err(format!("said more than {} MiB", MOST_SAID >> 20)),
+        }))
+    })
+}
+
+/// All that comes; `None` if it is more than [`MOST_SAID`].
+fn read_up_to_limit(stream: Option<impl Read>) -> io::Result<Option<Vec<u8>>> {
+    let mut said = Vec::new();
+    if let Some(stream) = stream {
+        stream.take(MOST_SAID + 1).read_to_end(&mut said)?;
+    }
+    Ok((said.len() as u64 <= MOST_SAID).then_some(said))
+}
+
+/// Waits for a program's end; `None` when it lives on past the deadline.
+fn wait(child: &mut Child, deadline: Option<Duration>) -> io::Result<Option<ExitStatus>> {
+    let Some(deadline) = deadline else {
+        return child.wait().map(Some);
+    };
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let begun = Instant::now();
+    loop {
+        let left = deadline.saturating_sub(begun.elapsed());
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return child.wait().map(Some),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+fn spelled(program: Program, args: &[OsString]) -> String {
     let mut command = program.name().to_owned();
     for arg in args {
         command.push(' ');
         command.push_str(&arg.to_string_lossy());
     }
+    command
+}
+
+fn failed(program: Program, args: &[OsString], output: &Output) -> CommandError {
     let mut said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     let stderr = String::from_utf8_lossy(&output.stderr);
     if !said.is_empty() && !stderr.trim().is_empty() {
@@ -206,7 +331,7 @@ fn failed(program: Program, args: &[OsString], output: &Output) -> CommandError 
     }
     said.push_str(stderr.trim());
     CommandError::Failed {
-        command,
+        command: spelled(program, args),
         status: output.status.to_string(),
         output: said,
     }
@@ -223,5 +348,39 @@ mod tests {
             .to_string();
         assert!(error.contains("e2fsck -n /nonexistent/image failed"), "{error}");
         assert!(error.contains("No such file or directory"), "{error}");
+    }
+
+    fn shell(script: &str) -> Child {
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", script])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    #[test]
+    fn what_a_program_says_on_both_streams_is_taken_down() {
+        let child = shell("seq 100000; seq 100000 >&2; exit 3");
+        let output = attend(child, Some(IMAGE_DEADLINE)).unwrap().unwrap();
+        assert_eq!(output.status.code(), Some(3));
+        assert!(output.stdout == output.stderr && output.stdout.ends_with(b"100000\n"));
+    }
+
+    #[test]
+    fn a_program_that_does_not_end_is_ended() {
+        // One that is asked to end and does not, and keeps its output open.
+        let child = shell("trap '' TERM; exec sleep 1000");
+        let pid = child.id();
+        let why = attend(child, Some(Duration::from_millis(50))).unwrap().unwrap_err();
+        assert!(why.starts_with("did not end within"), "{why}");
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn a_program_that_says_too_much_is_ended() {
+        let why = attend(shell("exec yes"), Some(IMAGE_DEADLINE)).unwrap().unwrap_err();
+        assert_eq!(why, "said more than 16 MiB");
     }
 }

@@ -35,6 +35,9 @@ pub enum StorageError {
     /// A disk cannot become a template.
     #[error("the disk cannot become a template: {0}")]
     Unfit(String),
+    /// The file system in an image cannot be worked with. Reads on from "its file system".
+    #[error("its file system {0}")]
+    FileSystem(String),
     /// A disk was asked for that its template does not fit on.
     #[error("disk_size_gib must be at least {template_size}: the template {template} is {template_size} GiB large")]
     SmallerThanTemplate {

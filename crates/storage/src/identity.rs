@@ -8,8 +8,9 @@
 
 use crate::command::{self, Program};
 use crate::error::StorageError;
+use crate::ext4;
 use crate::files;
-use crate::template::{PARTIAL, e2fsck_args};
+use crate::template::PARTIAL;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -169,10 +170,7 @@ fn empty_free_blocks(image: &Path) -> Result<(), StorageError> {
             [OsStr::new("-O"), OsStr::new("^has_journal"), image.as_os_str()],
         )?;
     }
-    let check = [OsStr::new("-E"), OsStr::new("discard")]
-        .into_iter()
-        .chain(e2fsck_args("-p", image));
-    command::run_accepting(Program::E2fsck, check, |code| code <= 1)?;
+    ext4::repair_and_discard(image)?;
     if let Some(size) = journal {
         let mib = (size >> 20).clamp(4, 1024);
         let size = format!("size={mib}");

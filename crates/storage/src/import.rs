@@ -1,8 +1,8 @@
 //! Templates from elsewhere, and to elsewhere: an ext4 image, bare or packed with zstd, is copied in, checked, and only then given its name.
 
 use crate::admission::Reservation;
-use crate::command::{self, Program};
 use crate::error::StorageError;
+use crate::ext4;
 use crate::files;
 use crate::name::Name;
 use crate::pack::{self, Unpacked};
@@ -10,7 +10,7 @@ use crate::pool::Pool;
 use crate::signature::probe;
 use crate::size::Bytes;
 use crate::space;
-use crate::template::{PARTIAL, Template, e2fsck_args};
+use crate::template::{PARTIAL, Template};
 use scalebox_crash_points::crash_point;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -172,11 +172,9 @@ impl Pool {
     fn finish_import(&self, mut incoming: Incoming, what: &str) -> Result<Template, StorageError> {
         let (partial, name) = (incoming.partial.as_path(), &incoming.name);
         crash_point("import: copied");
-        command::run_accepting(Program::E2fsck, e2fsck_args("-p", partial), |code| code <= 1).map_err(|error| {
-            not_a_template(
-                what,
-                format!("e2fsck finds it damaged; repair it and try again.\n{error}"),
-            )
+        ext4::repair(partial).map_err(|error| match error {
+            StorageError::FileSystem(_) => not_a_template(what, error),
+            other => other,
         })?;
         crash_point("import: checked");
         incoming

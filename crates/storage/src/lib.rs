@@ -28,6 +28,7 @@
 //! | `identity` | taking out of an image what belongs to one machine only |
 //! | `disk` | cloning, deleting, sweeping disks |
 //! | `compact` | fewer extents in an image of which many clones are made |
+//! | `ext4` | a file system in an image: looked at, checked, grown |
 //! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
 //! | `files` | clone, sparse copy, flush |
 //! | `group_sync` | one flush for all who wait for it |
@@ -56,6 +57,7 @@ mod command;
 mod compact;
 mod disk;
 mod error;
+mod ext4;
 mod extents;
 mod fiemap;
 mod files;

@@ -4,14 +4,14 @@
 //! template. Only the one in the middle needs the disk to stand still, and it copies nothing; all else is done on the clone.
 
 use crate::admission::Reservation;
-use crate::command::{self, Program};
 use crate::error::StorageError;
+use crate::ext4;
 use crate::files;
 use crate::identity::{self, Identity};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
-use crate::template::{PARTIAL, Template, e2fsck_args};
+use crate::template::{PARTIAL, Template};
 use scalebox_crash_points::crash_point;
 use std::fs::File;
 use std::io;
@@ -99,12 +99,11 @@ impl Pool {
     pub fn finish_snapshot(&self, mut snapshot: Snapshot, source: &Identity) -> Result<Template, StorageError> {
         let partial = snapshot.partial.as_path();
         // An edit before the journal is replayed would be undone by the replay.
-        command::run_accepting(Program::E2fsck, e2fsck_args("-p", partial), |code| code <= 1)
-            .map_err(|error| StorageError::Unfit(format!("its file system is damaged; repair it first.\n{error}")))?;
+        ext4::repair(partial).map_err(unfit)?;
         crash_point("snapshot: journal replayed");
         identity::remove(partial, source)?;
         crash_point("snapshot: identity removed");
-        command::run(Program::E2fsck, e2fsck_args("-n", partial))?;
+        ext4::check(partial).map_err(unfit)?;
         snapshot
             .file
             .sync_all()
@@ -121,5 +120,12 @@ impl Pool {
         files::sync_dir(&self.templates_dir())?;
         crash_point("snapshot: template durable");
         self.template(&snapshot.name)
+    }
+}
+
+fn unfit(error: StorageError) -> StorageError {
+    match error {
+        StorageError::FileSystem(_) => StorageError::Unfit(error.to_string()),
+        other => other,
     }
 }

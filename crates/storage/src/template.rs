@@ -4,9 +4,9 @@
 //! takes tens of milliseconds, so it is paid once for a (template, size): the grown clone is kept under `templates/.grown/`, and disks
 //! are cloned from it. Its name holds the template's inode number, so a clone of a template that was replaced is never used.
 
-use crate::command::{self, Program};
 use crate::compact::compact;
 use crate::error::StorageError;
+use crate::ext4;
 use crate::files;
 use crate::name::Name;
 use crate::pool::Pool;
@@ -199,13 +199,13 @@ impl Pool {
             .and_then(|()| clone.set_len(size.as_u64()))
             .map_err(|error| StorageError::io("clone", partial.display(), error))
             .inspect(|()| crash_point("grown clone: file larger"))
-            .and_then(|()| grow_file_system(&partial))
+            .and_then(|()| ext4::grow(&partial))
             .and_then(|()| {
                 crash_point("grown clone: file system larger");
                 arrange(&clone).map_err(|error| StorageError::io("arrange", partial.display(), error))
             })
             .inspect(|()| crash_point("grown clone: arranged"))
-            .and_then(|()| check_file_system(&partial))
+            .and_then(|()| ext4::check(&partial))
             .and_then(|()| {
                 clone
                     .sync_all()
@@ -303,24 +303,6 @@ impl Pool {
         let file = format!("{}@{}.{}{SUFFIX}", template.name, template.inode, size.as_u64());
         self.grown_dir().join(file)
     }
-}
-
-/// Grows the ext4 file system in `image` to the image's size, in user space.
-fn grow_file_system(image: &Path) -> Result<(), StorageError> {
-    // A journal that was not replayed would undo the edit at the guest's next boot.
-    command::run_accepting(Program::E2fsck, e2fsck_args("-p", image), |code| code <= 1)?;
-    command::run(Program::Resize2fs, [image])?;
-    Ok(())
-}
-
-fn check_file_system(image: &Path) -> Result<(), StorageError> {
-    command::run(Program::E2fsck, e2fsck_args("-n", image))?;
-    Ok(())
-}
-
-/// A forced check; `mode` is `-p` (repair what is safe) or `-n` (change nothing).
-pub(crate) fn e2fsck_args<'a>(mode: &'a str, image: &'a Path) -> [&'a OsStr; 3] {
-    [OsStr::new("-f"), OsStr::new(mode), image.as_os_str()]
 }
 
 /// Removes a work file unless a living process holds it.

@@ -247,7 +247,7 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
     run("mkfifo", &[text(&file("fifo"))]);
 
     for (source, reason) in [
-        ("cut", "e2fsck finds it damaged"),
+        ("cut", "its file system is damaged"),
         ("xfs", "it holds xfs"),
         ("empty", "it holds no file system"),
         ("nothing", "it holds no file system"),
@@ -481,7 +481,7 @@ fn a_damaged_disk_is_not_grown_and_left_as_it_was() {
     let before = head();
     assert!(matches!(
         pool.grow_disk(&disk, Gib::new(5).bytes()),
-        Err(StorageError::Command(_))
+        Err(StorageError::FileSystem(_))
     ));
     assert_eq!(pool.provisioned(&disk).unwrap(), Gib::new(2).bytes());
     assert!(head() == before);

@@ -233,6 +233,10 @@ impl Host {
         self.daemon = Some(daemon);
     }
 
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().expect("a running daemon").id()
+    }
+
     pub fn log_path(&self) -> PathBuf {
         self.folder.join("daemon.log")
     }
