@@ -40,15 +40,21 @@ impl Service {
         self.boot(record).await
     }
 
-    /// Starts the machine of a VM that has none.
-    pub(crate) async fn boot(&self, record: &Record) -> Result<Vm, ServiceError> {
+    /// Says no where there is nothing to work with.
+    pub(crate) async fn require_disk(&self, record: &Record) -> Result<(), ServiceError> {
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
         if blocking(move || pool.provisioned(&disk)).await.is_err() {
             return Err(ServiceError::Conflict(format!(
-                "VM {} cannot be started: its disk is gone from the pool; delete it",
+                "the disk of VM {} is gone from the pool: there is nothing left but to delete the VM",
                 record.name
             )));
         }
+        Ok(())
+    }
+
+    /// Starts the machine of a VM that has none.
+    pub(crate) async fn boot(&self, record: &Record) -> Result<Vm, ServiceError> {
+        self.require_disk(record).await?;
         self.put_down(&record.id).await?;
         let mut steps = Steps::new();
         let started = async {

@@ -2,6 +2,8 @@
 //!
 //! What a client was told about is there: its record, its disk, and its machine if that still runs. What has no record belongs to
 //! nobody and goes: machines, taps, forwards, disks, folders. What does not have our form is never touched.
+//!
+//! A VM that cannot be put right is told as failed, with the reason, and keeps no other from being served.
 
 use crate::error::ServiceError;
 use crate::host;
@@ -36,7 +38,7 @@ pub struct Recovered {
 /// Fills the service's table from the state file and removes leftovers. To be called once, before the first request.
 ///
 /// # Errors
-/// When the state, the pool or the network cannot be read or put right.
+/// When the state, the pool or the network as a whole cannot be read or put right.
 pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&service.inner().state);
     let records = blocking(move || state.vms()).await?;
@@ -74,28 +76,28 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
             Restored::Still => {}
         }
     }
-    service.inner().network.reconcile(&attached).await?;
+    let reconciled = service.inner().network.reconcile(&attached).await?;
+    for (tap, error) in reconciled.failed {
+        tracing::error!(
+            tap,
+            error,
+            "a machine is not attached to the network: stop and start its VM"
+        );
+    }
     Ok(recovered)
 }
+
+/// Why a VM that ran before the host's reboot does not run yet.
+const WAITING: &str = "waiting to be started after the host's reboot";
 
 /// Starts the VMs that ran when the host went down, one after the other, and notes that this boot's were seen to. Until then the state
 /// says that they run: a crash in between starts the rest at the next start.
 pub async fn start_again(service: Service, vms: Vec<String>) {
     for id in vms {
-        if let Err(error) = service.start(id.clone()).await {
-            let reason = format!("it could not be started after the host's reboot: {error}");
-            tracing::error!(vm = id, %error, "could not be started after the host's reboot");
-            service
-                .inner()
-                .vms
-                .set(&id, VmStatus::Failed, Some(reason.clone()), None);
-            if let Ok(vm) = service.inner().vms.find(&id) {
-                let details = json!({ "reason": reason });
-                service.inner().events.publish(EventKind::Failed, Some(&vm), details);
-            }
-            if let Err(error) = service.persist(&id, VmStatus::Failed, Some(&reason)).await {
-                tracing::error!(vm = id, %error, "its failure could not be noted");
-            }
+        let one = service.clone();
+        let started = service.detached(async move { start_one_again(&one, &id).await });
+        if let Err(error) = started.await {
+            tracing::error!(%error, "a failure could not be noted");
         }
     }
     let state = Arc::clone(&service.inner().state);
@@ -103,6 +105,32 @@ pub async fn start_again(service: Service, vms: Vec<String>) {
     if let Err(error) = noted {
         tracing::error!(%error, "this boot of the host could not be noted");
     }
+}
+
+async fn start_one_again(service: &Service, id: &str) -> Result<(), ServiceError> {
+    let inner = service.inner();
+    // Deleted meanwhile, there is nothing to do.
+    let Ok(operation) = inner.vms.begin_when_idle(id, "being started").await else {
+        return Ok(());
+    };
+    let record = &operation.record;
+    // Somebody was faster, whatever came of it.
+    if operation.machine.is_some() || record.status_reason.as_deref() != Some(WAITING) {
+        return Ok(());
+    }
+    if !record.autostart {
+        inner.vms.set(id, VmStatus::Stopped, None, None);
+        return service.persist(id, VmStatus::Stopped, None).await;
+    }
+    let Err(error) = service.boot(record).await else {
+        return Ok(());
+    };
+    tracing::error!(vm = id, %error, "could not be started after the host's reboot");
+    let reason = format!("it could not be started after the host's reboot: {error}");
+    inner.vms.set(id, VmStatus::Failed, Some(reason.clone()), None);
+    let details = json!({ "reason": reason });
+    inner.events.publish(EventKind::Failed, Some(record), details);
+    service.persist(id, VmStatus::Failed, Some(&reason)).await
 }
 
 fn note_boot(state: &State) -> Result<(), ServiceError> {
@@ -139,16 +167,23 @@ async fn restore(
         VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
         // A start that a crash interrupted before it was recorded: nobody was told of its machine.
         VmStatus::Stopped | VmStatus::Failed => {
-            if with_process.contains(&record.id) || service.run_dir(&record.id).exists() {
-                service.put_down(&record.id).await?;
+            let left = with_process.contains(&record.id) || service.run_dir(&record.id).exists();
+            match left {
+                true => match service.put_down(&record.id).await {
+                    Ok(_) => Found::Nothing,
+                    Err(error) => {
+                        tracing::error!(vm = record.id, %error, "what a crash left of its machine is not ended");
+                        Found::Unreachable(format!("what a crash left of its machine is not ended: {error}"))
+                    }
+                },
+                false => Found::Nothing,
             }
-            Found::Nothing
         }
     };
-    let (machine, hung) = match found {
-        Found::Machine(machine) => (Some(machine), false),
-        Found::Hung => (None, true),
-        Found::Nothing => (None, false),
+    let (machine, unreachable) = match found {
+        Found::Machine(machine) => (Some(machine), None),
+        Found::Unreachable(why) => (None, Some(why)),
+        Found::Nothing => (None, None),
     };
     // A change that a crash interrupted may not have reached it.
     if let Some(machine) = &machine
@@ -156,14 +191,14 @@ async fn restore(
     {
         tracing::warn!(vm = record.id, %error, "its disk may not be limited as it should: stop and start it");
     }
-    // A disk that a hung machine has open is left alone.
-    if !lost && !hung {
+    // A disk that an unreachable machine has open is left alone.
+    if !lost && unreachable.is_none() {
         agree_on_disk_size(service, &mut record, machine.as_ref()).await?;
     }
     service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
     let was_running = matches!(record.status, VmStatus::Running | VmStatus::Paused);
-    if rebooted && was_running && record.autostart && machine.is_none() && !lost && !hung {
-        let waiting = Some("waiting to be started after the host's reboot".to_owned());
+    if rebooted && was_running && record.autostart && machine.is_none() && !lost && unreachable.is_none() {
+        let waiting = Some(WAITING.to_owned());
         let id = record.id.clone();
         tracing::info!(vm = id, name = record.name, "ran when the host went down");
         service.inner().vms.restore(
@@ -179,10 +214,7 @@ async fn restore(
     let (status, reason) = match (&machine, lost, record.status) {
         (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
         (Some(_), ..) => (VmStatus::Running, None),
-        _ if hung => (
-            VmStatus::Failed,
-            Some("its hypervisor does not answer: start or delete the VM to end it".to_owned()),
-        ),
+        _ if unreachable.is_some() => (VmStatus::Failed, unreachable),
         (None, _, VmStatus::Running | VmStatus::Paused) if rebooted => (
             VmStatus::Stopped,
             Some("the host was rebooted, and its autostart is off".to_owned()),
@@ -223,19 +255,25 @@ async fn restore(
     }
 }
 
-/// A crash in the middle of a growth leaves the disk smaller than the state says: the growth is carried through. One that is larger was left by
-/// a growth that failed: it is promised as it is, because the guest may have seen it.
+/// A crash in the middle of a growth leaves the disk smaller than the state says: the growth is carried through. If that fails, the growth is
+/// taken back, of which nobody was told. A disk that is larger was left by a growth that failed: it is promised as it is, because the guest may
+/// have seen it.
 async fn agree_on_disk_size(
     service: &Service,
     record: &mut Record,
     machine: Option<&Arc<dyn Machine>>,
 ) -> Result<(), ServiceError> {
     let recorded = Gib::new(record.disk_size_gib);
-    let found = service.inner().pool.provisioned(&record.id.parse()?)?;
+    let disk = record.id.parse()?;
+    let mut found = service.inner().pool.provisioned(&disk)?;
     if found < recorded.bytes() {
         tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "carrying a growth of the disk through");
-        service.grow(record, machine, recorded).await?;
-    } else if found > recorded.bytes() {
+        if let Err(error) = service.grow(record, machine, recorded).await {
+            tracing::error!(vm = record.id, %error, "a growth of the disk that a crash interrupted is taken back");
+        }
+        found = service.inner().pool.provisioned(&disk)?;
+    }
+    if found.ceil_gib() != recorded {
         record.disk_size_gib = found.ceil_gib().as_u64();
         service.persist_disk_size(&record.id, found.ceil_gib()).await?;
     }
@@ -244,8 +282,8 @@ async fn agree_on_disk_size(
 
 enum Found {
     Machine(Arc<dyn Machine>),
-    /// Its process is there and does not answer.
-    Hung,
+    /// Its process may be there, and is not ours again: why, and what to do.
+    Unreachable(String),
     Nothing,
 }
 
@@ -254,14 +292,20 @@ async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError
     match service.inner().vmm.adopt(&machine_id(&record.id)?, &run_dir).await {
         Ok(Some(machine)) => Ok(Found::Machine(machine)),
         Ok(None) => {
-            blocking(move || remove_dir(&run_dir)).await?;
+            if let Err(error) = blocking(move || remove_dir(&run_dir)).await {
+                tracing::warn!(vm = record.id, %error, "its machine is gone, and its folder is left");
+            }
             Ok(Found::Nothing)
         }
-        Err(error @ scalebox_vmm::Error::Hung { .. }) => {
-            tracing::warn!(vm = record.id, %error, "a machine does not answer; the others are served all the same");
-            Ok(Found::Hung)
+        Err(error) => {
+            tracing::error!(vm = record.id, %error, "a machine is not taken over; the others are served all the same");
+            Ok(Found::Unreachable(match error {
+                scalebox_vmm::Error::Hung { .. } => {
+                    "its hypervisor does not answer: start or delete the VM to end it".to_owned()
+                }
+                other => format!("its machine could not be taken over ({other}): start or delete the VM to end it"),
+            }))
         }
-        Err(error) => Err(error.into()),
     }
 }
 
@@ -273,9 +317,13 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
         .into_iter()
         .filter(stray)
     {
-        if service.put_down(&id).await? {
-            tracing::info!(vm = id, "ended a machine that belongs to no VM");
-            ended += 1;
+        match service.put_down(&id).await {
+            Ok(true) => {
+                tracing::info!(vm = id, "ended a machine that belongs to no VM");
+                ended += 1;
+            }
+            Ok(false) => {}
+            Err(error) => tracing::error!(vm = id, %error, "a machine that belongs to no VM is not ended"),
         }
     }
     for id in vm_folders(&service.inner().settings.state_dir.join("console"))?

@@ -106,6 +106,7 @@ impl Service {
         let (pool, name) = (Arc::clone(&self.inner().pool), template.parse::<Name>()?);
         let clone = blocking(move || pool.begin_snapshot(&name)).await?;
         let operation = self.inner().vms.begin(reference, "being snapshotted")?;
+        self.require_disk(&operation.record).await?;
         let (clone, held) = self.clone_still(&operation, clone).await?;
         let record = operation.record.clone();
         // From here on the VM is free again.
@@ -203,9 +204,9 @@ impl Service {
         Ok((cloned?, Held::Paused(begun.elapsed())))
     }
 
-    async fn clone_disk_now(&self, record: &Record, clone: Unfinished) -> Result<Unfinished, ServiceError> {
+    async fn clone_disk_now(&self, record: &Record, mut clone: Unfinished) -> Result<Unfinished, ServiceError> {
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-        blocking(move || pool.take_snapshot(&clone, &disk).map(|()| clone)).await
+        blocking(move || pool.take_snapshot(&mut clone, &disk).map(|()| clone)).await
     }
 
     /// Tells a guest to go on until it does. One that does not by then is told at the next start.

@@ -33,6 +33,7 @@ impl Service {
         }
         // First what can be refused.
         let disk = if size > current {
+            self.require_disk(record).await?;
             let reservation = self.admit(size.bytes() - current.bytes()).await?;
             let before = match &operation.machine {
                 Some(machine) => resize::guest_total(machine).await,
@@ -116,7 +117,17 @@ impl Service {
         self.persist_disk_size(&record.id, size).await?;
         crash_point("grow: size recorded");
         if let Err(error) = self.grow(record, machine.as_ref(), size).await {
-            self.persist_disk_size(&record.id, current).await?;
+            let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+            let grown = blocking(move || pool.provisioned(&disk)).await? >= size.bytes();
+            if grown {
+                // It came about after all: the guest may have seen it, and it stays promised.
+                admitted.commit();
+                self.inner()
+                    .vms
+                    .change(&record.id, |record| record.disk_size_gib = size.as_u64());
+            } else {
+                self.persist_disk_size(&record.id, current).await?;
+            }
             return Err(error);
         }
         crash_point("grow: disk grown");

@@ -26,7 +26,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::Path;
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// What one disk or template takes.
@@ -82,6 +82,13 @@ pub(crate) struct Fixed {
     size: Bytes,
     /// The templates' folders when the walk began: once they changed, the number says nothing any more.
     folders: FolderTimes,
+}
+
+/// What the walks found, and how often what they found was forgotten: a walk that began before says nothing any more when it ends.
+#[derive(Debug, Default)]
+pub(crate) struct Measured {
+    last: Option<Fixed>,
+    forgotten: u64,
 }
 
 /// When something was last made, renamed or removed in the templates' folders, in nanoseconds.
@@ -190,6 +197,7 @@ impl Pool {
             |errno: rustix::io::Errno| StorageError::io("read the extents of", self.root.display(), errno.into());
         // Before anything else: what changes from here on makes the result stale.
         let folders = self.folder_times();
+        let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
         match self.file_system {
             FileSystem::Btrfs(_) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
@@ -201,7 +209,10 @@ impl Pool {
             size: accounts.fixed,
             folders,
         });
-        *self.fixed.lock().unwrap_or_else(PoisonError::into_inner) = fixed;
+        let mut measured = self.measured();
+        if measured.forgotten == forgotten {
+            measured.last = fixed;
+        }
         Ok(accounts)
     }
 
@@ -212,13 +223,19 @@ impl Pool {
 
     /// The last measurement, if it still says something. Two system calls.
     pub(crate) fn measured_fixed(&self) -> Option<Bytes> {
-        let fixed = (*self.fixed.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let fixed = self.measured().last?;
         (self.folder_times() == Some(fixed.folders)).then_some(fixed.size)
     }
 
     /// To be called when a disk gave way to a clone of itself: blocks that it no longer maps may stay.
     pub(crate) fn forget_measurement(&self) {
-        *self.fixed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut measured = self.measured();
+        measured.last = None;
+        measured.forgotten += 1;
+    }
+
+    fn measured(&self) -> MutexGuard<'_, Measured> {
+        self.fixed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn folder_times(&self) -> Option<FolderTimes> {

@@ -108,7 +108,8 @@ impl Admission {
         capacity.scaled(self.bounds.overcommit_ratio)
     }
 
-    fn backs_every_byte(&self) -> bool {
+    /// Whether every promised byte has to be backed.
+    pub fn backs_every_byte(&self) -> bool {
         self.bounds.overcommit_ratio <= 1.0
     }
 

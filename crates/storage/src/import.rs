@@ -195,7 +195,8 @@ impl Pool {
         crash_point("import: template in place");
         files::sync_dir(&self.templates_dir())?;
         crash_point("import: template durable");
-        let template = self.template(&incoming.name)?;
+        // By the file, not by the name: it may have been deleted since.
+        let template = Template::of_file(&incoming.name, &incoming.file)?;
         self.prune_grown(&incoming.name, Some(template.inode))?;
         Ok(template)
     }

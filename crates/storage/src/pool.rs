@@ -1,6 +1,6 @@
 //! An open pool: the handle through which templates and disks are made.
 
-use crate::accounting::Fixed;
+use crate::accounting::Measured;
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
 use crate::error::StorageError;
 use crate::files;
@@ -37,7 +37,7 @@ pub struct Pool {
     pub(crate) file_system: FileSystem,
     admission: Admission,
     /// What the last walk over the extents found.
-    pub(crate) fixed: Mutex<Option<Fixed>>,
+    pub(crate) fixed: Mutex<Measured>,
     /// Held while the pool's size changes.
     pub(crate) resizing: Mutex<()>,
     /// One lock for each (template, size) that is being grown: two requests for the same wait for one another, others do not.
@@ -217,6 +217,10 @@ impl Pool {
     pub fn admit(&self, size: Bytes) -> Result<Reservation, StorageError> {
         self.require_mounted()?;
         self.admission.admit(size, || self.space())
+    }
+
+    pub(crate) fn backs_every_byte(&self) -> bool {
+        self.admission.backs_every_byte()
     }
 
     /// See [`Admission::lower_ceiling`].

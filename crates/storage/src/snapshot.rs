@@ -11,6 +11,7 @@ use crate::identity::{self, Identity};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
+use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
 use scalebox_crash_points::crash_point;
 use std::fs::File;
@@ -28,7 +29,7 @@ pub struct Snapshot {
     partial: PathBuf,
     file: File,
     finished: bool,
-    _room: Reservation,
+    room: Vec<Reservation>,
 }
 
 impl Drop for Snapshot {
@@ -57,13 +58,18 @@ impl Pool {
             other => other,
         })?;
         crash_point("snapshot: file made");
-        Ok(Snapshot {
+        let snapshot = Snapshot {
             name: name.clone(),
             partial,
             file,
             finished: false,
-            _room: room,
-        })
+            room: vec![room],
+        };
+        if self.backs_every_byte() {
+            // The new file made the last measurement stale, and without one all that is used would count twice.
+            self.measure()?;
+        }
+        Ok(snapshot)
     }
 
     /// Writes what the host still holds of the disk `id`, so that [`Pool::take_snapshot`] finds little to wait for.
@@ -80,14 +86,22 @@ impl Pool {
     /// Clones the disk `id` as it is now: no byte is copied, and a write beside it is in the clone wholly or not at all. What the guest has
     /// not written out is not in it: to have that, freeze its file systems first.
     ///
+    /// The blocks are the template's as well from here on, and the guest's next write to each goes to a new one. Where every promised byte is
+    /// backed, there has to be room for that. It is asked for before the guest goes on; once the template is in place it counts for itself.
+    ///
     /// # Errors
-    /// [`StorageError::Io`].
-    pub fn take_snapshot(&self, snapshot: &Snapshot, id: &Name) -> Result<(), StorageError> {
+    /// [`StorageError::Io`], [`StorageError::Insufficient`].
+    pub fn take_snapshot(&self, snapshot: &mut Snapshot, id: &Name) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| files::reflink(&disk, &snapshot.file))
             .map_err(|error| StorageError::io("clone", path.display(), error))?;
         crash_point("snapshot: disk cloned");
+        if self.backs_every_byte() {
+            let shared = allocated_of(&snapshot.file)
+                .map_err(|errno| StorageError::io("read", snapshot.partial.display(), errno.into()))?;
+            snapshot.room.push(self.admit(shared)?);
+        }
         Ok(())
     }
 
@@ -119,7 +133,8 @@ impl Pool {
         crash_point("snapshot: template in place");
         files::sync_dir(&self.templates_dir())?;
         crash_point("snapshot: template durable");
-        self.template(&snapshot.name)
+        // By the file, not by the name: it may have been deleted since.
+        Template::of_file(&snapshot.name, &snapshot.file)
     }
 }
 

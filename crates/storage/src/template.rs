@@ -48,11 +48,18 @@ impl Template {
             inode: meta.ino(),
         }
     }
+
+    pub(crate) fn of_file(name: &Name, file: &File) -> Result<Template, StorageError> {
+        let meta = file.metadata().map_err(|error| StorageError::io("read", name, error))?;
+        Ok(Template::of(name, &meta))
+    }
 }
 
 const SUFFIX: &str = ".ext4";
 /// Work that is not finished; what an interrupted run left of it is swept at the next start.
 pub(crate) const PARTIAL: &str = ".partial";
+/// How often a work file is made anew that a rival has swept away.
+const CLAIMS: u32 = 16;
 
 impl Pool {
     /// All templates, by name.
@@ -229,18 +236,21 @@ impl Pool {
 
     /// Makes a work file, taking the place of what an interrupted run left, and holds it locked so that no sweep takes it away.
     pub(crate) fn claim(&self, partial: &Path) -> Result<File, StorageError> {
-        if partial.exists() {
+        let busy = || StorageError::Busy(partial.to_owned());
+        for _ in 0..CLAIMS {
             sweep_partial(partial)?;
-        }
-        let file = match files::create_new(partial) {
-            Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(StorageError::Busy(partial.to_owned()));
+            let file = match files::create_new(partial) {
+                Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
+                    return Err(busy());
+                }
+                other => other?,
+            };
+            // Until it is locked, a rival takes it for what a crash left, and removes it.
+            if lock_at(&file, partial)? {
+                return Ok(file);
             }
-            other => other?,
-        };
-        flock(&file, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| StorageError::io("lock", partial.display(), errno.into()))?;
-        Ok(file)
+        }
+        Err(busy())
     }
 
     /// Removes the grown clones of a template, except those of the file `keep`.
@@ -312,11 +322,28 @@ fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(StorageError::io("read", path.display(), error)),
     };
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+    if !lock_at(&file, path)? {
         return Ok(false);
     }
     fs::remove_file(path).map_err(|error| StorageError::io("remove", path.display(), error))?;
     Ok(true)
+}
+
+/// Locks `file`, and tells whether it is still the one at `path`: only who has it locked removes it from there. `false` too when another has
+/// it locked.
+fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(false),
+        Err(errno) => return Err(StorageError::io("lock", path.display(), errno.into())),
+    }
+    let failed = |error| StorageError::io("read", path.display(), error);
+    let held = file.metadata().map_err(failed)?;
+    match fs::symlink_metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (held.dev(), held.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed(error)),
+    }
 }
 
 fn list(dir: &Path) -> Result<Vec<PathBuf>, StorageError> {

@@ -8,10 +8,13 @@
 
 mod support;
 
-use scalebox_storage::{Bytes, Identity, Pool, StorageError, Template};
+use scalebox_storage::{Bounds, Bytes, Gib, Identity, Pool, StorageError, Template};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use support::{Stocked, USUAL, disk_path, name, run, text};
 
 const HOST_KEY: &str = "b3BlbnNzaC1rZXktdjEAAAAA-the-private-host-key";
@@ -94,9 +97,9 @@ fn snapshot(pool: &Pool, template: &str) -> Result<Template, StorageError> {
         hostname: HOST_NAME.to_owned(),
         ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
     };
-    let snapshot = pool.begin_snapshot(&name(template))?;
+    let mut snapshot = pool.begin_snapshot(&name(template))?;
     pool.settle_disk(&name("vm-1"))?;
-    pool.take_snapshot(&snapshot, &name("vm-1"))?;
+    pool.take_snapshot(&mut snapshot, &name("vm-1"))?;
     pool.finish_snapshot(snapshot, &source)
 }
 
@@ -154,6 +157,63 @@ fn a_template_made_of_a_disk_has_its_files_and_nothing_of_its_identity() {
         .filter(|file| file.contains("partial"))
         .collect();
     assert_eq!(left, Vec::<String>::new());
+}
+
+#[test]
+fn where_every_byte_is_backed_a_snapshot_takes_room_for_what_it_shares() {
+    let backed = Bounds {
+        overcommit_ratio: 1.0,
+        ..USUAL
+    };
+    let stocked = Stocked::new("20G", backed);
+    let pool = &stocked.pool;
+    stocked.create("vm-1", 6);
+    stocked.create("vm-2", 7);
+    // As a guest writes: 5 GiB that it may all write again.
+    let disk = disk_path(pool, &name("vm-1"));
+    run("fallocate", &["-l", "5G", text(&disk)]);
+    pool.measure().unwrap();
+    let before = pool.promises();
+    let refused = snapshot(pool, "golden").unwrap_err();
+    assert!(matches!(refused, StorageError::Insufficient { .. }), "{refused}");
+    assert_eq!(pool.promises(), before);
+    assert!(!template_path(&stocked, ".golden").with_extension("partial").exists());
+
+    pool.delete_disk(&name("vm-2")).unwrap();
+    pool.release(Gib::new(7).bytes());
+    pool.measure().unwrap();
+    snapshot(pool, "golden").unwrap();
+    assert_eq!(pool.promises().reserved, Bytes::ZERO);
+    // What it shares is promised to nobody from here on.
+    pool.measure().unwrap();
+    assert!(pool.admit(Gib::new(7).bytes()).is_err());
+}
+
+#[test]
+fn of_many_at_once_who_takes_a_name_has_it() {
+    let stocked = Stocked::new("20G", USUAL);
+    let (pool, partial) = (&stocked.pool, template_path(&stocked, "x").with_file_name(".x.partial"));
+    let (begun, held) = (Barrier::new(8), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                begun.wait();
+                for _ in 0..200 {
+                    match pool.begin_snapshot(&name("x")) {
+                        Ok(snapshot) => {
+                            assert_eq!(held.fetch_add(1, Ordering::SeqCst), 0, "held twice");
+                            assert!(partial.exists(), "swept away under who holds it");
+                            held.fetch_sub(1, Ordering::SeqCst);
+                            drop(snapshot);
+                        }
+                        Err(StorageError::TemplateBeingMade(_)) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+        }
+    });
+    assert!(!partial.exists());
 }
 
 #[test]

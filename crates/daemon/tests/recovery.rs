@@ -1,0 +1,180 @@
+//! One VM in trouble keeps no other from being served: not at start, not after a reboot of the host, not when the network is swept away.
+//! Guests of a few bytes stand for real ones.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+#[path = "../../vmm/tests/support/guest.rs"]
+#[allow(dead_code, reason = "one of its guests is needed")]
+mod bare_guest;
+mod support;
+
+use bare_guest::Guest;
+use scalebox_client::{ClientError, CreateVm, Vm, VmStatus};
+use std::fs;
+use support::guest::{machine_of, machines};
+use support::{Host, Options, eventually, run, text};
+
+/// A host of which the VMs run a guest that does nothing and hears the power button.
+fn host_with_kernel() -> Host {
+    let host = Host::with_tiny_template(&Options::default());
+    let kernel = host.folder.join("pool/kernel");
+    Guest::Obedient.write_to(&kernel.join("vmlinuz"));
+    fs::write(kernel.join("initrd.img"), b"").unwrap();
+    host
+}
+
+fn create_running(host: &Host) -> Vm {
+    let request = CreateVm {
+        start: true,
+        ..host.stopped("tiny")
+    };
+    host.client().create_vm(&request).unwrap()
+}
+
+fn change_state(host: &Host, sql: &str) {
+    let state = rusqlite::Connection::open(host.folder.join("state/state.db")).unwrap();
+    state.execute(sql, []).unwrap();
+}
+
+#[test]
+fn a_growth_that_cannot_be_carried_through_is_taken_back_and_the_others_are_served() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let (broken, sound) = (
+        host.create_stopped("tiny", Some(1)),
+        host.create_stopped("tiny", Some(1)),
+    );
+    host.crash();
+    // What the state says when the crash comes behind the intent; and a file system that e2fsck would wait for, for hours.
+    change_state(&host, "UPDATE vms SET disk_size_gib = 3");
+    run(
+        "tune2fs",
+        &["-O", "mmp", "-E", "mmp_update_interval=300", text(&host.disk(&broken))],
+    );
+    host.serve();
+    assert_eq!(host.client().vm(&sound.id).unwrap().disk_size_gib, 3);
+    assert_eq!(host.client().vm(&broken.id).unwrap().disk_size_gib, 1);
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 4 << 30);
+    assert!(host.log().contains("is taken back"));
+
+    // Asked for, it is refused in words that tell the way out.
+    let (status, said) = host.send("PATCH", &format!("/vms/{}", broken.id), br#"{"disk_size_gib": 3}"#);
+    assert_eq!(status, 409, "{said}");
+    assert!(said.contains("tune2fs -O ^mmp"), "{said}");
+    let (status, said) = host.send(
+        "POST",
+        &format!("/vms/{}/snapshot", broken.id),
+        br#"{"template_name": "x"}"#,
+    );
+    assert_eq!(status, 409, "{said}");
+    assert!(said.contains("tune2fs -O ^mmp"), "{said}");
+    // One whose disk is gone too.
+    fs::remove_file(host.disk(&sound)).unwrap();
+    for (method, path, body) in [
+        ("PATCH", "", r#"{"disk_size_gib": 5}"#),
+        ("POST", "/snapshot", r#"{"template_name": "x"}"#),
+        ("POST", "/start", ""),
+    ] {
+        let (status, said) = host.send(method, &format!("/vms/{}{path}", sound.id), body.as_bytes());
+        assert_eq!(status, 409, "{method} {path}: {said}");
+        assert!(said.contains("is gone from the pool"), "{said}");
+    }
+    host.client().delete_vm(&broken.id).unwrap();
+    host.client().delete_vm(&sound.id).unwrap();
+    assert_eq!(host.client().pool().unwrap().committed_bytes, 0);
+}
+
+#[test]
+fn a_vm_that_somebody_starts_while_it_waits_for_its_turn_after_a_reboot_runs() {
+    let mut host = host_with_kernel();
+    let vms: Vec<Vm> = (0..6).map(|_| create_running(&host)).collect();
+    host.crash();
+    for vm in &vms {
+        rustix::process::kill_process(machine_of(&host, vm), rustix::process::Signal::KILL).unwrap();
+    }
+    change_state(&host, "UPDATE facts SET value = 'another' WHERE key = 'boot_id'");
+    host.serve();
+    // The last first: its turn comes while it is being started, or runs.
+    for vm in vms.iter().rev() {
+        match host.client().start_vm(&vm.id) {
+            Ok(_) | Err(ClientError::Refused { status: 409, .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+    eventually("all turns to have come", || {
+        let listed = host.client().vms().unwrap();
+        listed.iter().all(|vm| vm.status == VmStatus::Running).then_some(())
+    });
+    assert_eq!(machines(&host).len(), vms.len());
+    // They are what the next daemon finds.
+    host.crash();
+    host.serve();
+    assert!(
+        host.client()
+            .vms()
+            .unwrap()
+            .iter()
+            .all(|vm| vm.status == VmStatus::Running)
+    );
+    assert_eq!(machines(&host).len(), vms.len());
+    for vm in &vms {
+        host.client().delete_vm(&vm.id).unwrap();
+    }
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn a_vm_whose_tap_somebody_took_keeps_no_other_from_its_network() {
+    let mut host = host_with_kernel();
+    let (taken, other) = (create_running(&host), create_running(&host));
+    let (tap, foreign) = (tap_of(&taken), format!("{}00", host.bridge));
+    run("ip", &["link", "add", &foreign, "type", "bridge"]);
+    run("ip", &["link", "set", &tap, "master", &foreign]);
+
+    // At start.
+    host.crash();
+    host.serve();
+    assert!(host.log().contains("is a port of another bridge"));
+    assert_eq!(machines(&host).len(), 2);
+    // And when all is swept away.
+    sweep(&host);
+    eventually("the other's forward to be back", || {
+        has_forward(&host, &other).then_some(())
+    });
+    assert!(!has_forward(&host, &taken));
+
+    // Given back, it is connected without anybody's doing.
+    run("ip", &["link", "set", &tap, "nomaster"]);
+    run("ip", &["link", "del", &foreign]);
+    eventually("its forward to be back", || has_forward(&host, &taken).then_some(()));
+    eventually("its tap to be back", || host.taps().contains(&tap).then_some(()));
+    for vm in [&taken, &other] {
+        host.client().delete_vm(&vm.id).unwrap();
+    }
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+fn tap_of(vm: &Vm) -> String {
+    vm.id.replace("vm-", "sb")
+}
+
+fn sweep(host: &Host) {
+    for family in ["ip", "bridge"] {
+        run(
+            "nft",
+            &["delete", "table", family, &format!("scalebox_{}", host.bridge)],
+        );
+    }
+}
+
+fn has_forward(host: &Host, vm: &Vm) -> bool {
+    let listed = std::process::Command::new("nft")
+        .args(["list", "table", "ip", &format!("scalebox_{}", host.bridge)])
+        .output()
+        .unwrap();
+    let map = String::from_utf8_lossy(&listed.stdout).into_owned();
+    map.contains(&format!("{} : ", vm.ssh_port))
+}
