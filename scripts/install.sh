@@ -13,7 +13,7 @@ cd -- "$(dirname -- "$0")/.."
 readonly config_dir=/etc/scaleboxd config=/etc/scaleboxd/config unit=/etc/systemd/system/scaleboxd.service
 readonly settings=(
 	STORAGE_SIZE POOL_AUTO_GROW POOL_LOW_WATER_GIB DEFAULT_DISK_SIZE_GIB MAX_DISK_SIZE_GIB STORAGE_BUFFER_GIB OVERCOMMIT_RATIO ACCOUNTING_SECONDS DATA_DIR POOL_IMAGE POOL_DEVICE STATE_DIR RUN_DIR
-	FSTAB API_BIND API_PORT HOST_IP BRIDGE SUBNET PORT_MIN PORT_MAX GUEST_DNS VMM ACCEL DEFAULT_VCPU_COUNT DEFAULT_MEM_SIZE_MIB
+	FSTAB API_BIND API_PORT HOST_IP BRIDGE SUBNET PORT_MIN PORT_MAX GUEST_DNS GUEST_DENY VMM ACCEL DEFAULT_VCPU_COUNT DEFAULT_MEM_SIZE_MIB
 	GUEST_TRIM_INTERVAL_MINUTES LOG_FORMAT LOG_LEVEL
 )
 
@@ -27,6 +27,33 @@ require_host() {
 	[[ $EUID -eq 0 ]] || die "run it as root: sudo scripts/install.sh"
 	[[ $(uname -m) == x86_64 ]] || die "Scalebox runs on x86_64, this is $(uname -m)"
 	command -v apt-get >/dev/null || die "this script knows Debian and Ubuntu; see docs/install.md for what to do elsewhere"
+}
+
+# What the configuration says, or what a new one will.
+setting() {
+	if [[ -e $config ]]; then
+		sed -n "s/^[[:space:]]*$1[[:space:]]*=[[:space:]]*//p" "$config" | sed 's/[[:space:]]*$//; s/^"\(.*\)"$/\1/' | tail -n 1
+	else
+		printf '%s\n' "${!1:-}"
+	fi
+}
+
+# The programs that are run here take settings from the environment, the service takes them from the configuration: both must be the same.
+check_settings() {
+	local key dir
+	for key in API_TOKEN "${settings[@]}"; do
+		[[ -n ${!key:-} && -e $config ]] || continue
+		[[ ${!key} == "$(setting "$key")" ]] ||
+			die "$key is in the environment, and $config says otherwise: change it there, or unset it"
+	done
+	for key in DATA_DIR POOL_IMAGE STATE_DIR RUN_DIR; do
+		dir=$(setting "$key")
+		case $dir/ in
+			/home/* | /root/* | /tmp/* | /var/tmp/* | /run/user/*)
+				die "$key is $dir: the service does not see /home, /root, /run/user and the host's /tmp; choose another place, such as /srv"
+				;;
+		esac
+	done
 }
 
 install_programs() {
@@ -61,7 +88,7 @@ write_config() {
 		return
 	fi
 	say "Write $config"
-	token=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+	token=${API_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 	local new key
 	new=$(mktemp "$config_dir/.config.XXXXXX")
 	chmod 0600 "$new"
@@ -87,8 +114,10 @@ install_unit() {
 	install -d /etc/systemd/system
 	# The unit waits for the pool's mount, wherever that is.
 	local data_dir
-	data_dir=$(sed -n 's/^DATA_DIR=//p' "$config")
-	sed "s#^RequiresMountsFor=.*#RequiresMountsFor=${data_dir:-/var/lib/scalebox}#" packaging/scaleboxd.service >"$unit.new"
+	data_dir=$(setting DATA_DIR)
+	# As systemd reads a path, and then as sed reads a replacement.
+	data_dir=$(sed 's/[\\"]/\\&/g; s/%/%%/g' <<<"${data_dir:-/var/lib/scalebox}" | sed 's/[\\&#]/\\&/g')
+	sed "s#^RequiresMountsFor=.*#RequiresMountsFor=\"$data_dir\"#" packaging/scaleboxd.service >"$unit.new"
 	chmod 0644 "$unit.new"
 	mv "$unit.new" "$unit"
 	if [[ ! -d /run/systemd/system ]]; then
@@ -102,6 +131,7 @@ install_unit() {
 }
 
 require_host
+check_settings
 say "Install packages"
 scripts/deps.sh
 install_programs
@@ -122,5 +152,7 @@ The API's token, shown this once (it stands in $config, for root alone):
   export SCALEBOX_TOKEN=$token
 
 TXT
+else
+	echo "The API's token stands in $config."
 fi
 echo "Next: scalebox status, then: scalebox vm create --wait"

@@ -7,6 +7,7 @@ use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
 use crate::network_watch;
+use crate::pool_growth;
 use crate::pool_watch;
 use crate::progress;
 use crate::random::random_hex;
@@ -206,6 +207,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tokio::spawn(network_watch::run(service.clone()));
         tokio::spawn(guest_trim::run(service.clone()));
         tokio::spawn(auto_extend::run(service.clone()));
+        tokio::spawn(pool_growth::agree(service.clone()));
         tokio::spawn(snapshots::thaw_left_frozen(service.clone()));
         tokio::spawn(recovery::start_again(service.clone(), recovered.to_start));
         server::run(listener, api::router(service.clone(), &token), &service)
@@ -272,10 +274,13 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         InitEvent::Step(step) => tracing::info!("{step}"),
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;
-    pool.agree()?;
+    if let Err(error) = pool.agree() {
+        // As while btrfs is still about a change that an earlier daemon began. The pool is in use all the same.
+        tracing::warn!(%error, "the pool is not as large as its image yet; it is tried again");
+    }
     let (vmm, accel) = find_vmm(&settings)?;
-    let network = Network::ensure(settings.net.clone()).await?;
     let resolvers = resolvers(&settings)?;
+    let network = Network::ensure(settings.net.clone().with_resolvers(&resolvers)).await?;
     state.forget_unmade()?;
     let events = Events::begin(&state)?;
     let parts = Parts {

@@ -7,7 +7,7 @@ use crate::reclaim;
 use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
-use crate::vms::Operation;
+use crate::vms::{CalledOff, Operation};
 use scalebox_client::{EventKind, Vm, VmStatus};
 use scalebox_crash_points::crash_point;
 use scalebox_guest::SeedDrive;
@@ -232,10 +232,19 @@ impl Service {
     }
 
     pub(crate) async fn delete_now(&self, reference: &str) -> Result<(), ServiceError> {
-        let called_off = self.inner().vms.call_off(reference).await;
-        let operation = match self.inner().vms.begin(reference, "being deleted") {
-            Err(ServiceError::NotFound(_)) if called_off => return Ok(()),
-            other => other?,
+        // By its id, once it is known: the name may be another VM's meanwhile.
+        let made = match self.inner().vms.call_off(reference).await {
+            CalledOff::Undone => return Ok(()),
+            CalledOff::TooLate(id) => Some(id),
+            CalledOff::NotBeingMade => None,
+        };
+        let operation = match &made {
+            None => self.inner().vms.begin(reference, "being deleted")?,
+            Some(id) => match self.inner().vms.begin(id, "being deleted") {
+                // Somebody was faster.
+                Err(ServiceError::NotFound(_)) => return Ok(()),
+                other => other?,
+            },
         };
         let Operation { record, machine, .. } = &operation;
         match machine {

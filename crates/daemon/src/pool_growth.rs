@@ -16,11 +16,30 @@ use tokio::time::Instant;
 /// How long nothing is tried after a growth that failed.
 const AFTER_FAILURE: Duration = Duration::from_secs(60);
 
+/// How long to wait before the pool is made to agree with its image again.
+const BETWEEN_ATTEMPTS: Duration = Duration::from_secs(5);
+
 /// Who grows the pool by itself does so one after the other: whoever waited finds it grown.
 #[derive(Default)]
 pub struct Growth {
     /// When the last one failed.
     failed: Mutex<Option<Instant>>,
+}
+
+/// Tries, until it is, to have the pool as large as its image: a change that an earlier daemon began may still be under way in btrfs, which takes
+/// one at a time. Meanwhile the pool is in use as it is.
+pub async fn agree(service: Service) {
+    loop {
+        let pool = Arc::clone(&service.inner().pool);
+        match service
+            .detached(async move { blocking(move || pool.agree()).await })
+            .await
+        {
+            Ok(()) => return,
+            Err(error) => tracing::debug!(%error, "the pool is not as large as its image yet"),
+        }
+        tokio::time::sleep(BETWEEN_ATTEMPTS).await;
+    }
 }
 
 impl Service {

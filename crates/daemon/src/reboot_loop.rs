@@ -1,5 +1,5 @@
 //! A guest that restarts itself over and over does not come up: its kernel panics, or it finds no root file system. It would take a
-//! processor for ever, and look as if it ran.
+//! processor for ever, and look as if it ran. One whose agent was there in between did come up, and may restart as often as it likes.
 
 use scalebox_vmm::{Machine, MachineEvent};
 use std::sync::Arc;
@@ -24,6 +24,7 @@ pub async fn seen(machine: &Arc<dyn Machine>) -> String {
                     WITHIN.as_secs()
                 );
             }
+            Ok(MachineEvent::AgentUp) => row = Row::default(),
             Ok(_) | Err(RecvError::Lagged(_)) => {}
             // With the machine, whose end somebody else waits for.
             Err(RecvError::Closed) => std::future::pending().await,

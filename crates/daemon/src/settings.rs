@@ -5,7 +5,7 @@
 
 use ipnet::Ipv4Net;
 use scalebox_client::Limits;
-use scalebox_net::NetConfig;
+use scalebox_net::{NetConfig, PRIVATE_NETWORKS};
 use scalebox_storage::{Backing, Bounds, Gib, PoolPlan, RequestedSize};
 use std::collections::HashMap;
 use std::fs;
@@ -57,7 +57,7 @@ pub struct Settings {
     pub api_token: Option<Token>,
     /// `HOST_IP`: shown to clients; the default route's address when not set.
     pub host_ip: Option<IpAddr>,
-    /// `BRIDGE`, `SUBNET`, `PORT_MIN` and `PORT_MAX`: the guests' network and their SSH forwards.
+    /// `BRIDGE`, `SUBNET`, `PORT_MIN`, `PORT_MAX` and `GUEST_DENY`: the guests' network, their SSH forwards and what they do not reach.
     pub net: NetConfig,
     /// `GUEST_DNS`: the resolvers guests use; the host's own when not set.
     pub guest_dns: Vec<Ipv4Addr>,
@@ -166,7 +166,7 @@ pub enum SettingsError {
     },
 }
 
-const KEYS: [&str; 30] = [
+const KEYS: [&str; 31] = [
     "STORAGE_SIZE",
     "POOL_AUTO_GROW",
     "POOL_LOW_WATER_GIB",
@@ -190,6 +190,7 @@ const KEYS: [&str; 30] = [
     "PORT_MIN",
     "PORT_MAX",
     "GUEST_DNS",
+    "GUEST_DENY",
     "VMM",
     "ACCEL",
     "DEFAULT_VCPU_COUNT",
@@ -503,14 +504,31 @@ impl Values {
             "a network such as 172.16.0.0/16",
         )?;
         let ports = self.number("PORT_MIN", 22001, 1024..=65535)?..=self.number("PORT_MAX", 32000, 1024..=65535)?;
-        NetConfig::new(self.get("BRIDGE").unwrap_or("scalebox0"), subnet, ports).map_err(|error| {
+        let denied = self.denied()?;
+        let net = NetConfig::new(self.get("BRIDGE").unwrap_or("scalebox0"), subnet, ports).map_err(|error| {
             let key = match &error {
                 scalebox_net::Error::BridgeName(_) => "BRIDGE",
                 scalebox_net::Error::Subnet { .. } => "SUBNET",
                 _ => "PORT_MIN",
             };
             self.wrong(key, error.to_string())
-        })
+        })?;
+        Ok(net.denying(&denied))
+    }
+
+    fn denied(&self) -> Result<Vec<Ipv4Net>, SettingsError> {
+        const KEY: &str = "GUEST_DENY";
+        match self.get(KEY).unwrap_or("private").trim() {
+            "private" => Ok(PRIVATE_NETWORKS.to_vec()),
+            "none" => Ok(Vec::new()),
+            text => text
+                .split(',')
+                .map(|part| {
+                    let right = "it must be private, none, or networks such as 10.0.0.0/8, separated by commas";
+                    part.trim().parse().map_err(|_| self.wrong(KEY, right))
+                })
+                .collect(),
+        }
     }
 
     fn addresses(&self, key: &'static str) -> Result<Vec<Ipv4Addr>, SettingsError> {
@@ -551,6 +569,8 @@ mod tests {
             ("scalebox0", "172.16.0.0/16")
         );
         assert_eq!(settings.net.ports(), 22001..=32000);
+        let denies = |settings: &Settings, network: &str| settings.net.denied().contains(&network.parse().unwrap());
+        assert!(denies(&settings, "192.168.0.0/16") && denies(&settings, "169.254.0.0/16"));
         assert_eq!((settings.default_vcpu_count, settings.default_mem_size_mib), (1, 512));
         assert!(settings.token().is_err(), "there is no default token");
     }
@@ -610,6 +630,7 @@ mod tests {
             ("PORT_MIN", "22", "from 1024"),
             ("PORT_MIN", "40000", "32000"),
             ("GUEST_DNS", "one", "IPv4 addresses"),
+            ("GUEST_DENY", "10.0.0.0/8,lan", "private, none, or networks"),
             ("VMM", "xen", "one of auto, qemu"),
             ("ACCEL", "hvf", "one of auto, kvm, tcg"),
             ("GUEST_TRIM_INTERVAL_MINUTES", "daily", "from 0 to"),

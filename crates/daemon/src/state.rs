@@ -184,10 +184,8 @@ impl State {
             .create(folder)
             .map_err(in_folder)?;
         let lock = File::create(folder.join("lock")).map_err(in_folder)?;
-        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StateError::Locked(folder.to_owned())),
-            Err(errno) => return Err(in_folder(errno.into())),
+        if !scalebox_storage::lock_for_one_program(&lock).map_err(in_folder)? {
+            return Err(StateError::Locked(folder.to_owned()));
         }
         let path = folder.join("state.db");
         let database = |source| StateError::Database {

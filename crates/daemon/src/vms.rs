@@ -9,6 +9,7 @@ use scalebox_client::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};
 use scalebox_vmm::Machine;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -26,7 +27,7 @@ struct Table {
     /// Names of VMs, those being made included.
     names: HashSet<String>,
     /// Those being made, by name; the flag says that one was deleted meanwhile.
-    making: HashMap<String, Arc<AtomicBool>>,
+    making: HashMap<String, Arc<Making>>,
     addresses: Addresses,
 }
 
@@ -73,12 +74,12 @@ impl Vms {
             .claim(usable_port)
             .map_err(|error| ServiceError::Unavailable(error.to_string()))?;
         table.names.insert(name.clone());
-        let called_off = Arc::new(AtomicBool::new(false));
-        table.making.insert(name.clone(), Arc::clone(&called_off));
+        let making = Arc::new(Making::default());
+        table.making.insert(name.clone(), Arc::clone(&making));
         Ok(Claim {
             name,
             lease,
-            called_off,
+            making,
             published: false,
             vms: self.clone(),
         })
@@ -177,20 +178,28 @@ impl Vms {
         }
     }
 
-    /// Calls the creation of the VM of that name off, and waits until it has ended, undone or, when it was too late, done. Returns whether
-    /// there was one.
-    pub async fn call_off(&self, name: &str) -> bool {
-        let flag = self.lock().making.get(name).cloned();
-        let Some(flag) = flag else { return false };
-        flag.store(true, Ordering::Relaxed);
+    /// Calls the creation of the VM of that name off, if there is one, and waits until it has ended.
+    pub async fn call_off(&self, name: &str) -> CalledOff {
+        let called = self.lock().making.get(name).cloned();
+        let Some(called) = called else {
+            return CalledOff::NotBeingMade;
+        };
+        called.called_off.store(true, Ordering::Relaxed);
         loop {
             // Registered before looking, so that an end between the two is not missed.
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
             // One of the same name that began since is another VM.
-            let making = self.lock().making.get(name).is_some_and(|now| Arc::ptr_eq(now, &flag));
+            let making = self
+                .lock()
+                .making
+                .get(name)
+                .is_some_and(|now| Arc::ptr_eq(now, &called));
             if !making {
-                return true;
+                return match called.id.get() {
+                    Some(id) => CalledOff::TooLate(id.clone()),
+                    None => CalledOff::Undone,
+                };
             }
             ended.await;
         }
@@ -314,6 +323,25 @@ fn usable_port(port: u16) -> bool {
     })
 }
 
+/// A creation under way.
+#[derive(Default)]
+struct Making {
+    called_off: AtomicBool,
+    /// Once the VM stands.
+    id: OnceLock<String>,
+}
+
+/// What came of calling a creation off.
+#[derive(Debug, PartialEq, Eq)]
+pub enum CalledOff {
+    /// There was none to call off.
+    NotBeingMade,
+    /// Nothing is left of it.
+    Undone,
+    /// The VM of that id stands.
+    TooLate(String),
+}
+
 /// A name, an address and a port, held for a VM that is being made.
 #[must_use = "dropping a claim gives its name, address and port back"]
 pub struct Claim {
@@ -321,7 +349,7 @@ pub struct Claim {
     pub name: String,
     /// The address and the port.
     pub lease: Lease,
-    called_off: Arc<AtomicBool>,
+    making: Arc<Making>,
     published: bool,
     vms: Vms,
 }
@@ -330,6 +358,7 @@ impl Claim {
     /// The VM stands: from now on others see it.
     pub fn publish(mut self, record: Record, machine: Option<Arc<dyn Machine>>) {
         self.published = true;
+        let _first = self.making.id.set(record.id.clone());
         let mut table = self.vms.lock();
         table.making.remove(&self.name);
         table.by_id.insert(
@@ -347,7 +376,7 @@ impl Claim {
     /// # Errors
     /// [`ServiceError::Conflict`] when it was deleted while it was being made.
     pub fn still_wanted(&self) -> Result<(), ServiceError> {
-        if self.called_off.load(Ordering::Relaxed) {
+        if self.making.called_off.load(Ordering::Relaxed) {
             let name = &self.name;
             return Err(ServiceError::Conflict(format!(
                 "VM {name} was deleted while it was being made"

@@ -8,7 +8,7 @@ use qapi::qga;
 use scalebox_storage::Bytes;
 use std::io;
 use std::time::Duration;
-use tokio::io::WriteHalf;
+use tokio::io::{AsyncReadExt, WriteHalf};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -16,6 +16,10 @@ use tokio::time::timeout;
 const DEADLINE: Duration = Duration::from_secs(3);
 /// How long trimming may take: it walks all free space of the guest.
 const TRIM_DEADLINE: Duration = Duration::from_secs(120);
+
+/// What an agent may say over one connection, in bytes: it is a guest's program, and answers are read whole. The longest tells of each file
+/// system that is mounted in the guest.
+const MOST_SAID: u64 = 1 << 20;
 
 /// How long to wait before the same question is put again.
 const BETWEEN_QUESTIONS: Duration = Duration::from_millis(50);
@@ -69,7 +73,8 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Silent`], [`AgentError::Refused`].
     pub async fn begin(stream: UnixStream) -> Result<Agent, AgentError> {
-        let (service, reader) = QgaStreamTokio::open(stream).spawn_tokio();
+        let (answers, questions) = tokio::io::split(stream);
+        let (service, reader) = QgaStreamTokio::open_split(answers.take(MOST_SAID), questions).spawn_tokio();
         let agent = Agent { service, reader };
         // An answer to an earlier client may still be on its way: the number tells it from ours.
         let number = sync_number().map_err(AgentError::Random)?;
@@ -211,4 +216,40 @@ fn sync_number() -> io::Result<i32> {
     let mut bytes = [0; 4];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     Ok(i32::from_ne_bytes(bytes) & i32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
+    /// Answers the first question as an agent does, and the second with a line that has no end. Returns how much of it was taken.
+    async fn endless(stream: UnixStream) -> usize {
+        let (questions, mut answers) = tokio::io::split(stream);
+        let mut questions = BufReader::new(questions).lines();
+        let sync = questions.next_line().await.unwrap().unwrap();
+        let number: String = sync.chars().filter(char::is_ascii_digit).collect();
+        let answer = format!("{{\"return\": {number}}}\n");
+        answers.write_all(answer.as_bytes()).await.unwrap();
+        let _trim = questions.next_line().await.unwrap().unwrap();
+        answers.write_all(b"{\"return\": {\"paths\": [").await.unwrap();
+        let mut said = 0;
+        while let Ok(taken) = answers.write(&[b' '; 65536]).await {
+            said += taken;
+        }
+        said
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_does_not_stop_talking_is_not_listened_to() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let agent = tokio::spawn(endless(theirs));
+        let asked = Agent::begin(ours).await.unwrap();
+        let error = asked.trim().await.unwrap_err();
+        assert!(matches!(error, AgentError::Refused { .. }), "{error}");
+        drop(asked);
+        // What the sockets hold is beside what was read.
+        let said = agent.await.unwrap();
+        assert!(said < 4 * MOST_SAID as usize, "{said}");
+    }
 }

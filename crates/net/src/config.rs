@@ -11,12 +11,30 @@ const MAX_NAME: usize = 15;
 /// Names that mean something else under `/proc/sys/net/ipv4/conf`.
 const RESERVED: [&str; 3] = ["all", "default", "lo"];
 
+/// What no guest reaches, whatever the settings say: link-local addresses, behind which clouds keep their hosts' credentials
+/// (169.254.169.254); multicast; what is reserved, broadcast included.
+const NEVER_REACHED: [Ipv4Net; 3] = [
+    Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
+    Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
+    Ipv4Net::new_assert(Ipv4Addr::new(240, 0, 0, 0), 4),
+];
+
+/// Networks that are not the internet: private ones (RFC 1918) and those of carriers (RFC 6598).
+pub const PRIVATE_NETWORKS: [Ipv4Net; 4] = [
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
+    Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
+];
+
 /// The settings of one network. Two networks with different bridges and subnets live side by side on one host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetConfig {
     bridge: String,
     subnet: Ipv4Net,
     ports: RangeInclusive<u16>,
+    denied: Vec<Ipv4Net>,
+    resolvers: Vec<Ipv4Addr>,
 }
 
 impl NetConfig {
@@ -46,7 +64,35 @@ impl NetConfig {
             bridge: bridge.to_owned(),
             subnet,
             ports,
+            denied: Ipv4Net::aggregate(&NEVER_REACHED.to_vec()),
+            resolvers: Vec::new(),
         })
+    }
+
+    /// The same, with further networks that guests do not reach.
+    #[must_use]
+    pub fn denying(mut self, networks: &[Ipv4Net]) -> NetConfig {
+        self.denied.extend(networks.iter().map(Ipv4Net::trunc));
+        self.denied = Ipv4Net::aggregate(&self.denied);
+        self
+    }
+
+    /// The same, with resolvers that guests may ask, wherever they are.
+    #[must_use]
+    pub fn with_resolvers(mut self, resolvers: &[Ipv4Addr]) -> NetConfig {
+        self.resolvers = resolvers.to_vec();
+        self.resolvers.sort_unstable();
+        self.resolvers.dedup();
+        self
+    }
+
+    /// The networks that guests do not reach, besides the host and each other; apart from one another, in order.
+    pub fn denied(&self) -> &[Ipv4Net] {
+        &self.denied
+    }
+
+    pub(crate) fn resolvers(&self) -> &[Ipv4Addr] {
+        &self.resolvers
     }
 
     /// The bridge's name.

@@ -72,7 +72,7 @@ mod sysctl;
 mod tap;
 
 pub use addresses::{Addresses, Lease};
-pub use config::NetConfig;
+pub use config::{NetConfig, PRIVATE_NETWORKS};
 pub use endpoint::{Endpoint, Mac, Mbps, ParseMacError};
 pub use error::{Error, Result};
 pub use firewall::ForwardDrop;

@@ -18,6 +18,12 @@ use std::net::Ipv4Addr;
 /// The guest's port that forwards lead to.
 const SSH: u16 = 22;
 
+/// As the elements of a set.
+fn listed(items: &[impl ToString]) -> String {
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+    items.join(", ")
+}
+
 /// How closely a guest's frames are checked, by what the kernel can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Guard {
@@ -206,6 +212,15 @@ impl Ruleset {
     fn ip_rules(&self) -> String {
         let table = self.table();
         let (bridge, subnet, gateway) = (self.config.bridge(), self.config.subnet(), self.config.gateway());
+        let denied = listed(self.config.denied());
+        // A set cannot be empty, in a rule.
+        let resolvers = match self.config.resolvers() {
+            [] => String::new(),
+            some => format!(
+                r#"iifname "{bridge}" ip daddr {{ {} }} meta l4proto {{ tcp, udp }} th dport 53 accept"#,
+                listed(some)
+            ),
+        };
         format!(
             r#"add table ip {table}
 flush table ip {table}
@@ -250,11 +265,15 @@ table ip {table} {{
         oifname != {{ "{bridge}", "lo" }} ip saddr {subnet} masquerade
     }}
 
-    # Packets that belong to no connection would leave with the guest's private address.
+    # Packets that belong to no connection would leave with the guest's private address. What a guest answers goes to
+    # wherever it was asked from; what it begins, to the internet and the resolvers.
     chain forward {{
         type filter hook forward priority 0; policy accept;
         iifname "{bridge}" oifname "{bridge}" counter drop
         iifname "{bridge}" ct state invalid counter drop
+        iifname "{bridge}" ct state established,related accept
+        {resolvers}
+        iifname "{bridge}" ip daddr {{ {denied} }} counter drop
         iifname "{bridge}" accept
         oifname "{bridge}" ct state established,related accept
         oifname "{bridge}" ct status dnat tcp dport {SSH} accept

@@ -220,6 +220,59 @@ fn a_guest_reaches_the_outside_from_the_hosts_address() {
 }
 
 #[test]
+fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
+    const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+    const LAN: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 7);
+    on_a_host(async || {
+        let world = outside();
+        world.run(|| {
+            for address in [METADATA, LAN] {
+                ip(&format!("addr add {address}/32 dev eth0"));
+            }
+        });
+        for address in [METADATA, LAN] {
+            ip(&format!("route add {address}/32 via {OUTSIDE}"));
+        }
+        let served = [(OUTSIDE, 443), (METADATA, 80), (LAN, 80), (LAN, 53)];
+        let _clients =
+            world.run(|| served.map(|(address, port)| serve(SocketAddrV4::new(address, port), "it".to_owned())));
+        let denied = |networks: &[&str]| {
+            let networks: Vec<_> = networks
+                .iter()
+                .map(|network| network.parse().expect("a network"))
+                .collect();
+            config().denying(&networks)
+        };
+        let reached = |guest: &Guest, address, port| {
+            guest
+                .inside
+                .run(|| assert_eq!(greeting(address, port), format!("it to {HOST}")));
+        };
+        let not_reached = |guest: &Guest, address, port| guest.inside.run(|| unreachable(address, port));
+
+        // Whatever the settings say, not the cloud's credentials.
+        let network = Network::ensure(config()).await.expect("a network");
+        network.attach(&endpoint(1)).await.expect("attach");
+        let guest = Guest::boot(&endpoint(1));
+        reached(&guest, LAN, 80);
+        not_reached(&guest, METADATA, 80);
+
+        // Of a network that is denied, a resolver's questions are answered and nothing else; the internet is as it was.
+        let settings = denied(&["192.168.0.0/16", "192.168.7.0/24"]).with_resolvers(&[LAN]);
+        Network::ensure(settings).await.expect("a network");
+        not_reached(&guest, LAN, 80);
+        reached(&guest, LAN, 53);
+        reached(&guest, OUTSIDE, 443);
+        not_reached(&guest, METADATA, 80);
+
+        // Who asks the guest from there is answered.
+        Network::ensure(denied(&["198.51.100.0/24"])).await.expect("a network");
+        not_reached(&guest, OUTSIDE, 443);
+        world.run(|| assert!(greeting(HOST, endpoint(1).ssh_port()).starts_with("guest 10.77.0.11")));
+    });
+}
+
+#[test]
 fn a_guest_cannot_reach_another_guest() {
     on_a_host(async || {
         let _world = outside();

@@ -7,7 +7,7 @@
 //! dies with the daemon.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, set_parent_process_death_signal};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
@@ -241,10 +241,18 @@ fn output_of(program: Program, args: &[OsString], input: Option<File>) -> Result
         .stdin(input.map_or_else(Stdio::null, Stdio::from))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    // SAFETY: one system call, which allocates nothing.
+    let parent = getpid();
+    // SAFETY: two system calls, which allocate nothing.
     unsafe {
-        // Told of the end of the thread that starts it, which waits for it.
-        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        command.pre_exec(move || {
+            // Told of the end of the thread that starts it, which waits for it.
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+            match getppid() == Some(parent) {
+                true => Ok(()),
+                // It came too late to be told.
+                false => Err(io::ErrorKind::BrokenPipe.into()),
+            }
+        });
     }
     let child = command.spawn().map_err(not_started)?;
     match attend(child, program.deadline()).map_err(not_started)? {

@@ -3,13 +3,17 @@
 use crate::error::StorageError;
 use crate::mounts;
 use rustix::fs::{
-    IFlags, Mode, OFlags, RenameFlags, SeekFrom, ioctl_ficlone, ioctl_getflags, ioctl_setflags, renameat_with, seek,
+    FlockOperation, IFlags, Mode, OFlags, RenameFlags, SeekFrom, flock, ioctl_ficlone, ioctl_getflags, ioctl_setflags,
+    renameat_with, seek,
 };
 use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Images hold what guests wrote: nobody but root reads them.
 const IMAGE_MODE: u32 = 0o600;
@@ -131,6 +135,27 @@ pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
     }
     ioctl_setflags(&file, flags | IFlags::NOCOW)?;
     Ok(true)
+}
+
+/// How long a lock is waited for, and how often it is tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Locks a file for one program. One that was killed a moment ago may still have it: a program that it was just starting shares its files until it
+/// is the other program. So a lock that is held is waited for a little. `false`: another program has it.
+///
+/// # Errors
+/// What `flock` fails with.
+pub fn lock_for_one_program(file: impl AsFd) -> io::Result<bool> {
+    let begun = Instant::now();
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => thread::sleep(LOCK_INTERVAL),
+            Err(Errno::WOULDBLOCK) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 /// Removes a file in an undo path, where the first error is the one to report: a failure here is logged.

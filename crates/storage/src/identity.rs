@@ -300,6 +300,13 @@ impl Scrub<'_> {
                 folders.push(format!("/home/{}/.ssh", home.name));
             }
         }
+        // Each is looked into by a program of its own.
+        if folders.len() > MOST_FOLDERS {
+            return Err(StorageError::Unfit(format!(
+                "there are {} folders in /home, and {MOST_FOLDERS} are the most: remove some",
+                folders.len()
+            )));
+        }
         Ok(folders)
     }
 

@@ -85,6 +85,7 @@ pub use admission::{Admission, Bounds, Promises, Reservation};
 pub use command::{CommandError, Program, require_programs};
 pub use disk::Swept;
 pub use error::StorageError;
+pub use files::lock_for_one_program;
 pub use fstab::FstabError;
 pub use ground::{Backing, Ground};
 pub use group_sync::GroupSync;

@@ -9,7 +9,6 @@ use crate::group_sync::GroupSync;
 use crate::name::Name;
 use crate::size::{Bytes, Gib};
 use crate::space::Space;
-use rustix::fs::{FlockOperation, flock};
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
@@ -78,10 +77,10 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Busy`] while another has it.
     pub fn lock(&self) -> Result<(), StorageError> {
-        match flock(&self.dir, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(()),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(StorageError::Busy(self.root.clone())),
-            Err(errno) => Err(StorageError::io("lock", self.root.display(), errno.into())),
+        match files::lock_for_one_program(&self.dir) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(StorageError::Busy(self.root.clone())),
+            Err(error) => Err(StorageError::io("lock", self.root.display(), error)),
         }
     }
 

@@ -57,7 +57,7 @@ impl Pool {
         }
         set_image_size(image, size.bytes())?;
         crash_point("pool grow: image larger");
-        self.agree()
+        self.agree_layers()
     }
 
     fn grow_on_device(&self, device: &Path, size: Option<Gib>) -> Result<(), StorageError> {
@@ -98,7 +98,7 @@ impl Pool {
                     return Ok(false);
                 }
                 set_image_size(image, size)?;
-                self.agree()?;
+                self.agree_layers()?;
             }
             Ground::Device(device) => {
                 let size = device_size(device)?;
@@ -180,8 +180,14 @@ impl Pool {
     /// half of a growth.
     ///
     /// # Errors
-    /// [`StorageError::Command`].
+    /// [`StorageError::Command`], also while the file system is still about a change that another program began; [`StorageError::Busy`] while
+    /// this one is. It may be repeated.
     pub fn agree(&self) -> Result<(), StorageError> {
+        let _changing = self.begin_resize()?;
+        self.agree_layers()
+    }
+
+    fn agree_layers(&self) -> Result<(), StorageError> {
         let Some(image) = self.image() else { return Ok(()) };
         let size = image_size(image)?;
         if device_size(&self.device)? != size {

@@ -4,6 +4,7 @@
 //! template. Only the one in the middle needs the disk to stand still, and it copies nothing; all else is done on the clone.
 
 use crate::admission::Reservation;
+use crate::command::CommandError;
 use crate::error::StorageError;
 use crate::ext4;
 use crate::files;
@@ -115,7 +116,7 @@ impl Pool {
         // An edit before the journal is replayed would be undone by the replay.
         ext4::repair(partial).map_err(unfit)?;
         crash_point("snapshot: journal replayed");
-        identity::remove(partial, source)?;
+        identity::remove(partial, source).map_err(unfit)?;
         crash_point("snapshot: identity removed");
         ext4::check(partial).map_err(unfit)?;
         snapshot
@@ -141,6 +142,10 @@ impl Pool {
 fn unfit(error: StorageError) -> StorageError {
     match error {
         StorageError::FileSystem(_) => StorageError::Unfit(error.to_string()),
+        // A guest can make a folder too long to list.
+        StorageError::Command(CommandError::Endless { why, .. }) => StorageError::Unfit(format!(
+            "what belongs to its VM alone cannot be taken out: a program {why}"
+        )),
         other => other,
     }
 }

@@ -375,6 +375,8 @@ pub enum MachineEvent {
     Resumed,
     /// The guest restarted itself. The machine goes on; a guest that does this every few seconds is stuck in a loop.
     GuestReboot,
+    /// A program in the guest listens at the agent's port: its system is up. Some hypervisors do not tell.
+    AgentUp,
     /// The guest powered itself off; [`MachineEvent::Ended`] follows.
     GuestShutdown,
     /// The host refused a disk request and the guest now stands still ([`MachineState::Stalled`]).

@@ -470,6 +470,8 @@ impl Shared {
                 other => tracing::warn!(machine = %self.id, reason = ?other, "shut down"),
             },
             Event::RESET { data, .. } if data.guest => self.announce(MachineEvent::GuestReboot),
+            // The only such port is the agent's.
+            Event::VSERPORT_CHANGE { data, .. } if data.open => self.announce(MachineEvent::AgentUp),
             Event::STOP { .. } => {
                 self.announce(MachineEvent::Stopped);
                 self.look_why_it_stopped();
