@@ -96,9 +96,10 @@ pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: Disk
 
     argv.pair("-chardev", socket_chardev("agent", &text("run_dir", &dir.agent())?));
     argv.json("-device", json!({ "driver": "virtio-serial-device" }));
+    // Of a port without an id QEMU does not tell that the guest opened it.
     argv.json(
         "-device",
-        json!({ "driver": "virtserialport", "chardev": "agent", "name": AGENT_PORT }),
+        json!({ "driver": "virtserialport", "id": "agent-port", "chardev": "agent", "name": AGENT_PORT }),
     );
 
     argv.pair("-chardev", socket_chardev("console", &text("run_dir", &dir.console())?));

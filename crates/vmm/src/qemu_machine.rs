@@ -471,7 +471,10 @@ impl Shared {
             },
             Event::RESET { data, .. } if data.guest => self.announce(MachineEvent::GuestReboot),
             // The only such port is the agent's.
-            Event::VSERPORT_CHANGE { data, .. } if data.open => self.announce(MachineEvent::AgentUp),
+            Event::VSERPORT_CHANGE { data, .. } if data.open => {
+                tracing::debug!(machine = %self.id, "the guest's agent is up");
+                self.announce(MachineEvent::AgentUp);
+            }
             Event::STOP { .. } => {
                 self.announce(MachineEvent::Stopped);
                 self.look_why_it_stopped();
