@@ -17,8 +17,8 @@ use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
 use scalebox_client::{
-    CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, TemplateList, Trimmed,
-    UpdateVm, Vm, VmList,
+    CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList,
+    Trimmed, UpdateVm, Vm, VmList,
 };
 use scalebox_storage::Gib;
 use sha2::{Digest, Sha256};
@@ -53,7 +53,7 @@ pub fn router(service: Service, token: &Token) -> Router {
         .routes(routes!(trim_vm))
         .routes(routes!(snapshot_vm))
         .routes(routes!(list_templates))
-        .routes(routes!(delete_template))
+        .routes(routes!(get_template, delete_template))
         .routes(routes!(template_files::export))
         .routes(routes!(template_files::import))
         .routes(routes!(pool))
@@ -229,6 +229,15 @@ async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateL
     Ok(Json(TemplateList {
         templates: service.templates().await?,
     }))
+}
+
+/// One template.
+#[utoipa::path(
+    get, path = "/templates/{name}", tag = "Templates", params(("name" = String, Path, description = "Name of the template.")),
+    responses((status = 200, body = Template), (status = 404, description = "No such template."))
+)]
+async fn get_template(State(service): State<Service>, Segment(name): Segment) -> Result<Json<Template>, ServiceError> {
+    service.template(name).await.map(Json)
 }
 
 /// Deletes a template; VMs made from it stay.

@@ -9,14 +9,14 @@ use crate::error::ServiceError;
 use crate::idempotency::Once;
 use crate::lifecycle::remove_dir;
 use crate::random::random_hex;
-use crate::service::{Service, blocking, disk_name, rfc3339};
+use crate::service::{Service, blocking, disk_name, rfc3339, template_name};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::Claim;
 use scalebox_client::{CreateVm, EventKind, Vm, VmStatus};
 use scalebox_crash_points::crash_point;
 use scalebox_net::Lease;
-use scalebox_storage::{Bytes, Gib, Name, Pool, Reservation};
+use scalebox_storage::{Bytes, Gib, Pool, Reservation};
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -196,11 +196,6 @@ impl Service {
 
 pub(crate) fn is_refusal(error: &ServiceError) -> bool {
     matches!(error, ServiceError::Insufficient(_))
-}
-
-fn template_name(name: &str) -> Result<Name, ServiceError> {
-    name.parse()
-        .map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))
 }
 
 /// `vm-` and 48 random bits in hex.

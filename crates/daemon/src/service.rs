@@ -234,6 +234,17 @@ impl Service {
             .collect())
     }
 
+    /// One template.
+    ///
+    /// # Errors
+    /// 404.
+    pub async fn template(&self, name: String) -> Result<Template, ServiceError> {
+        let parsed = template_name(&name)?;
+        let pool = Arc::clone(&self.inner.pool);
+        let template = blocking(move || pool.template(&parsed)).await?;
+        Ok(self.describe_template(template))
+    }
+
     pub(crate) fn describe_template(&self, template: scalebox_storage::Template) -> Template {
         let accounts = self.inner.ledger.latest();
         Template {
@@ -259,8 +270,7 @@ impl Service {
                 "the template {BASE_TEMPLATE} is protected: it cannot be deleted"
             )));
         }
-        let missing = || ServiceError::NotFound(format!("there is no template {name:?}"));
-        let parsed: Name = name.parse().map_err(|_| missing())?;
+        let parsed = template_name(&name)?;
         self.inner.cloning.require_idle(&name)?;
         let pool = Arc::clone(&self.inner.pool);
         blocking(move || pool.delete_template(&parsed)).await?;
@@ -396,6 +406,12 @@ where
 fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
     tracing::error!(%error, "a task did not end");
     ServiceError::Internal("an error inside scaleboxd; its log tells more under the request's id".to_owned())
+}
+
+/// What has no name's form is no template either.
+pub(crate) fn template_name(name: &str) -> Result<Name, ServiceError> {
+    name.parse()
+        .map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))
 }
 
 pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {

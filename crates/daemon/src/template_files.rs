@@ -5,7 +5,7 @@
 
 use crate::api::{BODY_TIMEOUT, Segment};
 use crate::error::ServiceError;
-use crate::service::{BASE_TEMPLATE, Service, blocking};
+use crate::service::{BASE_TEMPLATE, Service, blocking, template_name};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
@@ -58,8 +58,7 @@ pub struct Wish {
     )
 )]
 pub async fn export(State(service): State<Service>, Segment(name): Segment) -> Result<Response, ServiceError> {
-    let missing = || ServiceError::NotFound(format!("there is no template {name:?}"));
-    let parsed: Name = name.parse().map_err(|_| missing())?;
+    let parsed = template_name(&name)?;
     let transfer = service.begin_transfer()?;
     let pool = Arc::clone(&service.inner().pool);
     let packing = blocking(move || pool.pack_template(&parsed)).await?;

@@ -113,6 +113,8 @@ fn refusals_of_every_kind_are_the_same_json_and_never_a_500() {
         ("POST", "/vms/nobody/start", b"", 404),
         ("POST", "/vms/nobody/stop", b"", 404),
         ("POST", "/vms/nobody/trim", b"", 404),
+        ("GET", "/templates/absent", b"", 404),
+        ("GET", "/templates/..%2fx", b"", 404),
         ("DELETE", "/templates/absent", b"", 404),
         ("DELETE", "/templates/..%2fx", b"", 404),
         ("DELETE", "/templates/debian-base", b"", 403),

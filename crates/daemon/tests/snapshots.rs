@@ -45,6 +45,9 @@ fn a_stopped_vm_s_disk_becomes_a_template_and_what_cannot_is_refused() {
         templates.into_iter().map(|template| template.name).collect()
     };
     assert_eq!(names(), ["golden", "tiny"]);
+    let (status, said) = host.send("GET", "/templates/golden", b"");
+    let one: scalebox_client::Template = serde_json::from_str(&said).unwrap();
+    assert_eq!((status, one.name.as_str(), one.used_by), (200, "golden", 0), "{said}");
     // It outlives its source, and VMs are made from it.
     host.client().delete_vm(&vm.id).unwrap();
     let copy = host.create_stopped("golden", None);

@@ -27,7 +27,9 @@ pub enum StorageError {
     #[error("there is no template {0:?}")]
     NoTemplate(String),
     /// A template of that name is there already.
-    #[error("a template {0} exists already: replace it (--replace), delete it first, or choose another name")]
+    #[error(
+        "a template {0} exists already: delete it first, or choose another name; an import can also replace it (--replace)"
+    )]
     TemplateExists(String),
     /// A template of that name is being made at this moment.
     #[error("a template {0} is being made right now: wait for it, or choose another name")]
