@@ -32,7 +32,7 @@ require_host() {
 # What the configuration says, or what a new one will.
 setting() {
 	if [[ -e $config ]]; then
-		sed -n "s/^[[:space:]]*$1[[:space:]]*=[[:space:]]*//p" "$config" | sed 's/[[:space:]]*$//; s/^"\(.*\)"$/\1/' | tail -n 1
+		sed -n "s/^[[:space:]]*$1[[:space:]]*=[[:space:]]*//p" "$config" | sed 's/[[:space:]]*$//; s/^"\(.*\)"$/\1/; s/^\x27\(.*\)\x27$/\1/' | tail -n 1
 	else
 		printf '%s\n' "${!1:-}"
 	fi

@@ -204,7 +204,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tokio::spawn(pool_watch::run(service.clone()));
         tokio::spawn(reclaim::run(service.clone()));
         tokio::spawn(accounts::run(service.clone()));
-        tokio::spawn(network_watch::run(service.clone()));
+        tokio::spawn(network_watch::run(service.clone(), recovered.unconnected));
         tokio::spawn(guest_trim::run(service.clone()));
         tokio::spawn(auto_extend::run(service.clone()));
         tokio::spawn(pool_growth::agree(service.clone()));

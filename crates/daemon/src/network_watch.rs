@@ -12,61 +12,44 @@ use std::time::Duration;
 
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Watches the network for as long as it is polled.
-pub async fn run(service: Service) -> Infallible {
-    // Whether some VM was not connected again by the last attempt.
-    let mut torn = false;
+/// Watches the network for as long as it is polled. `missing`: VMs that the start could not connect.
+pub async fn run(service: Service, mut missing: Vec<String>) -> Infallible {
     loop {
         tokio::time::sleep(INTERVAL).await;
-        let whole = match service.inner().network.is_whole().await {
-            Ok(whole) => whole,
-            Err(error) => {
-                tracing::warn!(%error, "the network cannot be looked at");
-                continue;
-            }
-        };
-        if !whole {
-            tracing::warn!("bridge or nftables tables were removed by another program: putting them back");
-        } else if !torn {
-            continue;
-        }
-        torn = match put_back(&service, torn).await {
-            Ok(Connected { vms, missing: 0 }) => {
-                tracing::info!(vms, "the network is whole again");
-                false
-            }
-            Ok(Connected { vms, missing }) => {
-                if !torn {
-                    tracing::warn!(vms, missing, "the network is back; some VMs are not connected yet");
+        match service.inner().network.is_whole().await {
+            Ok(true) if missing.is_empty() => {}
+            Ok(true) => {
+                missing = connect(&service, missing, false).await;
+                if missing.is_empty() {
+                    tracing::info!("every VM has its network again");
                 }
-                true
             }
-            Err(error) => {
-                tracing::error!(%error, "the network could not be put back; trying again");
-                true
+            Ok(false) => {
+                tracing::warn!("bridge or nftables tables were removed by another program: putting them back");
+                if let Err(error) = service.inner().network.repair().await {
+                    tracing::error!(%error, "the network could not be put back; trying again");
+                    continue;
+                }
+                let all = service.inner().vms.all().into_iter().map(|record| record.id).collect();
+                missing = connect(&service, all, true).await;
+                tracing::info!(missing = missing.len(), "the network is back");
             }
-        };
+            Err(error) => tracing::warn!(%error, "the network cannot be looked at"),
+        }
     }
 }
 
-/// How many VMs have their network again, and how many do not.
-struct Connected {
-    vms: usize,
-    missing: usize,
-}
-
-/// The rules first, which close what stands open; then each VM's tap and forward. One that fails, or has something under way, is left for the
-/// next attempt and holds up no other. `again`: what failed before is not told once more.
-async fn put_back(service: &Service, again: bool) -> Result<Connected, ServiceError> {
+/// Gives each of these VMs its tap and its forward, and returns those that are to be tried again: where it fails, or something is under way.
+/// None holds up another. `tell`: whether a failure is news.
+async fn connect(service: &Service, vms: Vec<String>, tell: bool) -> Vec<String> {
     let inner = service.inner();
-    inner.network.repair().await?;
-    let mut connected = Connected { vms: 0, missing: 0 };
-    for record in inner.vms.all() {
-        let operation = match inner.vms.begin(&record.id, "being connected again") {
+    let mut missing = Vec::new();
+    for id in vms {
+        let operation = match inner.vms.begin(&id, "being connected again") {
             Ok(operation) => operation,
             Err(ServiceError::NotFound(_)) => continue,
             Err(_) => {
-                connected.missing += 1;
+                missing.push(id);
                 continue;
             }
         };
@@ -74,15 +57,12 @@ async fn put_back(service: &Service, again: bool) -> Result<Connected, ServiceEr
             continue;
         }
         let attached = async { Ok::<_, ServiceError>(inner.network.attach(&endpoint(&operation.record)?).await?) };
-        match attached.await {
-            Ok(()) => connected.vms += 1,
-            Err(error) => {
-                connected.missing += 1;
-                if !again {
-                    tracing::error!(vm = record.id, %error, "it could not be connected again");
-                }
+        if let Err(error) = attached.await {
+            if tell {
+                tracing::error!(vm = id, %error, "it could not be connected again; trying again");
             }
+            missing.push(id);
         }
     }
-    Ok(connected)
+    missing
 }

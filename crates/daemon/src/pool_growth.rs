@@ -29,6 +29,7 @@ pub struct Growth {
 /// Tries, until it is, to have the pool as large as its image: a change that an earlier daemon began may still be under way in btrfs, which takes
 /// one at a time. Meanwhile the pool is in use as it is.
 pub async fn agree(service: Service) {
+    let mut told = String::new();
     loop {
         let pool = Arc::clone(&service.inner().pool);
         match service
@@ -36,7 +37,14 @@ pub async fn agree(service: Service) {
             .await
         {
             Ok(()) => return,
-            Err(error) => tracing::debug!(%error, "the pool is not as large as its image yet"),
+            Err(error) if error.to_string() == told => {}
+            Err(error) => {
+                told = error.to_string();
+                tracing::warn!(
+                    error = told,
+                    "the pool is not as large as its image yet; it is tried again"
+                );
+            }
         }
         tokio::time::sleep(BETWEEN_ATTEMPTS).await;
     }

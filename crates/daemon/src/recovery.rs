@@ -33,6 +33,8 @@ pub struct Recovered {
     pub files_removed: usize,
     /// VMs that ran when the host went down, for [`start_again`].
     pub to_start: Vec<String>,
+    /// VMs that run and are not connected to the network, for [`network_watch`](crate::network_watch).
+    pub unconnected: Vec<String>,
 }
 
 /// Fills the service's table from the state file and removes leftovers. To be called once, before the first request.
@@ -70,19 +72,20 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
         match restore(service, record, lost, rebooted, &with_process).await? {
             Restored::Running => {
                 recovered.adopted += 1;
-                attached.push(endpoint);
+                attached.push((endpoint, id));
             }
+            // Its guest may run as well as ever.
+            Restored::Unreachable => attached.push((endpoint, id)),
             Restored::ToStart => recovered.to_start.push(id),
             Restored::Still => {}
         }
     }
-    let reconciled = service.inner().network.reconcile(&attached).await?;
+    let (endpoints, ids): (Vec<_>, Vec<_>) = attached.into_iter().unzip();
+    let reconciled = service.inner().network.reconcile(&endpoints).await?;
     for (tap, error) in reconciled.failed {
-        tracing::error!(
-            tap,
-            error,
-            "a machine is not attached to the network: stop and start its VM"
-        );
+        tracing::error!(tap, error, "a machine is not connected to the network; trying again");
+        let found = endpoints.iter().position(|endpoint| endpoint.tap() == tap);
+        recovered.unconnected.extend(found.and_then(|at| ids.get(at).cloned()));
     }
     Ok(recovered)
 }
@@ -150,6 +153,8 @@ async fn is_another_boot(service: &Service) -> Result<bool, ServiceError> {
 
 enum Restored {
     Running,
+    /// Its process may be there, and is not ours again.
+    Unreachable,
     /// It ran when the host went down.
     ToStart,
     Still,
@@ -193,7 +198,10 @@ async fn restore(
     }
     // A disk that an unreachable machine has open is left alone.
     if !lost && unreachable.is_none() {
-        agree_on_disk_size(service, &mut record, machine.as_ref()).await?;
+        let agreed = agree_on_disk_size(service, &mut record, machine.as_ref()).await;
+        if let Err(error) = agreed {
+            tracing::error!(vm = record.id, %error, "its disk may not be as large as it should");
+        }
     }
     service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
     let was_running = matches!(record.status, VmStatus::Running | VmStatus::Paused);
@@ -211,6 +219,7 @@ async fn restore(
         );
         return Ok(Restored::ToStart);
     }
+    let is_unreachable = unreachable.is_some() && !lost;
     let (status, reason) = match (&machine, lost, record.status) {
         (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
         (Some(_), ..) => (VmStatus::Running, None),
@@ -233,7 +242,10 @@ async fn restore(
             to = status.as_str(),
             reason
         );
-        service.persist(&record.id, status, reason.as_deref()).await?;
+        // The next start is to try again to take an unreachable machine over.
+        if !is_unreachable {
+            service.persist(&record.id, status, reason.as_deref()).await?;
+        }
         let kind = match status {
             VmStatus::Running => EventKind::Resumed,
             VmStatus::Paused => EventKind::Paused,
@@ -251,6 +263,7 @@ async fn restore(
             service.watch(id, machine);
             Ok(Restored::Running)
         }
+        None if is_unreachable => Ok(Restored::Unreachable),
         None => Ok(Restored::Still),
     }
 }

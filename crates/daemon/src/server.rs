@@ -24,7 +24,7 @@ const MOST_CONNECTIONS: usize = 1024;
 /// Of these, one other host's at most. This host's own may come from a proxy, for all the world.
 const MOST_OF_A_PEER: usize = MOST_CONNECTIONS / 2;
 /// How long a client may leave what it is answered where it is, before the connection is given up.
-const READ_PATIENCE: Duration = Duration::from_secs(30);
+const READ_PATIENCE: Duration = Duration::from_secs(120);
 /// How long a client may take to send a request's head, the time between two requests included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a shutdown waits for requests under way; longer than the longest of them, a stop.
@@ -55,7 +55,8 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
         };
         let (room, stream, peer) = tokio::select! {
             accepted = accepted => match accepted {
-                (room, Ok((stream, peer))) => (room, stream, peer.ip()),
+                // Of a socket for both versions of IP, those of version 4 come in the form of version 6.
+                (room, Ok((stream, peer))) => (room, stream, peer.ip().to_canonical()),
                 (_, Err(error)) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;

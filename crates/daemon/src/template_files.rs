@@ -9,8 +9,8 @@ use crate::service::{BASE_TEMPLATE, Service, blocking, template_name};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
-use axum::http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, EXPECT};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
 use scalebox_client::{EventKind, Template};
@@ -35,9 +35,9 @@ const PIECE: usize = 64 << 10;
 /// Templates on their way at once.
 pub(crate) const MOST_TRANSFERS: usize = 8;
 /// How long a client may leave a piece of an export where it is.
-const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
+const PIECE_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long the rest of an import is listened to that has failed already.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(900);
 
 /// What `POST /templates/{name}/import` may be asked with.
 #[derive(Debug, Deserialize)]
@@ -74,11 +74,15 @@ pub async fn export(State(service): State<Service>, Segment(name): Segment) -> R
         let written = packing.write_to(&mut out, |_| {}).and_then(|()| out.flush());
         // What is left in the buffer is of no use behind a failure.
         let (_pieces, _left) = out.into_parts();
-        if let Err(error) = written {
-            tracing::warn!(%error, "an export ended early");
-            // Who hung up does not hear it.
-            let _hung_up = pieces.send(Err(error));
-        }
+        let last = match written {
+            Ok(()) => Ok(Piece::End),
+            Err(error) => {
+                tracing::warn!(%error, "an export ended early");
+                Err(error)
+            }
+        };
+        // Who hung up does not hear it.
+        let _hung_up = pieces.send(last);
     });
     let body = Body::from_stream(going_out(receiver, service.inner().closing.clone()));
     let file = format!("attachment; filename=\"{name}.ext4.zst\"");
@@ -112,13 +116,17 @@ pub async fn import(
     State(service): State<Service>,
     Segment(name): Segment,
     wish: Result<Query<Wish>, axum::extract::rejection::QueryRejection>,
+    headers: HeaderMap,
     body: Body,
 ) -> Result<(StatusCode, Json<Template>), ServiceError> {
     let Query(wish) =
         wish.map_err(|_| ServiceError::Invalid("the query may hold replace=true or replace=false".to_owned()))?;
-    let reader = SyncIoBridge::new(StreamReader::new(Box::pin(arriving(body))));
+    let input = Heard {
+        input: SyncIoBridge::new(StreamReader::new(Box::pin(arriving(body)))),
+        comes: !headers.contains_key(EXPECT),
+    };
     let template = service
-        .import_template(name, reader, wish.replace.unwrap_or(false))
+        .import_template(name, input, wish.replace.unwrap_or(false))
         .await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
@@ -138,28 +146,41 @@ fn arriving(body: Body) -> impl Stream<Item = io::Result<Bytes>> + Send {
     })
 }
 
+/// What an export consists of.
+enum Piece {
+    Data(Bytes),
+    /// All of it was sent.
+    End,
+}
+
 /// The pieces of an export, until the daemon is told to stop: it does not wait for who asked, who can ask again.
 fn going_out(
-    receiver: mpsc::Receiver<io::Result<Bytes>>,
+    receiver: mpsc::Receiver<io::Result<Piece>>,
     closing: CancellationToken,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
     stream::unfold(Some((receiver, closing)), |state| async {
         let (mut receiver, closing) = state?;
-        tokio::select! {
-            piece = receiver.recv() => Some((piece?, Some((receiver, closing)))),
-            () = closing.cancelled() => Some((Err(io::Error::other("scaleboxd is being stopped")), None)),
+        let piece = tokio::select! {
+            piece = receiver.recv() => piece.unwrap_or_else(|| Err(io::Error::other("the export ended early"))),
+            () = closing.cancelled() => Err(io::Error::other("scaleboxd is being stopped")),
+        };
+        match piece {
+            Ok(Piece::Data(bytes)) => Some((Ok(bytes), Some((receiver, closing)))),
+            Ok(Piece::End) => None,
+            // The connection is cut: what was sent does not look like all of it.
+            Err(error) => Some((Err(error), None)),
         }
     })
 }
 
 /// The sending end of a body that is written by a thread that may block.
 struct Pieces {
-    sender: mpsc::Sender<io::Result<Bytes>>,
+    sender: mpsc::Sender<io::Result<Piece>>,
     runtime: Handle,
 }
 
 impl Pieces {
-    fn send(&self, piece: io::Result<Bytes>) -> io::Result<()> {
+    fn send(&self, piece: io::Result<Piece>) -> io::Result<()> {
         let sent = self.runtime.block_on(self.sender.send_timeout(piece, PIECE_TIMEOUT));
         sent.map_err(|error| match error {
             SendTimeoutError::Timeout(_) => {
@@ -173,7 +194,7 @@ impl Pieces {
 
 impl Write for &mut Pieces {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        self.send(Ok(Bytes::copy_from_slice(piece)))?;
+        self.send(Ok(Piece::Data(Bytes::copy_from_slice(piece))))?;
         Ok(piece.len())
     }
 
@@ -182,10 +203,26 @@ impl Write for &mut Pieces {
     }
 }
 
-fn drain(input: &mut impl Read) {
-    let begun = Instant::now();
-    let mut piece = vec![0; PIECE];
-    while begun.elapsed() < DRAIN_TIMEOUT && input.read(&mut piece).is_ok_and(|read| read > 0) {}
+/// A body, and whether it is on its way: a client may wait with it (`Expect: 100-continue`) until something of it is read.
+struct Heard<R> {
+    input: R,
+    comes: bool,
+}
+
+impl<R: Read> Read for Heard<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.comes = true;
+        self.input.read(buffer)
+    }
+}
+
+impl<R: Read> Heard<R> {
+    /// Listens to the rest. A client that sends all before it reads would not get to the answer otherwise.
+    fn drain(&mut self) {
+        let begun = Instant::now();
+        let mut piece = vec![0; PIECE];
+        while self.comes && begun.elapsed() < DRAIN_TIMEOUT && self.input.read(&mut piece).is_ok_and(|read| read > 0) {}
+    }
 }
 
 impl Service {
@@ -203,10 +240,10 @@ impl Service {
     /// # Errors
     /// 400 when it is none, 403 for [`BASE_TEMPLATE`], 409 when there is one of that name or it is being made, 507 when it does not fit. Nothing
     /// is left then.
-    pub async fn import_template(
+    async fn import_template(
         &self,
         name: String,
-        mut input: impl Read + Send + 'static,
+        mut input: Heard<impl Read + Send + 'static>,
         replace: bool,
     ) -> Result<Template, ServiceError> {
         if name == BASE_TEMPLATE {
@@ -229,8 +266,7 @@ impl Service {
             let made = blocking(move || {
                 let made = pool.unpack_template(&parsed, &mut input, largest, replace);
                 if made.is_err() {
-                    // A client that sends all before it reads would not get to the answer. What it failed with is known already.
-                    drain(&mut input);
+                    input.drain();
                 }
                 made
             })

@@ -34,6 +34,13 @@ impl Service {
         // First what can be refused.
         let disk = if size > current {
             self.require_disk(record).await?;
+            // Offline, the disk gives way to a grown clone, and a machine that does not answer has it open.
+            if operation.machine.is_none() && self.run_dir(&record.id).exists() {
+                return Err(ServiceError::Conflict(format!(
+                    "the machine of VM {} does not answer: start or delete the VM to end it",
+                    record.name
+                )));
+            }
             let reservation = self.admit(size.bytes() - current.bytes()).await?;
             let before = match &operation.machine {
                 Some(machine) => resize::guest_total(machine).await,
@@ -118,15 +125,15 @@ impl Service {
         crash_point("grow: size recorded");
         if let Err(error) = self.grow(record, machine.as_ref(), size).await {
             let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-            let grown = blocking(move || pool.provisioned(&disk)).await? >= size.bytes();
-            if grown {
+            let found = blocking(move || pool.provisioned(&disk)).await;
+            if found.is_ok_and(|found| found >= size.bytes()) {
                 // It came about after all: the guest may have seen it, and it stays promised.
                 admitted.commit();
                 self.inner()
                     .vms
                     .change(&record.id, |record| record.disk_size_gib = size.as_u64());
-            } else {
-                self.persist_disk_size(&record.id, current).await?;
+            } else if let Err(undo) = self.persist_disk_size(&record.id, current).await {
+                tracing::error!(vm = record.id, error = %undo, "a growth that failed is not taken back; the next start does it");
             }
             return Err(error);
         }
@@ -150,7 +157,12 @@ impl Service {
         size: Gib,
     ) -> Result<(), ServiceError> {
         match machine {
-            Some(machine) => Ok(machine.resize_root(size.bytes()).await?),
+            Some(machine) => {
+                machine.resize_root(size.bytes()).await?;
+                // The hypervisor does not: a power cut would make the disk smaller than it was said to be.
+                let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+                blocking(move || pool.settle_disk(&disk)).await
+            }
             None => {
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
                 blocking(move || pool.grow_disk(&disk, size.bytes())).await

@@ -157,6 +157,34 @@ fn a_vm_whose_tap_somebody_took_keeps_no_other_from_its_network() {
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
+#[test]
+fn a_machine_that_does_not_answer_at_one_start_is_taken_over_by_a_later_one() {
+    use rustix::process::{Signal, kill_process};
+    let mut host = host_with_kernel();
+    let vm = create_running(&host);
+    let machine = machine_of(&host, &vm);
+    // Not before: what stands still when its parent dies is sent SIGHUP.
+    host.crash();
+    kill_process(machine, Signal::STOP).unwrap();
+    host.serve();
+    let found = host.client().vm(&vm.id).unwrap();
+    assert_eq!(found.status, VmStatus::Failed);
+    assert!(found.status_reason.unwrap().contains("does not answer"));
+    // Its guest may run as well as ever: what it has stays.
+    assert!(has_forward(&host, &vm) && host.taps().contains(&tap_of(&vm)));
+    let (status, said) = host.send("PATCH", &format!("/vms/{}", vm.id), br#"{"disk_size_gib": 5}"#);
+    assert!(status == 409 && said.contains("does not answer"), "{status}: {said}");
+    assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
+
+    kill_process(machine, Signal::CONT).unwrap();
+    host.crash();
+    host.serve();
+    assert_eq!(host.client().vm(&vm.id).unwrap().status, VmStatus::Running);
+    assert_eq!(machine_of(&host, &vm), machine);
+    host.client().delete_vm(&vm.id).unwrap();
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
 fn tap_of(vm: &Vm) -> String {
     vm.id.replace("vm-", "sb")
 }

@@ -168,36 +168,28 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::Taken`] for two endpoints that share a port, an address or a tap, before anything is changed; those of the tools for what
-    /// concerns all of them. What concerns one stands in [`Reconciled::failed`]. It may be repeated.
+    /// [`Error::Taken`] for two endpoints that share a port, an address or a tap, and [`Error::NotAGuestAddress`] for one of another subnet, before
+    /// anything is changed; those of the tools for what concerns all of them. What concerns one stands in [`Reconciled::failed`]. It may be repeated.
     pub async fn reconcile(&self, wanted: &[Endpoint]) -> Result<Reconciled> {
         let Shared {
             config, links, ruleset, ..
         } = &*self.shared;
-        check_distinct(wanted)?;
-        let mut done = Reconciled::default();
-        let is_guest = |endpoint: &&Endpoint| match config.check_guest(endpoint.guest_ip()) {
-            Ok(()) => true,
-            Err(error) => {
-                done.failed.push((endpoint.tap().to_owned(), error.to_string()));
-                false
-            }
-        };
-        let wanted: Vec<&Endpoint> = wanted.iter().filter(is_guest).collect();
+        check_distinct(config, wanted)?;
         let _one_at_a_time = self.shared.changing.lock().await;
         check_bridge(links, config).await?;
         let bridge = ensure_bridge(links, config).await?;
         let present = ruleset.read().await?.elements;
+        let mut done = Reconciled::default();
 
         // As in detach and attach: unwanted taps go before their guard, wanted ones come after it.
-        let names: BTreeSet<&str> = wanted.iter().map(|endpoint| endpoint.tap()).collect();
+        let names: BTreeSet<&str> = wanted.iter().map(Endpoint::tap).collect();
         for tap in taps_of(links, &bridge, &present).await? {
             if !names.contains(tap.name.as_str()) {
                 links.delete(&tap).await?;
                 done.removed.push(tap.name);
             }
         }
-        let change = present.becoming(&ruleset.elements(wanted.iter().copied()));
+        let change = present.becoming(&ruleset.elements(wanted));
         ruleset.apply_whole(&change).await?;
         done.removed.extend(change.removed.iter().map(ToString::to_string));
         done.added.extend(change.added.iter().map(ToString::to_string));
@@ -435,9 +427,10 @@ pub(crate) async fn check_overlap(links: &Links, config: &NetConfig) -> Result<(
     Ok(())
 }
 
-fn check_distinct(wanted: &[Endpoint]) -> Result<()> {
+fn check_distinct(config: &NetConfig, wanted: &[Endpoint]) -> Result<()> {
     let (mut taps, mut ips, mut ports) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for endpoint in wanted {
+        config.check_guest(endpoint.guest_ip())?;
         let tap = endpoint.tap();
         let taken = |what: String, owner: Option<&str>| match owner {
             Some(owner) => Err(Error::Taken {

@@ -154,17 +154,6 @@ pub enum CommandError {
     },
 }
 
-impl CommandError {
-    /// What the program said, without the command and the paths in it; the whole error when it said nothing.
-    pub(crate) fn words(&self) -> String {
-        match self {
-            CommandError::Failed { output, .. } if !output.is_empty() => output.clone(),
-            CommandError::Endless { why, .. } => format!("its check {why}"),
-            other => other.to_string(),
-        }
-    }
-}
-
 /// Looks for every program of [`Program::ALL`].
 ///
 /// # Errors

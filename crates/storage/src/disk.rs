@@ -61,7 +61,7 @@ impl Pool {
     /// or as large as it should be, and sound in both cases. One that is at least as large already stays as it is.
     ///
     /// # Errors
-    /// [`StorageError::Io`]; [`StorageError::Command`] with e2fsck's words when its file system is damaged: it is left as it was.
+    /// [`StorageError::Io`]; [`StorageError::FileSystem`] with e2fsck's words when it is damaged: it is left as it was.
     pub fn grow_disk(&self, id: &Name, size: Bytes) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         let disk = files::open_read(&path).map_err(|error| StorageError::io("read", path.display(), error))?;

@@ -40,6 +40,14 @@ pub enum StorageError {
     /// The file system in an image cannot be worked with. Reads on from "its file system".
     #[error("its file system {0}")]
     FileSystem(String),
+    /// A template cannot be made larger.
+    #[error("no larger disk can be made from the template {template}: its file system {reason}. Import it again")]
+    DamagedTemplate {
+        /// The template.
+        template: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A disk was asked for that its template does not fit on.
     #[error("disk_size_gib must be at least {template_size}: the template {template} is {template_size} GiB large")]
     SmallerThanTemplate {

@@ -22,6 +22,7 @@ const JOURNAL_INODE: usize = 0xe0;
 const JOURNAL_DEVICE: usize = 0xe4;
 
 const HAS_JOURNAL: u32 = 0x4;
+const RECOVER: u32 = 0x4;
 const JOURNAL_DEV: u32 = 0x8;
 const MMP: u32 = 0x100;
 
@@ -30,9 +31,8 @@ const MMP: u32 = 0x100;
 /// # Errors
 /// [`StorageError::FileSystem`] when more is wrong with it, or it is of a kind that is not taken.
 pub(crate) fn repair(image: &Path) -> Result<(), StorageError> {
-    require_plain(image)?;
-    command::run_accepting(Program::E2fsck, check_args("-p", image), |code| code <= 1).map_err(damaged)?;
-    Ok(())
+    replay(image)?;
+    e2fsck(check_args("-p", image))
 }
 
 /// As [`repair`], and punches the free blocks out of the image.
@@ -40,11 +40,9 @@ pub(crate) fn repair(image: &Path) -> Result<(), StorageError> {
 /// # Errors
 /// As there.
 pub(crate) fn repair_and_discard(image: &Path) -> Result<(), StorageError> {
-    require_plain(image)?;
+    replay(image)?;
     let discard = ["-E", "discard"].map(OsStr::new);
-    let args = discard.into_iter().chain(check_args("-p", image));
-    command::run_accepting(Program::E2fsck, args, |code| code <= 1).map_err(damaged)?;
-    Ok(())
+    e2fsck(discard.into_iter().chain(check_args("-p", image)))
 }
 
 /// Checks it and changes nothing: there must be no finding.
@@ -53,8 +51,7 @@ pub(crate) fn repair_and_discard(image: &Path) -> Result<(), StorageError> {
 /// [`StorageError::FileSystem`].
 pub(crate) fn check(image: &Path) -> Result<(), StorageError> {
     require_plain(image)?;
-    command::run(Program::E2fsck, check_args("-n", image)).map_err(damaged)?;
-    Ok(())
+    e2fsck(check_args("-n", image))
 }
 
 /// Makes it as large as its image.
@@ -73,29 +70,52 @@ fn check_args<'a>(mode: &'a str, image: &'a Path) -> [&'a OsStr; 3] {
     [OsStr::new("-f"), OsStr::new(mode), image.as_os_str()]
 }
 
-fn damaged(error: CommandError) -> StorageError {
-    match error {
-        CommandError::Failed { .. } | CommandError::Endless { .. } => {
-            StorageError::FileSystem(format!("is damaged; repair it first.\n{}", error.words()))
+/// Replays the journal if there is something in it. It may hold another superblock, which then is looked at in its turn.
+fn replay(image: &Path) -> Result<(), StorageError> {
+    if require_plain(image)?.needs_replay {
+        let only = ["-E", "journal_only", "-p"].map(OsStr::new);
+        e2fsck(only.into_iter().chain([image.as_os_str()]))?;
+        require_plain(image)?;
+    }
+    Ok(())
+}
+
+/// Of the exit code (e2fsck(8)) 1 is that errors were corrected, 4 that some were not; the others are no fault of the file system.
+fn e2fsck<'a>(args: impl IntoIterator<Item = &'a OsStr>) -> Result<(), StorageError> {
+    const UNCORRECTED: i32 = 4;
+    let run = command::run_accepting(Program::E2fsck, args, |code| matches!(code & !UNCORRECTED, 0 | 1));
+    match run {
+        Ok((code, _)) if code & UNCORRECTED == 0 => Ok(()),
+        Ok((_, said)) => Err(StorageError::FileSystem(format!(
+            "is damaged; repair it first.\n{}",
+            said.trim()
+        ))),
+        Err(CommandError::Endless { why, .. }) => {
+            Err(StorageError::FileSystem(format!("cannot be checked: the check {why}")))
         }
-        other => other.into(),
+        Err(error) => Err(error.into()),
     }
 }
 
+/// What a superblock tells that is good to know.
+struct Plain {
+    needs_replay: bool,
+}
+
 /// Says no to what a program of e2fsprogs would wait for or look for outside the image.
-fn require_plain(image: &Path) -> Result<(), StorageError> {
+fn require_plain(image: &Path) -> Result<Plain, StorageError> {
     let file = files::open_read(image).map_err(|error| StorageError::io("read", image.display(), error))?;
-    match oddity(&file) {
-        Ok(None) => Ok(()),
-        Ok(Some(oddity)) => Err(StorageError::FileSystem(oddity.to_owned())),
+    match look(&file) {
+        Ok(Ok(plain)) => Ok(plain),
+        Ok(Err(oddity)) => Err(StorageError::FileSystem(oddity.to_owned())),
         Err(error) => Err(StorageError::io("read", image.display(), error)),
     }
 }
 
-fn oddity(image: &File) -> std::io::Result<Option<&'static str>> {
+fn look(image: &File) -> std::io::Result<Result<Plain, &'static str>> {
     let mut block = [0; LENGTH];
     match image.read_exact_at(&mut block, SUPERBLOCK) {
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(Some("is cut off")),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(Err("is cut off")),
         other => other?,
     }
     let word = |at: usize| {
@@ -110,17 +130,19 @@ fn oddity(image: &File) -> std::io::Result<Option<&'static str>> {
     let (at, magic) = MAGIC;
     Ok(if word(at) & 0xffff != u32::from(magic) {
         // A copy would be used in its place, which nobody has looked at.
-        Some("has a damaged superblock; repair it first")
+        Err("has a damaged superblock; repair it first")
     } else if incompat & MMP != 0 {
         // `e2fsck` waits, as long as the image says, for another host to show that it has it in use.
-        Some("is protected against multiple mounts; take that off (tune2fs -O ^mmp)")
+        Err("is protected against multiple mounts; take that off (tune2fs -O ^mmp)")
     } else if incompat & JOURNAL_DEV != 0 {
-        Some("is a journal")
+        Err("is a journal")
     } else if compat & HAS_JOURNAL != 0 && (word(JOURNAL_INODE) == 0 || word(JOURNAL_DEVICE) != 0) {
         // Programs look for it among the host's devices.
-        Some("has its journal elsewhere; give it one of its own (tune2fs -O ^has_journal, then tune2fs -j)")
+        Err("has its journal elsewhere; give it one of its own (tune2fs -O ^has_journal, then tune2fs -j)")
     } else {
-        None
+        Ok(Plain {
+            needs_replay: incompat & RECOVER != 0,
+        })
     })
 }
 

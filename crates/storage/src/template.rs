@@ -156,7 +156,13 @@ impl Pool {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(StorageError::io("read", grown.display(), error)),
         }
-        let clone = self.grow_clone(&original, &grown, size)?;
+        let clone = self.grow_clone(&original, &grown, size).map_err(|error| match error {
+            StorageError::FileSystem(reason) => StorageError::DamagedTemplate {
+                template: name.to_string(),
+                reason,
+            },
+            other => other,
+        })?;
         // Deleted or replaced meanwhile, the template has no use for the clone, and nobody would look for it again.
         if !self.template(name).is_ok_and(|now| now.inode == template.inode) {
             files::discard(&grown);
