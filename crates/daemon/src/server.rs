@@ -12,6 +12,7 @@ use hyper_util::service::TowerToHyperService;
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -29,6 +30,8 @@ const READ_PATIENCE: Duration = Duration::from_secs(120);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a shutdown waits for requests under way; longer than the longest of them, a stop.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(90);
+/// How long clients may take, when there is nothing under way any more, to take what they are answered.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// How long to leave the listener alone after it failed, as it does when files run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -93,7 +96,16 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
             service.finish().await;
             service.inner().events.end();
         };
-        tokio::join!(graceful.shutdown(), last_words);
+        let (mut answers, mut last_words) = (pin!(graceful.shutdown()), pin!(last_words));
+        let all_taken = tokio::select! {
+            () = &mut answers => true,
+            () = &mut last_words => false,
+        };
+        if all_taken {
+            last_words.await;
+        } else if tokio::time::timeout(LAST_ANSWERS, answers).await.is_err() {
+            tracing::info!("some clients do not take their answers, or do not finish asking: they are not waited for");
+        }
         // What a request that was still arriving began.
         service.finish().await;
     };
