@@ -14,7 +14,7 @@ export RUSTUP_HOME := $(shell scripts/toolchain.sh rustup-home)
 export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
 
 # Tests end the daemon at each of its steps; what is released cannot do that. scripts/run-tests.sh names it too.
-TEST_FEATURES := scaleboxd/crash-points
+TEST_FEATURES := scaleboxd/fault-points
 
 .PHONY: all build release deps test demo bench lint fmt install clean
 

@@ -69,7 +69,7 @@ clean_up() {
 trap 'clean_up; exit 130' INT TERM
 
 # The daemon of the tests ends itself where the crash test tells it to; what is released cannot.
-features=scaleboxd/crash-points
+features=scaleboxd/fault-points
 status=0
 if cargo nextest --version >/dev/null 2>&1; then
 	cargo nextest run --locked --workspace --features "$features" "$@" || status=$?

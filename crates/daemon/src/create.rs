@@ -14,7 +14,7 @@ use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::Claim;
 use scalebox_client::{CreateVm, EventKind, Vm, VmStatus};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use scalebox_net::Lease;
 use scalebox_storage::{Bytes, Gib, Pool, Reservation};
 use scalebox_vmm::Machine;

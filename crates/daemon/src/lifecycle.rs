@@ -9,7 +9,7 @@ use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::{CalledOff, Operation};
 use scalebox_client::{EventKind, Vm, VmStatus};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Mbps};
 use scalebox_storage::{Bytes, Gib};

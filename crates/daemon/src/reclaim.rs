@@ -4,7 +4,7 @@
 //! stays promised, so that no block is ever promised twice; a request that would be refused meanwhile waits for them instead.
 
 use crate::service::{Service, blocking};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use scalebox_storage::{Bytes, Gib, Unlinked};
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -10,7 +10,7 @@ use crate::service::{Service, blocking, disk_name};
 use crate::state::{Record, VmLimits};
 use crate::vms::Operation;
 use scalebox_client::{Disk, EventKind, UpdateVm, Vm};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use scalebox_storage::{Gib, Reservation};
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};

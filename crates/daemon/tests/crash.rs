@@ -1,6 +1,6 @@
 //! The daemon ended, as by `kill -9`, at every step of every operation that changes something durable; and what the next start makes of it.
 //!
-//! Built with the feature `crash-points` alone. The steps of an operation are those that a trace of it shows, and all together must be
+//! Built with the feature `fault-points` alone. The steps of an operation are those that a trace of it shows, and all together must be
 //! those that stand in the sources: a step that no operation here reaches fails the test.
 
 #![allow(
@@ -279,8 +279,13 @@ impl Scene {
 
     fn restart(&mut self, crash_at: &str, trace: &str) {
         self.host.crash();
-        self.host.set("SCALEBOX_CRASH_AT", crash_at);
-        self.host.set("SCALEBOX_CRASH_TRACE", trace);
+        let fault = if crash_at.is_empty() {
+            String::new()
+        } else {
+            format!("end {crash_at}")
+        };
+        self.host.set("SCALEBOX_FAULT", &fault);
+        self.host.set("SCALEBOX_FAULT_TRACE", trace);
         self.host.serve();
     }
 
@@ -300,7 +305,7 @@ impl Scene {
             }
         }
         assert!(!steps.is_empty(), "{} has no step to crash at", operation.name);
-        self.host.set("SCALEBOX_CRASH_TRACE", "");
+        self.host.set("SCALEBOX_FAULT_TRACE", "");
         self.host.serve();
         self.reset();
         steps
@@ -318,7 +323,7 @@ impl Scene {
             self.restart("", "");
         } else {
             self.host.wait_for_crash();
-            self.host.set("SCALEBOX_CRASH_AT", "");
+            self.host.set("SCALEBOX_FAULT", "");
             self.host.serve();
         }
         self.look(operation, &promised, findings);
@@ -590,7 +595,8 @@ fn steps_in_sources() -> BTreeSet<String> {
             continue;
         }
         let source = fs::read_to_string(&file).unwrap();
-        for call in source.split("crash_point(\"").skip(1) {
+        let calls = ["crash_point(\"", "fault_point(\""].map(|call| source.split(call).skip(1));
+        for call in calls.into_iter().flatten() {
             let step = call.split('"').next().unwrap().to_owned();
             assert!(!steps.contains(&step), "two steps have the name {step}");
             steps.insert(step);

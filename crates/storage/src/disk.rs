@@ -7,7 +7,7 @@ use crate::files;
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;

@@ -11,7 +11,7 @@ use crate::signature::probe;
 use crate::size::Bytes;
 use crate::space;
 use crate::template::{PARTIAL, Template};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@ use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
 use crate::space::allocated;
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use std::fs::{self, File};
 use std::io;
 

@@ -11,7 +11,7 @@ use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use crate::sizing::{LARGEST, SHARE_PERCENT};
 use crate::space::{allocated, available, device_size};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::path::Path;

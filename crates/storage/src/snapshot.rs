@@ -14,7 +14,7 @@ use crate::pool::Pool;
 use crate::size::Bytes;
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;

@@ -12,7 +12,7 @@ use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use rustix::fs::{FlockOperation, flock};
-use scalebox_crash_points::crash_point;
+use scalebox_fault_points::crash_point;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
