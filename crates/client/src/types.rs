@@ -250,6 +250,10 @@ pub struct PoolInfo {
     /// the daemon begins it anew), when nothing grows, and beyond ten years.
     #[serde(default)]
     pub days_left: Option<f64>,
+    /// Stopped and deleted VMs that left something on the host which cannot be removed yet, for an error that the log names;
+    /// it is tried again every few seconds. A deleted VM's disk stays committed until it is removed.
+    #[serde(default)]
+    pub cleanups_pending: u64,
 }
 
 /// `POST /pool/trim` and `POST /vms/{id}/trim`.

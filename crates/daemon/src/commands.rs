@@ -3,6 +3,7 @@
 use crate::accounts;
 use crate::api;
 use crate::auto_extend;
+use crate::cleanup;
 use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
@@ -183,7 +184,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
     let token = settings.token()?.clone();
     let runtime = runtime()?;
     let served = runtime.block_on(async {
-        let state = State::open(&settings.state_dir)?;
+        let state = State::open(&settings.state_dir, &settings.run_dir)?;
         let address = settings.api;
         let listener = TcpListener::bind(address)
             .await
@@ -203,12 +204,14 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tracing::info!(address = %local, "ready");
         tokio::spawn(pool_watch::run(service.clone()));
         tokio::spawn(reclaim::run(service.clone()));
+        tokio::spawn(cleanup::run(service.clone()));
         tokio::spawn(accounts::run(service.clone()));
         tokio::spawn(network_watch::run(service.clone(), recovered.unconnected));
         tokio::spawn(guest_trim::run(service.clone()));
         tokio::spawn(auto_extend::run(service.clone()));
         tokio::spawn(pool_growth::agree(service.clone()));
         tokio::spawn(snapshots::thaw_left_frozen(service.clone()));
+        recovery::stop_again(&service, recovered.to_stop);
         tokio::spawn(recovery::start_again(service.clone(), recovered.to_start));
         server::run(listener, api::router(service.clone(), &token), &service)
             .await
@@ -225,7 +228,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
 pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
     runtime()?.block_on(async {
-        let state = State::open(&settings.state_dir)?;
+        let state = State::open(&settings.state_dir, &settings.run_dir)?;
         match open_service(settings.clone(), state).await {
             Ok((service, recovered)) => {
                 for id in recovered.to_start {
@@ -266,6 +269,12 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
 
 /// Opens every part, puts them together and puts right what a crash left.
 async fn open_service(settings: Settings, state: State) -> Result<(Service, Recovered), CommandFailed> {
+    if state.is_read_only() {
+        tracing::error!(
+            path = %settings.state_dir.display(),
+            "STATE_DIR is read-only: VMs run on, and nothing can be changed; make it writable and restart scaleboxd"
+        );
+    }
     scalebox_storage::require_programs().map_err(StorageError::from)?;
     let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     take_pool(&pool, &state, &settings)?;
@@ -281,7 +290,6 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     let (vmm, accel) = find_vmm(&settings)?;
     let resolvers = resolvers(&settings)?;
     let network = Network::ensure(settings.net.clone().with_resolvers(&resolvers)).await?;
-    state.forget_unmade()?;
     let events = Events::begin(&state)?;
     let parts = Parts {
         settings,

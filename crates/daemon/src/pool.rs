@@ -45,6 +45,7 @@ impl Service {
                 .as_deref()
                 .map(|accounts| accounts::rfc3339(accounts.measured_at)),
             days_left: self.inner().ledger.days_left(space.free),
+            cleanups_pending: self.inner().cleanups.pending() as u64,
         })
     }
 

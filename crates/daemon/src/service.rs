@@ -4,6 +4,7 @@
 //! [`pool`](crate::pool) and [`snapshots`](crate::snapshots).
 
 use crate::accounts::{self, Ledger};
+use crate::cleanup::Cleanups;
 use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
@@ -67,6 +68,8 @@ pub(crate) struct Inner {
     /// Whose the pool's blocks are.
     pub(crate) ledger: Ledger,
     pub(crate) reclaim: Reclaim,
+    /// What could not be removed from the host yet.
+    pub(crate) cleanups: Cleanups,
     pub(crate) cloning: Cloning,
     started: Instant,
     /// Cancelled when the daemon is told to stop.
@@ -125,6 +128,7 @@ impl Service {
             accel: parts.accel,
             cmdline: parts.cmdline,
             reclaim: Reclaim::default(),
+            cleanups: Cleanups::default(),
             cloning: Cloning::default(),
             started: Instant::now(),
             closing: CancellationToken::new(),
@@ -387,6 +391,11 @@ impl Service {
         let task = self.inner.tasks.spawn(logged.in_current_span());
         task.await.unwrap_or_else(|error| Err(did_not_end(&error)))
     }
+}
+
+/// Marks a step of an operation whose successor can fail; tests let it fail.
+pub(crate) fn fault_point(step: &'static str) -> Result<(), ServiceError> {
+    scalebox_fault_points::fault_point(step).map_err(|error| ServiceError::Internal(error.to_string()))
 }
 
 /// Runs what blocks on a thread that may, within the caller's log span.

@@ -263,13 +263,15 @@ impl Vms {
         }
     }
 
-    /// Removes a VM; its name, address and port are free again.
-    pub fn remove(&self, id: &str) {
+    /// Removes a VM. Its name is free again; its address and port are when the returned guard is dropped.
+    pub fn remove(&self, id: &str) -> Option<Vacated> {
         let mut table = self.lock();
-        if let Some(entry) = table.by_id.remove(id) {
-            table.names.remove(&entry.record.name);
-            table.addresses.release(lease(&entry.record));
-        }
+        let entry = table.by_id.remove(id)?;
+        table.names.remove(&entry.record.name);
+        Some(Vacated {
+            lease: lease(&entry.record),
+            vms: self.clone(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -398,6 +400,19 @@ impl Drop for Claim {
     }
 }
 
+/// The address and port of a VM that was removed. Dropped, they can be given to another.
+#[must_use = "dropping it frees the address and the port"]
+pub struct Vacated {
+    lease: Lease,
+    vms: Vms,
+}
+
+impl Drop for Vacated {
+    fn drop(&mut self) {
+        self.vms.lock().addresses.release(self.lease);
+    }
+}
+
 /// An operation under way on a VM; dropped, the next may begin.
 pub struct Operation {
     /// The VM as it stood when the operation began.
@@ -455,7 +470,7 @@ mod tests {
         drop(claim);
         make(&vms, "vm-1", Some("one")).unwrap();
         assert!(matches!(vms.claim(Some("one")), Err(ServiceError::Conflict(_))));
-        vms.remove("vm-1");
+        drop(vms.remove("vm-1"));
         assert!(vms.claim(Some("one")).is_ok());
     }
 
@@ -488,7 +503,7 @@ mod tests {
         let waiting = vms.begin_when_idle("vm-1", "ending");
         let (_, begun) = tokio::join!(async { drop(operation) }, waiting);
         assert!(begun.is_ok());
-        vms.remove("vm-1");
+        drop(vms.remove("vm-1"));
         assert!(matches!(
             vms.begin_when_idle("vm-1", "ending").await,
             Err(ServiceError::NotFound(_))

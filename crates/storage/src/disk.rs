@@ -7,7 +7,7 @@ use crate::files;
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
-use scalebox_fault_points::crash_point;
+use scalebox_fault_points::{crash_point, fault_point};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
@@ -32,9 +32,9 @@ impl Pool {
         let golden = self.golden(template, admitted.size())?;
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
-        crash_point("create: disk's file made");
-        let made = files::reflink(&golden, &disk)
-            .inspect(|()| crash_point("create: disk cloned"))
+        let made = fault_point("create: disk's file made")
+            .and_then(|()| files::reflink(&golden, &disk))
+            .and_then(|()| fault_point("create: disk cloned"))
             .and_then(|()| disk.sync_all())
             .map_err(|error| StorageError::io("clone", path.display(), error))
             .and_then(|()| self.sync_new_name());
@@ -87,6 +87,20 @@ impl Pool {
         let path = self.disk_path(id);
         let meta = fs::metadata(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
         Ok(Bytes::new(meta.len()))
+    }
+
+    /// Whether there is a disk `id`.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`] when the host cannot tell.
+    pub fn has_disk(&self, id: &Name) -> Result<bool, StorageError> {
+        self.require_mounted()?;
+        let path = self.disk_path(id);
+        match fs::symlink_metadata(&path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(StorageError::io("read", path.display(), error)),
+        }
     }
 
     /// Where the disk `id` is.

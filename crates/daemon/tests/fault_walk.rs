@@ -1,7 +1,8 @@
-//! The daemon ended, as by `kill -9`, at every step of every operation that changes something durable; and what the next start makes of it.
+//! Every step of every operation that changes something durable: the daemon ends there, as by `kill -9`, or the step
+//! returns an error, once or each time. Then the host is compared with what clients were told, at once and after a restart.
 //!
-//! Built with the feature `fault-points` alone. The steps of an operation are those that a trace of it shows, and all together must be
-//! those that stand in the sources: a step that no operation here reaches fails the test.
+//! Built with the feature `fault-points` alone. The steps of an operation are those that a trace of it shows. All together
+//! must be those in the sources: a step that no operation here reaches fails the test.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,7 +16,7 @@ mod support;
 #[allow(dead_code, clippy::unwrap_used, reason = "the hypervisor's tests use the others")]
 mod tiny_guest;
 
-use scalebox_client::{CreateVm, PoolInfo, SnapshotVm, UpdateVm, Vm, VmStatus};
+use scalebox_client::{CreateVm, SnapshotVm, UpdateVm, Vm, VmStatus};
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write as _};
 use std::fs;
@@ -104,9 +105,27 @@ const MACHINES: &[Operation] = &[
         ..OPERATION
     },
     Operation {
+        name: "limit, running",
+        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        perform: |scene| {
+            let limits = UpdateVm {
+                disk_iops: Some(Some(500)),
+                net_mbps: Some(Some(100)),
+                ..UpdateVm::default()
+            };
+            done(scene.host.client().update_vm(MADE, &limits))
+        },
+        reached: |scene| {
+            scene
+                .made()
+                .is_some_and(|vm| (vm.disk_iops, vm.net_mbps) == (Some(500), Some(100)))
+        },
+        ..OPERATION
+    },
+    Operation {
         name: "stop",
         prepare: |scene| scene.create("told", 1, true).unwrap(),
-        perform: |scene| done(scene.host.client().stop_vm(MADE)),
+        perform: Scene::stop,
         reached: |scene| scene.made().is_some_and(|vm| vm.status == VmStatus::Stopped),
         ends: true,
         ..OPERATION
@@ -183,11 +202,42 @@ fn done<T, E: Display>(result: Result<T, E>) -> Result<(), String> {
     result.map(drop).map_err(|error| error.to_string())
 }
 
-/// A step of an operation, and what came of the crashes there.
+/// What happens at a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// The process ends.
+    End,
+    /// The step returns an error.
+    Once,
+    /// The step returns an error, each time.
+    Lasting,
+}
+
+impl Mode {
+    fn word(self) -> &'static str {
+        match self {
+            Mode::End => "end",
+            Mode::Once => "once",
+            Mode::Lasting => "lasting",
+        }
+    }
+}
+
+/// A step of an operation, which may reach it several times.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Step {
+    name: String,
+    /// Counted from 1.
+    nth: usize,
+}
+
+/// A step of an operation, how often each mode was tried there, and what was found.
 struct Row {
     operation: &'static str,
-    step: String,
-    crashed: usize,
+    step: Step,
+    ended: usize,
+    failed_once: usize,
+    failed_lasting: usize,
     findings: Findings,
 }
 
@@ -209,9 +259,10 @@ struct Scene {
 }
 
 #[test]
-fn a_crash_at_any_step_loses_nothing_promised_and_leaves_nothing_behind() {
+fn an_end_or_an_error_at_any_step_loses_nothing_promised_and_leaves_nothing_behind() {
+    let sources = Sources::read();
     let rows: Vec<Row> = std::thread::scope(|scope| {
-        let workers = [DISKS, MACHINES, POOLS, LIVE].map(|operations| scope.spawn(|| crash_all(operations)));
+        let workers = [DISKS, MACHINES, POOLS, LIVE].map(|operations| scope.spawn(|| walk(operations, &sources)));
         workers
             .into_iter()
             .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -220,33 +271,43 @@ fn a_crash_at_any_step_loses_nothing_promised_and_leaves_nothing_behind() {
     println!("{}", table(&rows));
     for row in &rows {
         for problem in row.findings.lost.iter().chain(&row.findings.leaked) {
-            println!("{}, {}: {problem}", row.operation, row.step);
+            println!("{}, {}: {problem}", row.operation, row.step.name);
         }
     }
-    let reached: BTreeSet<_> = rows.iter().map(|row| row.step.clone()).collect();
-    assert_eq!(reached, steps_in_sources(), "crashed at, and in the sources");
+    let reached: BTreeSet<_> = rows.iter().map(|row| row.step.name.clone()).collect();
+    let all: BTreeSet<_> = sources.crash_points.union(&sources.fault_points).cloned().collect();
+    assert_eq!(reached, all, "walked, and in the sources");
     assert!(
         rows.iter()
             .all(|row| row.findings.lost.is_empty() && row.findings.leaked.is_empty())
     );
 }
 
-/// All steps of these operations, on a host of their own, whose pool is checked at the end.
-fn crash_all(operations: &[Operation]) -> Vec<Row> {
+/// Walks all steps of these operations, on a host of their own, whose pool is checked at the end.
+fn walk(operations: &[Operation], sources: &Sources) -> Vec<Row> {
     let mut scene = Scene::new();
     let mut rows = Vec::new();
     for operation in operations {
         for step in scene.trace(operation) {
-            let mut findings = Findings::default();
-            for _ in 0..operation.times {
-                scene.crash(operation, &step, &mut findings);
-            }
-            rows.push(Row {
+            let mut row = Row {
                 operation: operation.name,
                 step,
-                crashed: operation.times,
-                findings,
-            });
+                ended: 0,
+                failed_once: 0,
+                failed_lasting: 0,
+                findings: Findings::default(),
+            };
+            for _ in 0..operation.times {
+                scene.end_at(operation, &row.step, &mut row.findings);
+                row.ended += 1;
+            }
+            if sources.fault_points.contains(&row.step.name) {
+                scene.fail_at(operation, &row.step, Mode::Once, &mut row.findings);
+                row.failed_once += 1;
+                scene.fail_at(operation, &row.step, Mode::Lasting, &mut row.findings);
+                row.failed_lasting += 1;
+            }
+            rows.push(row);
         }
     }
     assert!(scene.host.terminate().success());
@@ -268,6 +329,9 @@ impl Scene {
         tiny_guest::Guest::Obedient.write_to(&host.folder.join("pool/kernel/vmlinuz"));
         fs::write(host.folder.join("pool/kernel/initrd.img"), "none").unwrap();
         host.scaleboxd_ok(&["template", "import", "told", text(&image)]);
+        let faults = host.folder.join("faults");
+        fs::create_dir(&faults).unwrap();
+        host.set("SCALEBOX_FAULTS", text(&faults));
         host.serve();
         let scene = Scene {
             image: host.folder.join("pool.img"),
@@ -277,61 +341,105 @@ impl Scene {
         scene
     }
 
-    fn restart(&mut self, crash_at: &str, trace: &str) {
+    fn arm(&self, mode: Mode, step: &Step) {
+        let fault = format!("{} {} {}", mode.word(), step.nth, step.name);
+        // Renamed into place, so that no step reads a half-written one.
+        let (new, fault_file) = (self.faults("new"), self.faults("fault"));
+        fs::write(&new, fault).unwrap();
+        fs::rename(new, fault_file).unwrap();
+    }
+
+    fn disarm(&self) {
+        let _not_armed = fs::remove_file(self.faults("fault"));
+    }
+
+    fn faults(&self, name: &str) -> PathBuf {
+        self.host.folder.join("faults").join(name)
+    }
+
+    fn restart(&mut self) {
         self.host.crash();
-        let fault = if crash_at.is_empty() {
-            String::new()
-        } else {
-            format!("end {crash_at}")
-        };
-        self.host.set("SCALEBOX_FAULT", &fault);
-        self.host.set("SCALEBOX_FAULT_TRACE", trace);
         self.host.serve();
     }
 
-    /// The steps of an operation, in order, each once.
-    fn trace(&mut self, operation: &Operation) -> Vec<String> {
+    /// The steps of an operation, in the order in which they are reached first.
+    fn trace(&mut self, operation: &Operation) -> Vec<Step> {
         (operation.prepare)(self);
-        let trace = self.host.folder.join("trace");
-        self.restart("", text(&trace));
-        let _none_yet = fs::remove_file(&trace);
+        // What a preparation does behind its answers is not the operation's.
+        self.restart();
+        fs::write(self.faults("trace"), "").unwrap();
         (operation.perform)(self).unwrap_or_else(|error| panic!("{}: {error}", operation.name));
         // What it does behind its answer belongs to it.
         assert!(self.host.terminate().success());
-        let mut steps: Vec<String> = Vec::new();
-        for step in fs::read_to_string(&trace).unwrap_or_default().lines() {
-            if !steps.iter().any(|known| known == step) {
-                steps.push(step.to_owned());
-            }
+        let mut steps: Vec<Step> = Vec::new();
+        for name in fs::read_to_string(self.faults("trace")).unwrap().lines() {
+            let nth = steps.iter().filter(|step| step.name == name).count() + 1;
+            steps.push(Step {
+                name: name.to_owned(),
+                nth,
+            });
         }
-        assert!(!steps.is_empty(), "{} has no step to crash at", operation.name);
-        self.host.set("SCALEBOX_FAULT_TRACE", "");
+        assert!(!steps.is_empty(), "{} has no steps", operation.name);
+        fs::remove_file(self.faults("trace")).unwrap();
         self.host.serve();
         self.reset();
         steps
     }
 
-    /// Crashes the operation at a step, starts the daemon again, looks what is there, and does the operation again.
-    fn crash(&mut self, operation: &Operation, step: &str, findings: &mut Findings) {
+    /// Ends the daemon at a step of the operation, starts it again, looks at the host, and does the operation again.
+    fn end_at(&mut self, operation: &Operation, step: &Step, findings: &mut Findings) {
         (operation.prepare)(self);
-        let mut promised = self.promised();
-        self.restart(step, "");
-        let answered = (operation.perform)(self);
-        // What comes behind the answer may crash too: then what was answered holds.
-        let answered = answered.is_ok();
+        let promised = self.promised();
+        self.restart();
+        self.arm(Mode::End, step);
+        // The step may come behind the answer: then what was answered holds.
+        let answered = (operation.perform)(self).is_ok();
         if operation.command {
-            self.restart("", "");
+            self.disarm();
+            self.restart();
         } else {
             self.host.wait_for_crash();
-            self.host.set("SCALEBOX_FAULT", "");
+            self.disarm();
             self.host.serve();
         }
         self.look(operation, &promised, findings);
-
         let reached = (operation.reached)(self);
         if answered && !reached {
             findings.lost.push("what was answered is not so".to_owned());
         }
+        self.do_again(operation, promised, reached, findings);
+    }
+
+    /// Lets a step of the operation fail, looks at the host at once and after a restart, and does the operation again.
+    fn fail_at(&mut self, operation: &Operation, step: &Step, mode: Mode, findings: &mut Findings) {
+        (operation.prepare)(self);
+        let promised = self.promised();
+        self.arm(mode, step);
+        let answer = (operation.perform)(self);
+        let reached = (operation.reached)(self);
+        if answer.is_ok() != reached {
+            findings
+                .lost
+                .push(format!("the answer was {answer:?}, and done: {reached}"));
+        }
+        self.look(operation, &promised, findings);
+        self.disarm();
+        if mode == Mode::Once {
+            self.do_again(operation, promised, reached, findings);
+            return;
+        }
+        self.restart();
+        self.look(operation, &promised, findings);
+        if (operation.reached)(self) != reached {
+            findings.lost.push(format!(
+                "before the restart it was done: {reached}, behind it: {}",
+                !reached
+            ));
+        }
+        self.do_again(operation, promised, reached, findings);
+    }
+
+    fn do_again(&mut self, operation: &Operation, mut promised: Promised, reached: bool, findings: &mut Findings) {
         if reached {
             self.reset();
             (operation.prepare)(self);
@@ -354,9 +462,22 @@ impl Scene {
         }
     }
 
-    /// Compares the host with what was promised, and each layer with the others.
+    /// Compares the host with what was promised, and each layer with the others, until nothing is wrong or time is up:
+    /// what could not be removed at once is removed later.
     fn look(&self, operation: &Operation, promised: &Promised, findings: &mut Findings) {
-        let Findings { lost, leaked } = findings;
+        let begun = Instant::now();
+        let found = eventually("a host that is as it should be", || {
+            let found = self.look_once(operation, promised);
+            let is_right = found.lost.is_empty() && found.leaked.is_empty();
+            (is_right || begun.elapsed() > Duration::from_secs(30)).then_some(found)
+        });
+        findings.lost.extend(found.lost);
+        findings.leaked.extend(found.leaked);
+    }
+
+    fn look_once(&self, operation: &Operation, promised: &Promised) -> Findings {
+        let mut findings = Findings::default();
+        let Findings { lost, leaked } = &mut findings;
         let vms = self.host.client().vms().unwrap();
         for before in &promised.vms {
             let may_end = operation.ends && before.name == MADE;
@@ -422,7 +543,7 @@ impl Scene {
         count("machines", self.machines(), running.len());
         count("loop devices", self.loop_devices().len(), 1);
         let sizes: u64 = vms.iter().map(|vm| vm.disk_size_gib << 30).sum();
-        let pool = self.pool_when_settled(sizes);
+        let pool = self.host.client().pool().unwrap();
         count("reserved bytes", pool.reserved_bytes as usize, 0);
         count("committed bytes", pool.committed_bytes as usize, sizes as usize);
 
@@ -434,17 +555,10 @@ impl Scene {
                 "the image has {image} bytes, the device {device}, the file system {file_system}"
             ));
         }
+        findings
     }
 
     /// The pool's numbers when a deleted disk's promise is given back, which follows the answer; or as they stay without that.
-    fn pool_when_settled(&self, committed: u64) -> PoolInfo {
-        let begun = Instant::now();
-        eventually("the pool's numbers", || {
-            let pool = self.host.client().pool().unwrap();
-            (pool.committed_bytes == committed || begun.elapsed() > Duration::from_secs(30)).then_some(pool)
-        })
-    }
-
     /// Record, file and file system must agree in size, and the file system must be sound. What runs grows its own.
     fn wrong_with_disk(&self, vm: &Vm) -> Option<String> {
         let disk = self.host.disk(vm);
@@ -506,6 +620,18 @@ impl Scene {
 
     fn grow(&self, disk_size_gib: u64) -> Result<(), String> {
         done(self.host.client().update_vm(MADE, &UpdateVm::grow(disk_size_gib)))
+    }
+
+    /// A stop that a crash interrupted may be under way, or just done.
+    fn stop(&self) -> Result<(), String> {
+        eventually("no other operation", || {
+            let Err(error) = self.host.client().stop_vm(MADE) else {
+                return Some(Ok(()));
+            };
+            let error = error.to_string();
+            let is_done = error.contains("already") && self.made().is_some_and(|vm| vm.status == VmStatus::Stopped);
+            (!error.contains("try again when that is done")).then_some(if is_done { Ok(()) } else { Err(error) })
+        })
     }
 
     fn delete(&self) -> Result<(), String> {
@@ -585,45 +711,86 @@ fn names_in(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// The names of all steps, as they stand in the sources.
-fn steps_in_sources() -> BTreeSet<String> {
-    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut steps = BTreeSet::new();
-    let sources = names_in(&crates).into_iter().map(|name| crates.join(name).join("src"));
-    for file in sources.flat_map(|folder| names_in(&folder).into_iter().map(move |name| folder.join(name))) {
-        if !file.is_file() {
-            continue;
+/// The names of all steps in the sources.
+struct Sources {
+    crash_points: BTreeSet<String>,
+    fault_points: BTreeSet<String>,
+}
+
+impl Sources {
+    fn read() -> Sources {
+        let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut found = Sources {
+            crash_points: BTreeSet::new(),
+            fault_points: BTreeSet::new(),
+        };
+        for name in names_in(&crates) {
+            found.read_folder(&crates.join(name).join("src"));
         }
-        let source = fs::read_to_string(&file).unwrap();
-        let calls = ["crash_point(\"", "fault_point(\""].map(|call| source.split(call).skip(1));
-        for call in calls.into_iter().flatten() {
-            let step = call.split('"').next().unwrap().to_owned();
-            assert!(!steps.contains(&step), "two steps have the name {step}");
-            steps.insert(step);
+        found
+    }
+
+    fn read_folder(&mut self, folder: &Path) {
+        for path in names_in(folder).iter().map(|name| folder.join(name)) {
+            if path.is_dir() {
+                self.read_folder(&path);
+                continue;
+            }
+            let source = fs::read_to_string(&path).unwrap();
+            for call in ["crash_point(\"", "fault_point(\""] {
+                for rest in source.split(call).skip(1) {
+                    let name = rest.split('"').next().unwrap().to_owned();
+                    let is_new = match call {
+                        "crash_point(\"" => &mut self.crash_points,
+                        _ => &mut self.fault_points,
+                    }
+                    .insert(name.clone());
+                    assert!(is_new, "two steps have the name {name}");
+                }
+            }
         }
     }
-    steps
 }
 
 fn table(rows: &[Row]) -> String {
-    let mut table = String::from("| operation | step | crashed | lost | leaked |\n|---|---|---|---|---|\n");
+    let mut table = String::from(
+        "| operation | step | ended | failed once | failed each time | lost | leaked |\n|---|---|---|---|---|---|---|\n",
+    );
     for row in rows {
-        let Findings { lost, leaked } = &row.findings;
+        let Row {
+            operation,
+            step,
+            findings,
+            ..
+        } = row;
+        let nth = if step.nth > 1 {
+            format!(" ({})", step.nth)
+        } else {
+            String::new()
+        };
         writeln!(
             table,
-            "| {} | {} | {} | {} | {} |",
-            row.operation,
-            row.step,
-            row.crashed,
-            lost.len(),
-            leaked.len()
+            "| {operation} | {}{nth} | {} | {} | {} | {} | {} |",
+            step.name,
+            row.ended,
+            row.failed_once,
+            row.failed_lasting,
+            findings.lost.len(),
+            findings.leaked.len()
         )
         .unwrap();
     }
-    let crashes: usize = rows.iter().map(|row| row.crashed).sum();
-    let (lost, leaked) = rows.iter().fold((0, 0), |(lost, leaked), row| {
-        (lost + row.findings.lost.len(), leaked + row.findings.leaked.len())
-    });
-    write!(table, "| all | {} | {crashes} | {lost} | {leaked} |", rows.len()).unwrap();
+    let sum = |count: fn(&Row) -> usize| rows.iter().map(count).sum::<usize>();
+    write!(
+        table,
+        "| all | {} | {} | {} | {} | {} | {} |",
+        rows.len(),
+        sum(|row| row.ended),
+        sum(|row| row.failed_once),
+        sum(|row| row.failed_lasting),
+        sum(|row| row.findings.lost.len()),
+        sum(|row| row.findings.leaked.len())
+    )
+    .unwrap();
     table
 }
