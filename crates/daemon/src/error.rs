@@ -115,10 +115,11 @@ impl From<StorageError> for ServiceError {
 
 impl From<StateError> for ServiceError {
     fn from(error: StateError) -> Self {
-        match error {
-            StateError::Full(_) => ServiceError::Insufficient(error.to_string()),
-            StateError::ReadOnly(_) => ServiceError::Unavailable(error.to_string()),
-            _ => ServiceError::Internal(error.to_string()),
+        let text = error.to_string();
+        match error.root() {
+            StateError::Full(_) => ServiceError::Insufficient(text),
+            StateError::ReadOnly(_) => ServiceError::Unavailable(text),
+            _ => ServiceError::Internal(text),
         }
     }
 }

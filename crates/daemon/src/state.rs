@@ -4,12 +4,13 @@
 //! survives a power cut, or it failed and was not made, now and after a restart. All methods block.
 
 mod commits;
+mod renewal;
 mod reserve;
 
 use crate::idempotency::Once;
-use commits::{Commits, is_out_of_space};
+use commits::Commits;
 use reserve::Reserve;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use scalebox_client::{AutoExtend, IdempotencyKey, VmStatus};
 use std::fs::{self, File};
@@ -97,6 +98,12 @@ pub enum StateError {
         /// What SQLite reports.
         source: Arc<rusqlite::Error>,
     },
+    /// One failure of several changes that were to be committed together.
+    #[error(transparent)]
+    Shared(Arc<StateError>),
+    /// A thread that worked on the state file panicked.
+    #[error("a change of the state file was broken off by an error inside scaleboxd")]
+    Panicked,
     /// The disk of `STATE_DIR` is full.
     #[error("the disk of STATE_DIR ({}) is full: free space there, then try again", .0.display())]
     Full(PathBuf),
@@ -135,6 +142,16 @@ pub enum StateError {
         /// The last one known.
         known: usize,
     },
+}
+
+impl StateError {
+    /// The error itself, where it is shared.
+    pub fn root(&self) -> &StateError {
+        match self {
+            StateError::Shared(shared) => shared.root(),
+            other => other,
+        }
+    }
 }
 
 /// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
@@ -206,8 +223,8 @@ impl State {
                 .map_err(in_folder)?;
             connect(&copy)
         } else {
-            match connect(&path) {
-                Err(StateError::Full(_)) if reserve.release() => connect(&path),
+            match renewal::open(folder) {
+                Err(StateError::Full(_)) if reserve.release() => renewal::open(folder),
                 other => other,
             }
         };
@@ -221,7 +238,7 @@ impl State {
         Ok(State {
             folder: folder.to_owned(),
             path,
-            commits: Commits::new(opened?, reserve),
+            commits: Commits::new(folder, opened?, reserve),
             is_read_only,
             _lock: lock,
         })
@@ -406,18 +423,16 @@ impl State {
         if self.is_read_only {
             return Err(StateError::ReadOnly(self.folder.clone()));
         }
-        let committed = self.commits.commit(Box::new(change));
-        committed.map_err(|error| failed(&self.path, error))
+        self.commits.commit(Box::new(change)).map_err(StateError::Shared)
     }
 
     fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
-        let read = self.commits.read(query);
-        read.map_err(|error| failed(&self.path, Arc::new(error)))
+        self.commits.read(query)
     }
 }
 
 fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
-    if is_out_of_space(&source) {
+    if source.sqlite_error_code() == Some(ErrorCode::DiskFull) {
         return StateError::Full(path.parent().unwrap_or(path).to_owned());
     }
     StateError::Database {
@@ -463,7 +478,9 @@ fn connect(path: &Path) -> Result<Connection, StateError> {
     let database = |error| failed(path, Arc::new(error));
     let mut connection = Connection::open(path).map_err(database)?;
     connection
-        .execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA temp_store=MEMORY;")
+        .execute_batch(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0; PRAGMA temp_store=MEMORY;",
+        )
         .map_err(database)?;
     migrate(&mut connection, path)?;
     Ok(connection)

@@ -5,21 +5,29 @@
 //! round trip to the device whatever it carries. Changes that arrive while a commit is under way therefore share the
 //! next one, each in a savepoint of its own: a change that fails takes no other with it.
 //!
-//! A commit that failed is rolled back, but its frames may lie complete in the log, and a later start would take them
-//! for committed. They are overwritten by an empty change at once. While that fails too, every change is refused.
+//! A commit that failed is rolled back, but its frames may lie complete in the log, where a later start would take them
+//! for committed; and blocks that refused a write cannot be trusted with the next ([`renewal`](super::renewal)). So the
+//! frames are overwritten by an empty change, and the file is replaced by a fresh copy, before the client is answered.
+//! While that fails, every change is refused.
 
+use super::renewal;
 use super::reserve::Reserve;
-use rusqlite::{Connection, ErrorCode};
+use super::{StateError, connect, failed};
+use rusqlite::Connection;
 use scalebox_fault_points::{crash_point, fault_point};
 use std::collections::HashMap;
 use std::mem;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// After so many commits the log is written to the state file, and begins anew.
+const COMMITS_PER_CHECKPOINT: u32 = 128;
 
 /// A change of the state: some statements, which return how many rows they changed. It may run twice.
 pub(super) type Change = Box<dyn Fn(&Connection) -> rusqlite::Result<usize> + Send>;
 
 /// Why a change was not made. Several changes share one.
-pub(super) type Failure = Arc<rusqlite::Error>;
+pub(super) type Failure = Arc<StateError>;
 
 /// The only writer of the state file.
 #[derive(Debug)]
@@ -41,19 +49,24 @@ struct Queue {
 
 #[derive(Debug)]
 struct Writer {
-    connection: Connection,
-    /// A commit failed, and its frames in the log are not overwritten yet.
+    folder: PathBuf,
+    /// `None` while the state file is being replaced.
+    connection: Option<Connection>,
+    /// A write has failed, and the file is not replaced yet.
     is_suspect: bool,
+    commits_since_checkpoint: u32,
 }
 
 impl Commits {
-    pub(super) fn new(connection: Connection, reserve: Reserve) -> Commits {
+    pub(super) fn new(folder: &Path, connection: Connection, reserve: Reserve) -> Commits {
         Commits {
             queue: Mutex::default(),
             ended: Condvar::new(),
             writer: Mutex::new(Writer {
-                connection,
+                folder: folder.to_owned(),
+                connection: Some(connection),
                 is_suspect: false,
+                commits_since_checkpoint: 0,
             }),
             reserve,
         }
@@ -87,13 +100,16 @@ impl Commits {
             };
             turn.outcomes = self.lock_writer().commit(&changes, &self.reserve);
             drop(turn);
+            self.lock_writer().checkpoint_when_due();
             queue = self.lock_queue();
         }
     }
 
     /// Runs a query. It sees committed changes only.
-    pub(super) fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-        query(&self.lock_writer().connection)
+    pub(super) fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
+        let mut writer = self.lock_writer();
+        let path = writer.path();
+        query(writer.connection()?).map_err(|error| failed(&path, Arc::new(error)))
     }
 
     fn lock_queue(&self) -> MutexGuard<'_, Queue> {
@@ -121,7 +137,7 @@ struct Turn<'c> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let panicked = || Err(Arc::new(rusqlite::Error::InvalidQuery));
+        let panicked = || Err(Arc::new(StateError::Panicked));
         let outcomes = mem::take(&mut self.outcomes)
             .into_iter()
             .chain(std::iter::repeat_with(panicked));
@@ -134,10 +150,22 @@ impl Drop for Turn<'_> {
 }
 
 impl Writer {
+    fn path(&self) -> PathBuf {
+        self.folder.join("state.db")
+    }
+
+    fn connection(&mut self) -> Result<&Connection, StateError> {
+        if self.connection.is_none() {
+            renewal::finish(&self.folder)?;
+            self.connection = Some(connect(&self.path())?);
+        }
+        self.connection.as_ref().ok_or(StateError::Panicked)
+    }
+
     fn commit(&mut self, changes: &[Change], reserve: &Reserve) -> Vec<Result<usize, Failure>> {
         let failure = match self.try_commit(changes) {
             Ok(outcomes) => return outcomes,
-            Err(error) if is_out_of_space(&error) && reserve.release() => match self.try_commit(changes) {
+            Err(StateError::Full(_)) if reserve.release() => match self.try_commit(changes) {
                 Ok(outcomes) => return outcomes,
                 Err(error) => error,
             },
@@ -153,13 +181,15 @@ impl Writer {
 
     /// # Errors
     /// When nothing of any change was made.
-    fn try_commit(&mut self, changes: &[Change]) -> rusqlite::Result<Vec<Result<usize, Failure>>> {
+    fn try_commit(&mut self, changes: &[Change]) -> Result<Vec<Result<usize, Failure>>, StateError> {
         self.mend()?;
-        self.transact(changes)
+        let outcomes = self.transact(changes)?;
+        self.commits_since_checkpoint += 1;
+        Ok(outcomes)
     }
 
-    /// Overwrites what a failed commit left in the log.
-    fn mend(&mut self) -> rusqlite::Result<()> {
+    /// Makes the state file one to be trusted again, after a write of it has failed.
+    fn mend(&mut self) -> Result<(), StateError> {
         if !self.is_suspect {
             return Ok(());
         }
@@ -170,16 +200,28 @@ impl Writer {
                 [],
             )
         });
-        self.transact(&[empty])?;
+        // Its frames take the place of the failed commit's, also where they cannot be flushed.
+        let overwritten = self.transact(&[empty]).map(drop);
+        tracing::debug!(?overwritten, "what the failed commit left in the log");
+        let folder = self.folder.clone();
+        renewal::renew(&folder, self.connection()?)?;
+        if let Some(old) = self.connection.take() {
+            renewal::close(old);
+        }
+        self.connection()?;
         self.is_suspect = false;
-        tracing::warn!("a commit to the state file had failed; the file can be written again");
+        self.commits_since_checkpoint = 0;
+        tracing::warn!(
+            "a write of the state file had failed: the file was replaced by a fresh copy and can be written again"
+        );
         Ok(())
     }
 
-    fn transact(&mut self, changes: &[Change]) -> rusqlite::Result<Vec<Result<usize, Failure>>> {
-        let connection = &self.connection;
+    fn transact(&mut self, changes: &[Change]) -> Result<Vec<Result<usize, Failure>>, StateError> {
+        let path = self.path();
+        let connection = self.connection()?;
         let written = begin(connection)
-            .and_then(|()| savepoints(connection, changes))
+            .and_then(|()| savepoints(connection, &path, changes))
             .and_then(|outcomes| {
                 fault_point("state: changes written").map_err(injected)?;
                 run(connection, "COMMIT").map(|()| outcomes)
@@ -190,13 +232,40 @@ impl Writer {
                 Ok(outcomes)
             }
             Err(error) => {
-                self.is_suspect = true;
                 if !connection.is_autocommit()
                     && let Err(error) = run(connection, "ROLLBACK")
                 {
                     tracing::error!(%error, "a failed transaction of the state file cannot be rolled back");
                 }
-                Err(error)
+                self.is_suspect = true;
+                Err(failed(&path, Arc::new(error)))
+            }
+        }
+    }
+
+    /// Writes the log to the state file. What fails here is in the log, and is written to a fresh file with the next change.
+    fn checkpoint_when_due(&mut self) {
+        if self.commits_since_checkpoint < COMMITS_PER_CHECKPOINT || self.is_suspect {
+            return;
+        }
+        self.commits_since_checkpoint = 0;
+        let Some(connection) = &self.connection else { return };
+        let written = connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        if let Err(error) = written {
+            tracing::error!(%error, "the log of the state file cannot be written to it; trying again");
+            self.is_suspect = true;
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // Closing would hide a failure; what stays in the log is read at the next start.
+        if let Some(connection) = self.connection.take() {
+            let written = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
+            if let Err(error) = written {
+                tracing::warn!(%error, "the log of the state file stays beside it");
+                renewal::close(connection);
             }
         }
     }
@@ -212,7 +281,11 @@ fn begin(connection: &Connection) -> rusqlite::Result<()> {
 
 /// # Errors
 /// When SQLite has rolled the whole transaction back, as after an I/O error.
-fn savepoints(connection: &Connection, changes: &[Change]) -> rusqlite::Result<Vec<Result<usize, Failure>>> {
+fn savepoints(
+    connection: &Connection,
+    path: &Path,
+    changes: &[Change],
+) -> rusqlite::Result<Vec<Result<usize, Failure>>> {
     let mut outcomes = Vec::with_capacity(changes.len());
     for change in changes {
         run(connection, "SAVEPOINT change")?;
@@ -221,7 +294,7 @@ fn savepoints(connection: &Connection, changes: &[Change]) -> rusqlite::Result<V
             Err(error) if connection.is_autocommit() => return Err(error),
             Err(error) => {
                 run(connection, "ROLLBACK TO change")?;
-                outcomes.push(Err(Arc::new(error)));
+                outcomes.push(Err(Arc::new(failed(path, Arc::new(error)))));
             }
             Ok(changed) => outcomes.push(Ok(changed)),
         }
@@ -237,9 +310,4 @@ fn run(connection: &Connection, statement: &str) -> rusqlite::Result<()> {
 fn injected(error: std::io::Error) -> rusqlite::Error {
     let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_IOERR_FSYNC);
     rusqlite::Error::SqliteFailure(code, Some(error.to_string()))
-}
-
-/// Whether the disk of the state file is full.
-pub(super) fn is_out_of_space(error: &rusqlite::Error) -> bool {
-    error.sqlite_error_code() == Some(ErrorCode::DiskFull)
 }
