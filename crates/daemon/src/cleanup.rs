@@ -41,8 +41,10 @@ impl Cleanups {
 /// What a VM has left on the host. Each part is taken out when it is removed.
 pub struct Cleanup {
     record: Record,
-    /// A machine to be force-stopped; `None` where it has ended.
+    /// A machine to be force-stopped; `None` where it has ended or has no handle.
     machine: Option<Arc<dyn Machine>>,
+    /// Whether there may be a machine without a handle, such as one that does not answer.
+    may_run: bool,
     /// Tap and forward.
     endpoint: Option<Endpoint>,
     /// Seed drive, sockets and pid file.
@@ -68,10 +70,23 @@ impl Cleanup {
         Ok(Cleanup {
             record: record.clone(),
             machine: None,
+            may_run: false,
             endpoint: Some(endpoint(record)?),
             run_dir: Some(service.run_dir(&record.id)),
             deleted: None,
         })
+    }
+
+    /// After a machine without a handle that could not be force-stopped, or whose folder could not be removed.
+    pub fn of_stray(service: &Service, record: &Record) -> Cleanup {
+        Cleanup {
+            record: record.clone(),
+            machine: None,
+            may_run: true,
+            endpoint: endpoint(record).ok(),
+            run_dir: Some(service.run_dir(&record.id)),
+            deleted: None,
+        }
     }
 
     /// After a VM whose record is gone.
@@ -82,6 +97,7 @@ impl Cleanup {
         vacated: Option<Vacated>,
     ) -> Cleanup {
         Cleanup {
+            may_run: machine.is_none(),
             machine,
             // A record without a valid address never had a tap.
             endpoint: endpoint(record).ok(),
@@ -98,9 +114,14 @@ impl Cleanup {
     /// Removes what can be removed, and leaves the rest to [`run`].
     pub async fn begin(mut self, service: &Service) {
         if let Err(error) = self.proceed(service).await {
-            tracing::warn!(vm = self.record.id, %error, "something is left on the host; trying again");
-            service.inner().cleanups.lock().push(self);
+            self.begin_later(service, &error);
         }
+    }
+
+    /// Leaves everything to [`run`].
+    pub fn begin_later(self, service: &Service, error: &ServiceError) {
+        tracing::warn!(vm = self.record.id, %error, "something is left on the host; trying again");
+        service.inner().cleanups.lock().push(self);
     }
 
     /// Takes the next steps, each once. May be repeated after an error.
@@ -108,9 +129,9 @@ impl Cleanup {
         if let Some(machine) = &self.machine {
             machine.kill().await?;
             self.machine = None;
-        } else if self.run_dir.is_some() && self.deleted.is_some() {
-            // A machine that does not answer has no handle, and must end all the same.
-            service.force_stop(&self.record.id).await?;
+        } else if self.may_run {
+            service.force_stop_once(&self.record.id).await?;
+            self.may_run = false;
         }
         crash_point("clean up: machine ended");
         if let Some(endpoint) = &self.endpoint {

@@ -261,10 +261,16 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
 
 /// Threads for whatever waits on sockets.
 pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(io("start threads"))
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    // For tests that count the system calls of each thread.
+    #[cfg(feature = "fault-points")]
+    if let Some(threads) = std::env::var("SCALEBOX_THREADS")
+        .ok()
+        .and_then(|count| count.parse().ok())
+    {
+        builder.worker_threads(threads).max_blocking_threads(threads);
+    }
+    builder.enable_all().build().map_err(io("start threads"))
 }
 
 /// Opens every part, puts them together and puts right what a crash left.

@@ -62,7 +62,7 @@ impl Service {
     /// Starts the machine of a VM that has none.
     pub(crate) async fn boot(&self, record: &Record) -> Result<Vm, ServiceError> {
         self.require_disk(record).await?;
-        self.force_stop(&record.id).await?;
+        self.force_stop(record).await?;
         let mut steps = Steps::new();
         let started = async {
             let machine = self.bring_up(record, &mut steps).await?;
@@ -287,8 +287,15 @@ impl Service {
         Ok(())
     }
 
-    /// Force-stops whatever there is of a VM's machine, and removes its folder. Returns whether there was a process.
-    pub(crate) async fn force_stop(&self, id: &str) -> Result<bool, ServiceError> {
+    /// Force-stops whatever there is of the machine of a VM that has no handle on one, and removes its folder. What fails
+    /// is tried again later, until the VM has a machine.
+    pub(crate) async fn force_stop(&self, record: &Record) -> Result<(), ServiceError> {
+        let stopped = self.force_stop_once(&record.id).await.map(drop);
+        stopped.inspect_err(|error| Cleanup::of_stray(self, record).begin_later(self, error))
+    }
+
+    /// As [`Service::force_stop`], without trying again. Returns whether there was a process.
+    pub(crate) async fn force_stop_once(&self, id: &str) -> Result<bool, ServiceError> {
         let run_dir = self.run_dir(id);
         let ended = self.inner().vmm.put_down(&machine_id(id)?, &run_dir).await?;
         blocking(move || remove_dir(&run_dir)).await?;

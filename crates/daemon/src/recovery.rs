@@ -209,7 +209,7 @@ async fn restore(
         VmStatus::Stopped | VmStatus::Failed => {
             let left = with_process.contains(&record.id) || service.run_dir(&record.id).exists();
             match left {
-                true => match service.force_stop(&record.id).await {
+                true => match service.force_stop_once(&record.id).await {
                     Ok(_) => Found::Nothing,
                     Err(error) => {
                         tracing::error!(vm = record.id, %error, "what a crash left of its machine is not ended");
@@ -370,7 +370,7 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
         .into_iter()
         .filter(stray)
     {
-        match service.force_stop(&id).await {
+        match service.force_stop_once(&id).await {
             Ok(true) => {
                 tracing::info!(vm = id, "ended a machine that belongs to no VM");
                 ended += 1;

@@ -152,7 +152,7 @@ impl Service {
         let size = (current.bytes() + admitted.size()).floor_gib();
         if machine.is_none() {
             // Grown offline, the disk gives way to a grown clone: nothing may have it open, not even a machine that hangs.
-            self.force_stop(&record.id).await?;
+            self.force_stop(record).await?;
         }
         // The intent first: a crash from here on is carried through by the next start.
         self.persist_disk_size(&record.id, size).await?;

@@ -108,6 +108,8 @@ pub struct Host {
     pub folder: PathBuf,
     env: Vec<(String, String)>,
     daemon: Option<Child>,
+    /// A program and its arguments, under which commands run.
+    runner: Vec<String>,
     pub url: String,
     pub bridge: String,
     _slot: NetworkSlot,
@@ -152,6 +154,7 @@ impl Host {
             folder,
             env,
             daemon: None,
+            runner: Vec::new(),
             url: String::new(),
             bridge,
             _slot: slot,
@@ -183,7 +186,15 @@ impl Host {
     }
 
     pub fn scaleboxd(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_scaleboxd"));
+        let program = env!("CARGO_BIN_EXE_scaleboxd");
+        let mut command = match self.runner.split_first() {
+            None => Command::new(program),
+            Some((runner, its_args)) => {
+                let mut command = Command::new(runner);
+                command.args(its_args).arg(program);
+                command
+            }
+        };
         command.args(args).args(["--config", "/dev/null"]).stdin(Stdio::null());
         for key in ["SCALEBOX_TOKEN", "SCALEBOX_URL"] {
             command.env_remove(key);
@@ -202,6 +213,11 @@ impl Host {
         let output = self.scaleboxd(args).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "scaleboxd {args:?}: {}", said(&output));
         said(&output)
+    }
+
+    /// Runs the commands that follow under this program.
+    pub fn run_under(&mut self, runner: Option<Vec<String>>) {
+        self.runner = runner.unwrap_or_default();
     }
 
     pub fn set(&mut self, key: &str, value: &str) {

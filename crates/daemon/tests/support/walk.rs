@@ -1,0 +1,491 @@
+//! Operations that change something durable on a host, and what must hold on it after each, whatever failed.
+
+use crate::support::{Host, Options, eventually, run, said, text};
+use crate::tiny_guest;
+use scalebox_client::{CreateVm, SnapshotVm, UpdateVm, Vm, VmStatus};
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The size of the pools, in GiB: the smallest that there is.
+const POOL: u64 = 20;
+/// The VM that an operation is about.
+const MADE: &str = "made";
+/// A VM that is there from the first to the last, and in it a file.
+const KEPT: &str = "kept";
+const PROMISE: &str = "what was promised\n";
+
+/// Something that is done to a host. Each returns why it did not work.
+pub struct Operation {
+    pub name: &'static str,
+    /// How often it is crashed at each of its steps.
+    pub times: usize,
+    pub prepare: fn(&Scene),
+    pub perform: fn(&Scene) -> Result<(), String>,
+    /// Whether the host is where the operation leads.
+    pub reached: fn(&Scene) -> bool,
+    /// Whether it ends a VM's machine, or takes the VM or the template away: from its begin on, these are promised no more.
+    pub ends: bool,
+    /// Whether it is a command of its own and not a request to the daemon.
+    pub command: bool,
+}
+
+const OPERATION: Operation = Operation {
+    name: "",
+    times: 3,
+    prepare: |_| {},
+    perform: |_| Ok(()),
+    reached: |_| false,
+    ends: false,
+    command: false,
+};
+
+pub const DISKS: &[Operation] = &[
+    Operation {
+        name: "create, stopped",
+        perform: |scene| scene.create("told", 1, false),
+        reached: |scene| scene.made().is_some(),
+        ..OPERATION
+    },
+    Operation {
+        name: "create, the first of its size",
+        prepare: |scene| scene.import("first", true).unwrap(),
+        perform: |scene| scene.create("first", 3, false),
+        reached: |scene| scene.made().is_some(),
+        ..OPERATION
+    },
+    Operation {
+        name: "grow, stopped",
+        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        perform: |scene| scene.grow(3),
+        reached: |scene| scene.made().is_some_and(|vm| vm.disk_size_gib == 3),
+        ..OPERATION
+    },
+    Operation {
+        name: "delete, stopped",
+        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        perform: Scene::delete,
+        reached: |scene| scene.made().is_none(),
+        ends: true,
+        ..OPERATION
+    },
+];
+
+pub const MACHINES: &[Operation] = &[
+    Operation {
+        name: "create, started",
+        perform: |scene| scene.create("told", 1, true),
+        reached: |scene| scene.made().is_some(),
+        ..OPERATION
+    },
+    Operation {
+        name: "start",
+        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        perform: |scene| done(scene.host.client().start_vm(MADE)),
+        reached: |scene| scene.made().is_some_and(|vm| vm.status == VmStatus::Running),
+        ..OPERATION
+    },
+    Operation {
+        name: "limit, running",
+        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        perform: |scene| {
+            let limits = UpdateVm {
+                disk_iops: Some(Some(500)),
+                net_mbps: Some(Some(100)),
+                ..UpdateVm::default()
+            };
+            done(scene.host.client().update_vm(MADE, &limits))
+        },
+        reached: |scene| {
+            scene
+                .made()
+                .is_some_and(|vm| (vm.disk_iops, vm.net_mbps) == (Some(500), Some(100)))
+        },
+        ..OPERATION
+    },
+    Operation {
+        name: "stop",
+        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        perform: Scene::stop,
+        reached: |scene| scene.made().is_some_and(|vm| vm.status == VmStatus::Stopped),
+        ends: true,
+        ..OPERATION
+    },
+    Operation {
+        name: "delete, running",
+        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        perform: Scene::delete,
+        reached: |scene| scene.made().is_none(),
+        ends: true,
+        ..OPERATION
+    },
+];
+
+pub const POOLS: &[Operation] = &[
+    Operation {
+        name: "pool grow",
+        perform: |scene| done(scene.host.client().grow_pool(Some(POOL + 2))),
+        reached: |scene| scene.capacity() == (POOL + 2) << 30,
+        ..OPERATION
+    },
+    Operation {
+        name: "pool shrink",
+        prepare: |scene| drop(scene.host.client().grow_pool(Some(POOL + 2)).unwrap()),
+        perform: |scene| done(scene.host.client().shrink_pool(POOL)),
+        reached: |scene| scene.capacity() == POOL << 30,
+        ..OPERATION
+    },
+    Operation {
+        name: "template import",
+        perform: |scene| scene.import("made", false),
+        reached: |scene| scene.templates().contains(MADE),
+        command: true,
+        ..OPERATION
+    },
+    Operation {
+        name: "snapshot, stopped",
+        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        perform: |scene| {
+            let request = SnapshotVm {
+                template_name: MADE.parse().unwrap(),
+            };
+            done(scene.host.client().snapshot_vm(MADE, &request))
+        },
+        reached: |scene| scene.templates().contains(MADE),
+        ..OPERATION
+    },
+    Operation {
+        name: "template delete",
+        prepare: |scene| {
+            scene.import("made", false).unwrap();
+            // A clone that is kept of it, too.
+            scene.create("made", 2, false).unwrap();
+            scene.delete().unwrap();
+        },
+        perform: |scene| done(scene.host.client().delete_template("made")),
+        reached: |scene| !scene.templates().contains(MADE),
+        ends: true,
+        ..OPERATION
+    },
+];
+
+/// The guest has no agent, which the daemon asks for seconds: once a step must do, beside the others.
+pub const LIVE: &[Operation] = &[Operation {
+    name: "grow, running",
+    times: 1,
+    prepare: |scene| scene.create("told", 1, true).unwrap(),
+    perform: |scene| scene.grow(3),
+    reached: |scene| scene.made().is_some_and(|vm| vm.disk_size_gib == 3),
+    ..OPERATION
+}];
+
+fn done<T, E: Display>(result: Result<T, E>) -> Result<(), String> {
+    result.map(drop).map_err(|error| error.to_string())
+}
+
+#[derive(Default)]
+pub struct Findings {
+    pub lost: Vec<String>,
+    pub leaked: Vec<String>,
+}
+
+/// What was there before an operation: what clients were told.
+pub struct Promised {
+    vms: Vec<Vm>,
+    templates: BTreeSet<String>,
+}
+
+pub struct Scene {
+    pub host: Host,
+    pub image: PathBuf,
+}
+
+impl Scene {
+    pub fn new() -> Scene {
+        let mut host = Host::new(&Options {
+            pool_size: &format!("{POOL}G"),
+            ..Options::default()
+        });
+        let (image, files) = (host.folder.join("told.image"), host.folder.join("files"));
+        fs::create_dir(&files).unwrap();
+        fs::write(files.join("promise"), PROMISE).unwrap();
+        run("mke2fs", &["-q", "-t", "ext4", "-d", text(&files), text(&image), "64M"]);
+        tiny_guest::Guest::Obedient.write_to(&host.folder.join("pool/kernel/vmlinuz"));
+        fs::write(host.folder.join("pool/kernel/initrd.img"), "none").unwrap();
+        host.scaleboxd_ok(&["template", "import", "told", text(&image)]);
+        let faults = host.folder.join("faults");
+        fs::create_dir(&faults).unwrap();
+        host.set("SCALEBOX_FAULTS", text(&faults));
+        host.serve();
+        let scene = Scene {
+            image: host.folder.join("pool.img"),
+            host,
+        };
+        scene.create_named(KEPT, "told", 1, false).unwrap();
+        scene
+    }
+
+    /// A file in the folder from which the daemon takes the faults to inject.
+    pub fn faults(&self, name: &str) -> PathBuf {
+        self.host.folder.join("faults").join(name)
+    }
+
+    pub fn promised(&self) -> Promised {
+        Promised {
+            vms: self.host.client().vms().unwrap(),
+            templates: self.templates(),
+        }
+    }
+
+    /// Compares the host with what was promised, and each layer with the others, until nothing is wrong or time is up:
+    /// what could not be removed at once is removed later.
+    pub fn look(&self, operation: &Operation, promised: &Promised, findings: &mut Findings) {
+        let begun = Instant::now();
+        let found = eventually("a host that is as it should be", || {
+            let found = self.look_once(operation, promised);
+            let is_right = found.lost.is_empty() && found.leaked.is_empty();
+            (is_right || begun.elapsed() > Duration::from_secs(30)).then_some(found)
+        });
+        findings.lost.extend(found.lost);
+        findings.leaked.extend(found.leaked);
+    }
+
+    fn look_once(&self, operation: &Operation, promised: &Promised) -> Findings {
+        let mut findings = Findings::default();
+        let Findings { lost, leaked } = &mut findings;
+        let vms = self.host.client().vms().unwrap();
+        for before in &promised.vms {
+            let may_end = operation.ends && before.name == MADE;
+            match vms.iter().find(|vm| vm.id == before.id) {
+                None if may_end => {}
+                None => lost.push(format!("VM {} is gone", before.name)),
+                Some(vm) if vm.disk_size_gib < before.disk_size_gib => {
+                    lost.push(format!("the disk of {} became smaller", vm.name))
+                }
+                Some(vm) if before.status == VmStatus::Running && vm.status != before.status && !may_end => {
+                    lost.push(format!("VM {} ran, and is {}", vm.name, vm.status));
+                }
+                Some(_) => {}
+            }
+        }
+        let templates = self.templates();
+        for template in &promised.templates {
+            let may_end = operation.ends && template == MADE;
+            if !may_end && !templates.contains(template) {
+                lost.push(format!("the template {template} is gone"));
+            }
+        }
+        for vm in &vms {
+            lost.extend(self.wrong_with_disk(vm));
+        }
+        let kept = vms.iter().find(|vm| vm.name == KEPT).map(|vm| self.host.disk(vm));
+        if kept.is_none_or(|disk| run("debugfs", &["-R", "cat /promise", text(&disk)]) != PROMISE) {
+            lost.push(format!("the file in {KEPT} is not what it was"));
+        }
+
+        let running: Vec<&Vm> = vms.iter().filter(|vm| vm.status == VmStatus::Running).collect();
+        let disks: BTreeSet<String> = vms.iter().map(|vm| format!("{}.ext4", vm.id)).collect();
+        let ids: BTreeSet<String> = vms.iter().map(|vm| vm.id.clone()).collect();
+        let running_ids: BTreeSet<String> = running.iter().map(|vm| vm.id.clone()).collect();
+        let mut strays = |what: &str, folder: &str, known: &BTreeSet<String>| {
+            for name in names_in(&self.host.folder.join(folder)) {
+                if !known.contains(&name) {
+                    leaked.push(format!("{what} {name}"));
+                }
+            }
+        };
+        strays("the disk", "pool/vms", &disks);
+        strays("the machine's folder", "run/vms", &running_ids);
+        strays("the console's folder", "state/console", &ids);
+        let images = templates
+            .iter()
+            .map(|name| format!("{name}.ext4"))
+            .chain([".grown".to_owned()]);
+        strays("the template", "pool/templates", &images.collect());
+        for clone in names_in(&self.host.folder.join("pool/templates/.grown")) {
+            let of = clone.split_once('@').map_or("", |(template, _)| template);
+            if !templates.contains(of) || clone.ends_with(".partial") {
+                leaked.push(format!("the kept clone {clone}"));
+            }
+        }
+        let mut count = |what: &str, found: usize, right: usize| {
+            if found != right {
+                leaked.push(format!("{found} {what}, and {right} would be right"));
+            }
+        };
+        count("taps", self.host.taps().len(), running.len());
+        count("forwards", self.forwards(), running.len());
+        count("machines", self.machines(), running.len());
+        count("loop devices", self.loop_devices().len(), 1);
+        let sizes: u64 = vms.iter().map(|vm| vm.disk_size_gib << 30).sum();
+        let pool = self.host.client().pool().unwrap();
+        count("reserved bytes", pool.reserved_bytes as usize, 0);
+        count("committed bytes", pool.committed_bytes as usize, sizes as usize);
+
+        let image = fs::metadata(&self.image).unwrap().len();
+        let device = self.device_size();
+        if image != device || device != pool.capacity_bytes {
+            let file_system = pool.capacity_bytes;
+            lost.push(format!(
+                "the image has {image} bytes, the device {device}, the file system {file_system}"
+            ));
+        }
+        findings
+    }
+
+    /// The pool's numbers when a deleted disk's promise is given back, which follows the answer; or as they stay without that.
+    /// Record, file and file system must agree in size, and the file system must be sound. What runs grows its own.
+    fn wrong_with_disk(&self, vm: &Vm) -> Option<String> {
+        let disk = self.host.disk(vm);
+        let Ok(meta) = fs::metadata(&disk) else {
+            return Some(format!("the disk of {} is gone", vm.name));
+        };
+        let recorded = vm.disk_size_gib << 30;
+        if meta.len() != recorded {
+            return Some(format!(
+                "the disk of {} has {} bytes of {recorded}",
+                vm.name,
+                meta.len()
+            ));
+        }
+        if vm.status == VmStatus::Running {
+            return None;
+        }
+        let header = run("dumpe2fs", &["-h", text(&disk)]);
+        let number = |key: &str| -> u64 {
+            let line = header.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+            line.trim().parse().unwrap()
+        };
+        let file_system = number("Block count:") * number("Block size:");
+        if file_system != recorded {
+            return Some(format!(
+                "the file system of {} has {file_system} bytes of {recorded}",
+                vm.name
+            ));
+        }
+        let checked = Command::new("e2fsck").args(["-fn", text(&disk)]).output().unwrap();
+        (!checked.status.success()).then(|| format!("the file system of {}: {}", vm.name, said(&checked)))
+    }
+
+    /// Takes away what operations made.
+    pub fn reset(&self) {
+        if self.made().is_some() {
+            self.delete().unwrap();
+        }
+        if self.templates().contains("made") {
+            self.host.client().delete_template("made").unwrap();
+        }
+        if self.capacity() > POOL << 30 {
+            self.host.client().shrink_pool(POOL).unwrap();
+        }
+    }
+
+    fn create(&self, template: &str, disk_size_gib: u64, start: bool) -> Result<(), String> {
+        self.create_named(MADE, template, disk_size_gib, start)
+    }
+
+    fn create_named(&self, name: &str, template: &str, disk_size_gib: u64, start: bool) -> Result<(), String> {
+        done(self.host.client().create_vm(&CreateVm {
+            name: Some(name.parse().unwrap()),
+            disk_size_gib: Some(disk_size_gib),
+            start,
+            ..self.host.stopped(template)
+        }))
+    }
+
+    fn grow(&self, disk_size_gib: u64) -> Result<(), String> {
+        done(self.host.client().update_vm(MADE, &UpdateVm::grow(disk_size_gib)))
+    }
+
+    /// A stop that a crash interrupted may be under way, or just done.
+    fn stop(&self) -> Result<(), String> {
+        eventually("no other operation", || {
+            let Err(error) = self.host.client().stop_vm(MADE) else {
+                return Some(Ok(()));
+            };
+            let error = error.to_string();
+            let is_done = error.contains("already") && self.made().is_some_and(|vm| vm.status == VmStatus::Stopped);
+            (!error.contains("try again when that is done")).then_some(if is_done { Ok(()) } else { Err(error) })
+        })
+    }
+
+    fn delete(&self) -> Result<(), String> {
+        done(self.host.client().delete_vm(MADE))
+    }
+
+    /// By the command, which ends by itself where it is told to.
+    fn import(&self, name: &str, replace: bool) -> Result<(), String> {
+        let image = self.host.folder.join("told.image");
+        let mut command = self.host.scaleboxd(&["template", "import", name, text(&image)]);
+        if replace {
+            command.arg("--replace");
+        }
+        let output = command.output().unwrap();
+        if output.status.success() {
+            return Ok(());
+        }
+        assert!(
+            output.status.signal().is_none_or(|signal| signal == 9),
+            "{}",
+            said(&output)
+        );
+        Err(said(&output))
+    }
+
+    fn made(&self) -> Option<Vm> {
+        let vms = self.host.client().vms().unwrap();
+        vms.into_iter().find(|vm| vm.name == MADE)
+    }
+
+    fn templates(&self) -> BTreeSet<String> {
+        let templates = self.host.client().templates().unwrap();
+        templates.into_iter().map(|template| template.name).collect()
+    }
+
+    fn capacity(&self) -> u64 {
+        self.host.client().pool().unwrap().capacity_bytes
+    }
+
+    fn loop_devices(&self) -> Vec<String> {
+        let found = run("losetup", &["-n", "-O", "NAME", "-j", text(&self.image)]);
+        found.lines().map(|line| line.trim().to_owned()).collect()
+    }
+
+    fn device_size(&self) -> u64 {
+        let device = self.loop_devices().remove(0);
+        run("blockdev", &["--getsize64", &device]).trim().parse().unwrap()
+    }
+
+    fn forwards(&self) -> usize {
+        let table = format!("scalebox_{}", self.host.bridge);
+        let map = run("nft", &["list", "map", "ip", &table, "forwards"]);
+        map.split_once("elements")
+            .map_or(0, |(_, elements)| elements.matches(" : ").count())
+    }
+
+    fn machines(&self) -> usize {
+        let ours = |pid: &String| {
+            let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let arguments = String::from_utf8_lossy(&arguments).into_owned();
+            arguments.contains("qemu-system") && arguments.contains(text(&self.host.folder))
+        };
+        names_in(Path::new("/proc"))
+            .iter()
+            .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+            .filter(|pid| ours(pid))
+            .count()
+    }
+}
+
+pub fn names_in(folder: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect()
+}
