@@ -37,6 +37,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("fallocate", "EIO"),
     ("ioctl", "EIO"),
     ("openat", "EMFILE"),
+    ("statx", "EIO"),
 ];
 /// How many calls of each kind fail, one in each round, under `make test`.
 const BOUNDED: usize = 5;
@@ -139,6 +140,11 @@ impl Walker {
             findings.lost.push(format!("without a fault: {error}"));
         }
         let reached = (operation.reached)(scene);
+        if let Err(error) = &answer
+            && error.contains("delete the VM")
+        {
+            findings.lost.push(format!("advises to destroy what is sound: {error}"));
+        }
         if answer.is_ok() != reached {
             findings
                 .lost

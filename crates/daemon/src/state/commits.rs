@@ -311,3 +311,106 @@ fn injected(error: std::io::Error) -> rusqlite::Error {
     let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_IOERR_FSYNC);
     rusqlite::Error::SqliteFailure(code, Some(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+    use std::thread;
+
+    fn commits(folder: &Path) -> Commits {
+        let connection = connect(&folder.join("state.db")).unwrap();
+        Commits::new(folder, connection, Reserve::at(folder))
+    }
+
+    fn note(key: &str) -> Change {
+        let key = key.to_owned();
+        Box::new(move |connection| connection.execute("INSERT INTO facts VALUES (?, '')", [&key]))
+    }
+
+    fn keys(commits: &Commits) -> Vec<String> {
+        let query = |connection: &Connection| {
+            let mut keys = connection.prepare("SELECT key FROM facts ORDER BY key")?;
+            keys.query_map([], |row| row.get(0))?.collect()
+        };
+        commits.read(query).unwrap()
+    }
+
+    #[test]
+    fn a_change_that_fails_takes_no_other_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let commits = commits(folder.path());
+        commits.commit(note("taken")).unwrap();
+        let changes = [note("one"), note("taken"), note("two")];
+        let outcomes = commits.lock_writer().commit(&changes, &commits.reserve);
+        assert_eq!(
+            outcomes.iter().map(Result::is_ok).collect::<Vec<_>>(),
+            [true, false, true]
+        );
+        assert_eq!(keys(&commits), ["one", "taken", "two"]);
+    }
+
+    #[test]
+    fn changes_of_many_threads_are_all_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let commits = commits(folder.path());
+        let begin = Barrier::new(8);
+        thread::scope(|scope| {
+            for thread in 0..8 {
+                let (commits, begin) = (&commits, &begin);
+                scope.spawn(move || {
+                    begin.wait();
+                    for n in 0..20 {
+                        assert_eq!(commits.commit(note(&format!("{thread}-{n}"))).unwrap(), 1);
+                    }
+                });
+            }
+        });
+        assert_eq!(keys(&commits).len(), 160);
+    }
+
+    #[test]
+    fn a_file_that_was_left_open_is_replaced_by_a_whole_copy() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = commits(folder.path());
+        first.commit(note("kept")).unwrap();
+        // As a process that is killed: nothing is closed.
+        std::mem::forget(first);
+        assert!(renewal::was_left_open(folder.path()));
+        let before = std::fs::metadata(folder.path().join("state.db")).unwrap();
+        let connection = renewal::open(folder.path()).unwrap();
+        let behind = std::fs::metadata(folder.path().join("state.db")).unwrap();
+        assert_ne!(
+            std::os::unix::fs::MetadataExt::ino(&before),
+            std::os::unix::fs::MetadataExt::ino(&behind)
+        );
+        let again = Commits::new(folder.path(), connection, Reserve::at(folder.path()));
+        assert_eq!(keys(&again), ["kept"]);
+        again.commit(note("more")).unwrap();
+    }
+
+    #[test]
+    fn a_replacement_that_a_crash_interrupted_is_put_in_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = commits(folder.path());
+        first.commit(note("kept")).unwrap();
+        renewal::renew(folder.path(), first.lock_writer().connection().unwrap()).unwrap();
+        // Written to the file that counts no more.
+        first.commit(note("late")).unwrap();
+        std::mem::forget(first);
+        let connection = renewal::open(folder.path()).unwrap();
+        let again = Commits::new(folder.path(), connection, Reserve::at(folder.path()));
+        assert_eq!(keys(&again), ["kept"]);
+    }
+
+    #[test]
+    fn a_suspect_file_is_replaced_before_the_next_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let commits = commits(folder.path());
+        commits.commit(note("kept")).unwrap();
+        commits.lock_writer().is_suspect = true;
+        commits.commit(note("next")).unwrap();
+        assert!(!commits.lock_writer().is_suspect);
+        assert_eq!(keys(&commits), ["failed_commits", "kept", "next"]);
+    }
+}
