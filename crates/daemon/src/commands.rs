@@ -396,7 +396,7 @@ fn resolvers(settings: &Settings) -> Result<Vec<Ipv4Addr>, CommandFailed> {
     if !settings.guest_dns.is_empty() {
         return Ok(settings.guest_dns.clone());
     }
-    let found = scalebox_net::host_resolvers()?;
+    let found = scalebox_net::host_resolvers();
     if found.servers.is_empty() {
         tracing::warn!(
             file = %found.source.display(),

@@ -410,7 +410,7 @@ async fn network(found: &mut Findings, settings: &Settings) {
             "install nftables, or set BRIDGE and SUBNET to what is free here",
         ),
         Ok(Inspection {
-            forward_drops,
+            firewall_drops,
             guards_taps,
         }) => {
             let (bridge, subnet) = (settings.net.bridge(), settings.net.subnet());
@@ -418,14 +418,10 @@ async fn network(found: &mut Findings, settings: &Settings) {
                 "network",
                 format!("bridge {bridge} and subnet {subnet} are free, or Scalebox's"),
             );
-            for drop in &forward_drops {
-                let finding = format!(
-                    "chain {} of the nftables table {} drops what guests send and receive",
-                    drop.chain, drop.table
-                );
-                found.problem("firewall", finding, drop.to_string());
+            for drop in &firewall_drops {
+                found.problem("firewall", drop.finding(), drop.remedy());
             }
-            if forward_drops.is_empty() {
+            if firewall_drops.is_empty() {
                 found.ok("firewall", "no other firewall drops what guests send and receive");
             }
             if !guards_taps {

@@ -279,9 +279,11 @@ table ip {table} {{
         oifname "{bridge}" ct status dnat tcp dport {SSH} accept
         oifname "{bridge}" counter drop
     }}
+    # A resolver may be an address of this host: it is asked here, and nothing else is.
     chain input {{
         type filter hook input priority 0; policy accept;
         iifname "{bridge}" ct state established,related accept
+        {resolvers}
         iifname "{bridge}" ip daddr {gateway} icmp type echo-request accept
         iifname "{bridge}" counter drop
     }}
