@@ -5,7 +5,7 @@
 
 use crate::chains::{Addresses, Chains, Packet, Verdict, all_of};
 use crate::config::NetConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::links::Links;
 use crate::{chains_legacy, chains_nft, nft};
 use serde_json::Value;
@@ -167,7 +167,11 @@ async fn in_nftables(walk: &Walk<'_>, own: &str) -> Result<Vec<FirewallDrop>> {
         }
         let key = (family.to_owned(), table.to_owned());
         if !tables.contains_key(&key) {
-            let items = nft::list(&["table", family, table]).await?;
+            let items = match nft::list(&["table", family, table]).await {
+                // Removed between the listing and now: it drops nothing any more.
+                Err(Error::Nft { output, .. }) if nft::is_gone(&output) => continue,
+                other => other?,
+            };
             tables.insert(key.clone(), chains_nft::Table::read(&items));
         }
         let Some(read) = tables.get(&key) else { continue };

@@ -52,6 +52,11 @@ pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     }
 }
 
+/// Whether what a failed `nft` wrote says that a table or another object is not there.
+pub(crate) fn is_gone(output: &str) -> bool {
+    output.contains("No such file or directory")
+}
+
 /// What the older iptables has in its table `filter`, in the form that its own programs read.
 ///
 /// # Errors

@@ -116,9 +116,7 @@ impl Ruleset {
         for family in self.families() {
             match nft::list(&["table", family, &self.table()]).await {
                 Ok(items) => present.elements.take_in(family, &self.table(), &items)?,
-                Err(Error::Nft { output, .. }) if output.contains("No such file or directory") => {
-                    present.is_whole = false
-                }
+                Err(Error::Nft { output, .. }) if nft::is_gone(&output) => present.is_whole = false,
                 Err(error) => return Err(error),
             }
         }

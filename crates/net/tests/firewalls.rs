@@ -16,6 +16,8 @@ use scalebox_net::{Dropped, FirewallDrop, Network};
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const DOCKER: &str = include_str!("data/docker.save");
 const UFW: &str = include_str!("data/ufw.save");
@@ -297,4 +299,29 @@ fn a_firewall_that_keeps_guests_from_a_resolver_on_the_host_is_named() {
             );
         });
     }
+}
+
+#[test]
+fn a_table_that_vanishes_while_it_is_looked_at_is_no_error() {
+    on_a_host(async || {
+        let network = Network::ensure(config()).await.expect("a network");
+        let (here, done) = (Namespace::current(), Arc::new(AtomicBool::new(false)));
+        // Another program's table comes and goes.
+        let seen = Arc::clone(&done);
+        let other = std::thread::spawn(move || {
+            here.run(|| {
+                while !seen.load(Ordering::Relaxed) {
+                    nft("add table inet theirs { chain forward { type filter hook forward priority 0; policy drop; }; }");
+                    nft("delete table inet theirs");
+                }
+            });
+        });
+        let mut failed = None;
+        for _ in 0..100 {
+            failed = failed.or(network.firewall_drops().await.err());
+        }
+        done.store(true, Ordering::Relaxed);
+        other.join().expect("the other program");
+        assert!(failed.is_none(), "{failed:?}");
+    });
 }
