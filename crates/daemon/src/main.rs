@@ -7,6 +7,7 @@
 //! | `commands` | what each subcommand does |
 //! | `doctor` | what is missing or wrong on this host |
 //! | `settings` | environment, file, defaults |
+//! | `contradictions` | settings that do not go together |
 //! | `api` | routes, token, limits on a request, request ids |
 //! | `server` | connections, and the daemon's end |
 //! | `events` | what happens on the host, told as it happens |
@@ -47,6 +48,7 @@ mod api;
 mod auto_extend;
 mod cleanup;
 mod commands;
+mod contradictions;
 mod create;
 mod doctor;
 mod error;

@@ -254,16 +254,37 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn peek(folder: &Path, fact: Fact) -> Result<Option<String>, StateError> {
+        State::peek_with(folder, |connection| {
+            let query = "SELECT value FROM facts WHERE key = ?";
+            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
+        })
+    }
+
+    /// How many VMs a state knows, read as by [`State::peek`]; 0 where there is no state.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn peek_vms(folder: &Path) -> Result<u64, StateError> {
+        let count = State::peek_with(folder, |connection| {
+            connection
+                .query_row("SELECT count(*) FROM vms", [], |row| row.get(0))
+                .map(Some)
+        });
+        count.map(Option::unwrap_or_default)
+    }
+
+    fn peek_with<T>(
+        folder: &Path,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<Option<T>>,
+    ) -> Result<Option<T>, StateError> {
         let path = folder.join("state.db");
         if !path.exists() {
             return Ok(None);
         }
-        let read = || {
-            let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-            let query = "SELECT value FROM facts WHERE key = ?";
-            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
-        };
-        read().map_err(|error| failed(&path, Arc::new(error)))
+        let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY);
+        connection
+            .and_then(|connection| read(&connection))
+            .map_err(|error| failed(&path, Arc::new(error)))
     }
 
     /// All VMs, oldest first.

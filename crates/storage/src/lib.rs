@@ -19,9 +19,9 @@
 //! | `signature` | what a file or a device holds |
 //! | `pool` | [`Pool`]: the handle on a mounted pool |
 //! | `resize` | growing, shrinking and trimming the pool |
-//! | `space`, `btrfs` | what can really be written, from the kernel |
+//! | `space`, `btrfs`, `quota` | what can really be written, from the kernel |
 //! | `admission` | the decision that a disk fits, and the books behind it |
-//! | `accounting`, `extents`, `fiemap` | whose each block is |
+//! | `accounting`, `extents`, `fiemap`, `tree_search` | whose each block is |
 //! | `template` | listing and deleting templates; the grown clones kept of them |
 //! | `import`, `pack` | templates from elsewhere and to elsewhere, packed with zstd |
 //! | `snapshot` | a template made of a disk |
@@ -71,6 +71,7 @@ mod mounts;
 mod name;
 mod pack;
 mod pool;
+mod quota;
 mod reclaim;
 mod resize;
 mod signature;
@@ -79,6 +80,7 @@ mod sizing;
 mod snapshot;
 mod space;
 mod template;
+mod tree_search;
 
 pub use accounting::{Accounts, Usage};
 pub use admission::{Admission, Bounds, Promises, Reservation};
@@ -86,7 +88,7 @@ pub use command::{CommandError, Program, require_programs};
 pub use disk::Swept;
 pub use error::StorageError;
 pub use files::lock_for_one_program;
-pub use fstab::FstabError;
+pub use fstab::{FstabError, registered_source};
 pub use ground::{Backing, Ground};
 pub use group_sync::GroupSync;
 pub use identity::Identity;
