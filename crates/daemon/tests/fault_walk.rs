@@ -21,7 +21,7 @@ mod walk;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use support::run;
 use support::text;
 use walk::{DISKS, Findings, LIVE, MACHINES, Operation, POOLS, Promised, Scene, names_in};
@@ -128,14 +128,15 @@ struct Walker(Scene);
 impl Walker {
     fn arm(&self, mode: Mode, step: &Step) {
         let fault = format!("{} {} {}", mode.word(), step.nth, step.name);
-        // Renamed into place, so that no step reads a half-written one.
-        let (new, fault_file) = (self.0.faults("new"), self.0.faults("fault"));
-        fs::write(&new, fault).unwrap();
-        fs::rename(new, fault_file).unwrap();
+        self.0.host.arm(Some(&fault));
     }
 
     fn disarm(&self) {
-        let _not_armed = fs::remove_file(self.0.faults("fault"));
+        self.0.host.arm(None);
+    }
+
+    fn trace_file(&self) -> PathBuf {
+        self.0.host.faults().join("trace")
     }
 
     fn restart(&mut self) {
@@ -148,12 +149,12 @@ impl Walker {
         (operation.prepare)(&self.0);
         // What a preparation does behind its answers is not the operation's.
         self.restart();
-        fs::write(self.0.faults("trace"), "").unwrap();
+        fs::write(self.trace_file(), "").unwrap();
         (operation.perform)(&self.0).unwrap_or_else(|error| panic!("{}: {error}", operation.name));
         // What it does behind its answer belongs to it.
         assert!(self.0.host.terminate().success());
         let mut steps: Vec<Step> = Vec::new();
-        for name in fs::read_to_string(self.0.faults("trace")).unwrap().lines() {
+        for name in fs::read_to_string(self.trace_file()).unwrap().lines() {
             let nth = steps.iter().filter(|step| step.name == name).count() + 1;
             steps.push(Step {
                 name: name.to_owned(),
@@ -161,7 +162,7 @@ impl Walker {
             });
         }
         assert!(!steps.is_empty(), "{} has no steps", operation.name);
-        fs::remove_file(self.0.faults("trace")).unwrap();
+        fs::remove_file(self.trace_file()).unwrap();
         self.0.host.serve();
         self.0.reset();
         steps

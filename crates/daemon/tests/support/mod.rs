@@ -132,6 +132,7 @@ impl Host {
             ("POOL_IMAGE", text(&image).to_owned()),
             ("STATE_DIR", path("state")),
             ("RUN_DIR", path("run")),
+            ("SCALEBOX_FAULTS", path("faults")),
             ("FSTAB", path("fstab")),
             ("API_PORT", "0".to_owned()),
             ("API_TOKEN", TOKEN.to_owned()),
@@ -223,6 +224,25 @@ impl Host {
     pub fn set(&mut self, key: &str, value: &str) {
         self.env.retain(|(known, _)| known != key);
         self.env.push((key.to_owned(), value.to_owned()));
+    }
+
+    /// Lets a step fail or end the daemon, as crates/fault-points describes; `None` for no step.
+    pub fn arm(&self, fault: Option<&str>) {
+        let folder = self.faults();
+        match fault {
+            // Renamed into place, so that no step reads a half-written one.
+            Some(fault) => fs::write(folder.join("new"), fault)
+                .and_then(|()| fs::rename(folder.join("new"), folder.join("fault")))
+                .unwrap(),
+            None => drop(fs::remove_file(folder.join("fault"))),
+        }
+    }
+
+    /// The folder from which the daemon takes the faults to inject.
+    pub fn faults(&self) -> PathBuf {
+        let folder = self.folder.join("faults");
+        fs::create_dir_all(&folder).unwrap();
+        folder
     }
 
     /// Starts the daemon and waits until it answers.

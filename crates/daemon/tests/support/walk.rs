@@ -217,9 +217,6 @@ impl Scene {
         tiny_guest::Guest::Obedient.write_to(&host.folder.join("pool/kernel/vmlinuz"));
         fs::write(host.folder.join("pool/kernel/initrd.img"), "none").unwrap();
         host.scaleboxd_ok(&["template", "import", "told", text(&image)]);
-        let faults = host.folder.join("faults");
-        fs::create_dir(&faults).unwrap();
-        host.set("SCALEBOX_FAULTS", text(&faults));
         host.serve();
         let scene = Scene {
             image: host.folder.join("pool.img"),
@@ -227,11 +224,6 @@ impl Scene {
         };
         scene.create_named(KEPT, "told", 1, false).unwrap();
         scene
-    }
-
-    /// A file in the folder from which the daemon takes the faults to inject.
-    pub fn faults(&self, name: &str) -> PathBuf {
-        self.host.folder.join("faults").join(name)
     }
 
     pub fn promised(&self) -> Promised {
