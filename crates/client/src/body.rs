@@ -3,7 +3,7 @@
 //! The fields are kept as text until the rule of each reads its own. So a number that no integer holds (`1e400`) is judged
 //! as what it is, a value out of range, and the sentence that refuses it names the field.
 
-use crate::names::WrongForm;
+use scalebox_units::WrongForm;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -274,7 +274,7 @@ fn read_text<T: FromStr<Err = WrongForm>>(field: &'static str, json: &str) -> Re
         });
     }
     // What is left to fail is half a surrogate pair (`"\ud800"`), which no Rust string holds.
-    let not_text = |_| WrongForm("must be a string of Unicode text".to_owned());
+    let not_text = |_| WrongForm::new("must be a string of Unicode text");
     let form = serde_json::from_str(json)
         .map_err(not_text)
         .and_then(|text: String| text.parse());
