@@ -103,6 +103,7 @@ pub(crate) struct Fields<'a>(BTreeMap<String, &'a str>);
 impl<'a> Fields<'a> {
     /// Reads an object that has no other fields than those in `known`.
     pub(crate) fn read(body: &'a [u8], known: &'static [&'static str]) -> Result<Self, Invalid> {
+        let body = without_mark(body);
         if body.trim_ascii().is_empty() {
             return Err(Invalid::NoBody { known });
         }
@@ -234,6 +235,11 @@ impl<'a> Fields<'a> {
             }),
         }
     }
+}
+
+/// What follows a byte order mark, which RFC 8259, section 8.1, lets a reader ignore.
+pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
+    body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body)
 }
 
 /// The members of an object in their order, with those that come twice.

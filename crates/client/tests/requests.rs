@@ -135,11 +135,14 @@ fn a_body_that_is_no_object_is_told_so() {
         "{'a': 1}",
         "{\"a\": 1,}",
         "template=debian-base",
-        "\u{feff}{}",
+        "\u{feff}\u{feff}{}",
+        "{} \u{feff}",
         "{\"\\ud800\": 1}",
     ] {
         assert!(refusal(parse(body)).starts_with("the body is not JSON: "), "{body:?}");
     }
+    let marked = format!("\u{feff}{}", json!({"template": "debian-base", "ssh_public_key": KEY}));
+    assert!(parse(&marked).is_ok(), "one byte order mark is passed over");
     let not_utf8 = CreateVm::parse(b"{\"name\": \"\xff\"}", &LIMITS).unwrap_err();
     assert!(not_utf8.to_string().starts_with("the body is not JSON: "), "{not_utf8}");
 }

@@ -20,7 +20,6 @@ use std::str::FromStr;
 /// assert!(format!("{line}\n{line}").parse::<SshPublicKey>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct SshPublicKey(String);
 

@@ -7,11 +7,14 @@
 //! |---|---|
 //! | `names` | [`TemplateName`], [`VmName`], a VM's id; [`WrongForm`], why a text is not one |
 //! | `key` | [`SshPublicKey`] |
+//! | `schema` (feature `openapi`) | the JSON schema of each |
 
 #![warn(missing_docs)]
 
 mod key;
 mod names;
+#[cfg(feature = "openapi")]
+mod schema;
 
 pub use key::SshPublicKey;
 pub use names::{TemplateName, VmName, WrongForm, is_vm_id};

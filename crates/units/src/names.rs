@@ -26,7 +26,6 @@ impl WrongForm {
 /// assert!("../x".parse::<TemplateName>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct TemplateName(String);
 
@@ -39,7 +38,6 @@ pub struct TemplateName(String);
 /// assert!("vm-0123456789ab".parse::<VmName>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct VmName(String);
 
