@@ -49,7 +49,15 @@ impl Service {
             self.enlarge(&operation, reservation, json!({ "by": "request" }))
                 .await?;
             Some(match &operation.machine {
-                Some(machine) => resize::confirm(machine, before, size.bytes() - current.bytes()).await,
+                Some(machine) => {
+                    let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+                    // Without an answer, the usual advice is given.
+                    let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
+                        .await
+                        .ok()
+                        .flatten();
+                    resize::confirm(machine, before, size.bytes() - current.bytes(), obstacle).await
+                }
                 None => Disk {
                     confirmed: true,
                     guest_total_bytes: None,
