@@ -402,12 +402,24 @@ impl<'c> Call<'c> {
         match serde_json::from_str::<ErrorBody>(&body) {
             Ok(ErrorBody { error }) if status.as_u16() >= 400 => Err(ClientError::Refused {
                 status: status.as_u16(),
-                message: error,
+                message: self.with_hint(error),
             }),
             _ => Err(self.protocol(match response.headers().get(header::LOCATION) {
                 Some(location) => format!("{status}, to {}", String::from_utf8_lossy(location.as_bytes())),
                 None => format!("{status} without saying why in the API's form"),
             })),
+        }
+    }
+
+    /// The daemon has no idea that what stands before its routes came from the address.
+    fn with_hint(&self, error: String) -> String {
+        let host = self.client.base.split_once("://").map_or("", |(_, rest)| rest);
+        match host.split_once('/') {
+            Some((_, path)) if error.starts_with("there is no route") => {
+                let base = &self.client.base;
+                format!("{error}; the address {base} has the path /{path}: leave that out, unless a proxy takes it off")
+            }
+            _ => error,
         }
     }
 
@@ -561,21 +573,26 @@ impl Answer<'_> {
     }
 }
 
-/// The address without a slash at its end.
+/// The address without white space around it and a slash at its end, its scheme in lower case (RFC 3986, section 3.1).
 fn check_url(url: &str) -> Result<String, ClientError> {
+    let url = url.trim();
     let refuse = |why| ClientError::Url {
         url: url.to_owned(),
         why,
     };
-    let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
-    let rest = rest.ok_or_else(|| refuse("it does not begin with http:// or https://"))?;
-    if rest.contains('@') {
+    if url.contains('@') {
         // Not repeated either: what stands before the @ may be a password.
         return Err(ClientError::Url {
             url: "…@…".to_owned(),
             why: "it names a user, and the API knows only tokens",
         });
     }
+    let (scheme, rest) = url.split_once("://").unwrap_or_default();
+    let scheme = scheme.to_ascii_lowercase();
+    if !matches!(scheme.as_str(), "http" | "https") {
+        return Err(refuse("it does not begin with http:// or https://"));
+    }
+    let url = &format!("{scheme}://{rest}");
     if rest.contains(['?', '#']) {
         return Err(refuse("it has a query or a fragment"));
     }

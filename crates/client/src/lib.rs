@@ -9,9 +9,7 @@
 //! - `types`: every answer of the API
 //! - `requests`: every request, and reading one from the bytes that a client sent
 //! - `body`: reading a JSON object field by field, and [`Invalid`], what is wrong with one
-//! - `names`: the forms of a template's and a VM's name
 //! - `idempotency`: the form of an idempotency key
-//! - `key`: the form of an SSH public key
 //! - `event`: what `GET /events` tells
 //! - `event_stream` (feature `http`): reading it as it happens
 //! - `http` (feature `http`): [`Client`], which speaks all of this to a daemon
@@ -25,8 +23,6 @@ mod event_stream;
 #[cfg(feature = "http")]
 mod http;
 mod idempotency;
-mod key;
-mod names;
 mod requests;
 mod types;
 
@@ -37,9 +33,8 @@ pub use event_stream::EventStream;
 #[cfg(feature = "http")]
 pub use http::{Client, ClientError, Export};
 pub use idempotency::IdempotencyKey;
-pub use key::SshPublicKey;
-pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
 pub use requests::{CreateVm, Limits, ResizePool, SnapshotVm, UpdateVm};
+pub use scalebox_units::{SshPublicKey, TemplateName, VmName, WrongForm, is_vm_id};
 pub use types::{
     AutoExtend, Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
     TemplateList, Trimmed, Vm, VmCounts, VmList, VmStatus,

@@ -34,6 +34,9 @@ pub enum ServiceError {
     /// 413.
     #[error("{0}")]
     TooLarge(String),
+    /// 415: a body in a form that is not read.
+    #[error("{0}")]
+    Unsupported(String),
     /// 422: understood, and not to be done.
     #[error("{0}")]
     Unprocessable(String),
@@ -60,11 +63,21 @@ impl ServiceError {
             ServiceError::Timeout(_) => StatusCode::REQUEST_TIMEOUT,
             ServiceError::Conflict(_) => StatusCode::CONFLICT,
             ServiceError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            ServiceError::Unsupported(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ServiceError::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
             ServiceError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             ServiceError::Insufficient(_) => StatusCode::INSUFFICIENT_STORAGE,
             ServiceError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
+    }
+}
+
+/// A client's own words in an answer and in the log: in quotes, with escapes, and not longer than a line.
+pub fn quoted(text: &str) -> String {
+    const SHOWN: usize = 80;
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+        None => format!("{text:?}"),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name, fault_point};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::{CalledOff, Operation};
-use scalebox_client::{EventKind, Vm, VmStatus};
+use scalebox_client::{EventKind, SshPublicKey, Vm, VmStatus, WrongForm};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Mbps};
@@ -98,9 +98,10 @@ impl Service {
 
         let drive = SeedDrive {
             instance_id: record.id.clone(),
-            hostname: record.name.clone(),
-            ssh_public_key: record.ssh_public_key.clone(),
-            mac: endpoint.mac().to_string(),
+            hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
+            ssh_public_key: SshPublicKey::from_record(&record.ssh_public_key)
+                .map_err(|form| unusable(record, "ssh_public_key", form))?,
+            mac: endpoint.mac().octets(),
             address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())
                 .map_err(|error| ServiceError::Internal(error.to_string()))?,
             gateway: inner.settings.net.gateway(),
@@ -425,6 +426,14 @@ pub(crate) fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
 
 pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
     Ok(id.parse()?)
+}
+
+/// A record that no version of this program writes: edited by hand, or damaged.
+fn unusable(record: &Record, field: &str, form: WrongForm) -> ServiceError {
+    ServiceError::Conflict(format!(
+        "VM {} cannot be started with its recorded {field}, which {form}: make a template of it (snapshot), and a new VM of that",
+        record.id
+    ))
 }
 
 fn make_private_dir(dir: &Path) -> Result<(), ServiceError> {

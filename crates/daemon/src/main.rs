@@ -10,6 +10,7 @@
 //! | `contradictions` | settings that do not go together |
 //! | `api` | routes, token, limits on a request, request ids |
 //! | `server` | connections, and the daemon's end |
+//! | `error_bodies` | the JSON body of errors that hyper answers by itself |
 //! | `events` | what happens on the host, told as it happens |
 //! | `event_stream` | `GET /events` |
 //! | `service` | the service behind the API: its parts, and what can be asked of it |
@@ -52,6 +53,7 @@ mod contradictions;
 mod create;
 mod doctor;
 mod error;
+mod error_bodies;
 mod event_stream;
 mod events;
 mod guest_trim;

@@ -157,7 +157,10 @@ fn now(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Registry, 
 /// Numbers for Prometheus.
 #[utoipa::path(
     get, path = "/metrics", tag = "Host",
-    responses((status = 200, content_type = "text/plain", body = String, description = "Prometheus' text form."))
+    responses(
+        (status = 200, content_type = "text/plain", body = String, description = "Prometheus' text form."),
+        (status = 503, description = "The pool is not mounted."),
+    )
 )]
 pub async fn metrics(State(service): State<Service>) -> Result<impl IntoResponse, ServiceError> {
     let text = service.inner().metrics.text(&service)?;

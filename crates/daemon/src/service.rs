@@ -5,7 +5,7 @@
 
 use crate::accounts::{self, Ledger};
 use crate::cleanup::Cleanups;
-use crate::error::ServiceError;
+use crate::error::{ServiceError, quoted};
 use crate::events::Events;
 use crate::guest_trim;
 use crate::host;
@@ -111,7 +111,9 @@ impl Service {
         let memory_mib = host::memory()?.total >> 20;
         let inner = Inner {
             host_ip: parts.settings.host_ip.unwrap_or_else(host::default_address),
-            limits: parts.settings.limits(host::cpu_count(), memory_mib),
+            limits: parts
+                .settings
+                .limits(host::cpu_count().min(parts.vmm.max_vcpus()), memory_mib),
             vms: Vms::new(&parts.settings.net),
             metrics: Metrics::new().map_err(std::io::Error::other)?,
             keys: Keys::default(),
@@ -420,7 +422,7 @@ fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
 /// What has no name's form is no template either.
 pub(crate) fn template_name(name: &str) -> Result<Name, ServiceError> {
     name.parse()
-        .map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))
+        .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
 }
 
 pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {

@@ -85,7 +85,15 @@ impl Service {
         };
         self.enlarge(operation, admitted, json!({ "by": "request" })).await?;
         Ok(match &operation.machine {
-            Some(machine) => resize::confirm(machine, before, growth).await,
+            Some(machine) => {
+                let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(&operation.record)?);
+                // Without an answer, the usual advice is given.
+                let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
+                    .await
+                    .ok()
+                    .flatten();
+                resize::confirm(machine, before, growth, obstacle).await
+            }
             None => Disk {
                 confirmed: true,
                 guest_total_bytes: None,

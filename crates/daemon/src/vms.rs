@@ -3,7 +3,7 @@
 //! One std mutex guards the table; it is held for look-ups and small changes, never across an await, nor for longer than it
 //! takes to ask the kernel whether a port is free.
 
-use crate::error::ServiceError;
+use crate::error::{ServiceError, quoted};
 use crate::state::Record;
 use scalebox_client::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};
@@ -296,8 +296,7 @@ impl Table {
 }
 
 fn not_found(reference: &str) -> ServiceError {
-    // Quoted with its escapes: it comes from a client, and goes to the log.
-    ServiceError::NotFound(format!("there is no VM {reference:?}"))
+    ServiceError::NotFound(format!("there is no VM {}", quoted(reference)))
 }
 
 fn lease(record: &Record) -> Lease {

@@ -772,6 +772,20 @@ fn there_and_back(bytes: usize) -> Duration {
 }
 
 #[test]
+fn every_rate_that_can_be_asked_for_is_attached_and_kept() {
+    on_a_host(async || {
+        let network = network().await;
+        for megabits in [1, 100_000, 147_573, 147_574, 200_000, 1_000_000, u32::MAX] {
+            let limited = endpoint(1).with_rate(Some(Mbps::new(megabits)));
+            network.attach(&limited).await.expect("attach");
+            assert!(rules().contains("bytes/second"), "{megabits}: {}", rules());
+            let found = network.reconcile(&[limited]).await.expect("reconcile");
+            assert_eq!(found, Reconciled::default(), "{megabits}");
+        }
+    });
+}
+
+#[test]
 fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they_can() {
     on_a_host(async || {
         const MEGABYTE: usize = 1_000_000;

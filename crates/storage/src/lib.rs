@@ -29,6 +29,7 @@
 //! | `disk` | cloning, deleting, sweeping disks |
 //! | `compact` | fewer extents in an image of which many clones are made |
 //! | `ext4` | a file system in an image: looked at, checked, grown |
+//! | `live_growth` | whether a guest can grow its file system while it is mounted |
 //! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
 //! | `files` | clone, sparse copy, flush |
 //! | `group_sync` | one flush for all who wait for it |
@@ -67,6 +68,7 @@ mod group_sync;
 mod identity;
 mod import;
 mod init;
+mod live_growth;
 mod mounts;
 mod name;
 mod pack;
