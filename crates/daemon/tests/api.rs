@@ -507,7 +507,7 @@ fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_th
         );
     }
     let vm = made.into_iter().next().unwrap().unwrap();
-    assert_eq!(unmeasured(host.client().vms().unwrap()), std::slice::from_ref(&vm));
+    assert_eq!(unmeasured(host.client().vms().unwrap()), unmeasured([vm.clone()]));
     assert_eq!(host.leftovers(), [format!("{}.ext4", vm.id)]);
     assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
     host.client().delete_vm(&vm.id).unwrap();
