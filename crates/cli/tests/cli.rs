@@ -227,14 +227,19 @@ fn the_servers_no_is_the_message_and_exit_code_1() {
     let home = Home::new();
     home.file(".ssh/id_rsa.pub", &format!("{KEY}\n"), 0o644);
     let sentence = "Insufficient storage: 5GB available, need 12GB";
-    let server = Server::new(vec![("POST /vms", 507, json!({"error": sentence}))]);
-    for json in [&[][..], &["--json"]] {
-        let ran = run(home.scalebox(&server, &["vm", "create", "--disk", "10"]).args(json));
-        assert_eq!(
-            (ran.code, ran.out.as_str(), ran.err),
-            (1, "", format!("error: {sentence}\n"))
-        );
-    }
+    let body = json!({
+        "error": sentence, "code": "insufficient_storage", "details": {"available_gib": 5, "need_gib": 12},
+    });
+    let server = Server::new(vec![("POST /vms", 507, body.clone())]);
+    let create = ["vm", "create", "--disk", "10"];
+    let ran = run(&mut home.scalebox(&server, &create));
+    assert_eq!(
+        (ran.code, ran.out.as_str(), ran.err),
+        (1, "", format!("error: {sentence}\n"))
+    );
+    let ran = run(home.scalebox(&server, &create).arg("--json"));
+    assert_eq!((ran.code, ran.out.as_str()), (1, ""));
+    assert_eq!(serde_json::from_str::<Value>(&ran.err).unwrap(), body);
 }
 
 #[test]

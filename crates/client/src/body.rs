@@ -96,6 +96,25 @@ pub enum Invalid {
     },
 }
 
+impl Invalid {
+    /// The field that the error is about; `None` where it is about the body as a whole, or several fields.
+    pub fn field(&self) -> Option<&str> {
+        match self {
+            Invalid::Missing { field, .. }
+            | Invalid::Number { field, .. }
+            | Invalid::Type { field, .. }
+            | Invalid::Form { field, .. } => Some(field),
+            Invalid::DiskSize { .. } => Some("disk_size_gib"),
+            Invalid::Duplicate(field) => Some(field),
+            Invalid::NoBody { .. }
+            | Invalid::NotJson { .. }
+            | Invalid::NotAnObject { .. }
+            | Invalid::Unknown { .. }
+            | Invalid::Nothing { .. } => None,
+        }
+    }
+}
+
 /// The fields of a body, each as the JSON text of its value.
 #[derive(Debug)]
 pub(crate) struct Fields<'a>(BTreeMap<String, &'a str>);

@@ -1,7 +1,8 @@
 //! A blocking client: one method a call of the API, typed both ways.
 
+use crate::error_code::{ErrorBody, ErrorCode};
 use crate::event_stream::EventStream;
-use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
+use crate::types::{Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
 use crate::{CreateVm, ResizePool, SnapshotVm, UpdateVm};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -60,8 +61,10 @@ pub enum ClientError {
     Refused {
         /// The HTTP status, 400 and up.
         status: u16,
-        /// The daemon's sentence.
+        /// The daemon's sentence, and a hint where the address may be wrong.
         message: String,
+        /// The answer, with its code.
+        body: Box<ErrorBody>,
     },
     /// Something answered that is no scaleboxd, or one that this client does not understand.
     #[error("{call} answered {why}; is this the address of a scaleboxd?")]
@@ -78,6 +81,14 @@ impl ClientError {
     pub fn status(&self) -> Option<u16> {
         match self {
             ClientError::Refused { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
+    /// The reason of a refusal, for programs.
+    pub fn code(&self) -> Option<&ErrorCode> {
+        match self {
+            ClientError::Refused { body, .. } => Some(&body.code),
             _ => None,
         }
     }
@@ -400,9 +411,10 @@ impl<'c> Call<'c> {
             return Ok(Answer { call: self, body });
         }
         match serde_json::from_str::<ErrorBody>(&body) {
-            Ok(ErrorBody { error }) if status.as_u16() >= 400 => Err(ClientError::Refused {
+            Ok(refusal) if status.as_u16() >= 400 => Err(ClientError::Refused {
                 status: status.as_u16(),
-                message: self.with_hint(error),
+                message: self.with_hint(refusal.error.clone()),
+                body: Box::new(refusal),
             }),
             _ => Err(self.protocol(match response.headers().get(header::LOCATION) {
                 Some(location) => format!("{status}, to {}", String::from_utf8_lossy(location.as_bytes())),

@@ -373,14 +373,6 @@ pub struct HostLimits {
     pub max_mem_size_mib: u64,
 }
 
-/// Every refusal.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-pub struct ErrorBody {
-    /// A sentence for people.
-    pub error: String,
-}
-
 /// `GET /health`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -124,11 +124,11 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Servic
     };
     if keys.next().is_some() {
         let twice = "the header Idempotency-Key is given several times: send one key for each VM";
-        return Err(ServiceError::Invalid(twice.to_owned()));
+        return Err(ServiceError::invalid(twice.to_owned()));
     }
     let key = String::from_utf8_lossy(key.as_bytes()).parse();
     key.map(Some)
-        .map_err(|form| ServiceError::Invalid(format!("the header Idempotency-Key {form}")))
+        .map_err(|form| ServiceError::invalid(format!("the header Idempotency-Key {form}")))
 }
 
 /// All VMs, oldest first.
@@ -332,7 +332,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ServiceError> {
         match Path::<String>::from_request_parts(parts, state).await {
             Ok(Path(segment)) => Ok(Segment(segment)),
-            Err(_) => Err(ServiceError::Invalid(format!(
+            Err(_) => Err(ServiceError::invalid(format!(
                 "the path {} is not UTF-8 when its percent signs are decoded: send the id or name as it is listed",
                 quoted(parts.uri.path())
             ))),
@@ -360,7 +360,7 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
         match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, LARGEST_BODY)).await {
             Ok(Ok(bytes)) => Ok(RawBody(bytes)),
             Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
-            Ok(Err(error)) => Err(ServiceError::Invalid(format!(
+            Ok(Err(error)) => Err(ServiceError::invalid(format!(
                 "the body could not be read: {}; send it whole, with its length or in chunks",
                 root_cause(&error)
             ))),
@@ -489,7 +489,7 @@ async fn with_request_id(request: Request<Body>, next: Next) -> Response {
             0 | 1 => next.run(request).await,
             // RFC 9112, section 3.2: what stands before us may have read the other one.
             _ => {
-                ServiceError::Invalid("the header Host is given several times: send it once".to_owned()).into_response()
+                ServiceError::invalid("the header Host is given several times: send it once".to_owned()).into_response()
             }
         };
         let (status, ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);

@@ -90,10 +90,13 @@ impl Service {
         let disk_size = Pool::disk_size(&template, asked, inner.settings.default_disk_size)?;
         if disk_size > inner.settings.max_disk_size {
             let (size, max) = (disk_size, inner.settings.max_disk_size);
-            return Err(ServiceError::Invalid(format!(
-                "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
-                template.name
-            )));
+            return Err(ServiceError::invalid_field(
+                "disk_size_gib",
+                format!(
+                    "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
+                    template.name
+                ),
+            ));
         }
         if let Some(extend) = request.disk_auto_extend {
             auto_extend::check(extend, disk_size)?;
@@ -187,7 +190,7 @@ impl Service {
 }
 
 pub(crate) fn is_refusal(error: &ServiceError) -> bool {
-    matches!(error, ServiceError::Insufficient(_))
+    matches!(error, ServiceError::Insufficient { .. })
 }
 
 /// `vm-` and 48 random bits in hex.

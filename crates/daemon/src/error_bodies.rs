@@ -4,10 +4,10 @@
 //! therefore looked at: while no request is being answered, an answer of hyper's at the end of what is written gets a body.
 //! No content can be taken for it, because content is only written while its request is being answered.
 
+use crate::error::ServiceError;
 use axum::body::Body;
 use axum::http::Response;
 use hyper::body::{Bytes, Frame, SizeHint};
-use scalebox_client::ErrorBody;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -189,8 +189,7 @@ fn with_body(written: &[u8]) -> Option<Vec<u8>> {
     if !ends_here || find_last(head, b"x-request-id:").is_some() {
         return None;
     }
-    let error = message.to_owned();
-    let body = serde_json::to_vec(&ErrorBody { error }).ok()?;
+    let body = serde_json::to_vec(&ServiceError::invalid(message).body()).ok()?;
     let mut instead = written[..at + length].to_vec();
     instead.extend(format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len()).into_bytes());
     instead.extend(&head[length + NO_BODY.len()..]);
@@ -229,7 +228,10 @@ mod tests {
         for pieces in [&[OF_HYPER][..], &[BEFORE, OF_HYPER], &[&[BEFORE, OF_HYPER].concat()]] {
             let text = written(pieces, &Answering::default()).await;
             let (head, body) = text.rsplit_once("\r\n\r\n").unwrap();
-            assert!(body.contains("well-formed HTTP/1.1") && serde_json::from_str::<ErrorBody>(body).is_ok());
+            assert!(
+                body.contains("well-formed HTTP/1.1")
+                    && serde_json::from_str::<scalebox_client::ErrorBody>(body).is_ok()
+            );
             let length = format!("content-length: {}\r\n", body.len());
             assert!(head.contains(&length) && head.contains("connection: close"), "{head}");
             assert!(!text.contains("content-length: 0"));

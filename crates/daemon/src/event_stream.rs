@@ -46,7 +46,7 @@ pub async fn events(
     wish: Result<Query<Wish>, axum::extract::rejection::QueryRejection>,
 ) -> Result<impl IntoResponse, ServiceError> {
     let wrong = || {
-        ServiceError::Invalid(format!(
+        ServiceError::invalid(format!(
             "the query may hold since=ID, a whole number up to {MAX_EVENT_ID}, and follow=true or follow=false, each once"
         ))
     };
@@ -61,7 +61,7 @@ pub async fn events(
         id.ok_or_else(|| {
             let form =
                 format!("the header Last-Event-ID must be the id of an event, a whole number up to {MAX_EVENT_ID}");
-            ServiceError::Invalid(form)
+            ServiceError::invalid(form)
         })
     });
     let since = last.transpose()?.or(since);

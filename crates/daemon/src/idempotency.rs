@@ -42,7 +42,7 @@ impl Keys {
 
     fn begin(&self, key: &IdempotencyKey) -> Result<Turn<'_>, ServiceError> {
         if !self.lock().insert(key.as_str().to_owned()) {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::Busy(format!(
                 "the request with Idempotency-Key {key} is still being carried out: ask again later"
             )));
         }
@@ -78,7 +78,7 @@ pub async fn create(service: &Service, request: CreateVm) -> Result<(Vm, bool), 
     match blocking(move || state.made_by(&key)).await? {
         None => service.create_now(request).await.map(|vm| (vm, false)),
         Some((vm, digest)) if digest == once.digest => service.get(&vm).map(|vm| (vm, true)),
-        Some((vm, _)) => Err(ServiceError::Unprocessable(format!(
+        Some((vm, _)) => Err(ServiceError::IdempotencyMismatch(format!(
             "Idempotency-Key {} belongs to another request, which made {vm}: use a new key for each VM",
             once.key
         ))),

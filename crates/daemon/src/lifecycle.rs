@@ -38,7 +38,7 @@ impl Service {
         let operation = self.inner().vms.begin(reference, "being started")?;
         let record = &operation.record;
         if matches!(record.status, VmStatus::Running | VmStatus::Paused) {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::WrongState(format!(
                 "VM {} is {} already",
                 record.name, record.status
             )));
@@ -51,7 +51,7 @@ impl Service {
     pub(crate) async fn require_disk(&self, record: &Record) -> Result<(), ServiceError> {
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
         if !blocking(move || pool.has_disk(&disk)).await? {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::WrongState(format!(
                 "the disk of VM {} is gone from the pool: there is nothing left but to delete the VM",
                 record.name
             )));
@@ -157,7 +157,7 @@ impl Service {
         let kernel_dir = self.inner().pool.kernel_dir();
         let (kernel, initrd) = (kernel_dir.join("vmlinuz"), kernel_dir.join("initrd.img"));
         if !kernel.is_file() || !initrd.is_file() {
-            return Err(ServiceError::Unavailable(format!(
+            return Err(ServiceError::NotReady(format!(
                 "this host has no kernel for its guests yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
             )));
         }
@@ -185,7 +185,7 @@ impl Service {
         let operation = self.inner().vms.begin(reference, "being stopped")?;
         let record = &operation.record;
         let Some(machine) = &operation.machine else {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::WrongState(format!(
                 "VM {} is {} already",
                 record.name, record.status
             )));
@@ -430,7 +430,7 @@ pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
 
 /// A record that no version of this program writes: edited by hand, or damaged.
 fn unusable(record: &Record, field: &str, form: WrongForm) -> ServiceError {
-    ServiceError::Conflict(format!(
+    ServiceError::WrongState(format!(
         "VM {} cannot be started with its recorded {field}, which {form}: make a template of it (snapshot), and a new VM of that",
         record.id
     ))

@@ -6,7 +6,7 @@
 use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use scalebox_client::{ErrorBody, Limits};
+use scalebox_client::{ErrorBody, ErrorCode, Limits};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use utoipa::openapi::OpenApi as Document;
@@ -18,7 +18,8 @@ use utoipa::{Modify, OpenApi};
 #[openapi(
     info(
         title = "Scalebox",
-        description = "Disposable virtual machines from copy-on-write templates.\n\nEvery error is `{\"error\": \"…\"}`. \
+        description = "Disposable virtual machines from copy-on-write templates.\n\nEvery error is `{\"error\": \"…\", \"code\": \"…\"}`, with the `field` that it is about and `details` where there are some. \
+            Programs compare `code`: the sentences may change. \
             A path answers 405 to a method that is not described here, with the header `Allow`; an unknown path is 404. \
             `HEAD` works where `GET` does. The largest sizes are those of the host that serves this document.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
@@ -74,6 +75,7 @@ pub fn complete(document: &Document, limits: &Limits) -> Value {
     document["paths"]["/pool/grow"]["post"]["requestBody"] =
         json!({ "content": json_body("ResizePool"), "required": false });
     document["paths"]["/pool/shrink"]["post"]["requestBody"]["content"] = json_body("ShrinkPool");
+    document["components"]["schemas"]["ErrorBody"]["properties"]["code"]["enum"] = json!(ErrorCode::WORDS);
     bound_requests(&mut document["components"]["schemas"], limits);
     without_links(&mut document);
     document

@@ -134,7 +134,7 @@ pub async fn import(
     body: Body,
 ) -> Result<(StatusCode, Json<Template>), ServiceError> {
     let Query(wish) =
-        wish.map_err(|_| ServiceError::Invalid("the query may hold replace=true or replace=false".to_owned()))?;
+        wish.map_err(|_| ServiceError::invalid("the query may hold replace=true or replace=false".to_owned()))?;
     // What is packed with zstd is one by itself: the header says no more than the file does.
     require_unpacked(&headers, &["zstd"])?;
     let input = Heard {
@@ -252,7 +252,7 @@ impl Service {
     /// Takes one of the places for templates on their way.
     fn begin_transfer(&self) -> Result<OwnedSemaphorePermit, ServiceError> {
         Arc::clone(&self.inner().transfers).try_acquire_owned().map_err(|_| {
-            ServiceError::Unavailable(format!(
+            ServiceError::NotReady(format!(
                 "{MOST_TRANSFERS} templates are being exported or imported already: try again when one is done"
             ))
         })
@@ -274,7 +274,7 @@ impl Service {
                 "the template {BASE_TEMPLATE} is protected: choose another name"
             )));
         }
-        let form = |form| ServiceError::Invalid(format!("the template's name {form}"));
+        let form = |form| ServiceError::invalid(format!("the template's name {form}"));
         let parsed: Name = name.parse::<TemplateName>().map_err(form)?.as_str().parse()?;
         let service = self.clone();
         let transfer = self.begin_transfer()?;

@@ -24,10 +24,13 @@ impl Service {
         let current = Gib::new(record.disk_size_gib);
         let size = request.disk_size_gib.map_or(current, Gib::new);
         if size < current {
-            return Err(ServiceError::Invalid(format!(
-                "disk_size_gib must be at least {current}: the disk of {} is {current} GiB large, and disks do not shrink",
-                record.name
-            )));
+            return Err(ServiceError::invalid_field(
+                "disk_size_gib",
+                format!(
+                    "disk_size_gib must be at least {current}: the disk of {} is {current} GiB large, and disks do not shrink",
+                    record.name
+                ),
+            ));
         }
         if let Some(Some(extend)) = request.disk_auto_extend {
             auto_extend::check(extend, size)?;
@@ -69,7 +72,7 @@ impl Service {
         self.require_disk(record).await?;
         // Offline, the disk gives way to a grown clone, and a machine that does not answer has it open.
         if operation.machine.is_none() && self.run_dir(&record.id).exists() {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::WrongState(format!(
                 "the machine of VM {} does not answer: start or delete the VM to end it",
                 record.name
             )));

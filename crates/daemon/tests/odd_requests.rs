@@ -100,7 +100,7 @@ fn heads_that_cannot_be_read_are_refused_in_json() {
         ),
         (head("GET /vms HTTP/1.1", &many).into(), 431, "100 header fields"),
         (
-            head("GET /vms HTTP/1.1", &format!("X: {}\r\n", "a".repeat(500_000))).into(),
+            head("GET /vms HTTP/1.1", &format!("X: {}\r\n", "a".repeat(2_000_000))).into(),
             431,
             "400 KiB",
         ),
@@ -115,7 +115,7 @@ fn heads_that_cannot_be_read_are_refused_in_json() {
     let (status, answers) = host.raw(format!("{first}nonsense\r\n\r\n").as_bytes());
     assert_eq!(status, 200);
     assert!(answers.starts_with("{\"vms\":[]}HTTP/1.1 400 "), "{answers}");
-    assert!(answers.ends_with("for its body\"}"), "{answers}");
+    assert!(answers.contains("for its body\",\"code\":\"invalid_request\"}"), "{answers}");
 }
 
 #[test]
