@@ -2,7 +2,7 @@
 //!
 //! Code that changes something durable calls one of two functions behind each step, with a name that no other step has:
 //! [`fault_point`] where an error of the next step must be undone, [`crash_point`] where the operation has succeeded and
-//! no later error can change that. Without the feature `enabled` both do nothing and read no variable. With it, two
+//! no later error can change that. Without the feature `enabled` both do nothing and read no variable. With it, these
 //! environment variables decide:
 //!
 //! | variable | meaning |
@@ -11,9 +11,11 @@
 //! | | `once STEP`: the step returns an error the first time it is reached |
 //! | | `lasting STEP`: the step returns an error each time it is reached |
 //! | `SCALEBOX_FAULT_TRACE` | a file to which the name of each step is appended as it is reached |
+//! | `SCALEBOX_FAULT_PROGRAMS` | a folder of programs that stand in for outside programs, for instance to make their writes fail |
 //!
 //! The trace lists the steps of an operation, and the sources list all steps, so a test can walk every one of them.
 
+use std::ffi::OsString;
 use std::io;
 
 /// Marks a step whose successor can fail. The error stands for that failure; its kind is `Other`.
@@ -48,6 +50,19 @@ pub fn crash_point(step: &'static str) {
             "the step {step:?} cannot return an error: it is a crash point"
         ));
     }
+}
+
+/// Returns the folder in which outside programs are to be looked for first. Always `None` in a release.
+#[cfg(not(feature = "enabled"))]
+#[inline(always)]
+pub fn programs() -> Option<OsString> {
+    None
+}
+
+/// Returns the folder in which outside programs are to be looked for first.
+#[cfg(feature = "enabled")]
+pub fn programs() -> Option<OsString> {
+    std::env::var_os("SCALEBOX_FAULT_PROGRAMS").filter(|folder| !folder.is_empty())
 }
 
 #[cfg(feature = "enabled")]
