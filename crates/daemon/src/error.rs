@@ -101,13 +101,15 @@ impl From<StorageError> for ServiceError {
             StorageError::TemplateExists(_)
             | StorageError::TemplateBeingMade(_)
             | StorageError::Unfit(_)
+            | StorageError::DamagedTemplate { .. }
             | StorageError::FileSystem(_) => ServiceError::Conflict(text),
             StorageError::PoolSize(_) | StorageError::Given(_) => ServiceError::Invalid(text),
             StorageError::Busy(_) => ServiceError::Conflict(text),
             StorageError::NotMounted(_) => ServiceError::Unavailable(text),
-            StorageError::SmallerThanTemplate { .. } | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
-                ServiceError::Invalid(text)
-            }
+            StorageError::SmallerThanTemplate { .. }
+            | StorageError::NotATemplate { .. }
+            | StorageError::CannotGrow { .. }
+            | StorageError::Name(_) => ServiceError::Invalid(text),
             _ => ServiceError::Internal(text),
         }
     }
