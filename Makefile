@@ -2,6 +2,7 @@
 #
 #   sudo make demo     from a bare machine to SSH in a VM, in a scratch place that is torn down again (KEEP=1 keeps it)
 #   sudo make test     every test, with real pools, a real kernel and a real guest
+#   sudo make test-faults   every system call of every operation fails once (docs/crash-safety.md)
 #   sudo make bench    how long a disk takes, beside the original's way and the limit (docs/benchmarks.md); QUICK=1 for a small run
 #   make lint          fmt, clippy, cargo deny
 #   sudo make install  this host becomes a Scalebox host (scripts/install.sh)
@@ -16,7 +17,7 @@ export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
 # Tests end the daemon at each of its steps; what is released cannot do that. scripts/run-tests.sh names it too.
 TEST_FEATURES := scaleboxd/fault-points
 
-.PHONY: all build release deps test demo bench lint fmt install clean
+.PHONY: all build release deps test test-faults demo bench lint fmt install clean
 
 all: build
 
@@ -33,6 +34,11 @@ test: deps
 	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
 	scripts/template-cache.sh target/debug/scaleboxd
 	scripts/run-tests.sh
+
+# Every system call of every operation fails once: an hour or so. `make test` lets the first few of each kind fail.
+test-faults: deps
+	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
+	SCALEBOX_ALL_FAULTS=1 scripts/run-tests.sh --profile faults --filterset 'binary(fault_walk_outside)' --no-capture
 
 demo: deps release
 	scripts/demo.sh

@@ -10,7 +10,7 @@ packages=(
 	# to build the Debian template
 	mmdebstrap debian-archive-keyring cpio zstd kmod
 	# the tests, the demo and the benchmark
-	openssh-client xfsprogs dosfstools mtools procps curl shellcheck strace systemd fio
+	openssh-client xfsprogs dosfstools mtools procps curl shellcheck strace systemd fio iptables python3-venv
 )
 
 # Fails on a machine without apt with a sentence rather than with "command not found".

@@ -68,7 +68,7 @@ pub enum Command {
     )]
     Events {
         /// Begin after this event, as far as the server still knows; 0 for all it knows [default: from now on]
-        #[arg(long, value_name = "ID")]
+        #[arg(long, value_name = "ID", value_parser = whole_number)]
         since: Option<u64>,
         /// End with what happened so far instead of waiting for more
         #[arg(long)]
@@ -124,7 +124,7 @@ pub enum VmCommand {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
         /// New size of the disk
-        #[arg(long, value_name = "GIB")]
+        #[arg(long, value_name = "GIB", value_parser = whole_number)]
         disk: u64,
     },
     /// Change how a VM is kept; what is not named stays as it is
@@ -217,29 +217,29 @@ pub struct CreateArgs {
     #[arg(long, value_name = "NAME")]
     pub name: Option<VmName>,
     /// Size of the disk in GiB [default: the server's, or the template's if that is larger]
-    #[arg(long, value_name = "GIB")]
+    #[arg(long, value_name = "GIB", value_parser = whole_number)]
     pub disk: Option<u64>,
     /// Number of processors [default: the server's]
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = processor_count)]
     pub vcpus: Option<u32>,
     /// Memory in MiB [default: the server's]
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", value_parser = whole_number)]
     pub memory: Option<u64>,
     #[command(flatten)]
     pub extend: ExtendArgs,
     /// Requests a second that it may make of its disk [default: no limit]
-    #[arg(long, value_name = "IOPS")]
+    #[arg(long, value_name = "IOPS", value_parser = whole_number)]
     pub disk_iops: Option<u64>,
     /// Megabytes a second that it may read and write [default: no limit]
-    #[arg(long, value_name = "MB")]
+    #[arg(long, value_name = "MB", value_parser = whole_number)]
     pub disk_mbps: Option<u64>,
     /// Megabits a second that it may send, and receive [default: no limit]
-    #[arg(long, value_name = "MBIT")]
+    #[arg(long, value_name = "MBIT", value_parser = whole_number)]
     pub net_mbps: Option<u64>,
     /// Do not start it again after a reboot of the host
     #[arg(long)]
     pub no_autostart: bool,
-    /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub, id_rsa.pub]
+    /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub, id_rsa.pub, id_ed25519_sk.pub, id_ecdsa_sk.pub]
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
     /// Make the VM and leave it stopped
@@ -260,13 +260,13 @@ pub struct CreateArgs {
 #[derive(Debug, clap::Args)]
 pub struct ExtendArgs {
     /// Let the disk extend itself when the guest's root file system fills up, until it is this large
-    #[arg(long, value_name = "GIB")]
+    #[arg(long, value_name = "GIB", value_parser = whole_number)]
     pub extend_to: Option<u64>,
     /// By how much at a time
-    #[arg(long, value_name = "GIB", requires = "extend_to", default_value_t = 5)]
+    #[arg(long, value_name = "GIB", requires = "extend_to", default_value_t = 5, value_parser = whole_number)]
     pub extend_by: u64,
     /// When so much of it is in use
-    #[arg(long, value_name = "PERCENT", requires = "extend_to", default_value_t = 80)]
+    #[arg(long, value_name = "PERCENT", requires = "extend_to", default_value_t = 80, value_parser = whole_number)]
     pub extend_at: u64,
 }
 
@@ -304,6 +304,21 @@ pub struct SetArgs {
     pub autostart: Option<Switch>,
 }
 
+/// Digits alone: a unit behind them, a sign or a fraction would be read in another way than it was meant.
+fn whole_number(text: &str) -> Result<u64, String> {
+    let wrong = || "write a whole number in digits alone, such as 10".to_owned();
+    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(wrong());
+    }
+    text.parse().map_err(|_| "the number is too large".to_owned())
+}
+
+fn processor_count(text: &str) -> Result<u32, String> {
+    whole_number(text)?
+        .try_into()
+        .map_err(|_| "the number is too large".to_owned())
+}
+
 /// A number, or no limit.
 #[derive(Debug, Clone, Copy)]
 pub struct Limit(pub Option<u64>);
@@ -314,10 +329,9 @@ impl FromStr for Limit {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "none" => Ok(Limit(None)),
-            number => number
-                .parse()
+            number => whole_number(number)
                 .map(|number| Limit(Some(number)))
-                .map_err(|_| "it must be a whole number, or none".to_owned()),
+                .map_err(|why| format!("{why}; or none, for no limit")),
         }
     }
 }
@@ -395,14 +409,14 @@ pub enum PoolCommand {
     )]
     Grow {
         /// New size of the pool
-        #[arg(long, value_name = "GIB")]
+        #[arg(long, value_name = "GIB", value_parser = whole_number)]
         size: Option<u64>,
     },
     /// Shrink the pool while it is in use; what is in the way is moved, which can take minutes
     #[command(after_help = "Example:\n  scalebox pool shrink --size 40")]
     Shrink {
         /// New size of the pool
-        #[arg(long, value_name = "GIB")]
+        #[arg(long, value_name = "GIB", value_parser = whole_number)]
         size: u64,
     },
     /// Give the pool's free blocks back to the host disk

@@ -1,7 +1,8 @@
 //! What can go wrong, in words for a person at a terminal, and the exit code of each.
 
 use crate::settings::{Server, Source};
-use scalebox_client::{ClientError, VmStatus};
+use scalebox_client::{ClientError, ErrorBody, ErrorCode, VmStatus};
+use serde_json::Map;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -81,19 +82,51 @@ impl Error {
         }
     }
 
-    /// 1 for a no, 2 for what the person who typed has to put right first.
+    /// 1 for a refusal or a failure, 2 for what the user has to put right first.
     pub fn exit_code(&self) -> ExitCode {
+        if self.is_the_users() {
+            ExitCode::from(2)
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+
+    fn is_the_users(&self) -> bool {
         use Error::*;
-        match self {
+        matches!(
+            self,
             Client(ClientError::Url { .. } | ClientError::Token)
-            | NoToken { .. }
-            | ConfigUnreadable { .. }
-            | ConfigLine { .. }
-            | NoKey { .. }
-            | KeyUnreadable { .. }
-            | Key { .. }
-            | FileExists(_) => ExitCode::from(2),
-            _ => ExitCode::FAILURE,
+                | NoToken { .. }
+                | ConfigUnreadable { .. }
+                | ConfigLine { .. }
+                | NoKey { .. }
+                | KeyUnreadable { .. }
+                | Key { .. }
+                | FileExists(_)
+        )
+    }
+
+    /// The error for programs, as the API would answer it.
+    pub fn body(&self) -> ErrorBody {
+        let (code, field, details) = match self {
+            Error::Client(ClientError::Refused { body, .. }) => {
+                (body.code.clone(), body.field.clone(), body.details.clone())
+            }
+            Error::Client(ClientError::Unreachable { .. } | ClientError::Lost { .. }) => {
+                (ErrorCode::Unreachable, None, Map::new())
+            }
+            Error::TokenRefused { .. } | Error::NoToken { .. } => (ErrorCode::Unauthorized, None, Map::new()),
+            Error::NotRunning { .. } => (ErrorCode::WrongState, None, Map::new()),
+            Error::Silent { .. } => (ErrorCode::Timeout, None, Map::new()),
+            Error::FileExists(_) => (ErrorCode::NameTaken, None, Map::new()),
+            _ if self.is_the_users() => (ErrorCode::InvalidRequest, None, Map::new()),
+            _ => (ErrorCode::Other("failed".to_owned()), None, Map::new()),
+        };
+        ErrorBody {
+            error: self.to_string(),
+            code,
+            field,
+            details,
         }
     }
 

@@ -191,6 +191,12 @@ pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
         ),
     ])?;
     warn_when_full(&pool, output);
+    if pool.cleanups_pending > 0 {
+        output.hint(&format!(
+            "{} stopped or deleted VMs left something on the host that cannot be removed yet: see the scaleboxd log",
+            pool.cleanups_pending
+        ));
+    }
     Ok(())
 }
 

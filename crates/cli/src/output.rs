@@ -73,7 +73,10 @@ impl Output {
 
     /// What ended the command, or one part of it.
     pub fn error(&self, error: &Error) {
-        self.say("error", "31", &error.to_string());
+        match serde_json::to_string(&error.body()) {
+            Ok(body) if self.json => say(&format!("{body}\n")),
+            _ => self.say("error", "31", &error.to_string()),
+        }
     }
 
     /// What is wrong and does not stop us.

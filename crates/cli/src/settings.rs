@@ -52,14 +52,16 @@ pub fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
     let token = token.or_else(|| file.token.map(|token| (token, Source::File(path.clone()))));
     let (token, token_from) = token.ok_or(Error::NoToken { file: path })?;
     Ok(Server {
-        client: Client::new(&url, &token)?,
+        // A secret that was read from a file often ends in a line break.
+        client: Client::new(&url, token.trim())?,
         token_from,
     })
 }
 
-/// An empty variable is an unset one.
+/// An empty variable is an unset one. One that is not UTF-8 is not passed over: what it is for says what is wrong with it.
 fn variable(name: &str) -> Option<String> {
-    env::var(name).ok().filter(|value| !value.is_empty())
+    let value = env::var_os(name)?.to_string_lossy().into_owned();
+    Some(value).filter(|value| !value.is_empty())
 }
 
 /// `$XDG_CONFIG_HOME/scalebox/config`, by default `~/.config/scalebox/config`.
@@ -106,9 +108,11 @@ impl Config {
             Err(error) => return Err(unreadable(error)),
         };
         let metadata = file.metadata().map_err(unreadable)?;
-        let mut text = String::new();
-        file.take(LONGEST).read_to_string(&mut text).map_err(unreadable)?;
-        let config = Config::parse(&text).map_err(|(line, why)| Error::ConfigLine {
+        let mut text = Vec::new();
+        file.take(LONGEST).read_to_end(&mut text).map_err(unreadable)?;
+        // A comment may be in any encoding; settings are ASCII.
+        let text = String::from_utf8_lossy(&text);
+        let config = Config::parse(text.trim_start_matches('\u{feff}')).map_err(|(line, why)| Error::ConfigLine {
             path: path.to_owned(),
             line,
             why,

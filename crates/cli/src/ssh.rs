@@ -62,9 +62,16 @@ fn known_hosts() -> Result<PathBuf, Error> {
     Ok(folder.join("known_hosts"))
 }
 
-/// The key in `file`, or the first of those that `ssh` makes by default.
+/// The key in `file`, or the first of those that `ssh-keygen` makes by default; those on security keys, which have to be
+/// touched at each login, come last.
 pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
-    const DEFAULTS: [&str; 3] = ["id_ed25519.pub", "id_ecdsa.pub", "id_rsa.pub"];
+    const DEFAULTS: [&str; 5] = [
+        "id_ed25519.pub",
+        "id_ecdsa.pub",
+        "id_rsa.pub",
+        "id_ed25519_sk.pub",
+        "id_ecdsa_sk.pub",
+    ];
     let candidates = DEFAULTS.map(|name| home().join(".ssh").join(name));
     let path = match file {
         Some(file) => file,
@@ -77,8 +84,14 @@ pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
             })?,
     };
     let text = read_key(path)?;
+    if text.starts_with(b"\xff\xfe") || text.starts_with(b"\xfe\xff") {
+        return Err(Error::Key {
+            path: path.to_owned(),
+            why: "is in a file of UTF-16; write it as UTF-8 or ASCII".to_owned(),
+        });
+    }
     let text = String::from_utf8_lossy(&text);
-    text.trim().parse().map_err(|why: WrongForm| Error::Key {
+    text.parse().map_err(|why: WrongForm| Error::Key {
         path: path.to_owned(),
         why: match public_twin(path) {
             Some(twin) => format!("{why}; did you mean {}?", twin.display()),

@@ -227,14 +227,19 @@ fn the_servers_no_is_the_message_and_exit_code_1() {
     let home = Home::new();
     home.file(".ssh/id_rsa.pub", &format!("{KEY}\n"), 0o644);
     let sentence = "Insufficient storage: 5GB available, need 12GB";
-    let server = Server::new(vec![("POST /vms", 507, json!({"error": sentence}))]);
-    for json in [&[][..], &["--json"]] {
-        let ran = run(home.scalebox(&server, &["vm", "create", "--disk", "10"]).args(json));
-        assert_eq!(
-            (ran.code, ran.out.as_str(), ran.err),
-            (1, "", format!("error: {sentence}\n"))
-        );
-    }
+    let body = json!({
+        "error": sentence, "code": "insufficient_storage", "details": {"available_gib": 5, "need_gib": 12},
+    });
+    let server = Server::new(vec![("POST /vms", 507, body.clone())]);
+    let create = ["vm", "create", "--disk", "10"];
+    let ran = run(&mut home.scalebox(&server, &create));
+    assert_eq!(
+        (ran.code, ran.out.as_str(), ran.err),
+        (1, "", format!("error: {sentence}\n"))
+    );
+    let ran = run(home.scalebox(&server, &create).arg("--json"));
+    assert_eq!((ran.code, ran.out.as_str()), (1, ""));
+    assert_eq!(serde_json::from_str::<Value>(&ran.err).unwrap(), body);
 }
 
 #[test]
@@ -282,6 +287,144 @@ fn nobody_at_the_address_is_exit_code_1_with_the_way_out() {
         (ran.code, ran.out.as_str(), ran.err.as_str()),
         (1, "", expected.as_str())
     );
+}
+
+#[test]
+fn the_address_and_the_token_may_be_written_as_people_and_secrets_do() {
+    let server = Server::new(vec![("GET /vms", 200, json!({"vms": []}))]);
+    let home = Home::new();
+    let shouted = server.url().replace("http", "HTTP");
+    for url in [shouted, format!(" {}/ ", server.url()), format!("{}\n", server.url())] {
+        let mut command = home.bare(&["vm", "list", "--json"]);
+        let ran = run(command
+            .env("SCALEBOX_URL", &url)
+            .env("SCALEBOX_TOKEN", format!("{TOKEN}\n")));
+        assert_eq!(ran.code, 0, "{url:?}: {}", ran.err);
+    }
+    assert!(
+        server
+            .requests()
+            .iter()
+            .all(|request| request.authorization == format!("Bearer {TOKEN}"))
+    );
+    // Of another system's editor, with a comment in an old encoding.
+    let config = home.file(".config/scalebox/config", "", 0o600);
+    let text = format!(
+        "\u{feff}SCALEBOX_URL={}\r\nSCALEBOX_TOKEN={TOKEN}\r\n# Schl\u{1}ssel\r\n",
+        server.url()
+    );
+    std::fs::write(
+        config,
+        text.into_bytes()
+            .into_iter()
+            .map(|byte| if byte == 1 { 0xfc } else { byte })
+            .collect::<Vec<_>>(),
+    )
+    .unwrap();
+    let ran = run(&mut home.bare(&["vm", "list", "--json"]));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+}
+
+#[test]
+fn a_path_in_the_address_is_named_when_the_server_does_not_know_it() {
+    let error = json!({"error": "there is no route \"/api/vms\""});
+    let server = Server::new(vec![("GET /api/vms", 404, error)]);
+    let ran = run(Home::new()
+        .scalebox(&server, &["vm", "list"])
+        .env("SCALEBOX_URL", server.url() + "/api/"));
+    assert_eq!(ran.code, 1);
+    assert!(
+        ran.err
+            .contains("has the path /api: leave that out, unless a proxy takes it off"),
+        "{}",
+        ran.err
+    );
+}
+
+#[test]
+fn a_variable_that_is_not_utf8_is_not_passed_over() {
+    use std::os::unix::ffi::OsStrExt;
+    let odd = std::ffi::OsStr::from_bytes(b"http://caf\xe9:8080");
+    let ran = run(Home::new()
+        .bare(&["status"])
+        .env("SCALEBOX_URL", odd)
+        .env("SCALEBOX_TOKEN", TOKEN));
+    assert!(
+        ran.code == 2 && ran.err.contains("is not the address of a server"),
+        "{ran:?}"
+    );
+}
+
+#[test]
+fn flags_that_are_not_whole_numbers_are_refused_with_an_example() {
+    let server = Server::new(vec![]);
+    let home = Home::new();
+    for number in [
+        "", " 10", "+10", "-10", "10.0", "1e3", "0x10", "10G", "10GiB", "ten", "1_0", "\u{661}",
+    ] {
+        for command in [
+            &["vm", "create", "--disk"][..],
+            &["vm", "create", "--vcpus"],
+            &["vm", "create", "--memory"],
+            &["vm", "create", "--extend-to"],
+            &["vm", "create", "--net-mbps"],
+            &["vm", "set", "box", "--disk-iops"],
+            &["vm", "resize", "box", "--disk"],
+            &["pool", "grow", "--size"],
+            &["events", "--since"],
+        ] {
+            let flag = command.last().unwrap();
+            let ran = run(home
+                .scalebox(&server, &command[..command.len() - 1])
+                .arg(format!("{flag}={number}")));
+            assert!(
+                ran.code == 2 && ran.err.contains(flag) && ran.err.contains("such as 10"),
+                "{command:?} {number:?}: {}",
+                ran.err
+            );
+        }
+    }
+    for large in ["18446744073709551616", "99999999999999999999999"] {
+        let ran = run(&mut home.scalebox(&server, &["vm", "create", "--disk", large]));
+        assert!(
+            ran.code == 2 && ran.err.contains("--disk") && ran.err.contains("too large"),
+            "{}",
+            ran.err
+        );
+    }
+    assert!(server.requests().is_empty());
+}
+
+#[test]
+fn keys_are_taken_as_ssh_keygen_writes_them_and_from_security_keys_too() {
+    // Made by `ssh-keygen -t ed25519-sk`, of a token that is gone.
+    const SK: &str = "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9SAAAABHNzaDo=";
+    let server = Server::new(vec![("POST /vms", 201, vm(json!({"status": "stopped"})))]);
+    let home = Home::new();
+    let sent = |arguments: &[&str]| {
+        let ran = run(home.scalebox(&server, &["vm", "create", "--no-start"]).args(arguments));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let body: Value = serde_json::from_str(&server.requests().last().unwrap().body).unwrap();
+        body["ssh_public_key"].as_str().unwrap().to_owned()
+    };
+    home.file(".ssh/id_ecdsa_sk.pub", "not this one", 0o644);
+    home.file(".ssh/id_ed25519_sk.pub", &format!("{SK} me\r\n"), 0o644);
+    assert_eq!(sent(&[]), format!("{SK} me"));
+    home.file(".ssh/id_ed25519.pub", &format!("{KEY}\n"), 0o644);
+    assert_eq!(sent(&[]), KEY);
+
+    let refused = |name: &str, text: &[u8]| {
+        let path = home.file(name, "", 0o644);
+        std::fs::write(&path, text).unwrap();
+        let ran = run(home.scalebox(&server, &["vm", "create", "--key"]).arg(&path));
+        assert_eq!(ran.code, 2, "{name}");
+        ran.err
+    };
+    let wide: Vec<u8> = KEY.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert!(refused("wide.pub", &[b"\xff\xfe".to_vec(), wide].concat()).contains("UTF-16"));
+    assert!(refused("two.pub", format!("{KEY}\n{KEY}\n").as_bytes()).contains("one line with one key"));
+    assert!(refused("twice.pub", format!("{KEY} {KEY}").as_bytes()).contains("must be one key"));
+    assert!(refused("empty.pub", b"\n").contains("such as: ssh-ed25519"));
 }
 
 #[test]

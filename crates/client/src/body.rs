@@ -3,7 +3,7 @@
 //! The fields are kept as text until the rule of each reads its own. So a number that no integer holds (`1e400`) is judged
 //! as what it is, a value out of range, and the sentence that refuses it names the field.
 
-use crate::names::WrongForm;
+use scalebox_units::WrongForm;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -96,6 +96,25 @@ pub enum Invalid {
     },
 }
 
+impl Invalid {
+    /// The field that the error is about; `None` where it is about the body as a whole, or several fields.
+    pub fn field(&self) -> Option<&str> {
+        match self {
+            Invalid::Missing { field, .. }
+            | Invalid::Number { field, .. }
+            | Invalid::Type { field, .. }
+            | Invalid::Form { field, .. } => Some(field),
+            Invalid::DiskSize { .. } => Some("disk_size_gib"),
+            Invalid::Duplicate(field) => Some(field),
+            Invalid::NoBody { .. }
+            | Invalid::NotJson { .. }
+            | Invalid::NotAnObject { .. }
+            | Invalid::Unknown { .. }
+            | Invalid::Nothing { .. } => None,
+        }
+    }
+}
+
 /// The fields of a body, each as the JSON text of its value.
 #[derive(Debug)]
 pub(crate) struct Fields<'a>(BTreeMap<String, &'a str>);
@@ -103,6 +122,7 @@ pub(crate) struct Fields<'a>(BTreeMap<String, &'a str>);
 impl<'a> Fields<'a> {
     /// Reads an object that has no other fields than those in `known`.
     pub(crate) fn read(body: &'a [u8], known: &'static [&'static str]) -> Result<Self, Invalid> {
+        let body = without_mark(body);
         if body.trim_ascii().is_empty() {
             return Err(Invalid::NoBody { known });
         }
@@ -236,6 +256,11 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// What follows a byte order mark, which RFC 8259, section 8.1, lets a reader ignore.
+pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
+    body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body)
+}
+
 /// The members of an object in their order, with those that come twice.
 struct Pairs<'a>(Vec<(String, &'a RawValue)>);
 
@@ -274,7 +299,7 @@ fn read_text<T: FromStr<Err = WrongForm>>(field: &'static str, json: &str) -> Re
         });
     }
     // What is left to fail is half a surrogate pair (`"\ud800"`), which no Rust string holds.
-    let not_text = |_| WrongForm("must be a string of Unicode text".to_owned());
+    let not_text = |_| WrongForm::new("must be a string of Unicode text");
     let form = serde_json::from_str(json)
         .map_err(not_text)
         .and_then(|text: String| text.parse());

@@ -11,6 +11,7 @@ pub struct Event {
     /// Grows from event to event, also over a restart of the daemon, in steps of any size; below 2⁵³.
     pub id: u64,
     /// When it happened: RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub at: String,
     /// What happened; a word of [`EventKind`], to which newer servers add.
     #[cfg_attr(feature = "openapi", schema(value_type = String, example = "created"))]
@@ -29,6 +30,7 @@ pub struct Event {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct EventVm {
     /// `vm-` and twelve lower-case hex digits.
+    #[cfg_attr(feature = "openapi", schema(pattern = "^vm-[0-9a-f]{12}$"))]
     pub id: String,
     /// Its name.
     pub name: String,

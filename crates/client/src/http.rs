@@ -1,7 +1,8 @@
 //! A blocking client: one method a call of the API, typed both ways.
 
+use crate::error_code::{ErrorBody, ErrorCode};
 use crate::event_stream::EventStream;
-use crate::types::{ErrorBody, Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
+use crate::types::{Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
 use crate::{CreateVm, ResizePool, SnapshotVm, UpdateVm};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -60,8 +61,10 @@ pub enum ClientError {
     Refused {
         /// The HTTP status, 400 and up.
         status: u16,
-        /// The daemon's sentence.
+        /// The daemon's sentence, and a hint where the address may be wrong.
         message: String,
+        /// The answer, with its code.
+        body: Box<ErrorBody>,
     },
     /// Something answered that is no scaleboxd, or one that this client does not understand.
     #[error("{call} answered {why}; is this the address of a scaleboxd?")]
@@ -78,6 +81,14 @@ impl ClientError {
     pub fn status(&self) -> Option<u16> {
         match self {
             ClientError::Refused { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
+    /// The reason of a refusal, for programs.
+    pub fn code(&self) -> Option<&ErrorCode> {
+        match self {
+            ClientError::Refused { body, .. } => Some(&body.code),
             _ => None,
         }
     }
@@ -400,14 +411,27 @@ impl<'c> Call<'c> {
             return Ok(Answer { call: self, body });
         }
         match serde_json::from_str::<ErrorBody>(&body) {
-            Ok(ErrorBody { error }) if status.as_u16() >= 400 => Err(ClientError::Refused {
+            Ok(refusal) if status.as_u16() >= 400 => Err(ClientError::Refused {
                 status: status.as_u16(),
-                message: error,
+                message: self.with_hint(refusal.error.clone()),
+                body: Box::new(refusal),
             }),
             _ => Err(self.protocol(match response.headers().get(header::LOCATION) {
                 Some(location) => format!("{status}, to {}", String::from_utf8_lossy(location.as_bytes())),
                 None => format!("{status} without saying why in the API's form"),
             })),
+        }
+    }
+
+    /// The daemon has no idea that what stands before its routes came from the address.
+    fn with_hint(&self, error: String) -> String {
+        let host = self.client.base.split_once("://").map_or("", |(_, rest)| rest);
+        match host.split_once('/') {
+            Some((_, path)) if error.starts_with("there is no route") => {
+                let base = &self.client.base;
+                format!("{error}; the address {base} has the path /{path}: leave that out, unless a proxy takes it off")
+            }
+            _ => error,
         }
     }
 
@@ -561,21 +585,26 @@ impl Answer<'_> {
     }
 }
 
-/// The address without a slash at its end.
+/// The address without white space around it and a slash at its end, its scheme in lower case (RFC 3986, section 3.1).
 fn check_url(url: &str) -> Result<String, ClientError> {
+    let url = url.trim();
     let refuse = |why| ClientError::Url {
         url: url.to_owned(),
         why,
     };
-    let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
-    let rest = rest.ok_or_else(|| refuse("it does not begin with http:// or https://"))?;
-    if rest.contains('@') {
+    if url.contains('@') {
         // Not repeated either: what stands before the @ may be a password.
         return Err(ClientError::Url {
             url: "…@…".to_owned(),
             why: "it names a user, and the API knows only tokens",
         });
     }
+    let (scheme, rest) = url.split_once("://").unwrap_or_default();
+    let scheme = scheme.to_ascii_lowercase();
+    if !matches!(scheme.as_str(), "http" | "https") {
+        return Err(refuse("it does not begin with http:// or https://"));
+    }
+    let url = &format!("{scheme}://{rest}");
     if rest.contains(['?', '#']) {
         return Err(refuse("it has a query or a fragment"));
     }

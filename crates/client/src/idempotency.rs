@@ -1,6 +1,6 @@
 //! The form of an idempotency key: what makes a request that is sent again the same request.
 
-use crate::names::WrongForm;
+use scalebox_units::WrongForm;
 use std::fmt;
 use std::str::FromStr;
 
@@ -31,7 +31,7 @@ impl FromStr for IdempotencyKey {
         } else {
             let form =
                 "must be 1 to 255 printable ASCII characters without spaces, quotes and backslashes, such as a UUID";
-            Err(WrongForm(form.to_owned()))
+            Err(WrongForm::new(form))
         }
     }
 }

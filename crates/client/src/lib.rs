@@ -9,9 +9,8 @@
 //! - `types`: every answer of the API
 //! - `requests`: every request, and reading one from the bytes that a client sent
 //! - `body`: reading a JSON object field by field, and [`Invalid`], what is wrong with one
-//! - `names`: the forms of a template's and a VM's name
 //! - `idempotency`: the form of an idempotency key
-//! - `key`: the form of an SSH public key
+//! - `error_code`: what a refused or failed request is answered
 //! - `event`: what `GET /events` tells
 //! - `event_stream` (feature `http`): reading it as it happens
 //! - `http` (feature `http`): [`Client`], which speaks all of this to a daemon
@@ -19,28 +18,27 @@
 #![warn(missing_docs)]
 
 mod body;
+mod error_code;
 mod event;
 #[cfg(feature = "http")]
 mod event_stream;
 #[cfg(feature = "http")]
 mod http;
 mod idempotency;
-mod key;
-mod names;
 mod requests;
 mod types;
 
 pub use body::Invalid;
+pub use error_code::{ErrorBody, ErrorCode};
 pub use event::{Event, EventKind, EventVm};
 #[cfg(feature = "http")]
 pub use event_stream::EventStream;
 #[cfg(feature = "http")]
 pub use http::{Client, ClientError, Export};
 pub use idempotency::IdempotencyKey;
-pub use key::SshPublicKey;
-pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
 pub use requests::{CreateVm, Limits, ResizePool, SnapshotVm, UpdateVm};
+pub use scalebox_units::{SshPublicKey, TemplateName, VmName, WrongForm, is_vm_id};
 pub use types::{
-    AutoExtend, Cpu, Disk, ErrorBody, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
+    AutoExtend, Cpu, Disk, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
     TemplateList, Trimmed, Vm, VmCounts, VmList, VmStatus,
 };

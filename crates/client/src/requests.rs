@@ -1,6 +1,6 @@
 //! Every request that has a body. `parse` reads one from a client's bytes; what it returns holds in every field.
 
-use crate::body::{Fields, Invalid};
+use crate::body::{Fields, Invalid, without_mark};
 use crate::types::AutoExtend;
 use crate::{IdempotencyKey, SshPublicKey, TemplateName, VmName};
 use serde::Serialize;
@@ -26,9 +26,10 @@ const DISK_MBPS: &str = "disk_mbps";
 const NET_MBPS: &str = "net_mbps";
 const AUTOSTART: &str = "autostart";
 
-/// `POST /vms`. What is `None` is the host's choice.
+/// `POST /vms`. What is left out is the host's choice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct CreateVm {
     /// What its disk is cloned from.
     pub template: TemplateName,
@@ -36,27 +37,35 @@ pub struct CreateVm {
     pub ssh_public_key: SshPublicKey,
     /// Otherwise three words.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub name: Option<VmName>,
     /// Processors of the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub vcpu_count: Option<u32>,
     /// Memory of the guest, in MiB.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub mem_size_mib: Option<u64>,
     /// Size of its disk, in GiB; otherwise the larger of the host's default and the template.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_size_gib: Option<u64>,
     /// Extends the disk when the guest's root file system fills up; otherwise it stays as large as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_auto_extend: Option<AutoExtend>,
     /// Requests a second that the guest may make of its disk; otherwise as many as it can.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 1_000_000))]
     pub disk_iops: Option<u64>,
     /// Megabytes (10⁶ bytes) a second that it may read and write.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 1_000_000))]
     pub disk_mbps: Option<u64>,
     /// Megabits (10⁶ bits) a second that it may send, and that it may receive.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 1_000_000))]
     pub net_mbps: Option<u64>,
     /// Whether it is started again after a reboot of the host in which it ran.
     #[serde(skip_serializing_if = "is_true")]
@@ -142,31 +151,36 @@ impl CreateVm {
     }
 }
 
-/// `PATCH /vms/{id}`. What is `None` stays as it is.
+/// `PATCH /vms/{id or name}`. What is left out stays as it is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(min_properties = 1))]
+#[serde(deny_unknown_fields)]
 pub struct UpdateVm {
-    /// The new size of its disk, in GiB.
+    // What can be null in JSON is `Some(None)` here.
+    /// The new size of its disk, in GiB; disks do not shrink.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_size_gib: Option<u64>,
-    /// Whether and how its disk extends itself from now on; `Some(None)`, which is `null` in JSON, for not at all.
+    /// Whether and how its disk extends itself from now on; null for not at all.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<AutoExtend>))]
     pub disk_auto_extend: Option<Option<AutoExtend>>,
-    /// See [`CreateVm::disk_iops`]; `Some(None)` for no limit, and so for the other two.
+    /// Requests a second that the guest may make of its disk; null for no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000))]
     pub disk_iops: Option<Option<u64>>,
-    /// See [`CreateVm::disk_mbps`].
+    /// Megabytes (10⁶ bytes) a second that it may read and write; null for no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000))]
     pub disk_mbps: Option<Option<u64>>,
-    /// See [`CreateVm::net_mbps`].
+    /// Megabits (10⁶ bits) a second that it may send, and that it may receive; null for no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000))]
     pub net_mbps: Option<Option<u64>>,
-    /// See [`CreateVm::autostart`].
+    /// Whether it is started again after a reboot of the host in which it ran.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub autostart: Option<bool>,
 }
 
@@ -246,9 +260,10 @@ impl AutoExtend {
     }
 }
 
-/// `POST /vms/{id}/snapshot`.
+/// `POST /vms/{id or name}/snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct SnapshotVm {
     /// What the template is to be called; there must be none of that name.
     pub template_name: TemplateName,
@@ -273,9 +288,11 @@ const LARGEST_POOL_GIB: u64 = 65_536;
 /// `POST /pool/grow` and `POST /pool/shrink`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct ResizePool {
     /// The new size of the pool, in GiB. Growing without it takes 80 % of what the host disk can hold today.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 65_536))]
     pub size_gib: Option<u64>,
 }
 
@@ -285,7 +302,8 @@ impl ResizePool {
     /// # Errors
     /// The first thing wrong, as a sentence that names the field and what it may be.
     pub fn parse_grow(body: &[u8]) -> Result<Self, Invalid> {
-        let body = if body.is_empty() { b"{}" } else { body };
+        let none = without_mark(body).is_empty();
+        let body = if none { b"{}" } else { body };
         let size_gib = Fields::read(body, &["size_gib"])?.optional_number("size_gib", 1..=LARGEST_POOL_GIB)?;
         Ok(ResizePool { size_gib })
     }

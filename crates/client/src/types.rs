@@ -8,6 +8,7 @@ use std::fmt;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Vm {
     /// `vm-` and twelve lower-case hex digits; see [`is_vm_id`](crate::is_vm_id).
+    #[cfg_attr(feature = "openapi", schema(pattern = "^vm-[0-9a-f]{12}$"))]
     pub id: String,
     /// Unique among the VMs of the host; also the guest's host name.
     pub name: String,
@@ -28,6 +29,7 @@ pub struct Vm {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status_reason: Option<String>,
     /// RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
     /// Processors of the guest.
     pub vcpu_count: u32,
@@ -86,6 +88,7 @@ pub struct StorageUsage {
     /// What deleting it frees. Can be more than `used_bytes`: an extent overwritten in part stays whole.
     pub exclusive_bytes: u64,
     /// RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub measured_at: String,
 }
 
@@ -155,6 +158,7 @@ pub struct Template {
     /// The blocks that it maps.
     pub used_bytes: u64,
     /// RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
     /// How many VMs were cloned from it and exist.
     pub used_by: u64,
@@ -176,6 +180,7 @@ pub struct Snapshot {
     /// Its size as a guest sees it.
     pub size_bytes: u64,
     /// RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
     /// How long the guest could not write meanwhile, in milliseconds, the way to its agent and back included; 0 for one that did not run.
     pub stood_still_ms: u64,
@@ -245,11 +250,16 @@ pub struct PoolInfo {
     pub other_bytes: Option<u64>,
     /// When the four sums were measured: RFC 3339, in UTC.
     #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub measured_at: Option<String>,
     /// In how many days `free_bytes` are used up at the rate of the last day. Null with less than an hour of history (a restart of
     /// the daemon begins it anew), when nothing grows, and beyond ten years.
     #[serde(default)]
     pub days_left: Option<f64>,
+    /// Stopped and deleted VMs that left something on the host which cannot be removed yet, for an error that the log names;
+    /// it is tried again every few seconds. A deleted VM's disk stays committed until it is removed.
+    #[serde(default)]
+    pub cleanups_pending: u64,
 }
 
 /// `POST /pool/trim` and `POST /vms/{id}/trim`.
@@ -361,14 +371,6 @@ pub struct HostLimits {
     pub min_mem_size_mib: u64,
     /// Bounded by the host's memory.
     pub max_mem_size_mib: u64,
-}
-
-/// Every refusal.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-pub struct ErrorBody {
-    /// A sentence for people.
-    pub error: String,
 }
 
 /// `GET /health`.

@@ -213,13 +213,27 @@ fn an_address_or_token_that_cannot_work_is_refused_at_once() {
         let error = Client::new(url, TOKEN).unwrap_err();
         assert!(matches!(error, ClientError::Url { .. }), "{url:?}: {error:?}");
     }
-    let error = Client::new("http://me:hunter2@host", TOKEN).unwrap_err();
-    assert!(!format!("{error} {error:?}").contains("hunter2"));
+    for url in ["http://me:hunter2@host", "me:hunter2@host", "HTTPS://me:hunter2@host/"] {
+        let error = Client::new(url, TOKEN).unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("hunter2"));
+    }
     for token in ["", "a b", "a\n", "é"] {
         assert!(
             matches!(Client::new("http://h", token), Err(ClientError::Token)),
             "{token:?}"
         );
+    }
+}
+
+#[test]
+fn an_address_is_taken_in_any_case_and_with_white_space_around_it() {
+    for (url, base) in [
+        ("HTTP://127.0.0.1:8080", "http://127.0.0.1:8080"),
+        (" http://127.0.0.1:8080/\n", "http://127.0.0.1:8080"),
+        ("\tHttps://Host.example//", "https://Host.example"),
+        ("https://host.example/scalebox/", "https://host.example/scalebox"),
+    ] {
+        assert_eq!(Client::new(url, TOKEN).unwrap().url(), base);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The HTTP API: routes, the token, the limits on a request, one id from the HTTP line down to the last step.
 
-use crate::error::ServiceError;
+use crate::error::{ServiceError, quoted};
 use crate::event_stream;
 use crate::metrics;
 use crate::openapi;
@@ -10,7 +10,7 @@ use crate::settings::Token;
 use crate::template_files;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
-use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, WWW_AUTHENTICATE};
+use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, WWW_AUTHENTICATE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
@@ -70,10 +70,11 @@ pub fn router(service: Service, token: &Token) -> Router {
         .routes(routes!(health))
         .split_for_parts();
     document.merge(described);
+    let document = openapi::Served::new(&openapi::complete(&document, service.limits()));
     let guarded = guarded
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(Extension(Arc::new(openapi::complete(document))))
+        .layer(Extension(document))
         .layer(from_fn_with_state(token, require_token));
     open.method_not_allowed_fallback(method_not_allowed)
         .merge(guarded)
@@ -98,9 +99,8 @@ async fn health() -> impl IntoResponse {
         (status = 400, description = "What is wrong with which field."),
         (status = 404, description = "No such template."),
         (status = 409, description = "The name is taken, the key's request is under way, or the VM was deleted meanwhile."),
-        (status = 413, description = "A body over 1 MiB."),
         (status = 422, description = "The key belongs to another request."),
-        (status = 503, description = "The host is not ready: no kernel, no free port."),
+        (status = 503, description = "The host is not ready: no kernel, no free port, or the pool is not mounted."),
         (status = 507, description = "It does not fit."),
     )
 )]
@@ -118,12 +118,17 @@ async fn create_vm(
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ServiceError> {
-    let Some(key) = headers.get(IDEMPOTENCY_KEY) else {
+    let mut keys = headers.get_all(IDEMPOTENCY_KEY).iter();
+    let Some(key) = keys.next() else {
         return Ok(None);
     };
+    if keys.next().is_some() {
+        let twice = "the header Idempotency-Key is given several times: send one key for each VM";
+        return Err(ServiceError::invalid(twice.to_owned()));
+    }
     let key = String::from_utf8_lossy(key.as_bytes()).parse();
     key.map(Some)
-        .map_err(|form| ServiceError::Invalid(format!("the header Idempotency-Key {form}")))
+        .map_err(|form| ServiceError::invalid(format!("the header Idempotency-Key {form}")))
 }
 
 /// All VMs, oldest first.
@@ -154,6 +159,8 @@ async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Resu
         (status = 200, body = Vm, description = "The VM as it is now; `disk` tells what became of the guest's file system."),
         (status = 400, description = "What is wrong with which field; disks do not shrink."),
         (status = 404, description = "No such VM."),
+        (status = 409, description = "The disk cannot grow: its file system is damaged, or the VM's machine does not answer."),
+        (status = 503, description = "The pool is not mounted."),
         (status = 507, description = "It does not fit."),
     )
 )]
@@ -169,7 +176,7 @@ async fn update_vm(
 /// Starts a stopped VM.
 #[utoipa::path(
     post, path = "/vms/{vm}/start", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
-    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "It runs, or something is under way on it."))
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "It runs, or something is under way on it."), (status = 503, description = "The host is not ready: no kernel, or the pool is not mounted."))
 )]
 async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.start(vm).await.map(Json)
@@ -178,7 +185,7 @@ async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Resul
 /// Shuts a VM down and starts it again; one that does not run is started.
 #[utoipa::path(
     post, path = "/vms/{vm}/restart", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
-    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "Something is under way on it."))
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "Something is under way on it."), (status = 503, description = "The host is not ready: no kernel, or the pool is not mounted."))
 )]
 async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.restart(vm).await.map(Json)
@@ -210,7 +217,8 @@ async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result
         (status = 400, description = "What is wrong with which field."),
         (status = 403, description = "A protected name."),
         (status = 404, description = "No such VM."),
-        (status = 409, description = "The name is taken, or something is under way on the VM."),
+        (status = 409, description = "The name is taken, something is under way on the VM, or its disk cannot become a template."),
+        (status = 503, description = "The pool is not mounted."),
         (status = 507, description = "It does not fit."),
     )
 )]
@@ -224,7 +232,7 @@ async fn snapshot_vm(
 }
 
 /// All templates.
-#[utoipa::path(get, path = "/templates", tag = "Templates", responses((status = 200, body = TemplateList)))]
+#[utoipa::path(get, path = "/templates", tag = "Templates", responses((status = 200, body = TemplateList), (status = 503, description = "The pool is not mounted.")))]
 async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateList>, ServiceError> {
     Ok(Json(TemplateList {
         templates: service.templates().await?,
@@ -234,7 +242,7 @@ async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateL
 /// One template.
 #[utoipa::path(
     get, path = "/templates/{name}", tag = "Templates", params(("name" = String, Path, description = "Name of the template.")),
-    responses((status = 200, body = Template), (status = 404, description = "No such template."))
+    responses((status = 200, body = Template), (status = 404, description = "No such template."), (status = 503, description = "The pool is not mounted."))
 )]
 async fn get_template(State(service): State<Service>, Segment(name): Segment) -> Result<Json<Template>, ServiceError> {
     service.template(name).await.map(Json)
@@ -248,6 +256,7 @@ async fn get_template(State(service): State<Service>, Segment(name): Segment) ->
         (status = 403, description = "It is protected."),
         (status = 404, description = "No such template."),
         (status = 409, description = "A VM is being made from it."),
+        (status = 503, description = "The pool is not mounted."),
     )
 )]
 async fn delete_template(State(service): State<Service>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
@@ -255,7 +264,7 @@ async fn delete_template(State(service): State<Service>, Segment(name): Segment)
 }
 
 /// What the pool holds, can still take, and has promised.
-#[utoipa::path(get, path = "/pool", tag = "Pool", responses((status = 200, body = PoolInfo)))]
+#[utoipa::path(get, path = "/pool", tag = "Pool", responses((status = 200, body = PoolInfo), (status = 503, description = "The pool is not mounted.")))]
 async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceError> {
     service.pool().map(Json)
 }
@@ -267,6 +276,7 @@ async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceE
         (status = 200, body = PoolInfo),
         (status = 400, description = "No growth, more than there is, or a size that is not the pool's own."),
         (status = 409, description = "Its size is being changed already."),
+        (status = 503, description = "The pool is not mounted."),
     )
 )]
 async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
@@ -281,6 +291,7 @@ async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Re
         (status = 200, body = PoolInfo),
         (status = 400, description = "No shrinking, or what is used, promised or kept free would not fit."),
         (status = 409, description = "Its size is being changed already."),
+        (status = 503, description = "The pool is not mounted."),
     )
 )]
 async fn shrink_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
@@ -289,23 +300,27 @@ async fn shrink_pool(State(service): State<Service>, RawBody(body): RawBody) -> 
 }
 
 /// Gives the pool's free blocks back to the host disk.
-#[utoipa::path(post, path = "/pool/trim", tag = "Pool", responses((status = 200, body = Trimmed)))]
+#[utoipa::path(post, path = "/pool/trim", tag = "Pool", responses((status = 200, body = Trimmed), (status = 409, description = "Its size is being changed."), (status = 503, description = "The pool is not mounted.")))]
 async fn trim_pool(State(service): State<Service>) -> Result<Json<Trimmed>, ServiceError> {
     service.trim_pool().await.map(Json)
 }
 
 /// The host and what is on it.
-#[utoipa::path(get, path = "/info", tag = "Host", responses((status = 200, body = HostInfo)))]
+#[utoipa::path(get, path = "/info", tag = "Host", responses((status = 200, body = HostInfo), (status = 503, description = "The pool is not mounted.")))]
 async fn info(State(service): State<Service>) -> Result<Json<HostInfo>, ServiceError> {
     service.info().await.map(Json)
 }
 
 async fn no_such_route(uri: Uri) -> ServiceError {
-    ServiceError::NotFound(format!("there is no route {}", uri.path()))
+    ServiceError::NotFound(format!(
+        "there is no route {}: GET /openapi.json lists them",
+        quoted(uri.path())
+    ))
 }
 
 async fn method_not_allowed(method: Method, uri: Uri) -> ServiceError {
-    ServiceError::MethodNotAllowed(format!("{} does not take {method}", uri.path()))
+    let (path, method) = (quoted(uri.path()), quoted(method.as_str()));
+    ServiceError::MethodNotAllowed(format!("{path} does not take {method}: see the header Allow"))
 }
 
 /// The one variable part of a path, decoded.
@@ -317,9 +332,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ServiceError> {
         match Path::<String>::from_request_parts(parts, state).await {
             Ok(Path(segment)) => Ok(Segment(segment)),
-            Err(_) => Err(ServiceError::Invalid(format!(
-                "{} is not the path of anything: it is not UTF-8",
-                parts.uri.path()
+            Err(_) => Err(ServiceError::invalid(format!(
+                "the path {} is not UTF-8 when its percent signs are decoded: send the id or name as it is listed",
+                quoted(parts.uri.path())
             ))),
         }
     }
@@ -340,18 +355,72 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
         if announced.is_some_and(|length| length > LARGEST_BODY as u64) {
             return Err(too_large());
         }
-        let (parts, body) = request.into_parts();
-        drop(parts);
+        require_unpacked(request.headers(), &[])?;
+        let body = request.into_body();
         match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, LARGEST_BODY)).await {
             Ok(Ok(bytes)) => Ok(RawBody(bytes)),
             Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
-            Ok(Err(error)) => Err(ServiceError::Invalid(format!("the body could not be read: {error}"))),
+            Ok(Err(error)) => Err(ServiceError::invalid(format!(
+                "the body could not be read: {}; send it whole, with its length or in chunks",
+                root_cause(&error)
+            ))),
             Err(_) => Err(ServiceError::Timeout(format!(
                 "the body did not arrive within {} s",
                 BODY_TIMEOUT.as_secs()
             ))),
         }
     }
+}
+
+/// Refuses a body that was packed for its way (RFC 9110, section 8.4), but for the packings in `taken`.
+pub(crate) fn require_unpacked(headers: &HeaderMap, taken: &[&str]) -> Result<(), ServiceError> {
+    let packings = headers.get_all(CONTENT_ENCODING).iter();
+    let packings: Vec<String> = packings
+        .flat_map(|value| {
+            String::from_utf8_lossy(value.as_bytes())
+                .split(',')
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .map(|packing| packing.trim().to_ascii_lowercase())
+        .filter(|packing| !packing.is_empty() && packing != "identity" && !taken.contains(&packing.as_str()))
+        .collect();
+    match packings.first() {
+        None => Ok(()),
+        Some(packing) => Err(ServiceError::Unsupported(format!(
+            "a body with Content-Encoding {} is not read: send it unpacked, without that header",
+            quoted(packing)
+        ))),
+    }
+}
+
+/// The request, at `/vms` if it was sent to `/vms/`: those who join paths by hand mean the same by both.
+pub(crate) fn without_trailing_slash(mut request: Request) -> Request {
+    let uri = request.uri();
+    let Some(path) = uri.path().strip_suffix('/').filter(|path| !path.is_empty()) else {
+        return request;
+    };
+    let target = match uri.query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path.to_owned(),
+    };
+    let mut parts = uri.clone().into_parts();
+    if let Ok(target) = target.parse() {
+        parts.path_and_query = Some(target);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
+}
+
+/// What is at the bottom of it: the layers above only say that a body was read.
+pub(crate) fn root_cause(error: &axum::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
 }
 
 fn is_length_limit(error: &axum::Error) -> bool {
@@ -410,11 +479,19 @@ async fn with_request_id(request: Request<Body>, next: Next) -> Response {
         .get(REQUEST_ID)
         .and_then(|id| sane_id(id.as_bytes()))
         .unwrap_or_else(random_id);
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let span = tracing::info_span!("request", id, %method, path);
+    let path = request.uri().path().to_owned();
+    // As much of both as a log line bears.
+    let (method, shown) = (shortened(request.method().as_str()), shortened(&path));
+    let span = tracing::info_span!("request", id, method, path = shown);
     async move {
         let begun = Instant::now();
-        let mut response = next.run(request).await;
+        let mut response = match request.headers().get_all(HOST).iter().count() {
+            0 | 1 => next.run(request).await,
+            // RFC 9112, section 3.2: what stands before us may have read the other one.
+            _ => {
+                ServiceError::invalid("the header Host is given several times: send it once".to_owned()).into_response()
+            }
+        };
         let (status, ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
         if path == "/health" {
             tracing::debug!(status, ms, "answered");
@@ -428,6 +505,15 @@ async fn with_request_id(request: Request<Body>, next: Next) -> Response {
     }
     .instrument(span)
     .await
+}
+
+fn shortened(text: &str) -> String {
+    const SHOWN: usize = 200;
+    // A method and a path are ASCII.
+    match text.get(..SHOWN).filter(|start| start.len() < text.len()) {
+        Some(start) => format!("{start}…"),
+        None => text.to_owned(),
+    }
 }
 
 fn sane_id(id: &[u8]) -> Option<String> {

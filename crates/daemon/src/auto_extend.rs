@@ -40,9 +40,10 @@ const FOLLOWED: f64 = 0.8;
 /// 400.
 pub fn check(extend: AutoExtend, size: Gib) -> Result<(), ServiceError> {
     if extend.limit_gib < size.as_u64() {
-        return Err(ServiceError::Invalid(format!(
-            "disk_auto_extend.limit_gib must be at least the size of the disk, which is {size} GiB"
-        )));
+        return Err(ServiceError::invalid_field(
+            "disk_auto_extend.limit_gib",
+            format!("disk_auto_extend.limit_gib must be at least the size of the disk, which is {size} GiB"),
+        ));
     }
     Ok(())
 }
@@ -87,7 +88,7 @@ async fn look(service: &Service, turns: &Turns, vm: Record, machine: Arc<dyn Mac
                 turns.look_in(&vm.id, TICK);
                 return;
             }
-            Err(ServiceError::NotFound(_) | ServiceError::Conflict(_)) => return,
+            Err(ServiceError::NotFound(_) | ServiceError::Busy(_)) => return,
             Err(error) => error.to_string(),
         }
     };

@@ -3,6 +3,8 @@
 use crate::accounts;
 use crate::api;
 use crate::auto_extend;
+use crate::cleanup;
+use crate::contradictions;
 use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
@@ -21,7 +23,7 @@ use crate::state::{Fact, State, StateError};
 use rustix::fs::{Mode, OFlags};
 use scalebox_client::VmStatus;
 use scalebox_net::Network;
-use scalebox_storage::{Bytes, InitEvent, InitOutcome, Name, Pool, StorageError, jails_dir};
+use scalebox_storage::{Bytes, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, jails_dir};
 use scalebox_vmm::{Accel, AccelSetting, FirecrackerDriver, QemuDriver, Vmm};
 use std::fs;
 use std::io::{self, IsTerminal};
@@ -72,6 +74,18 @@ pub enum CommandFailed {
         state_dir: PathBuf,
         /// How many disks there are.
         disks: usize,
+    },
+    /// The pool of a state that has VMs is not there. Not a wrong setting: the mount may be back in a moment.
+    #[error(
+        "no pool is mounted at {}, and the state knows {vms} VMs: mount it again (mount {}; scaleboxd doctor tells more), and do not make a new \
+         one. scaleboxd starts as soon as it is mounted: systemd tries again by itself",
+        pool.display(), pool.display()
+    )]
+    PoolMissing {
+        /// The pool's mount point.
+        pool: PathBuf,
+        /// How many VMs there are.
+        vms: usize,
     },
     /// The address cannot be listened on.
     #[error(
@@ -125,7 +139,12 @@ pub fn log_filter(settings: &Settings) -> Result<EnvFilter, CommandFailed> {
 /// `scaleboxd pool init`.
 pub fn pool_init(settings: &Settings) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
-    match scalebox_storage::init(&settings.pool_plan(), &mut tell)? {
+    let plan = PoolPlan {
+        // A state that cannot be read is for `serve` and `doctor` to report.
+        expected_disks: State::peek_vms(&settings.state_dir).unwrap_or(0),
+        ..settings.pool_plan()
+    };
+    match scalebox_storage::init(&plan, &mut tell)? {
         InitOutcome::AlreadyThere => println!("Nothing to do."),
         InitOutcome::Ready => println!("The pool is ready at {}.", settings.data_dir.display()),
     }
@@ -181,9 +200,12 @@ pub fn template_import(settings: &Settings, name: &str, file: &Path, replace: bo
 /// `scaleboxd serve`.
 pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
     let token = settings.token()?.clone();
+    for caveat in contradictions::caveats(&settings) {
+        tracing::warn!(fix = caveat.fix, "{}", caveat.finding);
+    }
     let runtime = runtime()?;
     let served = runtime.block_on(async {
-        let state = State::open(&settings.state_dir)?;
+        let state = State::open(&settings.state_dir, &settings.run_dir)?;
         let address = settings.api;
         let listener = TcpListener::bind(address)
             .await
@@ -203,12 +225,14 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tracing::info!(address = %local, "ready");
         tokio::spawn(pool_watch::run(service.clone()));
         tokio::spawn(reclaim::run(service.clone()));
+        tokio::spawn(cleanup::run(service.clone()));
         tokio::spawn(accounts::run(service.clone()));
         tokio::spawn(network_watch::run(service.clone(), recovered.unconnected));
         tokio::spawn(guest_trim::run(service.clone()));
         tokio::spawn(auto_extend::run(service.clone()));
-        tokio::spawn(pool_growth::agree(service.clone()));
+        tokio::spawn(pool_growth::reconcile(service.clone()));
         tokio::spawn(snapshots::thaw_left_frozen(service.clone()));
+        recovery::stop_again(&service, recovered.to_stop);
         tokio::spawn(recovery::start_again(service.clone(), recovered.to_start));
         server::run(listener, api::router(service.clone(), &token), &service)
             .await
@@ -225,7 +249,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
 pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
     runtime()?.block_on(async {
-        let state = State::open(&settings.state_dir)?;
+        let state = State::open(&settings.state_dir, &settings.run_dir)?;
         match open_service(settings.clone(), state).await {
             Ok((service, recovered)) => {
                 for id in recovered.to_start {
@@ -234,7 +258,9 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
                 service.take_all_down().await.map_err(CommandFailed::from)
             }
             // The pool is not there; machines and network may be all the same.
-            Err(CommandFailed::Storage(StorageError::NotMounted(_))) => down_without_pool(&settings).await,
+            Err(CommandFailed::Storage(StorageError::NotMounted(_)) | CommandFailed::PoolMissing { .. }) => {
+                down_without_pool(&settings).await
+            }
             Err(error) => Err(error),
         }
     })?;
@@ -258,30 +284,49 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
 
 /// Threads for whatever waits on sockets.
 pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(io("start threads"))
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    // For tests that count the system calls of each thread.
+    #[cfg(feature = "fault-points")]
+    if let Some(threads) = std::env::var("SCALEBOX_THREADS")
+        .ok()
+        .and_then(|count| count.parse().ok())
+    {
+        builder.worker_threads(threads).max_blocking_threads(threads);
+    }
+    builder.enable_all().build().map_err(io("start threads"))
 }
 
 /// Opens every part, puts them together and puts right what a crash left.
 async fn open_service(settings: Settings, state: State) -> Result<(Service, Recovered), CommandFailed> {
+    if state.is_read_only() {
+        tracing::error!(
+            path = %settings.state_dir.display(),
+            "STATE_DIR is read-only: VMs run on, and nothing can be changed; make it writable and restart scaleboxd"
+        );
+    }
     scalebox_storage::require_programs().map_err(StorageError::from)?;
-    let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
+    let pool = match Pool::open(&settings.data_dir, &settings.backing, settings.bounds()) {
+        Err(StorageError::NotMounted(pool)) if !state.vms()?.is_empty() => {
+            return Err(CommandFailed::PoolMissing {
+                pool,
+                vms: state.vms()?.len(),
+            });
+        }
+        other => other?,
+    };
     take_pool(&pool, &state, &settings)?;
     prepare_run_dir(&settings.run_dir)?;
     scalebox_storage::ensure_direct_io(&settings.data_dir, &settings.backing, &mut |event| match event {
         InitEvent::Step(step) => tracing::info!("{step}"),
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;
-    if let Err(error) = pool.agree() {
-        // As while btrfs is still about a change that an earlier daemon began. The pool is in use all the same.
-        tracing::warn!(%error, "the pool is not as large as its image yet; it is tried again");
+    if let Err(error) = pool.reconcile() {
+        // As while btrfs is still busy with a change that an earlier daemon began. The pool is in use all the same.
+        tracing::warn!(%error, "the pool and its image are not of one size yet; trying again");
     }
     let (vmm, accel) = find_vmm(&settings)?;
-    let resolvers = resolvers(&settings)?;
+    let resolvers = resolvers(&settings);
     let network = Network::ensure(settings.net.clone().with_resolvers(&resolvers)).await?;
-    state.forget_unmade()?;
     let events = Events::begin(&state)?;
     let parts = Parts {
         settings,
@@ -392,16 +437,20 @@ pub fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFa
     Ok((Arc::new(QemuDriver::find(accel.accel)?), text))
 }
 
-fn resolvers(settings: &Settings) -> Result<Vec<Ipv4Addr>, CommandFailed> {
+/// The resolvers that guests are told: those of the settings, or the host's.
+pub fn resolvers(settings: &Settings) -> Vec<Ipv4Addr> {
     if !settings.guest_dns.is_empty() {
-        return Ok(settings.guest_dns.clone());
+        return settings.guest_dns.clone();
     }
-    let found = scalebox_net::host_resolvers()?;
+    let found = scalebox_net::host_resolvers();
+    if let Some(error) = &found.unreadable {
+        tracing::warn!(file = %found.source.display(), error, "cannot read the host's resolvers");
+    }
     if found.servers.is_empty() {
         tracing::warn!(
             file = %found.source.display(),
             "the host names no resolver that guests can reach: they resolve no names until GUEST_DNS is set"
         );
     }
-    Ok(found.servers)
+    found.servers
 }

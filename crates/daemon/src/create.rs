@@ -9,7 +9,7 @@ use crate::error::ServiceError;
 use crate::idempotency::Once;
 use crate::lifecycle::remove_dir;
 use crate::random::random_hex;
-use crate::service::{Service, blocking, disk_name, rfc3339, template_name};
+use crate::service::{Service, blocking, disk_name, fault_point, rfc3339, template_name};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::Claim;
@@ -35,7 +35,6 @@ impl Service {
         let (record, reservation) = self.until_admitted(allot).await?;
 
         drop(in_use);
-        crash_point("create: disk durable");
         let disk = disk_name(&record)?;
         let mut steps = Steps::new();
         let pool = Arc::clone(&inner.pool);
@@ -91,10 +90,13 @@ impl Service {
         let disk_size = Pool::disk_size(&template, asked, inner.settings.default_disk_size)?;
         if disk_size > inner.settings.max_disk_size {
             let (size, max) = (disk_size, inner.settings.max_disk_size);
-            return Err(ServiceError::Invalid(format!(
-                "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
-                template.name
-            )));
+            return Err(ServiceError::invalid_field(
+                "disk_size_gib",
+                format!(
+                    "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
+                    template.name
+                ),
+            ));
         }
         if let Some(extend) = request.disk_auto_extend {
             auto_extend::check(extend, disk_size)?;
@@ -136,7 +138,7 @@ impl Service {
             "admitted"
         );
 
-        crash_point("create: admitted");
+        fault_point("create: admitted")?;
         inner
             .pool
             .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
@@ -151,22 +153,15 @@ impl Service {
         once: Option<Once>,
         steps: &mut Steps,
     ) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
+        fault_point("create: disk durable")?;
         claim.still_wanted()?;
-        if let Some(once) = once {
-            let (state, id, undo) = (Arc::clone(&self.inner().state), record.id.clone(), once.clone());
-            blocking(move || state.remember(&once, &id)).await?;
-            let state = Arc::clone(&self.inner().state);
-            steps.taken("write the request's key down", async move {
-                blocking(move || state.forget(&undo)).await
-            });
-        }
         let machine = match record.status {
             VmStatus::Running => Some(self.bring_up(record, steps).await?),
             _ => None,
         };
         claim.still_wanted()?;
         let (state, row) = (Arc::clone(&self.inner().state), record.clone());
-        blocking(move || state.insert(&row)).await?;
+        blocking(move || state.insert(&row, once.as_ref())).await?;
         crash_point("create: recorded");
         Ok(machine)
     }
@@ -195,7 +190,7 @@ impl Service {
 }
 
 pub(crate) fn is_refusal(error: &ServiceError) -> bool {
-    matches!(error, ServiceError::Insufficient(_))
+    matches!(error, ServiceError::Insufficient { .. })
 }
 
 /// `vm-` and 48 random bits in hex.

@@ -3,17 +3,18 @@
 //! It changes nothing and takes no lock, so that it can be asked before anything is set up and beside a running daemon.
 
 use crate::commands::{self, CommandFailed};
+use crate::contradictions;
 use crate::service::BASE_TEMPLATE;
 use crate::settings::Settings;
 use crate::state::{Fact, State};
 use scalebox_net::Inspection;
-use scalebox_storage::{Backing, Bytes, Pool, Program, StorageError, pool_size};
+use scalebox_storage::{Backing, Bytes, Pool, Program, StorageError, pool_size, registered_source};
 use scalebox_vmm::{Accel, AccelSetting};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write as _};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -172,7 +173,7 @@ fn programs(found: &mut Findings) {
 
 /// What the kernel has, built in or loaded, or can load.
 fn kernel(found: &mut Findings) {
-    let filesystems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let filesystems = read_lossy(Path::new("/proc/filesystems"));
     let btrfs = filesystems.split_whitespace().any(|name| name == "btrfs");
     let mut all = true;
     for (module, there) in [
@@ -210,7 +211,7 @@ fn is_loadable(module: &str) -> bool {
     let folder = Path::new("/lib/modules").join(uname.release().to_string_lossy().as_ref());
     let file = format!("/{module}.ko");
     ["modules.dep", "modules.builtin"].into_iter().any(|list| {
-        let list = fs::read_to_string(folder.join(list)).unwrap_or_default();
+        let list = read_lossy(&folder.join(list));
         list.lines()
             .filter_map(|line| line.split(':').next())
             // Modules may be compressed: `bridge.ko.xz`.
@@ -219,6 +220,11 @@ fn is_loadable(module: &str) -> bool {
                     .is_some_and(|(_, rest)| rest.is_empty() || rest.starts_with('.'))
             })
     })
+}
+
+/// A file of the system's, empty where it is not there. Whatever is in it that is not UTF-8 keeps the rest from nothing.
+fn read_lossy(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
 fn clock(found: &mut Findings) {
@@ -242,6 +248,9 @@ fn setting_values(found: &mut Findings, settings: &Settings) {
     match commands::log_filter(settings) {
         Ok(_) => found.ok("settings", "understood"),
         Err(error) => found.problem("settings", error, "correct LOG_LEVEL"),
+    }
+    for caveat in contradictions::caveats(settings) {
+        found.note("settings", caveat.finding, caveat.fix);
     }
     match settings.token() {
         Ok(_) => found.ok("token", "API_TOKEN is set"),
@@ -276,22 +285,9 @@ fn storage(found: &mut Findings, settings: &Settings) {
     let at = settings.data_dir.display();
     let pool = match Pool::open(&settings.data_dir, &settings.backing, settings.bounds()) {
         Ok(pool) => pool,
-        Err(StorageError::NotMounted(_)) => {
-            return match &settings.backing {
-                Backing::Image(image) if image.exists() => {
-                    let finding = format!("the pool {} is not mounted at {at}", image.display());
-                    found.problem("pool", finding, "scaleboxd pool init (keeps what is in it)");
-                }
-                Backing::Image(image) => {
-                    found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init");
-                    space_for_a_pool(found, settings, image);
-                }
-                Backing::Device(device) => {
-                    let finding = format!("the pool on {} is not mounted at {at}", device.display());
-                    found.problem("pool", finding, "scaleboxd pool init (keeps a pool that is on it)");
-                }
-                Backing::Given => found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init"),
-            };
+        Err(StorageError::NotMounted(_)) => return not_mounted(found, settings),
+        Err(error @ StorageError::NoSysfs(_)) => {
+            return found.problem("pool", error, "mount -t sysfs sysfs /sys; the pool itself is mounted");
         }
         Err(error) => return found.problem("pool", error, "set DATA_DIR to where the pool is, or is to be"),
     };
@@ -313,6 +309,50 @@ fn storage(found: &mut Findings, settings: &Settings) {
         let finding =
             format!("the template {BASE_TEMPLATE} or the guests' kernel is missing: no VM boots without a kernel");
         found.note("template", finding, format!("scaleboxd template build {BASE_TEMPLATE}"));
+    }
+}
+
+/// What is to be done about a pool that is not there depends on whether VMs are in it: a new one would be empty.
+fn not_mounted(found: &mut Findings, settings: &Settings) {
+    let at = settings.data_dir.display();
+    let registered = settings
+        .fstab
+        .as_ref()
+        .and_then(|table| Some((table, registered_source(table, &settings.data_dir).ok()??)));
+    let mount = registered.map(|(table, source)| format!(" ({} mounts {source} there)", table.display()));
+    let mount = mount.unwrap_or_default();
+    let (lies_on, is_there) = match &settings.backing {
+        Backing::Image(image) => (format!("the pool {}", image.display()), image.exists()),
+        Backing::Device(device) => (format!("the pool on {}", device.display()), device.exists()),
+        Backing::Given => ("the pool".to_owned(), false),
+    };
+    let vms = State::peek_vms(&settings.state_dir).unwrap_or(0);
+    if vms > 0 {
+        let finding =
+            format!("{lies_on} is not mounted at {at}{mount}, and the state knows {vms} VMs whose disks are in it");
+        let fix = if is_there {
+            format!("mount {at}, and see what it says; journalctl -b tells why it was not mounted at boot")
+        } else {
+            format!(
+                "bring back the disk that it lies on, then mount {at}; do not make a new pool, which would be empty"
+            )
+        };
+        return found.problem("pool", finding, fix);
+    }
+    match &settings.backing {
+        Backing::Image(_) if is_there => {
+            let finding = format!("{lies_on} is not mounted at {at}{mount}");
+            found.problem("pool", finding, "scaleboxd pool init (keeps what is in it)");
+        }
+        Backing::Image(image) => {
+            found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init");
+            space_for_a_pool(found, settings, image);
+        }
+        Backing::Device(_) => {
+            let finding = format!("{lies_on} is not mounted at {at}{mount}");
+            found.problem("pool", finding, "scaleboxd pool init (keeps a pool that is on it)");
+        }
+        Backing::Given => found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init"),
     }
 }
 
@@ -403,14 +443,15 @@ fn space_for_a_pool(found: &mut Findings, settings: &Settings, image: &Path) {
 }
 
 async fn network(found: &mut Findings, settings: &Settings) {
-    match scalebox_net::inspect(&settings.net).await {
+    let resolvers = resolvers(found, settings);
+    match scalebox_net::inspect(&settings.net.clone().with_resolvers(&resolvers)).await {
         Err(error) => found.problem(
             "network",
             error,
             "install nftables, or set BRIDGE and SUBNET to what is free here",
         ),
         Ok(Inspection {
-            forward_drops,
+            firewall_drops,
             guards_taps,
         }) => {
             let (bridge, subnet) = (settings.net.bridge(), settings.net.subnet());
@@ -418,14 +459,10 @@ async fn network(found: &mut Findings, settings: &Settings) {
                 "network",
                 format!("bridge {bridge} and subnet {subnet} are free, or Scalebox's"),
             );
-            for drop in &forward_drops {
-                let finding = format!(
-                    "chain {} of the nftables table {} drops what guests send and receive",
-                    drop.chain, drop.table
-                );
-                found.problem("firewall", finding, drop.to_string());
+            for drop in &firewall_drops {
+                found.problem("firewall", drop.finding(), drop.remedy());
             }
-            if forward_drops.is_empty() {
+            if firewall_drops.is_empty() {
                 found.ok("firewall", "no other firewall drops what guests send and receive");
             }
             if !guards_taps {
@@ -448,6 +485,31 @@ async fn network(found: &mut Findings, settings: &Settings) {
     } else {
         found.problem("ports", finding, "set PORT_MIN and PORT_MAX to a free range");
     }
+}
+
+/// The resolvers that guests are told.
+fn resolvers(found: &mut Findings, settings: &Settings) -> Vec<Ipv4Addr> {
+    const FIX: &str = "set GUEST_DNS to a resolver that guests can reach";
+    if !settings.guest_dns.is_empty() {
+        return settings.guest_dns.clone();
+    }
+    let host = scalebox_net::host_resolvers();
+    let file = host.source.display();
+    match &host.unreadable {
+        Some(error) => found.problem("resolvers", format!("{file} cannot be read: {error}"), FIX),
+        None if host.servers.is_empty() => {
+            let finding = format!("{file} names no resolver that guests can reach: they resolve no names");
+            found.note("resolvers", finding, FIX);
+        }
+        None => {
+            let servers: Vec<_> = host.servers.iter().map(ToString::to_string).collect();
+            found.ok(
+                "resolvers",
+                format!("guests ask {}, as {file} says", servers.join(", ")),
+            );
+        }
+    }
+    host.servers
 }
 
 fn api_port(found: &mut Findings, settings: &Settings) {
@@ -487,7 +549,7 @@ fn daemon_runs(state_dir: &Path) -> bool {
     };
     let inode = format!(":{}", lock.ino());
     // `1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF`
-    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let locks = read_lossy(Path::new("/proc/locks"));
     locks.lines().any(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
         fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|file| file.ends_with(&inode))

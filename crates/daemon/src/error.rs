@@ -4,91 +4,162 @@ use crate::state::StateError;
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use scalebox_client::{ErrorBody, Invalid};
-use scalebox_storage::StorageError;
+use scalebox_client::{ErrorBody, ErrorCode, Invalid};
+use scalebox_storage::{Gib, StorageError};
+use serde_json::{Map, Value, json};
 
 /// A refusal or a failure. What a client sent never ends in [`ServiceError::Internal`].
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    /// 400: the request is not one that can be carried out.
-    #[error("{0}")]
-    Invalid(String),
-    /// 401: no token, or not the right one. No hint which.
+    /// The request is malformed, or a value in it is out of bounds.
+    #[error("{message}")]
+    Invalid {
+        /// What is wrong.
+        message: String,
+        /// The field that it is about.
+        field: Option<String>,
+    },
+    /// No token, or not the right one. No hint which.
     #[error("a valid token is required in the header Authorization: Bearer TOKEN")]
     Unauthorized,
-    /// 403: not allowed to anyone.
+    /// Allowed to nobody.
     #[error("{0}")]
     Forbidden(String),
-    /// 404.
+    /// No such VM, template or path.
     #[error("{0}")]
     NotFound(String),
-    /// 405.
+    /// The path does not answer this method.
     #[error("{0}")]
     MethodNotAllowed(String),
-    /// 408: the client did not finish its request in time.
+    /// The client did not finish its request in time.
     #[error("{0}")]
     Timeout(String),
-    /// 409: it does not go with what is there, or with what is under way.
+    /// Another VM or template has the name.
     #[error("{0}")]
-    Conflict(String),
-    /// 413.
+    NameTaken(String),
+    /// Another operation is running on the same thing.
+    #[error("{0}")]
+    Busy(String),
+    /// The thing is in a state in which this cannot be done.
+    #[error("{0}")]
+    WrongState(String),
+    /// The body is larger than what is read.
     #[error("{0}")]
     TooLarge(String),
-    /// 422: understood, and not to be done.
+    /// A body in a form that is not read.
     #[error("{0}")]
-    Unprocessable(String),
-    /// 503: the host is not ready for it; its operator can change that.
+    Unsupported(String),
+    /// The idempotency key belongs to another request.
     #[error("{0}")]
-    Unavailable(String),
-    /// 507: it does not fit, and nothing was made.
+    IdempotencyMismatch(String),
+    /// The host cannot do this yet or at the moment; its operator can change that.
     #[error("{0}")]
-    Insufficient(String),
-    /// 500: something on the host failed. The whole chain is in the log; clients get the sentence.
+    NotReady(String),
+    /// It does not fit into the pool or on the host disk, and nothing was made. In the words of the seed.
+    #[error("Insufficient storage: {available}GB available, need {need}GB")]
+    Insufficient {
+        /// What could still be admitted, rounded down.
+        available: Gib,
+        /// The size asked for and the buffer, rounded up.
+        need: Gib,
+    },
+    /// The disk of `STATE_DIR` is full.
+    #[error("{0}")]
+    StateFull(String),
+    /// Something on the host failed.
     #[error("{0}")]
     Internal(String),
 }
 
 impl ServiceError {
-    /// The HTTP status.
-    pub fn status(&self) -> StatusCode {
-        match self {
-            ServiceError::Invalid(_) => StatusCode::BAD_REQUEST,
-            ServiceError::Unauthorized => StatusCode::UNAUTHORIZED,
-            ServiceError::Forbidden(_) => StatusCode::FORBIDDEN,
-            ServiceError::NotFound(_) => StatusCode::NOT_FOUND,
-            ServiceError::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
-            ServiceError::Timeout(_) => StatusCode::REQUEST_TIMEOUT,
-            ServiceError::Conflict(_) => StatusCode::CONFLICT,
-            ServiceError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            ServiceError::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            ServiceError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
-            ServiceError::Insufficient(_) => StatusCode::INSUFFICIENT_STORAGE,
-            ServiceError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    /// A malformed request, without a field that it is about.
+    pub fn invalid(message: impl Into<String>) -> ServiceError {
+        ServiceError::Invalid {
+            message: message.into(),
+            field: None,
         }
+    }
+
+    /// A field whose value cannot be taken.
+    pub fn invalid_field(field: &str, message: impl Into<String>) -> ServiceError {
+        ServiceError::Invalid {
+            message: message.into(),
+            field: Some(field.to_owned()),
+        }
+    }
+
+    /// The code of the API, and the HTTP status that goes with it.
+    fn answer(&self) -> (ErrorCode, StatusCode) {
+        match self {
+            ServiceError::Invalid { .. } => (ErrorCode::InvalidRequest, StatusCode::BAD_REQUEST),
+            ServiceError::Unauthorized => (ErrorCode::Unauthorized, StatusCode::UNAUTHORIZED),
+            ServiceError::Forbidden(_) => (ErrorCode::Forbidden, StatusCode::FORBIDDEN),
+            ServiceError::NotFound(_) => (ErrorCode::NotFound, StatusCode::NOT_FOUND),
+            ServiceError::MethodNotAllowed(_) => (ErrorCode::MethodNotAllowed, StatusCode::METHOD_NOT_ALLOWED),
+            ServiceError::Timeout(_) => (ErrorCode::Timeout, StatusCode::REQUEST_TIMEOUT),
+            ServiceError::NameTaken(_) => (ErrorCode::NameTaken, StatusCode::CONFLICT),
+            ServiceError::Busy(_) => (ErrorCode::Busy, StatusCode::CONFLICT),
+            ServiceError::WrongState(_) => (ErrorCode::WrongState, StatusCode::CONFLICT),
+            ServiceError::TooLarge(_) => (ErrorCode::PayloadTooLarge, StatusCode::PAYLOAD_TOO_LARGE),
+            ServiceError::Unsupported(_) => (ErrorCode::InvalidRequest, StatusCode::UNSUPPORTED_MEDIA_TYPE),
+            ServiceError::IdempotencyMismatch(_) => (ErrorCode::IdempotencyMismatch, StatusCode::UNPROCESSABLE_ENTITY),
+            ServiceError::NotReady(_) => (ErrorCode::NotReady, StatusCode::SERVICE_UNAVAILABLE),
+            ServiceError::Insufficient { .. } | ServiceError::StateFull(_) => {
+                (ErrorCode::InsufficientStorage, StatusCode::INSUFFICIENT_STORAGE)
+            }
+            ServiceError::Internal(_) => (ErrorCode::Internal, StatusCode::INTERNAL_SERVER_ERROR),
+        }
+    }
+
+    /// The body of the answer.
+    pub fn body(&self) -> ErrorBody {
+        let (field, details) = match self {
+            ServiceError::Invalid { field, .. } => (field.clone(), json!({})),
+            ServiceError::Insufficient { available, need } => (
+                None,
+                json!({ "available_gib": available.as_u64(), "need_gib": need.as_u64() }),
+            ),
+            _ => (None, json!({})),
+        };
+        ErrorBody {
+            error: self.to_string(),
+            code: self.answer().0,
+            field,
+            details: match details {
+                Value::Object(details) => details,
+                _ => Map::new(),
+            },
+        }
+    }
+}
+
+/// A client's own words in an answer and in the log: in quotes, with escapes, and not longer than a line.
+pub fn quoted(text: &str) -> String {
+    const SHOWN: usize = 80;
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+        None => format!("{text:?}"),
     }
 }
 
 impl IntoResponse for ServiceError {
     fn into_response(self) -> Response {
-        let status = self.status();
+        let (_, status) = self.answer();
         if matches!(self, ServiceError::Internal(_)) {
             tracing::error!(status = status.as_u16(), error = %self, "request failed");
         } else {
             tracing::info!(status = status.as_u16(), error = %self, "request refused");
         }
-        (
-            status,
-            Json(ErrorBody {
-                error: self.to_string(),
-            }),
-        )
-            .into_response()
+        (status, Json(self.body())).into_response()
     }
 }
 
 impl From<Invalid> for ServiceError {
     fn from(error: Invalid) -> Self {
-        ServiceError::Invalid(error.to_string())
+        ServiceError::Invalid {
+            message: error.to_string(),
+            field: error.field().map(str::to_owned),
+        }
     }
 }
 
@@ -96,20 +167,21 @@ impl From<StorageError> for ServiceError {
     fn from(error: StorageError) -> Self {
         let text = error.to_string();
         match error {
-            StorageError::Insufficient { .. } => ServiceError::Insufficient(text),
+            StorageError::Insufficient { available, need } => ServiceError::Insufficient { available, need },
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
-            StorageError::TemplateExists(_)
-            | StorageError::TemplateBeingMade(_)
-            | StorageError::Unfit(_)
-            | StorageError::DamagedTemplate { .. }
-            | StorageError::FileSystem(_) => ServiceError::Conflict(text),
-            StorageError::PoolSize(_) | StorageError::Given(_) => ServiceError::Invalid(text),
-            StorageError::Busy(_) => ServiceError::Conflict(text),
-            StorageError::NotMounted(_) => ServiceError::Unavailable(text),
-            StorageError::SmallerThanTemplate { .. }
-            | StorageError::NotATemplate { .. }
-            | StorageError::CannotGrow { .. }
-            | StorageError::Name(_) => ServiceError::Invalid(text),
+            StorageError::TemplateExists(_) => ServiceError::NameTaken(text),
+            StorageError::TemplateBeingMade(_) | StorageError::Busy(_) => ServiceError::Busy(text),
+            StorageError::Unfit(_) | StorageError::FileSystem(_) | StorageError::DamagedTemplate { .. } => {
+                ServiceError::WrongState(text)
+            }
+            StorageError::PoolSize(_) => ServiceError::invalid_field("size_gib", text),
+            StorageError::Given(_) | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
+                ServiceError::invalid(text)
+            }
+            StorageError::SmallerThanTemplate { .. } | StorageError::CannotGrow { .. } => {
+                ServiceError::invalid_field("disk_size_gib", text)
+            }
+            StorageError::NotMounted(_) => ServiceError::NotReady(text),
             _ => ServiceError::Internal(text),
         }
     }
@@ -117,7 +189,12 @@ impl From<StorageError> for ServiceError {
 
 impl From<StateError> for ServiceError {
     fn from(error: StateError) -> Self {
-        ServiceError::Internal(error.to_string())
+        let text = error.to_string();
+        match error.root() {
+            StateError::Full(_) => ServiceError::StateFull(text),
+            StateError::ReadOnly(_) => ServiceError::NotReady(text),
+            _ => ServiceError::Internal(text),
+        }
     }
 }
 
@@ -125,7 +202,7 @@ impl From<scalebox_net::Error> for ServiceError {
     fn from(error: scalebox_net::Error) -> Self {
         match error {
             // SUBNET was changed under a VM that has its address from before.
-            scalebox_net::Error::NotAGuestAddress { .. } => ServiceError::Conflict(error.to_string()),
+            scalebox_net::Error::NotAGuestAddress { .. } => ServiceError::WrongState(error.to_string()),
             _ => ServiceError::Internal(error.to_string()),
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::error::ServiceError;
 use crate::events::Subscription;
+use crate::openapi::MAX_EVENT_ID;
 use crate::service::Service;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, HeaderName};
@@ -22,7 +23,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Wish {
-    since: Option<u64>,
+    since: Option<String>,
     follow: Option<bool>,
 }
 
@@ -44,16 +45,34 @@ pub async fn events(
     headers: HeaderMap,
     wish: Result<Query<Wish>, axum::extract::rejection::QueryRejection>,
 ) -> Result<impl IntoResponse, ServiceError> {
-    let Query(wish) = wish.map_err(|_| {
-        ServiceError::Invalid("the query may hold since=ID, a whole number, and follow=true or follow=false".to_owned())
-    })?;
+    let wrong = || {
+        ServiceError::invalid(format!(
+            "the query may hold since=ID, a whole number up to {MAX_EVENT_ID}, and follow=true or follow=false, each once"
+        ))
+    };
+    let Query(wish) = wish.map_err(|_| wrong())?;
+    let since = wish
+        .since
+        .as_deref()
+        .map(|id| event_id(id).ok_or_else(wrong))
+        .transpose()?;
     let last = headers.get(LAST_EVENT_ID).map(|id| {
-        let id = id.to_str().ok().and_then(|id| id.trim().parse().ok());
-        id.ok_or_else(|| ServiceError::Invalid("Last-Event-ID must be the id of an event, a whole number".to_owned()))
+        let id = id.to_str().ok().and_then(|id| event_id(id.trim()));
+        id.ok_or_else(|| {
+            let form =
+                format!("the header Last-Event-ID must be the id of an event, a whole number up to {MAX_EVENT_ID}");
+            ServiceError::invalid(form)
+        })
     });
-    let since = last.transpose()?.or(wish.since);
+    let since = last.transpose()?.or(since);
     let subscription = service.inner().events.subscribe(since, wish.follow.unwrap_or(true));
     Ok(sse(subscription))
+}
+
+/// Digits alone: a number's parser would take a plus sign too.
+fn event_id(text: &str) -> Option<u64> {
+    let id = text.bytes().all(|byte| byte.is_ascii_digit()).then_some(text)?;
+    id.parse().ok().filter(|id| *id <= MAX_EVENT_ID)
 }
 
 fn sse(subscription: Subscription) -> Sse<KeepAliveStream<impl Stream<Item = Result<sse::Event, axum::Error>>>> {

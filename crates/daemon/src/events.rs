@@ -41,16 +41,27 @@ struct News {
 }
 
 impl Events {
-    /// For one start of the daemon, which is counted in `state`. Blocks.
+    /// Begins the events of one start of the daemon, which is counted in `state`. Blocks.
+    ///
+    /// A start that cannot be counted, on a full or read-only disk, takes ids from the second half of its range, by the
+    /// clock: they are unlike those of the next start.
     ///
     /// # Errors
-    /// [`StateError`].
+    /// [`StateError`] when the state cannot be read.
     pub fn begin(state: &State) -> Result<Events, StateError> {
-        // What is not a number was not written by us; ids then begin anew, and who held an old one is told `missed`.
+        // A value that is not a number was not written by us; ids then begin anew, and a client with an old one receives `missed`.
         let starts = state.fact(Fact::Starts)?.and_then(|count| count.parse::<u64>().ok());
         let start = starts.unwrap_or(0) + 1;
-        state.set_fact(Fact::Starts, &start.to_string())?;
-        Ok(Events::from(start * IDS_A_START))
+        let first = start * IDS_A_START;
+        match state.set_fact(Fact::Starts, &start.to_string()) {
+            Ok(()) => Ok(Events::from(first)),
+            Err(error) => {
+                tracing::warn!(%error, "this start is not counted in the state file");
+                let half = IDS_A_START / 2;
+                let seconds = jiff::Timestamp::now().as_second().unsigned_abs();
+                Ok(Events::from(first + half + seconds % half))
+            }
+        }
     }
 
     fn from(base: u64) -> Events {
@@ -237,7 +248,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut last = 0;
         for _ in 0..3 {
-            let state = State::open(folder.path()).unwrap();
+            let state = State::open(folder.path(), folder.path()).unwrap();
             let events = Events::begin(&state).unwrap();
             publish(&events, 2);
             let first = events.lock().events[0].id;

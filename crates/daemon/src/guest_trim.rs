@@ -26,13 +26,13 @@ pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, Se
     let (record, machine) = service.inner().vms.find_with_machine(reference)?;
     let name = record.name;
     let (VmStatus::Running, Some(machine)) = (record.status, machine) else {
-        return Err(ServiceError::Conflict(format!(
+        return Err(ServiceError::WrongState(format!(
             "VM {name} is {}: only a guest that runs can give its blocks back",
             record.status
         )));
     };
     let trimmed = trim(service, &machine).await.map_err(|why| {
-        ServiceError::Conflict(format!(
+        ServiceError::WrongState(format!(
             "VM {name} could not be trimmed: {why}; without an agent, run `fstrim /` in it"
         ))
     })?;

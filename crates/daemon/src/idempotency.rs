@@ -1,13 +1,11 @@
 //! `Idempotency-Key`: a creation that is asked for again, by a client that did not hear the answer, gives the same VM
 //! (draft-ietf-httpapi-idempotency-key-header).
 //!
-//! The key is written down with the new VM's id before the VM's own record is, and counts only with that record: however a crash falls,
-//! there is no VM that forgot its key. It is known for as long as its VM exists; a trigger of the state file takes it away with the record.
+//! The key is committed together with the VM's record, so whatever the crash point, a VM never exists without its key.
+//! It is known for as long as its VM exists; a trigger of the state file deletes it with the record.
 
 use crate::error::ServiceError;
 use crate::service::{Service, blocking};
-use crate::state::{State, StateError};
-use rusqlite::{OptionalExtension, params};
 use scalebox_client::{CreateVm, IdempotencyKey, Vm};
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
@@ -16,9 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// A request that is to be carried out once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Once {
-    key: IdempotencyKey,
-    /// Of what was asked for, however it was written.
-    digest: String,
+    /// The key that the client chose.
+    pub key: IdempotencyKey,
+    /// SHA-256 of the request, in hex; the same for any order of fields.
+    pub digest: String,
 }
 
 impl Once {
@@ -43,7 +42,7 @@ impl Keys {
 
     fn begin(&self, key: &IdempotencyKey) -> Result<Turn<'_>, ServiceError> {
         if !self.lock().insert(key.as_str().to_owned()) {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::Busy(format!(
                 "the request with Idempotency-Key {key} is still being carried out: ask again later"
             )));
         }
@@ -79,60 +78,9 @@ pub async fn create(service: &Service, request: CreateVm) -> Result<(Vm, bool), 
     match blocking(move || state.made_by(&key)).await? {
         None => service.create_now(request).await.map(|vm| (vm, false)),
         Some((vm, digest)) if digest == once.digest => service.get(&vm).map(|vm| (vm, true)),
-        Some((vm, _)) => Err(ServiceError::Unprocessable(format!(
+        Some((vm, _)) => Err(ServiceError::IdempotencyMismatch(format!(
             "Idempotency-Key {} belongs to another request, which made {vm}: use a new key for each VM",
             once.key
         ))),
-    }
-}
-
-impl State {
-    /// Writes down which VM a request is about to make. It counts from the VM's own record on.
-    ///
-    /// # Errors
-    /// [`StateError::Database`].
-    pub fn remember(&self, once: &Once, vm: &str) -> Result<(), StateError> {
-        self.with(|connection| {
-            connection
-                .execute(
-                    "INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?)",
-                    params![once.key.as_str(), once.digest, vm],
-                )
-                .map(drop)
-        })
-    }
-
-    /// Forgets a request that made nothing.
-    ///
-    /// # Errors
-    /// [`StateError::Database`].
-    pub fn forget(&self, once: &Once) -> Result<(), StateError> {
-        self.with(|connection| {
-            connection
-                .execute("DELETE FROM idempotency_keys WHERE key = ?", [once.key.as_str()])
-                .map(drop)
-        })
-    }
-
-    /// Forgets the requests that a crash interrupted. To be called before the first request.
-    ///
-    /// # Errors
-    /// [`StateError::Database`].
-    pub fn forget_unmade(&self) -> Result<(), StateError> {
-        self.with(|connection| {
-            connection
-                .execute("DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)", [])
-                .map(drop)
-        })
-    }
-
-    /// The id of the VM that the key's request has made, and the digest of that request.
-    fn made_by(&self, key: &IdempotencyKey) -> Result<Option<(String, String)>, StateError> {
-        self.with(|connection| {
-            let query = "SELECT vm, digest FROM idempotency_keys WHERE key = ? AND vm IN (SELECT id FROM vms)";
-            connection
-                .query_row(query, [key.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
-                .optional()
-        })
     }
 }

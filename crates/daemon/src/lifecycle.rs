@@ -1,18 +1,18 @@
 //! Machines: how a VM's is brought up, shut down, followed to its end and taken away with the VM.
 
+use crate::cleanup::Cleanup;
 use crate::error::ServiceError;
 use crate::pool_watch;
 use crate::reboot_loop;
-use crate::reclaim;
-use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name};
+use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name, fault_point};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::{CalledOff, Operation};
-use scalebox_client::{EventKind, Vm, VmStatus};
+use scalebox_client::{EventKind, SshPublicKey, Vm, VmStatus, WrongForm};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Mbps};
-use scalebox_storage::{Bytes, Gib};
+use scalebox_storage::Bytes;
 use scalebox_vmm::{DiskLimits, ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, console_tail};
 use serde_json::{Value, json};
 use std::fs;
@@ -24,6 +24,12 @@ use std::time::Duration;
 /// How long a guest may take to shut itself down before it is killed. An emulated Debian takes about eight seconds.
 const STOP_GRACE: Duration = Duration::from_secs(60);
 
+/// How often the end of a machine is recorded again while the state cannot be written.
+const PERSIST_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why a VM is recorded as stopped whose machine may still be on its way down.
+pub(crate) const STOPPING: &str = "being stopped";
+
 /// How much of the console goes into the reason of a failure: a few lines.
 const LAST_WORDS: Bytes = Bytes::new(512);
 
@@ -32,7 +38,7 @@ impl Service {
         let operation = self.inner().vms.begin(reference, "being started")?;
         let record = &operation.record;
         if matches!(record.status, VmStatus::Running | VmStatus::Paused) {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::WrongState(format!(
                 "VM {} is {} already",
                 record.name, record.status
             )));
@@ -40,11 +46,12 @@ impl Service {
         self.boot(record).await
     }
 
-    /// Says no where there is nothing to work with.
+    /// # Errors
+    /// 409 when the VM's disk is gone, 500 when the host cannot tell.
     pub(crate) async fn require_disk(&self, record: &Record) -> Result<(), ServiceError> {
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-        if blocking(move || pool.provisioned(&disk)).await.is_err() {
-            return Err(ServiceError::Conflict(format!(
+        if !blocking(move || pool.has_disk(&disk)).await? {
+            return Err(ServiceError::WrongState(format!(
                 "the disk of VM {} is gone from the pool: there is nothing left but to delete the VM",
                 record.name
             )));
@@ -55,7 +62,7 @@ impl Service {
     /// Starts the machine of a VM that has none.
     pub(crate) async fn boot(&self, record: &Record) -> Result<Vm, ServiceError> {
         self.require_disk(record).await?;
-        self.put_down(&record.id).await?;
+        self.force_stop(record).await?;
         let mut steps = Steps::new();
         let started = async {
             let machine = self.bring_up(record, &mut steps).await?;
@@ -91,9 +98,10 @@ impl Service {
 
         let drive = SeedDrive {
             instance_id: record.id.clone(),
-            hostname: record.name.clone(),
-            ssh_public_key: record.ssh_public_key.clone(),
-            mac: endpoint.mac().to_string(),
+            hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
+            ssh_public_key: SshPublicKey::from_record(&record.ssh_public_key)
+                .map_err(|form| unusable(record, "ssh_public_key", form))?,
+            mac: endpoint.mac().octets(),
             address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())
                 .map_err(|error| ServiceError::Internal(error.to_string()))?,
             gateway: inner.settings.net.gateway(),
@@ -112,23 +120,23 @@ impl Service {
             .await?;
         }
         let undo_dir = run_dir.clone();
-        crash_point("start: seed drive written");
         steps.taken("write the seed drive", async move {
             blocking(move || remove_dir(&undo_dir)).await
         });
+        fault_point("start: seed drive written")?;
 
         inner.network.attach(&endpoint).await?;
-        crash_point("start: tap and forward there");
         let (network, undo_endpoint) = (inner.network.clone(), endpoint.clone());
         steps.taken(
             "attach to the network",
             async move { network.detach(&undo_endpoint).await },
         );
+        fault_point("start: tap and forward there")?;
 
         let machine = inner.vmm.launch(&self.spec(record, &endpoint, run_dir, seed)?).await?;
-        crash_point("start: machine launched");
         let undo_machine = Arc::clone(&machine);
         steps.taken("launch the machine", async move { undo_machine.kill().await.map(drop) });
+        fault_point("start: machine launched")?;
         tracing::info!(
             vm = record.id,
             pid = machine.pid(),
@@ -149,7 +157,7 @@ impl Service {
         let kernel_dir = self.inner().pool.kernel_dir();
         let (kernel, initrd) = (kernel_dir.join("vmlinuz"), kernel_dir.join("initrd.img"));
         if !kernel.is_file() || !initrd.is_file() {
-            return Err(ServiceError::Unavailable(format!(
+            return Err(ServiceError::NotReady(format!(
                 "this host has no kernel for its guests yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
             )));
         }
@@ -177,7 +185,7 @@ impl Service {
         let operation = self.inner().vms.begin(reference, "being stopped")?;
         let record = &operation.record;
         let Some(machine) = &operation.machine else {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::WrongState(format!(
                 "VM {} is {} already",
                 record.name, record.status
             )));
@@ -185,14 +193,32 @@ impl Service {
         self.shut_down(record, machine).await
     }
 
-    /// Ends a VM's machine as the guest would have it, and notes that.
+    /// Shuts a VM's machine down.
+    ///
+    /// The intent is recorded first, so that a failure to record it leaves the machine running. Behind the machine's end
+    /// the VM is stopped, whatever else fails; a crash in between is carried through by the next start.
     pub(crate) async fn shut_down(&self, record: &Record, machine: &Arc<dyn Machine>) -> Result<Vm, ServiceError> {
-        let outcome = machine.stop(STOP_GRACE).await?;
+        self.persist(&record.id, VmStatus::Stopped, Some(STOPPING)).await?;
+        let ended = async {
+            fault_point("stop: intent recorded")?;
+            Ok::<_, ServiceError>(machine.stop(STOP_GRACE).await?)
+        };
+        let outcome = match ended.await {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                let reason = record.status_reason.as_deref();
+                if let Err(undo) = self.persist(&record.id, record.status, reason).await {
+                    tracing::error!(vm = record.id, error = %undo, "the intent to stop the VM is still recorded; the next start stops it");
+                }
+                return Err(error);
+            }
+        };
         crash_point("stop: machine ended");
         self.inner().vms.set(&record.id, VmStatus::Stopped, None, None);
-        self.take_down(record).await?;
-        crash_point("stop: tap and forward gone");
-        self.persist(&record.id, VmStatus::Stopped, None).await?;
+        Cleanup::of_stopped(self, record)?.begin(self).await;
+        if let Err(error) = self.persist(&record.id, VmStatus::Stopped, None).await {
+            tracing::warn!(vm = record.id, %error, "stopped, and still recorded as being stopped");
+        }
         crash_point("stop: recorded");
         tracing::info!(vm = record.id, name = record.name, ?outcome, "stopped");
         self.inner()
@@ -247,34 +273,14 @@ impl Service {
             },
         };
         let Operation { record, machine, .. } = &operation;
-        match machine {
-            Some(machine) => drop(machine.kill().await?),
-            // One that does not answer is no machine of ours, and still has to end.
-            None => drop(self.put_down(&record.id).await?),
-        }
-        crash_point("delete: machine ended");
-        self.take_down(record).await?;
-        crash_point("delete: tap and forward gone");
-        // The record goes before the disk: a disk without a record is removed at the next start, a record without a disk is a loss.
         let (state, id) = (Arc::clone(&self.inner().state), record.id.clone());
+        // First, because it alone can be refused; from here on the VM is gone, and the rest is removed until it is.
         blocking(move || state.delete(&id)).await?;
         crash_point("delete: record gone");
-        // From here on it is gone; what cannot be removed now is removed at the next start.
-        self.inner().vms.remove(&record.id);
-        let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-        let console = self.console_dir(&record.id);
-        let unlinked = blocking(move || pool.unlink_disk(&disk)).await;
-        let removed = blocking(move || remove_dir(&console)).await;
-        if let Err(error) = removed {
-            tracing::warn!(vm = record.id, %error, "deleted, but its console's log is left; the next start removes it");
-        }
-        match unlinked {
-            Ok(disk) => reclaim::give_back(self, record.id.clone(), disk, Gib::new(record.disk_size_gib)),
-            // Its blocks are not free, so they stay promised.
-            Err(error) => {
-                tracing::warn!(vm = record.id, %error, "deleted, but its disk is left; the next start removes it");
-            }
-        }
+        let vacated = self.inner().vms.remove(&record.id);
+        Cleanup::of_deleted(self, record, machine.clone(), vacated)
+            .begin(self)
+            .await;
         tracing::info!(vm = record.id, name = record.name, "deleted");
         self.inner()
             .events
@@ -282,19 +288,19 @@ impl Service {
         Ok(())
     }
 
-    /// Ends whatever there is of a VM's machine without asking it, and removes its folder. Returns whether a process was ended.
-    pub(crate) async fn put_down(&self, id: &str) -> Result<bool, ServiceError> {
+    /// Force-stops whatever there is of the machine of a VM that has no handle on one, and removes its folder. What fails
+    /// is tried again later, until the VM has a machine.
+    pub(crate) async fn force_stop(&self, record: &Record) -> Result<(), ServiceError> {
+        let stopped = self.force_stop_once(&record.id).await.map(drop);
+        stopped.inspect_err(|error| Cleanup::of_stray(self, record).begin_later(self, error))
+    }
+
+    /// As [`Service::force_stop`], without trying again. Returns whether there was a process.
+    pub(crate) async fn force_stop_once(&self, id: &str) -> Result<bool, ServiceError> {
         let run_dir = self.run_dir(id);
         let ended = self.inner().vmm.put_down(&machine_id(id)?, &run_dir).await?;
         blocking(move || remove_dir(&run_dir)).await?;
         Ok(ended)
-    }
-
-    /// Tap, forward, seed drive and sockets of a machine that is gone.
-    pub(crate) async fn take_down(&self, record: &Record) -> Result<(), ServiceError> {
-        self.inner().network.detach(&endpoint(record)?).await?;
-        let run_dir = self.run_dir(&record.id);
-        blocking(move || remove_dir(&run_dir)).await
     }
 
     /// Follows a machine to its end, and notes what came of the VM.
@@ -338,20 +344,45 @@ impl Service {
             Some(failure) => (VmStatus::Failed, Some(failure + &self.last_words(id).await)),
         };
         tracing::info!(vm = id, status = status.as_str(), reason, "machine ended");
-        let noted = async {
-            self.take_down(&operation.record).await?;
-            self.persist(id, status, reason.as_deref()).await
-        };
-        let noted = noted.await;
-        // Seen when it can be started again.
+        match Cleanup::of_stopped(self, &operation.record) {
+            Ok(cleanup) => cleanup.begin(self).await,
+            Err(error) => tracing::error!(vm = id, %error, "tap and forward are left; the next start removes them"),
+        }
+        let persisted = self.persist(id, status, reason.as_deref()).await;
         self.inner().vms.set(id, status, reason.clone(), None);
-        let (kind, details) = match &reason {
+        let record = operation.record.clone();
+        drop(operation);
+        match persisted {
+            Ok(()) => self.publish_exit(&record, reason),
+            Err(error) => {
+                tracing::error!(vm = id, %error, "the end of the machine is not recorded; trying again");
+                self.persist_exit_later(&record, status, reason).await;
+            }
+        }
+    }
+
+    fn publish_exit(&self, record: &Record, failure: Option<String>) {
+        let (kind, details) = match failure {
             None => (EventKind::Stopped, json!({ "by": "guest" })),
             Some(reason) => (EventKind::Failed, json!({ "reason": reason })),
         };
-        self.inner().events.publish(kind, Some(&operation.record), details);
-        if let Err(error) = noted {
-            tracing::error!(vm = id, %error, "the end of a machine could not be noted; the next start puts it right");
+        self.inner().events.publish(kind, Some(record), details);
+    }
+
+    /// Records the end of a machine as soon as the state can be written, unless the VM was started or deleted meanwhile.
+    async fn persist_exit_later(&self, record: &Record, status: VmStatus, failure: Option<String>) {
+        loop {
+            tokio::time::sleep(PERSIST_INTERVAL).await;
+            let Ok(operation) = self.inner().vms.begin_when_idle(&record.id, "ending").await else {
+                return;
+            };
+            if operation.machine.is_some() || operation.record.status != status {
+                return;
+            }
+            if self.persist(&record.id, status, failure.as_deref()).await.is_ok() {
+                self.publish_exit(record, failure);
+                return;
+            }
         }
     }
 
@@ -395,6 +426,14 @@ pub(crate) fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
 
 pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
     Ok(id.parse()?)
+}
+
+/// A record that no version of this program writes: edited by hand, or damaged.
+fn unusable(record: &Record, field: &str, form: WrongForm) -> ServiceError {
+    ServiceError::WrongState(format!(
+        "VM {} cannot be started with its recorded {field}, which {form}: make a template of it (snapshot), and a new VM of that",
+        record.id
+    ))
 }
 
 fn make_private_dir(dir: &Path) -> Result<(), ServiceError> {

@@ -7,8 +7,10 @@
 //! | `commands` | what each subcommand does |
 //! | `doctor` | what is missing or wrong on this host |
 //! | `settings` | environment, file, defaults |
+//! | `contradictions` | settings that do not go together |
 //! | `api` | routes, token, limits on a request, request ids |
 //! | `server` | connections, and the daemon's end |
+//! | `error_bodies` | the JSON body of errors that hyper answers by itself |
 //! | `events` | what happens on the host, told as it happens |
 //! | `event_stream` | `GET /events` |
 //! | `service` | the service behind the API: its parts, and what can be asked of it |
@@ -45,10 +47,13 @@ mod accounts;
 mod agent;
 mod api;
 mod auto_extend;
+mod cleanup;
 mod commands;
+mod contradictions;
 mod create;
 mod doctor;
 mod error;
+mod error_bodies;
 mod event_stream;
 mod events;
 mod guest_trim;
@@ -79,6 +84,8 @@ mod update;
 mod vms;
 
 use clap::{Parser, Subcommand};
+use rustix::fs::Mode;
+use rustix::process::{Signal, umask};
 use settings::Settings;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -173,7 +180,11 @@ enum TemplateCommand {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // Whatever is made is for root alone, unless said otherwise.
-    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    umask(Mode::RWXG | Mode::RWXO);
+    if let Err(error) = survive_file_size_limit() {
+        eprintln!("error: cannot handle signals: {error}");
+        return ExitCode::FAILURE;
+    }
     match run(arguments) {
         Ok(code) => code,
         Err(error) => {
@@ -181,6 +192,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Makes a write beyond `RLIMIT_FSIZE` fail with `EFBIG` instead of ending the process.
+///
+/// A handler, because programs that are started get the default action back, which an ignored signal would keep from them.
+fn survive_file_size_limit() -> std::io::Result<()> {
+    let seen = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    signal_hook::flag::register(Signal::XFSZ.as_raw(), seen).map(drop)
 }
 
 fn run(arguments: Arguments) -> Result<ExitCode, commands::CommandFailed> {

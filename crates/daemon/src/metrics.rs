@@ -98,6 +98,12 @@ fn now(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Registry, 
     let events = IntCounter::new("scalebox_events_total", "Events told by GET /events since the start.")?;
     events.inc_by(service.inner().events.count());
     registry.register(Box::new(events))?;
+    let cleanups = IntGauge::new(
+        "scalebox_cleanups_pending",
+        "Stopped and deleted VMs that left something on the host which cannot be removed yet.",
+    )?;
+    cleanups.set(i64::try_from(pool.cleanups_pending).unwrap_or(i64::MAX));
+    registry.register(Box::new(cleanups))?;
     let sizes = [
         ("capacity", "Size of the pool's file system.", Some(pool.capacity_bytes)),
         (
@@ -151,7 +157,10 @@ fn now(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Registry, 
 /// Numbers for Prometheus.
 #[utoipa::path(
     get, path = "/metrics", tag = "Host",
-    responses((status = 200, content_type = "text/plain", body = String, description = "Prometheus' text form."))
+    responses(
+        (status = 200, content_type = "text/plain", body = String, description = "Prometheus' text form."),
+        (status = 503, description = "The pool is not mounted."),
+    )
 )]
 pub async fn metrics(State(service): State<Service>) -> Result<impl IntoResponse, ServiceError> {
     let text = service.inner().metrics.text(&service)?;

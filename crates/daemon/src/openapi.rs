@@ -1,14 +1,16 @@
 //! `GET /openapi.json`: the API described for programs, made of the routes themselves (<https://spec.openapis.org/oas/v3.1.0>).
 //!
-//! A route is registered with its description in one step (`routes!`), so none can be without.
+//! A route is registered with its description in one step (`routes!`), so none can be without. What the routes do not say is
+//! added here: what every request can be answered, and the bounds that come from this host's settings and size.
 
+use axum::Extension;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
-use scalebox_client::ErrorBody;
+use scalebox_client::{ErrorBody, ErrorCode, Limits};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
-use utoipa::openapi::path::Operation;
+use utoipa::openapi::OpenApi as Document;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{Content, OpenApi as Document, Ref, RefOr};
 use utoipa::{Modify, OpenApi};
 
 /// What the routes do not say: the API's name, its token, and the form of every error.
@@ -16,7 +18,10 @@ use utoipa::{Modify, OpenApi};
 #[openapi(
     info(
         title = "Scalebox",
-        description = "Disposable virtual machines from copy-on-write templates. Every error is `{\"error\": \"…\"}`.",
+        description = "Disposable virtual machines from copy-on-write templates.\n\nEvery error is `{\"error\": \"…\", \"code\": \"…\"}`, with the `field` that it is about and `details` where there are some. \
+            Programs compare `code`: the sentences may change. \
+            A path answers 405 to a method that is not described here, with the header `Allow`; an unknown path is 404. \
+            `HEAD` works where `GET` does. The largest sizes are those of the host that serves this document.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     components(schemas(ErrorBody)),
@@ -38,43 +43,212 @@ impl Modify for TheRest {
     }
 }
 
-/// Gives every error of every route its body, and what each route can fail with besides its own.
-pub fn complete(mut document: Document) -> Document {
-    for (path, item) in &mut document.paths.paths {
-        let operations = [&mut item.get, &mut item.post, &mut item.patch, &mut item.delete];
-        for operation in operations.into_iter().flatten() {
-            if path != "/health" {
-                add(operation, "401", "No valid token.");
-            }
-            add(operation, "500", "Something on the host failed; its log tells more.");
-            for (status, response) in &mut operation.responses.responses {
-                let RefOr::T(response) = response else { continue };
-                // Every answer must have one (OpenAPI 3.1, section 4.8.17); most say nothing that the route has not said.
-                if response.description.is_empty() {
-                    response.description = "Done.".to_owned();
-                }
-                if status.starts_with(['4', '5']) {
-                    let body = Content::new(Some(Ref::from_schema_name("ErrorBody")));
-                    response
-                        .content
-                        .entry("application/json".to_owned())
-                        .or_insert(RefOr::T(body));
-                }
+/// The id or the name of a VM, and a template's name, where they stand in a path.
+const VM_REFERENCE: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
+const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
+/// Without quotes around it, or with.
+const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;
+/// As JSON's numbers go without loss in every language; ids of events stay below.
+pub const MAX_EVENT_ID: u64 = (1 << 53) - 1;
+
+/// Adds what the routes do not say of themselves.
+pub fn complete(document: &Document, limits: &Limits) -> Value {
+    let mut document = serde_json::to_value(document).unwrap_or_else(|error| {
+        tracing::error!(%error, "the description of the API cannot be written as JSON");
+        json!({})
+    });
+    if let Some(paths) = document["paths"].as_object_mut() {
+        for (path, item) in paths {
+            for operation in item.as_object_mut().into_iter().flat_map(|item| item.values_mut()) {
+                complete_operation(path, operation);
             }
         }
     }
+    let image = &mut document["paths"]["/templates/{name}/import"]["post"]["requestBody"]["content"];
+    image["application/octet-stream"] = json!({ "schema": { "type": "string", "format": "binary" } });
+    let packed = &mut document["paths"]["/templates/{name}/export"]["get"]["responses"]["200"]["content"];
+    packed["application/zstd"] = json!({ "schema": { "type": "string", "format": "binary" } });
+    document["paths"]["/events"]["get"]["responses"]["200"]["content"] = json!({
+        "text/event-stream": { "schema": server_sent_event() }
+    });
+    // A body is optional, or must hold a field that the type leaves open.
+    document["paths"]["/pool/grow"]["post"]["requestBody"] =
+        json!({ "content": json_body("ResizePool"), "required": false });
+    document["paths"]["/pool/shrink"]["post"]["requestBody"]["content"] = json_body("ShrinkPool");
+    document["components"]["schemas"]["ErrorBody"]["properties"]["code"]["enum"] = json!(ErrorCode::WORDS);
+    bound_requests(&mut document["components"]["schemas"], limits);
+    without_links(&mut document);
     document
 }
 
-fn add(operation: &mut Operation, status: &str, description: &str) {
-    let responses = &mut operation.responses.responses;
+fn json_body(schema: &str) -> Value {
+    json!({ "application/json": { "schema": reference(schema) } })
+}
+
+fn reference(schema: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{schema}") })
+}
+
+/// One of a stream, by the names of its lines (<https://spec.openapis.org/oas/v3.2.0#sequential-media-types>).
+fn server_sent_event() -> Value {
+    let event = json!({
+        "type": "string", "contentMediaType": "application/json", "contentSchema": reference("Event"),
+    });
+    json!({
+        "type": "object",
+        "properties": {
+            "id": { "type": "string", "pattern": "^[0-9]+$" },
+            "event": { "type": "string", "examples": ["created"] },
+            "data": event,
+        },
+    })
+}
+
+fn complete_operation(path: &str, operation: &mut Value) {
+    let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
+    for parameter in parameters.into_iter().flatten() {
+        let schema = match parameter["name"].as_str() {
+            Some("vm") => json!({ "type": "string", "pattern": VM_REFERENCE }),
+            Some("name") => json!({ "type": "string", "pattern": TEMPLATE_NAME }),
+            Some("Idempotency-Key") => json!({ "type": "string", "pattern": IDEMPOTENCY_KEY }),
+            Some("since" | "Last-Event-ID") => json!({ "type": "integer", "minimum": 0, "maximum": MAX_EVENT_ID }),
+            _ => continue,
+        };
+        parameter["schema"] = schema;
+    }
+    let body = operation["requestBody"]["content"].as_object();
+    let (has_body, is_streamed) = (
+        body.is_some(),
+        body.is_some_and(|body| !body.contains_key("application/json")),
+    );
+    let Some(responses) = operation["responses"].as_object_mut() else {
+        return;
+    };
+    add(responses, "400", "The request is malformed.");
+    add(responses, "414", "A target over 65534 bytes.");
+    add(responses, "431", "Over 100 header fields, or a head over 400 KiB.");
+    if path != "/health" {
+        add(responses, "401", "No valid token.");
+        add(responses, "500", "Something on the host failed; its log tells more.");
+    }
+    if has_body {
+        add(responses, "408", "The body stopped arriving.");
+        add(
+            responses,
+            "415",
+            "A body that was packed for its way (`Content-Encoding`).",
+        );
+    }
+    if has_body && !is_streamed {
+        add(responses, "413", "A body over 1 MiB.");
+    }
+    for (status, response) in responses {
+        // Every answer must have one (OpenAPI 3.1, section 4.8.17); most say nothing that the route has not said.
+        if response["description"] == "" {
+            response["description"] = "Done.".into();
+        }
+        if status.starts_with(['4', '5']) {
+            response["content"] = json_body("ErrorBody");
+        }
+    }
+}
+
+fn add(responses: &mut Map<String, Value>, status: &str, description: &str) {
     responses
         .entry(status.to_owned())
-        .or_insert_with(|| RefOr::T(utoipa::openapi::Response::new(description)));
+        .or_insert_with(|| json!({ "description": description }));
+}
+
+/// What a request's numbers may be on this host.
+fn bound_requests(schemas: &mut Value, limits: &Limits) {
+    let disk = json!({ "minimum": 1, "maximum": limits.max_disk_size_gib });
+    let vcpus = json!({ "minimum": 1, "maximum": limits.max_vcpus });
+    let memory = json!({ "minimum": limits.min_mem_mib, "maximum": limits.max_mem_mib });
+    // Asked for, its numbers have bounds; of a VM that is there, they are what they are.
+    let mut policy = schemas["AutoExtend"].clone();
+    policy["additionalProperties"] = false.into();
+    for (field, bounds) in [
+        ("threshold_percent", json!({ "minimum": 1, "maximum": 99 })),
+        ("increment_gib", disk.clone()),
+        ("limit_gib", disk.clone()),
+    ] {
+        merge(&mut policy["properties"][field], &bounds);
+    }
+    schemas["AutoExtendRequest"] = policy;
+    let policy = reference("AutoExtendRequest");
+    for (request, field, bounds) in [
+        ("CreateVm", "disk_size_gib", &disk),
+        ("CreateVm", "vcpu_count", &vcpus),
+        ("CreateVm", "mem_size_mib", &memory),
+        ("CreateVm", "disk_auto_extend", &policy),
+        ("UpdateVm", "disk_size_gib", &disk),
+    ] {
+        merge(&mut schemas[request]["properties"][field], bounds);
+    }
+    // Null takes the policy away.
+    schemas["UpdateVm"]["properties"]["disk_auto_extend"]["oneOf"] = json!([policy, { "type": "null" }]);
+    let mut shrink = schemas["ResizePool"].clone();
+    shrink["required"] = json!(["size_gib"]);
+    schemas["ShrinkPool"] = shrink;
+}
+
+/// Takes the links that rustdoc follows out of the descriptions: ``[`Vm`](crate::Vm)`` becomes `` `Vm` ``.
+fn without_links(value: &mut Value) {
+    match value {
+        Value::Object(object) => object.iter_mut().for_each(|(key, value)| match value {
+            Value::String(text) if key == "description" || key == "summary" => {
+                let parts = text.replace("[`", "`").replace("`]", "`\u{0}");
+                let mut parts = parts.split('\u{0}');
+                let first = parts.next().unwrap_or_default().to_owned();
+                let rest = parts.map(
+                    |part| match part.strip_prefix('(').and_then(|part| part.split_once(')')) {
+                        Some((_, rest)) => rest,
+                        None => part,
+                    },
+                );
+                *text = first + &rest.collect::<String>();
+            }
+            value => without_links(value),
+        }),
+        Value::Array(values) => values.iter_mut().for_each(without_links),
+        _ => {}
+    }
+}
+
+fn merge(schema: &mut Value, more: &Value) {
+    for (key, value) in more.as_object().into_iter().flatten() {
+        schema[key] = value.clone();
+    }
+}
+
+/// The finished document, as it is sent.
+#[derive(Clone)]
+pub struct Served(Arc<str>);
+
+impl Served {
+    /// Writes the document once for all who ask.
+    pub fn new(document: &Value) -> Served {
+        Served(document.to_string().into())
+    }
 }
 
 /// This description.
-#[utoipa::path(get, path = "/openapi.json", tag = "Host", responses((status = 200, description = "This document.")))]
-pub async fn openapi(Extension(document): Extension<Arc<Document>>) -> Response {
-    Json(&*document).into_response()
+#[utoipa::path(get, path = "/openapi.json", tag = "Host", responses((status = 200, content_type = "application/json", body = Object, description = "This document.")))]
+pub async fn openapi(Extension(Served(document)): Extension<Served>) -> Response {
+    ([(CONTENT_TYPE, "application/json")], document.to_string()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptions_have_no_links_of_rustdoc() {
+        let mut document = json!({ "a": [{
+            "description": "See [`is_vm_id`](crate::is_vm_id), [`Vm`] and [`x`] (y).", "summary": "plain",
+        }]});
+        without_links(&mut document);
+        assert_eq!(document["a"][0]["description"], "See `is_vm_id`, `Vm` and `x` (y).");
+        assert_eq!(document["a"][0]["summary"], "plain");
+    }
 }

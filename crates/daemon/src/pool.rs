@@ -2,6 +2,7 @@
 
 use crate::accounts;
 use crate::error::ServiceError;
+use crate::pool_growth;
 use crate::service::{Service, blocking};
 use scalebox_client::{EventKind, PoolInfo, Trimmed};
 use scalebox_storage::{Accounts, Bytes, Gib, Pool, StorageError};
@@ -45,6 +46,7 @@ impl Service {
                 .as_deref()
                 .map(|accounts| accounts::rfc3339(accounts.measured_at)),
             days_left: self.inner().ledger.days_left(space.free),
+            cleanups_pending: self.inner().cleanups.pending() as u64,
         })
     }
 
@@ -75,7 +77,11 @@ impl Service {
         let service = self.clone();
         self.detached(async move {
             let pool = Arc::clone(&service.inner().pool);
-            blocking(move || change(&pool)).await?;
+            if let Err(error) = blocking(move || change(&pool)).await {
+                // What of it could not be undone at once is undone in the background.
+                tokio::spawn(pool_growth::reconcile(service.clone()));
+                return Err(error);
+            }
             let pool = service.pool()?;
             tracing::info!(
                 capacity_bytes = pool.capacity_bytes,

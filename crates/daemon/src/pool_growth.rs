@@ -9,6 +9,7 @@ use scalebox_client::EventKind;
 use scalebox_storage::{Bytes, StorageError};
 use serde_json::json;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -16,38 +17,44 @@ use tokio::time::Instant;
 /// How long nothing is tried after a growth that failed.
 const AFTER_FAILURE: Duration = Duration::from_secs(60);
 
-/// How long to wait before the pool is made to agree with its image again.
-const BETWEEN_ATTEMPTS: Duration = Duration::from_secs(5);
+/// How long to wait before the layers of the pool are reconciled again.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Who grows the pool by itself does so one after the other: whoever waited finds it grown.
 #[derive(Default)]
 pub struct Growth {
     /// When the last one failed.
     failed: Mutex<Option<Instant>>,
+    /// Whether [`reconcile`] is at work.
+    reconciling: AtomicBool,
 }
 
-/// Tries, until it is, to have the pool as large as its image: a change that an earlier daemon began may still be under way in btrfs, which takes
-/// one at a time. Meanwhile the pool is in use as it is.
-pub async fn agree(service: Service) {
-    let mut told = String::new();
+/// Reconciles image, loop device and file system of the pool, and tries again until they are of one size: a change that an earlier daemon began may
+/// still be under way in btrfs, which takes one at a time, or a change that failed could not be undone. Meanwhile the pool is in use as it is.
+pub async fn reconcile(service: Service) {
+    if service.inner().growth.reconciling.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    let mut logged = String::new();
     loop {
         let pool = Arc::clone(&service.inner().pool);
         match service
-            .detached(async move { blocking(move || pool.agree()).await })
+            .detached(async move { blocking(move || pool.reconcile()).await })
             .await
         {
-            Ok(()) => return,
-            Err(error) if error.to_string() == told => {}
+            Ok(()) => break,
+            Err(error) if error.to_string() == logged => {}
             Err(error) => {
-                told = error.to_string();
+                logged = error.to_string();
                 tracing::warn!(
-                    error = told,
-                    "the pool is not as large as its image yet; it is tried again"
+                    error = logged,
+                    "the pool and its image are not of one size yet; trying again"
                 );
             }
         }
-        tokio::time::sleep(BETWEEN_ATTEMPTS).await;
+        tokio::time::sleep(RECONCILE_INTERVAL).await;
     }
+    service.inner().growth.reconciling.store(false, Ordering::Release);
 }
 
 impl Service {
@@ -100,6 +107,7 @@ impl Service {
             Ok(None) => false,
             Err(error) => {
                 tracing::warn!(%error, seconds = AFTER_FAILURE.as_secs(), "the pool did not grow by itself; trying again later");
+                tokio::spawn(reconcile(self.clone()));
                 *failed = Some(Instant::now());
                 false
             }

@@ -7,7 +7,7 @@
 
 use crate::error::ServiceError;
 use crate::host;
-use crate::lifecycle::{disk_limits, endpoint, machine_id, remove_dir};
+use crate::lifecycle::{STOPPING, disk_limits, endpoint, machine_id, remove_dir};
 use crate::service::{Service, blocking};
 use crate::state::{Fact, Record, State};
 use scalebox_client::{EventKind, VmStatus, is_vm_id};
@@ -33,6 +33,8 @@ pub struct Recovered {
     pub files_removed: usize,
     /// VMs that ran when the host went down, for [`start_again`].
     pub to_start: Vec<String>,
+    /// VMs whose stop a crash interrupted, for [`stop_again`].
+    pub to_stop: Vec<String>,
     /// VMs that run and are not connected to the network, for [`network_watch`](crate::network_watch).
     pub unconnected: Vec<String>,
 }
@@ -74,6 +76,10 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
                 recovered.adopted += 1;
                 attached.push((endpoint, id));
             }
+            Restored::ToStop => {
+                recovered.to_stop.push(id.clone());
+                attached.push((endpoint, id));
+            }
             // Its guest may run as well as ever.
             Restored::Unreachable => attached.push((endpoint, id)),
             Restored::ToStart => recovered.to_start.push(id),
@@ -104,9 +110,30 @@ pub async fn start_again(service: Service, vms: Vec<String>) {
         }
     }
     let state = Arc::clone(&service.inner().state);
-    let noted = blocking(move || note_boot(&state)).await;
+    // A restart within one boot writes nothing.
+    let noted = blocking(move || match state.fact(Fact::BootId)? {
+        Some(noted) if noted == boot_id()? => Ok(()),
+        _ => note_boot(&state),
+    })
+    .await;
     if let Err(error) = noted {
         tracing::error!(%error, "this boot of the host could not be noted");
+    }
+}
+
+/// Carries through the stops that a crash interrupted, all at the same time: a guest may take a minute.
+pub fn stop_again(service: &Service, vms: Vec<String>) {
+    for id in vms {
+        let one = service.clone();
+        service.inner().tasks.spawn(async move {
+            let Ok(operation) = one.inner().vms.begin_when_idle(&id, "being stopped").await else {
+                return;
+            };
+            let Some(machine) = &operation.machine else { return };
+            if let Err(error) = one.shut_down(&operation.record, machine).await {
+                tracing::error!(vm = id, %error, "a stop that a crash interrupted cannot be carried through");
+            }
+        });
     }
 }
 
@@ -122,18 +149,22 @@ async fn start_one_again(service: &Service, id: &str) -> Result<(), ServiceError
         return Ok(());
     }
     if !record.autostart {
+        service.persist(id, VmStatus::Stopped, None).await?;
         inner.vms.set(id, VmStatus::Stopped, None, None);
-        return service.persist(id, VmStatus::Stopped, None).await;
+        return Ok(());
     }
     let Err(error) = service.boot(record).await else {
         return Ok(());
     };
     tracing::error!(vm = id, %error, "could not be started after the host's reboot");
     let reason = format!("it could not be started after the host's reboot: {error}");
+    let persisted = service.persist(id, VmStatus::Failed, Some(&reason)).await;
     inner.vms.set(id, VmStatus::Failed, Some(reason.clone()), None);
+    // Events follow what is durable.
+    persisted?;
     let details = json!({ "reason": reason });
     inner.events.publish(EventKind::Failed, Some(record), details);
-    service.persist(id, VmStatus::Failed, Some(&reason)).await
+    Ok(())
 }
 
 fn note_boot(state: &State) -> Result<(), ServiceError> {
@@ -153,6 +184,8 @@ async fn is_another_boot(service: &Service) -> Result<bool, ServiceError> {
 
 enum Restored {
     Running,
+    /// A crash interrupted its stop.
+    ToStop,
     /// Its process may be there, and is not ours again.
     Unreachable,
     /// It ran when the host went down.
@@ -168,13 +201,15 @@ async fn restore(
     rebooted: bool,
     with_process: &HashSet<String>,
 ) -> Result<Restored, ServiceError> {
+    let stopping = record.status == VmStatus::Stopped && record.status_reason.as_deref() == Some(STOPPING);
     let found = match record.status {
+        VmStatus::Stopped if stopping => adopt(service, &record).await?,
         VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
         // A start that a crash interrupted before it was recorded: nobody was told of its machine.
         VmStatus::Stopped | VmStatus::Failed => {
             let left = with_process.contains(&record.id) || service.run_dir(&record.id).exists();
             match left {
-                true => match service.put_down(&record.id).await {
+                true => match service.force_stop_once(&record.id).await {
                     Ok(_) => Found::Nothing,
                     Err(error) => {
                         tracing::error!(vm = record.id, %error, "what a crash left of its machine is not ended");
@@ -220,6 +255,7 @@ async fn restore(
         return Ok(Restored::ToStart);
     }
     let is_unreachable = unreachable.is_some() && !lost;
+    let to_stop = stopping && machine.is_some();
     let (status, reason) = match (&machine, lost, record.status) {
         (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
         (Some(_), ..) => (VmStatus::Running, None),
@@ -232,6 +268,7 @@ async fn restore(
             VmStatus::Stopped,
             Some("its machine ended while scaleboxd was not running".to_owned()),
         ),
+        (None, _, VmStatus::Stopped) if stopping => (VmStatus::Stopped, None),
         (None, _, unchanged) => (unchanged, record.status_reason.clone()),
     };
     if (status, &reason) != (record.status, &record.status_reason) {
@@ -243,8 +280,11 @@ async fn restore(
             reason
         );
         // The next start is to try again to take an unreachable machine over.
-        if !is_unreachable {
-            service.persist(&record.id, status, reason.as_deref()).await?;
+        if !is_unreachable
+            && !to_stop
+            && let Err(error) = service.persist(&record.id, status, reason.as_deref()).await
+        {
+            tracing::error!(vm = record.id, %error, "its status is not recorded; the next start does it");
         }
         let kind = match status {
             VmStatus::Running => EventKind::Resumed,
@@ -261,7 +301,7 @@ async fn restore(
     match machine {
         Some(machine) => {
             service.watch(id, machine);
-            Ok(Restored::Running)
+            Ok(if to_stop { Restored::ToStop } else { Restored::Running })
         }
         None if is_unreachable => Ok(Restored::Unreachable),
         None => Ok(Restored::Still),
@@ -330,7 +370,7 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
         .into_iter()
         .filter(stray)
     {
-        match service.put_down(&id).await {
+        match service.force_stop_once(&id).await {
             Ok(true) => {
                 tracing::info!(vm = id, "ended a machine that belongs to no VM");
                 ended += 1;

@@ -38,14 +38,24 @@ pub async fn root_of(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
     }
 }
 
-/// Waits until a guest's root file system has grown by about `growth` over `before`.
-pub async fn confirm(machine: &Arc<dyn Machine>, before: Option<Bytes>, growth: Bytes) -> Disk {
+/// Waits until a guest's root file system has grown by about `growth` over `before`. `obstacle` is what keeps it from growing while
+/// it is mounted, if that is known: then other advice is given.
+pub async fn confirm(
+    machine: &Arc<dyn Machine>,
+    before: Option<Bytes>,
+    growth: Bytes,
+    obstacle: Option<&'static str>,
+) -> Disk {
+    let unconfirmed = |total: Option<Bytes>, note: &str| Disk {
+        confirmed: false,
+        guest_total_bytes: total.map(Bytes::as_u64),
+        note: Some(obstacle.map_or_else(|| note.to_owned(), offline)),
+    };
     let Some(before) = before else {
-        return Disk {
-            confirmed: false,
-            guest_total_bytes: None,
-            note: Some("the guest has no agent that answers: if it does not grow its file system by itself, run resize2fs in it".to_owned()),
-        };
+        return unconfirmed(
+            None,
+            "the guest has no agent that answers: if it does not grow its file system by itself, run resize2fs in it",
+        );
     };
     // Of what is added, the file system keeps a part for itself: inode tables, journal, the blocks reserved for root.
     let expected = before + growth.scaled(0.9);
@@ -60,15 +70,33 @@ pub async fn confirm(machine: &Arc<dyn Machine>, before: Option<Bytes>, growth: 
             };
         }
         if begun.elapsed() > PATIENCE {
-            return Disk {
-                confirmed: false,
-                guest_total_bytes: total.map(Bytes::as_u64),
-                note: Some(
-                    "the disk is larger, but the guest has not grown its file system yet: run resize2fs in it"
-                        .to_owned(),
-                ),
-            };
+            return unconfirmed(
+                total,
+                "the disk is larger, but the guest has not grown its file system yet: run resize2fs in it",
+            );
         }
         tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+/// What helps where `resize2fs` in the guest does not.
+fn offline(obstacle: &'static str) -> String {
+    format!(
+        "the disk is larger, but the guest's file system is not: {obstacle}. Stop the VM, grow its disk by another GiB, which \
+         grows the file system to all of it, and start the VM"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_note_for_a_file_system_that_does_not_grow_while_mounted_names_what_works() {
+        let note = offline("Linux does not grow a mounted ext4 with the feature sparse_super2");
+        for word in ["sparse_super2", "Stop the VM", "another GiB", "start the VM"] {
+            assert!(note.contains(word), "{note}");
+        }
+        assert!(!note.contains("resize2fs"));
     }
 }

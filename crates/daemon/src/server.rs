@@ -3,13 +3,20 @@
 //! Whoever can reach the port can open connections, so none is worth anything to hold: it has to send, it has to read what it is answered, and one
 //! that shows no token is closed behind its first answer (see [`api`](crate::api)).
 
+use crate::api::without_trailing_slash;
+use crate::error_bodies::{Answering, ErrorBodies};
 use crate::service::Service;
 use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::Service as _;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io;
 use std::net::IpAddr;
 use std::pin::pin;
@@ -77,8 +84,9 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
         };
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(READ_PATIENCE));
-        let connection =
-            http.serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router.clone()));
+        let answering = Answering::default();
+        let stream = ErrorBodies::new(Box::pin(stream), answering.clone());
+        let connection = http.serve_connection(TokioIo::new(stream), routed(router.clone(), answering));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             let _held = (room, counted);
@@ -90,32 +98,52 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
 
     drop(listener);
     service.inner().closing.cancel();
-    let finished = async {
-        // Those who follow events are told the end of what is under way; then their streams end too.
-        let last_words = async {
-            service.finish().await;
-            service.inner().events.end();
-        };
-        let (mut answers, mut last_words) = (pin!(graceful.shutdown()), pin!(last_words));
-        let all_taken = tokio::select! {
-            () = &mut answers => true,
-            () = &mut last_words => false,
-        };
-        if all_taken {
-            last_words.await;
-        } else if tokio::time::timeout(LAST_ANSWERS, answers).await.is_err() {
-            tracing::info!("some clients do not take their answers, or do not finish asking: they are not waited for");
-        }
-        // What a request that was still arriving began.
-        service.finish().await;
-    };
     tokio::select! {
-        ended = tokio::time::timeout(SHUTDOWN_GRACE, finished) => if ended.is_err() {
+        ended = tokio::time::timeout(SHUTDOWN_GRACE, finish(graceful, service)) => if ended.is_err() {
             tracing::warn!(seconds = SHUTDOWN_GRACE.as_secs(), "some requests did not end: leaving them to the next start");
         },
         name = signals.next() => tracing::warn!("{name} again: leaving what is under way to the next start"),
     }
     Ok(())
+}
+
+/// Waits for the requests under way, and then for clients to take their answers, but not for long.
+async fn finish(graceful: GracefulShutdown, service: &Service) {
+    // Those who follow events are told the end of what is under way; then their streams end too.
+    let last_words = async {
+        service.finish().await;
+        service.inner().events.end();
+    };
+    let (mut answers, mut last_words) = (pin!(graceful.shutdown()), pin!(last_words));
+    let all_taken = tokio::select! {
+        () = &mut answers => true,
+        () = &mut last_words => false,
+    };
+    if all_taken {
+        last_words.await;
+    } else if tokio::time::timeout(LAST_ANSWERS, answers).await.is_err() {
+        tracing::info!("some clients do not take their answers, or do not finish asking: they are not waited for");
+    }
+    // What a request that was still arriving began.
+    service.finish().await;
+}
+
+/// The router as a connection's service.
+fn routed(
+    router: Router,
+    answering: Answering,
+) -> impl hyper::service::Service<
+    Request<Incoming>,
+    Response = Response<Body>,
+    Error = Infallible,
+    Future = impl Future<Output = Result<Response<Body>, Infallible>> + Send,
+> {
+    let router = TowerToHyperService::new(router);
+    hyper::service::service_fn(move |request: Request<Incoming>| {
+        let guard = answering.begin();
+        let answer = router.call(without_trailing_slash(request.map(Body::new)));
+        async move { answer.await.map(|answer| guard.until_sent(answer)) }
+    })
 }
 
 /// How many connections each other host has.

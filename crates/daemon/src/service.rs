@@ -4,7 +4,8 @@
 //! [`pool`](crate::pool) and [`snapshots`](crate::snapshots).
 
 use crate::accounts::{self, Ledger};
-use crate::error::ServiceError;
+use crate::cleanup::Cleanups;
+use crate::error::{ServiceError, quoted};
 use crate::events::Events;
 use crate::guest_trim;
 use crate::host;
@@ -67,6 +68,8 @@ pub(crate) struct Inner {
     /// Whose the pool's blocks are.
     pub(crate) ledger: Ledger,
     pub(crate) reclaim: Reclaim,
+    /// What could not be removed from the host yet.
+    pub(crate) cleanups: Cleanups,
     pub(crate) cloning: Cloning,
     started: Instant,
     /// Cancelled when the daemon is told to stop.
@@ -108,7 +111,9 @@ impl Service {
         let memory_mib = host::memory()?.total >> 20;
         let inner = Inner {
             host_ip: parts.settings.host_ip.unwrap_or_else(host::default_address),
-            limits: parts.settings.limits(host::cpu_count(), memory_mib),
+            limits: parts
+                .settings
+                .limits(host::cpu_count().min(parts.vmm.max_vcpus()), memory_mib),
             vms: Vms::new(&parts.settings.net),
             metrics: Metrics::new().map_err(std::io::Error::other)?,
             keys: Keys::default(),
@@ -125,6 +130,7 @@ impl Service {
             accel: parts.accel,
             cmdline: parts.cmdline,
             reclaim: Reclaim::default(),
+            cleanups: Cleanups::default(),
             cloning: Cloning::default(),
             started: Instant::now(),
             closing: CancellationToken::new(),
@@ -389,6 +395,11 @@ impl Service {
     }
 }
 
+/// Marks a step of an operation whose successor can fail; tests let it fail.
+pub(crate) fn fault_point(step: &'static str) -> Result<(), ServiceError> {
+    scalebox_fault_points::fault_point(step).map_err(|error| ServiceError::Internal(error.to_string()))
+}
+
 /// Runs what blocks on a thread that may, within the caller's log span.
 pub(crate) async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ServiceError>
 where
@@ -411,7 +422,7 @@ fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
 /// What has no name's form is no template either.
 pub(crate) fn template_name(name: &str) -> Result<Name, ServiceError> {
     name.parse()
-        .map_err(|_| ServiceError::NotFound(format!("there is no template {name:?}")))
+        .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
 }
 
 pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {

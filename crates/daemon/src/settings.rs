@@ -3,9 +3,10 @@
 //! A setting that does not parse stops the daemon with its name, its value and what would be right; so does a key in the file
 //! that no setting has, because a misspelt setting that is quietly ignored is a default in disguise.
 
+use crate::contradictions;
 use ipnet::Ipv4Net;
 use scalebox_client::Limits;
-use scalebox_net::{NetConfig, PRIVATE_NETWORKS};
+use scalebox_net::{NetConfig, PRIVATE_NETWORKS, unusable_resolver};
 use scalebox_storage::{Backing, Bounds, Gib, PoolPlan, RequestedSize};
 use std::collections::HashMap;
 use std::fs;
@@ -49,8 +50,8 @@ pub struct Settings {
     pub state_dir: PathBuf,
     /// `RUN_DIR`: sockets and seed drives of running machines.
     pub run_dir: PathBuf,
-    /// `FSTAB`: the table the pool's mount is registered in.
-    pub fstab: PathBuf,
+    /// `FSTAB`: the table the pool's mount is registered in; `None` to register it nowhere.
+    pub fstab: Option<PathBuf>,
     /// `API_BIND` and `API_PORT`.
     pub api: SocketAddr,
     /// `API_TOKEN`; only `serve` needs it.
@@ -206,7 +207,7 @@ impl Settings {
     /// # Errors
     /// The first setting that cannot be used.
     pub fn load(file: Option<&Path>) -> Result<Settings, SettingsError> {
-        let mut values = match (file, fs::read_to_string(file.unwrap_or(Path::new(DEFAULT_FILE)))) {
+        let mut values = match (file, fs::read(file.unwrap_or(Path::new(DEFAULT_FILE)))) {
             (_, Ok(text)) => parse_file(file.unwrap_or(Path::new(DEFAULT_FILE)), &text)?,
             (None, Err(error)) if error.kind() == io::ErrorKind::NotFound => HashMap::new(),
             (_, Err(source)) => {
@@ -231,19 +232,13 @@ impl Settings {
     }
 
     fn from_values(values: &Values) -> Result<Settings, SettingsError> {
-        let default_disk_size = values.number("DEFAULT_DISK_SIZE_GIB", 2, 1..=65536)?;
-        let max_disk_size = values.number("MAX_DISK_SIZE_GIB", 100, 1..=65536)?;
-        if default_disk_size > max_disk_size {
-            let right = format!("it must not be larger than MAX_DISK_SIZE_GIB, which is {max_disk_size}");
-            return Err(values.wrong("DEFAULT_DISK_SIZE_GIB", right));
-        }
         let bind = values.parsed(
             "API_BIND",
             IpAddr::V4(Ipv4Addr::LOCALHOST),
             "an address such as 127.0.0.1 or 0.0.0.0",
         )?;
         let storage_size = values.storage_size()?;
-        Ok(Settings {
+        let settings = Settings {
             // A size that was asked for is a wish not to take more.
             pool_auto_grow: values.word(
                 "POOL_AUTO_GROW",
@@ -252,8 +247,8 @@ impl Settings {
             )?,
             pool_low_water: Gib::new(values.number("POOL_LOW_WATER_GIB", 10, 0..=65536)?),
             storage_size,
-            default_disk_size: Gib::new(default_disk_size),
-            max_disk_size: Gib::new(max_disk_size),
+            default_disk_size: Gib::new(values.number("DEFAULT_DISK_SIZE_GIB", 2, 1..=65536)?),
+            max_disk_size: Gib::new(values.number("MAX_DISK_SIZE_GIB", 100, 1..=65536)?),
             storage_buffer: Gib::new(values.number("STORAGE_BUFFER_GIB", 2, 0..=65536)?),
             overcommit_ratio: values.overcommit_ratio()?,
             accounting_interval: Duration::from_secs(values.number("ACCOUNTING_SECONDS", 60, 1..=86400)?),
@@ -261,30 +256,14 @@ impl Settings {
             backing: values.backing()?,
             state_dir: values.path("STATE_DIR", "/var/lib/scaleboxd")?,
             run_dir: values.path("RUN_DIR", "/run/scaleboxd")?,
-            fstab: values.path("FSTAB", "/etc/fstab")?,
+            fstab: values.fstab()?,
             api: SocketAddr::new(bind, values.number("API_PORT", 8080, 0..=65535)?),
             api_token: values.token()?,
             host_ip: values.host_ip()?,
             net: values.net()?,
-            guest_dns: values.addresses("GUEST_DNS")?,
-            vmm: values.word(
-                "VMM",
-                VmmChoice::Auto,
-                &[
-                    ("auto", VmmChoice::Auto),
-                    ("qemu", VmmChoice::Qemu),
-                    ("firecracker", VmmChoice::Firecracker),
-                ],
-            )?,
-            accel: values.word(
-                "ACCEL",
-                AccelChoice::Auto,
-                &[
-                    ("auto", AccelChoice::Auto),
-                    ("kvm", AccelChoice::Kvm),
-                    ("tcg", AccelChoice::Tcg),
-                ],
-            )?,
+            guest_dns: values.resolvers()?,
+            vmm: values.vmm()?,
+            accel: values.accel()?,
             default_vcpu_count: values.number("DEFAULT_VCPU_COUNT", 1, 1..=1024)?,
             default_mem_size_mib: values.number("DEFAULT_MEM_SIZE_MIB", 512, MIN_MEM_MIB..=1 << 24)?,
             guest_trim_interval: Duration::from_secs(
@@ -296,7 +275,9 @@ impl Settings {
                 &[("text", LogFormat::Text), ("json", LogFormat::Json)],
             )?,
             log_level: values.get("LOG_LEVEL").unwrap_or("info").to_owned(),
-        })
+        };
+        contradictions::check(&settings)?;
+        Ok(settings)
     }
 
     /// The token; `serve` does not run without one.
@@ -317,6 +298,7 @@ impl Settings {
             backing: self.backing.clone(),
             fstab: self.fstab.clone(),
             size: self.storage_size.clone(),
+            expected_disks: 0,
             buffer: self.storage_buffer,
         }
     }
@@ -340,18 +322,21 @@ impl Settings {
     }
 }
 
-fn parse_file(path: &Path, text: &str) -> Result<HashMap<&'static str, String>, SettingsError> {
+fn parse_file(path: &Path, text: &[u8]) -> Result<HashMap<&'static str, String>, SettingsError> {
     let mut values = HashMap::new();
-    for (index, line) in text.lines().enumerate() {
-        let line = line.trim();
-        if line.is_empty() || line.starts_with('#') {
+    let mut set_in_line: HashMap<&'static str, usize> = HashMap::new();
+    for (number, line) in (1..).zip(text.split(|&byte| byte == b'\n')) {
+        let line = line.trim_ascii();
+        // A comment may be in any encoding.
+        if line.is_empty() || line.starts_with(b"#") {
             continue;
         }
         let problem = |problem| SettingsError::Line {
             path: path.to_owned(),
-            number: index + 1,
+            number,
             problem,
         };
+        let line = str::from_utf8(line).map_err(|_| problem("it is not UTF-8".to_owned()))?;
         let Some((key, value)) = line.split_once('=') else {
             // The line stays out of the message: it may hold the token.
             return Err(problem("it is not of the form KEY=VALUE".to_owned()));
@@ -363,6 +348,11 @@ fn parse_file(path: &Path, text: &str) -> Result<HashMap<&'static str, String>, 
                 KEYS.join(", ")
             )));
         };
+        if let Some(first) = set_in_line.insert(key, number) {
+            return Err(problem(format!(
+                "{key} is set in line {first} already: remove one of the two lines"
+            )));
+        }
         let value = value.trim();
         // systemd's EnvironmentFile= takes quotes off; the same file serves both.
         let unquoted = ['"', '\'']
@@ -453,6 +443,37 @@ impl Values {
         }
     }
 
+    fn fstab(&self) -> Result<Option<PathBuf>, SettingsError> {
+        match self.get("FSTAB") {
+            Some("none") => Ok(None),
+            _ => self.path("FSTAB", "/etc/fstab").map(Some),
+        }
+    }
+
+    fn vmm(&self) -> Result<VmmChoice, SettingsError> {
+        self.word(
+            "VMM",
+            VmmChoice::Auto,
+            &[
+                ("auto", VmmChoice::Auto),
+                ("qemu", VmmChoice::Qemu),
+                ("firecracker", VmmChoice::Firecracker),
+            ],
+        )
+    }
+
+    fn accel(&self) -> Result<AccelChoice, SettingsError> {
+        self.word(
+            "ACCEL",
+            AccelChoice::Auto,
+            &[
+                ("auto", AccelChoice::Auto),
+                ("kvm", AccelChoice::Kvm),
+                ("tcg", AccelChoice::Tcg),
+            ],
+        )
+    }
+
     fn storage_size(&self) -> Result<Option<RequestedSize>, SettingsError> {
         let parse = |text: &str| {
             text.parse()
@@ -474,9 +495,15 @@ impl Values {
     }
 
     fn host_ip(&self) -> Result<Option<IpAddr>, SettingsError> {
-        const FORM: &str = "an address that clients reach this host at, such as 192.0.2.10";
+        const FORM: &str = "an IPv4 address that clients reach this host at, such as 192.0.2.10";
         match self.optional("HOST_IP", FORM)? {
-            Some(ip) if IpAddr::is_unspecified(&ip) => Err(self.wrong("HOST_IP", format!("it must be {FORM}"))),
+            Some(IpAddr::V6(_)) => Err(self.wrong(
+                "HOST_IP",
+                format!("the forwards to guests are IPv4 only, so no client would reach a VM there; it must be {FORM}"),
+            )),
+            Some(IpAddr::V4(ip)) if ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() => {
+                Err(self.wrong("HOST_IP", format!("it must be {FORM}")))
+            }
             other => Ok(other),
         }
     }
@@ -531,15 +558,31 @@ impl Values {
         }
     }
 
-    fn addresses(&self, key: &'static str) -> Result<Vec<Ipv4Addr>, SettingsError> {
-        let text = self.get(key).unwrap_or_default();
+    fn resolvers(&self) -> Result<Vec<Ipv4Addr>, SettingsError> {
+        const KEY: &str = "GUEST_DNS";
+        let text = self.get(KEY).unwrap_or_default();
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+        let resolver = |part: &str| {
+            let address = part
+                .parse()
+                .map_err(|_| "it must be IPv4 addresses, separated by commas".to_owned())?;
+            match unusable_resolver(address) {
+                Some(why) => Err(format!("{address} cannot be the resolver of a guest: {why}")),
+                None => Ok(address),
+            }
+        };
         parts
-            .map(|part| {
-                part.parse()
-                    .map_err(|_| self.wrong(key, "it must be IPv4 addresses, separated by commas"))
-            })
+            .map(|part| resolver(part).map_err(|right| self.wrong(KEY, right)))
             .collect()
+    }
+}
+
+#[cfg(test)]
+impl Settings {
+    /// What these settings make, beside defaults.
+    pub fn of(pairs: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
+        let values = pairs.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
+        Settings::from_values(&Values(values))
     }
 }
 
@@ -548,8 +591,7 @@ mod tests {
     use super::*;
 
     fn settings(pairs: &[(&'static str, &str)]) -> Result<Settings, String> {
-        let values = pairs.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
-        Settings::from_values(&Values(values)).map_err(|error| error.to_string())
+        Settings::of(pairs).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -622,14 +664,19 @@ mod tests {
             ("API_BIND", "localhost", "an address such as 127.0.0.1"),
             ("API_PORT", "80800", "from 0 to 65535"),
             ("API_TOKEN", "with space", "printable ASCII"),
-            ("HOST_IP", "host", "an address"),
+            ("HOST_IP", "host", "an IPv4 address"),
             ("HOST_IP", "0.0.0.0", "clients reach"),
+            ("HOST_IP", "2001:db8::1", "IPv4 only, so no client would reach a VM"),
             ("BRIDGE", "a bridge with a long name", "such as scalebox0"),
             ("SUBNET", "172.16.0.0/32", "172.16.0.0/16"),
             ("SUBNET", "here", "172.16.0.0/16"),
             ("PORT_MIN", "22", "from 1024"),
             ("PORT_MIN", "40000", "32000"),
             ("GUEST_DNS", "one", "IPv4 addresses"),
+            ("GUEST_DNS", "127.0.0.1", "a guest would ask itself"),
+            ("GUEST_DNS", "192.0.2.53, 0.0.0.0", "not the address of a machine"),
+            ("GUEST_DNS", "224.0.0.251", "a multicast address"),
+            ("GUEST_DNS", "255.255.255.255", "reserved"),
             ("GUEST_DENY", "10.0.0.0/8,lan", "private, none, or networks"),
             ("VMM", "xen", "one of auto, qemu"),
             ("ACCEL", "hvf", "one of auto, kvm, tcg"),
@@ -645,17 +692,40 @@ mod tests {
     #[test]
     fn a_file_is_read_line_by_line_and_a_misspelt_key_is_an_error() {
         let path = Path::new("/etc/scaleboxd/config");
-        let values = parse_file(path, "# comment\n\nAPI_TOKEN=\"abc\"\nAPI_PORT = 9090\nHOST_IP=\n").unwrap();
+        let values = parse_file(path, b"# f\xfcr\n\nAPI_TOKEN=\"abc\"\nAPI_PORT = 9090\r\nHOST_IP=\n").unwrap();
         assert_eq!(
             (values["API_TOKEN"].as_str(), values["API_PORT"].as_str(), values.len()),
             ("abc", "9090", 2)
         );
-        let error = parse_file(path, "API_TOKEN=abc\nAPI_PROT=1").unwrap_err().to_string();
+        let error = parse_file(path, b"API_TOKEN=abc\nAPI_PROT=1").unwrap_err().to_string();
         assert!(
             error.contains("line 2") && error.contains("API_PROT") && error.contains("API_PORT"),
             "{error}"
         );
-        assert!(parse_file(path, "just words").is_err());
+        assert!(parse_file(path, b"just words").is_err());
+    }
+
+    #[test]
+    fn a_key_that_is_set_twice_and_a_line_that_is_not_utf_8_are_named() {
+        let path = Path::new("/etc/scaleboxd/config");
+        let error = parse_file(path, b"API_PORT=1\n# comment\nAPI_PORT=2\n")
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "/etc/scaleboxd/config line 3: API_PORT is set in line 1 already: remove one of the two lines"
+        );
+        let error = parse_file(path, b"API_PORT=1\nDATA_DIR=/f\xfcr\n")
+            .unwrap_err()
+            .to_string();
+        assert_eq!(error, "/etc/scaleboxd/config line 2: it is not UTF-8");
+    }
+
+    #[test]
+    fn the_table_of_mounts_can_be_declined() {
+        assert_eq!(settings(&[]).unwrap().fstab.as_deref(), Some(Path::new("/etc/fstab")));
+        assert_eq!(settings(&[("FSTAB", "none")]).unwrap().fstab, None);
+        assert!(settings(&[("FSTAB", "fstab")]).is_err());
     }
 
     #[test]

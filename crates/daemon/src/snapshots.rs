@@ -56,7 +56,7 @@ impl Cloning {
     pub fn require_idle(&self, template: &str) -> Result<(), ServiceError> {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if counts.contains_key(template) {
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::Busy(format!(
                 "a VM is being made from the template {template}: try again when that is done"
             )));
         }

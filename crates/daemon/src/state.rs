@@ -1,22 +1,24 @@
 //! The state file: what the daemon must know after a crash, in SQLite under `STATE_DIR`.
 //!
-//! It lies outside the pool, so that a full pool does not stop the daemon. A method returns when what it wrote survives a
-//! power cut. All methods block.
-//!
-//! SQLite commits each statement to its write-ahead log (WAL) without flushing it (`synchronous=NORMAL`: the database is whole after a power
-//! cut, and what the log holds of flushed commits is there, see <https://www.sqlite.org/pragma.html#pragma_synchronous>). The flush is ours: one
-//! `fdatasync` of the log, shared by all who wrote at the same time. SQLite's own would be one for each commit, under its lock, and an `fsync`,
-//! which on ext4 also commits the journal for the log's new time of change.
+//! It lies outside the pool, so that a full pool does not stop the daemon. A change has two outcomes: it succeeded and
+//! survives a power cut, or it failed and was not made, now and after a restart. All methods block.
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
-use scalebox_client::{AutoExtend, VmStatus};
-use scalebox_storage::GroupSync;
+mod commits;
+mod renewal;
+mod reserve;
+
+use crate::idempotency::Once;
+use commits::Commits;
+use reserve::Reserve;
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
+use rustix::fs::{StatVfsMountFlags, statvfs};
+use scalebox_client::{AutoExtend, IdempotencyKey, VmStatus};
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// A VM as it stands in the state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,21 +90,36 @@ impl Fact {
 /// Why the state could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// SQLite said no.
+    /// SQLite failed, or the disk under it.
     #[error("the state file {}: {source}", path.display())]
     Database {
         /// The file.
         path: PathBuf,
-        /// What SQLite said.
-        source: rusqlite::Error,
+        /// What SQLite reports.
+        source: Arc<rusqlite::Error>,
     },
-    /// The log could not be flushed: whether what was written survives a power cut is not known.
-    #[error("the state file {} could not be flushed: {source}; see the kernel's log for what is wrong with its disk", path.display())]
-    Flush {
+    /// One failure of several changes that were to be committed together.
+    #[error(transparent)]
+    Shared(Arc<StateError>),
+    /// A thread that worked on the state file panicked.
+    #[error("a change of the state file was broken off by an error inside scaleboxd")]
+    Panicked,
+    /// The disk of `STATE_DIR` is full.
+    #[error("the disk of STATE_DIR ({}) is full: free space there, then try again", .0.display())]
+    Full(PathBuf),
+    /// The file system of `STATE_DIR` was read-only when the daemon started.
+    #[error(
+        "STATE_DIR ({}) was read-only when scaleboxd started: nothing can be changed until it is writable and scaleboxd is restarted",
+        .0.display()
+    )]
+    ReadOnly(PathBuf),
+    /// A change was to be made to a VM that the state file does not have.
+    #[error("the state file {} has no VM {id}: nothing was changed", path.display())]
+    NoSuchVm {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
+        /// The VM.
+        id: String,
     },
     /// The folder or the lock.
     #[error("cannot use the state folder {}: {source}", path.display())]
@@ -127,9 +144,19 @@ pub enum StateError {
     },
 }
 
+impl StateError {
+    /// The error itself, where it is shared.
+    pub fn root(&self) -> &StateError {
+        match self {
+            StateError::Shared(shared) => shared.root(),
+            other => other,
+        }
+    }
+}
+
 /// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
 /// `PRAGMA user_version`. Steps are only ever appended.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -155,66 +182,71 @@ const MIGRATIONS: [&str; 4] = [
     ALTER TABLE vms ADD COLUMN disk_mbps INTEGER;
     ALTER TABLE vms ADD COLUMN net_mbps INTEGER;
     ALTER TABLE vms ADD COLUMN autostart INTEGER NOT NULL DEFAULT 1",
+    // Keys were written before their VM was; a crash in between left some that belong to none.
+    "DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)",
 ];
 
 /// The open state file. One process has it at a time.
 #[derive(Debug)]
 pub struct State {
+    folder: PathBuf,
     path: PathBuf,
-    connection: Mutex<Connection>,
-    /// SQLite's log, open as long as the connection, which keeps the file. No lock of SQLite's lies on it that closing it would drop.
-    log: File,
-    flushes: GroupSync,
+    commits: Commits,
+    is_read_only: bool,
     _lock: File,
 }
 
 impl State {
     /// Opens the state in `folder`, making it when it is not there, and brings it to this release's schema.
     ///
+    /// On a read-only file system a copy in `scratch`, which must be writable, is read instead, and every change fails.
+    ///
     /// # Errors
     /// [`StateError::Locked`] while another process has it.
-    pub fn open(folder: &Path) -> Result<State, StateError> {
+    pub fn open(folder: &Path, scratch: &Path) -> Result<State, StateError> {
         let in_folder = |source| StateError::Folder {
             path: folder.to_owned(),
             source,
         };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(in_folder)?;
-        let lock = File::create(folder.join("lock")).map_err(in_folder)?;
+        let make = |dir: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        make(folder).map_err(in_folder)?;
+        let lock = lock_file(folder).map_err(in_folder)?;
         if !scalebox_storage::lock_for_one_program(&lock).map_err(in_folder)? {
             return Err(StateError::Locked(folder.to_owned()));
         }
+        let is_read_only = is_on_read_only_file_system(folder).map_err(in_folder)?;
+        let reserve = Reserve::at(folder);
         let path = folder.join("state.db");
-        let database = |source| StateError::Database {
-            path: path.clone(),
-            source,
+        let opened = if is_read_only {
+            let copy = make(scratch)
+                .and_then(|()| copy_to(folder, scratch))
+                .map_err(in_folder)?;
+            connect(&copy)
+        } else {
+            match renewal::open(folder) {
+                Err(StateError::Full(_)) if reserve.release() => renewal::open(folder),
+                other => other,
+            }
         };
-        let mut connection = Connection::open(&path).map_err(database)?;
-        connection
-            .execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;")
-            .map_err(database)?;
-        migrate(&mut connection, &path)?;
-        // Makes the log if there was nothing to migrate: SQLite makes it with the first statement that looks at the data.
-        connection
-            .query_row("SELECT count(*) FROM facts", [], |row| row.get::<_, i64>(0))
-            .map_err(database)?;
-        let log = File::open(folder.join("state.db-wal")).map_err(in_folder)?;
-        let state = State {
-            path: path.clone(),
-            connection: Mutex::new(connection),
-            log,
-            flushes: GroupSync::default(),
+        if !is_read_only {
+            reserve.ensure();
+            // The file's own name must survive a power cut too.
+            File::open(folder)
+                .and_then(|folder| folder.sync_all())
+                .map_err(in_folder)?;
+        }
+        Ok(State {
+            folder: folder.to_owned(),
+            path,
+            commits: Commits::new(folder, opened?, reserve),
+            is_read_only,
             _lock: lock,
-        };
-        state.flush()?;
-        // The file's own name must survive a power cut too.
-        File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(in_folder)?;
-        Ok(state)
+        })
+    }
+
+    /// Whether every change fails because `STATE_DIR` was read-only at the start.
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
     }
 
     /// Reads a fact without taking the state, also while a daemon has it; `None` also when there is no state yet.
@@ -222,19 +254,37 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn peek(folder: &Path, fact: Fact) -> Result<Option<String>, StateError> {
+        State::peek_with(folder, |connection| {
+            let query = "SELECT value FROM facts WHERE key = ?";
+            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
+        })
+    }
+
+    /// How many VMs a state knows, read as by [`State::peek`]; 0 where there is no state.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn peek_vms(folder: &Path) -> Result<u64, StateError> {
+        let count = State::peek_with(folder, |connection| {
+            connection
+                .query_row("SELECT count(*) FROM vms", [], |row| row.get(0))
+                .map(Some)
+        });
+        count.map(Option::unwrap_or_default)
+    }
+
+    fn peek_with<T>(
+        folder: &Path,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<Option<T>>,
+    ) -> Result<Option<T>, StateError> {
         let path = folder.join("state.db");
         if !path.exists() {
             return Ok(None);
         }
-        let read = || {
-            let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-            let query = "SELECT value FROM facts WHERE key = ?";
-            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
-        };
-        read().map_err(|source| StateError::Database {
-            path: path.clone(),
-            source,
-        })
+        let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY);
+        connection
+            .and_then(|connection| read(&connection))
+            .map_err(|error| failed(&path, Arc::new(error)))
     }
 
     /// All VMs, oldest first.
@@ -242,87 +292,72 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn vms(&self) -> Result<Vec<Record>, StateError> {
-        self.run(|connection| {
+        self.read(|connection| {
             let mut query = connection.prepare("SELECT * FROM vms ORDER BY created_at, id")?;
             query.query_map([], record)?.collect()
         })
     }
 
-    /// Adds a VM.
+    /// Adds a VM, together with the request that asked for it if that has an idempotency key.
     ///
     /// # Errors
     /// [`StateError::Database`], also when its id, name, address or port is taken.
-    pub fn insert(&self, vm: &Record) -> Result<(), StateError> {
-        self.run(|connection| {
-            connection
-                .prepare_cached(
-                    "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
-                        guest_ip, ssh_port, status, status_reason,
-                        extend_threshold_percent, extend_increment_gib, extend_limit_gib,
-                        disk_iops, disk_mbps, net_mbps, autostart)
-                    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                )?
-                .execute(params![
-                    vm.id,
-                    vm.name,
-                    vm.template,
-                    vm.ssh_public_key,
-                    vm.created_at,
-                    vm.vcpu_count,
-                    vm.mem_size_mib,
-                    vm.disk_size_gib,
-                    vm.guest_ip.to_string(),
-                    vm.ssh_port,
-                    vm.status.as_str(),
-                    vm.status_reason,
-                    vm.auto_extend.map(|extend| extend.threshold_percent),
-                    vm.auto_extend.map(|extend| extend.increment_gib),
-                    vm.auto_extend.map(|extend| extend.limit_gib),
-                    vm.limits.disk_iops,
-                    vm.limits.disk_mbps,
-                    vm.limits.net_mbps,
-                    vm.autostart,
-                ])
-                .map(drop)
-        })?;
-        // A VM that nobody is told of must not be there either.
-        self.flush().inspect_err(|_| {
-            if let Err(error) = self.delete(&vm.id) {
-                tracing::error!(vm = vm.id, %error, "its record could not be taken back");
+    pub fn insert(&self, vm: &Record, once: Option<&Once>) -> Result<(), StateError> {
+        let (vm, once) = (vm.clone(), once.cloned());
+        self.commit(move |connection| {
+            if let Some(once) = &once {
+                connection
+                    .prepare_cached("INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?)")?
+                    .execute(params![once.key.as_str(), once.digest, vm.id])?;
             }
+            insert(connection, &vm)
         })
+        .map(drop)
     }
 
-    /// Changes what a VM is known to do. One that is gone is not made anew.
+    /// The id of the VM that the key's request has made, and the digest of that request.
     ///
     /// # Errors
     /// [`StateError::Database`].
+    pub fn made_by(&self, key: &IdempotencyKey) -> Result<Option<(String, String)>, StateError> {
+        self.read(|connection| {
+            let query = "SELECT vm, digest FROM idempotency_keys WHERE key = ? AND vm IN (SELECT id FROM vms)";
+            connection
+                .query_row(query, [key.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+                .optional()
+        })
+    }
+
+    /// Changes what a VM is known to do.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
     pub fn set_status(&self, id: &str, status: VmStatus, reason: Option<&str>) -> Result<(), StateError> {
-        self.with(|connection| {
+        let (vm, reason) = (id.to_owned(), reason.map(str::to_owned));
+        self.change(id, move |connection| {
             connection
                 .prepare_cached("UPDATE vms SET status = ?2, status_reason = ?3 WHERE id = ?1")?
-                .execute(params![id, status.as_str(), reason])
-                .map(drop)
+                .execute(params![vm, status.as_str(), reason])
         })
     }
 
     /// Changes the size a VM's disk has, or is about to have.
     ///
     /// # Errors
-    /// [`StateError::Database`].
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
     pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) -> Result<(), StateError> {
-        self.with(|connection| {
+        let vm = id.to_owned();
+        self.change(id, move |connection| {
             connection
                 .prepare_cached("UPDATE vms SET disk_size_gib = ?2 WHERE id = ?1")?
-                .execute(params![id, disk_size_gib])
-                .map(drop)
+                .execute(params![vm, disk_size_gib])
         })
     }
 
-    /// Changes how a VM is kept: how its disk extends itself, what it may take, whether it is started again.
+    /// Changes a VM's settings: how its disk extends itself, its limits, whether it is started again.
     ///
     /// # Errors
-    /// [`StateError::Database`].
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
     pub fn set_keeping(
         &self,
         id: &str,
@@ -330,7 +365,8 @@ impl State {
         limits: VmLimits,
         autostart: bool,
     ) -> Result<(), StateError> {
-        self.with(|connection| {
+        let vm = id.to_owned();
+        self.change(id, move |connection| {
             connection
                 .prepare_cached(
                     "UPDATE vms SET extend_threshold_percent = ?2, extend_increment_gib = ?3, extend_limit_gib = ?4,
@@ -338,7 +374,7 @@ impl State {
                     WHERE id = ?1",
                 )?
                 .execute(params![
-                    id,
+                    vm,
                     extend.map(|extend| extend.threshold_percent),
                     extend.map(|extend| extend.increment_gib),
                     extend.map(|extend| extend.limit_gib),
@@ -347,7 +383,6 @@ impl State {
                     limits.net_mbps,
                     autostart,
                 ])
-                .map(drop)
         })
     }
 
@@ -356,7 +391,7 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn fact(&self, fact: Fact) -> Result<Option<String>, StateError> {
-        self.run(|connection| {
+        self.read(|connection| {
             let query = "SELECT value FROM facts WHERE key = ?";
             connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
         })
@@ -367,60 +402,145 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn set_fact(&self, fact: Fact, value: &str) -> Result<(), StateError> {
-        self.with(|connection| {
-            connection
-                .execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [fact.key(), value])
-                .map(drop)
+        let value = value.to_owned();
+        self.commit(move |connection| {
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [fact.key(), &value])
         })
+        .map(drop)
     }
 
-    /// Removes a VM. Returns whether it was there.
+    /// Removes a VM.
     ///
     /// # Errors
-    /// [`StateError::Database`].
-    pub fn delete(&self, id: &str) -> Result<bool, StateError> {
-        self.with(|connection| {
-            let there: Option<String> = connection
-                .query_row("DELETE FROM vms WHERE id = ? RETURNING id", [id], |row| row.get(0))
-                .optional()?;
-            Ok(there.is_some())
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn delete(&self, id: &str) -> Result<(), StateError> {
+        let vm = id.to_owned();
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached("DELETE FROM vms WHERE id = ?")?
+                .execute([&vm])
         })
     }
 
-    /// Runs statements, and returns when what they wrote is flushed.
-    pub(crate) fn with<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
-        let done = self.run(work)?;
-        self.flush().map(|()| done)
-    }
-
-    fn run<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
-        work(&self.lock()).map_err(|source| StateError::Database {
-            path: self.path.clone(),
-            source,
-        })
-    }
-
-    /// Makes what was committed until now survive a power cut.
-    fn flush(&self) -> Result<(), StateError> {
-        self.flushes
-            .sync(|| self.log.sync_data())
-            .map_err(|source| StateError::Flush {
+    /// Makes a change to one VM's row.
+    fn change(
+        &self,
+        id: &str,
+        change: impl Fn(&Connection) -> rusqlite::Result<usize> + Send + 'static,
+    ) -> Result<(), StateError> {
+        match self.commit(change)? {
+            0 => Err(StateError::NoSuchVm {
                 path: self.path.clone(),
-                source,
-            })
+                id: id.to_owned(),
+            }),
+            _ => Ok(()),
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Connection> {
-        // A statement that panicked was rolled back by SQLite; the connection is whole.
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    fn commit(
+        &self,
+        change: impl Fn(&Connection) -> rusqlite::Result<usize> + Send + 'static,
+    ) -> Result<usize, StateError> {
+        if self.is_read_only {
+            return Err(StateError::ReadOnly(self.folder.clone()));
+        }
+        self.commits.commit(Box::new(change)).map_err(StateError::Shared)
+    }
+
+    fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
+        self.commits.read(query)
     }
 }
 
-fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StateError> {
-    let database = |source| StateError::Database {
+fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
+    if source.sqlite_error_code() == Some(ErrorCode::DiskFull) {
+        return StateError::Full(path.parent().unwrap_or(path).to_owned());
+    }
+    StateError::Database {
         path: path.to_owned(),
         source,
-    };
+    }
+}
+
+/// Opens the file's lock, making it where it is not there; on a read-only or full file system the folder serves.
+fn lock_file(folder: &Path) -> io::Result<File> {
+    let path = folder.join("lock");
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .or_else(|_| File::open(&path))
+        .or_else(|_| File::open(folder))
+}
+
+fn is_on_read_only_file_system(folder: &Path) -> io::Result<bool> {
+    Ok(statvfs(folder)?.f_flag.contains(StatVfsMountFlags::RDONLY))
+}
+
+/// Copies the state file and its log; SQLite cannot read a log beside which it can write nothing.
+fn copy_to(folder: &Path, scratch: &Path) -> io::Result<PathBuf> {
+    let copy = scratch.join("state-copy.db");
+    for suffix in ["", "-wal"] {
+        let (from, to) = (format!("state.db{suffix}"), format!("state-copy.db{suffix}"));
+        match fs::copy(folder.join(from), scratch.join(&to)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // That of an earlier start belongs to another state.
+                let _absent = fs::remove_file(scratch.join(to));
+            }
+            other => drop(other?),
+        }
+    }
+    Ok(copy)
+}
+
+fn connect(path: &Path) -> Result<Connection, StateError> {
+    let database = |error| failed(path, Arc::new(error));
+    let mut connection = Connection::open(path).map_err(database)?;
+    connection
+        .execute_batch(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0; PRAGMA temp_store=MEMORY;",
+        )
+        .map_err(database)?;
+    migrate(&mut connection, path)?;
+    Ok(connection)
+}
+
+fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
+    connection
+        .prepare_cached(
+            "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
+                guest_ip, ssh_port, status, status_reason,
+                extend_threshold_percent, extend_increment_gib, extend_limit_gib,
+                disk_iops, disk_mbps, net_mbps, autostart)
+            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        )?
+        .execute(params![
+            vm.id,
+            vm.name,
+            vm.template,
+            vm.ssh_public_key,
+            vm.created_at,
+            vm.vcpu_count,
+            vm.mem_size_mib,
+            vm.disk_size_gib,
+            vm.guest_ip.to_string(),
+            vm.ssh_port,
+            vm.status.as_str(),
+            vm.status_reason,
+            vm.auto_extend.map(|extend| extend.threshold_percent),
+            vm.auto_extend.map(|extend| extend.increment_gib),
+            vm.auto_extend.map(|extend| extend.limit_gib),
+            vm.limits.disk_iops,
+            vm.limits.disk_mbps,
+            vm.limits.net_mbps,
+            vm.autostart,
+        ])
+}
+
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StateError> {
+    let database = |error| failed(path, Arc::new(error));
     let done: usize = connection
         .query_row("PRAGMA user_version", [], |row| row.get(0))
         .map_err(database)?;
@@ -517,7 +637,7 @@ mod tests {
     #[test]
     fn what_was_written_is_there_after_a_reopening() {
         let folder = tempfile::tempdir().unwrap();
-        let state = State::open(folder.path()).unwrap();
+        let state = State::open(folder.path(), folder.path()).unwrap();
         let extend = Some(AutoExtend {
             threshold_percent: 80,
             increment_gib: 5,
@@ -534,14 +654,13 @@ mod tests {
             autostart: false,
             ..vm(3)
         };
-        state.insert(&vm(1)).unwrap();
-        state.insert(&vm(2)).unwrap();
-        state.insert(&extending).unwrap();
+        state.insert(&vm(1), None).unwrap();
+        state.insert(&vm(2), None).unwrap();
+        state.insert(&extending, None).unwrap();
         state
             .set_status(&vm(2).id, VmStatus::Failed, Some("its process ended"))
             .unwrap();
-        assert!(state.delete(&vm(1).id).unwrap());
-        assert!(!state.delete(&vm(1).id).unwrap());
+        state.delete(&vm(1).id).unwrap();
         drop(state);
 
         let failed = Record {
@@ -549,12 +668,12 @@ mod tests {
             status_reason: Some("its process ended".into()),
             ..vm(2)
         };
-        let state = State::open(folder.path()).unwrap();
+        let state = State::open(folder.path(), folder.path()).unwrap();
         assert_eq!(state.vms().unwrap(), [failed, extending]);
         state.set_keeping(&vm(2).id, extend, limits, false).unwrap();
         state.set_keeping(&vm(3).id, None, VmLimits::default(), true).unwrap();
         drop(state);
-        let vms = State::open(folder.path()).unwrap().vms().unwrap();
+        let vms = State::open(folder.path(), folder.path()).unwrap().vms().unwrap();
         let kept = |vm: &Record| (vm.auto_extend, vm.limits, vm.autostart);
         assert_eq!(kept(&vms[0]), (extend, limits, false));
         assert_eq!(kept(&vms[1]), (None, VmLimits::default(), true));
@@ -563,8 +682,8 @@ mod tests {
     #[test]
     fn names_addresses_and_ports_are_taken_once() {
         let folder = tempfile::tempdir().unwrap();
-        let state = State::open(folder.path()).unwrap();
-        state.insert(&vm(1)).unwrap();
+        let state = State::open(folder.path(), folder.path()).unwrap();
+        state.insert(&vm(1), None).unwrap();
         for twin in [
             Record {
                 name: vm(1).name,
@@ -580,15 +699,18 @@ mod tests {
             },
             Record { id: vm(1).id, ..vm(2) },
         ] {
-            assert!(state.insert(&twin).is_err());
+            assert!(state.insert(&twin, None).is_err());
         }
     }
 
     #[test]
     fn one_process_has_the_state_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
-        let _first = State::open(folder.path()).unwrap();
-        assert!(matches!(State::open(folder.path()), Err(StateError::Locked(_))));
+        let _first = State::open(folder.path(), folder.path()).unwrap();
+        assert!(matches!(
+            State::open(folder.path(), folder.path()),
+            Err(StateError::Locked(_))
+        ));
     }
 
     #[test]
@@ -600,32 +722,32 @@ mod tests {
             .execute_batch(include_str!("../tests/data/state-schema-1.sql"))
             .unwrap();
         drop(written);
-        let vms = State::open(folder.path()).unwrap().vms().unwrap();
+        let vms = State::open(folder.path(), folder.path()).unwrap().vms().unwrap();
         let failed = Record {
             status: VmStatus::Failed,
             status_reason: Some("its process ended".into()),
             ..vm(2)
         };
         assert_eq!(vms, [vm(1), failed]);
-        let state = State::open(folder.path()).unwrap();
+        let state = State::open(folder.path(), folder.path()).unwrap();
         assert_eq!(
             state.fact(Fact::PoolOwner).unwrap().as_deref(),
             Some("0123456789abcdef")
         );
-        state.insert(&vm(3)).unwrap();
-        assert!(state.delete(&vm(1).id).unwrap());
+        state.insert(&vm(3), None).unwrap();
+        state.delete(&vm(1).id).unwrap();
         assert_eq!(state.vms().unwrap().len(), 2);
     }
 
     #[test]
     fn a_state_of_a_later_release_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
-        drop(State::open(folder.path()).unwrap());
+        drop(State::open(folder.path(), folder.path()).unwrap());
         let connection = Connection::open(folder.path().join("state.db")).unwrap();
         connection.pragma_update(None, "user_version", 99).unwrap();
         drop(connection);
         assert!(matches!(
-            State::open(folder.path()),
+            State::open(folder.path(), folder.path()),
             Err(StateError::FromTheFuture { found: 99, .. })
         ));
     }

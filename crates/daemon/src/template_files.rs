@@ -3,18 +3,18 @@
 //! Both stream: an image is packed or unpacked as it goes over the wire, and stands nowhere in between. Each takes a thread that waits for the
 //! network, so there are few at a time, and none waits for ever.
 
-use crate::api::{BODY_TIMEOUT, Segment};
+use crate::api::{BODY_TIMEOUT, Segment, require_unpacked, root_cause};
 use crate::error::ServiceError;
 use crate::service::{BASE_TEMPLATE, Service, blocking, template_name};
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::{self, Body};
 use axum::extract::{Query, State};
 use axum::http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, EXPECT};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
-use scalebox_client::{EventKind, Template};
-use scalebox_storage::Name;
+use scalebox_client::{EventKind, Template, TemplateName};
+use scalebox_storage::{Bytes, Name};
 use serde::Deserialize;
 use serde_json::json;
 use std::io::{self, BufWriter, Read, Write};
@@ -57,12 +57,23 @@ pub struct Wish {
         (status = 503, description = "Too many templates are on their way already."),
     )
 )]
-pub async fn export(State(service): State<Service>, Segment(name): Segment) -> Result<Response, ServiceError> {
+pub async fn export(
+    State(service): State<Service>,
+    method: Method,
+    Segment(name): Segment,
+) -> Result<Response, ServiceError> {
     let parsed = template_name(&name)?;
+    if method == Method::HEAD {
+        let pool = Arc::clone(&service.inner().pool);
+        let template = blocking(move || pool.template(&parsed)).await?;
+        // It is not packed for that, so how long it would be is not known.
+        let body = Body::from_stream(stream::empty::<io::Result<body::Bytes>>());
+        return Ok((export_head(&name, template.size)?, body).into_response());
+    }
     let transfer = service.begin_transfer()?;
     let pool = Arc::clone(&service.inner().pool);
     let packing = blocking(move || pool.pack_template(&parsed)).await?;
-    let size = packing.size().as_u64();
+    let size = packing.size();
     let (sender, receiver) = mpsc::channel(AHEAD);
     let mut pieces = Pieces {
         sender,
@@ -85,14 +96,17 @@ pub async fn export(State(service): State<Service>, Segment(name): Segment) -> R
         let _hung_up = pieces.send(last);
     });
     let body = Body::from_stream(going_out(receiver, service.inner().closing.clone()));
+    Ok((export_head(&name, size)?, body).into_response())
+}
+
+fn export_head(name: &str, size: Bytes) -> Result<[(HeaderName, HeaderValue); 3], ServiceError> {
     let file = format!("attachment; filename=\"{name}.ext4.zst\"");
     let file = HeaderValue::from_str(&file).map_err(|error| ServiceError::Internal(error.to_string()))?;
-    let head = [
+    Ok([
         (CONTENT_TYPE, HeaderValue::from_static("application/zstd")),
         (CONTENT_DISPOSITION, file),
-        (IMAGE_BYTES, HeaderValue::from(size)),
-    ];
-    Ok((head, body).into_response())
+        (IMAGE_BYTES, HeaderValue::from(size.as_u64())),
+    ])
 }
 
 /// Makes a template of an ext4 image, bare or packed with zstd, that comes in as the body.
@@ -120,10 +134,13 @@ pub async fn import(
     body: Body,
 ) -> Result<(StatusCode, Json<Template>), ServiceError> {
     let Query(wish) =
-        wish.map_err(|_| ServiceError::Invalid("the query may hold replace=true or replace=false".to_owned()))?;
+        wish.map_err(|_| ServiceError::invalid("the query may hold replace=true or replace=false".to_owned()))?;
+    // What is packed with zstd is one by itself: the header says no more than the file does.
+    require_unpacked(&headers, &["zstd"])?;
     let input = Heard {
         input: SyncIoBridge::new(StreamReader::new(Box::pin(arriving(body)))),
         comes: !headers.contains_key(EXPECT),
+        stalled: false,
     };
     let template = service
         .import_template(name, input, wish.replace.unwrap_or(false))
@@ -132,10 +149,10 @@ pub async fn import(
 }
 
 /// The body's pieces, each waited for only so long.
-fn arriving(body: Body) -> impl Stream<Item = io::Result<Bytes>> + Send {
+fn arriving(body: Body) -> impl Stream<Item = io::Result<body::Bytes>> + Send {
     stream::unfold(body.into_data_stream(), |mut pieces| async {
         let piece = match timeout(BODY_TIMEOUT, pieces.next()).await {
-            Ok(Some(piece)) => piece.map_err(io::Error::other),
+            Ok(Some(piece)) => piece.map_err(|error| io::Error::other(root_cause(&error))),
             Ok(None) => return None,
             Err(_) => {
                 let why = format!("nothing came for {} s", BODY_TIMEOUT.as_secs());
@@ -148,7 +165,7 @@ fn arriving(body: Body) -> impl Stream<Item = io::Result<Bytes>> + Send {
 
 /// What an export consists of.
 enum Piece {
-    Data(Bytes),
+    Data(body::Bytes),
     /// All of it was sent.
     End,
 }
@@ -157,7 +174,7 @@ enum Piece {
 fn going_out(
     receiver: mpsc::Receiver<io::Result<Piece>>,
     closing: CancellationToken,
-) -> impl Stream<Item = io::Result<Bytes>> + Send {
+) -> impl Stream<Item = io::Result<body::Bytes>> + Send {
     stream::unfold(Some((receiver, closing)), |state| async {
         let (mut receiver, closing) = state?;
         let piece = tokio::select! {
@@ -194,7 +211,7 @@ impl Pieces {
 
 impl Write for &mut Pieces {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        self.send(Ok(Piece::Data(Bytes::copy_from_slice(piece))))?;
+        self.send(Ok(Piece::Data(body::Bytes::copy_from_slice(piece))))?;
         Ok(piece.len())
     }
 
@@ -207,12 +224,18 @@ impl Write for &mut Pieces {
 struct Heard<R> {
     input: R,
     comes: bool,
+    /// Nothing came for [`BODY_TIMEOUT`].
+    stalled: bool,
 }
 
 impl<R: Read> Read for Heard<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.comes = true;
-        self.input.read(buffer)
+        let read = self.input.read(buffer);
+        self.stalled |= read
+            .as_ref()
+            .is_err_and(|error| error.kind() == io::ErrorKind::TimedOut);
+        read
     }
 }
 
@@ -229,7 +252,7 @@ impl Service {
     /// Takes one of the places for templates on their way.
     fn begin_transfer(&self) -> Result<OwnedSemaphorePermit, ServiceError> {
         Arc::clone(&self.inner().transfers).try_acquire_owned().map_err(|_| {
-            ServiceError::Unavailable(format!(
+            ServiceError::NotReady(format!(
                 "{MOST_TRANSFERS} templates are being exported or imported already: try again when one is done"
             ))
         })
@@ -238,7 +261,7 @@ impl Service {
     /// Makes a template of an image that comes in as a stream.
     ///
     /// # Errors
-    /// 400 when it is none, 403 for [`BASE_TEMPLATE`], 409 when there is one of that name or it is being made, 507 when it does not fit. Nothing
+    /// 400 when it is none, 408 when it stops arriving, 403 for [`BASE_TEMPLATE`], 409 when there is one of that name or it is being made, 507 when it does not fit. Nothing
     /// is left then.
     async fn import_template(
         &self,
@@ -251,11 +274,12 @@ impl Service {
                 "the template {BASE_TEMPLATE} is protected: choose another name"
             )));
         }
+        let form = |form| ServiceError::invalid(format!("the template's name {form}"));
+        let parsed: Name = name.parse::<TemplateName>().map_err(form)?.as_str().parse()?;
         let service = self.clone();
         let transfer = self.begin_transfer()?;
         self.detached(async move {
             let _transfer = transfer;
-            let parsed: Name = name.parse()?;
             if replace {
                 service.inner().cloning.require_idle(&name)?;
             }
@@ -265,10 +289,17 @@ impl Service {
             );
             let made = blocking(move || {
                 let made = pool.unpack_template(&parsed, &mut input, largest, replace);
-                if made.is_err() {
-                    input.drain();
+                match made {
+                    Err(_) if input.stalled => Err(ServiceError::Timeout(format!(
+                        "the image stopped arriving: nothing came for {} s; send it again",
+                        BODY_TIMEOUT.as_secs()
+                    ))),
+                    Err(error) => {
+                        input.drain();
+                        Err(error.into())
+                    }
+                    Ok(made) => Ok(made),
                 }
-                made
             })
             .await?;
             tracing::info!(template = name, size_bytes = made.size.as_u64(), "template imported");

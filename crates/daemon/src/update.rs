@@ -6,10 +6,11 @@ use crate::auto_extend;
 use crate::error::ServiceError;
 use crate::lifecycle::{disk_limits, endpoint};
 use crate::resize;
-use crate::service::{Service, blocking, disk_name};
+use crate::service::{Service, blocking, disk_name, fault_point};
 use crate::state::{Record, VmLimits};
+use crate::undo::Steps;
 use crate::vms::Operation;
-use scalebox_client::{Disk, EventKind, UpdateVm, Vm};
+use scalebox_client::{AutoExtend, Disk, EventKind, UpdateVm, Vm};
 use scalebox_fault_points::crash_point;
 use scalebox_storage::{Gib, Reservation};
 use scalebox_vmm::Machine;
@@ -23,90 +24,134 @@ impl Service {
         let current = Gib::new(record.disk_size_gib);
         let size = request.disk_size_gib.map_or(current, Gib::new);
         if size < current {
-            return Err(ServiceError::Invalid(format!(
-                "disk_size_gib must be at least {current}: the disk of {} is {current} GiB large, and disks do not shrink",
-                record.name
-            )));
+            return Err(ServiceError::invalid_field(
+                "disk_size_gib",
+                format!(
+                    "disk_size_gib must be at least {current}: the disk of {} is {current} GiB large, and disks do not shrink",
+                    record.name
+                ),
+            ));
         }
         if let Some(Some(extend)) = request.disk_auto_extend {
             auto_extend::check(extend, size)?;
         }
-        // First what can be refused.
-        let disk = if size > current {
-            self.require_disk(record).await?;
-            // Offline, the disk gives way to a grown clone, and a machine that does not answer has it open.
-            if operation.machine.is_none() && self.run_dir(&record.id).exists() {
-                return Err(ServiceError::Conflict(format!(
-                    "the machine of VM {} does not answer: start or delete the VM to end it",
-                    record.name
-                )));
-            }
-            let reservation = self.admit(size.bytes() - current.bytes()).await?;
-            let before = match &operation.machine {
-                Some(machine) => resize::guest_total(machine).await,
-                None => None,
-            };
-            self.enlarge(&operation, reservation, json!({ "by": "request" }))
-                .await?;
-            Some(match &operation.machine {
-                Some(machine) => resize::confirm(machine, before, size.bytes() - current.bytes()).await,
-                None => Disk {
-                    confirmed: true,
-                    guest_total_bytes: None,
-                    note: None,
-                },
-            })
+        // What can be refused comes first, then what can be taken back, then the growth, which cannot.
+        let admitted = if size > current {
+            Some(self.admit_growth(&operation, size).await?)
         } else {
             None
         };
-        self.keep(&operation, &request).await?;
+        let settings = Settings::of(record).changed_by(&request);
+        let mut steps = Steps::new();
+        let changed = async {
+            self.apply(&operation, settings, &mut steps).await?;
+            match admitted {
+                Some(admitted) => self.enlarge_and_confirm(&operation, admitted).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        let disk = match changed.await {
+            Ok(disk) => disk,
+            Err(error) => {
+                steps.undo_all().await;
+                return Err(error);
+            }
+        };
+        if settings != Settings::of(record) {
+            self.inner().vms.change(&record.id, |record| settings.write_to(record));
+            tracing::info!(vm = record.id, name = record.name, ?settings, "changed");
+        }
         Ok(Vm {
             disk,
             ..self.get(&record.id)?
         })
     }
 
-    /// Carries out what of a change is not the disk's size: on the machine if there is one, in the state, in memory.
-    async fn keep(&self, operation: &Operation, request: &UpdateVm) -> Result<(), ServiceError> {
-        let Operation { record, machine, .. } = operation;
-        let limits = VmLimits {
-            disk_iops: request.disk_iops.unwrap_or(record.limits.disk_iops),
-            disk_mbps: request.disk_mbps.unwrap_or(record.limits.disk_mbps),
-            net_mbps: request.net_mbps.unwrap_or(record.limits.net_mbps),
-        };
-        let extend = request.disk_auto_extend.unwrap_or(record.auto_extend);
-        let autostart = request.autostart.unwrap_or(record.autostart);
-        if (limits, extend, autostart) == (record.limits, record.auto_extend, record.autostart) {
-            return Ok(());
+    async fn admit_growth(&self, operation: &Operation, size: Gib) -> Result<Reservation, ServiceError> {
+        let record = &operation.record;
+        self.require_disk(record).await?;
+        // Offline, the disk gives way to a grown clone, and a machine that does not answer has it open.
+        if operation.machine.is_none() && self.run_dir(&record.id).exists() {
+            return Err(ServiceError::WrongState(format!(
+                "the machine of VM {} does not answer: start or delete the VM to end it",
+                record.name
+            )));
         }
-        let (state, id) = (Arc::clone(&self.inner().state), record.id.clone());
-        // What runs is changed last: should that fail or a crash come before it, the next start does it from the state.
-        blocking(move || state.set_keeping(&id, extend, limits, autostart)).await?;
-        self.inner().vms.change(&record.id, |record| {
-            (record.limits, record.auto_extend, record.autostart) = (limits, extend, autostart);
-        });
-        tracing::info!(
-            vm = record.id,
-            name = record.name,
-            auto_extend = ?extend,
-            ?limits,
-            autostart,
-            "changed"
-        );
-        if let Some(machine) = machine
-            && limits != record.limits
-        {
-            machine.limit_disk(disk_limits(limits)).await?;
-            let limited = Record {
-                limits,
-                ..record.clone()
-            };
-            self.inner().network.attach(&endpoint(&limited)?).await?;
-        }
-        Ok(())
+        self.admit(size.bytes() - Gib::new(record.disk_size_gib).bytes()).await
     }
 
-    /// Grows a VM's disk by what was admitted, and tells of it: `cause` says by whom it was asked for.
+    async fn enlarge_and_confirm(&self, operation: &Operation, admitted: Reservation) -> Result<Disk, ServiceError> {
+        let growth = admitted.size();
+        let before = match &operation.machine {
+            Some(machine) => resize::guest_total(machine).await,
+            None => None,
+        };
+        self.enlarge(operation, admitted, json!({ "by": "request" })).await?;
+        Ok(match &operation.machine {
+            Some(machine) => {
+                let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(&operation.record)?);
+                // Without an answer, the usual advice is given.
+                let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
+                    .await
+                    .ok()
+                    .flatten();
+                resize::confirm(machine, before, growth, obstacle).await
+            }
+            None => Disk {
+                confirmed: true,
+                guest_total_bytes: None,
+                note: None,
+            },
+        })
+    }
+
+    /// Applies a VM's settings to its machine, if it has one, and records them. The undos stand in `steps`.
+    ///
+    /// A crash between the two is put right by the next start, which applies what is recorded.
+    async fn apply(&self, operation: &Operation, settings: Settings, steps: &mut Steps) -> Result<(), ServiceError> {
+        let Operation { record, machine, .. } = operation;
+        let before = Settings::of(record);
+        if settings == before {
+            return Ok(());
+        }
+        if let Some(machine) = machine
+            && settings.limits != before.limits
+        {
+            let (service, undo_record, undo_machine) = (self.clone(), record.clone(), Arc::clone(machine));
+            steps.taken("limit disk and network", async move {
+                service.limit(&undo_record, &undo_machine, before.limits).await
+            });
+            self.limit(record, machine, settings.limits).await?;
+            fault_point("change: limits applied")?;
+        }
+        self.persist_settings(&record.id, settings).await?;
+        let (service, id) = (self.clone(), record.id.clone());
+        steps.taken("record the settings", async move {
+            service.persist_settings(&id, before).await
+        });
+        fault_point("change: settings recorded")
+    }
+
+    async fn limit(&self, record: &Record, machine: &Arc<dyn Machine>, limits: VmLimits) -> Result<(), ServiceError> {
+        machine.limit_disk(disk_limits(limits)).await?;
+        let limited = Record {
+            limits,
+            ..record.clone()
+        };
+        Ok(self.inner().network.attach(&endpoint(&limited)?).await?)
+    }
+
+    async fn persist_settings(&self, id: &str, settings: Settings) -> Result<(), ServiceError> {
+        let (state, id) = (Arc::clone(&self.inner().state), id.to_owned());
+        let Settings {
+            limits,
+            extend,
+            autostart,
+        } = settings;
+        blocking(move || state.set_keeping(&id, extend, limits, autostart)).await
+    }
+
+    /// Grows a VM's disk by what was admitted, and publishes that: `cause` says by whom it was asked for.
     pub(crate) async fn enlarge(
         &self,
         operation: &Operation,
@@ -118,35 +163,65 @@ impl Service {
         let size = (current.bytes() + admitted.size()).floor_gib();
         if machine.is_none() {
             // Grown offline, the disk gives way to a grown clone: nothing may have it open, not even a machine that hangs.
-            self.put_down(&record.id).await?;
+            self.force_stop(record).await?;
         }
         // The intent first: a crash from here on is carried through by the next start.
         self.persist_disk_size(&record.id, size).await?;
-        crash_point("grow: size recorded");
-        if let Err(error) = self.grow(record, machine.as_ref(), size).await {
-            let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-            let found = blocking(move || pool.provisioned(&disk)).await;
-            if found.is_ok_and(|found| found >= size.bytes()) {
-                // It came about after all: the guest may have seen it, and it stays promised.
-                admitted.commit();
-                self.inner()
-                    .vms
-                    .change(&record.id, |record| record.disk_size_gib = size.as_u64());
-            } else if let Err(undo) = self.persist_disk_size(&record.id, current).await {
-                tracing::error!(vm = record.id, error = %undo, "a growth that failed is not taken back; the next start does it");
-            }
-            return Err(error);
-        }
+        let grown = async {
+            fault_point("grow: size recorded")?;
+            self.grow(record, machine.as_ref(), size).await
+        };
+        let grown = match grown.await {
+            Ok(()) => Ok(()),
+            Err(error) => match self.outcome_of_failed_growth(record, size).await {
+                FailedGrowth::CameAbout => Ok(()),
+                FailedGrowth::NotFlushed => Err(error),
+                FailedGrowth::NotGrown => {
+                    if let Err(undo) = self.persist_disk_size(&record.id, current).await {
+                        tracing::error!(vm = record.id, error = %undo, "a growth that failed is not rolled back; the next start does it");
+                    }
+                    return Err(error);
+                }
+            },
+        };
         crash_point("grow: disk grown");
+        // A guest may have seen the new size, so it stays promised, whatever else failed.
         admitted.commit();
         let (from, to) = (current.as_u64(), size.as_u64());
         self.inner().vms.change(&record.id, |record| record.disk_size_gib = to);
+        grown?;
         tracing::info!(vm = record.id, name = record.name, from, to, %cause, "disk grown");
         let mut details = cause;
         details["from_gib"] = from.into();
         details["to_gib"] = to.into();
         self.inner().events.publish(EventKind::Grown, Some(record), details);
         Ok(())
+    }
+
+    async fn outcome_of_failed_growth(&self, record: &Record, size: Gib) -> FailedGrowth {
+        let found = async {
+            let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+            blocking(move || pool.provisioned(&disk)).await
+        };
+        match found.await {
+            Ok(found) if found >= size.bytes() => {}
+            Ok(_) => return FailedGrowth::NotGrown,
+            Err(error) => {
+                tracing::error!(vm = record.id, %error, "it is not known whether the disk has grown; the next start finds out");
+                return FailedGrowth::NotGrown;
+            }
+        }
+        let flushed = async {
+            let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+            blocking(move || pool.settle_disk(&disk)).await
+        };
+        match flushed.await {
+            Ok(()) => FailedGrowth::CameAbout,
+            Err(error) => {
+                tracing::error!(vm = record.id, %error, "the disk has grown, and may be smaller again after a power cut");
+                FailedGrowth::NotFlushed
+            }
+        }
     }
 
     /// Makes the disk as large as the state says: through the machine if there is one, else offline with its file system.
@@ -173,5 +248,48 @@ impl Service {
     pub(crate) async fn persist_disk_size(&self, id: &str, size: Gib) -> Result<(), ServiceError> {
         let (state, id) = (Arc::clone(&self.inner().state), id.to_owned());
         blocking(move || state.set_disk_size(&id, size.as_u64())).await
+    }
+}
+
+/// What has become of a disk whose growth returned an error.
+enum FailedGrowth {
+    NotGrown,
+    /// It is as large as it should be, durably: only what came behind failed.
+    CameAbout,
+    /// It is as large as it should be, and may not be after a power cut.
+    NotFlushed,
+}
+
+/// What can be changed of a VM besides its disk's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Settings {
+    limits: VmLimits,
+    extend: Option<AutoExtend>,
+    autostart: bool,
+}
+
+impl Settings {
+    fn of(record: &Record) -> Settings {
+        Settings {
+            limits: record.limits,
+            extend: record.auto_extend,
+            autostart: record.autostart,
+        }
+    }
+
+    fn changed_by(self, request: &UpdateVm) -> Settings {
+        Settings {
+            limits: VmLimits {
+                disk_iops: request.disk_iops.unwrap_or(self.limits.disk_iops),
+                disk_mbps: request.disk_mbps.unwrap_or(self.limits.disk_mbps),
+                net_mbps: request.net_mbps.unwrap_or(self.limits.net_mbps),
+            },
+            extend: request.disk_auto_extend.unwrap_or(self.extend),
+            autostart: request.autostart.unwrap_or(self.autostart),
+        }
+    }
+
+    fn write_to(self, record: &mut Record) {
+        (record.limits, record.auto_extend, record.autostart) = (self.limits, self.extend, self.autostart);
     }
 }

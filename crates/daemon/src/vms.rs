@@ -3,7 +3,7 @@
 //! One std mutex guards the table; it is held for look-ups and small changes, never across an await, nor for longer than it
 //! takes to ask the kernel whether a port is free.
 
-use crate::error::ServiceError;
+use crate::error::{ServiceError, quoted};
 use crate::state::Record;
 use scalebox_client::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};
@@ -57,12 +57,12 @@ impl Vms {
     /// [`Claim::publish`].
     ///
     /// # Errors
-    /// [`ServiceError::Conflict`] when the name asked for is taken; [`ServiceError::Unavailable`] when nothing is free.
+    /// [`ServiceError::NameTaken`] when the name asked for is taken; [`ServiceError::NotReady`] when nothing is free.
     pub fn claim(&self, name: Option<&str>) -> Result<Claim, ServiceError> {
         let mut table = self.lock();
         let name = match name {
             Some(name) if table.names.contains(name) => {
-                return Err(ServiceError::Conflict(format!(
+                return Err(ServiceError::NameTaken(format!(
                     "name {name} is taken by another VM: choose another, or none to be given one"
                 )));
             }
@@ -72,7 +72,7 @@ impl Vms {
         let lease = table
             .addresses
             .claim(usable_port)
-            .map_err(|error| ServiceError::Unavailable(error.to_string()))?;
+            .map_err(|error| ServiceError::NotReady(error.to_string()))?;
         table.names.insert(name.clone());
         let making = Arc::new(Making::default());
         table.making.insert(name.clone(), Arc::clone(&making));
@@ -143,14 +143,14 @@ impl Vms {
     /// Begins an operation on the VM with that id or name; no other can begin until the guard is dropped.
     ///
     /// # Errors
-    /// [`ServiceError::NotFound`]; [`ServiceError::Conflict`], with what is under way.
+    /// [`ServiceError::NotFound`]; [`ServiceError::Busy`], with what is under way.
     pub fn begin(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
         let mut table = self.lock();
         let id = table.find(reference)?.record.id.clone();
         let entry = table.by_id.get_mut(&id).ok_or_else(|| not_found(reference))?;
         if let Some(under_way) = entry.busy {
             let name = &entry.record.name;
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::Busy(format!(
                 "VM {name} is {under_way}: try again when that is done"
             )));
         }
@@ -172,7 +172,7 @@ impl Vms {
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
             match self.begin(reference, operation) {
-                Err(ServiceError::Conflict(_)) => ended.await,
+                Err(ServiceError::Busy(_)) => ended.await,
                 other => return other,
             }
         }
@@ -263,13 +263,15 @@ impl Vms {
         }
     }
 
-    /// Removes a VM; its name, address and port are free again.
-    pub fn remove(&self, id: &str) {
+    /// Removes a VM. Its name is free again; its address and port are when the returned guard is dropped.
+    pub fn remove(&self, id: &str) -> Option<Vacated> {
         let mut table = self.lock();
-        if let Some(entry) = table.by_id.remove(id) {
-            table.names.remove(&entry.record.name);
-            table.addresses.release(lease(&entry.record));
-        }
+        let entry = table.by_id.remove(id)?;
+        table.names.remove(&entry.record.name);
+        Some(Vacated {
+            lease: lease(&entry.record),
+            vms: self.clone(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -294,8 +296,7 @@ impl Table {
 }
 
 fn not_found(reference: &str) -> ServiceError {
-    // Quoted with its escapes: it comes from a client, and goes to the log.
-    ServiceError::NotFound(format!("there is no VM {reference:?}"))
+    ServiceError::NotFound(format!("there is no VM {}", quoted(reference)))
 }
 
 fn lease(record: &Record) -> Lease {
@@ -312,7 +313,7 @@ fn free_name(taken: &HashSet<String>) -> Result<String, ServiceError> {
     (0..DRAWS)
         .filter_map(|_| petname::petname(3, "-"))
         .find(|name| name.len() <= 63 && !taken.contains(name))
-        .ok_or_else(|| ServiceError::Unavailable("no free name was found: choose one with the field name".to_owned()))
+        .ok_or_else(|| ServiceError::NotReady("no free name was found: choose one with the field name".to_owned()))
 }
 
 /// Whether no other program of the host listens on the port. One that cannot be asked about is skipped.
@@ -374,11 +375,11 @@ impl Claim {
     /// Whether the VM is still wanted.
     ///
     /// # Errors
-    /// [`ServiceError::Conflict`] when it was deleted while it was being made.
+    /// [`ServiceError::WrongState`] when it was deleted while it was being made.
     pub fn still_wanted(&self) -> Result<(), ServiceError> {
         if self.making.called_off.load(Ordering::Relaxed) {
             let name = &self.name;
-            return Err(ServiceError::Conflict(format!(
+            return Err(ServiceError::WrongState(format!(
                 "VM {name} was deleted while it was being made"
             )));
         }
@@ -395,6 +396,19 @@ impl Drop for Claim {
             table.addresses.release(self.lease);
         }
         self.vms.idle.notify_waiters();
+    }
+}
+
+/// The address and port of a VM that was removed. Dropped, they can be given to another.
+#[must_use = "dropping it frees the address and the port"]
+pub struct Vacated {
+    lease: Lease,
+    vms: Vms,
+}
+
+impl Drop for Vacated {
+    fn drop(&mut self) {
+        self.vms.lock().addresses.release(self.lease);
     }
 }
 
@@ -451,11 +465,11 @@ mod tests {
     fn a_name_is_taken_from_its_claim_to_its_vm_s_end() {
         let vms = vms();
         let claim = vms.claim(Some("one")).unwrap();
-        assert!(matches!(vms.claim(Some("one")), Err(ServiceError::Conflict(_))));
+        assert!(matches!(vms.claim(Some("one")), Err(ServiceError::NameTaken(_))));
         drop(claim);
         make(&vms, "vm-1", Some("one")).unwrap();
-        assert!(matches!(vms.claim(Some("one")), Err(ServiceError::Conflict(_))));
-        vms.remove("vm-1");
+        assert!(matches!(vms.claim(Some("one")), Err(ServiceError::NameTaken(_))));
+        drop(vms.remove("vm-1"));
         assert!(vms.claim(Some("one")).is_ok());
     }
 
@@ -472,7 +486,7 @@ mod tests {
         let vms = vms();
         make(&vms, "vm-1", Some("one")).unwrap();
         let operation = vms.begin("one", "being stopped").unwrap();
-        let Err(ServiceError::Conflict(message)) = vms.begin("vm-1", "being deleted") else {
+        let Err(ServiceError::Busy(message)) = vms.begin("vm-1", "being deleted") else {
             panic!("two at once")
         };
         assert!(message.contains("VM one is being stopped"), "{message}");
@@ -488,7 +502,7 @@ mod tests {
         let waiting = vms.begin_when_idle("vm-1", "ending");
         let (_, begun) = tokio::join!(async { drop(operation) }, waiting);
         assert!(begun.is_ok());
-        vms.remove("vm-1");
+        drop(vms.remove("vm-1"));
         assert!(matches!(
             vms.begin_when_idle("vm-1", "ending").await,
             Err(ServiceError::NotFound(_))

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::{AutoExtend, ClientError, CreateVm, UpdateVm, VmStatus};
+use scalebox_client::{AutoExtend, ClientError, CreateVm, ErrorCode, UpdateVm, VmStatus};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -19,13 +19,22 @@ use support::{Host, HostDisk, KEY, Options, TOKEN, eventually, run, text, unmeas
 
 fn error_of(body: &str) -> String {
     let body: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {body:?}"));
-    assert_eq!(body.as_object().map(|fields| fields.len()), Some(1), "{body}");
+    let known = ["error", "code", "field", "details"];
+    assert!(
+        body.as_object()
+            .unwrap()
+            .keys()
+            .all(|field| known.contains(&field.as_str())),
+        "{body}"
+    );
+    let code = body["code"].as_str().unwrap_or_else(|| panic!("no code: {body}"));
+    assert!(ErrorCode::WORDS.contains(&code), "{body}");
     body["error"].as_str().expect("an error").to_owned()
 }
 
 fn refused(error: ClientError) -> (u16, String) {
     match error {
-        ClientError::Refused { status, message } => (status, message),
+        ClientError::Refused { status, message, .. } => (status, message),
         other => panic!("{other}"),
     }
 }
@@ -246,6 +255,7 @@ fn a_vm_is_made_found_listed_and_deleted() {
             ..host.stopped("tiny")
         })
         .unwrap();
+    let vm = unmeasured([vm]).remove(0);
     assert!(scalebox_client::is_vm_id(&vm.id), "{}", vm.id);
     assert_eq!(
         (vm.name.as_str(), vm.template.as_str(), vm.status),
@@ -460,7 +470,7 @@ fn the_pool_grows_shrinks_and_is_trimmed_while_it_is_in_use() {
     assert_eq!(status, 200, "{answer}");
     assert!(client.pool().unwrap().capacity_bytes >= 75 << 30);
     for (path, body, expected) in [
-        ("/pool/grow", &br#"{"size_gib": 50}"#[..], "no growth"),
+        ("/pool/grow", &br#"{"size_gib": 50}"#[..], "is not larger"),
         ("/pool/grow", br#"{"size_gib": 5000}"#, "at most"),
         ("/pool/grow", br#"{"size_gib": 1.5}"#, "size_gib"),
         ("/pool/shrink", b"{}", "size_gib"),
@@ -506,7 +516,7 @@ fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_th
         );
     }
     let vm = made.into_iter().next().unwrap().unwrap();
-    assert_eq!(unmeasured(host.client().vms().unwrap()), std::slice::from_ref(&vm));
+    assert_eq!(unmeasured(host.client().vms().unwrap()), unmeasured([vm.clone()]));
     assert_eq!(host.leftovers(), [format!("{}.ext4", vm.id)]);
     assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
     host.client().delete_vm(&vm.id).unwrap();
@@ -665,4 +675,73 @@ fn every_answer_carries_a_request_id_that_stands_in_the_log() {
         assert!(lines.iter().any(|line| line.contains(step)), "{step}: {lines:#?}");
     }
     assert!(!log.contains(TOKEN), "the token stands in the log");
+}
+
+#[test]
+fn each_refusal_has_a_code_and_the_field_it_is_about() {
+    let host = Host::with_tiny_template(&Options::default());
+    let vm = host.create_stopped("tiny", Some(3));
+    let (vm, name) = (format!("/vms/{}", vm.id), vm.name);
+    let key = support::KEY;
+    let create = |more: &str| format!(r#"{{"template": "tiny", "ssh_public_key": "{key}", "start": false{more}}}"#);
+    for (method, path, body, code, field) in [
+        ("POST", "/vms", "{".to_owned(), "invalid_request", None),
+        (
+            "POST",
+            "/vms",
+            create(r#", "disk_size_gib": 0"#),
+            "invalid_request",
+            Some("disk_size_gib"),
+        ),
+        (
+            "POST",
+            "/vms",
+            create(r#", "name": "A b""#),
+            "invalid_request",
+            Some("name"),
+        ),
+        (
+            "POST",
+            "/vms",
+            create(&format!(r#", "name": "{name}""#)),
+            "name_taken",
+            None,
+        ),
+        ("POST", "/vms", create("").replace("tiny", "absent"), "not_found", None),
+        (
+            "PATCH",
+            &vm,
+            r#"{"disk_size_gib": 2}"#.to_owned(),
+            "invalid_request",
+            Some("disk_size_gib"),
+        ),
+        ("POST", &format!("{vm}/stop"), String::new(), "wrong_state", None),
+        ("POST", &format!("{vm}/start"), String::new(), "not_ready", None),
+        ("GET", "/vms/absent", String::new(), "not_found", None),
+        ("PUT", "/vms", String::new(), "method_not_allowed", None),
+        ("DELETE", "/templates/debian-base", String::new(), "forbidden", None),
+        (
+            "POST",
+            "/pool/grow",
+            r#"{"size_gib": 1}"#.to_owned(),
+            "invalid_request",
+            Some("size_gib"),
+        ),
+        ("POST", "/vms", " ".repeat(2 << 20), "payload_too_large", None),
+    ] {
+        let (_, answer) = host.send(method, path, body.as_bytes());
+        let answer: Value = serde_json::from_str(&answer).unwrap();
+        let shown = &body[..body.len().min(200)];
+        assert_eq!(answer["code"], code, "{method} {path} {shown}: {answer}");
+        assert_eq!(answer["field"].as_str(), field, "{method} {path} {shown}: {answer}");
+    }
+    let (_, answer) = host.send("POST", "/vms", create(r#", "disk_size_gib": 100"#).as_bytes());
+    let answer: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(answer["code"], "insufficient_storage");
+    assert_eq!(answer["details"]["need_gib"], 102);
+    let available = answer["details"]["available_gib"].as_u64().unwrap();
+    assert_eq!(
+        answer["error"],
+        format!("Insufficient storage: {available}GB available, need 102GB")
+    );
 }

@@ -17,7 +17,7 @@ use support::{Host, KEY, Options, TOKEN, eventually, unmeasured};
 
 fn refused(error: ClientError) -> (u16, String) {
     match error {
-        ClientError::Refused { status, message } => (status, message),
+        ClientError::Refused { status, message, .. } => (status, message),
         other => panic!("{other}"),
     }
 }

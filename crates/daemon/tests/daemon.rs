@@ -2,7 +2,7 @@
 
 mod support;
 
-use scalebox_client::CreateVm;
+use scalebox_client::{CreateVm, UpdateVm};
 use std::collections::HashSet;
 use std::fs;
 use std::net::TcpListener;
@@ -292,4 +292,23 @@ fn down_leaves_no_mount_no_bridge_no_table_and_keeps_the_vms() {
     host.scaleboxd_ok(&["pool", "init"]);
     host.serve();
     assert_eq!(unmeasured(host.client().vms().unwrap()), [vm]);
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_fails_a_request_and_ends_nothing() {
+    let host = Host::with_tiny_template(&Options::default());
+    let vm = host.create_stopped("tiny", Some(1));
+    let pid = host.daemon_pid().to_string();
+    run("prlimit", &["--pid", &pid, "--fsize=2147483648:unlimited"]);
+    let refusal = host.client().update_vm(&vm.id, &UpdateVm::grow(3)).unwrap_err();
+    assert!(refusal.to_string().contains("File too large"), "{refusal}");
+    assert_eq!(host.client().vm(&vm.id).unwrap().disk_size_gib, 1);
+    run("prlimit", &["--pid", &pid, "--fsize=unlimited:unlimited"]);
+    assert_eq!(
+        host.client()
+            .update_vm(&vm.id, &UpdateVm::grow(3))
+            .unwrap()
+            .disk_size_gib,
+        3
+    );
 }

@@ -6,7 +6,7 @@ mod support;
 use serde_json::Value;
 use std::fs;
 use std::net::TcpListener;
-use support::{Host, Options, said, text};
+use support::{Host, Options, run, said, text};
 
 /// The findings with `settings` over those of the host, after a look that the exit code fits them and each of them has its four fields.
 fn examine(host: &Host, settings: &[(&str, &str)]) -> Vec<Value> {
@@ -165,4 +165,128 @@ fn a_subnet_that_is_in_use_on_the_host_is_named() {
         finding.contains(&neighbour.bridge) && fix.contains("SUBNET"),
         "{finding}: {fix}"
     );
+}
+
+#[test]
+fn a_pool_that_holds_vms_and_is_not_mounted_is_not_to_be_made_anew() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    host.create_stopped("tiny", None);
+    assert!(host.terminate().success());
+    let (pool, image) = (host.folder.join("pool"), host.folder.join("pool.img"));
+    run("umount", &[text(&pool)]);
+    let (check, finding, fix) = the_problem(&host, &[]);
+    assert_eq!(check, "pool");
+    assert!(
+        finding.contains(&format!("mounts {} there", text(&image))) && finding.contains("the state knows 1 VMs"),
+        "{finding}"
+    );
+    assert!(fix.starts_with(&format!("mount {}", text(&pool))), "{fix}");
+
+    // The disk that it lies on is gone.
+    let away = host.folder.join("away.img");
+    fs::rename(&image, &away).unwrap();
+    let (_, finding, fix) = the_problem(&host, &[]);
+    assert!(
+        finding.contains("the state knows 1 VMs")
+            && fix.contains("bring back the disk")
+            && fix.contains("do not make a new pool"),
+        "{finding}: {fix}"
+    );
+    fs::rename(&away, &image).unwrap();
+    host.scaleboxd_ok(&["pool", "init"]);
+    assert_eq!(problems(&examine(&host, &[])), Vec::<&Value>::new());
+}
+
+#[test]
+fn a_kernel_that_shows_nothing_of_btrfs_is_distinguished_from_a_pool_that_is_missing() {
+    let host = Host::new(&Options::default());
+    let daemon = host.scaleboxd(&["doctor", "--json"]);
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args([
+            "--mount",
+            "sh",
+            "-ec",
+            "mount -t tmpfs none /sys/fs/btrfs; exec \"$0\" \"$@\"",
+        ])
+        .arg(daemon.get_program())
+        .args(daemon.get_args());
+    command.envs(daemon.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    let output = command.output().unwrap();
+    let findings: Vec<Value> =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
+    let [problem] = problems(&findings)[..] else {
+        panic!("not one problem: {findings:#?}");
+    };
+    assert_eq!(problem["check"], "pool");
+    assert!(
+        problem["finding"].as_str().unwrap().contains("below /sys/fs/btrfs")
+            && !problem["fix"].as_str().unwrap().contains("pool init"),
+        "{problem}"
+    );
+}
+
+#[test]
+fn an_api_that_listens_beyond_the_host_is_noted() {
+    let host = Host::new(&Options::default());
+    let findings = examine(&host, &[("API_BIND", "0.0.0.0")]);
+    let note = findings
+        .iter()
+        .find(|finding| finding["check"] == "settings" && finding["level"] == "note");
+    let note = note.unwrap_or_else(|| panic!("{findings:#?}"));
+    assert!(note["finding"].as_str().unwrap().contains("in the clear"), "{note}");
+    assert!(note["fix"].as_str().unwrap().contains("TLS proxy"), "{note}");
+}
+
+#[test]
+fn other_programs_firewalls_are_named_with_the_command_that_helps() {
+    let host = Host::new(&Options::default());
+    let bridge = &host.bridge;
+    let data = concat!(env!("CARGO_MANIFEST_DIR"), "/../net/tests/data");
+    for (rules, found, fix) in [
+        (
+            format!("nft -f {data}/firewalld.nft"),
+            "chain filter_FORWARD of the nftables table inet firewalld",
+            format!("firewall-cmd --permanent --zone=trusted --add-interface={bridge}"),
+        ),
+        (
+            format!("iptables-nft-restore {data}/ufw.save"),
+            "chain FORWARD of the nftables table ip filter",
+            format!("ufw route allow in on {bridge}"),
+        ),
+        (
+            format!("iptables-legacy-restore {data}/docker.save"),
+            "chain FORWARD of the iptables-legacy table filter",
+            format!("iptables -I DOCKER-USER -i {bridge} -j ACCEPT"),
+        ),
+        (
+            "nft 'table inet filter { chain forward { type filter hook forward priority 0; policy drop; }; }'"
+                .to_owned(),
+            "chain forward of the nftables table inet filter",
+            format!("nft insert rule inet filter forward iifname {bridge} accept"),
+        ),
+    ] {
+        let daemon = host.scaleboxd(&["doctor", "--json"]);
+        let mut command = std::process::Command::new("unshare");
+        command
+            .args([
+                "--net",
+                "sh",
+                "-ec",
+                &format!("ip link set lo up; {rules}; exec \"$0\" \"$@\""),
+            ])
+            .arg(daemon.get_program())
+            .args(daemon.get_args());
+        command.envs(daemon.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        let output = command.output().unwrap();
+        let findings: Vec<Value> =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
+        let named = findings.iter().any(|finding| {
+            finding["check"] == "firewall"
+                && finding["level"] == "problem"
+                && finding["finding"].as_str().unwrap().contains(found)
+                && finding["fix"].as_str().unwrap().contains(&fix)
+        });
+        assert!(named, "{rules}: {findings:#?}");
+    }
 }

@@ -103,6 +103,8 @@ fn exports_that_nobody_reads_hold_up_neither_other_requests_nor_the_end() {
     let (status, body) = host.send("GET", "/templates/noise/export", b"");
     assert_eq!(status, 503, "{body}");
     assert!(body.contains("try again when one is done"), "{body}");
+    // Nothing is packed for its head alone.
+    assert_eq!(host.send("HEAD", "/templates/noise/export", b"").0, 200);
     assert_eq!(host.client().templates().unwrap().len(), 1);
     // Not after the time that requests under way are given.
     let told = std::time::Instant::now();

@@ -40,8 +40,8 @@ struct Fault {
 }
 
 impl StandIns {
-    fn new(host: &mut Host, programs: &[&str]) -> StandIns {
-        let folder = host.folder.join("stand-ins");
+    fn new(host: &Host, programs: &[&str]) -> StandIns {
+        let folder = host.faults().join("programs");
         fs::create_dir(&folder).unwrap();
         for program in programs {
             let script = format!(
@@ -55,7 +55,6 @@ impl StandIns {
             fs::write(&path, script).unwrap();
             fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
         }
-        host.set("SCALEBOX_FAULT_PROGRAMS", text(&folder));
         StandIns { folder }
     }
 
@@ -225,7 +224,7 @@ fn create(host: &Host, template: &str, size: u64) -> Result<Vm, (u16, String)> {
 /// A host with a template, of which a growth moves the file `/data`, whose bytes are returned.
 fn host_with_a_file_that_is_moved() -> (Host, StandIns, Vec<u8>) {
     let mut host = Host::new(&Options::default());
-    let stand_ins = StandIns::new(&mut host, &["resize2fs"]);
+    let stand_ins = StandIns::new(&host, &["resize2fs"]);
     let noise = (0..10_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes());
     let noise: Vec<u8> = noise.collect();
     // Blocks of the file lie where the descriptors of further groups must go.
@@ -321,7 +320,7 @@ fn secrets_in(image: &Path) -> Vec<String> {
 
 fn host_with_keys(programs: &[&str]) -> (Host, StandIns, Vm) {
     let mut host = Host::new(&Options::default());
-    let stand_ins = StandIns::new(&mut host, programs);
+    let stand_ins = StandIns::new(&host, programs);
     let image = image(&host, "image", &["-b", "4096"], |root| {
         fs::create_dir_all(root.join("etc/ssh")).unwrap();
         fs::create_dir_all(root.join("root/.ssh")).unwrap();

@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use support::{Host, Options};
+use std::process::Command;
+use support::{Host, Options, TOKEN, said};
 
 const METHODS: [&str; 5] = ["get", "post", "patch", "put", "delete"];
 
@@ -118,4 +119,68 @@ fn answers_have_the_fields_that_their_schemas_name() {
     );
     let (status, _) = host.raw(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     assert_eq!(status, 401);
+}
+
+/// Requests made of the document, good and bad ones, and answers compared with it; see scripts/schemathesis.sh.
+#[test]
+fn the_document_is_true_for_every_request_that_can_be_made_of_it() {
+    let mut host = Host::new(&Options {
+        // Growth to the largest disk is often asked for.
+        env: &[("MAX_DISK_SIZE_GIB", "4")],
+        ..Options::default()
+    });
+    // Under a name that the API neither deletes nor replaces.
+    host.import_tiny("debian-base");
+    host.serve();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/schemathesis.sh");
+    let run = Command::new(script)
+        .env("SCALEBOX_URL", &host.url)
+        .env("SCALEBOX_TOKEN", TOKEN)
+        .env("SECONDS_AT_MOST", "60")
+        .output()
+        .expect("scripts/schemathesis.sh");
+    assert!(run.status.success(), "{}", said(&run));
+    let routes = routes(&document(&host)).len();
+    assert!(said(&run).contains(&format!("Tested: {routes}\n")), "{}", said(&run));
+    assert!(!host.log().contains("panicked"), "a task panicked");
+
+    // What it left can be removed, and then nothing is left.
+    let client = host.client();
+    for vm in client.vms().unwrap() {
+        client.delete_vm(&vm.id).unwrap();
+    }
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    assert_eq!(client.pool().unwrap().reserved_bytes, 0);
+}
+
+#[test]
+fn bounds_in_the_document_are_those_of_the_host() {
+    let host = Host::with_tiny_template(&Options {
+        env: &[("MAX_DISK_SIZE_GIB", "7"), ("DEFAULT_DISK_SIZE_GIB", "1")],
+        ..Options::default()
+    });
+    let schemas = document(&host)["components"]["schemas"].clone();
+    let limits = host.client().info().unwrap().limits;
+    for (pointer, value) in [
+        ("/CreateVm/properties/disk_size_gib/maximum", json!(7)),
+        ("/CreateVm/properties/vcpu_count/maximum", json!(limits.max_vcpu_count)),
+        (
+            "/CreateVm/properties/mem_size_mib/minimum",
+            json!(limits.min_mem_size_mib),
+        ),
+        (
+            "/CreateVm/properties/mem_size_mib/maximum",
+            json!(limits.max_mem_size_mib),
+        ),
+        ("/CreateVm/additionalProperties", json!(false)),
+        ("/UpdateVm/additionalProperties", json!(false)),
+        ("/UpdateVm/minProperties", json!(1)),
+        ("/SnapshotVm/additionalProperties", json!(false)),
+        ("/ShrinkPool/required", json!(["size_gib"])),
+        ("/AutoExtendRequest/properties/limit_gib/maximum", json!(7)),
+        ("/UpdateVm/properties/net_mbps/type", json!(["integer", "null"])),
+        ("/CreateVm/properties/net_mbps/type", json!("integer")),
+    ] {
+        assert_eq!(schemas.pointer(pointer), Some(&value), "{pointer}");
+    }
 }

@@ -1,27 +1,31 @@
 //! Named steps at which a build for tests ends the process or returns an error.
 //!
 //! Code that changes something durable calls one of two functions behind each step, with a name that no other step has:
-//! [`fault_point`] where an error of the next step must be undone, [`crash_point`] where the operation has succeeded and
-//! no later error can change that. Without the feature `enabled` both do nothing and read no variable. With it, these
-//! environment variables decide:
+//! [`fault_point`] where a successor of the step can fail, so that an error must be undone, [`crash_point`] where the
+//! operation has succeeded and no later error can change that. Without the feature `enabled` both do nothing. With it,
+//! the environment variable `SCALEBOX_FAULTS` names a folder, in which these are used if they are there:
 //!
-//! | variable | meaning |
+//! | file | meaning |
 //! |---|---|
-//! | `SCALEBOX_FAULT` | `end STEP`: the process ends at that step, as by `kill -9`: no destructor, no flush |
-//! | | `once STEP`: the step returns an error the first time it is reached |
-//! | | `lasting STEP`: the step returns an error each time it is reached |
-//! | `SCALEBOX_FAULT_TRACE` | a file to which the name of each step is appended as it is reached |
-//! | `SCALEBOX_FAULT_PROGRAMS` | a folder of programs that stand in for outside programs, for instance to make their writes fail |
+//! | `trace` | the name of each step is appended as it is reached |
+//! | `fault` | `MODE N STEP`: what happens the Nth time that the step is reached, counted from when the file has this content |
+//! | `programs/` | programs that stand in for outside programs, for instance to make their system calls fail |
+//!
+//! | mode | what happens |
+//! |---|---|
+//! | `end` | the process ends, as by `kill -9`: no destructor runs, nothing is flushed |
+//! | `once` | the step returns an error |
+//! | `lasting` | the step returns an error, and so does each later one of this name |
 //!
 //! The trace lists the steps of an operation, and the sources list all steps, so a test can walk every one of them.
 
-use std::ffi::OsString;
 use std::io;
+use std::path::PathBuf;
 
 /// Marks a step whose successor can fail. The error stands for that failure; its kind is `Other`.
 ///
 /// # Errors
-/// Only in a build for tests, where `SCALEBOX_FAULT` names this step.
+/// Only in a build for tests, where a test asks for it.
 #[cfg(not(feature = "enabled"))]
 #[inline(always)]
 pub fn fault_point(_step: &'static str) -> io::Result<()> {
@@ -31,7 +35,7 @@ pub fn fault_point(_step: &'static str) -> io::Result<()> {
 /// Marks a step whose successor can fail. The error stands for that failure; its kind is `Other`.
 ///
 /// # Errors
-/// Only in a build for tests, where `SCALEBOX_FAULT` names this step.
+/// Only in a build for tests, where a test asks for it.
 #[cfg(feature = "enabled")]
 pub fn fault_point(step: &'static str) -> io::Result<()> {
     enabled::reached(step)
@@ -55,80 +59,101 @@ pub fn crash_point(step: &'static str) {
 /// Returns the folder in which outside programs are to be looked for first. Always `None` in a release.
 #[cfg(not(feature = "enabled"))]
 #[inline(always)]
-pub fn programs() -> Option<OsString> {
+pub fn programs() -> Option<PathBuf> {
     None
 }
 
 /// Returns the folder in which outside programs are to be looked for first.
 #[cfg(feature = "enabled")]
-pub fn programs() -> Option<OsString> {
-    std::env::var_os("SCALEBOX_FAULT_PROGRAMS").filter(|folder| !folder.is_empty())
+pub fn programs() -> Option<PathBuf> {
+    enabled::programs()
 }
 
 #[cfg(feature = "enabled")]
 mod enabled {
     use rustix::process::{Signal, getpid, kill_process};
     use std::env;
-    use std::fs::File;
+    use std::fs::{self, File};
     use std::io::{self, Write};
-    use std::sync::LazyLock;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::path::{Path, PathBuf};
+    use std::sync::{LazyLock, Mutex, PoisonError};
 
-    #[derive(Clone, Copy, PartialEq, Eq)]
-    enum Mode {
-        End,
-        Once,
-        Lasting,
+    static FOLDER: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
+        let folder = env::var_os("SCALEBOX_FAULTS").filter(|folder| !folder.is_empty())?;
+        Some(PathBuf::from(folder))
+    });
+    static ARMED: Mutex<Armed> = Mutex::new(Armed {
+        text: String::new(),
+        seen: 0,
+    });
+
+    /// The content of the file `fault`, and how often its step was reached since.
+    struct Armed {
+        text: String,
+        seen: usize,
     }
 
-    static FAULT: LazyLock<Option<(Mode, String)>> = LazyLock::new(|| {
-        let value = env::var("SCALEBOX_FAULT").ok().filter(|value| !value.is_empty())?;
-        let (mode, step) = value.split_once(' ').unwrap_or_default();
-        let mode = match mode {
-            "end" => Mode::End,
-            "once" => Mode::Once,
-            "lasting" => Mode::Lasting,
-            _ => fail(&format!(
-                "SCALEBOX_FAULT={value}: write end, once or lasting, then a step"
-            )),
-        };
-        Some((mode, step.to_owned()))
-    });
-    static INJECTED: AtomicBool = AtomicBool::new(false);
-    static TRACE: LazyLock<Option<File>> = LazyLock::new(|| {
-        let path = env::var_os("SCALEBOX_FAULT_TRACE").filter(|path| !path.is_empty())?;
-        Some(
-            File::options()
-                .create(true)
-                .append(true)
-                .open(&path)
-                .unwrap_or_else(|error| fail(&format!("SCALEBOX_FAULT_TRACE={}: {error}", path.display()))),
-        )
-    });
+    enum Action {
+        Nothing,
+        End,
+        Error,
+    }
+
+    pub fn programs() -> Option<PathBuf> {
+        let programs = FOLDER.as_ref()?.join("programs");
+        programs.is_dir().then_some(programs)
+    }
 
     pub fn reached(step: &'static str) -> io::Result<()> {
-        if let Some(mut trace) = TRACE.as_ref() {
-            // One write per line, so that the lines of two threads do not mix.
-            let written = trace.write_all(format!("{step}\n").as_bytes());
-            written.unwrap_or_else(|error| fail(&format!("cannot append to the trace of steps: {error}")));
-        }
-        match FAULT.as_ref() {
-            Some((mode, at)) if at == step => inject(*mode, step),
-            _ => Ok(()),
-        }
-    }
-
-    fn inject(mode: Mode, step: &'static str) -> io::Result<()> {
-        let injected_before = INJECTED.swap(true, Ordering::SeqCst);
-        match mode {
-            Mode::End => {
+        let Some(folder) = FOLDER.as_ref() else { return Ok(()) };
+        trace(folder, step).unwrap_or_else(|error| fail(&format!("cannot append to the trace of steps: {error}")));
+        match action(folder, step) {
+            Action::Nothing => Ok(()),
+            Action::End => {
                 let killed = kill_process(getpid(), Signal::KILL);
                 killed.unwrap_or_else(|error| fail(&format!("cannot end the process at {step:?}: {error}")));
                 Ok(())
             }
-            Mode::Once if injected_before => Ok(()),
-            Mode::Once | Mode::Lasting => Err(io::Error::other(format!("injected behind the step {step:?}"))),
+            Action::Error => Err(io::Error::other(format!("injected behind the step {step:?}"))),
         }
+    }
+
+    fn trace(folder: &Path, step: &str) -> io::Result<()> {
+        match File::options().append(true).open(folder.join("trace")) {
+            // One write per line, so that the lines of two threads do not mix.
+            Ok(mut trace) => trace.write_all(format!("{step}\n").as_bytes()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn action(folder: &Path, step: &str) -> Action {
+        let text = fs::read_to_string(folder.join("fault")).unwrap_or_default();
+        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        if armed.text != text {
+            *armed = Armed { text, seen: 0 };
+        }
+        if armed.text.is_empty() {
+            return Action::Nothing;
+        }
+        let mut words = armed.text.splitn(3, ' ');
+        let (mode, nth, at) = (words.next(), words.next(), words.next());
+        let Some(nth) = nth.and_then(|nth| nth.parse::<usize>().ok()) else {
+            fail(&format!("the fault {:?} is not MODE N STEP", armed.text))
+        };
+        if at != Some(step) {
+            return Action::Nothing;
+        }
+        let seen = armed.seen + 1;
+        let action = match mode {
+            Some("end") if seen == nth => Action::End,
+            Some("once") if seen == nth => Action::Error,
+            Some("lasting") if seen >= nth => Action::Error,
+            Some("end" | "once" | "lasting") => Action::Nothing,
+            _ => fail(&format!("the fault {:?} is not MODE N STEP", armed.text)),
+        };
+        armed.seen = seen;
+        action
     }
 
     /// Ends a test that cannot do what it was asked to, so that it does not look like one that passed.

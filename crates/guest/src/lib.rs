@@ -33,11 +33,12 @@
 //! let made = build(&Recipe::default(), "/var/tmp".as_ref(), None, &mut ())?;
 //! println!("{} boots {}", made.kernel.display(), made.rootfs.display());
 //!
+//! let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me";
 //! SeedDrive {
 //!     instance_id: "vm-0123456789ab".into(),
-//!     hostname: "very-silly-penguin".into(),
-//!     ssh_public_key: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI... me".into(),
-//!     mac: "52:54:00:12:34:56".into(),
+//!     hostname: "very-silly-penguin".parse()?,
+//!     ssh_public_key: key.parse()?,
+//!     mac: [0x52, 0x54, 0x00, 0x12, 0x34, 0x56],
 //!     address: "172.16.0.2/16".parse()?,
 //!     gateway: "172.16.0.1".parse()?,
 //!     dns: vec!["172.16.0.1".parse()?],

@@ -81,8 +81,12 @@ impl Mbps {
         Mbps(if megabits == 0 { 1 } else { megabits })
     }
 
+    /// The most that is held to, 100 Gbit/s, which no guest reaches. nftables multiplies a rate by 10⁹ in 64 bits: from
+    /// 147,574 on it refuses the rate, or takes a small one for it (`nft_limit_init`).
+    const MAX: u32 = 100_000;
+
     pub(crate) fn bytes_per_second(self) -> u64 {
-        u64::from(self.0) * 125_000
+        u64::from(self.0.min(Mbps::MAX)) * 125_000
     }
 }
 

@@ -3,7 +3,6 @@
 use ipnet::Ipv4Net;
 use std::io;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -126,9 +125,11 @@ pub enum Error {
     /// The program `nft` is not installed.
     #[error("the program nft is missing: install the package nftables (apt-get install nftables)")]
     NftMissing,
-    /// The program `nft` could not be run.
-    #[error("cannot run nft to {action}: {source}")]
+    /// The program `nft`, or another one that lists rules, could not be run.
+    #[error("cannot run {program} to {action}: {source}")]
     NftStart {
+        /// Its name.
+        program: String,
         /// What was to be done.
         action: String,
         /// Why not.
@@ -153,14 +154,6 @@ pub enum Error {
         table: String,
         /// What was found.
         what: String,
-    },
-    /// A file that cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// Which file.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
     },
     /// A port could not be looked at.
     #[error("cannot see whether port {port} is free: {source}")]

@@ -2,7 +2,7 @@
 
 use crate::config::NetConfig;
 use crate::error::{Error, Result};
-use crate::firewall::{self, ForwardDrop};
+use crate::firewall::{self, FirewallDrop};
 use crate::links::Links;
 use crate::network::{check_bridge, check_overlap, lacks_the_bridge_family};
 use crate::nft;
@@ -12,7 +12,7 @@ use crate::ruleset::{Guard, Ruleset};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inspection {
     /// Firewall chains of the host that drop what guests send and receive.
-    pub forward_drops: Vec<ForwardDrop>,
+    pub firewall_drops: Vec<FirewallDrop>,
     /// Whether the kernel can check frames tap by tap; see [`Network::guards_taps`](crate::Network::guards_taps).
     pub guards_taps: bool,
 }
@@ -36,7 +36,7 @@ pub async fn inspect(config: &NetConfig) -> Result<Inspection> {
         Err(error) => return Err(error),
     };
     Ok(Inspection {
-        forward_drops: firewall::forward_drops(config.bridge(), &own).await?,
+        firewall_drops: firewall::drops(config, &own, &links).await?,
         guards_taps,
     })
 }

@@ -15,7 +15,8 @@
 //!
 //! Whatever lies behind the host's other interfaces, from the host's own address. Nothing else: not another guest
 //! (isolated bridge ports; the host does not route from the bridge back into it, forwards included), no service of the
-//! host on any of its addresses, nothing in `127.0.0.0/8`. A ping to the gateway is answered. Frames leave a tap only
+//! host on any of its addresses, nothing in `127.0.0.0/8`. A ping to the gateway is answered, and so are questions to
+//! a resolver that is an address of the host. Frames leave a tap only
 //! with the MAC and the IPv4 address of its VM, in IPv4 headers and ARP alike; IPv6, VLAN tags and everything else is
 //! dropped. Where the kernel has no nftables bridge family, MAC and address are still checked as a pair, but not
 //! against the tap: see [`Network::guards_taps`].
@@ -31,7 +32,7 @@
 //!   can use `127.0.0.1:PORT`), `arp_ignore=1`, `accept_redirects=0`, `disable_ipv6=1`.
 //!
 //! In nftables a packet must pass the chains of *every* table. A firewall of the host that drops forwarded packets
-//! (Docker, ufw, firewalld) is therefore not overruled by ours, and not touched: [`Network::forward_drops`] finds it
+//! (Docker, ufw, firewalld) is therefore not overruled by ours, and not touched: [`Network::firewall_drops`] finds it
 //! and says what to do.
 //!
 //! # Layout
@@ -47,7 +48,8 @@
 //! * `tap`: making a tap: the one thing that netlink cannot do
 //! * `ruleset`: the tables, and the difference between what is there and what should be
 //! * `nft`: the one door to the program `nft`
-//! * [`firewall`](ForwardDrop): other people's tables that stand in the way
+//! * [`firewall`](FirewallDrop): other people's tables that stand in the way
+//! * `chains`: the walk of a packet through such tables; `chains_nft` and `chains_legacy` read them
 //! * `sysctl`: kernel settings
 
 #[cfg(test)]
@@ -57,6 +59,9 @@ extern crate self as scalebox_net;
 mod common;
 
 mod addresses;
+mod chains;
+mod chains_legacy;
+mod chains_nft;
 mod config;
 mod endpoint;
 mod error;
@@ -75,8 +80,8 @@ pub use addresses::{Addresses, Lease};
 pub use config::{NetConfig, PRIVATE_NETWORKS};
 pub use endpoint::{Endpoint, Mac, Mbps, ParseMacError};
 pub use error::{Error, Result};
-pub use firewall::ForwardDrop;
+pub use firewall::{Dropped, FirewallDrop};
 pub use host_port::port_is_free_on_host;
 pub use inspect::{Inspection, inspect};
 pub use network::{Network, Reconciled};
-pub use resolvers::{Resolvers, host_resolvers};
+pub use resolvers::{Resolvers, host_resolvers, unusable_resolver};

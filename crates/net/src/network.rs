@@ -3,7 +3,7 @@
 use crate::config::NetConfig;
 use crate::endpoint::{Endpoint, Mac, is_tap_name};
 use crate::error::{Error, Result};
-use crate::firewall::{self, ForwardDrop};
+use crate::firewall::{self, FirewallDrop};
 use crate::links::{Link, Links};
 use crate::ruleset::{Change, Elements, Guard, Ruleset};
 use crate::sysctl::Sysctl;
@@ -71,13 +71,13 @@ impl Network {
                 changing: Mutex::new(()),
             }),
         };
-        network.warn_of_forward_drops().await;
+        network.warn_of_firewall_drops().await;
         Ok(network)
     }
 
     /// Advice only: not to be able to give it stops nobody.
-    async fn warn_of_forward_drops(&self) {
-        match self.forward_drops().await {
+    async fn warn_of_firewall_drops(&self) {
+        match self.firewall_drops().await {
             Ok(drops) => drops
                 .iter()
                 .for_each(|drop| warn!(table = drop.table, chain = drop.chain, "{drop}")),
@@ -103,8 +103,11 @@ impl Network {
     /// # Errors
     ///
     /// Those of the program `nft`.
-    pub async fn forward_drops(&self) -> Result<Vec<ForwardDrop>> {
-        firewall::forward_drops(self.shared.config.bridge(), &self.shared.ruleset.table()).await
+    pub async fn firewall_drops(&self) -> Result<Vec<FirewallDrop>> {
+        let Shared {
+            config, links, ruleset, ..
+        } = &*self.shared;
+        firewall::drops(config, &ruleset.table(), links).await
     }
 
     /// Gives a VM its tap, its address, its forward and its rate. What of it is there already stays as it is; another rate gives way to this one, and

@@ -1,4 +1,4 @@
-//! The one door to the program `nft`: a script on its standard input, or a question answered in JSON. By argument
+//! The one door to the program `nft`, and to `iptables-legacy-save`: a script on its standard input, or a question answered in JSON. By argument
 //! vector, never a shell; with a fixed `PATH` and locale. All that a failed one wrote stands in its error.
 
 use crate::error::{Error, Result};
@@ -39,6 +39,7 @@ pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     arguments.extend(what);
     let output = succeeded(&action, call(&action, &arguments, "").await?)?;
     let parsed: serde_json::Value = serde_json::from_str(&output).map_err(|error| Error::NftStart {
+        program: "nft".to_owned(),
         action: action.clone(),
         source: io::Error::new(io::ErrorKind::InvalidData, error),
     })?;
@@ -51,15 +52,42 @@ pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     }
 }
 
+/// Whether what a failed `nft` wrote says that a table or another object is not there.
+pub(crate) fn is_gone(output: &str) -> bool {
+    output.contains("No such file or directory")
+}
+
+/// What the older iptables has in its table `filter`, in the form that its own programs read.
+///
+/// # Errors
+///
+/// [`Error::NftStart`] also when its program is not installed, [`Error::Nft`].
+pub(crate) async fn save_legacy() -> Result<String> {
+    let action = "list the rules of iptables-legacy";
+    // A distribution that has no other kind calls it by the shorter name.
+    let mut saved = call_program("iptables-legacy-save", action, &["-t", "filter"], "").await;
+    if let Err(Error::NftStart { source, .. }) = &saved
+        && source.kind() == io::ErrorKind::NotFound
+    {
+        saved = call_program("iptables-save", action, &["-t", "filter"], "").await;
+    }
+    succeeded(action, saved?)
+}
+
 async fn call(action: &str, arguments: &[&str], input: &str) -> Result<Output> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => Error::NftMissing,
-        _ => Error::NftStart {
-            action: action.to_owned(),
-            source,
-        },
+    match call_program("nft", action, arguments, input).await {
+        Err(Error::NftStart { source, .. }) if source.kind() == io::ErrorKind::NotFound => Err(Error::NftMissing),
+        other => other,
+    }
+}
+
+async fn call_program(program: &str, action: &str, arguments: &[&str], input: &str) -> Result<Output> {
+    let failed = |source: io::Error| Error::NftStart {
+        program: program.to_owned(),
+        action: action.to_owned(),
+        source,
     };
-    let mut child = Command::new("nft")
+    let mut child = Command::new(program)
         .args(arguments)
         .env_clear()
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")

@@ -116,9 +116,7 @@ impl Ruleset {
         for family in self.families() {
             match nft::list(&["table", family, &self.table()]).await {
                 Ok(items) => present.elements.take_in(family, &self.table(), &items)?,
-                Err(Error::Nft { output, .. }) if output.contains("No such file or directory") => {
-                    present.is_whole = false
-                }
+                Err(Error::Nft { output, .. }) if nft::is_gone(&output) => present.is_whole = false,
                 Err(error) => return Err(error),
             }
         }
@@ -279,9 +277,11 @@ table ip {table} {{
         oifname "{bridge}" ct status dnat tcp dport {SSH} accept
         oifname "{bridge}" counter drop
     }}
+    # A resolver may be an address of this host: it is asked here, and nothing else is.
     chain input {{
         type filter hook input priority 0; policy accept;
         iifname "{bridge}" ct state established,related accept
+        {resolvers}
         iifname "{bridge}" ip daddr {gateway} icmp type echo-request accept
         iifname "{bridge}" counter drop
     }}

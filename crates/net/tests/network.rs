@@ -11,7 +11,7 @@ use common::{
 };
 use scalebox_net::{Endpoint, Error, Mac, Mbps, NetConfig, Network, Reconciled, port_is_free_on_host};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 const LOOPBACK: Ipv4Addr = Ipv4Addr::LOCALHOST;
@@ -233,7 +233,7 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
         for address in [METADATA, LAN] {
             ip(&format!("route add {address}/32 via {OUTSIDE}"));
         }
-        let served = [(OUTSIDE, 443), (METADATA, 80), (LAN, 80), (LAN, 53)];
+        let served = [(OUTSIDE, 443), (METADATA, 80), (METADATA, 53), (LAN, 80), (LAN, 53)];
         let _clients =
             world.run(|| served.map(|(address, port)| serve(SocketAddrV4::new(address, port), "it".to_owned())));
         let denied = |networks: &[&str]| {
@@ -264,11 +264,65 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
         reached(&guest, LAN, 53);
         reached(&guest, OUTSIDE, 443);
         not_reached(&guest, METADATA, 80);
+        not_reached(&guest, METADATA, 53);
+
+        // A cloud's resolver at the address of its metadata: questions are answered there, and nothing else.
+        Network::ensure(config().with_resolvers(&[METADATA]))
+            .await
+            .expect("a network");
+        reached(&guest, METADATA, 53);
+        not_reached(&guest, METADATA, 80);
 
         // Who asks the guest from there is answered.
         Network::ensure(denied(&["198.51.100.0/24"])).await.expect("a network");
         not_reached(&guest, OUTSIDE, 443);
         world.run(|| assert!(greeting(HOST, endpoint(1).ssh_port()).starts_with("guest 10.77.0.11")));
+    });
+}
+
+#[test]
+fn a_guest_asks_a_resolver_that_is_the_host_and_reaches_nothing_else_there() {
+    on_a_host(async || {
+        let _world = outside();
+        let network = Network::ensure(config().with_resolvers(&[HOST]))
+            .await
+            .expect("a network");
+        network.attach(&endpoint(1)).await.expect("attach");
+        let guest = Guest::boot(&endpoint(1));
+        let _clients = [53, 80].map(|port| serve(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port), "host".to_owned()));
+        let questions = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 53)).expect("listen");
+        std::thread::spawn(move || {
+            let mut question = [0; 512];
+            while let Ok((length, from)) = questions.recv_from(&mut question) {
+                // A client that has gone hears nothing.
+                let _sent = questions.send_to(&question[..length], from);
+            }
+        });
+        let answered = |to: Ipv4Addr, limit: Duration| {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
+            socket.set_read_timeout(Some(limit)).expect("a deadline");
+            socket.send_to(b"question", (to, 53)).expect("send");
+            let mut answer = [0; 512];
+            socket
+                .recv(&mut answer)
+                .is_ok_and(|length| answer[..length] == *b"question")
+        };
+        assert!(answered(HOST, SOON) && answered(GATEWAY, SOON), "the host itself");
+        guest.inside.run(|| {
+            assert_eq!(greeting(HOST, 53), format!("host to {}", endpoint(1).guest_ip()));
+            assert!(answered(HOST, SOON));
+            unreachable(HOST, 80);
+            // Of the host's addresses, only the one that is the resolver.
+            unreachable(GATEWAY, 53);
+            assert!(!answered(GATEWAY, NEVER));
+            assert!(!answers_ping(HOST));
+        });
+        // It is the setting that opens the port.
+        Network::ensure(config()).await.expect("a network");
+        guest.inside.run(|| {
+            unreachable(HOST, 53);
+            assert!(!answered(HOST, NEVER));
+        });
     });
 }
 
@@ -718,6 +772,20 @@ fn there_and_back(bytes: usize) -> Duration {
 }
 
 #[test]
+fn every_rate_that_can_be_asked_for_is_attached_and_kept() {
+    on_a_host(async || {
+        let network = network().await;
+        for megabits in [1, 100_000, 147_573, 147_574, 200_000, 1_000_000, u32::MAX] {
+            let limited = endpoint(1).with_rate(Some(Mbps::new(megabits)));
+            network.attach(&limited).await.expect("attach");
+            assert!(rules().contains("bytes/second"), "{megabits}: {}", rules());
+            let found = network.reconcile(&[limited]).await.expect("reconcile");
+            assert_eq!(found, Reconciled::default(), "{megabits}");
+        }
+    });
+}
+
+#[test]
 fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they_can() {
     on_a_host(async || {
         const MEGABYTE: usize = 1_000_000;
@@ -912,26 +980,6 @@ fn teardown_leaves_nothing() {
             error.contains("sbtest0") && error.contains("restart the daemon"),
             "{error}"
         );
-    });
-}
-
-#[test]
-fn a_firewall_that_drops_forwarded_packets_is_named_with_the_way_out() {
-    on_a_host(async || {
-        let network = network().await;
-        assert_eq!(network.forward_drops().await.expect("look"), []);
-        nft(
-            "add table ip filter { chain DOCKER-USER { }; chain FORWARD { type filter hook forward priority 0; policy drop; }; }",
-        );
-        let drops = network.forward_drops().await.expect("look");
-        assert_eq!(drops.len(), 1);
-        let advice = drops[0].to_string();
-        assert!(
-            advice.contains("FORWARD") && advice.contains("iptables -I DOCKER-USER -i sbtest0 -j ACCEPT"),
-            "{advice}"
-        );
-        nft("add rule ip filter DOCKER-USER iifname sbtest0 accept");
-        assert_eq!(network.forward_drops().await.expect("look"), []);
     });
 }
 

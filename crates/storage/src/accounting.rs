@@ -200,7 +200,7 @@ impl Pool {
         let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
         match self.file_system {
-            FileSystem::Btrfs(_) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
+            FileSystem::Btrfs(..) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
             FileSystem::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
         }
         let used = self.space()?.used;
@@ -314,7 +314,7 @@ impl Pool {
     }
 }
 
-/// Name, inode and path of what lies in a folder.
+/// Name, inode and path of the regular files in a folder.
 fn files_of(folder: &Path) -> Result<Vec<(String, u64, std::path::PathBuf)>, StorageError> {
     let failed = |error| StorageError::io("list", folder.display(), error);
     let entries = match fs::read_dir(folder) {
@@ -326,6 +326,10 @@ fn files_of(folder: &Path) -> Result<Vec<(String, u64, std::path::PathBuf)>, Sto
     for entry in entries {
         let entry = entry.map_err(failed)?;
         let path = entry.path();
+        // By its type alone: a pipe that is opened waits for its other end.
+        if !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            continue;
+        }
         // What has no name of ours is told by no name.
         if let Some(name) = path.file_name().and_then(OsStr::to_str) {
             files.push((name.to_owned(), entry.ino(), path));

@@ -8,13 +8,14 @@ use rustix::io;
 use rustix::ioctl::{Getter, Opcode, Setter, Updater, ioctl, opcode};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const MAGIC: u8 = 0x94;
 const SPACE_INFO: Opcode = opcode::read_write::<SpaceArgsHeader>(MAGIC, 20);
 const DEV_INFO: Opcode = opcode::read_write::<DevInfoArgs>(MAGIC, 30);
 const FS_INFO: Opcode = opcode::read::<FsInfoArgs>(MAGIC, 31);
 
+const INO_LOOKUP: Opcode = opcode::read_write::<InoLookupArgs>(MAGIC, 18);
 const START_SYNC: Opcode = opcode::read::<u64>(MAGIC, 24);
 const WAIT_SYNC: Opcode = opcode::write::<u64>(MAGIC, 22);
 
@@ -78,6 +79,30 @@ struct DevInfoArgs {
     path: [u8; 1024],
 }
 
+#[repr(C)]
+struct InoLookupArgs {
+    treeid: u64,
+    objectid: u64,
+    name: [u8; 4080],
+}
+
+/// The subvolume that `file` lies in, by its number.
+///
+/// # Errors
+/// `ENOTTY` when it is not a btrfs.
+pub(crate) fn subvolume(file: impl AsFd) -> io::Result<u64> {
+    // The root folder of each subvolume has this number; tree 0 is the file's own.
+    const ROOT_FOLDER: u64 = 256;
+    let mut args = InoLookupArgs {
+        treeid: 0,
+        objectid: ROOT_FOLDER,
+        name: [0; 4080],
+    };
+    // SAFETY: the argument has the size and layout of `btrfs_ioctl_ino_lookup_args`.
+    unsafe { ioctl(file.as_fd(), Updater::<INO_LOOKUP, InoLookupArgs>::new(&mut args))? };
+    Ok(args.treeid)
+}
+
 /// The chunk space of a btrfs. Logical sizes count a byte once, raw sizes as often as the profile stores it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct ChunkSpace {
@@ -116,11 +141,7 @@ pub(crate) struct PendingWrites {
 impl PendingWrites {
     /// The counters of the btrfs that `file` lies on. They stay open: reading one is then a single system call.
     pub(crate) fn open(file: impl AsFd) -> std::io::Result<PendingWrites> {
-        let info = fs_info(&file)?;
-        let hex: Vec<String> = info.fsid.iter().map(|byte| format!("{byte:02x}")).collect();
-        let group = |range: std::ops::Range<usize>| hex[range].concat();
-        let uuid = [group(0..4), group(4..6), group(6..8), group(8..10), group(10..16)].join("-");
-        let folder = Path::new("/sys/fs/btrfs").join(uuid).join("allocation");
+        let folder = sysfs_folder(&file)?.join("allocation");
         let counters = |kind: &str| {
             let open = |counter: &str| File::open(folder.join(kind).join(counter));
             Ok::<_, std::io::Error>([open("bytes_reserved")?, open("bytes_may_use")?, open("bytes_pinned")?])
@@ -140,6 +161,14 @@ impl PendingWrites {
     pub(crate) fn metadata(&self) -> std::io::Result<Bytes> {
         sum(&self.metadata)
     }
+}
+
+/// Where the kernel shows the btrfs that `file` lies on. It is not there where sysfs is not mounted, or a container does not have it.
+pub(crate) fn sysfs_folder(file: impl AsFd) -> std::io::Result<PathBuf> {
+    let hex: Vec<String> = fs_info(&file)?.fsid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let group = |range: std::ops::Range<usize>| hex[range].concat();
+    let uuid = [group(0..4), group(4..6), group(6..8), group(8..10), group(10..16)].join("-");
+    Ok(Path::new("/sys/fs/btrfs").join(uuid))
 }
 
 fn sum(counters: &[File]) -> std::io::Result<Bytes> {
@@ -283,4 +312,5 @@ fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes, u64)> {
     Ok((size, allocated, info.num_devices))
 }
 
+const _: () = assert!(size_of::<InoLookupArgs>() == 4096);
 const _: () = assert!(size_of::<DevInfoArgs>() == 4096 && size_of::<FsInfoArgs>() == 1024);

@@ -32,9 +32,9 @@ impl Pool {
         let golden = self.golden(template, admitted.size())?;
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
-        crash_point("create: disk's file made");
-        let made = files::reflink(&golden, &disk)
-            .inspect(|()| crash_point("create: disk cloned"))
+        let made = fault_point("create: disk's file made")
+            .and_then(|()| files::reflink(&golden, &disk))
+            .and_then(|()| fault_point("create: disk cloned"))
             .and_then(|()| disk.sync_all())
             .map_err(|error| StorageError::io("clone", path.display(), error))
             .and_then(|()| self.sync_new_name());
@@ -95,6 +95,20 @@ impl Pool {
         Ok(Bytes::new(meta.len()))
     }
 
+    /// Whether there is a disk `id`.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`] when the host cannot tell.
+    pub fn has_disk(&self, id: &Name) -> Result<bool, StorageError> {
+        self.require_mounted()?;
+        let path = self.disk_path(id);
+        match fs::symlink_metadata(&path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(StorageError::io("read", path.display(), error)),
+        }
+    }
+
     /// Where the disk `id` is.
     pub fn disk_location(&self, id: &Name) -> DiskLocation {
         DiskLocation::File(self.disk_path(id))
@@ -126,18 +140,31 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`].
     pub fn disks(&self) -> Result<Vec<Name>, StorageError> {
-        let folder = self.disks_dir();
-        let entries = fs::read_dir(&folder).map_err(|error| StorageError::io("list", folder.display(), error))?;
-        let mut disks = Vec::new();
-        for entry in entries {
-            let name = entry
-                .map_err(|error| StorageError::io("list", folder.display(), error))?
-                .file_name();
-            let id = name.to_str().and_then(|file| file.strip_suffix(".ext4"));
-            // What does not have the form of a disk is none.
-            disks.extend(id.and_then(|id| id.parse().ok()));
+        // What does not have the form of a disk is none.
+        let disk = |(path, is_file): (PathBuf, bool)| {
+            let id = path.file_name()?.to_str()?.strip_suffix(".ext4")?;
+            id.parse().ok().filter(|_| is_file)
+        };
+        Ok(files::entries(&self.disks_dir())?
+            .into_iter()
+            .filter_map(disk)
+            .collect())
+    }
+
+    /// Logs what lies in the pool's folders and is neither a file nor a folder of the pool's: it is left alone.
+    fn log_odd_entries(&self) -> Result<(), StorageError> {
+        let grown = self.grown_dir();
+        for folder in [self.disks_dir(), self.templates_dir(), grown.clone()] {
+            if folder == grown && !grown.exists() {
+                continue;
+            }
+            for (path, is_file) in files::entries(&folder)? {
+                if !is_file && path != grown {
+                    tracing::warn!(path = %path.display(), "this is not a file of the pool: left as it is");
+                }
+            }
         }
-        Ok(disks)
+        Ok(())
     }
 
     /// Puts the folders right after a crash: disks that nobody in `keep` owns and half-made files go, and what is missing is told.
@@ -146,6 +173,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`].
     pub fn sweep(&self, keep: &HashSet<Name>) -> Result<Swept, StorageError> {
+        self.log_odd_entries()?;
         let mut swept = Swept {
             removed: self.sweep_partials()?,
             missing: Vec::new(),

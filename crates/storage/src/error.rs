@@ -21,8 +21,13 @@ pub enum StorageError {
         need: Gib,
     },
     /// The host disk is too small for a pool.
-    #[error(transparent)]
-    TooLittleSpace(#[from] TooLittleSpace),
+    #[error("{source}. POOL_IMAGE is to lie in {}: set it to a path on a larger disk, or make room there", folder.display())]
+    TooLittleSpace {
+        /// What was found, in the words of the seed.
+        source: TooLittleSpace,
+        /// The folder that the image is to lie in.
+        folder: PathBuf,
+    },
     /// No such template.
     #[error("there is no template {0:?}")]
     NoTemplate(String),
@@ -90,6 +95,23 @@ pub enum StorageError {
     /// The pool is not there.
     #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
     NotMounted(PathBuf),
+    /// A new pool would take the place of one that is missing.
+    #[error(
+        "no pool is there, and {disks} disks of VMs should be in it: bring back what {} lies on, and mount it. A new pool would be empty; \
+         to give these VMs up for good, move STATE_DIR away first", image.display()
+    )]
+    Expected {
+        /// Where the pool should be.
+        image: PathBuf,
+        /// How many disks should be in it.
+        disks: u64,
+    },
+    /// The kernel does not show the pool's counters.
+    #[error(
+        "the kernel shows nothing of the btrfs at {} below /sys/fs/btrfs: mount sysfs there (mount -t sysfs sysfs /sys), or give a container \
+         the host's /sys/fs/btrfs, read-only", .0.display()
+    )]
+    NoSysfs(PathBuf),
     /// What the pool's folder lies on cannot hold disks.
     #[error(
         "{} lies on a {fs_type} file system, which cannot clone files: a pool is btrfs, or XFS made with reflink=1; set DATA_DIR to a folder on \

@@ -30,12 +30,28 @@ pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
         .map_err(|error| StorageError::io("create", path.display(), error))
 }
 
+/// Never follows a link in the last component, and never waits for the other end of a pipe.
+const CAREFULLY: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
+
 /// Opens a file for reading; never follows a link in the last component.
 pub(crate) fn open_read(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-        .open(path)
+    OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path)
+}
+
+/// The entries of a folder, each with whether it is a regular file, as which everything of the pool's is made.
+pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageError> {
+    let failed = |error| StorageError::io("list", folder.display(), error);
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        match entry.file_type() {
+            Ok(kind) => entries.push((entry.path(), kind.is_file())),
+            // Removed a moment ago.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(entries)
 }
 
 /// As [`open_read`], for writing too.
@@ -43,7 +59,7 @@ pub(crate) fn open_write(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+        .custom_flags(CAREFULLY)
         .open(path)
 }
 

@@ -1,8 +1,10 @@
 //! The line in `FSTAB` that brings the pool back after a reboot.
 
-use crate::mounts::escape;
+use crate::mounts::{escape, unescape};
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +25,9 @@ pub enum FstabError {
         /// Why.
         source: io::Error,
     },
+    /// The table is a device, a pipe or a folder.
+    #[error("cannot register the pool in {}: it is not a regular file", .0.display())]
+    NotAFile(PathBuf),
     /// Another line claims the mount point.
     #[error(
         "{}: {} is already the mount point of {other}; remove that line or set DATA_DIR to another folder",
@@ -38,74 +43,169 @@ pub enum FstabError {
     },
 }
 
-/// A path as it stands in the table.
-pub(crate) fn escape_path(path: &Path) -> String {
-    escape(path)
+/// What a line of the table mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A file or a device by its path.
+    Path(PathBuf),
+    /// A file system by its UUID.
+    Uuid(String),
 }
 
-/// Adds the line for `source` (a path as [`escape_path`] gives it, or `UUID=…`) at `target` unless it is there; returns whether it was added.
-/// A missing table is made.
+impl Source {
+    /// As it stands in the first field of a line.
+    fn field(&self) -> OsString {
+        match self {
+            Source::Path(path) => escape(path),
+            Source::Uuid(uuid) => format!("UUID={uuid}").into(),
+        }
+    }
+
+    /// Whether a first field names the same thing. Paths are compared as paths: `/x//y/` is `/x/y`.
+    fn is_named_by(&self, field: &[u8]) -> bool {
+        match self {
+            Source::Path(path) => unescape(field) == *path,
+            Source::Uuid(_) => field == self.field().as_bytes(),
+        }
+    }
+}
+
+/// The line that mounts `source` at `target`, without a newline.
+pub(crate) fn line(source: &Source, target: &Path, options: &str) -> OsString {
+    let mut line = source.field();
+    line.push(" ");
+    line.push(escape(target));
+    line.push(format!(" btrfs {options} 0 0"));
+    line
+}
+
+/// Whether the table has a line that mounts `source` at `target`.
 ///
 /// # Errors
-/// [`FstabError::Claimed`] when another line mounts something else at `target`.
-pub(crate) fn register(path: &Path, source: &str, target: &Path, options: &str) -> Result<bool, FstabError> {
+/// [`FstabError::Claimed`] when a line mounts something else there; [`FstabError::Io`], [`FstabError::NotAFile`].
+pub(crate) fn is_registered(path: &Path, source: &Source, target: &Path) -> Result<bool, FstabError> {
+    find_line(path, &read(path)?, source, target)
+}
+
+/// What the table of mounts mounts at `target` by its first line about it, if any.
+///
+/// # Errors
+/// [`FstabError::Io`], [`FstabError::NotAFile`].
+pub fn registered_source(path: &Path, target: &Path) -> Result<Option<String>, FstabError> {
+    let table = read(path)?;
+    let found = entries(&table).find(|(_, at)| unescape(at) == target);
+    Ok(found.map(|(source, _)| String::from_utf8_lossy(source).into_owned()))
+}
+
+/// Adds the line for `source` at `target` unless it is there; returns whether it was added. A missing table is made.
+///
+/// # Errors
+/// [`FstabError::Claimed`] when another line mounts something else at `target`; [`FstabError::NotAFile`] for a device such as `/dev/null`;
+/// [`FstabError::Io`]. The table is then as it was.
+pub(crate) fn register(path: &Path, source: &Source, target: &Path, options: &str) -> Result<bool, FstabError> {
+    let table = read(path)?;
+    if find_line(path, &table, source, target)? {
+        return Ok(false);
+    }
+    let mut added = line(source, target, options);
+    added.push("\n");
+    if !table.is_empty() && !table.ends_with(b"\n") {
+        let mut separated = OsString::from("\n");
+        separated.push(added);
+        added = separated;
+    }
+    append(path, added.as_bytes()).map_err(|source| FstabError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(true)
+}
+
+/// The table as bytes: comments in it may be in any encoding. A missing one is empty.
+fn read(path: &Path) -> Result<Vec<u8>, FstabError> {
     let io = |source| FstabError::Io {
         path: path.to_owned(),
         source,
     };
-    let table = match fs::read_to_string(path) {
-        Ok(table) => table,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-        Err(error) => return Err(io(error)),
-    };
-    let target_field = escape(target);
-    for line in table.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
-        let mut fields = line.split_whitespace();
-        let (other, at) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
-        if other == source && at == target_field {
-            return Ok(false);
-        }
-        if at == target_field {
-            return Err(FstabError::Claimed {
-                path: path.to_owned(),
-                target: target.to_owned(),
-                other: other.to_owned(),
-            });
-        }
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => fs::read(path).map_err(io),
+        Ok(_) => Err(FstabError::NotAFile(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(io(error)),
     }
-    // One short append keeps the table's inode, owner and mode, and is whole or absent after a crash.
-    let newline = if table.is_empty() || table.ends_with('\n') {
-        ""
-    } else {
-        "\n"
-    };
-    let line = format!("{newline}{source} {target_field} btrfs {options} 0 0\n");
-    let mut file = OpenOptions::new().append(true).create(true).open(path).map_err(io)?;
-    if table.is_empty() {
-        // A new table is read by programs that are not root, whatever the umask of this one is.
-        file.set_permissions(fs::Permissions::from_mode(0o644)).map_err(io)?;
+}
+
+/// The first two fields of each line, comments left out.
+fn entries(table: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    table.split(|&byte| byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty());
+        let source = fields.next().filter(|field| !field.starts_with(b"#"))?;
+        Some((source, fields.next()?))
+    })
+}
+
+fn find_line(path: &Path, table: &[u8], source: &Source, target: &Path) -> Result<bool, FstabError> {
+    for (other, at) in entries(table) {
+        if unescape(at) != target {
+            continue;
+        }
+        if source.is_named_by(other) {
+            return Ok(true);
+        }
+        return Err(FstabError::Claimed {
+            path: path.to_owned(),
+            target: target.to_owned(),
+            other: String::from_utf8_lossy(other).into_owned(),
+        });
     }
-    file.write_all(line.as_bytes())
-        .and_then(|()| file.sync_all())
-        .map_err(io)?;
-    Ok(true)
+    Ok(false)
+}
+
+/// One short append keeps the table's inode, owner and mode, and is whole or absent after a crash.
+fn append(path: &Path, line: &[u8]) -> io::Result<()> {
+    let mut file = match OpenOptions::new().append(true).create_new(true).open(path) {
+        Ok(file) => {
+            // A table that is made here is read by programs that are not root, whatever the umask of this one is. The mode of one that
+            // was there is not ours to change.
+            file.set_permissions(fs::Permissions::from_mode(0o644))?;
+            file
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => OpenOptions::new().append(true).open(path)?,
+        Err(error) => return Err(error),
+    };
+    let before = file.metadata()?;
+    if !before.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let written = file.write_all(line).and_then(|()| file.sync_all());
+    if written.is_err() {
+        // Half a line would be a mount of something else.
+        file.set_len(before.len())?;
+    }
+    written
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn image(path: &str) -> Source {
+        Source::Path(path.into())
+    }
+
     #[test]
     fn a_line_is_added_once_and_nothing_else_is_touched() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fstab");
-        fs::write(&path, "# comment\n/dev/sda1 / ext4 defaults 0 1").unwrap();
-        let (image, target) = (escape_path(Path::new("/srv/pool image")), Path::new("/srv/pool"));
+        // A comment in Latin-1, as older editors write them.
+        fs::write(&path, b"# f\xfcr /\n/dev/sda1 / ext4 defaults 0 1").unwrap();
+        let (image, target) = (image("/srv/pool image"), Path::new("/srv/pool"));
         assert!(register(&path, &image, target, IMAGE_OPTIONS).unwrap());
         assert!(!register(&path, &image, target, IMAGE_OPTIONS).unwrap());
         assert_eq!(
-            fs::read_to_string(&path).unwrap(),
-            "# comment\n/dev/sda1 / ext4 defaults 0 1\n/srv/pool\\040image /srv/pool btrfs loop,nofail,noatime,discard=async 0 0\n"
+            fs::read(&path).unwrap(),
+            b"# f\xfcr /\n/dev/sda1 / ext4 defaults 0 1\n\
+              /srv/pool\\040image /srv/pool btrfs loop,nofail,noatime,discard=async 0 0\n"
         );
     }
 
@@ -114,11 +214,53 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fstab");
         fs::write(&path, "/dev/sdb1 /srv/pool xfs defaults 0 0\n").unwrap();
-        let error = register(&path, "/srv/pool.img", Path::new("/srv/pool"), IMAGE_OPTIONS).unwrap_err();
+        let error = register(&path, &image("/srv/pool.img"), Path::new("/srv/pool"), IMAGE_OPTIONS).unwrap_err();
         assert!(
             error.to_string().contains("already the mount point of /dev/sdb1"),
             "{error}"
         );
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 1);
+    }
+
+    #[test]
+    fn paths_that_are_written_differently_are_one_mount() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fstab");
+        let registered =
+            |source: &str, target: &str| register(&path, &image(source), Path::new(target), IMAGE_OPTIONS).unwrap();
+        assert!(registered("/srv/pool.img", "/srv/pool"));
+        assert!(!registered("/srv//pool.img", "/srv/pool/"));
+        assert!(!registered("/srv/./pool.img", "/srv//pool"));
+        assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 1);
+    }
+
+    #[test]
+    fn only_regular_files_are_changed_and_no_mode_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = folder.path().join("null");
+        // A node of our own, so that a failure does not change the machine's.
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &device,
+            rustix::fs::FileType::CharacterDevice,
+            rustix::fs::Mode::from_raw_mode(0o666),
+            rustix::fs::makedev(1, 3),
+        )
+        .unwrap();
+        fs::set_permissions(&device, fs::Permissions::from_mode(0o666)).unwrap();
+        let added = |path: &Path| register(path, &image("/srv/pool.img"), Path::new("/srv/pool"), IMAGE_OPTIONS);
+        assert!(matches!(added(&device), Err(FstabError::NotAFile(_))));
+        assert!(matches!(added(folder.path()), Err(FstabError::NotAFile(_))));
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&device), 0o666);
+
+        let kept = folder.path().join("kept");
+        fs::write(&kept, "").unwrap();
+        fs::set_permissions(&kept, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(added(&kept).unwrap());
+        assert_eq!(mode(&kept), 0o600, "an empty table that was there keeps its mode");
+        let made = folder.path().join("made");
+        assert!(added(&made).unwrap());
+        assert_eq!(mode(&made), 0o644);
     }
 }

@@ -3,9 +3,12 @@
 use crate::btrfs::{self, PendingWrites};
 use crate::error::StorageError;
 use crate::mounts::{self, MountEntry};
+use crate::quota::Quota;
 use rustix::fs::{FileType, stat};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// What the operator wants the pool to lie on.
@@ -72,35 +75,38 @@ impl Kind {
 /// The pool's file system: what of it differs by kind.
 #[derive(Debug)]
 pub(crate) enum FileSystem {
-    /// With the counters of what it has taken and not yet accounted for.
-    Btrfs(PendingWrites),
+    /// With the counters of what it has taken and not yet accounted for, and the quotas that the pool's folder counts in.
+    Btrfs(PendingWrites, Quota),
     Xfs,
 }
 
 impl FileSystem {
     pub(crate) fn open(kind: Kind, dir: &File) -> io::Result<FileSystem> {
         match kind {
-            Kind::Btrfs => PendingWrites::open(dir).map(FileSystem::Btrfs),
+            Kind::Btrfs => {
+                let quota = Quota::of(dir)?.ok_or_else(|| io::Error::other("it is not a btrfs any more"))?;
+                Ok(FileSystem::Btrfs(PendingWrites::open(dir)?, quota))
+            }
             Kind::Xfs => Ok(FileSystem::Xfs),
         }
     }
 
     pub(crate) fn kind(&self) -> Kind {
         match self {
-            FileSystem::Btrfs(_) => Kind::Btrfs,
+            FileSystem::Btrfs(..) => Kind::Btrfs,
             FileSystem::Xfs => Kind::Xfs,
         }
     }
 
     /// Whether the flush of a new file covers its name.
     pub(crate) fn fsync_keeps_name(&self) -> bool {
-        matches!(self, FileSystem::Btrfs(_))
+        matches!(self, FileSystem::Btrfs(..))
     }
 
     /// Makes what was freed writable. btrfs does so when it commits its transaction; XFS at once.
     pub(crate) fn commit(&self, dir: &File) -> rustix::io::Result<()> {
         match self {
-            FileSystem::Btrfs(_) => btrfs::commit(dir),
+            FileSystem::Btrfs(..) => btrfs::commit(dir),
             FileSystem::Xfs => Ok(()),
         }
     }
@@ -108,7 +114,7 @@ impl FileSystem {
     /// Frees the blocks of a file that has no name any more. XFS frees those of one that is merely closed later, in the background.
     pub(crate) fn free(&self, file: File) -> io::Result<()> {
         match self {
-            FileSystem::Btrfs(_) => Ok(()),
+            FileSystem::Btrfs(..) => Ok(()),
             FileSystem::Xfs => file.set_len(0),
         }
     }
@@ -168,8 +174,11 @@ pub(crate) fn backing_file(mount: &MountEntry) -> Result<Option<PathBuf>, Storag
         return Ok(None);
     };
     let attribute = Path::new("/sys/block").join(name).join("loop/backing_file");
-    match fs::read_to_string(&attribute) {
-        Ok(path) => Ok(Some(PathBuf::from(path.trim_end_matches('\n')))),
+    match fs::read(&attribute) {
+        Ok(path) => {
+            let path = path.strip_suffix(b"\n").unwrap_or(&path);
+            Ok(Some(PathBuf::from(OsStr::from_bytes(path))))
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(StorageError::io("read", attribute.display(), error)),
     }

@@ -6,10 +6,10 @@
 //! system that is there already is taken as it is.
 
 use crate::btrfs;
-use crate::command::{self, Program};
+use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
 use crate::files;
-use crate::fstab::{self, DEVICE_OPTIONS, IMAGE_OPTIONS};
+use crate::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
 use crate::ground::{self, Backing, Ground, Kind, Place};
 use crate::mounts;
 use crate::signature::{Signature, probe};
@@ -20,7 +20,7 @@ use rustix::fs::{FlockOperation, flock};
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Where a pool is to be and how large.
@@ -30,10 +30,12 @@ pub struct PoolPlan {
     pub data_dir: PathBuf,
     /// What the pool is to lie on (`POOL_IMAGE`, `POOL_DEVICE`).
     pub backing: Backing,
-    /// The table to register the mount in (`FSTAB`).
-    pub fstab: PathBuf,
+    /// The table to register the mount in (`FSTAB`); `None` leaves that to the operator.
+    pub fstab: Option<PathBuf>,
     /// The size the operator asked for (`STORAGE_SIZE`); `None` takes 80 % of what is free, or the whole device.
     pub size: Option<RequestedSize>,
+    /// How many disks should be in the pool by the books of whoever runs it: with any, no new pool is made.
+    pub expected_disks: u64,
     /// Space that admission leaves free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger than its host disk.
     pub buffer: Gib,
 }
@@ -65,10 +67,13 @@ const LABEL: &str = "scalebox";
 
 /// Makes the pool of `plan` unless it is there, and mounts it. Blocks for a few seconds.
 ///
+/// What the pool needs comes first; that it could not be registered in the table of mounts is a warning with the line to add.
+///
 /// # Errors
 /// [`StorageError::TooLittleSpace`], [`StorageError::ForeignImage`], [`StorageError::UnfitDevice`], [`StorageError::OtherDevice`],
-/// [`StorageError::NotAPool`], [`StorageError::NotEmpty`], [`StorageError::OtherFolder`], [`StorageError::Busy`] and the failures of the programs it
-/// calls; each leaves what was there before as it was.
+/// [`StorageError::NotAPool`], [`StorageError::NotEmpty`], [`StorageError::OtherFolder`], [`StorageError::Busy`],
+/// [`FstabError::Claimed`] where nothing is mounted yet, and the failures of the programs it calls; each leaves what was there
+/// before as it was.
 pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
     let beside = match &plan.backing {
         Backing::Image(image) => image,
@@ -80,19 +85,75 @@ pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutc
             tell(InitEvent::Step(found_there(plan, &place)));
             (place, false)
         }
-        None => (make(plan, tell)?, true),
+        None => {
+            require_unclaimed(plan)?;
+            (make(plan, tell)?, true)
+        }
     };
     if place.ground == Ground::Given {
-        require_pool_or_room(&plan.data_dir, &place)?;
+        require_pool_or_room(plan, &place)?;
     }
-    use_direct_io(&place, tell);
-    let mut changed = made | register(plan, &place, tell)?;
-    changed |= ensure_folders(&plan.data_dir, place.kind, tell)?;
+    let place = use_direct_io(place, plan, tell)?;
+    let mut changed = made | ensure_folders(&plan.data_dir, place.kind, tell)?;
+    changed |= register(plan, &place, tell)?;
+    warn_of_another_size(plan, &place, tell);
     Ok(if changed {
         InitOutcome::Ready
     } else {
         InitOutcome::AlreadyThere
     })
+}
+
+/// A table that mounts something else at the pool's place would hide the pool after a reboot: said before anything is made. A table that cannot
+/// be read is no reason to make no pool.
+fn require_unclaimed(plan: &PoolPlan) -> Result<(), StorageError> {
+    let (Some(table), Some((source, _))) = (&plan.fstab, planned_source(plan)?) else {
+        return Ok(());
+    };
+    match fstab::is_registered(table, &source, &plan.data_dir) {
+        Err(error @ FstabError::Claimed { .. }) => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// What a line of the table of mounts would mount, as far as it can be told before the pool is made.
+fn planned_source(plan: &PoolPlan) -> Result<Option<(fstab::Source, &'static str)>, StorageError> {
+    Ok(match &plan.backing {
+        Backing::Image(image) => Some((fstab::Source::Path(image.clone()), IMAGE_OPTIONS)),
+        // Devices change their names from boot to boot. One that holds no pool yet has no UUID.
+        Backing::Device(device) if device.exists() => probe(device)?
+            .filter(Signature::is_pool)
+            .and_then(|found| found.uuid)
+            .map(|uuid| (fstab::Source::Uuid(uuid), DEVICE_OPTIONS)),
+        Backing::Device(_) | Backing::Given => None,
+    })
+}
+
+/// `STORAGE_SIZE` is about a new pool. One that is there keeps its size, and that is not to be found out later.
+fn warn_of_another_size(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) {
+    let Some(asked) = &plan.size else { return };
+    let found = match &place.ground {
+        Ground::Image(image) => fs::metadata(image).map(|meta| Bytes::new(meta.len())).ok(),
+        Ground::Device(_) => File::open(&plan.data_dir)
+            .ok()
+            .and_then(|dir| btrfs::chunk_space(&dir).ok())
+            .map(|space| space.device_size),
+        Ground::Given => {
+            tell(InitEvent::Warning(format!(
+                "STORAGE_SIZE={asked} has no effect: the pool lies on a file system that was there before it"
+            )));
+            return;
+        }
+    };
+    // The file system is made of whole blocks: an image or a device may be larger by a part of one.
+    if let Some(found) =
+        found.filter(|found| (*found - asked.bytes()).max(asked.bytes() - *found) >= Bytes::from_mib(1))
+    {
+        tell(InitEvent::Warning(format!(
+            "STORAGE_SIZE={asked} has no effect: the pool is there already and has {found}. \
+             `scalebox pool grow --size` or `scalebox pool shrink --size` changes it, with the daemon running"
+        )));
+    }
 }
 
 fn found_there(plan: &PoolPlan, place: &Place) -> String {
@@ -113,7 +174,7 @@ fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, Stora
             require_empty(&plan.data_dir)?;
             require_not_mounted_elsewhere(image)?;
             ensure_image(plan, image, tell)?;
-            mount(image, &plan.data_dir, IMAGE_OPTIONS)?;
+            mount_image(image, &plan.data_dir)?;
         }
         Backing::Device(device) => {
             tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
@@ -129,9 +190,13 @@ fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, Stora
 }
 
 /// A file system that was there before must be able to clone, and a folder on it must not be somebody else's.
-fn require_pool_or_room(data_dir: &Path, place: &Place) -> Result<(), StorageError> {
+fn require_pool_or_room(plan: &PoolPlan, place: &Place) -> Result<(), StorageError> {
+    let data_dir = &plan.data_dir;
     files::require_reflink(data_dir, data_dir)?;
     let is_pool = FOLDERS.iter().all(|(name, _)| data_dir.join(name).is_dir());
+    if !is_pool {
+        require_none_expected(plan, data_dir)?;
+    }
     if place.is_mount_point || is_pool || only_ours_in(data_dir)? {
         return Ok(());
     }
@@ -150,29 +215,41 @@ fn only_ours_in(dir: &Path) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// Enters a pool that is mounted from its own image or device in the table of mounts. Returns whether it was not in there.
+/// Enters a pool that is mounted from its own image or device in the table of mounts. Returns whether it was not in there. That it cannot be is a
+/// warning: the pool is there and works until the next reboot.
 fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
+    let Some(table) = &plan.fstab else { return Ok(false) };
     let (source, options) = match (&place.ground, &plan.backing) {
         // Only the image that is asked for: one of another name was mounted by somebody else.
         (Ground::Image(image), Backing::Image(wanted)) if is_same_file(image, wanted) => {
-            (fstab::escape_path(wanted), IMAGE_OPTIONS)
+            (fstab::Source::Path(wanted.clone()), IMAGE_OPTIONS)
         }
-        // Devices change their names from boot to boot.
         (Ground::Device(device), _) => match probe(device)?.and_then(|found| found.uuid) {
-            Some(uuid) => (format!("UUID={uuid}"), DEVICE_OPTIONS),
-            None => (fstab::escape_path(device), DEVICE_OPTIONS),
+            Some(uuid) => (fstab::Source::Uuid(uuid), DEVICE_OPTIONS),
+            None => (fstab::Source::Path(device.clone()), DEVICE_OPTIONS),
         },
         _ => return Ok(false),
     };
-    let added = fstab::register(&plan.fstab, &source, &plan.data_dir, options)?;
-    if added {
-        tell(InitEvent::Step(format!(
-            "Registered {} in {}",
-            plan.data_dir.display(),
-            plan.fstab.display()
-        )));
+    match fstab::register(table, &source, &plan.data_dir, options) {
+        Ok(false) => Ok(false),
+        Ok(true) => {
+            tell(InitEvent::Step(format!(
+                "Registered {} in {}",
+                plan.data_dir.display(),
+                table.display()
+            )));
+            Ok(true)
+        }
+        Err(error) => {
+            let line = fstab::line(&source, &plan.data_dir, options);
+            tell(InitEvent::Warning(format!(
+                "{error}. The pool is mounted, and will not be after a reboot: add the line `{}` to the host's table of mounts, or set \
+                 FSTAB=none if something else mounts it",
+                line.display()
+            )));
+            Ok(false)
+        }
     }
-    Ok(added)
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {
@@ -200,8 +277,13 @@ pub fn ensure_direct_io(
     backing: &Backing,
     tell: &mut dyn FnMut(InitEvent),
 ) -> Result<(), StorageError> {
-    if let Some(place) = ground::find(data_dir, backing)? {
-        use_direct_io(&place, tell);
+    if let Some(place) = ground::find(data_dir, backing)?
+        && let DirectIo::Refused(error) = try_direct_io(&place)
+    {
+        tell(InitEvent::Warning(format!(
+            "The pool's loop device does without direct I/O, so the pool is slower than it could be: {error}. \
+             `scaleboxd down && scaleboxd pool init` tries again with the sectors of the host disk"
+        )));
     }
     Ok(())
 }
@@ -278,8 +360,13 @@ fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) 
         }
         ImageContent::Absent => {}
     }
-    let available = space::available(parent(image)?)?;
-    let size = pool_size(available, plan.size.as_ref())?;
+    require_none_expected(plan, image)?;
+    let folder = parent(image)?;
+    let available = space::available(folder)?;
+    let size = pool_size(available, plan.size.as_ref()).map_err(|source| StorageError::TooLittleSpace {
+        source,
+        folder: folder.to_owned(),
+    })?;
     tell(InitEvent::Step(format!(
         "Creating {size} btrfs storage pool ({}GB available on host)...",
         available.floor_gib()
@@ -317,6 +404,12 @@ fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)
             )));
             return Ok(());
         }
+        Some(found) if found.ambivalent => {
+            return Err(unfit(format!(
+                "it holds {found}, and it is not clear whose the data is; see wipefs --no-act {}",
+                device.display()
+            )));
+        }
         Some(found) => {
             return Err(unfit(format!(
                 "it holds {found}; to give that up for good, run: wipefs --all {}",
@@ -325,6 +418,7 @@ fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)
         }
         None => {}
     }
+    require_none_expected(plan, device)?;
     let found = space::device_size(device)?;
     let size = match &plan.size {
         None if found < SMALLEST.bytes() => {
@@ -340,6 +434,17 @@ fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)
         device.display()
     )));
     make_file_system(device, Some(size))
+}
+
+/// A new pool in place of one that is missing would look like one whose disks are all lost.
+fn require_none_expected(plan: &PoolPlan, image: &Path) -> Result<(), StorageError> {
+    match plan.expected_disks {
+        0 => Ok(()),
+        disks => Err(StorageError::Expected {
+            image: image.to_owned(),
+            disks,
+        }),
+    }
 }
 
 fn larger_than_host(size: &PoolSize, available: Bytes, buffer: Gib) -> String {
@@ -363,6 +468,7 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
     match fs::symlink_metadata(image) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ImageContent::Absent),
         Err(error) => return Err(StorageError::io("look at", image.display(), error)),
+        Ok(meta) if meta.is_symlink() => return Ok(ImageContent::Other(link_of(image))),
         Ok(meta) if !meta.is_file() => return Ok(ImageContent::Other("something that is not a plain file".to_owned())),
         Ok(_) => {}
     }
@@ -372,6 +478,12 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
         None if space::allocated(image)? == Bytes::ZERO => ImageContent::Hole,
         None => ImageContent::Other("data without a file system".to_owned()),
     })
+}
+
+/// A link is not followed: what is made in its place would replace it, and the line in the table of mounts must hold as long as the image does.
+fn link_of(image: &Path) -> String {
+    let target = fs::read_link(image).map_or_else(|error| error.to_string(), |target| target.display().to_string());
+    format!("a symbolic link to {target} (set POOL_IMAGE to that path itself)")
 }
 
 fn create_image(image: &Path, size: Bytes) -> Result<(), StorageError> {
@@ -429,21 +541,108 @@ fn mount(source: &Path, target: &Path, options: &str) -> Result<(), StorageError
     Ok(())
 }
 
-/// Without direct I/O, every block a guest writes is cached twice, and the writes of all guests go through one page cache.
-fn use_direct_io(place: &Place, tell: &mut dyn FnMut(InitEvent)) {
-    let (Ground::Image(_), Some(name)) = (&place.ground, place.device.file_name()) else {
-        return;
-    };
-    let state = fs::read_to_string(Path::new("/sys/block").join(name).join("loop/dio"));
-    if state.is_ok_and(|state| state.trim() == "0")
-        && let Err(error) = command::run(
-            Program::Losetup,
-            [OsStr::new("--direct-io=on"), place.device.as_os_str()],
-        )
-    {
-        let warning = format!("The host disk takes no direct I/O, so the pool is slower than it could be: {error}");
-        tell(InitEvent::Warning(warning));
+/// The sectors of a loop device unless it is told otherwise, in bytes.
+const USUAL_SECTOR: u64 = 512;
+
+/// Mounts an image by a loop device whose sectors are those of the host disk: with smaller ones the kernel refuses direct I/O, and `mount` cannot
+/// choose them.
+fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
+    let sector = host_sector(image);
+    if sector == USUAL_SECTOR {
+        return mount(image, target, IMAGE_OPTIONS);
     }
+    let sector = sector.to_string();
+    let args = ["--find", "--show", "--sector-size", &sector, "--direct-io=on"].map(OsStr::new);
+    let attached = command::run(Program::Losetup, args.into_iter().chain([image.as_os_str()]));
+    let Ok(device) = attached else {
+        // A kernel, a losetup or a host disk that cannot: slower, and as good.
+        return mount(image, target, IMAGE_OPTIONS);
+    };
+    let device = PathBuf::from(device.trim());
+    let mounted = mount(&device, target, DEVICE_OPTIONS);
+    // One that is mounted goes with its mount from here on; any other goes now.
+    let detached = command::run(Program::Losetup, [OsStr::new("--detach"), device.as_os_str()]);
+    mounted?;
+    detached?;
+    Ok(())
+}
+
+/// The sectors of the disk that a file lies on, in bytes, where its file system lies on a single one.
+fn host_sector(file: &Path) -> u64 {
+    let of_device = |device: u64| {
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let device = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+        // A partition has its queue in the disk's folder, which is above it.
+        let sector = ["queue", "../queue"].into_iter().find_map(|queue| {
+            let attribute = device.join(queue).join("logical_block_size");
+            fs::read_to_string(attribute).ok()
+        });
+        sector?.trim().parse().ok()
+    };
+    let device = fs::metadata(file).ok().map(|meta| meta.dev());
+    device.and_then(of_device).unwrap_or(USUAL_SECTOR)
+}
+
+enum DirectIo {
+    /// There is no loop device, or it does.
+    On,
+    Refused(CommandError),
+}
+
+/// Without direct I/O, every block a guest writes is cached twice, and the writes of all guests go through one page cache.
+fn try_direct_io(place: &Place) -> DirectIo {
+    let (Ground::Image(image), Some(name)) = (&place.ground, place.device.file_name()) else {
+        return DirectIo::On;
+    };
+    let queue = Path::new("/sys/block").join(name);
+    let is_off = fs::read_to_string(queue.join("loop/dio")).is_ok_and(|state| state.trim() == "0");
+    if !is_off {
+        return DirectIo::On;
+    }
+    let set = |option: &str| command::run(Program::Losetup, [OsStr::new(option), place.device.as_os_str()]);
+    let first = match set("--direct-io=on") {
+        Ok(_) => return DirectIo::On,
+        Err(error) => error,
+    };
+    let sector = host_sector(image);
+    if sector == USUAL_SECTOR {
+        return DirectIo::Refused(first);
+    }
+    // Older kernels let it be changed under a mounted file system, which has blocks of 4 KiB anyway.
+    match set(&format!("--sector-size={sector}")).and_then(|_| set("--direct-io=on")) {
+        Ok(_) => DirectIo::On,
+        Err(error) => DirectIo::Refused(error),
+    }
+}
+
+/// Turns direct I/O on; where that takes another loop device, the pool is unmounted for it unless it is in use.
+fn use_direct_io(place: Place, plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, StorageError> {
+    let DirectIo::Refused(refusal) = try_direct_io(&place) else {
+        return Ok(place);
+    };
+    let warning = |reason: &dyn std::fmt::Display| {
+        InitEvent::Warning(format!(
+            "The pool's loop device does without direct I/O, so the pool is slower than it could be: {reason}"
+        ))
+    };
+    let Ground::Image(image) = &place.ground else {
+        return Ok(place);
+    };
+    if host_sector(image) == USUAL_SECTOR {
+        tell(warning(&refusal));
+        return Ok(place);
+    }
+    if let Err(busy) = command::run(Program::Umount, [&plan.data_dir]) {
+        tell(warning(&busy));
+        return Ok(place);
+    }
+    mount_image(image, &plan.data_dir)?;
+    let place = ground::find(&plan.data_dir, &plan.backing)?;
+    let place = place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))?;
+    if let DirectIo::Refused(refusal) = try_direct_io(&place) {
+        tell(warning(&refusal));
+    }
+    Ok(place)
 }
 
 fn ensure_folders(data_dir: &Path, kind: Kind, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {

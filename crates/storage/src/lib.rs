@@ -19,9 +19,9 @@
 //! | `signature` | what a file or a device holds |
 //! | `pool` | [`Pool`]: the handle on a mounted pool |
 //! | `resize` | growing, shrinking and trimming the pool |
-//! | `space`, `btrfs` | what can really be written, from the kernel |
+//! | `space`, `btrfs`, `quota` | what can really be written, from the kernel |
 //! | `admission` | the decision that a disk fits, and the books behind it |
-//! | `accounting`, `extents`, `fiemap` | whose each block is |
+//! | `accounting`, `extents`, `fiemap`, `tree_search` | whose each block is |
 //! | `template` | listing and deleting templates; the grown clones kept of them |
 //! | `import`, `pack`, `format` | templates from elsewhere and to elsewhere, packed with zstd |
 //! | `snapshot` | a template made of a disk |
@@ -29,6 +29,7 @@
 //! | `disk` | cloning, deleting, sweeping disks |
 //! | `compact` | fewer extents in an image of which many clones are made |
 //! | `ext4` | a file system in an image: looked at, checked, grown, emptied of what it does not use |
+//! | `live_growth` | whether a guest can grow its file system while it is mounted |
 //! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
 //! | `files` | clone, sparse copy, flush |
 //! | `group_sync` | one flush for all who wait for it |
@@ -68,10 +69,12 @@ mod group_sync;
 mod identity;
 mod import;
 mod init;
+mod live_growth;
 mod mounts;
 mod name;
 mod pack;
 mod pool;
+mod quota;
 mod reclaim;
 mod resize;
 mod signature;
@@ -80,6 +83,7 @@ mod sizing;
 mod snapshot;
 mod space;
 mod template;
+mod tree_search;
 
 pub use accounting::{Accounts, Usage};
 pub use admission::{Admission, Bounds, Promises, Reservation};
@@ -87,7 +91,7 @@ pub use command::{CommandError, Program, require_programs};
 pub use disk::Swept;
 pub use error::StorageError;
 pub use files::lock_for_one_program;
-pub use fstab::FstabError;
+pub use fstab::{FstabError, registered_source};
 pub use ground::{Backing, Ground};
 pub use group_sync::GroupSync;
 pub use identity::Identity;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 /// One mounted file system.
@@ -57,7 +57,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
 }
 
 /// Space, tab, newline and backslash are written as three octal digits, here and in fstab(5).
-fn unescape(field: &[u8]) -> PathBuf {
+pub(crate) fn unescape(field: &[u8]) -> PathBuf {
     let mut path = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&first, tail)) = rest.split_first() {
@@ -82,18 +82,15 @@ fn unescape(field: &[u8]) -> PathBuf {
 }
 
 /// The reverse of what the kernel does in mountinfo, for fstab(5).
-pub(crate) fn escape(path: &Path) -> String {
-    let mut field = String::new();
-    for character in path.to_string_lossy().chars() {
-        match character {
-            ' ' => field.push_str("\\040"),
-            '\t' => field.push_str("\\011"),
-            '\n' => field.push_str("\\012"),
-            '\\' => field.push_str("\\134"),
+pub(crate) fn escape(path: &Path) -> OsString {
+    let mut field = Vec::new();
+    for &byte in path.as_os_str().as_bytes() {
+        match byte {
+            b' ' | b'\t' | b'\n' | b'\\' => field.extend(format!("\\{byte:03o}").bytes()),
             other => field.push(other),
         }
     }
-    field
+    OsString::from_vec(field)
 }
 
 #[cfg(test)]
@@ -108,6 +105,14 @@ mod tests {
         assert_eq!(entry.fs_type, "btrfs");
         assert_eq!(entry.source, Path::new("/dev/loop3"));
         assert_eq!(escape(&entry.target), r"/mnt/with\040space");
+    }
+
+    #[test]
+    fn what_is_escaped_reads_back_whatever_its_bytes_are() {
+        for name in [&b"/a b\tc\nd\\e"[..], b"/f\xfcr", b"/plain", "/größe".as_bytes()] {
+            let path = PathBuf::from(OsString::from_vec(name.to_vec()));
+            assert_eq!(unescape(escape(&path).as_bytes()), path);
+        }
     }
 
     #[test]

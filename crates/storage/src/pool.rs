@@ -39,6 +39,8 @@ pub struct Pool {
     pub(crate) fixed: Mutex<Measured>,
     /// Held while the pool's size changes.
     pub(crate) resizing: Mutex<()>,
+    /// The size from before a change that failed and is not undone yet.
+    pub(crate) undo_to: Mutex<Option<Bytes>>,
     /// One lock for each (template, size) that is being grown: two requests for the same wait for one another, others do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
     /// Flushes of the disks' folder, shared by those who make disks at the same time.
@@ -53,8 +55,10 @@ impl Pool {
     pub fn open(data_dir: &Path, backing: &Backing, bounds: Bounds) -> Result<Pool, StorageError> {
         let place = ground::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
-        let file_system = FileSystem::open(place.kind, &dir)
-            .map_err(|error| StorageError::io("read the uncommitted writes of", data_dir.display(), error))?;
+        let file_system = FileSystem::open(place.kind, &dir).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => StorageError::NoSysfs(data_dir.to_owned()),
+            _ => StorageError::io("read the uncommitted writes of", data_dir.display(), error),
+        })?;
         let pool = Pool {
             root: data_dir.to_owned(),
             ground: place.ground,
@@ -64,6 +68,7 @@ impl Pool {
             admission: Admission::new(bounds),
             fixed: Mutex::default(),
             resizing: Mutex::default(),
+            undo_to: Mutex::default(),
             growing: Mutex::default(),
             disks_sync: GroupSync::default(),
         };
@@ -90,8 +95,8 @@ impl Pool {
     /// [`StorageError::Io`].
     pub fn owner(&self) -> Result<Option<String>, StorageError> {
         let path = self.root.join(OWNER);
-        match std::fs::read_to_string(&path) {
-            Ok(owner) => Ok(Some(owner.trim().to_owned())),
+        match std::fs::read(&path) {
+            Ok(owner) => Ok(Some(String::from_utf8_lossy(&owner).trim().to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(StorageError::io("read", path.display(), error)),
         }

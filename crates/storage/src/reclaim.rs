@@ -34,7 +34,7 @@ impl Pool {
                 crash_point("delete: disk's name gone");
                 Ok(Some(Unlinked { file }))
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.require_mounted().map(|()| None),
             Err(error) => Err(StorageError::io("delete", path.display(), error)),
         }
     }

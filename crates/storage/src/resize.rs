@@ -1,25 +1,31 @@
 //! A pool that grows and shrinks while it is in use, and gives freed blocks back to the host disk.
 //!
-//! Three layers of a pool on an image have to agree: the image, the loop device over it, the file system on that. Growing goes up through them,
-//! shrinking down; after a crash in between, [`Pool::agree`] makes the file system as large as the image is. A pool on a device of its own has
-//! the file system alone, which may be smaller than the device. One on a file system that was there before has a size that is not its affair.
+//! Three layers of a pool on an image have to be of one size: the image, the loop device over it, the file system on that. Growing goes up through
+//! them, shrinking down. The pool's size is that of its file system. A change that fails half-way is undone at once, and what cannot be undone at once
+//! is by [`Pool::reconcile`], before the next change and in the background. After a crash in between, [`Pool::reconcile`] makes the file system as large
+//! as the image is: nobody was told that the change failed.
+//!
+//! A pool on a device of its own has the file system alone, which may be smaller than the device. One on a file system that was there before has a
+//! size that is not its affair.
 
+use crate::btrfs::chunk_space;
 use crate::command::{self, Program};
 use crate::error::StorageError;
-use crate::ground::Ground;
+use crate::ground::{FileSystem, Ground};
 use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use crate::sizing::{LARGEST, SHARE_PERCENT};
 use crate::space::{allocated, available, device_size};
-use scalebox_fault_points::crash_point;
+use scalebox_fault_points::{crash_point, fault_point};
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::path::Path;
-use std::sync::{MutexGuard, TryLockError};
+use std::sync::{MutexGuard, PoisonError, TryLockError};
 
 /// btrfs wants some unallocated room to move chunks about in, beyond what is used: one data chunk.
 const ROOM_TO_MOVE: Gib = Gib::new(1);
-/// A device is larger than the file system on it by less than this, because that counts in blocks.
+/// A device or an image is larger than the file system on it by less than this, because that counts in blocks.
 const LEAST_GROWTH: Bytes = Bytes::from_mib(1);
 /// The file system's block, in bytes.
 const BLOCK: u64 = 4096;
@@ -31,7 +37,7 @@ impl Pool {
     /// [`StorageError::PoolSize`] when that is no growth, or more than the host disk or the device can hold; [`StorageError::Given`],
     /// [`StorageError::Busy`] while another change of size is under way.
     pub fn grow(&self, size: Option<Gib>) -> Result<(), StorageError> {
-        let _changing = self.begin_resize()?;
+        let _changing = self.begin_change()?;
         match &self.ground {
             Ground::Image(image) => self.grow_image(image, size),
             Ground::Device(device) => self.grow_on_device(device, size),
@@ -40,12 +46,12 @@ impl Pool {
     }
 
     fn grow_image(&self, image: &Path, size: Option<Gib>) -> Result<(), StorageError> {
-        let current = image_size(image)?;
+        let current = self.file_system_size()?;
         let holdable = holdable(image)?;
         let size = size.unwrap_or_else(|| share_of(holdable));
-        if size.bytes() <= current {
+        if size.bytes() < current + LEAST_GROWTH {
             return Err(StorageError::PoolSize(format!(
-                "the pool has {current}: {size} GiB is no growth; free space on the host disk, or name a larger size"
+                "the pool has {current}: {size} GiB is not larger; free space on the host disk, or name a larger size"
             )));
         }
         if size.bytes() + self.bounds().buffer.bytes() > holdable {
@@ -55,13 +61,40 @@ impl Pool {
                 self.bounds().buffer
             )));
         }
-        set_image_size(image, size.bytes())?;
-        crash_point("pool grow: image larger");
-        self.agree_layers()
+        self.grow_layers(image, size.bytes())
+    }
+
+    /// Makes all three layers larger, or leaves them as they were.
+    fn grow_layers(&self, image: &Path, size: Bytes) -> Result<(), StorageError> {
+        let before = self.file_system_size()?;
+        let grown = set_image_size(image, size)
+            .and_then(|()| fault_point("pool grow: image larger").map_err(injected))
+            .and_then(|()| self.refresh_device())
+            .and_then(|()| fault_point("pool grow: device larger").map_err(injected))
+            .and_then(|()| self.resize_file_system(size));
+        self.or_undo(grown, before)?;
+        crash_point("pool grow: file system larger");
+        Ok(())
+    }
+
+    /// Hands on the result of a change; brings the layers back to `before` where it failed. That they could not be brought back is logged, and kept in
+    /// mind for [`Pool::reconcile`].
+    fn or_undo(&self, changed: Result<(), StorageError>, before: Bytes) -> Result<(), StorageError> {
+        let Err(error) = changed else { return Ok(()) };
+        *self.undo_to() = Some(before);
+        if let Err(undo) = self.reconcile_layers() {
+            tracing::warn!(error = %undo, "a failed change of the pool's size is not undone yet; it is tried again");
+        }
+        Err(error)
+    }
+
+    /// The size that an undo which failed was to bring back.
+    fn undo_to(&self) -> MutexGuard<'_, Option<Bytes>> {
+        self.undo_to.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn grow_on_device(&self, device: &Path, size: Option<Gib>) -> Result<(), StorageError> {
-        let (current, holdable) = (self.space()?.capacity, device_size(device)?);
+        let (current, holdable) = (self.file_system_size()?, device_size(device)?);
         let wanted = size.map_or(holdable, Gib::bytes);
         if wanted > holdable {
             return Err(StorageError::PoolSize(format!(
@@ -71,7 +104,7 @@ impl Pool {
         }
         if wanted < current + LEAST_GROWTH {
             return Err(StorageError::PoolSize(format!(
-                "the pool has {current} of the {holdable} of {}: {wanted} is no growth; make the device larger first",
+                "the pool has {current} of the {holdable} of {}: {wanted} is not larger; make the device larger first",
                 device.display()
             )));
         }
@@ -85,7 +118,7 @@ impl Pool {
     /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
     pub fn extend(&self) -> Result<bool, StorageError> {
         let worth_it = Gib::new(1).bytes();
-        let _changing = match self.begin_resize() {
+        let _changing = match self.begin_change() {
             Err(StorageError::Busy(_)) => return Ok(false),
             other => other?,
         };
@@ -94,15 +127,14 @@ impl Pool {
                 let holdable = holdable(image)?;
                 let kept_free = (holdable - self.bounds().buffer.bytes()).floor_gib();
                 let size = share_of(holdable).min(kept_free).bytes();
-                if size < image_size(image)? + worth_it {
+                if size < self.file_system_size()? + worth_it {
                     return Ok(false);
                 }
-                set_image_size(image, size)?;
-                self.agree_layers()?;
+                self.grow_layers(image, size)?;
             }
             Ground::Device(device) => {
                 let size = device_size(device)?;
-                if size < self.space()?.capacity + worth_it {
+                if size < self.file_system_size()? + worth_it {
                     return Ok(false);
                 }
                 self.resize_file_system(size)?;
@@ -119,46 +151,54 @@ impl Pool {
     /// [`StorageError::PoolSize`] when what is used, promised or kept free would not fit, and nothing is changed; [`StorageError::Given`],
     /// [`StorageError::Busy`] while another change of size is under way.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
-        let _changing = self.begin_resize()?;
+        let _changing = self.begin_change()?;
         let current = match &self.ground {
-            Ground::Image(image) => image_size(image)?,
-            Ground::Device(_) => self.space()?.capacity,
+            Ground::Image(_) | Ground::Device(_) => self.file_system_size()?,
             Ground::Given => return Err(StorageError::Given(self.root.clone())),
         };
         if size.bytes() >= current {
             return Err(StorageError::PoolSize(format!(
-                "the pool has {current}: {size} GiB is no shrinking"
+                "the pool has {current}: {size} GiB is not smaller"
             )));
         }
         // From here on nothing is admitted that would not fit; taken back if it comes to nothing.
-        let lowered = self.lower_ceiling(size.bytes(), |promised| {
-            let space = self.space()?;
-            let needed = space.used
-                + space.metadata_total
-                + space.metadata_total
-                + self.bounds().buffer.bytes()
-                + ROOM_TO_MOVE.bytes();
-            // With every promise backed, the guests' blocks that are yet to come count as those that are there.
-            let backed = match self.bounds().overcommit_ratio {
-                ratio if ratio <= 1.0 => {
-                    let overhead = space.capacity - space.backable;
-                    space.fixed + promised + self.bounds().buffer.bytes() + overhead
-                }
-                _ => Bytes::ZERO,
-            };
-            let needed = needed.max(backed);
-            Ok((needed <= size.bytes()).then_some(()).ok_or(needed.ceil_gib()))
-        })?;
-        crash_point("pool shrink: ceiling lowered");
-        self.resize_file_system(size.bytes())?;
-        crash_point("pool shrink: file system smaller");
-        if let Ground::Image(image) = &self.ground {
-            set_image_size(image, size.bytes())?;
-            crash_point("pool shrink: image smaller");
-            self.refresh_device()?;
-            crash_point("pool shrink: device smaller");
-        }
+        let lowered = self.lower_ceiling(size.bytes(), |promised| self.fits_in(size.bytes(), promised))?;
+        let shrunk = self.shrink_layers(size.bytes());
+        self.or_undo(shrunk, current)?;
+        crash_point("pool shrink: device smaller");
         drop(lowered);
+        Ok(())
+    }
+
+    /// Whether a pool of `size` could hold what is used, promised and kept free; `Err` with what is needed.
+    fn fits_in(&self, size: Bytes, promised: Bytes) -> Result<Result<(), Gib>, StorageError> {
+        let space = self.space()?;
+        let needed = space.used
+            + space.metadata_total
+            + space.metadata_total
+            + self.bounds().buffer.bytes()
+            + ROOM_TO_MOVE.bytes();
+        // With every promise backed, the guests' blocks that are yet to come count as those that are there.
+        let backed = match self.bounds().overcommit_ratio {
+            ratio if ratio <= 1.0 => {
+                let overhead = space.capacity - space.backable;
+                space.fixed + promised + self.bounds().buffer.bytes() + overhead
+            }
+            _ => Bytes::ZERO,
+        };
+        let needed = needed.max(backed);
+        Ok((needed <= size).then_some(()).ok_or(needed.ceil_gib()))
+    }
+
+    fn shrink_layers(&self, size: Bytes) -> Result<(), StorageError> {
+        fault_point("pool shrink: ceiling lowered").map_err(injected)?;
+        self.resize_file_system(size)?;
+        fault_point("pool shrink: file system smaller").map_err(injected)?;
+        if let Ground::Image(image) = &self.ground {
+            set_image_size(image, size)?;
+            fault_point("pool shrink: image smaller").map_err(injected)?;
+            self.refresh_device()?;
+        }
         Ok(())
     }
 
@@ -176,29 +216,73 @@ impl Pool {
         Ok(Bytes::new(bytes.unwrap_or(0)))
     }
 
-    /// Makes loop device and file system as large as the image, if there is one: what a crash between the steps of a change left, and the second
-    /// half of a growth.
+    /// Brings the layers to one size: that from before a change which failed; else, after a crash between the steps of a change, the image's.
     ///
     /// # Errors
-    /// [`StorageError::Command`], also while the file system is still about a change that another program began; [`StorageError::Busy`] while
+    /// [`StorageError::Command`], also while btrfs is still busy with a change that another program began; [`StorageError::Busy`] while
     /// this one is. It may be repeated.
-    pub fn agree(&self) -> Result<(), StorageError> {
+    pub fn reconcile(&self) -> Result<(), StorageError> {
         let _changing = self.begin_resize()?;
-        self.agree_layers()
+        self.reconcile_layers()
     }
 
-    fn agree_layers(&self) -> Result<(), StorageError> {
-        let Some(image) = self.image() else { return Ok(()) };
+    fn reconcile_layers(&self) -> Result<(), StorageError> {
+        let mut undo_to = self.undo_to();
+        match &self.ground {
+            Ground::Image(image) => {
+                if let Some(before) = *undo_to {
+                    // Never less than what the file system has: what lies behind the end would be lost.
+                    let size = before.max(self.file_system_size()?);
+                    if image_size(image)? != size {
+                        set_image_size(image, size)?;
+                    }
+                }
+                self.follow_image(image)?;
+            }
+            Ground::Device(_) => {
+                if let Some(before) = *undo_to
+                    && self.file_system_size()? + LEAST_GROWTH <= before
+                {
+                    self.resize_file_system(before)?;
+                }
+            }
+            Ground::Given => {}
+        }
+        *undo_to = None;
+        Ok(())
+    }
+
+    /// Makes loop device and file system as large as the image.
+    fn follow_image(&self, image: &Path) -> Result<(), StorageError> {
         let size = image_size(image)?;
         if device_size(&self.device)? != size {
             self.refresh_device()?;
-            crash_point("pool grow: device larger");
         }
-        if self.space()?.capacity < size {
+        if self.file_system_size()? + LEAST_GROWTH <= size {
             self.resize_file_system(size)?;
-            crash_point("pool grow: file system larger");
         }
         Ok(())
+    }
+
+    /// The size of the file system as its device counts: neither its profile nor a quota makes it smaller.
+    fn file_system_size(&self) -> Result<Bytes, StorageError> {
+        match &self.file_system {
+            FileSystem::Btrfs(..) => {
+                let space = chunk_space(&self.dir)
+                    .map_err(|errno| StorageError::io("read the size of", self.root.display(), errno.into()))?;
+                Ok(space.device_size)
+            }
+            FileSystem::Xfs => Ok(self.space()?.capacity),
+        }
+    }
+
+    /// What a change of size begins with: what an earlier one left undone.
+    fn begin_change(&self) -> Result<MutexGuard<'_, ()>, StorageError> {
+        let changing = self.begin_resize()?;
+        if self.undo_to().is_some() {
+            self.reconcile_layers()?;
+        }
+        Ok(changing)
     }
 
     fn begin_resize(&self) -> Result<MutexGuard<'_, ()>, StorageError> {
@@ -220,10 +304,15 @@ impl Pool {
 
     fn resize_file_system(&self, size: Bytes) -> Result<(), StorageError> {
         // Whole blocks: an image or a device may be larger by a part of one.
-        let size = (size.as_u64() & !(BLOCK - 1)).to_string();
-        let args = ["filesystem", "resize", &size].map(OsStr::new);
-        command::run(Program::Btrfs, args.into_iter().chain([self.path().as_os_str()]))?;
-        Ok(())
+        let size = size.as_u64() & !(BLOCK - 1);
+        let text = size.to_string();
+        let args = ["filesystem", "resize", &text].map(OsStr::new);
+        let resized = command::run(Program::Btrfs, args.into_iter().chain([self.path().as_os_str()]));
+        match resized {
+            // A program that fails behind its last step has done what it was asked for.
+            Err(error) if self.file_system_size()?.as_u64() != size => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -236,6 +325,10 @@ fn holdable(image: &Path) -> Result<Bytes, StorageError> {
 fn share_of(holdable: Bytes) -> Gib {
     let share = Gib::new(holdable.floor_gib().as_u64() * SHARE_PERCENT / 100);
     share.min(LARGEST)
+}
+
+fn injected(error: io::Error) -> StorageError {
+    StorageError::io("change", "the size of the pool", error)
 }
 
 fn image_size(image: &Path) -> Result<Bytes, StorageError> {

@@ -46,6 +46,13 @@ impl FromStr for RequestedSize {
     }
 }
 
+/// As the operator wrote it.
+impl fmt::Display for RequestedSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 impl RequestedSize {
     /// The size in bytes, at least one GiB.
     pub fn bytes(&self) -> Bytes {

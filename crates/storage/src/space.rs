@@ -3,10 +3,11 @@
 use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
 use crate::ground::FileSystem;
+use crate::quota::{Allowance, Quota};
 use crate::size::Bytes;
 use rustix::fs::{fstat, fstatvfs, statvfs};
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 
 /// Metadata room that must stay within reach before btrfs is counted on to take more data. Below it, unallocated space is set
@@ -57,8 +58,30 @@ impl Space {
     /// Reads the space of the pool that `pool` lies on, over `image` when it is a loop device's backing file.
     pub(crate) fn read(pool: &File, file_system: &FileSystem, image: Option<&Path>) -> Result<Space, StorageError> {
         match file_system {
-            FileSystem::Btrfs(pending) => Space::of_btrfs(pool, pending, image),
+            FileSystem::Btrfs(pending, quota) => {
+                let space = Space::of_btrfs(pool, pending, image)?;
+                let allowance = quota.allowance(pool).map_err(unread_quota)?;
+                Ok(allowance.map_or(space, |allowance| space.within(allowance)))
+            }
             FileSystem::Xfs => Space::of_xfs(pool),
+        }
+    }
+
+    /// The same with a quota over the pool's folder: what others have on the same file system counts no more, and the limit is all there is.
+    fn within(self, allowance: Allowance) -> Space {
+        let free = self.free.min(allowance.left);
+        if allowance.limit >= self.capacity {
+            return Space { free, ..self };
+        }
+        let used = self.used.min(allowance.limit - allowance.left);
+        Space {
+            capacity: allowance.limit,
+            used,
+            free,
+            pool_free: self.pool_free.min(allowance.left),
+            backable: self.backable.min(used + free),
+            fixed: self.fixed.min(used),
+            ..self
         }
     }
 
@@ -153,11 +176,30 @@ fn backable(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     holdable.min(raw.scaled(1.0 / (d as f64 + m as f64 * share)))
 }
 
-/// What an unprivileged program could write to the file system that `path` lies on.
+/// What an unprivileged program could write to the folder or file `path`: what its file system has free, and its quotas allow.
 pub(crate) fn available(path: &Path) -> Result<Bytes, StorageError> {
-    let stat =
-        statvfs(path).map_err(|errno| StorageError::io("read the free space of", path.display(), errno.into()))?;
-    Ok(Bytes::from_blocks(stat.f_bavail, stat.f_frsize))
+    let failed = |error| StorageError::io("read the free space of", path.display(), error);
+    let free = |path: &Path| {
+        let stat = statvfs(path).map_err(|errno| failed(errno.into()))?;
+        Ok::<_, StorageError>(Bytes::from_blocks(stat.f_bavail, stat.f_frsize))
+    };
+    let mut available = free(path)?;
+    let file = File::open(path).map_err(failed)?;
+    // Of a project with a quota on XFS or ext4, statfs tells what that allows, but of a folder alone: a file does not hand its project on.
+    let is_folder = file.metadata().map_err(failed)?.is_dir();
+    if let Some(folder) = path.parent().filter(|_| !is_folder) {
+        available = available.min(free(folder)?);
+    }
+    if let Some(quota) = Quota::of(&file).map_err(unread_quota)?
+        && let Some(allowance) = quota.allowance(&file).map_err(unread_quota)?
+    {
+        available = available.min(allowance.left);
+    }
+    Ok(available)
+}
+
+fn unread_quota(error: io::Error) -> StorageError {
+    StorageError::io("read the quotas of", "the pool's file system", error)
 }
 
 /// The size of a block device.

@@ -95,7 +95,11 @@ impl Pool {
         match fs::symlink_metadata(&path) {
             Ok(meta) if meta.is_file() => Ok(Template::of(name, &meta)),
             Ok(_) => Err(StorageError::NoTemplate(name.to_string())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StorageError::NoTemplate(name.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // Below an unmounted pool there is nothing, and that says nothing of the template.
+                self.require_mounted()?;
+                Err(StorageError::NoTemplate(name.to_string()))
+            }
             Err(error) => Err(StorageError::io("read", path.display(), error)),
         }
     }
@@ -377,14 +381,14 @@ fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
     }
 }
 
+/// The regular files in a folder; none where there is no such folder. Other entries are nobody's.
 fn list(dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(StorageError::io("list", dir.display(), error)),
-    };
-    entries
-        .map(|entry| entry.map(|entry| entry.path()))
-        .collect::<io::Result<_>>()
-        .map_err(|error| StorageError::io("list", dir.display(), error))
+    match files::entries(dir) {
+        Ok(entries) => Ok(entries
+            .into_iter()
+            .filter_map(|(path, is_file)| is_file.then_some(path))
+            .collect()),
+        Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }

@@ -127,7 +127,7 @@ fn a_pool_on_a_device_takes_all_of_it_and_comes_back_by_the_table_of_mounts() {
     let plan = place.plan.clone();
     let uuid = run("blkid", &["-p", "-s", "UUID", "-o", "value", text(&device.path)]);
     assert_eq!(
-        fs::read_to_string(&plan.fstab).unwrap(),
+        fs::read_to_string(plan.fstab.as_ref().unwrap()).unwrap(),
         format!(
             "UUID={} {} btrfs nofail,noatime,discard=async 0 0\n",
             uuid.trim(),
@@ -150,7 +150,10 @@ fn a_pool_on_a_device_takes_all_of_it_and_comes_back_by_the_table_of_mounts() {
     drop(pool);
     fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
     assert!(unmount(&plan.data_dir, &plan.backing).unwrap());
-    run("mount", &["--fstab", text(&plan.fstab), text(&plan.data_dir)]);
+    run(
+        "mount",
+        &["--fstab", text(plan.fstab.as_ref().unwrap()), text(&plan.data_dir)],
+    );
     assert!(unmount(&plan.data_dir, &plan.backing).unwrap());
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
@@ -175,12 +178,12 @@ fn a_pool_on_a_device_grows_with_it_and_shrinks_on_it() {
     pool.shrink(Gib::new(25)).unwrap();
     assert_eq!(capacity(), 25);
     // What a start puts right leaves a pool as small as it was made.
-    pool.agree().unwrap();
+    pool.reconcile().unwrap();
     assert_eq!(capacity(), 25);
     for (refused, why) in [
         (pool.grow(Some(Gib::new(61))), "does not fit"),
-        (pool.grow(Some(Gib::new(25))), "no growth"),
-        (pool.shrink(Gib::new(30)), "no shrinking"),
+        (pool.grow(Some(Gib::new(25))), "is not larger"),
+        (pool.shrink(Gib::new(30)), "is not smaller"),
         (pool.shrink(Gib::new(1)), "GiB are needed"),
     ] {
         let error = refused.unwrap_err();
@@ -229,7 +232,7 @@ fn a_device_with_anything_on_it_is_not_formatted() {
     file.plan.backing = Backing::Device(plain);
     let error = file.init().unwrap_err().to_string();
     assert!(error.contains("no block device"), "{error}");
-    assert!(!file.plan.fstab.exists());
+    assert!(!file.fstab().exists());
 }
 
 #[test]
@@ -241,7 +244,7 @@ fn a_pool_that_another_device_is_mounted_at_is_not_used() {
     let error = scalebox_storage::Pool::open(&place.plan.data_dir, &wrong, USUAL).unwrap_err();
     assert!(matches!(error, StorageError::OtherDevice { .. }), "{error}");
     // By another name it is the same device.
-    let link = place.plan.fstab.with_file_name("by-another-name");
+    let link = place.fstab().with_file_name("by-another-name");
     std::os::unix::fs::symlink(&device.path, &link).unwrap();
     scalebox_storage::Pool::open(&place.plan.data_dir, &Backing::Device(link), USUAL).unwrap();
 }
@@ -254,7 +257,7 @@ fn an_xfs_that_is_mounted_at_the_pool_s_place_is_the_pool() {
     // No image is made though one is configured: there is a file system that can clone.
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
-    assert!(!place.image().exists() && !place.plan.fstab.exists());
+    assert!(!place.image().exists() && !place.fstab().exists());
     assert_eq!(
         place.steps()[0],
         format!("Storage already mounted at {}", host.folder.display())
@@ -285,7 +288,7 @@ fn a_folder_on_an_xfs_or_a_btrfs_is_a_pool_when_no_image_is_wanted() {
         let mut place = place_in(host.folder.join("scalebox"));
         assert_eq!(place.init().unwrap(), InitOutcome::Ready);
         assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
-        assert!(!place.plan.fstab.exists());
+        assert!(!place.fstab().exists());
         let stocked = Stocked::in_place(place, USUAL);
         does_what_a_pool_does(&stocked);
         let accounts = stocked.pool.measure().unwrap();

@@ -42,7 +42,7 @@ fn a_new_pool_is_mounted_registered_and_overwrites_in_place() {
         text(image),
         text(&plan.data_dir)
     );
-    assert_eq!(fs::read_to_string(&plan.fstab).unwrap(), line);
+    assert_eq!(fs::read_to_string(plan.fstab.as_ref().unwrap()).unwrap(), line);
     let steps = place.steps();
     assert_eq!(steps[0], "Setting up btrfs storage...");
     assert!(
@@ -55,7 +55,7 @@ fn a_second_run_says_so_and_changes_nothing() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let before = (
-        fs::read(&place.plan.fstab).unwrap(),
+        fs::read(place.fstab()).unwrap(),
         fs::metadata(place.image()).unwrap().ino(),
     );
     place.said.clear();
@@ -66,7 +66,7 @@ fn a_second_run_says_so_and_changes_nothing() {
     );
     assert_eq!(
         (
-            fs::read(&place.plan.fstab).unwrap(),
+            fs::read(place.fstab()).unwrap(),
             fs::metadata(place.image()).unwrap().ino()
         ),
         before
@@ -84,7 +84,10 @@ fn the_table_of_mounts_brings_the_pool_back_and_its_data_with_it() {
     assert!(unmount(&plan.data_dir, &plan.backing).unwrap());
     assert_eq!(loop_devices_of(image), "", "the loop device goes with the mount");
 
-    run("mount", &["--fstab", text(&plan.fstab), text(&plan.data_dir)]);
+    run(
+        "mount",
+        &["--fstab", text(plan.fstab.as_ref().unwrap()), text(&plan.data_dir)],
+    );
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
     // What mount from the table leaves out, the next run puts right.
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
@@ -111,10 +114,10 @@ fn an_interrupted_run_is_finished_by_the_next() {
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
 
     // Killed between mounting and registering, and before the folders were made.
-    fs::remove_file(&plan.fstab).unwrap();
+    fs::remove_file(plan.fstab.as_ref().unwrap()).unwrap();
     fs::remove_dir(plan.data_dir.join("kernel")).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
-    assert!(plan.fstab.exists() && plan.data_dir.join("kernel").is_dir());
+    assert!(place.fstab().exists() && plan.data_dir.join("kernel").is_dir());
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
 }
 
@@ -183,8 +186,10 @@ fn a_host_disk_with_24_gib_free_is_refused_in_the_words_of_the_seed_also_with_a_
     for size in [None, Some("100G")] {
         let mut place = Place::at(&host.folder, size);
         let error = place.init().unwrap_err().to_string();
-        assert_eq!(error, "Insufficient disk space. Need at least 25GB free, found 24GB");
-        assert!(!place.image().exists() && !place.plan.fstab.exists());
+        let (seed, place_named) = error.split_once(". POOL_IMAGE is to lie in ").unwrap();
+        assert_eq!(seed, "Insufficient disk space. Need at least 25GB free, found 24GB");
+        assert!(place_named.starts_with(text(&host.folder)), "{error}");
+        assert!(!place.image().exists() && !place.fstab().exists());
     }
 }
 
@@ -216,7 +221,7 @@ fn two_runs_at_once_make_one_pool() {
     for run in &runs {
         assert!(matches!(run, Ok(_) | Err(StorageError::Busy(_))), "{run:?}");
     }
-    assert_eq!(fs::read_to_string(&place.plan.fstab).unwrap().lines().count(), 1);
+    assert_eq!(fs::read_to_string(place.fstab()).unwrap().lines().count(), 1);
     assert_eq!(loop_devices_of(place.image()).lines().count(), 1);
 }
 
@@ -226,13 +231,13 @@ fn an_image_that_is_mounted_elsewhere_is_not_mounted_twice() {
     place.init().unwrap();
     let mut other = Place::at(place.image().parent().unwrap(), Some("30G"));
     other.plan.data_dir = place.plan.data_dir.with_file_name("second");
-    other.plan.fstab = place.plan.fstab.with_file_name("second-fstab");
+    other.plan.fstab = Some(place.fstab().with_file_name("second-fstab"));
     let error = other.init().unwrap_err();
     assert!(
         matches!(&error, StorageError::MountedElsewhere { at, .. } if *at == place.plan.data_dir),
         "{error}"
     );
-    assert!(!other.plan.fstab.exists());
+    assert!(!other.fstab().exists());
 }
 
 #[test]
@@ -333,9 +338,9 @@ fn a_pool_grows_and_shrinks_in_all_its_layers_and_keeps_its_data() {
     assert_eq!(run("sha256sum", &[text(&file)]), sum);
 
     for (refused, why) in [
-        (pool.grow(Some(Gib::new(60))), "no growth"),
+        (pool.grow(Some(Gib::new(60))), "is not larger"),
         (pool.grow(Some(Gib::new(200))), "at most"),
-        (pool.shrink(Gib::new(90)), "no shrinking"),
+        (pool.shrink(Gib::new(90)), "is not smaller"),
         (pool.shrink(Gib::new(1)), "GiB are needed"),
     ] {
         let error = refused.unwrap_err();
@@ -376,14 +381,14 @@ fn a_change_of_size_that_a_crash_interrupted_ends_with_all_layers_agreeing() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
-    // A growth that came as far as the image.
+    // A growth that came as far as the image: no client was answered.
     run("truncate", &["-s", "35G", text(place.image())]);
-    pool.agree().unwrap();
+    pool.reconcile().unwrap();
     assert_eq!(pool.space().unwrap().capacity, Gib::new(35).bytes());
     // A shrinking that came as far as the file system.
     run("btrfs", &["filesystem", "resize", "20G", text(&place.plan.data_dir)]);
     assert_eq!(pool.space().unwrap().capacity, Gib::new(20).bytes());
-    pool.agree().unwrap();
+    pool.reconcile().unwrap();
     assert_eq!(pool.space().unwrap().capacity, Gib::new(35).bytes());
 }
 

@@ -150,6 +150,11 @@ impl Vmm for FirecrackerDriver {
         "firecracker"
     }
 
+    /// `MAX_SUPPORTED_VCPUS`, which its `PUT /machine-config` is held to.
+    fn max_vcpus(&self) -> u32 {
+        32
+    }
+
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         // In a task of its own, so that a caller who goes away leaves no half-launched machine.
         match tokio::spawn(self.clone().start(spec.clone())).await {

@@ -41,6 +41,9 @@ pub trait Vmm: Send + Sync {
     /// The driver's name, as in the setting `VMM`.
     fn name(&self) -> &'static str;
 
+    /// The most processors that it gives to one machine.
+    fn max_vcpus(&self) -> u32;
+
     /// Starts a machine; its guest is running when this returns (not: has booted).
     ///
     /// Before: the disk, seed drive, tap, kernel and initramfs exist. `run_dir` may be missing; its parent exists. After

@@ -133,6 +133,11 @@ impl Vmm for QemuDriver {
         "qemu"
     }
 
+    /// Of its machine type `microvm`, since QEMU 4.2.
+    fn max_vcpus(&self) -> u32 {
+        288
+    }
+
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         // In a task of its own, so that a caller who goes away leaves no half-launched machine.
         match tokio::spawn(self.clone().start(spec.clone())).await {

@@ -186,6 +186,6 @@ pub fn pool() -> Value {
         "reserved_bytes": 0, "buffer_bytes": 2 * GIB, "pool_free_bytes": 75 * GIB, "host_free_bytes": 60 * GIB,
         "unallocated_bytes": 70 * GIB, "metadata_bytes": GIB, "metadata_used_bytes": GIB / 2,
         "vms_exclusive_bytes": 15 * GIB, "templates_exclusive_bytes": 2 * GIB, "shared_bytes": 7 * GIB, "other_bytes": GIB,
-        "measured_at": "2026-01-02T03:04:05.000Z", "days_left": 12.5,
+        "measured_at": "2026-01-02T03:04:05.000Z", "days_left": 12.5, "cleanups_pending": 0,
     })
 }

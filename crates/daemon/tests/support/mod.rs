@@ -108,6 +108,8 @@ pub struct Host {
     pub folder: PathBuf,
     env: Vec<(String, String)>,
     daemon: Option<Child>,
+    /// A program and its arguments, under which commands run.
+    runner: Vec<String>,
     pub url: String,
     pub bridge: String,
     _slot: NetworkSlot,
@@ -130,6 +132,7 @@ impl Host {
             ("POOL_IMAGE", text(&image).to_owned()),
             ("STATE_DIR", path("state")),
             ("RUN_DIR", path("run")),
+            ("SCALEBOX_FAULTS", path("faults")),
             ("FSTAB", path("fstab")),
             ("API_PORT", "0".to_owned()),
             ("API_TOKEN", TOKEN.to_owned()),
@@ -152,6 +155,7 @@ impl Host {
             folder,
             env,
             daemon: None,
+            runner: Vec::new(),
             url: String::new(),
             bridge,
             _slot: slot,
@@ -183,7 +187,15 @@ impl Host {
     }
 
     pub fn scaleboxd(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_scaleboxd"));
+        let program = env!("CARGO_BIN_EXE_scaleboxd");
+        let mut command = match self.runner.split_first() {
+            None => Command::new(program),
+            Some((runner, its_args)) => {
+                let mut command = Command::new(runner);
+                command.args(its_args).arg(program);
+                command
+            }
+        };
         command.args(args).args(["--config", "/dev/null"]).stdin(Stdio::null());
         for key in ["SCALEBOX_TOKEN", "SCALEBOX_URL"] {
             command.env_remove(key);
@@ -204,9 +216,33 @@ impl Host {
         said(&output)
     }
 
+    /// Runs the commands that follow under this program.
+    pub fn run_under(&mut self, runner: Option<Vec<String>>) {
+        self.runner = runner.unwrap_or_default();
+    }
+
     pub fn set(&mut self, key: &str, value: &str) {
         self.env.retain(|(known, _)| known != key);
         self.env.push((key.to_owned(), value.to_owned()));
+    }
+
+    /// Lets a step fail or end the daemon, as crates/fault-points describes; `None` for no step.
+    pub fn arm(&self, fault: Option<&str>) {
+        let folder = self.faults();
+        match fault {
+            // Renamed into place, so that no step reads a half-written one.
+            Some(fault) => fs::write(folder.join("new"), fault)
+                .and_then(|()| fs::rename(folder.join("new"), folder.join("fault")))
+                .unwrap(),
+            None => drop(fs::remove_file(folder.join("fault"))),
+        }
+    }
+
+    /// The folder from which the daemon takes the faults to inject.
+    pub fn faults(&self) -> PathBuf {
+        let folder = self.folder.join("faults");
+        fs::create_dir_all(&folder).unwrap();
+        folder
     }
 
     /// Starts the daemon and waits until it answers.
@@ -286,12 +322,15 @@ impl Host {
     }
 
     pub fn create_stopped(&self, template: &str, disk_size_gib: Option<u64>) -> Vm {
-        self.client()
+        let vm = self
+            .client()
             .create_vm(&CreateVm {
                 disk_size_gib,
                 ..self.stopped(template)
             })
-            .unwrap()
+            .unwrap();
+        // On a busy machine its disk may have been measured before the answer.
+        Vm { storage: None, ..vm }
     }
 
     /// Sends bytes as they are and returns status and body. The connection is closed after one answer.

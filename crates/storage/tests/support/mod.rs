@@ -114,7 +114,8 @@ impl Place {
         let plan = PoolPlan {
             data_dir: folder.join("pool"),
             backing: Backing::Image(folder.join("pool.img")),
-            fstab: folder.join("fstab"),
+            fstab: Some(folder.join("fstab")),
+            expected_disks: 0,
             size: size.map(|size| size.parse().unwrap()),
             buffer: Gib::new(2),
         };
@@ -131,6 +132,11 @@ impl Place {
             Backing::Image(image) => image,
             other => panic!("{other:?} is no image"),
         }
+    }
+
+    /// The table that the mount is registered in.
+    pub fn fstab(&self) -> &Path {
+        self.plan.fstab.as_deref().expect("a table of mounts")
     }
 
     pub fn init(&mut self) -> Result<InitOutcome, StorageError> {

@@ -8,18 +8,24 @@ use std::str::FromStr;
 /// A text does not have the form it needs; reads on after the name of the field: `must be …`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct WrongForm(pub(crate) String);
+pub struct WrongForm(String);
+
+impl WrongForm {
+    /// What the form is, to be read after the name of the field: `must be …`.
+    pub fn new(form: impl Into<String>) -> Self {
+        WrongForm(form.into())
+    }
+}
 
 /// A template's name: 1 to 63 ASCII letters, digits, dashes, dots and underscores, the first a letter or a digit. The same form
 /// as a file of the pool has, so that every template that can be made can be asked for.
 ///
 /// ```
-/// use scalebox_client::TemplateName;
+/// use scalebox_units::TemplateName;
 /// assert!("debian-12.1_minimal".parse::<TemplateName>().is_ok());
 /// assert!("../x".parse::<TemplateName>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct TemplateName(String);
 
@@ -27,12 +33,11 @@ pub struct TemplateName(String);
 /// 2.1), that cannot be taken for a VM's id.
 ///
 /// ```
-/// use scalebox_client::VmName;
+/// use scalebox_units::VmName;
 /// assert!("build-7".parse::<VmName>().is_ok());
 /// assert!("vm-0123456789ab".parse::<VmName>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct VmName(String);
 
@@ -61,7 +66,7 @@ impl FromStr for TemplateName {
         if letters && begins && text.len() <= LONGEST {
             Ok(TemplateName(text.to_owned()))
         } else {
-            Err(WrongForm(TEMPLATE_FORM.to_owned()))
+            Err(WrongForm::new(TEMPLATE_FORM))
         }
     }
 }
@@ -73,9 +78,9 @@ impl FromStr for VmName {
         let letters = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
         let ends = !text.starts_with('-') && !text.ends_with('-');
         if !(letters && ends && (1..=LONGEST).contains(&text.len())) {
-            Err(WrongForm(VM_FORM.to_owned()))
+            Err(WrongForm::new(VM_FORM))
         } else if is_vm_id(text) {
-            Err(WrongForm(VM_NOT_ID.to_owned()))
+            Err(WrongForm::new(VM_NOT_ID))
         } else {
             Ok(VmName(text.to_owned()))
         }
@@ -153,7 +158,7 @@ mod tests {
         for text in bad {
             assert_eq!(
                 text.parse::<TemplateName>(),
-                Err(WrongForm(TEMPLATE_FORM.into())),
+                Err(WrongForm::new(TEMPLATE_FORM)),
                 "{text:?}"
             );
         }
@@ -187,13 +192,13 @@ mod tests {
             &"a".repeat(64),
         ];
         for text in bad {
-            assert_eq!(text.parse::<VmName>(), Err(WrongForm(VM_FORM.into())), "{text:?}");
+            assert_eq!(text.parse::<VmName>(), Err(WrongForm::new(VM_FORM)), "{text:?}");
         }
     }
 
     #[test]
     fn a_vm_name_is_never_taken_for_an_id() {
-        assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(WrongForm(VM_NOT_ID.into())));
+        assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(WrongForm::new(VM_NOT_ID)));
         assert!(is_vm_id("vm-0123456789ab"));
         for text in [
             "vm-0123456789AB",

@@ -1,29 +1,15 @@
-//! The daemon ended, as by `kill -9`, at every step of every operation that changes something durable; and what the next start makes of it.
-//!
-//! Built with the feature `fault-points` alone. The steps of an operation are those that a trace of it shows, and all together must be
-//! those that stand in the sources: a step that no operation here reaches fails the test.
+//! Operations that change something durable on a host, and what must hold on it after each, whatever failed.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test stops where it cannot go on"
-)]
-
-mod support;
-#[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, clippy::unwrap_used, reason = "the hypervisor's tests use the others")]
-mod tiny_guest;
-
-use scalebox_client::{CreateVm, PoolInfo, SnapshotVm, UpdateVm, Vm, VmStatus};
+use crate::support::{Host, Options, eventually, run, said, text};
+use crate::tiny_guest;
+use scalebox_client::{CreateVm, SnapshotVm, UpdateVm, Vm, VmStatus};
 use std::collections::BTreeSet;
-use std::fmt::{Display, Write as _};
+use std::fmt::Display;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::{Host, Options, eventually, run, said, text};
 
 /// The size of the pools, in GiB: the smallest that there is.
 const POOL: u64 = 20;
@@ -34,18 +20,18 @@ const KEPT: &str = "kept";
 const PROMISE: &str = "what was promised\n";
 
 /// Something that is done to a host. Each returns why it did not work.
-struct Operation {
-    name: &'static str,
+pub struct Operation {
+    pub name: &'static str,
     /// How often it is crashed at each of its steps.
-    times: usize,
-    prepare: fn(&Scene),
-    perform: fn(&Scene) -> Result<(), String>,
+    pub times: usize,
+    pub prepare: fn(&Scene),
+    pub perform: fn(&Scene) -> Result<(), String>,
     /// Whether the host is where the operation leads.
-    reached: fn(&Scene) -> bool,
+    pub reached: fn(&Scene) -> bool,
     /// Whether it ends a VM's machine, or takes the VM or the template away: from its begin on, these are promised no more.
-    ends: bool,
+    pub ends: bool,
     /// Whether it is a command of its own and not a request to the daemon.
-    command: bool,
+    pub command: bool,
 }
 
 const OPERATION: Operation = Operation {
@@ -58,7 +44,7 @@ const OPERATION: Operation = Operation {
     command: false,
 };
 
-const DISKS: &[Operation] = &[
+pub const DISKS: &[Operation] = &[
     Operation {
         name: "create, stopped",
         perform: |scene| scene.create("told", 1, false),
@@ -89,7 +75,7 @@ const DISKS: &[Operation] = &[
     },
 ];
 
-const MACHINES: &[Operation] = &[
+pub const MACHINES: &[Operation] = &[
     Operation {
         name: "create, started",
         perform: |scene| scene.create("told", 1, true),
@@ -104,9 +90,27 @@ const MACHINES: &[Operation] = &[
         ..OPERATION
     },
     Operation {
+        name: "limit, running",
+        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        perform: |scene| {
+            let limits = UpdateVm {
+                disk_iops: Some(Some(500)),
+                net_mbps: Some(Some(100)),
+                ..UpdateVm::default()
+            };
+            done(scene.host.client().update_vm(MADE, &limits))
+        },
+        reached: |scene| {
+            scene
+                .made()
+                .is_some_and(|vm| (vm.disk_iops, vm.net_mbps) == (Some(500), Some(100)))
+        },
+        ..OPERATION
+    },
+    Operation {
         name: "stop",
         prepare: |scene| scene.create("told", 1, true).unwrap(),
-        perform: |scene| done(scene.host.client().stop_vm(MADE)),
+        perform: Scene::stop,
         reached: |scene| scene.made().is_some_and(|vm| vm.status == VmStatus::Stopped),
         ends: true,
         ..OPERATION
@@ -121,7 +125,7 @@ const MACHINES: &[Operation] = &[
     },
 ];
 
-const POOLS: &[Operation] = &[
+pub const POOLS: &[Operation] = &[
     Operation {
         name: "pool grow",
         perform: |scene| done(scene.host.client().grow_pool(Some(POOL + 2))),
@@ -170,7 +174,7 @@ const POOLS: &[Operation] = &[
 ];
 
 /// The guest has no agent, which the daemon asks for seconds: once a step must do, beside the others.
-const LIVE: &[Operation] = &[Operation {
+pub const LIVE: &[Operation] = &[Operation {
     name: "grow, running",
     times: 1,
     prepare: |scene| scene.create("told", 1, true).unwrap(),
@@ -183,80 +187,25 @@ fn done<T, E: Display>(result: Result<T, E>) -> Result<(), String> {
     result.map(drop).map_err(|error| error.to_string())
 }
 
-/// A step of an operation, and what came of the crashes there.
-struct Row {
-    operation: &'static str,
-    step: String,
-    crashed: usize,
-    findings: Findings,
-}
-
 #[derive(Default)]
-struct Findings {
-    lost: Vec<String>,
-    leaked: Vec<String>,
+pub struct Findings {
+    pub lost: Vec<String>,
+    pub leaked: Vec<String>,
 }
 
 /// What was there before an operation: what clients were told.
-struct Promised {
+pub struct Promised {
     vms: Vec<Vm>,
     templates: BTreeSet<String>,
 }
 
-struct Scene {
-    host: Host,
-    image: PathBuf,
-}
-
-#[test]
-fn a_crash_at_any_step_loses_nothing_promised_and_leaves_nothing_behind() {
-    let rows: Vec<Row> = std::thread::scope(|scope| {
-        let workers = [DISKS, MACHINES, POOLS, LIVE].map(|operations| scope.spawn(|| crash_all(operations)));
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
-    });
-    println!("{}", table(&rows));
-    for row in &rows {
-        for problem in row.findings.lost.iter().chain(&row.findings.leaked) {
-            println!("{}, {}: {problem}", row.operation, row.step);
-        }
-    }
-    let reached: BTreeSet<_> = rows.iter().map(|row| row.step.clone()).collect();
-    assert_eq!(reached, steps_in_sources(), "crashed at, and in the sources");
-    assert!(
-        rows.iter()
-            .all(|row| row.findings.lost.is_empty() && row.findings.leaked.is_empty())
-    );
-}
-
-/// All steps of these operations, on a host of their own, whose pool is checked at the end.
-fn crash_all(operations: &[Operation]) -> Vec<Row> {
-    let mut scene = Scene::new();
-    let mut rows = Vec::new();
-    for operation in operations {
-        for step in scene.trace(operation) {
-            let mut findings = Findings::default();
-            for _ in 0..operation.times {
-                scene.crash(operation, &step, &mut findings);
-            }
-            rows.push(Row {
-                operation: operation.name,
-                step,
-                crashed: operation.times,
-                findings,
-            });
-        }
-    }
-    assert!(scene.host.terminate().success());
-    scene.host.scaleboxd_ok(&["down"]);
-    run("btrfs", &["check", "--readonly", text(&scene.image)]);
-    rows
+pub struct Scene {
+    pub host: Host,
+    pub image: PathBuf,
 }
 
 impl Scene {
-    fn new() -> Scene {
+    pub fn new() -> Scene {
         let mut host = Host::new(&Options {
             pool_size: &format!("{POOL}G"),
             ..Options::default()
@@ -277,86 +226,29 @@ impl Scene {
         scene
     }
 
-    fn restart(&mut self, crash_at: &str, trace: &str) {
-        self.host.crash();
-        let fault = if crash_at.is_empty() {
-            String::new()
-        } else {
-            format!("end {crash_at}")
-        };
-        self.host.set("SCALEBOX_FAULT", &fault);
-        self.host.set("SCALEBOX_FAULT_TRACE", trace);
-        self.host.serve();
-    }
-
-    /// The steps of an operation, in order, each once.
-    fn trace(&mut self, operation: &Operation) -> Vec<String> {
-        (operation.prepare)(self);
-        let trace = self.host.folder.join("trace");
-        self.restart("", text(&trace));
-        let _none_yet = fs::remove_file(&trace);
-        (operation.perform)(self).unwrap_or_else(|error| panic!("{}: {error}", operation.name));
-        // What it does behind its answer belongs to it.
-        assert!(self.host.terminate().success());
-        let mut steps: Vec<String> = Vec::new();
-        for step in fs::read_to_string(&trace).unwrap_or_default().lines() {
-            if !steps.iter().any(|known| known == step) {
-                steps.push(step.to_owned());
-            }
-        }
-        assert!(!steps.is_empty(), "{} has no step to crash at", operation.name);
-        self.host.set("SCALEBOX_FAULT_TRACE", "");
-        self.host.serve();
-        self.reset();
-        steps
-    }
-
-    /// Crashes the operation at a step, starts the daemon again, looks what is there, and does the operation again.
-    fn crash(&mut self, operation: &Operation, step: &str, findings: &mut Findings) {
-        (operation.prepare)(self);
-        let mut promised = self.promised();
-        self.restart(step, "");
-        let answered = (operation.perform)(self);
-        // What comes behind the answer may crash too: then what was answered holds.
-        let answered = answered.is_ok();
-        if operation.command {
-            self.restart("", "");
-        } else {
-            self.host.wait_for_crash();
-            self.host.set("SCALEBOX_FAULT", "");
-            self.host.serve();
-        }
-        self.look(operation, &promised, findings);
-
-        let reached = (operation.reached)(self);
-        if answered && !reached {
-            findings.lost.push("what was answered is not so".to_owned());
-        }
-        if reached {
-            self.reset();
-            (operation.prepare)(self);
-            promised = self.promised();
-        }
-        if let Err(error) = (operation.perform)(self) {
-            findings.lost.push(format!("cannot be done again: {error}"));
-        }
-        if !(operation.reached)(self) {
-            findings.lost.push("done again, it is not done".to_owned());
-        }
-        self.look(operation, &promised, findings);
-        self.reset();
-    }
-
-    fn promised(&self) -> Promised {
+    pub fn promised(&self) -> Promised {
         Promised {
             vms: self.host.client().vms().unwrap(),
             templates: self.templates(),
         }
     }
 
-    /// Compares the host with what was promised, and each layer with the others.
-    fn look(&self, operation: &Operation, promised: &Promised, findings: &mut Findings) {
-        let Findings { lost, leaked } = findings;
+    /// Compares the host with what was promised, and each layer with the others, until nothing is wrong or time is up:
+    /// what could not be removed at once is removed later.
+    pub fn look(&self, operation: &Operation, promised: &Promised, findings: &mut Findings) {
+        let begun = Instant::now();
+        let found = eventually("a host that is as it should be", || {
+            let found = self.look_once(operation, promised);
+            let is_right = found.lost.is_empty() && found.leaked.is_empty();
+            (is_right || begun.elapsed() > Duration::from_secs(30)).then_some(found)
+        });
+        findings.lost.extend(found.lost);
+        findings.leaked.extend(found.leaked);
+    }
+
+    fn look_once(&self, operation: &Operation, promised: &Promised) -> Findings {
+        let mut findings = Findings::default();
+        let Findings { lost, leaked } = &mut findings;
         let vms = self.host.client().vms().unwrap();
         for before in &promised.vms {
             let may_end = operation.ends && before.name == MADE;
@@ -422,7 +314,7 @@ impl Scene {
         count("machines", self.machines(), running.len());
         count("loop devices", self.loop_devices().len(), 1);
         let sizes: u64 = vms.iter().map(|vm| vm.disk_size_gib << 30).sum();
-        let pool = self.pool_when_settled(sizes);
+        let pool = self.host.client().pool().unwrap();
         count("reserved bytes", pool.reserved_bytes as usize, 0);
         count("committed bytes", pool.committed_bytes as usize, sizes as usize);
 
@@ -434,17 +326,10 @@ impl Scene {
                 "the image has {image} bytes, the device {device}, the file system {file_system}"
             ));
         }
+        findings
     }
 
     /// The pool's numbers when a deleted disk's promise is given back, which follows the answer; or as they stay without that.
-    fn pool_when_settled(&self, committed: u64) -> PoolInfo {
-        let begun = Instant::now();
-        eventually("the pool's numbers", || {
-            let pool = self.host.client().pool().unwrap();
-            (pool.committed_bytes == committed || begun.elapsed() > Duration::from_secs(30)).then_some(pool)
-        })
-    }
-
     /// Record, file and file system must agree in size, and the file system must be sound. What runs grows its own.
     fn wrong_with_disk(&self, vm: &Vm) -> Option<String> {
         let disk = self.host.disk(vm);
@@ -479,7 +364,7 @@ impl Scene {
     }
 
     /// Takes away what operations made.
-    fn reset(&self) {
+    pub fn reset(&self) {
         if self.made().is_some() {
             self.delete().unwrap();
         }
@@ -506,6 +391,18 @@ impl Scene {
 
     fn grow(&self, disk_size_gib: u64) -> Result<(), String> {
         done(self.host.client().update_vm(MADE, &UpdateVm::grow(disk_size_gib)))
+    }
+
+    /// A stop that a crash interrupted may be under way, or just done.
+    fn stop(&self) -> Result<(), String> {
+        eventually("no other operation", || {
+            let Err(error) = self.host.client().stop_vm(MADE) else {
+                return Some(Ok(()));
+            };
+            let error = error.to_string();
+            let is_done = error.contains("already") && self.made().is_some_and(|vm| vm.status == VmStatus::Stopped);
+            (!error.contains("try again when that is done")).then_some(if is_done { Ok(()) } else { Err(error) })
+        })
     }
 
     fn delete(&self) -> Result<(), String> {
@@ -576,54 +473,11 @@ impl Scene {
     }
 }
 
-fn names_in(folder: &Path) -> Vec<String> {
+pub fn names_in(folder: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(folder) else {
         return Vec::new();
     };
     entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect()
-}
-
-/// The names of all steps, as they stand in the sources.
-fn steps_in_sources() -> BTreeSet<String> {
-    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut steps = BTreeSet::new();
-    let sources = names_in(&crates).into_iter().map(|name| crates.join(name).join("src"));
-    for file in sources.flat_map(|folder| names_in(&folder).into_iter().map(move |name| folder.join(name))) {
-        if !file.is_file() {
-            continue;
-        }
-        let source = fs::read_to_string(&file).unwrap();
-        let calls = ["crash_point(\"", "fault_point(\""].map(|call| source.split(call).skip(1));
-        for call in calls.into_iter().flatten() {
-            let step = call.split('"').next().unwrap().to_owned();
-            assert!(!steps.contains(&step), "two steps have the name {step}");
-            steps.insert(step);
-        }
-    }
-    steps
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut table = String::from("| operation | step | crashed | lost | leaked |\n|---|---|---|---|---|\n");
-    for row in rows {
-        let Findings { lost, leaked } = &row.findings;
-        writeln!(
-            table,
-            "| {} | {} | {} | {} | {} |",
-            row.operation,
-            row.step,
-            row.crashed,
-            lost.len(),
-            leaked.len()
-        )
-        .unwrap();
-    }
-    let crashes: usize = rows.iter().map(|row| row.crashed).sum();
-    let (lost, leaked) = rows.iter().fold((0, 0), |(lost, leaked), row| {
-        (lost + row.findings.lost.len(), leaked + row.findings.leaked.len())
-    });
-    write!(table, "| all | {} | {crashes} | {lost} | {leaked} |", rows.len()).unwrap();
-    table
 }

@@ -1,0 +1,238 @@
+//! Every system call that an operation makes on the pool and the state fails once, in the daemon and in the programs that
+//! it starts: `strace` injects the error. Then the host is compared with what clients were told, at once and after a restart.
+//!
+//! Under `make test` the first few calls of each kind fail, under `make test-faults` all.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+mod support;
+#[path = "../../vmm/tests/support/guest.rs"]
+#[allow(dead_code, clippy::unwrap_used, reason = "the hypervisor's tests use the others")]
+mod tiny_guest;
+#[path = "support/walk.rs"]
+#[allow(dead_code, reason = "the walk of the named steps uses the others")]
+mod walk;
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use support::{eventually, run, text};
+use walk::{DISKS, Findings, Operation, POOLS, Scene};
+
+/// System calls, comma-separated as `strace` takes them, and the error that each returns.
+const FAULTS: &[(&str, &str)] = &[
+    ("fsync", "EIO"),
+    ("fdatasync", "EIO"),
+    ("pwrite64", "EIO"),
+    ("pwrite64", "ENOSPC"),
+    ("rename,renameat,renameat2", "EIO"),
+    ("unlink,unlinkat", "EIO"),
+    ("ftruncate", "EIO"),
+    ("fallocate", "EIO"),
+    ("ioctl", "EIO"),
+    ("openat", "EMFILE"),
+    ("statx", "EIO"),
+];
+/// How many calls of each kind fail, one in each round, under `make test`.
+const BOUNDED: usize = 5;
+/// More calls of a kind than any operation makes.
+const ALL: usize = 2000;
+
+struct Row {
+    operation: &'static str,
+    call: &'static str,
+    error: &'static str,
+    failed: usize,
+    findings: Findings,
+}
+
+#[test]
+fn a_failing_system_call_loses_nothing_promised_and_leaves_nothing_behind() {
+    let limit = match std::env::var_os("SCALEBOX_ALL_FAULTS") {
+        Some(_) => ALL,
+        None => BOUNDED,
+    };
+    let rows: Vec<Row> = std::thread::scope(|scope| {
+        let workers = [DISKS, POOLS].map(|operations| scope.spawn(move || walk_all(operations, limit)));
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    println!("{}", table(&rows));
+    for row in &rows {
+        for problem in row.findings.lost.iter().chain(&row.findings.leaked) {
+            println!("{}, {} {}: {problem}", row.operation, row.call, row.error);
+        }
+    }
+    // A walk that injects nothing proves nothing.
+    assert!(rows.iter().map(|row| row.failed).sum::<usize>() > rows.len());
+    assert!(
+        rows.iter()
+            .all(|row| row.findings.lost.is_empty() && row.findings.leaked.is_empty())
+    );
+}
+
+fn walk_all(operations: &'static [Operation], limit: usize) -> Vec<Row> {
+    let mut walker = Walker::new();
+    let mut rows = Vec::new();
+    for operation in operations {
+        for (call, error) in FAULTS {
+            let mut row = Row {
+                operation: operation.name,
+                call,
+                error,
+                failed: 0,
+                findings: Findings::default(),
+            };
+            for nth in 1..=limit {
+                let fault = format!("{call}:error={error}:when={nth}");
+                if !walker.fail(operation, &fault, &mut row.findings) {
+                    break;
+                }
+                row.failed += 1;
+            }
+            rows.push(row);
+        }
+    }
+    assert!(walker.scene.host.terminate().success());
+    walker.scene.host.scaleboxd_ok(&["down"]);
+    run("btrfs", &["check", "--readonly", text(&walker.scene.image)]);
+    rows
+}
+
+struct Walker {
+    scene: Scene,
+}
+
+impl Walker {
+    fn new() -> Walker {
+        let mut scene = Scene::new();
+        // `strace` counts the calls of each thread: with one of each kind, a fault happens once.
+        scene.host.set("SCALEBOX_THREADS", "1");
+        scene.host.set("SCALEBOX_FAULTS", "");
+        scene.host.crash();
+        scene.host.serve();
+        Walker { scene }
+    }
+
+    /// Does the operation with a fault, and looks at the host. Returns whether there was a call to fail.
+    fn fail(&mut self, operation: &Operation, fault: &str, findings: &mut Findings) -> bool {
+        let scene = &self.scene;
+        (operation.prepare)(scene);
+        let promised = scene.promised();
+        let (answer, injected) = if operation.command {
+            self.perform_command(operation, fault)
+        } else {
+            let tracer = Tracer::attach(&self.scene, fault);
+            let answer = (operation.perform)(&self.scene);
+            (answer, tracer.detach())
+        };
+        let scene = &mut self.scene;
+        let before = findings.lost.len() + findings.leaked.len();
+        if !injected && let Err(error) = &answer {
+            findings.lost.push(format!("without a fault: {error}"));
+        }
+        let reached = (operation.reached)(scene);
+        if let Err(error) = &answer
+            && error.contains("delete the VM")
+        {
+            findings.lost.push(format!("advises to destroy what is sound: {error}"));
+        }
+        if answer.is_ok() != reached {
+            findings
+                .lost
+                .push(format!("the answer was {answer:?}, and done: {reached}"));
+        }
+        scene.look(operation, &promised, findings);
+        scene.host.crash();
+        scene.host.serve();
+        scene.look(operation, &promised, findings);
+        if (operation.reached)(scene) != reached {
+            findings.lost.push(format!(
+                "before the restart it was done: {reached}, behind it: {}",
+                !reached
+            ));
+        }
+        scene.reset();
+        if findings.lost.len() + findings.leaked.len() > before {
+            findings.lost.push(format!("that was {fault}"));
+        }
+        injected
+    }
+
+    /// As a command of its own, which is traced from its start.
+    fn perform_command(&mut self, operation: &Operation, fault: &str) -> (Result<(), String>, bool) {
+        let log = self.scene.host.folder.join("strace");
+        let tracer = ["strace", "-f", "-o", text(&log), "-e", &format!("inject={fault}")].map(str::to_owned);
+        self.scene.host.run_under(Some(tracer.to_vec()));
+        let answer = (operation.perform)(&self.scene);
+        self.scene.host.run_under(None);
+        (answer, was_injected(&log))
+    }
+}
+
+/// A running `strace`, attached to the daemon.
+struct Tracer {
+    process: Child,
+    log: PathBuf,
+}
+
+impl Tracer {
+    fn attach(scene: &Scene, fault: &str) -> Tracer {
+        let log = scene.host.folder.join("strace");
+        let calls = fault.split(':').next().unwrap();
+        let said = scene.host.folder.join("strace.said");
+        let process = Command::new("strace")
+            .args(["-f", "-p", &scene.host.daemon_pid().to_string(), "-o", text(&log)])
+            .args(["-e", &format!("trace={calls}"), "-e", &format!("inject={fault}")])
+            .stderr(File::create(&said).unwrap())
+            .spawn()
+            .expect("strace");
+        eventually("strace to be attached to the daemon", || {
+            fs::read_to_string(&said).unwrap().contains("attached").then_some(())
+        });
+        Tracer { process, log }
+    }
+
+    /// Returns whether a call failed.
+    fn detach(mut self) -> bool {
+        let pid = rustix::process::Pid::from_child(&self.process);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        self.process.wait().unwrap();
+        was_injected(&self.log)
+    }
+}
+
+fn was_injected(log: &std::path::Path) -> bool {
+    fs::read_to_string(log).unwrap().contains("(INJECTED)")
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut table =
+        String::from("| operation | system call | error | calls failed | lost | leaked |\n|---|---|---|---|---|---|\n");
+    for row in rows {
+        let Findings { lost, leaked } = &row.findings;
+        writeln!(
+            table,
+            "| {} | {} | {} | {} | {} | {} |",
+            row.operation,
+            row.call,
+            row.error,
+            row.failed,
+            lost.len(),
+            leaked.len()
+        )
+        .unwrap();
+    }
+    let sum = |count: fn(&Row) -> usize| rows.iter().map(count).sum::<usize>();
+    let (lost, leaked) = (sum(|row| row.findings.lost.len()), sum(|row| row.findings.leaked.len()));
+    write!(table, "| all | | | {} | {lost} | {leaked} |", sum(|row| row.failed)).unwrap();
+    table
+}

@@ -1,0 +1,104 @@
+//! A guest whose file system cannot grow while it is mounted: what the answer to a growth advises, works.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+mod support;
+
+use scalebox_client::{CreateVm, UpdateVm};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use support::guest::{Key, wait_for_ssh};
+use support::{Host, Options, run, text};
+
+/// Of the guest's root file system, in GiB.
+fn size(key: &Key, vm: &scalebox_client::Vm) -> f64 {
+    let bytes: f64 = key.run(vm, "df --output=size -B1 / | tail -1").trim().parse().unwrap();
+    bytes / f64::from(1 << 30)
+}
+
+/// A template's file system, to be read.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(image: &Path, at: &Path) -> Mounted {
+        run("mount", &["-o", "loop,ro,noload", text(image), text(at)]);
+        Mounted(at.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(&self.0).status();
+        assert!(
+            unmounted.is_ok_and(|status| status.success()),
+            "{} is still mounted",
+            self.0.display()
+        );
+    }
+}
+
+#[test]
+fn a_file_system_that_does_not_grow_while_mounted_grows_as_the_answer_says() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    // The same system in a file system of a kind that Linux does not grow while it is mounted.
+    let (base, root) = (
+        host.folder.join("pool/templates/debian-base.ext4"),
+        host.folder.join("root"),
+    );
+    let image = host.folder.join("rigid.image");
+    fs::create_dir(&root).unwrap();
+    let mounted = Mounted::new(&base, &root);
+    run(
+        "mke2fs",
+        &[
+            "-q",
+            "-t",
+            "ext4",
+            "-O",
+            "sparse_super2",
+            "-d",
+            text(&root),
+            text(&image),
+            "2G",
+        ],
+    );
+    drop(mounted);
+    host.scaleboxd_ok(&["template", "import", "rigid", text(&image)]);
+    host.serve();
+
+    let key = Key::new(&host, "key");
+    let client = host.client();
+    let vm = client
+        .create_vm(&CreateVm {
+            template: "rigid".parse().unwrap(),
+            disk_size_gib: Some(2),
+            ..key.request("rigid")
+        })
+        .unwrap();
+    wait_for_ssh(&vm);
+    let grown = client.update_vm(&vm.id, &UpdateVm::grow(12)).unwrap();
+    let disk = grown.disk.expect("what became of the file system");
+    assert!(!disk.confirmed, "{disk:?}");
+    let note = disk.note.expect("what to do");
+    assert!(note.contains("sparse_super2") && note.contains("Stop the VM"), "{note}");
+    assert!(size(&key, &vm) < 2.0);
+
+    client.stop_vm(&vm.id).unwrap();
+    assert!(
+        client
+            .update_vm(&vm.id, &UpdateVm::grow(13))
+            .unwrap()
+            .disk
+            .unwrap()
+            .confirmed
+    );
+    client.start_vm(&vm.id).unwrap();
+    wait_for_ssh(&vm);
+    assert!(size(&key, &vm) > 12.0, "{} GiB", size(&key, &vm));
+}

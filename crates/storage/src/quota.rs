@@ -1,0 +1,138 @@
+//! What a quota of the file system still lets a folder or a file take: less, maybe, than the file system has free.
+//!
+//! On btrfs these are quota groups, with full or simple accounting: a subvolume's own, and the groups above it. A group's limit counts what it
+//! holds and what is reserved for writes under way (`qgroup_check_limits` in `fs/btrfs/qgroup.c` of the kernel); the numbers are in
+//! `/sys/fs/btrfs/UUID/qgroups/LEVEL_ID` since kernel 5.9. Project quotas of XFS and ext4 need nothing of this: `statfs` of a folder that hands
+//! its project on tells what the project may still take.
+
+use crate::btrfs::{self, sysfs_folder};
+use crate::size::Bytes;
+use crate::tree_search;
+use rustix::fd::AsFd;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+/// The tree that holds the quota groups.
+const QUOTA_TREE: u64 = 8;
+/// An item that says that one group is a member of another.
+const RELATION: u32 = 246;
+/// A group has few others above it: their keys fit in this many bytes.
+const BATCH: usize = 4 << 10;
+
+/// Bits of `limit_flags`.
+const MAX_REFERENCED: u64 = 1 << 0;
+const MAX_EXCLUSIVE: u64 = 1 << 1;
+
+/// What the tightest of the quotas allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Allowance {
+    /// What may still be written.
+    pub(crate) left: Bytes,
+    /// What may be there in all.
+    pub(crate) limit: Bytes,
+}
+
+/// The quota groups that a subvolume of a btrfs counts in.
+#[derive(Debug)]
+pub(crate) struct Quota {
+    subvolume: u64,
+    /// Not there while quotas are off.
+    groups: PathBuf,
+}
+
+impl Quota {
+    /// Those of the subvolume that `file` lies in; `None` when it lies on no btrfs.
+    pub(crate) fn of(file: impl AsFd) -> io::Result<Option<Quota>> {
+        if !btrfs::is_btrfs(&file)? {
+            return Ok(None);
+        }
+        Ok(Some(Quota {
+            subvolume: btrfs::subvolume(&file)?,
+            groups: sysfs_folder(&file)?.join("qgroups"),
+        }))
+    }
+
+    /// What the limits allow now; `None` without a limit, also where the kernel does not tell. `file` is any on the same file system.
+    pub(crate) fn allowance(&self, file: impl AsFd) -> io::Result<Option<Allowance>> {
+        if !self.groups.exists() {
+            return Ok(None);
+        }
+        let mut tightest: Option<Allowance> = None;
+        let (mut seen, mut next) = (vec![self.subvolume], 0);
+        while let Some(&group) = seen.get(next) {
+            next += 1;
+            for parent in parents(&file, group)? {
+                if !seen.contains(&parent) {
+                    seen.push(parent);
+                }
+            }
+            let allowance = self.of_group(group)?;
+            tightest = match (tightest, allowance) {
+                (Some(known), Some(found)) if known.left <= found.left => Some(known),
+                (known, None) => known,
+                (_, found) => found,
+            };
+        }
+        Ok(tightest)
+    }
+
+    fn of_group(&self, group: u64) -> io::Result<Option<Allowance>> {
+        // The level stands in the upper 16 bits.
+        let folder = self.groups.join(format!("{}_{}", group >> 48, group & ((1 << 48) - 1)));
+        let number = |name: &str| -> io::Result<u64> {
+            let text = fs::read_to_string(folder.join(name))?;
+            // A counter of reservations may be below zero for a moment.
+            let number = text
+                .trim()
+                .parse::<i64>()
+                .map(|number| u64::try_from(number).unwrap_or(0));
+            number.or_else(|_| text.trim().parse()).map_err(io::Error::other)
+        };
+        let flags = match number("limit_flags") {
+            Ok(flags) => flags,
+            // The group was deleted, or has no numbers of its own.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut allowance = None;
+        for (flag, limit, held) in [
+            (MAX_REFERENCED, "max_referenced", "referenced"),
+            (MAX_EXCLUSIVE, "max_exclusive", "exclusive"),
+        ] {
+            if flags & flag == 0 {
+                continue;
+            }
+            let mut taken = Bytes::new(number(held)?);
+            for reserved in ["rsv_data", "rsv_meta_pertrans", "rsv_meta_prealloc"] {
+                taken += Bytes::new(number(reserved)?);
+            }
+            let limit = Bytes::new(number(limit)?);
+            let found = Allowance {
+                left: limit - taken,
+                limit,
+            };
+            if allowance.is_none_or(|known: Allowance| found.left < known.left) {
+                allowance = Some(found);
+            }
+        }
+        Ok(allowance)
+    }
+}
+
+/// The groups that `group` is a member of. A relation stands in the tree twice, once from each side; those above have a higher level.
+fn parents(file: impl AsFd, group: u64) -> io::Result<Vec<u64>> {
+    let mut parents = Vec::new();
+    let keys = (group, RELATION, 0)..=(group, RELATION, u64::MAX);
+    let searched = tree_search::search::<BATCH>(file, QUOTA_TREE, keys, |(member, kind, of), _| {
+        if member == group && kind == RELATION && of >> 48 > group >> 48 {
+            parents.push(of);
+        }
+    });
+    match searched {
+        // Quotas were turned off a moment ago.
+        Err(rustix::io::Errno::NOENT) => Ok(Vec::new()),
+        Err(errno) => Err(errno.into()),
+        Ok(()) => Ok(parents),
+    }
+}

@@ -1,0 +1,76 @@
+//! The JSON schema of each type, for the daemon's description of its API. The patterns say what the parsers take.
+
+use crate::{SshPublicKey, TemplateName, VmName};
+use std::borrow::Cow;
+use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaFormat, SchemaType, Type};
+use utoipa::openapi::{KnownFormat, RefOr};
+use utoipa::{PartialSchema, ToSchema};
+
+fn text() -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(SchemaType::Type(Type::String))
+}
+
+impl ToSchema for TemplateName {
+    fn name() -> Cow<'static, str> {
+        "TemplateName".into()
+    }
+}
+
+impl PartialSchema for TemplateName {
+    fn schema() -> RefOr<Schema> {
+        text()
+            .description(Some(
+                "A template's name: letters, digits, dashes, dots and underscores, the first a letter or a digit.",
+            ))
+            .pattern(Some("^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"))
+            .max_length(Some(63))
+            .examples(["debian-base"])
+            .into()
+    }
+}
+
+impl ToSchema for VmName {
+    fn name() -> Cow<'static, str> {
+        "VmName".into()
+    }
+}
+
+impl PartialSchema for VmName {
+    fn schema() -> RefOr<Schema> {
+        text()
+            .description(Some(
+                "A VM's name: a host name of lower-case letters, digits and dashes, no dash at either end, that does \
+                 not have the form of a VM's id.",
+            ))
+            .format(Some(SchemaFormat::KnownFormat(KnownFormat::Hostname)))
+            .pattern(Some("^(?!vm-[0-9a-f]{12}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"))
+            .max_length(Some(63))
+            .examples(["build-7"])
+            .into()
+    }
+}
+
+impl ToSchema for SshPublicKey {
+    fn name() -> Cow<'static, str> {
+        "SshPublicKey".into()
+    }
+}
+
+impl PartialSchema for SshPublicKey {
+    fn schema() -> RefOr<Schema> {
+        text()
+            .description(Some(
+                "An OpenSSH public key on one line, such as the content of `~/.ssh/id_ed25519.pub`. White space around \
+                 it is taken off. Refused: several keys, options before the key, certificates, DSA, RSA of under 2048 \
+                 or over 16384 bits, and data that is not a key of the type.",
+            ))
+            .format(Some(SchemaFormat::Custom("ssh-public-key".to_owned())))
+            .pattern(Some(
+                "^\\s*(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)|ssh-rsa|sk-ssh-ed25519@openssh\\.com|\
+                 sk-ecdsa-sha2-nistp256@openssh\\.com)[ \\t]+AAAA[A-Za-z0-9+/]+={0,3}([ \\t]+[^\\r\\n]*)?\\s*$",
+            ))
+            .max_length(Some(8192))
+            .examples(["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop"])
+            .into()
+    }
+}
