@@ -23,7 +23,7 @@ use crate::state::{Fact, State, StateError};
 use rustix::fs::{Mode, OFlags};
 use scalebox_client::VmStatus;
 use scalebox_net::Network;
-use scalebox_storage::{InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, jails_dir};
+use scalebox_storage::{Bytes, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, jails_dir};
 use scalebox_vmm::{Accel, AccelSetting, FirecrackerDriver, QemuDriver, Vmm};
 use std::fs;
 use std::io::{self, IsTerminal};
@@ -176,7 +176,7 @@ pub fn template_build(
     let recipe = scalebox_guest::Recipe::default();
     let made = scalebox_guest::build(&recipe, &pool.build_dir()?, cache, &mut shown)?;
     pool.install_kernel(&made.kernel, &made.initrd)?;
-    let template = pool.import_template(&name, &made.rootfs, true)?;
+    let template = pool.import_template(&name, &made.rootfs, Bytes::new(u64::MAX), true)?;
     shown.finish();
     println!(
         "The template {name} is ready: {} large, {} on disk.",
@@ -189,7 +189,7 @@ pub fn template_build(
 pub fn template_import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
     let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
-    let template = pool.import_template(&name.parse()?, file, replace)?;
+    let template = pool.import_template(&name.parse()?, file, settings.max_disk_size.bytes(), replace)?;
     println!(
         "The template {name} is ready: {} large, {} on disk.",
         template.size, template.used

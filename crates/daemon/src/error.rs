@@ -171,12 +171,16 @@ impl From<StorageError> for ServiceError {
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
             StorageError::TemplateExists(_) => ServiceError::NameTaken(text),
             StorageError::TemplateBeingMade(_) | StorageError::Busy(_) => ServiceError::Busy(text),
-            StorageError::Unfit(_) | StorageError::FileSystem(_) => ServiceError::WrongState(text),
+            StorageError::Unfit(_) | StorageError::FileSystem(_) | StorageError::DamagedTemplate { .. } => {
+                ServiceError::WrongState(text)
+            }
             StorageError::PoolSize(_) => ServiceError::invalid_field("size_gib", text),
             StorageError::Given(_) | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
                 ServiceError::invalid(text)
             }
-            StorageError::SmallerThanTemplate { .. } => ServiceError::invalid_field("disk_size_gib", text),
+            StorageError::SmallerThanTemplate { .. } | StorageError::CannotGrow { .. } => {
+                ServiceError::invalid_field("disk_size_gib", text)
+            }
             StorageError::NotMounted(_) => ServiceError::NotReady(text),
             _ => ServiceError::Internal(text),
         }

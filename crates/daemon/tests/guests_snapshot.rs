@@ -115,3 +115,33 @@ fn a_guest_that_writes_is_snapshotted_and_its_copy_is_somebody_else() {
     }
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }
+
+#[test]
+fn a_guest_whose_file_system_keeps_quotas_boots_and_is_snapshotted() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    let image = host.folder.join("quotas");
+    let base = host.folder.join("pool/templates/debian-base.ext4");
+    run("cp", &["--sparse=always", text(&base), text(&image)]);
+    run("tune2fs", &["-O", "quota,project", "-Q", "prjquota", text(&image)]);
+    host.scaleboxd_ok(&["template", "import", "quotas", text(&image)]);
+    host.serve();
+    let key = Key::new(&host, "anna");
+    let request = |name: &str, template: &str| CreateVm {
+        template: template.parse().unwrap(),
+        ..key.request(name)
+    };
+    let vm = host.client().create_vm(&request("counted", "quotas")).unwrap();
+    wait_for_ssh(&vm);
+    // It is mounted for writing, and counts.
+    let mounted = key.run(&vm, "echo kept > note && sync && grep ' / ' /proc/mounts");
+    assert!(mounted.contains(" rw,"), "{mounted}");
+    let snapshot = SnapshotVm {
+        template_name: "copied".parse().unwrap(),
+    };
+    host.client().snapshot_vm("counted", &snapshot).unwrap();
+    host.client().delete_vm("counted").unwrap();
+    let copy = host.client().create_vm(&request("copy", "copied")).unwrap();
+    wait_for_ssh(&copy);
+    assert_eq!(key.run(&copy, "cat note"), "kept");
+}

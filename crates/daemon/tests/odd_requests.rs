@@ -115,7 +115,10 @@ fn heads_that_cannot_be_read_are_refused_in_json() {
     let (status, answers) = host.raw(format!("{first}nonsense\r\n\r\n").as_bytes());
     assert_eq!(status, 200);
     assert!(answers.starts_with("{\"vms\":[]}HTTP/1.1 400 "), "{answers}");
-    assert!(answers.contains("for its body\",\"code\":\"invalid_request\"}"), "{answers}");
+    assert!(
+        answers.contains("for its body\",\"code\":\"invalid_request\"}"),
+        "{answers}"
+    );
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use support::guest::scalebox;
-use support::{Host, Options, TOKEN, eventually, run, said, text};
+use support::{Host, KEY, Options, TOKEN, eventually, run, said, text};
 
 /// An ext4 image with data in it that does not pack well.
 fn image(folder: &Path, name: &str, size: &str, data_mib: usize) -> PathBuf {
@@ -159,6 +159,66 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
     client
         .import_template("large", File::open(&image).unwrap(), false)
         .unwrap();
+}
+
+#[test]
+fn both_ways_to_import_know_one_maximum_and_name_what_they_refuse() {
+    let host = Host::with_tiny_template(&Options {
+        env: &[("MAX_DISK_SIZE_GIB", "2")],
+        ..Options::default()
+    });
+    let image = host.folder.join("large");
+    run("mke2fs", &["-q", "-t", "ext4", text(&image), "3G"]);
+    let packed = host.folder.join("large.zst");
+    run("zstd", &["-q", text(&image), "-o", text(&packed)]);
+    for file in [&image, &packed] {
+        let said = host.scaleboxd_fails(&["template", "import", "large", text(file)]);
+        assert!(said.contains("larger than the largest disk, which is 2 GiB"), "{said}");
+        let sent = host.client().import_template("large", File::open(file).unwrap(), false);
+        let (status, message) = refused(sent.unwrap_err());
+        assert!(
+            status == 400 && message.contains("larger than the largest disk, which is 2 GiB"),
+            "{message}"
+        );
+    }
+    // What curl -F sends, and what tar makes.
+    let form = b"--x1\r\nContent-Disposition: form-data; name=\"f\"\r\n\r\n";
+    let (status, message) = host.send("POST", "/templates/form/import", form);
+    assert!(
+        status == 400 && message.contains("send the image itself as the body"),
+        "{message}"
+    );
+    let mut tar = vec![0; 1024];
+    tar[257..262].copy_from_slice(b"ustar");
+    let (status, message) = host.send("POST", "/templates/tar/import", &tar);
+    assert!(status == 400 && message.contains("a tar archive"), "{message}");
+    assert_eq!(half_made(&host), 0);
+}
+
+#[test]
+fn a_growth_that_ext4_cannot_do_is_refused_with_the_reason_and_leaves_nothing() {
+    let host = Host::with_tiny_template(&Options::default());
+    let image = host.folder.join("clusters");
+    run("mke2fs", &["-q", "-t", "ext4", "-O", "bigalloc", text(&image), "1G"]);
+    host.scaleboxd_ok(&["template", "import", "clusters", text(&image)]);
+    let vm = host.create_stopped("clusters", Some(1));
+    let create = format!(
+        "{{\"template\": \"clusters\", \"ssh_public_key\": \"{KEY}\", \"disk_size_gib\": 2, \"start\": false}}"
+    );
+    for (method, path, body) in [
+        ("POST", "/vms".to_owned(), create.as_str()),
+        ("PATCH", format!("/vms/{}", vm.id), r#"{"disk_size_gib": 2}"#),
+    ] {
+        let (status, said) = host.send(method, &path, body.as_bytes());
+        assert!(
+            status == 400 && said.contains("disk_size_gib cannot be 2") && said.contains("bigalloc"),
+            "{status} {said}"
+        );
+    }
+    let vms = host.client().vms().unwrap();
+    assert_eq!((vms.len(), vms[0].disk_size_gib), (1, 1));
+    assert_eq!(fs::metadata(host.disk(&vm)).unwrap().len(), 1 << 30);
+    assert_eq!(fs::read_dir(host.folder.join("pool/vms")).unwrap().count(), 1);
 }
 
 #[test]

@@ -3,12 +3,13 @@
 //! Code that changes something durable calls one of two functions behind each step, with a name that no other step has:
 //! [`fault_point`] where a successor of the step can fail, so that an error must be undone, [`crash_point`] where the
 //! operation has succeeded and no later error can change that. Without the feature `enabled` both do nothing. With it,
-//! the environment variable `SCALEBOX_FAULTS` names a folder, in which two files are used if they are there:
+//! the environment variable `SCALEBOX_FAULTS` names a folder, in which these are used if they are there:
 //!
 //! | file | meaning |
 //! |---|---|
 //! | `trace` | the name of each step is appended as it is reached |
 //! | `fault` | `MODE N STEP`: what happens the Nth time that the step is reached, counted from when the file has this content |
+//! | `programs/` | programs that stand in for outside programs, for instance to make their system calls fail |
 //!
 //! | mode | what happens |
 //! |---|---|
@@ -19,6 +20,7 @@
 //! The trace lists the steps of an operation, and the sources list all steps, so a test can walk every one of them.
 
 use std::io;
+use std::path::PathBuf;
 
 /// Marks a step whose successor can fail. The error stands for that failure; its kind is `Other`.
 ///
@@ -54,6 +56,19 @@ pub fn crash_point(step: &'static str) {
     }
 }
 
+/// Returns the folder in which outside programs are to be looked for first. Always `None` in a release.
+#[cfg(not(feature = "enabled"))]
+#[inline(always)]
+pub fn programs() -> Option<PathBuf> {
+    None
+}
+
+/// Returns the folder in which outside programs are to be looked for first.
+#[cfg(feature = "enabled")]
+pub fn programs() -> Option<PathBuf> {
+    enabled::programs()
+}
+
 #[cfg(feature = "enabled")]
 mod enabled {
     use rustix::process::{Signal, getpid, kill_process};
@@ -82,6 +97,11 @@ mod enabled {
         Nothing,
         End,
         Error,
+    }
+
+    pub fn programs() -> Option<PathBuf> {
+        let programs = FOLDER.as_ref()?.join("programs");
+        programs.is_dir().then_some(programs)
     }
 
     pub fn reached(step: &'static str) -> io::Result<()> {

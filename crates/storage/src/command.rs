@@ -3,6 +3,9 @@
 //! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale. All that a failed one wrote
 //! stands in its error.
 //!
+//! Exit code and standard error decide together whether one has succeeded: several of e2fsprogs end with 0 after a failure and a
+//! complaint. What they must not change is verified where they are used.
+//!
 //! Some read what guests have written, so none is trusted to come to an end by itself: each has a deadline, a limit to what it may say, and
 //! dies with the daemon.
 
@@ -12,6 +15,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -43,15 +47,13 @@ pub enum Program {
     Mount,
     /// Grows an ext4 file system, in user space.
     Resize2fs,
-    /// Takes an ext4 file system's journal away and makes a new one.
-    Tune2fs,
     /// Unmounts the pool; its loop device goes with it.
     Umount,
 }
 
 impl Program {
     /// All of them, to look for at start.
-    pub const ALL: [Program; 11] = [
+    pub const ALL: [Program; 10] = [
         Program::Blkid,
         Program::Btrfs,
         Program::Debugfs,
@@ -61,7 +63,6 @@ impl Program {
         Program::MkfsBtrfs,
         Program::Mount,
         Program::Resize2fs,
-        Program::Tune2fs,
         Program::Umount,
     ];
 
@@ -77,7 +78,6 @@ impl Program {
             Program::MkfsBtrfs => "mkfs.btrfs",
             Program::Mount => "mount",
             Program::Resize2fs => "resize2fs",
-            Program::Tune2fs => "tune2fs",
             Program::Umount => "umount",
         }
     }
@@ -85,7 +85,7 @@ impl Program {
     /// The Debian package that brings it.
     pub fn package(self) -> &'static str {
         match self {
-            Program::Debugfs | Program::E2fsck | Program::Resize2fs | Program::Tune2fs => "e2fsprogs",
+            Program::Debugfs | Program::E2fsck | Program::Resize2fs => "e2fsprogs",
             Program::Btrfs | Program::MkfsBtrfs => "btrfs-progs",
             Program::Blkid | Program::Fstrim => "util-linux",
             Program::Losetup | Program::Mount | Program::Umount => "mount",
@@ -95,9 +95,7 @@ impl Program {
     /// How long it may take; `None` for one that takes as long as the pool is large.
     fn deadline(self) -> Option<Duration> {
         match self {
-            Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs | Program::Tune2fs => {
-                Some(IMAGE_DEADLINE)
-            }
+            Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs => Some(IMAGE_DEADLINE),
             Program::Btrfs
             | Program::Fstrim
             | Program::Losetup
@@ -111,7 +109,7 @@ impl Program {
     pub fn is_installed(self) -> bool {
         SEARCH_PATH
             .split(':')
-            .any(|dir| std::path::Path::new(dir).join(self.name()).is_file())
+            .any(|dir| Path::new(dir).join(self.name()).is_file())
     }
 }
 
@@ -172,6 +170,17 @@ pub fn require_programs() -> Result<(), CommandError> {
 
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// Where programs are looked for; tests can put others before them.
+fn search_path() -> OsString {
+    let mut path = OsString::new();
+    if let Some(first) = scalebox_fault_points::programs() {
+        path.push(first);
+        path.push(":");
+    }
+    path.push(SEARCH_PATH);
+    path
+}
+
 /// Runs a program to its end and returns its standard output.
 pub(crate) fn run<S: AsRef<OsStr>>(
     program: Program,
@@ -187,31 +196,127 @@ pub(crate) fn run_accepting<S: AsRef<OsStr>>(
     good: impl Fn(i32) -> bool,
 ) -> Result<(i32, String), CommandError> {
     let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
-    let output = output_of(program, &args, None)?;
+    let output = output_of(program, &args, None, None)?;
     match output.status.code() {
         Some(code) if good(code) => Ok((code, String::from_utf8_lossy(&output.stdout).into_owned())),
         _ => Err(failed(program, &args, &output)),
     }
 }
 
-/// Runs a program that must not complain: a line on standard error for which `harmless` does not hold is a failure, whatever the exit
-/// code says (`debugfs` always ends with 0). `input` becomes its standard input. Returns its standard output.
-pub(crate) fn run_without_complaint<S: AsRef<OsStr>>(
-    program: Program,
-    args: impl IntoIterator<Item = S>,
-    input: Option<File>,
-    harmless: impl Fn(&str) -> bool,
-) -> Result<Vec<u8>, CommandError> {
-    let args: Vec<OsString> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
-    let output = output_of(program, &args, input)?;
-    let complaints = String::from_utf8_lossy(&output.stderr);
-    if output.status.success() && complaints.lines().all(|line| line.trim().is_empty() || harmless(line)) {
-        return Ok(output.stdout);
-    }
-    Err(failed(program, &args, &output))
+/// What a program that works on an image has answered.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// Its exit code; `None` when a signal ended it.
+    pub(crate) code: Option<i32>,
+    /// The exit code or the signal, in words.
+    pub(crate) status: String,
+    stdout: String,
+    /// Standard error, without the banner.
+    complaints: String,
+    /// The name by which the image was given to it.
+    image: String,
 }
 
-fn output_of(program: Program, args: &[OsString], input: Option<File>) -> Result<Output, CommandError> {
+impl Answer {
+    /// The first line on standard error for which `harmless` does not hold. A program that complains has failed, whatever its exit code.
+    pub(crate) fn complaint(&self, harmless: impl Fn(&str) -> bool) -> Option<&str> {
+        let mut lines = self.complaints.lines().map(str::trim);
+        lines.find(|line| !line.is_empty() && !harmless(line))
+    }
+
+    /// All that it wrote, on both streams. The image has no name in it.
+    pub(crate) fn said(&self) -> String {
+        let stdout = self.stdout.replace(&self.image, "the image");
+        let parts = [stdout.trim(), self.complaints.trim()];
+        parts
+            .into_iter()
+            .filter(|part| !part.is_empty())
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
+    /// Whether the host is to blame for a failure, and not the image: a system call failed, or the program was killed.
+    pub(crate) fn is_fault_of_host(&self) -> bool {
+        let said = self.said();
+        self.code.is_none() || HOST_FAULTS.iter().any(|fault| said.contains(fault))
+    }
+
+    /// As [`Answer::is_fault_of_host`], of a program that worked on an image just found sound: all of it is there to be read.
+    pub(crate) fn is_fault_on_sound_image(&self) -> bool {
+        let said = self.said();
+        self.is_fault_of_host() || UNREADABLE.iter().any(|fault| said.contains(fault))
+    }
+}
+
+/// What e2fsprogs say when they cannot read or write a part of an image, whatever the cause.
+const UNREADABLE: [&str; 3] = ["Can't read ", "Can't write ", "Attempt to "];
+
+/// What the C library and e2fsprogs call errors that a sound host does not have. A file system that is cut off or damaged has others, such
+/// as "Attempt to read block from filesystem resulted in short read".
+const HOST_FAULTS: [&str; 16] = [
+    "Input/output error",
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Cannot allocate memory",
+    "Memory allocation failed",
+    "Too many open files",
+    "File too large",
+    "Permission denied",
+    "Operation not permitted",
+    "No such file or directory",
+    "Bad file descriptor",
+    "Interrupted system call",
+    "resulted in short write",
+    "Device or resource busy",
+    "Resource temporarily unavailable",
+];
+
+/// Runs a program with these options on an image. It runs in the image's folder and is given its bare name, so that no path stands in
+/// what it says. `input` becomes its standard input.
+pub(crate) fn run_on_image(
+    image: &Path,
+    program: Program,
+    options: &[&str],
+    input: Option<File>,
+) -> Result<Answer, CommandError> {
+    let bare = bare_name(image);
+    let mut args: Vec<OsString> = options.iter().map(OsString::from).collect();
+    args.push(bare.clone());
+    let output = output_of(program, &args, image.parent(), input)?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let complaints: Vec<&str> = stderr.lines().filter(|line| !is_banner(program, line)).collect();
+    let image = bare.to_string_lossy().into_owned();
+    Ok(Answer {
+        code: output.status.code(),
+        status: output.status.to_string(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        complaints: complaints.join("\n").replace(&image, "the image"),
+        image,
+    })
+}
+
+/// The name of a file in its folder, so that no program takes it for an option.
+pub(crate) fn bare_name(file: &Path) -> OsString {
+    let mut name = OsString::from("./");
+    name.push(file.file_name().unwrap_or_default());
+    name
+}
+
+/// `debugfs 1.47.0 (5-Feb-2023)`, which each of e2fsprogs says first.
+fn is_banner(program: Program, line: &str) -> bool {
+    let version = line
+        .strip_prefix(program.name())
+        .and_then(|rest| rest.strip_prefix(' '));
+    version.is_some_and(|rest| rest.starts_with(|digit: char| digit.is_ascii_digit()) && rest.ends_with(')'))
+}
+
+fn output_of(
+    program: Program,
+    args: &[OsString],
+    folder: Option<&Path>,
+    input: Option<File>,
+) -> Result<Output, CommandError> {
     let not_started = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => CommandError::Missing {
             program: program.name(),
@@ -223,9 +328,12 @@ fn output_of(program: Program, args: &[OsString], input: Option<File>) -> Result
         },
     };
     let mut command = Command::new(program.name());
+    if let Some(folder) = folder {
+        command.current_dir(folder);
+    }
     command
         .args(args)
-        .env("PATH", SEARCH_PATH)
+        .env("PATH", search_path())
         .env("LC_ALL", "C")
         .stdin(input.map_or_else(Stdio::null, Stdio::from))
         .stdout(Stdio::piped())
@@ -347,6 +455,48 @@ mod tests {
         assert!(error.contains("No such file or directory"), "{error}");
     }
 
+    fn answer(code: i32, complaints: &str) -> Answer {
+        Answer {
+            code: Some(code),
+            status: format!("exit status: {code}"),
+            stdout: String::new(),
+            complaints: complaints.to_owned(),
+            image: "./x".to_owned(),
+        }
+    }
+
+    #[test]
+    fn any_word_on_standard_error_is_a_complaint_but_the_banner() {
+        assert!(is_banner(Program::Debugfs, "debugfs 1.47.0 (5-Feb-2023)"));
+        assert!(!is_banner(Program::E2fsck, "debugfs 1.47.0 (5-Feb-2023)"));
+        assert!(!is_banner(Program::E2fsck, "e2fsck: Input/output error"));
+        assert_eq!(answer(0, "\n \n").complaint(|_| false), None);
+        let complains = answer(0, "fine\nresize2fs: Input/output error while closing");
+        assert_eq!(
+            complains.complaint(|line| line == "fine"),
+            Some("resize2fs: Input/output error while closing")
+        );
+    }
+
+    #[test]
+    fn a_failed_system_call_is_a_fault_of_the_host_and_a_short_read_is_not() {
+        assert!(answer(4, "Error writing block 7 (Input/output error).").is_fault_of_host());
+        assert!(
+            !answer(
+                4,
+                "Error reading block 7 (Attempt to read block from filesystem resulted in short read)"
+            )
+            .is_fault_of_host()
+        );
+        assert!(
+            Answer {
+                code: None,
+                ..answer(0, "")
+            }
+            .is_fault_of_host()
+        );
+    }
+
     fn shell(script: &str) -> Child {
         let mut shell = Command::new("sh");
         shell
@@ -372,7 +522,7 @@ mod tests {
         let pid = child.id();
         let why = attend(child, Some(Duration::from_millis(50))).unwrap().unwrap_err();
         assert!(why.starts_with("did not end within"), "{why}");
-        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
 
     #[test]

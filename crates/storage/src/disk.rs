@@ -3,7 +3,7 @@
 use crate::DiskLocation;
 use crate::admission::Reservation;
 use crate::error::StorageError;
-use crate::files;
+use crate::files::{self, Folder};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
@@ -72,9 +72,15 @@ impl Pool {
             return Ok(());
         }
         // Cloned once, it stays as the guest wrote it.
-        self.replace_by_grown_clone(&disk, &path, size, |_| Ok(()))?;
+        let folder = Folder::open(&self.disks_dir())?;
+        self.replace_by_grown_clone(
+            &disk,
+            &path,
+            size,
+            |_| Ok(()),
+            |partial| folder.replace(partial, &path, || fault_point("grow: disk in place")),
+        )?;
         self.forget_measurement();
-        files::sync_dir(&self.disks_dir())?;
         crash_point("grow: disk durable");
         Ok(())
     }

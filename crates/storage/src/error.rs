@@ -45,6 +45,24 @@ pub enum StorageError {
     /// The file system in an image cannot be worked with. Reads on from "its file system".
     #[error("its file system {0}")]
     FileSystem(String),
+    /// A program could not read or write an image: a fault of the host. The image may be sound.
+    #[error("the host cannot {doing}: {reason}")]
+    Host {
+        /// What was being done, such as "check a file system".
+        doing: &'static str,
+        /// What went wrong.
+        reason: String,
+    },
+    /// The file system of a template or disk cannot be grown to a size, whatever the host does.
+    #[error("disk_size_gib cannot be {size}: the file system of {what} cannot grow to {size} GiB ({reason})")]
+    CannotGrow {
+        /// The template, or the disk.
+        what: String,
+        /// The size that was asked for, rounded up.
+        size: Gib,
+        /// What is in the way.
+        reason: String,
+    },
     /// A template cannot be made larger.
     #[error("no larger disk can be made from the template {template}: its file system {reason}. Import it again")]
     DamagedTemplate {
@@ -181,5 +199,10 @@ impl StorageError {
             what: what.to_string(),
             source,
         }
+    }
+
+    /// The error that a test has a step return.
+    pub(crate) fn step(error: io::Error) -> Self {
+        StorageError::io("finish", "a step", error)
     }
 }

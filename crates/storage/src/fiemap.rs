@@ -4,9 +4,11 @@
 //! tell whose each block is.
 
 use crate::extents::Reference;
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use std::iter::Peekable;
+use std::ops::Range;
 
 const FIEMAP: Opcode = opcode::read_write::<Head>(b'f', 11);
 /// Extents that the kernel tells of at once: 14 KiB.
@@ -15,6 +17,11 @@ const BATCH: usize = 256;
 const LAST: u32 = 1 << 0;
 /// Where it is is not known, or it is nowhere yet: written and not allocated.
 const NOWHERE: u32 = 1 << 1 | 1 << 2;
+/// Packed or encrypted, or not in whole blocks: two that lie at one place may differ.
+const ENCODED: u32 = 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10;
+const UNWRITTEN: u32 = 1 << 11;
+/// Asks the kernel to write first what it still holds back.
+const SYNC: u32 = 1;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -57,6 +64,80 @@ pub(crate) struct Mapped {
 /// # Errors
 /// `EOPNOTSUPP` where the file system does not tell.
 pub(crate) fn read(file: impl AsFd, inode: u64, mapped: &mut Vec<Mapped>) -> io::Result<()> {
+    each(file, 0, |extent| {
+        if extent.flags & NOWHERE == 0 {
+            mapped.push(Mapped {
+                inode,
+                start: extent.physical,
+                length: extent.length,
+            });
+        }
+    })
+}
+
+/// The parts of the first `length` bytes in which two files may differ: those whose blocks they do not share. What is not on disk yet is
+/// written first.
+///
+/// # Errors
+/// `EOPNOTSUPP` where the file system does not tell; what writing fails with.
+pub(crate) fn unshared(one: impl AsFd, other: impl AsFd, length: u64) -> io::Result<Vec<Range<u64>>> {
+    let extents = |file: BorrowedFd<'_>| {
+        let mut extents = Vec::new();
+        each(file, SYNC, |extent| extents.push(*extent)).map(|()| extents)
+    };
+    let (one, other) = (extents(one.as_fd())?, extents(other.as_fd())?);
+    Ok(differing(&one, &other, length))
+}
+
+fn differing(one: &[Extent], other: &[Extent], length: u64) -> Vec<Range<u64>> {
+    let mut parts: Vec<Range<u64>> = Vec::new();
+    let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
+    let mut at = 0;
+    while at < length {
+        let (first, first_end) = place(&mut one, at);
+        let (second, second_end) = place(&mut other, at);
+        let end = first_end.min(second_end).min(length);
+        // In two holes, both read as zeros.
+        let same = matches!((first, second), (Place::Hole, Place::Hole))
+            || matches!((first, second), (Place::At(a), Place::At(b)) if a == b);
+        match parts.last_mut() {
+            _ if same => {}
+            Some(last) if last.end == at => last.end = end,
+            _ => parts.push(at..end),
+        }
+        at = end;
+    }
+    parts
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Hole,
+    /// At this byte of the device, and whether it was written.
+    At((u64, bool)),
+    Unknown,
+}
+
+/// Where the byte `at` of a file lies, and up to where that goes on. Extents before it are passed.
+fn place<'e>(extents: &mut Peekable<impl Iterator<Item = &'e Extent>>, at: u64) -> (Place, u64) {
+    while let Some(extent) = extents.peek() {
+        let end = extent.logical.saturating_add(extent.length);
+        if end <= at {
+            extents.next();
+        } else if at < extent.logical {
+            return (Place::Hole, extent.logical);
+        } else if extent.flags & (NOWHERE | ENCODED) != 0 {
+            return (Place::Unknown, end);
+        } else {
+            let physical = extent.physical + (at - extent.logical);
+            return (Place::At((physical, extent.flags & UNWRITTEN == 0)), end);
+        }
+    }
+    (Place::Hole, u64::MAX)
+}
+
+/// Hands on all extents of a file, in order.
+fn each(file: impl AsFd, flags: u32, mut each: impl FnMut(&Extent)) -> io::Result<()> {
     let mut args = Box::new(Args {
         head: Head::default(),
         extents: [Extent::default(); BATCH],
@@ -66,21 +147,14 @@ pub(crate) fn read(file: impl AsFd, inode: u64, mapped: &mut Vec<Mapped>) -> io:
         args.head = Head {
             start: from,
             length: u64::MAX - from,
+            flags,
             extent_count: BATCH as u32,
             ..Head::default()
         };
         // SAFETY: the kernel writes at most `extent_count` extents behind the head, and there is room for as many.
         unsafe { ioctl(file.as_fd(), Updater::<FIEMAP, Args>::new(&mut args))? };
         let told = &args.extents[..(args.head.mapped_extents as usize).min(BATCH)];
-        mapped.extend(
-            told.iter()
-                .filter(|extent| extent.flags & NOWHERE == 0)
-                .map(|extent| Mapped {
-                    inode,
-                    start: extent.physical,
-                    length: extent.length,
-                }),
-        );
+        told.iter().for_each(&mut each);
         match told.last() {
             Some(last) if last.flags & LAST == 0 => from = last.logical + last.length,
             _ => return Ok(()),
@@ -145,6 +219,38 @@ mod tests {
             ]
         );
         cut(&[], |_| panic!("nothing"));
+    }
+
+    #[test]
+    fn two_files_differ_where_they_do_not_share_blocks() {
+        let extents = |parts: &[(u64, u64, u64, u32)]| -> Vec<Extent> {
+            let extent = |&(logical, physical, length, flags)| Extent {
+                logical,
+                physical,
+                length,
+                flags,
+                ..Extent::default()
+            };
+            parts.iter().map(extent).collect()
+        };
+        let one = extents(&[(0, 1000, 100, 0), (200, 2000, 100, 0), (400, 4000, 100, UNWRITTEN)]);
+        assert_eq!(differing(&one, &one, 500), []);
+        // Cut otherwise, and partly written anew.
+        let other = extents(&[
+            (0, 1000, 50, 0),
+            (50, 1050, 50, 0),
+            (200, 2000, 40, 0),
+            (240, 9000, 10, 0),
+            (250, 2050, 50, 0),
+            (400, 4000, 100, 0),
+        ]);
+        assert_eq!(differing(&one, &other, 500), [240..250, 400..500]);
+        assert_eq!(
+            differing(&one, &extents(&[(0, 1000, 100, NOWHERE)]), 250),
+            [0..100, 200..250]
+        );
+        assert_eq!(differing(&one, &[], 450), [0..100, 200..300, 400..450]);
+        assert_eq!(differing(&[], &[], 150), []);
     }
 
     #[test]

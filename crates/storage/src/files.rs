@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -75,12 +76,7 @@ pub(crate) fn reflink(source: &File, target: &File) -> io::Result<()> {
 /// # Errors
 /// [`StorageError::NotAPool`] where the file system cannot.
 pub(crate) fn require_reflink(from: &Path, to: &Path) -> Result<(), StorageError> {
-    let unnamed = |dir: &Path| {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR);
-        fd.map(File::from)
-            .map_err(|errno| StorageError::io("create a file in", dir.display(), errno.into()))
-    };
+    let unnamed = |dir: &Path| unnamed(dir).map_err(|error| StorageError::io("create a file in", dir.display(), error));
     let (source, target) = (unnamed(from)?, unnamed(to)?);
     match ioctl_ficlone(&target, &source) {
         Ok(()) => Ok(()),
@@ -135,6 +131,156 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<(), StorageError> {
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(|error| StorageError::io("flush", dir.display(), error))
+}
+
+/// A folder that was opened before names in it change, so that flushing it afterwards needs no path and no new descriptor.
+///
+/// Each of its operations takes effect durably, or is taken back and returns the error. In between it calls the `step` it is
+/// given, at which tests can fail it.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    path: PathBuf,
+    file: File,
+}
+
+impl Folder {
+    /// Opens the folder at `path`.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub(crate) fn open(path: &Path) -> Result<Folder, StorageError> {
+        let file = File::open(path).map_err(|error| StorageError::io("open", path.display(), error))?;
+        Ok(Folder {
+            path: path.to_owned(),
+            file,
+        })
+    }
+
+    /// Flushes the folder, so that names made or removed in it survive a power cut.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub(crate) fn sync(&self) -> Result<(), StorageError> {
+        let synced = self.file.sync_all();
+        synced.map_err(|error| StorageError::io("flush", self.path.display(), error))
+    }
+
+    /// Gives the flushed file at `from` the new name `to`. A failure leaves it at `from`.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`], of the kind `AlreadyExists` when the name is taken.
+    pub(crate) fn publish(
+        &self,
+        from: &Path,
+        to: &Path,
+        step: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), StorageError> {
+        let there = |error| StorageError::io("create", to.display(), error);
+        let published = fs::symlink_metadata(from).map_err(there)?.ino();
+        rename_new(from, to).map_err(there)?;
+        let flushed = step().map_err(there).and_then(|()| self.sync());
+        if flushed.is_err() {
+            // Only if it is still the same file: another program may have replaced it since.
+            let taken_back = match fs::symlink_metadata(to) {
+                Ok(now) if now.ino() != published => Ok(()),
+                _ => rename_new(to, from),
+            };
+            self.after_taking_back(to, taken_back);
+        }
+        flushed
+    }
+
+    /// Puts the flushed file at `from` in the place of the file at `to`, which is removed; or publishes it when there is none. A
+    /// failure leaves both where they were.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub(crate) fn replace(
+        &self,
+        from: &Path,
+        to: &Path,
+        step: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), StorageError> {
+        let there = |error| StorageError::io("replace", to.display(), error);
+        // Locked, so that no sweep takes it for an abandoned work file while it has that name.
+        let replaced = match open_read(to) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.publish(from, to, step),
+            Err(error) => return Err(there(error)),
+        };
+        lock_shortly(&replaced).map_err(there)?;
+        match exchange(from, to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.publish(from, to, step),
+            other => other.map_err(there)?,
+        }
+        let flushed = step().map_err(there).and_then(|()| self.sync());
+        match flushed {
+            Ok(()) => discard(from),
+            Err(_) => self.after_taking_back(to, exchange(from, to)),
+        }
+        flushed
+    }
+
+    /// Removes the file at `path`, which meanwhile has the name `hidden`. A failure leaves it at `path`.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`], of the kind `NotFound` when it is not there.
+    pub(crate) fn remove(
+        &self,
+        path: &Path,
+        hidden: &Path,
+        step: impl FnOnce() -> io::Result<()>,
+    ) -> Result<(), StorageError> {
+        let there = |error| StorageError::io("delete", path.display(), error);
+        let file = open_read(path).map_err(there)?;
+        lock_shortly(&file).map_err(there)?;
+        rename_new(path, hidden).map_err(there)?;
+        let flushed = step().map_err(there).and_then(|()| self.sync());
+        match flushed {
+            Ok(()) => discard(hidden),
+            Err(_) => self.after_taking_back(path, rename_new(hidden, path)),
+        }
+        flushed
+    }
+
+    /// Flushes what was taken back. Its error is logged: the one that caused it is reported.
+    fn after_taking_back(&self, path: &Path, taken_back: io::Result<()>) {
+        let flushed = taken_back.and_then(|()| self.file.sync_all());
+        if let Err(error) = flushed {
+            tracing::error!(path = %path.display(), %error, "a change that failed may not be taken back durably");
+        }
+    }
+}
+
+/// Locks a file against sweeps of work files. One that is locked already is as safe.
+fn lock_shortly(file: &File) -> io::Result<()> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) | Err(Errno::WOULDBLOCK) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Exchanges two files of one file system.
+fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    renameat_with(rustix::fs::CWD, one, rustix::fs::CWD, other, RenameFlags::EXCHANGE).map_err(io::Error::from)
+}
+
+/// Clones `source` to an unnamed file of `folder`.
+///
+/// # Errors
+/// [`StorageError::Io`].
+pub(crate) fn unnamed_clone(folder: &Path, source: &File) -> Result<File, StorageError> {
+    let failed = |error| StorageError::io("clone to a file in", folder.display(), error);
+    let clone = unnamed(folder).map_err(failed)?;
+    reflink(source, &clone).map_err(failed)?;
+    Ok(clone)
+}
+
+/// Makes a file that has no name and is gone when it is closed.
+fn unnamed(folder: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)?;
+    Ok(File::from(fd))
 }
 
 /// Renames within one file system, failing with `AlreadyExists` rather than replacing.
@@ -209,6 +355,61 @@ mod tests {
             .unwrap();
         assert!(expected == found);
         assert!(crate::space::allocated_of(&target).unwrap() < crate::Bytes::from_mib(1));
+    }
+
+    /// A folder with the files `old` and `new`, each of which holds its name.
+    fn two_files() -> (tempfile::TempDir, Folder, PathBuf, PathBuf) {
+        let scratch = tempfile::tempdir().unwrap();
+        let (old, new) = (scratch.path().join("old"), scratch.path().join("new"));
+        fs::write(&old, "old").unwrap();
+        fs::write(&new, "new").unwrap();
+        let folder = Folder::open(scratch.path()).unwrap();
+        (scratch, folder, old, new)
+    }
+
+    fn fails() -> io::Result<()> {
+        Err(io::Error::other("injected"))
+    }
+
+    fn content(path: &Path) -> Option<String> {
+        fs::read_to_string(path).ok()
+    }
+
+    #[test]
+    fn a_name_whose_flush_fails_is_not_given() {
+        let (scratch, folder, old, new) = two_files();
+        let target = scratch.path().join("target");
+        assert!(folder.publish(&new, &target, fails).is_err());
+        assert_eq!((content(&new).as_deref(), content(&target)), (Some("new"), None));
+        let taken = folder.publish(&new, &old, || Ok(())).unwrap_err();
+        assert!(matches!(taken, StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists));
+        folder.publish(&new, &target, || Ok(())).unwrap();
+        assert_eq!((content(&new), content(&target).as_deref()), (None, Some("new")));
+    }
+
+    #[test]
+    fn a_replacement_whose_flush_fails_leaves_the_old_file() {
+        let (scratch, folder, old, new) = two_files();
+        assert!(folder.replace(&new, &old, fails).is_err());
+        assert_eq!(
+            (content(&new).as_deref(), content(&old).as_deref()),
+            (Some("new"), Some("old"))
+        );
+        folder.replace(&new, &old, || Ok(())).unwrap();
+        assert_eq!((content(&new), content(&old).as_deref()), (None, Some("new")));
+        let absent = scratch.path().join("absent");
+        folder.replace(&old, &absent, || Ok(())).unwrap();
+        assert_eq!((content(&old), content(&absent).as_deref()), (None, Some("new")));
+    }
+
+    #[test]
+    fn a_removal_whose_flush_fails_leaves_the_file() {
+        let (scratch, folder, old, _) = two_files();
+        let hidden = scratch.path().join("hidden");
+        assert!(folder.remove(&old, &hidden, fails).is_err());
+        assert_eq!((content(&old).as_deref(), content(&hidden)), (Some("old"), None));
+        folder.remove(&old, &hidden, || Ok(())).unwrap();
+        assert_eq!((content(&old), content(&hidden)), (None, None));
     }
 
     #[test]

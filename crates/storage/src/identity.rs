@@ -3,16 +3,19 @@
 //! Paths are fixed, and names that were read from the image are used only if they are plain: no guest puts a word into a script of ours. A
 //! guest that hides its key on purpose keeps it, as it may keep any file.
 //!
-//! A deleted file's blocks still hold its bytes, and the journal holds old copies of directories. So the journal is taken away, all free
-//! blocks are punched out of the image, and a new journal is made.
+//! A deleted file's blocks still hold its bytes, deleted names stay in folders, and the journal holds old copies of both. So what is not in use
+//! is emptied afterwards ([`ext4::empty_unused`]).
+//!
+//! `debugfs` can fail to write and say nothing. So the image is looked at again: nothing that was to go may be there, what was
+//! removed may be in use no more, and no other file may have changed.
 
-use crate::command::{self, Program};
+use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
-use crate::ext4;
+use crate::ext4::{self, Stat, Tree, Work};
 use crate::files;
 use crate::template::PARTIAL;
-use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -88,133 +91,101 @@ const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const KIND: u32 = 0o170_000;
 
-/// Takes the identity out of the ext4 image, whose journal was replayed. The image is nobody else's. Afterwards its file system is sound and has
-/// nothing in its free blocks.
+/// Names in `/etc/hosts` that every machine has; a guest can have one of them as its own.
+const COMMON_NAMES: [&str; 9] = [
+    "localhost",
+    "localhost4",
+    "localhost6",
+    "ip6-localhost",
+    "ip6-loopback",
+    "ip6-localnet",
+    "ip6-mcastprefix",
+    "ip6-allnodes",
+    "ip6-allrouters",
+];
+
+/// Takes the identity out of the ext4 image `path`, open as `image`, whose journal was replayed. The image is nobody else's. Afterwards its
+/// file system is sound, and has nothing in what it does not use.
 ///
 /// # Errors
-/// [`StorageError::Unfit`], [`StorageError::Command`]: the image is then of no use.
-pub(crate) fn remove(image: &Path, source: &Identity) -> Result<(), StorageError> {
-    let mut scrub = Scrub {
-        image,
-        script: String::new(),
-        listed: HashMap::new(),
-        folders: 0,
-    };
-    for path in REMOVED {
-        if let Some(entry) = scrub.find(path)?
-            && !entry.is(DIRECTORY)
-        {
-            scrub.remove(path)?;
+/// [`StorageError::Unfit`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image is then of no use.
+pub(crate) fn remove(path: &Path, image: &File, source: &Identity) -> Result<(), StorageError> {
+    let before = files::unnamed_clone(ext4::parent(path), image)?;
+    let mut edit = Scrub::new(path, image, Mode::Edit)?;
+    edit.all(source)?;
+    if ext4::keeps_quotas(image)? {
+        // They count what was removed too.
+        ext4::repair(path)?;
+    }
+    ext4::empty_unused(image)?;
+    ext4::check_work(path, "edit a file system")?;
+
+    let mut verify = Scrub::new(path, image, Mode::Verify)?;
+    verify.all(source)?;
+    require_gone(&before, image, &edit.removed, &verify.kept)?;
+    ext4::require_unchanged(&before, image, &Work::Edit(&edit.touched))
+}
+
+/// Makes sure that inodes of removed files are in use no more: as one of the files `kept`, or under another name than the removed one.
+fn require_gone(before: &File, after: &File, removed: &HashSet<u64>, kept: &HashSet<u64>) -> Result<(), StorageError> {
+    let (before, after) = (Tree::open(before)?, Tree::open(after)?);
+    for inode in removed.difference(kept) {
+        let was = before.stat(*inode)?.map_or(0, |stat| stat.links);
+        if after.stat(*inode)?.is_some_and(|stat| stat.links >= was) {
+            return Err(still_there(&format!("inode {inode}")));
         }
     }
-    for path in EMPTIED {
-        if scrub.find(path)?.is_some_and(|entry| entry.is(REGULAR)) {
-            scrub.command(&["punch", path, "0"])?;
-            scrub.command(&["set_inode_field", path, "size", "0"])?;
-        }
+    Ok(())
+}
+
+fn still_there(what: &str) -> StorageError {
+    StorageError::Host {
+        doing: "take out of an image what belongs to one VM alone",
+        reason: format!("{what} is still there"),
     }
-    for (folder, beginnings) in REMOVED_BEGINNING {
-        for entry in scrub.list(folder)? {
-            let named = beginnings.iter().any(|beginning| entry.name.starts_with(beginning));
-            if named && entry.is_plain() && !entry.is(DIRECTORY) {
-                scrub.remove(&format!("{folder}/{}", entry.name))?;
-            }
-        }
-    }
-    for path in REMOVED_FROM_CLOUD {
-        if let Some(entry) = scrub.find(path)? {
-            scrub.remove_tree(path, &entry)?;
-        }
-    }
-    for path in RENEWED {
-        if let Some(entry) = scrub.find(path)?
-            && entry.is(DIRECTORY)
-        {
-            scrub.remove_tree(path, &entry)?;
-            scrub.command(&["mkdir", path])?;
-            scrub.set_owner(path, &entry)?;
-        }
-    }
-    scrub.run()?;
-    scrub.remove_lines("/etc", "hosts", |line| {
-        let names = line.split(|byte| byte.is_ascii_whitespace()).skip(1);
-        let host = source.hostname.as_bytes();
-        !host.is_empty() && names.map(short_name).any(|name| name.eq_ignore_ascii_case(host))
-    })?;
-    // Its type and comment may be written otherwise; what it is stands in the middle.
-    let key = source
-        .ssh_public_key
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or_default()
-        .to_owned();
-    for folder in scrub.ssh_folders()? {
-        scrub.remove_lines(&folder, "authorized_keys", |line| {
-            !key.is_empty() && line.windows(key.len()).any(|window| window == key.as_bytes())
-        })?;
-    }
-    empty_free_blocks(image)
 }
 
 fn short_name(name: &[u8]) -> &[u8] {
     name.split(|byte| *byte == b'.').next().unwrap_or_default()
 }
 
-/// Takes the old journal away, punches every free block out of the image, and makes a journal of the same size.
-fn empty_free_blocks(image: &Path) -> Result<(), StorageError> {
-    let journal = debugfs(image, "stat <8>", |_| false)?;
-    let journal = journal_size(&String::from_utf8_lossy(&journal));
-    if journal.is_some() {
-        command::run(
-            Program::Tune2fs,
-            [OsStr::new("-O"), OsStr::new("^has_journal"), image.as_os_str()],
-        )?;
+/// A line of `/etc/hosts` without the names of the host; `None` if it names nothing else.
+fn without_host(line: &[u8], host: &[u8]) -> Option<Vec<u8>> {
+    let is_common = COMMON_NAMES
+        .iter()
+        .any(|name| name.as_bytes().eq_ignore_ascii_case(host));
+    let is_host = |name: &[u8]| !host.is_empty() && !is_common && short_name(name).eq_ignore_ascii_case(host);
+    let (entry, comment) = match line.iter().position(|&byte| byte == b'#') {
+        Some(at) => line.split_at(at),
+        None => (line, &[][..]),
+    };
+    let words = |text: &'_ [u8]| -> Vec<Vec<u8>> {
+        let words = text.split(|byte| byte.is_ascii_whitespace() || *byte == b'#');
+        words.filter(|word| !word.is_empty()).map(<[u8]>::to_vec).collect()
+    };
+    let (names, remarks) = (words(entry), words(comment));
+    if !names.iter().skip(1).chain(&remarks).any(|word| is_host(word)) {
+        return Some(line.to_vec());
     }
-    ext4::repair_and_discard(image)?;
-    if let Some(size) = journal {
-        let mib = (size >> 20).clamp(4, 1024);
-        let size = format!("size={mib}");
-        let options = ["-O", "has_journal", "-J", &size].map(OsStr::new);
-        command::run(Program::Tune2fs, options.into_iter().chain([image.as_os_str()]))?;
-    }
-    Ok(())
+    let left: Vec<Vec<u8>> = names
+        .into_iter()
+        .enumerate()
+        .filter(|(nth, name)| *nth == 0 || !is_host(name))
+        .map(|(_, name)| name)
+        .collect();
+    (left.len() > 1).then(|| [left.join(&b' '), b"\n".to_vec()].concat())
 }
 
-/// The size in bytes of the journal, as `debugfs` tells of its inode; `None` where there is none.
-fn journal_size(told: &str) -> Option<u64> {
-    let (_, rest) = told.split_once("Size: ")?;
-    rest.split_whitespace().next()?.parse().ok().filter(|size| *size > 0)
-}
-
-/// A file of a folder in the image.
+/// A file in the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
-    mode: u32,
-    uid: u32,
-    gid: u32,
     name: String,
-    size: u64,
+    stat: Stat,
 }
 
 impl Entry {
-    /// Of a line `/INODE/MODE/UID/GID/NAME/SIZE/`. No name has a slash, so that none can pass for another line.
-    fn parse(line: &str) -> Option<Entry> {
-        let fields: Vec<&str> = line.strip_prefix('/')?.strip_suffix('/')?.split('/').collect();
-        let [_, mode, uid, gid, name, size] = fields[..] else {
-            return None;
-        };
-        Some(Entry {
-            mode: u32::from_str_radix(mode, 8).ok()?,
-            uid: uid.parse().ok()?,
-            gid: gid.parse().ok()?,
-            name: name.to_owned(),
-            // Folders have none.
-            size: size.parse().unwrap_or_default(),
-        })
-    }
-
     fn is(&self, kind: u32) -> bool {
-        self.mode & KIND == kind
+        self.stat.mode & KIND == kind
     }
 
     /// Whether the name can stand in a script as it is.
@@ -224,43 +195,159 @@ impl Entry {
     }
 }
 
-/// The work on one image: a script that grows and is run.
-struct Scrub<'i> {
-    image: &'i Path,
-    script: String,
-    /// What was listed since the script was run last: until then the image stays as it is.
-    listed: HashMap<String, Vec<Entry>>,
-    folders: usize,
+/// What a [`Scrub`] does with what it finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Edit,
+    /// Nothing is to be found any more.
+    Verify,
 }
 
-impl Scrub<'_> {
-    fn list(&mut self, folder: &str) -> Result<Vec<Entry>, StorageError> {
-        if let Some(known) = self.listed.get(folder) {
-            return Ok(known.clone());
+/// The work on one image: a script that grows and is run.
+struct Scrub<'i> {
+    path: &'i Path,
+    tree: Tree<'i>,
+    mode: Mode,
+    script: String,
+    /// The new contents that the script refers to.
+    contents: Vec<Beside>,
+    folders: usize,
+    /// The inodes of files that are removed.
+    removed: HashSet<u64>,
+    /// The inodes of all that changes: removed files, files that are emptied, and the folders of both.
+    touched: HashSet<u64>,
+    /// The inodes of files and folders that were made anew.
+    kept: HashSet<u64>,
+}
+
+impl<'i> Scrub<'i> {
+    fn new(path: &'i Path, image: &'i File, mode: Mode) -> Result<Scrub<'i>, StorageError> {
+        Ok(Scrub {
+            path,
+            tree: Tree::open(image)?,
+            mode,
+            script: String::new(),
+            contents: Vec::new(),
+            folders: 0,
+            removed: HashSet::new(),
+            touched: HashSet::new(),
+            kept: HashSet::new(),
+        })
+    }
+
+    /// Goes over everything that belongs to one machine only.
+    fn all(&mut self, source: &Identity) -> Result<(), StorageError> {
+        for path in REMOVED {
+            if let Some(entry) = self.find(path)?
+                && !entry.is(DIRECTORY)
+            {
+                self.remove(path, &entry)?;
+            }
         }
-        let answer = debugfs(self.image, &format!("ls -p \"{folder}\""), |complaint| {
-            complaint.contains("File not found") || complaint.contains("not a directory")
-        })?;
-        let answer = String::from_utf8_lossy(&answer).into_owned();
-        let mut entries: Vec<Entry> = answer.lines().filter_map(Entry::parse).collect();
-        entries.retain(|entry| entry.name != "." && entry.name != "..");
-        self.listed.insert(folder.to_owned(), entries.clone());
+        for path in EMPTIED {
+            if let Some(entry) = self.find(path)?
+                && entry.is(REGULAR)
+            {
+                self.kept.insert(entry.stat.inode);
+                if entry.stat.size > 0 {
+                    self.rewrite(path, &entry, b"")?;
+                }
+            }
+        }
+        for (folder, beginnings) in REMOVED_BEGINNING {
+            for entry in self.list(folder)? {
+                let named = beginnings.iter().any(|beginning| entry.name.starts_with(beginning));
+                if named && entry.is_plain() && !entry.is(DIRECTORY) {
+                    self.remove(&format!("{folder}/{}", entry.name), &entry)?;
+                }
+            }
+        }
+        self.folders()?;
+        self.lines(source)?;
+        self.run()
+    }
+
+    fn folders(&mut self) -> Result<(), StorageError> {
+        for path in REMOVED_FROM_CLOUD {
+            if let Some(entry) = self.find(path)? {
+                self.remove_tree(path, &entry)?;
+            }
+        }
+        for path in RENEWED {
+            if let Some(entry) = self.find(path)?
+                && entry.is(DIRECTORY)
+            {
+                self.kept.insert(entry.stat.inode);
+                if self.list(path)?.is_empty() {
+                    continue;
+                }
+                self.remove_tree(path, &entry)?;
+                self.command(&["mkdir", path])?;
+                self.set_owner(path, &entry.stat)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lines of files that stay.
+    fn lines(&mut self, source: &Identity) -> Result<(), StorageError> {
+        self.edit_lines("/etc", "hosts", |line| without_host(line, source.hostname.as_bytes()))?;
+        // Its type and comment may be written otherwise; what it is stands in the middle.
+        let key = source.ssh_public_key.split_whitespace().nth(1).unwrap_or_default();
+        for folder in self.ssh_folders()? {
+            self.edit_lines(&folder, "authorized_keys", |line| {
+                let held = !key.is_empty() && line.windows(key.len()).any(|window| window == key.as_bytes());
+                (!held).then(|| line.to_vec())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The files of a folder; none where there is no such folder.
+    fn list(&self, folder: &str) -> Result<Vec<Entry>, StorageError> {
+        let Some((_, names)) = self.tree.list(folder)? else {
+            return Ok(Vec::new());
+        };
+        let mut entries = Vec::new();
+        for found in names {
+            if let Some(stat) = self.tree.stat(found.inode)? {
+                let name = String::from_utf8_lossy(&found.name).into_owned();
+                entries.push(Entry { name, stat });
+            }
+        }
         Ok(entries)
     }
 
-    fn find(&mut self, path: &str) -> Result<Option<Entry>, StorageError> {
+    fn find(&self, path: &str) -> Result<Option<Entry>, StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
-        Ok(self.list(folder)?.into_iter().find(|entry| entry.name == name))
+        let Some((_, names)) = self.tree.list(folder)? else {
+            return Ok(None);
+        };
+        let Some(found) = names.into_iter().find(|entry| entry.name == name.as_bytes()) else {
+            return Ok(None);
+        };
+        let name = name.to_owned();
+        Ok(self.tree.stat(found.inode)?.map(|stat| Entry { name, stat }))
     }
 
-    fn remove(&mut self, path: &str) -> Result<(), StorageError> {
+    fn remove(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+        self.goes(path, entry)?;
         self.command(&["rm", path])
+    }
+
+    /// Enters that a file goes, which changes its folder too.
+    fn goes(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+        let (folder, _) = path.rsplit_once('/').unwrap_or_default();
+        self.touched.extend(self.tree.list(folder)?.map(|(folder, _)| folder));
+        self.removed.insert(entry.stat.inode);
+        self.touched.insert(entry.stat.inode);
+        Ok(())
     }
 
     /// A folder with all that is in it, or a file.
     fn remove_tree(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
         if !entry.is(DIRECTORY) {
-            return self.remove(path);
+            return self.remove(path, entry);
         }
         self.folders += 1;
         if self.folders > MOST_FOLDERS {
@@ -277,14 +364,15 @@ impl Scrub<'_> {
             }
             self.remove_tree(&format!("{path}/{}", entry.name), &entry)?;
         }
+        self.goes(path, entry)?;
         self.command(&["rmdir", path])
     }
 
-    fn set_owner(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+    fn set_owner(&mut self, path: &str, stat: &Stat) -> Result<(), StorageError> {
         let fields = [
-            ("mode", format!("0{:o}", entry.mode)),
-            ("uid", entry.uid.to_string()),
-            ("gid", entry.gid.to_string()),
+            ("mode", format!("0{:o}", stat.mode)),
+            ("uid", stat.uid.to_string()),
+            ("gid", stat.gid.to_string()),
         ];
         for (field, value) in fields {
             self.command(&["set_inode_field", path, field, &value])?;
@@ -293,7 +381,7 @@ impl Scrub<'_> {
     }
 
     /// The `.ssh` folders of root and of who has a home.
-    fn ssh_folders(&mut self) -> Result<Vec<String>, StorageError> {
+    fn ssh_folders(&self) -> Result<Vec<String>, StorageError> {
         let mut folders = vec!["/root/.ssh".to_owned()];
         for home in self.list("/home")? {
             if home.is(DIRECTORY) && home.is_plain() {
@@ -310,37 +398,49 @@ impl Scrub<'_> {
         Ok(folders)
     }
 
-    /// Takes the lines for which `gone` holds out of a file.
-    fn remove_lines(&mut self, folder: &str, name: &str, gone: impl Fn(&[u8]) -> bool) -> Result<(), StorageError> {
+    /// Replaces each line of a file by what `edited` makes of it; `None` takes it out.
+    fn edit_lines(
+        &mut self,
+        folder: &str,
+        name: &str,
+        edited: impl Fn(&[u8]) -> Option<Vec<u8>>,
+    ) -> Result<(), StorageError> {
         let path = format!("{folder}/{name}");
         let Some(entry) = self.find(&path)?.filter(|entry| entry.is(REGULAR)) else {
             return Ok(());
         };
-        if entry.size > LARGEST_EDITED {
+        self.kept.insert(entry.stat.inode);
+        if entry.stat.size > LARGEST_EDITED {
             return Err(StorageError::Unfit(format!(
                 "{path} is larger than 1 MiB: make it smaller"
             )));
         }
-        let content = debugfs(self.image, &format!("cat \"{path}\""), |_| false)?;
-        let kept: Vec<&[u8]> = content
-            .split_inclusive(|byte| *byte == b'\n')
-            .filter(|line| !gone(line))
-            .collect();
-        let kept = kept.concat();
-        if kept == content {
+        let content = self.tree.read(entry.stat.inode, LARGEST_EDITED)?;
+        let lines = content.split_inclusive(|byte| *byte == b'\n');
+        let left = lines.filter_map(edited).collect::<Vec<_>>().concat();
+        if left == content {
             return Ok(());
         }
-        let beside = Beside::new(self.image, ".edited", &kept)?;
-        self.remove(&path)?;
+        self.rewrite(&path, &entry, &left)
+    }
+
+    /// Makes a file anew: where its blocks are, and whether it has any, is then for `debugfs` to say.
+    fn rewrite(&mut self, path: &str, entry: &Entry, content: &[u8]) -> Result<(), StorageError> {
+        let (folder, name) = path.rsplit_once('/').unwrap_or_default();
+        let beside = Beside::new(self.path, &format!(".{}", self.contents.len()), content)?;
+        let content = command::bare_name(&beside.path).to_string_lossy().into_owned();
+        self.contents.push(beside);
+        self.remove(path, entry)?;
         self.command(&["cd", folder])?;
-        let edited = beside.path.to_string_lossy().into_owned();
-        self.command(&["write", &edited, name])?;
-        self.set_owner(&path, &entry)?;
-        self.run()
+        self.command(&["write", &content, name])?;
+        self.set_owner(path, &entry.stat)
     }
 
     /// Adds a line to the script.
     fn command(&mut self, words: &[&str]) -> Result<(), StorageError> {
+        if self.mode == Mode::Verify {
+            return Err(still_there(words.get(1).unwrap_or(&"something")));
+        }
         for (nth, word) in words.iter().enumerate() {
             if word.contains(['"', '\n', '\0']) {
                 return Err(StorageError::Unfit(format!("{word:?} cannot be a word of a script")));
@@ -348,7 +448,6 @@ impl Scrub<'_> {
             if nth == 0 {
                 self.script.push_str(word);
             } else {
-                // Quoted: a space in the pool's path parts nothing.
                 self.script.extend([" \"", word, "\""]);
             }
         }
@@ -360,29 +459,24 @@ impl Scrub<'_> {
         if self.script.is_empty() {
             return Ok(());
         }
-        let script = Beside::new(self.image, ".script", std::mem::take(&mut self.script).as_bytes())?;
-        let args = ["-w", "-f", "-"]
-            .map(OsStr::new)
-            .into_iter()
-            .chain([self.image.as_os_str()]);
+        let script = Beside::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
         let input = File::open(&script.path).map_err(|error| StorageError::io("read", script.path.display(), error))?;
-        command::run_without_complaint(Program::Debugfs, args, Some(input), is_banner)?;
-        self.listed.clear();
-        Ok(())
+        let unfit = |why: &str| StorageError::Unfit(format!("what belongs to its VM alone cannot be taken out: {why}"));
+        let answer = match command::run_on_image(self.path, Program::Debugfs, &["-w", "-f", "-"], Some(input)) {
+            Err(CommandError::Endless { why, .. }) => return Err(unfit(&format!("a program {why}"))),
+            other => other?,
+        };
+        self.contents.clear();
+        // It always ends with 0: it has failed when it complains.
+        match answer.complaint(|_| false) {
+            None if answer.code == Some(0) => Ok(()),
+            _ if answer.is_fault_on_sound_image() || answer.code != Some(0) => Err(StorageError::Host {
+                doing: "edit a file system",
+                reason: format!("debugfs ended with {}: {}", answer.status, answer.said()),
+            }),
+            complaint => Err(unfit(complaint.unwrap_or_default())),
+        }
     }
-}
-
-/// Asks `debugfs` one thing. Complaints for which `harmless` holds are none.
-fn debugfs(image: &Path, request: &str, harmless: impl Fn(&str) -> bool) -> Result<Vec<u8>, StorageError> {
-    let args = [OsStr::new("-R"), OsStr::new(request), image.as_os_str()];
-    let answer =
-        command::run_without_complaint(Program::Debugfs, args, None, |line| is_banner(line) || harmless(line))?;
-    Ok(answer)
-}
-
-/// `debugfs 1.47.0 (5-Feb-2023)`, which it always says first.
-fn is_banner(line: &str) -> bool {
-    line.starts_with("debugfs 1.")
 }
 
 /// A file beside the image, gone when dropped; a crash leaves it to the sweep of half-made files.
@@ -416,30 +510,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listing_s_line_is_read_and_a_name_cannot_pass_for_one() {
-        let entry = Entry::parse("/16/100600/0/5/ssh_host_key/399/").unwrap();
-        assert!(entry.is(REGULAR) && entry.is_plain());
-        assert_eq!((entry.gid, entry.size, entry.name.as_str()), (5, 399, "ssh_host_key"));
-        assert!(Entry::parse("/15/040755/0/0/sub//").unwrap().is(DIRECTORY));
-        for line in [
-            "",
-            "/",
-            "debugfs: rm x",
-            "/1/2/3/",
-            "/16/100600/0/0/a",
-            "/16/100699/0/0/a/1/",
-        ] {
-            assert_eq!(Entry::parse(line), None, "{line:?}");
+    fn hosts_lose_the_guest_s_names_and_keep_every_machine_s() {
+        let left = |line: &str, host: &str| {
+            let left = without_host(line.as_bytes(), host.as_bytes());
+            left.map(|line| String::from_utf8(line).unwrap())
+        };
+        let same = |line: &str, host: &str| assert_eq!(left(line, host).as_deref(), Some(line), "{host}");
+        assert_eq!(left("127.0.1.1 box.lan box\n", "box"), None);
+        assert_eq!(left("127.0.1.1\tBox", "box"), None);
+        assert_eq!(left("# this is box\n", "box"), None);
+        assert_eq!(
+            left("127.0.0.1 localhost box box.lan # box\n", "box").unwrap(),
+            "127.0.0.1 localhost\n"
+        );
+        for host in ["localhost", "ip6-localhost", "LOCALHOST", ""] {
+            same("127.0.0.1 localhost\n", host);
+            same("::1\tlocalhost ip6-localhost  ip6-loopback # all\n", host);
         }
-        for name in ["a b", "a\"b", "a;b", ""] {
-            let entry = Entry {
+        same("192.0.2.9 boxes other\n", "box");
+        same("\n", "box");
+    }
+
+    #[test]
+    fn only_plain_names_stand_in_a_script() {
+        let entry = |name: &str| Entry {
+            name: name.to_owned(),
+            stat: Stat {
+                inode: 12,
                 mode: REGULAR,
                 uid: 0,
                 gid: 0,
-                name: name.to_owned(),
                 size: 0,
-            };
-            assert!(!entry.is_plain(), "{name:?}");
+                links: 1,
+            },
+        };
+        assert!(entry("ssh_host_ed25519_key.pub").is_plain());
+        for name in ["a b", "a\"b", "a;b", "", "\u{fffd}"] {
+            assert!(!entry(name).is_plain(), "{name:?}");
         }
     }
 }

@@ -3,7 +3,8 @@
 use crate::admission::Reservation;
 use crate::error::StorageError;
 use crate::ext4;
-use crate::files;
+use crate::files::{self, Folder};
+use crate::format;
 use crate::name::Name;
 use crate::pack::{self, Unpacked};
 use crate::pool::Pool;
@@ -11,9 +12,11 @@ use crate::signature::probe;
 use crate::size::Bytes;
 use crate::space;
 use crate::template::{PARTIAL, Template};
-use scalebox_fault_points::crash_point;
+use rustix::fs::OFlags;
+use scalebox_fault_points::{crash_point, fault_point};
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// So much room is asked for at a time, while it is not known how much data is still to come.
@@ -61,28 +64,43 @@ impl Packing {
 }
 
 impl Pool {
-    /// Copies the ext4 image `source`, bare or packed with zstd, into the pool as template `name`. The source is only read; the copy has its journal
-    /// replayed and is checked, and appears under its name when it is whole and durable. With `replace`, a template of that name gives way to
-    /// it; disks made from the old one are not touched.
+    /// Copies the ext4 image `source`, at most `max` large, into the pool as template `name`. The source is a file, bare or packed with
+    /// zstd, or a block device that is not in use; it is only read. The copy has its journal replayed and is checked, and appears under
+    /// its name when it is whole and durable. With `replace`, a template of that name gives way to it; disks made from the old one are
+    /// not touched.
     ///
     /// # Errors
     /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
-    /// [`StorageError::Insufficient`].
-    pub fn import_template(&self, name: &Name, source: &Path, replace: bool) -> Result<Template, StorageError> {
+    /// [`StorageError::Insufficient`], [`StorageError::Host`].
+    pub fn import_template(
+        &self,
+        name: &Name,
+        source: &Path,
+        max: Bytes,
+        replace: bool,
+    ) -> Result<Template, StorageError> {
         let what = source.display().to_string();
+        let failed = |error| StorageError::io("read", &what, error);
         // Looked at before it is opened: opening a FIFO would wait for somebody to write to it.
-        let meta = fs::metadata(source).map_err(|error| StorageError::io("read", &what, error))?;
-        if !meta.is_file() {
-            return Err(not_a_template(&what, "it is not a plain file"));
+        let kind = fs::metadata(source).map_err(failed)?.file_type();
+        if kind.is_block_device() {
+            return self.import_device(name, &what, source, max, replace);
         }
-        let file = File::open(source).map_err(|error| StorageError::io("read", &what, error))?;
-        if starts_with(&file, &pack::MAGIC) {
-            let file = File::open(source).map_err(|error| StorageError::io("read", &what, error))?;
-            return self.unpack(name, &what, file, Bytes::new(u64::MAX), replace);
+        if !kind.is_file() {
+            return Err(not_a_template(&what, "it is not a plain file or a block device"));
         }
-        require_bare_ext4(&what, source, &file)?;
+        let file = File::open(source).map_err(failed)?;
+        let head = head_of(&file).map_err(failed)?;
+        if pack::is_packed(&head) {
+            return self.unpack(name, &what, file, max, replace);
+        }
+        refuse_other_formats(&head).map_err(|reason| not_a_template(&what, reason))?;
+        require_bare_ext4(&what, source)?;
+        if file.metadata().map_err(failed)?.len() > max.as_u64() {
+            return Err(not_a_template(&what, too_large(max)));
+        }
         let mut incoming = self.begin_import(name, replace)?;
-        let data = space::allocated_of(&file).map_err(|errno| StorageError::io("read", &what, errno.into()))?;
+        let data = space::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
         incoming.room.push(self.admit(data)?);
         // From within the pool a clone will do; from anywhere else its data is copied.
         if files::reflink(&file, &incoming.file).is_err() {
@@ -91,7 +109,32 @@ impl Pool {
         self.finish_import(incoming, &what)
     }
 
-    /// As [`Pool::import_template`], of an image that comes in as a stream, at most `largest` of it unpacked.
+    /// Copies all of a block device that nobody has mounted.
+    fn import_device(
+        &self,
+        name: &Name,
+        what: &str,
+        source: &Path,
+        max: Bytes,
+        replace: bool,
+    ) -> Result<Template, StorageError> {
+        // Of a block device, the flag refuses one that is in use (open(2)).
+        let exclusive = OFlags::EXCL.bits() as i32;
+        let device = File::options().read(true).custom_flags(exclusive).open(source);
+        let mut device = device.map_err(|error| match error.kind() {
+            io::ErrorKind::ResourceBusy => not_a_template(what, "the device is in use: unmount it first"),
+            _ => StorageError::io("read", what, error),
+        })?;
+        let sized = device
+            .seek(SeekFrom::End(0))
+            .and_then(|size| device.rewind().map(|()| size));
+        if sized.map_err(|error| StorageError::io("read", what, error))? > max.as_u64() {
+            return Err(not_a_template(what, too_large(max)));
+        }
+        self.unpack(name, what, device, max, replace)
+    }
+
+    /// As [`Pool::import_template`], of an image that comes in as a stream, at most `max` of it unpacked.
     ///
     /// # Errors
     /// As there; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.
@@ -99,10 +142,10 @@ impl Pool {
         &self,
         name: &Name,
         input: impl Read,
-        largest: Bytes,
+        max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
-        self.unpack(name, "what was sent", input, largest, replace)
+        self.unpack(name, "what was sent", input, max, replace)
     }
 
     /// Opens a template to pack it.
@@ -123,7 +166,7 @@ impl Pool {
         name: &Name,
         what: &str,
         input: impl Read,
-        largest: Bytes,
+        max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
         let mut incoming = self.begin_import(name, replace)?;
@@ -137,12 +180,12 @@ impl Pool {
             left = left - more;
             Ok::<_, StorageError>(())
         };
-        pack::unpack(input, file, largest, ask).map_err(|why| match why {
+        pack::unpack(input, file, max, refuse_other_formats, ask).map_err(|why| match why {
             Unpacked::Input(error) => not_a_template(what, error),
             Unpacked::Output(error) => StorageError::io("unpack", what, error),
             Unpacked::Room(error) => error,
         })?;
-        require_bare_ext4(what, &incoming.partial, &incoming.file)?;
+        require_bare_ext4(what, &incoming.partial)?;
         self.finish_import(incoming, what)
     }
 
@@ -157,48 +200,58 @@ impl Pool {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
             other => other,
         })?;
-        crash_point("import: file made");
-        Ok(Incoming {
+        let incoming = Incoming {
             name: name.clone(),
             replace,
             partial,
             file,
             finished: false,
             room: Vec::new(),
-        })
+        };
+        fault_point("import: file made").map_err(StorageError::step)?;
+        Ok(incoming)
     }
 
     /// Checks what was copied, and gives it its name.
     fn finish_import(&self, mut incoming: Incoming, what: &str) -> Result<Template, StorageError> {
         let (partial, name) = (incoming.partial.as_path(), &incoming.name);
-        crash_point("import: copied");
-        ext4::repair(partial).map_err(|error| match error {
+        let refused = |error| match error {
             StorageError::FileSystem(_) => not_a_template(what, error),
             other => other,
-        })?;
-        crash_point("import: checked");
+        };
+        fault_point("import: copied").map_err(StorageError::step)?;
+        ext4::repair(partial).map_err(refused)?;
+        fault_point("import: repaired").map_err(StorageError::step)?;
+        // A repair can fail to write without a word.
+        ext4::check(partial).map_err(refused)?;
         incoming
             .file
             .sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
-        let target = self.template_path(name);
-        let renamed = if incoming.replace {
-            fs::rename(partial, &target)
+        fault_point("import: flushed").map_err(StorageError::step)?;
+        let template = Template::of_file(name, &incoming.file)?;
+        let (folder, target) = (Folder::open(&self.templates_dir())?, self.template_path(name));
+        let in_place = || fault_point("import: template in place");
+        let published = if incoming.replace {
+            folder.replace(partial, &target, in_place)
         } else {
-            files::rename_new(partial, &target)
+            folder.publish(partial, &target, in_place)
         };
-        renamed.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => StorageError::TemplateExists(name.to_string()),
-            _ => StorageError::io("create", target.display(), error),
-        })?;
+        published.map_err(|error| exists(error, name))?;
         incoming.finished = true;
-        crash_point("import: template in place");
-        files::sync_dir(&self.templates_dir())?;
         crash_point("import: template durable");
-        // By the file, not by the name: it may have been deleted since.
-        let template = Template::of_file(&incoming.name, &incoming.file)?;
-        self.prune_grown(&incoming.name, Some(template.inode))?;
+        self.prune_grown(&incoming.name, Some(template.inode));
         Ok(template)
+    }
+}
+
+/// A name that is taken is not a fault of the host.
+pub(crate) fn exists(error: StorageError, name: &Name) -> StorageError {
+    match error {
+        StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
+            StorageError::TemplateExists(name.to_string())
+        }
+        other => other,
     }
 }
 
@@ -209,32 +262,35 @@ fn not_a_template(what: &str, reason: impl ToString) -> StorageError {
     }
 }
 
-/// An image shorter than that does not.
-fn starts_with(file: &File, magic: &[u8]) -> bool {
-    use std::os::unix::fs::FileExt;
-    let mut head = vec![0; magic.len()];
-    file.read_exact_at(&mut head, 0).is_ok() && head == magic
+fn too_large(max: Bytes) -> String {
+    format!("it is larger than the largest disk, which is {max}")
 }
 
-fn require_bare_ext4(what: &str, path: &Path, file: &File) -> Result<(), StorageError> {
-    const OTHERS: [(&[u8], &str); 5] = [
-        (b"QFI\xfb", "a qcow2 image: convert it with qemu-img convert -O raw"),
-        (b"KDMV", "a VMDK image: convert it with qemu-img convert -O raw"),
-        (
-            &[0x1f, 0x8b],
-            "compressed with gzip: unpack it first, or pack it with zstd",
-        ),
-        (
-            &[0xfd, b'7', b'z', b'X'],
-            "compressed with xz: unpack it first, or pack it with zstd",
-        ),
-        (&pack::MAGIC, "packed twice: unpack it once"),
-    ];
-    if let Some((_, kind)) = OTHERS.iter().find(|(magic, _)| starts_with(file, magic)) {
-        return Err(not_a_template(what, format!("it is {kind}")));
+/// The beginning of a file; less where the file is shorter.
+fn head_of(file: &File) -> io::Result<Vec<u8>> {
+    let mut head = vec![0; format::HEAD];
+    let mut filled = 0;
+    while filled < head.len() {
+        match file.read_at(&mut head[filled..], filled as u64)? {
+            0 => break,
+            read => filled += read,
+        }
     }
+    head.truncate(filled);
+    Ok(head)
+}
+
+/// Refuses what begins with `head` if that is a known format other than ext4.
+fn refuse_other_formats(head: &[u8]) -> io::Result<()> {
+    match format::recognise(head) {
+        Some(other) => Err(io::Error::other(format!("it is {other}"))),
+        None => Ok(()),
+    }
+}
+
+fn require_bare_ext4(what: &str, path: &Path) -> Result<(), StorageError> {
     let reason = match probe(path)?.map(|found| found.kind).as_deref() {
-        Some("ext4") => return Ok(()),
+        Some("ext4" | "ext3" | "ext2") => return Ok(()),
         Some(table) if table.contains("partition table") => format!(
             "it is a whole disk with {table}: extract its root partition, which must be ext4, into a file of its own"
         ),

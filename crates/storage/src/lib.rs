@@ -23,12 +23,12 @@
 //! | `admission` | the decision that a disk fits, and the books behind it |
 //! | `accounting`, `extents`, `fiemap`, `tree_search` | whose each block is |
 //! | `template` | listing and deleting templates; the grown clones kept of them |
-//! | `import`, `pack` | templates from elsewhere and to elsewhere, packed with zstd |
+//! | `import`, `pack`, `format` | templates from elsewhere and to elsewhere, packed with zstd |
 //! | `snapshot` | a template made of a disk |
 //! | `identity` | taking out of an image what belongs to one machine only |
 //! | `disk` | cloning, deleting, sweeping disks |
 //! | `compact` | fewer extents in an image of which many clones are made |
-//! | `ext4` | a file system in an image: looked at, checked, grown |
+//! | `ext4` | a file system in an image: looked at, checked, grown, emptied of what it does not use |
 //! | `live_growth` | whether a guest can grow its file system while it is mounted |
 //! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
 //! | `files` | clone, sparse copy, flush |
@@ -62,6 +62,7 @@ mod ext4;
 mod extents;
 mod fiemap;
 mod files;
+mod format;
 mod fstab;
 mod ground;
 mod group_sync;

@@ -13,7 +13,10 @@ use zstd::stream::read::Decoder;
 use zstd::stream::write::Encoder;
 
 /// The first bytes of a frame.
-pub(crate) const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// The first bytes of a skippable frame, but for the lower half of the first, which is free (RFC 8878, 3.1.2). `pzstd` begins with
+/// one.
+const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
 /// As fast as most disks and networks, and a Debian comes to a third of its size.
 const LEVEL: i32 = 3;
 /// What is read and written at once.
@@ -68,26 +71,38 @@ pub(crate) enum Unpacked<E> {
     Room(E),
 }
 
+/// Whether what begins with `head` is packed with zstd.
+pub(crate) fn is_packed(head: &[u8]) -> bool {
+    let Some([first, rest @ ..]) = head.first_chunk::<4>() else {
+        return false;
+    };
+    head.starts_with(&MAGIC) || [first & 0xf0, rest[0], rest[1], rest[2]] == SKIPPABLE
+}
+
 /// Unpacks an image into the new file `image`, or copies one that is not packed; blocks of zeros become holes. Before data is written, `room` is asked for
-/// so much more of it. Nothing beyond `largest` is taken.
+/// so much more of it. Nothing beyond `largest` is taken. `look` sees the first MiB before anything is written, and can refuse it.
 pub(crate) fn unpack<E>(
     mut input: impl Read,
     image: &File,
     largest: Bytes,
+    look: impl FnOnce(&[u8]) -> io::Result<()>,
     mut room: impl FnMut(Bytes) -> Result<(), E>,
 ) -> Result<(), Unpacked<E>> {
     let mut head = Vec::new();
     input.by_ref().take(4).read_to_end(&mut head).map_err(Unpacked::Input)?;
-    let packed = head == MAGIC;
+    let packed = is_packed(&head);
     let whole = io::Cursor::new(head).chain(input);
     let mut plain: Box<dyn Read> = if packed {
         Box::new(Decoder::new(whole).map_err(Unpacked::Input)?)
     } else {
         Box::new(whole)
     };
-    let (mut piece, mut at) = (vec![0; PIECE], 0u64);
+    let (mut piece, mut at, mut look) = (vec![0; PIECE], 0u64, Some(look));
     loop {
         let length = read_full(&mut plain, &mut piece).map_err(Unpacked::Input)?;
+        if let Some(look) = look.take() {
+            look(&piece[..length]).map_err(Unpacked::Input)?;
+        }
         if length == 0 {
             break;
         }
@@ -164,7 +179,7 @@ mod tests {
             asked += more.as_u64();
             Ok(())
         };
-        unpack(input, &file, Bytes::new(largest), room).map(|()| (file, asked))
+        unpack(input, &file, Bytes::new(largest), |_| Ok(()), room).map(|()| (file, asked))
     }
 
     #[test]
@@ -179,6 +194,25 @@ mod tests {
             assert_eq!(asked, 4096 + 77, "room is asked for data alone");
             assert!(file.metadata().unwrap().blocks() * 512 <= 16384);
         }
+    }
+
+    #[test]
+    fn frames_of_any_number_and_skippable_ones_between_them_are_one_image() {
+        let (image, mut packed) = (image(), Vec::new());
+        let whole = bytes(&image);
+        // As pzstd writes it: each frame behind a skippable one that holds its length.
+        for part in whole.chunks(4 << 20) {
+            let frame = zstd::encode_all(part, LEVEL).unwrap();
+            packed.extend([0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0]);
+            packed.extend((frame.len() as u32).to_le_bytes());
+            packed.extend(frame);
+        }
+        packed.extend([0x5f, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 7]);
+        let (file, _) = unpacked(&packed, 1 << 30).unwrap();
+        assert!(bytes(&file) == bytes(&image));
+        // A frame that is cut off behind a whole one is not the end.
+        let cut = packed.len() - 20;
+        assert!(matches!(unpacked(&packed[..cut], 1 << 30), Err(Unpacked::Input(_))));
     }
 
     #[test]

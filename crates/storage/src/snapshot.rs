@@ -7,16 +7,16 @@ use crate::admission::Reservation;
 use crate::command::CommandError;
 use crate::error::StorageError;
 use crate::ext4;
-use crate::files;
+use crate::files::{self, Folder};
 use crate::identity::{self, Identity};
+use crate::import;
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
-use scalebox_fault_points::crash_point;
+use scalebox_fault_points::{crash_point, fault_point};
 use std::fs::File;
-use std::io;
 use std::path::PathBuf;
 
 /// What cleaning a clone may write: the new journal, and the metadata blocks that it no longer shares.
@@ -58,7 +58,6 @@ impl Pool {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
             other => other,
         })?;
-        crash_point("snapshot: file made");
         let snapshot = Snapshot {
             name: name.clone(),
             partial,
@@ -66,6 +65,7 @@ impl Pool {
             finished: false,
             room: vec![room],
         };
+        fault_point("snapshot: file made").map_err(StorageError::step)?;
         if self.backs_every_byte() {
             // The new file made the last measurement stale, and without one all that is used would count twice.
             self.measure()?;
@@ -97,7 +97,7 @@ impl Pool {
         files::open_read(&path)
             .and_then(|disk| files::reflink(&disk, &snapshot.file))
             .map_err(|error| StorageError::io("clone", path.display(), error))?;
-        crash_point("snapshot: disk cloned");
+        fault_point("snapshot: disk cloned").map_err(StorageError::step)?;
         if self.backs_every_byte() {
             let shared = allocated_of(&snapshot.file)
                 .map_err(|errno| StorageError::io("read", snapshot.partial.display(), errno.into()))?;
@@ -106,36 +106,30 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes the clone a template: its journal is replayed, what belongs to the disk's owner alone is taken out, blocks in which a guest
-    /// deleted something are emptied, and the file system is checked. It appears under its name when it is whole and durable.
+    /// Makes the clone a template: its journal is replayed, what belongs to the disk's owner alone is taken out, what is not in use is
+    /// emptied, and the file system is checked. It appears under its name when it is whole and durable.
     ///
     /// # Errors
-    /// [`StorageError::Unfit`] with the reason, [`StorageError::TemplateExists`], [`StorageError::Command`].
+    /// [`StorageError::Unfit`] with the reason, [`StorageError::TemplateExists`], [`StorageError::Host`], [`StorageError::Command`].
     pub fn finish_snapshot(&self, mut snapshot: Snapshot, source: &Identity) -> Result<Template, StorageError> {
-        let partial = snapshot.partial.as_path();
+        let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
         // An edit before the journal is replayed would be undone by the replay.
         ext4::repair(partial).map_err(unfit)?;
-        crash_point("snapshot: journal replayed");
-        identity::remove(partial, source).map_err(unfit)?;
-        crash_point("snapshot: identity removed");
-        ext4::check(partial).map_err(unfit)?;
-        snapshot
-            .file
-            .sync_all()
+        fault_point("snapshot: journal replayed").map_err(StorageError::step)?;
+        identity::remove(partial, file, source).map_err(unfit)?;
+        fault_point("snapshot: identity removed").map_err(StorageError::step)?;
+        file.sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
-        crash_point("snapshot: flushed");
+        fault_point("snapshot: flushed").map_err(StorageError::step)?;
 
-        let target = self.template_path(&snapshot.name);
-        files::rename_new(partial, &target).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => StorageError::TemplateExists(snapshot.name.to_string()),
-            _ => StorageError::io("create", target.display(), error),
-        })?;
+        let template = Template::of_file(&snapshot.name, file)?;
+        let (folder, target) = (Folder::open(&self.templates_dir())?, self.template_path(&snapshot.name));
+        folder
+            .publish(partial, &target, || fault_point("snapshot: template in place"))
+            .map_err(|error| import::exists(error, &snapshot.name))?;
         snapshot.finished = true;
-        crash_point("snapshot: template in place");
-        files::sync_dir(&self.templates_dir())?;
         crash_point("snapshot: template durable");
-        // By the file, not by the name: it may have been deleted since.
-        Template::of_file(&snapshot.name, &snapshot.file)
+        Ok(template)
     }
 }
 

@@ -7,12 +7,12 @@
 use crate::compact::compact;
 use crate::error::StorageError;
 use crate::ext4;
-use crate::files;
+use crate::files::{self, Folder};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use rustix::fs::{FlockOperation, flock};
-use scalebox_fault_points::crash_point;
+use scalebox_fault_points::{crash_point, fault_point};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -110,16 +110,21 @@ impl Pool {
     /// [`StorageError::NoTemplate`].
     pub fn delete_template(&self, name: &Name) -> Result<(), StorageError> {
         // What is no template is not deleted as one.
-        self.template(name)?;
-        let path = self.template_path(name);
-        fs::remove_file(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
-            _ => StorageError::io("delete", path.display(), error),
+        let inode = self.template(name)?.inode;
+        let (dir, path) = (self.templates_dir(), self.template_path(name));
+        // A crash from here on leaves it to the sweep of work files.
+        let hidden = dir.join(format!(".{name}.{inode}.deleted{PARTIAL}"));
+        let hidden_step = || fault_point("delete template: name gone");
+        let removed = Folder::open(&dir)?.remove(&path, &hidden, hidden_step);
+        removed.map_err(|error| match error {
+            StorageError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                StorageError::NoTemplate(name.to_string())
+            }
+            other => other,
         })?;
-        crash_point("delete template: template removed");
-        files::sync_dir(&self.templates_dir())?;
         crash_point("delete template: template durably gone");
-        self.prune_grown(name, None)
+        self.prune_grown(name, None);
+        Ok(())
     }
 
     /// The size of a disk made from `template`: what was asked for, or the larger of `default` and the template.
@@ -149,7 +154,8 @@ impl Pool {
                 template_size,
             });
         }
-        if size == template.size {
+        // One that does not fill its image has to be grown all the same.
+        if size == template.size && ext4::fills(&original)? {
             return Ok(original);
         }
         let grown = self.grown_path(&template, size);
@@ -163,6 +169,11 @@ impl Pool {
         let clone = self.grow_clone(&original, &grown, size).map_err(|error| match error {
             StorageError::FileSystem(reason) => StorageError::DamagedTemplate {
                 template: name.to_string(),
+                reason,
+            },
+            StorageError::CannotGrow { size, reason, .. } => StorageError::CannotGrow {
+                what: format!("the template {name}"),
+                size,
                 reason,
             },
             other => other,
@@ -191,48 +202,36 @@ impl Pool {
         let folder = self.grown_dir();
         // Made inside templates/, it inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
-        let clone = self.replace_by_grown_clone(original, grown, size, compact)?;
-        files::sync_dir(&folder)?;
-        crash_point("grown clone: kept");
-        Ok(clone)
+        // Its name need not survive a power cut: it would be made again.
+        self.replace_by_grown_clone(original, grown, size, compact, |partial| {
+            fs::rename(partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))?;
+            crash_point("grown clone: in place");
+            Ok(())
+        })
     }
 
-    /// Puts a clone of `original`, grown to `size`, arranged by `arrange` and checked, at `target`, in place of what may be there. Until the
-    /// clone is whole, nothing changes; the caller flushes the folder. Returns the clone, open.
+    /// Makes a clone of `original`, grown to `size`, arranged by `arrange` and checked, and has `place` give it the name `target` when it
+    /// is whole and flushed. Until then nothing changes, and a failure leaves nothing. Returns the clone, open.
     pub(crate) fn replace_by_grown_clone(
         &self,
         original: &File,
         target: &Path,
         size: Bytes,
         arrange: impl FnOnce(&File) -> io::Result<()>,
+        place: impl FnOnce(&Path) -> Result<(), StorageError>,
     ) -> Result<File, StorageError> {
         let mut partial = target.as_os_str().to_owned();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
+        if let Some(reason) = ext4::cannot_grow(original)? {
+            return Err(StorageError::CannotGrow {
+                what: "the disk".to_owned(),
+                size: size.ceil_gib(),
+                reason: format!("it {reason}"),
+            });
+        }
         let clone = self.claim(&partial)?;
-        crash_point("grown clone: file made");
-        let made = files::reflink(original, &clone)
-            .inspect(|()| crash_point("grown clone: cloned"))
-            .and_then(|()| clone.set_len(size.as_u64()))
-            .map_err(|error| StorageError::io("clone", partial.display(), error))
-            .inspect(|()| crash_point("grown clone: file larger"))
-            .and_then(|()| ext4::grow(&partial))
-            .and_then(|()| {
-                crash_point("grown clone: file system larger");
-                arrange(&clone).map_err(|error| StorageError::io("arrange", partial.display(), error))
-            })
-            .inspect(|()| crash_point("grown clone: arranged"))
-            .and_then(|()| ext4::check(&partial))
-            .and_then(|()| {
-                clone
-                    .sync_all()
-                    .map_err(|error| StorageError::io("flush", partial.display(), error))
-            })
-            .and_then(|()| {
-                crash_point("grown clone: flushed");
-                fs::rename(&partial, target).map_err(|error| StorageError::io("create", target.display(), error))
-            })
-            .inspect(|()| crash_point("grown clone: in place"));
+        let made = make_grown(original, &partial, &clone, size, arrange).and_then(|()| place(&partial));
         if made.is_err() {
             files::discard(&partial);
         }
@@ -263,11 +262,15 @@ impl Pool {
         Err(busy())
     }
 
-    /// Removes the grown clones of a template, except those of the file `keep`.
-    pub(crate) fn prune_grown(&self, name: &Name, keep: Option<u64>) -> Result<(), StorageError> {
-        let folder = self.grown_dir();
+    /// Removes the grown clones of a template, except those of the file `keep`. Those that are left are of no use, and the next start
+    /// removes them.
+    pub(crate) fn prune_grown(&self, name: &Name, keep: Option<u64>) {
         let prefix = format!("{name}@");
-        for path in list(&folder)? {
+        let clones = list(&self.grown_dir()).unwrap_or_else(|error| {
+            tracing::warn!(template = %name, %error, "grown clones of a template are left; the next start removes them");
+            Vec::new()
+        });
+        for path in clones {
             let Some(file) = path.file_name().and_then(OsStr::to_str) else {
                 continue;
             };
@@ -278,7 +281,6 @@ impl Pool {
                 files::discard(&path);
             }
         }
-        Ok(())
     }
 
     /// Removes what interrupted runs left half-made. Work that another process is at is left alone. Returns what was removed.
@@ -323,6 +325,29 @@ impl Pool {
         let file = format!("{}@{}.{}{SUFFIX}", template.name, template.inode, size.as_u64());
         self.grown_dir().join(file)
     }
+}
+
+/// Makes of the work file `clone` at `partial` a flushed copy of `original`, grown to `size`.
+fn make_grown(
+    original: &File,
+    partial: &Path,
+    clone: &File,
+    size: Bytes,
+    arrange: impl FnOnce(&File) -> io::Result<()>,
+) -> Result<(), StorageError> {
+    fault_point("grown clone: file made").map_err(StorageError::step)?;
+    files::reflink(original, clone).map_err(|error| StorageError::io("clone", partial.display(), error))?;
+    fault_point("grown clone: cloned").map_err(StorageError::step)?;
+    let before = ext4::grow(partial, clone, size)?;
+    fault_point("grown clone: file system larger").map_err(StorageError::step)?;
+    arrange(clone).map_err(|error| StorageError::io("arrange", partial.display(), error))?;
+    fault_point("grown clone: arranged").map_err(StorageError::step)?;
+    ext4::finish_growth(partial, clone, &before)?;
+    drop(before);
+    clone
+        .sync_all()
+        .map_err(|error| StorageError::io("flush", partial.display(), error))?;
+    fault_point("grown clone: flushed").map_err(StorageError::step)
 }
 
 /// Removes a work file unless a living process holds it.

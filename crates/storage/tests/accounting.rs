@@ -7,7 +7,7 @@ mod support;
 use scalebox_storage::{Accounts, Bounds, Bytes, Gib, Pool};
 use std::fs::{self, File};
 use std::path::Path;
-use support::{Stocked, USUAL, disk_path, name, run, text, write};
+use support::{MAX, Stocked, USUAL, disk_path, name, run, text, write};
 
 const MIB: u64 = 1 << 20;
 
@@ -117,7 +117,7 @@ fn a_deleted_template_s_blocks_belong_to_the_clones_that_still_map_a_part_of_the
     let source = scratch.path().join("big.ext4");
     // One large extent in the template, once ext4's own blocks are past.
     run("mke2fs", &["-q", "-t", "ext4", text(&source), "256M"]);
-    let big = pool.import_template(&name("big"), &source, false).unwrap();
+    let big = pool.import_template(&name("big"), &source, MAX, false).unwrap();
     let template = pool.path().join("templates/big.ext4");
     write(&template, 100 * MIB, 64 * MIB);
     let admitted = pool.admit(Gib::new(1).bytes()).unwrap();

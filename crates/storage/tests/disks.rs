@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Barrier;
-use support::{HostDisk, Place, Stocked, USUAL, disk_path, ext4_image, fill, name, run, text};
+use support::{HostDisk, MAX, Place, Stocked, USUAL, disk_path, ext4_image, fill, name, run, text};
 
 fn file_system_size(image: &std::path::Path) -> Bytes {
     let header = run("dumpe2fs", &["-h", text(image)]);
@@ -110,7 +110,7 @@ fn a_disk_smaller_than_its_template_is_refused_with_the_template_s_size() {
     let scratch = tempfile::tempdir().unwrap();
     let large = stocked
         .pool
-        .import_template(&name("large"), &ext4_image(scratch.path(), "3G"), false)
+        .import_template(&name("large"), &ext4_image(scratch.path(), "3G"), MAX, false)
         .unwrap();
     let size = |asked: Option<u64>| scalebox_storage::Pool::disk_size(&large, asked.map(Gib::new), Gib::new(2));
     assert_eq!(
@@ -238,6 +238,29 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
     sparse(&file("empty"), 64);
     sparse(&file("nothing"), 0);
     fs::write(file("packed.gz"), [0x1f, 0x8b, 8, 0]).unwrap();
+    fs::write(
+        file("form"),
+        "--1234\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\n",
+    )
+    .unwrap();
+    run(
+        "tar",
+        &["-cf", text(&file("tar")), "-C", text(scratch.path()), "packed.gz"],
+    );
+    fs::write(
+        file("twice"),
+        zstd::encode_all(&zstd::encode_all(&b"x"[..], 1).unwrap()[..], 1).unwrap(),
+    )
+    .unwrap();
+    let unknown = |name: &str, feature: &str| {
+        fs::copy(&sound, file(name)).unwrap();
+        run(
+            "debugfs",
+            &["-w", "-R", &format!("feature {feature}"), text(&file(name))],
+        );
+    };
+    unknown("unknown", "FEATURE_I31");
+    unknown("shared", "shared_blocks");
     fs::write(file("qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
     let mut table = vec![0; 1 << 20];
     table[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 2, 0, 1, 0, 0, 0, 0xff, 7, 0, 0]);
@@ -253,13 +276,18 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
         ("nothing", "it holds no file system"),
         ("packed.gz", "compressed with gzip"),
         ("qcow2", "qemu-img convert"),
+        ("form", "curl --data-binary"),
+        ("tar", "a tar archive"),
+        ("twice", "packed twice"),
+        ("unknown", "cannot check: FEATURE_I31"),
+        ("shared", "cannot check: shared_blocks"),
         ("disk", "it is a whole disk with a dos partition table"),
         ("folder", "it is not a plain file"),
         ("fifo", "it is not a plain file"),
     ] {
         let error = stocked
             .pool
-            .import_template(&name("bad"), &file(source), false)
+            .import_template(&name("bad"), &file(source), MAX, false)
             .unwrap_err();
         assert!(matches!(error, StorageError::NotATemplate { .. }), "{source}: {error}");
         assert!(error.to_string().contains(reason), "{source}: {error}");
@@ -277,6 +305,94 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
 }
 
 #[test]
+fn a_block_device_becomes_a_template_unless_it_is_in_use_or_too_large() {
+    let stocked = Stocked::new("30G", USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let image = ext4_image(scratch.path(), "64M");
+    let device = run("losetup", &["--find", "--show", text(&image)]);
+    let device = Path::new(device.trim());
+    let folder = scratch.path().join("mnt");
+    fs::create_dir(&folder).unwrap();
+    let import = |max: Bytes| stocked.pool.import_template(&name("device"), device, max, false);
+
+    run("mount", &["-o", "ro", text(device), text(&folder)]);
+    let used = import(MAX);
+    run("umount", &[text(&folder)]);
+    let (small, made) = (import(Bytes::from_mib(63)), import(MAX));
+    run("losetup", &["--detach", text(device)]);
+
+    let used = used.unwrap_err();
+    assert!(
+        matches!(used, StorageError::NotATemplate { .. }) && used.to_string().contains("unmount it first"),
+        "{used}"
+    );
+    let small = small.unwrap_err().to_string();
+    assert!(
+        small.contains("larger than the largest disk, which is 63 MiB"),
+        "{small}"
+    );
+    let made = made.unwrap();
+    assert_eq!(made.size, Bytes::from_mib(64));
+    assert!(made.used < Bytes::from_mib(16), "zeros become holes: {made:?}");
+    let template = stocked.pool.path().join("templates/device.ext4");
+    assert_eq!(run("debugfs", &["-R", "cat /marker", text(&template)]), "here\n");
+}
+
+#[test]
+fn a_file_system_that_is_smaller_than_its_image_fills_the_disks_made_from_it() {
+    let stocked = Stocked::new("30G", USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let image = ext4_image(scratch.path(), "64M");
+    File::options()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .set_len(2 << 30)
+        .unwrap();
+    let template = stocked.pool.import_template(&name("wide"), &image, MAX, false).unwrap();
+    assert_eq!(template.size, Gib::new(2).bytes());
+    for (id, size) in [("vm-a", 2), ("vm-b", 2), ("vm-c", 3)] {
+        let admitted = stocked.pool.admit(Gib::new(size).bytes()).unwrap();
+        stocked.pool.create_disk(&name(id), &template.name, &admitted).unwrap();
+        let disk = disk_path(&stocked.pool, &name(id));
+        assert_eq!(file_system_size(&disk), Gib::new(size).bytes());
+        run("e2fsck", &["-fn", text(&disk)]);
+        assert_eq!(run("debugfs", &["-R", "cat /marker", text(&disk)]), "here\n");
+    }
+    let grown = fs::read_dir(stocked.pool.path().join("templates/.grown"))
+        .unwrap()
+        .count();
+    assert_eq!(grown, 2, "a base image for each size, the template's own too");
+}
+
+#[test]
+fn a_disk_with_a_feature_that_nobody_knows_is_refused_by_its_name_and_left_as_it_was() {
+    let stocked = Stocked::new("30G", USUAL);
+    let pool = &stocked.pool;
+    let disk = stocked.create("vm-a", 1);
+    let path = disk_path(pool, &disk);
+    // As root of the guest can do.
+    run("debugfs", &["-w", "-R", "feature FEATURE_I31 FEATURE_R29", text(&path)]);
+    let grown = pool.grow_disk(&disk, Gib::new(2).bytes()).unwrap_err();
+    let snapshot = pool.begin_snapshot(&name("golden")).and_then(|mut snapshot| {
+        pool.take_snapshot(&mut snapshot, &disk)?;
+        pool.finish_snapshot(snapshot, &Default::default())
+    });
+    let snapshot = snapshot.unwrap_err();
+    assert!(matches!(grown, StorageError::FileSystem(_)), "{grown}");
+    assert!(matches!(snapshot, StorageError::Unfit(_)), "{snapshot}");
+    for error in [grown, snapshot] {
+        let said = error.to_string();
+        assert!(
+            said.contains("FEATURE_I31, FEATURE_R29") && !said.contains('/'),
+            "{said}"
+        );
+    }
+    assert_eq!(pool.provisioned(&disk).unwrap(), Gib::new(1).bytes());
+    assert_eq!(fs::read_dir(pool.path().join("vms")).unwrap().count(), 1);
+}
+
+#[test]
 fn an_import_replays_the_journal_of_its_copy_and_leaves_the_source_alone() {
     let stocked = Stocked::new("30G", USUAL);
     let scratch = tempfile::tempdir().unwrap();
@@ -291,7 +407,7 @@ fn an_import_replays_the_journal_of_its_copy_and_leaves_the_source_alone() {
     assert!(run("dumpe2fs", &["-h", text(&torn)]).contains("needs_recovery"));
 
     let before = fs::read(&torn).unwrap();
-    stocked.pool.import_template(&name("torn"), &torn, false).unwrap();
+    stocked.pool.import_template(&name("torn"), &torn, MAX, false).unwrap();
     assert!(fs::read(&torn).unwrap() == before);
     let template = stocked.pool.path().join("templates/torn.ext4");
     assert!(!run("dumpe2fs", &["-h", text(&template)]).contains("needs_recovery"));
@@ -313,10 +429,10 @@ fn a_template_is_replaced_only_when_asked_and_new_disks_come_from_the_new_one() 
     let image = ext4_image(scratch.path(), "64M");
     run("debugfs", &["-w", "-R", "rm /marker", text(&image)]);
     assert!(matches!(
-        pool.import_template(&name("tiny"), &image, false),
+        pool.import_template(&name("tiny"), &image, MAX, false),
         Err(StorageError::TemplateExists(_))
     ));
-    pool.import_template(&name("tiny"), &image, true).unwrap();
+    pool.import_template(&name("tiny"), &image, MAX, true).unwrap();
     let new = create("vm-new");
     assert_eq!(run("debugfs", &["-R", "cat /marker", text(&old)]), "here\n");
     assert_eq!(run("debugfs", &["-R", "cat /marker", text(&new)]), "");
@@ -352,8 +468,8 @@ fn a_template_that_is_replaced_or_deleted_during_creations_leaves_no_grown_clone
         }
         for _ in 0..5 {
             pool.delete_template(&name("tiny")).unwrap();
-            pool.import_template(&name("tiny"), &image, false).unwrap();
-            pool.import_template(&name("tiny"), &image, true).unwrap();
+            pool.import_template(&name("tiny"), &image, MAX, false).unwrap();
+            pool.import_template(&name("tiny"), &image, MAX, true).unwrap();
         }
     });
     pool.delete_template(&name("tiny")).unwrap();

@@ -8,7 +8,7 @@ use scalebox_storage::{Bounds, Bytes, Gib, Pool, StorageError};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use support::{Place, disk_path, fill, name, run, text};
+use support::{MAX, Place, disk_path, fill, name, run, text};
 
 /// The most that a pool lets in: no buffer, and promises as good as without end.
 const RECKLESS: Bounds = Bounds {
@@ -71,7 +71,7 @@ fn small_files_and_clones_that_eat_the_metadata_are_refused_before_the_pool_turn
     place.init().unwrap();
     let pool = place.open(RECKLESS);
     let template = pool
-        .import_template(&name("scattered"), &scattered_image(scratch.path()), false)
+        .import_template(&name("scattered"), &scattered_image(scratch.path()), MAX, false)
         .unwrap();
     give_every_chunk_to_data(&pool);
     let space = pool.space().unwrap();

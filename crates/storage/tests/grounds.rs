@@ -14,7 +14,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use support::{HostDisk, Place, Stocked, USUAL, disk_path, ext4_image, name, run, text, write};
+use support::{HostDisk, MAX, Place, Stocked, USUAL, disk_path, ext4_image, name, run, text, write};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -354,9 +354,9 @@ fn a_template_is_imported_to_xfs_from_elsewhere_and_from_within() {
     let pool = place.open(USUAL);
     let scratch = tempfile::tempdir().unwrap();
     let image = ext4_image(scratch.path(), "64M");
-    let outside = pool.import_template(&name("outside"), &image, false).unwrap();
+    let outside = pool.import_template(&name("outside"), &image, MAX, false).unwrap();
     let inside = place.plan.data_dir.join("templates/outside.ext4");
-    let again = pool.import_template(&name("inside"), &inside, false).unwrap();
+    let again = pool.import_template(&name("inside"), &inside, MAX, false).unwrap();
     assert_eq!((outside.size, again.size), (Bytes::from_mib(64), Bytes::from_mib(64)));
     assert_eq!(pool.templates().unwrap().len(), 2);
 }

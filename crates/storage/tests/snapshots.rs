@@ -15,7 +15,7 @@ use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use support::{Stocked, USUAL, disk_path, name, run, text};
+use support::{MAX, Place, Stocked, USUAL, disk_path, found_in, name, run, text};
 
 const HOST_KEY: &str = "b3BlbnNzaC1rZXktdjEAAAAA-the-private-host-key";
 const DELETED_KEY: &str = "a-key-that-the-guest-had-deleted";
@@ -82,14 +82,18 @@ fn cat(image: &Path, path: &str) -> String {
 /// A pool with the disk `vm-1`, cloned from a template that a guest has used.
 fn with_a_used_disk() -> Stocked {
     let stocked = Stocked::new("20G", USUAL);
+    give_a_used_disk(&stocked);
+    stocked
+}
+
+fn give_a_used_disk(stocked: &Stocked) {
     let scratch = tempfile::tempdir().unwrap();
     let pool = &stocked.pool;
-    pool.import_template(&name("used"), &used_guest(scratch.path()), false)
+    pool.import_template(&name("used"), &used_guest(scratch.path()), MAX, false)
         .unwrap();
     let admitted = pool.admit(Bytes::from_mib(64)).unwrap();
     pool.create_disk(&name("vm-1"), &name("used"), &admitted).unwrap();
     admitted.commit();
-    stocked
 }
 
 fn snapshot(pool: &Pool, template: &str) -> Result<Template, StorageError> {
@@ -187,6 +191,32 @@ fn where_every_byte_is_backed_a_snapshot_takes_room_for_what_it_shares() {
     // What it shares is promised to nobody from here on.
     pool.measure().unwrap();
     assert!(pool.admit(Gib::new(7).bytes()).is_err());
+}
+
+#[test]
+fn a_snapshot_works_in_a_pool_whose_path_is_odd() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("an \"odd\" path's \\ name");
+    fs::create_dir(&folder).unwrap();
+    let stocked = Stocked::in_place(Place::at(&folder, Some("20G")), USUAL);
+    give_a_used_disk(&stocked);
+    snapshot(&stocked.pool, "golden").unwrap();
+    let image = template_path(&stocked, "golden");
+    assert_eq!(found_in(&image, &[HOST_KEY, SEEDED]), Vec::<&str>::new());
+}
+
+#[test]
+fn a_guest_whose_name_is_every_machine_s_keeps_that_in_its_hosts() {
+    let stocked = with_a_used_disk();
+    let source = Identity {
+        hostname: "localhost".to_owned(),
+        ..Identity::default()
+    };
+    let mut snapshot = stocked.pool.begin_snapshot(&name("golden")).unwrap();
+    stocked.pool.take_snapshot(&mut snapshot, &name("vm-1")).unwrap();
+    stocked.pool.finish_snapshot(snapshot, &source).unwrap();
+    let hosts = cat(&template_path(&stocked, "golden"), "/etc/hosts");
+    assert!(hosts.starts_with("127.0.0.1 localhost\n"), "{hosts}");
 }
 
 #[test]

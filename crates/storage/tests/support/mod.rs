@@ -11,6 +11,7 @@ use scalebox_storage::{
     Backing, Bounds, Bytes, Gib, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
 };
 use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -182,6 +183,9 @@ impl Drop for Place {
     }
 }
 
+/// Larger than any image of a test.
+pub const MAX: Bytes = Bytes::from_mib(1 << 20);
+
 pub const USUAL: Bounds = Bounds {
     buffer: Gib::new(2),
     overcommit_ratio: 4.0,
@@ -214,7 +218,7 @@ impl Stocked {
         let pool = place.open(bounds);
         let scratch = tempfile::tempdir().unwrap();
         let image = ext4_image(scratch.path(), "64M");
-        let template = pool.import_template(&name("tiny"), &image, false).unwrap();
+        let template = pool.import_template(&name("tiny"), &image, MAX, false).unwrap();
         Stocked { pool, template, place }
     }
 }
@@ -237,6 +241,36 @@ pub fn disk_path(pool: &Pool, id: &Name) -> PathBuf {
         scalebox_storage::DiskLocation::File(path) => path,
         other => panic!("{other:?} is no file"),
     }
+}
+
+/// Which of these stand anywhere in an image: in files, and in what is not in use. Holes are not read.
+pub fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
+    let scratch = tempfile::tempdir().unwrap();
+    let (data, patterns) = (scratch.path().join("data"), scratch.path().join("patterns"));
+    fs::write(&patterns, needles.join("\n")).unwrap();
+    let (mut from, mut to) = (File::open(image).unwrap(), File::create(&data).unwrap());
+    let size = from.metadata().unwrap().len();
+    let mut at = 0;
+    while let Ok(start) = rustix::fs::seek(&from, rustix::fs::SeekFrom::Data(at)) {
+        at = rustix::fs::seek(&from, rustix::fs::SeekFrom::Hole(start))
+            .unwrap()
+            .min(size);
+        from.seek(std::io::SeekFrom::Start(start)).unwrap();
+        std::io::copy(&mut (&from).take(at - start), &mut to).unwrap();
+    }
+    let found = Command::new("grep")
+        .args(["-aoF", "-f", text(&patterns), text(&data)])
+        .env("LC_ALL", "C")
+        .output()
+        .unwrap();
+    assert_ne!(found.status.code(), Some(2), "grep");
+    let found = String::from_utf8_lossy(&found.stdout).into_owned();
+    let found: std::collections::HashSet<&str> = found.lines().collect();
+    needles
+        .iter()
+        .copied()
+        .filter(|needle| found.contains(needle))
+        .collect()
 }
 
 /// Takes blocks of a file system without writing them.

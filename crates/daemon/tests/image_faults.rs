@@ -1,0 +1,553 @@
+//! System calls that fail while an image is worked on: those of e2fsprogs and those of the daemon itself. A template never holds what
+//! was deleted or a key, a disk never has other bytes than it should, and a failure changes nothing.
+//!
+//! The calls fail by `strace`. Programs of e2fsprogs are run by stand-ins that put it before them, for which the daemon must be built with
+//! the feature `fault-points`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+mod support;
+
+use scalebox_client::{CreateVm, Vm};
+use std::collections::BTreeMap;
+use std::fs::{self, File, Permissions};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use support::{Host, Options, eventually, run, text};
+
+/// The calls by which a program changes a file.
+const CALLS: &str = "pwrite64,write,fallocate,ftruncate,fsync,fdatasync";
+/// The calls by which it reads one.
+const READS: &str = "pread64,read";
+
+/// Programs that the daemon runs under `strace`, and which of their calls fail.
+struct StandIns {
+    folder: PathBuf,
+}
+
+/// A call of a program that is to fail: the `nth` of its kind. A failed `pwrite64` is tried again as `write`, which fails too.
+#[derive(Debug, Clone)]
+struct Fault {
+    program: &'static str,
+    inject: String,
+}
+
+impl StandIns {
+    fn new(host: &Host, programs: &[&str]) -> StandIns {
+        let folder = host.faults().join("programs");
+        fs::create_dir(&folder).unwrap();
+        for program in programs {
+            let script = format!(
+                "#!/bin/bash\n\
+                 here=$(dirname \"$0\") PATH=${{PATH#*:}} image=$PWD/${{@: -1}}\n\
+                 [ -e \"$here/off\" ] && exec {program} \"$@\"\n\
+                 exec strace -f -qq -o \"$here/{program}.$$.trace\" -P \"${{image/.\\//}}\" -e trace={CALLS},{READS} \
+                 $(cat \"$here/{program}.inject\" 2>/dev/null) {program} \"$@\"\n"
+            );
+            let path = folder.join(program);
+            fs::write(&path, script).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        }
+        StandIns { folder }
+    }
+
+    /// Removes what the last operation was to fail with, and its traces.
+    fn clear(&self) {
+        for entry in fs::read_dir(&self.folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some() {
+                fs::remove_file(path).unwrap();
+            }
+        }
+    }
+
+    /// Runs the programs without `strace` from now on: one that traces the daemon holds them already.
+    fn step_aside(&self) {
+        self.clear();
+        fs::write(self.folder.join("off"), "").unwrap();
+    }
+
+    fn fail(&self, fault: &Fault) {
+        self.clear();
+        fs::write(self.folder.join(format!("{}.inject", fault.program)), &fault.inject).unwrap();
+    }
+
+    /// How many calls have failed since the last fault was set.
+    fn failed(&self) -> usize {
+        let traces = self.traces("");
+        traces.iter().map(|trace| trace.matches("(INJECTED)").count()).sum()
+    }
+
+    fn traces(&self, program: &str) -> Vec<String> {
+        let entries = fs::read_dir(&self.folder).unwrap().map(|entry| entry.unwrap().path());
+        let of_program = |path: &PathBuf| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            name.ends_with(".trace") && name.starts_with(program)
+        };
+        entries
+            .filter(of_program)
+            .map(|path| fs::read_to_string(path).unwrap())
+            .collect()
+    }
+
+    /// Each call of `program` in the run of it that was longest, made to fail.
+    fn faults(&self, program: &'static str) -> Vec<Fault> {
+        let longest = self
+            .traces(program)
+            .into_iter()
+            .max_by_key(|trace| trace.lines().count())
+            .unwrap_or_default();
+        let (mut counts, mut faults) = (BTreeMap::<&str, usize>::new(), Vec::new());
+        for line in longest.lines() {
+            // `12345 pwrite64(4, …`
+            let Some(call) = line.split_whitespace().nth(1).and_then(|word| word.split('(').next()) else {
+                continue;
+            };
+            let Some(call) = CALLS.split(',').find(|known| *known == call) else {
+                continue;
+            };
+            *counts.entry(call).or_default() += 1;
+            let mut inject = format!("-e inject={call}:error=EIO:when={}", counts[call]);
+            if call == "pwrite64" {
+                let again = counts.get("write").copied().unwrap_or_default() + 1;
+                inject += &format!(" -e inject=write:error=EIO:when={again}");
+            }
+            faults.push(Fault { program, inject });
+        }
+        faults
+    }
+}
+
+/// Calls of the daemon itself that fail, on one path, until this is dropped.
+struct Failing {
+    strace: Child,
+    trace: PathBuf,
+}
+
+impl Failing {
+    fn of(host: &Host, path: &Path, inject: &str) -> Failing {
+        let trace = host.folder.join("daemon.trace");
+        let _none_yet = fs::remove_file(&trace);
+        let call = inject.split(':').next().unwrap();
+        let daemon = host.daemon_pid();
+        let strace = Command::new("strace")
+            .args(["-f", "-p", &daemon.to_string(), "-o", text(&trace), "-P", text(path)])
+            .args(["-e", &format!("trace={call}"), "-e", &format!("inject={inject}")])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually("strace to hold every thread of the daemon", || {
+            let mut threads = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
+            let held = |thread: std::io::Result<fs::DirEntry>| {
+                // A thread may just have ended.
+                let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap_or_default();
+                !status.contains("TracerPid:\t0\n")
+            };
+            threads.all(held).then_some(())
+        });
+        Failing { strace, trace }
+    }
+
+    /// Lets all calls succeed again, and returns how many failed.
+    fn end(mut self) -> usize {
+        self.detach();
+        fs::read_to_string(&self.trace).unwrap().matches("(INJECTED)").count()
+    }
+
+    fn detach(&mut self) {
+        run("kill", &["-INT", &self.strace.id().to_string()]);
+        self.strace.wait().unwrap();
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        if self.strace.try_wait().unwrap().is_none() {
+            self.detach();
+        }
+    }
+}
+
+/// An ext4 image that holds the files of `root`.
+fn image(host: &Host, name: &str, options: &[&str], fill: impl FnOnce(&Path)) -> PathBuf {
+    let (root, image) = (host.folder.join(format!("{name}.root")), host.folder.join(name));
+    fs::create_dir(&root).unwrap();
+    fill(&root);
+    let args = [
+        &["-q", "-t", "ext4"],
+        options,
+        &["-d", text(&root), text(&image), "64M"],
+    ]
+    .concat();
+    run("mke2fs", &args);
+    image
+}
+
+fn base_images(host: &Host) -> Vec<PathBuf> {
+    let entries = fs::read_dir(host.folder.join("pool/templates/.grown"))
+        .into_iter()
+        .flatten();
+    entries.map(|entry| entry.unwrap().path()).collect()
+}
+
+/// What stands anywhere in an image, holes left out.
+fn data_of(image: &Path) -> Vec<u8> {
+    let mut file = File::open(image).unwrap();
+    let size = file.metadata().unwrap().len();
+    let (mut at, mut data) = (0, Vec::new());
+    while let Ok(start) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)) {
+        at = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(start))
+            .unwrap()
+            .min(size);
+        file.seek(SeekFrom::Start(start)).unwrap();
+        (&file).take(at - start).read_to_end(&mut data).unwrap();
+    }
+    data
+}
+
+fn create(host: &Host, template: &str, size: u64) -> Result<Vm, (u16, String)> {
+    let request = CreateVm {
+        disk_size_gib: Some(size),
+        ..host.stopped(template)
+    };
+    let made = host.client().create_vm(&request);
+    made.map_err(|error| (error.status().unwrap_or_default(), error.to_string()))
+}
+
+/// A host with a template, of which a growth moves the file `/data`, whose bytes are returned.
+fn host_with_a_file_that_is_moved() -> (Host, StandIns, Vec<u8>) {
+    let mut host = Host::new(&Options::default());
+    let stand_ins = StandIns::new(&host, &["resize2fs"]);
+    let noise = (0..10_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes());
+    let noise: Vec<u8> = noise.collect();
+    // Blocks of the file lie where the descriptors of further groups must go.
+    let options = ["-b", "1024", "-O", "^resize_inode,^64bit"];
+    let image = image(&host, "image", &options, |root| {
+        fs::write(root.join("data"), &noise).unwrap()
+    });
+    host.scaleboxd_ok(&["template", "import", "full", text(&image)]);
+    host.serve();
+    (host, stand_ins, noise)
+}
+
+#[test]
+fn growth_whose_writes_fail_is_refused_or_leaves_every_file_as_it_was() {
+    let (host, stand_ins, noise) = host_with_a_file_that_is_moved();
+    let dump = host.folder.join("dump");
+    let holds_the_file = |vm: &Vm| {
+        let _none_yet = fs::remove_file(&dump);
+        run(
+            "debugfs",
+            &["-R", &format!("dump /data {}", text(&dump)), text(&host.disk(vm))],
+        );
+        fs::read(&dump).is_ok_and(|bytes| bytes == noise)
+    };
+    let forget = |vm: Option<Vm>| {
+        if let Some(vm) = vm {
+            host.client().delete_vm(&vm.id).unwrap();
+        }
+        base_images(&host)
+            .iter()
+            .for_each(|image| fs::remove_file(image).unwrap());
+    };
+    let vm = create(&host, "full", 1).unwrap();
+    assert!(holds_the_file(&vm));
+    let faults = stand_ins.faults("resize2fs");
+    forget(Some(vm));
+    let (mut refused, mut right) = (0, 0);
+    for fault in &faults {
+        stand_ins.fail(fault);
+        let made = create(&host, "full", 1);
+        assert!(stand_ins.failed() > 0, "{fault:?} was not reached");
+        match &made {
+            Ok(vm) => {
+                assert!(holds_the_file(vm), "{fault:?}: the file has other bytes");
+                run("e2fsck", &["-fn", text(&host.disk(vm))]);
+                right += 1;
+            }
+            Err((status, error)) => {
+                assert!(
+                    *status == 500 && error.contains("the host cannot"),
+                    "{fault:?}: {status} {error}"
+                );
+                assert!(!error.contains(text(&host.folder)), "{fault:?}: {error}");
+                assert_eq!(
+                    base_images(&host),
+                    Vec::<PathBuf>::new(),
+                    "{fault:?}: no base image is kept"
+                );
+                refused += 1;
+            }
+        }
+        forget(made.ok());
+    }
+    println!(
+        "growth: {} calls of resize2fs failed; {refused} refused, {right} right",
+        faults.len()
+    );
+    assert!(faults.len() > 50 && refused > 0 && right > 0);
+    stand_ins.clear();
+    assert!(
+        holds_the_file(&create(&host, "full", 1).unwrap()),
+        "and without a fault it works"
+    );
+}
+
+/// 200 lines of private keys, and files that are deleted.
+const KEYS: usize = 200;
+
+fn key_line(nth: usize) -> String {
+    format!("{:064}-private-key", nth.wrapping_mul(2_654_435_761))
+}
+
+/// Which of the secrets stand in an image.
+fn secrets_in(image: &Path) -> Vec<String> {
+    let data = data_of(image);
+    let found = |needle: &String| data.windows(needle.len()).any(|window| window == needle.as_bytes());
+    // All of them have one word in common, so one look over the bytes is enough where there is none.
+    if !found(&"-private-key".to_owned()) {
+        return Vec::new();
+    }
+    (0..KEYS + 3).map(key_line).filter(found).collect()
+}
+
+fn host_with_keys(programs: &[&str]) -> (Host, StandIns, Vm) {
+    let mut host = Host::new(&Options::default());
+    let stand_ins = StandIns::new(&host, programs);
+    let image = image(&host, "image", &["-b", "4096"], |root| {
+        fs::create_dir_all(root.join("etc/ssh")).unwrap();
+        fs::create_dir_all(root.join("root/.ssh")).unwrap();
+        fs::create_dir_all(root.join("var/log/journal/0123")).unwrap();
+        for nth in 0..KEYS {
+            let lines = (nth..(nth + 3).min(KEYS)).map(key_line).collect::<Vec<_>>().join("\n");
+            fs::write(root.join(format!("etc/ssh/ssh_host_{nth}_key")), lines).unwrap();
+        }
+        fs::write(
+            root.join("var/log/journal/0123/system.journal"),
+            key_line(0).repeat(999),
+        )
+        .unwrap();
+        fs::write(root.join("etc/hostname"), key_line(1)).unwrap();
+        fs::write(root.join("kept"), "kept\n").unwrap();
+        for nth in KEYS..KEYS + 3 {
+            fs::write(root.join(key_line(nth)), key_line(nth).repeat(3000)).unwrap();
+        }
+    });
+    for nth in KEYS..KEYS + 3 {
+        run(
+            "debugfs",
+            &["-w", "-R", &format!("rm /{}", key_line(nth)), text(&image)],
+        );
+    }
+    assert_eq!(
+        secrets_in(&image).len(),
+        KEYS + 3,
+        "they are there, the deleted ones too"
+    );
+    host.scaleboxd_ok(&["template", "import", "used", text(&image)]);
+    host.serve();
+    let vm = host.create_stopped("used", Some(1));
+    (host, stand_ins, vm)
+}
+
+/// Takes a snapshot, and looks at what came of it. Returns whether there is a template now, which is removed.
+fn snapshot(host: &Host, vm: &Vm, fault: &str) -> bool {
+    let (status, said) = host.send(
+        "POST",
+        &format!("/vms/{}/snapshot", vm.id),
+        br#"{"template_name": "golden"}"#,
+    );
+    let template = host.folder.join("pool/templates/golden.ext4");
+    if status == 201 {
+        assert_eq!(secrets_in(&template), Vec::<String>::new(), "{fault}");
+        run("e2fsck", &["-fn", text(&template)]);
+        assert_eq!(
+            run("debugfs", &["-R", "cat /kept", text(&template)]),
+            "kept\n",
+            "{fault}"
+        );
+        host.client().delete_template("golden").unwrap();
+        return true;
+    }
+    assert_eq!(status, 500, "{fault}: {said}");
+    assert!(!template.exists(), "{fault}: a snapshot that failed is not there");
+    assert!(!said.contains("e2fsck -") && !said.contains("./."), "{fault}: {said}");
+    false
+}
+
+#[test]
+fn a_snapshot_under_any_failing_call_holds_no_key_and_nothing_deleted_or_fails() {
+    let programs = ["debugfs", "e2fsck"];
+    let (host, stand_ins, vm) = host_with_keys(&programs);
+    assert!(snapshot(&host, &vm, "none"));
+    let faults: Vec<Fault> = programs
+        .into_iter()
+        .flat_map(|program| stand_ins.faults(program))
+        .collect();
+    let (mut failed, mut made) = (0, 0);
+    for fault in &faults {
+        stand_ins.fail(fault);
+        match snapshot(&host, &vm, &format!("{fault:?}")) {
+            true => made += 1,
+            false => failed += 1,
+        }
+        assert!(stand_ins.failed() > 0, "{fault:?} was not reached");
+    }
+    println!(
+        "snapshot: {} calls of {programs:?} failed; {failed} refused, {made} made",
+        faults.len()
+    );
+    assert!(faults.len() > 15 && failed > 0);
+    stand_ins.step_aside();
+
+    // What the daemon does itself, to the clone.
+    let partial = host.folder.join("pool/templates/.golden.partial");
+    let (mut calls, mut failed) = (0, 0);
+    for (call, places) in [
+        ("fallocate", &[1, 2, 3, 5, 8, 13, 21, 34][..]),
+        ("pwrite64", &[1, 2]),
+        ("fsync", &[1]),
+        ("lseek", &[1, 9, 99]),
+    ] {
+        for nth in places {
+            let fault = format!("{call}:error=EIO:when={nth}");
+            let failing = Failing::of(&host, &partial, &fault);
+            let made = snapshot(&host, &vm, &fault);
+            let reached = failing.end();
+            assert!(*nth > 3 || reached > 0, "{fault} was not reached: {reached} {made}");
+            assert!(reached == 0 || !made, "{fault}: it failed, and the snapshot did not");
+            calls += reached;
+            failed += usize::from(!made);
+        }
+    }
+    println!("snapshot: {calls} calls of the daemon failed; {failed} refused");
+    assert!(snapshot(&host, &vm, "none any more"));
+}
+
+#[test]
+fn a_program_that_cannot_read_or_is_killed_is_a_fault_of_the_host_and_never_damage() {
+    let programs = ["e2fsck", "resize2fs", "debugfs"];
+    let (host, stand_ins, vm) = host_with_keys(&programs);
+    let image = fs::read(host.folder.join("image")).unwrap();
+    let grow = format!("/vms/{}", vm.id);
+    let snapshot = format!("/vms/{}/snapshot", vm.id);
+    let operations: [(&str, &str, &[u8], &[&str]); 4] = [
+        ("POST", "/templates/new/import", &image, &["e2fsck"]),
+        ("PATCH", &grow, br#"{"disk_size_gib": 2}"#, &["e2fsck", "resize2fs"]),
+        ("POST", "/vms", b"", &["e2fsck", "resize2fs"]),
+        (
+            "POST",
+            &snapshot,
+            br#"{"template_name": "golden"}"#,
+            &["e2fsck", "debugfs"],
+        ),
+    ];
+    let create = format!(
+        "{{\"template\": \"used\", \"ssh_public_key\": \"{}\", \"disk_size_gib\": 3, \"start\": false}}",
+        support::KEY
+    );
+    let faults = [
+        "pread64:error=EIO:when=1+ -e inject=read:error=EIO:when=1+",
+        "pread64:error=EIO:when=5+ -e inject=read:error=EIO:when=1+",
+        "pread64:error=ENOMEM:when=3+ -e inject=read:error=ENOMEM:when=1+",
+        "pread64:signal=KILL:when=4",
+    ];
+    for (method, path, body, of) in operations {
+        let body = if path == "/vms" { create.as_bytes() } else { body };
+        for program in of {
+            for inject in faults {
+                let fault = Fault {
+                    program,
+                    inject: format!("-e inject={inject}"),
+                };
+                stand_ins.fail(&fault);
+                let (status, said) = host.send(method, path, body);
+                assert!(
+                    stand_ins.failed() > 0 || inject.contains("signal"),
+                    "{fault:?} was not reached"
+                );
+                assert_eq!(status, 500, "{method} {path}, {fault:?}: {said}");
+                assert!(said.contains("the host cannot"), "{method} {path}, {fault:?}: {said}");
+                assert!(!said.contains(text(&host.folder)), "{method} {path}, {fault:?}: {said}");
+            }
+        }
+    }
+    stand_ins.clear();
+    let vms = host.client().vms().unwrap();
+    assert_eq!(
+        (vms.len(), vms[0].disk_size_gib),
+        (1, 1),
+        "nothing was made, nothing was lost"
+    );
+    for (method, path, body, _) in operations {
+        let body = if path == "/vms" { create.as_bytes() } else { body };
+        let (status, said) = host.send(method, path, body);
+        assert!(status < 300, "{method} {path}: {status} {said}");
+    }
+}
+
+#[test]
+fn a_templates_folder_that_cannot_be_flushed_changes_nothing() {
+    let mut host = Host::with_tiny_template(&Options::default());
+    let vm = host.create_stopped("tiny", Some(1));
+    let (templates, image) = (host.folder.join("pool/templates"), host.folder.join("tiny.image"));
+    let content = |name: &str| data_of(&templates.join(format!("{name}.ext4")));
+    let before = content("tiny");
+    let other = host.folder.join("other.image");
+    run("mke2fs", &["-q", "-t", "ext4", "-L", "other", text(&other), "64M"]);
+    let (bytes, others) = (fs::read(&image).unwrap(), fs::read(&other).unwrap());
+    let snapshot = format!("/vms/{}/snapshot", vm.id);
+    let operations: [(&str, &str, &[u8]); 4] = [
+        ("POST", &snapshot, br#"{"template_name": "new"}"#),
+        ("POST", "/templates/new/import", &bytes),
+        ("POST", "/templates/tiny/import?replace=true", &others),
+        ("DELETE", "/templates/tiny", b""),
+    ];
+    let names = |host: &Host| -> Vec<String> {
+        let templates = host.client().templates().unwrap();
+        templates.into_iter().map(|template| template.name).collect()
+    };
+    // The flush fails, and the opening before it.
+    for fault in ["fsync:error=EIO", "openat:error=EMFILE"] {
+        for (method, path, body) in operations {
+            let failing = Failing::of(&host, &templates, fault);
+            let (status, said) = host.send(method, path, body);
+            assert!(
+                failing.end() > 0,
+                "{fault}: {method} {path} did not reach it: {status} {said}"
+            );
+            assert_eq!(status, 500, "{fault}: {method} {path}: {said}");
+            for restarted in [false, true] {
+                if restarted {
+                    host.crash();
+                    host.serve();
+                }
+                assert_eq!(names(&host), ["tiny"], "{fault}: {method} {path}, {restarted}");
+                assert!(content("tiny") == before, "{fault}: {method} {path}, {restarted}");
+            }
+            let left: Vec<_> = fs::read_dir(&templates)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name())
+                .collect();
+            assert!(
+                left.iter().all(|name| !text(Path::new(name)).contains("partial")),
+                "{left:?}"
+            );
+        }
+    }
+    for (method, path, body) in operations {
+        let (status, said) = host.send(method, path, body);
+        assert!(
+            status < 300 || said.contains("new exists already"),
+            "{method} {path}: {status} {said}"
+        );
+    }
+    assert_eq!(names(&host), ["new"]);
+}

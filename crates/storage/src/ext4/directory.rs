@@ -1,0 +1,210 @@
+//! Blocks of folders, and what is left in them of names that were deleted.
+//!
+//! A deleted entry becomes a part of the one before it, and its name stays until something else needs the room
+//! (Documentation/filesystems/ext4/directory.rst of the kernel). Older kernels and e2fsprogs leave it; Linux wipes it since 5.13.
+
+use super::crc32c::crc32c;
+use super::inode::{Inode, Piece};
+use super::layout::{Layout, odd};
+use super::superblock::Fields;
+use crate::error::StorageError;
+use std::collections::HashMap;
+use std::fs::File;
+use std::ops::Range;
+
+/// The head of an entry, before its name.
+const HEAD: usize = 8;
+/// What a block with a checksum ends with: an entry of this length, which holds it.
+const TAIL: usize = 12;
+const TAIL_MARK: u8 = 0xde;
+/// A folder in more pieces has hundreds of millions of entries.
+const MAX_PIECES: usize = 1 << 20;
+
+/// The blocks of one folder.
+pub(super) struct Directory<'i> {
+    image: &'i File,
+    layout: &'i Layout,
+    pieces: Vec<Piece>,
+    /// Of the blocks that hold not names but an index of them, where it begins in them.
+    index: HashMap<u64, usize>,
+    /// The checksum of a block goes on from here.
+    seed: Option<u32>,
+    /// Its names are encrypted, and with some of them stands a hash.
+    encrypted: bool,
+}
+
+impl<'i> Directory<'i> {
+    /// Finds the blocks of a folder.
+    pub(super) fn open(image: &'i File, layout: &'i Layout, inode: &Inode<'_>) -> Result<Directory<'i>, StorageError> {
+        let (mut pieces, mut all) = (Vec::new(), inode.pieces(image, layout)?);
+        while let Some(piece) = all.next()? {
+            if pieces.len() == MAX_PIECES {
+                return Err(odd("a folder lies in too many pieces"));
+            }
+            pieces.push(piece);
+        }
+        let seed = layout.superblock.checksum_seed().map(|seed| {
+            let seed = crc32c(seed, &(inode.number as u32).to_le_bytes());
+            crc32c(seed, &inode.generation().to_le_bytes())
+        });
+        let mut directory = Directory {
+            image,
+            layout,
+            pieces,
+            index: HashMap::new(),
+            seed,
+            encrypted: inode.is_encrypted(),
+        };
+        if inode.is_indexed() && layout.has_indexes() {
+            directory.index = directory.find_index()?;
+        }
+        Ok(directory)
+    }
+
+    /// Its blocks: the number in the folder, and the number in the image.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = (u64, u64)> + use<'_> {
+        let written = self.pieces.iter().filter(|piece| piece.written);
+        written.flat_map(|piece| (0..piece.length).map(|nth| (piece.logical + nth, piece.physical + nth)))
+    }
+
+    /// Whether the block that has this number in the folder holds no names, but an index of them.
+    pub(super) fn holds_index(&self, logical: u64) -> bool {
+        self.index.contains_key(&logical)
+    }
+
+    fn physical(&self, logical: u64) -> Option<u64> {
+        let behind = self.pieces.partition_point(|piece| piece.logical <= logical);
+        let piece = self.pieces.get(behind.checked_sub(1)?)?;
+        let nth = logical - piece.logical;
+        (nth < piece.length).then_some(piece.physical + nth)
+    }
+
+    /// The blocks of its index. Empty where the first block does not begin one: then all blocks hold names.
+    fn find_index(&self) -> Result<HashMap<u64, usize>, StorageError> {
+        /// Of the first block: behind two entries, and before the entries of the index.
+        const ROOT: usize = 0x18;
+        const ROOT_LENGTH: u8 = 8;
+        const MAX_LEVELS: u8 = 3;
+
+        let mut index = HashMap::new();
+        let root = match self.physical(0) {
+            Some(block) => self.layout.block(self.image, block)?,
+            None => return Ok(index),
+        };
+        let levels = root[ROOT + 6];
+        let begins_one = Fields(&root).u32(ROOT) == 0 && root[ROOT + 5] == ROOT_LENGTH && levels <= MAX_LEVELS;
+        let start = ROOT + usize::from(ROOT_LENGTH);
+        if !begins_one || index_entries(&root, start).is_none() {
+            return Ok(index);
+        }
+        index.insert(0, start);
+        let mut nodes = children(&root, start);
+        for _ in 0..levels {
+            let mut next = Vec::new();
+            for logical in nodes {
+                let Some(physical) = self.physical(logical) else {
+                    return Err(odd("the index of a folder"));
+                };
+                let node = self.layout.block(self.image, physical)?;
+                if index.insert(logical, HEAD).is_some() || index_entries(&node, HEAD).is_none() {
+                    return Err(odd("the index of a folder"));
+                }
+                next.extend(children(&node, HEAD));
+            }
+            nodes = next;
+        }
+        Ok(index)
+    }
+
+    /// Wipes what is left of deleted names in the block that has this number in the folder, and renews its checksum. Returns whether
+    /// there was any.
+    pub(super) fn wipe(&self, logical: u64, block: &mut [u8]) -> Result<bool, StorageError> {
+        if self.encrypted {
+            return Ok(false);
+        }
+        if let Some(start) = self.index.get(&logical) {
+            let entries = index_entries(block, *start).ok_or_else(|| odd("the index of a folder"))?;
+            // The checksum of such a block does not cover what lies behind its entries.
+            return Ok(zero(block, entries.end..entries_end(block, *start)));
+        }
+        let Some(end) = self.names_end(block) else {
+            return Ok(false);
+        };
+        let wiped = wipe_names(block, end)?;
+        if let (true, Some(seed)) = (wiped, self.seed) {
+            let sum = crc32c(seed, &block[..end]);
+            block[end + HEAD..end + TAIL].copy_from_slice(&sum.to_le_bytes());
+        }
+        Ok(wiped)
+    }
+
+    /// Where the entries of a block end; `None` if there should be a checksum and is none.
+    fn names_end(&self, block: &[u8]) -> Option<usize> {
+        if self.seed.is_none() {
+            return Some(block.len());
+        }
+        let end = block.len() - TAIL;
+        let tail = Fields(block.get(end..)?);
+        let is_tail = tail.u32(0) == 0 && tail.u16(4) == TAIL as u16 && tail.u16(6) == u16::from(TAIL_MARK) << 8;
+        is_tail.then_some(end)
+    }
+
+    /// The block as it says what is in the folder: without the rest of deleted names and the checksum.
+    pub(super) fn meaning(&self, logical: u64, mut block: Vec<u8>) -> Result<Vec<u8>, StorageError> {
+        self.wipe(logical, &mut block)?;
+        if self.seed.is_some() {
+            let sum = block.len() - 4;
+            block[sum..].fill(0);
+        }
+        Ok(block)
+    }
+}
+
+/// The used entries of an index that begins at `start`; `None` if their number cannot be right.
+fn index_entries(block: &[u8], start: usize) -> Option<Range<usize>> {
+    const ENTRY: usize = 8;
+    let (limit, count) = (Fields(block).u16(start), Fields(block).u16(start + 2));
+    let end = start + usize::from(count) * ENTRY;
+    (count > 0 && count <= limit && start + usize::from(limit) * ENTRY <= block.len()).then_some(start..end)
+}
+
+/// Where the room for the entries of an index ends.
+fn entries_end(block: &[u8], start: usize) -> usize {
+    start + usize::from(Fields(block).u16(start)) * 8
+}
+
+/// The blocks, counted in the folder, that the entries of an index name.
+fn children(block: &[u8], start: usize) -> Vec<u64> {
+    const NUMBER: u32 = 0x0fff_ffff;
+    let entries = index_entries(block, start).unwrap_or_default();
+    let entries = entries.step_by(8);
+    entries
+        .map(|at| u64::from(Fields(block).u32(at + 4) & NUMBER))
+        .collect()
+}
+
+fn wipe_names(block: &mut [u8], end: usize) -> Result<bool, StorageError> {
+    let (mut at, mut wiped) = (0, false);
+    while at < end {
+        let entry = Fields(&block[at..end]);
+        let length = usize::from(entry.u16(4));
+        let used = match entry.u32(0) {
+            0 => HEAD,
+            _ => HEAD + usize::from(entry.u8(6)),
+        };
+        if length < HEAD + 4 || !length.is_multiple_of(4) || used > length || at + length > end {
+            return Err(odd("the entries of a folder"));
+        }
+        wiped |= zero(block, at + used..at + length);
+        at += length;
+    }
+    Ok(wiped)
+}
+
+/// Fills a part of a block with zeros. Returns whether there was anything else.
+fn zero(block: &mut [u8], part: Range<usize>) -> bool {
+    let Some(part) = block.get_mut(part) else { return false };
+    let dirty = part.iter().any(|&byte| byte != 0);
+    part.fill(0);
+    dirty
+}

@@ -1,0 +1,111 @@
+//! Which features of ext4 a disk may have: those that e2fsprogs can check and grow, and the guests' kernel can mount and write.
+
+use super::superblock::Superblock;
+use std::fmt::Write;
+
+/// A feature that an older kernel may ignore.
+#[derive(Clone, Copy)]
+pub(super) struct Compat(pub(super) u32);
+
+impl Compat {
+    pub(super) const FIELD: usize = 0x5c;
+    pub(super) const HAS_JOURNAL: Compat = Compat(0x4);
+    pub(super) const RESIZE_INODE: Compat = Compat(0x10);
+    pub(super) const DIR_INDEX: Compat = Compat(0x20);
+    pub(super) const SPARSE_SUPER2: Compat = Compat(0x200);
+}
+
+/// A feature without which a kernel cannot read the file system.
+#[derive(Clone, Copy)]
+pub(super) struct Incompat(pub(super) u32);
+
+impl Incompat {
+    pub(super) const FIELD: usize = 0x60;
+    pub(super) const RECOVER: Incompat = Incompat(0x4);
+    pub(super) const JOURNAL_DEV: Incompat = Incompat(0x8);
+    pub(super) const META_BG: Incompat = Incompat(0x10);
+    pub(super) const BITS_64: Incompat = Incompat(0x80);
+    pub(super) const MMP: Incompat = Incompat(0x100);
+    pub(super) const CSUM_SEED: Incompat = Incompat(0x2000);
+}
+
+/// A feature without which a kernel can read the file system, but not write it.
+#[derive(Clone, Copy)]
+pub(super) struct RoCompat(pub(super) u32);
+
+impl RoCompat {
+    pub(super) const FIELD: usize = 0x64;
+    pub(super) const SPARSE_SUPER: RoCompat = RoCompat(0x1);
+    pub(super) const GDT_CSUM: RoCompat = RoCompat(0x10);
+    pub(super) const QUOTA: RoCompat = RoCompat(0x100);
+    pub(super) const BIGALLOC: RoCompat = RoCompat(0x200);
+    pub(super) const METADATA_CSUM: RoCompat = RoCompat(0x400);
+    pub(super) const PROJECT: RoCompat = RoCompat(0x2000);
+}
+
+/// Bits by which mke2fs and tune2fs know a feature, and its name there.
+type Named = (u32, &'static str);
+
+/// What a disk may have.
+const COMPAT: u32 = 0x1 | 0x4 | 0x8 | 0x10 | 0x20 | 0x200 | 0x400 | 0x800 | 0x1000;
+const INCOMPAT: u32 = 0x2 | 0x4 | 0x10 | 0x40 | 0x80 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000 | 0x10000 | 0x20000;
+const RO_COMPAT: u32 = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x100 | 0x200 | 0x400 | 0x2000 | 0x8000 | 0x10000;
+
+/// Names of what it may not have. A feature that is not in here is named by its number, as e2fsprogs does.
+const OTHER_COMPAT: [Named; 4] = [
+    (0x2, "imagic_inodes"),
+    (0x40, "lazy_bg"),
+    (0x80, "snapshot_bitmap"),
+    (0x100, "exclude_bitmap"),
+];
+const OTHER_INCOMPAT: [Named; 2] = [(0x1, "compression"), (0x1000, "dirdata")];
+const OTHER_RO_COMPAT: [Named; 4] = [
+    (0x80, "snapshot"),
+    (0x800, "replica"),
+    (0x1000, "read-only"),
+    (0x4000, "shared_blocks"),
+];
+
+/// Returns why a file system with this superblock cannot be a disk; it reads on from "its file system".
+pub(super) fn refuse(superblock: &Superblock) -> Option<String> {
+    let fields = superblock.fields();
+    if superblock.has_incompat(Incompat::MMP) {
+        // `e2fsck` waits, as long as the image says, for another host to show that it has it in use.
+        return Some("is protected against multiple mounts; take that off (tune2fs -O ^mmp)".to_owned());
+    }
+    if superblock.has_incompat(Incompat::JOURNAL_DEV) {
+        return Some("is a journal".to_owned());
+    }
+    let mut names = String::new();
+    let mut name = |bits: u32, allowed: u32, kind: char, known: &[Named]| {
+        for nth in (0..32).filter(|nth| bits & !allowed & 1 << nth != 0) {
+            let separator = if names.is_empty() { "" } else { ", " };
+            let known = known.iter().find(|(bit, _)| *bit == 1 << nth);
+            let written = match known {
+                Some((_, known)) => write!(names, "{separator}{known}"),
+                None => write!(names, "{separator}FEATURE_{kind}{nth}"),
+            };
+            written.unwrap_or_default();
+        }
+    };
+    name(fields.u32(Compat::FIELD), COMPAT, 'C', &OTHER_COMPAT);
+    name(fields.u32(Incompat::FIELD), INCOMPAT, 'I', &OTHER_INCOMPAT);
+    name(fields.u32(RoCompat::FIELD), RO_COMPAT, 'R', &OTHER_RO_COMPAT);
+    if !names.is_empty() {
+        return Some(format!(
+            "has features that guests cannot use or the host cannot check: {names}"
+        ));
+    }
+    if superblock.has_compat(Compat::HAS_JOURNAL) && (superblock.journal().is_none() || fields.u32(0xe4) != 0) {
+        // Programs look for it among the host's devices.
+        let remedy = "give it one of its own (tune2fs -O ^has_journal, then tune2fs -j)";
+        return Some(format!("has its journal elsewhere; {remedy}"));
+    }
+    let block_size = superblock.block_size();
+    (block_size > 4096).then(|| {
+        format!(
+            "has blocks of {} KiB, and guests can mount at most 4 KiB (mke2fs -b 4096)",
+            block_size >> 10
+        )
+    })
+}
