@@ -17,6 +17,7 @@ use scalebox_vmm::Machine;
 use std::convert::Infallible;
 use std::mem;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,7 +26,11 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The cleanups that failed and are tried again.
 #[derive(Default)]
-pub struct Cleanups(Mutex<Vec<Cleanup>>);
+pub struct Cleanups {
+    failed: Mutex<Vec<Cleanup>>,
+    /// Whether half-made or deleted files may be left in the pool.
+    sweep: AtomicBool,
+}
 
 impl Cleanups {
     /// How many VMs have something left on the host that could not be removed yet.
@@ -33,8 +38,13 @@ impl Cleanups {
         self.lock().len()
     }
 
+    /// Has the pool swept soon: an operation failed, or removed files that nobody waits for.
+    pub fn sweep_soon(&self) {
+        self.sweep.store(true, Ordering::Relaxed);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Cleanup>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -188,10 +198,31 @@ impl Deleted {
     }
 }
 
+/// Removes what failed operations could not remove of their files. Work that is under way is left alone.
+async fn sweep_when_due(service: &Service) {
+    let cleanups = &service.inner().cleanups;
+    if !cleanups.sweep.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    let pool = Arc::clone(&service.inner().pool);
+    match blocking(move || pool.sweep_partials()).await {
+        Ok(removed) => {
+            for path in removed {
+                tracing::info!(path = %path.display(), "removed a file that a failed operation left");
+            }
+        }
+        Err(error) => {
+            tracing::debug!(%error, "files of failed operations are left; trying again");
+            cleanups.sweep_soon();
+        }
+    }
+}
+
 /// Tries failed cleanups again for as long as it is polled.
 pub async fn run(service: Service) -> Infallible {
     loop {
         tokio::time::sleep(RETRY_INTERVAL).await;
+        sweep_when_due(&service).await;
         let pending = mem::take(&mut *service.inner().cleanups.lock());
         for mut cleanup in pending {
             let one = service.clone();

@@ -82,7 +82,8 @@ impl Service {
                 tokio::spawn(pool_growth::reconcile(service.clone()));
                 return Err(error);
             }
-            let pool = service.pool()?;
+            // It has happened: an error that passes must not make a failure of it.
+            let pool = service.pool().or_else(|_| service.pool())?;
             tracing::info!(
                 capacity_bytes = pool.capacity_bytes,
                 free_bytes = pool.free_bytes,

@@ -280,6 +280,7 @@ impl Service {
         self.inner.cloning.require_idle(&name)?;
         let pool = Arc::clone(&self.inner.pool);
         blocking(move || pool.delete_template(&parsed)).await?;
+        self.inner.cleanups.sweep_soon();
         tracing::info!(template = name, "template deleted");
         self.inner
             .events
@@ -385,10 +386,12 @@ impl Service {
         operation: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
     ) -> Result<T, ServiceError> {
         // Its own failure is logged here too: a client that hung up takes no answer that would be logged.
+        let service = self.clone();
         let logged = async move {
-            operation
-                .await
-                .inspect_err(|error| tracing::debug!(%error, "operation failed"))
+            operation.await.inspect_err(|error| {
+                tracing::debug!(%error, "operation failed");
+                service.inner().cleanups.sweep_soon();
+            })
         };
         let task = self.inner.tasks.spawn(logged.in_current_span());
         task.await.unwrap_or_else(|error| Err(did_not_end(&error)))

@@ -302,6 +302,7 @@ impl Service {
                 }
             })
             .await?;
+            service.inner().cleanups.sweep_soon();
             tracing::info!(template = name, size_bytes = made.size.as_u64(), "template imported");
             let events = &service.inner().events;
             events.publish(EventKind::TemplateCreated, None, json!({ "template": name }));

@@ -240,7 +240,10 @@ impl Service {
             }
             None => {
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-                blocking(move || pool.grow_disk(&disk, size.bytes())).await
+                let grown = blocking(move || pool.grow_disk(&disk, size.bytes())).await;
+                // The disk that gave way is removed behind the step that counts.
+                self.inner().cleanups.sweep_soon();
+                grown
             }
         }
     }

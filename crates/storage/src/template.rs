@@ -284,7 +284,7 @@ impl Pool {
     }
 
     /// Removes what interrupted runs left half-made. Work that another process is at is left alone. Returns what was removed.
-    pub(crate) fn sweep_partials(&self) -> Result<Vec<PathBuf>, StorageError> {
+    pub fn sweep_partials(&self) -> Result<Vec<PathBuf>, StorageError> {
         let templates = self.templates_dir();
         let mut removed = Vec::new();
         let folders = [self.grown_dir(), templates, self.disks_dir()];
