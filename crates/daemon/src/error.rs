@@ -71,10 +71,11 @@ impl ServiceError {
 impl IntoResponse for ServiceError {
     fn into_response(self) -> Response {
         let status = self.status();
-        if matches!(self, ServiceError::Internal(_)) {
-            tracing::error!(status = status.as_u16(), error = %self, "request failed");
-        } else {
-            tracing::info!(status = status.as_u16(), error = %self, "request refused");
+        match self {
+            ServiceError::Internal(_) => tracing::error!(status = status.as_u16(), error = %self, "request failed"),
+            // Logged with its peer, and not each time (see `logins`).
+            ServiceError::Unauthorized => {}
+            _ => tracing::info!(status = status.as_u16(), error = %self, "request refused"),
         }
         (
             status,

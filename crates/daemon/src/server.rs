@@ -3,13 +3,19 @@
 //! Whoever can reach the port can open connections, so none is worth anything to hold: it has to send, it has to read what it is answered, and one
 //! that shows no token is closed behind its first answer (see [`api`](crate::api)).
 
+use crate::logins::Peer;
 use crate::service::Service;
 use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io;
 use std::net::IpAddr;
 use std::pin::pin;
@@ -77,8 +83,7 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
         };
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(READ_PATIENCE));
-        let connection =
-            http.serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router.clone()));
+        let connection = http.serve_connection(TokioIo::new(Box::pin(stream)), of_peer(router.clone(), peer));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             let _held = (room, counted);
@@ -116,6 +121,23 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
         name = signals.next() => tracing::warn!("{name} again: leaving what is under way to the next start"),
     }
     Ok(())
+}
+
+/// The router as a connection's service, which tells each request whose it is.
+fn of_peer(
+    router: Router,
+    peer: IpAddr,
+) -> impl hyper::service::Service<
+    Request<Incoming>,
+    Response = Response<Body>,
+    Error = Infallible,
+    Future = impl Future<Output = Result<Response<Body>, Infallible>> + Send,
+> {
+    let router = TowerToHyperService::new(router);
+    service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(Peer(peer));
+        router.call(request)
+    })
 }
 
 /// How many connections each other host has.

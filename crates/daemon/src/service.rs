@@ -4,6 +4,7 @@
 //! [`pool`](crate::pool) and [`snapshots`](crate::snapshots).
 
 use crate::accounts::{self, Ledger};
+use crate::drivers::Drivers;
 use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
@@ -23,7 +24,6 @@ use scalebox_client::{
 };
 use scalebox_net::Network;
 use scalebox_storage::{Accounts, Name, Pool};
-use scalebox_vmm::Vmm;
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -53,7 +53,7 @@ pub(crate) struct Inner {
     pub(crate) events: Arc<Events>,
     pub(crate) network: Network,
     pub(crate) resolvers: Vec<Ipv4Addr>,
-    pub(crate) vmm: Arc<dyn Vmm>,
+    pub(crate) vmm: Drivers,
     accel: String,
     pub(crate) cmdline: String,
     pub(crate) vms: Vms,
@@ -91,8 +91,8 @@ pub struct Parts {
     pub network: Network,
     /// The resolvers guests are told.
     pub resolvers: Vec<Ipv4Addr>,
-    /// The hypervisor driver.
-    pub vmm: Arc<dyn Vmm>,
+    /// The hypervisors.
+    pub vmm: Drivers,
     /// How guests' code runs: `kvm` or `tcg`.
     pub accel: String,
     /// What guests' kernels are told.
@@ -294,7 +294,7 @@ impl Service {
             hostname: host::hostname(),
             host_ip: self.inner.host_ip.to_string(),
             uptime_seconds: self.inner.started.elapsed().as_secs(),
-            vmm: self.inner.vmm.name().to_owned(),
+            vmm: self.inner.vmm.for_new().name().to_owned(),
             accel: self.inner.accel.clone(),
             storage: self.pool()?,
             memory: Memory {

@@ -43,6 +43,8 @@ pub struct Record {
     pub limits: VmLimits,
     /// Whether it is started again after a reboot of the host.
     pub autostart: bool,
+    /// The driver of its machine, as in the setting `VMM`; releases before this column recorded none.
+    pub vmm: Option<String>,
     /// Its address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
     /// The host's port that leads to its port 22; unique.
@@ -129,7 +131,7 @@ pub enum StateError {
 
 /// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
 /// `PRAGMA user_version`. Steps are only ever appended.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -155,6 +157,7 @@ const MIGRATIONS: [&str; 4] = [
     ALTER TABLE vms ADD COLUMN disk_mbps INTEGER;
     ALTER TABLE vms ADD COLUMN net_mbps INTEGER;
     ALTER TABLE vms ADD COLUMN autostart INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE vms ADD COLUMN vmm TEXT",
 ];
 
 /// The open state file. One process has it at a time.
@@ -222,19 +225,25 @@ impl State {
     /// # Errors
     /// [`StateError::Database`].
     pub fn peek(folder: &Path, fact: Fact) -> Result<Option<String>, StateError> {
-        let path = folder.join("state.db");
-        if !path.exists() {
-            return Ok(None);
-        }
-        let read = || {
-            let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-            let query = "SELECT value FROM facts WHERE key = ?";
-            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
-        };
-        read().map_err(|source| StateError::Database {
-            path: path.clone(),
-            source,
-        })
+        let query = "SELECT value FROM facts WHERE key = ?";
+        let value = peek(folder, |state| {
+            state.query_row(query, [fact.key()], |row| row.get(0)).optional()
+        })?;
+        Ok(value.flatten())
+    }
+
+    /// Counts the VMs of each driver without taking the state; none also when there is no state yet.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], also for a state of a release that recorded no drivers.
+    pub fn peek_drivers(folder: &Path) -> Result<Vec<(String, u64)>, StateError> {
+        let query = "SELECT vmm, count(*) FROM vms WHERE vmm IS NOT NULL GROUP BY vmm ORDER BY vmm";
+        let counts = peek(folder, |state| {
+            let mut query = state.prepare(query)?;
+            let counts = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            counts.collect()
+        })?;
+        Ok(counts.unwrap_or_default())
     }
 
     /// All VMs, oldest first.
@@ -259,8 +268,8 @@ impl State {
                     "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
                         guest_ip, ssh_port, status, status_reason,
                         extend_threshold_percent, extend_increment_gib, extend_limit_gib,
-                        disk_iops, disk_mbps, net_mbps, autostart)
-                    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                        disk_iops, disk_mbps, net_mbps, autostart, vmm)
+                    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 )?
                 .execute(params![
                     vm.id,
@@ -282,6 +291,7 @@ impl State {
                     vm.limits.disk_mbps,
                     vm.limits.net_mbps,
                     vm.autostart,
+                    vm.vmm,
                 ])
                 .map(drop)
         })?;
@@ -351,6 +361,19 @@ impl State {
         })
     }
 
+    /// Changes the driver of a VM's machine.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn set_vmm(&self, id: &str, vmm: &str) -> Result<(), StateError> {
+        self.with(|connection| {
+            connection
+                .prepare_cached("UPDATE vms SET vmm = ?2 WHERE id = ?1")?
+                .execute(params![id, vmm])
+                .map(drop)
+        })
+    }
+
     /// A fact about the host that the state belongs to; `None` when it was never noted.
     ///
     /// # Errors
@@ -416,6 +439,19 @@ impl State {
     }
 }
 
+/// Asks a state that a daemon may have open; `None` when there is none.
+fn peek<T>(folder: &Path, ask: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<Option<T>, StateError> {
+    let path = folder.join("state.db");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let asked = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY).and_then(|state| ask(&state));
+    asked.map(Some).map_err(|source| StateError::Database {
+        path: path.clone(),
+        source,
+    })
+}
+
 fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StateError> {
     let database = |source| StateError::Database {
         path: path.to_owned(),
@@ -461,6 +497,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
             net_mbps: row.get("net_mbps")?,
         },
         autostart: row.get("autostart")?,
+        vmm: row.get("vmm")?,
         guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
         ssh_port: row.get("ssh_port")?,
         status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
@@ -507,6 +544,7 @@ mod tests {
             auto_extend: None,
             limits: VmLimits::default(),
             autostart: true,
+            vmm: None,
             guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
             ssh_port: 22001 + n,
             status: VmStatus::Running,
@@ -532,6 +570,7 @@ mod tests {
             auto_extend: extend,
             limits,
             autostart: false,
+            vmm: Some("firecracker".into()),
             ..vm(3)
         };
         state.insert(&vm(1)).unwrap();
@@ -551,6 +590,9 @@ mod tests {
         };
         let state = State::open(folder.path()).unwrap();
         assert_eq!(state.vms().unwrap(), [failed, extending]);
+        state.set_vmm(&vm(2).id, "qemu").unwrap();
+        let drivers = State::peek_drivers(folder.path()).unwrap();
+        assert_eq!(drivers, [("firecracker".to_owned(), 1), ("qemu".to_owned(), 1)]);
         state.set_keeping(&vm(2).id, extend, limits, false).unwrap();
         state.set_keeping(&vm(3).id, None, VmLimits::default(), true).unwrap();
         drop(state);
