@@ -4,20 +4,25 @@
 #   sudo make test     every test, with real pools, a real kernel and a real guest
 #   sudo make test-faults   every system call of every operation fails once (docs/crash-safety.md)
 #   sudo make bench    how long a disk takes, beside the original's way and the limit (docs/benchmarks.md); QUICK=1 for a small run
+#   sudo make test-host  an operator's day on a whole Debian server in an emulated machine (scripts/test-host.sh); CASES="install reboot" for a part
 #   make lint          fmt, clippy, cargo deny
 #   sudo make install  this host becomes a Scalebox host (scripts/install.sh)
+#
+# Under sudo, the programs are built by the person who called it; what `make test` builds as root is theirs afterwards.
 
 SHELL := /bin/bash
 export PATH := $(shell scripts/toolchain.sh path)
 export RUSTUP_HOME := $(shell scripts/toolchain.sh rustup-home)
 
 # Finished parts of the Debian template: built once, then taken from here.
-export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
+test test-host demo bench: export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
 
 # Tests end the daemon at each of its steps; what is released cannot do that. scripts/run-tests.sh names it too.
 TEST_FEATURES := scaleboxd/fault-points
 
-.PHONY: all build release deps test test-faults demo bench lint fmt install clean
+CARGO := scripts/toolchain.sh run cargo
+
+.PHONY: all build release deps test test-faults test-host demo bench lint fmt install clean
 
 all: build
 
@@ -25,10 +30,10 @@ deps:
 	scripts/deps.sh
 
 build:
-	cargo build --locked --workspace
+	$(CARGO) build --locked --workspace
 
 release:
-	cargo build --locked --release --bin scaleboxd --bin scalebox
+	$(CARGO) build --locked --release --bin scaleboxd --bin scalebox
 
 test: deps
 	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
@@ -37,14 +42,19 @@ test: deps
 
 # Every system call of every operation fails once: an hour or so. `make test` lets the first few of each kind fail.
 test-faults: deps
-	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
+	$(CARGO) build --locked --workspace --all-targets --features $(TEST_FEATURES)
 	SCALEBOX_ALL_FAULTS=1 scripts/run-tests.sh --profile faults --filterset 'binary(fault_walk_outside)' --no-capture
+
+test-host: deps
+	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
+	scripts/template-cache.sh target/debug/scaleboxd
+	scripts/test-host.sh $(CASES)
 
 demo: deps release
 	scripts/demo.sh
 
 bench: deps release
-	cargo build --locked --release --package scalebox-bench
+	$(CARGO) build --locked --release --package scalebox-bench
 	bench/run.sh
 
 fmt:

@@ -65,6 +65,7 @@ clean_up() {
 	for it in $(groups); do remove "control group" "$it" rmdir "$it"; done
 	for it in $(loops); do remove loop "$it" losetup -d "$it"; done
 	rm -rf -- "$TMPDIR"
+	scripts/toolchain.sh give-back
 }
 trap 'clean_up; exit 130' INT TERM
 

@@ -12,6 +12,7 @@ Where the server and its token come from, the first that has them:
   1. --url and --token (other users of this machine see the arguments of a process: better not the token)
   2. SCALEBOX_URL and SCALEBOX_TOKEN in the environment
   3. ~/.config/scalebox/config, lines such as SCALEBOX_TOKEN=...; chmod 600 it
+  4. for root on a Scalebox host, the daemon's settings in /etc/scaleboxd/config
 
 Exit codes: 0 done, 1 the server said no or cannot be reached, 2 the command was not understood.
 

@@ -1,4 +1,4 @@
-//! Whom to ask, and with which token: flags over environment over `~/.config/scalebox/config`.
+//! Whom to ask, and with which token: flags over environment over `~/.config/scalebox/config`; root also has the daemon's own settings.
 
 use crate::args::Connection;
 use crate::error::Error;
@@ -8,10 +8,14 @@ use std::env;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const DEFAULT_URL: &str = "http://127.0.0.1:8080";
+
+/// The settings of this host's daemon, which root alone can read.
+const DAEMON_CONFIG: &str = "/etc/scaleboxd/config";
 
 /// A server that was not asked anything yet.
 pub struct Server {
@@ -48,8 +52,16 @@ pub fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
         (Some(_), Some(_)) => Config::default(),
         _ => Config::read(&path, output)?,
     };
-    let url = url.or(file.url).unwrap_or_else(|| DEFAULT_URL.to_owned());
     let token = token.or_else(|| file.token.map(|token| (token, Source::File(path.clone()))));
+    let daemon = match &token {
+        Some(_) => Config::default(),
+        None => Config::of_daemon(Path::new(DAEMON_CONFIG)),
+    };
+    let url = url
+        .or(file.url)
+        .or(daemon.url)
+        .unwrap_or_else(|| DEFAULT_URL.to_owned());
+    let token = token.or_else(|| daemon.token.map(|token| (token, Source::File(DAEMON_CONFIG.into()))));
     let (token, token_from) = token.ok_or(Error::NoToken { file: path })?;
     Ok(Server {
         // A secret that was read from a file often ends in a line break.
@@ -126,6 +138,26 @@ impl Config {
         Ok(config)
     }
 
+    /// What the daemon's settings say, to those who can read them; nothing else of them matters here, nor whether they are right.
+    fn of_daemon(path: &Path) -> Self {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let setting = |key: &str| {
+            let lines = text.lines().filter_map(|line| line.split_once('='));
+            let values = lines.filter(|(found, _)| found.trim() == key);
+            let mut values = values.map(|(_, value)| unquoted(value.trim()).to_owned());
+            values.rfind(|value| !value.is_empty())
+        };
+        let address = match setting("API_BIND").and_then(|bind| bind.parse::<IpAddr>().ok()) {
+            Some(address) if !address.is_unspecified() => address,
+            _ => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        };
+        let port = setting("API_PORT").and_then(|port| port.parse().ok()).unwrap_or(8080);
+        Config {
+            url: Some(format!("http://{}", SocketAddr::new(address, port))),
+            token: setting("API_TOKEN"),
+        }
+    }
+
     /// Reads `KEY=VALUE` lines; blank ones and those that begin with `#` are comments. A value may stand in quotes.
     fn parse(text: &str) -> Result<Self, (usize, String)> {
         let mut config = Config::default();
@@ -172,6 +204,30 @@ mod tests {
         );
         let empty = Config::parse("SCALEBOX_TOKEN=\nSCALEBOX_URL=\"\"").unwrap();
         assert!(empty.url.is_none() && empty.token.is_none());
+    }
+
+    #[test]
+    fn root_finds_address_and_token_in_the_daemons_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("config");
+        for (text, url, token) in [
+            ("API_TOKEN=abc\n", "http://127.0.0.1:8080", Some("abc")),
+            (
+                "# API_TOKEN=no\nAPI_TOKEN = \"a=b\"\nAPI_PORT=9000\nAPI_BIND=::\n",
+                "http://127.0.0.1:9000",
+                Some("a=b"),
+            ),
+            ("API_BIND=fd00::1\nAPI_TOKEN=\n", "http://[fd00::1]:8080", None),
+        ] {
+            fs::write(&file, text).unwrap();
+            let found = Config::of_daemon(&file);
+            assert_eq!(
+                (found.url.as_deref(), found.token.as_deref()),
+                (Some(url), token),
+                "{text}"
+            );
+        }
+        assert_eq!(Config::of_daemon(&folder.path().join("missing")).token, None);
     }
 
     #[test]

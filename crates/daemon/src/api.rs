@@ -2,6 +2,7 @@
 
 use crate::error::{ServiceError, quoted};
 use crate::event_stream;
+use crate::logins::{FailedLogins, Peer};
 use crate::metrics;
 use crate::openapi;
 use crate::random::random_hex;
@@ -43,7 +44,10 @@ const LAST_ANSWER: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::f
 
 /// All routes, behind the token but for `/health`.
 pub fn router(service: Service, token: &Token) -> Router {
-    let token = Arc::new(TokenDigest::new(token));
+    let token = Arc::new(Guard {
+        token: TokenDigest::new(token),
+        failed: FailedLogins::default(),
+    });
     let guarded = OpenApiRouter::new()
         .routes(routes!(list_vms, create_vm))
         .routes(routes!(get_vm, update_vm, delete_vm))
@@ -448,15 +452,22 @@ impl TokenDigest {
     }
 }
 
-async fn require_token(State(token): State<Arc<TokenDigest>>, request: Request, next: Next) -> Response {
+/// What stands before all routes but `/health`.
+struct Guard {
+    token: TokenDigest,
+    failed: FailedLogins,
+}
+
+async fn require_token(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
     let offered = request
         .headers()
         .get(AUTHORIZATION)
         .map(HeaderValue::as_bytes)
         .and_then(bearer);
-    if offered.is_some_and(|offered| token.matches(offered)) {
+    if offered.is_some_and(|offered| guard.token.matches(offered)) {
         return next.run(request).await;
     }
+    guard.failed.note(request.extensions().get::<Peer>().copied());
     let mut response = ServiceError::Unauthorized.into_response();
     response
         .headers_mut()
@@ -479,6 +490,7 @@ async fn with_request_id(request: Request<Body>, next: Next) -> Response {
         .get(REQUEST_ID)
         .and_then(|id| sane_id(id.as_bytes()))
         .unwrap_or_else(random_id);
+    let reads = request.method() == Method::GET || request.method() == Method::HEAD;
     let path = request.uri().path().to_owned();
     // As much of both as a log line bears.
     let (method, shown) = (shortened(request.method().as_str()), shortened(&path));
@@ -493,7 +505,9 @@ async fn with_request_id(request: Request<Body>, next: Next) -> Response {
             }
         };
         let (status, ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
-        if path == "/health" {
+        // What changes nothing and worked, and what was logged already.
+        let expected = (reads && response.status().is_success()) || response.status() == StatusCode::UNAUTHORIZED;
+        if expected {
             tracing::debug!(status, ms, "answered");
         } else {
             tracing::info!(status, ms, "answered");

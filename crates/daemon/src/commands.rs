@@ -5,6 +5,8 @@ use crate::api;
 use crate::auto_extend;
 use crate::cleanup;
 use crate::contradictions;
+use crate::down;
+use crate::drivers::{self, Drivers};
 use crate::error::ServiceError;
 use crate::events::Events;
 use crate::guest_trim;
@@ -17,20 +19,18 @@ use crate::reclaim;
 use crate::recovery::{self, Recovered};
 use crate::server;
 use crate::service::{Parts, Service};
-use crate::settings::{AccelChoice, LogFormat, Settings, SettingsError, VmmChoice};
+use crate::settings::{Settings, SettingsError};
 use crate::snapshots;
 use crate::state::{Fact, State, StateError};
 use rustix::fs::{Mode, OFlags};
-use scalebox_client::VmStatus;
 use scalebox_net::Network;
-use scalebox_storage::{Bytes, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, jails_dir};
-use scalebox_vmm::{Accel, AccelSetting, FirecrackerDriver, QemuDriver, Vmm};
+use scalebox_storage::{Bytes, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError};
+use sd_notify::NotifyState;
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
@@ -112,22 +112,18 @@ pub enum CommandFailed {
     },
 }
 
-fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
-    move |source| CommandFailed::Io { doing, source }
+impl CommandFailed {
+    /// Whether somebody has to change a setting: trying again does not help.
+    pub fn is_configuration(&self) -> bool {
+        matches!(
+            self,
+            CommandFailed::Settings(_) | CommandFailed::LogLevel(_) | CommandFailed::ForeignPool { .. }
+        )
+    }
 }
 
-/// Logs go to standard error.
-pub fn start_logging(settings: &Settings) -> Result<(), CommandFailed> {
-    let filter = log_filter(settings)?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
-    match settings.log_format {
-        LogFormat::Text => log.with_target(false).init(),
-        LogFormat::Json => log.json().init(),
-    }
-    Ok(())
+fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
+    move |source| CommandFailed::Io { doing, source }
 }
 
 /// `LOG_LEVEL`, understood.
@@ -223,6 +219,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             .local_addr()
             .map_err(io("read the address that is listened on"))?;
         tracing::info!(address = %local, "ready");
+        tell_systemd(&[NotifyState::Ready]);
         tokio::spawn(pool_watch::run(service.clone()));
         tokio::spawn(reclaim::run(service.clone()));
         tokio::spawn(cleanup::run(service.clone()));
@@ -245,18 +242,19 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
     served
 }
 
+/// Tells the service manager how far the daemon is, where one asked for that (`Type=notify`).
+fn tell_systemd(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "systemd cannot be told: it takes the start for unfinished");
+    }
+}
+
 /// `scaleboxd down`.
 pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
     runtime()?.block_on(async {
-        let state = State::open(&settings.state_dir, &settings.run_dir)?;
-        match open_service(settings.clone(), state).await {
-            Ok((service, recovered)) => {
-                for id in recovered.to_start {
-                    service.persist(&id, VmStatus::Stopped, None).await?;
-                }
-                service.take_all_down().await.map_err(CommandFailed::from)
-            }
+        match open_service(settings.clone(), State::open(&settings.state_dir, &settings.run_dir)?).await {
+            Ok((service, recovered)) => down::shut_all_down(&service, &recovered).await,
             // The pool is not there; machines and network may be all the same.
             Err(CommandFailed::Storage(StorageError::NotMounted(_)) | CommandFailed::PoolMissing { .. }) => {
                 down_without_pool(&settings).await
@@ -274,12 +272,24 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
 }
 
 async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
-    let (vmm, _) = find_vmm(settings)?;
+    recovery::note_host_down(&State::open(&settings.state_dir, &settings.run_dir)?)?;
+    let (vmm, _) = Drivers::find(settings)?;
     let machines = settings.run_dir.join("vms");
     for id in recovery::vm_folders(&machines)? {
         vmm.put_down(&id.parse()?, &machines.join(&id)).await?;
     }
     Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
+}
+
+/// `scaleboxd client-config`.
+pub fn client_config(settings: &Settings) -> Result<(), CommandFailed> {
+    let token = settings.token()?;
+    let mut address = settings.api;
+    if address.ip().is_unspecified() {
+        address.set_ip(Ipv4Addr::LOCALHOST.into());
+    }
+    println!("SCALEBOX_URL=http://{address}\nSCALEBOX_TOKEN={}", token.secret());
+    Ok(())
 }
 
 /// Threads for whatever waits on sockets.
@@ -324,7 +334,11 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         // As while btrfs is still busy with a change that an earlier daemon began. The pool is in use all the same.
         tracing::warn!(%error, "the pool and its image are not of one size yet; trying again");
     }
-    let (vmm, accel) = find_vmm(&settings)?;
+    if let Err(error) = pool.share_kernel() {
+        tracing::warn!(%error, "each jail gets a kernel of its own");
+    }
+    drivers::wait_for_kvm(&settings).await;
+    let (vmm, accel) = Drivers::find(&settings)?;
     let resolvers = resolvers(&settings);
     let network = Network::ensure(settings.net.clone().with_resolvers(&resolvers)).await?;
     let events = Events::begin(&state)?;
@@ -390,51 +404,6 @@ fn tempfile_probe(dir: &Path) -> io::Result<()> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)?;
     Ok(())
-}
-
-/// The hypervisor the settings ask for, and how it runs guests.
-pub fn find_vmm(settings: &Settings) -> Result<(Arc<dyn Vmm>, String), CommandFailed> {
-    let setting = match settings.accel {
-        AccelChoice::Auto => AccelSetting::Auto,
-        AccelChoice::Kvm => AccelSetting::Kvm,
-        AccelChoice::Tcg => AccelSetting::Tcg,
-    };
-    let accel = match settings.vmm {
-        // Firecracker has no emulation: it takes KVM at the operator's word, as ACCEL=kvm does.
-        VmmChoice::Firecracker if setting == AccelSetting::Auto => scalebox_vmm::accelerator(AccelSetting::Kvm)?,
-        _ => scalebox_vmm::accelerator(setting)?,
-    };
-    let jails = jails_dir(&settings.data_dir);
-    let firecracker = match (settings.vmm, accel.accel) {
-        (VmmChoice::Firecracker, Accel::Kvm) => Some(FirecrackerDriver::find(&jails)?),
-        (VmmChoice::Firecracker, Accel::Tcg) => {
-            return Err(SettingsError::Value {
-                key: "ACCEL",
-                value: "tcg".to_owned(),
-                right: "Firecracker does not emulate: set ACCEL=auto, or VMM=qemu".to_owned(),
-            }
-            .into());
-        }
-        (VmmChoice::Auto, Accel::Kvm) => match FirecrackerDriver::find(&jails) {
-            Ok(driver) => Some(driver),
-            Err(error) => {
-                tracing::info!(%error, "Firecracker is not used");
-                None
-            }
-        },
-        _ => None,
-    };
-    let text = accel.accel.to_string();
-    if let Some(driver) = firecracker {
-        tracing::info!(
-            version = driver.version(),
-            reason = accel.reason,
-            "hypervisor: firecracker"
-        );
-        return Ok((Arc::new(driver), text));
-    }
-    tracing::info!(accel = text, reason = accel.reason, "hypervisor: qemu");
-    Ok((Arc::new(QemuDriver::find(accel.accel)?), text))
 }
 
 /// The resolvers that guests are told: those of the settings, or the host's.

@@ -114,6 +114,7 @@ impl Service {
                 .unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
             mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
             disk_size_gib: disk_size.as_u64(),
+            vmm: Some(inner.vmm.for_new().name().to_owned()),
             auto_extend: request.disk_auto_extend,
             limits: VmLimits {
                 disk_iops: request.disk_iops,

@@ -4,8 +4,9 @@
 
 use crate::commands::{self, CommandFailed};
 use crate::contradictions;
+use crate::drivers::Drivers;
 use crate::service::BASE_TEMPLATE;
-use crate::settings::Settings;
+use crate::settings::{Settings, VmmChoice};
 use crate::state::{Fact, State};
 use scalebox_net::Inspection;
 use scalebox_storage::{Backing, Bytes, Pool, Program, StorageError, pool_size, registered_source};
@@ -263,8 +264,12 @@ fn setting_values(found: &mut Findings, settings: &Settings) {
 }
 
 fn hypervisor(found: &mut Findings, settings: &Settings) {
-    match commands::find_vmm(settings) {
-        Ok((vmm, accel)) => found.ok("hypervisor", format!("{} is there; guests run by {accel}", vmm.name())),
+    match Drivers::find(settings) {
+        Ok((drivers, accel)) => {
+            let name = drivers.for_new().name();
+            found.ok("hypervisor", format!("{name} is there; guests run by {accel}"));
+            other_drivers(found, settings, name);
+        }
         Err(error) => found.problem("hypervisor", error, "install or set what it names"),
     }
     match scalebox_vmm::accelerator(AccelSetting::Auto) {
@@ -278,6 +283,24 @@ fn hypervisor(found: &mut Findings, settings: &Settings) {
             "turn virtualisation on in the firmware, or nested virtualisation for this machine, and modprobe kvm",
         ),
         Err(error) => found.note("kvm", error, "set ACCEL=auto"),
+    }
+}
+
+/// VMs that were launched by another hypervisor than the one that new VMs get.
+fn other_drivers(found: &mut Findings, settings: &Settings, for_new: &str) {
+    // A state that cannot be read is reported elsewhere.
+    let counts = State::peek_drivers(&settings.state_dir).unwrap_or_default();
+    for (driver, vms) in counts.iter().filter(|(driver, _)| driver != for_new) {
+        let finding = format!("{vms} VMs have {driver}, new ones get {for_new}");
+        let fix = match settings.vmm {
+            VmmChoice::Auto => {
+                format!("nothing has to be done: they keep {driver}; VMM={for_new} moves each at its next start")
+            }
+            _ => format!(
+                "those that run keep {driver} until they are stopped; VMM={driver} or VMM=auto lets them keep it"
+            ),
+        };
+        found.note("hypervisor", finding, fix);
     }
 }
 

@@ -145,10 +145,11 @@ pub fn quoted(text: &str) -> String {
 impl IntoResponse for ServiceError {
     fn into_response(self) -> Response {
         let (_, status) = self.answer();
-        if matches!(self, ServiceError::Internal(_)) {
-            tracing::error!(status = status.as_u16(), error = %self, "request failed");
-        } else {
-            tracing::info!(status = status.as_u16(), error = %self, "request refused");
+        match self {
+            ServiceError::Internal(_) => tracing::error!(status = status.as_u16(), error = %self, "request failed"),
+            // Logged with its peer, and not each time (see `logins`).
+            ServiceError::Unauthorized => {}
+            _ => tracing::info!(status = status.as_u16(), error = %self, "request refused"),
         }
         (status, Json(self.body())).into_response()
     }

@@ -7,6 +7,7 @@ use crate::agent::{self, NoAgent};
 use crate::error::ServiceError;
 use crate::service::Service;
 use scalebox_client::{Trimmed, VmStatus};
+use scalebox_guest::AgentError;
 use scalebox_storage::Bytes;
 use scalebox_vmm::Machine;
 use std::collections::HashMap;
@@ -31,10 +32,17 @@ pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, Se
             record.status
         )));
     };
+    if !machine.takes_discards() {
+        return Err(ServiceError::WrongState(format!(
+            "VM {name} cannot be trimmed: its hypervisor offers its guests no discard, so the blocks stay until the VM is deleted"
+        )));
+    }
     let trimmed = trim(service, &machine).await.map_err(|why| {
-        ServiceError::WrongState(format!(
-            "VM {name} could not be trimmed: {why}; without an agent, run `fstrim /` in it"
-        ))
+        let advice = match why {
+            NoAgent::Unreached(_) | NoAgent::Refused(AgentError::Silent) => "; without an agent, run `fstrim /` in it",
+            NoAgent::Refused(_) => "",
+        };
+        ServiceError::WrongState(format!("VM {name} could not be trimmed: {why}{advice}"))
     })?;
     Ok(Trimmed {
         trimmed_bytes: trimmed.as_u64(),
@@ -61,6 +69,9 @@ pub async fn run(service: Service) -> Infallible {
         let ids: Vec<&str> = running.iter().map(|(id, _)| id.as_str()).collect();
         let due = turns.due(&ids, interval, Instant::now());
         for (id, machine) in running.iter().filter(|(id, _)| due.contains(id)) {
+            if !machine.takes_discards() {
+                continue;
+            }
             if let Err(why) = trim(&service, machine).await {
                 tracing::info!(
                     vm = id,

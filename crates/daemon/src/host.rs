@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::time::Duration;
 
 /// The host's memory in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +55,16 @@ fn parse_meminfo(text: &str) -> Option<MemoryBytes> {
         total: field("MemTotal:")?,
         available: field("MemAvailable:")?,
     })
+}
+
+/// How long the host has been up; as good as for ever where the kernel does not tell.
+pub fn uptime() -> Duration {
+    let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = uptime
+        .split_whitespace()
+        .next()
+        .and_then(|seconds| seconds.parse().ok());
+    seconds.map_or(Duration::MAX, Duration::from_secs_f64)
 }
 
 /// How many processors this process may use.

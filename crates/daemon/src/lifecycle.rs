@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a guest may take to shut itself down before it is killed. An emulated Debian takes about eight seconds.
-const STOP_GRACE: Duration = Duration::from_secs(60);
+pub(crate) const STOP_GRACE: Duration = Duration::from_secs(60);
 
 /// How often the end of a machine is recorded again while the state cannot be written.
 const PERSIST_INTERVAL: Duration = Duration::from_secs(5);
@@ -63,6 +63,7 @@ impl Service {
     pub(crate) async fn boot(&self, record: &Record) -> Result<Vm, ServiceError> {
         self.require_disk(record).await?;
         self.force_stop(record).await?;
+        let record = &self.assign_driver(record).await?;
         let mut steps = Steps::new();
         let started = async {
             let machine = self.bring_up(record, &mut steps).await?;
@@ -133,7 +134,8 @@ impl Service {
         );
         fault_point("start: tap and forward there")?;
 
-        let machine = inner.vmm.launch(&self.spec(record, &endpoint, run_dir, seed)?).await?;
+        let driver = inner.vmm.to_start(record.vmm.as_deref());
+        let machine = driver.launch(&self.spec(record, &endpoint, run_dir, seed)?).await?;
         let undo_machine = Arc::clone(&machine);
         steps.taken("launch the machine", async move { undo_machine.kill().await.map(drop) });
         fault_point("start: machine launched")?;
@@ -225,36 +227,6 @@ impl Service {
             .events
             .publish(EventKind::Stopped, Some(record), json!({ "by": "request" }));
         self.get(&record.id)
-    }
-
-    /// Shuts every machine down and removes the network; VMs and their disks stay.
-    ///
-    /// # Errors
-    /// The first machine that could not be ended, after all were tried.
-    pub async fn take_all_down(&self) -> Result<(), ServiceError> {
-        let running = self
-            .inner()
-            .vms
-            .all()
-            .into_iter()
-            .filter(|vm| matches!(vm.status, VmStatus::Running | VmStatus::Paused));
-        let stops: Vec<_> = running
-            .map(|vm| {
-                let service = self.clone();
-                self.inner().tasks.spawn(async move { service.stop_now(&vm.id).await })
-            })
-            .collect();
-        let mut first_error = None;
-        for stop in stops {
-            let stopped = stop
-                .await
-                .unwrap_or_else(|error| Err(ServiceError::Internal(error.to_string())));
-            first_error = first_error.or(stopped.err());
-        }
-        match first_error {
-            Some(error) => Err(error),
-            None => Ok(self.inner().network.teardown().await?),
-        }
     }
 
     pub(crate) async fn delete_now(&self, reference: &str) -> Result<(), ServiceError> {

@@ -8,7 +8,9 @@
 //! | `doctor` | what is missing or wrong on this host |
 //! | `settings` | environment, file, defaults |
 //! | `contradictions` | settings that do not go together |
+//! | `log` | the log, for people, programs and the journal |
 //! | `api` | routes, token, limits on a request, request ids |
+//! | `logins` | requests without the token, in the log |
 //! | `server` | connections, and the daemon's end |
 //! | `error_bodies` | the JSON body of errors that hyper answers by itself |
 //! | `events` | what happens on the host, told as it happens |
@@ -16,6 +18,8 @@
 //! | `service` | the service behind the API: its parts, and what can be asked of it |
 //! | `create` | a VM is made, step by step |
 //! | `lifecycle` | machines brought up, shut down, followed to their end, taken away |
+//! | `drivers` | the hypervisors of this host, and which VM has which |
+//! | `down` | all machines shut down, as before a reboot of the host |
 //! | `update` | a VM's disk grows, what is kept of it changes |
 //! | `pool` | the pool's numbers, and its size |
 //! | `metrics` | `GET /metrics` |
@@ -52,6 +56,8 @@ mod commands;
 mod contradictions;
 mod create;
 mod doctor;
+mod down;
+mod drivers;
 mod error;
 mod error_bodies;
 mod event_stream;
@@ -60,6 +66,8 @@ mod guest_trim;
 mod host;
 mod idempotency;
 mod lifecycle;
+mod log;
+mod logins;
 mod metrics;
 mod network_watch;
 mod openapi;
@@ -123,9 +131,15 @@ enum Command {
     /// End all machines, remove the network, unmount the pool; VMs and their disks stay
     ///
     /// For maintenance, and before Scalebox is removed from a host. The daemon must not be running.
-    /// `pool init` and `serve` bring everything back, with the VMs stopped.
+    /// A reboot, or `pool init` and `serve`, bring everything back: the VMs that ran are started again, except those with autostart off.
     #[command(after_help = "Example:\n  systemctl stop scaleboxd && scaleboxd down")]
     Down,
+    /// Print the settings with which `scalebox` reaches this daemon, for a user's ~/.config/scalebox/config
+    ///
+    /// The token is among them.
+    #[command(after_help = "Example, as that user:\n  \
+        (umask 077; mkdir -p ~/.config/scalebox; sudo scaleboxd client-config >~/.config/scalebox/config)")]
+    ClientConfig,
     /// Say what is missing or wrong on this host, and how to put it right; changes nothing
     ///
     /// Exits with 1 if there is a problem. Works before anything is set up, and beside a running daemon.
@@ -177,6 +191,9 @@ enum TemplateCommand {
     },
 }
 
+/// `EX_CONFIG` of sysexits.h(3head): `serve` cannot start before somebody changes a setting. The unit does not try again then.
+const WRONG_CONFIGURATION: u8 = 78;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // Whatever is made is for root alone, unless said otherwise.
@@ -185,11 +202,15 @@ fn main() -> ExitCode {
         eprintln!("error: cannot handle signals: {error}");
         return ExitCode::FAILURE;
     }
+    let serves = matches!(arguments.command, Command::Serve);
     match run(arguments) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
+            log::report(&error);
+            match serves && error.is_configuration() {
+                true => ExitCode::from(WRONG_CONFIGURATION),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -208,7 +229,7 @@ fn run(arguments: Arguments) -> Result<ExitCode, commands::CommandFailed> {
         return doctor::run(arguments.config.as_deref(), json);
     }
     let settings = Settings::load(arguments.config.as_deref())?;
-    commands::start_logging(&settings)?;
+    log::start(&settings)?;
     match arguments.command {
         Command::Serve => commands::serve(settings),
         Command::Pool(PoolCommand::Init) => commands::pool_init(&settings),
@@ -219,6 +240,7 @@ fn run(arguments: Arguments) -> Result<ExitCode, commands::CommandFailed> {
             commands::template_import(&settings, &name, &file, replace)
         }
         Command::Down => commands::down(settings),
+        Command::ClientConfig => commands::client_config(&settings),
         Command::Doctor { json } => return doctor::run(arguments.config.as_deref(), json),
     }
     .map(|()| ExitCode::SUCCESS)

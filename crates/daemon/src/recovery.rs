@@ -171,6 +171,18 @@ fn note_boot(state: &State) -> Result<(), ServiceError> {
     Ok(state.set_fact(Fact::BootId, &boot_id()?)?)
 }
 
+/// Stands in place of a boot's id when the VMs were shut down with the host: no boot has it, so the next start takes itself for the first
+/// after a reboot.
+const HOST_DOWN: &str = "down";
+
+/// Notes that the host is going down: VMs that the state knows as running are started again by the next start.
+///
+/// # Errors
+/// When the state cannot be written.
+pub fn note_host_down(state: &State) -> Result<(), ServiceError> {
+    Ok(state.set_fact(Fact::BootId, HOST_DOWN)?)
+}
+
 fn boot_id() -> Result<String, ServiceError> {
     host::boot_id().map_err(|error| ServiceError::Internal(format!("cannot read the boot's id: {error}")))
 }
@@ -262,7 +274,7 @@ async fn restore(
         _ if unreachable.is_some() => (VmStatus::Failed, unreachable),
         (None, _, VmStatus::Running | VmStatus::Paused) if rebooted => (
             VmStatus::Stopped,
-            Some("the host was rebooted, and its autostart is off".to_owned()),
+            Some("the host went down, and its autostart is off".to_owned()),
         ),
         (None, _, VmStatus::Running | VmStatus::Paused) => (
             VmStatus::Stopped,
@@ -342,7 +354,8 @@ enum Found {
 
 async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError> {
     let run_dir = service.run_dir(&record.id);
-    match service.inner().vmm.adopt(&machine_id(&record.id)?, &run_dir).await {
+    let (vmm, id) = (&service.inner().vmm, machine_id(&record.id)?);
+    match vmm.adopt(&id, record.vmm.as_deref(), &run_dir).await {
         Ok(Some(machine)) => Ok(Found::Machine(machine)),
         Ok(None) => {
             if let Err(error) = blocking(move || remove_dir(&run_dir)).await {

@@ -5,13 +5,14 @@
 
 use crate::api::without_trailing_slash;
 use crate::error_bodies::{Answering, ErrorBodies};
+use crate::logins::Peer;
 use crate::service::Service;
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper::service::Service as _;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -86,7 +87,7 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
         stream.set_write_timeout(Some(READ_PATIENCE));
         let answering = Answering::default();
         let stream = ErrorBodies::new(Box::pin(stream), answering.clone());
-        let connection = http.serve_connection(TokioIo::new(stream), routed(router.clone(), answering));
+        let connection = http.serve_connection(TokioIo::new(stream), routed(router.clone(), answering, peer));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             let _held = (room, counted);
@@ -128,10 +129,11 @@ async fn finish(graceful: GracefulShutdown, service: &Service) {
     service.finish().await;
 }
 
-/// The router as a connection's service.
+/// The router as a connection's service. Each request carries its peer.
 fn routed(
     router: Router,
     answering: Answering,
+    peer: IpAddr,
 ) -> impl hyper::service::Service<
     Request<Incoming>,
     Response = Response<Body>,
@@ -139,8 +141,9 @@ fn routed(
     Future = impl Future<Output = Result<Response<Body>, Infallible>> + Send,
 > {
     let router = TowerToHyperService::new(router);
-    hyper::service::service_fn(move |request: Request<Incoming>| {
+    service_fn(move |mut request: Request<Incoming>| {
         let guard = answering.begin();
+        request.extensions_mut().insert(Peer(peer));
         let answer = router.call(without_trailing_slash(request.map(Body::new)));
         async move { answer.await.map(|answer| guard.until_sent(answer)) }
     })

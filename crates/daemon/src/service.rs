@@ -5,6 +5,7 @@
 
 use crate::accounts::{self, Ledger};
 use crate::cleanup::Cleanups;
+use crate::drivers::Drivers;
 use crate::error::{ServiceError, quoted};
 use crate::events::Events;
 use crate::guest_trim;
@@ -24,7 +25,6 @@ use scalebox_client::{
 };
 use scalebox_net::Network;
 use scalebox_storage::{Accounts, Name, Pool};
-use scalebox_vmm::Vmm;
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -54,7 +54,7 @@ pub(crate) struct Inner {
     pub(crate) events: Arc<Events>,
     pub(crate) network: Network,
     pub(crate) resolvers: Vec<Ipv4Addr>,
-    pub(crate) vmm: Arc<dyn Vmm>,
+    pub(crate) vmm: Drivers,
     accel: String,
     pub(crate) cmdline: String,
     pub(crate) vms: Vms,
@@ -94,8 +94,8 @@ pub struct Parts {
     pub network: Network,
     /// The resolvers guests are told.
     pub resolvers: Vec<Ipv4Addr>,
-    /// The hypervisor driver.
-    pub vmm: Arc<dyn Vmm>,
+    /// The hypervisors.
+    pub vmm: Drivers,
     /// How guests' code runs: `kvm` or `tcg`.
     pub accel: String,
     /// What guests' kernels are told.
@@ -113,7 +113,7 @@ impl Service {
             host_ip: parts.settings.host_ip.unwrap_or_else(host::default_address),
             limits: parts
                 .settings
-                .limits(host::cpu_count().min(parts.vmm.max_vcpus()), memory_mib),
+                .limits(host::cpu_count().min(parts.vmm.for_new().max_vcpus()), memory_mib),
             vms: Vms::new(&parts.settings.net),
             metrics: Metrics::new().map_err(std::io::Error::other)?,
             keys: Keys::default(),
@@ -301,7 +301,7 @@ impl Service {
             hostname: host::hostname(),
             host_ip: self.inner.host_ip.to_string(),
             uptime_seconds: self.inner.started.elapsed().as_secs(),
-            vmm: self.inner.vmm.name().to_owned(),
+            vmm: self.inner.vmm.for_new().name().to_owned(),
             accel: self.inner.accel.clone(),
             storage: self.pool()?,
             memory: Memory {

@@ -45,6 +45,8 @@ pub struct Record {
     pub limits: VmLimits,
     /// Whether it is started again after a reboot of the host.
     pub autostart: bool,
+    /// The driver of its machine, as in the setting `VMM`; releases before this column recorded none.
+    pub vmm: Option<String>,
     /// Its address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
     /// The host's port that leads to its port 22; unique.
@@ -156,7 +158,7 @@ impl StateError {
 
 /// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
 /// `PRAGMA user_version`. Steps are only ever appended.
-const MIGRATIONS: [&str; 5] = [
+const MIGRATIONS: [&str; 6] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -184,6 +186,7 @@ const MIGRATIONS: [&str; 5] = [
     ALTER TABLE vms ADD COLUMN autostart INTEGER NOT NULL DEFAULT 1",
     // Keys were written before their VM was; a crash in between left some that belong to none.
     "DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)",
+    "ALTER TABLE vms ADD COLUMN vmm TEXT",
 ];
 
 /// The open state file. One process has it at a time.
@@ -287,6 +290,20 @@ impl State {
             .map_err(|error| failed(&path, Arc::new(error)))
     }
 
+    /// Counts the VMs of each driver without taking the state; none also when there is no state yet.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], also for a state of a release that recorded no drivers.
+    pub fn peek_drivers(folder: &Path) -> Result<Vec<(String, u64)>, StateError> {
+        let query = "SELECT vmm, count(*) FROM vms WHERE vmm IS NOT NULL GROUP BY vmm ORDER BY vmm";
+        let counts = State::peek_with(folder, |state| {
+            let mut query = state.prepare(query)?;
+            let counts = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            counts.collect::<rusqlite::Result<_>>().map(Some)
+        })?;
+        Ok(counts.unwrap_or_default())
+    }
+
     /// All VMs, oldest first.
     ///
     /// # Errors
@@ -383,6 +400,19 @@ impl State {
                     limits.net_mbps,
                     autostart,
                 ])
+        })
+    }
+
+    /// Changes the driver of a VM's machine.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn set_vmm(&self, id: &str, vmm: &str) -> Result<(), StateError> {
+        let (vm, vmm) = (id.to_owned(), vmm.to_owned());
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached("UPDATE vms SET vmm = ?2 WHERE id = ?1")?
+                .execute(params![vm, vmm])
         })
     }
 
@@ -513,8 +543,8 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
                 guest_ip, ssh_port, status, status_reason,
                 extend_threshold_percent, extend_increment_gib, extend_limit_gib,
-                disk_iops, disk_mbps, net_mbps, autostart)
-            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                disk_iops, disk_mbps, net_mbps, autostart, vmm)
+            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         )?
         .execute(params![
             vm.id,
@@ -536,6 +566,7 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             vm.limits.disk_mbps,
             vm.limits.net_mbps,
             vm.autostart,
+            vm.vmm,
         ])
 }
 
@@ -581,6 +612,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
             net_mbps: row.get("net_mbps")?,
         },
         autostart: row.get("autostart")?,
+        vmm: row.get("vmm")?,
         guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
         ssh_port: row.get("ssh_port")?,
         status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
@@ -627,6 +659,7 @@ mod tests {
             auto_extend: None,
             limits: VmLimits::default(),
             autostart: true,
+            vmm: None,
             guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
             ssh_port: 22001 + n,
             status: VmStatus::Running,
@@ -652,6 +685,7 @@ mod tests {
             auto_extend: extend,
             limits,
             autostart: false,
+            vmm: Some("firecracker".into()),
             ..vm(3)
         };
         state.insert(&vm(1), None).unwrap();
@@ -670,6 +704,9 @@ mod tests {
         };
         let state = State::open(folder.path(), folder.path()).unwrap();
         assert_eq!(state.vms().unwrap(), [failed, extending]);
+        state.set_vmm(&vm(2).id, "qemu").unwrap();
+        let drivers = State::peek_drivers(folder.path()).unwrap();
+        assert_eq!(drivers, [("firecracker".to_owned(), 1), ("qemu".to_owned(), 1)]);
         state.set_keeping(&vm(2).id, extend, limits, false).unwrap();
         state.set_keeping(&vm(3).id, None, VmLimits::default(), true).unwrap();
         drop(state);

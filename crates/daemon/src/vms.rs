@@ -452,6 +452,7 @@ mod tests {
             auto_extend: None,
             limits: crate::state::VmLimits::default(),
             autostart: true,
+            vmm: None,
             guest_ip: claim.lease.guest_ip,
             ssh_port: claim.lease.ssh_port,
             status: VmStatus::Stopped,

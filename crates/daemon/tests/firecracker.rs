@@ -1,22 +1,32 @@
-//! The service over Firecracker: what it does on the host, for the guest needs a KVM that runs guests. It says so where Firecracker is not.
+//! The service over Firecracker, with guests where KVM runs them, else on the host's side alone. It says what could not run, and why.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
 
 mod support;
 
 use rustix::process::{Pid, Signal, kill_process};
 use scalebox_client::{SnapshotVm, UpdateVm, Vm, VmStatus};
-use scalebox_vmm::{AccelSetting, FirecrackerDriver, accelerator};
+use scalebox_vmm::{Accel, AccelSetting, FirecrackerDriver, accelerator};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use support::guest::Key;
-use support::{Host, Options, eventually};
+use std::time::{Duration, Instant};
+use support::guest::{Key, machines, wait_for_ssh};
+use support::{Host, Options, eventually, said};
 
 /// Why it cannot run here, if it cannot.
 fn missing() -> Option<String> {
     let kvm = accelerator(AccelSetting::Kvm).map_err(|error| error.to_string());
     let found = kvm.and_then(|_| FirecrackerDriver::find(Path::new("/nonexistent")).map_err(|error| error.to_string()));
     found.err()
+}
+
+/// Why no guest runs here, if none does.
+fn no_guests() -> Option<String> {
+    match accelerator(AccelSetting::Auto) {
+        Ok(choice) if choice.accel == Accel::Kvm => None,
+        Ok(choice) => Some(choice.reason),
+        Err(error) => Some(error.to_string()),
+    }
 }
 
 /// The process of a VM, if there is one.
@@ -40,6 +50,25 @@ fn jails(host: &Host) -> Vec<PathBuf> {
         .collect()
 }
 
+/// It runs as its own user, among its own files.
+fn is_jailed(host: &Host, vm: &Vm) {
+    let pid = process_of(vm).unwrap();
+    let process = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
+    assert_eq!(
+        process.metadata().unwrap().uid(),
+        1_900_000_000 + u32::from(vm.ssh_port)
+    );
+    assert!(process.join("root/disk").exists() && !process.join("root/etc").exists());
+    let disk = host.disk(vm).metadata().unwrap();
+    assert_eq!(process.join("root/disk").metadata().unwrap().ino(), disk.ino());
+
+    // The kernel is linked into its jail: the host's page cache holds it once, however many VMs there are.
+    for file in ["vmlinuz", "initrd.img"] {
+        let file = host.folder.join("pool/kernel").join(file).metadata().unwrap();
+        assert_eq!((file.nlink(), file.mode() & 0o777), (2, 0o644));
+    }
+}
+
 #[test]
 fn machines_are_jailed_grown_limited_copied_adopted_and_leave_nothing() {
     if let Some(why) = missing() {
@@ -57,22 +86,14 @@ fn machines_are_jailed_grown_limited_copied_adopted_and_leave_nothing() {
     let vm = host.client().create_vm(&key.request("one")).unwrap();
     assert_eq!(vm.status, VmStatus::Running);
 
-    // It runs as its own user, among its own files.
     let pid = process_of(&vm).unwrap();
-    let process = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
-    assert_eq!(
-        process.metadata().unwrap().uid(),
-        1_900_000_000 + u32::from(vm.ssh_port)
-    );
-    assert!(process.join("root/disk").exists() && !process.join("root/etc").exists());
-    let disk = host.disk(&vm).metadata().unwrap();
-    assert_eq!(process.join("root/disk").metadata().unwrap().ino(), disk.ino());
-
-    // The host's side of every change; the guest, which does not boot, confirms none.
+    is_jailed(&host, &vm);
+    // The host's side of every change, whether or not the guest has booted.
     let grown = host.client().update_vm("one", &UpdateVm::grow(5)).unwrap();
     assert_eq!(grown.disk_size_gib, 5);
-    assert!(!grown.disk.unwrap().confirmed);
     assert_eq!(host.disk(&vm).metadata().unwrap().len(), 5 << 30);
+    let refused = host.client().trim_vm("one").unwrap_err().to_string();
+    assert!(refused.contains("no discard"), "{refused}");
     let limited = UpdateVm {
         disk_iops: Some(Some(100)),
         ..UpdateVm::default()
@@ -109,4 +130,107 @@ fn machines_are_jailed_grown_limited_copied_adopted_and_leave_nothing() {
     host.client().delete_vm("one").unwrap();
     assert_eq!((process_of(&vm), jails(&host)), (None, Vec::new()));
     assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+/// What a guest sees and does under Firecracker.
+#[test]
+fn guests_boot_grow_are_copied_power_off_and_live_through_a_restart_of_the_daemon() {
+    if let Some(why) = missing().or_else(no_guests) {
+        println!("not run: {why}");
+        return;
+    }
+    let mut host = Host::new(&Options {
+        env: &[("VMM", "firecracker")],
+        ..Options::default()
+    });
+    host.import_debian();
+    host.serve();
+    let key = Key::new(&host, "key");
+    let begun = Instant::now();
+    let vm = host.client().create_vm(&key.request("one")).unwrap();
+    wait_for_ssh(&vm);
+    key.run(&vm, "true");
+    println!("POST to SSH: {:.1} s", begun.elapsed().as_secs_f64());
+    println!("memory of its process: {} MB", resident_mb(process_of(&vm).unwrap()));
+
+    let begun = Instant::now();
+    let grown = eventually("the agent, which starts behind sshd", || {
+        let grown = host.client().update_vm("one", &UpdateVm::grow(12)).unwrap();
+        grown.disk.filter(|disk| disk.confirmed)
+    });
+    println!("growth confirmed: {:.1} s", begun.elapsed().as_secs_f64());
+    assert!(grown.confirmed);
+    let seen: u64 = key.run(&vm, "df --output=size -B1 / | tail -n 1").parse().unwrap();
+    assert!(seen > 11 << 30, "{seen}");
+
+    let template_name = "copy".parse().unwrap();
+    let snapshot = host.client().snapshot_vm("one", &SnapshotVm { template_name }).unwrap();
+    assert_eq!(snapshot.held, "frozen");
+    println!("stood still for the snapshot: {} ms", snapshot.stood_still_ms);
+
+    host.crash();
+    host.serve();
+    key.run(&vm, "true");
+
+    // Its power-off is the machine's end, and not after a minute.
+    let begun = Instant::now();
+    let _cut = key.ssh(&vm, "sudo systemctl poweroff").output().unwrap();
+    eventually("the power-off", || {
+        (host.client().vm("one").unwrap().status == VmStatus::Stopped).then_some(())
+    });
+    assert!(begun.elapsed() < Duration::from_secs(45), "{:?}", begun.elapsed());
+    println!("power-off: {:.1} s", begun.elapsed().as_secs_f64());
+    host.client().start_vm("one").unwrap();
+    wait_for_ssh(&vm);
+    let begun = Instant::now();
+    host.client().stop_vm("one").unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(45), "{:?}", begun.elapsed());
+    println!("stop: {:.1} s", begun.elapsed().as_secs_f64());
+    host.client().delete_vm("one").unwrap();
+    assert_eq!((jails(&host), host.leftovers()), (Vec::new(), Vec::new()));
+}
+
+fn resident_mb(pid: Pid) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1000
+}
+
+/// `auto` decides for new VMs; those that are there keep what they have.
+#[test]
+fn vms_keep_their_hypervisor_when_another_becomes_the_one_for_new_vms() {
+    if let Some(why) = missing() {
+        println!("not run: {why}");
+        return;
+    }
+    let mut host = Host::new(&Options {
+        env: &[("VMM", "qemu")],
+        ..Options::default()
+    });
+    host.import_debian();
+    host.serve();
+    let key = Key::new(&host, "key");
+    let old = host.client().create_vm(&key.request("old")).unwrap();
+    let (before, vmm) = (machines(&host), no_guests().map_or("auto", |_| "firecracker"));
+    assert_eq!(before.len(), 1);
+    assert!(host.terminate().success());
+    host.set("VMM", vmm);
+    host.serve();
+    assert_eq!(host.client().info().unwrap().vmm, "firecracker");
+    assert_eq!(host.client().vm("old").unwrap().status, VmStatus::Running);
+    assert_eq!(machines(&host), before);
+    let new = host.client().create_vm(&key.request("new")).unwrap();
+    assert!(process_of(&new).is_some() && process_of(&old).is_none());
+    let doctor = said(&host.scaleboxd(&["doctor"]).output().unwrap());
+    assert!(doctor.contains("1 VMs have qemu, new ones get firecracker"), "{doctor}");
+
+    // And back: Firecracker's machine is adopted too.
+    assert!(host.terminate().success());
+    host.set("VMM", "qemu");
+    host.serve();
+    assert_eq!(host.client().vm("new").unwrap().status, VmStatus::Running);
+    assert!(process_of(&new).is_some());
+    host.client().delete_vm("new").unwrap();
+    host.client().delete_vm("old").unwrap();
+    assert_eq!((jails(&host), host.leftovers()), (Vec::new(), Vec::new()));
 }

@@ -9,6 +9,7 @@ use crate::scratch::remove_tree;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// The place of one recipe in a cache, locked.
 #[derive(Debug)]
@@ -30,6 +31,9 @@ impl Entry {
             .open(&path)
             .map_err(Error::io("open", &path))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|errno| Error::io("lock", &path)(errno.into()))?;
+        // The newest lock is that of the entry used last: a cleanup can tell which ones are not in use any more.
+        lock.set_modified(SystemTime::now())
+            .map_err(Error::io("set the time of", &path))?;
         Ok(Entry {
             finished: cache.join(fingerprint),
             partial: cache.join(format!("{fingerprint}.partial")),

@@ -9,7 +9,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 /// Units of ours, and of Debian's that are off by default, that start with a guest.
-const ENABLED_UNITS: [&str; 4] = [
+const ENABLED_UNITS: [&str; 5] = [
+    "scalebox-poweroff.service",
     "scalebox-seed.service",
     "scalebox-grow-root.service",
     "systemd-networkd.service",

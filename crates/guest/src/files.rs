@@ -54,6 +54,7 @@ pub(crate) const IN_GUEST: &[GuestFile] = &[
     in_guest!(0o755 "usr/lib/scalebox/grow-root"),
     in_guest!(0o644 "usr/lib/systemd/system/scalebox-agent-vsock.service"),
     in_guest!(0o644 "usr/lib/systemd/system/scalebox-grow-root.service"),
+    in_guest!(0o644 "usr/lib/systemd/system/scalebox-poweroff.service"),
     in_guest!(0o644 "usr/lib/systemd/system/scalebox-seed.service"),
     in_guest!(0o644 "usr/lib/udev/rules.d/90-scalebox-agent-vsock.rules"),
     in_guest!(0o644 "usr/lib/udev/rules.d/90-scalebox-grow-root.rules"),

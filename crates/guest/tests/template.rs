@@ -138,6 +138,10 @@ fn units_and_modules(image: &Image) {
             "scalebox-agent-vsock.service",
         ),
         ("/usr/lib/systemd/system/scalebox-agent-vsock.service", "vsock-listen"),
+        (
+            "/usr/lib/systemd/system/scalebox-poweroff.service",
+            "SuccessAction=reboot-force",
+        ),
         ("/usr/lib/tmpfiles.d/scalebox-static-nodes.conf", "/dev/net/tun"),
     ] {
         assert!(image.cat(path).contains(content), "{path}");
@@ -147,6 +151,7 @@ fn units_and_modules(image: &Image) {
         "/etc/systemd/system/sysinit.target.wants/ssh.service",
         "/etc/systemd/system/multi-user.target.wants/systemd-networkd.service",
         "/etc/systemd/system/multi-user.target.wants/scalebox-grow-root.service",
+        "/etc/systemd/system/poweroff.target.wants/scalebox-poweroff.service",
         "/usr/sbin/qemu-ga",
         "/usr/sbin/sshd",
     ] {

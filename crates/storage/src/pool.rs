@@ -10,14 +10,17 @@ use crate::name::Name;
 use crate::size::{Bytes, Gib};
 use crate::space::Space;
 use std::collections::HashMap;
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 /// The file in the pool's root that tells whose it is.
 const OWNER: &str = "owner";
+
+/// The mode of kernel and initramfs: they are the distribution's and no secret, and a jail of an account that may read them links to them.
+const KERNEL_MODE: u32 = 0o644;
 
 /// Where the jails of hypervisors lie in the pool at `data_dir`, so that disks can be linked into them. It need not be there.
 pub fn jails_dir(data_dir: &Path) -> PathBuf {
@@ -273,12 +276,31 @@ impl Pool {
         files::sync_dir(&dir)
     }
 
+    /// Lets every account of the host read kernel and initramfs, as [`install_kernel`](Pool::install_kernel) does since releases that did not: a
+    /// hypervisor's own account then reads the one file, rather than a copy of its own.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn share_kernel(&self) -> Result<(), StorageError> {
+        for name in ["initrd.img", "vmlinuz"] {
+            let file = self.kernel_dir().join(name);
+            match std::fs::set_permissions(&file, Permissions::from_mode(KERNEL_MODE)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(StorageError::io("set the mode of", file.display(), error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     fn install_file(&self, from: &Path, to: &Path) -> Result<(), StorageError> {
         let partial = to.with_extension("partial");
         files::discard(&partial);
         let source = files::open_read(from).map_err(|error| StorageError::io("read", from.display(), error))?;
         let target = files::create_new(&partial)?;
         let copied = files::copy_sparse(&source, &target)
+            .and_then(|()| target.set_permissions(Permissions::from_mode(KERNEL_MODE)))
             .and_then(|()| target.sync_all())
             .and_then(|()| std::fs::rename(&partial, to));
         copied.map_err(|error| {

@@ -4,7 +4,7 @@ mod support;
 
 use scalebox_storage::{Backing, Bytes, Gib, InitOutcome, Pool, StorageError, unmount};
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use support::{HostDisk, Place, USUAL, ext4_image, run, text};
 
@@ -253,6 +253,25 @@ fn a_pool_has_one_user_at_a_time_and_remembers_whose_it_is() {
     assert_eq!(second.owner().unwrap().as_deref(), Some("somebody-else"));
     drop(first);
     second.lock().unwrap();
+}
+
+#[test]
+fn the_kernel_of_all_guests_can_be_read_by_every_account() {
+    let mut place = Place::new("30G");
+    place.init().unwrap();
+    let pool = place.open(USUAL);
+    pool.share_kernel().unwrap();
+    let (vmlinuz, initrd) = (pool.kernel_dir().join("vmlinuz"), pool.kernel_dir().join("initrd.img"));
+    let modes = || [&vmlinuz, &initrd].map(|file| file.metadata().unwrap().mode() & 0o777);
+    let made = tempfile::NamedTempFile::new().unwrap();
+    pool.install_kernel(made.path(), made.path()).unwrap();
+    assert_eq!(modes(), [0o644; 2]);
+    // As an earlier release left them.
+    for file in [&vmlinuz, &initrd] {
+        fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    pool.share_kernel().unwrap();
+    assert_eq!(modes(), [0o644; 2]);
 }
 
 #[test]

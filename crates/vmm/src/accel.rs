@@ -6,7 +6,10 @@
 use crate::{Error, Result};
 use std::fmt;
 use std::fs::{self, File};
+use std::path::Path;
 use std::str::FromStr;
+
+const DEVICE: &str = "/dev/kvm";
 
 /// What the setting `ACCEL` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,15 +79,24 @@ pub fn choose(setting: AccelSetting, host: &KvmProbe) -> Result<AccelChoice> {
     }
 }
 
+/// Whether the processor has KVM, and its device is not there: its module is not loaded, or not yet.
+pub fn kvm_is_missing() -> bool {
+    virtualisation_flag(&cpuinfo()).is_some() && !Path::new(DEVICE).exists()
+}
+
 fn probe() -> KvmProbe {
-    let device = File::options().read(true).write(true).open("/dev/kvm");
+    let device = File::options().read(true).write(true).open(DEVICE);
     KvmProbe {
         device: device
             .map(drop)
-            .map_err(|error| format!("/dev/kvm does not open: {error}")),
-        // A /proc that cannot be read shows no flag, and no flag means emulation: slow, never wrong.
-        cpuinfo: fs::read_to_string("/proc/cpuinfo").unwrap_or_default(),
+            .map_err(|error| format!("{DEVICE} does not open: {error}")),
+        cpuinfo: cpuinfo(),
     }
+}
+
+/// A /proc that cannot be read shows no flag, and no flag means emulation: slow, never wrong.
+fn cpuinfo() -> String {
+    fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }
 
 fn virtualisation_flag(cpuinfo: &str) -> Option<&str> {

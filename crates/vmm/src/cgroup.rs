@@ -30,6 +30,8 @@ pub(crate) enum Controller {
     Memory,
     /// Processors, version 1.
     Cpu,
+    /// None: the hierarchy by which systemd tells which processes belong to which service, where it is none of those above.
+    Services,
 }
 
 /// Where the groups of machines are made.
@@ -63,10 +65,16 @@ impl Cgroups {
     /// Why there are none that can be used.
     pub(crate) fn find() -> Result<Cgroups, String> {
         let mut found = Cgroups { parents: Vec::new() };
-        for (controller, folder) in usable()? {
+        for (controller, folder) in suitable()? {
             let parent = folder.join(PARENT);
-            make_parent(controller, &folder, &parent).map_err(|error| format!("{}: {error}", parent.display()))?;
-            found.parents.push((controller, parent));
+            match make_parent(controller, &folder, &parent) {
+                Ok(()) => found.parents.push((controller, parent)),
+                // It limits nothing, and is not everybody's to write: a container's is not.
+                Err(error) if controller == Controller::Services => {
+                    tracing::debug!(%error, path = %parent.display(), "machines stay in the group of this service");
+                }
+                Err(error) => return Err(format!("{}: {error}", parent.display())),
+            }
         }
         found.sweep();
         Ok(found)
@@ -138,22 +146,47 @@ impl Group {
 /// # Errors
 /// Why there are none.
 pub(crate) fn usable() -> Result<Vec<(Controller, PathBuf)>, String> {
+    let suitable = suitable()?;
+    match suitable
+        .iter()
+        .any(|(controller, _)| *controller != Controller::Services)
+    {
+        true => Ok(suitable),
+        false => Err("this host has no control groups for memory and processors".to_owned()),
+    }
+}
+
+/// The hierarchies in which a machine gets a group: those with controllers, and the one of systemd's services. A process that stayed in the daemon's
+/// group there would be killed with the service (`systemctl kill`).
+fn suitable() -> Result<Vec<(Controller, PathBuf)>, String> {
     let read = |path: &str| fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
     let hierarchies = hierarchies(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
+    Ok(choose(hierarchies, has_controllers))
+}
+
+fn choose(
+    hierarchies: Vec<(Controller, PathBuf)>,
+    has_controllers: impl Fn(&Path) -> bool,
+) -> Vec<(Controller, PathBuf)> {
+    let is_unified = |(controller, _): &&(Controller, PathBuf)| *controller == Controller::Unified;
+    if let Some(unified) = hierarchies
+        .iter()
+        .filter(is_unified)
+        .find(|(_, folder)| has_controllers(folder))
+    {
+        return vec![unified.clone()];
+    }
+    // Version 2 without controllers is there for services alone; systemd uses its own of version 1 where there is none.
     let unified = hierarchies
         .iter()
-        .find(|(controller, folder)| *controller == Controller::Unified && has_controllers(folder));
-    let usable: Vec<_> = match unified {
-        Some(unified) => vec![unified.clone()],
-        None => hierarchies
-            .into_iter()
-            .filter(|(controller, _)| *controller != Controller::Unified)
-            .collect(),
-    };
-    match usable.is_empty() {
-        true => Err("this host has no control groups for memory and processors".to_owned()),
-        false => Ok(usable),
-    }
+        .find(is_unified)
+        .map(|(_, folder)| (Controller::Services, folder.clone()));
+    let services = |(controller, _): &(Controller, PathBuf)| *controller == Controller::Services;
+    let tracked = unified.or_else(|| hierarchies.iter().find(|hierarchy| services(hierarchy)).cloned());
+    let limited = hierarchies
+        .into_iter()
+        .filter(|hierarchy| !is_unified(&hierarchy) && !services(hierarchy));
+    limited.chain(tracked).collect()
 }
 
 /// Removes a group that no process is in any more. One that cannot be removed is left for the next start's sweep.
@@ -199,6 +232,7 @@ fn limit(controller: Controller, folder: &Path, share: Share) -> io::Result<()> 
             ("cpu.max", format!("{quota} {PERIOD}")),
         ],
         Controller::Memory => vec![("memory.limit_in_bytes", memory)],
+        Controller::Services => vec![],
         Controller::Cpu => vec![
             ("cpu.cfs_period_us", PERIOD.to_string()),
             ("cpu.cfs_quota_us", quota.to_string()),
@@ -255,6 +289,9 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<(Controller, PathBuf)> {
         match kind {
             "cgroup2" => found.push((Controller::Unified, PathBuf::from(at))),
             "cgroup" => {
+                if options.split(',').any(|option| option == "name=systemd") {
+                    found.push((Controller::Services, PathBuf::from(at)));
+                }
                 for (name, controller) in [("memory", Controller::Memory), ("cpu", Controller::Cpu)] {
                     if options.split(',').any(|option| option == name)
                         && let Some(own) = own_group(own, name).and_then(|own| own.strip_prefix(root))
@@ -301,6 +338,35 @@ mod tests {
                 (Controller::Memory, "/sys/fs/cgroup/memory/inner".into())
             ]
         );
+    }
+
+    #[test]
+    fn without_controllers_of_version_2_a_machine_still_leaves_the_group_of_the_service() {
+        let at = |controller, folder: &str| (controller, PathBuf::from(folder));
+        let (memory, cpu) = (at(Controller::Memory, "/m/service"), at(Controller::Cpu, "/c/service"));
+        let unified = at(Controller::Unified, "/u");
+        // Unified; hybrid; version 1 alone; version 2 without any controller.
+        for (hierarchies, has_controllers, chosen) in [
+            (vec![unified.clone()], true, vec![unified.clone()]),
+            (
+                vec![
+                    memory.clone(),
+                    cpu.clone(),
+                    at(Controller::Services, "/s"),
+                    unified.clone(),
+                ],
+                false,
+                vec![memory.clone(), cpu.clone(), at(Controller::Services, "/u")],
+            ),
+            (
+                vec![memory.clone(), at(Controller::Services, "/s"), cpu.clone()],
+                false,
+                vec![memory.clone(), cpu.clone(), at(Controller::Services, "/s")],
+            ),
+            (vec![unified], false, vec![at(Controller::Services, "/u")]),
+        ] {
+            assert_eq!(choose(hierarchies, |_| has_controllers), chosen);
+        }
     }
 
     /// Runs a shell in a group, and returns how it ended.

@@ -43,13 +43,11 @@ impl Confinement {
         for lack in unconfined() {
             tracing::warn!("{lack}");
         }
-        let cgroups = cgroup::usable().ok().map(|_| Cgroups::find());
-        if let Some(Err(why)) = &cgroups {
-            tracing::warn!(why, "machines are not bound in memory and processors");
+        let cgroups = Cgroups::find();
+        if let Err(why) = &cgroups {
+            tracing::warn!(why, "machines have no control groups of their own");
         }
-        Confinement {
-            cgroups: cgroups.and_then(Result::ok),
-        }
+        Confinement { cgroups: cgroups.ok() }
     }
 
     /// Prepares what a machine's process will put on. Its hypervisor may take `beside_guest` of memory. It is not fenced in to files that are

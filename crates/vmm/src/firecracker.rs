@@ -6,7 +6,7 @@
 use crate::arguments::root_file;
 use crate::confinement::Confinement;
 use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
-use crate::firecracker_command::{Firecracker, marks};
+use crate::firecracker_command::{Firecracker, PROGRAM, marks};
 use crate::firecracker_machine::FirecrackerMachine;
 use crate::jail::{self, Jails, give};
 use crate::machine::{Machine, MachineId, MachineSpec, RunAs, Vmm};
@@ -38,7 +38,8 @@ const NOT_STARTED: &str = "Not started";
 /// A guest's reboot ends its machine ([`ExitReason::GuestShutdown`](crate::ExitReason::GuestShutdown)): Firecracker starts none anew.
 #[derive(Debug, Clone)]
 pub struct FirecrackerDriver {
-    firecracker: Firecracker,
+    /// `None`: it is not installed.
+    firecracker: Option<Firecracker>,
     jails: Jails,
     confinement: Confinement,
 }
@@ -53,24 +54,34 @@ impl FirecrackerDriver {
         let firecracker = Firecracker::find()?;
         Ok(FirecrackerDriver {
             jails: firecracker.jails(jails),
-            firecracker,
+            firecracker: Some(firecracker),
             confinement: Confinement::find(),
         })
     }
 
-    /// Firecracker's version, such as `1.16.1`.
-    pub fn version(&self) -> &str {
-        self.firecracker.version()
+    /// The driver of machines that were launched before Firecracker was removed from this host: it launches none.
+    pub fn without_program(jails: &Path) -> FirecrackerDriver {
+        FirecrackerDriver {
+            jails: Jails::new(jails, PROGRAM.into()),
+            firecracker: None,
+            confinement: Confinement::find(),
+        }
+    }
+
+    /// Firecracker's version, such as `1.16.1`; `None` where it is not installed.
+    pub fn version(&self) -> Option<&str> {
+        self.firecracker.as_ref().map(Firecracker::version)
     }
 
     /// Launches; undoes what was done when a step fails.
     async fn start(self, spec: MachineSpec) -> Result<Fresh> {
+        let firecracker = self.firecracker.as_ref().ok_or(Error::NoFirecracker(PROGRAM))?;
         spec.check()?;
         need_tap(&spec)?;
-        self.firecracker.check_kernel(&spec)?;
+        firecracker.check_kernel(&spec)?;
         let dir = RunDir::at(&spec.run_dir);
         let lock = claim(&dir, &spec.id, &marks(spec.id.as_str()))?;
-        match self.bring_up(&spec, &dir, lock).await {
+        match self.bring_up(firecracker, &spec, &dir, lock).await {
             Ok(fresh) => Ok(fresh),
             Err(error) => {
                 // One that could not be ended keeps its files, by which it is found again.
@@ -83,7 +94,7 @@ impl FirecrackerDriver {
         }
     }
 
-    async fn bring_up(&self, spec: &MachineSpec, dir: &RunDir, lock: Lock) -> Result<Fresh> {
+    async fn bring_up(&self, firecracker: &Firecracker, spec: &MachineSpec, dir: &RunDir, lock: Lock) -> Result<Fresh> {
         let root = root_file(spec)?.to_owned();
         let account = spec.run_as.unwrap_or_else(own_account);
         let jail = self.jails.make(spec, &root, account)?;
@@ -94,8 +105,7 @@ impl FirecrackerDriver {
         let console = open_console(dir)?;
         // It is not fenced in as QEMU is: who is may not make the mounts that are a jail, and in a jail there is nothing else.
         let confined = self.confinement.prepare(spec, dir, None, BESIDE_GUEST)?;
-        let mut child = self
-            .firecracker
+        let mut child = firecracker
             .spawn(spec.id.as_str(), &self.jails, account, confined, console_end, theirs)
             .map_err(|error| failed(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
@@ -153,6 +163,10 @@ impl Vmm for FirecrackerDriver {
     /// `MAX_SUPPORTED_VCPUS`, which its `PUT /machine-config` is held to.
     fn max_vcpus(&self) -> u32 {
         32
+    }
+
+    fn can_launch(&self) -> bool {
+        self.firecracker.is_some()
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// The programs, as they are installed from a release.
-const PROGRAM: &str = "firecracker";
+pub(crate) const PROGRAM: &str = "firecracker";
 const JAILER: &str = "jailer";
 /// The oldest that tells guests of their devices by ACPI: Debian's kernel takes them from nowhere else.
 const OLDEST: (u32, u32) = (1, 8);

@@ -158,6 +158,11 @@ impl Machine for FirecrackerMachine {
         self.answered("PATCH /drives/root", answer).await
     }
 
+    /// Its disks offer no discard, up to and including 1.17.
+    fn takes_discards(&self) -> bool {
+        false
+    }
+
     async fn limit_disk(&self, limits: DiskLimits) -> Result<()> {
         let answer = self.shared.api.limit_root(limits).await;
         self.answered("PATCH /drives/root", answer).await

@@ -52,7 +52,7 @@ mod run_dir;
 mod sandbox;
 mod vsock;
 
-pub use accel::{Accel, AccelChoice, AccelSetting, accelerator};
+pub use accel::{Accel, AccelChoice, AccelSetting, accelerator, kvm_is_missing};
 pub use confinement::unconfined;
 pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;

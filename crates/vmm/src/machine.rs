@@ -44,6 +44,9 @@ pub trait Vmm: Send + Sync {
     /// The most processors that it gives to one machine.
     fn max_vcpus(&self) -> u32;
 
+    /// Whether it can launch machines. One whose program is missing adopts and ends those that were launched before.
+    fn can_launch(&self) -> bool;
+
     /// Starts a machine; its guest is running when this returns (not: has booted).
     ///
     /// Before: the disk, seed drive, tap, kernel and initramfs exist. `run_dir` may be missing; its parent exists. After
@@ -118,6 +121,9 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// [`Error::Spec`] when `size` is below the disk's size, or below the largest size asked for before, or not in sectors of 512 bytes.
     async fn resize_root(&self, size: Bytes) -> Result<()>;
+
+    /// Whether the guest can give back blocks of its root disk that it does not use: its discards reach the disk's file.
+    fn takes_discards(&self) -> bool;
 
     /// Limits what the guest may ask of its root disk from now on; no limit where there is none in `limits`. What is beyond waits.
     async fn limit_disk(&self, limits: DiskLimits) -> Result<()>;

@@ -4,7 +4,7 @@
 
 use crate::accel::Accel;
 use crate::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identity, root_file};
-use crate::command::Qemu;
+use crate::command::{PROGRAM, Qemu};
 use crate::confinement::Confinement;
 use crate::machine::{DiskLimits, Machine, MachineId, MachineSpec, Vmm};
 use crate::messages::Messages;
@@ -41,7 +41,8 @@ const END_DEADLINE: Duration = Duration::from_secs(10);
 /// without, a panicked guest stands still, and is there to be looked at.
 #[derive(Debug, Clone)]
 pub struct QemuDriver {
-    qemu: Qemu,
+    /// `None`: it is not installed.
+    qemu: Option<Qemu>,
     accel: Accel,
     confinement: Confinement,
 }
@@ -53,26 +54,36 @@ impl QemuDriver {
     /// [`Error::NotInstalled`] with the package to install; [`Error::Unusable`] when it is too old or does not run.
     pub fn find(accel: Accel) -> Result<QemuDriver> {
         Ok(QemuDriver {
-            qemu: Qemu::find()?,
+            qemu: Some(Qemu::find()?),
             accel,
             confinement: Confinement::find(),
         })
     }
 
-    /// QEMU's version, such as `7.2.22`.
-    pub fn version(&self) -> &str {
-        self.qemu.version()
+    /// The driver of machines that were launched before QEMU was removed from this host: it launches none.
+    pub fn without_program() -> QemuDriver {
+        QemuDriver {
+            qemu: None,
+            accel: Accel::Tcg,
+            confinement: Confinement::find(),
+        }
+    }
+
+    /// QEMU's version, such as `7.2.22`; `None` where it is not installed.
+    pub fn version(&self) -> Option<&str> {
+        self.qemu.as_ref().map(Qemu::version)
     }
 
     /// Launches; undoes what was done when a step fails.
     async fn start(self, spec: MachineSpec) -> Result<Fresh> {
+        let qemu = self.qemu.as_ref().ok_or(Error::NotInstalled { program: PROGRAM })?;
         spec.check()?;
         need_tap(&spec)?;
         let dir = RunDir::at(&spec.run_dir);
         let argv = arguments(&spec, &dir, self.accel, disk_io(root_file(&spec)?))?;
         let lock = claim(&dir, &spec.id, &identity(&spec.id, &dir)?)?;
-        match self.spawn(&spec, &dir, lock, &argv) {
-            Ok(held) => bring_up(held, self.qemu.argv(&argv), spec.root_limits).await,
+        match self.spawn(qemu, &spec, &dir, lock, &argv) {
+            Ok(held) => bring_up(held, qemu.argv(&argv), spec.root_limits).await,
             Err(error) => {
                 dir.clear();
                 Err(error)
@@ -81,12 +92,12 @@ impl QemuDriver {
     }
 
     /// The process, on record; stopped before the guest's first instruction.
-    fn spawn(&self, spec: &MachineSpec, dir: &RunDir, lock: Lock, argv: &[String]) -> Result<Held> {
+    fn spawn(&self, qemu: &Qemu, spec: &MachineSpec, dir: &RunDir, lock: Lock, argv: &[String]) -> Result<Held> {
         let root = root_file(spec)?.to_owned();
         let theirs = Messages::create(&dir.messages())?;
         let messages = Messages::open(&dir.messages())?;
         let needed = Needed {
-            program: self.qemu.program().to_owned(),
+            program: qemu.program().to_owned(),
             read: [&spec.kernel, &spec.seed]
                 .into_iter()
                 .chain(&spec.initrd)
@@ -100,8 +111,7 @@ impl QemuDriver {
             Accel::Tcg => BESIDE_GUEST + Bytes::from_mib(TRANSLATION_CACHE_MIB),
         };
         let confined = self.confinement.prepare(spec, dir, Some(&needed), beside_guest)?;
-        let mut child = self
-            .qemu
+        let mut child = qemu
             .spawn(argv, confined, theirs)
             .map_err(|error| failed(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
@@ -136,6 +146,10 @@ impl Vmm for QemuDriver {
     /// Of its machine type `microvm`, since QEMU 4.2.
     fn max_vcpus(&self) -> u32 {
         288
+    }
+
+    fn can_launch(&self) -> bool {
+        self.qemu.is_some()
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {

@@ -284,6 +284,10 @@ impl Machine for QemuMachine {
         .map(drop)
     }
 
+    fn takes_discards(&self) -> bool {
+        true
+    }
+
     async fn limit_disk(&self, limits: DiskLimits) -> Result<()> {
         // Zero is QEMU's word for no limit.
         let throttle = qmp::BlockIOThrottle {

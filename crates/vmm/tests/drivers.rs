@@ -99,7 +99,7 @@ struct Candidate {
     jails: TempDir,
 }
 
-fn candidates() -> [Candidate; 2] {
+fn candidates() -> [Candidate; 3] {
     let kvm = accelerator(AccelSetting::Kvm).map_err(|error| error.to_string());
     let guests = match accelerator(AccelSetting::Auto) {
         Ok(choice) if choice.accel == Accel::Kvm => Ok(()),
@@ -111,9 +111,17 @@ fn candidates() -> [Candidate; 2] {
     let firecracker = kvm.and_then(|_| FirecrackerDriver::find(cells.path()).map_err(|error| error.to_string()));
     [
         Candidate {
-            name: "qemu",
+            name: "qemu tcg",
             driver: Ok(Arc::new(QemuDriver::find(Accel::Tcg).unwrap())),
             guests: Ok(()),
+            jails: jails(),
+        },
+        Candidate {
+            name: "qemu kvm",
+            driver: guests
+                .clone()
+                .map(|()| Arc::new(QemuDriver::find(Accel::Kvm).unwrap()) as Arc<dyn Vmm>),
+            guests: guests.clone(),
             jails: jails(),
         },
         Candidate {
@@ -395,7 +403,7 @@ async fn no_agent(bench: Bench) {
 /// A machine launched by one driver is neither adopted nor taken for dead by the other.
 #[tokio::test]
 async fn a_machine_of_another_driver_is_left_alone() {
-    let [qemu, firecracker] = candidates();
+    let [qemu, _, firecracker] = candidates();
     let jails = firecracker.jails;
     let (Ok(qemu), Ok(firecracker)) = (qemu.driver, &firecracker.driver) else {
         println!("not run: {}", firecracker.driver.err().unwrap_or_default());

@@ -1,0 +1,88 @@
+//! Guests that lose their power: what they showed to clients is there after the next boot, and what a power cut ruined is made anew.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+
+mod support;
+
+use rustix::process::{Signal, kill_process};
+use scalebox_client::{Vm, VmStatus};
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use support::guest::{Key, machine_of, wait_for_ssh};
+use support::{Host, Options, eventually, run, text};
+
+/// How long after their first SSH guests are killed; `make test-host` tries every second up to 20.
+const MOMENTS: [u64; 3] = [0, 1, 8];
+
+/// The host key that a guest shows.
+fn host_key(vm: &Vm) -> String {
+    eventually("the host key", || {
+        let output = Command::new("ssh-keyscan")
+            .args(["-T", "20", "-p", &vm.ssh_port.to_string(), &vm.ip])
+            .output()
+            .unwrap();
+        let keys = String::from_utf8(output.stdout).unwrap();
+        keys.split_once(' ').map(|(_, key)| key.to_owned())
+    })
+}
+
+#[test]
+fn a_guest_killed_soon_after_its_first_ssh_answers_again_with_the_same_host_key() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    host.serve();
+    let key = Key::new(&host, "key");
+    for seconds in MOMENTS {
+        let name = format!("early-{seconds}");
+        let vm = host.client().create_vm(&key.request(&name)).unwrap();
+        wait_for_ssh(&vm);
+        let first = Instant::now();
+        let shown = host_key(&vm);
+        let left = Duration::from_secs(seconds).saturating_sub(first.elapsed());
+        std::thread::park_timeout(left);
+        kill_process(machine_of(&host, &vm), Signal::KILL).unwrap();
+        eventually("its end to be seen", || {
+            (host.client().vm(&name).unwrap().status == VmStatus::Failed).then_some(())
+        });
+        host.client().start_vm(&name).unwrap();
+        wait_for_ssh(&vm);
+        assert_eq!(host_key(&vm), shown, "killed after {seconds} s");
+        assert_eq!(key.run(&vm, "hostname"), name);
+        host.client().delete_vm(&name).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_heals_the_files_that_a_power_cut_ruined() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    host.serve();
+    let key = Key::new(&host, "key");
+    let vm = host.client().create_vm(&key.request("healed")).unwrap();
+    wait_for_ssh(&vm);
+    let shown = host_key(&vm);
+    // Delayed allocation: the names are there, the bytes are not.
+    let ruin = |paths: &[&str]| {
+        host.client().stop_vm("healed").unwrap();
+        for path in paths {
+            let nothing = host.folder.join("nothing");
+            fs::write(&nothing, [0; 411]).unwrap();
+            for request in [format!("rm {path}"), format!("write {} {path}", text(&nothing))] {
+                run("debugfs", &["-w", "-R", &request, text(&host.disk(&vm))]);
+            }
+        }
+        host.client().start_vm("healed").unwrap();
+        wait_for_ssh(&vm);
+        assert_eq!(key.run(&vm, "hostname; cat /etc/hostname"), "healed\nhealed");
+        host_key(&vm)
+    };
+    assert_eq!(ruin(&["/etc/hostname"]), shown, "its key was sound");
+    let renewed = ruin(&[
+        "/etc/ssh/ssh_host_ed25519_key",
+        "/etc/ssh/ssh_host_ed25519_key.pub",
+        "/etc/hostname",
+        "/var/lib/scalebox/instance-id",
+    ]);
+    assert_ne!(renewed, shown);
+    assert_eq!(ruin(&["/etc/hostname"]), renewed, "it keeps the new one");
+}

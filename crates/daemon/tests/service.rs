@@ -1,0 +1,234 @@
+//! The daemon as a service: what the service manager and the journal are told, and what is kept for whom.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops where it cannot go on"
+)]
+
+#[path = "../../vmm/tests/support/guest.rs"]
+#[allow(dead_code, reason = "one of its guests is needed")]
+mod bare_guest;
+mod support;
+
+use bare_guest::Guest;
+use scalebox_client::{CreateVm, UpdateVm, Vm, VmStatus};
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::time::Duration;
+use support::guest::machines;
+use support::{Host, Options, TOKEN, eventually, said, text};
+
+/// A host of which the VMs run a guest that does nothing and hears the power button.
+fn host_with_kernel(options: &Options) -> Host {
+    let host = Host::with_tiny_template(options);
+    let kernel = host.folder.join("pool/kernel");
+    Guest::Obedient.write_to(&kernel.join("vmlinuz"));
+    fs::write(kernel.join("initrd.img"), b"").unwrap();
+    host
+}
+
+fn create_running(host: &Host) -> Vm {
+    let request = CreateVm {
+        start: true,
+        ..host.stopped("tiny")
+    };
+    host.client().create_vm(&request).unwrap()
+}
+
+fn change_state(host: &Host, sql: &str) {
+    let state = rusqlite::Connection::open(host.folder.join("state/state.db")).unwrap();
+    state.execute(sql, []).unwrap();
+}
+
+fn driver_of(host: &Host, vm: &Vm) -> Option<String> {
+    let state = rusqlite::Connection::open(host.folder.join("state/state.db")).unwrap();
+    let query = "SELECT vmm FROM vms WHERE id = ?";
+    state.query_row(query, [&vm.id], |row| row.get(0)).unwrap()
+}
+
+#[test]
+fn the_service_manager_is_told_when_the_daemon_answers() {
+    let mut host = Host::new(&Options::default());
+    let socket = host.folder.join("notify");
+    let manager = UnixDatagram::bind(&socket).unwrap();
+    manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    host.set("NOTIFY_SOCKET", text(&socket));
+    host.serve();
+    let mut message = [0; 64];
+    let length = manager.recv(&mut message).unwrap();
+    assert_eq!(message[..length].trim_ascii(), b"READY=1");
+    assert!(host.client().vms().unwrap().is_empty());
+}
+
+#[test]
+fn a_wrong_configuration_has_an_exit_status_of_its_own() {
+    let mut host = Host::new(&Options::default());
+    let status = |host: &Host| host.scaleboxd(&["serve"]).output().unwrap().status.code();
+    host.set("MAX_DISK_SIZE_GIB", "lots");
+    assert_eq!(status(&host), Some(78));
+    host.set("MAX_DISK_SIZE_GIB", "");
+    // Another program may let go of the port.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    host.set("API_PORT", &taken.local_addr().unwrap().port().to_string());
+    assert_eq!(status(&host), Some(1));
+}
+
+#[test]
+fn lines_for_the_journal_have_priorities_and_no_clock() {
+    let mut host = Host::new(&Options::default());
+    File::create(host.log_path()).unwrap();
+    let log = fs::metadata(host.log_path()).unwrap();
+    host.set("JOURNAL_STREAM", &format!("{}:{}", log.dev(), log.ino()));
+    host.serve();
+    let refused = ureq_status(&host, "Bearer wrong");
+    assert_eq!(refused, 401);
+    assert!(host.terminate().success());
+    let lines = host.log();
+    let with = |text: &str| {
+        lines
+            .lines()
+            .find(|line| line.contains(text))
+            .unwrap_or_else(|| panic!("{text}: {lines}"))
+    };
+    assert!(with(" ready ").starts_with("<6> INFO"), "{lines}");
+    assert!(with("failed login").starts_with("<4> WARN"), "{lines}");
+
+    // The end of a daemon that could not start, as systemd would see it; another stream has none.
+    host.set("API_TOKEN", "");
+    let failing = host
+        .scaleboxd(&["serve"])
+        .stderr(File::options().append(true).open(host.log_path()).unwrap())
+        .status();
+    assert_eq!(failing.unwrap().code(), Some(78));
+    assert!(
+        host.log().lines().last().unwrap().starts_with("<3>error: API_TOKEN"),
+        "{}",
+        host.log()
+    );
+    assert!(said(&host.scaleboxd(&["serve"]).output().unwrap()).starts_with("error: API_TOKEN"));
+}
+
+/// The status of a request with that header.
+fn ureq_status(host: &Host, authorization: &str) -> u16 {
+    let request =
+        format!("GET /vms HTTP/1.1\r\nHost: x\r\nAuthorization: {authorization}\r\nConnection: close\r\n\r\n");
+    host.raw(request.as_bytes()).0
+}
+
+#[test]
+fn failed_logins_are_logged_with_their_peer_and_not_each_time() {
+    let host = Host::new(&Options::default());
+    let mut host = host;
+    host.serve();
+    for _ in 0..40 {
+        assert_eq!(ureq_status(&host, "Bearer wrong"), 401);
+    }
+    assert_eq!(ureq_status(&host, &format!("Bearer {TOKEN}")), 200);
+    let log = host.log();
+    let failed: Vec<_> = log.lines().filter(|line| line.contains("failed login")).collect();
+    assert!(failed[0].contains("peer=127.0.0.1 attempts=1"), "{failed:?}");
+    // A slow machine takes more than one interval for them.
+    assert!(failed.len() < 10, "{failed:?}");
+    let loud = |line: &&str| line.contains("GET") && !line.contains("DEBUG") && !line.contains("failed login");
+    assert_eq!(log.lines().find(loud), None, "neither they nor what was answered");
+}
+
+#[test]
+fn vms_that_ran_come_back_after_down() {
+    let mut host = host_with_kernel(&Options::default());
+    let (one, off) = (create_running(&host), create_running(&host));
+    let stopped = host.create_stopped("tiny", None);
+    let keep_down = UpdateVm {
+        autostart: Some(false),
+        ..UpdateVm::default()
+    };
+    host.client().update_vm(&off.id, &keep_down).unwrap();
+    assert!(host.terminate().success());
+    host.scaleboxd_ok(&["down"]);
+    assert_eq!(machines(&host), Vec::<String>::new());
+    // Twice is as good as once.
+    host.scaleboxd_ok(&["pool", "init"]);
+    host.scaleboxd_ok(&["down"]);
+
+    host.scaleboxd_ok(&["pool", "init"]);
+    host.serve();
+    eventually("the VM that ran", || {
+        (host.client().vm(&one.id).unwrap().status == VmStatus::Running).then_some(())
+    });
+    let off = host.client().vm(&off.id).unwrap();
+    assert_eq!(off.status, VmStatus::Stopped);
+    assert!(off.status_reason.unwrap().contains("autostart is off"));
+    assert_eq!(host.client().vm(&stopped.id).unwrap().status, VmStatus::Stopped);
+
+    // One that is stopped from then on stays so.
+    host.client().stop_vm(&one.id).unwrap();
+    assert!(host.terminate().success());
+    host.serve();
+    assert_eq!(host.client().vm(&one.id).unwrap().status, VmStatus::Stopped);
+}
+
+#[test]
+fn a_machine_is_adopted_by_the_driver_that_launched_it() {
+    let mut host = host_with_kernel(&Options::default());
+    // What a Firecracker that was removed since has left.
+    fs::create_dir(host.folder.join("pool/jails")).unwrap();
+    let vm = create_running(&host);
+    assert_eq!(driver_of(&host, &vm).as_deref(), Some("qemu"));
+    let before = machines(&host);
+    // As an earlier release left the state; and as a crash in the middle of a change would.
+    for recorded in ["NULL", "'firecracker'"] {
+        host.crash();
+        change_state(&host, &format!("UPDATE vms SET vmm = {recorded}"));
+        host.serve();
+        assert_eq!(
+            host.client().vm(&vm.id).unwrap().status,
+            VmStatus::Running,
+            "{recorded}"
+        );
+        assert_eq!(machines(&host), before, "{recorded}");
+    }
+    assert!(doctor(&host).contains("1 VMs have firecracker, new ones get qemu"));
+
+    // A VM whose driver is not there any more gets the one that is.
+    host.client().stop_vm(&vm.id).unwrap();
+    host.client().start_vm(&vm.id).unwrap();
+    assert_eq!(driver_of(&host, &vm).as_deref(), Some("qemu"));
+    assert!(!doctor(&host).contains("VMs have"));
+    host.client().delete_vm(&vm.id).unwrap();
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+fn doctor(host: &Host) -> String {
+    said(&host.scaleboxd(&["doctor"]).output().unwrap())
+}
+
+#[test]
+fn a_user_is_logged_in_by_what_the_daemon_prints() {
+    let mut host = Host::new(&Options::default());
+    host.set("API_BIND", "0.0.0.0");
+    host.set("API_PORT", "8099");
+    let printed = host.scaleboxd(&["client-config"]).output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&printed.stdout),
+        format!("SCALEBOX_URL=http://127.0.0.1:8099\nSCALEBOX_TOKEN={TOKEN}\n")
+    );
+    host.set("API_BIND", "127.0.0.1");
+    host.set("API_PORT", "0");
+    host.serve();
+    let home = host.folder.join("home/.config/scalebox");
+    fs::create_dir_all(&home).unwrap();
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    fs::write(home.join("config"), printed.replace("http://127.0.0.1:8099", &host.url)).unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name("scalebox");
+    let output = std::process::Command::new(program)
+        .arg("status")
+        .env_clear()
+        .env("HOME", host.folder.join("home"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+}

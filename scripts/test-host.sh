@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# An operator's day on a whole Debian server, as a test: the server is an emulated machine of this script's own (systemd, control groups, Landlock, KVM
+# inside), Scalebox is installed on it as the documentation says, and then restarted, killed, misconfigured, rebooted, upgraded and removed.
+#
+#   scripts/test-host.sh               all cases, in order
+#   scripts/test-host.sh short         those that CI runs
+#   scripts/test-host.sh reboot port   these, after an installation
+#   scripts/test-host.sh --list        their names, with what each promises
+#
+# Run it by `make test-host`, which builds the programs and the template first. Needs root (for the server's root disk) and about 6 GiB under target/.
+# KEEP=1 leaves the server running at the end, and says how to enter it.
+set -euo pipefail
+cd -- "$(dirname -- "$0")/.."
+# shellcheck source=scripts/test-host/root.sh
+source scripts/test-host/root.sh
+# shellcheck source=scripts/test-host/server.sh
+source scripts/test-host/server.sh
+# shellcheck source=scripts/test-host/cases.sh
+source scripts/test-host/cases.sh
+
+: "${SCALEBOX_CACHE:=$PWD/target/template-cache}"
+readonly artifacts=$PWD/target/test-host
+
+say() { printf '== %s\n' "$*"; }
+
+# In the order of the file: what a case does, in one sentence, is the comment above it.
+all_cases() { sed -n 's/^case_\([a-z_]*\)() {$/\1/p' scripts/test-host/cases.sh; }
+list_cases() { sed -n '/^# /{h;b};/^case_/{s/^case_\([a-z_]*\)() {$/\1/;G;s/\n# /\t/;p}' scripts/test-host/cases.sh | expand -t 20; }
+
+choose_cases() {
+	local name
+	case ${1:-} in
+	'') all_cases ;;
+	short) printf '%s\n' "${short_cases[@]}" ;;
+	*)
+		[[ $1 == install ]] || echo install
+		for name in "$@"; do
+			all_cases | grep -qxF -- "$name" || {
+				echo "test-host.sh: there is no case $name; scripts/test-host.sh --list names them" >&2
+				return 1
+			}
+			echo "$name"
+		done
+		;;
+	esac
+}
+
+status_of_run=0
+table=()
+
+# Not as a condition: in one, bash does not stop at a case's first failure.
+run_case() {
+	local name=$1 begun=$SECONDS status outcome note
+	: >"$WORK/note"
+	printf 'case: %s ...' "$name"
+	set +e
+	(
+		set -e
+		"case_$name"
+	) >"$WORK/log" 2>&1
+	status=$?
+	set -e
+	outcome=ok
+	[[ $status -eq 0 ]] || outcome=FAILED
+	printf ' %s (%s s)\n' "$outcome" $((SECONDS - begun))
+	note=$(paste -sd' ' "$WORK/note")
+	table+=("$(printf '%-18s %-7s %5s s   %s' "$name" "$outcome" $((SECONDS - begun)) "$note")")
+	[[ $status -eq 0 ]] || show_failure
+}
+
+# What a case leaves that failed half-way is not the next one's.
+tidy() {
+	server_runs || server_start
+	on <<-'SH'
+		sed -i '/^MAX_DISK_SIZE_GIB=lots$/d; s/^API_PORT=22$/API_PORT=8080/' /etc/scaleboxd/config
+		[[ ! -e /var/lib/elsewhere.img ]] || mv /var/lib/elsewhere.img /var/lib/scalebox.img
+		mountpoint -q /var/lib/scalebox || mount /var/lib/scalebox
+		nft list table inet filter >/dev/null 2>&1 && nft delete table inet filter
+		systemctl restart scaleboxd
+		eventually 60 scalebox status >/dev/null
+		delete_all
+	SH
+}
+
+show_failure() {
+	status_of_run=1
+	echo "---- what the case said ----"
+	tail -n 60 "$WORK/log"
+	echo "---- the journal's end ----"
+	timeout 60 ssh "${ssh_options[@]}" root@127.0.0.1 journalctl --no-pager --lines 60 -t scaleboxd -t systemd -t kernel 2>/dev/null || tail -n 40 "$WORK/console"
+}
+
+# A line for the table: a figure, or why something could not run.
+note() { printf '%s\n' "$*" >>"$WORK/note"; }
+
+clean_up() {
+	local status=$?
+	trap - EXIT INT TERM
+	if [[ ${KEEP:-0} == 1 && -n ${WORK:-} ]] && server_runs; then
+		echo "kept: ssh ${ssh_options[*]} root@127.0.0.1; to end it: kill $(server_pid) && rm -r $WORK"
+		exit "$status"
+	fi
+	if [[ -n ${WORK:-} ]]; then
+		server_cut
+		rm -rf -- "$WORK"
+	fi
+	[[ -z ${SCRATCH:-} ]] || rm -rf -- "$SCRATCH"
+	scripts/toolchain.sh give-back
+	exit "$status"
+}
+
+main() {
+	if [[ ${1:-} == --list ]]; then
+		list_cases
+		return
+	fi
+	local cases begun=$SECONDS name
+	mapfile -t cases < <(choose_cases "$@")
+	[[ ${#cases[@]} -gt 0 ]] || return 2
+	[[ $EUID -eq 0 ]] || {
+		echo "test-host.sh: the server's root disk is made as root: sudo make test-host" >&2
+		return 1
+	}
+	trap clean_up EXIT
+	trap 'exit 130' INT TERM
+	build_root "$artifacts"
+	WORK=$(mktemp -d "$artifacts/run.XXXXXX")
+	say "Start the server"
+	server_prepare
+	server_ssh
+	server_start
+	echo "   ($((SECONDS - begun)) s)"
+	for name in "${cases[@]}"; do
+		run_case "$name"
+		if [[ $status_of_run -ne 0 ]]; then
+			# Without an installation there is nothing to try.
+			[[ $name != install ]] || break
+			tidy >"$WORK/log" 2>&1 || {
+				cat "$WORK/log"
+				break
+			}
+		fi
+	done
+	printf '\n%s\n\nAll of it took %s s.\n' "$(printf '%s\n' "${table[@]}")" $((SECONDS - begun))
+	return "$status_of_run"
+}
+
+main "$@"
