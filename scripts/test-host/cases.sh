@@ -9,6 +9,7 @@ short_cases=(install reboot restart configuration)
 # An ordinary user with sudo and rustup in their home installs: built as them, answering at the end, one command from being logged in.
 case_install() {
 	on <<-'SH'
+		install -d -o ada -g ada /home/ada/.config
 		# What is there before, for the case that removes everything.
 		list_files >/root/files-before
 		cp -a /payload/tree /home/ada/scalebox
@@ -28,6 +29,10 @@ case_install() {
 		[[ ! -e /etc/scaleboxd && ! -e /usr/local/bin/scaleboxd ]]
 
 		sudo SCALEBOX_CACHE=/payload/cache scripts/install.sh
+		[[ -z $(find target -not -user ada) ]]
+		# As make 4.4 calls it, which passes the PATH of a Makefile on; and what is built by sudo make.
+		[[ $(sudo env PATH="$(sudo scripts/toolchain.sh path)" scripts/toolchain.sh rustup-home) == ~/.rustup ]]
+		sudo make --silent release
 		[[ -z $(find target -not -user ada) ]]
 		# The installer's words.
 		(umask 077; mkdir -p ~/.config/scalebox; sudo scaleboxd client-config >~/.config/scalebox/config)
@@ -75,6 +80,8 @@ case_power_cut() {
 			vm $name 'echo synced >synced; sync'
 			host_key $name /root/key-$name
 		done
+		# What this case keeps on the server would be lost as well.
+		sync /root/key-*
 	SH
 	server_cut
 	server_start

@@ -110,5 +110,5 @@ session_answers() {
 # Every file that an installation may leave, but for what a running system writes by itself.
 list_files() {
 	find / -xdev \( -path /proc -o -path /sys -o -path /run -o -path /tmp -o -path /payload -o -path /var/log -o -path /var/lib/systemd \
-		-o -path /root -o -path '/home/ada/scalebox' -o -path '/home/ada/.cargo' -o -path '/home/ada/.rustup' \) -prune -o -print | sort
+		-o -path /root -o -path /var/tmp -o -name .sudo_as_admin_successful -o -path '/home/ada/scalebox' -o -path '/home/ada/.cargo' -o -path '/home/ada/.rustup' \) -prune -o -print | sort
 }

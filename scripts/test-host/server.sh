@@ -14,7 +14,7 @@ readonly server_memory=4096
 # Emulation on a busy machine: a boot takes 20 s on a quiet one.
 readonly server_patience=300
 # The longest script of a case, in seconds.
-readonly script_patience=1200
+readonly script_patience=3600
 
 server_prepare() {
 	mkdir -p "$WORK/payload"
