@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 /// How long a start may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A running `scaleboxd serve`; ended when it is dropped, and by `bench/run.sh` if this program is killed.
+/// A running `scaleboxd serve`; ended when it is dropped, and by `bench/run.sh` if this program is
+/// killed.
 pub struct Daemon {
     child: Child,
     client: Client,

@@ -1,4 +1,5 @@
-//! The four ways to make a disk: the original's commands, two bare system calls, our library, our API.
+//! The four ways to make a disk: the original's commands, two bare system calls, our library, our
+//! API.
 
 use crate::daemon::Daemon;
 use crate::measure::timed;
@@ -21,9 +22,11 @@ const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1v9rM4jKkZxV2x3y6wqg2m0
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Way {
-    /// `cp --reflink`, `truncate`, `e2fsck`, `resize2fs`, mount, key, umount: `bench/seed.sh`. Not durable.
+    /// `cp --reflink`, `truncate`, `e2fsck`, `resize2fs`, mount, key, umount: `bench/seed.sh`. Not
+    /// durable.
     Seed,
-    /// `FICLONE` of the grown template, `fsync` of the file and of its folder: what durable costs at least.
+    /// `FICLONE` of the grown template, `fsync` of the file and of its folder: what durable costs
+    /// at least.
     Bare,
     /// `Pool::admit` and `Pool::create_disk`.
     Library,
@@ -53,7 +56,8 @@ pub struct Workshop<'a> {
 }
 
 impl<'a> Workshop<'a> {
-    /// Opens the pool beside the daemon. Its books are its own, and empty: what it makes is removed again.
+    /// Opens the pool beside the daemon. Its books are its own, and empty: what it makes is removed
+    /// again.
     pub fn open(setup: &'a Setup, daemon: &'a Daemon) -> Outcome<Workshop<'a>> {
         let bounds = Bounds {
             buffer: Gib::new(2),

@@ -1,4 +1,5 @@
-//! Measures Scalebox against the sequence it began with, in one run on one pool; `bench/run.sh` sets up and takes down what it needs.
+//! Measures Scalebox against the sequence it began with, in one run on one pool; `bench/run.sh`
+//! sets up and takes down what it needs.
 //!
 //! # Layout
 //!

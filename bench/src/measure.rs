@@ -22,7 +22,8 @@ pub struct Samples {
     pub per_second: f64,
 }
 
-/// Runs `operation` `count` times on `clients` threads. It is given its number, and tells how long the part took that counts.
+/// Runs `operation` `count` times on `clients` threads. It is given its number, and tells how long
+/// the part took that counts.
 pub fn run(count: usize, clients: usize, operation: impl Fn(usize) -> Outcome<Duration> + Sync) -> Outcome<Samples> {
     let next = AtomicUsize::new(0);
     let times = Mutex::new(Vec::with_capacity(count));

@@ -14,7 +14,8 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long is waited for a guest, and for anything else; an emulated Debian takes half a minute on a busy machine.
+/// How long is waited for a guest, and for anything else; an emulated Debian takes half a minute on
+/// a busy machine.
 const PATIENCE: Duration = Duration::from_secs(240);
 /// Clients when there are many.
 pub const MANY: usize = 32;
@@ -55,7 +56,8 @@ pub struct Results {
     pub random_writes: Vec<Passes>,
     /// From `POST /vms` to an SSH banner, the median, in seconds.
     pub to_ssh_s: f64,
-    /// `PATCH /vms/{id}` from 10 to 20 GiB of a running, idle guest, in seconds, and whether the guest confirmed it.
+    /// `PATCH /vms/{id}` from 10 to 20 GiB of a running, idle guest, in seconds, and whether the
+    /// guest confirmed it.
     pub live_grow_s: f64,
     /// See [`Results::live_grow_s`].
     pub live_grow_confirmed: bool,
@@ -174,7 +176,8 @@ impl Results {
     }
 }
 
-/// Waits until the blocks of what was deleted are back and everything is flushed, so that no row pays for the one before.
+/// Waits until the blocks of what was deleted are back and everything is flushed, so that no row
+/// pays for the one before.
 fn settle(setup: &Setup, client: &Client) -> Outcome<()> {
     until("the blocks of deleted disks", || {
         let provisioned: u64 = client.vms()?.iter().map(|vm| vm.disk_size_gib << 30).sum();

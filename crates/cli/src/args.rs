@@ -68,7 +68,8 @@ pub enum Command {
         scalebox events --json | jq --unbuffered -r 'select(.kind == \"failed\").vm.name'"
     )]
     Events {
-        /// Begin after this event, as far as the server still knows; 0 for all it knows [default: from now on]
+        /// Begin after this event, as far as the server still knows; 0 for all it knows [default:
+        /// from now on]
         #[arg(long, value_name = "ID", value_parser = whole_number)]
         since: Option<u64>,
         /// End with what happened so far instead of waiting for more
@@ -240,13 +241,15 @@ pub struct CreateArgs {
     /// Do not start it again after a reboot of the host
     #[arg(long)]
     pub no_autostart: bool,
-    /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub, id_rsa.pub, id_ed25519_sk.pub, id_ecdsa_sk.pub]
+    /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub,
+    /// id_rsa.pub, id_ed25519_sk.pub, id_ecdsa_sk.pub]
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
     /// Make the VM and leave it stopped
     #[arg(long)]
     pub no_start: bool,
-    /// Make one VM however often this is run: while it exists, the same request with the same key gives it again
+    /// Make one VM however often this is run: while it exists, the same request with the same key
+    /// gives it again
     #[arg(long, value_name = "KEY")]
     pub idempotency_key: Option<IdempotencyKey>,
     /// Wait until it answers SSH
@@ -260,7 +263,8 @@ pub struct CreateArgs {
 /// How a disk extends itself.
 #[derive(Debug, clap::Args)]
 pub struct ExtendArgs {
-    /// Let the disk extend itself when the guest's root file system fills up, until it is this large
+    /// Let the disk extend itself when the guest's root file system fills up, until it is this
+    /// large
     #[arg(long, value_name = "GIB", value_parser = whole_number)]
     pub extend_to: Option<u64>,
     /// By how much at a time
@@ -305,7 +309,8 @@ pub struct SetArgs {
     pub autostart: Option<Switch>,
 }
 
-/// Digits alone: a unit behind them, a sign or a fraction would be read in another way than it was meant.
+/// Digits alone: a unit behind them, a sign or a fraction would be read in another way than it was
+/// meant.
 fn whole_number(text: &str) -> Result<u64, String> {
     let wrong = || "write a whole number in digits alone, such as 10".to_owned();
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {

@@ -1,4 +1,5 @@
-//! `scalebox`: what a person types. It asks the daemon over HTTP and shows the answer; it decides nothing itself.
+//! `scalebox`: what a person types. It asks the daemon over HTTP and shows the answer; it decides
+//! nothing itself.
 //!
 //! # Layout
 //!

@@ -1,5 +1,6 @@
-//! What is shown, and where: answers on the standard output, as tables for people or as JSON for programs; everything said
-//! about them (errors, warnings, questions, progress) on the standard error.
+//! What is shown, and where: answers on the standard output, as tables for people or as JSON for
+//! programs; everything said about them (errors, warnings, questions, progress) on the standard
+//! error.
 
 use crate::error::Error;
 use clap_complete::{Shell, generate};
@@ -98,7 +99,8 @@ impl Output {
         say(&format!("{kind} {}\n", printable(text)));
     }
 
-    /// Asks before something that cannot be undone. Where nobody can answer, the command itself is the yes.
+    /// Asks before something that cannot be undone. Where nobody can answer, the command itself is
+    /// the yes.
     pub fn confirm(&self, question: &str) -> Result<(), Error> {
         if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
             return Ok(());
@@ -150,8 +152,8 @@ fn say(text: &str) {
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
-/// A text from the server without what would drive the terminal: an escape sequence in a console's last words is not to
-/// repaint the screen of who reads them.
+/// A text from the server without what would drive the terminal: an escape sequence in a console's
+/// last words is not to repaint the screen of who reads them.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| {

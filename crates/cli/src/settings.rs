@@ -1,4 +1,5 @@
-//! Whom to ask, and with which token: flags over environment over `~/.config/scalebox/config`; root also has the daemon's own settings.
+//! Whom to ask, and with which token: flags over environment over `~/.config/scalebox/config`; root
+//! also has the daemon's own settings.
 
 use crate::args::Connection;
 use crate::error::Error;
@@ -70,7 +71,8 @@ pub fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
     })
 }
 
-/// An empty variable is an unset one. One that is not UTF-8 is not passed over: what it is for says what is wrong with it.
+/// An empty variable is an unset one. One that is not UTF-8 is not passed over: what it is for says
+/// what is wrong with it.
 fn variable(name: &str) -> Option<String> {
     let value = env::var_os(name)?.to_string_lossy().into_owned();
     Some(value).filter(|value| !value.is_empty())
@@ -81,7 +83,8 @@ fn config_path() -> PathBuf {
     own_folder("XDG_CONFIG_HOME", ".config").join("config")
 }
 
-/// Our folder under one of the XDG base directories, which are ignored unless absolute (XDG Base Directory Specification).
+/// Our folder under one of the XDG base directories, which are ignored unless absolute (XDG Base
+/// Directory Specification).
 pub fn own_folder(variable_name: &str, under_home: &str) -> PathBuf {
     let base = variable(variable_name)
         .map(PathBuf::from)
@@ -138,7 +141,8 @@ impl Config {
         Ok(config)
     }
 
-    /// What the daemon's settings say, to those who can read them; nothing else of them matters here, nor whether they are right.
+    /// What the daemon's settings say, to those who can read them; nothing else of them matters
+    /// here, nor whether they are right.
     fn of_daemon(path: &Path) -> Self {
         let text = fs::read_to_string(path).unwrap_or_default();
         let setting = |key: &str| {
@@ -158,7 +162,8 @@ impl Config {
         }
     }
 
-    /// Reads `KEY=VALUE` lines; blank ones and those that begin with `#` are comments. A value may stand in quotes.
+    /// Reads `KEY=VALUE` lines; blank ones and those that begin with `#` are comments. A value may
+    /// stand in quotes.
     fn parse(text: &str) -> Result<Self, (usize, String)> {
         let mut config = Config::default();
         for (number, line) in (1..).zip(text.lines()) {

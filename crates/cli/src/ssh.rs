@@ -1,4 +1,5 @@
-//! The system's own `ssh`, which is the only outside program here, and the public key that it will log in with.
+//! The system's own `ssh`, which is the only outside program here, and the public key that it will
+//! log in with.
 
 use crate::error::Error;
 use crate::settings::{home, is_file, own_folder};
@@ -27,7 +28,8 @@ pub fn connect(client: &Client, vm: &str, identity: Option<&Path>, command: &[St
     ))
 }
 
-/// A port of the host leads to one VM today and to another tomorrow, so that a host key belongs to the id, not to the address.
+/// A port of the host leads to one VM today and to another tomorrow, so that a host key belongs to
+/// the id, not to the address.
 fn arguments(vm: &Vm, identity: Option<&Path>, known_hosts: &Path, command: &[String]) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = vec!["-p".into(), vm.ssh_port.to_string().into()];
     let mut option = |option: OsString| arguments.extend(["-o".into(), option]);
@@ -62,8 +64,8 @@ fn known_hosts() -> Result<PathBuf, Error> {
     Ok(folder.join("known_hosts"))
 }
 
-/// The key in `file`, or the first of those that `ssh-keygen` makes by default; those on security keys, which have to be
-/// touched at each login, come last.
+/// The key in `file`, or the first of those that `ssh-keygen` makes by default; those on security
+/// keys, which have to be touched at each login, come last.
 pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
     const DEFAULTS: [&str; 5] = [
         "id_ed25519.pub",
@@ -100,9 +102,11 @@ pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
     })
 }
 
-/// What the file holds. Only a plain one, and only so much: a device or a pipe may never come to an end.
+/// What the file holds. Only a plain one, and only so much: a device or a pipe may never come to an
+/// end.
 fn read_key(path: &Path) -> Result<Vec<u8>, Error> {
-    /// In bytes; a public key of RSA with 16384 bits, the longest that `ssh-keygen` makes, has under 3 KiB.
+    /// In bytes; a public key of RSA with 16384 bits, the longest that `ssh-keygen` makes, has
+    /// under 3 KiB.
     const LONGEST: u64 = 64 << 10;
     let unreadable = |why| Error::KeyUnreadable {
         path: path.to_owned(),

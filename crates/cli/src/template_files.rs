@@ -64,7 +64,8 @@ pub fn export(client: &Client, name: &str, file: Option<&Path>, force: bool, out
     ))
 }
 
-/// Copies what is packed, and unpacks it on the side: that tells how far it is, and whether it is whole. Returns how much it was.
+/// Copies what is packed, and unpacks it on the side: that tells how far it is, and whether it is
+/// whole. Returns how much it was.
 fn copy(mut export: Export, mut out: impl Write, bar: &ProgressBar) -> Result<u64, Error> {
     let mut unpacked = Decoder::new(Count(bar)).map_err(Error::Output)?;
     let (mut piece, mut packed_bytes) = (vec![0; 64 << 10], 0);

@@ -284,7 +284,8 @@ pub fn delete_all(
                     output.line(&format!("{name} is deleted"))?;
                 }
             }
-            // The answer of one is not that of the next, unless nobody answers or the token is wrong.
+            // The answer of one is not that of the next, unless nobody answers or the token is
+            // wrong.
             Err(error) if names.len() > 1 && error.status().is_some_and(|status| status != 401) => {
                 output.error(&error.into());
             }

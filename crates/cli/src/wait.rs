@@ -17,7 +17,8 @@ const LOOK: Duration = Duration::from_secs(2);
 /// For a connection, and for a greeting over it.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Waits until `vm` greets as an SSH server; returns it as the server then describes it, and how long it took.
+/// Waits until `vm` greets as an SSH server; returns it as the server then describes it, and how
+/// long it took.
 ///
 /// # Errors
 /// At once when the VM no longer runs, with its reason; else when `timeout` is over.
@@ -66,8 +67,9 @@ fn show(progress: &ProgressBar, vm: &Vm, silence: &str) {
     ));
 }
 
-/// Connects and reads until the line that every SSH 2 server sends first, perhaps after others (RFC 4253, section 4.2). A port
-/// that is forwarded may accept long before the guest does, so that a connection alone says nothing.
+/// Connects and reads until the line that every SSH 2 server sends first, perhaps after others (RFC
+/// 4253, section 4.2). A port that is forwarded may accept long before the guest does, so that a
+/// connection alone says nothing.
 fn greeting(vm: &Vm, patience: Duration) -> io::Result<()> {
     const LONGEST: usize = 4096;
     let address = (vm.ip.as_str(), vm.ssh_port).to_socket_addrs()?.next();

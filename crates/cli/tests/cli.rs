@@ -549,7 +549,8 @@ fn a_key_may_be_a_link_to_its_file() {
     assert_eq!(ran.code, 0, "{}", ran.err);
 }
 
-/// The exit code and what was written on stderr; a command that is not done in time is killed, and has no exit code.
+/// The exit code and what was written on stderr; a command that is not done in time is killed, and
+/// has no exit code.
 fn run_with_a_deadline(command: &mut Command) -> (Option<i32>, String) {
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = child.stderr.take().unwrap();
@@ -565,7 +566,8 @@ fn run_with_a_deadline(command: &mut Command) -> (Option<i32>, String) {
     (child.wait().unwrap().code(), reader.join().unwrap())
 }
 
-/// A port that says `greetings`, one a connection, the last of them for ever; an empty one hangs up.
+/// A port that says `greetings`, one a connection, the last of them for ever; an empty one hangs
+/// up.
 fn guest(greetings: Vec<&'static str>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -1,7 +1,9 @@
-//! Reading a request's body: a JSON object whose fields are all known, each given once and none of them null.
+//! Reading a request's body: a JSON object whose fields are all known, each given once and none of
+//! them null.
 //!
-//! The fields are kept as text until the rule of each reads its own. So a number that no integer holds (`1e400`) is judged
-//! as what it is, a value out of range, and the sentence that refuses it names the field.
+//! The fields are kept as text until the rule of each reads its own. So a number that no integer
+//! holds (`1e400`) is judged as what it is, a value out of range, and the sentence that refuses it
+//! names the field.
 
 use scalebox_units::WrongForm;
 use serde::Deserialize;
@@ -54,7 +56,8 @@ pub enum Invalid {
         /// What to send in it.
         what: &'static str,
     },
-    /// `disk_size_gib` outside its bounds, in the words of the seed document, whatever the value was.
+    /// `disk_size_gib` outside its bounds, in the words of the seed document, whatever the value
+    /// was.
     #[error("disk_size_gib must be between 1 and {max}")]
     DiskSize {
         /// `MAX_DISK_SIZE_GIB`.
@@ -97,7 +100,8 @@ pub enum Invalid {
 }
 
 impl Invalid {
-    /// The field that the error is about; `None` where it is about the body as a whole, or several fields.
+    /// The field that the error is about; `None` where it is about the body as a whole, or several
+    /// fields.
     pub fn field(&self) -> Option<&str> {
         match self {
             Invalid::Missing { field, .. }
@@ -211,7 +215,8 @@ impl<'a> Fields<'a> {
             .map_err(|_| Invalid::DiskSize { max })
     }
 
-    /// The fields of an object, if it is there. `known` names them with their path, `outer.inner`, and so does every refusal.
+    /// The fields of an object, if it is there. `known` names them with their path, `outer.inner`,
+    /// and so does every refusal.
     pub(crate) fn optional_object(
         &self,
         field: &'static str,
@@ -314,7 +319,8 @@ fn whole_number(json: &str) -> Option<u64> {
     if let Ok(number) = json.parse() {
         return Some(number);
     }
-    // Above 2⁵³ not every whole number has a float of its own, so that the nearest would be a guess.
+    // Above 2⁵³ not every whole number has a float of its own, so that the nearest would be a
+    // guess.
     const EXACT: f64 = (1u64 << 53) as f64;
     let number: f64 = json.parse().ok()?;
     (number.fract() == 0.0 && (0.0..=EXACT).contains(&number)).then_some(number as u64)
@@ -366,8 +372,8 @@ fn shortened(name: &str) -> String {
     }
 }
 
-/// The known field that a misspelt one stands for: the same but for case and punctuation (`diskSizeGib`), a few letters
-/// off (`disk_size_gb`), or words of it (`ssh_key`, `memory`).
+/// The known field that a misspelt one stands for: the same but for case and punctuation
+/// (`diskSizeGib`), a few letters off (`disk_size_gb`), or words of it (`ssh_key`, `memory`).
 fn meant(name: &str, known: &'static [&'static str]) -> Option<&'static str> {
     if name.len() > 64 {
         return None;
@@ -401,7 +407,8 @@ fn letters(name: &str) -> Vec<char> {
         .collect()
 }
 
-/// How many letters to add, drop or exchange to make one of the other (Levenshtein's distance, one row at a time).
+/// How many letters to add, drop or exchange to make one of the other (Levenshtein's distance, one
+/// row at a time).
 fn distance(a: &[char], b: &[char]) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, from) in a.iter().enumerate() {

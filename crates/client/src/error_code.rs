@@ -8,7 +8,8 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {
-    /// A sentence for people: what failed, why, and what to do. It may change from release to release.
+    /// A sentence for people: what failed, why, and what to do. It may change from release to
+    /// release.
     #[cfg_attr(feature = "openapi", schema(example = "there is no VM \"box\""))]
     pub error: String,
     /// The reason, for programs; a word of [`ErrorCode`], to which newer servers add.
@@ -31,7 +32,8 @@ macro_rules! codes {
         #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum ErrorCode {
             $($(#[$doc])+ #[serde(rename = $word)] $name,)+
-            /// A code that a newer daemon knows, and this client does not; empty for a daemon that sends none.
+            /// A code that a newer daemon knows, and this client does not; empty for a daemon that
+            /// sends none.
             #[serde(untagged)]
             Other(String),
         }
@@ -68,7 +70,8 @@ codes! {
     Busy = "busy",
     /// The thing is in a state in which this cannot be done, such as a start of a VM that runs.
     WrongState = "wrong_state",
-    /// It does not fit into the pool or on the host disk. `available_gib` and `need_gib` in `details`.
+    /// It does not fit into the pool or on the host disk. `available_gib` and `need_gib` in
+    /// `details`.
     InsufficientStorage = "insufficient_storage",
     /// The host has not enough memory.
     InsufficientMemory = "insufficient_memory",

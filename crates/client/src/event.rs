@@ -1,4 +1,5 @@
-//! What happens on a host, as `GET /events` tells it: one [`Event`] at a time, in the order in which it happened.
+//! What happens on a host, as `GET /events` tells it: one [`Event`] at a time, in the order in
+//! which it happened.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -8,7 +9,8 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Event {
-    /// Grows from event to event, also over a restart of the daemon, in steps of any size; below 2⁵³.
+    /// Grows from event to event, also over a restart of the daemon, in steps of any size; below
+    /// 2⁵³.
     pub id: u64,
     /// When it happened: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
@@ -65,9 +67,11 @@ macro_rules! kinds {
 kinds! {
     /// A VM was made. `template`, `status`, `disk_size_gib`, `ssh_port`.
     Created = "created",
-    /// Its machine was started, by a request or after a reboot of the host; its guest is still booting.
+    /// Its machine was started, by a request or after a reboot of the host; its guest is still
+    /// booting.
     Started = "started",
-    /// Its machine ended as it should: by a request or by the guest itself. `by`: `request`, `guest`, or `reason`.
+    /// Its machine ended as it should: by a request or by the guest itself. `by`: `request`,
+    /// `guest`, or `reason`.
     Stopped = "stopped",
     /// Its disk grew. `from_gib`, `to_gib`, `by`: `request`, or `auto_extend` with `used_percent`.
     Grown = "grown",
@@ -91,8 +95,9 @@ kinds! {
     PoolGrown = "pool_grown",
     /// The pool is smaller. `capacity_bytes`, `free_bytes`.
     PoolShrunk = "pool_shrunk",
-    /// Not an event of the host but of the stream: some between `since` and this one are not told, because the daemon no longer has them
-    /// or was started anew. Look at what there is: `GET /vms`. `since`.
+    /// Not an event of the host but of the stream: some between `since` and this one are not told,
+    /// because the daemon no longer has them or was started anew. Look at what there is: `GET
+    /// /vms`. `since`.
     Missed = "missed",
 }
 

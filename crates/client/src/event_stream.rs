@@ -1,11 +1,12 @@
-//! Reading `GET /events`: server-sent events (<https://html.spec.whatwg.org/multipage/server-sent-events.html>) off a response's body.
+//! Reading `GET /events`: server-sent events
+//! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>) off a response's body.
 
 use crate::event::Event;
 use crate::http::ClientError;
 use std::io::{BufRead, BufReader, Read};
 
-/// The events of a host as they happen; ends where the daemon ends the stream, with an error where the connection breaks off. To go on
-/// from there, ask again with the last event's id.
+/// The events of a host as they happen; ends where the daemon ends the stream, with an error where
+/// the connection breaks off. To go on from there, ask again with the last event's id.
 pub struct EventStream {
     lines: BufReader<Box<dyn Read + Send>>,
     /// `GET http://HOST:PORT/events`, for errors.
@@ -25,7 +26,8 @@ impl EventStream {
         }
     }
 
-    /// The id to go on from after this stream: that of the last event read, or the daemon's last before the first.
+    /// The id to go on from after this stream: that of the last event read, or the daemon's last
+    /// before the first.
     pub fn last_id(&self) -> Option<u64> {
         self.last_id
     }

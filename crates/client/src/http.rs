@@ -14,8 +14,8 @@ use ureq::http::{Method, Request, Response, header, request};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body, SendBody, Timeout};
 
-/// Speaks to one daemon. Cheap to make; every call has a connection of its own, so that a daemon that was started anew between two
-/// calls is not noticed.
+/// Speaks to one daemon. Cheap to make; every call has a connection of its own, so that a daemon
+/// that was started anew between two calls is not noticed.
 pub struct Client {
     agent: Agent,
     base: String,
@@ -46,7 +46,8 @@ pub enum ClientError {
         /// What to try.
         hint: &'static str,
     },
-    /// The connection ended without a whole answer: the daemon may or may not have carried out the request.
+    /// The connection ended without a whole answer: the daemon may or may not have carried out the
+    /// request.
     #[error("no answer from {call}: {why}; {hint}")]
     Lost {
         /// Method and address.
@@ -107,8 +108,8 @@ impl fmt::Debug for Client {
 const CONNECT: Duration = Duration::from_secs(10);
 /// For what a daemon answers from memory.
 const ASK: Duration = Duration::from_secs(30);
-/// For what it does to a VM. Above every deadline of its own (a guest's shutdown, the check of a template), because a client that
-/// gives up first does not learn how it ended.
+/// For what it does to a VM. Above every deadline of its own (a guest's shutdown, the check of a
+/// template), because a client that gives up first does not learn how it ended.
 const WORK: Duration = Duration::from_secs(300);
 /// Between two signs of life on a stream of events; the daemon gives one every 15 seconds.
 const QUIET: Duration = Duration::from_secs(60);
@@ -116,7 +117,8 @@ const QUIET: Duration = Duration::from_secs(60);
 const LONGEST_ANSWER: u64 = 16 << 20;
 
 impl Client {
-    /// A client of the daemon at `url` (`http://HOST:PORT`, `https://HOST`, perhaps with a path that a proxy takes off).
+    /// A client of the daemon at `url` (`http://HOST:PORT`, `https://HOST`, perhaps with a path
+    /// that a proxy takes off).
     ///
     /// # Errors
     /// An address or a token that no request could be made with. Nothing is sent yet.
@@ -207,7 +209,8 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/stop"))
     }
 
-    /// `POST /vms/{id or name}/restart`: stopped as by [`Client::stop_vm`], and started; one that does not run is started.
+    /// `POST /vms/{id or name}/restart`: stopped as by [`Client::stop_vm`], and started; one that
+    /// does not run is started.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -273,7 +276,8 @@ impl Client {
         })
     }
 
-    /// `POST /templates/{name}/import`: makes a template of an ext4 image, packed with zstd or bare. With `replace`, one of that name gives way to it.
+    /// `POST /templates/{name}/import`: makes a template of an ext4 image, packed with zstd or
+    /// bare. With `replace`, one of that name gives way to it.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -325,8 +329,9 @@ impl Client {
         self.send(Method::POST, "/pool/trim", &serde_json::json!({}))
     }
 
-    /// `GET /events`: what happens from now on, or after the event `since` where one is given (0: all that the daemon still knows). Without
-    /// `follow` the stream ends with what has happened so far.
+    /// `GET /events`: what happens from now on, or after the event `since` where one is given (0:
+    /// all that the daemon still knows). Without `follow` the stream ends with what has happened so
+    /// far.
     ///
     /// # Errors
     /// See [`ClientError`]; once it runs, the stream has its own.
@@ -462,7 +467,8 @@ impl<'c> Call<'c> {
         Ok(EventStream::new(response.into_body().into_reader(), call.to_string()))
     }
 
-    /// The answer's head, and its body yet to be read; the server gives a sign of life at least every [`QUIET`].
+    /// The answer's head, and its body yet to be read; the server gives a sign of life at least
+    /// every [`QUIET`].
     fn begin(self, accept: &str) -> Result<(Response<Body>, Self), ClientError> {
         let request = self.request().header(header::ACCEPT, accept);
         let agent = &self.client.agent;
@@ -585,7 +591,8 @@ impl Answer<'_> {
     }
 }
 
-/// The address without white space around it and a slash at its end, its scheme in lower case (RFC 3986, section 3.1).
+/// The address without white space around it and a slash at its end, its scheme in lower case (RFC
+/// 3986, section 3.1).
 fn check_url(url: &str) -> Result<String, ClientError> {
     let url = url.trim();
     let refuse = |why| ClientError::Url {
@@ -632,8 +639,8 @@ fn vm_path(id_or_name: &str) -> String {
     format!("/vms/{}", percent_encoded(id_or_name))
 }
 
-/// One segment of a path (RFC 3986, section 3.3): all but the unreserved characters encoded, so that nothing in it is a
-/// separator.
+/// One segment of a path (RFC 3986, section 3.3): all but the unreserved characters encoded, so
+/// that nothing in it is a separator.
 fn percent_encoded(segment: &str) -> String {
     let mut encoded = String::with_capacity(segment.len());
     for byte in segment.bytes() {

@@ -4,8 +4,9 @@ use scalebox_units::WrongForm;
 use std::fmt;
 use std::str::FromStr;
 
-/// The value of the header `Idempotency-Key`: 1 to 255 printable ASCII characters without spaces, such as a UUID, drawn anew for each
-/// VM. Quotes around it, which draft-ietf-httpapi-idempotency-key-header asks for, belong to the header and not to the key.
+/// The value of the header `Idempotency-Key`: 1 to 255 printable ASCII characters without spaces,
+/// such as a UUID, drawn anew for each VM. Quotes around it, which
+/// draft-ietf-httpapi-idempotency-key-header asks for, belong to the header and not to the key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey(String);
 

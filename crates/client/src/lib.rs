@@ -1,8 +1,10 @@
-//! The Scalebox API as types: what a request may hold, what an answer holds, and (feature `http`) a blocking client.
+//! The Scalebox API as types: what a request may hold, what an answer holds, and (feature `http`) a
+//! blocking client.
 //!
-//! The daemon, the command line and the tests share these, so that no two of them can disagree about a field. Requests are
-//! strict, because a misspelt `disk_size_gb` that is quietly ignored is a VM with the wrong disk; answers are read
-//! leniently, because a newer daemon may say more than an older client knows.
+//! The daemon, the command line and the tests share these, so that no two of them can disagree
+//! about a field. Requests are strict, because a misspelt `disk_size_gb` that is quietly ignored is
+//! a VM with the wrong disk; answers are read leniently, because a newer daemon may say more than
+//! an older client knows.
 //!
 //! # Layout
 //!

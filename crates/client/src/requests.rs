@@ -1,4 +1,5 @@
-//! Every request that has a body. `parse` reads one from a client's bytes; what it returns holds in every field.
+//! Every request that has a body. `parse` reads one from a client's bytes; what it returns holds in
+//! every field.
 
 use crate::body::{Fields, Invalid, without_mark};
 use crate::types::AutoExtend;
@@ -51,7 +52,8 @@ pub struct CreateVm {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_size_gib: Option<u64>,
-    /// Extends the disk when the guest's root file system fills up; otherwise it stays as large as it is.
+    /// Extends the disk when the guest's root file system fills up; otherwise it stays as large as
+    /// it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_auto_extend: Option<AutoExtend>,
@@ -74,13 +76,15 @@ pub struct CreateVm {
     /// False makes the VM and leaves it stopped.
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub start: bool,
-    /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same key gives it again instead of another.
+    /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same
+    /// key gives it again instead of another.
     #[serde(skip)]
     pub idempotency_key: Option<IdempotencyKey>,
 }
 
-/// What is left out: a field that every server knows from its silence. It also keeps the text of a request, and so the digest that goes with
-/// an idempotency key, what it was before there was such a field.
+/// What is left out: a field that every server knows from its silence. It also keeps the text of a
+/// request, and so the digest that goes with an idempotency key, what it was before there was such
+/// a field.
 fn is_true(value: &bool) -> bool {
     *value
 }
@@ -120,8 +124,8 @@ impl CreateVm {
         }
     }
 
-    /// Reads a client's body. Whether the template exists, the name is free and the disk is large enough for the template is
-    /// for the caller to see.
+    /// Reads a client's body. Whether the template exists, the name is free and the disk is large
+    /// enough for the template is for the caller to see.
     ///
     /// # Errors
     /// The first thing wrong, as a sentence that names the field and what it may be.
@@ -290,7 +294,8 @@ const LARGEST_POOL_GIB: u64 = 65_536;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ResizePool {
-    /// The new size of the pool, in GiB. Growing without it takes 80 % of what the host disk can hold today.
+    /// The new size of the pool, in GiB. Growing without it takes 80 % of what the host disk can
+    /// hold today.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 65_536))]
     pub size_gib: Option<u64>,

@@ -1,4 +1,5 @@
-//! Every answer of the API. Sizes are whole numbers; the field's name ends in their unit (`_bytes`, `_mib`, `_gib`).
+//! Every answer of the API. Sizes are whole numbers; the field's name ends in their unit (`_bytes`,
+//! `_mib`, `_gib`).
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -40,7 +41,8 @@ pub struct Vm {
     /// How its disk extends itself; not there where it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_auto_extend: Option<AutoExtend>,
-    /// Requests a second that the guest may make of its disk, reading and writing together; not there where it has no such limit.
+    /// Requests a second that the guest may make of its disk, reading and writing together; not
+    /// there where it has no such limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_iops: Option<u64>,
     /// Megabytes (10⁶ bytes) a second that it may read and write together.
@@ -69,7 +71,8 @@ fn yes() -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AutoExtend {
-    /// The disk grows when this share of the guest's root file system is in use, as `df` in the guest shows it: 1 to 99 %.
+    /// The disk grows when this share of the guest's root file system is in use, as `df` in the
+    /// guest shows it: 1 to 99 %.
     pub threshold_percent: u64,
     /// By this much, in GiB; by less where the limit or the pool allow no more.
     pub increment_gib: u64,
@@ -77,7 +80,8 @@ pub struct AutoExtend {
     pub limit_gib: u64,
 }
 
-/// What a disk or a template takes in the pool, as last measured: at most a minute ago, or `ACCOUNTING_SECONDS`.
+/// What a disk or a template takes in the pool, as last measured: at most a minute ago, or
+/// `ACCOUNTING_SECONDS`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct StorageUsage {
@@ -85,7 +89,8 @@ pub struct StorageUsage {
     pub provisioned_bytes: u64,
     /// The blocks that it maps, shared or not.
     pub used_bytes: u64,
-    /// What deleting it frees. Can be more than `used_bytes`: an extent overwritten in part stays whole.
+    /// What deleting it frees. Can be more than `used_bytes`: an extent overwritten in part stays
+    /// whole.
     pub exclusive_bytes: u64,
     /// RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
@@ -98,8 +103,8 @@ pub struct StorageUsage {
 pub struct Disk {
     /// Whether the file system is known to have grown with the disk.
     pub confirmed: bool,
-    /// Size of the root file system as the guest's agent tells it, less what the file system keeps for itself; null when there was
-    /// no guest to ask.
+    /// Size of the root file system as the guest's agent tells it, less what the file system keeps
+    /// for itself; null when there was no guest to ask.
     pub guest_total_bytes: Option<u64>,
     /// Why it is not confirmed, and what to do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -164,7 +169,8 @@ pub struct Template {
     pub used_by: u64,
     /// It cannot be deleted.
     pub protected: bool,
-    /// What it takes in the pool, the grown clones kept of it included in `exclusive_bytes`; not there until it was measured.
+    /// What it takes in the pool, the grown clones kept of it included in `exclusive_bytes`; not
+    /// there until it was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
 }
@@ -182,7 +188,8 @@ pub struct Snapshot {
     /// RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// How long the guest could not write meanwhile, in milliseconds, the way to its agent and back included; 0 for one that did not run.
+    /// How long the guest could not write meanwhile, in milliseconds, the way to its agent and back
+    /// included; 0 for one that did not run.
     pub stood_still_ms: u64,
     /// How the guest was held still: `frozen` by its agent, `paused` by the host, or `not_running`.
     pub held: String,
@@ -236,7 +243,8 @@ pub struct PoolInfo {
     pub metadata_bytes: u64,
     /// Of `metadata_bytes`, what is in use.
     pub metadata_used_bytes: u64,
-    /// Blocks that belong to a single VM's disk. The four sums together are `used_bytes` at `measured_at`, within 1 %; null until measured.
+    /// Blocks that belong to a single VM's disk. The four sums together are `used_bytes` at
+    /// `measured_at`, within 1 %; null until measured.
     #[serde(default)]
     pub vms_exclusive_bytes: Option<u64>,
     /// Blocks that belong to a single template and the grown clones kept of it.
@@ -252,12 +260,14 @@ pub struct PoolInfo {
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub measured_at: Option<String>,
-    /// In how many days `free_bytes` are used up at the rate of the last day. Null with less than an hour of history (a restart of
-    /// the daemon begins it anew), when nothing grows, and beyond ten years.
+    /// In how many days `free_bytes` are used up at the rate of the last day. Null with less than
+    /// an hour of history (a restart of the daemon begins it anew), when nothing grows, and beyond
+    /// ten years.
     #[serde(default)]
     pub days_left: Option<f64>,
-    /// Stopped and deleted VMs that left something on the host which cannot be removed yet, for an error that the log names;
-    /// it is tried again every few seconds. A deleted VM's disk stays committed until it is removed.
+    /// Stopped and deleted VMs that left something on the host which cannot be removed yet, for an
+    /// error that the log names; it is tried again every few seconds. A deleted VM's disk stays
+    /// committed until it is removed.
     #[serde(default)]
     pub cleanups_pending: u64,
 }
@@ -266,7 +276,8 @@ pub struct PoolInfo {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Trimmed {
-    /// What the pool, or the guest, told its disk to be free; what was free there already may be included.
+    /// What the pool, or the guest, told its disk to be free; what was free there already may be
+    /// included.
     pub trimmed_bytes: u64,
 }
 

@@ -1,7 +1,9 @@
-//! Whose each block of the pool is, measured in the background, and how many days the pool lasts at the rate at which it fills.
+//! Whose each block of the pool is, measured in the background, and how many days the pool lasts at
+//! the rate at which it fills.
 //!
-//! A measurement walks every extent, so it is made seldom: every `ACCOUNTING_SECONDS`, sooner when a template came or went (admission
-//! then counts with less until it is made), and never more than a twentieth of the time. Requests are answered from the last one.
+//! A measurement walks every extent, so it is made seldom: every `ACCOUNTING_SECONDS`, sooner when
+//! a template came or went (admission then counts with less until it is made), and never more than
+//! a twentieth of the time. Requests are answered from the last one.
 
 use crate::service::{Service, blocking};
 use crate::state::Record;
@@ -141,13 +143,15 @@ impl History {
         }
     }
 
-    /// `free ÷ rate`, in days, where the rate is the slope of the straight line that fits the samples of the last day best (least squares):
+    /// `free ÷ rate`, in days, where the rate is the slope of the straight line that fits the
+    /// samples of the last day best (least squares):
     ///
     /// ```text
     /// rate = Σ (tᵢ − t̄)(uᵢ − ū) ÷ Σ (tᵢ − t̄)²
     /// ```
     ///
-    /// `None` with less than [`History::LEAST`] of history, when nothing grows, and beyond [`History::MOST_DAYS`].
+    /// `None` with less than [`History::LEAST`] of history, when nothing grows, and beyond
+    /// [`History::MOST_DAYS`].
     fn days_left(&self, free: Bytes) -> Option<f64> {
         let (first, last) = (self.samples.front()?.0, self.samples.back()?.0);
         if last - first < Self::LEAST.as_secs_f64() {

@@ -1,4 +1,5 @@
-//! The HTTP API: routes, the token, the limits on a request, one id from the HTTP line down to the last step.
+//! The HTTP API: routes, the token, the limits on a request, one id from the HTTP line down to the
+//! last step.
 
 use crate::error::{ServiceError, quoted};
 use crate::event_stream;
@@ -39,7 +40,8 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// To whoever shows no token: the connection ends behind it. What does not fit into the socket's buffer would have to be waited for.
+/// To whoever shows no token: the connection ends behind it. What does not fit into the socket's
+/// buffer would have to be waited for.
 const LAST_ANSWER: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
 
 /// All routes, behind the token but for `/health`.
@@ -116,7 +118,8 @@ async fn create_vm(
     let mut request = CreateVm::parse(&body, service.limits())?;
     request.idempotency_key = idempotency_key(&headers)?;
     let (vm, replayed) = service.create(request).await?;
-    // The status of the first answer, as draft-ietf-httpapi-idempotency-key-header has it; the header tells them apart.
+    // The status of the first answer, as draft-ietf-httpapi-idempotency-key-header has it; the
+    // header tells them apart.
     let mark = replayed.then_some([(IDEMPOTENT_REPLAYED, "true")]);
     Ok((StatusCode::CREATED, mark, Json(vm)))
 }
@@ -376,7 +379,8 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
     }
 }
 
-/// Refuses a body that was packed for its way (RFC 9110, section 8.4), but for the packings in `taken`.
+/// Refuses a body that was packed for its way (RFC 9110, section 8.4), but for the packings in
+/// `taken`.
 pub(crate) fn require_unpacked(headers: &HeaderMap, taken: &[&str]) -> Result<(), ServiceError> {
     let packings = headers.get_all(CONTENT_ENCODING).iter();
     let packings: Vec<String> = packings
@@ -398,7 +402,8 @@ pub(crate) fn require_unpacked(headers: &HeaderMap, taken: &[&str]) -> Result<()
     }
 }
 
-/// The request, at `/vms` if it was sent to `/vms/`: those who join paths by hand mean the same by both.
+/// The request, at `/vms` if it was sent to `/vms/`: those who join paths by hand mean the same by
+/// both.
 pub(crate) fn without_trailing_slash(mut request: Request) -> Request {
     let uri = request.uri();
     let Some(path) = uri.path().strip_suffix('/').filter(|path| !path.is_empty()) else {
@@ -438,7 +443,8 @@ fn is_length_limit(error: &axum::Error) -> bool {
     false
 }
 
-/// The token as its digest: equal lengths make the comparison's time tell nothing, not even how long the token is.
+/// The token as its digest: equal lengths make the comparison's time tell nothing, not even how
+/// long the token is.
 struct TokenDigest([u8; 32]);
 
 impl TokenDigest {
@@ -482,8 +488,8 @@ fn bearer(header: &[u8]) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token.trim_ascii())
 }
 
-/// Gives each request an id, the client's own if it sent a sane one, and logs its end. The id stands in every line that is logged on the way and
-/// in the answer.
+/// Gives each request an id, the client's own if it sent a sane one, and logs its end. The id
+/// stands in every line that is logged on the way and in the answer.
 async fn with_request_id(request: Request<Body>, next: Next) -> Response {
     let id = request
         .headers()

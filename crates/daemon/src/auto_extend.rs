@@ -1,8 +1,9 @@
 //! Disks that extend themselves: before a guest's root file system is full, its disk grows.
 //!
-//! How full it is only the guest knows, so its agent is asked, every few seconds, and every second when it is nearly time. The disk then grows as by
-//! `PATCH /vms/{vm}`: admitted, live, recorded before it is done; by the increment, or by what limit and pool allow. Each step is an
-//! event and a line in the log; so is one that could not be taken, once until it can.
+//! How full it is only the guest knows, so its agent is asked, every few seconds, and every second
+//! when it is nearly time. The disk then grows as by `PATCH /vms/{vm}`: admitted, live, recorded
+//! before it is done; by the increment, or by what limit and pool allow. Each step is an event and
+//! a line in the log; so is one that could not be taken, once until it can.
 
 use crate::create::is_refusal;
 use crate::error::ServiceError;
@@ -31,7 +32,8 @@ const NEARLY: u64 = 10;
 const AT_ONCE: usize = 8;
 /// A step that cannot be taken is told again after this long.
 const TELL_AGAIN: Duration = Duration::from_secs(600);
-/// A guest whose root file system is smaller than this share of its disk has not followed the last growth: another would not help it.
+/// A guest whose root file system is smaller than this share of its disk has not followed the last
+/// growth: another would not help it.
 const FOLLOWED: f64 = 0.8;
 
 /// Refuses a limit that the disk has passed already.
@@ -121,7 +123,8 @@ async fn step(service: &Service, vm: &Record, extend: AutoExtend, used: u64) -> 
     let most = extend
         .increment_gib
         .min(extend.limit_gib.saturating_sub(vm.disk_size_gib));
-    // Admitted before the VM is taken: that may wait for deleted disks, and nobody is to wait for it.
+    // Admitted before the VM is taken: that may wait for deleted disks, and nobody is to wait for
+    // it.
     let admitted = admit(service, Gib::new(most)).await?;
     let operation = service.inner().vms.begin(&vm.id, "being extended")?;
     let now = &operation.record;

@@ -1,8 +1,9 @@
 //! Cleaning up after VMs whose machine has ended or which were deleted.
 //!
-//! A stop has succeeded when the machine has ended and a deletion when the record is gone; what remains to be removed on
-//! the host cannot change that any more. A removal that fails, for an I/O error or a program that cannot be started, is
-//! logged and tried again until it succeeds. The next start removes what is left when the daemon ends before.
+//! A stop has succeeded when the machine has ended and a deletion when the record is gone; what
+//! remains to be removed on the host cannot change that any more. A removal that fails, for an I/O
+//! error or a program that cannot be started, is logged and tried again until it succeeds. The next
+//! start removes what is left when the daemon ends before.
 
 use crate::error::ServiceError;
 use crate::lifecycle::{endpoint, remove_dir};
@@ -87,7 +88,8 @@ impl Cleanup {
         })
     }
 
-    /// After a machine without a handle that could not be force-stopped, or whose folder could not be removed.
+    /// After a machine without a handle that could not be force-stopped, or whose folder could not
+    /// be removed.
     pub fn of_stray(service: &Service, record: &Record) -> Cleanup {
         Cleanup {
             record: record.clone(),
@@ -198,7 +200,8 @@ impl Deleted {
     }
 }
 
-/// Removes what failed operations could not remove of their files. Work that is under way is left alone.
+/// Removes what failed operations could not remove of their files. Work that is under way is left
+/// alone.
 async fn sweep_when_due(service: &Service) {
     let cleanups = &service.inner().cleanups;
     if !cleanups.sweep.swap(false, Ordering::Relaxed) {

@@ -75,7 +75,8 @@ pub enum CommandFailed {
         /// How many disks there are.
         disks: usize,
     },
-    /// The pool of a state that has VMs is not there. Not a wrong setting: the mount may be back in a moment.
+    /// The pool of a state that has VMs is not there. Not a wrong setting: the mount may be back in
+    /// a moment.
     #[error(
         "no pool is mounted at {}, and the state knows {vms} VMs: mount it again (mount {}; scaleboxd doctor tells more), and do not make a new \
          one. scaleboxd starts as soon as it is mounted: systemd tries again by itself",
@@ -237,7 +238,8 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tracing::info!("stopped; machines run on");
         Ok(())
     });
-    // Threads that still wait for something had the time they get: what they are about, the next start puts right.
+    // Threads that still wait for something had the time they get: what they are about, the next
+    // start puts right.
     runtime.shutdown_background();
     served
 }
@@ -331,7 +333,8 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;
     if let Err(error) = pool.reconcile() {
-        // As while btrfs is still busy with a change that an earlier daemon began. The pool is in use all the same.
+        // As while btrfs is still busy with a change that an earlier daemon began. The pool is in
+        // use all the same.
         tracing::warn!(%error, "the pool and its image are not of one size yet; trying again");
     }
     if let Err(error) = pool.share_kernel() {
@@ -358,7 +361,8 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     Ok((service, recovered))
 }
 
-/// Makes sure that the pool's disks are the state's: with the wrong state they would all look like nobody's, and be removed.
+/// Makes sure that the pool's disks are the state's: with the wrong state they would all look like
+/// nobody's, and be removed.
 fn take_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), CommandFailed> {
     pool.lock()?;
     let (on_pool, in_state) = (pool.owner()?, state.fact(Fact::PoolOwner)?);

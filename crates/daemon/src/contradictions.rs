@@ -1,6 +1,8 @@
-//! Settings that are each well-formed and contradict one another: one check for `pool init`, `serve`, `doctor` and all other commands.
+//! Settings that are each well-formed and contradict one another: one check for `pool init`,
+//! `serve`, `doctor` and all other commands.
 //!
-//! What cannot work stops the command. What works and is not what it looks like is a caveat, which `serve` logs and `doctor` lists.
+//! What cannot work stops the command. What works and is not what it looks like is a caveat, which
+//! `serve` logs and `doctor` lists.
 
 use crate::settings::{Settings, SettingsError};
 use scalebox_storage::Backing;
@@ -86,8 +88,8 @@ fn resolvers(settings: &Settings) -> Result<(), SettingsError> {
 /// A setting, and the path it names, if any.
 type Place<'a> = (&'static str, Option<&'a Path>);
 
-/// Each place must be there without the others: the pool's folder is covered while the pool is mounted and empty while it is not, and `RUN_DIR` is gone
-/// after a reboot.
+/// Each place must be there without the others: the pool's folder is covered while the pool is
+/// mounted and empty while it is not, and `RUN_DIR` is gone after a reboot.
 fn paths(settings: &Settings) -> Result<(), SettingsError> {
     let image = match &settings.backing {
         Backing::Image(image) => Some(image.as_path()),

@@ -1,8 +1,9 @@
-//! Creating a VM: claim a name, an address and a port → admit → clone the disk → (seed drive → tap and forward → launch) → record.
+//! Creating a VM: claim a name, an address and a port → admit → clone the disk → (seed drive → tap
+//! and forward → launch) → record.
 //!
-//! Nothing is visible before the record, and a client is told only after it. A crash at any point leaves either a recorded VM or leftovers
-//! that [`recovery`](crate::recovery) removes at the next start. Creations run side by side; the only lock they share is held for
-//! microseconds.
+//! Nothing is visible before the record, and a client is told only after it. A crash at any point
+//! leaves either a recorded VM or leftovers that [`recovery`](crate::recovery) removes at the next
+//! start. Creations run side by side; the only lock they share is held for microseconds.
 
 use crate::auto_extend;
 use crate::error::ServiceError;
@@ -175,7 +176,8 @@ impl Service {
         self.until_admitted(once).await
     }
 
-    /// Asks again while deleted disks are on their way back, and once more when the pool may grow by itself.
+    /// Asks again while deleted disks are on their way back, and once more when the pool may grow
+    /// by itself.
     async fn until_admitted<T, F>(&self, ask: impl Fn() -> F) -> Result<T, ServiceError>
     where
         F: Future<Output = Result<T, ServiceError>>,

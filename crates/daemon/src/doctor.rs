@@ -1,6 +1,7 @@
 //! `scaleboxd doctor`: what is missing or wrong on this host, in plain words, with the way out.
 //!
-//! It changes nothing and takes no lock, so that it can be asked before anything is set up and beside a running daemon.
+//! It changes nothing and takes no lock, so that it can be asked before anything is set up and
+//! beside a running daemon.
 
 use crate::commands::{self, CommandFailed};
 use crate::contradictions;
@@ -223,7 +224,8 @@ fn is_loadable(module: &str) -> bool {
     })
 }
 
-/// A file of the system's, empty where it is not there. Whatever is in it that is not UTF-8 keeps the rest from nothing.
+/// A file of the system's, empty where it is not there. Whatever is in it that is not UTF-8 keeps
+/// the rest from nothing.
 fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
@@ -335,7 +337,8 @@ fn storage(found: &mut Findings, settings: &Settings) {
     }
 }
 
-/// What is to be done about a pool that is not there depends on whether VMs are in it: a new one would be empty.
+/// What is to be done about a pool that is not there depends on whether VMs are in it: a new one
+/// would be empty.
 fn not_mounted(found: &mut Findings, settings: &Settings) {
     let at = settings.data_dir.display();
     let registered = settings
@@ -564,8 +567,8 @@ fn try_bind(address: SocketAddr) -> io::Result<()> {
     socket.bind(address)
 }
 
-/// Whether somebody holds the state's lock. Read from the kernel's list (proc(5)): trying the lock would take it, and a daemon that
-/// starts at that moment would find it taken.
+/// Whether somebody holds the state's lock. Read from the kernel's list (proc(5)): trying the lock
+/// would take it, and a daemon that starts at that moment would find it taken.
 fn daemon_runs(state_dir: &Path) -> bool {
     let Ok(lock) = fs::metadata(state_dir.join("lock")) else {
         return false;

@@ -1,7 +1,9 @@
-//! `scaleboxd down`: shuts every machine down, as before a reboot of the host; what ran is started again by the next `serve`.
+//! `scaleboxd down`: shuts every machine down, as before a reboot of the host; what ran is started
+//! again by the next `serve`.
 //!
-//! It is also what the host's own shutdown runs (packaging/scalebox-guests.service). The state keeps the VMs as running and remembers that
-//! the host went down, which is how it looks after a power cut too: recovery knows one case, not two.
+//! It is also what the host's own shutdown runs (packaging/scalebox-guests.service). The state
+//! keeps the VMs as running and remembers that the host went down, which is how it looks after a
+//! power cut too: recovery knows one case, not two.
 
 use crate::commands::CommandFailed;
 use crate::error::ServiceError;

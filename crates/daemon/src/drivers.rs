@@ -1,7 +1,8 @@
 //! The hypervisors of this host: the one that new VMs get, and those that VMs have from before.
 //!
-//! A VM's record names the driver that launched its machine, and that driver adopts it after a restart of the daemon, whatever `VMM` says by
-//! then. A VM that is started again keeps its driver with `VMM=auto`; a `VMM` that names one moves it there.
+//! A VM's record names the driver that launched its machine, and that driver adopts it after a
+//! restart of the daemon, whatever `VMM` says by then. A VM that is started again keeps its driver
+//! with `VMM=auto`; a `VMM` that names one moves it there.
 
 use crate::commands::CommandFailed;
 use crate::error::ServiceError;
@@ -24,7 +25,8 @@ pub struct Drivers {
 }
 
 impl Drivers {
-    /// Finds the hypervisors that the settings ask for; the second of the pair is how guests' code runs: `kvm` or `tcg`.
+    /// Finds the hypervisors that the settings ask for; the second of the pair is how guests' code
+    /// runs: `kvm` or `tcg`.
     ///
     /// # Errors
     /// When the one for new VMs cannot be used.
@@ -81,7 +83,8 @@ impl Drivers {
         self.drivers.iter().find(|driver| Some(driver.name()) == name)
     }
 
-    /// As [`Vmm::adopt`], by the driver that launched the machine: `recorded`, or whichever knows it.
+    /// As [`Vmm::adopt`], by the driver that launched the machine: `recorded`, or whichever knows
+    /// it.
     ///
     /// # Errors
     /// Those of [`Vmm::adopt`].
@@ -117,7 +120,8 @@ impl Drivers {
 }
 
 impl Service {
-    /// The record of a VM that is about to be started, with the driver that will start it. The state has it when this returns.
+    /// The record of a VM that is about to be started, with the driver that will start it. The
+    /// state has it when this returns.
     pub(crate) async fn assign_driver(&self, record: &Record) -> Result<Record, ServiceError> {
         let name = self.inner().vmm.to_start(record.vmm.as_deref()).name();
         if record.vmm.as_deref() == Some(name) {
@@ -135,11 +139,13 @@ impl Service {
     }
 }
 
-/// How long after its boot a host may take to load KVM's module: udev does that beside all else, and services do not wait for it.
+/// How long after its boot a host may take to load KVM's module: udev does that beside all else,
+/// and services do not wait for it.
 const BOOTING: Duration = Duration::from_secs(90);
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Waits for KVM on a host that has just booted and is going to have it. A daemon that was faster would emulate its guests until its next start.
+/// Waits for KVM on a host that has just booted and is going to have it. A daemon that was faster
+/// would emulate its guests until its next start.
 pub async fn wait_for_kvm(settings: &Settings) {
     let mut told = false;
     while settings.accel != AccelChoice::Tcg && scalebox_vmm::kvm_is_missing() && host::uptime() < BOOTING {

@@ -55,7 +55,8 @@ pub enum ServiceError {
     /// The host cannot do this yet or at the moment; its operator can change that.
     #[error("{0}")]
     NotReady(String),
-    /// It does not fit into the pool or on the host disk, and nothing was made. In the words of the seed.
+    /// It does not fit into the pool or on the host disk, and nothing was made. In the words of the
+    /// seed.
     #[error("Insufficient storage: {available}GB available, need {need}GB")]
     Insufficient {
         /// What could still be admitted, rounded down.
@@ -133,7 +134,8 @@ impl ServiceError {
     }
 }
 
-/// A client's own words in an answer and in the log: in quotes, with escapes, and not longer than a line.
+/// A client's own words in an answer and in the log: in quotes, with escapes, and not longer than a
+/// line.
 pub fn quoted(text: &str) -> String {
     const SHOWN: usize = 80;
     match text.char_indices().nth(SHOWN) {

@@ -1,8 +1,10 @@
-//! The JSON body for errors that hyper answers by itself, before there is a request: a head that is malformed or too large.
+//! The JSON body for errors that hyper answers by itself, before there is a request: a head that is
+//! malformed or too large.
 //!
-//! hyper writes such an answer without a body, and has no setting for another one. The writing half of a connection is
-//! therefore looked at: while no request is being answered, an answer of hyper's at the end of what is written gets a body.
-//! No content can be taken for it, because content is only written while its request is being answered.
+//! hyper writes such an answer without a body, and has no setting for another one. The writing half
+//! of a connection is therefore looked at: while no request is being answered, an answer of hyper's
+//! at the end of what is written gets a body. No content can be taken for it, because content is
+//! only written while its request is being answered.
 
 use crate::error::ServiceError;
 use axum::body::Body;
@@ -171,7 +173,8 @@ fn tail(buffers: &[io::IoSlice<'_>]) -> Vec<u8> {
     pieces.concat()
 }
 
-/// What is to be written instead, if `written` ends with an answer of hyper's to a head that it could not read.
+/// What is to be written instead, if `written` ends with an answer of hyper's to a head that it
+/// could not read.
 fn with_body(written: &[u8]) -> Option<Vec<u8>> {
     const NO_BODY: &[u8] = b"content-length: 0\r\n";
     let from = written.len().saturating_sub(TAIL);

@@ -1,4 +1,5 @@
-//! `GET /events`: the host's events as server-sent events (<https://html.spec.whatwg.org/multipage/server-sent-events.html>).
+//! `GET /events`: the host's events as server-sent events
+//! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>).
 
 use crate::error::ServiceError;
 use crate::events::Subscription;
@@ -16,7 +17,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// How often a silent stream gives a sign of life, so that neither a proxy nor a client takes it for dead.
+/// How often a silent stream gives a sign of life, so that neither a proxy nor a client takes it
+/// for dead.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 
 /// What `GET /events` may be asked with.
@@ -27,7 +29,8 @@ pub struct Wish {
     follow: Option<bool>,
 }
 
-/// Answers with events: after `since`, or after the header `Last-Event-ID`, which wins, because a browser that reconnects repeats the query.
+/// Answers with events: after `since`, or after the header `Last-Event-ID`, which wins, because a
+/// browser that reconnects repeats the query.
 #[utoipa::path(
     get, path = "/events", tag = "Host",
     params(

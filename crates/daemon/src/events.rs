@@ -1,12 +1,15 @@
 //! What happens on the host, told as it happens: `GET /events`.
 //!
-//! The last [`KEPT`] events are in memory, for a client that comes back (`Last-Event-ID`) or looks later (`since`). Ids grow from event to
-//! event and are never given twice, also over a restart or a crash of the daemon: each start counts itself in the state file and begins at
-//! that count × [`IDS_A_START`]. The events of an earlier start are gone; who asks for them is told so by an event `missed`. An event is
-//! published after what it tells of is durable, and may be lost with a crash right then: the state is what counts, events say when to look.
+//! The last [`KEPT`] events are in memory, for a client that comes back (`Last-Event-ID`) or looks
+//! later (`since`). Ids grow from event to event and are never given twice, also over a restart or
+//! a crash of the daemon: each start counts itself in the state file and begins at that count ×
+//! [`IDS_A_START`]. The events of an earlier start are gone; who asks for them is told so by an
+//! event `missed`. An event is published after what it tells of is durable, and may be lost with a
+//! crash right then: the state is what counts, events say when to look.
 //!
-//! To tell of something: `service.inner().events.publish(EventKind::Grown, Some(&record), json!({"to_gib": 8}))`. A new kind is a line in
-//! `crates/client/src/event.rs`, with the names of its details.
+//! To tell of something: `service.inner().events.publish(EventKind::Grown, Some(&record),
+//! json!({"to_gib": 8}))`. A new kind is a line in `crates/client/src/event.rs`, with the names of
+//! its details.
 
 use crate::state::{Fact, Record, State, StateError};
 use scalebox_client::{Event, EventKind, EventVm};
@@ -17,7 +20,8 @@ use tokio::sync::watch;
 
 /// How many events are kept: a busy host's of some minutes, in a megabyte or two.
 const KEPT: usize = 4096;
-/// More than a daemon publishes in its life; with it, nine million starts stay below 2⁵³, above which JavaScript's numbers have gaps.
+/// More than a daemon publishes in its life; with it, nine million starts stay below 2⁵³, above
+/// which JavaScript's numbers have gaps.
 const IDS_A_START: u64 = 1_000_000_000;
 
 /// The events of this start of the daemon.
@@ -43,13 +47,14 @@ struct News {
 impl Events {
     /// Begins the events of one start of the daemon, which is counted in `state`. Blocks.
     ///
-    /// A start that cannot be counted, on a full or read-only disk, takes ids from the second half of its range, by the
-    /// clock: they are unlike those of the next start.
+    /// A start that cannot be counted, on a full or read-only disk, takes ids from the second half
+    /// of its range, by the clock: they are unlike those of the next start.
     ///
     /// # Errors
     /// [`StateError`] when the state cannot be read.
     pub fn begin(state: &State) -> Result<Events, StateError> {
-        // A value that is not a number was not written by us; ids then begin anew, and a client with an old one receives `missed`.
+        // A value that is not a number was not written by us; ids then begin anew, and a client
+        // with an old one receives `missed`.
         let starts = state.fact(Fact::Starts)?.and_then(|count| count.parse::<u64>().ok());
         let start = starts.unwrap_or(0) + 1;
         let first = start * IDS_A_START;
@@ -78,7 +83,8 @@ impl Events {
         }
     }
 
-    /// Tells of something, of a VM's or of the host's own. `details` is an object; [`Value::Null`] stands for an empty one.
+    /// Tells of something, of a VM's or of the host's own. `details` is an object; [`Value::Null`]
+    /// stands for an empty one.
     pub fn publish(&self, kind: EventKind, vm: Option<&Record>, details: Value) {
         let vm = vm.map(|record| EventVm {
             id: record.id.clone(),
@@ -137,7 +143,8 @@ impl Ring {
         let from = if known { seen } else { kept_from };
         let events = self.events.iter().filter(|event| event.id > from).cloned();
         let missed = (!known).then(|| {
-            // Its id stands right before what follows, so that a client that comes back with it goes on there.
+            // Its id stands right before what follows, so that a client that comes back with it
+            // goes on there.
             Arc::new(event(from, EventKind::Missed, None, json!({ "since": seen })))
         });
         missed.into_iter().chain(events).collect()

@@ -1,7 +1,9 @@
-//! Guests that give back what they have deleted: asked through their agents, one at a time, by schedule and on demand.
+//! Guests that give back what they have deleted: asked through their agents, one at a time, by
+//! schedule and on demand.
 //!
-//! A guest that deletes a file keeps its blocks until it trims: then the hypervisor punches holes in the disk, the pool frees the blocks, and
-//! the host disk has them (see [`reclaim`](crate::reclaim)).
+//! A guest that deletes a file keeps its blocks until it trims: then the hypervisor punches holes
+//! in the disk, the pool frees the blocks, and the host disk has them (see
+//! [`reclaim`](crate::reclaim)).
 
 use crate::agent::{self, NoAgent};
 use crate::error::ServiceError;
@@ -88,8 +90,9 @@ pub async fn run(service: Service) -> Infallible {
 struct Turns(HashMap<String, Instant>);
 
 impl Turns {
-    /// The guests among `running` whose turn it is; their next is an interval later. A guest seen for the first time has its turn after a part of the
-    /// interval that its id draws, so that guests started together are not trimmed together.
+    /// The guests among `running` whose turn it is; their next is an interval later. A guest seen
+    /// for the first time has its turn after a part of the interval that its id draws, so that
+    /// guests started together are not trimmed together.
     fn due(&mut self, running: &[&str], interval: Duration, now: Instant) -> Vec<String> {
         self.0.retain(|id, _| running.contains(&id.as_str()));
         let mut due = Vec::new();

@@ -1,8 +1,9 @@
-//! `Idempotency-Key`: a creation that is asked for again, by a client that did not hear the answer, gives the same VM
-//! (draft-ietf-httpapi-idempotency-key-header).
+//! `Idempotency-Key`: a creation that is asked for again, by a client that did not hear the answer,
+//! gives the same VM (draft-ietf-httpapi-idempotency-key-header).
 //!
-//! The key is committed together with the VM's record, so whatever the crash point, a VM never exists without its key.
-//! It is known for as long as its VM exists; a trigger of the state file deletes it with the record.
+//! The key is committed together with the VM's record, so whatever the crash point, a VM never
+//! exists without its key. It is known for as long as its VM exists; a trigger of the state file
+//! deletes it with the record.
 
 use crate::error::ServiceError;
 use crate::service::{Service, blocking};
@@ -24,7 +25,8 @@ impl Once {
     /// `None` for a request without a key.
     pub fn of(request: &CreateVm) -> Option<Once> {
         let key = request.idempotency_key.clone()?;
-        // Fields in the order of the type: the same request is the same text, whatever order and spaces the client used.
+        // Fields in the order of the type: the same request is the same text, whatever order and
+        // spaces the client used.
         let text = serde_json::to_vec(request).ok()?;
         let digest = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
         Some(Once { key, digest })
@@ -68,7 +70,8 @@ impl Drop for Turn<'_> {
 /// Makes the VM, or finds the one that the same request has made. Returns whether it was found.
 ///
 /// # Errors
-/// 409 while the same key's request is under way, 422 when it was another request; and those of a creation.
+/// 409 while the same key's request is under way, 422 when it was another request; and those of a
+/// creation.
 pub async fn create(service: &Service, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
     let Some(once) = Once::of(&request) else {
         return service.create_now(request).await.map(|vm| (vm, false));

@@ -21,7 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a guest may take to shut itself down before it is killed. An emulated Debian takes about eight seconds.
+/// How long a guest may take to shut itself down before it is killed. An emulated Debian takes
+/// about eight seconds.
 pub(crate) const STOP_GRACE: Duration = Duration::from_secs(60);
 
 /// How often the end of a machine is recorded again while the state cannot be written.
@@ -197,8 +198,9 @@ impl Service {
 
     /// Shuts a VM's machine down.
     ///
-    /// The intent is recorded first, so that a failure to record it leaves the machine running. Behind the machine's end
-    /// the VM is stopped, whatever else fails; a crash in between is carried through by the next start.
+    /// The intent is recorded first, so that a failure to record it leaves the machine running.
+    /// Behind the machine's end the VM is stopped, whatever else fails; a crash in between is
+    /// carried through by the next start.
     pub(crate) async fn shut_down(&self, record: &Record, machine: &Arc<dyn Machine>) -> Result<Vm, ServiceError> {
         self.persist(&record.id, VmStatus::Stopped, Some(STOPPING)).await?;
         let ended = async {
@@ -246,7 +248,8 @@ impl Service {
         };
         let Operation { record, machine, .. } = &operation;
         let (state, id) = (Arc::clone(&self.inner().state), record.id.clone());
-        // First, because it alone can be refused; from here on the VM is gone, and the rest is removed until it is.
+        // First, because it alone can be refused; from here on the VM is gone, and the rest is
+        // removed until it is.
         blocking(move || state.delete(&id)).await?;
         crash_point("delete: record gone");
         let vacated = self.inner().vms.remove(&record.id);
@@ -260,8 +263,8 @@ impl Service {
         Ok(())
     }
 
-    /// Force-stops whatever there is of the machine of a VM that has no handle on one, and removes its folder. What fails
-    /// is tried again later, until the VM has a machine.
+    /// Force-stops whatever there is of the machine of a VM that has no handle on one, and removes
+    /// its folder. What fails is tried again later, until the VM has a machine.
     pub(crate) async fn force_stop(&self, record: &Record) -> Result<(), ServiceError> {
         let stopped = self.force_stop_once(&record.id).await.map(drop);
         stopped.inspect_err(|error| Cleanup::of_stray(self, record).begin_later(self, error))
@@ -341,7 +344,8 @@ impl Service {
         self.inner().events.publish(kind, Some(record), details);
     }
 
-    /// Records the end of a machine as soon as the state can be written, unless the VM was started or deleted meanwhile.
+    /// Records the end of a machine as soon as the state can be written, unless the VM was started
+    /// or deleted meanwhile.
     async fn persist_exit_later(&self, record: &Record, status: VmStatus, failure: Option<String>) {
         loop {
             tokio::time::sleep(PERSIST_INTERVAL).await;
@@ -358,7 +362,8 @@ impl Service {
         }
     }
 
-    /// What the console said last, to go behind the reason of a failure; nothing when it said nothing.
+    /// What the console said last, to go behind the reason of a failure; nothing when it said
+    /// nothing.
     async fn last_words(&self, id: &str) -> String {
         let log = self.console_log(id);
         let read =
@@ -381,8 +386,9 @@ pub(crate) fn disk_limits(limits: VmLimits) -> DiskLimits {
     }
 }
 
-/// Each VM's machine runs as a user of its own, so that one that breaks out of its hypervisor finds nothing of another's. The
-/// numbers lie in the range that <https://systemd.io/UIDS-GIDS/> lists as unused (1879048192 to 2147352575).
+/// Each VM's machine runs as a user of its own, so that one that breaks out of its hypervisor finds
+/// nothing of another's. The numbers lie in the range that <https://systemd.io/UIDS-GIDS/> lists as
+/// unused (1879048192 to 2147352575).
 fn vmm_user(record: &Record) -> RunAs {
     let uid = 1_900_000_000 + u32::from(record.ssh_port);
     RunAs { uid, gid: uid }

@@ -1,7 +1,8 @@
 //! The log on standard error: for people, for programs, or for systemd's journal.
 //!
-//! The journal reads a line's priority from the number in front of it, `<3>` (sd-daemon(3)); without one, each line has priority 6,
-//! and `journalctl -p err` shows nothing. It has a clock of its own.
+//! The journal reads a line's priority from the number in front of it, `<3>` (sd-daemon(3));
+//! without one, each line has priority 6, and `journalctl -p err` shows nothing. It has a clock of
+//! its own.
 
 use crate::commands::{CommandFailed, log_filter};
 use crate::settings::{LogFormat, Settings};

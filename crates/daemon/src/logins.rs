@@ -1,4 +1,5 @@
-//! Requests without the token, in the log: a line for each peer and interval, however often it tries.
+//! Requests without the token, in the log: a line for each peer and interval, however often it
+//! tries.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -7,7 +8,8 @@ use std::time::{Duration, Instant};
 
 /// Between two lines about one peer.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// Peers that are told apart. What comes beside them shares one line: addresses cost an attacker nothing.
+/// Peers that are told apart. What comes beside them shares one line: addresses cost an attacker
+/// nothing.
 const MAX_PEERS: usize = 256;
 
 /// The peer of a request's connection, among the request's extensions.

@@ -131,10 +131,12 @@ enum Command {
     /// End all machines, remove the network, unmount the pool; VMs and their disks stay
     ///
     /// For maintenance, and before Scalebox is removed from a host. The daemon must not be running.
-    /// A reboot, or `pool init` and `serve`, bring everything back: the VMs that ran are started again, except those with autostart off.
+    /// A reboot, or `pool init` and `serve`, bring everything back: the VMs that ran are started
+    /// again, except those with autostart off.
     #[command(after_help = "Example:\n  systemctl stop scaleboxd && scaleboxd down")]
     Down,
-    /// Print the settings with which `scalebox` reaches this daemon, for a user's ~/.config/scalebox/config
+    /// Print the settings with which `scalebox` reaches this daemon, for a user's
+    /// ~/.config/scalebox/config
     ///
     /// The token is among them.
     #[command(after_help = "Example, as that user:\n  \
@@ -142,7 +144,8 @@ enum Command {
     ClientConfig,
     /// Say what is missing or wrong on this host, and how to put it right; changes nothing
     ///
-    /// Exits with 1 if there is a problem. Works before anything is set up, and beside a running daemon.
+    /// Exits with 1 if there is a problem. Works before anything is set up, and beside a running
+    /// daemon.
     #[command(
         after_help = "Examples:\n  scaleboxd doctor\n  scaleboxd doctor --json | jq '.[] | select(.level == \"problem\")'"
     )]
@@ -191,7 +194,8 @@ enum TemplateCommand {
     },
 }
 
-/// `EX_CONFIG` of sysexits.h(3head): `serve` cannot start before somebody changes a setting. The unit does not try again then.
+/// `EX_CONFIG` of sysexits.h(3head): `serve` cannot start before somebody changes a setting. The
+/// unit does not try again then.
 const WRONG_CONFIGURATION: u8 = 78;
 
 fn main() -> ExitCode {
@@ -217,7 +221,8 @@ fn main() -> ExitCode {
 
 /// Makes a write beyond `RLIMIT_FSIZE` fail with `EFBIG` instead of ending the process.
 ///
-/// A handler, because programs that are started get the default action back, which an ignored signal would keep from them.
+/// A handler, because programs that are started get the default action back, which an ignored
+/// signal would keep from them.
 fn survive_file_size_limit() -> std::io::Result<()> {
     let seen = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     signal_hook::flag::register(Signal::XFSZ.as_raw(), seen).map(drop)

@@ -1,7 +1,9 @@
-//! `GET /metrics`: numbers for Prometheus, in its text form (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
+//! `GET /metrics`: numbers for Prometheus, in its text form
+//! (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
 //!
-//! What adds up is counted as it happens: requests by route and status, which are the operations with their outcome. What stands (VMs, the
-//! pool) is read when it is asked for. No label has more values than the API has routes and statuses, whatever clients send.
+//! What adds up is counted as it happens: requests by route and status, which are the operations
+//! with their outcome. What stands (VMs, the pool) is read when it is asked for. No label has more
+//! values than the API has routes and statuses, whatever clients send.
 
 use crate::error::ServiceError;
 use crate::service::Service;
@@ -16,7 +18,8 @@ use prometheus::{
 use scalebox_client::VmStatus;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-/// Upper bounds in seconds: an answer from memory takes less than the first, a stop that the guest ignores about the last but one.
+/// Upper bounds in seconds: an answer from memory takes less than the first, a stop that the guest
+/// ignores about the last but one.
 const BUCKETS: [f64; 12] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0, 300.0,
 ];

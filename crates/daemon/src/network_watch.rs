@@ -1,8 +1,10 @@
 //! Bridge and tables come back by themselves when somebody sweeps them away.
 //!
-//! `nft flush ruleset`, or a restart of a firewall's service, removes every table of the host. Ours keep guests from the host's services and
-//! from one another, and carry the way in: they are looked for every few seconds and put back, each VM's part under that VM's own
-//! operation, so that nothing is given to one that is being deleted. As long as a VM's part is missing, it is tried again.
+//! `nft flush ruleset`, or a restart of a firewall's service, removes every table of the host. Ours
+//! keep guests from the host's services and from one another, and carry the way in: they are looked
+//! for every few seconds and put back, each VM's part under that VM's own operation, so that
+//! nothing is given to one that is being deleted. As long as a VM's part is missing, it is tried
+//! again.
 
 use crate::error::ServiceError;
 use crate::lifecycle::endpoint;
@@ -12,7 +14,8 @@ use std::time::Duration;
 
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Watches the network for as long as it is polled. `missing`: VMs that the start could not connect.
+/// Watches the network for as long as it is polled. `missing`: VMs that the start could not
+/// connect.
 pub async fn run(service: Service, mut missing: Vec<String>) -> Infallible {
     loop {
         tokio::time::sleep(INTERVAL).await;
@@ -39,8 +42,9 @@ pub async fn run(service: Service, mut missing: Vec<String>) -> Infallible {
     }
 }
 
-/// Gives each of these VMs its tap and its forward, and returns those that are to be tried again: where it fails, or something is under way.
-/// None holds up another. `tell`: whether a failure is news.
+/// Gives each of these VMs its tap and its forward, and returns those that are to be tried again:
+/// where it fails, or something is under way. None holds up another. `tell`: whether a failure is
+/// news.
 async fn connect(service: &Service, vms: Vec<String>, tell: bool) -> Vec<String> {
     let inner = service.inner();
     let mut missing = Vec::new();

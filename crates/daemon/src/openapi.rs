@@ -1,7 +1,9 @@
-//! `GET /openapi.json`: the API described for programs, made of the routes themselves (<https://spec.openapis.org/oas/v3.1.0>).
+//! `GET /openapi.json`: the API described for programs, made of the routes themselves
+//! (<https://spec.openapis.org/oas/v3.1.0>).
 //!
-//! A route is registered with its description in one step (`routes!`), so none can be without. What the routes do not say is
-//! added here: what every request can be answered, and the bounds that come from this host's settings and size.
+//! A route is registered with its description in one step (`routes!`), so none can be without. What
+//! the routes do not say is added here: what every request can be answered, and the bounds that
+//! come from this host's settings and size.
 
 use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
@@ -89,7 +91,8 @@ fn reference(schema: &str) -> Value {
     json!({ "$ref": format!("#/components/schemas/{schema}") })
 }
 
-/// One of a stream, by the names of its lines (<https://spec.openapis.org/oas/v3.2.0#sequential-media-types>).
+/// One of a stream, by the names of its lines
+/// (<https://spec.openapis.org/oas/v3.2.0#sequential-media-types>).
 fn server_sent_event() -> Value {
     let event = json!({
         "type": "string", "contentMediaType": "application/json", "contentSchema": reference("Event"),
@@ -143,7 +146,8 @@ fn complete_operation(path: &str, operation: &mut Value) {
         add(responses, "413", "A body over 1 MiB.");
     }
     for (status, response) in responses {
-        // Every answer must have one (OpenAPI 3.1, section 4.8.17); most say nothing that the route has not said.
+        // Every answer must have one (OpenAPI 3.1, section 4.8.17); most say nothing that the route
+        // has not said.
         if response["description"] == "" {
             response["description"] = "Done.".into();
         }
@@ -192,7 +196,8 @@ fn bound_requests(schemas: &mut Value, limits: &Limits) {
     schemas["ShrinkPool"] = shrink;
 }
 
-/// Takes the links that rustdoc follows out of the descriptions: ``[`Vm`](crate::Vm)`` becomes `` `Vm` ``.
+/// Takes the links that rustdoc follows out of the descriptions: ``[`Vm`](crate::Vm)`` becomes ``
+/// `Vm` ``.
 fn without_links(value: &mut Value) {
     match value {
         Value::Object(object) => object.iter_mut().for_each(|(key, value)| match value {

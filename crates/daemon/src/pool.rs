@@ -62,7 +62,8 @@ impl Service {
     /// Shrinks the pool while it is in use.
     ///
     /// # Errors
-    /// 400 when it is no shrinking, or what is used, promised or kept free would not fit; 409 while its size is being changed already.
+    /// 400 when it is no shrinking, or what is used, promised or kept free would not fit; 409 while
+    /// its size is being changed already.
     pub async fn shrink_pool(&self, size: Gib) -> Result<PoolInfo, ServiceError> {
         self.inner().reclaim.settled().await;
         self.change_pool(EventKind::PoolShrunk, move |pool| pool.shrink(size))

@@ -1,7 +1,8 @@
 //! A pool that grows by itself, where the settings allow it and the host disk has room.
 //!
-//! One growth goes all the way to what the 80 % rule gives on today's host disk: the image is sparse, so what is not written costs
-//! nothing, and smaller steps would only be more of them. It is tried when free space passes the low-water mark, before a request is refused for lack of
+//! One growth goes all the way to what the 80 % rule gives on today's host disk: the image is
+//! sparse, so what is not written costs nothing, and smaller steps would only be more of them. It
+//! is tried when free space passes the low-water mark, before a request is refused for lack of
 //! space, and before a VM is paused.
 
 use crate::service::{Service, blocking};
@@ -29,8 +30,9 @@ pub struct Growth {
     reconciling: AtomicBool,
 }
 
-/// Reconciles image, loop device and file system of the pool, and tries again until they are of one size: a change that an earlier daemon began may
-/// still be under way in btrfs, which takes one at a time, or a change that failed could not be undone. Meanwhile the pool is in use as it is.
+/// Reconciles image, loop device and file system of the pool, and tries again until they are of one
+/// size: a change that an earlier daemon began may still be under way in btrfs, which takes one at
+/// a time, or a change that failed could not be undone. Meanwhile the pool is in use as it is.
 pub async fn reconcile(service: Service) {
     if service.inner().growth.reconciling.swap(true, Ordering::AcqRel) {
         return;
@@ -64,7 +66,8 @@ impl Service {
         settings.pool_auto_grow.then(|| settings.pool_low_water.bytes())
     }
 
-    /// Grows the pool if it may; returns whether it did. A failure is logged, and is for whoever asked as if there were no room to grow.
+    /// Grows the pool if it may; returns whether it did. A failure is logged, and is for whoever
+    /// asked as if there were no room to grow.
     pub(crate) async fn extend_pool(&self) -> bool {
         if self.low_water().is_none() {
             return false;

@@ -1,10 +1,11 @@
 //! No guest breaks because the host ran out of space.
 //!
-//! The pool is watched together with the host disk under it. Before either runs out, the pool grows if it may and the host disk has room;
-//! else the VMs that still take new blocks are paused; they
-//! are resumed when there is room. Behind that stands the hypervisor, which stops a guest whose write the host refuses rather than hand
-//! the error on. In both cases the guest sees neither an I/O error nor a read-only root, only time that passed; the VM is `paused`
-//! with the reason `storage_full`.
+//! The pool is watched together with the host disk under it. Before either runs out, the pool grows
+//! if it may and the host disk has room; else the VMs that still take new blocks are paused; they
+//! are resumed when there is room. Behind that stands the hypervisor, which stops a guest whose
+//! write the host refuses rather than hand the error on. In both cases the guest sees neither an
+//! I/O error nor a read-only root, only time that passed; the VM is `paused` with the reason
+//! `storage_full`.
 
 use crate::service::{Service, blocking};
 use scalebox_client::{EventKind, VmStatus};
@@ -18,13 +19,15 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 
 const STORAGE_FULL: &str = "storage_full";
-/// With less than this free, disks are watched for growth, several times a second: a fast host writes half of it in a second.
+/// With less than this free, disks are watched for growth, several times a second: a fast host
+/// writes half of it in a second.
 const NEAR: Bytes = Bytes::from_mib(4096);
 /// With less than this free, VMs whose disks grow by [`MUCH`] between two looks are paused.
 const PAUSE_BELOW: Bytes = Bytes::from_mib(1024);
 /// With less than this free, VMs whose disks grow at all are paused.
 const PAUSE_ALL_BELOW: Bytes = Bytes::from_mib(256);
-/// With this much free, those that were paused go on. The distance to [`PAUSE_BELOW`] keeps a VM from being paused and resumed in turn.
+/// With this much free, those that were paused go on. The distance to [`PAUSE_BELOW`] keeps a VM
+/// from being paused and resumed in turn.
 const RESUME_FROM: Bytes = Bytes::from_mib(1536);
 /// More than a guest's log takes.
 const MUCH: Bytes = Bytes::from_mib(1);
@@ -60,7 +63,8 @@ pub async fn run(service: Service) -> Infallible {
             }
         };
         if service.low_water().is_some_and(|mark| free < mark.max(RESUME_FROM)) {
-            // A growth that takes its time goes on, and does not keep the VMs from being paused meanwhile.
+            // A growth that takes its time goes on, and does not keep the VMs from being paused
+            // meanwhile.
             let grown = tokio::time::timeout(GROWTH, service.extend_pool()).await;
             if grown.is_ok_and(|grown| grown) {
                 continue;
@@ -83,7 +87,8 @@ pub async fn run(service: Service) -> Infallible {
     }
 }
 
-/// How much a disk may grow between two looks without its VM being paused; `None` where there is room enough.
+/// How much a disk may grow between two looks without its VM being paused; `None` where there is
+/// room enough.
 fn tolerated_growth(free: Bytes) -> Option<Bytes> {
     if free < PAUSE_ALL_BELOW {
         Some(Bytes::ZERO)
@@ -158,7 +163,8 @@ async fn resume_held(service: &Service) {
     }
 }
 
-/// Follows what the hypervisor says of one machine, for as long as it is polled: one that it stops is held until there is room.
+/// Follows what the hypervisor says of one machine, for as long as it is polled: one that it stops
+/// is held until there is room.
 pub async fn follow(service: &Service, id: &str, machine: &Arc<dyn Machine>) -> Infallible {
     let mut events = machine.events();
     // One that an earlier daemon held stands still since.
@@ -166,7 +172,8 @@ pub async fn follow(service: &Service, id: &str, machine: &Arc<dyn Machine>) -> 
     loop {
         match events.recv().await {
             Ok(MachineEvent::IoError { nospace: true, .. }) => hold(service, id, machine, STORAGE_FULL),
-            // What lies below the pool may have another word for being full; with room enough, the resumption comes at once.
+            // What lies below the pool may have another word for being full; with room enough, the
+            // resumption comes at once.
             Ok(MachineEvent::IoError { nospace: false, reason }) => {
                 hold(service, id, machine, &format!("disk_error: {reason}"));
             }

@@ -1,5 +1,6 @@
-//! A guest that restarts itself over and over does not come up: its kernel panics, or it finds no root file system. It would take a
-//! processor for ever, and look as if it ran. One whose agent was there in between did come up, and may restart as often as it likes.
+//! A guest that restarts itself over and over does not come up: its kernel panics, or it finds no
+//! root file system. It would take a processor for ever, and look as if it ran. One whose agent was
+//! there in between did come up, and may restart as often as it likes.
 
 use scalebox_vmm::{Machine, MachineEvent};
 use std::sync::Arc;
@@ -9,7 +10,8 @@ use tokio::time::Instant;
 
 /// So many restarts in a row are a loop.
 const RESTARTS: u32 = 6;
-/// In a row are those that follow one another within this time; an emulated guest takes about ten seconds to find out that it cannot boot.
+/// In a row are those that follow one another within this time; an emulated guest takes about ten
+/// seconds to find out that it cannot boot.
 const WITHIN: Duration = Duration::from_secs(60);
 
 /// Waits until the guest is in such a loop, and says so.

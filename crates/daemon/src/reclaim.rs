@@ -1,7 +1,8 @@
 //! Space that comes back: from deleted disks to the pool, and from the pool to the host disk.
 //!
-//! `DELETE` answers when the VM's record and its disk's name are gone; the blocks follow here. Until they can be given to others the deleted disk
-//! stays promised, so that no block is ever promised twice; a request that would be refused meanwhile waits for them instead.
+//! `DELETE` answers when the VM's record and its disk's name are gone; the blocks follow here.
+//! Until they can be given to others the deleted disk stays promised, so that no block is ever
+//! promised twice; a request that would be refused meanwhile waits for them instead.
 
 use crate::service::{Service, blocking};
 use scalebox_fault_points::crash_point;
@@ -12,7 +13,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
-/// How long a request that does not fit waits for deleted disks: many times what the largest takes on a disk that is not busy.
+/// How long a request that does not fit waits for deleted disks: many times what the largest takes
+/// on a disk that is not busy.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// The pool is not trimmed more often than this: many small deletions are handed on together.
 const BETWEEN_TRIMS: Duration = Duration::from_secs(10);
@@ -50,7 +52,8 @@ impl Drop for UnderWay {
     }
 }
 
-/// Gives the blocks of a deleted VM's disk back, and then its promise, in a task that the daemon's end waits for.
+/// Gives the blocks of a deleted VM's disk back, and then its promise, in a task that the daemon's
+/// end waits for.
 pub fn give_back(service: &Service, id: String, disk: Option<Unlinked>, promised: Gib) {
     let under_way = UnderWay::begin(service);
     service.inner().tasks.spawn(async move {
@@ -82,7 +85,8 @@ impl Reclaim {
         let _settled = tokio::time::timeout(PATIENCE, none).await;
     }
 
-    /// Asks again while `ask` is refused and deleted disks are on their way back, for at most [`PATIENCE`].
+    /// Asks again while `ask` is refused and deleted disks are on their way back, for at most
+    /// [`PATIENCE`].
     pub async fn ask_again<T, E, F>(&self, is_refusal: fn(&E) -> bool, mut ask: impl FnMut() -> F) -> Result<T, E>
     where
         F: Future<Output = Result<T, E>>,
@@ -104,8 +108,9 @@ impl Reclaim {
     }
 }
 
-/// Hands freed blocks on to the host disk for as long as it is polled. btrfs does so by itself, but two minutes later (`discard=async`). A pool on a
-/// device of its own is left to that: nobody else waits for its blocks.
+/// Hands freed blocks on to the host disk for as long as it is polled. btrfs does so by itself, but
+/// two minutes later (`discard=async`). A pool on a device of its own is left to that: nobody else
+/// waits for its blocks.
 pub async fn run(service: Service) -> Infallible {
     loop {
         service.inner().reclaim.freed.notified().await;

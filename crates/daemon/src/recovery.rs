@@ -1,9 +1,11 @@
 //! Putting things right at start, from the state file alone.
 //!
-//! What a client was told about is there: its record, its disk, and its machine if that still runs. What has no record belongs to
-//! nobody and goes: machines, taps, forwards, disks, folders. What does not have our form is never touched.
+//! What a client was told about is there: its record, its disk, and its machine if that still runs.
+//! What has no record belongs to nobody and goes: machines, taps, forwards, disks, folders. What
+//! does not have our form is never touched.
 //!
-//! A VM that cannot be put right is told as failed, with the reason, and keeps no other from being served.
+//! A VM that cannot be put right is told as failed, with the reason, and keeps no other from being
+//! served.
 
 use crate::error::ServiceError;
 use crate::host;
@@ -35,11 +37,13 @@ pub struct Recovered {
     pub to_start: Vec<String>,
     /// VMs whose stop a crash interrupted, for [`stop_again`].
     pub to_stop: Vec<String>,
-    /// VMs that run and are not connected to the network, for [`network_watch`](crate::network_watch).
+    /// VMs that run and are not connected to the network, for
+    /// [`network_watch`](crate::network_watch).
     pub unconnected: Vec<String>,
 }
 
-/// Fills the service's table from the state file and removes leftovers. To be called once, before the first request.
+/// Fills the service's table from the state file and removes leftovers. To be called once, before
+/// the first request.
 ///
 /// # Errors
 /// When the state, the pool or the network as a whole cannot be read or put right.
@@ -99,8 +103,9 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
 /// Why a VM that ran before the host's reboot does not run yet.
 const WAITING: &str = "waiting to be started after the host's reboot";
 
-/// Starts the VMs that ran when the host went down, one after the other, and notes that this boot's were seen to. Until then the state
-/// says that they run: a crash in between starts the rest at the next start.
+/// Starts the VMs that ran when the host went down, one after the other, and notes that this boot's
+/// were seen to. Until then the state says that they run: a crash in between starts the rest at the
+/// next start.
 pub async fn start_again(service: Service, vms: Vec<String>) {
     for id in vms {
         let one = service.clone();
@@ -121,7 +126,8 @@ pub async fn start_again(service: Service, vms: Vec<String>) {
     }
 }
 
-/// Carries through the stops that a crash interrupted, all at the same time: a guest may take a minute.
+/// Carries through the stops that a crash interrupted, all at the same time: a guest may take a
+/// minute.
 pub fn stop_again(service: &Service, vms: Vec<String>) {
     for id in vms {
         let one = service.clone();
@@ -171,11 +177,12 @@ fn note_boot(state: &State) -> Result<(), ServiceError> {
     Ok(state.set_fact(Fact::BootId, &boot_id()?)?)
 }
 
-/// Stands in place of a boot's id when the VMs were shut down with the host: no boot has it, so the next start takes itself for the first
-/// after a reboot.
+/// Stands in place of a boot's id when the VMs were shut down with the host: no boot has it, so the
+/// next start takes itself for the first after a reboot.
 const HOST_DOWN: &str = "down";
 
-/// Notes that the host is going down: VMs that the state knows as running are started again by the next start.
+/// Notes that the host is going down: VMs that the state knows as running are started again by the
+/// next start.
 ///
 /// # Errors
 /// When the state cannot be written.
@@ -320,9 +327,10 @@ async fn restore(
     }
 }
 
-/// A crash in the middle of a growth leaves the disk smaller than the state says: the growth is carried through. If that fails, the growth is
-/// taken back, of which nobody was told. A disk that is larger was left by a growth that failed: it is promised as it is, because the guest may
-/// have seen it.
+/// A crash in the middle of a growth leaves the disk smaller than the state says: the growth is
+/// carried through. If that fails, the growth is taken back, of which nobody was told. A disk that
+/// is larger was left by a growth that failed: it is promised as it is, because the guest may have
+/// seen it.
 async fn agree_on_disk_size(
     service: &Service,
     record: &mut Record,
@@ -402,20 +410,23 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
     Ok(ended)
 }
 
-/// Removes the jails of machines whose process is gone. After a reboot of the host there may be many.
+/// Removes the jails of machines whose process is gone. After a reboot of the host there may be
+/// many.
 async fn sweep_jails(service: &Service, with_process: &HashSet<String>) -> Result<(), ServiceError> {
     let jails = jails_dir(&service.inner().settings.data_dir);
     let running: Vec<MachineId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
     blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
 }
 
-/// The VMs that some process of this host names in its arguments: one look for all of them, because a host has thousands of stopped VMs
-/// and few processes. Whether a process really is a VM's machine is for the driver to prove.
+/// The VMs that some process of this host names in its arguments: one look for all of them, because
+/// a host has thousands of stopped VMs and few processes. Whether a process really is a VM's
+/// machine is for the driver to prove.
 fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list /proc: {error}"));
     let mut ids = HashSet::new();
     for entry in fs::read_dir("/proc").map_err(failed)? {
-        // A process that ended meanwhile has no arguments any more, and what is no process never had.
+        // A process that ended meanwhile has no arguments any more, and what is no process never
+        // had.
         let Ok(arguments) = fs::read(entry.map_err(failed)?.path().join("cmdline")) else {
             continue;
         };
@@ -435,7 +446,8 @@ fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
 /// `vm-` and twelve hex digits.
 const VM_ID_LENGTH: usize = 15;
 
-/// The ids for which there is a folder in `folder`. What does not have the form of an id is not ours.
+/// The ids for which there is a folder in `folder`. What does not have the form of an id is not
+/// ours.
 pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
     let entries = match fs::read_dir(folder) {

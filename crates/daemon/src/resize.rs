@@ -1,4 +1,5 @@
-//! Asking a guest how large and how full its root file system is, through its agent: what the host grew, the guest must have grown too.
+//! Asking a guest how large and how full its root file system is, through its agent: what the host
+//! grew, the guest must have grown too.
 
 use crate::agent::{self, NoAgent};
 use scalebox_client::Disk;
@@ -10,13 +11,14 @@ use std::time::{Duration, Instant};
 
 /// How long a guest may take to grow its file system. An emulated one takes about a second.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often a guest is asked before it counts as one without an agent; each attempt has a deadline of its own.
+/// How often a guest is asked before it counts as one without an agent; each attempt has a deadline
+/// of its own.
 const ATTEMPTS: u32 = 3;
 /// How long to wait between two questions meanwhile.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// The size of the guest's root file system; `None` when it has no agent, or one that does not answer though it was given time: a busy
-/// host's guest may take a few seconds.
+/// The size of the guest's root file system; `None` when it has no agent, or one that does not
+/// answer though it was given time: a busy host's guest may take a few seconds.
 pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
     for _ in 0..ATTEMPTS {
         if let Some(root) = root_of(machine).await {
@@ -38,8 +40,8 @@ pub async fn root_of(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
     }
 }
 
-/// Waits until a guest's root file system has grown by about `growth` over `before`. `obstacle` is what keeps it from growing while
-/// it is mounted, if that is known: then other advice is given.
+/// Waits until a guest's root file system has grown by about `growth` over `before`. `obstacle` is
+/// what keeps it from growing while it is mounted, if that is known: then other advice is given.
 pub async fn confirm(
     machine: &Arc<dyn Machine>,
     before: Option<Bytes>,
@@ -57,7 +59,8 @@ pub async fn confirm(
             "the guest has no agent that answers: if it does not grow its file system by itself, run resize2fs in it",
         );
     };
-    // Of what is added, the file system keeps a part for itself: inode tables, journal, the blocks reserved for root.
+    // Of what is added, the file system keeps a part for itself: inode tables, journal, the blocks
+    // reserved for root.
     let expected = before + growth.scaled(0.9);
     let begun = Instant::now();
     loop {

@@ -1,7 +1,8 @@
 //! Connections: accepted within bounds, and answered to the end when the daemon is told to stop.
 //!
-//! Whoever can reach the port can open connections, so none is worth anything to hold: it has to send, it has to read what it is answered, and one
-//! that shows no token is closed behind its first answer (see [`api`](crate::api)).
+//! Whoever can reach the port can open connections, so none is worth anything to hold: it has to
+//! send, it has to read what it is answered, and one that shows no token is closed behind its first
+//! answer (see [`api`](crate::api)).
 
 use crate::api::without_trailing_slash;
 use crate::error_bodies::{Answering, ErrorBodies};
@@ -38,12 +39,14 @@ const READ_PATIENCE: Duration = Duration::from_secs(120);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a shutdown waits for requests under way; longer than the longest of them, a stop.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(90);
-/// How long clients may take, when there is nothing under way any more, to take what they are answered.
+/// How long clients may take, when there is nothing under way any more, to take what they are
+/// answered.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// How long to leave the listener alone after it failed, as it does when files run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until SIGTERM or SIGINT, then answers the requests under way and takes no more. A second signal ends it at once.
+/// Serves until SIGTERM or SIGINT, then answers the requests under way and takes no more. A second
+/// signal ends it at once.
 ///
 /// # Errors
 /// When signals cannot be watched.
@@ -66,7 +69,8 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
         };
         let (room, stream, peer) = tokio::select! {
             accepted = accepted => match accepted {
-                // Of a socket for both versions of IP, those of version 4 come in the form of version 6.
+                // Of a socket for both versions of IP, those of version 4 come in the form of
+                // version 6.
                 (room, Ok((stream, peer))) => (room, stream, peer.ip().to_canonical()),
                 (_, Err(error)) => {
                     tracing::warn!(%error, "a connection could not be accepted");

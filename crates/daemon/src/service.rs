@@ -1,7 +1,7 @@
 //! The service behind the API: its parts, and each thing that can be asked of it.
 //!
-//! What a request does is told in [`create`](crate::create), [`lifecycle`](crate::lifecycle), [`update`](crate::update),
-//! [`pool`](crate::pool) and [`snapshots`](crate::snapshots).
+//! What a request does is told in [`create`](crate::create), [`lifecycle`](crate::lifecycle),
+//! [`update`](crate::update), [`pool`](crate::pool) and [`snapshots`](crate::snapshots).
 
 use crate::accounts::{self, Ledger};
 use crate::cleanup::Cleanups;
@@ -152,7 +152,8 @@ impl Service {
     /// Makes a VM. Runs to its end even when the caller stops waiting.
     ///
     /// # Errors
-    /// 404 no such template, 400 disk smaller than it, 409 name taken, 507 does not fit, 503 the host is not ready. Nothing is left then.
+    /// 404 no such template, 400 disk smaller than it, 409 name taken, 507 does not fit, 503 the
+    /// host is not ready. Nothing is left then.
     ///
     /// With an idempotency key that has made one, that VM; the second of the pair says so.
     pub async fn create(&self, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
@@ -179,11 +180,13 @@ impl Service {
         self.detached(async move { service.stop_now(&reference).await }).await
     }
 
-    /// Changes a VM. Its disk grows, and the file system on it: live if it runs, else offline. Waits for what is under way on the VM, so that
-    /// of several requests at once the largest size is what is left.
+    /// Changes a VM. Its disk grows, and the file system on it: live if it runs, else offline.
+    /// Waits for what is under way on the VM, so that of several requests at once the largest size
+    /// is what is left.
     ///
     /// # Errors
-    /// 404, 400 when the disk would become smaller, 507 when it does not fit; nothing is changed then.
+    /// 404, 400 when the disk would become smaller, 507 when it does not fit; nothing is changed
+    /// then.
     pub async fn update(&self, reference: String, request: UpdateVm) -> Result<Vm, ServiceError> {
         let service = self.clone();
         self.detached(async move { service.update_now(&reference, request).await })
@@ -200,7 +203,8 @@ impl Service {
             .await
     }
 
-    /// Deletes a VM, running or not, with its disk. One that is still being made is called off, by its name, and undone.
+    /// Deletes a VM, running or not, with its disk. One that is still being made is called off, by
+    /// its name, and undone.
     ///
     /// # Errors
     /// 404, 409 when something is under way on it.
@@ -385,7 +389,8 @@ impl Service {
         &self,
         operation: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
     ) -> Result<T, ServiceError> {
-        // Its own failure is logged here too: a client that hung up takes no answer that would be logged.
+        // Its own failure is logged here too: a client that hung up takes no answer that would be
+        // logged.
         let service = self.clone();
         let logged = async move {
             operation.await.inspect_err(|error| {

@@ -1,7 +1,8 @@
 //! Settings: from the environment, over a file of `KEY=VALUE` lines, over defaults.
 //!
-//! A setting that does not parse stops the daemon with its name, its value and what would be right; so does a key in the file
-//! that no setting has, because a misspelt setting that is quietly ignored is a default in disguise.
+//! A setting that does not parse stops the daemon with its name, its value and what would be right;
+//! so does a key in the file that no setting has, because a misspelt setting that is quietly
+//! ignored is a default in disguise.
 
 use crate::contradictions;
 use ipnet::Ipv4Net;
@@ -28,7 +29,8 @@ const MIN_MEM_MIB: u64 = 128;
 pub struct Settings {
     /// `STORAGE_SIZE`: the size of a new pool; 80 % of what is free when not set.
     pub storage_size: Option<RequestedSize>,
-    /// `POOL_AUTO_GROW`: whether the pool grows by itself; when not set, a pool does whose size was not asked for.
+    /// `POOL_AUTO_GROW`: whether the pool grows by itself; when not set, a pool does whose size was
+    /// not asked for.
     pub pool_auto_grow: bool,
     /// `POOL_LOW_WATER_GIB`: with less than this free, it does.
     pub pool_low_water: Gib,
@@ -58,7 +60,8 @@ pub struct Settings {
     pub api_token: Option<Token>,
     /// `HOST_IP`: shown to clients; the default route's address when not set.
     pub host_ip: Option<IpAddr>,
-    /// `BRIDGE`, `SUBNET`, `PORT_MIN`, `PORT_MAX` and `GUEST_DENY`: the guests' network, their SSH forwards and what they do not reach.
+    /// `BRIDGE`, `SUBNET`, `PORT_MIN`, `PORT_MAX` and `GUEST_DENY`: the guests' network, their SSH
+    /// forwards and what they do not reach.
     pub net: NetConfig,
     /// `GUEST_DNS`: the resolvers guests use; the host's own when not set.
     pub guest_dns: Vec<Ipv4Addr>,
@@ -70,7 +73,8 @@ pub struct Settings {
     pub default_vcpu_count: u32,
     /// `DEFAULT_MEM_SIZE_MIB`.
     pub default_mem_size_mib: u64,
-    /// `GUEST_TRIM_INTERVAL_MINUTES`: how often each guest gives back what it deleted; zero for never.
+    /// `GUEST_TRIM_INTERVAL_MINUTES`: how often each guest gives back what it deleted; zero for
+    /// never.
     pub guest_trim_interval: Duration,
     /// `LOG_FORMAT`.
     pub log_format: LogFormat,

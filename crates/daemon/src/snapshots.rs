@@ -1,7 +1,7 @@
 //! Snapshots: a VM's disk becomes a template.
 //!
-//! The guest stands still only while its disk is cloned, which copies nothing: frozen by its agent, or paused where no agent answers. All
-//! else is done on the clone, when the VM is free again.
+//! The guest stands still only while its disk is cloned, which copies nothing: frozen by its agent,
+//! or paused where no agent answers. All else is done on the clone, when the VM is free again.
 
 use crate::agent;
 use crate::error::ServiceError;
@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 
 /// How long a guest may take to write out what it holds back, before its file systems are frozen.
 const FLUSH: Duration = Duration::from_secs(20);
-/// How often a guest is told to go on before that is left to the daemon's next start; each attempt has a deadline of its own.
+/// How often a guest is told to go on before that is left to the daemon's next start; each attempt
+/// has a deadline of its own.
 const ATTEMPTS: u32 = 20;
 /// How long to wait before the next attempt.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -84,11 +85,13 @@ enum Held {
 }
 
 impl Service {
-    /// Makes a template of a VM's disk, running or not. Runs to its end even when the caller stops waiting.
+    /// Makes a template of a VM's disk, running or not. Runs to its end even when the caller stops
+    /// waiting.
     ///
     /// # Errors
-    /// 403 for [`BASE_TEMPLATE`], 404, 409 when there is a template of that name, the disk's file system is damaged or something is under way
-    /// on the VM, 507 when it does not fit. Nothing is left then, and the VM goes on.
+    /// 403 for [`BASE_TEMPLATE`], 404, 409 when there is a template of that name, the disk's file
+    /// system is damaged or something is under way on the VM, 507 when it does not fit. Nothing is
+    /// left then, and the VM goes on.
     pub async fn snapshot(&self, reference: String, request: SnapshotVm) -> Result<Snapshot, ServiceError> {
         let service = self.clone();
         self.detached(async move { service.snapshot_now(&reference, &request).await })

@@ -1,7 +1,8 @@
 //! The state file: what the daemon must know after a crash, in SQLite under `STATE_DIR`.
 //!
-//! It lies outside the pool, so that a full pool does not stop the daemon. A change has two outcomes: it succeeded and
-//! survives a power cut, or it failed and was not made, now and after a restart. All methods block.
+//! It lies outside the pool, so that a full pool does not stop the daemon. A change has two
+//! outcomes: it succeeded and survives a power cut, or it failed and was not made, now and after a
+//! restart. All methods block.
 
 mod commits;
 mod renewal;
@@ -45,7 +46,8 @@ pub struct Record {
     pub limits: VmLimits,
     /// Whether it is started again after a reboot of the host.
     pub autostart: bool,
-    /// The driver of its machine, as in the setting `VMM`; releases before this column recorded none.
+    /// The driver of its machine, as in the setting `VMM`; releases before this column recorded
+    /// none.
     pub vmm: Option<String>,
     /// Its address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
@@ -156,8 +158,8 @@ impl StateError {
     }
 }
 
-/// What brings a state file from the schema before to this one; the schema's number is the count of steps done, in
-/// `PRAGMA user_version`. Steps are only ever appended.
+/// What brings a state file from the schema before to this one; the schema's number is the count of
+/// steps done, in `PRAGMA user_version`. Steps are only ever appended.
 const MIGRATIONS: [&str; 6] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
@@ -200,9 +202,11 @@ pub struct State {
 }
 
 impl State {
-    /// Opens the state in `folder`, making it when it is not there, and brings it to this release's schema.
+    /// Opens the state in `folder`, making it when it is not there, and brings it to this release's
+    /// schema.
     ///
-    /// On a read-only file system a copy in `scratch`, which must be writable, is read instead, and every change fails.
+    /// On a read-only file system a copy in `scratch`, which must be writable, is read instead, and
+    /// every change fails.
     ///
     /// # Errors
     /// [`StateError::Locked`] while another process has it.
@@ -252,7 +256,8 @@ impl State {
         self.is_read_only
     }
 
-    /// Reads a fact without taking the state, also while a daemon has it; `None` also when there is no state yet.
+    /// Reads a fact without taking the state, also while a daemon has it; `None` also when there is
+    /// no state yet.
     ///
     /// # Errors
     /// [`StateError::Database`].
@@ -290,7 +295,8 @@ impl State {
             .map_err(|error| failed(&path, Arc::new(error)))
     }
 
-    /// Counts the VMs of each driver without taking the state; none also when there is no state yet.
+    /// Counts the VMs of each driver without taking the state; none also when there is no state
+    /// yet.
     ///
     /// # Errors
     /// [`StateError::Database`], also for a state of a release that recorded no drivers.
@@ -371,7 +377,8 @@ impl State {
         })
     }
 
-    /// Changes a VM's settings: how its disk extends itself, its limits, whether it is started again.
+    /// Changes a VM's settings: how its disk extends itself, its limits, whether it is started
+    /// again.
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
@@ -492,7 +499,8 @@ fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
     }
 }
 
-/// Opens the file's lock, making it where it is not there; on a read-only or full file system the folder serves.
+/// Opens the file's lock, making it where it is not there; on a read-only or full file system the
+/// folder serves.
 fn lock_file(folder: &Path) -> io::Result<File> {
     let path = folder.join("lock");
     File::options()
@@ -753,7 +761,8 @@ mod tests {
     #[test]
     fn a_state_of_the_first_release_is_read_with_all_its_vms() {
         let folder = tempfile::tempdir().unwrap();
-        // As that release left it, to the letter: the first step of the migrations must never change.
+        // As that release left it, to the letter: the first step of the migrations must never
+        // change.
         let written = Connection::open(folder.path().join("state.db")).unwrap();
         written
             .execute_batch(include_str!("../tests/data/state-schema-1.sql"))

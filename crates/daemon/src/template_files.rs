@@ -1,7 +1,9 @@
-//! Templates to elsewhere and from elsewhere: `GET /templates/{name}/export` and `POST /templates/{name}/import`.
+//! Templates to elsewhere and from elsewhere: `GET /templates/{name}/export` and `POST
+//! /templates/{name}/import`.
 //!
-//! Both stream: an image is packed or unpacked as it goes over the wire, and stands nowhere in between. Each takes a thread that waits for the
-//! network, so there are few at a time, and none waits for ever.
+//! Both stream: an image is packed or unpacked as it goes over the wire, and stands nowhere in
+//! between. Each takes a thread that waits for the network, so there are few at a time, and none
+//! waits for ever.
 
 use crate::api::{BODY_TIMEOUT, Segment, require_unpacked, root_cause};
 use crate::error::ServiceError;
@@ -170,7 +172,8 @@ enum Piece {
     End,
 }
 
-/// The pieces of an export, until the daemon is told to stop: it does not wait for who asked, who can ask again.
+/// The pieces of an export, until the daemon is told to stop: it does not wait for who asked, who
+/// can ask again.
 fn going_out(
     receiver: mpsc::Receiver<io::Result<Piece>>,
     closing: CancellationToken,
@@ -220,7 +223,8 @@ impl Write for &mut Pieces {
     }
 }
 
-/// A body, and whether it is on its way: a client may wait with it (`Expect: 100-continue`) until something of it is read.
+/// A body, and whether it is on its way: a client may wait with it (`Expect: 100-continue`) until
+/// something of it is read.
 struct Heard<R> {
     input: R,
     comes: bool,
@@ -240,7 +244,8 @@ impl<R: Read> Read for Heard<R> {
 }
 
 impl<R: Read> Heard<R> {
-    /// Listens to the rest. A client that sends all before it reads would not get to the answer otherwise.
+    /// Listens to the rest. A client that sends all before it reads would not get to the answer
+    /// otherwise.
     fn drain(&mut self) {
         let begun = Instant::now();
         let mut piece = vec![0; PIECE];
@@ -261,8 +266,8 @@ impl Service {
     /// Makes a template of an image that comes in as a stream.
     ///
     /// # Errors
-    /// 400 when it is none, 408 when it stops arriving, 403 for [`BASE_TEMPLATE`], 409 when there is one of that name or it is being made, 507 when it does not fit. Nothing
-    /// is left then.
+    /// 400 when it is none, 408 when it stops arriving, 403 for [`BASE_TEMPLATE`], 409 when there
+    /// is one of that name or it is being made, 507 when it does not fit. Nothing is left then.
     async fn import_template(
         &self,
         name: String,

@@ -1,11 +1,13 @@
-//! Steps that can be taken back: each is pushed with its undo, and a failure runs the undos, last first.
+//! Steps that can be taken back: each is pushed with its undo, and a failure runs the undos, last
+//! first.
 
 use std::future::Future;
 use std::pin::Pin;
 
 type Undo = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
-/// The undos of the steps taken so far. Dropped without [`Steps::undo_all`], it undoes nothing: the steps stand.
+/// The undos of the steps taken so far. Dropped without [`Steps::undo_all`], it undoes nothing: the
+/// steps stand.
 #[derive(Default)]
 pub struct Steps {
     taken: Vec<(&'static str, Undo)>,
@@ -29,8 +31,8 @@ impl Steps {
         ));
     }
 
-    /// Takes all steps back, last first. One that fails is logged, and the others are still taken back: what is left of it is found
-    /// at the next start.
+    /// Takes all steps back, last first. One that fails is logged, and the others are still taken
+    /// back: what is left of it is found at the next start.
     pub async fn undo_all(mut self) {
         while let Some((step, undo)) = self.taken.pop() {
             match undo.await {

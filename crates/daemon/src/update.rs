@@ -1,6 +1,7 @@
 //! Changing a VM: its disk grows, and what is kept about it changes.
 //!
-//! The intent is recorded before the disk grows; a crash in between is carried through by the next start.
+//! The intent is recorded before the disk grows; a crash in between is carried through by the next
+//! start.
 
 use crate::auto_extend;
 use crate::error::ServiceError;
@@ -35,7 +36,8 @@ impl Service {
         if let Some(Some(extend)) = request.disk_auto_extend {
             auto_extend::check(extend, size)?;
         }
-        // What can be refused comes first, then what can be taken back, then the growth, which cannot.
+        // What can be refused comes first, then what can be taken back, then the growth, which
+        // cannot.
         let admitted = if size > current {
             Some(self.admit_growth(&operation, size).await?)
         } else {
@@ -70,7 +72,8 @@ impl Service {
     async fn admit_growth(&self, operation: &Operation, size: Gib) -> Result<Reservation, ServiceError> {
         let record = &operation.record;
         self.require_disk(record).await?;
-        // Offline, the disk gives way to a grown clone, and a machine that does not answer has it open.
+        // Offline, the disk gives way to a grown clone, and a machine that does not answer has it
+        // open.
         if operation.machine.is_none() && self.run_dir(&record.id).exists() {
             return Err(ServiceError::WrongState(format!(
                 "the machine of VM {} does not answer: start or delete the VM to end it",
@@ -105,7 +108,8 @@ impl Service {
         })
     }
 
-    /// Applies a VM's settings to its machine, if it has one, and records them. The undos stand in `steps`.
+    /// Applies a VM's settings to its machine, if it has one, and records them. The undos stand in
+    /// `steps`.
     ///
     /// A crash between the two is put right by the next start, which applies what is recorded.
     async fn apply(&self, operation: &Operation, settings: Settings, steps: &mut Steps) -> Result<(), ServiceError> {
@@ -151,7 +155,8 @@ impl Service {
         blocking(move || state.set_keeping(&id, extend, limits, autostart)).await
     }
 
-    /// Grows a VM's disk by what was admitted, and publishes that: `cause` says by whom it was asked for.
+    /// Grows a VM's disk by what was admitted, and publishes that: `cause` says by whom it was
+    /// asked for.
     pub(crate) async fn enlarge(
         &self,
         operation: &Operation,
@@ -162,7 +167,8 @@ impl Service {
         let current = Gib::new(record.disk_size_gib);
         let size = (current.bytes() + admitted.size()).floor_gib();
         if machine.is_none() {
-            // Grown offline, the disk gives way to a grown clone: nothing may have it open, not even a machine that hangs.
+            // Grown offline, the disk gives way to a grown clone: nothing may have it open, not
+            // even a machine that hangs.
             self.force_stop(record).await?;
         }
         // The intent first: a crash from here on is carried through by the next start.
@@ -224,7 +230,8 @@ impl Service {
         }
     }
 
-    /// Makes the disk as large as the state says: through the machine if there is one, else offline with its file system.
+    /// Makes the disk as large as the state says: through the machine if there is one, else offline
+    /// with its file system.
     pub(crate) async fn grow(
         &self,
         record: &Record,
@@ -234,7 +241,8 @@ impl Service {
         match machine {
             Some(machine) => {
                 machine.resize_root(size.bytes()).await?;
-                // The hypervisor does not: a power cut would make the disk smaller than it was said to be.
+                // The hypervisor does not: a power cut would make the disk smaller than it was said
+                // to be.
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
                 blocking(move || pool.settle_disk(&disk)).await
             }

@@ -1,7 +1,8 @@
-//! The VMs in memory: what each is known to do, which operation is under way on it, and which names, addresses and ports are taken.
+//! The VMs in memory: what each is known to do, which operation is under way on it, and which
+//! names, addresses and ports are taken.
 //!
-//! One std mutex guards the table; it is held for look-ups and small changes, never across an await, nor for longer than it
-//! takes to ask the kernel whether a port is free.
+//! One std mutex guards the table; it is held for look-ups and small changes, never across an
+//! await, nor for longer than it takes to ask the kernel whether a port is free.
 
 use crate::error::{ServiceError, quoted};
 use crate::state::Record;
@@ -53,11 +54,12 @@ impl Vms {
         }
     }
 
-    /// Takes a name, an address and a port for a VM that is being made. They are free again when the claim is dropped before
-    /// [`Claim::publish`].
+    /// Takes a name, an address and a port for a VM that is being made. They are free again when
+    /// the claim is dropped before [`Claim::publish`].
     ///
     /// # Errors
-    /// [`ServiceError::NameTaken`] when the name asked for is taken; [`ServiceError::NotReady`] when nothing is free.
+    /// [`ServiceError::NameTaken`] when the name asked for is taken; [`ServiceError::NotReady`]
+    /// when nothing is free.
     pub fn claim(&self, name: Option<&str>) -> Result<Claim, ServiceError> {
         let mut table = self.lock();
         let name = match name {
@@ -140,7 +142,8 @@ impl Vms {
         Ok((entry.record.clone(), entry.machine.clone()))
     }
 
-    /// Begins an operation on the VM with that id or name; no other can begin until the guard is dropped.
+    /// Begins an operation on the VM with that id or name; no other can begin until the guard is
+    /// dropped.
     ///
     /// # Errors
     /// [`ServiceError::NotFound`]; [`ServiceError::Busy`], with what is under way.
@@ -178,7 +181,8 @@ impl Vms {
         }
     }
 
-    /// Calls the creation of the VM of that name off, if there is one, and waits until it has ended.
+    /// Calls the creation of the VM of that name off, if there is one, and waits until it has
+    /// ended.
     pub async fn call_off(&self, name: &str) -> CalledOff {
         let called = self.lock().making.get(name).cloned();
         let Some(called) = called else {
@@ -205,7 +209,8 @@ impl Vms {
         }
     }
 
-    /// Notes what a VM does now, and with which machine. One that is gone is not made anew; returns whether it was there.
+    /// Notes what a VM does now, and with which machine. One that is gone is not made anew; returns
+    /// whether it was there.
     pub fn set(&self, id: &str, status: VmStatus, reason: Option<String>, machine: Option<Arc<dyn Machine>>) -> bool {
         match self.lock().by_id.get_mut(id) {
             Some(entry) => {
@@ -218,8 +223,8 @@ impl Vms {
         }
     }
 
-    /// Notes what a VM does now, if `machine` is still the one it has: an operation under way knows better. Returns the VM if that is
-    /// news.
+    /// Notes what a VM does now, if `machine` is still the one it has: an operation under way knows
+    /// better. Returns the VM if that is news.
     pub fn note(&self, id: &str, machine: &Arc<dyn Machine>, status: VmStatus, reason: Option<&str>) -> Option<Record> {
         if let Some(entry) = self.lock().by_id.get_mut(id)
             && entry
@@ -256,14 +261,16 @@ impl Vms {
             .collect()
     }
 
-    /// Notes what else has changed of a VM: its disk, its settings. One that is gone is not made anew.
+    /// Notes what else has changed of a VM: its disk, its settings. One that is gone is not made
+    /// anew.
     pub fn change(&self, id: &str, change: impl FnOnce(&mut Record)) {
         if let Some(entry) = self.lock().by_id.get_mut(id) {
             change(&mut entry.record);
         }
     }
 
-    /// Removes a VM. Its name is free again; its address and port are when the returned guard is dropped.
+    /// Removes a VM. Its name is free again; its address and port are when the returned guard is
+    /// dropped.
     pub fn remove(&self, id: &str) -> Option<Vacated> {
         let mut table = self.lock();
         let entry = table.by_id.remove(id)?;
@@ -306,7 +313,8 @@ fn lease(record: &Record) -> Lease {
     }
 }
 
-/// How often a random name is drawn before giving up: with 300,000 names and ten thousand taken, one draw in thirty collides.
+/// How often a random name is drawn before giving up: with 300,000 names and ten thousand taken,
+/// one draw in thirty collides.
 const DRAWS: usize = 64;
 
 fn free_name(taken: &HashSet<String>) -> Result<String, ServiceError> {
@@ -316,7 +324,8 @@ fn free_name(taken: &HashSet<String>) -> Result<String, ServiceError> {
         .ok_or_else(|| ServiceError::NotReady("no free name was found: choose one with the field name".to_owned()))
 }
 
-/// Whether no other program of the host listens on the port. One that cannot be asked about is skipped.
+/// Whether no other program of the host listens on the port. One that cannot be asked about is
+/// skipped.
 fn usable_port(port: u16) -> bool {
     port_is_free_on_host(port).unwrap_or_else(|error| {
         tracing::warn!(port, %error, "a port is skipped");

@@ -1,4 +1,5 @@
-//! Honest numbers, through the API: whose the pool's blocks are, and what is promised under a ratio of 1.
+//! Honest numbers, through the API: whose the pool's blocks are, and what is promised under a ratio
+//! of 1.
 #![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
 
 mod support;
@@ -92,7 +93,8 @@ fn with_a_ratio_of_one_what_a_disk_has_written_is_not_counted_twice() {
         disk_size_gib: Some(10),
         ..host.stopped("tiny")
     };
-    // 6 GiB written, 20 promised, 2 kept free: as a sum, they would not fit into the 26 that a pool of 30 can back.
+    // 6 GiB written, 20 promised, 2 kept free: as a sum, they would not fit into the 26 that a pool
+    // of 30 can back.
     eventually("the measurement that shows whose the blocks are", || {
         host.client().create_vm(&request).ok()
     });

@@ -1,5 +1,6 @@
-//! Random bytes and damaged requests, thrown at a daemon: it lives, answers nothing with a 5xx but 503 and 507, and makes nothing
-//! that it does not list. A seeded run; `SCALEBOX_TEST_SEED` chooses another one.
+//! Random bytes and damaged requests, thrown at a daemon: it lives, answers nothing with a 5xx but
+//! 503 and 507, and makes nothing that it does not list. A seeded run; `SCALEBOX_TEST_SEED` chooses
+//! another one.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,7 +22,8 @@ use support::{Host, KEY, Options, TOKEN, eventually};
 const REQUESTS: usize = 1500;
 /// The run ends early on a slow machine.
 const TIME: Duration = Duration::from_secs(60);
-/// A silence after which the client sends no more: the daemon waits for the rest of a request, or is at work on one.
+/// A silence after which the client sends no more: the daemon waits for the rest of a request, or
+/// is at work on one.
 const SILENCE: Duration = Duration::from_millis(60);
 /// How long an answer is waited for then.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -188,7 +190,8 @@ fn answers(host: &Host, bytes: &[u8]) -> Vec<u8> {
     }
 }
 
-/// The statuses of what was answered. A status line stands at the beginning, or right behind a body.
+/// The statuses of what was answered. A status line stands at the beginning, or right behind a
+/// body.
 fn statuses(answers: &[u8]) -> Vec<u16> {
     let text = String::from_utf8_lossy(answers);
     let lines = text

@@ -38,7 +38,8 @@ fn the_same_request_with_the_same_key_gives_the_same_vm_also_after_a_restart() {
     assert_eq!(again, std::slice::from_ref(&vm));
     assert_eq!(unmeasured(host.client().vms().unwrap()), std::slice::from_ref(&vm));
 
-    // In the client's own words: other spaces and another order are the same request, and the answer says that it is not the first.
+    // In the client's own words: other spaces and another order are the same request, and the
+    // answer says that it is not the first.
     let raw = |key: &str, body: &str| {
         let request = format!(
             "POST /vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nIdempotency-Key: {key}\r\nContent-Length: {}\r\n\r\n{body}",
@@ -118,7 +119,8 @@ fn a_vm_that_is_deleted_while_it_is_made_is_undone() {
         ..Options::default()
     });
     let mut size = 2;
-    // Which comes first is chance: the first clone of a size takes long enough for a deletion to come in between, soon.
+    // Which comes first is chance: the first clone of a size takes long enough for a deletion to
+    // come in between, soon.
     eventually("a creation that was called off", || {
         size = size % 99 + 1;
         let request = CreateVm {

@@ -109,7 +109,8 @@ fn sigterm_answers_the_requests_under_way_and_exits_0() {
     let stopping = AtomicBool::new(false);
     let request = host.stopped("tiny");
     std::thread::scope(|scope| {
-        // Creations one after another until the daemon takes no more; every one that was begun is answered.
+        // Creations one after another until the daemon takes no more; every one that was begun is
+        // answered.
         let worker = scope.spawn(|| {
             let mut made = 0;
             loop {
@@ -183,7 +184,8 @@ fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_
             pool.committed_bytes,
             listed.iter().map(|vm| vm.disk_size_gib << 30).sum::<u64>()
         );
-        // A VM that was recorded when the crash came before the answer is there too: it can be seen and deleted.
+        // A VM that was recorded when the crash came before the answer is there too: it can be seen
+        // and deleted.
         told = ids;
     }
     let vm = host.client().vms().unwrap().pop().unwrap();

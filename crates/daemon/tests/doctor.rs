@@ -8,7 +8,8 @@ use std::fs;
 use std::net::TcpListener;
 use support::{Host, Options, run, said, text};
 
-/// The findings with `settings` over those of the host, after a look that the exit code fits them and each of them has its four fields.
+/// The findings with `settings` over those of the host, after a look that the exit code fits them
+/// and each of them has its four fields.
 fn examine(host: &Host, settings: &[(&str, &str)]) -> Vec<Value> {
     let mut command = host.scaleboxd(&["doctor", "--json"]);
     let output = command.envs(settings.iter().copied()).output().unwrap();

@@ -1,8 +1,10 @@
-//! Every step of every operation that changes something durable: the daemon ends there, as by `kill -9`, or the step
-//! returns an error, once or each time. Then the host is compared with what clients were told, at once and after a restart.
+//! Every step of every operation that changes something durable: the daemon ends there, as by `kill
+//! -9`, or the step returns an error, once or each time. Then the host is compared with what
+//! clients were told, at once and after a restart.
 //!
-//! Built with the feature `fault-points` alone. The steps of an operation are those that a trace of it shows. All together
-//! must be those in the sources: a step that no operation here reaches fails the test.
+//! Built with the feature `fault-points` alone. The steps of an operation are those that a trace of
+//! it shows. All together must be those in the sources: a step that no operation here reaches fails
+//! the test.
 
 #![allow(
     clippy::unwrap_used,
@@ -168,7 +170,8 @@ impl Walker {
         steps
     }
 
-    /// Ends the daemon at a step of the operation, starts it again, looks at the host, and does the operation again.
+    /// Ends the daemon at a step of the operation, starts it again, looks at the host, and does the
+    /// operation again.
     fn end_at(&mut self, operation: &Operation, step: &Step, findings: &mut Findings) {
         (operation.prepare)(&self.0);
         let promised = self.0.promised();
@@ -192,7 +195,8 @@ impl Walker {
         self.do_again(operation, promised, reached, findings);
     }
 
-    /// Lets a step of the operation fail, looks at the host at once and after a restart, and does the operation again.
+    /// Lets a step of the operation fail, looks at the host at once and after a restart, and does
+    /// the operation again.
     fn fail_at(&mut self, operation: &Operation, step: &Step, mode: Mode, findings: &mut Findings) {
         (operation.prepare)(&self.0);
         let promised = self.0.promised();

@@ -1,5 +1,6 @@
-//! Every system call that an operation makes on the pool and the state fails once, in the daemon and in the programs that
-//! it starts: `strace` injects the error. Then the host is compared with what clients were told, at once and after a restart.
+//! Every system call that an operation makes on the pool and the state fails once, in the daemon
+//! and in the programs that it starts: `strace` injects the error. Then the host is compared with
+//! what clients were told, at once and after a restart.
 //!
 //! Under `make test` the first few calls of each kind fail, under `make test-faults` all.
 
@@ -122,7 +123,8 @@ impl Walker {
         Walker { scene }
     }
 
-    /// Does the operation with a fault, and looks at the host. Returns whether there was a call to fail.
+    /// Does the operation with a fault, and looks at the host. Returns whether there was a call to
+    /// fail.
     fn fail(&mut self, operation: &Operation, fault: &str, findings: &mut Findings) -> bool {
         let scene = &self.scene;
         (operation.prepare)(scene);

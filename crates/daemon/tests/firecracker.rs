@@ -1,4 +1,5 @@
-//! The service over Firecracker, with guests where KVM runs them, else on the host's side alone. It says what could not run, and why.
+//! The service over Firecracker, with guests where KVM runs them, else on the host's side alone. It
+//! says what could not run, and why.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
 
 mod support;
@@ -62,7 +63,8 @@ fn is_jailed(host: &Host, vm: &Vm) {
     let disk = host.disk(vm).metadata().unwrap();
     assert_eq!(process.join("root/disk").metadata().unwrap().ino(), disk.ino());
 
-    // The kernel is linked into its jail: the host's page cache holds it once, however many VMs there are.
+    // The kernel is linked into its jail: the host's page cache holds it once, however many VMs
+    // there are.
     for file in ["vmlinuz", "initrd.img"] {
         let file = host.folder.join("pool/kernel").join(file).metadata().unwrap();
         assert_eq!((file.nlink(), file.mode() & 0o777), (2, 0o644));

@@ -1,4 +1,5 @@
-//! One parser for each thing a client sends: whatever the API's parser takes, every later stage takes. Nothing is started.
+//! One parser for each thing a client sends: whatever the API's parser takes, every later stage
+//! takes. Nothing is started.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
 

@@ -1,4 +1,5 @@
-//! A daemon whose pool has no image: on a device of its own, and in a folder on an XFS. No guest is booted.
+//! A daemon whose pool has no image: on a device of its own, and in a folder on an XFS. No guest is
+//! booted.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,6 +1,7 @@
 //! The main job with real guests: a Debian booted by QEMU, reached over SSH through the forward.
 //!
-//! Guests are emulated on most machines and take many seconds to boot, so few are booted, and each answers for several promises.
+//! Guests are emulated on most machines and take many seconds to boot, so few are booted, and each
+//! answers for several promises.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -121,7 +122,8 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert!(by_requests > 2.9 && by_bytes > 2.9, "{by_requests} {by_bytes}");
     assert!(write("4k", 400) < by_requests);
 
-    // A disk extends itself before its guest is full, by its increment and no further than its limit.
+    // A disk extends itself before its guest is full, by its increment and no further than its
+    // limit.
     let extend = AutoExtend {
         threshold_percent: 60,
         increment_gib: 2,
@@ -165,7 +167,8 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
 
     agent_answers_on_a_vsock(&anna, &first);
 
-    // The daemon dies with three VMs running and an SSH session open: machines and session go on, and the next daemon has them again.
+    // The daemon dies with three VMs running and an SSH session open: machines and session go on,
+    // and the next daemon has them again.
     let third = host.client().create_vm(&ben.request("third")).unwrap();
     let mut session = anna
         .ssh(&first, "cat")
@@ -246,7 +249,8 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert_eq!(machines(&host), Vec::<String>::new());
 }
 
-/// The agent's other way in, which QEMU has no host's end for here: the guest talks to itself, through the one transport that it refuses to load.
+/// The agent's other way in, which QEMU has no host's end for here: the guest talks to itself,
+/// through the one transport that it refuses to load.
 fn agent_answers_on_a_vsock(key: &Key, vm: &Vm) {
     let refused = key.ssh(vm, "sudo modprobe vsock_loopback").output().unwrap();
     assert!(
@@ -307,7 +311,8 @@ fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_machine() {
     assert_eq!(disks, listed.len());
     assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
 
-    // Two more of a crash's leftovers: a machine whose start was not recorded any more, and one that hangs.
+    // Two more of a crash's leftovers: a machine whose start was not recorded any more, and one
+    // that hangs.
     let [kept, unrecorded, hung, ..] = listed.as_slice() else {
         panic!("{} VMs are too few", listed.len())
     };

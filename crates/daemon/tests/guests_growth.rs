@@ -1,4 +1,5 @@
-//! A guest whose file system cannot grow while it is mounted: what the answer to a growth advises, works.
+//! A guest whose file system cannot grow while it is mounted: what the answer to a growth advises,
+//! works.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,4 +1,5 @@
-//! What a guest cannot reach: each attempt is made from inside a real guest, beside one that works, so that a refusal means something.
+//! What a guest cannot reach: each attempt is made from inside a real guest, beside one that works,
+//! so that a refusal means something.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -134,7 +135,8 @@ fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_lie_about_who_it_i
     );
     assert_eq!(key.run(&other, "hostname"), "other", "the other guest kept its address");
 
-    // Somebody sweeps our tables away, as a firewall's restart does: they come back by themselves, and close what stood open.
+    // Somebody sweeps our tables away, as a firewall's restart does: they come back by themselves,
+    // and close what stood open.
     for family in ["ip", "bridge"] {
         run(
             "nft",

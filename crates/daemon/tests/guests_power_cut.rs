@@ -1,4 +1,5 @@
-//! Guests that lose their power: what they showed to clients is there after the next boot, and what a power cut ruined is made anew.
+//! Guests that lose their power: what they showed to clients is there after the next boot, and what
+//! a power cut ruined is made anew.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
 
 mod support;

@@ -1,4 +1,5 @@
-//! Elastic storage under guests that write: nothing they wrote is lost, and what they delete comes back.
+//! Elastic storage under guests that write: nothing they wrote is lost, and what they delete comes
+//! back.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -19,14 +20,16 @@ use support::{Host, HostDisk, Options, eventually, run, said, text};
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// For the guests' Perl, because starting a program costs an emulated processor more than writing a block. A block is 1 MiB that no other number gives.
+/// For the guests' Perl, because starting a program costs an emulated processor more than writing a
+/// block. A block is 1 MiB that no other number gives.
 const BLOCK: &str = "use strict; use Fcntl; use IO::Handle; \
     sub block { my $line = qq(number $_[0]\n); substr($line x (1 + (1 << 20) / length $line), 0, 1 << 20) } \
     sub put { my ($file, $n) = @_; sysopen(my $f, $file, O_RDWR | O_CREAT) or die qq($file: $!); \
         syswrite($f, block($n)) == 1 << 20 or die qq($file: $!); $f->sync or die qq($file: $!); } \
     sub check { my ($file, $n) = @_; open(my $f, q(<), $file) or die qq($file: $!); local $/; <$f> eq block($n) or die qq($file differs); }";
 
-/// Writes blocks over and over in 40 files until told to stop, and keeps the number of each outside the disk once it is flushed.
+/// Writes blocks over and over in 40 files until told to stop, and keeps the number of each outside
+/// the disk once it is flushed.
 const WRITER: &str = "my ($n, @last) = 0; mkdir q(data); until (-e q(/dev/shm/stop)) { put(q(data/) . $n % 40, $n); \
     $last[$n % 40] = $n; $n++; open(my $f, q(>), q(/dev/shm/written.new)); print $f qq($n @last\n); close $f; \
     rename q(/dev/shm/written.new), q(/dev/shm/written); }";
@@ -81,7 +84,8 @@ fn start_writers(key: &Key, vms: &[Vm]) -> Vec<Child> {
         .collect()
 }
 
-/// Stops the writers; what they wrote must be on their disks, and their kernels must have seen no error.
+/// Stops the writers; what they wrote must be on their disks, and their kernels must have seen no
+/// error.
 fn stop_writers(key: &Key, vms: &[Vm], writers: Vec<Child>) {
     for vm in vms {
         key.run(vm, "touch /dev/shm/stop");
@@ -120,7 +124,8 @@ fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_d
     host.import_debian();
     host.serve();
     let client = host.client();
-    // What guests write now lies behind the end that the pool will have: it must be moved while they go on.
+    // What guests write now lies behind the end that the pool will have: it must be moved while
+    // they go on.
     let ballast = host.folder.join("pool/ballast");
     run("fallocate", &["-l", "42G", text(&ballast)]);
     let key = Key::new(&host, "key");
@@ -173,7 +178,8 @@ fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_d
         begun.elapsed().as_secs_f64()
     );
 
-    // One guest fills the pool while two others work: it stands still before the last block is taken, they go on, and so does it when there is room.
+    // One guest fills the pool while two others work: it stands still before the last block is
+    // taken, they go on, and so does it when there is room.
     let free_bytes = client.pool().unwrap().free_bytes;
     run(
         "fallocate",

@@ -1,4 +1,5 @@
-//! Clients that hold on to what they are given: they open connections and do not read. Others are served all the same.
+//! Clients that hold on to what they are given: they open connections and do not read. Others are
+//! served all the same.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
 

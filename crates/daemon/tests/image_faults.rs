@@ -1,8 +1,9 @@
-//! System calls that fail while an image is worked on: those of e2fsprogs and those of the daemon itself. A template never holds what
-//! was deleted or a key, a disk never has other bytes than it should, and a failure changes nothing.
+//! System calls that fail while an image is worked on: those of e2fsprogs and those of the daemon
+//! itself. A template never holds what was deleted or a key, a disk never has other bytes than it
+//! should, and a failure changes nothing.
 //!
-//! The calls fail by `strace`. Programs of e2fsprogs are run by stand-ins that put it before them, for which the daemon must be built with
-//! the feature `fault-points`.
+//! The calls fail by `strace`. Programs of e2fsprogs are run by stand-ins that put it before them,
+//! for which the daemon must be built with the feature `fault-points`.
 
 #![allow(
     clippy::unwrap_used,
@@ -32,7 +33,8 @@ struct StandIns {
     folder: PathBuf,
 }
 
-/// A call of a program that is to fail: the `nth` of its kind. A failed `pwrite64` is tried again as `write`, which fails too.
+/// A call of a program that is to fail: the `nth` of its kind. A failed `pwrite64` is tried again
+/// as `write`, which fails too.
 #[derive(Debug, Clone)]
 struct Fault {
     program: &'static str,
@@ -68,7 +70,8 @@ impl StandIns {
         }
     }
 
-    /// Runs the programs without `strace` from now on: one that traces the daemon holds them already.
+    /// Runs the programs without `strace` from now on: one that traces the daemon holds them
+    /// already.
     fn step_aside(&self) {
         self.clear();
         fs::write(self.folder.join("off"), "").unwrap();
@@ -197,7 +200,8 @@ fn base_images(host: &Host) -> Vec<PathBuf> {
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// The superblock is written in as many pieces as have changed, so a run may have a call or two less than the one that was traced.
+/// The superblock is written in as many pieces as have changed, so a run may have a call or two
+/// less than the one that was traced.
 fn assert_reached(reached: usize, faults: usize) {
     assert!(reached + 3 >= faults, "{reached} of {faults} faults were reached");
 }
@@ -317,7 +321,8 @@ fn key_line(nth: usize) -> String {
 fn secrets_in(image: &Path) -> Vec<String> {
     let data = data_of(image);
     let found = |needle: &String| data.windows(needle.len()).any(|window| window == needle.as_bytes());
-    // All of them have one word in common, so one look over the bytes is enough where there is none.
+    // All of them have one word in common, so one look over the bytes is enough where there is
+    // none.
     if !found(&"-private-key".to_owned()) {
         return Vec::new();
     }
@@ -363,7 +368,8 @@ fn host_with_keys(programs: &[&str]) -> (Host, StandIns, Vm) {
     (host, stand_ins, vm)
 }
 
-/// Takes a snapshot, and looks at what came of it. Returns whether there is a template now, which is removed.
+/// Takes a snapshot, and looks at what came of it. Returns whether there is a template now, which
+/// is removed.
 fn snapshot(host: &Host, vm: &Vm, fault: &str) -> bool {
     let (status, said) = host.send(
         "POST",

@@ -1,4 +1,5 @@
-//! `GET /metrics`: true numbers, in a form that Prometheus takes without a complaint. No guest is booted.
+//! `GET /metrics`: true numbers, in a form that Prometheus takes without a complaint. No guest is
+//! booted.
 
 #![allow(
     clippy::unwrap_used,

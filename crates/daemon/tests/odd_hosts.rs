@@ -1,4 +1,5 @@
-//! The daemon on hosts that are not like most: system files in other encodings, a read-only `/etc`, a pool that is not there, odd entries in it.
+//! The daemon on hosts that are not like most: system files in other encodings, a read-only `/etc`,
+//! a pool that is not there, odd entries in it.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,7 +18,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use support::{Host, Options, eventually, run, said, text};
 
-/// `scaleboxd` in a mount namespace of its own, which `script` makes odd first; what it is given as `$0` is `argument`.
+/// `scaleboxd` in a mount namespace of its own, which `script` makes odd first; what it is given as
+/// `$0` is `argument`.
 fn in_namespace(host: &Host, script: &str, argument: &Path, args: &[&str]) -> Command {
     let daemon = host.scaleboxd(args);
     let mut command = Command::new("unshare");

@@ -1,5 +1,5 @@
-//! Requests that are odd: as people, proxies and other programs send them by mistake. None ends in a 500, each refusal says
-//! in JSON what is wrong. No guest is booted.
+//! Requests that are odd: as people, proxies and other programs send them by mistake. None ends in
+//! a 500, each refusal says in JSON what is wrong. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,5 @@
-//! `GET /openapi.json`: every route is in it, and what it says of the VM that a client gets is so. No guest is booted.
+//! `GET /openapi.json`: every route is in it, and what it says of the VM that a client gets is so.
+//! No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
@@ -121,7 +122,8 @@ fn answers_have_the_fields_that_their_schemas_name() {
     assert_eq!(status, 401);
 }
 
-/// Requests made of the document, good and bad ones, and answers compared with it; see scripts/schemathesis.sh.
+/// Requests made of the document, good and bad ones, and answers compared with it; see
+/// scripts/schemathesis.sh.
 #[test]
 fn the_document_is_true_for_every_request_that_can_be_made_of_it() {
     let mut host = Host::new(&Options {

@@ -1,4 +1,5 @@
-//! A guest that cannot boot: a kernel of a few bytes stands for it, which restarts the machine at once.
+//! A guest that cannot boot: a kernel of a few bytes stands for it, which restarts the machine at
+//! once.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,5 +1,5 @@
-//! One VM in trouble keeps no other from being served: not at start, not after a reboot of the host, not when the network is swept away.
-//! Guests of a few bytes stand for real ones.
+//! One VM in trouble keeps no other from being served: not at start, not after a reboot of the
+//! host, not when the network is swept away. Guests of a few bytes stand for real ones.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -48,7 +48,8 @@ fn a_growth_that_cannot_be_carried_through_is_taken_back_and_the_others_are_serv
         host.create_stopped("tiny", Some(1)),
     );
     host.crash();
-    // What the state says when the crash comes behind the intent; and a file system that e2fsck would wait for, for hours.
+    // What the state says when the crash comes behind the intent; and a file system that e2fsck
+    // would wait for, for hours.
     change_state(&host, "UPDATE vms SET disk_size_gib = 3");
     run(
         "tune2fs",

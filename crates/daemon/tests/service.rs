@@ -1,4 +1,5 @@
-//! The daemon as a service: what the service manager and the journal are told, and what is kept for whom.
+//! The daemon as a service: what the service manager and the journal are told, and what is kept for
+//! whom.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

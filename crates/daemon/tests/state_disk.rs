@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use support::{Host, HostDisk, Options, run, text};
 use tempfile::TempDir;
 
-/// An ext4 file system on a device that holds what is written to it only while there is room behind it, as a thin
-/// volume does. A write for which there is none fails.
+/// An ext4 file system on a device that holds what is written to it only while there is room behind
+/// it, as a thin volume does. A write for which there is none fails.
 struct ThinDisk {
     store: PathBuf,
     folder: PathBuf,
@@ -40,7 +40,8 @@ impl ThinDisk {
             "mke2fs",
             &["-q", "-t", "ext4", "-b", "4096", "-J", "size=4", text(&disk.image())],
         );
-        // All blocks exist, the journal's and the tables' too; then those of free space are given back.
+        // All blocks exist, the journal's and the tables' too; then those of free space are given
+        // back.
         run("fallocate", &["-l", "64M", text(&disk.image())]);
         // Nothing is committed but what is flushed.
         run(
@@ -52,7 +53,8 @@ impl ThinDisk {
         disk
     }
 
-    /// A loop device reports success for a request of which it could write a part, so each is one block of the store.
+    /// A loop device reports success for a request of which it could write a part, so each is one
+    /// block of the store.
     fn refuse_whole_requests(&self) {
         let device = run("findmnt", &["-n", "-o", "SOURCE", text(&self.folder)]);
         let name = device.trim().trim_start_matches("/dev/");

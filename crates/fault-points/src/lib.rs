@@ -1,9 +1,10 @@
 //! Named steps at which a build for tests ends the process or returns an error.
 //!
-//! Code that changes something durable calls one of two functions behind each step, with a name that no other step has:
-//! [`fault_point`] where a successor of the step can fail, so that an error must be undone, [`crash_point`] where the
-//! operation has succeeded and no later error can change that. Without the feature `enabled` both do nothing. With it,
-//! the environment variable `SCALEBOX_FAULTS` names a folder, in which these are used if they are there:
+//! Code that changes something durable calls one of two functions behind each step, with a name
+//! that no other step has: [`fault_point`] where a successor of the step can fail, so that an error
+//! must be undone, [`crash_point`] where the operation has succeeded and no later error can change
+//! that. Without the feature `enabled` both do nothing. With it, the environment variable
+//! `SCALEBOX_FAULTS` names a folder, in which these are used if they are there:
 //!
 //! | file | meaning |
 //! |---|---|
@@ -17,7 +18,8 @@
 //! | `once` | the step returns an error |
 //! | `lasting` | the step returns an error, and so does each later one of this name |
 //!
-//! The trace lists the steps of an operation, and the sources list all steps, so a test can walk every one of them.
+//! The trace lists the steps of an operation, and the sources list all steps, so a test can walk
+//! every one of them.
 
 use std::io;
 use std::path::PathBuf;
@@ -41,12 +43,14 @@ pub fn fault_point(step: &'static str) -> io::Result<()> {
     enabled::reached(step)
 }
 
-/// Marks a step behind which the operation has succeeded: tests can end the process here, but nothing can fail.
+/// Marks a step behind which the operation has succeeded: tests can end the process here, but
+/// nothing can fail.
 #[cfg(not(feature = "enabled"))]
 #[inline(always)]
 pub fn crash_point(_step: &'static str) {}
 
-/// Marks a step behind which the operation has succeeded: tests can end the process here, but nothing can fail.
+/// Marks a step behind which the operation has succeeded: tests can end the process here, but
+/// nothing can fail.
 #[cfg(feature = "enabled")]
 pub fn crash_point(step: &'static str) {
     if enabled::reached(step).is_err() {
@@ -56,7 +60,8 @@ pub fn crash_point(step: &'static str) {
     }
 }
 
-/// Returns the folder in which outside programs are to be looked for first. Always `None` in a release.
+/// Returns the folder in which outside programs are to be looked for first. Always `None` in a
+/// release.
 #[cfg(not(feature = "enabled"))]
 #[inline(always)]
 pub fn programs() -> Option<PathBuf> {
@@ -156,7 +161,8 @@ mod enabled {
         action
     }
 
-    /// Ends a test that cannot do what it was asked to, so that it does not look like one that passed.
+    /// Ends a test that cannot do what it was asked to, so that it does not look like one that
+    /// passed.
     pub fn fail(problem: &str) -> ! {
         eprintln!("{problem}");
         std::process::abort()

@@ -1,7 +1,9 @@
-//! The guest agent, asked from the host: `qemu-guest-agent` in the guest, over its serial port or a vsock.
+//! The guest agent, asked from the host: `qemu-guest-agent` in the guest, over its serial port or a
+//! vsock.
 //!
-//! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. A serial port takes one client at a time, so a connection is
-//! held for one errand and dropped. Every question has a deadline: a guest that boots, hangs or has no agent does not answer.
+//! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. A serial port takes one
+//! client at a time, so a connection is held for one errand and dropped. Every question has a
+//! deadline: a guest that boots, hangs or has no agent does not answer.
 
 use qapi::futures::{QapiService, QgaStreamTokio};
 use qapi::qga;
@@ -17,8 +19,8 @@ const DEADLINE: Duration = Duration::from_secs(3);
 /// How long trimming may take: it walks all free space of the guest.
 const TRIM_DEADLINE: Duration = Duration::from_secs(120);
 
-/// What an agent may say over one connection, in bytes: it is a guest's program, and answers are read whole. The longest tells of each file
-/// system that is mounted in the guest.
+/// What an agent may say over one connection, in bytes: it is a guest's program, and answers are
+/// read whole. The longest tells of each file system that is mounted in the guest.
 const MOST_SAID: u64 = 1 << 20;
 
 /// How long to wait before the same question is put again.
@@ -114,11 +116,12 @@ impl Agent {
         })
     }
 
-    /// Has the guest tell its disks which blocks it does not use. Returns how much that is, in all file systems that can trim; ext4 leaves out
-    /// what it told since it was mounted.
+    /// Has the guest tell its disks which blocks it does not use. Returns how much that is, in all
+    /// file systems that can trim; ext4 leaves out what it told since it was mounted.
     ///
     /// # Errors
-    /// [`AgentError::Unfinished`]; [`AgentError::Refused`], also when no file system could be trimmed.
+    /// [`AgentError::Unfinished`]; [`AgentError::Refused`], also when no file system could be
+    /// trimmed.
     pub async fn trim(&self) -> Result<Bytes, AgentError> {
         const ASKED: &str = "trim its file systems";
         let refused = |answer| AgentError::Refused { asked: ASKED, answer };
@@ -142,7 +145,8 @@ impl Agent {
 }
 
 impl Agent {
-    /// Has the guest write out what it holds back, for at most `within`, so that a [freeze](Agent::freeze) finds little left to write.
+    /// Has the guest write out what it holds back, for at most `within`, so that a
+    /// [freeze](Agent::freeze) finds little left to write.
     ///
     /// # Errors
     /// [`AgentError::Silent`], [`AgentError::Refused`], also where the agent runs no programs.
@@ -167,8 +171,8 @@ impl Agent {
         timeout(within, ended).await.unwrap_or(Err(AgentError::Silent))
     }
 
-    /// Freezes the guest's file systems: what writes to them waits until the [thaw](Agent::thaw). After an error they may be frozen all the
-    /// same: thaw them.
+    /// Freezes the guest's file systems: what writes to them waits until the [thaw](Agent::thaw).
+    /// After an error they may be frozen all the same: thaw them.
     ///
     /// # Errors
     /// [`AgentError::Silent`], [`AgentError::Refused`].
@@ -223,7 +227,8 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
-    /// Answers the first question as an agent does, and the second with a line that has no end. Returns how much of it was taken.
+    /// Answers the first question as an agent does, and the second with a line that has no end.
+    /// Returns how much of it was taken.
     async fn endless(stream: UnixStream) -> usize {
         let (questions, mut answers) = tokio::io::split(stream);
         let mut questions = BufReader::new(questions).lines();

@@ -3,8 +3,9 @@
 use crate::command::{Program, run};
 use crate::recipe::Recipe;
 
-/// What `apt-get indextargets` is asked to print for each index of packages it knows; fields of apt's documentation in
-/// `acquire-additional-files.md`. A field that a source does not have is printed as it stands here.
+/// What `apt-get indextargets` is asked to print for each index of packages it knows; fields of
+/// apt's documentation in `acquire-additional-files.md`. A field that a source does not have is
+/// printed as it stands here.
 const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(REPO_URI)|$(ORIGIN)";
 
 /// The arguments that tell mmdebstrap where to get packages from; none makes it use its default.
@@ -24,8 +25,8 @@ pub(crate) fn mirrors(recipe: &Recipe) -> Vec<String> {
     }
 }
 
-/// The lines of a sources.list for `suite` with its updates and security updates, as far as they are among `indexes`. Without the
-/// suite itself there are none: updates alone install nothing.
+/// The lines of a sources.list for `suite` with its updates and security updates, as far as they
+/// are among `indexes`. Without the suite itself there are none: updates alone install nothing.
 fn sources(indexes: &str, suite: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     let mut has_suite = false;
@@ -39,7 +40,8 @@ fn sources(indexes: &str, suite: &str) -> Vec<String> {
         let wanted = release
             .strip_prefix(suite)
             .is_some_and(|rest| ["", "-updates", "-security"].contains(&rest));
-        // No origin: apt has not read the release yet. What comes from there must bear Debian's signature either way.
+        // No origin: apt has not read the release yet. What comes from there must bear Debian's
+        // signature either way.
         let debian = origin == "Debian" || origin == "$(ORIGIN)" || origin.is_empty();
         // The guest has to reach it as well.
         let reachable = uri.starts_with("http://") || uri.starts_with("https://");

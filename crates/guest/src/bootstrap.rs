@@ -36,7 +36,8 @@ pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Prog
 
 fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
     let mut arguments: Vec<String> = [
-        // It mounts /proc, /sys and /dev in the new root: in a mount namespace of its own they are gone with it, killed or not.
+        // It mounts /proc, /sys and /dev in the new root: in a mount namespace of its own they are
+        // gone with it, killed or not.
         "--mount",
         "--",
         Program::Mmdebstrap.name(),
@@ -64,7 +65,8 @@ fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
     arguments
 }
 
-/// Where in mmdebstrap's output a step begins, and how many lines it has until the next: the measure of its fraction.
+/// Where in mmdebstrap's output a step begins, and how many lines it has until the next: the
+/// measure of its fraction.
 const PHASES: [(&str, Step, usize); 5] = [
     ("I: running apt-get update", progress::INDEX, 8),
     ("I: downloading packages with apt", progress::UNPACK, 213),

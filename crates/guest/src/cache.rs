@@ -1,8 +1,9 @@
 //! Finished templates, kept for the next time the same recipe is built.
 //!
-//! An entry is a directory named after the recipe's fingerprint. It is filled under another name and renamed when everything in
-//! it is flushed: what has the name is whole, and is never changed again. A lock per fingerprint makes the second of two equal
-//! builds wait and take what the first one made.
+//! An entry is a directory named after the recipe's fingerprint. It is filled under another name
+//! and renamed when everything in it is flushed: what has the name is whole, and is never changed
+//! again. A lock per fingerprint makes the second of two equal builds wait and take what the first
+//! one made.
 
 use crate::error::Error;
 use crate::scratch::remove_tree;
@@ -31,7 +32,8 @@ impl Entry {
             .open(&path)
             .map_err(Error::io("open", &path))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|errno| Error::io("lock", &path)(errno.into()))?;
-        // The newest lock is that of the entry used last: a cleanup can tell which ones are not in use any more.
+        // The newest lock is that of the entry used last: a cleanup can tell which ones are not in
+        // use any more.
         lock.set_modified(SystemTime::now())
             .map_err(Error::io("set the time of", &path))?;
         Ok(Entry {

@@ -1,7 +1,7 @@
 //! The one door to outside programs: mmdebstrap, e2fsprogs, coreutils and apt.
 //!
-//! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale. All that a failed one wrote
-//! stands in its error.
+//! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale.
+//! All that a failed one wrote stands in its error.
 
 use rustix::fs::Mode;
 use rustix::process::umask;
@@ -174,7 +174,8 @@ impl Call {
                 umask(Mode::WGRP | Mode::WOTH);
                 Ok(())
             };
-            // SAFETY: between fork and exec one system call is made: nothing is allocated and no lock is taken.
+            // SAFETY: between fork and exec one system call is made: nothing is allocated and no
+            // lock is taken.
             unsafe { command.pre_exec(for_everybody) };
         }
         let mut child = command.spawn().map_err(start)?;

@@ -1,4 +1,5 @@
-//! Making the installed Debian a guest: account, units, drivers, and nothing that belongs to one machine only.
+//! Making the installed Debian a guest: account, units, drivers, and nothing that belongs to one
+//! machine only.
 
 use crate::command::{Program, run};
 use crate::error::Error;
@@ -17,7 +18,8 @@ const ENABLED_UNITS: [&str; 5] = [
     "ssh.service",
 ];
 
-/// What the build or its packages leave that would be the same in every clone, or is of no use in one.
+/// What the build or its packages leave that would be the same in every clone, or is of no use in
+/// one.
 const REMOVED: [&str; 13] = [
     // Made at the first boot.
     "etc/hostname",
@@ -39,7 +41,8 @@ const REMOVED: [&str; 13] = [
     "var/log/bootstrap.log",
 ];
 
-/// Turns the root below `root` into a guest's. `kernel` holds the unpacked kernel package with the modules of `version`.
+/// Turns the root below `root` into a guest's. `kernel` holds the unpacked kernel package with the
+/// modules of `version`.
 pub(crate) fn furnish(root: &Path, kernel: &Path, version: &str) -> Result<(), Error> {
     install_modules(root, kernel, version)?;
     for file in files::IN_GUEST {
@@ -54,7 +57,8 @@ pub(crate) fn furnish(root: &Path, kernel: &Path, version: &str) -> Result<(), E
     link("../run/scalebox/resolv.conf", &root.join("etc/resolv.conf"))?;
     make_dir(&root.join("var/lib/scalebox"))?;
     choose_units(root)?;
-    // systemd compares these with /usr and would run sysusers, ldconfig and others in every clone's first boot.
+    // systemd compares these with /usr and would run sysusers, ldconfig and others in every clone's
+    // first boot.
     write(root, "etc/.updated", 0o644, "")?;
     write(root, "var/.updated", 0o644, "")
 }
@@ -75,9 +79,9 @@ fn install_modules(root: &Path, kernel: &Path, version: &str) -> Result<(), Erro
     )
 }
 
-/// The device nodes by which a module is loaded when they are opened (`/dev/fuse`, `/dev/net/tun`), as tmpfiles.d(5) lines: what
-/// `kmod static-nodes` prints for the kernel that runs, for the one that will. Lines of `modules.devname` are
-/// `MODULE NAME {c|b}MAJOR:MINOR`.
+/// The device nodes by which a module is loaded when they are opened (`/dev/fuse`, `/dev/net/tun`),
+/// as tmpfiles.d(5) lines: what `kmod static-nodes` prints for the kernel that runs, for the one
+/// that will. Lines of `modules.devname` are `MODULE NAME {c|b}MAJOR:MINOR`.
 fn static_nodes(devname: &str) -> String {
     let mut lines = String::from("# Made of modules.devname; stands in for kmod-static-nodes.service.\n");
     for line in devname.lines().filter(|line| !line.starts_with('#')) {
@@ -94,8 +98,8 @@ fn static_nodes(devname: &str) -> String {
     lines
 }
 
-/// `user`: logs in by key alone (`*` is no password's hash, yet does not lock the account for PAM), may become root, may read
-/// the journal.
+/// `user`: logs in by key alone (`*` is no password's hash, yet does not lock the account for PAM),
+/// may become root, may read the journal.
 fn add_account(root: &Path) -> Result<(), Error> {
     chroot(
         root,
@@ -146,7 +150,8 @@ fn chroot(root: &Path, argv: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-/// A folder of the guest, with those on the way to it: for everybody in the guest, whatever this process' umask.
+/// A folder of the guest, with those on the way to it: for everybody in the guest, whatever this
+/// process' umask.
 fn make_dir(path: &Path) -> Result<(), Error> {
     if path.is_dir() {
         return Ok(());

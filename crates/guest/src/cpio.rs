@@ -1,6 +1,8 @@
-//! Writing a cpio archive as the kernel reads it: format *newc*, `Documentation/driver-api/early-userspace/buffer-format.rst`.
+//! Writing a cpio archive as the kernel reads it: format *newc*,
+//! `Documentation/driver-api/early-userspace/buffer-format.rst`.
 
-/// An archive in the making; everything in it belongs to root and has the time zero, so equal contents make equal archives.
+/// An archive in the making; everything in it belongs to root and has the time zero, so equal
+/// contents make equal archives.
 pub(crate) struct Archive {
     bytes: Vec<u8>,
     /// Numbers the entries: two with one number would be hard links.

@@ -1,4 +1,5 @@
-//! The files that go into a guest, as they lie under `files/` in this crate: every one can be read, checked and edited there.
+//! The files that go into a guest, as they lie under `files/` in this crate: every one can be read,
+//! checked and edited there.
 
 /// A file of the guest.
 #[derive(Debug)]

@@ -1,5 +1,5 @@
-//! The initramfs: busybox, one script, the modules of virtio. Not packed: it is 3 MB, and unpacking it would cost an emulated CPU
-//! more than loading it.
+//! The initramfs: busybox, one script, the modules of virtio. Not packed: it is 3 MB, and unpacking
+//! it would cost an emulated CPU more than loading it.
 
 use crate::cpio::Archive;
 use crate::error::Error;

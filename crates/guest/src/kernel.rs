@@ -1,4 +1,5 @@
-//! The kernel's package: which version it holds, its image in the form that boots fastest, its modules.
+//! The kernel's package: which version it holds, its image in the form that boots fastest, its
+//! modules.
 
 use crate::error::Error;
 use crate::lz4;
@@ -32,8 +33,9 @@ impl KernelPackage {
         }
     }
 
-    /// The kernel to boot: the ELF image where it can be had. Its unpacking, 0.4 s of an emulated CPU, is then paid once and not
-    /// at each boot, and it is the only form that every hypervisor takes (QEMU by its PVH note). Else the bzImage as it is.
+    /// The kernel to boot: the ELF image where it can be had. Its unpacking, 0.4 s of an emulated
+    /// CPU, is then paid once and not at each boot, and it is the only form that every hypervisor
+    /// takes (QEMU by its PVH note). Else the bzImage as it is.
     pub(crate) fn image(&self) -> Result<Vec<u8>, Error> {
         let path = self.dir.join("boot").join(format!("vmlinuz-{}", self.version));
         let packed = fs::read(&path).map_err(Error::io("read", &path))?;
@@ -90,7 +92,8 @@ fn find(dir: &Path, file: &str) -> Result<Option<PathBuf>, Error> {
     Ok(None)
 }
 
-/// The packed kernel inside a bzImage. Offsets are those of the boot protocol (`Documentation/arch/x86/boot.rst`, 2.08 and later).
+/// The packed kernel inside a bzImage. Offsets are those of the boot protocol
+/// (`Documentation/arch/x86/boot.rst`, 2.08 and later).
 fn payload(image: &[u8]) -> Option<&[u8]> {
     if image.get(0x202..0x206)? != b"HdrS" {
         return None;

@@ -1,8 +1,9 @@
 //! What goes into a guest: the template it boots from, and the seed drive that tells it who it is.
 //!
-//! A template is Debian, installed by `mmdebstrap` from its own archive and made ready for being cloned: nothing in it belongs to
-//! one machine. What does, a guest reads at each boot from its seed drive; of that, keys and addresses never reach its disk. The
-//! files that go into a guest lie in this crate under `files/`, to be read and checked as what they are.
+//! A template is Debian, installed by `mmdebstrap` from its own archive and made ready for being
+//! cloned: nothing in it belongs to one machine. What does, a guest reads at each boot from its
+//! seed drive; of that, keys and addresses never reach its disk. The files that go into a guest lie
+//! in this crate under `files/`, to be read and checked as what they are.
 //!
 //! All of it is synchronous; [`build`] runs for a minute or two.
 //!

@@ -1,7 +1,8 @@
 //! Reading the LZ4 *legacy* format, in which Debian's kernels are packed (`lz4 -l`).
 //!
-//! Sources: `lz4_Frame_format.md` (section *Legacy frame*) and `lz4_Block_format.md` of the LZ4 project. A magic number, then
-//! blocks of at most 8 MiB of content, each behind its packed length (32 bits, little endian) and independent of the others.
+//! Sources: `lz4_Frame_format.md` (section *Legacy frame*) and `lz4_Block_format.md` of the LZ4
+//! project. A magic number, then blocks of at most 8 MiB of content, each behind its packed length
+//! (32 bits, little endian) and independent of the others.
 
 /// The first four bytes.
 pub(crate) const MAGIC: [u8; 4] = 0x184c_2102_u32.to_le_bytes();
@@ -12,8 +13,9 @@ const MIN_MATCH: usize = 4;
 /// A length that does not fit into its half of the token goes on in the bytes behind it.
 const MORE: usize = 15;
 
-/// Unpacks `packed`, which begins with [`MAGIC`]. What stands behind the last block (the kernel's build appends the unpacked
-/// length) must be shorter than five bytes. `None` when it is not whole and in this format.
+/// Unpacks `packed`, which begins with [`MAGIC`]. What stands behind the last block (the kernel's
+/// build appends the unpacked length) must be shorter than five bytes. `None` when it is not whole
+/// and in this format.
 pub(crate) fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
     let mut rest = packed.strip_prefix(&MAGIC)?;
     let mut out = Vec::new();
@@ -26,8 +28,8 @@ pub(crate) fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// A block is a row of sequences: a token (two lengths of four bits), literals, then a match: how far back, how long. The last
-/// sequence ends behind its literals.
+/// A block is a row of sequences: a token (two lengths of four bits), literals, then a match: how
+/// far back, how long. The last sequence ends behind its literals.
 fn unpack_block(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
     let start = out.len();
     let mut input = block.iter();
@@ -45,7 +47,8 @@ fn unpack_block(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
         if out.len() - start + length > BLOCK {
             return None;
         }
-        // The match may reach into what it writes, which repeats it: at most as much as is there is copied at once.
+        // The match may reach into what it writes, which repeats it: at most as much as is there is
+        // copied at once.
         let end = out.len() + length;
         while out.len() < end {
             let piece = (end - out.len()).min(out.len() - from);

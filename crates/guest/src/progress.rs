@@ -5,13 +5,15 @@
 pub struct Step {
     /// What is being done, for people: `Installing packages`.
     pub name: &'static str,
-    /// Its part of the whole build, in (0, 1]; those of all steps of a build add up to 1. Measured on a build of
-    /// `debian-base`; elsewhere the network and the disk shift it, so a time left that is computed from it is an estimate.
+    /// Its part of the whole build, in (0, 1]; those of all steps of a build add up to 1. Measured
+    /// on a build of `debian-base`; elsewhere the network and the disk shift it, so a time left
+    /// that is computed from it is an estimate.
     pub share: f64,
 }
 
-/// Is told how far a build is. Called in this order: for each step `step` once, then `fraction` and `line` any number of times.
-/// All methods default to doing nothing; `()` is a `Progress` that nobody looks at.
+/// Is told how far a build is. Called in this order: for each step `step` once, then `fraction` and
+/// `line` any number of times. All methods default to doing nothing; `()` is a `Progress` that
+/// nobody looks at.
 pub trait Progress {
     /// A step begins, and with it the one before is done.
     fn step(&mut self, step: Step) {
@@ -23,7 +25,8 @@ pub trait Progress {
         let _ = fraction;
     }
 
-    /// A line that an outside program wrote, as it was written. When the program fails, its error holds all of them.
+    /// A line that an outside program wrote, as it was written. When the program fails, its error
+    /// holds all of them.
     fn line(&mut self, line: &str) {
         let _ = line;
     }
@@ -31,7 +34,8 @@ pub trait Progress {
 
 impl Progress for () {}
 
-/// The steps of a build with their shares: seconds of a measured build (2 cores, archive at 9 MB/s), of [`TOTAL`].
+/// The steps of a build with their shares: seconds of a measured build (2 cores, archive at 9
+/// MB/s), of [`TOTAL`].
 pub(crate) const INDEX: Step = step("Reading the archive's index", 2.5);
 pub(crate) const UNPACK: Step = step("Fetching and unpacking the base system", 8.0);
 pub(crate) const BASE: Step = step("Installing the base system", 13.0);

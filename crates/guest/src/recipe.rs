@@ -5,7 +5,8 @@ use crate::files;
 use scalebox_storage::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
-/// Raised when the code that builds changes what comes out of it: a template kept by older code is then built anew.
+/// Raised when the code that builds changes what comes out of it: a template kept by older code is
+/// then built anew.
 const GENERATION: u32 = 3;
 
 /// What the template `debian-base` is made of.
@@ -13,8 +14,9 @@ const GENERATION: u32 = 3;
 pub struct Recipe {
     /// The Debian suite: `bookworm` is the one this crate's files are written for and tested with.
     pub suite: String,
-    /// The archive, as a URL. `None` takes the one this host's apt is configured with, if it is Debian's and has the suite, with
-    /// its updates and security updates; else mmdebstrap's own default.
+    /// The archive, as a URL. `None` takes the one this host's apt is configured with, if it is
+    /// Debian's and has the suite, with its updates and security updates; else mmdebstrap's own
+    /// default.
     pub mirror: Option<String>,
     /// The kernel package without a version; the one it depends on is unpacked.
     pub kernel_package: String,
@@ -38,8 +40,9 @@ impl Default for Recipe {
 }
 
 impl Recipe {
-    /// The name of what this recipe makes: the same as long as the recipe, the files that go into the guest and this crate's way
-    /// of building are. It says nothing of the age of the packages: who wants newer ones removes what is kept.
+    /// The name of what this recipe makes: the same as long as the recipe, the files that go into
+    /// the guest and this crate's way of building are. It says nothing of the age of the packages:
+    /// who wants newer ones removes what is kept.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         let mut part = |bytes: &[u8]| {
@@ -64,7 +67,8 @@ impl Recipe {
         digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Every field is an argument of a program, or a line of a file it reads: none may be taken for something else.
+    /// Every field is an argument of a program, or a line of a file it reads: none may be taken for
+    /// something else.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check("suite", &self.suite, NAME, is_name)?;
         check("kernel package", &self.kernel_package, NAME, is_name)?;

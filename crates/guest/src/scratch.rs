@@ -1,4 +1,5 @@
-//! Scratch directories of builds: locked while in use, removed with what holds them, swept when nobody does.
+//! Scratch directories of builds: locked while in use, removed with what holds them, swept when
+//! nobody does.
 
 use crate::command::{Program, run};
 use crate::error::Error;
@@ -20,7 +21,8 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// Makes one in `work_dir`, after removing those of builds that were interrupted.
     pub(crate) fn new(work_dir: &Path) -> Result<Self, Error> {
-        // Held over both: a directory that another build has made but not locked yet would look abandoned.
+        // Held over both: a directory that another build has made but not locked yet would look
+        // abandoned.
         let _sweeping = lock_dir(work_dir)?;
         sweep(work_dir)?;
         let path = tempfile::Builder::new()
@@ -72,7 +74,8 @@ fn sweep(work_dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes a tree. Should anything be mounted in it, such as `/dev`, it says so, and nothing on the far side of a mount is touched.
+/// Removes a tree. Should anything be mounted in it, such as `/dev`, it says so, and nothing on the
+/// far side of a mount is touched.
 pub(crate) fn remove_tree(path: &Path) -> Result<(), Error> {
     let table = Path::new("/proc/self/mountinfo");
     let table = fs::read_to_string(table).map_err(Error::io("read", table))?;

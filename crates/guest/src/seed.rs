@@ -1,8 +1,10 @@
 //! The seed drive: a small FAT image, volume label `cidata`, that tells a guest who it is.
 //!
-//! It speaks to two readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and `network-config`, written as JSON,
-//! which YAML contains. The guest's own unit (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: a line
-//! `KEY=VALUE` for each fact, the value as it is to the end of the line, without quotes; `dns` may stand several times.
+//! It speaks to two readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and
+//! `network-config`, written as JSON, which YAML contains. The guest's own unit
+//! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: a line `KEY=VALUE` for
+//! each fact, the value as it is to the end of the line, without quotes; `dns` may stand several
+//! times.
 
 use crate::error::Error;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
@@ -24,8 +26,9 @@ const IMAGE_BYTES: usize = 1 << 20;
 /// What a guest is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SeedDrive {
-    /// Names the machine for good. A guest that reads another one than at its last boot is a clone of the machine it was: it makes
-    /// itself new host keys and a new machine id. 1 to 128 letters, digits, `-`, `_` and `.`.
+    /// Names the machine for good. A guest that reads another one than at its last boot is a clone
+    /// of the machine it was: it makes itself new host keys and a new machine id. 1 to 128 letters,
+    /// digits, `-`, `_` and `.`.
     pub instance_id: String,
     /// The guest's host name.
     pub hostname: VmName,
@@ -42,11 +45,13 @@ pub struct SeedDrive {
 }
 
 impl SeedDrive {
-    /// Writes the image to `path`, mode 0600, in place of what is there. It is written beside it and renamed: a reader sees the old
-    /// or the new one. It is not flushed: it is made anew at each start of its machine.
+    /// Writes the image to `path`, mode 0600, in place of what is there. It is written beside it
+    /// and renamed: a reader sees the old or the new one. It is not flushed: it is made anew at
+    /// each start of its machine.
     ///
     /// # Errors
-    /// [`Error::Seed`] for a field that does not have its form, before anything is written; [`Error::Io`].
+    /// [`Error::Seed`] for a field that does not have its form, before anything is written;
+    /// [`Error::Io`].
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         self.check()?;
         let image = self.image().map_err(Error::io("write", path))?;

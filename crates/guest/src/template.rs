@@ -15,13 +15,15 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// What a build made. The files are there as long as this value is, or, with a cache, until someone removes them from it; they
-/// are for reading: whoever imports the root file system into a pool copies it.
+/// What a build made. The files are there as long as this value is, or, with a cache, until someone
+/// removes them from it; they are for reading: whoever imports the root file system into a pool
+/// copies it.
 #[derive(Debug)]
 pub struct Artifacts {
     /// The root file system: a bare ext4 image, sparse, cleanly unmounted.
     pub rootfs: PathBuf,
-    /// The kernel, for QEMU's `-kernel`: an ELF image (PVH), or a bzImage where it could not be unpacked.
+    /// The kernel, for QEMU's `-kernel`: an ELF image (PVH), or a bzImage where it could not be
+    /// unpacked.
     pub kernel: PathBuf,
     /// The initramfs, for `-initrd`.
     pub initrd: PathBuf,
@@ -31,15 +33,17 @@ pub struct Artifacts {
 
 /// Builds the recipe's template: a minute or two, a network, root.
 ///
-/// `work_dir` takes the installed tree (300 MB) for the time of the build, in a directory made and removed by it; what an
-/// interrupted build left there is removed first. With a `cache` directory the finished files are kept there, under the
-/// [fingerprint](Recipe::fingerprint) of the recipe, and are returned at once when they are there already. A build that fails or
-/// is interrupted leaves nothing that is taken for finished; builds at the same time do not disturb each other, and of two equal
-/// ones with one cache the second waits for the first.
+/// `work_dir` takes the installed tree (300 MB) for the time of the build, in a directory made and
+/// removed by it; what an interrupted build left there is removed first. With a `cache` directory
+/// the finished files are kept there, under the [fingerprint](Recipe::fingerprint) of the recipe,
+/// and are returned at once when they are there already. A build that fails or is interrupted
+/// leaves nothing that is taken for finished; builds at the same time do not disturb each other,
+/// and of two equal ones with one cache the second waits for the first.
 ///
 /// # Errors
-/// [`Error::Recipe`] before anything is done; [`Error::Command`] with all that a failed program wrote; [`Error::Io`];
-/// [`Error::Kernel`] when the archive's kernel package is not what this crate knows.
+/// [`Error::Recipe`] before anything is done; [`Error::Command`] with all that a failed program
+/// wrote; [`Error::Io`]; [`Error::Kernel`] when the archive's kernel package is not what this crate
+/// knows.
 pub fn build(
     recipe: &Recipe,
     work_dir: &Path,

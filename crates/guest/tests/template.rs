@@ -1,5 +1,6 @@
-//! Builds the real template (or takes it from the cache: `SCALEBOX_CACHE`, else a directory beside the test binaries) and looks at
-//! what is in it. That it boots is seen by the daemon's tests, which boot it.
+//! Builds the real template (or takes it from the cache: `SCALEBOX_CACHE`, else a directory beside
+//! the test binaries) and looks at what is in it. That it boots is seen by the daemon's tests,
+//! which boot it.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 use scalebox_guest::{Artifacts, Recipe, build};

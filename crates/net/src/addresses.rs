@@ -1,4 +1,5 @@
-//! Which address and which port a new VM gets. No I/O: what is in use is what the caller has claimed.
+//! Which address and which port a new VM gets. No I/O: what is in use is what the caller has
+//! claimed.
 
 use crate::config::NetConfig;
 use crate::error::{Error, Result};
@@ -16,10 +17,10 @@ pub struct Lease {
 
 /// The addresses and ports of a network, and who has them.
 ///
-/// The search begins after the last one given out (next-fit), not at the first: an address and a port that were just
-/// freed come back last, so that a client's `known_hosts` does not meet another machine's key at once. After a restart,
-/// [`occupy`](Addresses::occupy) the leases of the state file, oldest VM first, and the search goes on behind the
-/// newest.
+/// The search begins after the last one given out (next-fit), not at the first: an address and a
+/// port that were just freed come back last, so that a client's `known_hosts` does not meet another
+/// machine's key at once. After a restart, [`occupy`](Addresses::occupy) the leases of the state
+/// file, oldest VM first, and the search goes on behind the newest.
 #[derive(Debug, Clone)]
 pub struct Addresses {
     config: NetConfig,
@@ -41,8 +42,8 @@ impl Addresses {
         }
     }
 
-    /// Takes the next free address and the next free port that is `usable`, which is asked once a port at most; what
-    /// [`port_is_free_on_host`](crate::port_is_free_on_host) says belongs there.
+    /// Takes the next free address and the next free port that is `usable`, which is asked once a
+    /// port at most; what [`port_is_free_on_host`](crate::port_is_free_on_host) says belongs there.
     ///
     /// # Errors
     ///
@@ -55,7 +56,8 @@ impl Addresses {
         Ok(lease)
     }
 
-    /// Marks a lease of the state file as taken. It may lie outside a range that has changed since: it stays the VM's.
+    /// Marks a lease of the state file as taken. It may lie outside a range that has changed since:
+    /// it stays the VM's.
     pub fn occupy(&mut self, lease: Lease) {
         self.ips.insert(lease.guest_ip);
         self.ports.insert(lease.ssh_port);
@@ -182,8 +184,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is claimed and released in whatever order: never twice at a time, never outside, and an error only
-        /// when there is really nothing left.
+        /// Whatever is claimed and released in whatever order: never twice at a time, never
+        /// outside, and an error only when there is really nothing left.
         #[test]
         fn no_two_leases_meet(
             prefix in 26u8..=30,

@@ -1,16 +1,19 @@
-//! A firewall's chains, as far as they decide what becomes of a guest's packets; and the walk of a packet through them.
+//! A firewall's chains, as far as they decide what becomes of a guest's packets; and the walk of a
+//! packet through them.
 //!
-//! Not every condition of a rule can be answered for a packet that was never sent: a port, a mark, a rate. Such a rule *may* match. A rule that
-//! may match and names the bridge or the guests' subnet was written by somebody who thought of them: its `accept` counts. So does one for all that
-//! comes or goes by a card of the host. Any other that may match counts for nothing: it is about some packets, and the question is what becomes of
-//! the rest.
+//! Not every condition of a rule can be answered for a packet that was never sent: a port, a mark,
+//! a rate. Such a rule *may* match. A rule that may match and names the bridge or the guests'
+//! subnet was written by somebody who thought of them: its `accept` counts. So does one for all
+//! that comes or goes by a card of the host. Any other that may match counts for nothing: it is
+//! about some packets, and the question is what becomes of the rest.
 
 use ipnet::Ipv4Net;
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
-/// How deep chains may call one another before the walk gives up: more than the kernel's own limit of 16.
+/// How deep chains may call one another before the walk gives up: more than the kernel's own limit
+/// of 16.
 const MAX_DEPTH: usize = 32;
 
 /// The chains of one table, by name.
@@ -148,7 +151,8 @@ impl Packet<'_> {
 
     fn act(&self, chains: &Chains, action: &Action, path: Path, depth: usize) -> Step {
         match action {
-            // Replies are accepted by every firewall in use; what a rule about them asks is not worth a doubt.
+            // Replies are accepted by every firewall in use; what a rule about them asks is not
+            // worth a doubt.
             Action::Accept if path.certain || path.named || self.established => Step::Verdict(Verdict::Accept),
             Action::Drop if path.certain => Step::Verdict(Verdict::Drop),
             Action::Return if path.certain => Step::Return,
@@ -160,7 +164,8 @@ impl Packet<'_> {
         }
     }
 
-    /// `None` when a condition does not hold; else whether all do, and whether one of them names the bridge or the guests' subnet.
+    /// `None` when a condition does not hold; else whether all do, and whether one of them names
+    /// the bridge or the guests' subnet.
     fn fit_all(&self, conditions: &[Condition]) -> Option<(Fit, bool)> {
         let (mut all, mut named) = (Fit::Yes, false);
         for condition in conditions {
@@ -226,7 +231,8 @@ impl Packet<'_> {
         let means_bridge = names.iter().any(|name| matches_interface(name, self.bridge));
         match (is_bridge, means_bridge) {
             (true, _) => Fit::of(means_bridge),
-            // Another interface, and which is not known. A rule for all of them holds; one for the loopback does not.
+            // Another interface, and which is not known. A rule for all of them holds; one for the
+            // loopback does not.
             (false, _) if names.iter().any(|name| matches!(name.as_str(), "*" | "+")) => Fit::Yes,
             (false, _) if names.iter().all(|name| name == "lo" || name == self.bridge) => Fit::No,
             (false, _) => Fit::Perhaps,

@@ -1,4 +1,5 @@
-//! Chains of the older kind of iptables, which nftables does not see, read from what `iptables-legacy-save` says.
+//! Chains of the older kind of iptables, which nftables does not see, read from what
+//! `iptables-legacy-save` says.
 
 use crate::chains::{Action, Addresses, Chains, Condition, Rule, Verdict, all_of};
 use ipnet::Ipv4Net;
@@ -94,7 +95,8 @@ fn target(name: &str) -> Action {
         "ACCEPT" | "NFQUEUE" | "QUEUE" => Action::Accept,
         "DROP" | "REJECT" => Action::Drop,
         "RETURN" => Action::Return,
-        // Targets of the kernel have names in capitals, and so may chains: a chain that is not there has no rules.
+        // Targets of the kernel have names in capitals, and so may chains: a chain that is not
+        // there has no rules.
         other => Action::Jump(other.to_owned()),
     }
 }
@@ -110,7 +112,8 @@ fn condition(option: &str, value: &str) -> Option<Condition> {
         "--ctstate" | "--state" => Condition::State(listed()),
         "--ctstatus" if value == "DNAT" => Condition::DestinationTranslated,
         "--dport" | "--dports" => Condition::DestinationPort(listed().iter().filter_map(|text| ports(text)).collect()),
-        // `-m NAME` loads what the options behind it ask; how a packet is rejected or logged asks nothing.
+        // `-m NAME` loads what the options behind it ask; how a packet is rejected or logged asks
+        // nothing.
         "-m" | "--comment" | "--reject-with" | "--log-prefix" | "--log-level" => return None,
         _ => Condition::Unknown,
     })

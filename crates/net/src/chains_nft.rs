@@ -1,5 +1,5 @@
-//! Chains of nftables, read from what `nft -j` says (`man libnftables-json`). What `iptables` keeps in nftables is read too: its matches that nft
-//! does not know are shown by their name alone.
+//! Chains of nftables, read from what `nft -j` says (`man libnftables-json`). What `iptables` keeps
+//! in nftables is read too: its matches that nft does not know are shown by their name alone.
 
 use crate::chains::{Action, Addresses, Chains, Condition, Rule, all_of};
 use ipnet::Ipv4Net;

@@ -11,8 +11,8 @@ const MAX_NAME: usize = 15;
 /// Names that mean something else under `/proc/sys/net/ipv4/conf`.
 const RESERVED: [&str; 3] = ["all", "default", "lo"];
 
-/// What no guest reaches, whatever the settings say: link-local addresses, behind which clouds keep their hosts' credentials
-/// (169.254.169.254); multicast; what is reserved, broadcast included.
+/// What no guest reaches, whatever the settings say: link-local addresses, behind which clouds keep
+/// their hosts' credentials (169.254.169.254); multicast; what is reserved, broadcast included.
 const NEVER_REACHED: [Ipv4Net; 3] = [
     Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
     Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
@@ -27,7 +27,8 @@ pub const PRIVATE_NETWORKS: [Ipv4Net; 4] = [
     Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
 ];
 
-/// The settings of one network. Two networks with different bridges and subnets live side by side on one host.
+/// The settings of one network. Two networks with different bridges and subnets live side by side
+/// on one host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetConfig {
     bridge: String,
@@ -38,11 +39,13 @@ pub struct NetConfig {
 }
 
 impl NetConfig {
-    /// Checks and takes the settings. Host bits of `subnet` are ignored: `172.16.5.1/16` is `172.16.0.0/16`.
+    /// Checks and takes the settings. Host bits of `subnet` are ignored: `172.16.5.1/16` is
+    /// `172.16.0.0/16`.
     ///
     /// # Errors
     ///
-    /// [`Error::BridgeName`], [`Error::Subnet`] (prefix outside /8 to /30, or not unicast), [`Error::Ports`].
+    /// [`Error::BridgeName`], [`Error::Subnet`] (prefix outside /8 to /30, or not unicast),
+    /// [`Error::Ports`].
     ///
     /// ```
     /// use scalebox_net::NetConfig;
@@ -86,7 +89,8 @@ impl NetConfig {
         self
     }
 
-    /// The networks that guests do not reach, besides the host and each other; apart from one another, in order.
+    /// The networks that guests do not reach, besides the host and each other; apart from one
+    /// another, in order.
     pub fn denied(&self) -> &[Ipv4Net] {
         &self.denied
     }
@@ -129,7 +133,8 @@ impl NetConfig {
     }
 }
 
-/// The kernel allows nearly any byte in a name. This one also becomes a path below `/proc/sys` and a word in a rule.
+/// The kernel allows nearly any byte in a name. This one also becomes a path below `/proc/sys` and
+/// a word in a rule.
 fn check_bridge(name: &str) -> Result<()> {
     let plain = name
         .bytes()

@@ -5,7 +5,8 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
-/// What the name of a tap of ours begins with. Twelve hex digits follow: 14 bytes of the 15 that a name may have.
+/// What the name of a tap of ours begins with. Twelve hex digits follow: 14 bytes of the 15 that a
+/// name may have.
 const TAP_PREFIX: &str = "sb";
 
 /// Hex digits in a VM's key.
@@ -16,12 +17,12 @@ const KEY_DIGITS: usize = 12;
 pub struct Mac([u8; 6]);
 
 impl Mac {
-    /// Locally administered and unicast (the two low bits of the first byte), and ours: a bridge whose MAC begins with
-    /// these was made by this crate.
+    /// Locally administered and unicast (the two low bits of the first byte), and ours: a bridge
+    /// whose MAC begins with these was made by this crate.
     const OURS: [u8; 2] = [0x02, 0x5b];
 
-    /// The MAC of the machine with this address. Deriving it makes it unique wherever the address is, with nothing to
-    /// remember.
+    /// The MAC of the machine with this address. Deriving it makes it unique wherever the address
+    /// is, with nothing to remember.
     pub fn from_ip(ip: Ipv4Addr) -> Mac {
         let [a, b, c, d] = ip.octets();
         Mac([Mac::OURS[0], Mac::OURS[1], a, b, c, d])
@@ -81,8 +82,9 @@ impl Mbps {
         Mbps(if megabits == 0 { 1 } else { megabits })
     }
 
-    /// The most that is held to, 100 Gbit/s, which no guest reaches. nftables multiplies a rate by 10⁹ in 64 bits: from
-    /// 147,574 on it refuses the rate, or takes a small one for it (`nft_limit_init`).
+    /// The most that is held to, 100 Gbit/s, which no guest reaches. nftables multiplies a rate by
+    /// 10⁹ in 64 bits: from 147,574 on it refuses the rate, or takes a small one for it
+    /// (`nft_limit_init`).
     const MAX: u32 = 100_000;
 
     pub(crate) fn bytes_per_second(self) -> u64 {
@@ -90,8 +92,9 @@ impl Mbps {
     }
 }
 
-/// Where one VM is on the network, whose its tap is, and how much it may send and receive. All of it but owner and rate follows from the VM's key, its address and its
-/// port, so that the same three give the same endpoint after a restart.
+/// Where one VM is on the network, whose its tap is, and how much it may send and receive. All of
+/// it but owner and rate follows from the VM's key, its address and its port, so that the same
+/// three give the same endpoint after a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     tap: String,
@@ -102,7 +105,8 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// The endpoint of the VM with the id `vm_key`: 12 hex digits in lower case, with or without `vm-` before them.
+    /// The endpoint of the VM with the id `vm_key`: 12 hex digits in lower case, with or without
+    /// `vm-` before them.
     ///
     /// # Errors
     ///
@@ -129,7 +133,8 @@ impl Endpoint {
         })
     }
 
-    /// The same with a tap that the user `uid` may open, besides root: for a VMM that does so as that user. It counts when the tap is made.
+    /// The same with a tap that the user `uid` may open, besides root: for a VMM that does so as
+    /// that user. It counts when the tap is made.
     #[must_use]
     pub fn with_owner(self, uid: u32) -> Endpoint {
         Endpoint { owner: uid, ..self }

@@ -1,7 +1,9 @@
-//! Other people's firewall tables that drop what our guests send and receive. They are found and reported, never changed.
+//! Other people's firewall tables that drop what our guests send and receive. They are found and
+//! reported, never changed.
 //!
-//! In nftables a packet has to pass the chains of every table: our `accept` does not overrule another's drop, be it the policy of a chain
-//! or a verdict at its end. So each of those chains is walked with the packets that guests send and receive.
+//! In nftables a packet has to pass the chains of every table: our `accept` does not overrule
+//! another's drop, be it the policy of a chain or a verdict at its end. So each of those chains is
+//! walked with the packets that guests send and receive.
 
 use crate::chains::{Addresses, Chains, Packet, Verdict, all_of};
 use crate::config::NetConfig;
@@ -14,7 +16,8 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use tracing::warn;
 
-/// The tables of the older iptables that are in use, by the kernel's word. Of the calling thread's network namespace.
+/// The tables of the older iptables that are in use, by the kernel's word. Of the calling thread's
+/// network namespace.
 const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 
 /// A chain of another table that drops packets of guests.
@@ -44,7 +47,8 @@ pub enum Dropped {
     Questions(Ipv4Addr),
 }
 
-/// Who makes the rules, as their names tell: what changes them must go the same way, or it is gone at the next reload.
+/// Who makes the rules, as their names tell: what changes them must go the same way, or it is gone
+/// at the next reload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Manager {
     Docker,
@@ -197,7 +201,8 @@ fn manager(family: &str, table: &str, read: &chains_nft::Table) -> Manager {
     if table == "firewalld" {
         return Manager::Firewalld;
     }
-    // Docker's and ufw's chains stand in one table where both are installed; what ufw knows outlives a reboot.
+    // Docker's and ufw's chains stand in one table where both are installed; what ufw knows
+    // outlives a reboot.
     by_chains(&read.chains).unwrap_or_else(|| match read.by_iptables {
         true => Manager::Iptables("iptables"),
         false => Manager::Nftables(format!("{family} {table}")),
@@ -212,7 +217,8 @@ fn by_chains(chains: &Chains) -> Option<Manager> {
     }
 }
 
-/// The older iptables' filter, where the kernel has one in use. Not to be able to read it is no reason to say nothing of nftables.
+/// The older iptables' filter, where the kernel has one in use. Not to be able to read it is no
+/// reason to say nothing of nftables.
 async fn in_legacy(walk: &Walk<'_>) -> Vec<FirewallDrop> {
     let names = std::fs::read(LEGACY_TABLES).unwrap_or_default();
     if !String::from_utf8_lossy(&names).lines().any(|name| name == "filter") {

@@ -6,15 +6,16 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, socket_
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-/// Whether no program on this host has the TCP port, on any IPv4 address. A forward goes before a listener on the same
-/// port, so a taken port must be skipped or that program is cut off.
+/// Whether no program on this host has the TCP port, on any IPv4 address. A forward goes before a
+/// listener on the same port, so a taken port must be skipped or that program is cut off.
 ///
-/// The socket is bound and closed, never listened on: no client can meet it. The answer can be out of date at once; a
-/// program that comes later finds the forward before it.
+/// The socket is bound and closed, never listened on: no client can meet it. The answer can be out
+/// of date at once; a program that comes later finds the forward before it.
 ///
 /// # Errors
 ///
-/// [`Error::HostPort`] when the kernel does not let us ask (too many open files, a port below 1024 without root).
+/// [`Error::HostPort`] when the kernel does not let us ask (too many open files, a port below 1024
+/// without root).
 pub fn port_is_free_on_host(port: u16) -> Result<bool> {
     match try_bind(port) {
         Ok(()) => Ok(true),

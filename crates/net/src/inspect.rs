@@ -13,17 +13,18 @@ use crate::ruleset::{Guard, Ruleset};
 pub struct Inspection {
     /// Firewall chains of the host that drop what guests send and receive.
     pub firewall_drops: Vec<FirewallDrop>,
-    /// Whether the kernel can check frames tap by tap; see [`Network::guards_taps`](crate::Network::guards_taps).
+    /// Whether the kernel can check frames tap by tap; see
+    /// [`Network::guards_taps`](crate::Network::guards_taps).
     pub guards_taps: bool,
 }
 
-/// Looks whether [`Network::ensure`](crate::Network::ensure) would succeed, and changes nothing. The network may be
-/// there already, and in use.
+/// Looks whether [`Network::ensure`](crate::Network::ensure) would succeed, and changes nothing.
+/// The network may be there already, and in use.
 ///
 /// # Errors
 ///
-/// [`Error::Foreign`] if the bridge's name is somebody else's, [`Error::Overlap`] if the subnet is in use on this host,
-/// [`Error::NftMissing`], and those of the tools.
+/// [`Error::Foreign`] if the bridge's name is somebody else's, [`Error::Overlap`] if the subnet is
+/// in use on this host, [`Error::NftMissing`], and those of the tools.
 pub async fn inspect(config: &NetConfig) -> Result<Inspection> {
     let links = Links::open()?;
     check_bridge(&links, config).await?;

@@ -10,7 +10,8 @@ use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec};
 use std::io;
 use std::net::IpAddr;
 
-/// A conversation with the kernel about the interfaces of one network namespace: that of the thread which began it.
+/// A conversation with the kernel about the interfaces of one network namespace: that of the thread
+/// which began it.
 #[derive(Clone)]
 pub(crate) struct Links(Handle);
 
@@ -61,8 +62,8 @@ impl Links {
         links.map_err(|error| failed("list the interfaces", error))
     }
 
-    /// Makes a bridge, down. The MAC is fixed in the same message: left to itself a bridge takes the lowest of its
-    /// ports', and guests would lose their gateway whenever a VM comes or goes.
+    /// Makes a bridge, down. The MAC is fixed in the same message: left to itself a bridge takes
+    /// the lowest of its ports', and guests would lose their gateway whenever a VM comes or goes.
     pub(crate) async fn add_bridge(&self, name: &str, mac: Mac) -> Result<()> {
         let message = LinkBridge::new(name)
             .down()
@@ -102,8 +103,8 @@ impl Links {
             .await
     }
 
-    /// Keeps a port from passing frames to other isolated ports of its bridge. Only the bridge itself is left to talk
-    /// to.
+    /// Keeps a port from passing frames to other isolated ports of its bridge. Only the bridge
+    /// itself is left to talk to.
     pub(crate) async fn isolate(&self, port: &Link) -> Result<()> {
         let message = LinkBridgePort::new(port.index).isolated(true).build();
         let set = self.0.link().set_port(message).execute().await;
@@ -200,7 +201,8 @@ impl From<LinkMessage> for Link {
 
 impl Address {
     fn of(message: AddressMessage) -> Option<Address> {
-        // Local is the interface's own; Address is the peer's on a point-to-point link, and the same on all others.
+        // Local is the interface's own; Address is the peer's on a point-to-point link, and the
+        // same on all others.
         let own = message.attributes.iter().find_map(|attribute| match attribute {
             AddressAttribute::Local(IpAddr::V4(ip)) => Some(*ip),
             _ => None,

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
-/// A network that is there: its bridge is up and its rules are in force. A clone is the same network.
+/// A network that is there: its bridge is up and its rules are in force. A clone is the same
+/// network.
 ///
 /// Calls may run side by side; one changes the host at a time. A call that is cancelled leaves what
 /// [`reconcile`](Network::reconcile) puts right.
@@ -27,29 +28,34 @@ struct Shared {
     config: NetConfig,
     links: Links,
     ruleset: Ruleset,
-    /// Held from looking to changing. An async mutex, because netlink and nft are waited for in between.
+    /// Held from looking to changing. An async mutex, because netlink and nft are waited for in
+    /// between.
     changing: Mutex<()>,
 }
 
-/// What [`Network::reconcile`] did, a line for the log each: taps by name, rules in words. All empty when all was well.
+/// What [`Network::reconcile`] did, a line for the log each: taps by name, rules in words. All
+/// empty when all was well.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Reconciled {
     /// What was missing.
     pub added: Vec<String>,
     /// What nobody wanted.
     pub removed: Vec<String>,
-    /// What is wanted and could not be had: the tap's name, and why. It keeps no other from being put right.
+    /// What is wanted and could not be had: the tap's name, and why. It keeps no other from being
+    /// put right.
     pub failed: Vec<(String, String)>,
 }
 
 impl Network {
-    /// Makes the bridge, its address, the kernel settings and the tables, or repairs what of them is there. Taps and
-    /// forwards that exist are not touched. The netlink socket belongs to the network namespace of the calling thread.
+    /// Makes the bridge, its address, the kernel settings and the tables, or repairs what of them
+    /// is there. Taps and forwards that exist are not touched. The netlink socket belongs to the
+    /// network namespace of the calling thread.
     ///
     /// # Errors
     ///
-    /// [`Error::Foreign`] if the bridge's name is somebody else's, [`Error::Overlap`] if the subnet is in use on this
-    /// host (nothing was changed then); those of the tools otherwise. Repeat it when the cause is gone.
+    /// [`Error::Foreign`] if the bridge's name is somebody else's, [`Error::Overlap`] if the subnet
+    /// is in use on this host (nothing was changed then); those of the tools otherwise. Repeat it
+    /// when the cause is gone.
     pub async fn ensure(config: NetConfig) -> Result<Network> {
         Network::ensure_guarded(config, Guard::PerTap).await
     }
@@ -58,7 +64,8 @@ impl Network {
         let links = Links::open()?;
         check_bridge(&links, &config).await?;
         check_overlap(&links, &config).await?;
-        // Rules before the bridge, forwarding last: at no moment does a guest have more than it should.
+        // Rules before the bridge, forwarding last: at no moment does a guest have more than it
+        // should.
         let ruleset = ensure_tables(&config, guard).await?;
         ensure_bridge(&links, &config).await?;
         Sysctl::forwarding().ensure()?;
@@ -90,15 +97,16 @@ impl Network {
         &self.shared.config
     }
 
-    /// Whether frames are checked tap by tap. Without (a kernel lacking `CONFIG_NF_TABLES_BRIDGE`; logged as a warning
-    /// by [`ensure`](Network::ensure)), a guest with root can take over the address *and* MAC of another VM, and can
-    /// answer the host's ARP requests in its place; a source that is no VM's is dropped all the same.
+    /// Whether frames are checked tap by tap. Without (a kernel lacking `CONFIG_NF_TABLES_BRIDGE`;
+    /// logged as a warning by [`ensure`](Network::ensure)), a guest with root can take over the
+    /// address *and* MAC of another VM, and can answer the host's ARP requests in its place; a
+    /// source that is no VM's is dropped all the same.
     pub fn guards_taps(&self) -> bool {
         self.shared.ruleset.guard() == Guard::PerTap
     }
 
-    /// Firewall chains of the host that drop what guests send and receive; each says, by `Display`, what to do about
-    /// it.
+    /// Firewall chains of the host that drop what guests send and receive; each says, by `Display`,
+    /// what to do about it.
     ///
     /// # Errors
     ///
@@ -110,13 +118,13 @@ impl Network {
         firewall::drops(config, &ruleset.table(), links).await
     }
 
-    /// Gives a VM its tap, its address, its forward and its rate. What of it is there already stays as it is; another rate gives way to this one, and
-    /// so this is also how a rate is changed.
+    /// Gives a VM its tap, its address, its forward and its rate. What of it is there already stays
+    /// as it is; another rate gives way to this one, and so this is also how a rate is changed.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::Foreign`] if an interface that is not ours has the tap's
-    /// name; those of the tools otherwise. What the call had done is undone.
+    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::Foreign`] if an interface that is
+    /// not ours has the tap's name; those of the tools otherwise. What the call had done is undone.
     pub async fn attach(&self, endpoint: &Endpoint) -> Result<()> {
         let Shared { config, ruleset, .. } = &*self.shared;
         config.check_guest(endpoint.guest_ip())?;
@@ -149,7 +157,8 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::Foreign`] if an interface that is not ours has the tap's name; those of the tools otherwise.
+    /// [`Error::Foreign`] if an interface that is not ours has the tap's name; those of the tools
+    /// otherwise.
     pub async fn detach(&self, endpoint: &Endpoint) -> Result<()> {
         let Shared { links, ruleset, .. } = &*self.shared;
         let _one_at_a_time = self.shared.changing.lock().await;
@@ -164,15 +173,17 @@ impl Network {
         ruleset.apply(&present.removing(&unwanted, endpoint)).await
     }
 
-    /// Makes exactly these VMs have a network: what is ours and not wanted goes, what is missing comes back, what is
-    /// right is not touched, so that sessions through wanted forwards go on. A bridge or tables that somebody swept
-    /// away come back too. Ours are the taps on our bridge with a name of our form, those that our own tables name, and
-    /// what is in our tables.
+    /// Makes exactly these VMs have a network: what is ours and not wanted goes, what is missing
+    /// comes back, what is right is not touched, so that sessions through wanted forwards go on. A
+    /// bridge or tables that somebody swept away come back too. Ours are the taps on our bridge
+    /// with a name of our form, those that our own tables name, and what is in our tables.
     ///
     /// # Errors
     ///
-    /// [`Error::Taken`] for two endpoints that share a port, an address or a tap, and [`Error::NotAGuestAddress`] for one of another subnet, before
-    /// anything is changed; those of the tools for what concerns all of them. What concerns one stands in [`Reconciled::failed`]. It may be repeated.
+    /// [`Error::Taken`] for two endpoints that share a port, an address or a tap, and
+    /// [`Error::NotAGuestAddress`] for one of another subnet, before anything is changed; those of
+    /// the tools for what concerns all of them. What concerns one stands in [`Reconciled::failed`].
+    /// It may be repeated.
     pub async fn reconcile(&self, wanted: &[Endpoint]) -> Result<Reconciled> {
         let Shared {
             config, links, ruleset, ..
@@ -206,8 +217,9 @@ impl Network {
         Ok(done)
     }
 
-    /// Whether bridge and tables are there: one question to nft, one to the kernel. A `flush ruleset` of somebody else, or a
-    /// restart of a firewall's service, takes the tables away, and with them what keeps guests from the host.
+    /// Whether bridge and tables are there: one question to nft, one to the kernel. A `flush
+    /// ruleset` of somebody else, or a restart of a firewall's service, takes the tables away, and
+    /// with them what keeps guests from the host.
     ///
     /// # Errors
     ///
@@ -219,8 +231,8 @@ impl Network {
         Ok(ruleset.is_there().await? && links.find(config.bridge()).await?.is_some())
     }
 
-    /// Brings back bridge and tables, with nothing in them that was not there: what VMs need is put in by
-    /// [`attach`](Network::attach), which may be repeated.
+    /// Brings back bridge and tables, with nothing in them that was not there: what VMs need is put
+    /// in by [`attach`](Network::attach), which may be repeated.
     ///
     /// # Errors
     ///
@@ -235,8 +247,8 @@ impl Network {
         ensure_bridge(links, config).await.map(drop)
     }
 
-    /// Takes it all away: taps, bridge, tables. `net.ipv4.ip_forward` stays as it is, because others may rely on it by
-    /// now. Repeating it is no error; other clones are of no use any more.
+    /// Takes it all away: taps, bridge, tables. `net.ipv4.ip_forward` stays as it is, because
+    /// others may rely on it by now. Repeating it is no error; other clones are of no use any more.
     ///
     /// # Errors
     ///
@@ -278,7 +290,8 @@ impl Network {
             self.ensure_port(&tap, bridge).await?;
             return Ok(false);
         }
-        // The tap exists only as long as this value, until the last step: an early return or a crash needs no undo.
+        // The tap exists only as long as this value, until the last step: an early return or a
+        // crash needs no undo.
         let made = Tap::create(name, endpoint.owner())?;
         let tap = links.find(name).await?.ok_or_else(|| Error::Gone(name.to_owned()))?;
         self.ensure_port(&tap, bridge).await?;
@@ -455,7 +468,8 @@ fn check_distinct(config: &NetConfig, wanted: &[Endpoint]) -> Result<()> {
     Ok(())
 }
 
-/// Our taps: on our bridge with a name of our form; or named by our tables, and on no bridge at all.
+/// Our taps: on our bridge with a name of our form; or named by our tables, and on no bridge at
+/// all.
 async fn taps_of(links: &Links, bridge: &Link, present: &Elements) -> Result<Vec<Link>> {
     let named: BTreeSet<&str> = present.taps().collect();
     let mut taps = links.all().await?;

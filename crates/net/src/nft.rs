@@ -1,5 +1,6 @@
-//! The one door to the program `nft`, and to `iptables-legacy-save`: a script on its standard input, or a question answered in JSON. By argument
-//! vector, never a shell; with a fixed `PATH` and locale. All that a failed one wrote stands in its error.
+//! The one door to the program `nft`, and to `iptables-legacy-save`: a script on its standard
+//! input, or a question answered in JSON. By argument vector, never a shell; with a fixed `PATH`
+//! and locale. All that a failed one wrote stands in its error.
 
 use crate::error::{Error, Result};
 use std::io;
@@ -11,8 +12,8 @@ use tokio::process::Command;
 ///
 /// # Errors
 ///
-/// [`Error::NftMissing`], [`Error::NftStart`], [`Error::Nft`]. `action` says in them what was to be done: "add the
-/// forward …".
+/// [`Error::NftMissing`], [`Error::NftStart`], [`Error::Nft`]. `action` says in them what was to be
+/// done: "add the forward …".
 pub(crate) async fn run(action: &str, script: &str) -> Result<()> {
     let output = call(action, &["-f", "-"], script).await?;
     succeeded(action, output).map(drop)
@@ -28,7 +29,8 @@ pub(crate) async fn check(action: &str, script: &str) -> Result<()> {
     succeeded(action, output).map(drop)
 }
 
-/// Asks for something in JSON (`man libnftables-json`): the list under `nftables`, each item an object with one key.
+/// Asks for something in JSON (`man libnftables-json`): the list under `nftables`, each item an
+/// object with one key.
 ///
 /// # Errors
 ///
@@ -98,8 +100,9 @@ async fn call_program(program: &str, action: &str, arguments: &[&str], input: &s
         .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
-    // nft reads its whole input before it says anything longer than a line, so the two do not wait for each other. A
-    // pipe that closes early is the program's failure, which its status and output tell better.
+    // nft reads its whole input before it says anything longer than a line, so the two do not wait
+    // for each other. A pipe that closes early is the program's failure, which its status and
+    // output tell better.
     if let Some(mut stdin) = child.stdin.take() {
         match stdin.write_all(input.as_bytes()).await {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(failed(error)),

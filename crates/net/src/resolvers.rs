@@ -6,14 +6,16 @@ use std::path::{Path, PathBuf};
 
 /// What the host's programs read.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
-/// The servers behind systemd-resolved's stub on 127.0.0.53 (`man systemd-resolved.service`, /etc/resolv.conf).
+/// The servers behind systemd-resolved's stub on 127.0.0.53 (`man systemd-resolved.service`,
+/// /etc/resolv.conf).
 const RESOLVED_UPSTREAM: &str = "/run/systemd/resolve/resolv.conf";
 
 /// DNS servers, in the host's order of preference.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolvers {
-    /// IPv4 only: guests have nothing else. Empty when the host's servers are all its own (a dnsmasq or unbound on
-    /// loopback) or of IPv6, which guests cannot reach: then somebody must name a server.
+    /// IPv4 only: guests have nothing else. Empty when the host's servers are all its own (a
+    /// dnsmasq or unbound on loopback) or of IPv6, which guests cannot reach: then somebody must
+    /// name a server.
     pub servers: Vec<Ipv4Addr>,
     /// The file they are from.
     pub source: PathBuf,
@@ -21,8 +23,9 @@ pub struct Resolvers {
     pub unreadable: Option<String>,
 }
 
-/// The host's DNS servers, without those on loopback. Where only systemd-resolved's stub is left, the servers behind
-/// it. Link-local ones (a cloud's at 169.254.169.254) count where there are no others.
+/// The host's DNS servers, without those on loopback. Where only systemd-resolved's stub is left,
+/// the servers behind it. Link-local ones (a cloud's at 169.254.169.254) count where there are no
+/// others.
 pub fn host_resolvers() -> Resolvers {
     resolvers_of(Path::new(RESOLV_CONF), Path::new(RESOLVED_UPSTREAM))
 }
@@ -45,7 +48,8 @@ fn resolvers_of(resolv_conf: &Path, upstream: &Path) -> Resolvers {
     found.unwrap_or(own)
 }
 
-/// A file that is missing has no servers; neither has one that cannot be read, which is no reason not to start.
+/// A file that is missing has no servers; neither has one that cannot be read, which is no reason
+/// not to start.
 fn read(path: &Path) -> Resolvers {
     let (text, unreadable) = match std::fs::read(path) {
         // Comments may be in any encoding.

@@ -1,10 +1,13 @@
-//! The tables of a network: their rules, what they hold, and the difference between what is there and what should be.
+//! The tables of a network: their rules, what they hold, and the difference between what is there
+//! and what should be.
 //!
-//! Rules are constant for a network; a VM is only an element of the maps and sets they look into. Adding and removing a
-//! VM therefore touches nothing of another one, and a script is one transaction: packets see the state before or after
-//! it. A connection keeps its translation in the kernel's connection table whatever happens to the rules.
+//! Rules are constant for a network; a VM is only an element of the maps and sets they look into.
+//! Adding and removing a VM therefore touches nothing of another one, and a script is one
+//! transaction: packets see the state before or after it. A connection keeps its translation in the
+//! kernel's connection table whatever happens to the rules.
 //!
-//! Scripts are built from typed values only: names checked by [`NetConfig`] and [`Endpoint`], addresses, ports.
+//! Scripts are built from typed values only: names checked by [`NetConfig`] and [`Endpoint`],
+//! addresses, ports.
 
 use crate::config::NetConfig;
 use crate::endpoint::{Endpoint, Mac, Mbps};
@@ -29,8 +32,8 @@ fn listed(items: &[impl ToString]) -> String {
 pub(crate) enum Guard {
     /// Every frame, as it leaves the tap, against the MAC and address of that tap's VM.
     PerTap,
-    /// IPv4 packets that enter the host, against the pairs of MAC and address of all VMs: a kernel without
-    /// `CONFIG_NF_TABLES_BRIDGE`.
+    /// IPv4 packets that enter the host, against the pairs of MAC and address of all VMs: a kernel
+    /// without `CONFIG_NF_TABLES_BRIDGE`.
     PerGuest,
 }
 
@@ -60,8 +63,10 @@ pub(crate) struct Change {
     pub(crate) added: Vec<Element>,
 }
 
-/// What may pass at once beyond what the rate gives in a second, in bytes. A guest's card and the kernel put up to 64 KiB into one packet, which must
-/// never be more than all that may pass. (nftables' limits hold a second's worth and this: `nft_limit_init` in `net/netfilter/nft_limit.c`.)
+/// What may pass at once beyond what the rate gives in a second, in bytes. A guest's card and the
+/// kernel put up to 64 KiB into one packet, which must never be more than all that may pass.
+/// (nftables' limits hold a second's worth and this: `nft_limit_init` in
+/// `net/netfilter/nft_limit.c`.)
 const BURST: u64 = 64 << 10;
 
 /// Seen from the guest.
@@ -82,7 +87,8 @@ pub(crate) enum Element {
     Tap(String),
     /// Who may send frames out of which tap.
     Binding(String, Mac, Ipv4Addr),
-    /// How many bytes a second a guest may send, or receive: a limit of its own, and the element that leads to it.
+    /// How many bytes a second a guest may send, or receive: a limit of its own, and the element
+    /// that leads to it.
     Rate(Direction, Ipv4Addr, u64),
 }
 
@@ -138,8 +144,8 @@ impl Ruleset {
         Ok(self.families().iter().all(has))
     }
 
-    /// Makes or repairs the rules, and changes elements, in one transaction. Elements that are in no change stay
-    /// untouched.
+    /// Makes or repairs the rules, and changes elements, in one transaction. Elements that are in
+    /// no change stay untouched.
     pub(crate) async fn apply_whole(&self, change: &Change) -> Result<()> {
         let mut script = self.rules();
         self.write_change(&mut script, change);
@@ -156,8 +162,8 @@ impl Ruleset {
         nft::run(&format!("change {change} in the tables {}", self.table()), &script).await
     }
 
-    /// Removes the tables; those that are not there are made first, because old versions of nft cannot say "if it
-    /// exists".
+    /// Removes the tables; those that are not there are made first, because old versions of nft
+    /// cannot say "if it exists".
     pub(crate) async fn remove(&self) -> Result<()> {
         let table = self.table();
         let mut script = String::new();
@@ -195,8 +201,9 @@ impl Ruleset {
         }
     }
 
-    /// The tables as they should be. Rules are emptied and written again, so that those of an older version, or half of
-    /// them, do not survive; `flush table` leaves maps, sets and their elements alone.
+    /// The tables as they should be. Rules are emptied and written again, so that those of an older
+    /// version, or half of them, do not survive; `flush table` leaves maps, sets and their elements
+    /// alone.
     fn rules(&self) -> String {
         match self.guard {
             Guard::PerTap => self.ip_rules() + &self.bridge_rules(),
@@ -204,9 +211,9 @@ impl Ruleset {
         }
     }
 
-    /// Priorities are numbers, because nft of Debian 12 does not know their names in every hook: -300 is before
-    /// connection tracking (raw), -100 dstnat, 0 filter, 100 srcnat. The policy is to accept: what is not our bridge's
-    /// is not our affair.
+    /// Priorities are numbers, because nft of Debian 12 does not know their names in every hook:
+    /// -300 is before connection tracking (raw), -100 dstnat, 0 filter, 100 srcnat. The policy is
+    /// to accept: what is not our bridge's is not our affair.
     fn ip_rules(&self) -> String {
         let table = self.table();
         let (bridge, subnet, gateway) = (self.config.bridge(), self.config.subnet(), self.config.gateway());
@@ -290,7 +297,8 @@ table ip {table} {{
         )
     }
 
-    /// Before the bridge learns where a MAC is: the sender of the frame and, in ARP, the sender inside.
+    /// Before the bridge learns where a MAC is: the sender of the frame and, in ARP, the sender
+    /// inside.
     fn bridge_rules(&self) -> String {
         let table = self.table();
         format!(
@@ -478,7 +486,8 @@ impl Elements {
         })
     }
 
-    /// Adds what is missing of `wanted`, what one endpoint needs; takes nothing away but another rate of its own.
+    /// Adds what is missing of `wanted`, what one endpoint needs; takes nothing away but another
+    /// rate of its own.
     pub(crate) fn adding(&self, wanted: &Elements, endpoint: &Endpoint) -> Change {
         let rates = self.rates_of(endpoint);
         Change {
@@ -487,8 +496,8 @@ impl Elements {
         }
     }
 
-    /// Takes away what is there of `unwanted`, what one endpoint needs, and whatever rate it has. A forward of the same port to another guest is not
-    /// it.
+    /// Takes away what is there of `unwanted`, what one endpoint needs, and whatever rate it has. A
+    /// forward of the same port to another guest is not it.
     pub(crate) fn removing(&self, unwanted: &Elements, endpoint: &Endpoint) -> Change {
         let rates: BTreeSet<Element> = self.rates_of(endpoint).cloned().collect();
         let removed: BTreeSet<Element> = self.0.intersection(&unwanted.0).cloned().collect();

@@ -30,8 +30,8 @@ impl Sysctl {
             optional: false,
         };
         vec![
-            // A client on the host that connects to 127.0.0.1 keeps that source until it is masqueraded behind the
-            // routing.
+            // A client on the host that connects to 127.0.0.1 keeps that source until it is
+            // masqueraded behind the routing.
             v4("route_localnet", "1"),
             // Guests learn the gateway's MAC, not which other addresses the host has.
             v4("arp_ignore", "1"),
@@ -45,7 +45,8 @@ impl Sysctl {
         vec![without_ipv6(tap)]
     }
 
-    /// Makes it so; writes only what differs, so that a read-only `/proc/sys` that is right already is no error.
+    /// Makes it so; writes only what differs, so that a read-only `/proc/sys` that is right already
+    /// is no error.
     ///
     /// # Errors
     ///
@@ -66,8 +67,8 @@ impl Sysctl {
     }
 }
 
-/// No link-local address, no router advertisement believed, nothing accepted: on a switched-off interface the kernel
-/// drops IPv6.
+/// No link-local address, no router advertisement believed, nothing accepted: on a switched-off
+/// interface the kernel drops IPv6.
 fn without_ipv6(interface: &str) -> Sysctl {
     Sysctl {
         path: format!("net/ipv6/conf/{interface}/disable_ipv6"),

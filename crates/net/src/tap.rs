@@ -1,6 +1,6 @@
-//! Making a tap. Netlink cannot ("tap creation via rtnetlink is not supported", says the kernel), so this is the
-//! driver's own interface: an ioctl on `/dev/net/tun` (kernel documentation, networking/tuntap.rst; constants from
-//! linux/if_tun.h).
+//! Making a tap. Netlink cannot ("tap creation via rtnetlink is not supported", says the kernel),
+//! so this is the driver's own interface: an ioctl on `/dev/net/tun` (kernel documentation,
+//! networking/tuntap.rst; constants from linux/if_tun.h).
 
 use crate::error::{Error, Result};
 use rustix::ioctl::{IntegerSetter, Setter, ioctl, opcode};
@@ -19,8 +19,8 @@ const IFF_NO_PI: u16 = 0x1000;
 /// Fail if the interface exists, instead of joining it.
 const IFF_TUN_EXCL: u16 = 0x8000;
 
-/// `struct ifreq` (linux/if.h): a name that ends in a zero, and a union of 24 bytes of which the flags are the first
-/// two.
+/// `struct ifreq` (linux/if.h): a name that ends in a zero, and a union of 24 bytes of which the
+/// flags are the first two.
 #[repr(C)]
 struct IfReq {
     name: [u8; 16],
@@ -28,16 +28,16 @@ struct IfReq {
     rest: [u8; 22],
 }
 
-/// A tap that vanishes when this is dropped, unless [`Tap::persist`] was called: whatever fails in between, or kills
-/// the daemon, leaves nothing.
+/// A tap that vanishes when this is dropped, unless [`Tap::persist`] was called: whatever fails in
+/// between, or kills the daemon, leaves nothing.
 pub(crate) struct Tap {
     file: File,
     name: String,
 }
 
 impl Tap {
-    /// Makes the tap, down, in the network namespace of the calling thread. Only `owner` and root may open it later; a
-    /// tap without an owner would be open to every user of the host.
+    /// Makes the tap, down, in the network namespace of the calling thread. Only `owner` and root
+    /// may open it later; a tap without an owner would be open to every user of the host.
     ///
     /// # Errors
     ///

@@ -1,7 +1,9 @@
 //! Hosts with other programs' firewalls: what they do to a guest's packets, and what is said of it.
 //!
-//! The rules in `data/` are those of the programs themselves, on a host with one card: firewalld 1.3.3 and ufw 0.36.2 as Debian 12 has them, saved while
-//! they ran; Docker's as it makes them for its first bridge. What is said is held against what a guest reaches, before and after the advice was followed.
+//! The rules in `data/` are those of the programs themselves, on a host with one card: firewalld
+//! 1.3.3 and ufw 0.36.2 as Debian 12 has them, saved while they ran; Docker's as it makes them for
+//! its first bridge. What is said is held against what a guest reaches, before and after the advice
+//! was followed.
 
 // The steps of a test are functions too, and what fails in them is the test.
 #![allow(clippy::expect_used, clippy::panic)]
@@ -103,7 +105,8 @@ impl Bench {
     }
 }
 
-/// Has `rules` in force, looks for the finding, and follows the advice by `follow`, or by the advised commands themselves.
+/// Has `rules` in force, looks for the finding, and follows the advice by `follow`, or by the
+/// advised commands themselves.
 fn a_firewall_is_named(rules: impl Fn() + Sync, dropped: Dropped, advice: &str, follow: Option<fn()>) {
     on_a_host(async || {
         let bench = Bench::new().await;

@@ -152,7 +152,8 @@ fn a_forward_reaches_the_guest_from_loopback_and_from_outside() {
         network.attach(&endpoint(2)).await.expect("attach");
         let _guests = [Guest::boot(&endpoint(1)), Guest::boot(&endpoint(2))];
 
-        // As hosts differ: with Docker's br_netfilter or without, with strict checks of the way back or none.
+        // As hosts differ: with Docker's br_netfilter or without, with strict checks of the way
+        // back or none.
         for (bridged_too, reverse_path) in [("1", "0"), ("0", "1"), ("1", "1")] {
             sysctl("bridge/bridge-nf-call-iptables", bridged_too);
             sysctl("ipv4/conf/all/rp_filter", reverse_path);
@@ -257,7 +258,8 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
         reached(&guest, LAN, 80);
         not_reached(&guest, METADATA, 80);
 
-        // Of a network that is denied, a resolver's questions are answered and nothing else; the internet is as it was.
+        // Of a network that is denied, a resolver's questions are answered and nothing else; the
+        // internet is as it was.
         let settings = denied(&["192.168.0.0/16", "192.168.7.0/24"]).with_resolvers(&[LAN]);
         Network::ensure(settings).await.expect("a network");
         not_reached(&guest, LAN, 80);
@@ -266,7 +268,8 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
         not_reached(&guest, METADATA, 80);
         not_reached(&guest, METADATA, 53);
 
-        // A cloud's resolver at the address of its metadata: questions are answered there, and nothing else.
+        // A cloud's resolver at the address of its metadata: questions are answered there, and
+        // nothing else.
         Network::ensure(config().with_resolvers(&[METADATA]))
             .await
             .expect("a network");
@@ -431,7 +434,8 @@ fn a_spoofed_address_or_mac_does_not_leave_the_tap() {
         guest.inside.run(|| {
             assert_eq!(greeting(OUTSIDE, 443), format!("internet to {HOST}"));
 
-            // A free address, the other VM's, one of nobody's net: each with a gateway that needs no question.
+            // A free address, the other VM's, one of nobody's net: each with a gateway that needs
+            // no question.
             ip("neigh replace 10.77.0.1 lladdr 02:5b:0a:4d:00:01 dev eth0");
             for source in [
                 Ipv4Addr::new(10, 77, 0, 99),
@@ -535,7 +539,8 @@ fn a_frame_is_checked_outside_and_inside() {
     });
 }
 
-/// A broadcast "who has the gateway's address?" (RFC 826), with the sender's MAC outside and inside.
+/// A broadcast "who has the gateway's address?" (RFC 826), with the sender's MAC outside and
+/// inside.
 fn arp_request(outside: [u8; 6], inside: [u8; 6], ip: Ipv4Addr) -> Vec<u8> {
     let ethernet = [&[0xff; 6][..], &outside, &[0x08, 0x06]].concat();
     let ipv4_over_ethernet_request = [0, 1, 0x08, 0, 6, 4, 0, 1];
@@ -756,7 +761,8 @@ fn a_taken_port_address_or_tap_is_refused() {
     });
 }
 
-/// Has a server far away repeat so many bytes, from the namespace of the calling thread; how long that takes.
+/// Has a server far away repeat so many bytes, from the namespace of the calling thread; how long
+/// that takes.
 fn there_and_back(bytes: usize) -> Duration {
     let mut there = TcpStream::connect((OUTSIDE, 443)).expect("connect");
     there.set_read_timeout(Some(SOON)).expect("a deadline");
@@ -813,7 +819,8 @@ fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they
         });
         assert!(begun.elapsed() > Duration::from_millis(1800), "{:?}", begun.elapsed());
 
-        // A rate is changed while the guest runs, without another attach's doing, and is not undone by a reconcile.
+        // A rate is changed while the guest runs, without another attach's doing, and is not undone
+        // by a reconcile.
         network.attach(&limited(80)).await.expect("another rate");
         let wanted = [limited(80), endpoint(2)];
         assert_eq!(
@@ -884,7 +891,8 @@ fn reconcile_removes_what_nobody_wants_and_leaves_the_foreign_alone() {
             crashed.attach(&endpoint(n)).await.expect("attach");
         }
         drop(crashed);
-        // Ours: a forward without a tap, a tap without a forward, a tap whose bridge was deleted under it.
+        // Ours: a forward without a tap, a tap without a forward, a tap whose bridge was deleted
+        // under it.
         nft("add element ip scalebox_sbtest0 forwards { 22099 : 10.77.0.99 }");
         ip("tuntap add sbaaaaaaaaaaaa mode tap");
         ip("link set sbaaaaaaaaaaaa master sbtest0");

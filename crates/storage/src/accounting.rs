@@ -1,16 +1,20 @@
-//! Whose each block of the pool is: one picture of all disks and templates, from the extents themselves.
+//! Whose each block of the pool is: one picture of all disks and templates, from the extents
+//! themselves.
 //!
-//! Every extent is counted once, whole, whatever part of it a file still maps: that is what it takes on disk. One that a single disk or a
-//! single template refers to is *exclusive* to it: deleting that frees it. One that several refer to is *shared*. What no disk or template
-//! refers to (kernel, half-made files, files deleted and still open) is *other*. The four sums make up what btrfs says is used.
+//! Every extent is counted once, whole, whatever part of it a file still maps: that is what it
+//! takes on disk. One that a single disk or a single template refers to is *exclusive* to it:
+//! deleting that frees it. One that several refer to is *shared*. What no disk or template refers
+//! to (kernel, half-made files, files deleted and still open) is *other*. The four sums make up
+//! what btrfs says is used.
 //!
-//! On XFS, what counts is each block, for there a block that no file maps is free. *Other* is then what is used and no disk or template maps, and so it
-//! is on a btrfs that holds more than the pool.
+//! On XFS, what counts is each block, for there a block that no file maps is free. *Other* is then
+//! what is used and no disk or template maps, and so it is on a btrfs that holds more than the
+//! pool.
 //!
 //! A template and the grown clones kept of it are one owner, because they go together.
 //!
-//! The walk costs about a microsecond a reference and memory for each distinct extent (some 50 bytes), none for further references to
-//! it; nothing waits for it.
+//! The walk costs about a microsecond a reference and memory for each distinct extent (some 50
+//! bytes), none for further references to it; nothing waits for it.
 
 use crate::error::StorageError;
 use crate::extents::{self, Reference};
@@ -36,7 +40,8 @@ pub struct Usage {
     pub provisioned: Bytes,
     /// The blocks it maps, shared or not.
     pub used: Bytes,
-    /// What deleting it frees: extents that nothing else refers to. Under copy-on-write that can be more than what it maps.
+    /// What deleting it frees: extents that nothing else refers to. Under copy-on-write that can be
+    /// more than what it maps.
     pub exclusive: Bytes,
 }
 
@@ -69,8 +74,8 @@ impl Accounts {
         self.disks_exclusive + self.templates_exclusive + self.shared + self.other
     }
 
-    /// What is used besides the blocks that disks map in extents of their own: the promises to guests do not cover it. Admission builds on
-    /// it where every promise must be backed.
+    /// What is used besides the blocks that disks map in extents of their own: the promises to
+    /// guests do not cover it. Admission builds on it where every promise must be backed.
     pub fn fixed(&self) -> Bytes {
         self.fixed
     }
@@ -80,11 +85,13 @@ impl Accounts {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Fixed {
     size: Bytes,
-    /// The templates' folders when the walk began: once they changed, the number says nothing any more.
+    /// The templates' folders when the walk began: once they changed, the number says nothing any
+    /// more.
     folders: FolderTimes,
 }
 
-/// What the walks found, and how often what they found was forgotten: a walk that began before says nothing any more when it ends.
+/// What the walks found, and how often what they found was forgotten: a walk that began before says
+/// nothing any more when it ends.
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
     last: Option<Fixed>,
@@ -143,7 +150,8 @@ impl Tally {
         }
     }
 
-    /// `used` is what the file system says of itself after the walk; `other_is_rest` where the walk does not show all that it holds.
+    /// `used` is what the file system says of itself after the walk; `other_is_rest` where the walk
+    /// does not show all that it holds.
     fn close(mut self, used: Bytes, other_is_rest: bool, measured_at: SystemTime, took: Duration) -> Accounts {
         let (mut disks_exclusive, mut templates_exclusive) = (Bytes::ZERO, Bytes::ZERO);
         let (mut shared, mut other, mut covered) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
@@ -185,8 +193,9 @@ impl Tally {
 }
 
 impl Pool {
-    /// Walks all extents of the pool. Takes from milliseconds to seconds, with the number of extents; holds up nobody. What it finds is
-    /// what admission builds on from then on, until a template comes or goes.
+    /// Walks all extents of the pool. Takes from milliseconds to seconds, with the number of
+    /// extents; holds up nobody. What it finds is what admission builds on from then on, until a
+    /// template comes or goes.
     ///
     /// # Errors
     /// [`StorageError::Io`] when the kernel does not tell.
@@ -216,7 +225,8 @@ impl Pool {
         Ok(accounts)
     }
 
-    /// Whether admission has to count all that is used as fixed, because there is no measurement, or templates came or went since.
+    /// Whether admission has to count all that is used as fixed, because there is no measurement,
+    /// or templates came or went since.
     pub fn needs_measuring(&self) -> bool {
         self.measured_fixed().is_none()
     }
@@ -227,7 +237,8 @@ impl Pool {
         (self.folder_times() == Some(fixed.folders)).then_some(fixed.size)
     }
 
-    /// To be called when a disk gave way to a clone of itself: blocks that it no longer maps may stay.
+    /// To be called when a disk gave way to a clone of itself: blocks that it no longer maps may
+    /// stay.
     pub(crate) fn forget_measurement(&self) {
         let mut measured = self.measured();
         measured.last = None;
@@ -405,7 +416,8 @@ mod tests {
         ];
         assert_eq!(sums, [70, 110, 50, 7].map(Bytes::new));
         assert_eq!(accounts.total(), Bytes::new(237));
-        // Of the disk's own extent, it maps 40 bytes; the other 30 are held and no promise covers them.
+        // Of the disk's own extent, it maps 40 bytes; the other 30 are held and no promise covers
+        // them.
         assert_eq!(accounts.fixed(), Bytes::new(237 - 40));
     }
 

@@ -13,23 +13,30 @@
 //! fixed + committed + reserved + size + buffer ≤ backable
 //! ```
 //!
-//! *Backable* is the data that pool and host disk can hold in all, with the metadata for it in its worst case ([`Space::backable`]). *Fixed* is what is
-//! used and no promise covers ([`Space::fixed`]): all but the blocks that a disk maps in extents which nothing else refers to.
+//! *Backable* is the data that pool and host disk can hold in all, with the metadata for it in its
+//! worst case ([`Space::backable`]). *Fixed* is what is used and no promise covers
+//! ([`Space::fixed`]): all but the blocks that a disk maps in extents which nothing else refers to.
 //!
-//! Why it is enough. Take the moment of the decision, and any later one at which the same disks are there. A block in use then is either part of
-//! what was fixed, or a disk maps it in an extent of its own: it was mapped so before, or the guest wrote it since. A guest's write goes in
-//! place where the disk has the block to itself (NOCOW), and to a new block, mapped at that offset from then on, where it shares it or
-//! had none. So at most one such block stands at each offset of a disk, and all of them together are at most what was promised: used ≤ fixed +
-//! promised. The bound keeps that, and the buffer, within what can be held. What changes *fixed* is admitted itself: a template's data when
-//! it is imported, a disk's when it becomes a template (its blocks are shared from then on). A template deleted changes nothing, for fixed counts the
-//! extents that clones still share. A deleted disk takes its promise and its blocks along; what it shared stays in fixed until it is measured anew.
+//! Why it is enough. Take the moment of the decision, and any later one at which the same disks are
+//! there. A block in use then is either part of what was fixed, or a disk maps it in an extent of
+//! its own: it was mapped so before, or the guest wrote it since. A guest's write goes in place
+//! where the disk has the block to itself (NOCOW), and to a new block, mapped at that offset from
+//! then on, where it shares it or had none. So at most one such block stands at each offset of a
+//! disk, and all of them together are at most what was promised: used ≤ fixed + promised. The bound
+//! keeps that, and the buffer, within what can be held. What changes *fixed* is admitted itself: a
+//! template's data when it is imported, a disk's when it becomes a template (its blocks are shared
+//! from then on). A template deleted changes nothing, for fixed counts the extents that clones
+//! still share. A deleted disk takes its promise and its blocks along; what it shared stays in
+//! fixed until it is measured anew.
 //!
-//! What the argument does not cover: a guest that discards parts of an extent of its own and writes them again. The extent stays whole on
-//! disk, and the new blocks are further ones. The next measurement finds it: fixed grows, and nothing is promised on it.
-//! Nor does it cover another program that fills the host disk.
+//! What the argument does not cover: a guest that discards parts of an extent of its own and writes
+//! them again. The extent stays whole on disk, and the new blocks are further ones. The next
+//! measurement finds it: fixed grows, and nothing is promised on it. Nor does it cover another
+//! program that fills the host disk.
 //!
-//! A request holds a [`Reservation`] from its admission until its disk is recorded (it becomes a commitment) or it fails (the
-//! guard is dropped, and the space is there again). Either happens exactly once, because the guard is consumed.
+//! A request holds a [`Reservation`] from its admission until its disk is recorded (it becomes a
+//! commitment) or it fails (the guard is dropped, and the space is there again). Either happens
+//! exactly once, because the guard is consumed.
 
 use crate::error::StorageError;
 use crate::size::{Bytes, Gib};
@@ -58,7 +65,8 @@ pub struct Promises {
 #[derive(Debug, Clone)]
 pub struct Admission {
     bounds: Bounds,
-    // A std mutex: held for a few additions and one reading of the pool's space, never across an await.
+    // A std mutex: held for a few additions and one reading of the pool's space, never across an
+    // await.
     books: Arc<Mutex<Books>>,
 }
 
@@ -113,8 +121,8 @@ impl Admission {
         self.bounds.overcommit_ratio <= 1.0
     }
 
-    /// Admits `size` if the bounds hold. `space` is read under the lock, so that no two requests are shown the same gigabyte;
-    /// it should cost no more than a `statfs`.
+    /// Admits `size` if the bounds hold. `space` is read under the lock, so that no two requests
+    /// are shown the same gigabyte; it should cost no more than a `statfs`.
     ///
     /// # Errors
     /// [`StorageError::Insufficient`], with nothing reserved; whatever `space` fails with.
@@ -158,11 +166,13 @@ impl Admission {
         books.promises.committed = books.promises.committed - size;
     }
 
-    /// Counts with a pool of `size` from now on, until the guard is dropped: the pool is about to be shrunk to that. `fits` is given
-    /// the sum of promises, and says whether they and what is used will fit, or what size would do.
+    /// Counts with a pool of `size` from now on, until the guard is dropped: the pool is about to
+    /// be shrunk to that. `fits` is given the sum of promises, and says whether they and what is
+    /// used will fit, or what size would do.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when what is used or promised would not fit; whatever `fits` fails with.
+    /// [`StorageError::PoolSize`] when what is used or promised would not fit; whatever `fits`
+    /// fails with.
     pub fn lower_ceiling(
         &self,
         size: Bytes,
@@ -189,7 +199,8 @@ impl Admission {
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
-        // Nothing in here panics between two writes, so the sums are whole even after a panic elsewhere in a holder.
+        // Nothing in here panics between two writes, so the sums are whole even after a panic
+        // elsewhere in a holder.
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -221,7 +232,8 @@ impl Reservation {
         self.size
     }
 
-    /// The disk stands and is recorded: the reservation becomes a commitment, in one step under the lock.
+    /// The disk stands and is recorded: the reservation becomes a commitment, in one step under the
+    /// lock.
     pub fn commit(mut self) {
         let size = std::mem::take(&mut self.size);
         let mut books = self.books.books();

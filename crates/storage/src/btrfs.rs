@@ -37,7 +37,8 @@ const COPIES: [(u64, u64); 7] = [
 ];
 const GLOBAL_RESERVE: u64 = 1 << 49;
 
-/// Kinds of space there can be: data, metadata, system and the reserve, each in up to two profiles while a balance converts.
+/// Kinds of space there can be: data, metadata, system and the reserve, each in up to two profiles
+/// while a balance converts.
 const SLOTS: usize = 16;
 
 #[repr(C)]
@@ -103,7 +104,8 @@ pub(crate) fn subvolume(file: impl AsFd) -> io::Result<u64> {
     Ok(args.treeid)
 }
 
-/// The chunk space of a btrfs. Logical sizes count a byte once, raw sizes as often as the profile stores it.
+/// The chunk space of a btrfs. Logical sizes count a byte once, raw sizes as often as the profile
+/// stores it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct ChunkSpace {
     /// Size of all devices.
@@ -122,16 +124,19 @@ pub(crate) struct ChunkSpace {
     pub(crate) metadata_copies: u64,
     /// The same of data: 1 in a pool that was made here.
     pub(crate) data_copies: u64,
-    /// How many devices there are. With several, what one has left may have no counterpart on another.
+    /// How many devices there are. With several, what one has left may have no counterpart on
+    /// another.
     pub(crate) devices: u64,
     /// Raw bytes in use: data, metadata and system, each as often as it is stored.
     pub(crate) raw_used: Bytes,
 }
 
-/// Data that btrfs has taken and not yet committed: `used` grows only with the next commit, 30 s away by default, in which gigabytes are written.
+/// Data that btrfs has taken and not yet committed: `used` grows only with the next commit, 30 s
+/// away by default, in which gigabytes are written.
 ///
-/// From `/sys/fs/btrfs/UUID/allocation/data` and `…/metadata` (Documentation/ABI/testing/sysfs-fs-btrfs): what is reserved for writes under way, what may
-/// be needed by buffered ones, and what was freed and can be used only after the commit.
+/// From `/sys/fs/btrfs/UUID/allocation/data` and `…/metadata`
+/// (Documentation/ABI/testing/sysfs-fs-btrfs): what is reserved for writes under way, what may be
+/// needed by buffered ones, and what was freed and can be used only after the commit.
 #[derive(Debug)]
 pub(crate) struct PendingWrites {
     data: [File; 3],
@@ -139,7 +144,8 @@ pub(crate) struct PendingWrites {
 }
 
 impl PendingWrites {
-    /// The counters of the btrfs that `file` lies on. They stay open: reading one is then a single system call.
+    /// The counters of the btrfs that `file` lies on. They stay open: reading one is then a single
+    /// system call.
     pub(crate) fn open(file: impl AsFd) -> std::io::Result<PendingWrites> {
         let folder = sysfs_folder(&file)?.join("allocation");
         let counters = |kind: &str| {
@@ -163,7 +169,8 @@ impl PendingWrites {
     }
 }
 
-/// Where the kernel shows the btrfs that `file` lies on. It is not there where sysfs is not mounted, or a container does not have it.
+/// Where the kernel shows the btrfs that `file` lies on. It is not there where sysfs is not
+/// mounted, or a container does not have it.
 pub(crate) fn sysfs_folder(file: impl AsFd) -> std::io::Result<PathBuf> {
     let hex: Vec<String> = fs_info(&file)?.fsid.iter().map(|byte| format!("{byte:02x}")).collect();
     let group = |range: std::ops::Range<usize>| hex[range].concat();
@@ -233,7 +240,8 @@ pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
 /// Longer than most commits take.
 const WAKE_AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
 
-/// Commits the transaction under way and waits for it. Unlike `syncfs`, it does not write out what guests and others have dirty.
+/// Commits the transaction under way and waits for it. Unlike `syncfs`, it does not write out what
+/// guests and others have dirty.
 ///
 /// # Errors
 /// `ENOTTY` when it is no btrfs; what the commit fails with.
@@ -242,8 +250,8 @@ pub(crate) fn commit(file: impl AsFd) -> io::Result<()> {
     // SAFETY: the kernel writes the transaction's number, a u64.
     let begin = || unsafe { ioctl(fd, Getter::<START_SYNC, u64>::new()) };
     let transaction = begin()?;
-    // The kernel's thread is only woken: while it ends the commit before, it does not hear that, and would sleep until its timer of 30 s. So it
-    // is woken again for as long as it takes.
+    // The kernel's thread is only woken: while it ends the commit before, it does not hear that,
+    // and would sleep until its timer of 30 s. So it is woken again for as long as it takes.
     std::thread::scope(|scope| {
         let (done, waiting) = std::sync::mpsc::channel::<()>();
         scope.spawn(move || {
@@ -266,7 +274,8 @@ fn space_infos(file: &impl AsFd) -> io::Result<Vec<SpaceInfo>> {
         },
         spaces: [SpaceInfo::default(); SLOTS],
     };
-    // SAFETY: the kernel writes at most `slots` entries behind the header, and there is room for SLOTS of them.
+    // SAFETY: the kernel writes at most `slots` entries behind the header, and there is room for
+    // SLOTS of them.
     unsafe { ioctl(file.as_fd(), Updater::<SPACE_INFO, SpaceArgs>::new(&mut args))? };
     let filled = usize::try_from(args.header.total).map_or(SLOTS, |total| total.min(SLOTS));
     Ok(args.spaces[..filled].to_vec())

@@ -1,13 +1,14 @@
 //! The one door to outside programs: e2fsprogs, btrfs-progs and util-linux.
 //!
-//! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale. All that a failed one wrote
-//! stands in its error.
+//! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale.
+//! All that a failed one wrote stands in its error.
 //!
-//! Exit code and standard error decide together whether one has succeeded: several of e2fsprogs end with 0 after a failure and a
-//! complaint. What they must not change is verified where they are used.
+//! Exit code and standard error decide together whether one has succeeded: several of e2fsprogs end
+//! with 0 after a failure and a complaint. What they must not change is verified where they are
+//! used.
 //!
-//! Some read what guests have written, so none is trusted to come to an end by itself: each has a deadline, a limit to what it may say, and
-//! dies with the daemon.
+//! Some read what guests have written, so none is trusted to come to an end by itself: each has a
+//! deadline, a limit to what it may say, and dies with the daemon.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, set_parent_process_death_signal};
@@ -20,10 +21,11 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a program may take that works on one image. The largest disks take it seconds; one whose file system was made to keep it busy, or
-/// to keep it waiting, would take hours.
+/// How long a program may take that works on one image. The largest disks take it seconds; one
+/// whose file system was made to keep it busy, or to keep it waiting, would take hours.
 const IMAGE_DEADLINE: Duration = Duration::from_secs(300);
-/// What a program may write, in bytes: the longest listing of a folder that is read is a tenth of it.
+/// What a program may write, in bytes: the longest listing of a folder that is read is a tenth of
+/// it.
 const MOST_SAID: u64 = 16 << 20;
 
 /// The programs this crate calls.
@@ -189,7 +191,8 @@ pub(crate) fn run<S: AsRef<OsStr>>(
     run_accepting(program, args, |code| code == 0).map(|(_, stdout)| stdout)
 }
 
-/// Runs a program whose exit codes are more than yes and no (`e2fsck`, `blkid`); `good` says which are a success.
+/// Runs a program whose exit codes are more than yes and no (`e2fsck`, `blkid`); `good` says which
+/// are a success.
 pub(crate) fn run_accepting<S: AsRef<OsStr>>(
     program: Program,
     args: impl IntoIterator<Item = S>,
@@ -218,7 +221,8 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// The first line on standard error for which `harmless` does not hold. A program that complains has failed, whatever its exit code.
+    /// The first line on standard error for which `harmless` does not hold. A program that
+    /// complains has failed, whatever its exit code.
     pub(crate) fn complaint(&self, harmless: impl Fn(&str) -> bool) -> Option<&str> {
         let mut lines = self.complaints.lines().map(str::trim);
         lines.find(|line| !line.is_empty() && !harmless(line))
@@ -235,13 +239,15 @@ impl Answer {
             .join("\n")
     }
 
-    /// Whether the host is to blame for a failure, and not the image: a system call failed, or the program was killed.
+    /// Whether the host is to blame for a failure, and not the image: a system call failed, or the
+    /// program was killed.
     pub(crate) fn is_fault_of_host(&self) -> bool {
         let said = self.said();
         self.code.is_none() || HOST_FAULTS.iter().any(|fault| said.contains(fault))
     }
 
-    /// As [`Answer::is_fault_of_host`], of a program that worked on an image just found sound: all of it is there to be read.
+    /// As [`Answer::is_fault_of_host`], of a program that worked on an image just found sound: all
+    /// of it is there to be read.
     pub(crate) fn is_fault_on_sound_image(&self) -> bool {
         let said = self.said();
         self.is_fault_of_host() || UNREADABLE.iter().any(|fault| said.contains(fault))
@@ -251,8 +257,9 @@ impl Answer {
 /// What e2fsprogs say when they cannot read or write a part of an image, whatever the cause.
 const UNREADABLE: [&str; 3] = ["Can't read ", "Can't write ", "Attempt to "];
 
-/// What the C library and e2fsprogs call errors that a sound host does not have. A file system that is cut off or damaged has others, such
-/// as "Attempt to read block from filesystem resulted in short read".
+/// What the C library and e2fsprogs call errors that a sound host does not have. A file system that
+/// is cut off or damaged has others, such as "Attempt to read block from filesystem resulted in
+/// short read".
 const HOST_FAULTS: [&str; 16] = [
     "Input/output error",
     "No space left on device",
@@ -272,8 +279,8 @@ const HOST_FAULTS: [&str; 16] = [
     "Resource temporarily unavailable",
 ];
 
-/// Runs a program with these options on an image. It runs in the image's folder and is given its bare name, so that no path stands in
-/// what it says. `input` becomes its standard input.
+/// Runs a program with these options on an image. It runs in the image's folder and is given its
+/// bare name, so that no path stands in what it says. `input` becomes its standard input.
 pub(crate) fn run_on_image(
     image: &Path,
     program: Program,

@@ -1,7 +1,7 @@
 //! Fewer extents in an image of which many clones are made.
 //!
-//! Growing a file system writes single blocks all over its image. Each extent takes every clone of it some microseconds, and closing a few
-//! holes is all it takes to have a third less of them.
+//! Growing a file system writes single blocks all over its image. Each extent takes every clone of
+//! it some microseconds, and closing a few holes is all it takes to have a third less of them.
 
 use crate::files;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
@@ -10,15 +10,18 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// Stretches of data that lie no further apart are joined: what is between them becomes zeros on disk.
+/// Stretches of data that lie no further apart are joined: what is between them becomes zeros on
+/// disk.
 const HOLE: u64 = 512 << 10;
-/// The longest stretch that is written anew. Longer ones have few extents for their size, and stay shared with what the image is a clone of.
+/// The longest stretch that is written anew. Longer ones have few extents for their size, and stay
+/// shared with what the image is a clone of.
 const STRETCH: u64 = 4 << 20;
 /// What is written anew, and shared no longer, in one image at most.
 const BUDGET: u64 = 16 << 20;
 
-/// Joins stretches of data that lie close together into one extent each, where that costs little. The bytes stay what they are; a crash
-/// meanwhile may lose some, so the image has to be one that is thrown away then.
+/// Joins stretches of data that lie close together into one extent each, where that costs little.
+/// The bytes stay what they are; a crash meanwhile may lose some, so the image has to be one that
+/// is thrown away then.
 pub(crate) fn compact(image: &File) -> io::Result<()> {
     let mut near = near_stretches(image)?;
     near.sort_by_key(|stretch| stretch.end - stretch.start);
@@ -33,7 +36,8 @@ pub(crate) fn compact(image: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// The stretches of data that have neighbours close by, each with its neighbours and the holes between them.
+/// The stretches of data that have neighbours close by, each with its neighbours and the holes
+/// between them.
 fn near_stretches(image: &File) -> io::Result<Vec<Range<u64>>> {
     let size = image.metadata()?.len();
     let mut near = Vec::new();

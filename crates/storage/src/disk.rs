@@ -23,8 +23,9 @@ pub struct Swept {
 }
 
 impl Pool {
-    /// Makes the disk `id` from `template`, as large as what was admitted. When this returns, the disk survives a power cut; when it
-    /// fails, nothing is left of it. A first disk of a (template, size) waits for the grown clone to be made.
+    /// Makes the disk `id` from `template`, as large as what was admitted. When this returns, the
+    /// disk survives a power cut; when it fails, nothing is left of it. A first disk of a
+    /// (template, size) waits for the grown clone to be made.
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`], [`StorageError::SmallerThanTemplate`], [`StorageError::Io`].
@@ -44,9 +45,11 @@ impl Pool {
         made
     }
 
-    /// Makes the name of a new file, which itself is flushed already, survive a power cut. On btrfs it does: what `fsync` logs of a new file
-    /// includes its name (`INODE_REF`, from which the replay makes the folder's entry), and a flush of the folder would be a second commit
-    /// of the log, as long as the first. RocksDB counts on it since 2021 (facebook/rocksdb#8903); here a test cuts the power.
+    /// Makes the name of a new file, which itself is flushed already, survive a power cut. On btrfs
+    /// it does: what `fsync` logs of a new file includes its name (`INODE_REF`, from which the
+    /// replay makes the folder's entry), and a flush of the folder would be a second commit of the
+    /// log, as long as the first. RocksDB counts on it since 2021 (facebook/rocksdb#8903); here a
+    /// test cuts the power.
     fn sync_new_name(&self) -> Result<(), StorageError> {
         if self.file_system.fsync_keeps_name() {
             return Ok(());
@@ -57,11 +60,13 @@ impl Pool {
             .map_err(|error| StorageError::io("flush", folder.display(), error))
     }
 
-    /// Grows the disk `id`, which no machine may be using, and the ext4 file system on it to `size`. A crash leaves it as large as it was
-    /// or as large as it should be, and sound in both cases. One that is at least as large already stays as it is.
+    /// Grows the disk `id`, which no machine may be using, and the ext4 file system on it to
+    /// `size`. A crash leaves it as large as it was or as large as it should be, and sound in both
+    /// cases. One that is at least as large already stays as it is.
     ///
     /// # Errors
-    /// [`StorageError::Io`]; [`StorageError::FileSystem`] with e2fsck's words when it is damaged: it is left as it was.
+    /// [`StorageError::Io`]; [`StorageError::FileSystem`] with e2fsck's words when it is damaged:
+    /// it is left as it was.
     pub fn grow_disk(&self, id: &Name, size: Bytes) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         let disk = files::open_read(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
@@ -151,7 +156,8 @@ impl Pool {
             .collect())
     }
 
-    /// Logs what lies in the pool's folders and is neither a file nor a folder of the pool's: it is left alone.
+    /// Logs what lies in the pool's folders and is neither a file nor a folder of the pool's: it is
+    /// left alone.
     fn log_odd_entries(&self) -> Result<(), StorageError> {
         let grown = self.grown_dir();
         for folder in [self.disks_dir(), self.templates_dir(), grown.clone()] {
@@ -167,8 +173,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Puts the folders right after a crash: disks that nobody in `keep` owns and half-made files go, and what is missing is told.
-    /// To be called before the first request.
+    /// Puts the folders right after a crash: disks that nobody in `keep` owns and half-made files
+    /// go, and what is missing is told. To be called before the first request.
     ///
     /// # Errors
     /// [`StorageError::Io`].

@@ -1,8 +1,10 @@
 //! Which file refers to which extent of a btrfs: one walk over a subvolume's tree, by ioctl.
 //!
-//! FIEMAP shows what a file maps, not what it holds: an extent that was overwritten in part stays whole on disk for as long as anybody
-//! refers to a block of it. The tree has both numbers in each `EXTENT_DATA` item. It is read in batches, each from a consistent tree;
-//! what a guest writes meanwhile may be in or not. Layouts: `include/uapi/linux/btrfs.h` and `btrfs_tree.h` of the kernel.
+//! FIEMAP shows what a file maps, not what it holds: an extent that was overwritten in part stays
+//! whole on disk for as long as anybody refers to a block of it. The tree has both numbers in each
+//! `EXTENT_DATA` item. It is read in batches, each from a consistent tree; what a guest writes
+//! meanwhile may be in or not. Layouts: `include/uapi/linux/btrfs.h` and `btrfs_tree.h` of the
+//! kernel.
 
 use crate::tree_search::{self, FIRST, LAST, field};
 use rustix::fd::AsFd;
@@ -31,7 +33,8 @@ pub(crate) struct Reference {
     pub(crate) mapped: u64,
 }
 
-/// Hands every reference of the subvolume that `file` lies in to `each`, holes and inline data left out.
+/// Hands every reference of the subvolume that `file` lies in to `each`, holes and inline data left
+/// out.
 ///
 /// # Errors
 /// `ENOTTY` when it is no btrfs, `EPERM` without `CAP_SYS_ADMIN`.

@@ -1,7 +1,8 @@
-//! Which blocks a file maps, on any file system: `FS_IOC_FIEMAP` (Documentation/filesystems/fiemap.rst of the kernel).
+//! Which blocks a file maps, on any file system: `FS_IOC_FIEMAP`
+//! (Documentation/filesystems/fiemap.rst of the kernel).
 //!
-//! XFS has no extent that stays whole while a part of it is in use: what no file maps is free. So the maps of all files, laid over one another,
-//! tell whose each block is.
+//! XFS has no extent that stays whole while a part of it is in use: what no file maps is free. So
+//! the maps of all files, laid over one another, tell whose each block is.
 
 use crate::extents::Reference;
 use rustix::fd::{AsFd, BorrowedFd};
@@ -75,8 +76,8 @@ pub(crate) fn read(file: impl AsFd, inode: u64, mapped: &mut Vec<Mapped>) -> io:
     })
 }
 
-/// The parts of the first `length` bytes in which two files may differ: those whose blocks they do not share. What is not on disk yet is
-/// written first.
+/// The parts of the first `length` bytes in which two files may differ: those whose blocks they do
+/// not share. What is not on disk yet is written first.
 ///
 /// # Errors
 /// `EOPNOTSUPP` where the file system does not tell; what writing fails with.
@@ -151,7 +152,8 @@ fn each(file: impl AsFd, flags: u32, mut each: impl FnMut(&Extent)) -> io::Resul
             extent_count: BATCH as u32,
             ..Head::default()
         };
-        // SAFETY: the kernel writes at most `extent_count` extents behind the head, and there is room for as many.
+        // SAFETY: the kernel writes at most `extent_count` extents behind the head, and there is
+        // room for as many.
         unsafe { ioctl(file.as_fd(), Updater::<FIEMAP, Args>::new(&mut args))? };
         let told = &args.extents[..(args.head.mapped_extents as usize).min(BATCH)];
         told.iter().for_each(&mut each);
@@ -162,7 +164,8 @@ fn each(file: impl AsFd, flags: u32, mut each: impl FnMut(&Extent)) -> io::Resul
     }
 }
 
-/// Cuts what files map at each other's ends, so that two pieces are the same blocks or have none in common, and hands each to `each`.
+/// Cuts what files map at each other's ends, so that two pieces are the same blocks or have none in
+/// common, and hands each to `each`.
 pub(crate) fn cut(mapped: &[Mapped], mut each: impl FnMut(Reference)) {
     let mut ends: Vec<u64> = mapped
         .iter()

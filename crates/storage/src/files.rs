@@ -38,7 +38,8 @@ pub(crate) fn open_read(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path)
 }
 
-/// The entries of a folder, each with whether it is a regular file, as which everything of the pool's is made.
+/// The entries of a folder, each with whether it is a regular file, as which everything of the
+/// pool's is made.
 pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageError> {
     let failed = |error| StorageError::io("list", folder.display(), error);
     let mut entries = Vec::new();
@@ -66,12 +67,14 @@ pub(crate) fn open_write(path: &Path) -> io::Result<File> {
 /// Makes `target` share all blocks of `source` (`FICLONE`): no byte is copied.
 ///
 /// # Errors
-/// `EINVAL` when one of the two is NOCOW and the other is not, `EOPNOTSUPP` where the file system cannot, `EXDEV` across file systems.
+/// `EINVAL` when one of the two is NOCOW and the other is not, `EOPNOTSUPP` where the file system
+/// cannot, `EXDEV` across file systems.
 pub(crate) fn reflink(source: &File, target: &File) -> io::Result<()> {
     ioctl_ficlone(target, source).map_err(io::Error::from)
 }
 
-/// Clones an unnamed file from `from` to `to`, two folders of one file system, as every creation of a disk will.
+/// Clones an unnamed file from `from` to `to`, two folders of one file system, as every creation of
+/// a disk will.
 ///
 /// # Errors
 /// [`StorageError::NotAPool`] where the file system cannot.
@@ -133,10 +136,11 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<(), StorageError> {
         .map_err(|error| StorageError::io("flush", dir.display(), error))
 }
 
-/// A folder that was opened before names in it change, so that flushing it afterwards needs no path and no new descriptor.
+/// A folder that was opened before names in it change, so that flushing it afterwards needs no path
+/// and no new descriptor.
 ///
-/// Each of its operations takes effect durably, or is taken back and returns the error. In between it calls the `step` it is
-/// given, at which tests can fail it.
+/// Each of its operations takes effect durably, or is taken back and returns the error. In between
+/// it calls the `step` it is given, at which tests can fail it.
 #[derive(Debug)]
 pub(crate) struct Folder {
     path: PathBuf,
@@ -190,8 +194,8 @@ impl Folder {
         flushed
     }
 
-    /// Puts the flushed file at `from` in the place of the file at `to`, which is removed; or publishes it when there is none. A
-    /// failure leaves both where they were.
+    /// Puts the flushed file at `from` in the place of the file at `to`, which is removed; or
+    /// publishes it when there is none. A failure leaves both where they were.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -221,7 +225,8 @@ impl Folder {
         flushed
     }
 
-    /// Removes the file at `path`, which meanwhile has the name `hidden`. A failure leaves it at `path`.
+    /// Removes the file at `path`, which meanwhile has the name `hidden`. A failure leaves it at
+    /// `path`.
     ///
     /// # Errors
     /// [`StorageError::Io`], of the kind `NotFound` when it is not there.
@@ -288,7 +293,8 @@ pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from)
 }
 
-/// Marks a folder so that files made in it are overwritten in place (`chattr +C`), or an empty file. Returns whether it had to.
+/// Marks a folder so that files made in it are overwritten in place (`chattr +C`), or an empty
+/// file. Returns whether it had to.
 pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
     let file = File::open(path)?;
     let flags = ioctl_getflags(&file)?;
@@ -303,8 +309,9 @@ pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Locks a file for one program. One that was killed a moment ago may still have it: a program that it was just starting shares its files until it
-/// is the other program. So a lock that is held is waited for a little. `false`: another program has it.
+/// Locks a file for one program. One that was killed a moment ago may still have it: a program that
+/// it was just starting shares its files until it is the other program. So a lock that is held is
+/// waited for a little. `false`: another program has it.
 ///
 /// # Errors
 /// What `flock` fails with.
@@ -320,7 +327,8 @@ pub fn lock_for_one_program(file: impl AsFd) -> io::Result<bool> {
     }
 }
 
-/// Removes a file in an undo path, where the first error is the one to report: a failure here is logged.
+/// Removes a file in an undo path, where the first error is the one to report: a failure here is
+/// logged.
 pub(crate) fn discard(path: &Path) {
     if let Err(error) = fs::remove_file(path)
         && error.kind() != io::ErrorKind::NotFound

@@ -1,4 +1,5 @@
-//! Recognises what a file holds that is not an ext4 file system, so that a refused import says what to do instead.
+//! Recognises what a file holds that is not an ext4 file system, so that a refused import says what
+//! to do instead.
 
 use crate::pack;
 
@@ -109,7 +110,8 @@ pub(crate) fn recognise(head: &[u8]) -> Option<&'static str> {
     found.map(|(_, _, what)| *what)
 }
 
-/// Whether it is a body of the type multipart (RFC 2046, 5.1): a boundary, then the headers of the first part.
+/// Whether it is a body of the type multipart (RFC 2046, 5.1): a boundary, then the headers of the
+/// first part.
 fn is_form(head: &[u8]) -> bool {
     let Some(rest) = head.strip_prefix(b"--") else {
         return false;

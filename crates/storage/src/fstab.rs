@@ -8,8 +8,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// The mount options of a pool on an image. `loop` makes the loop device; `nofail` lets a host boot whose pool is gone; `noatime` saves a write
-/// for each read; `discard=async` hands freed blocks on to the host disk.
+/// The mount options of a pool on an image. `loop` makes the loop device; `nofail` lets a host boot
+/// whose pool is gone; `noatime` saves a write for each read; `discard=async` hands freed blocks on
+/// to the host disk.
 pub(crate) const IMAGE_OPTIONS: &str = "loop,nofail,noatime,discard=async";
 /// Those of a pool on a device.
 pub(crate) const DEVICE_OPTIONS: &str = "nofail,noatime,discard=async";
@@ -82,7 +83,8 @@ pub(crate) fn line(source: &Source, target: &Path, options: &str) -> OsString {
 /// Whether the table has a line that mounts `source` at `target`.
 ///
 /// # Errors
-/// [`FstabError::Claimed`] when a line mounts something else there; [`FstabError::Io`], [`FstabError::NotAFile`].
+/// [`FstabError::Claimed`] when a line mounts something else there; [`FstabError::Io`],
+/// [`FstabError::NotAFile`].
 pub(crate) fn is_registered(path: &Path, source: &Source, target: &Path) -> Result<bool, FstabError> {
     find_line(path, &read(path)?, source, target)
 }
@@ -97,11 +99,13 @@ pub fn registered_source(path: &Path, target: &Path) -> Result<Option<String>, F
     Ok(found.map(|(source, _)| String::from_utf8_lossy(source).into_owned()))
 }
 
-/// Adds the line for `source` at `target` unless it is there; returns whether it was added. A missing table is made.
+/// Adds the line for `source` at `target` unless it is there; returns whether it was added. A
+/// missing table is made.
 ///
 /// # Errors
-/// [`FstabError::Claimed`] when another line mounts something else at `target`; [`FstabError::NotAFile`] for a device such as `/dev/null`;
-/// [`FstabError::Io`]. The table is then as it was.
+/// [`FstabError::Claimed`] when another line mounts something else at `target`;
+/// [`FstabError::NotAFile`] for a device such as `/dev/null`; [`FstabError::Io`]. The table is then
+/// as it was.
 pub(crate) fn register(path: &Path, source: &Source, target: &Path, options: &str) -> Result<bool, FstabError> {
     let table = read(path)?;
     if find_line(path, &table, source, target)? {
@@ -165,8 +169,8 @@ fn find_line(path: &Path, table: &[u8], source: &Source, target: &Path) -> Resul
 fn append(path: &Path, line: &[u8]) -> io::Result<()> {
     let mut file = match OpenOptions::new().append(true).create_new(true).open(path) {
         Ok(file) => {
-            // A table that is made here is read by programs that are not root, whatever the umask of this one is. The mode of one that
-            // was there is not ours to change.
+            // A table that is made here is read by programs that are not root, whatever the umask
+            // of this one is. The mode of one that was there is not ours to change.
             file.set_permissions(fs::Permissions::from_mode(0o644))?;
             file
         }

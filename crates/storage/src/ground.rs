@@ -1,4 +1,5 @@
-//! What a pool lies on: an image of its own, a device of its own, or a file system that somebody else made.
+//! What a pool lies on: an image of its own, a device of its own, or a file system that somebody
+//! else made.
 
 use crate::btrfs::{self, PendingWrites};
 use crate::error::StorageError;
@@ -14,7 +15,8 @@ use std::path::{Path, PathBuf};
 /// What the operator wants the pool to lie on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backing {
-    /// A sparse image file, on a loop device. A file system that the operator mounted at the pool's place all the same is taken as it is.
+    /// A sparse image file, on a loop device. A file system that the operator mounted at the pool's
+    /// place all the same is taken as it is.
     Image(PathBuf),
     /// A whole block device.
     Device(PathBuf),
@@ -40,7 +42,8 @@ pub(crate) struct Place {
     /// What it is mounted from.
     pub(crate) device: PathBuf,
     pub(crate) kind: Kind,
-    /// Whether the pool's folder is a mount point, and not a folder on a file system that is mounted elsewhere.
+    /// Whether the pool's folder is a mount point, and not a folder on a file system that is
+    /// mounted elsewhere.
     pub(crate) is_mount_point: bool,
 }
 
@@ -75,7 +78,8 @@ impl Kind {
 /// The pool's file system: what of it differs by kind.
 #[derive(Debug)]
 pub(crate) enum FileSystem {
-    /// With the counters of what it has taken and not yet accounted for, and the quotas that the pool's folder counts in.
+    /// With the counters of what it has taken and not yet accounted for, and the quotas that the
+    /// pool's folder counts in.
     Btrfs(PendingWrites, Quota),
     Xfs,
 }
@@ -111,7 +115,8 @@ impl FileSystem {
         }
     }
 
-    /// Frees the blocks of a file that has no name any more. XFS frees those of one that is merely closed later, in the background.
+    /// Frees the blocks of a file that has no name any more. XFS frees those of one that is merely
+    /// closed later, in the background.
     pub(crate) fn free(&self, file: File) -> io::Result<()> {
         match self {
             FileSystem::Btrfs(..) => Ok(()),
@@ -184,7 +189,8 @@ pub(crate) fn backing_file(mount: &MountEntry) -> Result<Option<PathBuf>, Storag
     }
 }
 
-/// Whether two names are of one block device: `/dev/disk/by-id/…` is a link, and nodes may be made anywhere.
+/// Whether two names are of one block device: `/dev/disk/by-id/…` is a link, and nodes may be made
+/// anywhere.
 fn same_device(one: &Path, other: &Path) -> bool {
     let device = |path: &Path| {
         let stat = stat(path).ok()?;

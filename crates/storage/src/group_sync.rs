@@ -3,9 +3,9 @@
 use std::io;
 use std::sync::{Condvar, Mutex, PoisonError};
 
-/// Flushes of one file or folder, shared: whoever asks while one is under way waits for the next, together with all others who
-/// asked meanwhile. A flush costs a round trip to the device whatever it carries, so thirty-two writers at once pay for two, not for
-/// thirty-two.
+/// Flushes of one file or folder, shared: whoever asks while one is under way waits for the next,
+/// together with all others who asked meanwhile. A flush costs a round trip to the device whatever
+/// it carries, so thirty-two writers at once pay for two, not for thirty-two.
 #[derive(Debug, Default)]
 pub struct GroupSync {
     // A std mutex: held for a few comparisons, never while flushing.
@@ -17,18 +17,21 @@ pub struct GroupSync {
 struct Rounds {
     begun: u64,
     ended: u64,
-    /// The last round that failed, and with what. A later round that works does not bring its data back.
+    /// The last round that failed, and with what. A later round that works does not bring its data
+    /// back.
     failed: Option<(u64, io::ErrorKind, String)>,
 }
 
 impl GroupSync {
-    /// Returns when a flush that began after this call has ended. `flush` may be run or another caller's; it must be of the same file.
+    /// Returns when a flush that began after this call has ended. `flush` may be run or another
+    /// caller's; it must be of the same file.
     ///
     /// # Errors
     /// What that flush, or a later one that ended meanwhile, failed with.
     pub fn sync(&self, flush: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
-        // What is under way may have begun before the caller's write: the one behind it is the first that counts.
+        // What is under way may have begun before the caller's write: the one behind it is the
+        // first that counts.
         let mine = rounds.begun + 1;
         while rounds.ended < rounds.begun && rounds.ended < mine {
             rounds = self.ended.wait(rounds).unwrap_or_else(PoisonError::into_inner);
@@ -58,7 +61,8 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    /// Every write is on the medium when its writer is told so, and every flush is one that somebody waited for.
+    /// Every write is on the medium when its writer is told so, and every flush is one that
+    /// somebody waited for.
     #[test]
     fn what_was_written_before_the_call_is_flushed_when_it_returns() {
         let (group, written, flushed, flushes) = (

@@ -1,13 +1,15 @@
-//! Taking out of a guest's file system what belongs to one machine only, in user space: the host mounts nothing that a guest has written.
+//! Taking out of a guest's file system what belongs to one machine only, in user space: the host
+//! mounts nothing that a guest has written.
 //!
-//! Paths are fixed, and names that were read from the image are used only if they are plain: no guest puts a word into a script of ours. A
-//! guest that hides its key on purpose keeps it, as it may keep any file.
+//! Paths are fixed, and names that were read from the image are used only if they are plain: no
+//! guest puts a word into a script of ours. A guest that hides its key on purpose keeps it, as it
+//! may keep any file.
 //!
-//! A deleted file's blocks still hold its bytes, deleted names stay in folders, and the journal holds old copies of both. So what is not in use
-//! is emptied afterwards ([`ext4::empty_unused`]).
+//! A deleted file's blocks still hold its bytes, deleted names stay in folders, and the journal
+//! holds old copies of both. So what is not in use is emptied afterwards ([`ext4::empty_unused`]).
 //!
-//! `debugfs` can fail to write and say nothing. So the image is looked at again: nothing that was to go may be there, what was
-//! removed may be in use no more, and no other file may have changed.
+//! `debugfs` can fail to write and say nothing. So the image is looked at again: nothing that was
+//! to go may be there, what was removed may be in use no more, and no other file may have changed.
 
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
@@ -25,7 +27,8 @@ use std::path::{Path, PathBuf};
 pub struct Identity {
     /// The guest's host name. Lines of `/etc/hosts` that name it go.
     pub hostname: String,
-    /// The public key that the guest was given: lines of anyone's `authorized_keys` that hold it go. Cloud images write it there.
+    /// The public key that the guest was given: lines of anyone's `authorized_keys` that hold it
+    /// go. Cloud images write it there.
     pub ssh_public_key: String,
 }
 
@@ -104,11 +107,13 @@ const COMMON_NAMES: [&str; 9] = [
     "ip6-allrouters",
 ];
 
-/// Takes the identity out of the ext4 image `path`, open as `image`, whose journal was replayed. The image is nobody else's. Afterwards its
-/// file system is sound, and has nothing in what it does not use.
+/// Takes the identity out of the ext4 image `path`, open as `image`, whose journal was replayed.
+/// The image is nobody else's. Afterwards its file system is sound, and has nothing in what it does
+/// not use.
 ///
 /// # Errors
-/// [`StorageError::Unfit`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image is then of no use.
+/// [`StorageError::Unfit`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image is then
+/// of no use.
 pub(crate) fn remove(path: &Path, image: &File, source: &Identity) -> Result<(), StorageError> {
     let before = files::unnamed_clone(ext4::parent(path), image)?;
     let mut edit = Scrub::new(path, image, Mode::Edit)?;
@@ -126,7 +131,8 @@ pub(crate) fn remove(path: &Path, image: &File, source: &Identity) -> Result<(),
     ext4::require_unchanged(&before, image, &Work::Edit(&edit.touched))
 }
 
-/// Makes sure that inodes of removed files are in use no more: as one of the files `kept`, or under another name than the removed one.
+/// Makes sure that inodes of removed files are in use no more: as one of the files `kept`, or under
+/// another name than the removed one.
 fn require_gone(before: &File, after: &File, removed: &HashSet<u64>, kept: &HashSet<u64>) -> Result<(), StorageError> {
     let (before, after) = (Tree::open(before)?, Tree::open(after)?);
     for inode in removed.difference(kept) {
@@ -214,7 +220,8 @@ struct Scrub<'i> {
     folders: usize,
     /// The inodes of files that are removed.
     removed: HashSet<u64>,
-    /// The inodes of all that changes: removed files, files that are emptied, and the folders of both.
+    /// The inodes of all that changes: removed files, files that are emptied, and the folders of
+    /// both.
     touched: HashSet<u64>,
     /// The inodes of files and folders that were made anew.
     kept: HashSet<u64>,
@@ -424,7 +431,8 @@ impl<'i> Scrub<'i> {
         self.rewrite(&path, &entry, &left)
     }
 
-    /// Makes a file anew: where its blocks are, and whether it has any, is then for `debugfs` to say.
+    /// Makes a file anew: where its blocks are, and whether it has any, is then for `debugfs` to
+    /// say.
     fn rewrite(&mut self, path: &str, entry: &Entry, content: &[u8]) -> Result<(), StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
         let beside = Beside::new(self.path, &format!(".{}", self.contents.len()), content)?;

@@ -1,4 +1,5 @@
-//! Templates from elsewhere, and to elsewhere: an ext4 image, bare or packed with zstd, is copied in, checked, and only then given its name.
+//! Templates from elsewhere, and to elsewhere: an ext4 image, bare or packed with zstd, is copied
+//! in, checked, and only then given its name.
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
@@ -64,14 +65,15 @@ impl Packing {
 }
 
 impl Pool {
-    /// Copies the ext4 image `source`, at most `max` large, into the pool as template `name`. The source is a file, bare or packed with
-    /// zstd, or a block device that is not in use; it is only read. The copy has its journal replayed and is checked, and appears under
-    /// its name when it is whole and durable. With `replace`, a template of that name gives way to it; disks made from the old one are
-    /// not touched.
+    /// Copies the ext4 image `source`, at most `max` large, into the pool as template `name`. The
+    /// source is a file, bare or packed with zstd, or a block device that is not in use; it is only
+    /// read. The copy has its journal replayed and is checked, and appears under its name when it
+    /// is whole and durable. With `replace`, a template of that name gives way to it; disks made
+    /// from the old one are not touched.
     ///
     /// # Errors
-    /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
-    /// [`StorageError::Insufficient`], [`StorageError::Host`].
+    /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`],
+    /// [`StorageError::TemplateBeingMade`], [`StorageError::Insufficient`], [`StorageError::Host`].
     pub fn import_template(
         &self,
         name: &Name,
@@ -134,7 +136,8 @@ impl Pool {
         self.unpack(name, what, device, max, replace)
     }
 
-    /// As [`Pool::import_template`], of an image that comes in as a stream, at most `max` of it unpacked.
+    /// As [`Pool::import_template`], of an image that comes in as a stream, at most `max` of it
+    /// unpacked.
     ///
     /// # Errors
     /// As there; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.

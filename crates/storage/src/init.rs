@@ -1,9 +1,10 @@
 //! `pool init`: what the pool lies on, its mount and its folders.
 //!
-//! Every step looks at what is there before it does anything, so a run that was interrupted is finished by the next, and a
-//! run on a finished pool changes nothing. An image is made under another name and renamed when its file system stands:
-//! what lies at `POOL_IMAGE` is whole, or not ours, and is never formatted. Neither is a device on which anything is found. A file
-//! system that is there already is taken as it is.
+//! Every step looks at what is there before it does anything, so a run that was interrupted is
+//! finished by the next, and a run on a finished pool changes nothing. An image is made under
+//! another name and renamed when its file system stands: what lies at `POOL_IMAGE` is whole, or not
+//! ours, and is never formatted. Neither is a device on which anything is found. A file system that
+//! is there already is taken as it is.
 
 use crate::btrfs;
 use crate::command::{self, CommandError, Program};
@@ -32,11 +33,14 @@ pub struct PoolPlan {
     pub backing: Backing,
     /// The table to register the mount in (`FSTAB`); `None` leaves that to the operator.
     pub fstab: Option<PathBuf>,
-    /// The size the operator asked for (`STORAGE_SIZE`); `None` takes 80 % of what is free, or the whole device.
+    /// The size the operator asked for (`STORAGE_SIZE`); `None` takes 80 % of what is free, or the
+    /// whole device.
     pub size: Option<RequestedSize>,
-    /// How many disks should be in the pool by the books of whoever runs it: with any, no new pool is made.
+    /// How many disks should be in the pool by the books of whoever runs it: with any, no new pool
+    /// is made.
     pub expected_disks: u64,
-    /// Space that admission leaves free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger than its host disk.
+    /// Space that admission leaves free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger
+    /// than its host disk.
     pub buffer: Gib,
 }
 
@@ -58,8 +62,8 @@ pub enum InitOutcome {
     Ready,
 }
 
-/// The folders of a pool, and whether files in them are overwritten in place. Clones of an overwritten-in-place file must lie in
-/// such a folder too, so it is set before the first file.
+/// The folders of a pool, and whether files in them are overwritten in place. Clones of an
+/// overwritten-in-place file must lie in such a folder too, so it is set before the first file.
 const FOLDERS: [(&str, bool); 3] = [("templates", true), ("vms", true), ("kernel", false)];
 
 /// The label of the file systems that are made here.
@@ -67,13 +71,15 @@ const LABEL: &str = "scalebox";
 
 /// Makes the pool of `plan` unless it is there, and mounts it. Blocks for a few seconds.
 ///
-/// What the pool needs comes first; that it could not be registered in the table of mounts is a warning with the line to add.
+/// What the pool needs comes first; that it could not be registered in the table of mounts is a
+/// warning with the line to add.
 ///
 /// # Errors
-/// [`StorageError::TooLittleSpace`], [`StorageError::ForeignImage`], [`StorageError::UnfitDevice`], [`StorageError::OtherDevice`],
-/// [`StorageError::NotAPool`], [`StorageError::NotEmpty`], [`StorageError::OtherFolder`], [`StorageError::Busy`],
-/// [`FstabError::Claimed`] where nothing is mounted yet, and the failures of the programs it calls; each leaves what was there
-/// before as it was.
+/// [`StorageError::TooLittleSpace`], [`StorageError::ForeignImage`], [`StorageError::UnfitDevice`],
+/// [`StorageError::OtherDevice`], [`StorageError::NotAPool`], [`StorageError::NotEmpty`],
+/// [`StorageError::OtherFolder`], [`StorageError::Busy`], [`FstabError::Claimed`] where nothing is
+/// mounted yet, and the failures of the programs it calls; each leaves what was there before as it
+/// was.
 pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
     let beside = match &plan.backing {
         Backing::Image(image) => image,
@@ -104,8 +110,8 @@ pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutc
     })
 }
 
-/// A table that mounts something else at the pool's place would hide the pool after a reboot: said before anything is made. A table that cannot
-/// be read is no reason to make no pool.
+/// A table that mounts something else at the pool's place would hide the pool after a reboot: said
+/// before anything is made. A table that cannot be read is no reason to make no pool.
 fn require_unclaimed(plan: &PoolPlan) -> Result<(), StorageError> {
     let (Some(table), Some((source, _))) = (&plan.fstab, planned_source(plan)?) else {
         return Ok(());
@@ -116,7 +122,8 @@ fn require_unclaimed(plan: &PoolPlan) -> Result<(), StorageError> {
     }
 }
 
-/// What a line of the table of mounts would mount, as far as it can be told before the pool is made.
+/// What a line of the table of mounts would mount, as far as it can be told before the pool is
+/// made.
 fn planned_source(plan: &PoolPlan) -> Result<Option<(fstab::Source, &'static str)>, StorageError> {
     Ok(match &plan.backing {
         Backing::Image(image) => Some((fstab::Source::Path(image.clone()), IMAGE_OPTIONS)),
@@ -129,7 +136,8 @@ fn planned_source(plan: &PoolPlan) -> Result<Option<(fstab::Source, &'static str
     })
 }
 
-/// `STORAGE_SIZE` is about a new pool. One that is there keeps its size, and that is not to be found out later.
+/// `STORAGE_SIZE` is about a new pool. One that is there keeps its size, and that is not to be
+/// found out later.
 fn warn_of_another_size(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) {
     let Some(asked) = &plan.size else { return };
     let found = match &place.ground {
@@ -189,7 +197,8 @@ fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, Stora
     place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))
 }
 
-/// A file system that was there before must be able to clone, and a folder on it must not be somebody else's.
+/// A file system that was there before must be able to clone, and a folder on it must not be
+/// somebody else's.
 fn require_pool_or_room(plan: &PoolPlan, place: &Place) -> Result<(), StorageError> {
     let data_dir = &plan.data_dir;
     files::require_reflink(data_dir, data_dir)?;
@@ -215,8 +224,9 @@ fn only_ours_in(dir: &Path) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// Enters a pool that is mounted from its own image or device in the table of mounts. Returns whether it was not in there. That it cannot be is a
-/// warning: the pool is there and works until the next reboot.
+/// Enters a pool that is mounted from its own image or device in the table of mounts. Returns
+/// whether it was not in there. That it cannot be is a warning: the pool is there and works until
+/// the next reboot.
 fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
     let Some(table) = &plan.fstab else { return Ok(false) };
     let (source, options) = match (&place.ground, &plan.backing) {
@@ -256,8 +266,9 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     one == other || other.canonicalize().is_ok_and(|other| other == one)
 }
 
-/// Unmounts a pool that is mounted from its own image or device; a loop device goes with it. Image, device and the line in the table of mounts
-/// stay, and so does a file system that was there before the pool. Returns whether it was mounted.
+/// Unmounts a pool that is mounted from its own image or device; a loop device goes with it. Image,
+/// device and the line in the table of mounts stay, and so does a file system that was there before
+/// the pool. Returns whether it was mounted.
 ///
 /// # Errors
 /// [`StorageError::Command`] when it is in use.
@@ -271,7 +282,8 @@ pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError>
     }
 }
 
-/// Turns direct I/O on for the pool's loop device, as `pool init` does; a mount from the table of mounts comes without it.
+/// Turns direct I/O on for the pool's loop device, as `pool init` does; a mount from the table of
+/// mounts comes without it.
 pub fn ensure_direct_io(
     data_dir: &Path,
     backing: &Backing,
@@ -288,7 +300,8 @@ pub fn ensure_direct_io(
     Ok(())
 }
 
-/// Two runs at once would make the pool twice: a lock on the folder that its image or its mount point lies in, which leaves no file behind.
+/// Two runs at once would make the pool twice: a lock on the folder that its image or its mount
+/// point lies in, which leaves no file behind.
 fn lock_beside(path: &Path) -> Result<File, StorageError> {
     let folder = parent(path)?;
     make_dir(folder)?;
@@ -458,7 +471,8 @@ fn larger_than_host(size: &PoolSize, available: Bytes, buffer: Gib) -> String {
 
 enum ImageContent {
     Absent,
-    /// A file without a single block: a run was interrupted between making the file and formatting it.
+    /// A file without a single block: a run was interrupted between making the file and formatting
+    /// it.
     Hole,
     Pool,
     Other(String),
@@ -480,7 +494,8 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
     })
 }
 
-/// A link is not followed: what is made in its place would replace it, and the line in the table of mounts must hold as long as the image does.
+/// A link is not followed: what is made in its place would replace it, and the line in the table of
+/// mounts must hold as long as the image does.
 fn link_of(image: &Path) -> String {
     let target = fs::read_link(image).map_or_else(|error| error.to_string(), |target| target.display().to_string());
     format!("a symbolic link to {target} (set POOL_IMAGE to that path itself)")
@@ -544,8 +559,8 @@ fn mount(source: &Path, target: &Path, options: &str) -> Result<(), StorageError
 /// The sectors of a loop device unless it is told otherwise, in bytes.
 const USUAL_SECTOR: u64 = 512;
 
-/// Mounts an image by a loop device whose sectors are those of the host disk: with smaller ones the kernel refuses direct I/O, and `mount` cannot
-/// choose them.
+/// Mounts an image by a loop device whose sectors are those of the host disk: with smaller ones the
+/// kernel refuses direct I/O, and `mount` cannot choose them.
 fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
     let sector = host_sector(image);
     if sector == USUAL_SECTOR {
@@ -567,7 +582,8 @@ fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
     Ok(())
 }
 
-/// The sectors of the disk that a file lies on, in bytes, where its file system lies on a single one.
+/// The sectors of the disk that a file lies on, in bytes, where its file system lies on a single
+/// one.
 fn host_sector(file: &Path) -> u64 {
     let of_device = |device: u64| {
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
@@ -589,7 +605,8 @@ enum DirectIo {
     Refused(CommandError),
 }
 
-/// Without direct I/O, every block a guest writes is cached twice, and the writes of all guests go through one page cache.
+/// Without direct I/O, every block a guest writes is cached twice, and the writes of all guests go
+/// through one page cache.
 fn try_direct_io(place: &Place) -> DirectIo {
     let (Ground::Image(image), Some(name)) = (&place.ground, place.device.file_name()) else {
         return DirectIo::On;
@@ -608,14 +625,16 @@ fn try_direct_io(place: &Place) -> DirectIo {
     if sector == USUAL_SECTOR {
         return DirectIo::Refused(first);
     }
-    // Older kernels let it be changed under a mounted file system, which has blocks of 4 KiB anyway.
+    // Older kernels let it be changed under a mounted file system, which has blocks of 4 KiB
+    // anyway.
     match set(&format!("--sector-size={sector}")).and_then(|_| set("--direct-io=on")) {
         Ok(_) => DirectIo::On,
         Err(error) => DirectIo::Refused(error),
     }
 }
 
-/// Turns direct I/O on; where that takes another loop device, the pool is unmounted for it unless it is in use.
+/// Turns direct I/O on; where that takes another loop device, the pool is unmounted for it unless
+/// it is in use.
 fn use_direct_io(place: Place, plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, StorageError> {
     let DirectIo::Refused(refusal) = try_direct_io(&place) else {
         return Ok(place);

@@ -1,11 +1,13 @@
 //! An elastic pool of copy-on-write disks on btrfs.
 //!
-//! The pool is a btrfs file system, by default inside a sparse image on a loop device; or a device of its own; or a folder on a btrfs or XFS that is
-//! there already. Templates are golden ext4 images in it;
-//! disks are reflink clones of them, grown to the size that was asked for. Before a disk is made it is *admitted*: the pool and
-//! the host disk under it must really be able to take it, with every other request under way counted.
+//! The pool is a btrfs file system, by default inside a sparse image on a loop device; or a device
+//! of its own; or a folder on a btrfs or XFS that is there already. Templates are golden ext4
+//! images in it; disks are reflink clones of them, grown to the size that was asked for. Before a
+//! disk is made it is *admitted*: the pool and the host disk under it must really be able to take
+//! it, with every other request under way counted.
 //!
-//! The crate knows nothing of virtual machines, HTTP or networks. It is synchronous, prints nothing and has no globals.
+//! The crate knows nothing of virtual machines, HTTP or networks. It is synchronous, prints nothing
+//! and has no globals.
 //!
 //! # Layout
 //!

@@ -8,8 +8,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Where the superblock lies, in bytes, and in it what is read (`struct ext4_super_block`, little-endian;
-/// Documentation/filesystems/ext4/super.rst of the kernel).
+/// Where the superblock lies, in bytes, and in it what is read (`struct ext4_super_block`,
+/// little-endian; Documentation/filesystems/ext4/super.rst of the kernel).
 const SUPERBLOCK: u64 = 1024;
 const LENGTH: usize = 0x68;
 const MAGIC: (usize, u32) = (0x38, 0xef53);
@@ -21,7 +21,8 @@ const SPARSE_SUPER2: u32 = 0x200;
 const META_BG: u32 = 0x10;
 
 impl Pool {
-    /// What can keep a guest's kernel from growing the mounted file system on the disk `id`, in words; `None` where nothing is known to.
+    /// What can keep a guest's kernel from growing the mounted file system on the disk `id`, in
+    /// words; `None` where nothing is known to.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -51,7 +52,8 @@ fn obstacle(disk: &File) -> io::Result<Option<&'static str>> {
         // `ext4_resize_begin` in fs/ext4/resize.c.
         Some("Linux does not grow a mounted ext4 with the feature sparse_super2")
     } else if compat & RESIZE_INODE == 0 && incompat & META_BG == 0 {
-        // There is no room for the descriptors of more block groups, and not every kernel makes some (`ext4_convert_meta_bg`).
+        // There is no room for the descriptors of more block groups, and not every kernel makes
+        // some (`ext4_convert_meta_bg`).
         Some("not every Linux grows a mounted ext4 without the feature resize_inode")
     } else {
         None

@@ -1,4 +1,5 @@
-//! Names of templates and disks: they become file names, so their form is checked where paths are made.
+//! Names of templates and disks: they become file names, so their form is checked where paths are
+//! made.
 
 use crate::error::StorageError;
 use std::fmt;
@@ -7,8 +8,8 @@ use std::str::FromStr;
 /// Longest name, in bytes.
 pub const LONGEST: usize = 63;
 
-/// The name of a template or a disk: letters, digits, dots, dashes and underscores, at most [`LONGEST`], beginning with a letter or
-/// digit. It can neither leave its folder nor be hidden.
+/// The name of a template or a disk: letters, digits, dots, dashes and underscores, at most
+/// [`LONGEST`], beginning with a letter or digit. It can neither leave its folder nor be hidden.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Name(String);
 

@@ -1,6 +1,7 @@
 //! Disk images as zstd streams, packed and unpacked without a copy of either in between.
 //!
-//! A packed image is one frame that knows the image's size and ends with a checksum (RFC 8878). `zstd -d` unpacks it.
+//! A packed image is one frame that knows the image's size and ends with a checksum (RFC 8878).
+//! `zstd -d` unpacks it.
 
 use crate::size::Bytes;
 use rustix::fs::{SeekFrom, seek};
@@ -14,14 +15,15 @@ use zstd::stream::write::Encoder;
 
 /// The first bytes of a frame.
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// The first bytes of a skippable frame, but for the lower half of the first, which is free (RFC 8878, 3.1.2). `pzstd` begins with
-/// one.
+/// The first bytes of a skippable frame, but for the lower half of the first, which is free (RFC
+/// 8878, 3.1.2). `pzstd` begins with one.
 const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
 /// As fast as most disks and networks, and a Debian comes to a third of its size.
 const LEVEL: i32 = 3;
 /// What is read and written at once.
 const PIECE: usize = 1 << 20;
-/// A piece of an image that is all zeros becomes a hole in units of this: the block that file systems share and free by.
+/// A piece of an image that is all zeros becomes a hole in units of this: the block that file
+/// systems share and free by.
 const BLOCK: usize = 4096;
 const ZEROS: [u8; BLOCK] = [0; BLOCK];
 
@@ -79,8 +81,9 @@ pub(crate) fn is_packed(head: &[u8]) -> bool {
     head.starts_with(&MAGIC) || [first & 0xf0, rest[0], rest[1], rest[2]] == SKIPPABLE
 }
 
-/// Unpacks an image into the new file `image`, or copies one that is not packed; blocks of zeros become holes. Before data is written, `room` is asked for
-/// so much more of it. Nothing beyond `largest` is taken. `look` sees the first MiB before anything is written, and can refuse it.
+/// Unpacks an image into the new file `image`, or copies one that is not packed; blocks of zeros
+/// become holes. Before data is written, `room` is asked for so much more of it. Nothing beyond
+/// `largest` is taken. `look` sees the first MiB before anything is written, and can refuse it.
 pub(crate) fn unpack<E>(
     mut input: impl Read,
     image: &File,

@@ -19,10 +19,12 @@ use std::sync::{Arc, Mutex};
 /// The file in the pool's root that tells whose it is.
 const OWNER: &str = "owner";
 
-/// The mode of kernel and initramfs: they are the distribution's and no secret, and a jail of an account that may read them links to them.
+/// The mode of kernel and initramfs: they are the distribution's and no secret, and a jail of an
+/// account that may read them links to them.
 const KERNEL_MODE: u32 = 0o644;
 
-/// Where the jails of hypervisors lie in the pool at `data_dir`, so that disks can be linked into them. It need not be there.
+/// Where the jails of hypervisors lie in the pool at `data_dir`, so that disks can be linked into
+/// them. It need not be there.
 pub fn jails_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("jails")
 }
@@ -34,7 +36,8 @@ pub struct Pool {
     pub(crate) ground: Ground,
     /// The device it is mounted from.
     pub(crate) device: PathBuf,
-    /// The root folder, held open: space is read through it without a path look-up, and the pool cannot be unmounted under us.
+    /// The root folder, held open: space is read through it without a path look-up, and the pool
+    /// cannot be unmounted under us.
     pub(crate) dir: File,
     pub(crate) file_system: FileSystem,
     admission: Admission,
@@ -44,17 +47,20 @@ pub struct Pool {
     pub(crate) resizing: Mutex<()>,
     /// The size from before a change that failed and is not undone yet.
     pub(crate) undo_to: Mutex<Option<Bytes>>,
-    /// One lock for each (template, size) that is being grown: two requests for the same wait for one another, others do not.
+    /// One lock for each (template, size) that is being grown: two requests for the same wait for
+    /// one another, others do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
     /// Flushes of the disks' folder, shared by those who make disks at the same time.
     pub(crate) disks_sync: GroupSync,
 }
 
 impl Pool {
-    /// Opens the pool at `data_dir`, with empty books: [`Pool::restore`] enters the disks there are.
+    /// Opens the pool at `data_dir`, with empty books: [`Pool::restore`] enters the disks there
+    /// are.
     ///
     /// # Errors
-    /// [`StorageError::NotMounted`], [`StorageError::OtherDevice`], [`StorageError::NotAPool`] when it cannot clone files.
+    /// [`StorageError::NotMounted`], [`StorageError::OtherDevice`], [`StorageError::NotAPool`] when
+    /// it cannot clone files.
     pub fn open(data_dir: &Path, backing: &Backing, bounds: Bounds) -> Result<Pool, StorageError> {
         let place = ground::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
@@ -80,7 +86,8 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Takes the pool for one program that makes and removes disks in it, for as long as the pool is open.
+    /// Takes the pool for one program that makes and removes disks in it, for as long as the pool
+    /// is open.
     ///
     /// # Errors
     /// [`StorageError::Busy`] while another has it.
@@ -92,7 +99,8 @@ impl Pool {
         }
     }
 
-    /// Who the pool belongs to, as [`Pool::set_owner`] wrote it; `None` for a pool that was never used.
+    /// Who the pool belongs to, as [`Pool::set_owner`] wrote it; `None` for a pool that was never
+    /// used.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -105,8 +113,8 @@ impl Pool {
         }
     }
 
-    /// Marks the pool as belonging to `owner`, durably: whoever keeps the books of its disks, so that nobody else takes them for
-    /// nobody's.
+    /// Marks the pool as belonging to `owner`, durably: whoever keeps the books of its disks, so
+    /// that nobody else takes them for nobody's.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -160,8 +168,8 @@ impl Pool {
         self.file_system.kind().name()
     }
 
-    /// Whether the pool's loop device goes around the host's page cache; `None` when the kernel does not tell, or there is no such
-    /// device.
+    /// Whether the pool's loop device goes around the host's page cache; `None` when the kernel
+    /// does not tell, or there is no such device.
     pub fn direct_io(&self) -> Option<bool> {
         self.image()?;
         let name = self.device.file_name()?;
@@ -174,7 +182,8 @@ impl Pool {
         self.root.join("kernel")
     }
 
-    /// Where a template is built before it is imported; made if it is not there. Nothing in it outlives a build.
+    /// Where a template is built before it is imported; made if it is not there. Nothing in it
+    /// outlives a build.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -276,8 +285,9 @@ impl Pool {
         files::sync_dir(&dir)
     }
 
-    /// Lets every account of the host read kernel and initramfs, as [`install_kernel`](Pool::install_kernel) does since releases that did not: a
-    /// hypervisor's own account then reads the one file, rather than a copy of its own.
+    /// Lets every account of the host read kernel and initramfs, as
+    /// [`install_kernel`](Pool::install_kernel) does since releases that did not: a hypervisor's
+    /// own account then reads the one file, rather than a copy of its own.
     ///
     /// # Errors
     /// [`StorageError::Io`].

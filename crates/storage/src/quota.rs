@@ -1,9 +1,12 @@
-//! What a quota of the file system still lets a folder or a file take: less, maybe, than the file system has free.
+//! What a quota of the file system still lets a folder or a file take: less, maybe, than the file
+//! system has free.
 //!
-//! On btrfs these are quota groups, with full or simple accounting: a subvolume's own, and the groups above it. A group's limit counts what it
-//! holds and what is reserved for writes under way (`qgroup_check_limits` in `fs/btrfs/qgroup.c` of the kernel); the numbers are in
-//! `/sys/fs/btrfs/UUID/qgroups/LEVEL_ID` since kernel 5.9. Project quotas of XFS and ext4 need nothing of this: `statfs` of a folder that hands
-//! its project on tells what the project may still take.
+//! On btrfs these are quota groups, with full or simple accounting: a subvolume's own, and the
+//! groups above it. A group's limit counts what it holds and what is reserved for writes under way
+//! (`qgroup_check_limits` in `fs/btrfs/qgroup.c` of the kernel); the numbers are in
+//! `/sys/fs/btrfs/UUID/qgroups/LEVEL_ID` since kernel 5.9. Project quotas of XFS and ext4 need
+//! nothing of this: `statfs` of a folder that hands its project on tells what the project may still
+//! take.
 
 use crate::btrfs::{self, sysfs_folder};
 use crate::size::Bytes;
@@ -53,7 +56,8 @@ impl Quota {
         }))
     }
 
-    /// What the limits allow now; `None` without a limit, also where the kernel does not tell. `file` is any on the same file system.
+    /// What the limits allow now; `None` without a limit, also where the kernel does not tell.
+    /// `file` is any on the same file system.
     pub(crate) fn allowance(&self, file: impl AsFd) -> io::Result<Option<Allowance>> {
         if !self.groups.exists() {
             return Ok(None);
@@ -120,7 +124,8 @@ impl Quota {
     }
 }
 
-/// The groups that `group` is a member of. A relation stands in the tree twice, once from each side; those above have a higher level.
+/// The groups that `group` is a member of. A relation stands in the tree twice, once from each
+/// side; those above have a higher level.
 fn parents(file: impl AsFd, group: u64) -> io::Result<Vec<u64>> {
     let mut parents = Vec::new();
     let keys = (group, RELATION, 0)..=(group, RELATION, u64::MAX);

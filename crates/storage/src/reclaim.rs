@@ -1,7 +1,8 @@
 //! Deleting a disk in two steps: its name goes at once, its blocks follow.
 //!
-//! Freeing a large disk takes the kernel a while, so the file is kept open over its unlinking, and the blocks go when it is closed. Should
-//! the program end in between, the kernel closes it; should the host, what has no name is dropped at the next mount. Nothing is left to sweep.
+//! Freeing a large disk takes the kernel a while, so the file is kept open over its unlinking, and
+//! the blocks go when it is closed. Should the program end in between, the kernel closes it; should
+//! the host, what has no name is dropped at the next mount. Nothing is left to sweep.
 
 use crate::error::StorageError;
 use crate::files;
@@ -21,7 +22,8 @@ pub struct Unlinked {
 }
 
 impl Pool {
-    /// Takes the name of the disk `id` away. `None` when there is no such disk: the goal is reached.
+    /// Takes the name of the disk `id` away. `None` when there is no such disk: the goal is
+    /// reached.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -39,8 +41,9 @@ impl Pool {
         }
     }
 
-    /// Frees the blocks of a disk, and waits until the pool can give them to others. Blocks freed become writable only when btrfs commits its
-    /// transaction, which it does by itself every 30 s: here that is not waited for.
+    /// Frees the blocks of a disk, and waits until the pool can give them to others. Blocks freed
+    /// become writable only when btrfs commits its transaction, which it does by itself every 30 s:
+    /// here that is not waited for.
     ///
     /// # Errors
     /// [`StorageError::Io`]; the disk is gone all the same.
@@ -52,8 +55,8 @@ impl Pool {
         self.commit()
     }
 
-    /// Hands the free blocks that the image still owns on to the host disk. Returns how many the image gave up; it may have taken others
-    /// meanwhile.
+    /// Hands the free blocks that the image still owns on to the host disk. Returns how many the
+    /// image gave up; it may have taken others meanwhile.
     ///
     /// # Errors
     /// [`StorageError::Command`], [`StorageError::Io`].
@@ -62,7 +65,8 @@ impl Pool {
             return Ok(Bytes::ZERO);
         };
         let before = allocated(image)?;
-        // What was freed in the transaction under way, such as by a guest that trimmed a moment ago, is not free for a trim before its commit.
+        // What was freed in the transaction under way, such as by a guest that trimmed a moment
+        // ago, is not free for a trim before its commit.
         self.commit()?;
         self.trim()?;
         Ok(before - allocated(image)?)

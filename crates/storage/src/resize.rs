@@ -1,12 +1,14 @@
 //! A pool that grows and shrinks while it is in use, and gives freed blocks back to the host disk.
 //!
-//! Three layers of a pool on an image have to be of one size: the image, the loop device over it, the file system on that. Growing goes up through
-//! them, shrinking down. The pool's size is that of its file system. A change that fails half-way is undone at once, and what cannot be undone at once
-//! is by [`Pool::reconcile`], before the next change and in the background. After a crash in between, [`Pool::reconcile`] makes the file system as large
-//! as the image is: nobody was told that the change failed.
+//! Three layers of a pool on an image have to be of one size: the image, the loop device over it,
+//! the file system on that. Growing goes up through them, shrinking down. The pool's size is that
+//! of its file system. A change that fails half-way is undone at once, and what cannot be undone at
+//! once is by [`Pool::reconcile`], before the next change and in the background. After a crash in
+//! between, [`Pool::reconcile`] makes the file system as large as the image is: nobody was told
+//! that the change failed.
 //!
-//! A pool on a device of its own has the file system alone, which may be smaller than the device. One on a file system that was there before has a
-//! size that is not its affair.
+//! A pool on a device of its own has the file system alone, which may be smaller than the device.
+//! One on a file system that was there before has a size that is not its affair.
 
 use crate::btrfs::chunk_space;
 use crate::command::{self, Program};
@@ -25,17 +27,20 @@ use std::sync::{MutexGuard, PoisonError, TryLockError};
 
 /// btrfs wants some unallocated room to move chunks about in, beyond what is used: one data chunk.
 const ROOM_TO_MOVE: Gib = Gib::new(1);
-/// A device or an image is larger than the file system on it by less than this, because that counts in blocks.
+/// A device or an image is larger than the file system on it by less than this, because that counts
+/// in blocks.
 const LEAST_GROWTH: Bytes = Bytes::from_mib(1);
 /// The file system's block, in bytes.
 const BLOCK: u64 = 4096;
 
 impl Pool {
-    /// Grows the pool to `size`, online; without one, to what the 80 % rule gives on today's host disk, or to all of its device.
+    /// Grows the pool to `size`, online; without one, to what the 80 % rule gives on today's host
+    /// disk, or to all of its device.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when that is no growth, or more than the host disk or the device can hold; [`StorageError::Given`],
-    /// [`StorageError::Busy`] while another change of size is under way.
+    /// [`StorageError::PoolSize`] when that is no growth, or more than the host disk or the device
+    /// can hold; [`StorageError::Given`], [`StorageError::Busy`] while another change of size is
+    /// under way.
     pub fn grow(&self, size: Option<Gib>) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
         match &self.ground {
@@ -77,8 +82,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Hands on the result of a change; brings the layers back to `before` where it failed. That they could not be brought back is logged, and kept in
-    /// mind for [`Pool::reconcile`].
+    /// Hands on the result of a change; brings the layers back to `before` where it failed. That
+    /// they could not be brought back is logged, and kept in mind for [`Pool::reconcile`].
     fn or_undo(&self, changed: Result<(), StorageError>, before: Bytes) -> Result<(), StorageError> {
         let Err(error) = changed else { return Ok(()) };
         *self.undo_to() = Some(before);
@@ -111,8 +116,9 @@ impl Pool {
         self.resize_file_system(wanted)
     }
 
-    /// Grows the pool to what the 80 % rule gives on today's host disk, or to all of its device, if that is at least a GiB more than it has. Returns
-    /// whether it did: a pool that is as large as it may be, or whose size is being changed already or not its own, stays as it is.
+    /// Grows the pool to what the 80 % rule gives on today's host disk, or to all of its device, if
+    /// that is at least a GiB more than it has. Returns whether it did: a pool that is as large as
+    /// it may be, or whose size is being changed already or not its own, stays as it is.
     ///
     /// # Errors
     /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
@@ -144,12 +150,14 @@ impl Pool {
         Ok(true)
     }
 
-    /// Shrinks the pool to `size`, online: what lies behind it is moved first, which can take minutes. An image becomes smaller too.
-    /// While that lasts, admission counts with the smaller size already.
+    /// Shrinks the pool to `size`, online: what lies behind it is moved first, which can take
+    /// minutes. An image becomes smaller too. While that lasts, admission counts with the smaller
+    /// size already.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when what is used, promised or kept free would not fit, and nothing is changed; [`StorageError::Given`],
-    /// [`StorageError::Busy`] while another change of size is under way.
+    /// [`StorageError::PoolSize`] when what is used, promised or kept free would not fit, and
+    /// nothing is changed; [`StorageError::Given`], [`StorageError::Busy`] while another change of
+    /// size is under way.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
         let current = match &self.ground {
@@ -170,7 +178,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Whether a pool of `size` could hold what is used, promised and kept free; `Err` with what is needed.
+    /// Whether a pool of `size` could hold what is used, promised and kept free; `Err` with what is
+    /// needed.
     fn fits_in(&self, size: Bytes, promised: Bytes) -> Result<Result<(), Gib>, StorageError> {
         let space = self.space()?;
         let needed = space.used
@@ -178,7 +187,8 @@ impl Pool {
             + space.metadata_total
             + self.bounds().buffer.bytes()
             + ROOM_TO_MOVE.bytes();
-        // With every promise backed, the guests' blocks that are yet to come count as those that are there.
+        // With every promise backed, the guests' blocks that are yet to come count as those that
+        // are there.
         let backed = match self.bounds().overcommit_ratio {
             ratio if ratio <= 1.0 => {
                 let overhead = space.capacity - space.backable;
@@ -202,7 +212,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Hands all free blocks of the pool back to the host disk. Returns how much was handed on, what the host had already included.
+    /// Hands all free blocks of the pool back to the host disk. Returns how much was handed on,
+    /// what the host had already included.
     ///
     /// # Errors
     /// [`StorageError::Command`].
@@ -216,11 +227,12 @@ impl Pool {
         Ok(Bytes::new(bytes.unwrap_or(0)))
     }
 
-    /// Brings the layers to one size: that from before a change which failed; else, after a crash between the steps of a change, the image's.
+    /// Brings the layers to one size: that from before a change which failed; else, after a crash
+    /// between the steps of a change, the image's.
     ///
     /// # Errors
-    /// [`StorageError::Command`], also while btrfs is still busy with a change that another program began; [`StorageError::Busy`] while
-    /// this one is. It may be repeated.
+    /// [`StorageError::Command`], also while btrfs is still busy with a change that another program
+    /// began; [`StorageError::Busy`] while this one is. It may be repeated.
     pub fn reconcile(&self) -> Result<(), StorageError> {
         let _changing = self.begin_resize()?;
         self.reconcile_layers()
@@ -231,7 +243,8 @@ impl Pool {
         match &self.ground {
             Ground::Image(image) => {
                 if let Some(before) = *undo_to {
-                    // Never less than what the file system has: what lies behind the end would be lost.
+                    // Never less than what the file system has: what lies behind the end would be
+                    // lost.
                     let size = before.max(self.file_system_size()?);
                     if image_size(image)? != size {
                         set_image_size(image, size)?;
@@ -264,7 +277,8 @@ impl Pool {
         Ok(())
     }
 
-    /// The size of the file system as its device counts: neither its profile nor a quota makes it smaller.
+    /// The size of the file system as its device counts: neither its profile nor a quota makes it
+    /// smaller.
     fn file_system_size(&self) -> Result<Bytes, StorageError> {
         match &self.file_system {
             FileSystem::Btrfs(..) => {

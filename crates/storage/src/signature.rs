@@ -1,7 +1,8 @@
 //! What a file or a device holds, by its signatures.
 //!
-//! `blkid` looks for magic numbers wherever a file system or a RAID may have its own, also where a pool keeps its guests' data: near the end. What
-//! guests wrote there must not decide what the pool is. So the superblock of btrfs is read here first, and counts for more than what else is found.
+//! `blkid` looks for magic numbers wherever a file system or a RAID may have its own, also where a
+//! pool keeps its guests' data: near the end. What guests wrote there must not decide what the pool
+//! is. So the superblock of btrfs is read here first, and counts for more than what else is found.
 
 use crate::command::{self, Program};
 use crate::error::StorageError;
@@ -19,7 +20,8 @@ pub(crate) struct Signature {
     pub(crate) kind: String,
     pub(crate) label: Option<String>,
     pub(crate) uuid: Option<String>,
-    /// Whether signatures of several things were found. What the thing really holds is then for a person to say.
+    /// Whether signatures of several things were found. What the thing really holds is then for a
+    /// person to say.
     pub(crate) ambivalent: bool,
 }
 
@@ -113,7 +115,8 @@ fn ask_blkid(path: &Path) -> Result<Found, StorageError> {
     }))
 }
 
-/// The first superblock of a btrfs. Layout: `struct btrfs_super_block` in `include/uapi/linux/btrfs_tree.h` of the kernel.
+/// The first superblock of a btrfs. Layout: `struct btrfs_super_block` in
+/// `include/uapi/linux/btrfs_tree.h` of the kernel.
 #[derive(Debug, PartialEq, Eq)]
 struct Superblock {
     label: String,
@@ -137,7 +140,8 @@ impl Superblock {
     fn parse(block: &[u8; Superblock::SIZE]) -> Option<Superblock> {
         let number = |at: usize| Some(u64::from_le_bytes(block.get(at..at + 8)?.try_into().ok()?));
         let is_one = block.get(0x40..0x48)? == b"_BHRfS_M" && number(0x30)? == Superblock::OFFSET;
-        // Type 0 is CRC-32C, as mkfs.btrfs makes it by default; the others are left to the kernel to verify.
+        // Type 0 is CRC-32C, as mkfs.btrfs makes it by default; the others are left to the kernel
+        // to verify.
         let crc32c_fits = || Some(block.get(..4)? == crc32c(block.get(0x20..)?).to_le_bytes());
         let is_whole = block.get(0xc4..0xc6)? != [0, 0] || crc32c_fits()?;
         if !is_one || !is_whole {

@@ -1,8 +1,8 @@
 //! Sizes as types, so that a number of GiB is never taken for a number of bytes.
 //!
-//! [`Bytes`] is what the kernel counts in, [`Gib`] is what people ask for. Both are powers of two: one GiB is 2³⁰ bytes.
-//! Conversions are named after the way they round, because the two directions differ on purpose: **available space is
-//! rounded down, needs are rounded up**.
+//! [`Bytes`] is what the kernel counts in, [`Gib`] is what people ask for. Both are powers of two:
+//! one GiB is 2³⁰ bytes. Conversions are named after the way they round, because the two directions
+//! differ on purpose: **available space is rounded down, needs are rounded up**.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -10,7 +10,8 @@ use std::iter::Sum;
 use std::ops::{Add, AddAssign, Sub};
 use std::str::FromStr;
 
-/// A number of bytes. Sums saturate: a size near 2⁶⁴ is refused by the bounds that are checked on it, never wrapped.
+/// A number of bytes. Sums saturate: a size near 2⁶⁴ is refused by the bounds that are checked on
+/// it, never wrapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Bytes(u64);
@@ -163,8 +164,8 @@ pub enum ParseSizeError {
     TooLarge(String),
 }
 
-/// Reads `100G`, `1T`, `512M`, with an optional `iB` or `B` behind the unit, in either case. A unit is required: a bare number
-/// would be bytes to one reader and GiB to the next.
+/// Reads `100G`, `1T`, `512M`, with an optional `iB` or `B` behind the unit, in either case. A unit
+/// is required: a bare number would be bytes to one reader and GiB to the next.
 ///
 /// ```
 /// use scalebox_storage::{Bytes, Gib};

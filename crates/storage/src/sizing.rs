@@ -10,7 +10,8 @@ pub const SHARE_PERCENT: u64 = 80;
 pub const SMALLEST: Gib = Gib::new(20);
 /// A pool sized by the rule is never larger.
 pub const LARGEST: Gib = Gib::new(4096);
-/// What the host must have free for any pool: the smallest whose [`SHARE_PERCENT`] reaches [`SMALLEST`].
+/// What the host must have free for any pool: the smallest whose [`SHARE_PERCENT`] reaches
+/// [`SMALLEST`].
 pub const HOST_FLOOR: Gib = Gib::new(SMALLEST.as_u64() * 100 / SHARE_PERCENT);
 
 /// A size the operator asked for (`STORAGE_SIZE`), with the text as it was written, for messages.
@@ -83,8 +84,9 @@ pub struct TooLittleSpace {
     pub found: Gib,
 }
 
-/// The size of a new pool on a file system that has `available` bytes free: `floor(available GiB × 0.8)`, at least
-/// [`SMALLEST`], at most [`LARGEST`], or exactly what was requested. The floor of the host holds in both cases.
+/// The size of a new pool on a file system that has `available` bytes free: `floor(available GiB ×
+/// 0.8)`, at least [`SMALLEST`], at most [`LARGEST`], or exactly what was requested. The floor of
+/// the host holds in both cases.
 ///
 /// # Errors
 /// [`TooLittleSpace`] when the host has less than [`HOST_FLOOR`] free.

@@ -1,7 +1,8 @@
 //! Snapshots: a disk becomes a template.
 //!
-//! [`Pool::begin_snapshot`] holds a name and room, [`Pool::take_snapshot`] clones the disk, [`Pool::finish_snapshot`] makes the clone a
-//! template. Only the one in the middle needs the disk to stand still, and it copies nothing; all else is done on the clone.
+//! [`Pool::begin_snapshot`] holds a name and room, [`Pool::take_snapshot`] clones the disk,
+//! [`Pool::finish_snapshot`] makes the clone a template. Only the one in the middle needs the disk
+//! to stand still, and it copies nothing; all else is done on the clone.
 
 use crate::admission::Reservation;
 use crate::command::CommandError;
@@ -19,7 +20,8 @@ use scalebox_fault_points::{crash_point, fault_point};
 use std::fs::File;
 use std::path::PathBuf;
 
-/// What cleaning a clone may write: the new journal, and the metadata blocks that it no longer shares.
+/// What cleaning a clone may write: the new journal, and the metadata blocks that it no longer
+/// shares.
 const WORK: Bytes = Bytes::from_mib(256);
 
 /// A template that is being made of a disk. Dropped before it is finished, nothing is left of it.
@@ -45,7 +47,8 @@ impl Pool {
     /// Takes the name of a template to be made, and the room that its making needs.
     ///
     /// # Errors
-    /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`], [`StorageError::Insufficient`].
+    /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
+    /// [`StorageError::Insufficient`].
     pub fn begin_snapshot(&self, name: &Name) -> Result<Snapshot, StorageError> {
         match self.template(name) {
             Ok(_) => return Err(StorageError::TemplateExists(name.to_string())),
@@ -67,13 +70,15 @@ impl Pool {
         };
         fault_point("snapshot: file made").map_err(StorageError::step)?;
         if self.backs_every_byte() {
-            // The new file made the last measurement stale, and without one all that is used would count twice.
+            // The new file made the last measurement stale, and without one all that is used would
+            // count twice.
             self.measure()?;
         }
         Ok(snapshot)
     }
 
-    /// Writes what the host still holds of the disk `id`, so that [`Pool::take_snapshot`] finds little to wait for.
+    /// Writes what the host still holds of the disk `id`, so that [`Pool::take_snapshot`] finds
+    /// little to wait for.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -84,11 +89,13 @@ impl Pool {
             .map_err(|error| StorageError::io("flush", path.display(), error))
     }
 
-    /// Clones the disk `id` as it is now: no byte is copied, and a write beside it is in the clone wholly or not at all. What the guest has
-    /// not written out is not in it: to have that, freeze its file systems first.
+    /// Clones the disk `id` as it is now: no byte is copied, and a write beside it is in the clone
+    /// wholly or not at all. What the guest has not written out is not in it: to have that, freeze
+    /// its file systems first.
     ///
-    /// The blocks are the template's as well from here on, and the guest's next write to each goes to a new one. Where every promised byte is
-    /// backed, there has to be room for that. It is asked for before the guest goes on; once the template is in place it counts for itself.
+    /// The blocks are the template's as well from here on, and the guest's next write to each goes
+    /// to a new one. Where every promised byte is backed, there has to be room for that. It is
+    /// asked for before the guest goes on; once the template is in place it counts for itself.
     ///
     /// # Errors
     /// [`StorageError::Io`], [`StorageError::Insufficient`].
@@ -106,11 +113,13 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes the clone a template: its journal is replayed, what belongs to the disk's owner alone is taken out, what is not in use is
-    /// emptied, and the file system is checked. It appears under its name when it is whole and durable.
+    /// Makes the clone a template: its journal is replayed, what belongs to the disk's owner alone
+    /// is taken out, what is not in use is emptied, and the file system is checked. It appears
+    /// under its name when it is whole and durable.
     ///
     /// # Errors
-    /// [`StorageError::Unfit`] with the reason, [`StorageError::TemplateExists`], [`StorageError::Host`], [`StorageError::Command`].
+    /// [`StorageError::Unfit`] with the reason, [`StorageError::TemplateExists`],
+    /// [`StorageError::Host`], [`StorageError::Command`].
     pub fn finish_snapshot(&self, mut snapshot: Snapshot, source: &Identity) -> Result<Template, StorageError> {
         let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
         // An edit before the journal is replayed would be undone by the replay.

@@ -10,21 +10,24 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 
-/// Metadata room that must stay within reach before btrfs is counted on to take more data. Below it, unallocated space is set
-/// aside for metadata chunks; at zero, nothing is free, whatever `df` says.
+/// Metadata room that must stay within reach before btrfs is counted on to take more data. Below
+/// it, unallocated space is set aside for metadata chunks; at zero, nothing is free, whatever `df`
+/// says.
 const METADATA_HEADROOM: Bytes = Bytes::from_mib(128);
 
-/// Metadata that a block of data takes when it is an extent of its own, as a guest that writes here and there can make all of them: one
-/// item of 78 bytes in the file's tree and one in the tree of extents, in leaves that are two thirds full or better. Measured: 172 bytes
-/// for each of 98,000 blocks written in random order.
+/// Metadata that a block of data takes when it is an extent of its own, as a guest that writes here
+/// and there can make all of them: one item of 78 bytes in the file's tree and one in the tree of
+/// extents, in leaves that are two thirds full or better. Measured: 172 bytes for each of 98,000
+/// blocks written in random order.
 const METADATA_PER_BLOCK: f64 = 256.0;
 
-/// The same of XFS: 16 bytes in the file's map, 24 in the reverse map, 12 in the tree of shared extents, in blocks that are at least half full (XFS
-/// Algorithms & Data Structures, 3rd edition, chapters 11 to 13).
+/// The same of XFS: 16 bytes in the file's map, 24 in the reverse map, 12 in the tree of shared
+/// extents, in blocks that are at least half full (XFS Algorithms & Data Structures, 3rd edition,
+/// chapters 11 to 13).
 const XFS_METADATA_PER_BLOCK: f64 = 104.0;
 
-/// Metadata room below which nothing is free when no further chunk can be made for it: what is under way, and the deletions that make room
-/// again, still have to fit.
+/// Metadata room below which nothing is free when no further chunk can be made for it: what is
+/// under way, and the deletions that make room again, still have to fit.
 const METADATA_FLOOR: Bytes = Bytes::from_mib(32);
 
 /// The pool's space at one moment.
@@ -34,7 +37,8 @@ pub struct Space {
     pub capacity: Bytes,
     /// Data in use, each shared block counted once.
     pub used: Bytes,
-    /// What can really be written: the smaller of what the pool and what the host disk can still take.
+    /// What can really be written: the smaller of what the pool and what the host disk can still
+    /// take.
     pub free: Bytes,
     /// What the pool alone could take.
     pub pool_free: Bytes,
@@ -42,20 +46,23 @@ pub struct Space {
     pub host_free: Option<Bytes>,
     /// Pool space in no chunk yet. XFS has no chunks: zero.
     pub unallocated: Bytes,
-    /// Size of the metadata chunks, and what of it is used; a part of the rest is the file system's own reserve. Zero on XFS, which takes metadata
-    /// where it takes data.
+    /// Size of the metadata chunks, and what of it is used; a part of the rest is the file system's
+    /// own reserve. Zero on XFS, which takes metadata where it takes data.
     pub metadata_total: Bytes,
     /// See [`Space::metadata_total`].
     pub metadata_used: Bytes,
-    /// The data that pool and host disk can hold in all, what they hold included, even if every block of it becomes an extent of its own.
+    /// The data that pool and host disk can hold in all, what they hold included, even if every
+    /// block of it becomes an extent of its own.
     pub backable: Bytes,
-    /// At most this much of `used` is something else than blocks that disks map in extents of their own: templates, what disks share,
-    /// extents held for a part of them. Without a fresh measurement, all that is used.
+    /// At most this much of `used` is something else than blocks that disks map in extents of their
+    /// own: templates, what disks share, extents held for a part of them. Without a fresh
+    /// measurement, all that is used.
     pub fixed: Bytes,
 }
 
 impl Space {
-    /// Reads the space of the pool that `pool` lies on, over `image` when it is a loop device's backing file.
+    /// Reads the space of the pool that `pool` lies on, over `image` when it is a loop device's
+    /// backing file.
     pub(crate) fn read(pool: &File, file_system: &FileSystem, image: Option<&Path>) -> Result<Space, StorageError> {
         match file_system {
             FileSystem::Btrfs(pending, quota) => {
@@ -67,7 +74,8 @@ impl Space {
         }
     }
 
-    /// The same with a quota over the pool's folder: what others have on the same file system counts no more, and the limit is all there is.
+    /// The same with a quota over the pool's folder: what others have on the same file system
+    /// counts no more, and the limit is all there is.
     fn within(self, allowance: Allowance) -> Space {
         let free = self.free.min(allowance.left);
         if allowance.limit >= self.capacity {
@@ -105,12 +113,13 @@ impl Space {
         })
     }
 
-    /// `free = min(pool free, host free + blocks the image owns and the pool does not use)`: a block that the image
-    /// already owns can be written again without the host disk's help.
+    /// `free = min(pool free, host free + blocks the image owns and the pool does not use)`: a
+    /// block that the image already owns can be written again without the host disk's help.
     fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
         let chunks =
             chunk_space(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
-        // Taken by btrfs and not accounted for until its next commit, half a minute away at most: gone all the same.
+        // Taken by btrfs and not accounted for until its next commit, half a minute away at most:
+        // gone all the same.
         let unread = |error| StorageError::io("read the uncommitted writes of", "the pool", error);
         let mut pool_free = writable(&chunks, pending.metadata().map_err(unread)?);
         let pending = pending.data().map_err(unread)?;
@@ -150,9 +159,10 @@ impl Space {
     }
 }
 
-/// Data bytes that btrfs can still take: room in its data chunks, and unallocated space less what metadata will want of it. `pending` is
-/// metadata that the transaction under way may take, btrfs' own reserve included: several times what it will, so it decides only whether there
-/// is anything left when no chunk can be made for it.
+/// Data bytes that btrfs can still take: room in its data chunks, and unallocated space less what
+/// metadata will want of it. `pending` is metadata that the transaction under way may take, btrfs'
+/// own reserve included: several times what it will, so it decides only whether there is anything
+/// left when no chunk can be made for it.
 fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
     let unused = chunks.metadata_total - chunks.metadata_used;
     let wanted = |free: Bytes| Bytes::from_blocks((METADATA_HEADROOM - free).as_u64(), chunks.metadata_copies);
@@ -164,10 +174,12 @@ fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
     (chunks.data_total - chunks.data_used) + raw.scaled(1.0 / chunks.data_copies as f64)
 }
 
-/// Of `holdable` bytes, what can be data when the metadata for it has to be made out of the same space.
+/// Of `holdable` bytes, what can be data when the metadata for it has to be made out of the same
+/// space.
 ///
-/// Data `x` needs `x ÷ 4096 × METADATA_PER_BLOCK` of metadata. What the metadata chunks cannot take becomes further chunks. With each byte of
-/// data stored `d` times and each of metadata `m` times, it is the largest `x` with `d·x + m × (x × share − chunks) ≤ d × holdable`.
+/// Data `x` needs `x ÷ 4096 × METADATA_PER_BLOCK` of metadata. What the metadata chunks cannot take
+/// becomes further chunks. With each byte of data stored `d` times and each of metadata `m` times,
+/// it is the largest `x` with `d·x + m × (x × share − chunks) ≤ d × holdable`.
 fn backable(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     let room = chunks.metadata_total - chunks.global_reserve;
     let share = METADATA_PER_BLOCK / 4096.0;
@@ -176,7 +188,8 @@ fn backable(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     holdable.min(raw.scaled(1.0 / (d as f64 + m as f64 * share)))
 }
 
-/// What an unprivileged program could write to the folder or file `path`: what its file system has free, and its quotas allow.
+/// What an unprivileged program could write to the folder or file `path`: what its file system has
+/// free, and its quotas allow.
 pub(crate) fn available(path: &Path) -> Result<Bytes, StorageError> {
     let failed = |error| StorageError::io("read the free space of", path.display(), error);
     let free = |path: &Path| {
@@ -185,7 +198,8 @@ pub(crate) fn available(path: &Path) -> Result<Bytes, StorageError> {
     };
     let mut available = free(path)?;
     let file = File::open(path).map_err(failed)?;
-    // Of a project with a quota on XFS or ext4, statfs tells what that allows, but of a folder alone: a file does not hand its project on.
+    // Of a project with a quota on XFS or ext4, statfs tells what that allows, but of a folder
+    // alone: a file does not hand its project on.
     let is_folder = file.metadata().map_err(failed)?.is_dir();
     if let Some(folder) = path.parent().filter(|_| !is_folder) {
         available = available.min(free(folder)?);

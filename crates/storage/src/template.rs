@@ -1,8 +1,9 @@
 //! Templates: read-only golden root disks, and the grown clones that are kept of them.
 //!
-//! A template is `templates/NAME.ext4`, a bare ext4 file system that was cleanly unmounted and checked. Growing a file system
-//! takes tens of milliseconds, so it is paid once for a (template, size): the grown clone is kept under `templates/.grown/`, and disks
-//! are cloned from it. Its name holds the template's inode number, so a clone of a template that was replaced is never used.
+//! A template is `templates/NAME.ext4`, a bare ext4 file system that was cleanly unmounted and
+//! checked. Growing a file system takes tens of milliseconds, so it is paid once for a (template,
+//! size): the grown clone is kept under `templates/.grown/`, and disks are cloned from it. Its name
+//! holds the template's inode number, so a clone of a template that was replaced is never used.
 
 use crate::compact::compact;
 use crate::error::StorageError;
@@ -104,7 +105,8 @@ impl Pool {
         }
     }
 
-    /// Deletes a template and the grown clones kept of it. Disks made from it are not touched: they share its blocks, which stay.
+    /// Deletes a template and the grown clones kept of it. Disks made from it are not touched: they
+    /// share its blocks, which stay.
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
@@ -127,7 +129,8 @@ impl Pool {
         Ok(())
     }
 
-    /// The size of a disk made from `template`: what was asked for, or the larger of `default` and the template.
+    /// The size of a disk made from `template`: what was asked for, or the larger of `default` and
+    /// the template.
     ///
     /// # Errors
     /// [`StorageError::SmallerThanTemplate`].
@@ -143,8 +146,9 @@ impl Pool {
         }
     }
 
-    /// An image of exactly `size` to clone a disk of template `name` from: the template itself, or its grown clone, which is made if it
-    /// is not there. What is returned is open: it can be cloned even if the template is deleted or replaced meanwhile.
+    /// An image of exactly `size` to clone a disk of template `name` from: the template itself, or
+    /// its grown clone, which is made if it is not there. What is returned is open: it can be
+    /// cloned even if the template is deleted or replaced meanwhile.
     pub(crate) fn golden(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
         let (template, original) = self.open_template(name)?;
         if size < template.size {
@@ -178,7 +182,8 @@ impl Pool {
             },
             other => other,
         })?;
-        // Deleted or replaced meanwhile, the template has no use for the clone, and nobody would look for it again.
+        // Deleted or replaced meanwhile, the template has no use for the clone, and nobody would
+        // look for it again.
         if !self.template(name).is_ok_and(|now| now.inode == template.inode) {
             files::discard(&grown);
         }
@@ -210,8 +215,9 @@ impl Pool {
         })
     }
 
-    /// Makes a clone of `original`, grown to `size`, arranged by `arrange` and checked, and has `place` give it the name `target` when it
-    /// is whole and flushed. Until then nothing changes, and a failure leaves nothing. Returns the clone, open.
+    /// Makes a clone of `original`, grown to `size`, arranged by `arrange` and checked, and has
+    /// `place` give it the name `target` when it is whole and flushed. Until then nothing changes,
+    /// and a failure leaves nothing. Returns the clone, open.
     pub(crate) fn replace_by_grown_clone(
         &self,
         original: &File,
@@ -243,7 +249,8 @@ impl Pool {
         Arc::clone(growing.entry(grown.to_owned()).or_default())
     }
 
-    /// Makes a work file, taking the place of what an interrupted run left, and holds it locked so that no sweep takes it away.
+    /// Makes a work file, taking the place of what an interrupted run left, and holds it locked so
+    /// that no sweep takes it away.
     pub(crate) fn claim(&self, partial: &Path) -> Result<File, StorageError> {
         let busy = || StorageError::Busy(partial.to_owned());
         for _ in 0..CLAIMS {
@@ -262,8 +269,8 @@ impl Pool {
         Err(busy())
     }
 
-    /// Removes the grown clones of a template, except those of the file `keep`. Those that are left are of no use, and the next start
-    /// removes them.
+    /// Removes the grown clones of a template, except those of the file `keep`. Those that are left
+    /// are of no use, and the next start removes them.
     pub(crate) fn prune_grown(&self, name: &Name, keep: Option<u64>) {
         let prefix = format!("{name}@");
         let clones = list(&self.grown_dir()).unwrap_or_else(|error| {
@@ -283,7 +290,8 @@ impl Pool {
         }
     }
 
-    /// Removes what interrupted runs left half-made. Work that another process is at is left alone. Returns what was removed.
+    /// Removes what interrupted runs left half-made. Work that another process is at is left alone.
+    /// Returns what was removed.
     pub fn sweep_partials(&self) -> Result<Vec<PathBuf>, StorageError> {
         let templates = self.templates_dir();
         let mut removed = Vec::new();
@@ -364,8 +372,8 @@ fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// Locks `file`, and tells whether it is still the one at `path`: only who has it locked removes it from there. `false` too when another has
-/// it locked.
+/// Locks `file`, and tells whether it is still the one at `path`: only who has it locked removes it
+/// from there. `false` too when another has it locked.
 fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}

@@ -1,4 +1,5 @@
-//! Reading the trees of a btrfs by ioctl, in batches, each from a consistent tree. It needs `CAP_SYS_ADMIN`.
+//! Reading the trees of a btrfs by ioctl, in batches, each from a consistent tree. It needs
+//! `CAP_SYS_ADMIN`.
 //!
 //! Layouts: `include/uapi/linux/btrfs.h` and `btrfs_tree.h` of the kernel.
 
@@ -46,10 +47,12 @@ struct SearchArgs<const BATCH: usize> {
     buf: [u8; BATCH],
 }
 
-/// Hands every item of the tree `tree` whose key is in `keys` to `each`, `BATCH` bytes at a time. Tree 0 is the subvolume that `file` lies in.
+/// Hands every item of the tree `tree` whose key is in `keys` to `each`, `BATCH` bytes at a time.
+/// Tree 0 is the subvolume that `file` lies in.
 ///
 /// # Errors
-/// `ENOTTY` when it is not a btrfs, `ENOENT` when it has no such tree, `EPERM` without `CAP_SYS_ADMIN`.
+/// `ENOTTY` when it is not a btrfs, `ENOENT` when it has no such tree, `EPERM` without
+/// `CAP_SYS_ADMIN`.
 pub(crate) fn search<const BATCH: usize>(
     file: impl AsFd,
     tree: u64,
@@ -78,7 +81,8 @@ pub(crate) fn search<const BATCH: usize>(
             nr_items: u32::MAX,
             ..SearchKey::default()
         };
-        // SAFETY: the kernel writes at most `buf_size` bytes behind the head, and `buf` has as many.
+        // SAFETY: the kernel writes at most `buf_size` bytes behind the head, and `buf` has as
+        // many.
         unsafe {
             ioctl(
                 file.as_fd(),

@@ -21,7 +21,8 @@ fn sync(pool: &Pool) {
     run("btrfs", &["filesystem", "sync", text(pool.path())]);
 }
 
-/// `btrfs filesystem du --raw` of one file: mapped and exclusive bytes. It counts what files map, not what extents hold.
+/// `btrfs filesystem du --raw` of one file: mapped and exclusive bytes. It counts what files map,
+/// not what extents hold.
 fn du(path: &Path) -> (Bytes, Bytes) {
     let said = run("btrfs", &["filesystem", "du", "--raw", "-s", text(path)]);
     let line = said.lines().nth(1).unwrap();
@@ -126,7 +127,8 @@ fn a_deleted_template_s_blocks_belong_to_the_clones_that_still_map_a_part_of_the
         pool.create_disk(id, &big.name, &admitted).unwrap();
     }
     admitted.commit();
-    // Every second MiB is overwritten: what is written is new, what was there stays, since the extents are larger than that.
+    // Every second MiB is overwritten: what is written is new, what was there stays, since the
+    // extents are larger than that.
     for odd in (1..64).step_by(2) {
         write(&disk_path(pool, &a), (100 + odd) * MIB, MIB);
     }
@@ -187,7 +189,8 @@ fn a_measurement_holds_until_templates_come_or_go() {
         accounts.fixed() < Bytes::from_mib(64),
         "what the disk wrote is what it was promised: {accounts:?}"
     );
-    // A disk made from a grown clone that is there changes nothing; one of another size makes a clone, which is part of the templates.
+    // A disk made from a grown clone that is there changes nothing; one of another size makes a
+    // clone, which is part of the templates.
     stocked.create("vm-b", 1);
     assert!(!pool.needs_measuring());
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();

@@ -127,7 +127,8 @@ impl Model {
         self.disks.get_mut(at % count)
     }
 
-    /// What is asked of admission is asked as the pool does it: in this order, nothing done on a refusal.
+    /// What is asked of admission is asked as the pool does it: in this order, nothing done on a
+    /// refusal.
     fn take(&mut self, deed: Deed, admission: &Admission) {
         match deed {
             Deed::Create(size) => {
@@ -222,7 +223,8 @@ proptest! {
                     reservation.commit();
                     match disk {
                         None => disks.push(Some(size)),
-                        // Deleted meanwhile, as when a deletion waits for the growth: both are struck out.
+                        // Deleted meanwhile, as when a deletion waits for the growth: both are
+                        // struck out.
                         Some(disk) => match &mut disks[disk] {
                             Some(whole) => *whole += size,
                             None => admission.release(size),
@@ -281,7 +283,8 @@ impl Numbers {
     }
 }
 
-/// Threads that create, grow, fail and delete at once, every disk written full before it is recorded.
+/// Threads that create, grow, fail and delete at once, every disk written full before it is
+/// recorded.
 fn threads_share_a_pool(ratio: f64) {
     const CAPACITY: u64 = 100;
     const BUFFER: u64 = 2;

@@ -157,8 +157,8 @@ fn eight_requests_at_once_never_pass_a_bound() {
     });
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     for refused in results.into_iter().filter_map(Result::err) {
-        // Of the 10 GiB that were not promised, metadata for 20 GiB of scattered blocks has its share; what is left also depends on whether
-        // the first was still under way.
+        // Of the 10 GiB that were not promised, metadata for 20 GiB of scattered blocks has its
+        // share; what is left also depends on whether the first was still under way.
         let StorageError::Insufficient { available, need } = refused else {
             panic!("{refused}")
         };

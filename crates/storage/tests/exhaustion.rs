@@ -1,4 +1,5 @@
-//! A pool in which btrfs runs out of what `df` does not show: metadata, with every chunk given to data.
+//! A pool in which btrfs runs out of what `df` does not show: metadata, with every chunk given to
+//! data.
 
 #![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
 
@@ -16,7 +17,8 @@ const RECKLESS: Bounds = Bounds {
     overcommit_ratio: 1000.0,
 };
 
-/// Fills the pool until every chunk is taken, mostly by data, and deletes half of that again: `df` shows hundreds of MiB free, and metadata cannot grow.
+/// Fills the pool until every chunk is taken, mostly by data, and deletes half of that again: `df`
+/// shows hundreds of MiB free, and metadata cannot grow.
 fn give_every_chunk_to_data(pool: &Pool) {
     let folder = pool.path().join("vms");
     let mut pieces: Vec<PathBuf> = Vec::new();
@@ -93,7 +95,8 @@ fn small_files_and_clones_that_eat_the_metadata_are_refused_before_the_pool_turn
     }
     assert!(files >= 5000, "{files} files");
 
-    // So does the map of a clone. A refusal that only the transaction under way is the reason of is asked again after it.
+    // So does the map of a clone. A refusal that only the transaction under way is the reason of is
+    // asked again after it.
     let mut clones = Vec::new();
     let mut committed = false;
     let refusal = loop {

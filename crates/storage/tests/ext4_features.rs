@@ -1,5 +1,5 @@
-//! What becomes of an ext4 file system with each feature that mke2fs knows: it is imported, grown to 100 GiB, snapshotted and cloned, with
-//! every file as it was; or the import says why not.
+//! What becomes of an ext4 file system with each feature that mke2fs knows: it is imported, grown
+//! to 100 GiB, snapshotted and cloned, with every file as it was; or the import says why not.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -81,7 +81,8 @@ const SETS: &[Set] = &[
     ),
     ("+FEATURE_C30", "cannot use or the host cannot check: FEATURE_C30"),
     ("-O ^has_journal -b 65536", "has blocks of 64 KiB"),
-    // e2fsprogs from 1.47.1 on; Debian 11 and Ubuntu 20.04; RHEL 7; RHEL 6; before ext4; the first revision.
+    // e2fsprogs from 1.47.1 on; Debian 11 and Ubuntu 20.04; RHEL 7; RHEL 6; before ext4; the first
+    // revision.
     ("-O orphan_file,metadata_csum_seed", ""),
     ("-O metadata_csum,64bit,^orphan_file", ""),
     ("-O ^metadata_csum,uninit_bg,64bit", ""),
@@ -107,8 +108,8 @@ const SETS: &[Set] = &[
     ("-E resize=2000000", ""),
 ];
 
-/// The sizes of blocks and of inodes that a set is tried with. All have blocks of 4 KiB; those that change where metadata lies have 1 KiB too, of
-/// which 100 GiB are sixteen times as many groups.
+/// The sizes of blocks and of inodes that a set is tried with. All have blocks of 4 KiB; those that
+/// change where metadata lies have 1 KiB too, of which 100 GiB are sixteen times as many groups.
 fn sizes(set: &str) -> Vec<String> {
     let is_about = |words: &[&str]| set.is_empty() || words.iter().any(|word| set.contains(word));
     let mut sizes = vec!["-b 4096 -I 256"];
@@ -184,7 +185,8 @@ fn tree(folder: &Path) -> PathBuf {
     root
 }
 
-/// Makes the image of a case; `None` where mke2fs itself says no. `+feature` is set afterwards, since mke2fs would not.
+/// Makes the image of a case; `None` where mke2fs itself says no. `+feature` is set afterwards,
+/// since mke2fs would not.
 fn image(folder: &Path, root: &Path, options: &str) -> Option<PathBuf> {
     let image = folder.join("image");
     fs::remove_file(&image).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! Hosts that are not like most: other sectors, quotas, read-only tables, entries that nobody expects in a pool.
+//! Hosts that are not like most: other sectors, quotas, read-only tables, entries that nobody
+//! expects in a pool.
 
 #![allow(
     clippy::unwrap_used,
@@ -243,7 +244,8 @@ fn as_zfs(file: &File, size: u64) {
     }
 }
 
-/// The superblock of a Linux RAID, version 1.0: blkid finds that alone, and does not look for anything else.
+/// The superblock of a Linux RAID, version 1.0: blkid finds that alone, and does not look for
+/// anything else.
 fn as_raid(file: &File, size: u64) {
     let sector = ((size >> 9) - 16) & !7;
     let mut superblock = [0; 256];
@@ -310,7 +312,8 @@ fn what_guests_wrote_near_the_end_of_a_device_does_not_make_it_another_file_syst
     }
 }
 
-/// Turns on quotas with simple accounting (kernel 6.7), which the btrfs of Debian 12 cannot. Returns whether the kernel can.
+/// Turns on quotas with simple accounting (kernel 6.7), which the btrfs of Debian 12 cannot.
+/// Returns whether the kernel can.
 fn enable_simple_quotas(folder: &Path) -> bool {
     #[repr(C)]
     struct QuotaCtl {

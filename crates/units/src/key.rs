@@ -7,11 +7,13 @@ use ssh_key::public::KeyData;
 use std::fmt;
 use std::str::FromStr;
 
-/// An OpenSSH public key (`ssh-ed25519 AAAA… comment`), checked, on one line, its parts separated by single spaces.
+/// An OpenSSH public key (`ssh-ed25519 AAAA… comment`), checked, on one line, its parts separated
+/// by single spaces.
 ///
-/// White space around it is taken off, a line break at its end included: that is how the file `id_ed25519.pub` holds it.
-/// Refused, because it would open more than the holder of one key can, or nothing at all: several keys, options before the
-/// key, certificates, DSA, RSA under 2048 bits, types that `sshd` does not know.
+/// White space around it is taken off, a line break at its end included: that is how the file
+/// `id_ed25519.pub` holds it. Refused, because it would open more than the holder of one key can,
+/// or nothing at all: several keys, options before the key, certificates, DSA, RSA under 2048 bits,
+/// types that `sshd` does not know.
 ///
 /// ```
 /// use scalebox_units::SshPublicKey;
@@ -25,10 +27,12 @@ pub struct SshPublicKey(String);
 
 text_newtype!(SshPublicKey);
 
-/// In bytes. The largest key that `sshd` takes, RSA of 16384 bits, has under 3 KiB; the rest is comment.
+/// In bytes. The largest key that `sshd` takes, RSA of 16384 bits, has under 3 KiB; the rest is
+/// comment.
 const MAX_BYTES: usize = 8 << 10;
 
-/// OpenSSH's own bound is `SSHBUF_MAX_BIGNUM`; under 2048 bits RSA is within reach (NIST SP 800-131A).
+/// OpenSSH's own bound is `SSHBUF_MAX_BIGNUM`; under 2048 bits RSA is within reach (NIST SP
+/// 800-131A).
 const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=16384;
 
 /// The types that the `sshd` of a current distribution takes in `authorized_keys`.
@@ -63,7 +67,8 @@ impl FromStr for SshPublicKey {
 }
 
 impl SshPublicKey {
-    /// Reads a key that was accepted before and recorded, perhaps by an earlier version with other rules for types and comments.
+    /// Reads a key that was accepted before and recorded, perhaps by an earlier version with other
+    /// rules for types and comments.
     ///
     /// What a guest needs is checked: it is one line, and not too long.
     ///
@@ -93,8 +98,9 @@ impl SshPublicKey {
     }
 }
 
-/// Whether a reader of the line would stop at the character, or read it as something else. U+2028 and U+2029 end a line for a
-/// YAML 1.1 reader, such as the one that reads a guest's `user-data`; U+FFFE and U+FFFF are an error for it.
+/// Whether a reader of the line would stop at the character, or read it as something else. U+2028
+/// and U+2029 end a line for a YAML 1.1 reader, such as the one that reads a guest's `user-data`;
+/// U+FFFE and U+FFFF are an error for it.
 fn breaks_a_line(c: char) -> bool {
     (c.is_control() && c != '\t') || matches!(c, '\u{2028}' | '\u{2029}' | '\u{fffe}' | '\u{ffff}')
 }
@@ -138,7 +144,8 @@ fn check_data(line: &str) -> Result<(), WrongForm> {
     Ok(())
 }
 
-/// Finds a second key in what `sshd` takes for the first one's comment. A comment may name a type; a key is a type and data.
+/// Finds a second key in what `sshd` takes for the first one's comment. A comment may name a type;
+/// a key is a type and data.
 fn check_comment(words: &[&str]) -> Result<(), WrongForm> {
     let is_type = |word: &str| TYPES.contains(&word) || word == DSA || word.ends_with(CERTIFICATE);
     // The data of every key begins with the length of its type, under 2²⁰, as four bytes in base64.

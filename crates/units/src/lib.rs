@@ -1,5 +1,5 @@
-//! Names and keys that a client sends, as types. Each type has one parser, and every later stage takes the type: a value that
-//! the API accepts cannot be refused when a VM is started with it.
+//! Names and keys that a client sends, as types. Each type has one parser, and every later stage
+//! takes the type: a value that the API accepts cannot be refused when a VM is started with it.
 //!
 //! # Layout
 //!

@@ -1,5 +1,5 @@
-//! The forms of a template's and a VM's name. Both become parts of file names, a VM's also its guest's host name, so the
-//! types here are the only way in: what holds one needs no further check.
+//! The forms of a template's and a VM's name. Both become parts of file names, a VM's also its
+//! guest's host name, so the types here are the only way in: what holds one needs no further check.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -17,8 +17,9 @@ impl WrongForm {
     }
 }
 
-/// A template's name: 1 to 63 ASCII letters, digits, dashes, dots and underscores, the first a letter or a digit. The same form
-/// as a file of the pool has, so that every template that can be made can be asked for.
+/// A template's name: 1 to 63 ASCII letters, digits, dashes, dots and underscores, the first a
+/// letter or a digit. The same form as a file of the pool has, so that every template that can be
+/// made can be asked for.
 ///
 /// ```
 /// use scalebox_units::TemplateName;
@@ -29,8 +30,8 @@ impl WrongForm {
 #[serde(try_from = "String", into = "String")]
 pub struct TemplateName(String);
 
-/// A VM's name: a host name of 1 to 63 lower-case letters, digits and dashes, no dash at either end (RFC 1123, section
-/// 2.1), that cannot be taken for a VM's id.
+/// A VM's name: a host name of 1 to 63 lower-case letters, digits and dashes, no dash at either end
+/// (RFC 1123, section 2.1), that cannot be taken for a VM's id.
 ///
 /// ```
 /// use scalebox_units::VmName;

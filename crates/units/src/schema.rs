@@ -1,4 +1,5 @@
-//! The JSON schema of each type, for the daemon's description of its API. The patterns say what the parsers take.
+//! The JSON schema of each type, for the daemon's description of its API. The patterns say what the
+//! parsers take.
 
 use crate::{SshPublicKey, TemplateName, VmName};
 use std::borrow::Cow;

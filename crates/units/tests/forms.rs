@@ -89,7 +89,8 @@ fn a_key_that_an_earlier_version_recorded_is_still_read() {
 }
 
 proptest! {
-    /// Whatever stands around a key: what is accepted is one line, without a character that a guest's readers stop at.
+    /// Whatever stands around a key: what is accepted is one line, without a character that a
+    /// guest's readers stop at.
     #[test]
     fn an_accepted_key_is_one_short_line_that_reads_the_same_again(
         before in "\\PC{0,3}|[\\s\u{feff}\u{a0}]{0,4}",

@@ -1,7 +1,8 @@
 //! Whether KVM can run guests here, and why not.
 //!
-//! That `/dev/kvm` opens is not enough: inside a virtual machine without nested virtualisation the device may be there, a VM
-//! may even be created on it, and no guest ever runs. The processor has to offer `vmx` (Intel) or `svm` (AMD) as well.
+//! That `/dev/kvm` opens is not enough: inside a virtual machine without nested virtualisation the
+//! device may be there, a VM may even be created on it, and no guest ever runs. The processor has
+//! to offer `vmx` (Intel) or `svm` (AMD) as well.
 
 use crate::{Error, Result};
 use std::fmt;
@@ -58,7 +59,8 @@ pub fn accelerator(setting: AccelSetting) -> Result<AccelChoice> {
     choose(setting, &probe())
 }
 
-/// Chooses by what was found. KVM that is demanded is taken at the operator's word as soon as the device opens.
+/// Chooses by what was found. KVM that is demanded is taken at the operator's word as soon as the
+/// device opens.
 ///
 /// # Errors
 /// [`Error::NoKvm`] when KVM is demanded and the device does not open.
@@ -79,7 +81,8 @@ pub fn choose(setting: AccelSetting, host: &KvmProbe) -> Result<AccelChoice> {
     }
 }
 
-/// Whether the processor has KVM, and its device is not there: its module is not loaded, or not yet.
+/// Whether the processor has KVM, and its device is not there: its module is not loaded, or not
+/// yet.
 pub fn kvm_is_missing() -> bool {
     virtualisation_flag(&cpuinfo()).is_some() && !Path::new(DEVICE).exists()
 }

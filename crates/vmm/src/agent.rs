@@ -1,6 +1,7 @@
 //! The guest agent's own shutdown.
 //!
-//! The power button, and Ctrl+Alt+Del, need somebody in the guest who listens for them; the agent does without.
+//! The power button, and Ctrl+Alt+Del, need somebody in the guest who listens for them; the agent
+//! does without.
 
 use crate::Result;
 use qapi::futures::QgaStreamTokio;
@@ -10,7 +11,8 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// The longest that one attempt lasts. An agent that obeys does not answer at all; one that is not there neither.
+/// The longest that one attempt lasts. An agent that obeys does not answer at all; one that is not
+/// there neither.
 const ATTEMPT: Duration = Duration::from_secs(1);
 
 /// What it may say meanwhile, in bytes: it is a guest's program, and an answer is read whole.

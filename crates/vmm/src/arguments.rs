@@ -1,7 +1,8 @@
 //! A [`MachineSpec`] as QEMU's argument vector.
 //!
-//! Pure: what it says about the host (does the disk take direct I/O?) comes in as an argument. Devices and disks are written
-//! as JSON, so that no character of a path means anything; where QEMU has only `key=value`, commas are doubled.
+//! Pure: what it says about the host (does the disk take direct I/O?) comes in as an argument.
+//! Devices and disks are written as JSON, so that no character of a path means anything; where QEMU
+//! has only `key=value`, commas are doubled.
 
 use crate::accel::Accel;
 use crate::machine::{MachineId, MachineSpec};
@@ -20,7 +21,8 @@ pub(crate) const ROOT_DEVICE: &str = "root-device";
 /// The virtio-serial port on which `qemu-guest-agent` listens in the guest.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
-/// QEMU's cache of translated code. The default is an eighth of the host's memory, at most 1 GiB, for every machine.
+/// QEMU's cache of translated code. The default is an eighth of the host's memory, at most 1 GiB,
+/// for every machine.
 pub(crate) const TRANSLATION_CACHE_MIB: u64 = 256;
 
 /// How the root disk's file is accessed.
@@ -28,15 +30,17 @@ pub(crate) const TRANSLATION_CACHE_MIB: u64 = 256;
 pub(crate) enum DiskIo {
     /// Past the host's page cache, by Linux' asynchronous I/O.
     Direct,
-    /// Through the page cache, by threads: on file systems without `O_DIRECT`. A guest's flush still reaches the disk.
+    /// Through the page cache, by threads: on file systems without `O_DIRECT`. A guest's flush
+    /// still reaches the disk.
     Buffered,
 }
 
 /// The whole argument vector, without the program.
 ///
-/// The machine starts stopped (`-S`): its first instruction runs when the control and console sockets are connected. On the
-/// guest's power-off QEMU stays (`-no-shutdown`) until it is told to quit, so that the reason is not lost when no daemon is
-/// there to hear it. The guest's reboot is a reset of the machine, as on hardware: there is no `-no-reboot`.
+/// The machine starts stopped (`-S`): its first instruction runs when the control and console
+/// sockets are connected. On the guest's power-off QEMU stays (`-no-shutdown`) until it is told to
+/// quit, so that the reason is not lost when no daemon is there to hear it. The guest's reboot is a
+/// reset of the machine, as on hardware: there is no `-no-reboot`.
 pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: DiskIo) -> Result<Vec<String>> {
     let text = |what, path: &Path| utf8(&spec.id, what, path);
     let mut argv = Argv::default();
@@ -111,7 +115,8 @@ pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: Disk
     Ok(argv.0)
 }
 
-/// The two arguments by which a machine's QEMU is told from every other process: its name and its control socket.
+/// The two arguments by which a machine's QEMU is told from every other process: its name and its
+/// control socket.
 pub(crate) fn identity(id: &MachineId, dir: &RunDir) -> Result<[String; 2]> {
     Ok([
         format!("guest={id},process={id},debug-threads=on"),
@@ -119,8 +124,9 @@ pub(crate) fn identity(id: &MachineId, dir: &RunDir) -> Result<[String; 2]> {
     ])
 }
 
-/// A refused write or read stops the guest instead of failing its request (`werror`, `rerror`): it is repeated on resume. Not
-/// only for want of space, because what runs out of it below (a pool's image, a loop device) reports other errors.
+/// A refused write or read stops the guest instead of failing its request (`werror`, `rerror`): it
+/// is repeated on resume. Not only for want of space, because what runs out of it below (a pool's
+/// image, a loop device) reports other errors.
 fn root_device() -> Value {
     json!({
         "driver": "virtio-blk-device", "id": ROOT_DEVICE, "drive": ROOT_NODE, "serial": "root", "bootindex": 1,
@@ -194,9 +200,10 @@ impl Argv {
         self.pair(flag, value.to_string());
     }
 
-    /// The seccomp filter: no new programs, no obsolete calls, no priorities. It is loaded before QEMU drops its account, so
-    /// changing accounts has to stay allowed where it does; afterwards it is out of reach anyway, for the process holds no
-    /// capability and, with any filter, has `no_new_privs` set.
+    /// The seccomp filter: no new programs, no obsolete calls, no priorities. It is loaded before
+    /// QEMU drops its account, so changing accounts has to stay allowed where it does; afterwards
+    /// it is out of reach anyway, for the process holds no capability and, with any filter, has
+    /// `no_new_privs` set.
     fn confine(&mut self, spec: &MachineSpec) {
         let elevate = if spec.run_as.is_some() { "allow" } else { "deny" };
         self.pair(

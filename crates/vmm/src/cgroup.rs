@@ -1,8 +1,10 @@
-//! What a machine may take of the host's memory and processors: a control group of its own, where the host has some.
+//! What a machine may take of the host's memory and processors: a control group of its own, where
+//! the host has some.
 //!
-//! Version 2 where one hierarchy has both controllers (every current distribution), else the two of version 1; they differ in the names
-//! of files. Machines' groups lie below one named `scalebox`. A machine's process enters its group by itself, before it becomes the hypervisor, so that
-//! nothing of it is ever outside. (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ of the kernel.)
+//! Version 2 where one hierarchy has both controllers (every current distribution), else the two of
+//! version 1; they differ in the names of files. Machines' groups lie below one named `scalebox`. A
+//! machine's process enters its group by itself, before it becomes the hypervisor, so that nothing
+//! of it is ever outside. (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ of the kernel.)
 
 use scalebox_storage::Bytes;
 use std::fs::{self, File};
@@ -17,7 +19,8 @@ const PERIOD: u64 = 100_000;
 /// An empty group younger than this may be one that a machine is about to enter.
 const YOUNG: Duration = Duration::from_secs(60);
 
-/// The last of a process that has ended leaves its group a moment later: how often that is waited for, and how long.
+/// The last of a process that has ended leaves its group a moment later: how often that is waited
+/// for, and how long.
 const LEAVING_TRIES: u32 = 20;
 const LEAVING: Duration = Duration::from_millis(10);
 
@@ -30,7 +33,8 @@ pub(crate) enum Controller {
     Memory,
     /// Processors, version 1.
     Cpu,
-    /// None: the hierarchy by which systemd tells which processes belong to which service, where it is none of those above.
+    /// None: the hierarchy by which systemd tells which processes belong to which service, where it
+    /// is none of those above.
     Services,
 }
 
@@ -59,7 +63,8 @@ pub(crate) struct Share {
 }
 
 impl Cgroups {
-    /// Looks for control groups on this host, makes the parent of the machines' groups, and removes what machines that are gone left in it.
+    /// Looks for control groups on this host, makes the parent of the machines' groups, and removes
+    /// what machines that are gone left in it.
     ///
     /// # Errors
     /// Why there are none that can be used.
@@ -113,7 +118,8 @@ impl Cgroups {
         Ok(group)
     }
 
-    /// Removes the groups of machines that are gone. One with a process in it is not removed by the kernel.
+    /// Removes the groups of machines that are gone. One with a process in it is not removed by the
+    /// kernel.
     fn sweep(&self) {
         for (_, parent) in &self.parents {
             let Ok(entries) = fs::read_dir(parent) else { continue };
@@ -132,7 +138,8 @@ impl Cgroups {
 }
 
 impl Group {
-    /// Moves the calling process into the group. For a child between fork and exec: system calls alone.
+    /// Moves the calling process into the group. For a child between fork and exec: system calls
+    /// alone.
     pub(crate) fn enter(&self) -> rustix::io::Result<()> {
         for entrance in &self.entrances {
             rustix::io::write(entrance, b"0")?;
@@ -156,8 +163,9 @@ pub(crate) fn usable() -> Result<Vec<(Controller, PathBuf)>, String> {
     }
 }
 
-/// The hierarchies in which a machine gets a group: those with controllers, and the one of systemd's services. A process that stayed in the daemon's
-/// group there would be killed with the service (`systemctl kill`).
+/// The hierarchies in which a machine gets a group: those with controllers, and the one of
+/// systemd's services. A process that stayed in the daemon's group there would be killed with the
+/// service (`systemctl kill`).
 fn suitable() -> Result<Vec<(Controller, PathBuf)>, String> {
     let read = |path: &str| fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
     let hierarchies = hierarchies(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
@@ -176,7 +184,8 @@ fn choose(
     {
         return vec![unified.clone()];
     }
-    // Version 2 without controllers is there for services alone; systemd uses its own of version 1 where there is none.
+    // Version 2 without controllers is there for services alone; systemd uses its own of version 1
+    // where there is none.
     let unified = hierarchies
         .iter()
         .find(is_unified)
@@ -189,7 +198,8 @@ fn choose(
     limited.chain(tracked).collect()
 }
 
-/// Removes a group that no process is in any more. One that cannot be removed is left for the next start's sweep.
+/// Removes a group that no process is in any more. One that cannot be removed is left for the next
+/// start's sweep.
 pub(crate) fn remove(folders: &[PathBuf]) {
     for folder in folders {
         let mut removed = fs::remove_dir(folder);
@@ -268,8 +278,9 @@ fn has_controllers(folder: &Path) -> bool {
 
 /// The folders below which groups are made, from `/proc/self/mountinfo` and `/proc/self/cgroup`.
 ///
-/// Of version 2 the top of the hierarchy: a group with processes in it, as the daemon's own has, hands no controllers down. Of version 1 the daemon's
-/// own group, whose bounds then hold for the machines too.
+/// Of version 2 the top of the hierarchy: a group with processes in it, as the daemon's own has,
+/// hands no controllers down. Of version 1 the daemon's own group, whose bounds then hold for the
+/// machines too.
 fn hierarchies(mountinfo: &str, own: &str) -> Vec<(Controller, PathBuf)> {
     let mut found = Vec::new();
     for line in mountinfo.lines() {
@@ -306,7 +317,8 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<(Controller, PathBuf)> {
     found
 }
 
-/// The group of this process in the hierarchy of version 1 with that controller: `4:memory:/user.slice`.
+/// The group of this process in the hierarchy of version 1 with that controller:
+/// `4:memory:/user.slice`.
 fn own_group<'a>(own: &'a str, controller: &str) -> Option<&'a str> {
     own.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':').skip(1);

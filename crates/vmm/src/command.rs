@@ -47,8 +47,9 @@ impl Qemu {
             .collect()
     }
 
-    /// Starts a machine's process: out of reach of this process' terminal, with no environment and no open file but
-    /// `messages`, to which stdout and stderr go. It is not waited for, and lives on when this process ends.
+    /// Starts a machine's process: out of reach of this process' terminal, with no environment and
+    /// no open file but `messages`, to which stdout and stderr go. It is not waited for, and lives
+    /// on when this process ends.
     pub(crate) fn spawn(&self, arguments: &[String], mut confined: Confined, messages: File) -> std::io::Result<Child> {
         let stdout = messages.try_clone()?;
         let mut command = Command::new(&self.program);
@@ -60,7 +61,8 @@ impl Qemu {
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(messages);
-        // SAFETY: between fork and exec only system calls are made: nothing is allocated and no lock is taken.
+        // SAFETY: between fork and exec only system calls are made: nothing is allocated and no
+        // lock is taken.
         unsafe { command.pre_exec(move || confined.enter()) };
         command.spawn()
     }

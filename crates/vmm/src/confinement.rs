@@ -1,4 +1,5 @@
-//! What keeps a machine's process to itself, beside its account and the hypervisor's own seccomp filter: a control group, and a fence around its files.
+//! What keeps a machine's process to itself, beside its account and the hypervisor's own seccomp
+//! filter: a control group, and a fence around its files.
 
 use crate::cgroup::{self, Cgroups, Group, Share};
 use crate::machine::MachineSpec;
@@ -9,10 +10,12 @@ use crate::{Error, Result};
 use scalebox_storage::Bytes;
 use std::io;
 
-/// The share of a processor, in percent of one, that a hypervisor has beside its guest's processors: for disk, network and console.
+/// The share of a processor, in percent of one, that a hypervisor has beside its guest's
+/// processors: for disk, network and console.
 const CPU_BESIDE_GUEST: u64 = 25;
 
-/// What keeps no machine to itself on this host, a sentence each; none where all is there. Changes nothing.
+/// What keeps no machine to itself on this host, a sentence each; none where all is there. Changes
+/// nothing.
 pub fn unconfined() -> Vec<String> {
     let landlock = (!sandbox::is_there()).then(|| {
         "this kernel has no Landlock: a guest that breaks into its hypervisor sees the files that anybody may read"
@@ -50,8 +53,8 @@ impl Confinement {
         Confinement { cgroups: cgroups.ok() }
     }
 
-    /// Prepares what a machine's process will put on. Its hypervisor may take `beside_guest` of memory. It is not fenced in to files that are
-    /// `needed` where something else sees to that.
+    /// Prepares what a machine's process will put on. Its hypervisor may take `beside_guest` of
+    /// memory. It is not fenced in to files that are `needed` where something else sees to that.
     ///
     /// # Errors
     /// [`Error::Io`]; nothing is left then but what [`RunDir::clear`] removes.

@@ -1,8 +1,9 @@
 //! The console's log: bounded whatever the guest prints.
 //!
-//! QEMU offers the console on a socket and drops what nobody reads, so the guest never waits for it. Whoever holds the
-//! machine reads the socket into two files: the current one, and the one before it (`….1`). When the current one is full it takes
-//! the place of the older. Between two daemons nothing is recorded.
+//! QEMU offers the console on a socket and drops what nobody reads, so the guest never waits for
+//! it. Whoever holds the machine reads the socket into two files: the current one, and the one
+//! before it (`….1`). When the current one is full it takes the place of the older. Between two
+//! daemons nothing is recorded.
 
 use scalebox_storage::Bytes;
 use std::ffi::OsString;
@@ -20,8 +21,9 @@ const FILE_LIMIT: u64 = CONSOLE_LIMIT.as_u64() / 2;
 /// One read of the socket.
 const CHUNK: usize = 16 << 10;
 
-/// The last `most` bytes of a console, as text for people: what is not UTF-8 is replaced, and control characters other
-/// than line feed and tab are left out, so that a guest cannot drive the terminal of who reads it. Empty when there is no log.
+/// The last `most` bytes of a console, as text for people: what is not UTF-8 is replaced, and
+/// control characters other than line feed and tab are left out, so that a guest cannot drive the
+/// terminal of who reads it. Empty when there is no log.
 ///
 /// # Errors
 /// What the file system says, other than that the files are missing.
@@ -85,7 +87,8 @@ impl ConsoleLog {
         self.failed = result.is_err();
     }
 
-    /// Opened anew each time: the log may have been removed or moved by an operator. A chunk is far smaller than a file.
+    /// Opened anew each time: the log may have been removed or moved by an operator. A chunk is far
+    /// smaller than a file.
     fn try_append(&self, text: &[u8]) -> io::Result<()> {
         let mut file = self.open()?;
         let length = file.seek(SeekFrom::End(0))?;

@@ -89,7 +89,8 @@ pub enum Error {
         /// What connecting to it said.
         why: String,
     },
-    /// The hypervisor did not answer in time: it hangs, or the host is badly overloaded. The command may still take effect.
+    /// The hypervisor did not answer in time: it hangs, or the host is badly overloaded. The
+    /// command may still take effect.
     #[error("{id}: the hypervisor did not answer {command} within {after:?}: try again, or kill the machine")]
     Hung {
         /// The machine.
@@ -99,8 +100,8 @@ pub enum Error {
         /// The deadline that passed.
         after: Duration,
     },
-    /// The process was killed and is still there: the kernel does not let go of it, most often because of a disk request that
-    /// the host's storage does not answer.
+    /// The process was killed and is still there: the kernel does not let go of it, most often
+    /// because of a disk request that the host's storage does not answer.
     #[error(
         "{id}: process {pid} was killed and has not ended within {after:?}: the host's storage may be stuck (dmesg); try again"
     )]

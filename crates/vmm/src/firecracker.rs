@@ -1,7 +1,8 @@
 //! The Firecracker driver: launch and adopt.
 //!
-//! A machine is one Firecracker process in the folder that its jailer locks it into (`jail`), controlled through the API socket there;
-//! [`FirecrackerMachine`] is how it is held. What this driver cannot promise, and QEMU's can, is in `docs/firecracker.md`.
+//! A machine is one Firecracker process in the folder that its jailer locks it into (`jail`),
+//! controlled through the API socket there; [`FirecrackerMachine`] is how it is held. What this
+//! driver cannot promise, and QEMU's can, is in `docs/firecracker.md`.
 
 use crate::arguments::root_file;
 use crate::confinement::Confinement;
@@ -24,7 +25,8 @@ use std::time::Duration;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep};
 
-/// The memory that Firecracker may take for itself; it needs a few MiB, and reads kernel and initramfs.
+/// The memory that Firecracker may take for itself; it needs a few MiB, and reads kernel and
+/// initramfs.
 const BESIDE_GUEST: Bytes = Bytes::from_mib(128);
 /// The longest from the process' start to its first answer.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(10);
@@ -35,7 +37,8 @@ const NOT_STARTED: &str = "Not started";
 
 /// Machines as Firecracker processes, under KVM.
 ///
-/// A guest's reboot ends its machine ([`ExitReason::GuestShutdown`](crate::ExitReason::GuestShutdown)): Firecracker starts none anew.
+/// A guest's reboot ends its machine
+/// ([`ExitReason::GuestShutdown`](crate::ExitReason::GuestShutdown)): Firecracker starts none anew.
 #[derive(Debug, Clone)]
 pub struct FirecrackerDriver {
     /// `None`: it is not installed.
@@ -45,11 +48,13 @@ pub struct FirecrackerDriver {
 }
 
 impl FirecrackerDriver {
-    /// Looks for Firecracker and its jailer on this host. Runs it once, for its version; blocks for that long. The folder `jails`, made when the
-    /// first machine is launched, is on the file system of the machines' disks.
+    /// Looks for Firecracker and its jailer on this host. Runs it once, for its version; blocks for
+    /// that long. The folder `jails`, made when the first machine is launched, is on the file
+    /// system of the machines' disks.
     ///
     /// # Errors
-    /// [`Error::NoFirecracker`]; [`Error::Unusable`] when it is too old, cannot be jailed or does not run.
+    /// [`Error::NoFirecracker`]; [`Error::Unusable`] when it is too old, cannot be jailed or does
+    /// not run.
     pub fn find(jails: &Path) -> Result<FirecrackerDriver> {
         let firecracker = Firecracker::find()?;
         Ok(FirecrackerDriver {
@@ -59,7 +64,8 @@ impl FirecrackerDriver {
         })
     }
 
-    /// The driver of machines that were launched before Firecracker was removed from this host: it launches none.
+    /// The driver of machines that were launched before Firecracker was removed from this host: it
+    /// launches none.
     pub fn without_program(jails: &Path) -> FirecrackerDriver {
         FirecrackerDriver {
             jails: Jails::new(jails, PROGRAM.into()),
@@ -103,7 +109,8 @@ impl FirecrackerDriver {
         let messages = Messages::open(&jail.path(jail::MESSAGES))?;
         let console_end = Messages::create(&dir.console_pipe())?;
         let console = open_console(dir)?;
-        // It is not fenced in as QEMU is: who is may not make the mounts that are a jail, and in a jail there is nothing else.
+        // It is not fenced in as QEMU is: who is may not make the mounts that are a jail, and in a
+        // jail there is nothing else.
         let confined = self.confinement.prepare(spec, dir, None, BESIDE_GUEST)?;
         let mut child = firecracker
             .spawn(spec.id.as_str(), &self.jails, account, confined, console_end, theirs)
@@ -184,7 +191,8 @@ impl Vmm for FirecrackerDriver {
             self.clear(id, &dir);
             return Ok(None);
         };
-        // Somebody has removed the jail of a process that runs in it: it cannot be reached any more.
+        // Somebody has removed the jail of a process that runs in it: it cannot be reached any
+        // more.
         let jail = self.jails.of(id)?.ok_or_else(|| hung(id))?;
         let messages = Messages::open(&jail.path(jail::MESSAGES))?;
         let held = Held::again(process, record, &dir, lock, messages);
@@ -212,7 +220,8 @@ impl Vmm for FirecrackerDriver {
 
     async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
         let dir = RunDir::at(run_dir);
-        // Made where it is missing, for its process may live all the same: and nobody launches it meanwhile.
+        // Made where it is missing, for its process may live all the same: and nobody launches it
+        // meanwhile.
         let _lock = dir.create_locked(id)?;
         let process = running(id, &dir, &marks(id.as_str()))?;
         if let Some(process) = &process {

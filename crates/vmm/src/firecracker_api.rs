@@ -1,7 +1,7 @@
 //! Firecracker's API socket: HTTP, a connection for each request, every one with a deadline.
 //!
-//! What is asked, and in which order, is here in one place; `tests/data/firecracker-*.json` holds the same requests with the answers
-//! of a real Firecracker, and a test compares them.
+//! What is asked, and in which order, is here in one place; `tests/data/firecracker-*.json` holds
+//! the same requests with the answers of a real Firecracker, and a test compares them.
 
 use crate::jail;
 use crate::machine::{DiskLimits, MachineSpec};
@@ -17,11 +17,13 @@ use tokio::time::timeout;
 
 /// The longest that Firecracker may take to answer; it reads the kernel in `InstanceStart`.
 pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
-/// The most that an answer may hold, in bytes: the process is not trusted, for a guest may have broken into it.
+/// The most that an answer may hold, in bytes: the process is not trusted, for a guest may have
+/// broken into it.
 const ANSWER_LIMIT: usize = 256 << 10;
 /// The drive that holds the root disk.
 const ROOT_DRIVE: &str = "root";
-/// The guest's address on its vsock: the first that is free for guests (vsock(7)). Each machine has a vsock of its own.
+/// The guest's address on its vsock: the first that is free for guests (vsock(7)). Each machine has
+/// a vsock of its own.
 const GUEST_CID: u32 = 3;
 
 /// Why a request failed.
@@ -58,8 +60,8 @@ impl Api {
             boot["initrd_path"] = jail::INITRD.into();
         }
         self.put("/boot-source", boot).await?;
-        // Writeback: a guest's flush reaches the disk. Its default would swallow it. The synchronous engine is the one that every
-        // version supports for production.
+        // Writeback: a guest's flush reaches the disk. Its default would swallow it. The
+        // synchronous engine is the one that every version supports for production.
         let mut root = json!({
             "drive_id": ROOT_DRIVE, "path_on_host": jail::ROOT, "is_root_device": false, "is_read_only": false,
             "cache_type": "Writeback", "io_engine": "Sync",
@@ -179,7 +181,8 @@ impl Api {
     }
 }
 
-/// A bucket of each kind, refilled once a second. An empty one is Firecracker's word for no limit; one that is left out would stay as it is.
+/// A bucket of each kind, refilled once a second. An empty one is Firecracker's word for no limit;
+/// one that is left out would stay as it is.
 fn rate_limiter(limits: DiskLimits) -> Value {
     let bucket = |size: Option<u64>| match size {
         Some(size) => json!({ "size": size, "refill_time": 1000 }),
@@ -190,7 +193,8 @@ fn rate_limiter(limits: DiskLimits) -> Value {
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// The guest's restart is the only end that Firecracker notices, and it notices it by the keyboard controller (`reboot=k`).
+/// The guest's restart is the only end that Firecracker notices, and it notices it by the keyboard
+/// controller (`reboot=k`).
 fn cmdline(line: &str) -> String {
     format!("{line} reboot=k")
 }

@@ -17,7 +17,8 @@ use std::process::{Child, Command, Stdio};
 /// The programs, as they are installed from a release.
 pub(crate) const PROGRAM: &str = "firecracker";
 const JAILER: &str = "jailer";
-/// The oldest that tells guests of their devices by ACPI: Debian's kernel takes them from nowhere else.
+/// The oldest that tells guests of their devices by ACPI: Debian's kernel takes them from nowhere
+/// else.
 const OLDEST: (u32, u32) = (1, 8);
 /// The first that boots a bzImage.
 const BOOTS_BZIMAGE: (u32, u32) = (1, 17);
@@ -105,8 +106,9 @@ impl Firecracker {
         })
     }
 
-    /// Starts a machine's process by way of the jailer, which it becomes Firecracker from: the pid stays. It has no environment, and no open file but
-    /// `console` (stdout) and `messages` (stderr). It is not waited for, and lives on when this process ends.
+    /// Starts a machine's process by way of the jailer, which it becomes Firecracker from: the pid
+    /// stays. It has no environment, and no open file but `console` (stdout) and `messages`
+    /// (stderr). It is not waited for, and lives on when this process ends.
     pub(crate) fn spawn(
         &self,
         id: &str,
@@ -134,13 +136,15 @@ impl Firecracker {
             .stdin(Stdio::null())
             .stdout(console)
             .stderr(messages);
-        // SAFETY: between fork and exec only system calls are made: nothing is allocated and no lock is taken.
+        // SAFETY: between fork and exec only system calls are made: nothing is allocated and no
+        // lock is taken.
         unsafe { command.pre_exec(move || confined.enter()) };
         command.spawn()
     }
 }
 
-/// The arguments by which a machine's process is told from every other: the jailer has them, and hands them on.
+/// The arguments by which a machine's process is told from every other: the jailer has them, and
+/// hands them on.
 pub(crate) fn marks(id: &str) -> [String; 4] {
     ["--id", id, "--api-sock", jail::API].map(str::to_owned)
 }

@@ -1,7 +1,9 @@
-//! A machine that is one Firecracker process: the handle, and the attendant that notes how it ends and cleans up after it.
+//! A machine that is one Firecracker process: the handle, and the attendant that notes how it ends
+//! and cleans up after it.
 //!
-//! Firecracker says nothing unasked: pauses are announced by who asked for them, and a disk request that the host refuses is an
-//! error that the guest gets. There is no [`MachineState::Stalled`] here.
+//! Firecracker says nothing unasked: pauses are announced by who asked for them, and a disk request
+//! that the host refuses is an error that the guest gets. There is no [`MachineState::Stalled`]
+//! here.
 
 use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
 use crate::jail::{self, Jail};
@@ -29,7 +31,8 @@ use tokio::time::{sleep, timeout};
 /// What Firecracker logs when its guest has restarted: the one end that is not a fault.
 const GONE_WELL: &str = "exit_code=0";
 
-/// The port on which a guest's agent listens: the first that an ordinary program may take (vsock(7)).
+/// The port on which a guest's agent listens: the first that an ordinary program may take
+/// (vsock(7)).
 const AGENT_PORT: u32 = 1024;
 
 /// The handle. Dropping it lets go of the machine: another may adopt it.

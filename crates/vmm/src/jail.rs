@@ -1,4 +1,5 @@
-//! The folder that Firecracker's jailer locks a machine's process into: what lies in it, and how it goes.
+//! The folder that Firecracker's jailer locks a machine's process into: what lies in it, and how it
+//! goes.
 //!
 //! ```text
 //! BASE/firecracker/vm-0123456789ab/root     the process' `/`, its own
@@ -10,8 +11,9 @@
 //!     firecracker dev/                      made by the jailer
 //! ```
 //!
-//! The layout below BASE is the jailer's (docs/jailer.md of Firecracker). Links cost no memory and no time, which is why BASE lies on the disks' file system.
-//! The process may put whatever it likes under any name in its folder: nothing in there is opened through a symbolic link.
+//! The layout below BASE is the jailer's (docs/jailer.md of Firecracker). Links cost no memory and
+//! no time, which is why BASE lies on the disks' file system. The process may put whatever it likes
+//! under any name in its folder: nothing in there is opened through a symbolic link.
 
 use crate::machine::{MachineId, MachineSpec, RunAs};
 use crate::{Error, Result};
@@ -45,7 +47,8 @@ pub(crate) struct Jails {
 #[derive(Debug, Clone)]
 pub(crate) struct Jail(PathBuf);
 
-/// Removes the jails below `base` of machines that are not among `running`: what a host's crash leaves.
+/// Removes the jails below `base` of machines that are not among `running`: what a host's crash
+/// leaves.
 ///
 /// # Errors
 /// [`Error::Io`] when they cannot be listed. One that cannot be removed is logged.
@@ -115,7 +118,8 @@ impl Jails {
         }
     }
 
-    /// Makes the machine's, with its files in it, which belong to `account` from then on. What an earlier one of its name left gives way.
+    /// Makes the machine's, with its files in it, which belong to `account` from then on. What an
+    /// earlier one of its name left gives way.
     ///
     /// # Errors
     /// [`Error::Io`]; what was made by then is for [`Jails::remove`].
@@ -169,7 +173,8 @@ impl Jail {
         self.root().join(name.trim_start_matches('/'))
     }
 
-    /// Removes it, and whatever the process has made in it; a link is not followed. What cannot be removed is logged: a later start tries again.
+    /// Removes it, and whatever the process has made in it; a link is not followed. What cannot be
+    /// removed is logged: a later start tries again.
     pub(crate) fn remove(&self) {
         match fs::remove_dir_all(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -180,7 +185,8 @@ impl Jail {
     }
 }
 
-/// Connects to a socket in a jail: to that file, not to what a link in its place may point to, and however long its path is.
+/// Connects to a socket in a jail: to that file, not to what a link in its place may point to, and
+/// however long its path is.
 pub(crate) async fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     if FileType::from_raw_mode(fstat(&socket)?.st_mode) != FileType::Socket {
@@ -193,7 +199,8 @@ fn link(file: &Path, at: &Path) -> Result<()> {
     fs::hard_link(file, at).map_err(Error::io("link to its jail", file))
 }
 
-/// Lets the process read a file that stays the host's: a link where others may read it, else a copy.
+/// Lets the process read a file that stays the host's: a link where others may read it, else a
+/// copy.
 fn lend(file: &Path, at: &Path, account: RunAs) -> Result<()> {
     let meta = file.metadata().map_err(Error::io("look at", file))?;
     let for_all = meta.mode() & 0o004 != 0 && meta.uid() != account.uid;

@@ -1,8 +1,9 @@
 //! Starting, pausing, growing and stopping a machine.
 //!
-//! One trait pair, [`Vmm`] and [`Machine`], says what a hypervisor has to do for Scalebox and in which order it is asked;
-//! drivers stand under it. The crate knows nothing of templates, addresses or HTTP: a [`MachineSpec`] names a disk, a tap and
-//! a kernel that exist already, and what comes back is a running machine that outlives the process that launched it.
+//! One trait pair, [`Vmm`] and [`Machine`], says what a hypervisor has to do for Scalebox and in
+//! which order it is asked; drivers stand under it. The crate knows nothing of templates, addresses
+//! or HTTP: a [`MachineSpec`] names a disk, a tap and a kernel that exist already, and what comes
+//! back is a running machine that outlives the process that launched it.
 //!
 //! # Layout
 //!

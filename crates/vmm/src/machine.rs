@@ -14,14 +14,15 @@
 //!                       Ended(reason)      final: a new launch makes a new Machine
 //! ```
 //!
-//! A machine belongs to the host, not to the process that launched it: that process may die or be replaced at any moment, and
-//! the next one calls [`Vmm::adopt`]. A handle ([`Machine`]) is how one process holds a machine; there is one at a time. Dropping
-//! the last reference to it lets go of the machine, which runs on (its console is then not recorded).
+//! A machine belongs to the host, not to the process that launched it: that process may die or be
+//! replaced at any moment, and the next one calls [`Vmm::adopt`]. A handle ([`Machine`]) is how one
+//! process holds a machine; there is one at a time. Dropping the last reference to it lets go of
+//! the machine, which runs on (its console is then not recorded).
 //!
-//! [`Vmm::put_down`] stands outside the picture: it leads from any state, and from a launch that was interrupted, to
-//! *(nothing)*. It takes no handle and asks the hypervisor nothing, so that it is the way out where [`Vmm::adopt`] fails with
-//! [`Error::Hung`]. Of a machine that somebody holds it keeps its hands off: that one is the holder's to
-//! [`kill`](Machine::kill).
+//! [`Vmm::put_down`] stands outside the picture: it leads from any state, and from a launch that
+//! was interrupted, to *(nothing)*. It takes no handle and asks the hypervisor nothing, so that it
+//! is the way out where [`Vmm::adopt`] fails with [`Error::Hung`]. Of a machine that somebody holds
+//! it keeps its hands off: that one is the holder's to [`kill`](Machine::kill).
 
 use crate::{Error, Result};
 use async_trait::async_trait;
@@ -44,65 +45,77 @@ pub trait Vmm: Send + Sync {
     /// The most processors that it gives to one machine.
     fn max_vcpus(&self) -> u32;
 
-    /// Whether it can launch machines. One whose program is missing adopts and ends those that were launched before.
+    /// Whether it can launch machines. One whose program is missing adopts and ends those that were
+    /// launched before.
     fn can_launch(&self) -> bool;
 
     /// Starts a machine; its guest is running when this returns (not: has booted).
     ///
-    /// Before: the disk, seed drive, tap, kernel and initramfs exist. `run_dir` may be missing; its parent exists. After
-    /// success: the machine is [`MachineState::Running`] and no longer depends on this process. After an error: no process
-    /// and no file of it is left; the disk and tap are as they were.
+    /// Before: the disk, seed drive, tap, kernel and initramfs exist. `run_dir` may be missing; its
+    /// parent exists. After success: the machine is [`MachineState::Running`] and no longer depends
+    /// on this process. After an error: no process and no file of it is left; the disk and tap are
+    /// as they were.
     ///
     /// Cancellation: dropping the future undoes the launch in the background, as an error would.
     ///
     /// # Errors
-    /// [`Error::Running`] when the machine runs already or another process holds it; [`Error::Spec`] for a field that cannot
-    /// be right; [`Error::Launch`] with everything that the hypervisor said.
+    /// [`Error::Running`] when the machine runs already or another process holds it;
+    /// [`Error::Spec`] for a field that cannot be right; [`Error::Launch`] with everything that the
+    /// hypervisor said.
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
     /// Takes over a machine that an earlier process launched.
     ///
-    /// `Some`: it is there, in any state; also [`MachineState::Ended`] when the guest powered itself off while nobody looked,
-    /// in which case the reason is known. `None`: it is gone, how is not known ([`ExitReason::Unknown`]), and its leftovers
-    /// are removed. A launch that was interrupted half-way is undone, which gives `None` too.
+    /// `Some`: it is there, in any state; also [`MachineState::Ended`] when the guest powered
+    /// itself off while nobody looked, in which case the reason is known. `None`: it is gone, how
+    /// is not known ([`ExitReason::Unknown`]), and its leftovers are removed. A launch that was
+    /// interrupted half-way is undone, which gives `None` too.
     ///
     /// Cancellation: nothing is lost; call it again.
     ///
     /// # Errors
-    /// [`Error::Running`] when a process (this one included) still holds the machine; [`Error::Hung`] when the hypervisor is
-    /// alive but does not answer: it is left as it is, held by nobody, to be adopted later or [`put_down`](Vmm::put_down).
-    /// [`Error::Unkillable`] as there, where an interrupted launch cannot be undone.
+    /// [`Error::Running`] when a process (this one included) still holds the machine;
+    /// [`Error::Hung`] when the hypervisor is alive but does not answer: it is left as it is, held
+    /// by nobody, to be adopted later or [`put_down`](Vmm::put_down). [`Error::Unkillable`] as
+    /// there, where an interrupted launch cannot be undone.
     async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>>;
 
-    /// Ends whatever an earlier process left of a machine that nobody holds, without asking the hypervisor anything: one that
-    /// hangs or is stopped (SIGSTOP) goes like any other, and so does a launch that was interrupted half-way. As pulling the
-    /// plug: what the guest has not flushed is lost.
+    /// Ends whatever an earlier process left of a machine that nobody holds, without asking the
+    /// hypervisor anything: one that hangs or is stopped (SIGSTOP) goes like any other, and so does
+    /// a launch that was interrupted half-way. As pulling the plug: what the guest has not flushed
+    /// is lost.
     ///
-    /// It demands the same proof as [`adopt`](Vmm::adopt) that a process is the machine's (where there is a record: pid, start
-    /// time, boot and arguments), and kills through a pidfd; whoever else has the pid by now is safe.
+    /// It demands the same proof as [`adopt`](Vmm::adopt) that a process is the machine's (where
+    /// there is a record: pid, start time, boot and arguments), and kills through a pidfd; whoever
+    /// else has the pid by now is safe.
     ///
-    /// Before: `run_dir` may be missing; its parent exists. After success: no process and no file of the machine is left. `true`:
-    /// there was a process. `false`: there was none.
+    /// Before: `run_dir` may be missing; its parent exists. After success: no process and no file
+    /// of the machine is left. `true`: there was a process. `false`: there was none.
     ///
     /// Cancellation: a kill that was sent is not taken back, the files may remain; call it again.
     ///
     /// # Errors
-    /// [`Error::Running`] when a process (this one included) holds the machine; [`Error::Unkillable`] when its process does not
-    /// end within 10 s of being killed: its files stay, for the next attempt.
+    /// [`Error::Running`] when a process (this one included) holds the machine;
+    /// [`Error::Unkillable`] when its process does not end within 10 s of being killed: its files
+    /// stay, for the next attempt.
     async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool>;
 }
 
-/// A machine that was launched or adopted. Every method may be called at any time, by several callers at once.
+/// A machine that was launched or adopted. Every method may be called at any time, by several
+/// callers at once.
 ///
-/// Each command has a deadline: a hypervisor that hangs gives [`Error::Hung`], and [`kill`](Machine::kill) works all the same. On
-/// a machine that has ended, commands give [`Error::Ended`], except [`stop`](Machine::stop), [`kill`](Machine::kill) and
-/// [`exited`](Machine::exited), which give the reason. A dropped future may or may not have had its effect, unless said otherwise.
+/// Each command has a deadline: a hypervisor that hangs gives [`Error::Hung`], and
+/// [`kill`](Machine::kill) works all the same. On a machine that has ended, commands give
+/// [`Error::Ended`], except [`stop`](Machine::stop), [`kill`](Machine::kill) and
+/// [`exited`](Machine::exited), which give the reason. A dropped future may or may not have had its
+/// effect, unless said otherwise.
 #[async_trait]
 pub trait Machine: Send + Sync {
     /// The machine's id.
     fn id(&self) -> &MachineId;
 
-    /// The hypervisor's process. For eyes and for cgroups: by the time it is used, the process may have ended.
+    /// The hypervisor's process. For eyes and for cgroups: by the time it is used, the process may
+    /// have ended.
     fn pid(&self) -> i32;
 
     /// What the machine is doing now, asked of the hypervisor.
@@ -111,46 +124,54 @@ pub trait Machine: Send + Sync {
     /// Stops the guest's processors; its memory and disk stay. On a paused machine: nothing.
     async fn pause(&self) -> Result<()>;
 
-    /// Lets a paused or stalled guest go on; a stalled one repeats the disk request that the host refused, and stalls again if
-    /// that is refused again. On a running machine: nothing.
+    /// Lets a paused or stalled guest go on; a stalled one repeats the disk request that the host
+    /// refused, and stalls again if that is refused again. On a running machine: nothing.
     async fn resume(&self) -> Result<()>;
 
-    /// Makes the root disk `size` large, seen by the running guest at once (its file system is the guest's to grow). Calls are
-    /// put in order; a disk never gets smaller.
+    /// Makes the root disk `size` large, seen by the running guest at once (its file system is the
+    /// guest's to grow). Calls are put in order; a disk never gets smaller.
     ///
     /// # Errors
-    /// [`Error::Spec`] when `size` is below the disk's size, or below the largest size asked for before, or not in sectors of 512 bytes.
+    /// [`Error::Spec`] when `size` is below the disk's size, or below the largest size asked for
+    /// before, or not in sectors of 512 bytes.
     async fn resize_root(&self, size: Bytes) -> Result<()>;
 
-    /// Whether the guest can give back blocks of its root disk that it does not use: its discards reach the disk's file.
+    /// Whether the guest can give back blocks of its root disk that it does not use: its discards
+    /// reach the disk's file.
     fn takes_discards(&self) -> bool;
 
-    /// Limits what the guest may ask of its root disk from now on; no limit where there is none in `limits`. What is beyond waits.
+    /// Limits what the guest may ask of its root disk from now on; no limit where there is none in
+    /// `limits`. What is beyond waits.
     async fn limit_disk(&self, limits: DiskLimits) -> Result<()>;
 
-    /// Asks the guest to shut down, again and again until `grace` has passed, then kills it. A paused guest is resumed for it.
-    /// Returns how the machine ended: [`ExitReason::GuestShutdown`] when it obeyed, [`ExitReason::Killed`] when it had to be
-    /// killed, something else when it ended by itself in between.
+    /// Asks the guest to shut down, again and again until `grace` has passed, then kills it. A
+    /// paused guest is resumed for it. Returns how the machine ended: [`ExitReason::GuestShutdown`]
+    /// when it obeyed, [`ExitReason::Killed`] when it had to be killed, something else when it
+    /// ended by itself in between.
     ///
-    /// Cancellation: a shutdown that was asked for is not taken back; the kill is no longer going to happen.
+    /// Cancellation: a shutdown that was asked for is not taken back; the kill is no longer going
+    /// to happen.
     async fn stop(&self, grace: Duration) -> Result<ExitReason>;
 
-    /// Ends the machine now, as pulling the plug does: what the guest has not flushed is lost. Returns how it ended. Works
-    /// whatever the hypervisor is doing.
+    /// Ends the machine now, as pulling the plug does: what the guest has not flushed is lost.
+    /// Returns how it ended. Works whatever the hypervisor is doing.
     async fn kill(&self) -> Result<ExitReason>;
 
-    /// Waits for the machine's end. May be awaited many times, also after the end. By then its files in `run_dir` are gone and
-    /// the console's last words are in the log.
+    /// Waits for the machine's end. May be awaited many times, also after the end. By then its
+    /// files in `run_dir` are gone and the console's last words are in the log.
     async fn exited(&self) -> ExitReason;
 
-    /// What happens to the machine from now on. A receiver that falls behind loses the oldest: ask [`state`](Machine::state).
+    /// What happens to the machine from now on. A receiver that falls behind loses the oldest: ask
+    /// [`state`](Machine::state).
     fn events(&self) -> broadcast::Receiver<MachineEvent>;
 
-    /// A new connection to the guest agent, whose protocol is spoken from its first byte on. Under some hypervisors there is one client at a
-    /// time: whoever connects second waits for its first answer until the first has left.
+    /// A new connection to the guest agent, whose protocol is spoken from its first byte on. Under
+    /// some hypervisors there is one client at a time: whoever connects second waits for its first
+    /// answer until the first has left.
     ///
     /// # Errors
-    /// [`Error::Agent`] when nobody can be reached; a guest that boots or has no agent may show by its silence only.
+    /// [`Error::Agent`] when nobody can be reached; a guest that boots or has no agent may show by
+    /// its silence only.
     async fn agent(&self) -> Result<UnixStream>;
 }
 
@@ -177,18 +198,22 @@ pub struct MachineSpec {
     pub seed: PathBuf,
     /// The network interface.
     pub nic: Nic,
-    /// Sockets and the record by which the machine is found again. Made when missing, mode 0700, belonging to the machine alone.
-    /// Short: a socket's path has at most 107 bytes, of which this crate needs [`SOCKET_NAME_MAX`].
+    /// Sockets and the record by which the machine is found again. Made when missing, mode 0700,
+    /// belonging to the machine alone. Short: a socket's path has at most 107 bytes, of which this
+    /// crate needs [`SOCKET_NAME_MAX`].
     pub run_dir: PathBuf,
-    /// Where the console is recorded, with one older part next to it (`….1`); see [`CONSOLE_LIMIT`](crate::CONSOLE_LIMIT).
+    /// Where the console is recorded, with one older part next to it (`….1`); see
+    /// [`CONSOLE_LIMIT`](crate::CONSOLE_LIMIT).
     pub console_log: PathBuf,
-    /// The account that the hypervisor runs as, once it has opened its files. `None`: the account of this process.
+    /// The account that the hypervisor runs as, once it has opened its files. `None`: the account
+    /// of this process.
     pub run_as: Option<RunAs>,
 }
 
 /// The least memory a machine gets, in MiB.
 pub const MIN_MEMORY_MIB: u64 = 32;
-/// The longest kernel command line, in bytes: `COMMAND_LINE_SIZE` of the x86 kernel, less its final zero.
+/// The longest kernel command line, in bytes: `COMMAND_LINE_SIZE` of the x86 kernel, less its final
+/// zero.
 pub const MAX_CMDLINE: usize = 2047;
 /// The longest path of a Unix socket, in bytes: `sun_path` less its final zero (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
@@ -270,7 +295,8 @@ pub struct Nic {
     pub mac: String,
 }
 
-/// How much a guest may ask of a disk, reading and writing together. A second's worth may come at once.
+/// How much a guest may ask of a disk, reading and writing together. A second's worth may come at
+/// once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskLimits {
     /// Requests a second; at least 1.
@@ -288,7 +314,8 @@ pub struct RunAs {
     pub gid: u32,
 }
 
-/// A machine's id: `vm-` and 12 hex digits in lower case, so that it may stand in a path, an argument and a process' title.
+/// A machine's id: `vm-` and 12 hex digits in lower case, so that it may stand in a path, an
+/// argument and a process' title.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MachineId(String);
@@ -339,8 +366,8 @@ pub enum MachineState {
     Running,
     /// The guest stands still because it was asked to.
     Paused,
-    /// The guest stands still because the host refused a disk request (most often: no space). It does not know; resuming
-    /// repeats the request.
+    /// The guest stands still because the host refused a disk request (most often: no space). It
+    /// does not know; resuming repeats the request.
     Stalled,
     /// The machine is gone.
     Ended(ExitReason),
@@ -349,8 +376,8 @@ pub enum MachineState {
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitReason {
-    /// The guest powered itself off: its file systems are clean. Also when it rebooted, under a hypervisor that cannot restart a
-    /// guest in place.
+    /// The guest powered itself off: its file systems are clean. Also when it rebooted, under a
+    /// hypervisor that cannot restart a guest in place.
     GuestShutdown,
     /// Killed on request, or told to end by a signal or command from outside.
     Killed,
@@ -382,9 +409,11 @@ pub enum MachineEvent {
     Stopped,
     /// They run again.
     Resumed,
-    /// The guest restarted itself. The machine goes on; a guest that does this every few seconds is stuck in a loop.
+    /// The guest restarted itself. The machine goes on; a guest that does this every few seconds is
+    /// stuck in a loop.
     GuestReboot,
-    /// A program in the guest listens at the agent's port: its system is up. Some hypervisors do not tell.
+    /// A program in the guest listens at the agent's port: its system is up. Some hypervisors do
+    /// not tell.
     AgentUp,
     /// The guest powered itself off; [`MachineEvent::Ended`] follows.
     GuestShutdown,

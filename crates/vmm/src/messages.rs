@@ -1,8 +1,9 @@
 //! What a hypervisor says on stderr, bounded, also when nobody listens.
 //!
-//! A file would grow as a guest pleases (some of QEMU's warnings can be provoked from inside), and a pipe to this process
-//! would break with it. So it is a named pipe that the hypervisor itself holds open at both ends, without blocking: it never breaks,
-//! holds 64 KiB at most (pipe(7)), drops what does not fit, and whoever adopts the machine can open it again.
+//! A file would grow as a guest pleases (some of QEMU's warnings can be provoked from inside), and
+//! a pipe to this process would break with it. So it is a named pipe that the hypervisor itself
+//! holds open at both ends, without blocking: it never breaks, holds 64 KiB at most (pipe(7)),
+//! drops what does not fit, and whoever adopts the machine can open it again.
 
 use crate::{Error, Result};
 use rustix::fs::{CWD, Mode, OFlags, mkfifoat, open};
@@ -35,7 +36,8 @@ impl Messages {
 
     /// Opens this process' end.
     pub(crate) fn open(path: &Path) -> Result<Messages> {
-        // For writing too, or the first launch would see the end of file before the hypervisor's first word.
+        // For writing too, or the first launch would see the end of file before the hypervisor's
+        // first word.
         let pipe = pipe::Receiver::from_file(made(path)?).map_err(Error::io("open", path))?;
         Ok(Messages {
             pipe,

@@ -1,8 +1,9 @@
 //! A process by pidfd and start time, never by pid alone.
 //!
-//! A pid is reused; a pidfd is not (pidfd_open(2)). To get from a recorded pid to a pidfd of the same process, the pidfd is
-//! opened first, then the start time and arguments of whoever has the pid are compared with the record, then the pidfd is asked
-//! whether its process still lives. If it does, it had the pid all along, and the comparison was about it.
+//! A pid is reused; a pidfd is not (pidfd_open(2)). To get from a recorded pid to a pidfd of the
+//! same process, the pidfd is opened first, then the start time and arguments of whoever has the
+//! pid are compared with the record, then the pidfd is asked whether its process still lives. If it
+//! does, it had the pid all along, and the comparison was about it.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -89,7 +90,8 @@ impl Process {
 
     fn open(pid: Pid) -> io::Result<Process> {
         let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
-        // SAFETY: an `OwnedFd` names the same open file until it is dropped, and nothing takes it out of the `AsyncFd` before.
+        // SAFETY: an `OwnedFd` names the same open file until it is dropped, and nothing takes it
+        // out of the `AsyncFd` before.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
         Ok(Process { pid, pidfd })
     }
@@ -104,8 +106,8 @@ impl Process {
         found.ok_or_else(|| io::Error::other(format!("process {} shows no arguments", self.pid())))
     }
 
-    /// The identity, for the record, of a process that was started with `argv`. It is not asked for its arguments: right after
-    /// its start the kernel has none to show.
+    /// The identity, for the record, of a process that was started with `argv`. It is not asked for
+    /// its arguments: right after its start the kernel has none to show.
     pub(crate) fn identity(&self, argv: Vec<String>) -> io::Result<Identity> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
         let started = start_time(&stat).ok_or_else(|| io::Error::other(format!("no start time in {stat:?}")))?;
@@ -117,9 +119,10 @@ impl Process {
         })
     }
 
-    /// Bounds what the calling process may open, and keeps its memory, a guest's, out of core dumps. For a child between fork and
-    /// exec, where it is safe: two system calls. From outside it would race with the child's change of account, after which only
-    /// `CAP_SYS_RESOURCE` may set its limits.
+    /// Bounds what the calling process may open, and keeps its memory, a guest's, out of core
+    /// dumps. For a child between fork and exec, where it is safe: two system calls. From outside
+    /// it would race with the child's change of account, after which only `CAP_SYS_RESOURCE` may
+    /// set its limits.
     pub(crate) fn bound_self() -> rustix::io::Result<()> {
         for (resource, most) in [(Resource::Nofile, OPEN_FILES), (Resource::Core, 0)] {
             let both = Rlimit {
@@ -147,8 +150,8 @@ impl Process {
         }
     }
 
-    /// Takes the exit status of a child that has ended, in words. `None` where that is not for this process to know: after
-    /// an adoption the parent is another, or when it was taken before.
+    /// Takes the exit status of a child that has ended, in words. `None` where that is not for this
+    /// process to know: after an adoption the parent is another, or when it was taken before.
     pub(crate) fn reap(&self) -> Option<String> {
         let status = waitid(
             WaitId::PidFd(self.pidfd.as_fd()),
@@ -199,7 +202,8 @@ fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
-/// The second field is the process' name in parentheses and may hold anything, parentheses included: count from the last.
+/// The second field is the process' name in parentheses and may hold anything, parentheses
+/// included: count from the last.
 fn start_time(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     // The third field of the line is the first here; the start time is the 22nd.

@@ -1,6 +1,7 @@
 //! The QEMU `microvm` driver: launch and adopt.
 //!
-//! A machine is one QEMU process, controlled through the sockets in its [`RunDir`]; [`QemuMachine`] is how it is held.
+//! A machine is one QEMU process, controlled through the sockets in its [`RunDir`]; [`QemuMachine`]
+//! is how it is held.
 
 use crate::accel::Accel;
 use crate::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identity, root_file};
@@ -25,20 +26,23 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// The memory that QEMU may take for itself: program, libraries, buffers of requests under way. It needs about 60 MiB.
+/// The memory that QEMU may take for itself: program, libraries, buffers of requests under way. It
+/// needs about 60 MiB.
 const BESIDE_GUEST: Bytes = Bytes::from_mib(256);
 /// The longest from QEMU's start to its control socket: it reads the kernel and initramfs before.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(30);
 /// The longest that a running QEMU may keep its adopter waiting.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(10);
-/// The longest from SIGKILL to a process' end: it gives back its memory, and the kernel finishes its disk requests.
+/// The longest from SIGKILL to a process' end: it gives back its memory, and the kernel finishes
+/// its disk requests.
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Machines as QEMU `microvm` processes.
 ///
 /// A guest's reboot restarts the machine in place: same process, same disk, same network
-/// ([`MachineEvent::GuestReboot`](crate::MachineEvent::GuestReboot)). So does a kernel panic with `panic=N` on the command line;
-/// without, a panicked guest stands still, and is there to be looked at.
+/// ([`MachineEvent::GuestReboot`](crate::MachineEvent::GuestReboot)). So does a kernel panic with
+/// `panic=N` on the command line; without, a panicked guest stands still, and is there to be looked
+/// at.
 #[derive(Debug, Clone)]
 pub struct QemuDriver {
     /// `None`: it is not installed.
@@ -51,7 +55,8 @@ impl QemuDriver {
     /// Looks for QEMU on this host. Runs it once, for its version; blocks for that long.
     ///
     /// # Errors
-    /// [`Error::NotInstalled`] with the package to install; [`Error::Unusable`] when it is too old or does not run.
+    /// [`Error::NotInstalled`] with the package to install; [`Error::Unusable`] when it is too old
+    /// or does not run.
     pub fn find(accel: Accel) -> Result<QemuDriver> {
         Ok(QemuDriver {
             qemu: Some(Qemu::find()?),
@@ -60,7 +65,8 @@ impl QemuDriver {
         })
     }
 
-    /// The driver of machines that were launched before QEMU was removed from this host: it launches none.
+    /// The driver of machines that were launched before QEMU was removed from this host: it
+    /// launches none.
     pub fn without_program() -> QemuDriver {
         QemuDriver {
             qemu: None,
@@ -204,7 +210,8 @@ impl Vmm for QemuDriver {
 
     async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
         let dir = RunDir::at(run_dir);
-        // Made where it is missing, for its process may live all the same: and nobody launches it meanwhile.
+        // Made where it is missing, for its process may live all the same: and nobody launches it
+        // meanwhile.
         let _lock = dir.create_locked(id)?;
         let process = running(id, &dir, &identity(id, &dir)?)?;
         if let Some(process) = &process {
@@ -258,7 +265,8 @@ async fn undo(held: Held, why: &str) -> Error {
     failed(&held.id, format!("{why} ({status})"), &output)
 }
 
-/// Kills a process that is known to be the machine's and waits for its end. Returns its exit status, where that is ours to know.
+/// Kills a process that is known to be the machine's and waits for its end. Returns its exit
+/// status, where that is ours to know.
 pub(crate) async fn end(id: &MachineId, process: &Process) -> Result<Option<String>> {
     let (pid, after) = (process.pid(), END_DEADLINE);
     process.kill().map_err(Error::io("kill", format!("/proc/{pid}")))?;
@@ -334,7 +342,8 @@ pub(crate) fn running(id: &MachineId, dir: &RunDir, marks: &[String]) -> Result<
     recorded.map_err(Error::io("read", "/proc"))
 }
 
-/// The machine's process that an earlier holder left, with its record. One that it did not get to put on record is killed.
+/// The machine's process that an earlier holder left, with its record. One that it did not get to
+/// put on record is killed.
 pub(crate) async fn find(id: &MachineId, dir: &RunDir, marks: &[String]) -> Result<Option<(Process, Record)>> {
     let Some(process) = running(id, dir, marks)? else {
         return Ok(None);
@@ -344,7 +353,8 @@ pub(crate) async fn find(id: &MachineId, dir: &RunDir, marks: &[String]) -> Resu
         end(id, &process).await?;
         return Ok(None);
     };
-    // Another driver's machine is neither adopted nor ended by mistake: `VMM` was changed while it ran.
+    // Another driver's machine is neither adopted nor ended by mistake: `VMM` was changed while it
+    // ran.
     if !marks.iter().all(|mark| record.process.argv.contains(mark)) {
         return Err(Error::Foreign {
             id: id.clone(),
@@ -365,7 +375,8 @@ pub(crate) fn need_tap(spec: &MachineSpec) -> Result<()> {
     })
 }
 
-/// Direct, unless the file system cannot (some network and memory file systems). Any other fault is for QEMU to report.
+/// Direct, unless the file system cannot (some network and memory file systems). Any other fault is
+/// for QEMU to report.
 fn disk_io(file: &Path) -> DiskIo {
     match open(file, OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()) {
         Err(Errno::INVAL) => {

@@ -1,7 +1,8 @@
 //! A machine that is one QEMU process: the handle, and the attendant behind it.
 //!
-//! Per machine there are two tasks in this process: the *attendant*, which hears what QEMU says, notes how the machine ends and
-//! cleans up after it, and the console's drain. Both end with the machine, or when the handle is dropped.
+//! Per machine there are two tasks in this process: the *attendant*, which hears what QEMU says,
+//! notes how the machine ends and cleans up after it, and the console's drain. Both end with the
+//! machine, or when the handle is dropped.
 
 use crate::arguments::{ROOT_DEVICE, ROOT_NODE};
 use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
@@ -23,7 +24,8 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, timeout};
 
-/// Between two attempts to connect: a socket that is not there yet announces itself in no other way.
+/// Between two attempts to connect: a socket that is not there yet announces itself in no other
+/// way.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(5);
 /// The longest that a lost control connection is sought again, before the next attempt.
 const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -35,7 +37,8 @@ const QUIT_DEADLINE: Duration = Duration::from_secs(30);
 pub(crate) const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
 /// Events by which a slow receiver may lag behind.
 pub(crate) const EVENTS_KEPT: usize = 64;
-/// A disk's size is a multiple of this, in bytes: virtio counts in sectors (virtio 1.2, section 5.2.4).
+/// A disk's size is a multiple of this, in bytes: virtio counts in sectors (virtio 1.2, section
+/// 5.2.4).
 const SECTOR: u64 = 512;
 
 /// A process that is ours to control, not connected to yet.
@@ -144,8 +147,8 @@ struct Shared {
     qmp: Mutex<Qmp>,
     /// How the machine is about to end, as soon as that is known. The first to know is right.
     cause: Mutex<Option<ExitReason>>,
-    /// The largest size that the root disk was asked to have. Held while a request is under way: QEMU would carry out a smaller
-    /// one that arrives late, and cut off the disk's end.
+    /// The largest size that the root disk was asked to have. Held while a request is under way:
+    /// QEMU would carry out a smaller one that arrives late, and cut off the disk's end.
     asked: tokio::sync::Mutex<Bytes>,
     events: broadcast::Sender<MachineEvent>,
     ended: watch::Sender<Option<ExitReason>>,
@@ -403,7 +406,8 @@ impl Shared {
         })
     }
 
-    /// How the machine ended, if it has. A broken connection is often the first sign: the rest follows in an instant.
+    /// How the machine ended, if it has. A broken connection is often the first sign: the rest
+    /// follows in an instant.
     async fn ended_by_now(&self) -> Option<ExitReason> {
         let mut ended = self.ended.subscribe();
         if self.process.lives() {
@@ -446,7 +450,8 @@ impl Shared {
         });
     }
 
-    /// A stop that nobody asked for may be the hypervisor's own failure (KVM could not go on): that machine never resumes.
+    /// A stop that nobody asked for may be the hypervisor's own failure (KVM could not go on): that
+    /// machine never resumes.
     fn look_why_it_stopped(self: &Arc<Self>) {
         let shared = self.clone();
         tokio::spawn(async move {
@@ -497,7 +502,8 @@ impl Shared {
     }
 }
 
-/// The attendant: hears what QEMU says until the process has ended, then cleans up and announces the end.
+/// The attendant: hears what QEMU says until the process has ended, then cleans up and announces
+/// the end.
 async fn attend(shared: Arc<Shared>, mut events: Events, drain: JoinHandle<()>) {
     tokio::select! {
         () = shared.process.exited() => {}
@@ -555,7 +561,8 @@ pub(crate) async fn wait_for_end(ended: &watch::Sender<Option<ExitReason>>) -> E
         .unwrap_or(ExitReason::Unknown)
 }
 
-/// Refuses a size below the disk's, or below the largest asked for before, or not in sectors. Gives the size in bytes.
+/// Refuses a size below the disk's, or below the largest asked for before, or not in sectors. Gives
+/// the size in bytes.
 pub(crate) fn check_growth(id: &MachineId, root: &Path, asked: Bytes, size: Bytes) -> Result<i64> {
     let wrong = |why| Error::Spec {
         id: id.clone(),

@@ -1,11 +1,14 @@
 //! QEMU's control socket (the QEMU Machine Protocol), every command with a deadline.
 //!
-//! Commands go one at a time, and none is ever left half-way: crate `qapi` does not number them (it does not recognise the
-//! capability that it would take as the sign, `oob`), so an answer belongs to whoever waits. A caller who goes away leaves
-//! his command running; one that has no answer in time ends the connection, and the next one starts afresh. So does one that could not be
-//! sent: `qapi` goes on waiting for its answer, and takes the next command for a second one of the same number.
+//! Commands go one at a time, and none is ever left half-way: crate `qapi` does not number them (it
+//! does not recognise the capability that it would take as the sign, `oob`), so an answer belongs
+//! to whoever waits. A caller who goes away leaves his command running; one that has no answer in
+//! time ends the connection, and the next one starts afresh. So does one that could not be sent:
+//! `qapi` goes on waiting for its answer, and takes the next command for a second one of the same
+//! number.
 //!
-//! An answer comes in through the event stream: as long as commands are sent, somebody has to poll the [`Events`].
+//! An answer comes in through the event stream: as long as commands are sent, somebody has to poll
+//! the [`Events`].
 
 use futures::StreamExt;
 use qapi::ExecuteError;
@@ -19,8 +22,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 
-/// The longest that QEMU may take to answer a command. It answers in milliseconds; a host that emulates many guests on few
-/// cores, in seconds.
+/// The longest that QEMU may take to answer a command. It answers in milliseconds; a host that
+/// emulates many guests on few cores, in seconds.
 pub(crate) const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The longest that QEMU may take to greet. It is silent while another client is connected.
@@ -72,7 +75,8 @@ impl Qmp {
         Ok((qmp, Events { stream, given_up }))
     }
 
-    /// Sends one command and waits for its answer. If the future is dropped, the command is carried out all the same.
+    /// Sends one command and waits for its answer. If the future is dropped, the command is carried
+    /// out all the same.
     pub(crate) async fn execute<C>(&self, command: C) -> Result<C::Ok, QmpError>
     where
         C: QmpCommand + Send + 'static,
@@ -148,7 +152,8 @@ mod tests {
         let socket = folder.path().join("qmp");
         let server = tokio::spawn(greet(UnixListener::bind(&socket).unwrap()));
         let (qmp, mut events) = Qmp::connect(&socket).await.unwrap();
-        // Nobody polls the events, as when the machine's end was heard of otherwise: the commands find out by themselves.
+        // Nobody polls the events, as when the machine's end was heard of otherwise: the commands
+        // find out by themselves.
         drop(server.await.unwrap());
         for _ in 0..3 {
             let outcome = qmp.execute(query_status {}).await;

@@ -1,8 +1,8 @@
 //! The files of a running machine: who owns them, and how they go.
 //!
-//! One folder a machine, mode 0700: whoever can enter it controls the machine. It is locked (flock(2)) by the process that
-//! holds the machine, so that neither a second daemon nor a second handle can get between; the kernel lets go of the lock
-//! when the holder dies, however it dies.
+//! One folder a machine, mode 0700: whoever can enter it controls the machine. It is locked
+//! (flock(2)) by the process that holds the machine, so that neither a second daemon nor a second
+//! handle can get between; the kernel lets go of the lock when the holder dies, however it dies.
 
 use crate::cgroup;
 use crate::machine::MachineId;
@@ -26,8 +26,8 @@ pub(crate) struct RunDir(PathBuf);
 pub(crate) struct Lock(OwnedFd);
 
 impl Drop for Lock {
-    /// Closing would not do: a child that is just being spawned has a copy of the descriptor, and with it the lock, until it
-    /// executes its program.
+    /// Closing would not do: a child that is just being spawned has a copy of the descriptor, and
+    /// with it the lock, until it executes its program.
     fn drop(&mut self) {
         if let Err(error) = flock(&self.0, FlockOperation::Unlock) {
             tracing::warn!(%error, "run folder of a machine not unlocked");
@@ -144,8 +144,8 @@ impl RunDir {
         fs::rename(&part, self.record()).map_err(Error::io("rename", &part))
     }
 
-    /// The record, if a launch got as far as writing one. One that cannot be understood is as good as none; one of another
-    /// machine is an error, for its files are not ours to remove.
+    /// The record, if a launch got as far as writing one. One that cannot be understood is as good
+    /// as none; one of another machine is an error, for its files are not ours to remove.
     pub(crate) fn read(&self, id: &MachineId) -> Result<Option<Record>> {
         let text = match fs::read(self.record()) {
             Ok(text) => text,
@@ -169,13 +169,15 @@ impl RunDir {
         }
     }
 
-    /// Notes the control groups that are about to be made for the machine, so that they go with the folder.
+    /// Notes the control groups that are about to be made for the machine, so that they go with the
+    /// folder.
     pub(crate) fn note_groups(&self, folders: &[PathBuf]) -> Result<()> {
         let lines: Vec<_> = folders.iter().map(|folder| folder.to_string_lossy()).collect();
         fs::write(self.groups(), lines.join("\n")).map_err(Error::io("write", self.groups()))
     }
 
-    /// Whether the kernel has killed the machine's process for taking more memory than its control group may have.
+    /// Whether the kernel has killed the machine's process for taking more memory than its control
+    /// group may have.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
         cgroup::ran_out_of_memory(&self.noted_groups())
     }
@@ -185,8 +187,8 @@ impl RunDir {
         noted.lines().map(PathBuf::from).collect()
     }
 
-    /// Removes everything that a machine leaves, and the folder if nothing else is in it. What cannot be removed is logged:
-    /// the next launch tries again.
+    /// Removes everything that a machine leaves, and the folder if nothing else is in it. What
+    /// cannot be removed is logged: the next launch tries again.
     pub(crate) fn clear(&self) {
         self.clear_files();
         match fs::remove_dir(&self.0) {

@@ -1,8 +1,11 @@
-//! Which files a machine's process may reach: its own, those that any program of this host needs, and no others.
+//! Which files a machine's process may reach: its own, those that any program of this host needs,
+//! and no others.
 //!
-//! By Landlock (Documentation/userspace-api/landlock.rst of the kernel), which no account and no capability lifts: a guest that breaks into its
-//! hypervisor finds no other VM's disk and no file of the host's that it could read or fill, opens no TCP connection, and signals nobody. A kernel older than a
-//! part of it does without that part; one without Landlock (before 5.13, or turned off) does without all of it.
+//! By Landlock (Documentation/userspace-api/landlock.rst of the kernel), which no account and no
+//! capability lifts: a guest that breaks into its hypervisor finds no other VM's disk and no file
+//! of the host's that it could read or fill, opens no TCP connection, and signals nobody. A kernel
+//! older than a part of it does without that part; one without Landlock (before 5.13, or turned
+//! off) does without all of it.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -17,7 +20,8 @@ const LATEST: ABI = ABI::V6;
 
 /// What every program needs to be started: libraries, and the list of where they are.
 const SYSTEM: [&str; 5] = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.preload"];
-/// What is asked of the kernel about the host: how many processors there are, and whether memory may be promised twice.
+/// What is asked of the kernel about the host: how many processors there are, and whether memory
+/// may be promised twice.
 const ABOUT_THE_HOST: [&str; 2] = ["/sys/devices/system/cpu", "/proc/sys/vm"];
 /// What gives random bytes, or none.
 const SOURCES: [&str; 3] = ["/dev/urandom", "/dev/random", "/dev/zero"];
@@ -40,14 +44,16 @@ pub(crate) struct Needed {
 pub(crate) struct Sandbox(Option<RulesetCreated>);
 
 impl Sandbox {
-    /// Prepares it: opens what is allowed, so that it is these files and none that come to have their names.
+    /// Prepares it: opens what is allowed, so that it is these files and none that come to have
+    /// their names.
     pub(crate) fn new(needed: &Needed) -> io::Result<Sandbox> {
         ruleset(needed)
             .map(|ruleset| Sandbox(Some(ruleset)))
             .map_err(|error| io::Error::other(format!("its files cannot be fenced in: {error}")))
     }
 
-    /// For a child between fork and exec, as its last step: two system calls. Later calls do nothing.
+    /// For a child between fork and exec, as its last step: two system calls. Later calls do
+    /// nothing.
     pub(crate) fn enter(&mut self) -> io::Result<()> {
         match self.0.take() {
             Some(ruleset) => ruleset
@@ -108,7 +114,8 @@ fn allow(ruleset: RulesetCreated, path: &Path, access: BitFlags<AccessFs>) -> Re
     }
 }
 
-/// The folder that a program was installed to, with its libraries and its data: `/opt/qemu` of `/opt/qemu/bin/qemu-system-x86_64`.
+/// The folder that a program was installed to, with its libraries and its data: `/opt/qemu` of
+/// `/opt/qemu/bin/qemu-system-x86_64`.
 fn prefix(program: &Path) -> Option<PathBuf> {
     let folder = program.canonicalize().ok()?.parent()?.to_owned();
     match folder.file_name().is_some_and(|name| name == "bin" || name == "sbin") {

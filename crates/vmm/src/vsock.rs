@@ -1,4 +1,5 @@
-//! A guest's vsock as Firecracker shows it on the host: a Unix socket on which one asks for a port of the guest (docs/vsock.md of Firecracker).
+//! A guest's vsock as Firecracker shows it on the host: a Unix socket on which one asks for a port
+//! of the guest (docs/vsock.md of Firecracker).
 
 use crate::jail;
 use std::io;

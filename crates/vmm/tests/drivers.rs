@@ -1,5 +1,6 @@
-//! One suite for every driver: what the traits promise, whatever the hypervisor. It prints a table that tells of each test and
-//! driver: passed, or why it could not run here. Needs root, for taps and jails.
+//! One suite for every driver: what the traits promise, whatever the hypervisor. It prints a table
+//! that tells of each test and driver: passed, or why it could not run here. Needs root, for taps
+//! and jails.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,5 @@
-//! Real QEMU processes, emulated, with guests of a few dozen bytes (see `support/guest.rs`). Needs root, for taps and mounts.
+//! Real QEMU processes, emulated, with guests of a few dozen bytes (see `support/guest.rs`). Needs
+//! root, for taps and mounts.
 
 #![allow(
     clippy::unwrap_used,
@@ -75,7 +76,8 @@ async fn a_launched_machine_runs_until_its_guest_is_asked_to_shut_down() {
     assert!(!spec.run_dir.exists());
 }
 
-/// Has a QEMU that nobody holds open a file, as a guest that has broken into it could; what it answers.
+/// Has a QEMU that nobody holds open a file, as a guest that has broken into it could; what it
+/// answers.
 fn has_opened(spec: &MachineSpec, node: &str, file: &std::path::Path) -> String {
     let mut control = BufReader::new(UnixStream::connect(spec.run_dir.join("control.sock")).unwrap());
     let open = format!(
@@ -142,7 +144,8 @@ async fn a_machine_is_bound_in_memory_and_processors_and_its_groups_go_with_it()
             .find_map(|group| fs::read_to_string(group.join(file)).ok());
         found.map(|text| text.trim().to_owned())
     };
-    // The guest's 64 MiB, QEMU's 256 and the 256 of its cache of translated code; a processor and a quarter.
+    // The guest's 64 MiB, QEMU's 256 and the 256 of its cache of translated code; a processor and a
+    // quarter.
     let memory = read("memory.max").or_else(|| read("memory.limit_in_bytes")).unwrap();
     assert_eq!(memory, (576u64 << 20).to_string());
     let cpu = read("cpu.max").or_else(|| read("cpu.cfs_quota_us")).unwrap();

@@ -1,4 +1,5 @@
-//! A server on loopback that answers by a list, and a way to run `scalebox` against it in a home of its own.
+//! A server on loopback that answers by a list, and a way to run `scalebox` against it in a home of
+//! its own.
 
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -27,8 +28,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Answers each request by the first of `answers` whose line is the request's (an answer may stand there several times: the last
-    /// of them is given for ever), and everything else with a 404.
+    /// Answers each request by the first of `answers` whose line is the request's (an answer may
+    /// stand there several times: the last of them is given for ever), and everything else with a
+    /// 404.
     pub fn new(answers: Vec<(&str, u16, Value)>) -> Self {
         let mut answers: Vec<(String, u16, Value)> = answers
             .into_iter()

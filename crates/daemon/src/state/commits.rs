@@ -1,14 +1,16 @@
 //! The connection to the state file, and one durable commit for all changes that wait.
 //!
-//! A change is committed with `synchronous=FULL`: SQLite flushes its write-ahead log before the commit returns, so a
-//! change that succeeded survives a power cut (<https://www.sqlite.org/pragma.html#pragma_synchronous>). A flush costs a
-//! round trip to the device whatever it carries. Changes that arrive while a commit is under way therefore share the
+//! A change is committed with `synchronous=FULL`: SQLite flushes its write-ahead log before the
+//! commit returns, so a change that succeeded survives a power cut
+//! (<https://www.sqlite.org/pragma.html#pragma_synchronous>). A flush costs a round trip to the
+//! device whatever it carries. Changes that arrive while a commit is under way therefore share the
 //! next one, each in a savepoint of its own: a change that fails takes no other with it.
 //!
-//! A commit that failed is rolled back, but its frames may lie complete in the log, where a later start would take them
-//! for committed; and blocks that refused a write cannot be trusted with the next ([`renewal`](super::renewal)). So the
-//! frames are overwritten by an empty change, and the file is replaced by a fresh copy, before the client is answered.
-//! While that fails, every change is refused.
+//! A commit that failed is rolled back, but its frames may lie complete in the log, where a later
+//! start would take them for committed; and blocks that refused a write cannot be trusted with the
+//! next ([`renewal`](super::renewal)). So the frames are overwritten by an empty change, and the
+//! file is replaced by a fresh copy, before the client is answered. While that fails, every change
+//! is refused.
 
 use super::renewal;
 use super::reserve::Reserve;
@@ -23,7 +25,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 /// After so many commits the log is written to the state file, and begins anew.
 const COMMITS_PER_CHECKPOINT: u32 = 128;
 
-/// A change of the state: some statements, which return how many rows they changed. It may run twice.
+/// A change of the state: some statements, which return how many rows they changed. It may run
+/// twice.
 pub(super) type Change = Box<dyn Fn(&Connection) -> rusqlite::Result<usize> + Send>;
 
 /// Why a change was not made. Several changes share one.
@@ -72,11 +75,12 @@ impl Commits {
         }
     }
 
-    /// Makes a change durable and returns how many rows it changed. Blocks for about one flush of the log, two if a
-    /// commit is under way.
+    /// Makes a change durable and returns how many rows it changed. Blocks for about one flush of
+    /// the log, two if a commit is under way.
     ///
     /// # Errors
-    /// The failure of the change or of its commit. The change was not made then, now and after a restart.
+    /// The failure of the change or of its commit. The change was not made then, now and after a
+    /// restart.
     pub(super) fn commit(&self, change: Change) -> Result<usize, Failure> {
         let mut queue = self.lock_queue();
         let ticket = queue.next_ticket;
@@ -117,7 +121,8 @@ impl Commits {
     }
 
     fn lock_writer(&self) -> MutexGuard<'_, Writer> {
-        // SQLite rolls back the transaction of a statement that panicked, so the connection is whole.
+        // SQLite rolls back the transaction of a statement that panicked, so the connection is
+        // whole.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -243,7 +248,8 @@ impl Writer {
         }
     }
 
-    /// Writes the log to the state file. What fails here is in the log, and is written to a fresh file with the next change.
+    /// Writes the log to the state file. What fails here is in the log, and is written to a fresh
+    /// file with the next change.
     fn checkpoint_when_due(&mut self) {
         if self.commits_since_checkpoint < COMMITS_PER_CHECKPOINT || self.is_suspect {
             return;

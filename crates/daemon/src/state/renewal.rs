@@ -1,11 +1,12 @@
 //! Replacing the state file by a fresh copy of itself.
 //!
-//! When a disk refuses a write, the kernel may keep the page, call it clean, and lose it later; and ext4 may lose what is
-//! written to the same blocks afterwards, although it reports success. So a file that has seen a failed write is given
-//! up: its committed content is copied to a new file, which is flushed and takes its place, without a log.
+//! When a disk refuses a write, the kernel may keep the page, call it clean, and lose it later; and
+//! ext4 may lose what is written to the same blocks afterwards, although it reports success. So a
+//! file that has seen a failed write is given up: its committed content is copied to a new file,
+//! which is flushed and takes its place, without a log.
 //!
-//! The copy counts from the moment in which it has the name [`REPLACEMENT`]. A crash behind that is finished by
-//! [`finish`] at the next start.
+//! The copy counts from the moment in which it has the name [`REPLACEMENT`]. A crash behind that is
+//! finished by [`finish`] at the next start.
 
 use super::{StateError, connect, failed};
 use rusqlite::Connection;
@@ -18,10 +19,12 @@ const COPY: &str = "state.copy";
 /// A whole and flushed copy, which counts in place of the state file and its log.
 const REPLACEMENT: &str = "state.replacement";
 
-/// Copies what is committed in `connection`'s file to a new file that takes its place. The connection is of no use then.
+/// Copies what is committed in `connection`'s file to a new file that takes its place. The
+/// connection is of no use then.
 ///
 /// # Errors
-/// When the disk still refuses to be written. The old file is as it was, or [`finish`] has to be called.
+/// When the disk still refuses to be written. The old file is as it was, or [`finish`] has to be
+/// called.
 pub(super) fn renew(folder: &Path, connection: &Connection) -> Result<(), StateError> {
     let copy = folder.join(COPY);
     let in_folder = in_folder(folder);
@@ -60,7 +63,8 @@ pub(super) fn was_left_open(folder: &Path) -> bool {
     fs::metadata(folder.join("state.db-wal")).is_ok_and(|log| log.len() > 0)
 }
 
-/// Opens the state file, replaced by a fresh copy if an earlier program left it open: a write of it may have failed.
+/// Opens the state file, replaced by a fresh copy if an earlier program left it open: a write of it
+/// may have failed.
 pub(super) fn open(folder: &Path) -> Result<Connection, StateError> {
     finish(folder)?;
     let path = folder.join("state.db");

@@ -1,7 +1,7 @@
 //! Room kept for the moment in which the disk of `STATE_DIR` is full.
 //!
-//! A deletion has to be written down before it makes room. So some blocks are held by a file of no content, and given
-//! up when a change cannot be written for lack of space.
+//! A deletion has to be written down before it makes room. So some blocks are held by a file of no
+//! content, and given up when a change cannot be written for lack of space.
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 use std::fs::{self, File};

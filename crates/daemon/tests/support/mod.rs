@@ -1,4 +1,5 @@
-//! A whole Scalebox host for a test: a pool, a network and a daemon of its own, through the programs and the socket that users have.
+//! A whole Scalebox host for a test: a pool, a network and a daemon of its own, through the
+//! programs and the socket that users have.
 //!
 //! Everything lies in one scratch folder and goes with the [`Host`], also when the test fails.
 #![allow(dead_code, reason = "each test file uses its part")]
@@ -26,7 +27,8 @@ pub const TOKEN: &str = "a-token-for-tests-0123456789";
 /// A public key whose private half nobody has.
 pub const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0nVq0Z9m2hJb5p0nS9QmVb1cD";
 
-/// How long anything may take before a test gives up; generous, because the machines are small and shared.
+/// How long anything may take before a test gives up; generous, because the machines are small and
+/// shared.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Waits until `probe` gives something.
@@ -338,7 +340,8 @@ impl Host {
         Vm { storage: None, ..vm }
     }
 
-    /// Sends bytes as they are and returns status and body. The connection is closed after one answer.
+    /// Sends bytes as they are and returns status and body. The connection is closed after one
+    /// answer.
     pub fn raw(&self, request: &[u8]) -> (u16, String) {
         let mut stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -1,4 +1,5 @@
-//! Operations that change something durable on a host, and what must hold on it after each, whatever failed.
+//! Operations that change something durable on a host, and what must hold on it after each,
+//! whatever failed.
 
 use crate::support::{Host, Options, eventually, run, said, text};
 use crate::tiny_guest;
@@ -28,7 +29,8 @@ pub struct Operation {
     pub perform: fn(&Scene) -> Result<(), String>,
     /// Whether the host is where the operation leads.
     pub reached: fn(&Scene) -> bool,
-    /// Whether it ends a VM's machine, or takes the VM or the template away: from its begin on, these are promised no more.
+    /// Whether it ends a VM's machine, or takes the VM or the template away: from its begin on,
+    /// these are promised no more.
     pub ends: bool,
     /// Whether it is a command of its own and not a request to the daemon.
     pub command: bool,
@@ -173,7 +175,8 @@ pub const POOLS: &[Operation] = &[
     },
 ];
 
-/// The guest has no agent, which the daemon asks for seconds: once a step must do, beside the others.
+/// The guest has no agent, which the daemon asks for seconds: once a step must do, beside the
+/// others.
 pub const LIVE: &[Operation] = &[Operation {
     name: "grow, running",
     times: 1,
@@ -233,8 +236,8 @@ impl Scene {
         }
     }
 
-    /// Compares the host with what was promised, and each layer with the others, until nothing is wrong or time is up:
-    /// what could not be removed at once is removed later.
+    /// Compares the host with what was promised, and each layer with the others, until nothing is
+    /// wrong or time is up: what could not be removed at once is removed later.
     pub fn look(&self, operation: &Operation, promised: &Promised, findings: &mut Findings) {
         let begun = Instant::now();
         let found = eventually("a host that is as it should be", || {
@@ -329,8 +332,9 @@ impl Scene {
         findings
     }
 
-    /// The pool's numbers when a deleted disk's promise is given back, which follows the answer; or as they stay without that.
-    /// Record, file and file system must agree in size, and the file system must be sound. What runs grows its own.
+    /// The pool's numbers when a deleted disk's promise is given back, which follows the answer; or
+    /// as they stay without that. Record, file and file system must agree in size, and the file
+    /// system must be sound. What runs grows its own.
     fn wrong_with_disk(&self, vm: &Vm) -> Option<String> {
         let disk = self.host.disk(vm);
         let Ok(meta) = fs::metadata(&disk) else {

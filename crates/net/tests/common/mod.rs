@@ -1,7 +1,9 @@
-//! A host, its guests and the world outside, each in a network namespace of its own, on this machine.
+//! A host, its guests and the world outside, each in a network namespace of its own, on this
+//! machine.
 //!
-//! A namespace lives as long as a thread, a file or a socket is in it: when a test ends, however it ends, the kernel
-//! takes away its links and tables. Nothing of the real host is touched, and tests do not see each other.
+//! A namespace lives as long as a thread, a file or a socket is in it: when a test ends, however it
+//! ends, the kernel takes away its links and tables. Nothing of the real host is touched, and tests
+//! do not see each other.
 
 // Each test binary uses its part of this; and what fails here is the test.
 #![allow(dead_code, clippy::expect_used, clippy::panic)]
@@ -40,7 +42,8 @@ pub fn endpoint(n: u8) -> Endpoint {
     Endpoint::new(&format!("vm-00000000000{n:x}"), ip, 22001 + u16::from(n)).expect("an endpoint")
 }
 
-/// Runs a test as a host of its own: its thread, the async runtime on it, and the programs it starts.
+/// Runs a test as a host of its own: its thread, the async runtime on it, and the programs it
+/// starts.
 pub fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     let namespace = Namespace::new();
     namespace.run(|| {
@@ -59,8 +62,8 @@ pub struct Namespace(File);
 impl Namespace {
     pub fn new() -> Namespace {
         let made = std::thread::spawn(|| {
-            // SAFETY: of what threads share, only the network namespace is left, and nothing here relies on it being
-            // shared.
+            // SAFETY: of what threads share, only the network namespace is left, and nothing here
+            // relies on it being shared.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace (tests run as root)");
             Namespace::current()
         });
@@ -135,7 +138,8 @@ pub fn links() -> Vec<String> {
     names
 }
 
-/// A machine elsewhere, linked to the host by a cable. It has no route to the guests, unless a test gives it one.
+/// A machine elsewhere, linked to the host by a cable. It has no route to the guests, unless a test
+/// gives it one.
 pub fn outside() -> Namespace {
     let world = Namespace::new();
     ip(&format!("link add up0 type veth peer name eth0 netns {}", world.path()));
@@ -149,9 +153,9 @@ pub fn outside() -> Namespace {
     world
 }
 
-/// A machine behind a tap: a namespace with a card `eth0`, and a thread that carries frames between that card and the
-/// host's tap, which it opens by name as a VMM does. On its port 22 a server says `guest A.B.C.D` and then repeats what
-/// it hears.
+/// A machine behind a tap: a namespace with a card `eth0`, and a thread that carries frames between
+/// that card and the host's tap, which it opens by name as a VMM does. On its port 22 a server says
+/// `guest A.B.C.D` and then repeats what it hears.
 pub struct Guest {
     pub inside: Namespace,
     _power: UnixStream,
@@ -238,8 +242,8 @@ fn carry(a: File, b: File, plug: UnixStream) {
     }
 }
 
-/// Listens in the namespace of the calling thread: greets each client with a line that ends in the client's address,
-/// and repeats what it says. The clients' addresses come out of the channel too.
+/// Listens in the namespace of the calling thread: greets each client with a line that ends in the
+/// client's address, and repeats what it says. The clients' addresses come out of the channel too.
 pub fn serve(at: SocketAddrV4, greeting: String) -> Receiver<SocketAddr> {
     let listener = TcpListener::bind(at).unwrap_or_else(|error| panic!("listen on {at}: {error}"));
     let (seen, clients) = channel();

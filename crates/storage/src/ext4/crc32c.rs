@@ -1,4 +1,5 @@
-//! The checksum of ext4's metadata: CRC-32C (Castagnoli), as the kernel's `crc32c`, without a final inversion.
+//! The checksum of ext4's metadata: CRC-32C (Castagnoli), as the kernel's `crc32c`, without a final
+//! inversion.
 
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 

@@ -1,7 +1,8 @@
 //! Blocks of folders, and what is left in them of names that were deleted.
 //!
-//! A deleted entry becomes a part of the one before it, and its name stays until something else needs the room
-//! (Documentation/filesystems/ext4/directory.rst of the kernel). Older kernels and e2fsprogs leave it; Linux wipes it since 5.13.
+//! A deleted entry becomes a part of the one before it, and its name stays until something else
+//! needs the room (Documentation/filesystems/ext4/directory.rst of the kernel). Older kernels and
+//! e2fsprogs leave it; Linux wipes it since 5.13.
 
 use super::crc32c::crc32c;
 use super::inode::{Inode, Piece};
@@ -79,7 +80,8 @@ impl<'i> Directory<'i> {
         (nth < piece.length).then_some(piece.physical + nth)
     }
 
-    /// The blocks of its index. Empty where the first block does not begin one: then all blocks hold names.
+    /// The blocks of its index. Empty where the first block does not begin one: then all blocks
+    /// hold names.
     fn find_index(&self) -> Result<HashMap<u64, usize>, StorageError> {
         /// Of the first block: behind two entries, and before the entries of the index.
         const ROOT: usize = 0x18;
@@ -116,8 +118,8 @@ impl<'i> Directory<'i> {
         Ok(index)
     }
 
-    /// Wipes what is left of deleted names in the block that has this number in the folder, and renews its checksum. Returns whether
-    /// there was any.
+    /// Wipes what is left of deleted names in the block that has this number in the folder, and
+    /// renews its checksum. Returns whether there was any.
     pub(super) fn wipe(&self, logical: u64, block: &mut [u8]) -> Result<bool, StorageError> {
         if self.encrypted {
             return Ok(false);
@@ -149,7 +151,8 @@ impl<'i> Directory<'i> {
         is_tail.then_some(end)
     }
 
-    /// The block as it says what is in the folder: without the rest of deleted names and the checksum.
+    /// The block as it says what is in the folder: without the rest of deleted names and the
+    /// checksum.
     pub(super) fn meaning(&self, logical: u64, mut block: Vec<u8>) -> Result<Vec<u8>, StorageError> {
         self.wipe(logical, &mut block)?;
         if self.seed.is_some() {

@@ -1,4 +1,5 @@
-//! Which features of ext4 a disk may have: those that e2fsprogs can check and grow, and the guests' kernel can mount and write.
+//! Which features of ext4 a disk may have: those that e2fsprogs can check and grow, and the guests'
+//! kernel can mount and write.
 
 use super::superblock::Superblock;
 use std::fmt::Write;
@@ -51,7 +52,8 @@ const COMPAT: u32 = 0x1 | 0x4 | 0x8 | 0x10 | 0x20 | 0x200 | 0x400 | 0x800 | 0x10
 const INCOMPAT: u32 = 0x2 | 0x4 | 0x10 | 0x40 | 0x80 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000 | 0x10000 | 0x20000;
 const RO_COMPAT: u32 = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x100 | 0x200 | 0x400 | 0x2000 | 0x8000 | 0x10000;
 
-/// Names of what it may not have. A feature that is not in here is named by its number, as e2fsprogs does.
+/// Names of what it may not have. A feature that is not in here is named by its number, as
+/// e2fsprogs does.
 const OTHER_COMPAT: [Named; 4] = [
     (0x2, "imagic_inodes"),
     (0x40, "lazy_bg"),
@@ -66,11 +68,13 @@ const OTHER_RO_COMPAT: [Named; 4] = [
     (0x4000, "shared_blocks"),
 ];
 
-/// Returns why a file system with this superblock cannot be a disk; it reads on from "its file system".
+/// Returns why a file system with this superblock cannot be a disk; it reads on from "its file
+/// system".
 pub(super) fn refuse(superblock: &Superblock) -> Option<String> {
     let fields = superblock.fields();
     if superblock.has_incompat(Incompat::MMP) {
-        // `e2fsck` waits, as long as the image says, for another host to show that it has it in use.
+        // `e2fsck` waits, as long as the image says, for another host to show that it has it in
+        // use.
         return Some("is protected against multiple mounts; take that off (tune2fs -O ^mmp)".to_owned());
     }
     if superblock.has_incompat(Incompat::JOURNAL_DEV) {

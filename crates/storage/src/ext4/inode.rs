@@ -61,7 +61,8 @@ impl Inode<'_> {
         u64::from(self.fields().u32(0x4)) | u64::from(self.fields().u32(0x6c)) << 32
     }
 
-    /// What lies in the inode itself: in place of the map of blocks, and what did not fit there in the attribute `system.data`.
+    /// What lies in the inode itself: in place of the map of blocks, and what did not fit there in
+    /// the attribute `system.data`.
     pub(super) fn inline(&self) -> [&[u8]; 2] {
         let own = self.bytes.get(MAP..MAP + MAP_LENGTH).unwrap_or_default();
         let more = if self.is_inline() {
@@ -131,7 +132,8 @@ impl Inode<'_> {
         !self.is_inline() && (self.is(REGULAR) || self.is(DIRECTORY) || long_link)
     }
 
-    /// The inode without what may change while its file stays the same: where its blocks are and how many, and checksums.
+    /// The inode without what may change while its file stays the same: where its blocks are and
+    /// how many, and checksums.
     pub(super) fn lasting(&self) -> Vec<u8> {
         let mut bytes = self.bytes.to_vec();
         let mut forget = |at: usize, length: usize| {
@@ -182,7 +184,8 @@ pub(super) struct Piece {
     /// The first block, counted from the image's beginning.
     pub(super) physical: u64,
     pub(super) length: u64,
-    /// Whether the file has these bytes; else it reads as zeros there, and the blocks may hold anything.
+    /// Whether the file has these bytes; else it reads as zeros there, and the blocks may hold
+    /// anything.
     pub(super) written: bool,
 }
 
@@ -246,7 +249,8 @@ impl Pieces<'_> {
     }
 }
 
-/// The entries of a node of extents (Documentation/filesystems/ext4/ifork.rst). `expected` is the depth that its parent gives it.
+/// The entries of a node of extents (Documentation/filesystems/ext4/ifork.rst). `expected` is the
+/// depth that its parent gives it.
 fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageError> {
     const MAGIC: u16 = 0xf30a;
     const ENTRY: usize = 12;
@@ -284,7 +288,8 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageErro
         .collect())
 }
 
-/// The entries of a map of before ext4: twelve addresses of blocks, then blocks of addresses, each with a level more.
+/// The entries of a map of before ext4: twelve addresses of blocks, then blocks of addresses, each
+/// with a level more.
 fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
     const DIRECT: u64 = 12;
     let per_block = block_size / 4;
@@ -305,7 +310,8 @@ fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
     entries
 }
 
-/// The entries that addresses of blocks are, those of data joined where they follow one another. Below each are `levels` more.
+/// The entries that addresses of blocks are, those of data joined where they follow one another.
+/// Below each are `levels` more.
 fn addresses(numbers: impl Iterator<Item = u32>, levels: u32, logical: u64, per_block: u64) -> Vec<Entry> {
     let mut entries: Vec<Entry> = Vec::new();
     for (nth, number) in (0u64..).zip(numbers).filter(|(_, number)| *number != 0) {

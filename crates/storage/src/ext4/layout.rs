@@ -1,7 +1,8 @@
 //! Where an ext4 file system keeps its metadata, and which blocks and inodes are in use.
 //!
-//! Fields and formulas are those of Documentation/filesystems/ext4 of the kernel. Only a file system that was just checked is read:
-//! what contradicts itself all the same is an error, never a panic and never a read outside of the image.
+//! Fields and formulas are those of Documentation/filesystems/ext4 of the kernel. Only a file
+//! system that was just checked is read: what contradicts itself all the same is an error, never a
+//! panic and never a read outside of the image.
 
 use super::crc32c::crc32c;
 use super::features::{Compat, Incompat, RoCompat};
@@ -125,7 +126,8 @@ impl Layout {
         self.superblock.block_size() / self.superblock.descriptor_size() as u64
     }
 
-    /// Where the `nth` block of group descriptors lies: behind the superblock, or with `meta_bg` in the groups it describes.
+    /// Where the `nth` block of group descriptors lies: behind the superblock, or with `meta_bg` in
+    /// the groups it describes.
     fn descriptor_block(&self, nth: u64) -> u64 {
         let superblock = &self.superblock;
         if !superblock.has_incompat(Incompat::META_BG) || nth < superblock.first_meta_group() {
@@ -135,7 +137,8 @@ impl Layout {
         self.own_start(group) + u64::from(superblock.holds_copy(group))
     }
 
-    /// Where the first metadata of a group would lie: in the first group, the boot sector comes before it.
+    /// Where the first metadata of a group would lie: in the first group, the boot sector comes
+    /// before it.
     fn own_start(&self, group: u64) -> u64 {
         match group {
             0 => self.superblock.own_block(),
@@ -143,8 +146,8 @@ impl Layout {
         }
     }
 
-    /// All blocks that hold metadata with a fixed place: superblocks, group descriptors and the room kept for them, bitmaps, inode
-    /// tables.
+    /// All blocks that hold metadata with a fixed place: superblocks, group descriptors and the
+    /// room kept for them, bitmaps, inode tables.
     pub(crate) fn metadata(&self) -> Vec<Range<u64>> {
         let mut blocks = Vec::new();
         for (number, group) in self.groups.iter().enumerate() {
@@ -158,7 +161,8 @@ impl Layout {
         normalize(blocks)
     }
 
-    /// The superblock and the group descriptors that a group holds (`ext2fs_super_and_bgd_loc2` of e2fsprogs).
+    /// The superblock and the group descriptors that a group holds (`ext2fs_super_and_bgd_loc2` of
+    /// e2fsprogs).
     fn copies(&self, group: u64) -> [Range<u64>; 2] {
         let superblock = &self.superblock;
         let start = self.own_start(group);
@@ -179,7 +183,8 @@ impl Layout {
         [start..behind, behind..behind + descriptors]
     }
 
-    /// Compares the bitmaps with their checksums, which `e2fsck -n` does not. A guest's kernel would not use a group with a wrong one.
+    /// Compares the bitmaps with their checksums, which `e2fsck -n` does not. A guest's kernel
+    /// would not use a group with a wrong one.
     ///
     /// # Errors
     /// [`StorageError::FileSystem`], [`StorageError::Io`].
@@ -226,7 +231,8 @@ impl Layout {
         Ok(())
     }
 
-    /// The blocks of a group that neither a file nor metadata uses. `metadata` is [`Layout::metadata`].
+    /// The blocks of a group that neither a file nor metadata uses. `metadata` is
+    /// [`Layout::metadata`].
     pub(crate) fn free_blocks(
         &self,
         image: &File,
@@ -251,8 +257,8 @@ impl Layout {
         Ok(free.collect())
     }
 
-    /// Blocks of metadata whose content means nothing: bitmaps of groups of which nothing was used yet, and room for more group
-    /// descriptors behind the copies of those.
+    /// Blocks of metadata whose content means nothing: bitmaps of groups of which nothing was used
+    /// yet, and room for more group descriptors behind the copies of those.
     pub(super) fn unused_metadata(&self, group: usize) -> Vec<Range<u64>> {
         let Some(described) = self.groups.get(group) else {
             return Vec::new();
@@ -345,8 +351,8 @@ pub(crate) struct UsedInodes {
 }
 
 impl UsedInodes {
-    /// Whether the inode of that number, which must be of this group, is in use. Those below 11 belong to the file system itself and
-    /// count as used.
+    /// Whether the inode of that number, which must be of this group, is in use. Those below 11
+    /// belong to the file system itself and count as used.
     pub(crate) fn contains(&self, number: u64) -> bool {
         const FIRST_OF_FILES: u64 = 11;
         let index = number.saturating_sub(self.first);

@@ -186,8 +186,8 @@ impl Superblock {
         (self.has_compat(Compat::HAS_JOURNAL) && inode != 0).then_some(inode)
     }
 
-    /// Inodes of files that belong to the file system itself, beside those before the first of files: project quotas, and the list of
-    /// files that are deleted and still open.
+    /// Inodes of files that belong to the file system itself, beside those before the first of
+    /// files: project quotas, and the list of files that are deleted and still open.
     pub(super) fn own_files(&self) -> [u64; 2] {
         [0x26c, 0x280].map(|at| self.fields().u32(at).into())
     }

@@ -59,7 +59,8 @@ impl<'i> Tree<'i> {
         Ok(self.layout.inode(self.image, inode)?.map(|bytes| stat(inode, &bytes)))
     }
 
-    /// Returns the number of the folder at `path` and the names in it; `None` when there is no such folder.
+    /// Returns the number of the folder at `path` and the names in it; `None` when there is no such
+    /// folder.
     ///
     /// # Errors
     /// As [`Tree::stat`].
@@ -206,7 +207,8 @@ fn stat(inode: u64, bytes: &[u8]) -> Stat {
     }
 }
 
-/// Adds the names of a block of entries. The last may hold a checksum, which looks like an unused entry.
+/// Adds the names of a block of entries. The last may hold a checksum, which looks like an unused
+/// entry.
 fn entries(block: &[u8], names: &mut Vec<Name>) -> Result<(), StorageError> {
     const HEAD: usize = 8;
     let mut at = 0;

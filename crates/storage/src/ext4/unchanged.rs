@@ -1,7 +1,8 @@
 //! Compares the files of two images of one file system, before and after a program worked on it.
 //!
-//! A program of e2fsprogs can fail to write and end with success, and leave a file system without a contradiction in which a file has
-//! other bytes. So its work is held against a clone from before. Blocks that both images share need not be read.
+//! A program of e2fsprogs can fail to write and end with success, and leave a file system without a
+//! contradiction in which a file has other bytes. So its work is held against a clone from before.
+//! Blocks that both images share need not be read.
 
 use super::FRAGMENTED;
 use super::directory::Directory;
@@ -22,8 +23,9 @@ pub(super) const DOING: &str = "work on a file system without changing its files
 const PIECE: u64 = 256 << 10;
 /// A guest can make a disk of single blocks in which this would take hours.
 const DEADLINE: Duration = Duration::from_secs(300);
-/// Inodes that belong to the file system itself and that a program may change: bad blocks, quotas, the room for group descriptors, and
-/// others before the first of files; not the root folder and the journal.
+/// Inodes that belong to the file system itself and that a program may change: bad blocks, quotas,
+/// the room for group descriptors, and others before the first of files; not the root folder and
+/// the journal.
 const FIRST_OF_FILES: u64 = 11;
 const ROOT: u64 = 2;
 
@@ -36,10 +38,12 @@ pub(crate) enum Work<'w> {
     Edit(&'w HashSet<u64>),
 }
 
-/// Returns whether each file in `before` is in `after`, with the same bytes. Both must be sound. Flushes `after`.
+/// Returns whether each file in `before` is in `after`, with the same bytes. Both must be sound.
+/// Flushes `after`.
 ///
 /// # Errors
-/// [`StorageError::Host`] names an inode that is not the same; [`StorageError::FileSystem`], [`StorageError::Io`].
+/// [`StorageError::Host`] names an inode that is not the same; [`StorageError::FileSystem`],
+/// [`StorageError::Io`].
 pub(super) fn require(before: &File, after: &File, work: &Work<'_>) -> Result<(), StorageError> {
     let before = Side {
         image: before,
@@ -212,7 +216,8 @@ impl Comparison<'_, '_> {
         let block = |side: &Side<'_>, inode: &Inode<'_>| match inode.attribute_block() {
             0 => Ok(Vec::new()),
             at => side.layout.block(side.image, at).map(|mut block| {
-                // Files of the same attributes share a block, which counts them; its checksum begins with the block's number.
+                // Files of the same attributes share a block, which counts them; its checksum
+                // begins with the block's number.
                 block[0x4..0x8].fill(0);
                 block[0x10..0x14].fill(0);
                 block

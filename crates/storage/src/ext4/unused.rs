@@ -1,8 +1,11 @@
-//! Empties what a file system does not use, so that nothing that was deleted can be read from its image.
+//! Empties what a file system does not use, so that nothing that was deleted can be read from its
+//! image.
 //!
-//! Emptied are free blocks and what lies behind the file system's end; blocks that files have reserved and not written, and metadata that
-//! was never written; inodes that are not in use, which hold short links, small files and attributes; the rest of deleted names in
-//! folders; and the journal, whose blocks are copies of others. Then all of it is read again: nothing but zeros may be there.
+//! Emptied are free blocks and what lies behind the file system's end; blocks that files have
+//! reserved and not written, and metadata that was never written; inodes that are not in use, which
+//! hold short links, small files and attributes; the rest of deleted names in folders; and the
+//! journal, whose blocks are copies of others. Then all of it is read again: nothing but zeros may
+//! be there.
 
 use super::FRAGMENTED;
 use super::directory::Directory;
@@ -26,10 +29,12 @@ const MAX_USED: usize = 1 << 22;
 /// A guest can make a disk of single blocks in which this would take hours.
 const DEADLINE: Duration = Duration::from_secs(300);
 
-/// Empties all that the file system in `image` does not use. Its journal must have been replayed, and it must be sound.
+/// Empties all that the file system in `image` does not use. Its journal must have been replayed,
+/// and it must be sound.
 ///
 /// # Errors
-/// [`StorageError::FileSystem`], [`StorageError::Io`]; [`StorageError::Host`] when something is left.
+/// [`StorageError::FileSystem`], [`StorageError::Io`]; [`StorageError::Host`] when something is
+/// left.
 pub(crate) fn empty(image: &File) -> Result<(), StorageError> {
     Pass::new(image, Mode::Empty)?.run()?;
     fault_point("snapshot: unused blocks emptied").map_err(StorageError::step)?;
@@ -48,7 +53,8 @@ struct Pass<'i> {
     layout: Layout,
     mode: Mode,
     begun: Instant,
-    /// All blocks of files and of what says where they are. Filled where bitmaps do not tell: a cluster in use can have unused blocks.
+    /// All blocks of files and of what says where they are. Filled where bitmaps do not tell: a
+    /// cluster in use can have unused blocks.
     used: RefCell<Vec<Range<u64>>>,
 }
 
@@ -144,7 +150,8 @@ impl Pass<'_> {
         }
     }
 
-    /// Its first block says that there is nothing to replay; the others are empty then, as in a new one.
+    /// Its first block says that there is nothing to replay; the others are empty then, as in a new
+    /// one.
     fn journal(&self, inode: &Inode<'_>) -> Result<(), StorageError> {
         let mut pieces = inode.pieces(self.image, &self.layout)?;
         while let Some(piece) = pieces.next()? {

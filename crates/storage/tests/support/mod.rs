@@ -1,4 +1,5 @@
-//! Real pools for tests: each in a scratch folder of its own, unmounted when the test ends, however it ends.
+//! Real pools for tests: each in a scratch folder of its own, unmounted when the test ends, however
+//! it ends.
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(
     clippy::unwrap_used,
@@ -69,8 +70,8 @@ impl HostDisk {
         HostDisk::mount(scratch, &image, folder)
     }
 
-    /// What a power cut would leave of the file system in `image`, as it is now. To be mounted when the original is not: a kernel takes two
-    /// btrfs of one UUID for one.
+    /// What a power cut would leave of the file system in `image`, as it is now. To be mounted when
+    /// the original is not: a kernel takes two btrfs of one UUID for one.
     pub fn after_power_cut(image: &Path) -> impl FnOnce() -> HostDisk + use<> {
         let scratch = tempfile::tempdir().unwrap();
         let (copy, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
@@ -243,7 +244,8 @@ pub fn disk_path(pool: &Pool, id: &Name) -> PathBuf {
     }
 }
 
-/// Which of these stand anywhere in an image: in files, and in what is not in use. Holes are not read.
+/// Which of these stand anywhere in an image: in files, and in what is not in use. Holes are not
+/// read.
 pub fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
     let scratch = tempfile::tempdir().unwrap();
     let (data, patterns) = (scratch.path().join("data"), scratch.path().join("patterns"));

@@ -1,8 +1,10 @@
-//! Guests of a few dozen bytes, so that a machine starts in milliseconds and does one thing that a test can see.
+//! Guests of a few dozen bytes, so that a machine starts in milliseconds and does one thing that a
+//! test can see.
 //!
-//! Each is an ELF file with a PVH entry (Xen's `PHYS32_ENTRY` note), which QEMU boots directly in 32-bit protected mode. They
-//! speak to `microvm`'s devices by address: the serial port at 0x3f8, the ACPI event device at 0xfea00000 (reading it shows a
-//! pressed power button as bit 1; its register block at +0x200 powers off and resets), virtio-mmio from 0xfeb00000 on.
+//! Each is an ELF file with a PVH entry (Xen's `PHYS32_ENTRY` note), which QEMU boots directly in
+//! 32-bit protected mode. They speak to `microvm`'s devices by address: the serial port at 0x3f8,
+//! the ACPI event device at 0xfea00000 (reading it shows a pressed power button as bit 1; its
+//! register block at +0x200 powers off and resets), virtio-mmio from 0xfeb00000 on.
 
 use std::arch::global_asm;
 use std::fs;
@@ -19,17 +21,20 @@ pub enum Guest {
     Chatty,
     /// Says `up` and restarts the machine, without end.
     Restless,
-    /// Writes the first writable disk over and over in pieces of 64 KiB: `w` for each, `E` where it failed, `.` at the end.
+    /// Writes the first writable disk over and over in pieces of 64 KiB: `w` for each, `E` where it
+    /// failed, `.` at the end.
     Writer,
 }
 
 impl Guest {
-    /// Writes the guest where a [`MachineSpec`](scalebox_vmm::MachineSpec) can name it as its kernel.
+    /// Writes the guest where a [`MachineSpec`](scalebox_vmm::MachineSpec) can name it as its
+    /// kernel.
     pub fn write_to(self, file: &Path) {
         fs::write(file, elf(self.code())).unwrap();
     }
 
-    /// The same in a 64-bit file, the only kind that Firecracker loads. Devices lie elsewhere there, but for the serial port.
+    /// The same in a 64-bit file, the only kind that Firecracker loads. Devices lie elsewhere
+    /// there, but for the serial port.
     pub fn write_64_to(self, file: &Path) {
         fs::write(file, elf_64(self.code())).unwrap();
     }

@@ -1,4 +1,5 @@
-//! A laboratory for machines: a folder, a tap, a disk, a driver; all of it gone in the end, also after a panic.
+//! A laboratory for machines: a folder, a tap, a disk, a driver; all of it gone in the end, also
+//! after a panic.
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
@@ -91,8 +92,8 @@ impl Lab {
         until(&format!("{text:?} on the console"), || self.console().contains(text)).await;
     }
 
-    /// Runs the test `name` again in a process of its own, which finds the laboratory by [`Lab::inherited`] and is expected to
-    /// die by SIGKILL.
+    /// Runs the test `name` again in a process of its own, which finds the laboratory by
+    /// [`Lab::inherited`] and is expected to die by SIGKILL.
     pub fn in_a_process_that_dies(&self, name: &str) {
         let status = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", name, "--nocapture"])
