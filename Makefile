@@ -63,6 +63,7 @@ fmt:
 lint: deps
 	cargo fmt --all --check
 	scripts/lint-scripts.sh
+	scripts/lint-text.sh
 	cargo clippy --locked --workspace --all-targets --features $(TEST_FEATURES) -- -D warnings
 	scripts/deny.sh
 
