@@ -6,12 +6,12 @@
 //! ours, and is never formatted. Neither is a device on which anything is found. A file system that
 //! is there already is taken as it is.
 
+use crate::backing::{self, Backing, Ground, Kind, Place};
 use crate::btrfs;
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
 use crate::files;
 use crate::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
-use crate::ground::{self, Backing, Ground, Kind, Place};
 use crate::mounts;
 use crate::signature::{Signature, probe};
 use crate::size::{Bytes, Gib};
@@ -86,7 +86,7 @@ pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutc
         Backing::Device(_) | Backing::Given => &plan.data_dir,
     };
     let _lock = lock_beside(beside)?;
-    let (place, made) = match ground::find(&plan.data_dir, &plan.backing)? {
+    let (place, made) = match backing::find(&plan.data_dir, &plan.backing)? {
         Some(place) => {
             tell(InitEvent::Step(found_there(plan, &place)));
             (place, false)
@@ -193,7 +193,7 @@ fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, Stora
         }
         Backing::Given => make_dir(&plan.data_dir)?,
     }
-    let place = ground::find(&plan.data_dir, &plan.backing)?;
+    let place = backing::find(&plan.data_dir, &plan.backing)?;
     place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))
 }
 
@@ -273,7 +273,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 /// # Errors
 /// [`StorageError::Command`] when it is in use.
 pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError> {
-    match ground::find(data_dir, backing)? {
+    match backing::find(data_dir, backing)? {
         Some(place) if place.ground != Ground::Given => {
             command::run(Program::Umount, [data_dir])?;
             Ok(true)
@@ -289,7 +289,7 @@ pub fn ensure_direct_io(
     backing: &Backing,
     tell: &mut dyn FnMut(InitEvent),
 ) -> Result<(), StorageError> {
-    if let Some(place) = ground::find(data_dir, backing)?
+    if let Some(place) = backing::find(data_dir, backing)?
         && let DirectIo::Refused(error) = try_direct_io(&place)
     {
         tell(InitEvent::Warning(format!(
@@ -341,7 +341,7 @@ fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
     let image = image.canonicalize().unwrap_or_else(|_| image.to_owned());
     let mounts = mounts::all().map_err(|error| StorageError::io("read", "the table of mounts", error))?;
     for mount in mounts {
-        if ground::backing_file(&mount)?.is_some_and(|backing| backing == image) {
+        if backing::backing_file(&mount)?.is_some_and(|backing| backing == image) {
             return Err(StorageError::MountedElsewhere {
                 image,
                 at: mount.target,
@@ -656,7 +656,7 @@ fn use_direct_io(place: Place, plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent))
         return Ok(place);
     }
     mount_image(image, &plan.data_dir)?;
-    let place = ground::find(&plan.data_dir, &plan.backing)?;
+    let place = backing::find(&plan.data_dir, &plan.backing)?;
     let place = place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))?;
     if let DirectIo::Refused(refusal) = try_direct_io(&place) {
         tell(warning(&refusal));

@@ -16,23 +16,23 @@
 //! | `size` | [`Bytes`] and [`Gib`]: sizes as types, and how they round |
 //! | `sizing` | how large a new pool becomes: a pure function |
 //! | `init` | making, mounting and registering the pool |
-//! | `ground` | what the pool lies on, and what differs by the kind of its file system |
+//! | `backing` | what the pool lies on, and what differs by the kind of its file system |
 //! | `fstab`, `mounts` | the table of mounts, and what is mounted |
 //! | `signature` | what a file or a device holds |
 //! | `pool` | [`Pool`]: the handle on a mounted pool |
 //! | `resize` | growing, shrinking and trimming the pool |
 //! | `space`, `btrfs`, `quota` | what can really be written, from the kernel |
 //! | `admission` | the decision that a disk fits, and the books behind it |
-//! | `accounting`, `extents`, `fiemap`, `tree_search` | whose each block is |
+//! | `usage`, `extents`, `fiemap`, `tree_search` | whose each block is |
 //! | `template` | listing and deleting templates; the grown clones kept of them |
 //! | `import`, `pack`, `format` | templates from elsewhere and to elsewhere, packed with zstd |
 //! | `snapshot` | a template made of a disk |
-//! | `identity` | taking out of an image what belongs to one machine only |
+//! | `scrub` | taking out of an image what belongs to one machine only |
 //! | `disk` | cloning, deleting, sweeping disks |
-//! | `compact` | fewer extents in an image of which many clones are made |
+//! | `defragment` | fewer extents in an image of which many clones are made |
 //! | `ext4` | a file system in an image: looked at, checked, grown, emptied of what it does not use |
 //! | `live_growth` | whether a guest can grow its file system while it is mounted |
-//! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
+//! | `delete` | a disk's blocks, back to the pool and to the host disk |
 //! | `files` | clone, sparse copy, flush |
 //! | `group_sync` | one flush for all who wait for it |
 //! | `command` | the one door to outside programs |
@@ -53,11 +53,12 @@
 //! # }
 //! ```
 
-mod accounting;
 mod admission;
+mod backing;
 mod btrfs;
 mod command;
-mod compact;
+mod defragment;
+mod delete;
 mod disk;
 mod error;
 mod ext4;
@@ -66,9 +67,7 @@ mod fiemap;
 mod files;
 mod format;
 mod fstab;
-mod ground;
 mod group_sync;
-mod identity;
 mod import;
 mod init;
 mod live_growth;
@@ -77,8 +76,8 @@ mod name;
 mod pack;
 mod pool;
 mod quota;
-mod reclaim;
 mod resize;
+mod scrub;
 mod signature;
 mod size;
 mod sizing;
@@ -86,22 +85,22 @@ mod snapshot;
 mod space;
 mod template;
 mod tree_search;
+mod usage;
 
-pub use accounting::{Accounts, Usage};
 pub use admission::{Admission, Bounds, Promises, Reservation};
+pub use backing::{Backing, Ground};
 pub use command::{CommandError, Program, require_programs};
+pub use delete::Unlinked;
 pub use disk::Swept;
 pub use error::StorageError;
 pub use files::lock_for_one_program;
 pub use fstab::{FstabError, registered_source};
-pub use ground::{Backing, Ground};
 pub use group_sync::GroupSync;
-pub use identity::Identity;
 pub use import::Packing;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
 pub use name::Name;
 pub use pool::{Pool, jails_dir};
-pub use reclaim::Unlinked;
+pub use scrub::Identity;
 pub use size::{Bytes, Gib, ParseSizeError};
 pub use sizing::{
     HOST_FLOOR, LARGEST, PoolSize, RequestedSize, RequestedSizeError, SHARE_PERCENT, SMALLEST, TooLittleSpace,
@@ -110,6 +109,7 @@ pub use sizing::{
 pub use snapshot::Snapshot;
 pub use space::Space;
 pub use template::Template;
+pub use usage::{Accounts, Usage};
 
 use std::path::PathBuf;
 

@@ -1,14 +1,14 @@
 //! An open pool: the handle through which templates and disks are made.
 
-use crate::accounting::Measured;
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
+use crate::backing::{self, Backing, FileSystem, Ground};
 use crate::error::StorageError;
 use crate::files;
-use crate::ground::{self, Backing, FileSystem, Ground};
 use crate::group_sync::GroupSync;
 use crate::name::Name;
 use crate::size::{Bytes, Gib};
 use crate::space::Space;
+use crate::usage::Measured;
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write};
@@ -62,7 +62,7 @@ impl Pool {
     /// [`StorageError::NotMounted`], [`StorageError::OtherDevice`], [`StorageError::NotAPool`] when
     /// it cannot clone files.
     pub fn open(data_dir: &Path, backing: &Backing, bounds: Bounds) -> Result<Pool, StorageError> {
-        let place = ground::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
+        let place = backing::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
         let file_system = FileSystem::open(place.kind, &dir).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StorageError::NoSysfs(data_dir.to_owned()),

@@ -10,10 +10,10 @@
 //! A pool on a device of its own has the file system alone, which may be smaller than the device.
 //! One on a file system that was there before has a size that is not its affair.
 
+use crate::backing::{FileSystem, Ground};
 use crate::btrfs::chunk_space;
 use crate::command::{self, Program};
 use crate::error::StorageError;
-use crate::ground::{FileSystem, Ground};
 use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
 use crate::sizing::{LARGEST, SHARE_PERCENT};

@@ -9,10 +9,10 @@ use crate::command::CommandError;
 use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};
-use crate::identity::{self, Identity};
 use crate::import;
 use crate::name::Name;
 use crate::pool::Pool;
+use crate::scrub::{self, Identity};
 use crate::size::Bytes;
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
@@ -125,7 +125,7 @@ impl Pool {
         // An edit before the journal is replayed would be undone by the replay.
         ext4::repair(partial).map_err(unfit)?;
         fault_point("snapshot: journal replayed").map_err(StorageError::step)?;
-        identity::remove(partial, file, source).map_err(unfit)?;
+        scrub::remove(partial, file, source).map_err(unfit)?;
         fault_point("snapshot: identity removed").map_err(StorageError::step)?;
         file.sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;

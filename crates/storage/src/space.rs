@@ -1,8 +1,8 @@
 //! How much can really be written: the pool and the host disk under it, seen as one.
 
+use crate::backing::FileSystem;
 use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
-use crate::ground::FileSystem;
 use crate::quota::{Allowance, Quota};
 use crate::size::Bytes;
 use rustix::fs::{fstat, fstatvfs, statvfs};

@@ -5,7 +5,7 @@
 //! size): the grown clone is kept under `templates/.grown/`, and disks are cloned from it. Its name
 //! holds the template's inode number, so a clone of a template that was replaced is never used.
 
-use crate::compact::compact;
+use crate::defragment::compact;
 use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};

@@ -16,11 +16,11 @@
 //! The walk costs about a microsecond a reference and memory for each distinct extent (some 50
 //! bytes), none for further references to it; nothing waits for it.
 
+use crate::backing::{FileSystem, Ground};
 use crate::error::StorageError;
 use crate::extents::{self, Reference};
 use crate::fiemap;
 use crate::files;
-use crate::ground::{FileSystem, Ground};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
