@@ -1,5 +1,4 @@
-//! What a pool lies on: an image of its own, a device of its own, or a file system that somebody
-//! else made.
+//! The backing of a pool: an image, a block device, or an existing file system.
 
 use crate::btrfs::{self, PendingWrites};
 use crate::error::StorageError;
@@ -12,38 +11,38 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// What the operator wants the pool to lie on.
+/// The configured backing of the pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backing {
-    /// A sparse image file, on a loop device. A file system that the operator mounted at the pool's
-    /// place all the same is taken as it is.
+    /// A sparse image file on a loop device. If the operator mounted another file system at the
+    /// pool's folder, that one is used.
     Image(PathBuf),
     /// A whole block device.
     Device(PathBuf),
-    /// The file system that the pool's folder lies on already. Its size is not the pool's affair.
+    /// The existing file system of the pool's folder. The pool does not control its size.
     Given,
 }
 
-/// What a mounted pool lies on.
+/// The backing of a mounted pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ground {
-    /// This image; its size is the pool's.
+    /// An image; its size is the size of the pool.
     Image(PathBuf),
-    /// A device that is the pool's alone.
+    /// A block device used by the pool only.
     Device(PathBuf),
-    /// A file system that is not the pool's to size, and may hold other things.
+    /// An existing file system that the pool does not resize, and that may hold other data.
     Given,
 }
 
-/// A place where a pool is, or can be.
+/// A folder that is or can become a pool.
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) ground: Ground,
-    /// What it is mounted from.
+    /// The mount source.
     pub(crate) device: PathBuf,
     pub(crate) kind: Kind,
-    /// Whether the pool's folder is a mount point, and not a folder on a file system that is
-    /// mounted elsewhere.
+    /// Whether the pool's folder is itself a mount point, not a folder inside a mounted file
+    /// system.
     pub(crate) is_mount_point: bool,
 }
 
@@ -66,7 +65,7 @@ impl Kind {
         }
     }
 
-    /// As the kernel calls it.
+    /// Returns the kernel's name of the file system.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Kind::Btrfs => "btrfs",
@@ -75,11 +74,10 @@ impl Kind {
     }
 }
 
-/// The pool's file system: what of it differs by kind.
+/// The pool's file system, for operations that differ between btrfs and XFS.
 #[derive(Debug)]
 pub(crate) enum FileSystem {
-    /// With the counters of what it has taken and not yet accounted for, and the quotas that the
-    /// pool's folder counts in.
+    /// With the counters of uncommitted writes, and the quotas that apply to the pool's folder.
     Btrfs(PendingWrites, Quota),
     Xfs,
 }
@@ -88,7 +86,7 @@ impl FileSystem {
     pub(crate) fn open(kind: Kind, dir: &File) -> io::Result<FileSystem> {
         match kind {
             Kind::Btrfs => {
-                let quota = Quota::of(dir)?.ok_or_else(|| io::Error::other("it is not a btrfs any more"))?;
+                let quota = Quota::of(dir)?.ok_or_else(|| io::Error::other("not a btrfs file system anymore"))?;
                 Ok(FileSystem::Btrfs(PendingWrites::open(dir)?, quota))
             }
             Kind::Xfs => Ok(FileSystem::Xfs),
@@ -102,12 +100,12 @@ impl FileSystem {
         }
     }
 
-    /// Whether the flush of a new file covers its name.
+    /// Returns whether flushing a new file also makes its name durable.
     pub(crate) fn fsync_keeps_name(&self) -> bool {
         matches!(self, FileSystem::Btrfs(..))
     }
 
-    /// Makes what was freed writable. btrfs does so when it commits its transaction; XFS at once.
+    /// Makes freed space writable. btrfs does so when it commits its transaction, XFS immediately.
     pub(crate) fn commit(&self, dir: &File) -> rustix::io::Result<()> {
         match self {
             FileSystem::Btrfs(..) => btrfs::commit(dir),
@@ -115,8 +113,8 @@ impl FileSystem {
         }
     }
 
-    /// Frees the blocks of a file that has no name any more. XFS frees those of one that is merely
-    /// closed later, in the background.
+    /// Frees the blocks of an unlinked file. When the file is only closed, XFS frees them later, in
+    /// the background.
     pub(crate) fn free(&self, file: File) -> io::Result<()> {
         match self {
             FileSystem::Btrfs(..) => Ok(()),
@@ -125,10 +123,12 @@ impl FileSystem {
     }
 }
 
-/// The place for a pool at `data_dir`, as `backing` wants it; `None` where it has to be made first.
+/// Finds the pool at `data_dir` with the configured `backing`; `None` if it has to be created or
+/// mounted first.
 ///
 /// # Errors
-/// [`StorageError::NotAPool`] when what is there cannot clone files, [`StorageError::OtherDevice`].
+/// [`StorageError::NotAPool`] when the file system there cannot clone files,
+/// [`StorageError::OtherDevice`].
 pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<Place>, StorageError> {
     let look_up = |error| StorageError::io("look up", data_dir.display(), error);
     if let Some(mount) = mounts::mounted_at(data_dir).map_err(look_up)? {
@@ -169,7 +169,7 @@ pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<Place>, 
     }))
 }
 
-/// The backing file of the loop device a pool is mounted from; `None` for any other device.
+/// Returns the backing file of the loop device a pool is mounted from; `None` for any other device.
 pub(crate) fn backing_file(mount: &MountEntry) -> Result<Option<PathBuf>, StorageError> {
     let Some(name) = mount
         .source
@@ -189,8 +189,8 @@ pub(crate) fn backing_file(mount: &MountEntry) -> Result<Option<PathBuf>, Storag
     }
 }
 
-/// Whether two names are of one block device: `/dev/disk/by-id/…` is a link, and nodes may be made
-/// anywhere.
+/// Returns whether two paths name the same block device: `/dev/disk/by-id/…` is a link, and device
+/// nodes can be anywhere.
 fn same_device(one: &Path, other: &Path) -> bool {
     let device = |path: &Path| {
         let stat = stat(path).ok()?;

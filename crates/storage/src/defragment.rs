@@ -1,7 +1,7 @@
-//! Fewer extents in an image of which many clones are made.
+//! Reduces the number of extents in a base image from which many clones are made.
 //!
-//! Growing a file system writes single blocks all over its image. Each extent takes every clone of
-//! it some microseconds, and closing a few holes is all it takes to have a third less of them.
+//! Growing a file system writes single blocks all over its image. Each extent costs every clone
+//! some microseconds; filling a few holes removes a third of the extents.
 
 use crate::files;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
@@ -10,18 +10,16 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// Stretches of data that lie no further apart are joined: what is between them becomes zeros on
-/// disk.
+/// Maximum hole between two joined ranges of data; the hole becomes zeros on disk.
 const HOLE: u64 = 512 << 10;
-/// The longest stretch that is written anew. Longer ones have few extents for their size, and stay
-/// shared with what the image is a clone of.
+/// Maximum length of a rewritten range. Longer ranges have few extents for their size, and stay
+/// shared with the original.
 const STRETCH: u64 = 4 << 20;
-/// What is written anew, and shared no longer, in one image at most.
+/// Maximum data rewritten, and thus no longer shared, per image.
 const BUDGET: u64 = 16 << 20;
 
-/// Joins stretches of data that lie close together into one extent each, where that costs little.
-/// The bytes stay what they are; a crash meanwhile may lose some, so the image has to be one that
-/// is thrown away then.
+/// Joins neighbouring ranges of data into one extent each, where that costs little. The contents
+/// stay the same. A crash may lose data, so the caller must discard the image after a crash.
 pub(crate) fn compact(image: &File) -> io::Result<()> {
     let mut near = near_stretches(image)?;
     near.sort_by_key(|stretch| stretch.end - stretch.start);
@@ -36,12 +34,12 @@ pub(crate) fn compact(image: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// The stretches of data that have neighbours close by, each with its neighbours and the holes
-/// between them.
+/// Returns the ranges of data that have close neighbours, each joined with its neighbours and the
+/// holes between them.
 fn near_stretches(image: &File) -> io::Result<Vec<Range<u64>>> {
     let size = image.metadata()?.len();
     let mut near = Vec::new();
-    // The stretch at hand, and whether it is more than one.
+    // The current range, and whether it was joined from several.
     let mut current: Option<(Range<u64>, bool)> = None;
     let mut offset = 0;
     while let Some(start) = files::seek_or_end(image, SeekFrom::Data(offset))? {
@@ -59,7 +57,7 @@ fn near_stretches(image: &File) -> io::Result<Vec<Range<u64>>> {
     Ok(near.into_iter().map(|(stretch, _)| stretch).collect())
 }
 
-/// Its blocks are given up first: what is written then is new, and allocated in one piece.
+/// Rewrites a range. Its blocks are freed first, so that the new ones are allocated in one piece.
 fn rewrite(image: &File, stretch: &Range<u64>) -> io::Result<()> {
     let length = stretch.end - stretch.start;
     // At most `STRETCH`.
@@ -87,19 +85,19 @@ mod tests {
     }
 
     #[test]
-    fn only_what_lies_close_together_and_is_short_is_joined() {
+    fn only_short_neighbouring_ranges_are_joined() {
         let image = image(&[
             0..4096,
             8192..12288,
-            // Alone.
+            // Isolated.
             100 * MIB..101 * MIB,
-            // Too long together.
+            // Too long if joined.
             200 * MIB..203 * MIB,
             203 * MIB + 65536..206 * MIB,
             // Too far apart.
             300 * MIB..300 * MIB + 4096,
             301 * MIB..301 * MIB + 4096,
-            // The last.
+            // At the end of the image.
             400 * MIB..401 * MIB,
             401 * MIB + 65536..402 * MIB,
         ]);
@@ -107,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_stay_what_they_are() {
+    fn the_contents_do_not_change() {
         let image = image(&[0..4096, 8192..12288, 65536..131072, 500 * MIB..501 * MIB]);
         let mut before = vec![0; MIB as usize];
         image.read_exact_at(&mut before, 0).unwrap();
@@ -119,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_of_small_pieces_stays_shared_but_for_a_part() {
+    fn the_amount_of_rewritten_data_is_limited() {
         let pieces: Vec<_> = (0..40).map(|n| 6 * MIB * n..6 * MIB * n + MIB).collect();
         let holes = pieces
             .iter()
@@ -131,7 +129,7 @@ mod tests {
         assert_eq!(
             near_stretches(&image).unwrap().len(),
             32,
-            "eight of 2 MiB are what the budget allows"
+            "the limit allows eight ranges of 2 MiB"
         );
     }
 }

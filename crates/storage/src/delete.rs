@@ -1,8 +1,8 @@
-//! Deleting a disk in two steps: its name goes at once, its blocks follow.
+//! Deleting a disk in two steps: first its name, then its blocks.
 //!
-//! Freeing a large disk takes the kernel a while, so the file is kept open over its unlinking, and
-//! the blocks go when it is closed. Should the program end in between, the kernel closes it; should
-//! the host, what has no name is dropped at the next mount. Nothing is left to sweep.
+//! Freeing a large disk takes the kernel a while. So the file stays open while it is unlinked, and
+//! its blocks are freed when it is closed. If the program ends in between, the kernel closes the
+//! file; if the host crashes, the next mount drops files without a name. Nothing is left to sweep.
 
 use crate::error::StorageError;
 use crate::files;
@@ -14,22 +14,22 @@ use scalebox_fault_points::crash_point;
 use std::fs::{self, File};
 use std::io;
 
-/// A disk that has no name any more, and still its blocks.
+/// A disk without a name that still has its blocks.
 #[derive(Debug)]
-#[must_use = "its blocks are free for sure only after Pool::reclaim"]
+#[must_use = "its blocks are certain to be free only after Pool::reclaim"]
 pub struct Unlinked {
     file: File,
 }
 
 impl Pool {
-    /// Takes the name of the disk `id` away. `None` when there is no such disk: the goal is
-    /// reached.
+    /// Removes the name of the disk `id`. Returns `None` if the disk does not exist: nothing is
+    /// left to do.
     ///
     /// # Errors
     /// [`StorageError::Io`].
     pub fn unlink_disk(&self, id: &Name) -> Result<Option<Unlinked>, StorageError> {
         let path = self.disk_path(id);
-        // For writing, because XFS has it cut off.
+        // Opened for writing, because on XFS the file is truncated later.
         let unlinked = files::open_write(&path).and_then(|disk| fs::remove_file(&path).map(|()| disk));
         match unlinked {
             Ok(file) => {
@@ -41,12 +41,12 @@ impl Pool {
         }
     }
 
-    /// Frees the blocks of a disk, and waits until the pool can give them to others. Blocks freed
-    /// become writable only when btrfs commits its transaction, which it does by itself every 30 s:
-    /// here that is not waited for.
+    /// Frees the blocks of a disk, and waits until they are available in the pool. btrfs makes
+    /// freed blocks writable only when it commits its transaction, by default every 30 s; this
+    /// commits it at once.
     ///
     /// # Errors
-    /// [`StorageError::Io`]; the disk is gone all the same.
+    /// [`StorageError::Io`]; the disk is deleted nevertheless.
     pub fn reclaim(&self, disk: Unlinked) -> Result<(), StorageError> {
         self.file_system
             .free(disk.file)
@@ -55,8 +55,8 @@ impl Pool {
         self.commit()
     }
 
-    /// Hands the free blocks that the image still owns on to the host disk. Returns how many the
-    /// image gave up; it may have taken others meanwhile.
+    /// Discards free blocks that the image still owns, returning them to the host disk. Returns by
+    /// how much the image shrank on the host disk; concurrent writes may have grown it meanwhile.
     ///
     /// # Errors
     /// [`StorageError::Command`], [`StorageError::Io`].
@@ -65,8 +65,8 @@ impl Pool {
             return Ok(Bytes::ZERO);
         };
         let before = allocated(image)?;
-        // What was freed in the transaction under way, such as by a guest that trimmed a moment
-        // ago, is not free for a trim before its commit.
+        // Blocks freed in the current transaction, for example by a guest's trim a moment ago,
+        // cannot be trimmed before its commit.
         self.commit()?;
         self.trim()?;
         Ok(before - allocated(image)?)

@@ -1,5 +1,5 @@
-//! Templates from elsewhere, and to elsewhere: an ext4 image, bare or packed with zstd, is copied
-//! in, checked, and only then given its name.
+//! Template import and export. An ext4 image, bare or compressed with zstd, is copied into the
+//! pool, checked, and only then given its name.
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
@@ -20,17 +20,17 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// So much room is asked for at a time, while it is not known how much data is still to come.
+/// Space admitted at a time while the total size of the data is unknown.
 const LOT: Bytes = Bytes::from_mib(256);
 
-/// A template on its way in. Dropped before it is finished, nothing is left of it.
+/// An unfinished import. Dropping it removes its file.
 struct Incoming {
     name: Name,
     replace: bool,
     partial: PathBuf,
     file: File,
     finished: bool,
-    /// Held until the data is there, and counts for itself.
+    /// Held until the data is written, and then counted as used.
     room: Vec<Reservation>,
 }
 
@@ -42,7 +42,7 @@ impl Drop for Incoming {
     }
 }
 
-/// A template that is about to be packed. It is open: deleting it changes nothing.
+/// A template opened for export. Deleting the template does not affect it.
 #[derive(Debug)]
 pub struct Packing {
     file: File,
@@ -50,26 +50,27 @@ pub struct Packing {
 }
 
 impl Packing {
-    /// The size of the image that is packed.
+    /// Returns the size of the uncompressed image.
     pub fn size(&self) -> Bytes {
         self.size
     }
 
-    /// Writes the packed image. `told` is told after each MiB of the image how much of it is done.
+    /// Writes the compressed image. Calls `told` after each MiB of the image with the bytes done so
+    /// far.
     ///
     /// # Errors
-    /// What reading or writing fails with.
+    /// Any error of reading or writing.
     pub fn write_to(&self, out: impl Write, told: impl FnMut(Bytes)) -> io::Result<()> {
         pack::pack(&self.file, out, told)
     }
 }
 
 impl Pool {
-    /// Copies the ext4 image `source`, at most `max` large, into the pool as template `name`. The
-    /// source is a file, bare or packed with zstd, or a block device that is not in use; it is only
-    /// read. The copy has its journal replayed and is checked, and appears under its name when it
-    /// is whole and durable. With `replace`, a template of that name gives way to it; disks made
-    /// from the old one are not touched.
+    /// Imports the ext4 image `source`, of at most `max` bytes, as template `name`. The source is a
+    /// file, bare or compressed with zstd, or an unused block device; it is only read. The copy's
+    /// journal is replayed and the copy is checked; it appears under its name when it is complete
+    /// and durable. With `replace`, it replaces a template of that name; disks made from the old
+    /// template are not affected.
     ///
     /// # Errors
     /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`],
@@ -83,13 +84,13 @@ impl Pool {
     ) -> Result<Template, StorageError> {
         let what = source.display().to_string();
         let failed = |error| StorageError::io("read", &what, error);
-        // Looked at before it is opened: opening a FIFO would wait for somebody to write to it.
+        // Checked before opening: opening a FIFO would wait for a writer.
         let kind = fs::metadata(source).map_err(failed)?.file_type();
         if kind.is_block_device() {
             return self.import_device(name, &what, source, max, replace);
         }
         if !kind.is_file() {
-            return Err(not_a_template(&what, "it is not a plain file or a block device"));
+            return Err(not_a_template(&what, "it is neither a regular file nor a block device"));
         }
         let file = File::open(source).map_err(failed)?;
         let head = head_of(&file).map_err(failed)?;
@@ -104,14 +105,14 @@ impl Pool {
         let mut incoming = self.begin_import(name, replace)?;
         let data = space::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
         incoming.room.push(self.admit(data)?);
-        // From within the pool a clone will do; from anywhere else its data is copied.
+        // From within the pool a reflink suffices; otherwise the data is copied.
         if files::reflink(&file, &incoming.file).is_err() {
             files::copy_sparse(&file, &incoming.file).map_err(|error| StorageError::io("copy", &what, error))?;
         }
         self.finish_import(incoming, &what)
     }
 
-    /// Copies all of a block device that nobody has mounted.
+    /// Imports a whole block device that is not mounted.
     fn import_device(
         &self,
         name: &Name,
@@ -120,7 +121,7 @@ impl Pool {
         max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
-        // Of a block device, the flag refuses one that is in use (open(2)).
+        // For a block device, the flag rejects one that is in use (open(2)).
         let exclusive = OFlags::EXCL.bits() as i32;
         let device = File::options().read(true).custom_flags(exclusive).open(source);
         let mut device = device.map_err(|error| match error.kind() {
@@ -136,11 +137,11 @@ impl Pool {
         self.unpack(name, what, device, max, replace)
     }
 
-    /// As [`Pool::import_template`], of an image that comes in as a stream, at most `max` of it
-    /// unpacked.
+    /// Like [`Pool::import_template`], for an image read from a stream, of at most `max` bytes
+    /// uncompressed.
     ///
     /// # Errors
-    /// As there; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.
+    /// The same; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.
     pub fn unpack_template(
         &self,
         name: &Name,
@@ -148,10 +149,10 @@ impl Pool {
         max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
-        self.unpack(name, "what was sent", input, max, replace)
+        self.unpack(name, "the uploaded file", input, max, replace)
     }
 
-    /// Opens a template to pack it.
+    /// Opens a template for export.
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
@@ -192,7 +193,7 @@ impl Pool {
         self.finish_import(incoming, what)
     }
 
-    /// Takes the name of a template to be imported.
+    /// Reserves the name of a template to import.
     fn begin_import(&self, name: &Name, replace: bool) -> Result<Incoming, StorageError> {
         self.require_mounted()?;
         if !replace && self.template_path(name).exists() {
@@ -215,7 +216,7 @@ impl Pool {
         Ok(incoming)
     }
 
-    /// Checks what was copied, and gives it its name.
+    /// Checks the imported image, and gives it its name.
     fn finish_import(&self, mut incoming: Incoming, what: &str) -> Result<Template, StorageError> {
         let (partial, name) = (incoming.partial.as_path(), &incoming.name);
         let refused = |error| match error {
@@ -225,7 +226,7 @@ impl Pool {
         fault_point("import: copied").map_err(StorageError::step)?;
         ext4::repair(partial).map_err(refused)?;
         fault_point("import: repaired").map_err(StorageError::step)?;
-        // A repair can fail to write without a word.
+        // A repair can fail to write and report success.
         ext4::check(partial).map_err(refused)?;
         incoming
             .file
@@ -248,7 +249,7 @@ impl Pool {
     }
 }
 
-/// A name that is taken is not a fault of the host.
+/// Turns the error for a name in use into [`StorageError::TemplateExists`].
 pub(crate) fn exists(error: StorageError, name: &Name) -> StorageError {
     match error {
         StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
@@ -266,10 +267,10 @@ fn not_a_template(what: &str, reason: impl ToString) -> StorageError {
 }
 
 fn too_large(max: Bytes) -> String {
-    format!("it is larger than the largest disk, which is {max}")
+    format!("it is larger than the maximum disk size of {max}")
 }
 
-/// The beginning of a file; less where the file is shorter.
+/// Returns the beginning of a file; shorter if the file is.
 fn head_of(file: &File) -> io::Result<Vec<u8>> {
     let mut head = vec![0; format::HEAD];
     let mut filled = 0;
@@ -283,7 +284,7 @@ fn head_of(file: &File) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Refuses what begins with `head` if that is a known format other than ext4.
+/// Rejects a file that begins with `head` if that is a known format other than ext4.
 fn refuse_other_formats(head: &[u8]) -> io::Result<()> {
     match format::recognise(head) {
         Some(other) => Err(io::Error::other(format!("it is {other}"))),
@@ -295,10 +296,10 @@ fn require_bare_ext4(what: &str, path: &Path) -> Result<(), StorageError> {
     let reason = match probe(path)?.map(|found| found.kind).as_deref() {
         Some("ext4" | "ext3" | "ext2") => return Ok(()),
         Some(table) if table.contains("partition table") => format!(
-            "it is a whole disk with {table}: extract its root partition, which must be ext4, into a file of its own"
+            "it is a whole disk with {table}: extract its root partition, which must be ext4, to a separate file"
         ),
-        Some(kind) => format!("it holds {kind}: a template is a bare ext4 file system"),
-        None => "it holds no file system: a template is a bare ext4 file system".to_owned(),
+        Some(kind) => format!("it contains {kind}: a template is a bare ext4 file system"),
+        None => "it contains no file system: a template is a bare ext4 file system".to_owned(),
     };
     Err(not_a_template(what, reason))
 }

@@ -1,20 +1,20 @@
-//! Names of templates and disks: they become file names, so their form is checked where paths are
-//! made.
+//! Names of templates and disks. They become file names, so their form is checked before a path is
+//! built.
 
 use crate::error::StorageError;
 use std::fmt;
 use std::str::FromStr;
 
-/// Longest name, in bytes.
+/// Maximum length of a name, in bytes.
 pub const LONGEST: usize = 63;
 
-/// The name of a template or a disk: letters, digits, dots, dashes and underscores, at most
-/// [`LONGEST`], beginning with a letter or digit. It can neither leave its folder nor be hidden.
+/// The name of a template or a disk: at most [`LONGEST`] letters, digits, dots, dashes and
+/// underscores, beginning with a letter or digit. It can neither leave its folder nor be hidden.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Name(String);
 
 impl Name {
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_cannot_leave_its_folder() {
+    fn names_cannot_leave_their_folder() {
         for text in ["debian-base", "vm-0123456789ab", "node_20.1", "a"] {
             assert_eq!(text.parse::<Name>().unwrap().as_str(), text);
         }
