@@ -1,6 +1,6 @@
-//! Admission, held against models of what guests can do to a pool.
+//! Admission, compared with models of guests' effects on a pool.
 
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use proptest::prelude::*;
 use scalebox_storage::{Admission, Bounds, Bytes, Gib, Promises, Reservation, Space};
@@ -17,7 +17,7 @@ fn admission(buffer: u64, overcommit_ratio: f64) -> Admission {
     })
 }
 
-/// A pool of `capacity` of which `used` is written, `fixed` of it by no disk alone.
+/// Returns the space of a pool of `capacity` with `used` written, `fixed` of it unreclaimable.
 fn space(capacity: u64, used: u64, fixed: u64) -> Space {
     let free = gib(capacity) - gib(used);
     Space {
@@ -34,7 +34,7 @@ fn space(capacity: u64, used: u64, fixed: u64) -> Space {
     }
 }
 
-/// What happens to requests and disks; numbers pick one of those there are.
+/// Events of requests and disks; indices select an existing one.
 #[derive(Debug, Clone, Copy)]
 enum Request {
     Create(u64),
@@ -42,9 +42,9 @@ enum Request {
     Commit(usize),
     Fail(usize),
     Delete(usize),
-    /// Something else writes or deletes: so much is used from now on.
+    /// Other data is written or deleted: this much is used now.
     Used(u64),
-    /// The pool is grown or shrunk.
+    /// The pool is resized.
     Capacity(u64),
 }
 
@@ -61,7 +61,7 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     prop::collection::vec(request, 1..150)
 }
 
-/// What guests and the operator of a pool do.
+/// Actions of guests and operators.
 #[derive(Debug, Clone, Copy)]
 enum Deed {
     Create(u64),
@@ -70,7 +70,7 @@ enum Deed {
     Trim(usize, u64),
     Delete(usize),
     Import(u64),
-    /// A disk becomes a template: its blocks are shared from then on.
+    /// A disk becomes a template: its blocks are then shared.
     Snapshot(usize),
     DeleteTemplate(usize),
     Measure,
@@ -94,16 +94,16 @@ fn deeds() -> impl Strategy<Value = Vec<Deed>> {
 #[derive(Debug)]
 struct Disk {
     size: u64,
-    /// Blocks that it maps in extents of its own.
+    /// Blocks that the disk maps in extents of its own.
     own: u64,
 }
 
-/// A pool in whole GiB, as [`Deed`]s leave it.
+/// A pool in whole GiB, changed by actions.
 struct Model {
     capacity: u64,
     disks: Vec<Disk>,
     templates: Vec<u64>,
-    /// What deleted templates left behind, because clones may still map a part of each extent.
+    /// Blocks of deleted templates that clones may still map in part.
     orphaned: u64,
     measured: Option<u64>,
 }
@@ -127,8 +127,8 @@ impl Model {
         self.disks.get_mut(at % count)
     }
 
-    /// What is asked of admission is asked as the pool does it: in this order, nothing done on a
-    /// refusal.
+    /// Applies an action, calling admission in the same order as the pool; a refusal changes
+    /// nothing.
     fn take(&mut self, deed: Deed, admission: &Admission) {
         match deed {
             Deed::Create(size) => {
@@ -190,10 +190,10 @@ impl Model {
 
 proptest! {
     #[test]
-    fn no_interleaving_passes_a_bound_and_all_end_at_zero(requests in requests(), ratio in 0.5f64..4.0, buffer in 0u64..4) {
+    fn no_interleaving_exceeds_a_bound_and_all_end_at_zero(requests in requests(), ratio in 0.5f64..4.0, buffer in 0u64..4) {
         let admission = admission(buffer, ratio);
         let (mut capacity, mut used) = (100, 10);
-        // Disks by their size; of a growth under way, which disk it is for.
+        // Disks by size. A growth in progress also has its disk.
         let mut disks: Vec<Option<Bytes>> = Vec::new();
         let mut under_way: Vec<(Reservation, Option<usize>)> = Vec::new();
         for request in requests {
@@ -223,8 +223,7 @@ proptest! {
                     reservation.commit();
                     match disk {
                         None => disks.push(Some(size)),
-                        // Deleted meanwhile, as when a deletion waits for the growth: both are
-                        // struck out.
+                        // The disk was deleted before its growth was committed: both are released.
                         Some(disk) => match &mut disks[disk] {
                             Some(whole) => *whole += size,
                             None => admission.release(size),
@@ -254,7 +253,7 @@ proptest! {
     }
 
     #[test]
-    fn with_a_ratio_of_one_guests_can_write_all_they_were_promised_at_any_time(deeds in deeds(), buffer in 0u64..4) {
+    fn with_a_ratio_of_one_guests_can_always_write_all_promised_bytes(deeds in deeds(), buffer in 0u64..4) {
         let admission = admission(buffer, 1.0);
         let mut model = Model { capacity: 200, disks: Vec::new(), templates: Vec::new(), orphaned: 0, measured: None };
         for deed in deeds {
@@ -270,7 +269,7 @@ proptest! {
     }
 }
 
-/// Numbers that look random, the same in every run (splitmix64).
+/// Pseudo-random numbers, the same in every run (splitmix64).
 struct Numbers(u64);
 
 impl Numbers {
@@ -283,8 +282,8 @@ impl Numbers {
     }
 }
 
-/// Threads that create, grow, fail and delete at once, every disk written full before it is
-/// recorded.
+/// Threads concurrently create, grow, fail and delete disks. Every disk is written completely
+/// before it is recorded.
 fn threads_share_a_pool(ratio: f64) {
     const CAPACITY: u64 = 100;
     const BUFFER: u64 = 2;
@@ -295,7 +294,7 @@ fn threads_share_a_pool(ratio: f64) {
         let before = written.fetch_add(size, SeqCst);
         assert!(
             before + size + BUFFER <= CAPACITY,
-            "{size} GiB admitted were not there: {before} GiB are written"
+            "{size} GiB were admitted with {before} GiB written"
         );
     };
     let work = |seed: u64| {
@@ -308,7 +307,7 @@ fn threads_share_a_pool(ratio: f64) {
                 0 | 1 => {
                     let size = 1 + numbers.below(30);
                     match admit(size) {
-                        // It failed before it wrote anything.
+                        // Fails before writing anything.
                         Ok(admitted) if numbers.below(4) == 0 => drop(admitted),
                         Ok(admitted) => {
                             write(size);
@@ -350,7 +349,7 @@ fn threads_share_a_pool(ratio: f64) {
     });
     assert_eq!(admission.promises(), Promises::default());
     assert_eq!(written.into_inner(), 0);
-    // Both sides of the bound were really tried.
+    // Checks that both admissions and refusals occurred often.
     let (made, refused) = counts
         .iter()
         .fold((0, 0), |(a, b), (made, refused)| (a + made, b + refused));
@@ -358,11 +357,11 @@ fn threads_share_a_pool(ratio: f64) {
 }
 
 #[test]
-fn eight_threads_never_write_more_than_there_is_and_all_end_at_zero() {
+fn eight_threads_never_exceed_an_overcommitted_pool() {
     threads_share_a_pool(4.0);
 }
 
 #[test]
-fn eight_threads_on_a_pool_promised_once_never_write_more_than_there_is() {
+fn eight_threads_never_exceed_a_pool_with_a_ratio_of_one() {
     threads_share_a_pool(1.0);
 }
