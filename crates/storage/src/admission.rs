@@ -70,19 +70,19 @@ pub struct Admission {
     bounds: Bounds,
     // A std mutex: held for a few additions and one reading of the pool's space, never across an
     // await.
-    books: Arc<Mutex<Books>>,
+    ledger: Arc<Mutex<Ledger>>,
 }
 
 #[derive(Debug, Default)]
-struct Books {
+struct Ledger {
     promises: Promises,
     /// While the pool is being shrunk: its size afterwards, which limits admission.
     ceiling: Option<Bytes>,
 }
 
-impl Books {
+impl Ledger {
     /// Returns the space as it will be after the shrink in progress.
-    fn foreseen(&self, space: Space) -> Space {
+    fn after_shrink(&self, space: Space) -> Space {
         match self.ceiling {
             Some(ceiling) if ceiling < space.capacity => Space {
                 free: space.free - (space.capacity - ceiling),
@@ -100,7 +100,7 @@ impl Admission {
     pub fn new(bounds: Bounds) -> Self {
         Admission {
             bounds,
-            books: Arc::default(),
+            ledger: Arc::default(),
         }
     }
 
@@ -111,7 +111,7 @@ impl Admission {
 
     /// Returns the current promises.
     pub fn promises(&self) -> Promises {
-        self.books().promises
+        self.ledger().promises
     }
 
     /// Returns the largest sum of promises for a pool of this capacity.
@@ -134,9 +134,9 @@ impl Admission {
         size: Bytes,
         space: impl FnOnce() -> Result<Space, StorageError>,
     ) -> Result<Reservation, StorageError> {
-        let mut books = self.books();
-        let space = books.foreseen(space()?);
-        let Promises { committed, reserved } = books.promises;
+        let mut ledger = self.ledger();
+        let space = ledger.after_shrink(space()?);
+        let Promises { committed, reserved } = ledger.promises;
         let writable = space.free - reserved;
         let promisable = self.limit(space.capacity) - committed - reserved;
         let backed = if self.backs_every_byte() {
@@ -150,23 +150,23 @@ impl Admission {
                 need: size.ceil_gib() + self.bounds.buffer,
             });
         }
-        books.promises.reserved += size;
+        ledger.promises.reserved += size;
         Ok(Reservation {
             size,
-            books: self.clone(),
+            ledger: self.clone(),
         })
     }
 
     /// Adds an existing disk, at start.
     pub fn restore(&self, size: Bytes) {
-        self.books().promises.committed += size;
+        self.ledger().promises.committed += size;
     }
 
     /// Removes a deleted disk.
     pub fn release(&self, size: Bytes) {
-        let mut books = self.books();
-        debug_assert!(books.promises.committed >= size, "released more than was committed");
-        books.promises.committed = books.promises.committed - size;
+        let mut ledger = self.ledger();
+        debug_assert!(ledger.promises.committed >= size, "released more than was committed");
+        ledger.promises.committed = ledger.promises.committed - size;
     }
 
     /// Limits admission to a pool of `size` until the guard is dropped: the pool is about to be
@@ -181,8 +181,8 @@ impl Admission {
         size: Bytes,
         fits: impl FnOnce(Bytes) -> Result<Result<(), Gib>, StorageError>,
     ) -> Result<LoweredCeiling, StorageError> {
-        let mut books = self.books();
-        let promised = books.promises.committed + books.promises.reserved;
+        let mut ledger = self.ledger();
+        let promised = ledger.promises.committed + ledger.promises.reserved;
         if promised > self.limit(size) {
             return Err(StorageError::PoolSize(format!(
                 "VMs were promised {promised}; a pool of {size} may promise at most {}. Delete VMs, or choose a larger size",
@@ -195,16 +195,16 @@ impl Admission {
                 self.bounds.buffer
             )));
         }
-        books.ceiling = Some(size);
+        ledger.ceiling = Some(size);
         Ok(LoweredCeiling {
             admission: self.clone(),
         })
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
         // No code under the lock panics between two writes, so the sums are consistent even if a
         // holder panicked.
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -217,7 +217,7 @@ pub struct LoweredCeiling {
 
 impl Drop for LoweredCeiling {
     fn drop(&mut self) {
-        self.admission.books().ceiling = None;
+        self.admission.ledger().ceiling = None;
     }
 }
 
@@ -226,7 +226,7 @@ impl Drop for LoweredCeiling {
 #[must_use = "dropping a reservation releases its space"]
 pub struct Reservation {
     size: Bytes,
-    books: Admission,
+    ledger: Admission,
 }
 
 impl Reservation {
@@ -239,16 +239,16 @@ impl Reservation {
     /// exists and is recorded.
     pub fn commit(mut self) {
         let size = std::mem::take(&mut self.size);
-        let mut books = self.books.books();
-        books.promises.reserved = books.promises.reserved - size;
-        books.promises.committed += size;
+        let mut ledger = self.ledger.ledger();
+        ledger.promises.reserved = ledger.promises.reserved - size;
+        ledger.promises.committed += size;
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let mut books = self.books.books();
-        books.promises.reserved = books.promises.reserved - self.size;
+        let mut ledger = self.ledger.ledger();
+        ledger.promises.reserved = ledger.promises.reserved - self.size;
     }
 }
 

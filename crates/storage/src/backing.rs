@@ -25,7 +25,7 @@ pub enum Backing {
 
 /// The backing of a mounted pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ground {
+pub enum ActualBacking {
     /// An image; its size is the size of the pool.
     Image(PathBuf),
     /// A block device used by the pool only.
@@ -36,11 +36,11 @@ pub enum Ground {
 
 /// A folder that is or can become a pool.
 #[derive(Debug)]
-pub(crate) struct Place {
-    pub(crate) ground: Ground,
+pub(crate) struct PoolLocation {
+    pub(crate) backing: ActualBacking,
     /// The mount source.
     pub(crate) device: PathBuf,
-    pub(crate) kind: Kind,
+    pub(crate) kind: FsKind,
     /// Whether the pool's folder is itself a mount point, not a folder inside a mounted file
     /// system.
     pub(crate) is_mount_point: bool,
@@ -48,16 +48,16 @@ pub(crate) struct Place {
 
 /// The file systems that can clone files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum FsKind {
     Btrfs,
     Xfs,
 }
 
-impl Kind {
-    fn of(mount: &MountEntry, at: &Path) -> Result<Kind, StorageError> {
+impl FsKind {
+    fn of(mount: &MountEntry, at: &Path) -> Result<FsKind, StorageError> {
         match mount.fs_type.as_str() {
-            "btrfs" => Ok(Kind::Btrfs),
-            "xfs" => Ok(Kind::Xfs),
+            "btrfs" => Ok(FsKind::Btrfs),
+            "xfs" => Ok(FsKind::Xfs),
             other => Err(StorageError::NotAPool {
                 path: at.to_owned(),
                 fs_type: other.to_owned(),
@@ -68,48 +68,48 @@ impl Kind {
     /// Returns the kernel's name of the file system.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Kind::Btrfs => "btrfs",
-            Kind::Xfs => "xfs",
+            FsKind::Btrfs => "btrfs",
+            FsKind::Xfs => "xfs",
         }
     }
 }
 
 /// The pool's file system, for operations that differ between btrfs and XFS.
 #[derive(Debug)]
-pub(crate) enum FileSystem {
+pub(crate) enum PoolFs {
     /// With the counters of uncommitted writes, and the quotas that apply to the pool's folder.
     Btrfs(PendingWrites, Quota),
     Xfs,
 }
 
-impl FileSystem {
-    pub(crate) fn open(kind: Kind, dir: &File) -> io::Result<FileSystem> {
+impl PoolFs {
+    pub(crate) fn open(kind: FsKind, dir: &File) -> io::Result<PoolFs> {
         match kind {
-            Kind::Btrfs => {
+            FsKind::Btrfs => {
                 let quota = Quota::of(dir)?.ok_or_else(|| io::Error::other("not a btrfs file system anymore"))?;
-                Ok(FileSystem::Btrfs(PendingWrites::open(dir)?, quota))
+                Ok(PoolFs::Btrfs(PendingWrites::open(dir)?, quota))
             }
-            Kind::Xfs => Ok(FileSystem::Xfs),
+            FsKind::Xfs => Ok(PoolFs::Xfs),
         }
     }
 
-    pub(crate) fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> FsKind {
         match self {
-            FileSystem::Btrfs(..) => Kind::Btrfs,
-            FileSystem::Xfs => Kind::Xfs,
+            PoolFs::Btrfs(..) => FsKind::Btrfs,
+            PoolFs::Xfs => FsKind::Xfs,
         }
     }
 
     /// Returns whether flushing a new file also makes its name durable.
     pub(crate) fn fsync_keeps_name(&self) -> bool {
-        matches!(self, FileSystem::Btrfs(..))
+        matches!(self, PoolFs::Btrfs(..))
     }
 
     /// Makes freed space writable. btrfs does so when it commits its transaction, XFS immediately.
     pub(crate) fn commit(&self, dir: &File) -> rustix::io::Result<()> {
         match self {
-            FileSystem::Btrfs(..) => btrfs::commit(dir),
-            FileSystem::Xfs => Ok(()),
+            PoolFs::Btrfs(..) => btrfs::commit(dir),
+            PoolFs::Xfs => Ok(()),
         }
     }
 
@@ -117,8 +117,8 @@ impl FileSystem {
     /// the background.
     pub(crate) fn free(&self, file: File) -> io::Result<()> {
         match self {
-            FileSystem::Btrfs(..) => Ok(()),
-            FileSystem::Xfs => file.set_len(0),
+            PoolFs::Btrfs(..) => Ok(()),
+            PoolFs::Xfs => file.set_len(0),
         }
     }
 }
@@ -129,12 +129,12 @@ impl FileSystem {
 /// # Errors
 /// [`StorageError::NotAPool`] when the file system there cannot clone files,
 /// [`StorageError::OtherDevice`].
-pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<Place>, StorageError> {
+pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<PoolLocation>, StorageError> {
     let look_up = |error| StorageError::io("look up", data_dir.display(), error);
     if let Some(mount) = mounts::mounted_at(data_dir).map_err(look_up)? {
-        let kind = Kind::of(&mount, data_dir)?;
-        let ground = match backing {
-            Backing::Device(device) if same_device(device, &mount.source) => Ground::Device(device.clone()),
+        let kind = FsKind::of(&mount, data_dir)?;
+        let backing = match backing {
+            Backing::Device(device) if same_device(device, &mount.source) => ActualBacking::Device(device.clone()),
             Backing::Device(device) => {
                 return Err(StorageError::OtherDevice {
                     path: data_dir.to_owned(),
@@ -143,13 +143,13 @@ pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<Place>, 
                 });
             }
             Backing::Image(_) => match (kind, backing_file(&mount)?) {
-                (Kind::Btrfs, Some(image)) => Ground::Image(image),
-                _ => Ground::Given,
+                (FsKind::Btrfs, Some(image)) => ActualBacking::Image(image),
+                _ => ActualBacking::Given,
             },
-            Backing::Given => Ground::Given,
+            Backing::Given => ActualBacking::Given,
         };
-        return Ok(Some(Place {
-            ground,
+        return Ok(Some(PoolLocation {
+            backing,
             device: mount.source,
             kind,
             is_mount_point: true,
@@ -161,9 +161,9 @@ pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<Place>, 
     let Some(mount) = mounts::holding(data_dir).map_err(look_up)? else {
         return Ok(None);
     };
-    Ok(Some(Place {
-        ground: Ground::Given,
-        kind: Kind::of(&mount, data_dir)?,
+    Ok(Some(PoolLocation {
+        backing: ActualBacking::Given,
+        kind: FsKind::of(&mount, data_dir)?,
         device: mount.source,
         is_mount_point: false,
     }))

@@ -39,7 +39,7 @@ const GLOBAL_RESERVE: u64 = 1 << 49;
 
 /// Maximum number of space types: data, metadata, system and the reserve, each in up to two
 /// profiles during a balance.
-const SLOTS: usize = 16;
+const MAX_SPACES: usize = 16;
 
 #[repr(C)]
 struct SpaceArgsHeader {
@@ -58,7 +58,7 @@ struct SpaceInfo {
 #[repr(C)]
 struct SpaceArgs {
     header: SpaceArgsHeader,
-    spaces: [SpaceInfo; SLOTS],
+    spaces: [SpaceInfo; MAX_SPACES],
 }
 
 #[repr(C)]
@@ -237,7 +237,7 @@ pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
 }
 
 /// How often the commit thread is woken; longer than most commits take.
-const WAKE_AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
+const WAKE_INTERVAL: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// Commits the current transaction and waits for it. Unlike `syncfs`, it does not flush dirty
 /// pages.
@@ -255,9 +255,9 @@ pub(crate) fn commit(file: impl AsFd) -> io::Result<()> {
     std::thread::scope(|scope| {
         let (done, waiting) = std::sync::mpsc::channel::<()>();
         scope.spawn(move || {
-            while waiting.recv_timeout(WAKE_AGAIN) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) && begin().is_ok()
-            {
-            }
+            while waiting.recv_timeout(WAKE_INTERVAL) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+                && begin().is_ok()
+            {}
         });
         // SAFETY: the kernel reads the transaction's number, a u64.
         let committed = unsafe { ioctl(fd, Setter::<WAIT_SYNC, u64>::new(transaction)) };
@@ -269,15 +269,15 @@ pub(crate) fn commit(file: impl AsFd) -> io::Result<()> {
 fn space_infos(file: &impl AsFd) -> io::Result<Vec<SpaceInfo>> {
     let mut args = SpaceArgs {
         header: SpaceArgsHeader {
-            slots: SLOTS as u64,
+            slots: MAX_SPACES as u64,
             total: 0,
         },
-        spaces: [SpaceInfo::default(); SLOTS],
+        spaces: [SpaceInfo::default(); MAX_SPACES],
     };
     // SAFETY: the kernel writes at most `slots` entries after the header, and there is room for
-    // SLOTS of them.
+    // MAX_SPACES of them.
     unsafe { ioctl(file.as_fd(), Updater::<SPACE_INFO, SpaceArgs>::new(&mut args))? };
-    let filled = usize::try_from(args.header.total).map_or(SLOTS, |total| total.min(SLOTS));
+    let filled = usize::try_from(args.header.total).map_or(MAX_SPACES, |total| total.min(MAX_SPACES));
     Ok(args.spaces[..filled].to_vec())
 }
 

@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 
 /// Timeout of a program that works on one image. The largest disks take seconds; a file system
 /// crafted to keep the program busy or waiting would take hours.
-const IMAGE_DEADLINE: Duration = Duration::from_secs(300);
+const IMAGE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Maximum output of a program, in bytes: ten times the longest folder listing that is read.
-const MOST_SAID: u64 = 16 << 20;
+const MAX_OUTPUT: u64 = 16 << 20;
 
 /// The programs this crate runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +95,7 @@ impl Program {
     /// Returns its timeout; `None` for programs whose duration depends on the size of the pool.
     fn deadline(self) -> Option<Duration> {
         match self {
-            Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs => Some(IMAGE_DEADLINE),
+            Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs => Some(IMAGE_TIMEOUT),
             Program::Btrfs
             | Program::Fstrim
             | Program::Losetup
@@ -145,7 +145,7 @@ pub enum CommandError {
     },
     /// The program was killed: it did not end, or wrote too much.
     #[error("{command} was killed: it {why}")]
-    Endless {
+    Killed {
         /// The program and its arguments.
         command: String,
         /// The cause.
@@ -207,7 +207,7 @@ pub(crate) fn run_accepting<S: AsRef<OsStr>>(
 
 /// The result of a program that worked on an image.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct ImageRun {
     /// Its exit code; `None` when a signal ended it.
     pub(crate) code: Option<i32>,
     /// The exit code or the signal, as text.
@@ -219,7 +219,7 @@ pub(crate) struct Answer {
     image: String,
 }
 
-impl Answer {
+impl ImageRun {
     /// Returns the first line on standard error that is not `harmless`. A program that prints such
     /// a line has failed, whatever its exit code.
     pub(crate) fn complaint(&self, harmless: impl Fn(&str) -> bool) -> Option<&str> {
@@ -228,7 +228,7 @@ impl Answer {
     }
 
     /// Returns its output on both streams, with the name of the image replaced.
-    pub(crate) fn said(&self) -> String {
+    pub(crate) fn output(&self) -> String {
         let stdout = self.stdout.replace(&self.image, "the image");
         let parts = [stdout.trim(), self.complaints.trim()];
         parts
@@ -241,15 +241,15 @@ impl Answer {
     /// Returns whether the host caused the failure, not the image: a system call failed, or the
     /// program was killed.
     pub(crate) fn is_fault_of_host(&self) -> bool {
-        let said = self.said();
-        self.code.is_none() || HOST_FAULTS.iter().any(|fault| said.contains(fault))
+        let output = self.output();
+        self.code.is_none() || HOST_FAULTS.iter().any(|fault| output.contains(fault))
     }
 
-    /// Like [`Answer::is_fault_of_host`], for an image that was just found sound and is therefore
+    /// Like [`ImageRun::is_fault_of_host`], for an image that was just found sound and is therefore
     /// readable.
     pub(crate) fn is_fault_on_sound_image(&self) -> bool {
-        let said = self.said();
-        self.is_fault_of_host() || UNREADABLE.iter().any(|fault| said.contains(fault))
+        let output = self.output();
+        self.is_fault_of_host() || UNREADABLE.iter().any(|fault| output.contains(fault))
     }
 }
 
@@ -285,7 +285,7 @@ pub(crate) fn run_on_image(
     program: Program,
     options: &[&str],
     input: Option<File>,
-) -> Result<Answer, CommandError> {
+) -> Result<ImageRun, CommandError> {
     let bare = bare_name(image);
     let mut args: Vec<OsString> = options.iter().map(OsString::from).collect();
     args.push(bare.clone());
@@ -293,7 +293,7 @@ pub(crate) fn run_on_image(
     let stderr = String::from_utf8_lossy(&output.stderr);
     let complaints: Vec<&str> = stderr.lines().filter(|line| !is_banner(program, line)).collect();
     let image = bare.to_string_lossy().into_owned();
-    Ok(Answer {
+    Ok(ImageRun {
         code: output.status.code(),
         status: output.status.to_string(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -358,10 +358,10 @@ fn output_of(
         });
     }
     let child = command.spawn().map_err(not_started)?;
-    match attend(child, program.deadline()).map_err(not_started)? {
+    match wait_for_output(child, program.deadline()).map_err(not_started)? {
         Ok(output) => Ok(output),
-        Err(why) => Err(CommandError::Endless {
-            command: spelled(program, args),
+        Err(why) => Err(CommandError::Killed {
+            command: command_line(program, args),
             why,
         }),
     }
@@ -369,7 +369,7 @@ fn output_of(
 
 /// Collects a program's output until the program ends. Kills a program over its limits; `Err` then
 /// names the reason.
-fn attend(mut child: Child, deadline: Option<Duration>) -> io::Result<Result<Output, String>> {
+fn wait_for_output(mut child: Child, deadline: Option<Duration>) -> io::Result<Result<Output, String>> {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     thread::scope(|scope| {
         let stdout = scope.spawn(move || read_up_to_limit(stdout));
@@ -387,24 +387,26 @@ fn attend(mut child: Child, deadline: Option<Duration>) -> io::Result<Result<Out
             child.wait()?;
         }
         let joined = |output: thread::ScopedJoinHandle<'_, io::Result<Option<Vec<u8>>>>| {
-            output.join().map_err(|_| io::Error::other("reading its output panicked"))?
+            output
+                .join()
+                .map_err(|_| io::Error::other("reading its output panicked"))?
         };
         // A program whose output is no longer read ends by SIGPIPE.
         let (stdout, stderr) = (joined(stdout)?, joined(stderr)?);
         Ok(ended.and_then(|status| match (stdout, stderr) {
             (Some(stdout), Some(stderr)) => Ok(Output { status, stdout, stderr }),
-            _ => Err(format!("wrote more than {} MiB", MOST_SAID >> 20)),
+            _ => Err(format!("wrote more than {} MiB", MAX_OUTPUT >> 20)),
         }))
     })
 }
 
-/// Reads the whole stream; `None` if it is longer than [`MOST_SAID`].
+/// Reads the whole stream; `None` if it is longer than [`MAX_OUTPUT`].
 fn read_up_to_limit(stream: Option<impl Read>) -> io::Result<Option<Vec<u8>>> {
     let mut output = Vec::new();
     if let Some(stream) = stream {
-        stream.take(MOST_SAID + 1).read_to_end(&mut output)?;
+        stream.take(MAX_OUTPUT + 1).read_to_end(&mut output)?;
     }
-    Ok((output.len() as u64 <= MOST_SAID).then_some(output))
+    Ok((output.len() as u64 <= MAX_OUTPUT).then_some(output))
 }
 
 /// Waits for a program to end; `None` when it is still running at the deadline.
@@ -426,7 +428,7 @@ fn wait(child: &mut Child, deadline: Option<Duration>) -> io::Result<Option<Exit
     }
 }
 
-fn spelled(program: Program, args: &[OsString]) -> String {
+fn command_line(program: Program, args: &[OsString]) -> String {
     let mut command = program.name().to_owned();
     for arg in args {
         command.push(' ');
@@ -443,7 +445,7 @@ fn failed(program: Program, args: &[OsString], output: &Output) -> CommandError 
     }
     written.push_str(stderr.trim());
     CommandError::Failed {
-        command: spelled(program, args),
+        command: command_line(program, args),
         status: output.status.to_string(),
         output: written,
     }
@@ -462,8 +464,8 @@ mod tests {
         assert!(error.contains("No such file or directory"), "{error}");
     }
 
-    fn answer(code: i32, complaints: &str) -> Answer {
-        Answer {
+    fn answer(code: i32, complaints: &str) -> ImageRun {
+        ImageRun {
             code: Some(code),
             status: format!("exit status: {code}"),
             stdout: String::new(),
@@ -496,7 +498,7 @@ mod tests {
             .is_fault_of_host()
         );
         assert!(
-            Answer {
+            ImageRun {
                 code: None,
                 ..answer(0, "")
             }
@@ -517,7 +519,7 @@ mod tests {
     #[test]
     fn output_on_both_streams_is_collected() {
         let child = shell("seq 100000; seq 100000 >&2; exit 3");
-        let output = attend(child, Some(IMAGE_DEADLINE)).unwrap().unwrap();
+        let output = wait_for_output(child, Some(IMAGE_TIMEOUT)).unwrap().unwrap();
         assert_eq!(output.status.code(), Some(3));
         assert!(output.stdout == output.stderr && output.stdout.ends_with(b"100000\n"));
     }
@@ -527,14 +529,18 @@ mod tests {
         // Ignores SIGTERM and keeps its output open.
         let child = shell("trap '' TERM; exec sleep 1000");
         let pid = child.id();
-        let why = attend(child, Some(Duration::from_millis(50))).unwrap().unwrap_err();
+        let why = wait_for_output(child, Some(Duration::from_millis(50)))
+            .unwrap()
+            .unwrap_err();
         assert!(why.starts_with("did not end within"), "{why}");
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
 
     #[test]
     fn programs_with_too_much_output_are_killed() {
-        let why = attend(shell("exec yes"), Some(IMAGE_DEADLINE)).unwrap().unwrap_err();
+        let why = wait_for_output(shell("exec yes"), Some(IMAGE_TIMEOUT))
+            .unwrap()
+            .unwrap_err();
         assert_eq!(why, "wrote more than 16 MiB");
     }
 }

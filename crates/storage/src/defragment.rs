@@ -11,32 +11,32 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 /// Maximum hole between two joined ranges of data; the hole becomes zeros on disk.
-const HOLE: u64 = 512 << 10;
+const MAX_HOLE: u64 = 512 << 10;
 /// Maximum length of a rewritten range. Longer ranges have few extents for their size, and stay
 /// shared with the original.
-const STRETCH: u64 = 4 << 20;
+const MAX_RANGE: u64 = 4 << 20;
 /// Maximum data rewritten, and thus no longer shared, per image.
-const BUDGET: u64 = 16 << 20;
+const MAX_REWRITTEN: u64 = 16 << 20;
 
 /// Joins neighbouring ranges of data into one extent each, where that costs little. The contents
 /// stay the same. A crash may lose data, so the caller must discard the image after a crash.
-pub(crate) fn compact(image: &File) -> io::Result<()> {
-    let mut near = near_stretches(image)?;
-    near.sort_by_key(|stretch| stretch.end - stretch.start);
-    let mut budget = BUDGET;
-    for stretch in near {
-        let Some(left) = budget.checked_sub(stretch.end - stretch.start) else {
+pub(crate) fn defragment(image: &File) -> io::Result<()> {
+    let mut near = neighbouring_ranges(image)?;
+    near.sort_by_key(|range| range.end - range.start);
+    let mut left_to_rewrite = MAX_REWRITTEN;
+    for range in near {
+        let Some(left) = left_to_rewrite.checked_sub(range.end - range.start) else {
             break;
         };
-        budget = left;
-        rewrite(image, &stretch)?;
+        left_to_rewrite = left;
+        rewrite(image, &range)?;
     }
     Ok(())
 }
 
 /// Returns the ranges of data that have close neighbours, each joined with its neighbours and the
 /// holes between them.
-fn near_stretches(image: &File) -> io::Result<Vec<Range<u64>>> {
+fn neighbouring_ranges(image: &File) -> io::Result<Vec<Range<u64>>> {
     let size = image.metadata()?.len();
     let mut near = Vec::new();
     // The current range, and whether it was joined from several.
@@ -46,26 +46,26 @@ fn near_stretches(image: &File) -> io::Result<Vec<Range<u64>>> {
         let end = files::seek_or_end(image, SeekFrom::Hole(start))?.unwrap_or(size);
         offset = end;
         match &mut current {
-            Some((stretch, joined)) if start - stretch.end <= HOLE && end - stretch.start <= STRETCH => {
-                stretch.end = end;
+            Some((range, joined)) if start - range.end <= MAX_HOLE && end - range.start <= MAX_RANGE => {
+                range.end = end;
                 *joined = true;
             }
             _ => near.extend(current.replace((start..end, false)).filter(|(_, joined)| *joined)),
         }
     }
     near.extend(current.filter(|(_, joined)| *joined));
-    Ok(near.into_iter().map(|(stretch, _)| stretch).collect())
+    Ok(near.into_iter().map(|(range, _)| range).collect())
 }
 
 /// Rewrites a range. Its blocks are freed first, so that the new ones are allocated in one piece.
-fn rewrite(image: &File, stretch: &Range<u64>) -> io::Result<()> {
-    let length = stretch.end - stretch.start;
-    // At most `STRETCH`.
+fn rewrite(image: &File, range: &Range<u64>) -> io::Result<()> {
+    let length = range.end - range.start;
+    // At most `MAX_RANGE`.
     let mut data = vec![0; length as usize];
-    image.read_exact_at(&mut data, stretch.start)?;
+    image.read_exact_at(&mut data, range.start)?;
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(image, punch, stretch.start, length)?;
-    image.write_all_at(&data, stretch.start)
+    fallocate(image, punch, range.start, length)?;
+    image.write_all_at(&data, range.start)
 }
 
 #[cfg(test)]
@@ -101,7 +101,7 @@ mod tests {
             400 * MIB..401 * MIB,
             401 * MIB + 65536..402 * MIB,
         ]);
-        assert_eq!(near_stretches(&image).unwrap(), [0..12288, 400 * MIB..402 * MIB]);
+        assert_eq!(neighbouring_ranges(&image).unwrap(), [0..12288, 400 * MIB..402 * MIB]);
     }
 
     #[test]
@@ -109,11 +109,11 @@ mod tests {
         let image = image(&[0..4096, 8192..12288, 65536..131072, 500 * MIB..501 * MIB]);
         let mut before = vec![0; MIB as usize];
         image.read_exact_at(&mut before, 0).unwrap();
-        compact(&image).unwrap();
+        defragment(&image).unwrap();
         let mut after = vec![0; MIB as usize];
         image.read_exact_at(&mut after, 0).unwrap();
         assert!(before == after && before.iter().any(|&byte| byte != 0));
-        assert!(near_stretches(&image).unwrap().is_empty(), "joined");
+        assert!(neighbouring_ranges(&image).unwrap().is_empty(), "joined");
     }
 
     #[test]
@@ -124,10 +124,10 @@ mod tests {
             .map(|piece| piece.end + 4096..piece.end + MIB)
             .collect::<Vec<_>>();
         let image = image(&[pieces, holes].concat());
-        assert_eq!(near_stretches(&image).unwrap().len(), 40);
-        compact(&image).unwrap();
+        assert_eq!(neighbouring_ranges(&image).unwrap().len(), 40);
+        defragment(&image).unwrap();
         assert_eq!(
-            near_stretches(&image).unwrap().len(),
+            neighbouring_ranges(&image).unwrap().len(),
             32,
             "the limit allows eight ranges of 2 MiB"
         );

@@ -30,11 +30,11 @@ impl Pool {
     /// # Errors
     /// [`StorageError::NoTemplate`], [`StorageError::SmallerThanTemplate`], [`StorageError::Io`].
     pub fn create_disk(&self, id: &Name, template: &Name, admitted: &Reservation) -> Result<(), StorageError> {
-        let golden = self.golden(template, admitted.size())?;
+        let base_image = self.base_image(template, admitted.size())?;
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
         let made = fault_point("create: disk's file made")
-            .and_then(|()| files::reflink(&golden, &disk))
+            .and_then(|()| files::reflink(&base_image, &disk))
             .and_then(|()| fault_point("create: disk cloned"))
             .and_then(|()| disk.sync_all())
             .map_err(|error| StorageError::io("clone", path.display(), error))
@@ -157,7 +157,7 @@ impl Pool {
     }
 
     /// Logs entries of the pool's folders that are not regular files; they are not touched.
-    fn log_odd_entries(&self) -> Result<(), StorageError> {
+    fn log_foreign_entries(&self) -> Result<(), StorageError> {
         let grown = self.grown_dir();
         for folder in [self.disks_dir(), self.templates_dir(), grown.clone()] {
             if folder == grown && !grown.exists() {
@@ -178,7 +178,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`].
     pub fn sweep(&self, keep: &HashSet<Name>) -> Result<Swept, StorageError> {
-        self.log_odd_entries()?;
+        self.log_foreign_entries()?;
         let mut swept = Swept {
             removed: self.sweep_partials()?,
             missing: Vec::new(),

@@ -31,11 +31,11 @@ pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
 }
 
 /// Never follows a link in the last component, and never waits for the other end of a pipe.
-const CAREFULLY: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
+const SAFE_OPEN_FLAGS: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
 
 /// Opens a file for reading; never follows a link in the last component.
 pub(crate) fn open_read(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path)
+    OpenOptions::new().read(true).custom_flags(SAFE_OPEN_FLAGS).open(path)
 }
 
 /// Lists the entries of a folder, each with whether it is a regular file. All files of the pool are
@@ -60,7 +60,7 @@ pub(crate) fn open_write(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
-        .custom_flags(CAREFULLY)
+        .custom_flags(SAFE_OPEN_FLAGS)
         .open(path)
 }
 
@@ -186,11 +186,11 @@ impl Folder {
         let flushed = step().map_err(there).and_then(|()| self.sync());
         if flushed.is_err() {
             // Only if it is still the same file: another program may have replaced it since.
-            let taken_back = match fs::symlink_metadata(to) {
+            let rolled_back = match fs::symlink_metadata(to) {
                 Ok(now) if now.ino() != published => Ok(()),
                 _ => rename_new(to, from),
             };
-            self.after_taking_back(to, taken_back);
+            self.sync_rollback(to, rolled_back);
         }
         flushed
     }
@@ -213,7 +213,7 @@ impl Folder {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return self.publish(from, to, step),
             Err(error) => return Err(there(error)),
         };
-        lock_shortly(&replaced).map_err(there)?;
+        lock_against_sweep(&replaced).map_err(there)?;
         match exchange(from, to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return self.publish(from, to, step),
             other => other.map_err(there)?,
@@ -221,7 +221,7 @@ impl Folder {
         let flushed = step().map_err(there).and_then(|()| self.sync());
         match flushed {
             Ok(()) => discard(from),
-            Err(_) => self.after_taking_back(to, exchange(from, to)),
+            Err(_) => self.sync_rollback(to, exchange(from, to)),
         }
         flushed
     }
@@ -239,20 +239,20 @@ impl Folder {
     ) -> Result<(), StorageError> {
         let there = |error| StorageError::io("delete", path.display(), error);
         let file = open_read(path).map_err(there)?;
-        lock_shortly(&file).map_err(there)?;
+        lock_against_sweep(&file).map_err(there)?;
         rename_new(path, hidden).map_err(there)?;
         let flushed = step().map_err(there).and_then(|()| self.sync());
         match flushed {
             Ok(()) => discard(hidden),
-            Err(_) => self.after_taking_back(path, rename_new(hidden, path)),
+            Err(_) => self.sync_rollback(path, rename_new(hidden, path)),
         }
         flushed
     }
 
     /// Flushes a rollback. Its failure is only logged, because the caller reports the original
     /// error.
-    fn after_taking_back(&self, path: &Path, taken_back: io::Result<()>) {
-        let flushed = taken_back.and_then(|()| self.file.sync_all());
+    fn sync_rollback(&self, path: &Path, rolled_back: io::Result<()>) {
+        let flushed = rolled_back.and_then(|()| self.file.sync_all());
         if let Err(error) = flushed {
             tracing::error!(path = %path.display(), %error, "cannot durably roll back a failed change");
         }
@@ -261,7 +261,7 @@ impl Folder {
 
 /// Locks a file so that sweeps of unfinished files skip it. A lock held by another process serves
 /// as well.
-fn lock_shortly(file: &File) -> io::Result<()> {
+fn lock_against_sweep(file: &File) -> io::Result<()> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) | Err(Errno::WOULDBLOCK) => Ok(()),
         Err(errno) => Err(errno.into()),
@@ -309,7 +309,7 @@ pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
 }
 
 /// How long and how often a held lock is retried.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Locks a file for this program. Returns `false` if another program keeps the lock.
@@ -324,7 +324,7 @@ pub fn lock_for_one_program(file: impl AsFd) -> io::Result<bool> {
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(true),
-            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => thread::sleep(LOCK_INTERVAL),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_TIMEOUT => thread::sleep(LOCK_INTERVAL),
             Err(Errno::WOULDBLOCK) => return Ok(false),
             Err(errno) => return Err(errno.into()),
         }

@@ -7,7 +7,7 @@ use crate::ext4;
 use crate::files::{self, Folder};
 use crate::format;
 use crate::name::Name;
-use crate::pack::{self, Unpacked};
+use crate::pack::{self, UnpackError};
 use crate::pool::Pool;
 use crate::signature::probe;
 use crate::size::Bytes;
@@ -21,10 +21,10 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Space admitted at a time while the total size of the data is unknown.
-const LOT: Bytes = Bytes::from_mib(256);
+const RESERVATION_STEP: Bytes = Bytes::from_mib(256);
 
 /// An unfinished import. Dropping it removes its file.
-struct Incoming {
+struct PendingImport {
     name: Name,
     replace: bool,
     partial: PathBuf,
@@ -34,7 +34,7 @@ struct Incoming {
     room: Vec<Reservation>,
 }
 
-impl Drop for Incoming {
+impl Drop for PendingImport {
     fn drop(&mut self) {
         if !self.finished {
             files::discard(&self.partial);
@@ -55,13 +55,13 @@ impl Packing {
         self.size
     }
 
-    /// Writes the compressed image. Calls `told` after each MiB of the image with the bytes done so
+    /// Writes the compressed image. Calls `progress` after each MiB of the image with the bytes done so
     /// far.
     ///
     /// # Errors
     /// Any error of reading or writing.
-    pub fn write_to(&self, out: impl Write, told: impl FnMut(Bytes)) -> io::Result<()> {
-        pack::pack(&self.file, out, told)
+    pub fn write_to(&self, out: impl Write, progress: impl FnMut(Bytes)) -> io::Result<()> {
+        pack::pack(&self.file, out, progress)
     }
 }
 
@@ -102,14 +102,14 @@ impl Pool {
         if file.metadata().map_err(failed)?.len() > max.as_u64() {
             return Err(not_a_template(&what, too_large(max)));
         }
-        let mut incoming = self.begin_import(name, replace)?;
+        let mut pending = self.begin_import(name, replace)?;
         let data = space::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
-        incoming.room.push(self.admit(data)?);
+        pending.room.push(self.admit(data)?);
         // From within the pool a reflink suffices; otherwise the data is copied.
-        if files::reflink(&file, &incoming.file).is_err() {
-            files::copy_sparse(&file, &incoming.file).map_err(|error| StorageError::io("copy", &what, error))?;
+        if files::reflink(&file, &pending.file).is_err() {
+            files::copy_sparse(&file, &pending.file).map_err(|error| StorageError::io("copy", &what, error))?;
         }
-        self.finish_import(incoming, &what)
+        self.finish_import(pending, &what)
     }
 
     /// Imports a whole block device that is not mounted.
@@ -173,28 +173,28 @@ impl Pool {
         max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
-        let mut incoming = self.begin_import(name, replace)?;
-        let Incoming { file, room, .. } = &mut incoming;
+        let mut pending = self.begin_import(name, replace)?;
+        let PendingImport { file, room, .. } = &mut pending;
         let mut left = Bytes::ZERO;
         let ask = |more: Bytes| {
             if left < more {
-                room.push(self.admit(LOT)?);
-                left += LOT;
+                room.push(self.admit(RESERVATION_STEP)?);
+                left += RESERVATION_STEP;
             }
             left = left - more;
             Ok::<_, StorageError>(())
         };
         pack::unpack(input, file, max, refuse_other_formats, ask).map_err(|why| match why {
-            Unpacked::Input(error) => not_a_template(what, error),
-            Unpacked::Output(error) => StorageError::io("unpack", what, error),
-            Unpacked::Room(error) => error,
+            UnpackError::Input(error) => not_a_template(what, error),
+            UnpackError::Output(error) => StorageError::io("unpack", what, error),
+            UnpackError::Room(error) => error,
         })?;
-        require_bare_ext4(what, &incoming.partial)?;
-        self.finish_import(incoming, what)
+        require_bare_ext4(what, &pending.partial)?;
+        self.finish_import(pending, what)
     }
 
     /// Reserves the name of a template to import.
-    fn begin_import(&self, name: &Name, replace: bool) -> Result<Incoming, StorageError> {
+    fn begin_import(&self, name: &Name, replace: bool) -> Result<PendingImport, StorageError> {
         self.require_mounted()?;
         if !replace && self.template_path(name).exists() {
             return Err(StorageError::TemplateExists(name.to_string()));
@@ -204,7 +204,7 @@ impl Pool {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
             other => other,
         })?;
-        let incoming = Incoming {
+        let pending = PendingImport {
             name: name.clone(),
             replace,
             partial,
@@ -213,12 +213,12 @@ impl Pool {
             room: Vec::new(),
         };
         fault_point("import: file made").map_err(StorageError::step)?;
-        Ok(incoming)
+        Ok(pending)
     }
 
     /// Checks the imported image, and gives it its name.
-    fn finish_import(&self, mut incoming: Incoming, what: &str) -> Result<Template, StorageError> {
-        let (partial, name) = (incoming.partial.as_path(), &incoming.name);
+    fn finish_import(&self, mut pending: PendingImport, what: &str) -> Result<Template, StorageError> {
+        let (partial, name) = (pending.partial.as_path(), &pending.name);
         let refused = |error| match error {
             StorageError::FileSystem(_) => not_a_template(what, error),
             other => other,
@@ -228,23 +228,23 @@ impl Pool {
         fault_point("import: repaired").map_err(StorageError::step)?;
         // A repair can fail to write and report success.
         ext4::check(partial).map_err(refused)?;
-        incoming
+        pending
             .file
             .sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
         fault_point("import: flushed").map_err(StorageError::step)?;
-        let template = Template::of_file(name, &incoming.file)?;
+        let template = Template::of_file(name, &pending.file)?;
         let (folder, target) = (Folder::open(&self.templates_dir())?, self.template_path(name));
         let in_place = || fault_point("import: template in place");
-        let published = if incoming.replace {
+        let published = if pending.replace {
             folder.replace(partial, &target, in_place)
         } else {
             folder.publish(partial, &target, in_place)
         };
         published.map_err(|error| exists(error, name))?;
-        incoming.finished = true;
+        pending.finished = true;
         crash_point("import: template durable");
-        self.prune_grown(&incoming.name, Some(template.inode));
+        self.prune_grown(&pending.name, Some(template.inode));
         Ok(template)
     }
 }

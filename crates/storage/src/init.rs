@@ -6,7 +6,7 @@
 //! complete image or foreign, and is never formatted. A device with any known content is never
 //! formatted either. An existing file system is used as it is.
 
-use crate::backing::{self, Backing, Ground, Kind, Place};
+use crate::backing::{self, ActualBacking, Backing, FsKind, PoolLocation};
 use crate::btrfs;
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
@@ -15,7 +15,7 @@ use crate::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
 use crate::mounts;
 use crate::signature::{Signature, probe};
 use crate::size::{Bytes, Gib};
-use crate::sizing::{PoolSize, RequestedSize, SMALLEST, pool_size};
+use crate::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
 use crate::space;
 use rustix::fs::{FlockOperation, flock};
 use std::ffi::OsStr;
@@ -77,7 +77,7 @@ const LABEL: &str = "scalebox";
 /// [`StorageError::OtherDevice`], [`StorageError::NotAPool`], [`StorageError::NotEmpty`],
 /// [`StorageError::OtherFolder`], [`StorageError::Busy`], [`FstabError::Claimed`] if nothing is
 /// mounted yet, and errors of outside programs. After an error, everything is as it was before.
-pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
+pub fn init(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
     let beside = match &plan.backing {
         Backing::Image(image) => image,
         Backing::Device(_) | Backing::Given => &plan.data_dir,
@@ -85,21 +85,21 @@ pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutc
     let _lock = lock_beside(beside)?;
     let (place, made) = match backing::find(&plan.data_dir, &plan.backing)? {
         Some(place) => {
-            tell(InitEvent::Step(found_there(plan, &place)));
+            report(InitEvent::Step(describe_existing(plan, &place)));
             (place, false)
         }
         None => {
             require_unclaimed(plan)?;
-            (make(plan, tell)?, true)
+            (create(plan, report)?, true)
         }
     };
-    if place.ground == Ground::Given {
+    if place.backing == ActualBacking::Given {
         require_pool_or_room(plan, &place)?;
     }
-    let place = use_direct_io(place, plan, tell)?;
-    let mut changed = made | ensure_folders(&plan.data_dir, place.kind, tell)?;
-    changed |= register(plan, &place, tell)?;
-    warn_of_another_size(plan, &place, tell);
+    let place = use_direct_io(place, plan, report)?;
+    let mut changed = made | ensure_folders(&plan.data_dir, place.kind, report)?;
+    changed |= register(plan, &place, report)?;
+    warn_about_size(plan, &place, report);
     Ok(if changed {
         InitOutcome::Ready
     } else {
@@ -134,33 +134,33 @@ fn planned_source(plan: &PoolPlan) -> Result<Option<(fstab::Source, &'static str
 }
 
 /// Warns if `STORAGE_SIZE` differs from the size of an existing pool, which does not change.
-fn warn_of_another_size(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) {
-    let Some(asked) = &plan.size else { return };
-    let found = match &place.ground {
-        Ground::Image(image) => fs::metadata(image).map(|meta| Bytes::new(meta.len())).ok(),
-        Ground::Device(_) => File::open(&plan.data_dir)
+fn warn_about_size(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut(InitEvent)) {
+    let Some(requested) = &plan.size else { return };
+    let found = match &place.backing {
+        ActualBacking::Image(image) => fs::metadata(image).map(|meta| Bytes::new(meta.len())).ok(),
+        ActualBacking::Device(_) => File::open(&plan.data_dir)
             .ok()
             .and_then(|dir| btrfs::chunk_space(&dir).ok())
             .map(|space| space.device_size),
-        Ground::Given => {
-            tell(InitEvent::Warning(format!(
-                "STORAGE_SIZE={asked} has no effect: the pool is a folder on an existing file system"
+        ActualBacking::Given => {
+            report(InitEvent::Warning(format!(
+                "STORAGE_SIZE={requested} has no effect: the pool is a folder on an existing file system"
             )));
             return;
         }
     };
     // File systems consist of whole blocks: an image or a device can be larger by part of a block.
     if let Some(found) =
-        found.filter(|found| (*found - asked.bytes()).max(asked.bytes() - *found) >= Bytes::from_mib(1))
+        found.filter(|found| (*found - requested.bytes()).max(requested.bytes() - *found) >= Bytes::from_mib(1))
     {
-        tell(InitEvent::Warning(format!(
-            "STORAGE_SIZE={asked} has no effect: the pool already exists with {found}. \
+        report(InitEvent::Warning(format!(
+            "STORAGE_SIZE={requested} has no effect: the pool already exists with {found}. \
              `scalebox pool grow --size` or `scalebox pool shrink --size` changes its size while the daemon is running"
         )));
     }
 }
 
-fn found_there(plan: &PoolPlan, place: &Place) -> String {
+fn describe_existing(plan: &PoolPlan, place: &PoolLocation) -> String {
     let at = plan.data_dir.display();
     if place.is_mount_point {
         format!("Storage already mounted at {at}")
@@ -170,21 +170,21 @@ fn found_there(plan: &PoolPlan, place: &Place) -> String {
 }
 
 /// Creates or mounts the pool.
-fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, StorageError> {
+fn create(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<PoolLocation, StorageError> {
     match &plan.backing {
         Backing::Image(image) => {
-            tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
+            report(InitEvent::Step("Setting up btrfs storage...".to_owned()));
             make_dir(&plan.data_dir)?;
             require_empty(&plan.data_dir)?;
             require_not_mounted_elsewhere(image)?;
-            ensure_image(plan, image, tell)?;
+            ensure_image(plan, image, report)?;
             mount_image(image, &plan.data_dir)?;
         }
         Backing::Device(device) => {
-            tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
+            report(InitEvent::Step("Setting up btrfs storage...".to_owned()));
             make_dir(&plan.data_dir)?;
             require_empty(&plan.data_dir)?;
-            ensure_device(plan, device, tell)?;
+            ensure_device(plan, device, report)?;
             mount(device, &plan.data_dir, DEVICE_OPTIONS)?;
         }
         Backing::Given => make_dir(&plan.data_dir)?,
@@ -195,7 +195,7 @@ fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, Stora
 
 /// Checks that an existing file system can clone files, and that the pool's folder on it has no
 /// foreign contents.
-fn require_pool_or_room(plan: &PoolPlan, place: &Place) -> Result<(), StorageError> {
+fn require_pool_or_room(plan: &PoolPlan, place: &PoolLocation) -> Result<(), StorageError> {
     let data_dir = &plan.data_dir;
     files::require_reflink(data_dir, data_dir)?;
     let is_pool = FOLDERS.iter().all(|(name, _)| data_dir.join(name).is_dir());
@@ -223,14 +223,14 @@ fn only_ours_in(dir: &Path) -> Result<bool, StorageError> {
 
 /// Registers a pool on an image or device in fstab, and returns whether the line was missing. A
 /// failure is only a warning: the pool works until the next reboot.
-fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
+fn register(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
     let Some(table) = &plan.fstab else { return Ok(false) };
-    let (source, options) = match (&place.ground, &plan.backing) {
+    let (source, options) = match (&place.backing, &plan.backing) {
         // Only the configured image: another image was mounted by the operator.
-        (Ground::Image(image), Backing::Image(wanted)) if is_same_file(image, wanted) => {
+        (ActualBacking::Image(image), Backing::Image(wanted)) if is_same_file(image, wanted) => {
             (fstab::Source::Path(wanted.clone()), IMAGE_OPTIONS)
         }
-        (Ground::Device(device), _) => match probe(device)?.and_then(|found| found.uuid) {
+        (ActualBacking::Device(device), _) => match probe(device)?.and_then(|found| found.uuid) {
             Some(uuid) => (fstab::Source::Uuid(uuid), DEVICE_OPTIONS),
             None => (fstab::Source::Path(device.clone()), DEVICE_OPTIONS),
         },
@@ -239,7 +239,7 @@ fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> 
     match fstab::register(table, &source, &plan.data_dir, options) {
         Ok(false) => Ok(false),
         Ok(true) => {
-            tell(InitEvent::Step(format!(
+            report(InitEvent::Step(format!(
                 "Registered {} in {}",
                 plan.data_dir.display(),
                 table.display()
@@ -248,7 +248,7 @@ fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> 
         }
         Err(error) => {
             let line = fstab::line(&source, &plan.data_dir, options);
-            tell(InitEvent::Warning(format!(
+            report(InitEvent::Warning(format!(
                 "{error}. The pool is mounted now, but will not be after a reboot: add the line `{}` to the host's fstab, or set \
                  FSTAB=none if another program mounts it",
                 line.display()
@@ -270,7 +270,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 /// [`StorageError::Command`] when it is in use.
 pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError> {
     match backing::find(data_dir, backing)? {
-        Some(place) if place.ground != Ground::Given => {
+        Some(place) if place.backing != ActualBacking::Given => {
             command::run(Program::Umount, [data_dir])?;
             Ok(true)
         }
@@ -282,12 +282,12 @@ pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError>
 pub fn ensure_direct_io(
     data_dir: &Path,
     backing: &Backing,
-    tell: &mut dyn FnMut(InitEvent),
+    report: &mut dyn FnMut(InitEvent),
 ) -> Result<(), StorageError> {
     if let Some(place) = backing::find(data_dir, backing)?
         && let DirectIo::Refused(error) = try_direct_io(&place)
     {
-        tell(InitEvent::Warning(format!(
+        report(InitEvent::Warning(format!(
             "The pool's loop device does not use direct I/O, which makes the pool slower: {error}. \
              `scaleboxd down && scaleboxd pool init` tries again with the sector size of the host disk"
         )));
@@ -346,11 +346,11 @@ fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
     Ok(())
 }
 
-fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
+fn ensure_image(plan: &PoolPlan, image: &Path, report: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
     match image_content(image)? {
         ImageContent::Pool => {
             let found = format!("Found the pool image {}, keeping its contents", image.display());
-            tell(InitEvent::Step(found));
+            report(InitEvent::Step(found));
             return Ok(());
         }
         ImageContent::Other(found) => {
@@ -359,8 +359,8 @@ fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) 
                 found,
             });
         }
-        ImageContent::Hole => {
-            tell(InitEvent::Step(format!(
+        ImageContent::Unformatted => {
+            report(InitEvent::Step(format!(
                 "Removing the empty image {} left by an interrupted run",
                 image.display()
             )));
@@ -375,16 +375,16 @@ fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) 
         source,
         folder: folder.to_owned(),
     })?;
-    tell(InitEvent::Step(format!(
+    report(InitEvent::Step(format!(
         "Creating {size} btrfs storage pool ({}GB available on host)...",
         available.floor_gib()
     )));
     if size.bytes > available {
-        tell(InitEvent::Warning(larger_than_host(&size, available, plan.buffer)));
+        report(InitEvent::Warning(larger_than_host(&size, available, plan.buffer)));
     }
     create_image(image, size.bytes)?;
     if files::require_reflink(parent(image)?, parent(image)?).is_ok() {
-        tell(InitEvent::Warning(format!(
+        report(InitEvent::Warning(format!(
             "{} is on a file system that can clone files itself: with POOL_IMAGE=none the pool is a folder on it, without an image",
             image.display()
         )));
@@ -393,7 +393,7 @@ fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) 
 }
 
 /// Ensures that the device has a pool's file system; formats it only if it has no known content.
-fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
+fn ensure_device(plan: &PoolPlan, device: &Path, report: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
     let unfit = |reason| StorageError::UnfitDevice {
         device: device.to_owned(),
         reason,
@@ -406,13 +406,13 @@ fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)
     }
     match probe(device)? {
         Some(found) if found.is_pool() => {
-            tell(InitEvent::Step(format!(
+            report(InitEvent::Step(format!(
                 "Found a pool on {}, keeping its contents",
                 device.display()
             )));
             return Ok(());
         }
-        Some(found) if found.ambivalent => {
+        Some(found) if found.ambiguous => {
             return Err(unfit(format!(
                 "it contains {found}, so the owner of its data is unclear; see wipefs --no-act {}",
                 device.display()
@@ -429,15 +429,17 @@ fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)
     require_none_expected(plan, device)?;
     let found = space::device_size(device)?;
     let size = match &plan.size {
-        None if found < SMALLEST.bytes() => {
-            return Err(unfit(format!("it has {found}, and a pool needs at least {SMALLEST} GiB")));
+        None if found < MIN_DEFAULT_SIZE.bytes() => {
+            return Err(unfit(format!(
+                "it has {found}, and a pool needs at least {MIN_DEFAULT_SIZE} GiB"
+            )));
         }
-        Some(asked) if asked.bytes() > found => {
+        Some(requested) if requested.bytes() > found => {
             return Err(unfit(format!("it has {found}, less than STORAGE_SIZE")));
         }
-        asked => asked.as_ref().map_or(found, RequestedSize::bytes),
+        requested => requested.as_ref().map_or(found, RequestedSize::bytes),
     };
-    tell(InitEvent::Step(format!(
+    report(InitEvent::Step(format!(
         "Creating {size} btrfs storage pool on {} ({found})...",
         device.display()
     )));
@@ -468,7 +470,7 @@ fn larger_than_host(size: &PoolSize, available: Bytes, buffer: Gib) -> String {
 enum ImageContent {
     Absent,
     /// A file without a single block: a run was interrupted between creating and formatting it.
-    Hole,
+    Unformatted,
     Pool,
     Other(String),
 }
@@ -478,13 +480,15 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ImageContent::Absent),
         Err(error) => return Err(StorageError::io("read", image.display(), error)),
         Ok(meta) if meta.is_symlink() => return Ok(ImageContent::Other(link_of(image))),
-        Ok(meta) if !meta.is_file() => return Ok(ImageContent::Other("something other than a regular file".to_owned())),
+        Ok(meta) if !meta.is_file() => {
+            return Ok(ImageContent::Other("something other than a regular file".to_owned()));
+        }
         Ok(_) => {}
     }
     Ok(match probe(image)? {
         Some(Signature { kind, .. }) if kind == "btrfs" => ImageContent::Pool,
         Some(found) => ImageContent::Other(found.to_string()),
-        None if space::allocated(image)? == Bytes::ZERO => ImageContent::Hole,
+        None if space::allocated(image)? == Bytes::ZERO => ImageContent::Unformatted,
         None => ImageContent::Other("data without a file system".to_owned()),
     })
 }
@@ -519,7 +523,7 @@ fn format_image(partial: &Path, size: Bytes) -> Result<(), StorageError> {
         files::set_nocow(partial).map_err(|error| StorageError::io("set NOCOW on", partial.display(), error))?;
     }
     file.set_len(size.as_u64())
-        .map_err(|error| StorageError::io("make", format!("an image of {size}"), error))?;
+        .map_err(|error| StorageError::io("create", format!("an image of {size}"), error))?;
     make_file_system(partial, None)?;
     file.sync_all()
         .map_err(|error| StorageError::io("flush", partial.display(), error))
@@ -553,13 +557,13 @@ fn mount(source: &Path, target: &Path, options: &str) -> Result<(), StorageError
 }
 
 /// The default sector size of a loop device, in bytes.
-const USUAL_SECTOR: u64 = 512;
+const DEFAULT_SECTOR_SIZE: u64 = 512;
 
 /// Mounts an image through a loop device with the sector size of the host disk. The kernel refuses
 /// direct I/O with smaller sectors, and `mount` cannot set their size.
 fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
     let sector = host_sector(image);
-    if sector == USUAL_SECTOR {
+    if sector == DEFAULT_SECTOR_SIZE {
         return mount(image, target, IMAGE_OPTIONS);
     }
     let sector = sector.to_string();
@@ -592,7 +596,7 @@ fn host_sector(file: &Path) -> u64 {
         sector?.trim().parse().ok()
     };
     let device = fs::metadata(file).ok().map(|meta| meta.dev());
-    device.and_then(of_device).unwrap_or(USUAL_SECTOR)
+    device.and_then(of_device).unwrap_or(DEFAULT_SECTOR_SIZE)
 }
 
 enum DirectIo {
@@ -603,8 +607,8 @@ enum DirectIo {
 
 /// Tries to enable direct I/O. Without it every block is cached twice, and the writes of all guests
 /// share one page cache.
-fn try_direct_io(place: &Place) -> DirectIo {
-    let (Ground::Image(image), Some(name)) = (&place.ground, place.device.file_name()) else {
+fn try_direct_io(place: &PoolLocation) -> DirectIo {
+    let (ActualBacking::Image(image), Some(name)) = (&place.backing, place.device.file_name()) else {
         return DirectIo::On;
     };
     let queue = Path::new("/sys/block").join(name);
@@ -618,7 +622,7 @@ fn try_direct_io(place: &Place) -> DirectIo {
         Err(error) => error,
     };
     let sector = host_sector(image);
-    if sector == USUAL_SECTOR {
+    if sector == DEFAULT_SECTOR_SIZE {
         return DirectIo::Refused(first);
     }
     // Older kernels can change it under a mounted file system, whose blocks of 4 KiB suit both
@@ -631,7 +635,11 @@ fn try_direct_io(place: &Place) -> DirectIo {
 
 /// Enables direct I/O. If that needs another loop device, the pool is unmounted for it unless it is
 /// in use.
-fn use_direct_io(place: Place, plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, StorageError> {
+fn use_direct_io(
+    place: PoolLocation,
+    plan: &PoolPlan,
+    report: &mut dyn FnMut(InitEvent),
+) -> Result<PoolLocation, StorageError> {
     let DirectIo::Refused(refusal) = try_direct_io(&place) else {
         return Ok(place);
     };
@@ -640,27 +648,27 @@ fn use_direct_io(place: Place, plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent))
             "The pool's loop device does not use direct I/O, which makes the pool slower: {reason}"
         ))
     };
-    let Ground::Image(image) = &place.ground else {
+    let ActualBacking::Image(image) = &place.backing else {
         return Ok(place);
     };
-    if host_sector(image) == USUAL_SECTOR {
-        tell(warning(&refusal));
+    if host_sector(image) == DEFAULT_SECTOR_SIZE {
+        report(warning(&refusal));
         return Ok(place);
     }
     if let Err(busy) = command::run(Program::Umount, [&plan.data_dir]) {
-        tell(warning(&busy));
+        report(warning(&busy));
         return Ok(place);
     }
     mount_image(image, &plan.data_dir)?;
     let place = backing::find(&plan.data_dir, &plan.backing)?;
     let place = place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))?;
     if let DirectIo::Refused(refusal) = try_direct_io(&place) {
-        tell(warning(&refusal));
+        report(warning(&refusal));
     }
     Ok(place)
 }
 
-fn ensure_folders(data_dir: &Path, kind: Kind, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
+fn ensure_folders(data_dir: &Path, kind: FsKind, report: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
     let mut changed = false;
     for (name, in_place) in FOLDERS {
         let folder = data_dir.join(name);
@@ -670,14 +678,14 @@ fn ensure_folders(data_dir: &Path, kind: Kind, tell: &mut dyn FnMut(InitEvent)) 
             Err(error) => return Err(StorageError::io("create", folder.display(), error)),
         }
         // XFS always overwrites blocks in place unless they are shared.
-        if !in_place || kind == Kind::Xfs {
+        if !in_place || kind == FsKind::Xfs {
             continue;
         }
         let newly_set =
             files::set_nocow(&folder).map_err(|error| StorageError::io("set NOCOW on", folder.display(), error))?;
         changed |= newly_set;
         if newly_set && require_empty(&folder).is_err() {
-            tell(InitEvent::Warning(format!(
+            report(InitEvent::Warning(format!(
                 "{} had files before NOCOW was set on it: they stay copy-on-write and slower, and cannot be cloned to new disks \
                  until they are copied",
                 folder.display()

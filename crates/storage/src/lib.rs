@@ -88,7 +88,7 @@ mod tree_search;
 mod usage;
 
 pub use admission::{Admission, Bounds, Promises, Reservation};
-pub use backing::{Backing, Ground};
+pub use backing::{ActualBacking, Backing};
 pub use command::{CommandError, Program, require_programs};
 pub use delete::Unlinked;
 pub use disk::Swept;
@@ -103,8 +103,8 @@ pub use pool::{Pool, jails_dir};
 pub use scrub::Identity;
 pub use size::{Bytes, Gib, ParseSizeError};
 pub use sizing::{
-    HOST_FLOOR, LARGEST, PoolSize, RequestedSize, RequestedSizeError, SHARE_PERCENT, SMALLEST, TooLittleSpace,
-    pool_size,
+    DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE, MIN_DEFAULT_SIZE, MIN_HOST_FREE, PoolSize, RequestedSize,
+    RequestedSizeError, TooLittleSpace, pool_size,
 };
 pub use snapshot::Snapshot;
 pub use space::Space;

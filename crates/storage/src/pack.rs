@@ -27,9 +27,9 @@ const PIECE: usize = 1 << 20;
 const BLOCK: usize = 4096;
 const ZEROS: [u8; BLOCK] = [0; BLOCK];
 
-/// Compresses an image. Calls `told` after each piece with the bytes of the image done so far,
+/// Compresses an image. Calls `progress` after each piece with the bytes of the image done so far,
 /// including holes.
-pub(crate) fn pack(image: &File, out: impl Write, mut told: impl FnMut(Bytes)) -> io::Result<()> {
+pub(crate) fn pack(image: &File, out: impl Write, mut progress: impl FnMut(Bytes)) -> io::Result<()> {
     let size = image.metadata()?.len();
     let mut encoder = Encoder::new(out, LEVEL)?;
     encoder.include_checksum(true)?;
@@ -49,7 +49,7 @@ pub(crate) fn pack(image: &File, out: impl Write, mut told: impl FnMut(Bytes)) -
             data = next_data(image, at + length as u64, size)?;
         }
         at += length as u64;
-        told(Bytes::new(at));
+        progress(Bytes::new(at));
     }
     encoder.finish()?.flush()
 }
@@ -65,7 +65,7 @@ fn next_data(image: &File, from: u64, size: u64) -> io::Result<u64> {
 
 /// Why an image could not be decompressed.
 #[derive(Debug)]
-pub(crate) enum Unpacked<E> {
+pub(crate) enum UnpackError<E> {
     /// The input is damaged, ends early, or is too large.
     Input(io::Error),
     /// Writing the file failed.
@@ -91,39 +91,43 @@ pub(crate) fn unpack<E>(
     largest: Bytes,
     look: impl FnOnce(&[u8]) -> io::Result<()>,
     mut room: impl FnMut(Bytes) -> Result<(), E>,
-) -> Result<(), Unpacked<E>> {
+) -> Result<(), UnpackError<E>> {
     let mut head = Vec::new();
-    input.by_ref().take(4).read_to_end(&mut head).map_err(Unpacked::Input)?;
+    input
+        .by_ref()
+        .take(4)
+        .read_to_end(&mut head)
+        .map_err(UnpackError::Input)?;
     let packed = is_packed(&head);
     let whole = io::Cursor::new(head).chain(input);
     let mut plain: Box<dyn Read> = if packed {
-        Box::new(Decoder::new(whole).map_err(Unpacked::Input)?)
+        Box::new(Decoder::new(whole).map_err(UnpackError::Input)?)
     } else {
         Box::new(whole)
     };
     let (mut piece, mut at, mut look) = (vec![0; PIECE], 0u64, Some(look));
     loop {
-        let length = read_full(&mut plain, &mut piece).map_err(Unpacked::Input)?;
+        let length = read_full(&mut plain, &mut piece).map_err(UnpackError::Input)?;
         if let Some(look) = look.take() {
-            look(&piece[..length]).map_err(Unpacked::Input)?;
+            look(&piece[..length]).map_err(UnpackError::Input)?;
         }
         if length == 0 {
             break;
         }
         if at + length as u64 > largest.as_u64() {
             let more = format!("it is larger than the maximum disk size of {largest}");
-            return Err(Unpacked::Input(io::Error::other(more)));
+            return Err(UnpackError::Input(io::Error::other(more)));
         }
         for run in data_runs(&piece[..length]) {
             let data = &piece[run.clone()];
-            room(Bytes::new(data.len() as u64)).map_err(Unpacked::Room)?;
+            room(Bytes::new(data.len() as u64)).map_err(UnpackError::Room)?;
             image
                 .write_all_at(data, at + run.start as u64)
-                .map_err(Unpacked::Output)?;
+                .map_err(UnpackError::Output)?;
         }
         at += length as u64;
     }
-    image.set_len(at).map_err(Unpacked::Output)
+    image.set_len(at).map_err(UnpackError::Output)
 }
 
 /// Returns the ranges of blocks that are not all zeros.
@@ -177,7 +181,7 @@ mod tests {
         bytes
     }
 
-    fn unpacked(input: &[u8], largest: u64) -> Result<(File, u64), Unpacked<()>> {
+    fn unpacked(input: &[u8], largest: u64) -> Result<(File, u64), UnpackError<()>> {
         let (file, mut asked) = (tempfile::tempfile().unwrap(), 0);
         let room = |more: Bytes| {
             asked += more.as_u64();
@@ -188,10 +192,13 @@ mod tests {
 
     #[test]
     fn images_keep_contents_and_holes() {
-        let (image, mut packed, mut told) = (image(), Vec::new(), Vec::new());
-        pack(&image, &mut packed, |done| told.push(done.as_u64())).unwrap();
+        let (image, mut packed, mut progress) = (image(), Vec::new(), Vec::new());
+        pack(&image, &mut packed, |done| progress.push(done.as_u64())).unwrap();
         assert!(packed.len() < 4096, "{} bytes", packed.len());
-        assert!(told.is_sorted() && told.last() == Some(&((10 << 20) + 77)), "{told:?}");
+        assert!(
+            progress.is_sorted() && progress.last() == Some(&((10 << 20) + 77)),
+            "{progress:?}"
+        );
         for input in [packed.as_slice(), &bytes(&image)] {
             let (file, asked) = unpacked(input, 1 << 30).unwrap();
             assert!(bytes(&file) == bytes(&image));
@@ -216,7 +223,7 @@ mod tests {
         assert!(bytes(&file) == bytes(&image));
         // A truncated frame after a complete one is an error.
         let cut = packed.len() - 20;
-        assert!(matches!(unpacked(&packed[..cut], 1 << 30), Err(Unpacked::Input(_))));
+        assert!(matches!(unpacked(&packed[..cut], 1 << 30), Err(UnpackError::Input(_))));
     }
 
     #[test]
@@ -224,7 +231,7 @@ mod tests {
         let mut packed = Vec::new();
         pack(&image(), &mut packed, |_| {}).unwrap();
         let refused = |input: &[u8], largest| match unpacked(input, largest) {
-            Err(Unpacked::Input(error)) => error.to_string(),
+            Err(UnpackError::Input(error)) => error.to_string(),
             other => panic!("{other:?}"),
         };
         refused(&packed[..packed.len() - 1], 1 << 30);

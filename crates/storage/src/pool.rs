@@ -1,14 +1,14 @@
 //! An open pool: the handle for creating templates and disks.
 
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
-use crate::backing::{self, Backing, FileSystem, Ground};
+use crate::backing::{self, ActualBacking, Backing, PoolFs};
 use crate::error::StorageError;
 use crate::files;
 use crate::group_sync::GroupSync;
 use crate::name::Name;
 use crate::size::{Bytes, Gib};
 use crate::space::Space;
-use crate::usage::Measured;
+use crate::usage::Measurements;
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write};
@@ -33,16 +33,16 @@ pub fn jails_dir(data_dir: &Path) -> PathBuf {
 #[derive(Debug)]
 pub struct Pool {
     pub(crate) root: PathBuf,
-    pub(crate) ground: Ground,
+    pub(crate) backing: ActualBacking,
     /// The device the pool is mounted from.
     pub(crate) device: PathBuf,
     /// The root folder, held open: space is read through it without a path look-up, and the pool
     /// cannot be unmounted while it is open.
     pub(crate) dir: File,
-    pub(crate) file_system: FileSystem,
+    pub(crate) file_system: PoolFs,
     admission: Admission,
     /// The unreclaimable usage found by the last measurement.
-    pub(crate) fixed: Mutex<Measured>,
+    pub(crate) measurements: Mutex<Measurements>,
     /// Locked while the pool's size changes.
     pub(crate) resizing: Mutex<()>,
     /// The size before a failed change that has not been rolled back yet.
@@ -64,18 +64,18 @@ impl Pool {
     pub fn open(data_dir: &Path, backing: &Backing, bounds: Bounds) -> Result<Pool, StorageError> {
         let place = backing::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
-        let file_system = FileSystem::open(place.kind, &dir).map_err(|error| match error.kind() {
+        let file_system = PoolFs::open(place.kind, &dir).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StorageError::NoSysfs(data_dir.to_owned()),
             _ => StorageError::io("read the uncommitted writes of", data_dir.display(), error),
         })?;
         let pool = Pool {
             root: data_dir.to_owned(),
-            ground: place.ground,
+            backing: place.backing,
             device: place.device,
             dir,
             file_system,
             admission: Admission::new(bounds),
-            fixed: Mutex::default(),
+            measurements: Mutex::default(),
             resizing: Mutex::default(),
             undo_to: Mutex::default(),
             growing: Mutex::default(),
@@ -145,15 +145,15 @@ impl Pool {
     }
 
     /// Returns the backing of the mounted pool.
-    pub fn ground(&self) -> &Ground {
-        &self.ground
+    pub fn backing(&self) -> &ActualBacking {
+        &self.backing
     }
 
     /// Returns the path of the backing image, if the pool has one.
     pub fn image(&self) -> Option<&Path> {
-        match &self.ground {
-            Ground::Image(image) => Some(image),
-            Ground::Device(_) | Ground::Given => None,
+        match &self.backing {
+            ActualBacking::Image(image) => Some(image),
+            ActualBacking::Device(_) | ActualBacking::Given => None,
         }
     }
 
@@ -215,7 +215,7 @@ impl Pool {
     /// [`StorageError::Io`] when the kernel does not report it.
     pub fn space(&self) -> Result<Space, StorageError> {
         let space = Space::read(&self.dir, &self.file_system, self.image())?;
-        Ok(match self.measured_fixed() {
+        Ok(match self.measured_unreclaimable() {
             // Deletions since the measurement lower `used`.
             Some(fixed) => Space {
                 fixed: fixed.min(space.used),

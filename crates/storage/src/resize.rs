@@ -10,13 +10,13 @@
 //! A pool on a device consists of the file system alone, which may be smaller than the device. The
 //! size of an existing file system is not changed.
 
-use crate::backing::{FileSystem, Ground};
+use crate::backing::{ActualBacking, PoolFs};
 use crate::btrfs::chunk_space;
 use crate::command::{self, Program};
 use crate::error::StorageError;
 use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
-use crate::sizing::{LARGEST, SHARE_PERCENT};
+use crate::sizing::{DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE};
 use crate::space::{allocated, available, device_size};
 use scalebox_fault_points::{crash_point, fault_point};
 use std::ffi::OsStr;
@@ -26,10 +26,10 @@ use std::path::Path;
 use std::sync::{MutexGuard, PoisonError, TryLockError};
 
 /// Unallocated space that btrfs needs to relocate chunks, beyond the used space: one data chunk.
-const ROOM_TO_MOVE: Gib = Gib::new(1);
+const RELOCATION_SPACE: Gib = Gib::new(1);
 /// Minimum growth. A device or image can be larger than its file system by less than this, because
 /// the file system consists of whole blocks.
-const LEAST_GROWTH: Bytes = Bytes::from_mib(1);
+const MIN_GROWTH: Bytes = Bytes::from_mib(1);
 /// Block size of the file system, in bytes.
 const BLOCK: u64 = 4096;
 
@@ -42,10 +42,10 @@ impl Pool {
     /// device can hold; [`StorageError::Given`]; [`StorageError::Busy`] during another resize.
     pub fn grow(&self, size: Option<Gib>) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
-        match &self.ground {
-            Ground::Image(image) => self.grow_image(image, size),
-            Ground::Device(device) => self.grow_on_device(device, size),
-            Ground::Given => Err(StorageError::Given(self.root.clone())),
+        match &self.backing {
+            ActualBacking::Image(image) => self.grow_image(image, size),
+            ActualBacking::Device(device) => self.grow_on_device(device, size),
+            ActualBacking::Given => Err(StorageError::Given(self.root.clone())),
         }
     }
 
@@ -53,7 +53,7 @@ impl Pool {
         let current = self.file_system_size()?;
         let holdable = holdable(image)?;
         let size = size.unwrap_or_else(|| share_of(holdable));
-        if size.bytes() < current + LEAST_GROWTH {
+        if size.bytes() < current + MIN_GROWTH {
             return Err(StorageError::PoolSize(format!(
                 "{size} GiB is not larger than the pool, which has {current}: free space on the host disk, or choose a larger size"
             )));
@@ -106,7 +106,7 @@ impl Pool {
                 device.display()
             )));
         }
-        if wanted < current + LEAST_GROWTH {
+        if wanted < current + MIN_GROWTH {
             return Err(StorageError::PoolSize(format!(
                 "{wanted} is not larger than the pool, which has {current} of the {holdable} of {}: enlarge the device first",
                 device.display()
@@ -122,29 +122,29 @@ impl Pool {
     /// # Errors
     /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
     pub fn extend(&self) -> Result<bool, StorageError> {
-        let worth_it = Gib::new(1).bytes();
+        let min_growth = Gib::new(1).bytes();
         let _changing = match self.begin_change() {
             Err(StorageError::Busy(_)) => return Ok(false),
             other => other?,
         };
-        match &self.ground {
-            Ground::Image(image) => {
+        match &self.backing {
+            ActualBacking::Image(image) => {
                 let holdable = holdable(image)?;
                 let kept_free = (holdable - self.bounds().buffer.bytes()).floor_gib();
                 let size = share_of(holdable).min(kept_free).bytes();
-                if size < self.file_system_size()? + worth_it {
+                if size < self.file_system_size()? + min_growth {
                     return Ok(false);
                 }
                 self.grow_layers(image, size)?;
             }
-            Ground::Device(device) => {
+            ActualBacking::Device(device) => {
                 let size = device_size(device)?;
-                if size < self.file_system_size()? + worth_it {
+                if size < self.file_system_size()? + min_growth {
                     return Ok(false);
                 }
                 self.resize_file_system(size)?;
             }
-            Ground::Given => return Ok(false),
+            ActualBacking::Given => return Ok(false),
         }
         Ok(true)
     }
@@ -157,9 +157,9 @@ impl Pool {
     /// nothing changed; [`StorageError::Given`]; [`StorageError::Busy`] during another resize.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
-        let current = match &self.ground {
-            Ground::Image(_) | Ground::Device(_) => self.file_system_size()?,
-            Ground::Given => return Err(StorageError::Given(self.root.clone())),
+        let current = match &self.backing {
+            ActualBacking::Image(_) | ActualBacking::Device(_) => self.file_system_size()?,
+            ActualBacking::Given => return Err(StorageError::Given(self.root.clone())),
         };
         if size.bytes() >= current {
             return Err(StorageError::PoolSize(format!(
@@ -184,7 +184,7 @@ impl Pool {
             + space.metadata_total
             + space.metadata_total
             + self.bounds().buffer.bytes()
-            + ROOM_TO_MOVE.bytes();
+            + RELOCATION_SPACE.bytes();
         // If every promise is backed, guests' future blocks count like present ones.
         let backed = match self.bounds().overcommit_ratio {
             ratio if ratio <= 1.0 => {
@@ -201,7 +201,7 @@ impl Pool {
         fault_point("pool shrink: ceiling lowered").map_err(injected)?;
         self.resize_file_system(size)?;
         fault_point("pool shrink: file system smaller").map_err(injected)?;
-        if let Ground::Image(image) = &self.ground {
+        if let ActualBacking::Image(image) = &self.backing {
             set_image_size(image, size)?;
             fault_point("pool shrink: image smaller").map_err(injected)?;
             self.refresh_device()?;
@@ -216,9 +216,9 @@ impl Pool {
     /// [`StorageError::Command`].
     pub fn trim(&self) -> Result<Bytes, StorageError> {
         self.require_mounted()?;
-        let said = command::run(Program::Fstrim, [OsStr::new("--verbose"), self.path().as_os_str()])?;
+        let output = command::run(Program::Fstrim, [OsStr::new("--verbose"), self.path().as_os_str()])?;
         // `/var/lib/scalebox: 1.2 GiB (1288490188 bytes) trimmed`
-        let bytes = said
+        let bytes = output
             .rsplit_once('(')
             .and_then(|(_, rest)| rest.split_once(" bytes")?.0.parse().ok());
         Ok(Bytes::new(bytes.unwrap_or(0)))
@@ -237,8 +237,8 @@ impl Pool {
 
     fn reconcile_layers(&self) -> Result<(), StorageError> {
         let mut undo_to = self.undo_to();
-        match &self.ground {
-            Ground::Image(image) => {
+        match &self.backing {
+            ActualBacking::Image(image) => {
                 if let Some(before) = *undo_to {
                     // Never smaller than the file system: data beyond the end would be lost.
                     let size = before.max(self.file_system_size()?);
@@ -248,14 +248,14 @@ impl Pool {
                 }
                 self.follow_image(image)?;
             }
-            Ground::Device(_) => {
+            ActualBacking::Device(_) => {
                 if let Some(before) = *undo_to
-                    && self.file_system_size()? + LEAST_GROWTH <= before
+                    && self.file_system_size()? + MIN_GROWTH <= before
                 {
                     self.resize_file_system(before)?;
                 }
             }
-            Ground::Given => {}
+            ActualBacking::Given => {}
         }
         *undo_to = None;
         Ok(())
@@ -267,7 +267,7 @@ impl Pool {
         if device_size(&self.device)? != size {
             self.refresh_device()?;
         }
-        if self.file_system_size()? + LEAST_GROWTH <= size {
+        if self.file_system_size()? + MIN_GROWTH <= size {
             self.resize_file_system(size)?;
         }
         Ok(())
@@ -276,12 +276,12 @@ impl Pool {
     /// Returns the size of the file system on its device, regardless of profiles and quotas.
     fn file_system_size(&self) -> Result<Bytes, StorageError> {
         match &self.file_system {
-            FileSystem::Btrfs(..) => {
+            PoolFs::Btrfs(..) => {
                 let space = chunk_space(&self.dir)
                     .map_err(|errno| StorageError::io("read the size of", self.root.display(), errno.into()))?;
                 Ok(space.device_size)
             }
-            FileSystem::Xfs => Ok(self.space()?.capacity),
+            PoolFs::Xfs => Ok(self.space()?.capacity),
         }
     }
 
@@ -332,8 +332,8 @@ fn holdable(image: &Path) -> Result<Bytes, StorageError> {
 
 /// Returns 80 % of `holdable`, without the lower limit for new pools.
 fn share_of(holdable: Bytes) -> Gib {
-    let share = Gib::new(holdable.floor_gib().as_u64() * SHARE_PERCENT / 100);
-    share.min(LARGEST)
+    let share = Gib::new(holdable.floor_gib().as_u64() * DEFAULT_SHARE_PERCENT / 100);
+    share.min(MAX_DEFAULT_SIZE)
 }
 
 fn injected(error: io::Error) -> StorageError {

@@ -6,7 +6,7 @@
 //! any other file.
 //!
 //! The blocks of a deleted file still contain its data, folders keep deleted names, and the journal
-//! contains old copies of both. So unused space is zeroed afterwards ([`ext4::empty_unused`]).
+//! contains old copies of both. So unused space is zeroed afterwards ([`ext4::zero_unused`]).
 //!
 //! `debugfs` can fail to write and report success. So the image is inspected again: nothing to be
 //! removed may be left, removed inodes must be unused, and no other file may have changed.
@@ -54,7 +54,7 @@ const REMOVED: [&str; 13] = [
 const EMPTIED: [&str; 4] = ["/etc/machine-id", "/var/log/wtmp", "/var/log/btmp", "/var/log/lastlog"];
 
 /// Files to remove by folder and name prefix.
-const REMOVED_BEGINNING: [(&str, &[&str]); 2] = [
+const REMOVED_PREFIXES: [(&str, &[&str]); 2] = [
     ("/etc/ssh", &["ssh_host_"]),
     (
         "/var/log",
@@ -74,7 +74,7 @@ const REMOVED_BEGINNING: [(&str, &[&str]); 2] = [
 ];
 
 /// Folders to recreate empty, because their blocks contain names. The journal's are machine ids.
-const RENEWED: [&str; 5] = [
+const RECREATED: [&str; 5] = [
     "/var/log/journal",
     "/var/lib/dhcp",
     "/var/lib/dhclient",
@@ -83,12 +83,12 @@ const RENEWED: [&str; 5] = [
 ];
 
 /// The rest of cloud-init's state, which would make it skip the setup of a new guest.
-const REMOVED_FROM_CLOUD: [&str; 2] = ["/var/lib/cloud/instance", "/var/lib/cloud/data"];
+const REMOVED_CLOUD_STATE: [&str; 2] = ["/var/lib/cloud/instance", "/var/lib/cloud/data"];
 
 /// Maximum size of a file whose lines are edited; it is read as a whole.
-const LARGEST_EDITED: u64 = 1 << 20;
+const MAX_EDITED_SIZE: u64 = 1 << 20;
 /// Maximum number of folders, nested or in total; far more than the folders above have.
-const MOST_FOLDERS: usize = 512;
+const MAX_FOLDERS: usize = 512;
 
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
@@ -121,7 +121,7 @@ pub(crate) fn remove(path: &Path, image: &File, source: &Identity) -> Result<(),
         // The quota files still count the removed files.
         ext4::repair(path)?;
     }
-    ext4::empty_unused(image)?;
+    ext4::zero_unused(image)?;
     ext4::check_work(path, "edit a file system")?;
 
     let mut verify = Scrub::new(path, image, Mode::Verify)?;
@@ -137,13 +137,13 @@ fn require_gone(before: &File, after: &File, removed: &HashSet<u64>, kept: &Hash
     for inode in removed.difference(kept) {
         let was = before.stat(*inode)?.map_or(0, |stat| stat.links);
         if after.stat(*inode)?.is_some_and(|stat| stat.links >= was) {
-            return Err(still_there(&format!("inode {inode}")));
+            return Err(still_exists(&format!("inode {inode}")));
         }
     }
     Ok(())
 }
 
-fn still_there(what: &str) -> StorageError {
+fn still_exists(what: &str) -> StorageError {
     StorageError::Host {
         doing: "remove the identity of a VM from an image",
         reason: format!("{what} still exists"),
@@ -215,7 +215,7 @@ struct Scrub<'i> {
     mode: Mode,
     script: String,
     /// The new contents that the script refers to.
-    contents: Vec<Beside>,
+    contents: Vec<ScratchFile>,
     folders: usize,
     /// The inodes of removed files.
     removed: HashSet<u64>,
@@ -259,9 +259,9 @@ impl<'i> Scrub<'i> {
                 }
             }
         }
-        for (folder, beginnings) in REMOVED_BEGINNING {
+        for (folder, prefixes) in REMOVED_PREFIXES {
             for entry in self.list(folder)? {
-                let named = beginnings.iter().any(|beginning| entry.name.starts_with(beginning));
+                let named = prefixes.iter().any(|prefix| entry.name.starts_with(prefix));
                 if named && entry.is_plain() && !entry.is(DIRECTORY) {
                     self.remove(&format!("{folder}/{}", entry.name), &entry)?;
                 }
@@ -273,12 +273,12 @@ impl<'i> Scrub<'i> {
     }
 
     fn folders(&mut self) -> Result<(), StorageError> {
-        for path in REMOVED_FROM_CLOUD {
+        for path in REMOVED_CLOUD_STATE {
             if let Some(entry) = self.find(path)? {
                 self.remove_tree(path, &entry)?;
             }
         }
-        for path in RENEWED {
+        for path in RECREATED {
             if let Some(entry) = self.find(path)?
                 && entry.is(DIRECTORY)
             {
@@ -336,12 +336,12 @@ impl<'i> Scrub<'i> {
     }
 
     fn remove(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
-        self.goes(path, entry)?;
+        self.record_removal(path, entry)?;
         self.command(&["rm", path])
     }
 
     /// Records a removal, which changes the folder too.
-    fn goes(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+    fn record_removal(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
         let (folder, _) = path.rsplit_once('/').unwrap_or_default();
         self.touched.extend(self.tree.list(folder)?.map(|(folder, _)| folder));
         self.removed.insert(entry.stat.inode);
@@ -355,7 +355,7 @@ impl<'i> Scrub<'i> {
             return self.remove(path, entry);
         }
         self.folders += 1;
-        if self.folders > MOST_FOLDERS {
+        if self.folders > MAX_FOLDERS {
             return Err(StorageError::Unfit(format!(
                 "there are too many folders below {path}: remove some"
             )));
@@ -369,7 +369,7 @@ impl<'i> Scrub<'i> {
             }
             self.remove_tree(&format!("{path}/{}", entry.name), &entry)?;
         }
-        self.goes(path, entry)?;
+        self.record_removal(path, entry)?;
         self.command(&["rmdir", path])
     }
 
@@ -394,9 +394,9 @@ impl<'i> Scrub<'i> {
             }
         }
         // Each takes several reads of the image.
-        if folders.len() > MOST_FOLDERS {
+        if folders.len() > MAX_FOLDERS {
             return Err(StorageError::Unfit(format!(
-                "there are {} folders in /home, more than {MOST_FOLDERS}: remove some",
+                "there are {} folders in /home, more than {MAX_FOLDERS}: remove some",
                 folders.len()
             )));
         }
@@ -415,12 +415,12 @@ impl<'i> Scrub<'i> {
             return Ok(());
         };
         self.kept.insert(entry.stat.inode);
-        if entry.stat.size > LARGEST_EDITED {
+        if entry.stat.size > MAX_EDITED_SIZE {
             return Err(StorageError::Unfit(format!(
                 "{path} is larger than 1 MiB: make it smaller"
             )));
         }
-        let content = self.tree.read(entry.stat.inode, LARGEST_EDITED)?;
+        let content = self.tree.read(entry.stat.inode, MAX_EDITED_SIZE)?;
         let lines = content.split_inclusive(|byte| *byte == b'\n');
         let left = lines.filter_map(edited).collect::<Vec<_>>().concat();
         if left == content {
@@ -432,9 +432,9 @@ impl<'i> Scrub<'i> {
     /// Replaces a file by a new one with `content`, so that `debugfs` allocates its blocks.
     fn rewrite(&mut self, path: &str, entry: &Entry, content: &[u8]) -> Result<(), StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
-        let beside = Beside::new(self.path, &format!(".{}", self.contents.len()), content)?;
-        let content = command::bare_name(&beside.path).to_string_lossy().into_owned();
-        self.contents.push(beside);
+        let scratch = ScratchFile::new(self.path, &format!(".{}", self.contents.len()), content)?;
+        let content = command::bare_name(&scratch.path).to_string_lossy().into_owned();
+        self.contents.push(scratch);
         self.remove(path, entry)?;
         self.command(&["cd", folder])?;
         self.command(&["write", &content, name])?;
@@ -444,11 +444,13 @@ impl<'i> Scrub<'i> {
     /// Adds a line to the script; fails in a verifying pass.
     fn command(&mut self, words: &[&str]) -> Result<(), StorageError> {
         if self.mode == Mode::Verify {
-            return Err(still_there(words.get(1).unwrap_or(&"something")));
+            return Err(still_exists(words.get(1).unwrap_or(&"something")));
         }
         for (nth, word) in words.iter().enumerate() {
             if word.contains(['"', '\n', '\0']) {
-                return Err(StorageError::Unfit(format!("{word:?} cannot be used in a debugfs script")));
+                return Err(StorageError::Unfit(format!(
+                    "{word:?} cannot be used in a debugfs script"
+                )));
             }
             if nth == 0 {
                 self.script.push_str(word);
@@ -464,11 +466,11 @@ impl<'i> Scrub<'i> {
         if self.script.is_empty() {
             return Ok(());
         }
-        let script = Beside::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
+        let script = ScratchFile::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
         let input = File::open(&script.path).map_err(|error| StorageError::io("read", script.path.display(), error))?;
         let unfit = |why: &str| StorageError::Unfit(format!("the identity of its VM cannot be removed: {why}"));
         let answer = match command::run_on_image(self.path, Program::Debugfs, &["-w", "-f", "-"], Some(input)) {
-            Err(CommandError::Endless { why, .. }) => return Err(unfit(&format!("a program {why}"))),
+            Err(CommandError::Killed { why, .. }) => return Err(unfit(&format!("a program {why}"))),
             other => other?,
         };
         self.contents.clear();
@@ -477,7 +479,7 @@ impl<'i> Scrub<'i> {
             None if answer.code == Some(0) => Ok(()),
             _ if answer.is_fault_on_sound_image() || answer.code != Some(0) => Err(StorageError::Host {
                 doing: "edit a file system",
-                reason: format!("debugfs exited with {}: {}", answer.status, answer.said()),
+                reason: format!("debugfs exited with {}: {}", answer.status, answer.output()),
             }),
             complaint => Err(unfit(complaint.unwrap_or_default())),
         }
@@ -486,26 +488,26 @@ impl<'i> Scrub<'i> {
 
 /// A file next to the image, removed on drop; after a crash the sweep of unfinished files removes
 /// it.
-struct Beside {
+struct ScratchFile {
     path: PathBuf,
 }
 
-impl Beside {
-    fn new(image: &Path, kind: &str, content: &[u8]) -> Result<Beside, StorageError> {
+impl ScratchFile {
+    fn new(image: &Path, kind: &str, content: &[u8]) -> Result<ScratchFile, StorageError> {
         let mut path: OsString = image.as_os_str().to_owned();
         path.push(kind);
         path.push(PARTIAL);
-        let beside = Beside {
+        let scratch = ScratchFile {
             path: PathBuf::from(path),
         };
-        let mut file = files::create_new(&beside.path)?;
+        let mut file = files::create_new(&scratch.path)?;
         file.write_all(content)
-            .map_err(|error| StorageError::io("write", beside.path.display(), error))?;
-        Ok(beside)
+            .map_err(|error| StorageError::io("write", scratch.path.display(), error))?;
+        Ok(scratch)
     }
 }
 
-impl Drop for Beside {
+impl Drop for ScratchFile {
     fn drop(&mut self) {
         files::discard(&self.path);
     }

@@ -23,7 +23,7 @@ pub(crate) struct Signature {
     pub(crate) uuid: Option<String>,
     /// Whether several signatures were found. A person must then decide what the contents really
     /// are.
-    pub(crate) ambivalent: bool,
+    pub(crate) ambiguous: bool,
 }
 
 impl Signature {
@@ -37,7 +37,7 @@ impl Signature {
             kind: "several file systems at once".to_owned(),
             label: None,
             uuid: None,
-            ambivalent: true,
+            ambiguous: true,
         }
     }
 }
@@ -48,7 +48,7 @@ impl fmt::Display for Signature {
         if let Some(label) = &self.label {
             write!(f, " (label {label:?})")?;
         }
-        if self.ambivalent && self.kind == "btrfs" {
+        if self.ambiguous && self.kind == "btrfs" {
             f.write_str(", and signs of something else")?;
         }
         Ok(())
@@ -65,12 +65,12 @@ pub(crate) fn probe(path: &Path) -> Result<Option<Signature>, StorageError> {
         kind: "btrfs".to_owned(),
         label: Some(found.label).filter(|label| !label.is_empty()),
         uuid: Some(found.uuid),
-        ambivalent: false,
+        ambiguous: false,
     });
     if btrfs.as_ref().is_some_and(Signature::is_pool) {
         return Ok(btrfs);
     }
-    let (found, others) = match ask_blkid(path)? {
+    let (found, others) = match run_blkid(path)? {
         Found::Nothing => (btrfs, false),
         // For example, a RAID member shows the file system on the RAID.
         Found::One(other) => match btrfs {
@@ -80,7 +80,7 @@ pub(crate) fn probe(path: &Path) -> Result<Option<Signature>, StorageError> {
         Found::Several => (btrfs.or_else(|| Some(Signature::unknown())), true),
     };
     Ok(found.map(|found| Signature {
-        ambivalent: others,
+        ambiguous: others,
         ..found
     }))
 }
@@ -91,7 +91,7 @@ enum Found {
     Several,
 }
 
-fn ask_blkid(path: &Path) -> Result<Found, StorageError> {
+fn run_blkid(path: &Path) -> Result<Found, StorageError> {
     // Exit code 2: no signature; 8: several contradictory signatures.
     let args = ["-p", "-o", "export", "--"].map(OsStr::new);
     let (code, output) = command::run_accepting(Program::Blkid, args.into_iter().chain([path.as_os_str()]), |code| {
@@ -111,7 +111,7 @@ fn ask_blkid(path: &Path) -> Result<Found, StorageError> {
             kind,
             label: value("LABEL="),
             uuid: value("UUID="),
-            ambivalent: false,
+            ambiguous: false,
         })
     }))
 }

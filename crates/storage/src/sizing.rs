@@ -5,14 +5,14 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Share of the available space that a pool takes by default, in percent.
-pub const SHARE_PERCENT: u64 = 80;
+pub const DEFAULT_SHARE_PERCENT: u64 = 80;
 /// Minimum size of a pool sized by default.
-pub const SMALLEST: Gib = Gib::new(20);
+pub const MIN_DEFAULT_SIZE: Gib = Gib::new(20);
 /// Maximum size of a pool sized by default.
-pub const LARGEST: Gib = Gib::new(4096);
-/// Minimum free space on the host for any pool: the smallest whose [`SHARE_PERCENT`] is
-/// [`SMALLEST`].
-pub const HOST_FLOOR: Gib = Gib::new(SMALLEST.as_u64() * 100 / SHARE_PERCENT);
+pub const MAX_DEFAULT_SIZE: Gib = Gib::new(4096);
+/// Minimum free space on the host for any pool: the smallest whose [`DEFAULT_SHARE_PERCENT`] is
+/// [`MIN_DEFAULT_SIZE`].
+pub const MIN_HOST_FREE: Gib = Gib::new(MIN_DEFAULT_SIZE.as_u64() * 100 / DEFAULT_SHARE_PERCENT);
 
 /// A pool size requested by the operator (`STORAGE_SIZE`); keeps the original text for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,20 +78,20 @@ impl fmt::Display for PoolSize {
 
 /// The host has too little free space for any pool.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("Insufficient disk space. Need at least {HOST_FLOOR}GB free, found {found}GB")]
+#[error("Insufficient disk space. Need at least {MIN_HOST_FREE}GB free, found {found}GB")]
 pub struct TooLittleSpace {
     /// The free space found, in whole GiB.
     pub found: Gib,
 }
 
 /// Returns the size of a new pool on a file system with `available` bytes free: `floor(available
-/// GiB × 0.8)`, at least [`SMALLEST`] and at most [`LARGEST`], or exactly `requested`.
+/// GiB × 0.8)`, at least [`MIN_DEFAULT_SIZE`] and at most [`MAX_DEFAULT_SIZE`], or exactly `requested`.
 ///
 /// # Errors
-/// [`TooLittleSpace`] when the host has less than [`HOST_FLOOR`] free, also with `requested`.
+/// [`TooLittleSpace`] when the host has less than [`MIN_HOST_FREE`] free, also with `requested`.
 pub fn pool_size(available: Bytes, requested: Option<&RequestedSize>) -> Result<PoolSize, TooLittleSpace> {
     let found = available.floor_gib();
-    if found < HOST_FLOOR {
+    if found < MIN_HOST_FREE {
         return Err(TooLittleSpace { found });
     }
     if let Some(requested) = requested {
@@ -100,8 +100,8 @@ pub fn pool_size(available: Bytes, requested: Option<&RequestedSize>) -> Result<
             text: requested.text.clone(),
         });
     }
-    let share = Gib::new(found.as_u64() * SHARE_PERCENT / 100);
-    let size = share.clamp(SMALLEST, LARGEST);
+    let share = Gib::new(found.as_u64() * DEFAULT_SHARE_PERCENT / 100);
+    let size = share.clamp(MIN_DEFAULT_SIZE, MAX_DEFAULT_SIZE);
     Ok(PoolSize {
         bytes: size.bytes(),
         text: format!("{size}G"),

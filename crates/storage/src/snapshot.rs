@@ -22,7 +22,7 @@ use std::path::PathBuf;
 
 /// Maximum data written while scrubbing a clone: the new journal, and the metadata blocks that it
 /// no longer shares.
-const WORK: Bytes = Bytes::from_mib(256);
+const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
 
 /// A template that is being made from a disk. Dropping it before it is finished removes it.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ impl Pool {
             Err(StorageError::NoTemplate(_)) => {}
             Err(error) => return Err(error),
         }
-        let room = self.admit(WORK)?;
+        let room = self.admit(MAX_SCRUB_WRITES)?;
         let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
         let file = self.claim(&partial).map_err(|error| match error {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
@@ -147,9 +147,9 @@ fn unfit(error: StorageError) -> StorageError {
     match error {
         StorageError::FileSystem(_) => StorageError::Unfit(error.to_string()),
         // A guest can make a folder too long to list.
-        StorageError::Command(CommandError::Endless { why, .. }) => StorageError::Unfit(format!(
-            "the identity of its VM cannot be removed: a program {why}"
-        )),
+        StorageError::Command(CommandError::Killed { why, .. }) => {
+            StorageError::Unfit(format!("the identity of its VM cannot be removed: a program {why}"))
+        }
         other => other,
     }
 }

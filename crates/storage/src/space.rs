@@ -1,6 +1,6 @@
 //! The writable space: the pool and the host disk under it, combined.
 
-use crate::backing::FileSystem;
+use crate::backing::PoolFs;
 use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
 use crate::quota::{Allowance, Quota};
@@ -63,14 +63,14 @@ pub struct Space {
 impl Space {
     /// Reads the space of the pool whose root folder is `pool`; `image` is the backing file of its
     /// loop device, if it has one.
-    pub(crate) fn read(pool: &File, file_system: &FileSystem, image: Option<&Path>) -> Result<Space, StorageError> {
+    pub(crate) fn read(pool: &File, file_system: &PoolFs, image: Option<&Path>) -> Result<Space, StorageError> {
         match file_system {
-            FileSystem::Btrfs(pending, quota) => {
+            PoolFs::Btrfs(pending, quota) => {
                 let space = Space::of_btrfs(pool, pending, image)?;
                 let allowance = quota.allowance(pool).map_err(unread_quota)?;
                 Ok(allowance.map_or(space, |allowance| space.within(allowance)))
             }
-            FileSystem::Xfs => Space::of_xfs(pool),
+            PoolFs::Xfs => Space::of_xfs(pool),
         }
     }
 

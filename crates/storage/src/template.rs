@@ -6,7 +6,7 @@
 //! from it. Its file name contains the template's inode number, so a base image of a replaced
 //! template is never used.
 
-use crate::defragment::compact;
+use crate::defragment::defragment;
 use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};
@@ -61,7 +61,7 @@ const SUFFIX: &str = ".ext4";
 /// Suffix of unfinished files. The next start removes those of interrupted operations.
 pub(crate) const PARTIAL: &str = ".partial";
 /// How often an unfinished file is created again after a concurrent sweep removed it.
-const CLAIMS: u32 = 16;
+const MAX_CLAIM_ATTEMPTS: u32 = 16;
 
 impl Pool {
     /// Lists all templates, sorted by name.
@@ -150,7 +150,7 @@ impl Pool {
     /// Returns an open image of exactly `size` from which a disk of template `name` is cloned: the
     /// template itself, or its resized base image, which is made if necessary. The image can be
     /// cloned even if the template is deleted or replaced meanwhile.
-    pub(crate) fn golden(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
+    pub(crate) fn base_image(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
         let (template, original) = self.open_template(name)?;
         if size < template.size {
             let template_size = template.size.ceil_gib();
@@ -209,7 +209,7 @@ impl Pool {
         // Inside templates/, the folder inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
         // The name need not survive a power cut: the image would be made again.
-        self.replace_by_grown_clone(original, grown, size, compact, |partial| {
+        self.replace_by_grown_clone(original, grown, size, defragment, |partial| {
             fs::rename(partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))?;
             crash_point("grown clone: in place");
             Ok(())
@@ -254,7 +254,7 @@ impl Pool {
     /// that no sweep removes it.
     pub(crate) fn claim(&self, partial: &Path) -> Result<File, StorageError> {
         let busy = || StorageError::Busy(partial.to_owned());
-        for _ in 0..CLAIMS {
+        for _ in 0..MAX_CLAIM_ATTEMPTS {
             sweep_partial(partial)?;
             let file = match files::create_new(partial) {
                 Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {

@@ -15,7 +15,7 @@
 //! The walk costs about a microsecond per reference, and about 50 bytes of memory per distinct
 //! extent. Nothing waits for it.
 
-use crate::backing::{FileSystem, Ground};
+use crate::backing::{ActualBacking, PoolFs};
 use crate::error::StorageError;
 use crate::extents::{self, Reference};
 use crate::fiemap;
@@ -83,7 +83,7 @@ impl Accounts {
 
 /// The result of a measurement that admission uses.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Fixed {
+pub(crate) struct Measurement {
     size: Bytes,
     /// Modification times of the templates' folders when the walk started: once they change, the
     /// result is stale.
@@ -93,8 +93,8 @@ pub(crate) struct Fixed {
 /// The last measurement, and the number of invalidations so far. A walk that started before an
 /// invalidation is stale when it ends.
 #[derive(Debug, Default)]
-pub(crate) struct Measured {
-    last: Option<Fixed>,
+pub(crate) struct Measurements {
+    last: Option<Measurement>,
     forgotten: u64,
 }
 
@@ -108,7 +108,7 @@ const OTHER: Owner = u32::MAX;
 const SHARED: Owner = u32::MAX - 1;
 
 /// An extent, as far as its references were read.
-struct Held {
+struct ExtentUsage {
     size: u64,
     owner: Owner,
     /// How many of its bytes files map; only used while the extent has one owner.
@@ -116,7 +116,7 @@ struct Held {
 }
 
 /// An owner and its usage so far.
-struct Holding {
+struct OwnerUsage {
     name: Name,
     disk: bool,
     /// The inode of the disk or template itself; resized base images have others.
@@ -126,27 +126,27 @@ struct Holding {
 
 /// Collects references to extents.
 struct Tally {
-    owners: Vec<Holding>,
+    owners: Vec<OwnerUsage>,
     by_inode: HashMap<u64, Owner>,
-    extents: HashMap<u64, Held>,
+    extents: HashMap<u64, ExtentUsage>,
 }
 
 impl Tally {
     fn take(&mut self, reference: Reference) {
         let owner = self.by_inode.get(&reference.inode).copied().unwrap_or(OTHER);
-        if let Some(holding) = self.owners.get_mut(owner as usize)
-            && holding.inode == reference.inode
+        if let Some(owner) = self.owners.get_mut(owner as usize)
+            && owner.inode == reference.inode
         {
-            holding.usage.used += Bytes::new(reference.mapped);
+            owner.usage.used += Bytes::new(reference.mapped);
         }
-        let held = self.extents.entry(reference.start).or_insert(Held {
+        let extent = self.extents.entry(reference.start).or_insert(ExtentUsage {
             size: reference.size,
             owner,
             mapped: 0,
         });
-        held.mapped = held.mapped.saturating_add(reference.mapped);
-        if held.owner != owner {
-            held.owner = SHARED;
+        extent.mapped = extent.mapped.saturating_add(reference.mapped);
+        if extent.owner != owner {
+            extent.owner = SHARED;
         }
     }
 
@@ -156,27 +156,27 @@ impl Tally {
     fn close(mut self, used: Bytes, other_is_rest: bool, measured_at: SystemTime, took: Duration) -> Accounts {
         let (mut disks_exclusive, mut templates_exclusive) = (Bytes::ZERO, Bytes::ZERO);
         let (mut shared, mut other, mut covered) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
-        for held in self.extents.values() {
-            let size = Bytes::new(held.size);
-            match self.owners.get_mut(held.owner as usize) {
-                Some(holding) if holding.disk => {
-                    holding.usage.exclusive += size;
+        for extent in self.extents.values() {
+            let size = Bytes::new(extent.size);
+            match self.owners.get_mut(extent.owner as usize) {
+                Some(owner) if owner.disk => {
+                    owner.usage.exclusive += size;
                     disks_exclusive += size;
-                    covered += size.min(Bytes::new(held.mapped));
+                    covered += size.min(Bytes::new(extent.mapped));
                 }
-                Some(holding) => {
-                    holding.usage.exclusive += size;
+                Some(owner) => {
+                    owner.usage.exclusive += size;
                     templates_exclusive += size;
                 }
-                None if held.owner == SHARED => shared += size,
+                None if extent.owner == SHARED => shared += size,
                 None => other += size,
             }
         }
         if other_is_rest {
             other = used - (disks_exclusive + templates_exclusive + shared);
         }
-        let (disks, templates): (Vec<_>, Vec<_>) = self.owners.into_iter().partition(|holding| holding.disk);
-        let by_name = |owners: Vec<Holding>| owners.into_iter().map(|owner| (owner.name, owner.usage)).collect();
+        let (disks, templates): (Vec<_>, Vec<_>) = self.owners.into_iter().partition(|owner| owner.disk);
+        let by_name = |owners: Vec<OwnerUsage>| owners.into_iter().map(|owner| (owner.name, owner.usage)).collect();
         let total = disks_exclusive + templates_exclusive + shared + other;
         Accounts {
             measured_at,
@@ -210,12 +210,12 @@ impl Pool {
         let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
         match self.file_system {
-            FileSystem::Btrfs(..) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
-            FileSystem::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
+            PoolFs::Btrfs(..) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
+            PoolFs::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
         }
         let used = self.space()?.used;
-        let accounts = tally.close(used, self.ground == Ground::Given, measured_at, begun.elapsed());
-        let fixed = folders.map(|folders| Fixed {
+        let accounts = tally.close(used, self.backing == ActualBacking::Given, measured_at, begun.elapsed());
+        let fixed = folders.map(|folders| Measurement {
             size: accounts.fixed,
             folders,
         });
@@ -229,11 +229,11 @@ impl Pool {
     /// Returns whether admission has to count all used space as unreclaimable: nothing was measured
     /// yet, or a template was added or removed since.
     pub fn needs_measuring(&self) -> bool {
-        self.measured_fixed().is_none()
+        self.measured_unreclaimable().is_none()
     }
 
     /// Returns the last measurement unless it is stale. Costs two system calls.
-    pub(crate) fn measured_fixed(&self) -> Option<Bytes> {
+    pub(crate) fn measured_unreclaimable(&self) -> Option<Bytes> {
         let fixed = self.measured().last?;
         (self.folder_times() == Some(fixed.folders)).then_some(fixed.size)
     }
@@ -246,8 +246,8 @@ impl Pool {
         measured.forgotten += 1;
     }
 
-    fn measured(&self) -> MutexGuard<'_, Measured> {
-        self.fixed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn measured(&self) -> MutexGuard<'_, Measurements> {
+        self.measurements.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn folder_times(&self) -> Option<FolderTimes> {
@@ -301,7 +301,7 @@ impl Pool {
                     Err(error) => return Err(StorageError::io("read", path.display(), error)),
                 };
                 tally.by_inode.insert(inode, tally.owners.len() as Owner);
-                tally.owners.push(Holding {
+                tally.owners.push(OwnerUsage {
                     name,
                     disk,
                     inode,
@@ -360,14 +360,14 @@ mod tests {
     const KERNEL: u64 = 303;
 
     fn tally() -> Tally {
-        let holding = |name: &str, disk, inode| Holding {
+        let owner = |name: &str, disk, inode| OwnerUsage {
             name: name.parse().unwrap(),
             disk,
             inode,
             usage: Usage::default(),
         };
         Tally {
-            owners: vec![holding("vm-1", true, DISK), holding("tiny", false, TEMPLATE)],
+            owners: vec![owner("vm-1", true, DISK), owner("tiny", false, TEMPLATE)],
             by_inode: HashMap::from([(DISK, 0), (TEMPLATE, 1), (GROWN, 1)]),
             extents: HashMap::new(),
         }

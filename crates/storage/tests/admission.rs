@@ -63,7 +63,7 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
 
 /// Actions of guests and operators.
 #[derive(Debug, Clone, Copy)]
-enum Deed {
+enum Action {
     Create(u64),
     Grow(usize, u64),
     Write(usize, u64),
@@ -76,19 +76,19 @@ enum Deed {
     Measure,
 }
 
-fn deeds() -> impl Strategy<Value = Vec<Deed>> {
-    let deed = prop_oneof![
-        4 => (1u64..40).prop_map(Deed::Create),
-        2 => (any::<usize>(), 1u64..20).prop_map(|(at, size)| Deed::Grow(at, size)),
-        6 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Deed::Write(at, size)),
-        2 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Deed::Trim(at, size)),
-        1 => any::<usize>().prop_map(Deed::Delete),
-        1 => (1u64..10).prop_map(Deed::Import),
-        2 => any::<usize>().prop_map(Deed::Snapshot),
-        1 => any::<usize>().prop_map(Deed::DeleteTemplate),
-        3 => Just(Deed::Measure),
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    let action = prop_oneof![
+        4 => (1u64..40).prop_map(Action::Create),
+        2 => (any::<usize>(), 1u64..20).prop_map(|(at, size)| Action::Grow(at, size)),
+        6 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Action::Write(at, size)),
+        2 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Action::Trim(at, size)),
+        1 => any::<usize>().prop_map(Action::Delete),
+        1 => (1u64..10).prop_map(Action::Import),
+        2 => any::<usize>().prop_map(Action::Snapshot),
+        1 => any::<usize>().prop_map(Action::DeleteTemplate),
+        3 => Just(Action::Measure),
     ];
-    prop::collection::vec(deed, 1..200)
+    prop::collection::vec(action, 1..200)
 }
 
 #[derive(Debug)]
@@ -129,15 +129,15 @@ impl Model {
 
     /// Applies an action, calling admission in the same order as the pool; a refusal changes
     /// nothing.
-    fn take(&mut self, deed: Deed, admission: &Admission) {
-        match deed {
-            Deed::Create(size) => {
+    fn take(&mut self, action: Action, admission: &Admission) {
+        match action {
+            Action::Create(size) => {
                 if let Ok(admitted) = admission.admit(gib(size), || Ok(self.space())) {
                     admitted.commit();
                     self.disks.push(Disk { size, own: 0 });
                 }
             }
-            Deed::Grow(at, more) => {
+            Action::Grow(at, more) => {
                 if self.disk(at).is_some()
                     && let Ok(admitted) = admission.admit(gib(more), || Ok(self.space()))
                 {
@@ -145,29 +145,29 @@ impl Model {
                     self.disk(at).unwrap().size += more;
                 }
             }
-            Deed::Write(at, blocks) => {
+            Action::Write(at, blocks) => {
                 if let Some(disk) = self.disk(at) {
                     disk.own = disk.size.min(disk.own + blocks);
                 }
             }
-            Deed::Trim(at, blocks) => {
+            Action::Trim(at, blocks) => {
                 if let Some(disk) = self.disk(at) {
                     disk.own = disk.own.saturating_sub(blocks);
                 }
             }
-            Deed::Delete(at) => {
+            Action::Delete(at) => {
                 if !self.disks.is_empty() {
                     let disk = self.disks.swap_remove(at % self.disks.len());
                     admission.release(gib(disk.size));
                 }
             }
-            Deed::Import(data) => {
+            Action::Import(data) => {
                 if let Ok(_room) = admission.admit(gib(data), || Ok(self.space())) {
                     self.measured = None;
                     self.templates.push(data);
                 }
             }
-            Deed::Snapshot(at) => {
+            Action::Snapshot(at) => {
                 let Some(data) = self.disk(at).map(|disk| disk.own) else {
                     return;
                 };
@@ -177,13 +177,13 @@ impl Model {
                     self.disk(at).unwrap().own = 0;
                 }
             }
-            Deed::DeleteTemplate(at) => {
+            Action::DeleteTemplate(at) => {
                 if !self.templates.is_empty() {
                     self.measured = None;
                     self.orphaned += self.templates.swap_remove(at % self.templates.len());
                 }
             }
-            Deed::Measure => self.measured = Some(self.fixed()),
+            Action::Measure => self.measured = Some(self.fixed()),
         }
     }
 }
@@ -195,7 +195,7 @@ proptest! {
         let (mut capacity, mut used) = (100, 10);
         // Disks by size. A growth in progress also has its disk.
         let mut disks: Vec<Option<Bytes>> = Vec::new();
-        let mut under_way: Vec<(Reservation, Option<usize>)> = Vec::new();
+        let mut in_progress: Vec<(Reservation, Option<usize>)> = Vec::new();
         for request in requests {
             let now = space(capacity, used, used / 2);
             let alive: Vec<usize> = (0..disks.len()).filter(|&at| disks[at].is_some()).collect();
@@ -208,7 +208,7 @@ proptest! {
             if let Some((size, disk)) = asked
                 && let Ok(reservation) = admission.admit(gib(size), || Ok(now))
             {
-                under_way.push((reservation, disk));
+                in_progress.push((reservation, disk));
                 let Promises { committed, reserved } = admission.promises();
                 prop_assert!(reserved + gib(buffer) <= now.free);
                 prop_assert!(committed + reserved <= admission.limit(now.capacity));
@@ -217,8 +217,8 @@ proptest! {
                 }
             }
             match request {
-                Request::Commit(at) if !under_way.is_empty() => {
-                    let (reservation, disk) = under_way.swap_remove(at % under_way.len());
+                Request::Commit(at) if !in_progress.is_empty() => {
+                    let (reservation, disk) = in_progress.swap_remove(at % in_progress.len());
                     let size = reservation.size();
                     reservation.commit();
                     match disk {
@@ -230,7 +230,7 @@ proptest! {
                         },
                     }
                 }
-                Request::Fail(at) if !under_way.is_empty() => drop(under_way.swap_remove(at % under_way.len())),
+                Request::Fail(at) if !in_progress.is_empty() => drop(in_progress.swap_remove(at % in_progress.len())),
                 Request::Delete(at) => {
                     if let Some(disk) = pick(at) {
                         admission.release(disks[disk].take().unwrap());
@@ -244,25 +244,25 @@ proptest! {
                 _ => {}
             }
             let promises = admission.promises();
-            prop_assert_eq!(promises.reserved, under_way.iter().map(|(reservation, _)| reservation.size()).sum());
+            prop_assert_eq!(promises.reserved, in_progress.iter().map(|(reservation, _)| reservation.size()).sum());
             prop_assert_eq!(promises.committed, disks.iter().copied().flatten().sum());
         }
-        drop(under_way);
+        drop(in_progress);
         disks.into_iter().flatten().for_each(|size| admission.release(size));
         prop_assert_eq!(admission.promises(), Promises::default());
     }
 
     #[test]
-    fn with_a_ratio_of_one_guests_can_always_write_all_promised_bytes(deeds in deeds(), buffer in 0u64..4) {
+    fn with_a_ratio_of_one_guests_can_always_write_all_promised_bytes(actions in actions(), buffer in 0u64..4) {
         let admission = admission(buffer, 1.0);
         let mut model = Model { capacity: 200, disks: Vec::new(), templates: Vec::new(), orphaned: 0, measured: None };
-        for deed in deeds {
-            model.take(deed, &admission);
+        for action in actions {
+            model.take(action, &admission);
             let written_full = model.fixed() + model.disks.iter().map(|disk| disk.size).sum::<u64>();
-            prop_assert!(written_full == 0 || written_full + buffer <= model.capacity, "{:?}", deed);
+            prop_assert!(written_full == 0 || written_full + buffer <= model.capacity, "{:?}", action);
         }
         for at in 0..model.disks.len() {
-            model.take(Deed::Write(at, u64::MAX / 2), &admission);
+            model.take(Action::Write(at, u64::MAX / 2), &admission);
         }
         prop_assert!(model.used() == 0 || model.used() + buffer <= model.capacity);
         prop_assert!(model.disks.iter().all(|disk| disk.own == disk.size));

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_storage::{Backing, Bytes, Gib, Ground, InitOutcome, StorageError, unmount};
+use scalebox_storage::{ActualBacking, Backing, Bytes, Gib, InitOutcome, StorageError, unmount};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -91,7 +91,10 @@ fn check_pool_operations(stocked: &Stocked) {
     assert!(accounts.disks[&b].exclusive < Bytes::from_mib(2), "{accounts:?}");
     assert!(accounts.shared > Bytes::ZERO);
     let (used, total) = (pool.space().unwrap().used.as_u64(), accounts.total().as_u64());
-    assert!(used.abs_diff(total) * 100 <= used, "{used} are used, but {total} were measured");
+    assert!(
+        used.abs_diff(total) * 100 <= used,
+        "{used} are used, but {total} were measured"
+    );
     assert!(accounts.fixed() < pool.space().unwrap().used - Bytes::from_mib(90));
 
     pool.grow_disk(&b, Gib::new(3).bytes()).unwrap();
@@ -141,7 +144,7 @@ fn a_pool_fills_its_device_and_is_mounted_by_fstab() {
     );
 
     let stocked = Stocked::in_place(place, USUAL);
-    assert_eq!(stocked.pool.ground(), &Ground::Device(device.path.clone()));
+    assert_eq!(stocked.pool.backing(), &ActualBacking::Device(device.path.clone()));
     let space = stocked.pool.space().unwrap();
     assert_eq!((space.capacity, space.host_free), (Gib::new(30).bytes(), None));
     check_pool_operations(&stocked);
@@ -223,7 +226,10 @@ fn a_device_with_known_contents_is_not_formatted() {
 
     let small = Device::new("10G");
     let error = place_on(&small, None).init().unwrap_err().to_string();
-    assert!(error.contains("it has 10 GiB, and a pool needs at least 20 GiB"), "{error}");
+    assert!(
+        error.contains("it has 10 GiB, and a pool needs at least 20 GiB"),
+        "{error}"
+    );
     let error = place_on(&small, Some("11G")).init().unwrap_err().to_string();
     assert!(error.contains("less than STORAGE_SIZE"), "{error}");
     let mut file = Place::new("30G");
@@ -264,8 +270,8 @@ fn an_xfs_mounted_at_the_pool_s_folder_is_used() {
     );
     let stocked = Stocked::in_place(place, USUAL);
     assert_eq!(
-        (stocked.pool.ground(), stocked.pool.file_system()),
-        (&Ground::Given, "xfs")
+        (stocked.pool.backing(), stocked.pool.file_system()),
+        (&ActualBacking::Given, "xfs")
     );
     check_pool_operations(&stocked);
     for refused in [stocked.pool.grow(None), stocked.pool.shrink(Gib::new(20))] {

@@ -327,10 +327,7 @@ fn block_devices_are_imported_unless_in_use_or_too_large() {
         "{used}"
     );
     let small = small.unwrap_err().to_string();
-    assert!(
-        small.contains("larger than the maximum disk size of 63 MiB"),
-        "{small}"
-    );
+    assert!(small.contains("larger than the maximum disk size of 63 MiB"), "{small}");
     let made = made.unwrap();
     assert_eq!(made.size, Bytes::from_mib(64));
     assert!(made.used < Bytes::from_mib(16), "zeros become holes: {made:?}");

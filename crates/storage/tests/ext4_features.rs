@@ -21,7 +21,7 @@ use std::thread;
 use support::{HostDisk, MAX, Place, disk_path, found_in, name, run, text};
 use tempfile::TempDir;
 
-const LARGEST: Gib = Gib::new(100);
+const MAX_SIZE: Gib = Gib::new(100);
 const HOST_NAME: &str = "so-secret-otter";
 const HOST_KEY: &str = "the-private-host-key";
 const SEEDED: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJustAPublicKeyThatWasSeeded";
@@ -294,12 +294,12 @@ impl Case<'_> {
         let (refusal, size) = if fixed {
             ("has the feature bigalloc", Gib::new(1))
         } else {
-            ("", LARGEST)
+            ("", MAX_SIZE)
         };
         let disk = self.name("disk");
         let grown = self
             .create("disk", "first", Gib::new(1))
-            .and_then(|()| self.pool.grow_disk(&disk, LARGEST.bytes()));
+            .and_then(|()| self.pool.grow_disk(&disk, MAX_SIZE.bytes()));
         if row.step(grown, refusal).is_some() || fixed {
             self.same_tree(row, &disk_path(self.pool, &disk), "grown");
             self.snapshot_and_clone(row, size);
@@ -394,10 +394,7 @@ fn same_tree(row: &mut Row, root: &Path, image: &Path, scratch: &Path, when: &st
     }
     if !row.options.contains("^ext_attr") && !row.options.contains("-O none ") && !row.options.contains("-r 0") {
         let note = run("debugfs", &["-R", "ea_get /work/mail user.note", text(image)]);
-        row.require(
-            note.contains("kept"),
-            &format!("the attribute, {when}, changed"),
-        );
+        row.require(note.contains("kept"), &format!("the attribute, {when}, changed"));
     }
 }
 
@@ -425,7 +422,7 @@ fn growth_too_large_for_one_step_is_done_in_several() {
     // In one step, resize2fs fails with "Illegal doubly indirect block found".
     let source = image(scratch.path(), &root, "-b 4096").unwrap();
     pool.import_template(&name("small"), &source, MAX, false).unwrap();
-    let admitted = pool.admit(LARGEST.bytes()).unwrap();
+    let admitted = pool.admit(MAX_SIZE.bytes()).unwrap();
     pool.create_disk(&name("vm"), &name("small"), &admitted).unwrap();
     let disk = disk_path(&pool, &name("vm"));
     assert!(run("dumpe2fs", &["-h", text(&disk)]).contains("Block count:              26214400\n"));

@@ -445,7 +445,10 @@ fn a_quota_inside_the_pool_limits_the_free_space() {
     place.init().unwrap();
     let pool = place.open(USUAL);
     run("btrfs", &["quota", "enable", text(&place.plan.data_dir)]);
-    assert!(pool.space().unwrap().free > Gib::new(20).bytes(), "a quota without a limit has no effect");
+    assert!(
+        pool.space().unwrap().free > Gib::new(20).bytes(),
+        "a quota without a limit has no effect"
+    );
     run("btrfs", &["qgroup", "limit", "10G", text(&place.plan.data_dir)]);
     let space = pool.space().unwrap();
     assert!(

@@ -58,7 +58,7 @@ fn a_second_init_changes_nothing() {
         fs::read(place.fstab()).unwrap(),
         fs::metadata(place.image()).unwrap().ino(),
     );
-    place.said.clear();
+    place.events.clear();
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
     assert_eq!(
         place.steps(),

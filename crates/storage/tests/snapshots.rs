@@ -125,10 +125,7 @@ fn a_snapshot_keeps_the_files_and_removes_the_identity() {
     assert_eq!(made.size, Bytes::from_mib(64));
     let image = template_path(&stocked, "golden");
     for secret in secrets {
-        assert!(
-            !contains(&image, secret),
-            "the template contains {secret}"
-        );
+        assert!(!contains(&image, secret), "the template contains {secret}");
     }
     let checked = Command::new("e2fsck").args(["-fn", text(&image)]).output().unwrap();
     assert_eq!(

@@ -55,7 +55,10 @@ impl FromStr for SshPublicKey {
     /// Parses a key. No error message contains the text: it may be a private key, sent by mistake.
     fn from_str(text: &str) -> Result<Self, WrongForm> {
         if text.trim_start().starts_with("-----BEGIN") {
-            return refuse("must be a public key, the line in the file ending in .pub; this is a PEM file, such as a private key".into());
+            return refuse(
+                "must be a public key, the line in the file ending in .pub; this is a PEM file, such as a private key"
+                    .into(),
+            );
         }
         let SshPublicKey(line) = SshPublicKey::of_line(text)?;
         let words: Vec<&str> = line.split(' ').filter(|word| !word.is_empty()).collect();

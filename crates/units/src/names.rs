@@ -44,7 +44,7 @@ pub struct TemplateName(String);
 pub struct VmName(String);
 
 /// Maximum length of a label of a host name (RFC 1035, section 2.3.4).
-const LONGEST: usize = 63;
+const MAX_LENGTH: usize = 63;
 
 const TEMPLATE_FORM: &str =
     "must be 1 to 63 letters, digits, dashes, dots or underscores and begin with a letter or a digit";
@@ -65,7 +65,7 @@ impl FromStr for TemplateName {
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
         let begins = text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-        if letters && begins && text.len() <= LONGEST {
+        if letters && begins && text.len() <= MAX_LENGTH {
             Ok(TemplateName(text.to_owned()))
         } else {
             Err(WrongForm::new(TEMPLATE_FORM))
@@ -79,7 +79,7 @@ impl FromStr for VmName {
     fn from_str(text: &str) -> Result<Self, WrongForm> {
         let letters = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
         let ends = !text.starts_with('-') && !text.ends_with('-');
-        if !(letters && ends && (1..=LONGEST).contains(&text.len())) {
+        if !(letters && ends && (1..=MAX_LENGTH).contains(&text.len())) {
             Err(WrongForm::new(VM_FORM))
         } else if is_vm_id(text) {
             Err(WrongForm::new(VM_NOT_ID))

@@ -6,7 +6,7 @@
 
 use super::crc32c::crc32c;
 use super::inode::{Inode, Piece};
-use super::layout::{Layout, odd};
+use super::layout::{Layout, inconsistent};
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::collections::HashMap;
@@ -40,7 +40,7 @@ impl<'i> Directory<'i> {
         let (mut pieces, mut all) = (Vec::new(), inode.pieces(image, layout)?);
         while let Some(piece) = all.next()? {
             if pieces.len() == MAX_PIECES {
-                return Err(odd("a folder has too many pieces"));
+                return Err(inconsistent("a folder has too many pieces"));
             }
             pieces.push(piece);
         }
@@ -105,11 +105,11 @@ impl<'i> Directory<'i> {
             let mut next = Vec::new();
             for logical in nodes {
                 let Some(physical) = self.physical(logical) else {
-                    return Err(odd("the index of a folder"));
+                    return Err(inconsistent("the index of a folder"));
                 };
                 let node = self.layout.block(self.image, physical)?;
                 if index.insert(logical, HEAD).is_some() || index_entries(&node, HEAD).is_none() {
-                    return Err(odd("the index of a folder"));
+                    return Err(inconsistent("the index of a folder"));
                 }
                 next.extend(children(&node, HEAD));
             }
@@ -125,7 +125,7 @@ impl<'i> Directory<'i> {
             return Ok(false);
         }
         if let Some(start) = self.index.get(&logical) {
-            let entries = index_entries(block, *start).ok_or_else(|| odd("the index of a folder"))?;
+            let entries = index_entries(block, *start).ok_or_else(|| inconsistent("the index of a folder"))?;
             // The checksum of such a block does not cover the space after its entries.
             return Ok(zero(block, entries.end..entries_end(block, *start)));
         }
@@ -154,7 +154,7 @@ impl<'i> Directory<'i> {
 
     /// Returns the block reduced to the folder's contents: without remains of deleted names and the
     /// checksum.
-    pub(super) fn meaning(&self, logical: u64, mut block: Vec<u8>) -> Result<Vec<u8>, StorageError> {
+    pub(super) fn contents(&self, logical: u64, mut block: Vec<u8>) -> Result<Vec<u8>, StorageError> {
         self.wipe(logical, &mut block)?;
         if self.seed.is_some() {
             let sum = block.len() - 4;
@@ -197,7 +197,7 @@ fn wipe_names(block: &mut [u8], end: usize) -> Result<bool, StorageError> {
             _ => HEAD + usize::from(entry.u8(6)),
         };
         if length < HEAD + 4 || !length.is_multiple_of(4) || used > length || at + length > end {
-            return Err(odd("the entries of a folder"));
+            return Err(inconsistent("the entries of a folder"));
         }
         wiped |= zero(block, at + used..at + length);
         at += length;

@@ -1,6 +1,6 @@
 //! Inodes, and the blocks that contain a file's data.
 
-use super::layout::{Layout, odd};
+use super::layout::{Layout, inconsistent};
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::fs::File;
@@ -135,7 +135,7 @@ impl Inode<'_> {
 
     /// Returns the inode without the fields that may change while its file stays the same: location
     /// and number of its blocks, and checksums.
-    pub(super) fn lasting(&self) -> Vec<u8> {
+    pub(super) fn without_block_map(&self) -> Vec<u8> {
         let mut bytes = self.bytes.to_vec();
         let mut forget = |at: usize, length: usize| {
             if let Some(field) = bytes.get_mut(at..at + length) {
@@ -227,7 +227,7 @@ impl Pieces<'_> {
                 Entry::Piece(piece) => {
                     let end = piece.physical.saturating_add(piece.length);
                     if piece.logical < self.position || end > self.layout.superblock.blocks() {
-                        return Err(odd("the block map of a file"));
+                        return Err(inconsistent("the block map of a file"));
                     }
                     self.position = piece.logical + piece.length;
                     return Ok(Some(piece));
@@ -265,7 +265,7 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageErro
         && expected.is_none_or(|expected| depth == expected)
         && (count + 1) * ENTRY <= node.len();
     if !fits {
-        return Err(odd("the extents of a file"));
+        return Err(inconsistent("the extents of a file"));
     }
     let entries = node.chunks_exact(ENTRY).skip(1).take(count).map(Fields);
     Ok(entries

@@ -37,7 +37,7 @@ pub(crate) struct Layout {
     groups: Vec<Group>,
 }
 
-pub(super) fn odd(what: impl Into<String>) -> StorageError {
+pub(super) fn inconsistent(what: impl Into<String>) -> StorageError {
     StorageError::FileSystem(format!("is inconsistent: {}", what.into()))
 }
 
@@ -54,7 +54,7 @@ impl Layout {
         let superblock = Superblock::read(image)?;
         let count = superblock.groups();
         if count > MAX_GROUPS {
-            return Err(odd(format!("it has {count} block groups")));
+            return Err(inconsistent(format!("it has {count} block groups")));
         }
         let mut layout = Layout {
             superblock,
@@ -102,14 +102,14 @@ impl Layout {
         if group.block_bitmap < end && group.inode_bitmap < end && table_end <= end {
             Ok(group)
         } else {
-            Err(odd("the descriptor of a block group"))
+            Err(inconsistent("the descriptor of a block group"))
         }
     }
 
     /// Reads one block.
     pub(super) fn block(&self, image: &File, block: u64) -> Result<Vec<u8>, StorageError> {
         if block >= self.superblock.blocks() {
-            return Err(odd(format!("block {block} is beyond its end")));
+            return Err(inconsistent(format!("block {block} is beyond its end")));
         }
         let size = self.superblock.block_size();
         let mut bytes = vec![0; size as usize];

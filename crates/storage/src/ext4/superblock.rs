@@ -2,7 +2,7 @@
 
 use super::crc32c::crc32c;
 use super::features::{Compat, Incompat, RoCompat};
-use super::layout::{odd, unreadable};
+use super::layout::{inconsistent, unreadable};
 use crate::error::StorageError;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -60,7 +60,7 @@ impl Superblock {
         if fits {
             Ok(superblock)
         } else {
-            Err(odd("its superblock"))
+            Err(inconsistent("its superblock"))
         }
     }
 

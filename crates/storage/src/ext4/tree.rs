@@ -2,7 +2,7 @@
 
 use super::directory::Directory;
 use super::inode::Inode;
-use super::layout::{Layout, odd};
+use super::layout::{Layout, inconsistent};
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::collections::VecDeque;
@@ -167,7 +167,7 @@ impl<'i> Tree<'i> {
             bytes: &bytes,
         };
         if file.size() > max {
-            return Err(odd(format!("inode {inode} is larger than {max} bytes")));
+            return Err(inconsistent(format!("inode {inode} is larger than {max} bytes")));
         }
         let mut content = vec![0; file.size() as usize];
         if !file.has_blocks() {
@@ -217,7 +217,7 @@ fn entries(block: &[u8], names: &mut Vec<Name>) -> Result<(), StorageError> {
         let (inode, length) = (u64::from(entry.u32(0)), usize::from(entry.u16(4)));
         let name = at + HEAD..at + HEAD + usize::from(entry.u8(6));
         if length < HEAD || at + length > block.len() || name.end > at + length {
-            return Err(odd("the entries of a folder"));
+            return Err(inconsistent("the entries of a folder"));
         }
         if inode != 0 {
             let name = block.get(name).unwrap_or_default().to_vec();

@@ -23,7 +23,7 @@ pub(super) const DOING: &str = "work on a file system without changing its files
 const PIECE: u64 = 256 << 10;
 /// Timeout of a comparison. A guest can fragment a disk into single blocks, for which it would take
 /// hours.
-const DEADLINE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 /// The first inode of ordinary files. Lower ones belong to the file system itself and may change:
 /// bad blocks, quotas, the space for group descriptors, and others, but not the root folder and the
 /// journal.
@@ -164,7 +164,7 @@ impl Comparison<'_, '_> {
             if !numbers.clone().any(|number| was_used.contains(number)) {
                 continue;
             }
-            self.in_time()?;
+            self.check_deadline()?;
             let [was, is] = &mut bytes;
             let (was, is) = (&mut was[..count as usize * size], &mut is[..count as usize * size]);
             before.read(old.start + start, was)?;
@@ -198,7 +198,7 @@ impl Comparison<'_, '_> {
 
     fn inode(&self, was: &Inode<'_>, is: &Inode<'_>, contents: bool) -> Result<(), StorageError> {
         let other = || changed(format!("inode {}", was.number));
-        if was.bytes != is.bytes && was.lasting() != is.lasting() {
+        if was.bytes != is.bytes && was.without_block_map() != is.without_block_map() {
             return Err(other());
         }
         if !contents && was.bytes == is.bytes {
@@ -246,7 +246,7 @@ impl Comparison<'_, '_> {
                     }
                     let was = self.before.layout.block(self.before.image, was)?;
                     let is = self.after.layout.block(self.after.image, is)?;
-                    if before.meaning(logical, was)? != after.meaning(logical, is)? {
+                    if before.contents(logical, was)? != after.contents(logical, is)? {
                         return Ok(false);
                     }
                 }
@@ -291,7 +291,7 @@ impl Comparison<'_, '_> {
         if was == is && was.is_none_or(|block| self.is_shared(block, count)) {
             return Ok(true);
         }
-        self.in_time()?;
+        self.check_deadline()?;
         let size = self.before.layout.superblock.block_size();
         let bytes = count * size;
         let mut at = 0;
@@ -320,13 +320,13 @@ impl Comparison<'_, '_> {
             .is_none()
     }
 
-    fn in_time(&self) -> Result<(), StorageError> {
-        if self.begun.elapsed() < DEADLINE {
+    fn check_deadline(&self) -> Result<(), StorageError> {
+        if self.begun.elapsed() < TIMEOUT {
             return Ok(());
         }
         Err(StorageError::FileSystem(format!(
             "{FRAGMENTED} comparing its files takes longer than {} s",
-            DEADLINE.as_secs()
+            TIMEOUT.as_secs()
         )))
     }
 }

@@ -8,7 +8,7 @@
 use super::FRAGMENTED;
 use super::directory::Directory;
 use super::inode::{Inode, RESIZE_INODE};
-use super::layout::{Layout, odd, unreadable};
+use super::layout::{Layout, inconsistent, unreadable};
 use crate::error::StorageError;
 use crate::files;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
@@ -26,22 +26,22 @@ const PIECE: u64 = 256 << 10;
 const MAX_USED: usize = 1 << 22;
 /// Timeout of one pass. A guest can fragment a disk into single blocks, for which a pass would take
 /// hours.
-const DEADLINE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Zeroes all unused space of the file system in `image`, which must be sound and have its journal
 /// replayed.
 ///
 /// # Errors
 /// [`StorageError::FileSystem`], [`StorageError::Io`]; [`StorageError::Host`] when data is left.
-pub(crate) fn empty(image: &File) -> Result<(), StorageError> {
-    Pass::new(image, Mode::Empty)?.run()?;
+pub(crate) fn zero(image: &File) -> Result<(), StorageError> {
+    Pass::new(image, Mode::Zero)?.run()?;
     fault_point("snapshot: unused blocks emptied").map_err(StorageError::step)?;
     Pass::new(image, Mode::Verify)?.run()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    Empty,
+    Zero,
     Verify,
 }
 
@@ -109,7 +109,7 @@ impl Pass<'_> {
     }
 
     fn used_inode(&self, inode: &Inode<'_>) -> Result<(), StorageError> {
-        self.in_time()?;
+        self.check_deadline()?;
         if self.layout.has_clusters() {
             self.note_used(inode)?;
         }
@@ -144,7 +144,7 @@ impl Pass<'_> {
         used.extend(pieces.nodes.iter().map(|&node| node..node + 1));
         match used.len() {
             0..=MAX_USED => Ok(()),
-            _ => Err(odd("its files have too many pieces")),
+            _ => Err(inconsistent("its files have too many pieces")),
         }
     }
 
@@ -169,7 +169,7 @@ impl Pass<'_> {
             let at = physical * self.layout.superblock.block_size();
             match self.mode {
                 Mode::Verify => return Err(left(at)),
-                Mode::Empty => self.image.write_all_at(&block, at).map_err(unwritable)?,
+                Mode::Zero => self.image.write_all_at(&block, at).map_err(unwritable)?,
             }
         }
         Ok(())
@@ -182,7 +182,7 @@ impl Pass<'_> {
         used.extend_from_slice(&metadata);
         let used = super::ranges::normalize(used);
         for group in 0..self.layout.groups() {
-            self.in_time()?;
+            self.check_deadline()?;
             let free = match self.layout.has_clusters() {
                 true => super::ranges::without(&self.layout.blocks_of(group), &used),
                 false => self.layout.free_blocks(self.image, group, &metadata)?,
@@ -228,7 +228,7 @@ impl Pass<'_> {
 
     fn clear(&self, range: Range<u64>) -> Result<(), StorageError> {
         match self.mode {
-            Mode::Empty => {
+            Mode::Zero => {
                 let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 let punched = fallocate(self.image, punch, range.start, range.end - range.start);
                 punched.map_err(|errno| unwritable(errno.into()))
@@ -251,13 +251,13 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn in_time(&self) -> Result<(), StorageError> {
-        if self.begun.elapsed() < DEADLINE {
+    fn check_deadline(&self) -> Result<(), StorageError> {
+        if self.begun.elapsed() < TIMEOUT {
             return Ok(());
         }
         Err(StorageError::FileSystem(format!(
             "{FRAGMENTED} zeroing its unused blocks takes longer than {} s",
-            DEADLINE.as_secs()
+            TIMEOUT.as_secs()
         )))
     }
 }

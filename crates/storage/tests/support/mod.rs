@@ -97,7 +97,7 @@ impl Drop for HostDisk {
 /// The location of a pool; [`Place::init`] creates it.
 pub struct Place {
     pub plan: PoolPlan,
-    pub said: Vec<InitEvent>,
+    pub events: Vec<InitEvent>,
     _scratch: Option<TempDir>,
 }
 
@@ -121,7 +121,7 @@ impl Place {
         };
         Place {
             plan,
-            said: Vec::new(),
+            events: Vec::new(),
             _scratch: None,
         }
     }
@@ -140,8 +140,8 @@ impl Place {
     }
 
     pub fn init(&mut self) -> Result<InitOutcome, StorageError> {
-        let said = &mut self.said;
-        init(&self.plan, &mut |event| said.push(event))
+        let events = &mut self.events;
+        init(&self.plan, &mut |event| events.push(event))
     }
 
     pub fn open(&self, bounds: Bounds) -> Pool {
@@ -149,7 +149,7 @@ impl Place {
     }
 
     pub fn steps(&self) -> Vec<&str> {
-        self.said
+        self.events
             .iter()
             .filter_map(|event| {
                 if let InitEvent::Step(step) = event {
@@ -162,7 +162,7 @@ impl Place {
     }
 
     pub fn warnings(&self) -> Vec<&str> {
-        self.said
+        self.events
             .iter()
             .filter_map(|event| {
                 if let InitEvent::Warning(text) = event {
