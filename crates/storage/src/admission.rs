@@ -14,8 +14,8 @@
 //! ```
 //!
 //! The *worst-case capacity* is the data that pool and host disk can hold in total, with the
-//! metadata for it in its worst case ([`Space::backable`]). The *unreclaimable usage* is everything
-//! in use that no promise covers ([`Space::fixed`]): all blocks except those that a disk maps in
+//! metadata for it in its worst case ([`Space::worst_case_capacity`]). The *unreclaimable usage* is everything
+//! in use that no promise covers ([`Space::unreclaimable`]): all blocks except those that a disk maps in
 //! extents referenced by nothing else.
 //!
 //! Why this is sufficient: take the moment of the decision, and any later moment at which the same
@@ -87,7 +87,7 @@ impl Ledger {
             Some(ceiling) if ceiling < space.capacity => Space {
                 free: space.free - (space.capacity - ceiling),
                 capacity: ceiling,
-                backable: space.backable - (space.capacity - ceiling),
+                worst_case_capacity: space.worst_case_capacity - (space.capacity - ceiling),
                 ..space
             },
             _ => space,
@@ -140,7 +140,7 @@ impl Admission {
         let writable = space.free - reserved;
         let promisable = self.limit(space.capacity) - committed - reserved;
         let backed = if self.backs_every_byte() {
-            space.backable - space.fixed - committed - reserved
+            space.worst_case_capacity - space.unreclaimable - committed - reserved
         } else {
             Bytes::new(u64::MAX)
         };
@@ -266,8 +266,8 @@ mod tests {
             unallocated: Bytes::ZERO,
             metadata_total: Bytes::ZERO,
             metadata_used: Bytes::ZERO,
-            backable: Gib::new(capacity).bytes(),
-            fixed: Bytes::ZERO,
+            worst_case_capacity: Gib::new(capacity).bytes(),
+            unreclaimable: Bytes::ZERO,
         }
     }
 
@@ -344,10 +344,10 @@ mod tests {
 
     #[test]
     fn a_ratio_of_one_does_not_promise_the_space_of_templates() {
-        let room = |fixed| {
+        let room = |unreclaimable| {
             move || {
                 Ok(Space {
-                    fixed: Gib::new(fixed).bytes(),
+                    unreclaimable: Gib::new(unreclaimable).bytes(),
                     ..space(30, 30)
                 })
             }

@@ -20,7 +20,7 @@ pub enum Backing {
     /// A whole block device.
     Device(PathBuf),
     /// The existing file system of the pool's folder. The pool does not control its size.
-    Given,
+    Existing,
 }
 
 /// The backing of a mounted pool.
@@ -31,7 +31,7 @@ pub enum ActualBacking {
     /// A block device used by the pool only.
     Device(PathBuf),
     /// An existing file system that the pool does not resize, and that may hold other data.
-    Given,
+    Existing,
 }
 
 /// A folder that is or can become a pool.
@@ -144,9 +144,9 @@ pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<PoolLoca
             }
             Backing::Image(_) => match (kind, backing_file(&mount)?) {
                 (FsKind::Btrfs, Some(image)) => ActualBacking::Image(image),
-                _ => ActualBacking::Given,
+                _ => ActualBacking::Existing,
             },
-            Backing::Given => ActualBacking::Given,
+            Backing::Existing => ActualBacking::Existing,
         };
         return Ok(Some(PoolLocation {
             backing,
@@ -155,14 +155,14 @@ pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<PoolLoca
             is_mount_point: true,
         }));
     }
-    if *backing != Backing::Given {
+    if *backing != Backing::Existing {
         return Ok(None);
     }
     let Some(mount) = mounts::holding(data_dir).map_err(look_up)? else {
         return Ok(None);
     };
     Ok(Some(PoolLocation {
-        backing: ActualBacking::Given,
+        backing: ActualBacking::Existing,
         kind: FsKind::of(&mount, data_dir)?,
         device: mount.source,
         is_mount_point: false,

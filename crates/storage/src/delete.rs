@@ -17,7 +17,7 @@ use std::io;
 /// A disk without a name that still has its blocks.
 #[derive(Debug)]
 #[must_use = "its blocks are certain to be free only after Pool::reclaim"]
-pub struct Unlinked {
+pub struct UnlinkedDisk {
     file: File,
 }
 
@@ -27,14 +27,14 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn unlink_disk(&self, id: &Name) -> Result<Option<Unlinked>, StorageError> {
+    pub fn unlink_disk(&self, id: &Name) -> Result<Option<UnlinkedDisk>, StorageError> {
         let path = self.disk_path(id);
         // Opened for writing, because on XFS the file is truncated later.
         let unlinked = files::open_write(&path).and_then(|disk| fs::remove_file(&path).map(|()| disk));
         match unlinked {
             Ok(file) => {
                 crash_point("delete: disk's name gone");
-                Ok(Some(Unlinked { file }))
+                Ok(Some(UnlinkedDisk { file }))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.require_mounted().map(|()| None),
             Err(error) => Err(StorageError::io("delete", path.display(), error)),
@@ -47,7 +47,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`]; the disk is deleted nevertheless.
-    pub fn reclaim(&self, disk: Unlinked) -> Result<(), StorageError> {
+    pub fn reclaim(&self, disk: UnlinkedDisk) -> Result<(), StorageError> {
         self.file_system
             .free(disk.file)
             .map_err(|error| StorageError::io("free a disk in", self.path().display(), error))?;
@@ -60,7 +60,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Command`], [`StorageError::Io`].
-    pub fn hand_on(&self) -> Result<Bytes, StorageError> {
+    pub fn discard_free_blocks(&self) -> Result<Bytes, StorageError> {
         let Some(image) = self.image() else {
             return Ok(Bytes::ZERO);
         };

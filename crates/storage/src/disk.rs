@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 /// The result of a sweep; see [`Pool::sweep`].
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Swept {
+pub struct SweepResult {
     /// Orphaned files that were removed.
     pub removed: Vec<PathBuf>,
     /// Disks that should exist but were not found.
@@ -177,9 +177,9 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn sweep(&self, keep: &HashSet<Name>) -> Result<Swept, StorageError> {
+    pub fn sweep(&self, keep: &HashSet<Name>) -> Result<SweepResult, StorageError> {
         self.log_foreign_entries()?;
-        let mut swept = Swept {
+        let mut swept = SweepResult {
             removed: self.sweep_partials()?,
             missing: Vec::new(),
         };

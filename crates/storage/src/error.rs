@@ -42,7 +42,7 @@ pub enum StorageError {
     TemplateBeingMade(String),
     /// The disk cannot become a template.
     #[error("the disk cannot become a template: {0}")]
-    Unfit(String),
+    UnfitDisk(String),
     /// The file system in an image is unusable. The reason continues the sentence "its file system
     /// …".
     #[error("its file system {0}")]
@@ -103,7 +103,7 @@ pub enum StorageError {
         "the pool is missing, and {disks} VM disks should be in it: restore and mount the file system of {}. A new pool would be empty; \
          to give up these VMs for good, move STATE_DIR away first", image.display()
     )]
-    Expected {
+    PoolMissing {
         /// The expected location of the pool.
         image: PathBuf,
         /// The number of expected disks.
@@ -173,7 +173,7 @@ pub enum StorageError {
     #[error(
         "the pool at {} is a folder on an existing file system: resize that file system with its own tools", .0.display()
     )]
-    Given(PathBuf),
+    ExistingFileSystem(PathBuf),
     /// Another program is using the pool or the file.
     #[error("{} is in use by another scaleboxd: wait for it to finish", .0.display())]
     Busy(PathBuf),

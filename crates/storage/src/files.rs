@@ -319,7 +319,7 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// Any error of `flock`.
-pub fn lock_for_one_program(file: impl AsFd) -> io::Result<bool> {
+pub fn try_lock_exclusive(file: impl AsFd) -> io::Result<bool> {
     let begun = Instant::now();
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {

@@ -44,12 +44,12 @@ impl Drop for PendingImport {
 
 /// A template opened for export. Deleting the template does not affect it.
 #[derive(Debug)]
-pub struct Packing {
+pub struct TemplateExport {
     file: File,
     size: Bytes,
 }
 
-impl Packing {
+impl TemplateExport {
     /// Returns the size of the uncompressed image.
     pub fn size(&self) -> Bytes {
         self.size
@@ -156,10 +156,10 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn pack_template(&self, name: &Name) -> Result<Packing, StorageError> {
+    pub fn pack_template(&self, name: &Name) -> Result<TemplateExport, StorageError> {
         self.require_mounted()?;
         let (template, file) = self.open_template(name)?;
-        Ok(Packing {
+        Ok(TemplateExport {
             file,
             size: template.size,
         })

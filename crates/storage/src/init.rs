@@ -80,7 +80,7 @@ const LABEL: &str = "scalebox";
 pub fn init(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
     let beside = match &plan.backing {
         Backing::Image(image) => image,
-        Backing::Device(_) | Backing::Given => &plan.data_dir,
+        Backing::Device(_) | Backing::Existing => &plan.data_dir,
     };
     let _lock = lock_beside(beside)?;
     let (place, made) = match backing::find(&plan.data_dir, &plan.backing)? {
@@ -93,7 +93,7 @@ pub fn init(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<InitOu
             (create(plan, report)?, true)
         }
     };
-    if place.backing == ActualBacking::Given {
+    if place.backing == ActualBacking::Existing {
         require_pool_or_room(plan, &place)?;
     }
     let place = use_direct_io(place, plan, report)?;
@@ -129,7 +129,7 @@ fn planned_source(plan: &PoolPlan) -> Result<Option<(fstab::Source, &'static str
             .filter(Signature::is_pool)
             .and_then(|found| found.uuid)
             .map(|uuid| (fstab::Source::Uuid(uuid), DEVICE_OPTIONS)),
-        Backing::Device(_) | Backing::Given => None,
+        Backing::Device(_) | Backing::Existing => None,
     })
 }
 
@@ -142,7 +142,7 @@ fn warn_about_size(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut
             .ok()
             .and_then(|dir| btrfs::chunk_space(&dir).ok())
             .map(|space| space.device_size),
-        ActualBacking::Given => {
+        ActualBacking::Existing => {
             report(InitEvent::Warning(format!(
                 "STORAGE_SIZE={requested} has no effect: the pool is a folder on an existing file system"
             )));
@@ -187,7 +187,7 @@ fn create(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<PoolLoca
             ensure_device(plan, device, report)?;
             mount(device, &plan.data_dir, DEVICE_OPTIONS)?;
         }
-        Backing::Given => make_dir(&plan.data_dir)?,
+        Backing::Existing => make_dir(&plan.data_dir)?,
     }
     let place = backing::find(&plan.data_dir, &plan.backing)?;
     place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))
@@ -270,7 +270,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 /// [`StorageError::Command`] when it is in use.
 pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError> {
     match backing::find(data_dir, backing)? {
-        Some(place) if place.backing != ActualBacking::Given => {
+        Some(place) if place.backing != ActualBacking::Existing => {
             command::run(Program::Umount, [data_dir])?;
             Ok(true)
         }
@@ -451,7 +451,7 @@ fn ensure_device(plan: &PoolPlan, device: &Path, report: &mut dyn FnMut(InitEven
 fn require_none_expected(plan: &PoolPlan, image: &Path) -> Result<(), StorageError> {
     match plan.expected_disks {
         0 => Ok(()),
-        disks => Err(StorageError::Expected {
+        disks => Err(StorageError::PoolMissing {
             image: image.to_owned(),
             disks,
         }),

@@ -90,26 +90,26 @@ mod usage;
 pub use admission::{Admission, Bounds, Promises, Reservation};
 pub use backing::{ActualBacking, Backing};
 pub use command::{CommandError, Program, require_programs};
-pub use delete::Unlinked;
-pub use disk::Swept;
+pub use delete::UnlinkedDisk;
+pub use disk::SweepResult;
 pub use error::StorageError;
-pub use files::lock_for_one_program;
+pub use files::try_lock_exclusive;
 pub use fstab::{FstabError, registered_source};
 pub use group_sync::GroupSync;
-pub use import::Packing;
+pub use import::TemplateExport;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
 pub use name::Name;
 pub use pool::{Pool, jails_dir};
-pub use scrub::Identity;
+pub use scrub::GuestIdentity;
 pub use size::{Bytes, Gib, ParseSizeError};
 pub use sizing::{
     DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE, MIN_DEFAULT_SIZE, MIN_HOST_FREE, PoolSize, RequestedSize,
     RequestedSizeError, TooLittleSpace, pool_size,
 };
-pub use snapshot::Snapshot;
+pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;
-pub use usage::{Accounts, Usage};
+pub use usage::{PoolUsage, Usage};
 
 use std::path::PathBuf;
 

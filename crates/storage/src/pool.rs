@@ -92,7 +92,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Busy`] while another program holds the lock.
     pub fn lock(&self) -> Result<(), StorageError> {
-        match files::lock_for_one_program(&self.dir) {
+        match files::try_lock_exclusive(&self.dir) {
             Ok(true) => Ok(()),
             Ok(false) => Err(StorageError::Busy(self.root.clone())),
             Err(error) => Err(StorageError::io("lock", self.root.display(), error)),
@@ -153,7 +153,7 @@ impl Pool {
     pub fn image(&self) -> Option<&Path> {
         match &self.backing {
             ActualBacking::Image(image) => Some(image),
-            ActualBacking::Device(_) | ActualBacking::Given => None,
+            ActualBacking::Device(_) | ActualBacking::Existing => None,
         }
     }
 
@@ -217,8 +217,8 @@ impl Pool {
         let space = Space::read(&self.dir, &self.file_system, self.image())?;
         Ok(match self.measured_unreclaimable() {
             // Deletions since the measurement lower `used`.
-            Some(fixed) => Space {
-                fixed: fixed.min(space.used),
+            Some(unreclaimable) => Space {
+                unreclaimable: unreclaimable.min(space.used),
                 ..space
             },
             None => space,
@@ -290,7 +290,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn share_kernel(&self) -> Result<(), StorageError> {
+    pub fn make_kernel_readable(&self) -> Result<(), StorageError> {
         for name in ["initrd.img", "vmlinuz"] {
             let file = self.kernel_dir().join(name);
             match std::fs::set_permissions(&file, Permissions::from_mode(KERNEL_MODE)) {

@@ -39,13 +39,13 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::PoolSize`] when the size is not larger, or more than the host disk or the
-    /// device can hold; [`StorageError::Given`]; [`StorageError::Busy`] during another resize.
+    /// device can hold; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another resize.
     pub fn grow(&self, size: Option<Gib>) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
         match &self.backing {
             ActualBacking::Image(image) => self.grow_image(image, size),
             ActualBacking::Device(device) => self.grow_on_device(device, size),
-            ActualBacking::Given => Err(StorageError::Given(self.root.clone())),
+            ActualBacking::Existing => Err(StorageError::ExistingFileSystem(self.root.clone())),
         }
     }
 
@@ -144,7 +144,7 @@ impl Pool {
                 }
                 self.resize_file_system(size)?;
             }
-            ActualBacking::Given => return Ok(false),
+            ActualBacking::Existing => return Ok(false),
         }
         Ok(true)
     }
@@ -154,12 +154,12 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::PoolSize`] when the used data, the promises or the buffer do not fit, with
-    /// nothing changed; [`StorageError::Given`]; [`StorageError::Busy`] during another resize.
+    /// nothing changed; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another resize.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
         let current = match &self.backing {
             ActualBacking::Image(_) | ActualBacking::Device(_) => self.file_system_size()?,
-            ActualBacking::Given => return Err(StorageError::Given(self.root.clone())),
+            ActualBacking::Existing => return Err(StorageError::ExistingFileSystem(self.root.clone())),
         };
         if size.bytes() >= current {
             return Err(StorageError::PoolSize(format!(
@@ -188,8 +188,8 @@ impl Pool {
         // If every promise is backed, guests' future blocks count like present ones.
         let backed = match self.bounds().overcommit_ratio {
             ratio if ratio <= 1.0 => {
-                let overhead = space.capacity - space.backable;
-                space.fixed + promised + self.bounds().buffer.bytes() + overhead
+                let overhead = space.capacity - space.worst_case_capacity;
+                space.unreclaimable + promised + self.bounds().buffer.bytes() + overhead
             }
             _ => Bytes::ZERO,
         };
@@ -255,7 +255,7 @@ impl Pool {
                     self.resize_file_system(before)?;
                 }
             }
-            ActualBacking::Given => {}
+            ActualBacking::Existing => {}
         }
         *undo_to = None;
         Ok(())

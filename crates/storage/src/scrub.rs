@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 /// The identity of the guest whose disk an image was.
 #[derive(Debug, Clone, Default)]
-pub struct Identity {
+pub struct GuestIdentity {
     /// The guest's host name. Lines of `/etc/hosts` with it are removed.
     pub hostname: String,
     /// The guest's public SSH key. Lines with it are removed from every `authorized_keys`; cloud
@@ -111,9 +111,9 @@ const COMMON_NAMES: [&str; 9] = [
 /// nobody else uses it. Afterwards its file system is sound, and its unused space is zeroed.
 ///
 /// # Errors
-/// [`StorageError::Unfit`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image must
+/// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image must
 /// then be discarded.
-pub(crate) fn remove(path: &Path, image: &File, source: &Identity) -> Result<(), StorageError> {
+pub(crate) fn remove(path: &Path, image: &File, source: &GuestIdentity) -> Result<(), StorageError> {
     let before = files::unnamed_clone(ext4::parent(path), image)?;
     let mut edit = Scrub::new(path, image, Mode::Edit)?;
     edit.all(source)?;
@@ -241,7 +241,7 @@ impl<'i> Scrub<'i> {
     }
 
     /// Processes everything that belongs to the guest's identity.
-    fn all(&mut self, source: &Identity) -> Result<(), StorageError> {
+    fn all(&mut self, source: &GuestIdentity) -> Result<(), StorageError> {
         for path in REMOVED {
             if let Some(entry) = self.find(path)?
                 && !entry.is(DIRECTORY)
@@ -295,7 +295,7 @@ impl<'i> Scrub<'i> {
     }
 
     /// Removes lines from files.
-    fn lines(&mut self, source: &Identity) -> Result<(), StorageError> {
+    fn lines(&mut self, source: &GuestIdentity) -> Result<(), StorageError> {
         self.edit_lines("/etc", "hosts", |line| without_host(line, source.hostname.as_bytes()))?;
         // Type and comment can be spelled differently; the key itself is the second word.
         let key = source.ssh_public_key.split_whitespace().nth(1).unwrap_or_default();
@@ -356,14 +356,14 @@ impl<'i> Scrub<'i> {
         }
         self.folders += 1;
         if self.folders > MAX_FOLDERS {
-            return Err(StorageError::Unfit(format!(
+            return Err(StorageError::UnfitDisk(format!(
                 "there are too many folders below {path}: remove some"
             )));
         }
         for entry in self.list(path)? {
             if !entry.is_plain() {
                 let name = &entry.name;
-                return Err(StorageError::Unfit(format!(
+                return Err(StorageError::UnfitDisk(format!(
                     "in {path}, the file {name:?} has an unusual name: remove it"
                 )));
             }
@@ -395,7 +395,7 @@ impl<'i> Scrub<'i> {
         }
         // Each takes several reads of the image.
         if folders.len() > MAX_FOLDERS {
-            return Err(StorageError::Unfit(format!(
+            return Err(StorageError::UnfitDisk(format!(
                 "there are {} folders in /home, more than {MAX_FOLDERS}: remove some",
                 folders.len()
             )));
@@ -416,7 +416,7 @@ impl<'i> Scrub<'i> {
         };
         self.kept.insert(entry.stat.inode);
         if entry.stat.size > MAX_EDITED_SIZE {
-            return Err(StorageError::Unfit(format!(
+            return Err(StorageError::UnfitDisk(format!(
                 "{path} is larger than 1 MiB: make it smaller"
             )));
         }
@@ -448,7 +448,7 @@ impl<'i> Scrub<'i> {
         }
         for (nth, word) in words.iter().enumerate() {
             if word.contains(['"', '\n', '\0']) {
-                return Err(StorageError::Unfit(format!(
+                return Err(StorageError::UnfitDisk(format!(
                     "{word:?} cannot be used in a debugfs script"
                 )));
             }
@@ -468,7 +468,7 @@ impl<'i> Scrub<'i> {
         }
         let script = ScratchFile::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
         let input = File::open(&script.path).map_err(|error| StorageError::io("read", script.path.display(), error))?;
-        let unfit = |why: &str| StorageError::Unfit(format!("the identity of its VM cannot be removed: {why}"));
+        let unfit = |why: &str| StorageError::UnfitDisk(format!("the identity of its VM cannot be removed: {why}"));
         let answer = match command::run_on_image(self.path, Program::Debugfs, &["-w", "-f", "-"], Some(input)) {
             Err(CommandError::Killed { why, .. }) => return Err(unfit(&format!("a program {why}"))),
             other => other?,

@@ -12,7 +12,7 @@ use crate::files::{self, Folder};
 use crate::import;
 use crate::name::Name;
 use crate::pool::Pool;
-use crate::scrub::{self, Identity};
+use crate::scrub::{self, GuestIdentity};
 use crate::size::Bytes;
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
@@ -27,7 +27,7 @@ const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
 /// A template that is being made from a disk. Dropping it before it is finished removes it.
 #[derive(Debug)]
 #[must_use = "dropping an unfinished snapshot removes it"]
-pub struct Snapshot {
+pub struct PendingSnapshot {
     name: Name,
     partial: PathBuf,
     file: File,
@@ -35,7 +35,7 @@ pub struct Snapshot {
     room: Vec<Reservation>,
 }
 
-impl Drop for Snapshot {
+impl Drop for PendingSnapshot {
     fn drop(&mut self) {
         if !self.finished {
             files::discard(&self.partial);
@@ -49,7 +49,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
     /// [`StorageError::Insufficient`].
-    pub fn begin_snapshot(&self, name: &Name) -> Result<Snapshot, StorageError> {
+    pub fn begin_snapshot(&self, name: &Name) -> Result<PendingSnapshot, StorageError> {
         match self.template(name) {
             Ok(_) => return Err(StorageError::TemplateExists(name.to_string())),
             Err(StorageError::NoTemplate(_)) => {}
@@ -61,7 +61,7 @@ impl Pool {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
             other => other,
         })?;
-        let snapshot = Snapshot {
+        let snapshot = PendingSnapshot {
             name: name.clone(),
             partial,
             file,
@@ -82,7 +82,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn settle_disk(&self, id: &Name) -> Result<(), StorageError> {
+    pub fn flush_disk(&self, id: &Name) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| disk.sync_data())
@@ -100,7 +100,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`], [`StorageError::Insufficient`].
-    pub fn take_snapshot(&self, snapshot: &mut Snapshot, id: &Name) -> Result<(), StorageError> {
+    pub fn take_snapshot(&self, snapshot: &mut PendingSnapshot, id: &Name) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| files::reflink(&disk, &snapshot.file))
@@ -119,9 +119,13 @@ impl Pool {
     /// it is complete and durable.
     ///
     /// # Errors
-    /// [`StorageError::Unfit`] with the reason, [`StorageError::TemplateExists`],
+    /// [`StorageError::UnfitDisk`] with the reason, [`StorageError::TemplateExists`],
     /// [`StorageError::Host`], [`StorageError::Command`].
-    pub fn finish_snapshot(&self, mut snapshot: Snapshot, source: &Identity) -> Result<Template, StorageError> {
+    pub fn finish_snapshot(
+        &self,
+        mut snapshot: PendingSnapshot,
+        source: &GuestIdentity,
+    ) -> Result<Template, StorageError> {
         let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
         // Replaying the journal after an edit would undo the edit.
         ext4::repair(partial).map_err(unfit)?;
@@ -145,10 +149,10 @@ impl Pool {
 
 fn unfit(error: StorageError) -> StorageError {
     match error {
-        StorageError::FileSystem(_) => StorageError::Unfit(error.to_string()),
+        StorageError::FileSystem(_) => StorageError::UnfitDisk(error.to_string()),
         // A guest can make a folder too long to list.
         StorageError::Command(CommandError::Killed { why, .. }) => {
-            StorageError::Unfit(format!("the identity of its VM cannot be removed: a program {why}"))
+            StorageError::UnfitDisk(format!("the identity of its VM cannot be removed: a program {why}"))
         }
         other => other,
     }

@@ -53,11 +53,11 @@ pub struct Space {
     pub metadata_used: Bytes,
     /// The worst-case capacity: the data that pool and host disk can hold in total, present data
     /// included, even if every block becomes an extent of its own.
-    pub backable: Bytes,
+    pub worst_case_capacity: Bytes,
     /// Upper bound of the unreclaimable usage: the part of `used` that is not mapped by disks in
     /// extents of their own, such as templates, shared extents, and extents that a disk maps only
     /// in part. Equal to `used` without a current measurement.
-    pub fixed: Bytes,
+    pub unreclaimable: Bytes,
 }
 
 impl Space {
@@ -87,8 +87,8 @@ impl Space {
             used,
             free,
             pool_free: self.pool_free.min(allowance.left),
-            backable: self.backable.min(used + free),
-            fixed: self.fixed.min(used),
+            worst_case_capacity: self.worst_case_capacity.min(used + free),
+            unreclaimable: self.unreclaimable.min(used),
             ..self
         }
     }
@@ -108,8 +108,8 @@ impl Space {
             unallocated: Bytes::ZERO,
             metadata_total: Bytes::ZERO,
             metadata_used: Bytes::ZERO,
-            backable: (used + free).scaled(1.0 / (1.0 + XFS_METADATA_PER_BLOCK / 4096.0)),
-            fixed: used,
+            worst_case_capacity: (used + free).scaled(1.0 / (1.0 + XFS_METADATA_PER_BLOCK / 4096.0)),
+            unreclaimable: used,
         })
     }
 
@@ -153,8 +153,8 @@ impl Space {
             unallocated: chunks.unallocated,
             metadata_total: chunks.metadata_total,
             metadata_used: chunks.metadata_used,
-            backable: backable(holdable, &chunks),
-            fixed: chunks.data_used,
+            worst_case_capacity: worst_case_capacity(holdable, &chunks),
+            unreclaimable: chunks.data_used,
         })
     }
 }
@@ -180,7 +180,7 @@ fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
 /// Data `x` needs `x ÷ 4096 × METADATA_PER_BLOCK` bytes of metadata. Metadata that does not fit in
 /// the existing metadata chunks needs further chunks. With `d` copies of data and `m` copies of
 /// metadata, the result is the largest `x` with `d·x + m × (x × share − chunks) ≤ d × holdable`.
-fn backable(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
+fn worst_case_capacity(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     let room = chunks.metadata_total - chunks.global_reserve;
     let share = METADATA_PER_BLOCK / 4096.0;
     let (d, m) = (chunks.data_copies, chunks.metadata_copies);
@@ -278,7 +278,7 @@ mod tests {
     #[test]
     fn metadata_of_scattered_blocks_lowers_the_worst_case_capacity() {
         let (chunks, holdable) = (chunks(), Gib::new(29).bytes());
-        let data = backable(holdable, &chunks);
+        let data = worst_case_capacity(holdable, &chunks);
         let metadata = data.scaled(256.0 / 4096.0) - (chunks.metadata_total - chunks.global_reserve);
         let all = data + Bytes::from_blocks(metadata.as_u64(), 2);
         assert!(
@@ -289,7 +289,7 @@ mod tests {
             metadata_total: Gib::new(4).bytes(),
             ..chunks
         };
-        assert_eq!(backable(holdable, &ample), holdable);
+        assert_eq!(worst_case_capacity(holdable, &ample), holdable);
     }
 
     #[test]

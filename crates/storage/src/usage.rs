@@ -46,7 +46,7 @@ pub struct Usage {
 
 /// The pool's extents by owner, at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Accounts {
+pub struct PoolUsage {
     /// When the walk started.
     pub measured_at: SystemTime,
     /// Duration of the walk.
@@ -63,11 +63,11 @@ pub struct Accounts {
     pub shared: Bytes,
     /// Extents without an owner.
     pub other: Bytes,
-    /// See [`Accounts::fixed`].
-    fixed: Bytes,
+    /// See [`PoolUsage::unreclaimable`].
+    unreclaimable: Bytes,
 }
 
-impl Accounts {
+impl PoolUsage {
     /// Returns the size of all extents, each counted once.
     pub fn total(&self) -> Bytes {
         self.disks_exclusive + self.templates_exclusive + self.shared + self.other
@@ -76,8 +76,8 @@ impl Accounts {
     /// Returns the unreclaimable usage: everything in use except the blocks that disks map in
     /// extents of their own. Promises to guests do not cover it, so admission subtracts it where
     /// every promised byte must be backed.
-    pub fn fixed(&self) -> Bytes {
-        self.fixed
+    pub fn unreclaimable(&self) -> Bytes {
+        self.unreclaimable
     }
 }
 
@@ -153,7 +153,7 @@ impl Tally {
     /// Sums up the extents. `used` is the used space that the file system reports after the walk.
     /// With `other_is_rest`, the walk does not cover the whole file system, and *other* is the
     /// difference.
-    fn close(mut self, used: Bytes, other_is_rest: bool, measured_at: SystemTime, took: Duration) -> Accounts {
+    fn close(mut self, used: Bytes, other_is_rest: bool, measured_at: SystemTime, took: Duration) -> PoolUsage {
         let (mut disks_exclusive, mut templates_exclusive) = (Bytes::ZERO, Bytes::ZERO);
         let (mut shared, mut other, mut covered) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
         for extent in self.extents.values() {
@@ -178,7 +178,7 @@ impl Tally {
         let (disks, templates): (Vec<_>, Vec<_>) = self.owners.into_iter().partition(|owner| owner.disk);
         let by_name = |owners: Vec<OwnerUsage>| owners.into_iter().map(|owner| (owner.name, owner.usage)).collect();
         let total = disks_exclusive + templates_exclusive + shared + other;
-        Accounts {
+        PoolUsage {
             measured_at,
             took,
             disks: by_name(disks),
@@ -188,7 +188,7 @@ impl Tally {
             shared,
             other,
             // The file system may hold data outside this subvolume's tree.
-            fixed: total.max(used) - covered,
+            unreclaimable: total.max(used) - covered,
         }
     }
 }
@@ -200,7 +200,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`] when the kernel does not report the extents.
-    pub fn measure(&self) -> Result<Accounts, StorageError> {
+    pub fn measure(&self) -> Result<PoolUsage, StorageError> {
         self.require_mounted()?;
         let (measured_at, begun) = (SystemTime::now(), Instant::now());
         let failed =
@@ -214,14 +214,19 @@ impl Pool {
             PoolFs::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
         }
         let used = self.space()?.used;
-        let accounts = tally.close(used, self.backing == ActualBacking::Given, measured_at, begun.elapsed());
-        let fixed = folders.map(|folders| Measurement {
-            size: accounts.fixed,
+        let accounts = tally.close(
+            used,
+            self.backing == ActualBacking::Existing,
+            measured_at,
+            begun.elapsed(),
+        );
+        let unreclaimable = folders.map(|folders| Measurement {
+            size: accounts.unreclaimable,
             folders,
         });
         let mut measured = self.measured();
         if measured.forgotten == forgotten {
-            measured.last = fixed;
+            measured.last = unreclaimable;
         }
         Ok(accounts)
     }
@@ -234,8 +239,8 @@ impl Pool {
 
     /// Returns the last measurement unless it is stale. Costs two system calls.
     pub(crate) fn measured_unreclaimable(&self) -> Option<Bytes> {
-        let fixed = self.measured().last?;
-        (self.folder_times() == Some(fixed.folders)).then_some(fixed.size)
+        let unreclaimable = self.measured().last?;
+        (self.folder_times() == Some(unreclaimable.folders)).then_some(unreclaimable.size)
     }
 
     /// Invalidates the measurement. Call it after a disk was replaced by a clone of itself: blocks
@@ -373,7 +378,7 @@ mod tests {
         }
     }
 
-    fn close(references: &[(u64, u64, u64, u64)], used: u64, other_is_rest: bool) -> Accounts {
+    fn close(references: &[(u64, u64, u64, u64)], used: u64, other_is_rest: bool) -> PoolUsage {
         let mut tally = tally();
         for &(inode, start, size, mapped) in references {
             tally.take(Reference {
@@ -418,18 +423,21 @@ mod tests {
         assert_eq!(sums, [70, 110, 50, 7].map(Bytes::new));
         assert_eq!(accounts.total(), Bytes::new(237));
         // The disk maps 40 bytes of its own extent; no promise covers the other 30.
-        assert_eq!(accounts.fixed(), Bytes::new(237 - 40));
+        assert_eq!(accounts.unreclaimable(), Bytes::new(237 - 40));
     }
 
     #[test]
     fn space_outside_the_walk_is_unreclaimable() {
-        assert_eq!(close(&[(DISK, 1000, 100, 100)], 500, false).fixed(), Bytes::new(400));
+        assert_eq!(
+            close(&[(DISK, 1000, 100, 100)], 500, false).unreclaimable(),
+            Bytes::new(400)
+        );
     }
 
     #[test]
     fn on_a_shared_file_system_the_remaining_space_is_other() {
         let accounts = close(&[(DISK, 1000, 100, 100), (KERNEL, 5000, 7, 7)], 500, true);
         assert_eq!((accounts.other, accounts.total()), (Bytes::new(400), Bytes::new(500)));
-        assert_eq!(accounts.fixed(), Bytes::new(400));
+        assert_eq!(accounts.unreclaimable(), Bytes::new(400));
     }
 }

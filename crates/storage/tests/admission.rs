@@ -17,8 +17,8 @@ fn admission(buffer: u64, overcommit_ratio: f64) -> Admission {
     })
 }
 
-/// Returns the space of a pool of `capacity` with `used` written, `fixed` of it unreclaimable.
-fn space(capacity: u64, used: u64, fixed: u64) -> Space {
+/// Returns the space of a pool of `capacity` with `used` written, `unreclaimable` of it unreclaimable.
+fn space(capacity: u64, used: u64, unreclaimable: u64) -> Space {
     let free = gib(capacity) - gib(used);
     Space {
         capacity: gib(capacity),
@@ -29,8 +29,8 @@ fn space(capacity: u64, used: u64, fixed: u64) -> Space {
         unallocated: free,
         metadata_total: Bytes::ZERO,
         metadata_used: Bytes::ZERO,
-        backable: gib(capacity),
-        fixed: gib(fixed),
+        worst_case_capacity: gib(capacity),
+        unreclaimable: gib(unreclaimable),
     }
 }
 
@@ -109,17 +109,21 @@ struct Model {
 }
 
 impl Model {
-    fn fixed(&self) -> u64 {
+    fn unreclaimable(&self) -> u64 {
         self.templates.iter().sum::<u64>() + self.orphaned
     }
 
     fn used(&self) -> u64 {
-        self.fixed() + self.disks.iter().map(|disk| disk.own).sum::<u64>()
+        self.unreclaimable() + self.disks.iter().map(|disk| disk.own).sum::<u64>()
     }
 
     fn space(&self) -> Space {
         let used = self.used();
-        space(self.capacity, used, self.measured.map_or(used, |fixed| fixed.min(used)))
+        space(
+            self.capacity,
+            used,
+            self.measured.map_or(used, |unreclaimable| unreclaimable.min(used)),
+        )
     }
 
     fn disk(&mut self, at: usize) -> Option<&mut Disk> {
@@ -183,7 +187,7 @@ impl Model {
                     self.orphaned += self.templates.swap_remove(at % self.templates.len());
                 }
             }
-            Action::Measure => self.measured = Some(self.fixed()),
+            Action::Measure => self.measured = Some(self.unreclaimable()),
         }
     }
 }
@@ -213,7 +217,7 @@ proptest! {
                 prop_assert!(reserved + gib(buffer) <= now.free);
                 prop_assert!(committed + reserved <= admission.limit(now.capacity));
                 if ratio <= 1.0 {
-                    prop_assert!(now.fixed + committed + reserved + gib(buffer) <= now.backable);
+                    prop_assert!(now.unreclaimable + committed + reserved + gib(buffer) <= now.worst_case_capacity);
                 }
             }
             match request {
@@ -258,7 +262,7 @@ proptest! {
         let mut model = Model { capacity: 200, disks: Vec::new(), templates: Vec::new(), orphaned: 0, measured: None };
         for action in actions {
             model.take(action, &admission);
-            let written_full = model.fixed() + model.disks.iter().map(|disk| disk.size).sum::<u64>();
+            let written_full = model.unreclaimable() + model.disks.iter().map(|disk| disk.size).sum::<u64>();
             prop_assert!(written_full == 0 || written_full + buffer <= model.capacity, "{:?}", action);
         }
         for at in 0..model.disks.len() {

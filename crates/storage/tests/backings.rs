@@ -61,7 +61,7 @@ fn place_on(device: &Device, size: Option<&str>) -> Place {
 /// Returns the plan of a pool in a folder on an existing file system.
 fn place_in(folder: PathBuf) -> Place {
     let mut place = Place::at(&folder, None);
-    place.plan.backing = Backing::Given;
+    place.plan.backing = Backing::Existing;
     place
 }
 
@@ -95,7 +95,7 @@ fn check_pool_operations(stocked: &Stocked) {
         used.abs_diff(total) * 100 <= used,
         "{used} are used, but {total} were measured"
     );
-    assert!(accounts.fixed() < pool.space().unwrap().used - Bytes::from_mib(90));
+    assert!(accounts.unreclaimable() < pool.space().unwrap().used - Bytes::from_mib(90));
 
     pool.grow_disk(&b, Gib::new(3).bytes()).unwrap();
     run("e2fsck", &["-fn", text(&disk_path(pool, &b))]);
@@ -271,11 +271,14 @@ fn an_xfs_mounted_at_the_pool_s_folder_is_used() {
     let stocked = Stocked::in_place(place, USUAL);
     assert_eq!(
         (stocked.pool.backing(), stocked.pool.file_system()),
-        (&ActualBacking::Given, "xfs")
+        (&ActualBacking::Existing, "xfs")
     );
     check_pool_operations(&stocked);
     for refused in [stocked.pool.grow(None), stocked.pool.shrink(Gib::new(20))] {
-        assert!(matches!(refused, Err(StorageError::Given(_))), "{refused:?}");
+        assert!(
+            matches!(refused, Err(StorageError::ExistingFileSystem(_))),
+            "{refused:?}"
+        );
     }
     assert!(!stocked.pool.extend().unwrap());
     let Stocked { pool, place, .. } = stocked;

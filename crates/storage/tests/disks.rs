@@ -377,7 +377,7 @@ fn a_disk_with_an_unknown_feature_is_rejected_and_not_changed() {
     });
     let snapshot = snapshot.unwrap_err();
     assert!(matches!(grown, StorageError::FileSystem(_)), "{grown}");
-    assert!(matches!(snapshot, StorageError::Unfit(_)), "{snapshot}");
+    assert!(matches!(snapshot, StorageError::UnfitDisk(_)), "{snapshot}");
     for error in [grown, snapshot] {
         let message = error.to_string();
         assert!(

@@ -10,7 +10,7 @@
 
 mod support;
 
-use scalebox_storage::{Backing, Bounds, Gib, Identity, Name, Pool, StorageError};
+use scalebox_storage::{Backing, Bounds, Gib, GuestIdentity, Name, Pool, StorageError};
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -311,7 +311,7 @@ impl Case<'_> {
     }
 
     fn snapshot_and_clone(&self, row: &mut Row, size: Gib) {
-        let source = Identity {
+        let source = GuestIdentity {
             hostname: HOST_NAME.to_owned(),
             ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
         };
@@ -403,7 +403,7 @@ fn same_tree(row: &mut Row, root: &Path, image: &Path, scratch: &Path, when: &st
 fn large_pool() -> (HostDisk, Place, Pool) {
     let host = HostDisk::made("1T", "mkfs.btrfs", &["-q"]);
     let mut place = Place::at(&host.folder, None);
-    place.plan.backing = Backing::Given;
+    place.plan.backing = Backing::Existing;
     place.init().unwrap();
     let bounds = Bounds {
         buffer: Gib::new(2),

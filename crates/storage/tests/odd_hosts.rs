@@ -216,7 +216,7 @@ fn a_missing_pool_with_expected_disks_is_not_replaced() {
     let mut place = Place::new("30G");
     place.plan.expected_disks = 3;
     let error = place.init().unwrap_err();
-    assert!(matches!(error, StorageError::Expected { disks: 3, .. }), "{error}");
+    assert!(matches!(error, StorageError::PoolMissing { disks: 3, .. }), "{error}");
     assert!(!place.image().exists());
     // An existing pool is mounted.
     place.plan.expected_disks = 0;
@@ -227,8 +227,8 @@ fn a_missing_pool_with_expected_disks_is_not_replaced() {
 
     let host = HostDisk::made("2G", "mkfs.xfs", &["-q"]);
     let mut folder = Place::at(&host.folder, None);
-    (folder.plan.backing, folder.plan.expected_disks) = (Backing::Given, 1);
-    assert!(matches!(folder.init(), Err(StorageError::Expected { .. })));
+    (folder.plan.backing, folder.plan.expected_disks) = (Backing::Existing, 1);
+    assert!(matches!(folder.init(), Err(StorageError::PoolMissing { .. })));
     assert!(!folder.plan.data_dir.join("vms").exists());
 }
 
@@ -410,7 +410,7 @@ fn a_quota_on_the_pools_folder_is_its_capacity() {
     for (host, subvolume) in limited_subvolumes() {
         fill(&host.folder, "somebody-else-s", Gib::new(10).bytes());
         let mut place = Place::at(&subvolume, None);
-        place.plan.backing = Backing::Given;
+        place.plan.backing = Backing::Existing;
         place.init().unwrap();
         let pool = place.open(USUAL);
         let space = pool.space().unwrap();
@@ -543,7 +543,7 @@ fn foreign_entries_in_the_pools_folders_are_left_alone() {
             None => Place::new("30G"),
             Some(host) => {
                 let mut place = Place::at(&host.folder, None);
-                place.plan.backing = Backing::Given;
+                place.plan.backing = Backing::Existing;
                 place
             }
         };

@@ -260,7 +260,7 @@ fn kernel_and_initramfs_are_readable_for_every_account() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
-    pool.share_kernel().unwrap();
+    pool.make_kernel_readable().unwrap();
     let (vmlinuz, initrd) = (pool.kernel_dir().join("vmlinuz"), pool.kernel_dir().join("initrd.img"));
     let modes = || [&vmlinuz, &initrd].map(|file| file.metadata().unwrap().mode() & 0o777);
     let made = tempfile::NamedTempFile::new().unwrap();
@@ -270,7 +270,7 @@ fn kernel_and_initramfs_are_readable_for_every_account() {
     for file in [&vmlinuz, &initrd] {
         fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
     }
-    pool.share_kernel().unwrap();
+    pool.make_kernel_readable().unwrap();
     assert_eq!(modes(), [0o644; 2]);
 }
 

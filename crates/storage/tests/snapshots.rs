@@ -8,7 +8,7 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, Identity, Pool, StorageError, Template};
+use scalebox_storage::{Bounds, Bytes, Gib, GuestIdentity, Pool, StorageError, Template};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -97,12 +97,12 @@ fn give_a_used_disk(stocked: &Stocked) {
 }
 
 fn snapshot(pool: &Pool, template: &str) -> Result<Template, StorageError> {
-    let source = Identity {
+    let source = GuestIdentity {
         hostname: HOST_NAME.to_owned(),
         ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
     };
     let mut snapshot = pool.begin_snapshot(&name(template))?;
-    pool.settle_disk(&name("vm-1"))?;
+    pool.flush_disk(&name("vm-1"))?;
     pool.take_snapshot(&mut snapshot, &name("vm-1"))?;
     pool.finish_snapshot(snapshot, &source)
 }
@@ -205,9 +205,9 @@ fn snapshots_work_in_a_pool_with_an_unusual_path() {
 #[test]
 fn a_guest_named_localhost_keeps_localhost_in_its_hosts_file() {
     let stocked = with_a_used_disk();
-    let source = Identity {
+    let source = GuestIdentity {
         hostname: "localhost".to_owned(),
-        ..Identity::default()
+        ..GuestIdentity::default()
     };
     let mut snapshot = stocked.pool.begin_snapshot(&name("golden")).unwrap();
     stocked.pool.take_snapshot(&mut snapshot, &name("vm-1")).unwrap();
@@ -271,7 +271,7 @@ fn a_template_name_is_used_once_and_failures_leave_nothing_behind() {
         ],
     );
     let refused = snapshot(pool, "golden").unwrap_err();
-    assert!(matches!(refused, StorageError::Unfit(_)), "{refused}");
+    assert!(matches!(refused, StorageError::UnfitDisk(_)), "{refused}");
     assert!(pool.template(&name("golden")).is_err());
     let templates = template_path(&stocked, "golden");
     let left = fs::read_dir(templates.parent().unwrap()).unwrap().filter(|entry| {

@@ -4,7 +4,7 @@
 
 mod support;
 
-use scalebox_storage::{Accounts, Bounds, Bytes, Gib, Pool};
+use scalebox_storage::{Bounds, Bytes, Gib, Pool, PoolUsage};
 use std::fs::{self, File};
 use std::path::Path;
 use support::{MAX, Stocked, USUAL, disk_path, name, run, text, write};
@@ -33,7 +33,7 @@ fn du(path: &Path) -> (Bytes, Bytes) {
 }
 
 /// Checks that the sum of the parts is within 1 % of the used space that btrfs reports.
-fn check_total(pool: &Pool, accounts: &Accounts) {
+fn check_total(pool: &Pool, accounts: &PoolUsage) {
     let (used, total) = (pool.space().unwrap().used.as_u64(), accounts.total().as_u64());
     assert!(
         used.abs_diff(total) * 100 <= used,
@@ -41,7 +41,7 @@ fn check_total(pool: &Pool, accounts: &Accounts) {
     );
 }
 
-fn measured(pool: &Pool) -> Accounts {
+fn measured(pool: &Pool) -> PoolUsage {
     sync(pool);
     let accounts = pool.measure().unwrap();
     check_total(pool, &accounts);
@@ -75,7 +75,7 @@ fn used_and_exclusive_match_btrfs() {
     assert!(accounts.shared > Bytes::ZERO);
     // Only the disks' exclusive extents are reclaimable.
     assert_eq!(
-        accounts.fixed(),
+        accounts.unreclaimable(),
         accounts.templates_exclusive + accounts.shared + accounts.other
     );
 }
@@ -96,7 +96,7 @@ fn a_deletion_frees_the_exclusive_bytes_also_after_a_partial_discard() {
         "{usage:?}"
     );
     assert!(
-        accounts.fixed() >= Bytes::from_mib(32),
+        accounts.unreclaimable() >= Bytes::from_mib(32),
         "no promise covers the unmapped part of an extent"
     );
 
@@ -135,14 +135,14 @@ fn blocks_of_a_deleted_template_belong_to_its_clones() {
     pool.delete_template(&big.name).unwrap();
     let accounts = measured(pool);
     assert!(accounts.shared >= Bytes::from_mib(56), "{accounts:?}");
-    assert!(accounts.fixed() >= Bytes::from_mib(56));
+    assert!(accounts.unreclaimable() >= Bytes::from_mib(56));
 
     // Only one clone is left, which maps half of each extent.
     pool.delete_disk(&b).unwrap();
     let accounts = measured(pool);
     let usage = accounts.disks[&a];
     assert!(usage.exclusive >= usage.used + Bytes::from_mib(24), "{usage:?}");
-    assert!(accounts.fixed() >= Bytes::from_mib(24), "{accounts:?}");
+    assert!(accounts.unreclaimable() >= Bytes::from_mib(24), "{accounts:?}");
     let before = pool.space().unwrap().used;
     pool.delete_disk(&a).unwrap();
     sync(pool);
@@ -178,15 +178,15 @@ fn a_measurement_is_valid_until_templates_change() {
     write(&disk_path(pool, &id), 300 * MIB, 512 * MIB);
     sync(pool);
     assert_eq!(
-        pool.space().unwrap().fixed,
+        pool.space().unwrap().unreclaimable,
         pool.space().unwrap().used,
         "without a measurement, all of it may be unreclaimable"
     );
     let accounts = pool.measure().unwrap();
     assert!(!pool.needs_measuring());
-    assert_eq!(pool.space().unwrap().fixed, accounts.fixed());
+    assert_eq!(pool.space().unwrap().unreclaimable, accounts.unreclaimable());
     assert!(
-        accounts.fixed() < Bytes::from_mib(64),
+        accounts.unreclaimable() < Bytes::from_mib(64),
         "the promise covers what the disk wrote: {accounts:?}"
     );
     // A disk from an existing base image changes nothing. Another size needs a new base image,

@@ -1,6 +1,6 @@
 //! SSH public keys: one line of `authorized_keys` without options.
 
-use crate::names::{WrongForm, text_newtype};
+use crate::names::{InvalidFormat, text_newtype};
 use serde::{Deserialize, Serialize};
 use ssh_key::PublicKey;
 use ssh_key::public::KeyData;
@@ -50,10 +50,10 @@ const CERTIFICATE: &str = "-cert-v01@openssh.com";
 const DSA: &str = "ssh-dss";
 
 impl FromStr for SshPublicKey {
-    type Err = WrongForm;
+    type Err = InvalidFormat;
 
     /// Parses a key. No error message contains the text: it may be a private key, sent by mistake.
-    fn from_str(text: &str) -> Result<Self, WrongForm> {
+    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
         if text.trim_start().starts_with("-----BEGIN") {
             return refuse(
                 "must be a public key, the line in the file ending in .pub; this is a PEM file, such as a private key"
@@ -77,11 +77,11 @@ impl SshPublicKey {
     ///
     /// # Errors
     /// A text that is empty, has several lines or is too long.
-    pub fn from_record(text: &str) -> Result<Self, WrongForm> {
+    pub fn from_record(text: &str) -> Result<Self, InvalidFormat> {
         SshPublicKey::of_line(text)
     }
 
-    fn of_line(text: &str) -> Result<Self, WrongForm> {
+    fn of_line(text: &str) -> Result<Self, InvalidFormat> {
         // Some editors write a byte order mark before the first character.
         let text = text.trim_start_matches('\u{feff}').trim();
         if text.is_empty() {
@@ -108,7 +108,7 @@ fn breaks_a_line(c: char) -> bool {
     (c.is_control() && c != '\t') || matches!(c, '\u{2028}' | '\u{2029}' | '\u{fffe}' | '\u{ffff}')
 }
 
-fn check_type(words: &[&str]) -> Result<(), WrongForm> {
+fn check_type(words: &[&str]) -> Result<(), InvalidFormat> {
     let Some((&first, rest)) = words.split_first() else {
         return refuse("must be an OpenSSH public key, such as: ssh-ed25519 AAAAC3Nza... me@laptop".into());
     };
@@ -129,7 +129,7 @@ fn check_type(words: &[&str]) -> Result<(), WrongForm> {
     })
 }
 
-fn check_data(line: &str) -> Result<(), WrongForm> {
+fn check_data(line: &str) -> Result<(), InvalidFormat> {
     let Ok(key) = PublicKey::from_openssh(line) else {
         return refuse(
             "must be a complete OpenSSH public key: the part after the type is damaged or has another type".into(),
@@ -149,7 +149,7 @@ fn check_data(line: &str) -> Result<(), WrongForm> {
 
 /// Rejects a second key in the comment of the first. A comment may contain a type name; a key is a
 /// type followed by data.
-fn check_comment(words: &[&str]) -> Result<(), WrongForm> {
+fn check_comment(words: &[&str]) -> Result<(), InvalidFormat> {
     let is_type = |word: &str| TYPES.contains(&word) || word == DSA || word.ends_with(CERTIFICATE);
     // The data of every key begins with the length of its type, as four bytes in base64.
     let is_key = |pair: &[&str]| matches!(pair, [first, data] if is_type(first) && data.starts_with("AAAA"));
@@ -166,6 +166,6 @@ fn bit_length(number: &[u8]) -> usize {
         .map_or(0, |first| number.len() * 8 - first.leading_zeros() as usize)
 }
 
-fn refuse<T>(why: String) -> Result<T, WrongForm> {
-    Err(WrongForm::new(why))
+fn refuse<T>(why: String) -> Result<T, InvalidFormat> {
+    Err(InvalidFormat::new(why))
 }

@@ -5,7 +5,7 @@
 //!
 //! | file | contents |
 //! |---|---|
-//! | `names` | [`TemplateName`], [`VmName`], VM ids; [`WrongForm`], the parse error |
+//! | `names` | [`TemplateName`], [`VmName`], VM ids; [`InvalidFormat`], the parse error |
 //! | `key` | [`SshPublicKey`] |
 //! | `schema` (feature `openapi`) | the JSON schema of each type |
 
@@ -17,4 +17,4 @@ mod names;
 mod schema;
 
 pub use key::SshPublicKey;
-pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
+pub use names::{InvalidFormat, TemplateName, VmName, is_vm_id};

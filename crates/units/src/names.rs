@@ -8,13 +8,13 @@ use std::str::FromStr;
 /// A text has the wrong form. The message continues after the name of the field: `must be …`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct WrongForm(String);
+pub struct InvalidFormat(String);
 
-impl WrongForm {
+impl InvalidFormat {
     /// Creates the error. `form` describes the right form and continues after the name of the
     /// field: `must be …`.
     pub fn new(form: impl Into<String>) -> Self {
-        WrongForm(form.into())
+        InvalidFormat(form.into())
     }
 }
 
@@ -58,9 +58,9 @@ pub fn is_vm_id(text: &str) -> bool {
 }
 
 impl FromStr for TemplateName {
-    type Err = WrongForm;
+    type Err = InvalidFormat;
 
-    fn from_str(text: &str) -> Result<Self, WrongForm> {
+    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
         let letters = text
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
@@ -68,21 +68,21 @@ impl FromStr for TemplateName {
         if letters && begins && text.len() <= MAX_LENGTH {
             Ok(TemplateName(text.to_owned()))
         } else {
-            Err(WrongForm::new(TEMPLATE_FORM))
+            Err(InvalidFormat::new(TEMPLATE_FORM))
         }
     }
 }
 
 impl FromStr for VmName {
-    type Err = WrongForm;
+    type Err = InvalidFormat;
 
-    fn from_str(text: &str) -> Result<Self, WrongForm> {
+    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
         let letters = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
         let ends = !text.starts_with('-') && !text.ends_with('-');
         if !(letters && ends && (1..=MAX_LENGTH).contains(&text.len())) {
-            Err(WrongForm::new(VM_FORM))
+            Err(InvalidFormat::new(VM_FORM))
         } else if is_vm_id(text) {
-            Err(WrongForm::new(VM_NOT_ID))
+            Err(InvalidFormat::new(VM_NOT_ID))
         } else {
             Ok(VmName(text.to_owned()))
         }
@@ -111,9 +111,9 @@ macro_rules! text_newtype {
         }
 
         impl TryFrom<String> for $name {
-            type Error = WrongForm;
+            type Error = InvalidFormat;
 
-            fn try_from(text: String) -> Result<Self, WrongForm> {
+            fn try_from(text: String) -> Result<Self, InvalidFormat> {
                 text.parse()
             }
         }
@@ -160,7 +160,7 @@ mod tests {
         for text in bad {
             assert_eq!(
                 text.parse::<TemplateName>(),
-                Err(WrongForm::new(TEMPLATE_FORM)),
+                Err(InvalidFormat::new(TEMPLATE_FORM)),
                 "{text:?}"
             );
         }
@@ -194,13 +194,13 @@ mod tests {
             &"a".repeat(64),
         ];
         for text in bad {
-            assert_eq!(text.parse::<VmName>(), Err(WrongForm::new(VM_FORM)), "{text:?}");
+            assert_eq!(text.parse::<VmName>(), Err(InvalidFormat::new(VM_FORM)), "{text:?}");
         }
     }
 
     #[test]
     fn vm_names_never_look_like_ids() {
-        assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(WrongForm::new(VM_NOT_ID)));
+        assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(InvalidFormat::new(VM_NOT_ID)));
         assert!(is_vm_id("vm-0123456789ab"));
         for text in [
             "vm-0123456789AB",
