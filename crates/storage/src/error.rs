@@ -75,7 +75,7 @@ pub enum StorageError {
         reason: String,
     },
     /// The requested disk is smaller than its template.
-    #[error("disk_size_gib must be at least {template_size}: template {template} has {template_size} GiB")]
+    #[error("disk_size_gib must be at least {template_size}: the template {template} has {template_size} GiB")]
     SmallerThanTemplate {
         /// The template.
         template: String,
@@ -100,7 +100,7 @@ pub enum StorageError {
     NotMounted(PathBuf),
     /// The pool is missing, and a new one must not take its place.
     #[error(
-        "the pool is missing, and {disks} VM disks should be in it: restore and mount the file system of {}. A new pool would be empty; \
+        "the pool is missing, and {disks} VM disks should be in it: restore the storage under {} and mount it. A new pool would be empty; \
          to give up these VMs for good, move STATE_DIR away first", image.display()
     )]
     PoolMissing {
@@ -171,7 +171,7 @@ pub enum StorageError {
     PoolSize(String),
     /// The pool is part of a file system that Scalebox does not resize.
     #[error(
-        "the pool at {} is a folder on an existing file system: resize that file system with its own tools", .0.display()
+        "the pool at {} is on an existing file system: resize that file system with its own tools", .0.display()
     )]
     ExistingFileSystem(PathBuf),
     /// Another program is using the pool or the file.

@@ -144,7 +144,7 @@ fn warn_about_size(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut
             .map(|space| space.device_size),
         ActualBacking::Existing => {
             report(InitEvent::Warning(format!(
-                "STORAGE_SIZE={requested} has no effect: the pool is a folder on an existing file system"
+                "STORAGE_SIZE={requested} has no effect: the pool is on an existing file system"
             )));
             return;
         }

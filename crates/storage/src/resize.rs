@@ -5,7 +5,7 @@
 //! The size of the pool is the size of its file system. A failed change is rolled back immediately.
 //! A rollback that fails is retried by [`Pool::reconcile`], before the next change and in the
 //! background. After a crash during a change, [`Pool::reconcile`] makes the file system as large as
-//! the image: no client was told that the change failed.
+//! the image: no client saw the change fail.
 //!
 //! A pool on a device consists of the file system alone, which may be smaller than the device. The
 //! size of an existing file system is not changed.

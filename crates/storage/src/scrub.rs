@@ -393,7 +393,7 @@ impl<'i> Scrub<'i> {
                 folders.push(format!("/home/{}/.ssh", home.name));
             }
         }
-        // Each takes several reads of the image.
+        // Each folder is read from the image separately.
         if folders.len() > MAX_FOLDERS {
             return Err(StorageError::UnfitDisk(format!(
                 "there are {} folders in /home, more than {MAX_FOLDERS}: remove some",

@@ -115,7 +115,7 @@ fn a_disk_smaller_than_its_template_is_rejected() {
     let size = |asked: Option<u64>| scalebox_storage::Pool::disk_size(&large, asked.map(Gib::new), Gib::new(2));
     assert_eq!(
         size(Some(2)).unwrap_err().to_string(),
-        "disk_size_gib must be at least 3: template large has 3 GiB"
+        "disk_size_gib must be at least 3: the template large has 3 GiB"
     );
     assert_eq!(size(Some(3)).unwrap(), Gib::new(3));
     assert_eq!(
