@@ -14,9 +14,9 @@
 //! ```
 //!
 //! The *worst-case capacity* is the data that pool and host disk can hold in total, with the
-//! metadata for it in its worst case ([`Space::worst_case_capacity`]). The *unreclaimable usage* is everything
-//! in use that no promise covers ([`Space::unreclaimable`]): all blocks except those that a disk maps in
-//! extents referenced by nothing else.
+//! metadata for it in its worst case ([`Space::worst_case_capacity`]). The *unreclaimable usage* is
+//! everything in use that no promise covers ([`Space::unreclaimable`]). That is all blocks except
+//! those that a disk maps in extents referenced by nothing else.
 //!
 //! Why this is sufficient: take the moment of the decision, and any later moment at which the same
 //! disks exist. Each block in use then is either part of the unreclaimable usage, or mapped by a
@@ -169,9 +169,9 @@ impl Admission {
         ledger.promises.committed = ledger.promises.committed - size;
     }
 
-    /// Limits admission to a pool of `size` until the guard is dropped: the pool is about to be
-    /// shrunk to `size`. `fits` receives the sum of promises and checks that they and the used data
-    /// fit; if not, it returns the required size.
+    /// Limits admission to a pool of `size` until the guard is dropped; for use before a shrink.
+    /// `fits` receives the sum of promises and checks that they and the used data fit; if not, it
+    /// returns the required size.
     ///
     /// # Errors
     /// [`StorageError::PoolSize`] when the used data or the promises do not fit; any error of

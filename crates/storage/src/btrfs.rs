@@ -129,7 +129,7 @@ pub(crate) struct ChunkSpace {
     pub(crate) raw_used: Bytes,
 }
 
-/// Data that btrfs has accepted but not committed yet: `used` grows only with the next commit, by
+/// Data that btrfs has accepted but not committed yet. `used` grows only with the next commit, by
 /// default every 30 s, in which gigabytes can be written.
 ///
 /// From `/sys/fs/btrfs/UUID/allocation/data` and `…/metadata`

@@ -172,8 +172,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Cleans up after a crash: removes disks that are not in `keep` and unfinished files, and
-    /// returns which disks of `keep` are missing. Call it before the first request.
+    /// Removes orphaned disks and unfinished files after a crash, and reports missing disks. Disks
+    /// in `keep` are not orphaned. Call it before the first request.
     ///
     /// # Errors
     /// [`StorageError::Io`].

@@ -76,8 +76,8 @@ pub(crate) fn read(file: impl AsFd, inode: u64, mapped: &mut Vec<Mapped>) -> io:
     })
 }
 
-/// Returns the parts of the first `length` bytes in which two files may differ, because they do not
-/// share the blocks. Flushes both files first.
+/// Returns the parts of the first `length` bytes in which two files do not share blocks. Only there
+/// can they differ. Flushes both files first.
 ///
 /// # Errors
 /// `EOPNOTSUPP` where the file system does not report it; any error of the flush.
@@ -164,8 +164,8 @@ fn each(file: impl AsFd, flags: u32, mut each: impl FnMut(&Extent)) -> io::Resul
     }
 }
 
-/// Splits mapped ranges at each other's boundaries, so that any two pieces are either the same
-/// blocks or disjoint, and calls `each` for each piece.
+/// Splits mapped ranges at each other's boundaries, and calls `each` for each piece. Any two pieces
+/// are then either the same blocks or disjoint.
 pub(crate) fn cut(mapped: &[Mapped], mut each: impl FnMut(Reference)) {
     let mut ends: Vec<u64> = mapped
         .iter()

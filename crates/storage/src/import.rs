@@ -55,8 +55,8 @@ impl TemplateExport {
         self.size
     }
 
-    /// Writes the compressed image. Calls `progress` after each MiB of the image with the bytes done so
-    /// far.
+    /// Writes the compressed image. Calls `progress` after each MiB of the image with the bytes
+    /// done so far.
     ///
     /// # Errors
     /// Any error of reading or writing.

@@ -446,7 +446,7 @@ fn ensure_device(plan: &PoolPlan, device: &Path, report: &mut dyn FnMut(InitEven
     make_file_system(device, Some(size))
 }
 
-/// Fails if disks are expected: a new pool in place of a missing one would look as if all disks
+/// Fails if disks are expected. A new pool in place of a missing one would look as if all disks
 /// were lost.
 fn require_none_expected(plan: &PoolPlan, image: &Path) -> Result<(), StorageError> {
     match plan.expected_disks {

@@ -21,8 +21,8 @@ const SPARSE_SUPER2: u32 = 0x200;
 const META_BG: u32 = 0x10;
 
 impl Pool {
-    /// Returns why a guest's kernel may be unable to grow the mounted file system on the disk `id`;
-    /// `None` without a known obstacle.
+    /// Returns why a guest's kernel may be unable to grow the mounted file system on the disk `id`.
+    /// Returns `None` without a known obstacle.
     ///
     /// # Errors
     /// [`StorageError::Io`].

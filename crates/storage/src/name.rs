@@ -8,8 +8,9 @@ use std::str::FromStr;
 /// Maximum length of a name, in bytes.
 pub const MAX_LENGTH: usize = 63;
 
-/// The name of a template or a disk: at most [`MAX_LENGTH`] letters, digits, dots, dashes and
-/// underscores, beginning with a letter or digit. It can neither leave its folder nor be hidden.
+/// The name of a template or a disk. It has at most [`MAX_LENGTH`] letters, digits, dots, dashes
+/// and underscores, and begins with a letter or digit. It can neither leave its folder nor be
+/// hidden.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Name(String);
 

@@ -15,8 +15,8 @@ use zstd::stream::write::Encoder;
 
 /// The first bytes of a frame.
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// The first bytes of a skippable frame, without the lower half of the first byte, which is
-/// arbitrary (RFC 8878, 3.1.2). `pzstd` output begins with one.
+/// The first bytes of a skippable frame. The lower half of the first byte is arbitrary and zero
+/// here (RFC 8878, 3.1.2). `pzstd` output begins with such a frame.
 const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
 /// As fast as most disks and networks; compresses a Debian image to a third of its size.
 const LEVEL: i32 = 3;
@@ -182,12 +182,12 @@ mod tests {
     }
 
     fn unpacked(input: &[u8], largest: u64) -> Result<(File, u64), UnpackError<()>> {
-        let (file, mut asked) = (tempfile::tempfile().unwrap(), 0);
+        let (file, mut requested) = (tempfile::tempfile().unwrap(), 0);
         let room = |more: Bytes| {
-            asked += more.as_u64();
+            requested += more.as_u64();
             Ok(())
         };
-        unpack(input, &file, Bytes::new(largest), |_| Ok(()), room).map(|()| (file, asked))
+        unpack(input, &file, Bytes::new(largest), |_| Ok(()), room).map(|()| (file, requested))
     }
 
     #[test]
@@ -200,9 +200,9 @@ mod tests {
             "{progress:?}"
         );
         for input in [packed.as_slice(), &bytes(&image)] {
-            let (file, asked) = unpacked(input, 1 << 30).unwrap();
+            let (file, requested) = unpacked(input, 1 << 30).unwrap();
             assert!(bytes(&file) == bytes(&image));
-            assert_eq!(asked, 4096 + 77, "space is requested for data only");
+            assert_eq!(requested, 4096 + 77, "space is requested for data only");
             assert!(file.metadata().unwrap().blocks() * 512 <= 16384);
         }
     }

@@ -36,7 +36,7 @@ pub struct Pool {
     pub(crate) backing: ActualBacking,
     /// The device the pool is mounted from.
     pub(crate) device: PathBuf,
-    /// The root folder, held open: space is read through it without a path look-up, and the pool
+    /// The root folder, held open. Space is read through it without a path look-up, and the pool
     /// cannot be unmounted while it is open.
     pub(crate) dir: File,
     pub(crate) file_system: PoolFs,
@@ -47,7 +47,7 @@ pub struct Pool {
     pub(crate) resizing: Mutex<()>,
     /// The size before a failed change that has not been rolled back yet.
     pub(crate) undo_to: Mutex<Option<Bytes>>,
-    /// One lock per (template, size) whose resized base image is being made: requests for the same
+    /// One lock per (template, size) whose resized base image is being made. Requests for the same
     /// one wait for each other, other requests do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
     /// Flushes of the disks' folder, shared by concurrent creations.
@@ -284,9 +284,9 @@ impl Pool {
         files::sync_dir(&dir)
     }
 
-    /// Makes kernel and initramfs readable for every account of the host, so that a hypervisor's
-    /// account reads this file instead of a copy of its own. Earlier releases installed them with
-    /// mode 0600; [`install_kernel`](Pool::install_kernel) now sets this mode itself.
+    /// Makes kernel and initramfs readable for every account of the host. A hypervisor's account
+    /// then reads this file instead of a copy of its own. Earlier releases installed them with mode
+    /// 0600; [`install_kernel`](Pool::install_kernel) now sets this mode itself.
     ///
     /// # Errors
     /// [`StorageError::Io`].

@@ -1,4 +1,5 @@
-//! How much a quota still allows a folder or a file to take, which can be less than the free space.
+//! The space that a quota still allows a folder or a file to take. It can be less than the free
+//! space.
 //!
 //! On btrfs these are quota groups, with full or simple accounting: a subvolume's own group, and
 //! the groups above it. A group's limit covers its data and the space reserved for writes in

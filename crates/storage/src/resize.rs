@@ -34,12 +34,13 @@ const MIN_GROWTH: Bytes = Bytes::from_mib(1);
 const BLOCK: u64 = 4096;
 
 impl Pool {
-    /// Grows the pool online to `size`; without one, to 80 % of what the host disk can hold today,
-    /// or to the whole device.
+    /// Grows the pool online to `size`. Without a size, it grows to 80 % of what the host disk can
+    /// hold today, or to the whole device.
     ///
     /// # Errors
     /// [`StorageError::PoolSize`] when the size is not larger, or more than the host disk or the
-    /// device can hold; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another resize.
+    /// device can hold; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another
+    /// resize.
     pub fn grow(&self, size: Option<Gib>) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
         match &self.backing {
@@ -115,9 +116,9 @@ impl Pool {
         self.resize_file_system(wanted)
     }
 
-    /// Grows the pool to 80 % of what the host disk can hold today, or to the whole device, if that
-    /// is at least 1 GiB more. Returns whether it grew. Does nothing if the pool has its maximum
-    /// size, is being resized, or is an existing file system.
+    /// Grows the pool to its default size if that is at least 1 GiB more, and returns whether it
+    /// grew. The default is 80 % of what the host disk can hold today, or the whole device. Does
+    /// nothing if the pool is being resized or is an existing file system.
     ///
     /// # Errors
     /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
@@ -154,7 +155,8 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::PoolSize`] when the used data, the promises or the buffer do not fit, with
-    /// nothing changed; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another resize.
+    /// nothing changed; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another
+    /// resize.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
         let current = match &self.backing {
@@ -176,7 +178,7 @@ impl Pool {
         Ok(())
     }
 
-    /// Checks that a pool of `size` can hold the used data, the promises and the buffer; returns
+    /// Checks that a pool of `size` can hold the used data, the promises and the buffer. Returns
     /// the required size if not.
     fn fits_in(&self, size: Bytes, promised: Bytes) -> Result<Result<(), Gib>, StorageError> {
         let space = self.space()?;
@@ -224,8 +226,8 @@ impl Pool {
         Ok(Bytes::new(bytes.unwrap_or(0)))
     }
 
-    /// Gives all layers one size: the size from before a failed change, or after a crash during a
-    /// change the image's.
+    /// Gives all layers one size. This is the size before a failed change; after a crash during a
+    /// change it is the size of the image.
     ///
     /// # Errors
     /// [`StorageError::Command`], also while btrfs is busy with a resize by another program;

@@ -1,4 +1,4 @@
-//! Removes a guest's identity from its file system, in user space: the host never mounts a file
+//! Removes a guest's identity from its file system, in user space. The host never mounts a file
 //! system that a guest has written.
 //!
 //! Paths are fixed, and names read from the image are used only if they are plain, so a guest
@@ -111,8 +111,8 @@ const COMMON_NAMES: [&str; 9] = [
 /// nobody else uses it. Afterwards its file system is sound, and its unused space is zeroed.
 ///
 /// # Errors
-/// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image must
-/// then be discarded.
+/// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image
+/// must then be discarded.
 pub(crate) fn remove(path: &Path, image: &File, source: &GuestIdentity) -> Result<(), StorageError> {
     let before = files::unnamed_clone(ext4::parent(path), image)?;
     let mut edit = Scrub::new(path, image, Mode::Edit)?;
@@ -130,8 +130,8 @@ pub(crate) fn remove(path: &Path, image: &File, source: &GuestIdentity) -> Resul
     ext4::require_unchanged(&before, image, &Work::Edit(&edit.touched))
 }
 
-/// Checks that the inodes of removed files are unused, whether as one of the files in `kept` or
-/// under another name.
+/// Checks that the inodes of removed files are unused. They must not be in use as one of the files
+/// in `kept`, nor under another name.
 fn require_gone(before: &File, after: &File, removed: &HashSet<u64>, kept: &HashSet<u64>) -> Result<(), StorageError> {
     let (before, after) = (Tree::open(before)?, Tree::open(after)?);
     for inode in removed.difference(kept) {

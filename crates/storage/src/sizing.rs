@@ -84,8 +84,9 @@ pub struct TooLittleSpace {
     pub found: Gib,
 }
 
-/// Returns the size of a new pool on a file system with `available` bytes free: `floor(available
-/// GiB × 0.8)`, at least [`MIN_DEFAULT_SIZE`] and at most [`MAX_DEFAULT_SIZE`], or exactly `requested`.
+/// Returns the size of a new pool on a file system with `available` bytes free. By default it is
+/// `floor(available GiB × 0.8)`, at least [`MIN_DEFAULT_SIZE`] and at most [`MAX_DEFAULT_SIZE`];
+/// otherwise it is exactly `requested`.
 ///
 /// # Errors
 /// [`TooLittleSpace`] when the host has less than [`MIN_HOST_FREE`] free, also with `requested`.

@@ -114,9 +114,9 @@ impl Pool {
         Ok(())
     }
 
-    /// Turns the clone into a template: replays its journal, removes the identity of the disk's VM,
-    /// zeroes unused blocks, and checks the file system. The template appears under its name when
-    /// it is complete and durable.
+    /// Turns the clone into a template. It replays the journal, removes the identity of the disk's
+    /// VM, zeroes unused blocks, and checks the file system. The template appears under its name
+    /// when it is complete and durable.
     ///
     /// # Errors
     /// [`StorageError::UnfitDisk`] with the reason, [`StorageError::TemplateExists`],

@@ -15,15 +15,15 @@ use std::path::Path;
 /// can be written, whatever `df` reports.
 const METADATA_HEADROOM: Bytes = Bytes::from_mib(128);
 
-/// Metadata per block of data, in bytes, when each block is an extent of its own, as scattered
-/// writes of a guest can make it: one item of 78 bytes in the file's tree and one in the extent
-/// tree, in leaves that are at least two thirds full. Measured: 172 bytes for each of 98,000 blocks
-/// written in random order.
+/// Metadata per block of data in the worst case, in bytes: each block is an extent. Scattered
+/// writes of a guest can make it so. An extent takes one item of 78 bytes in the file's tree and
+/// one in the extent tree, in leaves that are at least two thirds full. Measured: 172 bytes for
+/// each of 98,000 blocks written in random order.
 const METADATA_PER_BLOCK: f64 = 256.0;
 
-/// The same for XFS: 16 bytes in the file's map, 24 in the reverse map, 12 in the tree of shared
-/// extents, in blocks that are at least half full (XFS Algorithms & Data Structures, 3rd edition,
-/// chapters 11 to 13).
+/// The same for XFS. An extent takes 16 bytes in the file's map, 24 in the reverse map, and 12 in
+/// the tree of shared extents, in blocks that are at least half full (XFS Algorithms & Data
+/// Structures, 3rd edition, chapters 11 to 13).
 const XFS_METADATA_PER_BLOCK: f64 = 104.0;
 
 /// Minimum free metadata space when no further metadata chunk can be allocated. Below it nothing
@@ -52,16 +52,16 @@ pub struct Space {
     /// The used part of [`Space::metadata_total`].
     pub metadata_used: Bytes,
     /// The worst-case capacity: the data that pool and host disk can hold in total, present data
-    /// included, even if every block becomes an extent of its own.
+    /// included. It assumes that every block becomes an extent of its own.
     pub worst_case_capacity: Bytes,
-    /// Upper bound of the unreclaimable usage: the part of `used` that is not mapped by disks in
-    /// extents of their own, such as templates, shared extents, and extents that a disk maps only
-    /// in part. Equal to `used` without a current measurement.
+    /// Upper bound of the unreclaimable usage, the part of `used` that disks do not map in extents
+    /// of their own. It consists of templates, shared extents, and extents that a disk maps only in
+    /// part. Equal to `used` without a current measurement.
     pub unreclaimable: Bytes,
 }
 
 impl Space {
-    /// Reads the space of the pool whose root folder is `pool`; `image` is the backing file of its
+    /// Reads the space of the pool whose root folder is `pool`. `image` is the backing file of its
     /// loop device, if it has one.
     pub(crate) fn read(pool: &File, file_system: &PoolFs, image: Option<&Path>) -> Result<Space, StorageError> {
         match file_system {
@@ -74,7 +74,7 @@ impl Space {
         }
     }
 
-    /// Applies a quota on the pool's folder: the limit is then the capacity, and other data on the
+    /// Applies a quota on the pool's folder. The limit is then the capacity, and other data on the
     /// same file system no longer counts.
     fn within(self, allowance: Allowance) -> Space {
         let free = self.free.min(allowance.left);
@@ -113,8 +113,9 @@ impl Space {
         })
     }
 
-    /// `free = min(pool free, host free + blocks the image owns and the pool does not use)`: a
-    /// block that the image already owns can be rewritten without taking space on the host disk.
+    /// Reads the space of a btrfs. `free = min(pool free, host free + blocks the image owns and the
+    /// pool does not use)`: a block that the image already owns can be rewritten without taking
+    /// space on the host disk.
     fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
         let chunks =
             chunk_space(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
@@ -159,9 +160,9 @@ impl Space {
     }
 }
 
-/// Returns the data bytes that btrfs can still take: free space in its data chunks, plus
-/// unallocated space minus the share that metadata will need. `pending` is the metadata that the
-/// transaction in progress may take, including btrfs' own reserve. It is several times what the
+/// Returns the data bytes that btrfs can still take. They are the free space in its data chunks,
+/// plus unallocated space minus the share that metadata will need. `pending` is the metadata that
+/// the transaction in progress may take, including btrfs' own reserve. It is several times what the
 /// transaction will use, so it only decides whether anything is left when no chunk can be allocated
 /// for it.
 fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
@@ -188,8 +189,8 @@ fn worst_case_capacity(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     holdable.min(raw.scaled(1.0 / (d as f64 + m as f64 * share)))
 }
 
-/// Returns how much an unprivileged program could write to the folder or file `path`, given the
-/// free space and the quotas of its file system.
+/// Returns how much an unprivileged program could write to the folder or file `path`. This depends
+/// on the free space and the quotas of its file system.
 pub(crate) fn available(path: &Path) -> Result<Bytes, StorageError> {
     let failed = |error| StorageError::io("read the free space of", path.display(), error);
     let free = |path: &Path| {

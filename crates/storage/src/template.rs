@@ -130,26 +130,26 @@ impl Pool {
         Ok(())
     }
 
-    /// Returns the size of a disk made from `template`: the requested size, or the larger of
+    /// Returns the size of a disk made from `template`. It is the requested size, or the larger of
     /// `default` and the template's size.
     ///
     /// # Errors
     /// [`StorageError::SmallerThanTemplate`].
-    pub fn disk_size(template: &Template, asked: Option<Gib>, default: Gib) -> Result<Gib, StorageError> {
+    pub fn disk_size(template: &Template, requested: Option<Gib>, default: Gib) -> Result<Gib, StorageError> {
         let template_size = template.size.ceil_gib();
-        match asked {
-            Some(asked) if asked < template_size => Err(StorageError::SmallerThanTemplate {
+        match requested {
+            Some(requested) if requested < template_size => Err(StorageError::SmallerThanTemplate {
                 template: template.name.to_string(),
                 template_size,
             }),
-            Some(asked) => Ok(asked),
+            Some(requested) => Ok(requested),
             None => Ok(default.max(template_size)),
         }
     }
 
-    /// Returns an open image of exactly `size` from which a disk of template `name` is cloned: the
-    /// template itself, or its resized base image, which is made if necessary. The image can be
-    /// cloned even if the template is deleted or replaced meanwhile.
+    /// Returns an open image of exactly `size` from which a disk of template `name` is cloned. It
+    /// is the template itself, or its resized base image, which is made if necessary. The image can
+    /// be cloned even if the template is deleted or replaced meanwhile.
     pub(crate) fn base_image(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
         let (template, original) = self.open_template(name)?;
         if size < template.size {
@@ -250,8 +250,8 @@ impl Pool {
         Arc::clone(growing.entry(grown.to_owned()).or_default())
     }
 
-    /// Creates an unfinished file in place of one left by an interrupted operation, and locks it so
-    /// that no sweep removes it.
+    /// Creates and locks an unfinished file, so that no sweep removes it. Replaces one left by an
+    /// interrupted operation.
     pub(crate) fn claim(&self, partial: &Path) -> Result<File, StorageError> {
         let busy = || StorageError::Busy(partial.to_owned());
         for _ in 0..MAX_CLAIM_ATTEMPTS {
@@ -374,7 +374,7 @@ fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// Locks `file` and returns whether it is still the file at `path`: only the holder of the lock
+/// Locks `file` and returns whether it is still the file at `path`. Only the holder of the lock
 /// removes that file. Returns `false` also when another process holds the lock.
 fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {

@@ -231,8 +231,8 @@ impl Pool {
         Ok(accounts)
     }
 
-    /// Returns whether admission has to count all used space as unreclaimable: nothing was measured
-    /// yet, or a template was added or removed since.
+    /// Returns whether admission has to count all used space as unreclaimable. That is the case
+    /// before the first measurement, and after a template was added or removed.
     pub fn needs_measuring(&self) -> bool {
         self.measured_unreclaimable().is_none()
     }

@@ -17,7 +17,8 @@ fn admission(buffer: u64, overcommit_ratio: f64) -> Admission {
     })
 }
 
-/// Returns the space of a pool of `capacity` with `used` written, `unreclaimable` of it unreclaimable.
+/// Returns the space of a pool of `capacity` with `used` written, of which no promise covers
+/// `unreclaimable`.
 fn space(capacity: u64, used: u64, unreclaimable: u64) -> Space {
     let free = gib(capacity) - gib(used);
     Space {
@@ -204,12 +205,12 @@ proptest! {
             let now = space(capacity, used, used / 2);
             let alive: Vec<usize> = (0..disks.len()).filter(|&at| disks[at].is_some()).collect();
             let pick = |at: usize| alive.get(at % alive.len().max(1)).copied();
-            let asked = match request {
+            let requested = match request {
                 Request::Create(size) => Some((size, None)),
                 Request::Grow(at, size) => pick(at).map(|disk| (size, Some(disk))),
                 _ => None,
             };
-            if let Some((size, disk)) = asked
+            if let Some((size, disk)) = requested
                 && let Ok(reservation) = admission.admit(gib(size), || Ok(now))
             {
                 in_progress.push((reservation, disk));

@@ -16,8 +16,8 @@ const UNLIMITED: Bounds = Bounds {
     overcommit_ratio: 1000.0,
 };
 
-/// Fills the pool until every chunk is allocated, mostly for data, and deletes half of the data:
-/// `df` shows hundreds of MiB free, but metadata cannot grow.
+/// Fills the pool until every chunk is allocated, mostly for data, and deletes half of the data.
+/// `df` then shows hundreds of MiB free, but metadata cannot grow.
 fn allocate_every_chunk_for_data(pool: &Pool) {
     let folder = pool.path().join("vms");
     let mut pieces: Vec<PathBuf> = Vec::new();

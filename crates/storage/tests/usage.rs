@@ -21,7 +21,7 @@ fn sync(pool: &Pool) {
     run("btrfs", &["filesystem", "sync", text(pool.path())]);
 }
 
-/// Returns mapped and exclusive bytes of a file from `btrfs filesystem du --raw`, which counts the
+/// Returns mapped and exclusive bytes of a file from `btrfs filesystem du --raw`. It counts the
 /// mapped parts of extents, not whole extents.
 fn du(path: &Path) -> (Bytes, Bytes) {
     let output = run("btrfs", &["filesystem", "du", "--raw", "-s", text(path)]);

@@ -31,8 +31,8 @@ impl InvalidFormat {
 #[serde(try_from = "String", into = "String")]
 pub struct TemplateName(String);
 
-/// A VM's name: a host name of 1 to 63 lower-case letters, digits and dashes, without a dash at
-/// either end (RFC 1123, section 2.1), that does not look like a VM id.
+/// A VM's name: a host name that does not look like a VM id. It has 1 to 63 lower-case letters,
+/// digits and dashes, without a dash at either end (RFC 1123, section 2.1).
 ///
 /// ```
 /// use scalebox_units::VmName;

@@ -1,5 +1,5 @@
-//! The ext4 features a disk may have: those that e2fsprogs can check and grow, and that the guests'
-//! kernel can mount and write.
+//! The ext4 features that a disk may have. e2fsprogs can check and grow a file system with them,
+//! and the guests' kernel can mount and write it.
 
 use super::superblock::Superblock;
 use std::fmt::Write;

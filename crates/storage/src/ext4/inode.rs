@@ -61,8 +61,8 @@ impl Inode<'_> {
         u64::from(self.fields().u32(0x4)) | u64::from(self.fields().u32(0x6c)) << 32
     }
 
-    /// Returns the data in the inode itself: the part in place of the block map, and the rest in
-    /// the attribute `system.data`.
+    /// Returns the data in the inode itself. The first part is in place of the block map, the rest
+    /// in the attribute `system.data`.
     pub(super) fn inline(&self) -> [&[u8]; 2] {
         let own = self.bytes.get(MAP..MAP + MAP_LENGTH).unwrap_or_default();
         let more = if self.is_inline() {
@@ -133,8 +133,8 @@ impl Inode<'_> {
         !self.is_inline() && (self.is(REGULAR) || self.is(DIRECTORY) || long_link)
     }
 
-    /// Returns the inode without the fields that may change while its file stays the same: location
-    /// and number of its blocks, and checksums.
+    /// Returns the inode without the fields that may change while its file stays the same. These
+    /// are location and number of its blocks, and checksums.
     pub(super) fn without_block_map(&self) -> Vec<u8> {
         let mut bytes = self.bytes.to_vec();
         let mut forget = |at: usize, length: usize| {

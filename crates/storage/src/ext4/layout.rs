@@ -126,8 +126,8 @@ impl Layout {
         self.superblock.block_size() / self.superblock.descriptor_size() as u64
     }
 
-    /// Returns the position of the `nth` block of group descriptors: after the superblock, or with
-    /// `meta_bg` in the groups it describes.
+    /// Returns the position of the `nth` block of group descriptors. It is after the superblock, or
+    /// with `meta_bg` in the groups it describes.
     fn descriptor_block(&self, nth: u64) -> u64 {
         let superblock = &self.superblock;
         if !superblock.has_incompat(Incompat::META_BG) || nth < superblock.first_meta_group() {
@@ -146,8 +146,8 @@ impl Layout {
         }
     }
 
-    /// Returns all blocks with metadata at a fixed position: superblocks, group descriptors and the
-    /// space reserved for them, bitmaps, inode tables.
+    /// Returns all blocks with metadata at a fixed position. These are superblocks, group
+    /// descriptors and the space reserved for them, bitmaps, and inode tables.
     pub(crate) fn metadata(&self) -> Vec<Range<u64>> {
         let mut blocks = Vec::new();
         for (number, group) in self.groups.iter().enumerate() {

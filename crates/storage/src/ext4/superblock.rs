@@ -187,8 +187,8 @@ impl Superblock {
         (self.has_compat(Compat::HAS_JOURNAL) && inode != 0).then_some(inode)
     }
 
-    /// Returns inodes of the file system's own files that are not among the first inodes: project
-    /// quotas, and the list of deleted but open files.
+    /// Returns the inodes of the file system's own files that are not among the first inodes. These
+    /// are project quotas, and the list of deleted but open files.
     pub(super) fn own_files(&self) -> [u64; 2] {
         [0x26c, 0x280].map(|at| self.fields().u32(at).into())
     }
