@@ -208,7 +208,7 @@ pub(crate) fn run_accepting<S: AsRef<OsStr>>(
 /// The result of a program that worked on an image.
 #[derive(Debug)]
 pub(crate) struct ImageRun {
-    /// Its exit code; `None` when a signal ended it.
+    /// Exit code; `None` when a signal killed the program.
     pub(crate) code: Option<i32>,
     /// The exit code or the signal, as text.
     pub(crate) status: String,

@@ -113,7 +113,10 @@ mod tests {
         let mut after = vec![0; MIB as usize];
         image.read_exact_at(&mut after, 0).unwrap();
         assert!(before == after && before.iter().any(|&byte| byte != 0));
-        assert!(neighbouring_ranges(&image).unwrap().is_empty(), "joined");
+        assert!(
+            neighbouring_ranges(&image).unwrap().is_empty(),
+            "ranges are left to join"
+        );
     }
 
     #[test]

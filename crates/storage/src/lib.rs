@@ -24,6 +24,7 @@
 //! | `space`, `btrfs`, `quota` | the writable space, as the kernel reports it |
 //! | `admission` | the decision that a disk fits, and its ledger |
 //! | `usage`, `extents`, `fiemap`, `tree_search` | disk usage: the owner of each extent |
+//! | `measurement` | the last result of a usage measurement, for admission |
 //! | `template` | listing and deleting templates; resized base images |
 //! | `import`, `pack`, `format` | template import and export, compressed with zstd |
 //! | `snapshot` | turning a disk into a template |
@@ -71,6 +72,7 @@ mod group_sync;
 mod import;
 mod init;
 mod live_growth;
+mod measurement;
 mod mounts;
 mod name;
 mod pack;

@@ -183,12 +183,12 @@ fn without_host(line: &[u8], host: &[u8]) -> Option<Vec<u8>> {
 
 /// A file in the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Entry {
+struct FileEntry {
     name: String,
     stat: Stat,
 }
 
-impl Entry {
+impl FileEntry {
     fn is(&self, kind: u32) -> bool {
         self.stat.mode & KIND == kind
     }
@@ -309,7 +309,7 @@ impl<'i> Scrub<'i> {
     }
 
     /// Lists the files of a folder; empty if the folder does not exist.
-    fn list(&self, folder: &str) -> Result<Vec<Entry>, StorageError> {
+    fn list(&self, folder: &str) -> Result<Vec<FileEntry>, StorageError> {
         let Some((_, names)) = self.tree.list(folder)? else {
             return Ok(Vec::new());
         };
@@ -317,13 +317,13 @@ impl<'i> Scrub<'i> {
         for found in names {
             if let Some(stat) = self.tree.stat(found.inode)? {
                 let name = String::from_utf8_lossy(&found.name).into_owned();
-                entries.push(Entry { name, stat });
+                entries.push(FileEntry { name, stat });
             }
         }
         Ok(entries)
     }
 
-    fn find(&self, path: &str) -> Result<Option<Entry>, StorageError> {
+    fn find(&self, path: &str) -> Result<Option<FileEntry>, StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
         let Some((_, names)) = self.tree.list(folder)? else {
             return Ok(None);
@@ -332,16 +332,16 @@ impl<'i> Scrub<'i> {
             return Ok(None);
         };
         let name = name.to_owned();
-        Ok(self.tree.stat(found.inode)?.map(|stat| Entry { name, stat }))
+        Ok(self.tree.stat(found.inode)?.map(|stat| FileEntry { name, stat }))
     }
 
-    fn remove(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+    fn remove(&mut self, path: &str, entry: &FileEntry) -> Result<(), StorageError> {
         self.record_removal(path, entry)?;
         self.command(&["rm", path])
     }
 
     /// Records a removal, which changes the folder too.
-    fn record_removal(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+    fn record_removal(&mut self, path: &str, entry: &FileEntry) -> Result<(), StorageError> {
         let (folder, _) = path.rsplit_once('/').unwrap_or_default();
         self.touched.extend(self.tree.list(folder)?.map(|(folder, _)| folder));
         self.removed.insert(entry.stat.inode);
@@ -350,7 +350,7 @@ impl<'i> Scrub<'i> {
     }
 
     /// Removes a file, or a folder with all its contents.
-    fn remove_tree(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+    fn remove_tree(&mut self, path: &str, entry: &FileEntry) -> Result<(), StorageError> {
         if !entry.is(DIRECTORY) {
             return self.remove(path, entry);
         }
@@ -430,7 +430,7 @@ impl<'i> Scrub<'i> {
     }
 
     /// Replaces a file by a new one with `content`, so that `debugfs` allocates its blocks.
-    fn rewrite(&mut self, path: &str, entry: &Entry, content: &[u8]) -> Result<(), StorageError> {
+    fn rewrite(&mut self, path: &str, entry: &FileEntry, content: &[u8]) -> Result<(), StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
         let scratch = ScratchFile::new(self.path, &format!(".{}", self.contents.len()), content)?;
         let content = command::bare_name(&scratch.path).to_string_lossy().into_owned();
@@ -541,7 +541,7 @@ mod tests {
 
     #[test]
     fn only_plain_names_are_used_in_a_script() {
-        let entry = |name: &str| Entry {
+        let entry = |name: &str| FileEntry {
             name: name.to_owned(),
             stat: Stat {
                 inode: 12,

@@ -20,6 +20,7 @@ use crate::error::StorageError;
 use crate::extents::{self, Reference};
 use crate::fiemap;
 use crate::files;
+use crate::measurement::{FolderTimes, Measurement, Measurements};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
@@ -80,27 +81,6 @@ impl PoolUsage {
         self.unreclaimable
     }
 }
-
-/// The result of a measurement that admission uses.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Measurement {
-    size: Bytes,
-    /// Modification times of the templates' folders when the walk started: once they change, the
-    /// result is stale.
-    folders: FolderTimes,
-}
-
-/// The last measurement, and the number of invalidations so far. A walk that started before an
-/// invalidation is stale when it ends.
-#[derive(Debug, Default)]
-pub(crate) struct Measurements {
-    last: Option<Measurement>,
-    forgotten: u64,
-}
-
-/// When an entry of the templates' folders was last created, renamed or removed, in nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FolderTimes([i128; 2]);
 
 /// The owner of an extent: an index into [`Tally::owners`], or one of the constants.
 type Owner = u32;

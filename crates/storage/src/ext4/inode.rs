@@ -189,7 +189,7 @@ pub(super) struct Piece {
     pub(super) written: bool,
 }
 
-enum Entry {
+enum MapEntry {
     Piece(Piece),
     /// A block with extents, of a tree with this depth below it.
     Extents {
@@ -209,14 +209,14 @@ pub(super) struct Pieces<'i> {
     image: &'i File,
     layout: &'i Layout,
     /// Entries still to be read, the next at the end: at most one block of entries per level.
-    pending: Vec<Entry>,
+    pending: Vec<MapEntry>,
     position: u64,
     /// The blocks of the block map read so far.
     pub(super) nodes: Vec<u64>,
 }
 
 impl Pieces<'_> {
-    fn push(&mut self, entries: Vec<Entry>) {
+    fn push(&mut self, entries: Vec<MapEntry>) {
         self.pending.extend(entries.into_iter().rev());
     }
 
@@ -224,7 +224,7 @@ impl Pieces<'_> {
     pub(super) fn next(&mut self) -> Result<Option<Piece>, StorageError> {
         while let Some(entry) = self.pending.pop() {
             match entry {
-                Entry::Piece(piece) => {
+                MapEntry::Piece(piece) => {
                     let end = piece.physical.saturating_add(piece.length);
                     if piece.logical < self.position || end > self.layout.superblock.blocks() {
                         return Err(inconsistent("the block map of a file"));
@@ -232,12 +232,12 @@ impl Pieces<'_> {
                     self.position = piece.logical + piece.length;
                     return Ok(Some(piece));
                 }
-                Entry::Extents { block, depth } => {
+                MapEntry::Extents { block, depth } => {
                     self.nodes.push(block);
                     let block = self.layout.block(self.image, block)?;
                     self.push(extents(&block, Some(depth))?);
                 }
-                Entry::Addresses { block, levels, logical } => {
+                MapEntry::Addresses { block, levels, logical } => {
                     self.nodes.push(block);
                     let block = self.layout.block(self.image, block)?;
                     let numbers = block.chunks_exact(4).map(|number| Fields(number).u32(0));
@@ -251,7 +251,7 @@ impl Pieces<'_> {
 
 /// Parses a node of extents (Documentation/filesystems/ext4/ifork.rst). `expected` is the depth
 /// according to its parent.
-fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageError> {
+fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<MapEntry>, StorageError> {
     const MAGIC: u16 = 0xf30a;
     const ENTRY: usize = 12;
     const MAX_DEPTH: u16 = 5;
@@ -272,13 +272,13 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageErro
         .map(|entry| {
             let high = |at: usize| u64::from(entry.u16(at)) << 32;
             if depth > 0 {
-                return Entry::Extents {
+                return MapEntry::Extents {
                     block: u64::from(entry.u32(4)) | high(8),
                     depth: depth - 1,
                 };
             }
             let length = u64::from(entry.u16(4));
-            Entry::Piece(Piece {
+            MapEntry::Piece(Piece {
                 logical: entry.u32(0).into(),
                 physical: u64::from(entry.u32(8)) | high(6),
                 length: if length > UNWRITTEN { length - UNWRITTEN } else { length },
@@ -290,7 +290,7 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageErro
 
 /// Parses a block map of ext2 and ext3: twelve block addresses, then blocks of addresses with one
 /// to three levels.
-fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
+fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<MapEntry> {
     const DIRECT: u64 = 12;
     let per_block = block_size / 4;
     let number = |nth: u64| Fields(map).u32(nth as usize * 4);
@@ -299,7 +299,7 @@ fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
     for levels in 1..=3 {
         let block = number(DIRECT + u64::from(levels) - 1);
         if block != 0 {
-            entries.push(Entry::Addresses {
+            entries.push(MapEntry::Addresses {
                 block: block.into(),
                 levels,
                 logical,
@@ -312,18 +312,18 @@ fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
 
 /// Converts block addresses to entries, joining consecutive data blocks. Below each address are
 /// `levels` more levels.
-fn addresses(numbers: impl Iterator<Item = u32>, levels: u32, logical: u64, per_block: u64) -> Vec<Entry> {
-    let mut entries: Vec<Entry> = Vec::new();
+fn addresses(numbers: impl Iterator<Item = u32>, levels: u32, logical: u64, per_block: u64) -> Vec<MapEntry> {
+    let mut entries: Vec<MapEntry> = Vec::new();
     for (nth, number) in (0u64..).zip(numbers).filter(|(_, number)| *number != 0) {
         let (block, logical) = (u64::from(number), logical + nth * per_block.pow(levels));
         match entries.last_mut() {
-            _ if levels > 0 => entries.push(Entry::Addresses { block, levels, logical }),
-            Some(Entry::Piece(last))
+            _ if levels > 0 => entries.push(MapEntry::Addresses { block, levels, logical }),
+            Some(MapEntry::Piece(last))
                 if last.logical + last.length == logical && last.physical + last.length == block =>
             {
                 last.length += 1;
             }
-            _ => entries.push(Entry::Piece(Piece {
+            _ => entries.push(MapEntry::Piece(Piece {
                 logical,
                 physical: block,
                 length: 1,

@@ -24,7 +24,7 @@ pub(crate) struct Tree<'i> {
 
 /// A name in a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Name {
+pub(crate) struct FolderEntry {
     pub(crate) name: Vec<u8>,
     pub(crate) inode: u64,
 }
@@ -64,7 +64,7 @@ impl<'i> Tree<'i> {
     ///
     /// # Errors
     /// The same as [`Tree::stat`].
-    pub(crate) fn list(&self, path: &str) -> Result<Option<(u64, Vec<Name>)>, StorageError> {
+    pub(crate) fn list(&self, path: &str) -> Result<Option<(u64, Vec<FolderEntry>)>, StorageError> {
         let words = |path: &[u8]| -> Vec<Vec<u8>> {
             let words = path.split(|byte| *byte == b'/');
             words
@@ -120,7 +120,7 @@ impl<'i> Tree<'i> {
     }
 
     /// Returns the names in a folder; `None` if the inode is not a folder.
-    fn names(&self, inode: u64) -> Result<Option<Vec<Name>>, StorageError> {
+    fn names(&self, inode: u64) -> Result<Option<Vec<FolderEntry>>, StorageError> {
         let Some(bytes) = self.layout.inode(self.image, inode)? else {
             return Ok(None);
         };
@@ -209,7 +209,7 @@ fn stat(inode: u64, bytes: &[u8]) -> Stat {
 
 /// Adds the names of a block of entries. The last entry may be a checksum, which looks like an
 /// unused entry.
-fn entries(block: &[u8], names: &mut Vec<Name>) -> Result<(), StorageError> {
+fn entries(block: &[u8], names: &mut Vec<FolderEntry>) -> Result<(), StorageError> {
     const HEAD: usize = 8;
     let mut at = 0;
     while at + HEAD <= block.len() {
@@ -221,7 +221,7 @@ fn entries(block: &[u8], names: &mut Vec<Name>) -> Result<(), StorageError> {
         }
         if inode != 0 {
             let name = block.get(name).unwrap_or_default().to_vec();
-            names.push(Name { name, inode });
+            names.push(FolderEntry { name, inode });
         }
         at += length;
     }
