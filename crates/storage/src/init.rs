@@ -76,7 +76,7 @@ const LABEL: &str = "scalebox";
 /// [`StorageError::TooLittleSpace`], [`StorageError::ForeignImage`], [`StorageError::UnfitDevice`],
 /// [`StorageError::OtherDevice`], [`StorageError::NotAPool`], [`StorageError::NotEmpty`],
 /// [`StorageError::OtherFolder`], [`StorageError::Busy`], [`FstabError::Claimed`] if nothing is
-/// mounted yet, and errors of outside programs. After an error, everything is as it was before.
+/// mounted yet, and errors of outside programs. After an error, existing data is unchanged.
 pub fn init(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
     let beside = match &plan.backing {
         Backing::Image(image) => image,
