@@ -4,7 +4,7 @@
 use crate::error::Error;
 use crate::settings::{home, is_file, own_folder};
 use crate::vm::check_runs;
-use scalebox_client::{Client, SshPublicKey, Vm, WrongForm, is_vm_id};
+use scalebox_client::{Client, InvalidFormat, SshPublicKey, Vm, is_vm_id};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::Read;
@@ -93,7 +93,7 @@ pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
         });
     }
     let text = String::from_utf8_lossy(&text);
-    text.parse().map_err(|why: WrongForm| Error::Key {
+    text.parse().map_err(|why: InvalidFormat| Error::Key {
         path: path.to_owned(),
         why: match public_twin(path) {
             Some(twin) => format!("{why}; did you mean {}?", twin.display()),

@@ -5,7 +5,7 @@
 //! holds (`1e400`) is judged as what it is, a value out of range, and the sentence that refuses it
 //! names the field.
 
-use scalebox_units::WrongForm;
+use scalebox_units::InvalidFormat;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -95,7 +95,7 @@ pub enum Invalid {
         /// The field.
         field: &'static str,
         /// What the form is.
-        form: WrongForm,
+        form: InvalidFormat,
     },
 }
 
@@ -166,7 +166,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A string that must be there, in the form of `T`.
-    pub(crate) fn text<T: FromStr<Err = WrongForm>>(
+    pub(crate) fn text<T: FromStr<Err = InvalidFormat>>(
         &self,
         field: &'static str,
         what: &'static str,
@@ -175,7 +175,10 @@ impl<'a> Fields<'a> {
     }
 
     /// A string, if it is there, in the form of `T`.
-    pub(crate) fn optional_text<T: FromStr<Err = WrongForm>>(&self, field: &'static str) -> Result<Option<T>, Invalid> {
+    pub(crate) fn optional_text<T: FromStr<Err = InvalidFormat>>(
+        &self,
+        field: &'static str,
+    ) -> Result<Option<T>, Invalid> {
         self.0.get(field).map(|json| read_text(field, json)).transpose()
     }
 
@@ -295,7 +298,7 @@ fn not_json(error: serde_json::Error) -> Invalid {
     Invalid::NotJson { why: error.to_string() }
 }
 
-fn read_text<T: FromStr<Err = WrongForm>>(field: &'static str, json: &str) -> Result<T, Invalid> {
+fn read_text<T: FromStr<Err = InvalidFormat>>(field: &'static str, json: &str) -> Result<T, Invalid> {
     if !json.starts_with('"') {
         return Err(Invalid::Type {
             field,
@@ -304,7 +307,7 @@ fn read_text<T: FromStr<Err = WrongForm>>(field: &'static str, json: &str) -> Re
         });
     }
     // What is left to fail is half a surrogate pair (`"\ud800"`), which no Rust string holds.
-    let not_text = |_| WrongForm::new("must be a string of Unicode text");
+    let not_text = |_| InvalidFormat::new("must be a string of Unicode text");
     let form = serde_json::from_str(json)
         .map_err(not_text)
         .and_then(|text: String| text.parse());

@@ -1,6 +1,6 @@
 //! The form of an idempotency key: what makes a request that is sent again the same request.
 
-use scalebox_units::WrongForm;
+use scalebox_units::InvalidFormat;
 use std::fmt;
 use std::str::FromStr;
 
@@ -18,9 +18,9 @@ impl IdempotencyKey {
 }
 
 impl FromStr for IdempotencyKey {
-    type Err = WrongForm;
+    type Err = InvalidFormat;
 
-    fn from_str(text: &str) -> Result<Self, WrongForm> {
+    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
         let text = text.trim();
         let key = text
             .strip_prefix('"')
@@ -32,7 +32,7 @@ impl FromStr for IdempotencyKey {
         } else {
             let form =
                 "must be 1 to 255 printable ASCII characters without spaces, quotes and backslashes, such as a UUID";
-            Err(WrongForm::new(form))
+            Err(InvalidFormat::new(form))
         }
     }
 }

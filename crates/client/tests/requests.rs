@@ -438,7 +438,7 @@ fn a_key_that_opens_more_or_nothing_is_refused_with_the_reason() {
         ("ssh-ed25519 AAAA", "damaged"),
         ("ssh-ed25519 !!!! me", "damaged"),
         (&KEY[..60], "damaged"),
-        (&format!("ssh-rsa {data}"), "damaged or of another type"),
+        (&format!("ssh-rsa {data}"), "damaged or has another type"),
         (&format!("{KEY}\r\n{KEY}"), "one line"),
         (&format!("{KEY}\0"), "one line"),
         (&format!("{KEY} {KEY}"), "must be one key"),

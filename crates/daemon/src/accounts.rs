@@ -8,7 +8,7 @@
 use crate::service::{Service, blocking};
 use crate::state::Record;
 use scalebox_client::StorageUsage;
-use scalebox_storage::{Accounts, Bytes, Gib, Name, Template, Usage};
+use scalebox_storage::{Bytes, Gib, Name, PoolUsage, Template, Usage};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,13 +23,13 @@ const TICK: Duration = Duration::from_millis(500);
 /// The last measurement, and what was used before.
 #[derive(Default)]
 pub struct Ledger {
-    latest: Mutex<Option<Arc<Accounts>>>,
+    latest: Mutex<Option<Arc<PoolUsage>>>,
     history: Mutex<History>,
 }
 
 impl Ledger {
     /// The last measurement; `None` before the first.
-    pub fn latest(&self) -> Option<Arc<Accounts>> {
+    pub fn latest(&self) -> Option<Arc<PoolUsage>> {
         lock(&self.latest).clone()
     }
 
@@ -38,7 +38,7 @@ impl Ledger {
         lock(&self.history).days_left(free)
     }
 
-    fn enter(&self, accounts: Accounts, since_start: Duration) {
+    fn enter(&self, accounts: PoolUsage, since_start: Duration) {
         lock(&self.history).enter(since_start, accounts.total());
         *lock(&self.latest) = Some(Arc::new(accounts));
     }
@@ -50,19 +50,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// What the last measurement says of a VM's disk.
-pub fn disk_usage(accounts: &Accounts, record: &Record) -> Option<StorageUsage> {
+pub fn disk_usage(accounts: &PoolUsage, record: &Record) -> Option<StorageUsage> {
     let usage = accounts.disks.get(&record.id.parse::<Name>().ok()?)?;
     Some(told(usage, Gib::new(record.disk_size_gib).bytes(), accounts))
 }
 
 /// What the last measurement says of a template.
-pub fn template_usage(accounts: &Accounts, template: &Template) -> Option<StorageUsage> {
+pub fn template_usage(accounts: &PoolUsage, template: &Template) -> Option<StorageUsage> {
     let usage = accounts.templates.get(&template.name)?;
     Some(told(usage, template.size, accounts))
 }
 
 /// `provisioned` as it is now: it may have grown since.
-fn told(usage: &Usage, provisioned: Bytes, accounts: &Accounts) -> StorageUsage {
+fn told(usage: &Usage, provisioned: Bytes, accounts: &PoolUsage) -> StorageUsage {
     StorageUsage {
         provisioned_bytes: provisioned.as_u64(),
         used_bytes: usage.used.as_u64(),

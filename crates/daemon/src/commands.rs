@@ -337,7 +337,7 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         // use all the same.
         tracing::warn!(%error, "the pool and its image are not of one size yet; trying again");
     }
-    if let Err(error) = pool.share_kernel() {
+    if let Err(error) = pool.make_kernel_readable() {
         tracing::warn!(%error, "each jail gets a kernel of its own");
     }
     drivers::wait_for_kvm(&settings).await;

@@ -40,7 +40,7 @@ pub fn caveats(settings: &Settings) -> Vec<Caveat> {
             fix: "set API_BIND=127.0.0.1 and put a TLS proxy in front of it: see docs/install.md".to_owned(),
         });
     }
-    if let (Backing::Given, Some(size)) = (&settings.backing, &settings.storage_size) {
+    if let (Backing::Existing, Some(size)) = (&settings.backing, &settings.storage_size) {
         caveats.push(Caveat {
             finding: format!(
                 "STORAGE_SIZE={size} has no effect with POOL_IMAGE=none: the pool is as large as its file system"
@@ -93,7 +93,7 @@ type Place<'a> = (&'static str, Option<&'a Path>);
 fn paths(settings: &Settings) -> Result<(), SettingsError> {
     let image = match &settings.backing {
         Backing::Image(image) => Some(image.as_path()),
-        Backing::Device(_) | Backing::Given => None,
+        Backing::Device(_) | Backing::Existing => None,
     };
     let image: Place = ("POOL_IMAGE", image);
     let data: Place = ("DATA_DIR", Some(&settings.data_dir));

@@ -350,7 +350,7 @@ fn not_mounted(found: &mut Findings, settings: &Settings) {
     let (lies_on, is_there) = match &settings.backing {
         Backing::Image(image) => (format!("the pool {}", image.display()), image.exists()),
         Backing::Device(device) => (format!("the pool on {}", device.display()), device.exists()),
-        Backing::Given => ("the pool".to_owned(), false),
+        Backing::Existing => ("the pool".to_owned(), false),
     };
     let vms = State::peek_vms(&settings.state_dir).unwrap_or(0);
     if vms > 0 {
@@ -378,7 +378,7 @@ fn not_mounted(found: &mut Findings, settings: &Settings) {
             let finding = format!("{lies_on} is not mounted at {at}{mount}");
             found.problem("pool", finding, "scaleboxd pool init (keeps a pool that is on it)");
         }
-        Backing::Given => found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init"),
+        Backing::Existing => found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init"),
     }
 }
 

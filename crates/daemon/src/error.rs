@@ -174,11 +174,11 @@ impl From<StorageError> for ServiceError {
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
             StorageError::TemplateExists(_) => ServiceError::NameTaken(text),
             StorageError::TemplateBeingMade(_) | StorageError::Busy(_) => ServiceError::Busy(text),
-            StorageError::Unfit(_) | StorageError::FileSystem(_) | StorageError::DamagedTemplate { .. } => {
+            StorageError::UnfitDisk(_) | StorageError::FileSystem(_) | StorageError::DamagedTemplate { .. } => {
                 ServiceError::WrongState(text)
             }
             StorageError::PoolSize(_) => ServiceError::invalid_field("size_gib", text),
-            StorageError::Given(_) | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
+            StorageError::ExistingFileSystem(_) | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
                 ServiceError::invalid(text)
             }
             StorageError::SmallerThanTemplate { .. } | StorageError::CannotGrow { .. } => {

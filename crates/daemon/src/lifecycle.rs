@@ -8,7 +8,7 @@ use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name, fault_point};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::{CalledOff, Operation};
-use scalebox_client::{EventKind, SshPublicKey, Vm, VmStatus, WrongForm};
+use scalebox_client::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Mbps};
@@ -407,7 +407,7 @@ pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
 }
 
 /// A record that no version of this program writes: edited by hand, or damaged.
-fn unusable(record: &Record, field: &str, form: WrongForm) -> ServiceError {
+fn unusable(record: &Record, field: &str, form: InvalidFormat) -> ServiceError {
     ServiceError::WrongState(format!(
         "VM {} cannot be started with its recorded {field}, which {form}: make a template of it (snapshot), and a new VM of that",
         record.id

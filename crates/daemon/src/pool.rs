@@ -5,7 +5,7 @@ use crate::error::ServiceError;
 use crate::pool_growth;
 use crate::service::{Service, blocking};
 use scalebox_client::{EventKind, PoolInfo, Trimmed};
-use scalebox_storage::{Accounts, Bytes, Gib, Pool, StorageError};
+use scalebox_storage::{Bytes, Gib, Pool, PoolUsage, StorageError};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ impl Service {
         let space = pool.space()?;
         let promises = pool.promises();
         let accounts = self.inner().ledger.latest();
-        let measured = |sum: fn(&Accounts) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
+        let measured = |sum: fn(&PoolUsage) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
         Ok(PoolInfo {
             path: pool.path().display().to_string(),
             file_system: pool.file_system().to_owned(),

@@ -6,7 +6,7 @@
 
 use crate::service::{Service, blocking};
 use scalebox_fault_points::crash_point;
-use scalebox_storage::{Bytes, Gib, Unlinked};
+use scalebox_storage::{Bytes, Gib, UnlinkedDisk};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,7 +54,7 @@ impl Drop for UnderWay {
 
 /// Gives the blocks of a deleted VM's disk back, and then its promise, in a task that the daemon's
 /// end waits for.
-pub fn give_back(service: &Service, id: String, disk: Option<Unlinked>, promised: Gib) {
+pub fn give_back(service: &Service, id: String, disk: Option<UnlinkedDisk>, promised: Gib) {
     let under_way = UnderWay::begin(service);
     service.inner().tasks.spawn(async move {
         let service = &under_way.0;
@@ -119,7 +119,7 @@ pub async fn run(service: Service) -> Infallible {
             continue;
         }
         let begun = Instant::now();
-        match blocking(move || pool.hand_on()).await {
+        match blocking(move || pool.discard_free_blocks()).await {
             Ok(Bytes::ZERO) => {}
             Ok(freed) => tracing::info!(
                 host_bytes = freed.as_u64(),

@@ -24,7 +24,7 @@ use scalebox_client::{
     Cpu, CreateVm, EventKind, HostInfo, HostLimits, Limits, Memory, Template, Trimmed, UpdateVm, Vm, VmCounts, VmStatus,
 };
 use scalebox_net::Network;
-use scalebox_storage::{Accounts, Name, Pool};
+use scalebox_storage::{Name, Pool, PoolUsage};
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -358,7 +358,7 @@ impl Service {
         self.describe_by(record, self.inner.ledger.latest().as_deref())
     }
 
-    fn describe_by(&self, record: &Record, accounts: Option<&Accounts>) -> Vm {
+    fn describe_by(&self, record: &Record, accounts: Option<&PoolUsage>) -> Vm {
         let ip = self.inner.host_ip;
         Vm {
             id: record.id.clone(),

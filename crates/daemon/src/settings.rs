@@ -442,7 +442,7 @@ impl Values {
             return self.path("POOL_DEVICE", "").map(Backing::Device);
         }
         match self.get("POOL_IMAGE") {
-            Some("none") => Ok(Backing::Given),
+            Some("none") => Ok(Backing::Existing),
             _ => self.path("POOL_IMAGE", "/var/lib/scalebox.img").map(Backing::Image),
         }
     }
@@ -632,7 +632,7 @@ mod tests {
             backing(&[("POOL_DEVICE", "/dev/sdb")]),
             Ok(Backing::Device("/dev/sdb".into()))
         );
-        assert_eq!(backing(&[("POOL_IMAGE", "none")]), Ok(Backing::Given));
+        assert_eq!(backing(&[("POOL_IMAGE", "none")]), Ok(Backing::Existing));
         let both = backing(&[("POOL_DEVICE", "/dev/sdb"), ("POOL_IMAGE", "/srv/p.img")]).unwrap_err();
         assert!(
             both.contains("POOL_DEVICE=\"/dev/sdb\"") && both.contains("together with POOL_IMAGE"),

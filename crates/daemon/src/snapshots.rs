@@ -11,7 +11,7 @@ use crate::state::Record;
 use crate::vms::Operation;
 use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
 use scalebox_guest::{Agent, AgentError};
-use scalebox_storage::{Identity, Name, Snapshot as Unfinished};
+use scalebox_storage::{GuestIdentity, Name, PendingSnapshot};
 use scalebox_vmm::{Machine, MachineState};
 use serde_json::json;
 use std::collections::HashMap;
@@ -150,10 +150,14 @@ impl Service {
     }
 
     /// Clones a VM's disk while its guest writes nothing. On any outcome the guest goes on.
-    async fn clone_still(&self, operation: &Operation, clone: Unfinished) -> Result<(Unfinished, Held), ServiceError> {
+    async fn clone_still(
+        &self,
+        operation: &Operation,
+        clone: PendingSnapshot,
+    ) -> Result<(PendingSnapshot, Held), ServiceError> {
         let record = &operation.record;
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-        blocking(move || pool.settle_disk(&disk)).await?;
+        blocking(move || pool.flush_disk(&disk)).await?;
         let machine = match &operation.machine {
             Some(machine) if record.status == VmStatus::Running => machine,
             // A paused one stands still already, and is not ours to resume.
@@ -188,8 +192,8 @@ impl Service {
         &self,
         record: &Record,
         machine: &Arc<dyn Machine>,
-        clone: Unfinished,
-    ) -> Result<(Unfinished, Held), ServiceError> {
+        clone: PendingSnapshot,
+    ) -> Result<(PendingSnapshot, Held), ServiceError> {
         let begun = Instant::now();
         let cloned = match machine.pause().await {
             Ok(()) => self.clone_disk_now(record, clone).await,
@@ -207,7 +211,11 @@ impl Service {
         Ok((cloned?, Held::Paused(begun.elapsed())))
     }
 
-    async fn clone_disk_now(&self, record: &Record, mut clone: Unfinished) -> Result<Unfinished, ServiceError> {
+    async fn clone_disk_now(
+        &self,
+        record: &Record,
+        mut clone: PendingSnapshot,
+    ) -> Result<PendingSnapshot, ServiceError> {
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
         blocking(move || pool.take_snapshot(&mut clone, &disk).map(|()| clone)).await
     }
@@ -306,8 +314,8 @@ async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
     }
 }
 
-fn identity(record: &Record) -> Identity {
-    Identity {
+fn identity(record: &Record) -> GuestIdentity {
+    GuestIdentity {
         hostname: record.name.clone(),
         ssh_public_key: record.ssh_public_key.clone(),
     }

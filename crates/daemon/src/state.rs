@@ -218,7 +218,7 @@ impl State {
         let make = |dir: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
         make(folder).map_err(in_folder)?;
         let lock = lock_file(folder).map_err(in_folder)?;
-        if !scalebox_storage::lock_for_one_program(&lock).map_err(in_folder)? {
+        if !scalebox_storage::try_lock_exclusive(&lock).map_err(in_folder)? {
             return Err(StateError::Locked(folder.to_owned()));
         }
         let is_read_only = is_on_read_only_file_system(folder).map_err(in_folder)?;

@@ -219,7 +219,7 @@ impl Service {
         }
         let flushed = async {
             let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-            blocking(move || pool.settle_disk(&disk)).await
+            blocking(move || pool.flush_disk(&disk)).await
         };
         match flushed.await {
             Ok(()) => FailedGrowth::CameAbout,
@@ -244,7 +244,7 @@ impl Service {
                 // The hypervisor does not: a power cut would make the disk smaller than it was said
                 // to be.
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
-                blocking(move || pool.settle_disk(&disk)).await
+                blocking(move || pool.flush_disk(&disk)).await
             }
             None => {
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);

@@ -235,7 +235,7 @@ fn a_disk_smaller_than_its_template_is_a_400_that_names_the_template_s_size() {
         refused(error),
         (
             400,
-            "disk_size_gib must be at least 3: the template large is 3 GiB large".to_owned()
+            "disk_size_gib must be at least 3: the template large has 3 GiB".to_owned()
         )
     );
     assert_eq!(

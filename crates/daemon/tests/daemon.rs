@@ -203,7 +203,7 @@ fn disks_are_kept_from_a_daemon_whose_state_knows_nothing_of_them() {
     // Beside the daemon that has the pool.
     host.set("STATE_DIR", &wrong);
     let said = host.scaleboxd_fails(&["serve"]);
-    assert!(said.contains("at work on"), "{said}");
+    assert!(said.contains("in use by another scaleboxd"), "{said}");
     // In its place.
     assert!(host.terminate().success());
     for command in ["serve", "down"] {

@@ -221,7 +221,10 @@ fn a_kernel_that_shows_nothing_of_btrfs_is_distinguished_from_a_pool_that_is_mis
     };
     assert_eq!(problem["check"], "pool");
     assert!(
-        problem["finding"].as_str().unwrap().contains("below /sys/fs/btrfs")
+        problem["finding"]
+            .as_str()
+            .unwrap()
+            .contains("/sys/fs/btrfs has no entry")
             && !problem["fix"].as_str().unwrap().contains("pool init"),
         "{problem}"
     );

@@ -79,7 +79,7 @@ fn a_daemon_serves_from_a_folder_on_xfs_and_leaves_the_file_system_to_its_owner(
     for (path, body) in [("/pool/grow", &b""[..]), ("/pool/shrink", br#"{"size_gib": 20}"#)] {
         let (status, answer) = host.send("POST", path, body);
         assert!(
-            status == 400 && answer.contains("was there before it"),
+            status == 400 && answer.contains("on an existing file system"),
             "{status} {answer}"
         );
     }

@@ -155,7 +155,7 @@ fn a_pool_that_is_not_mounted_is_waited_for_and_not_made_anew() {
         "{told}"
     );
     let told = host.scaleboxd_fails(&["pool", "init"]);
-    assert!(told.contains("1 disks of VMs should be in it"), "{told}");
+    assert!(told.contains("1 VM disks should be in it"), "{told}");
     assert!(!image.exists());
 
     fs::rename(&away, &image).unwrap();

@@ -102,8 +102,8 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
     let (status, message) = import("debian-base", bytes.clone());
     assert!(status == 403 && message.contains("protected"), "{message}");
     for (bytes, why) in [
-        (b"just a text".to_vec(), "holds no file system"),
-        (Vec::new(), "holds no file system"),
+        (b"just a text".to_vec(), "contains no file system"),
+        (Vec::new(), "contains no file system"),
         (vec![0x1f, 0x8b, 8, 0], "compressed with gzip"),
         (vec![0x28, 0xb5, 0x2f, 0xfd, 1, 2, 3], "cannot become a template"),
         (bytes[..30 << 20].to_vec(), "cannot become a template"),
@@ -120,7 +120,7 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
     run("zstd", &["-q", text(&bomb), "-o", text(&packed)]);
     let (status, message) = import("bomb", fs::read(&packed).unwrap());
     assert!(
-        status == 400 && message.contains("larger than the largest disk, which is 2 GiB"),
+        status == 400 && message.contains("larger than the maximum disk size of 2 GiB"),
         "{message}"
     );
 
@@ -173,11 +173,11 @@ fn both_ways_to_import_know_one_maximum_and_name_what_they_refuse() {
     run("zstd", &["-q", text(&image), "-o", text(&packed)]);
     for file in [&image, &packed] {
         let said = host.scaleboxd_fails(&["template", "import", "large", text(file)]);
-        assert!(said.contains("larger than the largest disk, which is 2 GiB"), "{said}");
+        assert!(said.contains("larger than the maximum disk size of 2 GiB"), "{said}");
         let sent = host.client().import_template("large", File::open(file).unwrap(), false);
         let (status, message) = refused(sent.unwrap_err());
         assert!(
-            status == 400 && message.contains("larger than the largest disk, which is 2 GiB"),
+            status == 400 && message.contains("larger than the maximum disk size of 2 GiB"),
             "{message}"
         );
     }
@@ -185,7 +185,7 @@ fn both_ways_to_import_know_one_maximum_and_name_what_they_refuse() {
     let form = b"--x1\r\nContent-Disposition: form-data; name=\"f\"\r\n\r\n";
     let (status, message) = host.send("POST", "/templates/form/import", form);
     assert!(
-        status == 400 && message.contains("send the image itself as the body"),
+        status == 400 && message.contains("send the image itself as the request body"),
         "{message}"
     );
     let mut tar = vec![0; 1024];

@@ -1,55 +1,57 @@
-//! Named steps at which a build for tests ends the process or returns an error.
+//! Named steps at which a test build kills the process or returns an error.
 //!
-//! Code that changes something durable calls one of two functions behind each step, with a name
-//! that no other step has: [`fault_point`] where a successor of the step can fail, so that an error
-//! must be undone, [`crash_point`] where the operation has succeeded and no later error can change
-//! that. Without the feature `enabled` both do nothing. With it, the environment variable
-//! `SCALEBOX_FAULTS` names a folder, in which these are used if they are there:
+//! Code that changes durable state calls one of two functions after each step, with a unique name:
+//! [`fault_point`] where a later step can fail, so that an error must be rolled back, and
+//! [`crash_point`] where the operation has succeeded and no later error can change that. Without
+//! the feature `enabled` both do nothing. With it, the environment variable `SCALEBOX_FAULTS` names
+//! a folder with these optional files:
 //!
 //! | file | meaning |
 //! |---|---|
-//! | `trace` | the name of each step is appended as it is reached |
-//! | `fault` | `MODE N STEP`: what happens the Nth time that the step is reached, counted from when the file has this content |
-//! | `programs/` | programs that stand in for outside programs, for instance to make their system calls fail |
+//! | `trace` | each reached step appends its name |
+//! | `fault` | `MODE N STEP`: the action at the Nth time that the step is reached, counted since the file has this content |
+//! | `programs/` | replacements for outside programs, for example with failing system calls |
 //!
-//! | mode | what happens |
+//! | mode | action |
 //! |---|---|
-//! | `end` | the process ends, as by `kill -9`: no destructor runs, nothing is flushed |
+//! | `end` | the process is killed like by `kill -9`: no destructor runs, nothing is flushed |
 //! | `once` | the step returns an error |
-//! | `lasting` | the step returns an error, and so does each later one of this name |
+//! | `lasting` | the step and every later one of this name return an error |
 //!
-//! The trace lists the steps of an operation, and the sources list all steps, so a test can walk
+//! The trace lists the steps of an operation and the sources list all steps, so a test can visit
 //! every one of them.
 
 use std::io;
 use std::path::PathBuf;
 
-/// Marks a step whose successor can fail. The error stands for that failure; its kind is `Other`.
+/// Marks a step after which the operation can still fail. The error stands for such a failure; its
+/// kind is `Other`.
 ///
 /// # Errors
-/// Only in a build for tests, where a test asks for it.
+/// Only in a test build, at the request of a test.
 #[cfg(not(feature = "enabled"))]
 #[inline(always)]
 pub fn fault_point(_step: &'static str) -> io::Result<()> {
     Ok(())
 }
 
-/// Marks a step whose successor can fail. The error stands for that failure; its kind is `Other`.
+/// Marks a step after which the operation can still fail. The error stands for such a failure; its
+/// kind is `Other`.
 ///
 /// # Errors
-/// Only in a build for tests, where a test asks for it.
+/// Only in a test build, at the request of a test.
 #[cfg(feature = "enabled")]
 pub fn fault_point(step: &'static str) -> io::Result<()> {
     enabled::reached(step)
 }
 
-/// Marks a step behind which the operation has succeeded: tests can end the process here, but
+/// Marks a step after which the operation has succeeded: tests can kill the process here, but
 /// nothing can fail.
 #[cfg(not(feature = "enabled"))]
 #[inline(always)]
 pub fn crash_point(_step: &'static str) {}
 
-/// Marks a step behind which the operation has succeeded: tests can end the process here, but
+/// Marks a step after which the operation has succeeded: tests can kill the process here, but
 /// nothing can fail.
 #[cfg(feature = "enabled")]
 pub fn crash_point(step: &'static str) {
@@ -60,15 +62,14 @@ pub fn crash_point(step: &'static str) {
     }
 }
 
-/// Returns the folder in which outside programs are to be looked for first. Always `None` in a
-/// release.
+/// Returns the folder that is searched first for outside programs. Always `None` in a release.
 #[cfg(not(feature = "enabled"))]
 #[inline(always)]
 pub fn programs() -> Option<PathBuf> {
     None
 }
 
-/// Returns the folder in which outside programs are to be looked for first.
+/// Returns the folder that is searched first for outside programs.
 #[cfg(feature = "enabled")]
 pub fn programs() -> Option<PathBuf> {
     enabled::programs()
@@ -116,10 +117,10 @@ mod enabled {
             Action::Nothing => Ok(()),
             Action::End => {
                 let killed = kill_process(getpid(), Signal::KILL);
-                killed.unwrap_or_else(|error| fail(&format!("cannot end the process at {step:?}: {error}")));
+                killed.unwrap_or_else(|error| fail(&format!("cannot kill the process at {step:?}: {error}")));
                 Ok(())
             }
-            Action::Error => Err(io::Error::other(format!("injected behind the step {step:?}"))),
+            Action::Error => Err(io::Error::other(format!("injected after the step {step:?}"))),
         }
     }
 
@@ -161,8 +162,7 @@ mod enabled {
         action
     }
 
-    /// Ends a test that cannot do what it was asked to, so that it does not look like one that
-    /// passed.
+    /// Aborts a test that cannot follow its request, so that it does not pass by accident.
     pub fn fail(problem: &str) -> ! {
         eprintln!("{problem}");
         std::process::abort()

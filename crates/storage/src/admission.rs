@@ -1,90 +1,93 @@
-//! Admission: the decision, before anything is made, that a disk fits.
+//! Admission: deciding that a disk fits before anything is created.
 //!
-//! Two bounds hold at every admission, with every request under way counted:
+//! Two bounds hold at every admission, with all concurrent requests counted:
 //!
 //! ```text
 //! free − reserved                  ≥ size + buffer
 //! committed + reserved + size      ≤ overcommit ratio × capacity
 //! ```
 //!
-//! Under a ratio of 1 or less, every promised byte is backed, and a third bound says so:
+//! With a ratio of 1 or less, every promised byte is backed. A third bound ensures it:
 //!
 //! ```text
-//! fixed + committed + reserved + size + buffer ≤ backable
+//! unreclaimable + committed + reserved + size + buffer ≤ worst-case capacity
 //! ```
 //!
-//! *Backable* is the data that pool and host disk can hold in all, with the metadata for it in its
-//! worst case ([`Space::backable`]). *Fixed* is what is used and no promise covers
-//! ([`Space::fixed`]): all but the blocks that a disk maps in extents which nothing else refers to.
+//! The *worst-case capacity* is the data that pool and host disk can hold in total, with the
+//! metadata for it in its worst case ([`Space::worst_case_capacity`]). The *unreclaimable usage* is
+//! everything in use that no promise covers ([`Space::unreclaimable`]). That is all blocks except
+//! those that a disk maps in extents referenced by nothing else.
 //!
-//! Why it is enough. Take the moment of the decision, and any later one at which the same disks are
-//! there. A block in use then is either part of what was fixed, or a disk maps it in an extent of
-//! its own: it was mapped so before, or the guest wrote it since. A guest's write goes in place
-//! where the disk has the block to itself (NOCOW), and to a new block, mapped at that offset from
-//! then on, where it shares it or had none. So at most one such block stands at each offset of a
-//! disk, and all of them together are at most what was promised: used ≤ fixed + promised. The bound
-//! keeps that, and the buffer, within what can be held. What changes *fixed* is admitted itself: a
-//! template's data when it is imported, a disk's when it becomes a template (its blocks are shared
-//! from then on). A template deleted changes nothing, for fixed counts the extents that clones
-//! still share. A deleted disk takes its promise and its blocks along; what it shared stays in
-//! fixed until it is measured anew.
+//! Why this is sufficient: take the moment of the decision, and any later moment at which the same
+//! disks exist. Each block in use then is either part of the unreclaimable usage, or mapped by a
+//! disk in an extent of its own. In the second case the disk mapped it before the decision, or the
+//! guest wrote it since. A guest's write goes in place where the disk owns the block exclusively
+//! (NOCOW). Where the block is shared or missing, the write goes to a new block, mapped at that
+//! offset from then on. So each offset of a disk has at most one such block, and all of them
+//! together are at most the promised size: used ≤ unreclaimable + promised. The bound keeps that
+//! sum, plus the buffer, within the worst-case capacity. Operations that raise the unreclaimable
+//! usage are admitted themselves: the import of a template for its data, and a snapshot for the
+//! disk's blocks, which are shared from then on. Deleting a template changes nothing, because the
+//! unreclaimable usage includes the extents that clones still share. Deleting a disk removes its
+//! promise and its blocks; the blocks it shared stay in the unreclaimable usage until the next
+//! measurement.
 //!
-//! What the argument does not cover: a guest that discards parts of an extent of its own and writes
-//! them again. The extent stays whole on disk, and the new blocks are further ones. The next
-//! measurement finds it: fixed grows, and nothing is promised on it. Nor does it cover another
-//! program that fills the host disk.
+//! The argument does not cover a guest that discards parts of an extent of its own and writes them
+//! again. The extent stays whole on disk, and the new blocks are additional. The next measurement
+//! detects it: the unreclaimable usage rises, and that space is no longer promised. Nor does the
+//! argument cover another program that fills the host disk.
 //!
-//! A request holds a [`Reservation`] from its admission until its disk is recorded (it becomes a
-//! commitment) or it fails (the guard is dropped, and the space is there again). Either happens
-//! exactly once, because the guard is consumed.
+//! A request holds a [`Reservation`] from its admission until its disk is recorded or the request
+//! fails. Recording turns the reservation into a commitment; a failure drops the guard and releases
+//! the space. Exactly one of the two happens, because the guard is consumed.
 
 use crate::error::StorageError;
 use crate::size::{Bytes, Gib};
 use crate::space::Space;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What admission is held to.
+/// The limits that admission enforces.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bounds {
     /// Space that is always left free.
     pub buffer: Gib,
-    /// How many times the capacity may be promised; 1 backs every promised byte.
+    /// How many times the capacity may be promised; with 1, every promised byte is backed.
     pub overcommit_ratio: f64,
 }
 
-/// Sums of what was promised, in bytes.
+/// Sums of promised sizes, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Promises {
-    /// Provisioned sizes of the disks there are.
+    /// Provisioned sizes of the existing disks.
     pub committed: Bytes,
-    /// Admitted to requests that are under way.
+    /// Sizes admitted for requests in progress.
     pub reserved: Bytes,
 }
 
-/// The books of one pool. Cloning gives another handle on the same books.
+/// The ledger of one pool. A clone is another handle on the same ledger.
 #[derive(Debug, Clone)]
 pub struct Admission {
     bounds: Bounds,
     // A std mutex: held for a few additions and one reading of the pool's space, never across an
     // await.
-    books: Arc<Mutex<Books>>,
+    ledger: Arc<Mutex<Ledger>>,
 }
 
 #[derive(Debug, Default)]
-struct Books {
+struct Ledger {
     promises: Promises,
-    /// The size of the pool to count with while it is being shrunk to that.
+    /// While the pool is being shrunk: its size afterwards, which limits admission.
     ceiling: Option<Bytes>,
 }
 
-impl Books {
-    /// The space as it will be when a shrinking under way is done.
-    fn foreseen(&self, space: Space) -> Space {
+impl Ledger {
+    /// Returns the space as it will be after the shrink in progress.
+    fn after_shrink(&self, space: Space) -> Space {
         match self.ceiling {
             Some(ceiling) if ceiling < space.capacity => Space {
                 free: space.free - (space.capacity - ceiling),
                 capacity: ceiling,
-                backable: space.backable - (space.capacity - ceiling),
+                worst_case_capacity: space.worst_case_capacity - (space.capacity - ceiling),
                 ..space
             },
             _ => space,
@@ -93,51 +96,51 @@ impl Books {
 }
 
 impl Admission {
-    /// Empty books.
+    /// Creates an empty ledger.
     pub fn new(bounds: Bounds) -> Self {
         Admission {
             bounds,
-            books: Arc::default(),
+            ledger: Arc::default(),
         }
     }
 
-    /// The bounds the books are held to.
+    /// Returns the limits of this ledger.
     pub fn bounds(&self) -> Bounds {
         self.bounds
     }
 
-    /// What stands in the books now.
+    /// Returns the current promises.
     pub fn promises(&self) -> Promises {
-        self.books().promises
+        self.ledger().promises
     }
 
-    /// The largest sum of promises on a pool of this capacity.
+    /// Returns the largest sum of promises for a pool of this capacity.
     pub fn limit(&self, capacity: Bytes) -> Bytes {
         capacity.scaled(self.bounds.overcommit_ratio)
     }
 
-    /// Whether every promised byte has to be backed.
+    /// Returns whether every promised byte must be backed.
     pub fn backs_every_byte(&self) -> bool {
         self.bounds.overcommit_ratio <= 1.0
     }
 
-    /// Admits `size` if the bounds hold. `space` is read under the lock, so that no two requests
-    /// are shown the same gigabyte; it should cost no more than a `statfs`.
+    /// Admits `size` if the bounds hold. `space` is called under the lock, so that no two requests
+    /// count the same space twice; it should cost no more than a `statfs`.
     ///
     /// # Errors
-    /// [`StorageError::Insufficient`], with nothing reserved; whatever `space` fails with.
+    /// [`StorageError::Insufficient`], with nothing reserved; any error of `space`.
     pub fn admit(
         &self,
         size: Bytes,
         space: impl FnOnce() -> Result<Space, StorageError>,
     ) -> Result<Reservation, StorageError> {
-        let mut books = self.books();
-        let space = books.foreseen(space()?);
-        let Promises { committed, reserved } = books.promises;
+        let mut ledger = self.ledger();
+        let space = ledger.after_shrink(space()?);
+        let Promises { committed, reserved } = ledger.promises;
         let writable = space.free - reserved;
         let promisable = self.limit(space.capacity) - committed - reserved;
         let backed = if self.backs_every_byte() {
-            space.backable - space.fixed - committed - reserved
+            space.worst_case_capacity - space.unreclaimable - committed - reserved
         } else {
             Bytes::new(u64::MAX)
         };
@@ -147,105 +150,105 @@ impl Admission {
                 need: size.ceil_gib() + self.bounds.buffer,
             });
         }
-        books.promises.reserved += size;
+        ledger.promises.reserved += size;
         Ok(Reservation {
             size,
-            books: self.clone(),
+            ledger: self.clone(),
         })
     }
 
-    /// Enters a disk that is there already, at start.
+    /// Adds an existing disk, at start.
     pub fn restore(&self, size: Bytes) {
-        self.books().promises.committed += size;
+        self.ledger().promises.committed += size;
     }
 
-    /// Strikes out a disk that was deleted.
+    /// Removes a deleted disk.
     pub fn release(&self, size: Bytes) {
-        let mut books = self.books();
-        debug_assert!(books.promises.committed >= size, "more is released than was committed");
-        books.promises.committed = books.promises.committed - size;
+        let mut ledger = self.ledger();
+        debug_assert!(ledger.promises.committed >= size, "released more than was committed");
+        ledger.promises.committed = ledger.promises.committed - size;
     }
 
-    /// Counts with a pool of `size` from now on, until the guard is dropped: the pool is about to
-    /// be shrunk to that. `fits` is given the sum of promises, and says whether they and what is
-    /// used will fit, or what size would do.
+    /// Limits admission to a pool of `size` until the guard is dropped; for use before a shrink.
+    /// `fits` receives the sum of promises and checks that they and the used data fit; if not, it
+    /// returns the required size.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when what is used or promised would not fit; whatever `fits`
-    /// fails with.
+    /// [`StorageError::PoolSize`] when the used data or the promises do not fit; any error of
+    /// `fits`.
     pub fn lower_ceiling(
         &self,
         size: Bytes,
         fits: impl FnOnce(Bytes) -> Result<Result<(), Gib>, StorageError>,
     ) -> Result<LoweredCeiling, StorageError> {
-        let mut books = self.books();
-        let promised = books.promises.committed + books.promises.reserved;
+        let mut ledger = self.ledger();
+        let promised = ledger.promises.committed + ledger.promises.reserved;
         if promised > self.limit(size) {
             return Err(StorageError::PoolSize(format!(
-                "VMs were promised {promised}, and a pool of {size} may be promised at most {}: delete some, or shrink it less",
+                "VMs were promised {promised}; a pool of {size} may promise at most {}. Delete VMs, or choose a larger size",
                 self.limit(size)
             )));
         }
         if let Err(needed) = fits(promised)? {
             return Err(StorageError::PoolSize(format!(
-                "a pool of {size} cannot hold what is used and promised and keep {} GiB free: at least {needed} GiB are needed",
+                "a pool of {size} cannot hold the used data and the promised disks and keep {} GiB free: at least {needed} GiB are needed",
                 self.bounds.buffer
             )));
         }
-        books.ceiling = Some(size);
+        ledger.ceiling = Some(size);
         Ok(LoweredCeiling {
             admission: self.clone(),
         })
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
-        // Nothing in here panics between two writes, so the sums are whole even after a panic
-        // elsewhere in a holder.
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        // No code under the lock panics between two writes, so the sums are consistent even if a
+        // holder panicked.
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A pool that is being shrunk; dropped, admission counts with what the pool has.
+/// A shrink in progress. Dropping it lifts the limit on admission.
 #[derive(Debug)]
-#[must_use = "dropping it lets admission count with the larger size again"]
+#[must_use = "dropping it lifts the limit on admission"]
 pub struct LoweredCeiling {
     admission: Admission,
 }
 
 impl Drop for LoweredCeiling {
     fn drop(&mut self) {
-        self.admission.books().ceiling = None;
+        self.admission.ledger().ceiling = None;
     }
 }
 
-/// Space admitted to a request that is under way. Dropped, it is given back.
+/// Space admitted for a request in progress. Dropping it releases the space.
 #[derive(Debug)]
-#[must_use = "dropping a reservation gives its space back"]
+#[must_use = "dropping a reservation releases its space"]
 pub struct Reservation {
     size: Bytes,
-    books: Admission,
+    ledger: Admission,
 }
 
 impl Reservation {
-    /// How much was admitted.
+    /// Returns the admitted size.
     pub fn size(&self) -> Bytes {
         self.size
     }
 
-    /// The disk stands and is recorded: the reservation becomes a commitment, in one step under the
-    /// lock.
+    /// Turns the reservation into a commitment, in one step under the lock. Call it when the disk
+    /// exists and is recorded.
     pub fn commit(mut self) {
         let size = std::mem::take(&mut self.size);
-        let mut books = self.books.books();
-        books.promises.reserved = books.promises.reserved - size;
-        books.promises.committed += size;
+        let mut ledger = self.ledger.ledger();
+        ledger.promises.reserved = ledger.promises.reserved - size;
+        ledger.promises.committed += size;
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let mut books = self.books.books();
-        books.promises.reserved = books.promises.reserved - self.size;
+        let mut ledger = self.ledger.ledger();
+        ledger.promises.reserved = ledger.promises.reserved - self.size;
     }
 }
 
@@ -263,8 +266,8 @@ mod tests {
             unallocated: Bytes::ZERO,
             metadata_total: Bytes::ZERO,
             metadata_used: Bytes::ZERO,
-            backable: Gib::new(capacity).bytes(),
-            fixed: Bytes::ZERO,
+            worst_case_capacity: Gib::new(capacity).bytes(),
+            unreclaimable: Bytes::ZERO,
         }
     }
 
@@ -276,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_in_the_words_of_the_seed() {
+    fn refusals_have_the_message_of_the_seed() {
         let error = admission(2, 4.0)
             .admit(Gib::new(10).bytes(), || Ok(space(30, 5)))
             .unwrap_err();
@@ -284,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn two_requests_cannot_share_the_last_gigabyte() {
+    fn two_requests_cannot_both_get_the_last_gigabyte() {
         let admission = admission(2, 4.0);
         let first = admission.admit(Gib::new(10).bytes(), || Ok(space(30, 13))).unwrap();
         assert!(admission.admit(Gib::new(10).bytes(), || Ok(space(30, 13))).is_err());
@@ -293,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn with_a_ratio_of_one_nothing_is_promised_twice() {
+    fn a_ratio_of_one_never_promises_a_byte_twice() {
         let admission = admission(2, 1.0);
         admission
             .admit(Gib::new(20).bytes(), || Ok(space(30, 30)))
@@ -306,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_about_to_shrink_is_counted_as_shrunk_already() {
+    fn admission_counts_with_the_smaller_size_during_a_shrink() {
         let admission = admission(2, 1.0);
         let room = || Ok(space(60, 60));
         admission.admit(Gib::new(20).bytes(), room).unwrap().commit();
@@ -324,12 +327,12 @@ mod tests {
         assert!(refused.to_string().contains("at least 50 GiB"), "{refused}");
         assert!(
             admission.admit(Gib::new(30).bytes(), room).is_ok(),
-            "a refusal lowers nothing"
+            "a refused shrink does not limit admission"
         );
     }
 
     #[test]
-    fn exactly_what_is_left_is_admitted_and_a_byte_more_is_not() {
+    fn the_exact_free_space_is_admitted_and_one_byte_more_is_refused() {
         let room = || Ok(space(100, 12));
         assert!(admission(2, 4.0).admit(Gib::new(10).bytes(), room).is_ok());
         assert!(
@@ -340,11 +343,11 @@ mod tests {
     }
 
     #[test]
-    fn with_a_ratio_of_one_what_templates_take_is_promised_to_nobody() {
-        let room = |fixed| {
+    fn a_ratio_of_one_does_not_promise_the_space_of_templates() {
+        let room = |unreclaimable| {
             move || {
                 Ok(Space {
-                    fixed: Gib::new(fixed).bytes(),
+                    unreclaimable: Gib::new(unreclaimable).bytes(),
                     ..space(30, 30)
                 })
             }
@@ -355,7 +358,7 @@ mod tests {
         assert_eq!(error.to_string(), "Insufficient storage: 21GB available, need 22GB");
         assert!(
             admission(2, 1.01).admit(size, room(9)).is_ok(),
-            "overcommitted, it is the guests' risk"
+            "an overcommitted pool does not count it"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! What btrfs says of itself, by ioctl: chunk space by kind and the devices' sizes.
+//! Space and sizes of a btrfs, by ioctl: chunk space per type, and the devices.
 //!
 //! Layouts and numbers: `include/uapi/linux/btrfs.h` and `btrfs_tree.h` of the kernel.
 
@@ -22,7 +22,7 @@ const WAIT_SYNC: Opcode = opcode::write::<u64>(MAGIC, 22);
 const DATA: u64 = 1 << 0;
 const SYSTEM: u64 = 1 << 1;
 const METADATA: u64 = 1 << 2;
-/// Profiles, and how many raw bytes a byte takes in them at most.
+/// Profiles, and the maximum number of raw bytes per byte stored.
 const COPIES: [(u64, u64); 7] = [
     // DUP, RAID1, RAID10
     (1 << 5, 2),
@@ -31,15 +31,15 @@ const COPIES: [(u64, u64); 7] = [
     // RAID1C3, RAID1C4
     (1 << 9, 3),
     (1 << 10, 4),
-    // RAID5, RAID6: as many as on the fewest devices.
+    // RAID5, RAID6: the value for the smallest number of devices.
     (1 << 7, 2),
     (1 << 8, 3),
 ];
 const GLOBAL_RESERVE: u64 = 1 << 49;
 
-/// Kinds of space there can be: data, metadata, system and the reserve, each in up to two profiles
-/// while a balance converts.
-const SLOTS: usize = 16;
+/// Maximum number of space types: data, metadata, system and the reserve, each in up to two
+/// profiles during a balance.
+const MAX_SPACES: usize = 16;
 
 #[repr(C)]
 struct SpaceArgsHeader {
@@ -58,7 +58,7 @@ struct SpaceInfo {
 #[repr(C)]
 struct SpaceArgs {
     header: SpaceArgsHeader,
-    spaces: [SpaceInfo; SLOTS],
+    spaces: [SpaceInfo; MAX_SPACES],
 }
 
 #[repr(C)]
@@ -87,7 +87,7 @@ struct InoLookupArgs {
     name: [u8; 4080],
 }
 
-/// The subvolume that `file` lies in, by its number.
+/// Returns the number of the subvolume that contains `file`.
 ///
 /// # Errors
 /// `ENOTTY` when it is not a btrfs.
@@ -104,39 +104,37 @@ pub(crate) fn subvolume(file: impl AsFd) -> io::Result<u64> {
     Ok(args.treeid)
 }
 
-/// The chunk space of a btrfs. Logical sizes count a byte once, raw sizes as often as the profile
-/// stores it.
+/// The chunk space of a btrfs. Logical sizes count each byte once, raw sizes once per copy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct ChunkSpace {
     /// Size of all devices.
     pub(crate) device_size: Bytes,
-    /// Raw space in no chunk yet.
+    /// Raw space not allocated to a chunk.
     pub(crate) unallocated: Bytes,
-    /// Logical size of the data chunks, and what of it is used.
+    /// Logical size of the data chunks, and the used part of it.
     pub(crate) data_total: Bytes,
     pub(crate) data_used: Bytes,
-    /// Logical size of the metadata chunks, and what of it is used.
+    /// Logical size of the metadata chunks, and the used part of it.
     pub(crate) metadata_total: Bytes,
     pub(crate) metadata_used: Bytes,
-    /// Part of the metadata that btrfs keeps for itself to be able to delete when full.
+    /// The metadata that btrfs reserves so that it can delete files when full.
     pub(crate) global_reserve: Bytes,
-    /// How many raw bytes a byte of metadata takes: 2 for DUP and RAID1.
+    /// Raw bytes per byte of metadata: 2 for DUP and RAID1.
     pub(crate) metadata_copies: u64,
-    /// The same of data: 1 in a pool that was made here.
+    /// Raw bytes per byte of data: 1 in a pool created by this crate.
     pub(crate) data_copies: u64,
-    /// How many devices there are. With several, what one has left may have no counterpart on
-    /// another.
+    /// Number of devices. With several, free space on one may have no counterpart on another.
     pub(crate) devices: u64,
-    /// Raw bytes in use: data, metadata and system, each as often as it is stored.
+    /// Raw bytes in use: data, metadata and system, each counted once per copy.
     pub(crate) raw_used: Bytes,
 }
 
-/// Data that btrfs has taken and not yet committed: `used` grows only with the next commit, 30 s
-/// away by default, in which gigabytes are written.
+/// Data that btrfs has accepted but not committed yet. `used` grows only with the next commit, by
+/// default every 30 s, in which gigabytes can be written.
 ///
 /// From `/sys/fs/btrfs/UUID/allocation/data` and `…/metadata`
-/// (Documentation/ABI/testing/sysfs-fs-btrfs): what is reserved for writes under way, what may be
-/// needed by buffered ones, and what was freed and can be used only after the commit.
+/// (Documentation/ABI/testing/sysfs-fs-btrfs): space reserved for writes in progress, space that
+/// buffered writes may need, and space that was freed but is usable only after the commit.
 #[derive(Debug)]
 pub(crate) struct PendingWrites {
     data: [File; 3],
@@ -144,8 +142,8 @@ pub(crate) struct PendingWrites {
 }
 
 impl PendingWrites {
-    /// The counters of the btrfs that `file` lies on. They stay open: reading one is then a single
-    /// system call.
+    /// Opens the counters of the btrfs that contains `file`. They stay open, so that reading one
+    /// takes a single system call.
     pub(crate) fn open(file: impl AsFd) -> std::io::Result<PendingWrites> {
         let folder = sysfs_folder(&file)?.join("allocation");
         let counters = |kind: &str| {
@@ -158,19 +156,20 @@ impl PendingWrites {
         })
     }
 
-    /// Data that is taken and not yet accounted for.
+    /// Reads the data that is accepted but not counted yet.
     pub(crate) fn data(&self) -> std::io::Result<Bytes> {
         sum(&self.data)
     }
 
-    /// Metadata that is taken or may be by the transaction under way, btrfs' own reserve included.
+    /// Reads the metadata that the current transaction has taken or may take, including btrfs'
+    /// reserve.
     pub(crate) fn metadata(&self) -> std::io::Result<Bytes> {
         sum(&self.metadata)
     }
 }
 
-/// Where the kernel shows the btrfs that `file` lies on. It is not there where sysfs is not
-/// mounted, or a container does not have it.
+/// Returns the sysfs folder of the btrfs that contains `file`. It does not exist where sysfs is not
+/// mounted or hidden from a container.
 pub(crate) fn sysfs_folder(file: impl AsFd) -> std::io::Result<PathBuf> {
     let hex: Vec<String> = fs_info(&file)?.fsid.iter().map(|byte| format!("{byte:02x}")).collect();
     let group = |range: std::ops::Range<usize>| hex[range].concat();
@@ -186,22 +185,22 @@ fn sum(counters: &[File]) -> std::io::Result<Bytes> {
         let number = str::from_utf8(&text[..length])
             .ok()
             .and_then(|text| text.trim().parse().ok());
-        sum += Bytes::new(number.ok_or_else(|| std::io::Error::other("a counter of btrfs is no number"))?);
+        sum += Bytes::new(number.ok_or_else(|| std::io::Error::other("a btrfs counter is not a number"))?);
     }
     Ok(sum)
 }
 
-/// Whether `file` lies on a btrfs.
+/// Returns whether `file` is on a btrfs.
 pub(crate) fn is_btrfs(file: impl AsFd) -> io::Result<bool> {
     // BTRFS_SUPER_MAGIC of include/uapi/linux/magic.h.
     const SUPER_MAGIC: u64 = 0x9123_683e;
     Ok(rustix::fs::fstatfs(file)?.f_type as u64 == SUPER_MAGIC)
 }
 
-/// Reads the space of the btrfs that `file` lies on.
+/// Reads the space of the btrfs that contains `file`.
 ///
 /// # Errors
-/// `ENOTTY` when it is no btrfs.
+/// `ENOTTY` when it is not a btrfs.
 pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
     let mut space = ChunkSpace {
         metadata_copies: 1,
@@ -219,7 +218,7 @@ pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
         if info.flags & DATA != 0 {
             space.data_total += total;
             space.data_used += used;
-            // While a balance converts, the dearer one.
+            // During a balance, the higher of two values.
             space.data_copies = space.data_copies.max(copies);
         } else if info.flags & METADATA != 0 {
             space.metadata_total += total;
@@ -237,27 +236,28 @@ pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
     Ok(space)
 }
 
-/// Longer than most commits take.
-const WAKE_AGAIN: std::time::Duration = std::time::Duration::from_millis(200);
+/// How often the commit thread is woken; longer than most commits take.
+const WAKE_INTERVAL: std::time::Duration = std::time::Duration::from_millis(200);
 
-/// Commits the transaction under way and waits for it. Unlike `syncfs`, it does not write out what
-/// guests and others have dirty.
+/// Commits the current transaction and waits for it. Unlike `syncfs`, it does not flush dirty
+/// pages.
 ///
 /// # Errors
-/// `ENOTTY` when it is no btrfs; what the commit fails with.
+/// `ENOTTY` when it is not a btrfs; any error of the commit.
 pub(crate) fn commit(file: impl AsFd) -> io::Result<()> {
     let fd = file.as_fd();
     // SAFETY: the kernel writes the transaction's number, a u64.
     let begin = || unsafe { ioctl(fd, Getter::<START_SYNC, u64>::new()) };
     let transaction = begin()?;
-    // The kernel's thread is only woken: while it ends the commit before, it does not hear that,
-    // and would sleep until its timer of 30 s. So it is woken again for as long as it takes.
+    // START_SYNC only wakes the kernel's commit thread. The thread misses a wake-up while it
+    // finishes the previous commit, and would sleep until its timer of 30 s. So it is woken
+    // repeatedly.
     std::thread::scope(|scope| {
         let (done, waiting) = std::sync::mpsc::channel::<()>();
         scope.spawn(move || {
-            while waiting.recv_timeout(WAKE_AGAIN) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) && begin().is_ok()
-            {
-            }
+            while waiting.recv_timeout(WAKE_INTERVAL) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+                && begin().is_ok()
+            {}
         });
         // SAFETY: the kernel reads the transaction's number, a u64.
         let committed = unsafe { ioctl(fd, Setter::<WAIT_SYNC, u64>::new(transaction)) };
@@ -269,15 +269,15 @@ pub(crate) fn commit(file: impl AsFd) -> io::Result<()> {
 fn space_infos(file: &impl AsFd) -> io::Result<Vec<SpaceInfo>> {
     let mut args = SpaceArgs {
         header: SpaceArgsHeader {
-            slots: SLOTS as u64,
+            slots: MAX_SPACES as u64,
             total: 0,
         },
-        spaces: [SpaceInfo::default(); SLOTS],
+        spaces: [SpaceInfo::default(); MAX_SPACES],
     };
-    // SAFETY: the kernel writes at most `slots` entries behind the header, and there is room for
-    // SLOTS of them.
+    // SAFETY: the kernel writes at most `slots` entries after the header, and there is room for
+    // MAX_SPACES of them.
     unsafe { ioctl(file.as_fd(), Updater::<SPACE_INFO, SpaceArgs>::new(&mut args))? };
-    let filled = usize::try_from(args.header.total).map_or(SLOTS, |total| total.min(SLOTS));
+    let filled = usize::try_from(args.header.total).map_or(MAX_SPACES, |total| total.min(MAX_SPACES));
     Ok(args.spaces[..filled].to_vec())
 }
 
@@ -293,7 +293,7 @@ fn fs_info(file: &impl AsFd) -> io::Result<FsInfoArgs> {
     Ok(info)
 }
 
-/// The size of all devices, how much of it is in chunks, and how many they are.
+/// Returns the size of all devices, the part allocated to chunks, and the number of devices.
 fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes, u64)> {
     let info = fs_info(file)?;
     let (mut size, mut allocated) = (Bytes::ZERO, Bytes::ZERO);
@@ -313,7 +313,7 @@ fn devices(file: &impl AsFd) -> io::Result<(Bytes, Bytes, u64)> {
                 size += Bytes::new(device.total_bytes);
                 allocated += Bytes::new(device.bytes_used);
             }
-            // Numbers of devices that were removed stay unused.
+            // The numbers of removed devices stay unused.
             Err(io::Errno::NODEV) => {}
             Err(error) => return Err(error),
         }

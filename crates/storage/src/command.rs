@@ -1,14 +1,13 @@
-//! The one door to outside programs: e2fsprogs, btrfs-progs and util-linux.
+//! Runs outside programs: e2fsprogs, btrfs-progs and util-linux. No other module starts a program.
 //!
-//! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale.
-//! All that a failed one wrote stands in its error.
+//! Programs are called with an argument vector, never through a shell, with a fixed `PATH` and
+//! locale. The error of a failed program contains its complete output.
 //!
-//! Exit code and standard error decide together whether one has succeeded: several of e2fsprogs end
-//! with 0 after a failure and a complaint. What they must not change is verified where they are
-//! used.
+//! Exit code and standard error together decide whether a program succeeded: several of e2fsprogs
+//! exit with 0 after printing an error. The callers verify that a program changed nothing else.
 //!
-//! Some read what guests have written, so none is trusted to come to an end by itself: each has a
-//! deadline, a limit to what it may say, and dies with the daemon.
+//! Some programs read file systems that guests have written, so none is trusted to end by itself:
+//! each has a deadline and a limit on its output, and dies with the daemon.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, set_parent_process_death_signal};
@@ -21,17 +20,16 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a program may take that works on one image. The largest disks take it seconds; one
-/// whose file system was made to keep it busy, or to keep it waiting, would take hours.
-const IMAGE_DEADLINE: Duration = Duration::from_secs(300);
-/// What a program may write, in bytes: the longest listing of a folder that is read is a tenth of
-/// it.
-const MOST_SAID: u64 = 16 << 20;
+/// Timeout of a program that works on one image. The largest disks take seconds; a file system
+/// crafted to keep the program busy or waiting would take hours.
+const IMAGE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Maximum output of a program, in bytes: ten times the longest folder listing that is read.
+const MAX_OUTPUT: u64 = 16 << 20;
 
-/// The programs this crate calls.
+/// The programs this crate runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
-    /// Tells what file system an image holds.
+    /// Detects the file system in an image.
     Blkid,
     /// Grows and shrinks the pool's file system.
     Btrfs,
@@ -41,20 +39,20 @@ pub enum Program {
     E2fsck,
     /// Discards the free blocks of a file system.
     Fstrim,
-    /// Sets direct I/O on a loop device, and tells it that its file has another size.
+    /// Sets direct I/O on a loop device, and updates the device after its file was resized.
     Losetup,
     /// Makes the pool's file system.
     MkfsBtrfs,
-    /// Mounts the pool, making its loop device.
+    /// Mounts the pool and creates its loop device.
     Mount,
     /// Grows an ext4 file system, in user space.
     Resize2fs,
-    /// Unmounts the pool; its loop device goes with it.
+    /// Unmounts the pool, which also removes its loop device.
     Umount,
 }
 
 impl Program {
-    /// All of them, to look for at start.
+    /// All programs, to check for at start.
     pub const ALL: [Program; 10] = [
         Program::Blkid,
         Program::Btrfs,
@@ -68,7 +66,7 @@ impl Program {
         Program::Umount,
     ];
 
-    /// The name of the executable.
+    /// Returns the name of the executable.
     pub fn name(self) -> &'static str {
         match self {
             Program::Blkid => "blkid",
@@ -84,7 +82,7 @@ impl Program {
         }
     }
 
-    /// The Debian package that brings it.
+    /// Returns the Debian package that contains it.
     pub fn package(self) -> &'static str {
         match self {
             Program::Debugfs | Program::E2fsck | Program::Resize2fs => "e2fsprogs",
@@ -94,10 +92,10 @@ impl Program {
         }
     }
 
-    /// How long it may take; `None` for one that takes as long as the pool is large.
+    /// Returns its timeout; `None` for programs whose duration depends on the size of the pool.
     fn deadline(self) -> Option<Duration> {
         match self {
-            Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs => Some(IMAGE_DEADLINE),
+            Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs => Some(IMAGE_TIMEOUT),
             Program::Btrfs
             | Program::Fstrim
             | Program::Losetup
@@ -107,7 +105,8 @@ impl Program {
         }
     }
 
-    /// Whether it is installed where this crate looks for it, which is not the caller's `PATH`.
+    /// Returns whether it is installed in this crate's search path, which is not the caller's
+    /// `PATH`.
     pub fn is_installed(self) -> bool {
         SEARCH_PATH
             .split(':')
@@ -115,49 +114,49 @@ impl Program {
     }
 }
 
-/// An outside program that could not be run, or said no.
+/// An outside program could not be run, or failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// It is not installed.
+    /// The program is not installed.
     #[error("the program {program} is missing: install the package {package} (apt-get install {package})")]
     Missing {
         /// Its name.
         program: &'static str,
-        /// The package that brings it.
+        /// The package that contains it.
         package: &'static str,
     },
-    /// It could not be started.
+    /// The program could not be started.
     #[error("cannot run {program}: {source}")]
     Start {
         /// Its name.
         program: &'static str,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It ended with a failure.
+    /// The program failed.
     #[error("{command} failed ({status}): {output}")]
     Failed {
         /// The program and its arguments.
         command: String,
-        /// Its exit status, or the signal that ended it.
+        /// Its exit status, or the signal that killed it.
         status: String,
-        /// All it wrote, on both streams.
+        /// Its output on both streams.
         output: String,
     },
-    /// It did not come to an end, or wrote without one, and was killed.
-    #[error("{command} was ended: it {why}")]
-    Endless {
+    /// The program was killed: it did not end, or wrote too much.
+    #[error("{command} was killed: it {why}")]
+    Killed {
         /// The program and its arguments.
         command: String,
-        /// What it did.
+        /// The cause.
         why: String,
     },
 }
 
-/// Looks for every program of [`Program::ALL`].
+/// Checks that every program of [`Program::ALL`] is installed.
 ///
 /// # Errors
-/// [`CommandError::Missing`] for the first one that is not there.
+/// [`CommandError::Missing`] for the first missing program.
 pub fn require_programs() -> Result<(), CommandError> {
     for program in Program::ALL {
         if !program.is_installed() {
@@ -172,7 +171,7 @@ pub fn require_programs() -> Result<(), CommandError> {
 
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Where programs are looked for; tests can put others before them.
+/// Returns the search path for programs; tests can prepend a folder.
 fn search_path() -> OsString {
     let mut path = OsString::new();
     if let Some(first) = scalebox_fault_points::programs() {
@@ -183,7 +182,7 @@ fn search_path() -> OsString {
     path
 }
 
-/// Runs a program to its end and returns its standard output.
+/// Runs a program and returns its standard output.
 pub(crate) fn run<S: AsRef<OsStr>>(
     program: Program,
     args: impl IntoIterator<Item = S>,
@@ -191,8 +190,8 @@ pub(crate) fn run<S: AsRef<OsStr>>(
     run_accepting(program, args, |code| code == 0).map(|(_, stdout)| stdout)
 }
 
-/// Runs a program whose exit codes are more than yes and no (`e2fsck`, `blkid`); `good` says which
-/// are a success.
+/// Runs a program with several successful exit codes (`e2fsck`, `blkid`); `good` returns whether a
+/// code is a success.
 pub(crate) fn run_accepting<S: AsRef<OsStr>>(
     program: Program,
     args: impl IntoIterator<Item = S>,
@@ -206,30 +205,30 @@ pub(crate) fn run_accepting<S: AsRef<OsStr>>(
     }
 }
 
-/// What a program that works on an image has answered.
+/// The result of a program that worked on an image.
 #[derive(Debug)]
-pub(crate) struct Answer {
-    /// Its exit code; `None` when a signal ended it.
+pub(crate) struct ImageRun {
+    /// Exit code; `None` when a signal killed the program.
     pub(crate) code: Option<i32>,
-    /// The exit code or the signal, in words.
+    /// The exit code or the signal, as text.
     pub(crate) status: String,
     stdout: String,
     /// Standard error, without the banner.
     complaints: String,
-    /// The name by which the image was given to it.
+    /// The name under which the program got the image.
     image: String,
 }
 
-impl Answer {
-    /// The first line on standard error for which `harmless` does not hold. A program that
-    /// complains has failed, whatever its exit code.
+impl ImageRun {
+    /// Returns the first line on standard error that is not `harmless`. A program that prints such
+    /// a line has failed, whatever its exit code.
     pub(crate) fn complaint(&self, harmless: impl Fn(&str) -> bool) -> Option<&str> {
         let mut lines = self.complaints.lines().map(str::trim);
         lines.find(|line| !line.is_empty() && !harmless(line))
     }
 
-    /// All that it wrote, on both streams. The image has no name in it.
-    pub(crate) fn said(&self) -> String {
+    /// Returns its output on both streams, with the name of the image replaced.
+    pub(crate) fn output(&self) -> String {
         let stdout = self.stdout.replace(&self.image, "the image");
         let parts = [stdout.trim(), self.complaints.trim()];
         parts
@@ -239,27 +238,27 @@ impl Answer {
             .join("\n")
     }
 
-    /// Whether the host is to blame for a failure, and not the image: a system call failed, or the
+    /// Returns whether the host caused the failure, not the image: a system call failed, or the
     /// program was killed.
     pub(crate) fn is_fault_of_host(&self) -> bool {
-        let said = self.said();
-        self.code.is_none() || HOST_FAULTS.iter().any(|fault| said.contains(fault))
+        let output = self.output();
+        self.code.is_none() || HOST_FAULTS.iter().any(|fault| output.contains(fault))
     }
 
-    /// As [`Answer::is_fault_of_host`], of a program that worked on an image just found sound: all
-    /// of it is there to be read.
+    /// Like [`ImageRun::is_fault_of_host`], for an image that was just found sound and is therefore
+    /// readable.
     pub(crate) fn is_fault_on_sound_image(&self) -> bool {
-        let said = self.said();
-        self.is_fault_of_host() || UNREADABLE.iter().any(|fault| said.contains(fault))
+        let output = self.output();
+        self.is_fault_of_host() || UNREADABLE.iter().any(|fault| output.contains(fault))
     }
 }
 
-/// What e2fsprogs say when they cannot read or write a part of an image, whatever the cause.
+/// Messages of e2fsprogs when they cannot read or write part of an image, whatever the cause.
 const UNREADABLE: [&str; 3] = ["Can't read ", "Can't write ", "Attempt to "];
 
-/// What the C library and e2fsprogs call errors that a sound host does not have. A file system that
-/// is cut off or damaged has others, such as "Attempt to read block from filesystem resulted in
-/// short read".
+/// Messages of the C library and e2fsprogs for errors that a sound host does not have. A truncated
+/// or damaged file system has other messages, such as "Attempt to read block from filesystem
+/// resulted in short read".
 const HOST_FAULTS: [&str; 16] = [
     "Input/output error",
     "No space left on device",
@@ -279,14 +278,14 @@ const HOST_FAULTS: [&str; 16] = [
     "Resource temporarily unavailable",
 ];
 
-/// Runs a program with these options on an image. It runs in the image's folder and is given its
-/// bare name, so that no path stands in what it says. `input` becomes its standard input.
+/// Runs a program on an image. The program runs in the image's folder and gets the bare name, so
+/// that its output contains no path. `input` becomes its standard input.
 pub(crate) fn run_on_image(
     image: &Path,
     program: Program,
     options: &[&str],
     input: Option<File>,
-) -> Result<Answer, CommandError> {
+) -> Result<ImageRun, CommandError> {
     let bare = bare_name(image);
     let mut args: Vec<OsString> = options.iter().map(OsString::from).collect();
     args.push(bare.clone());
@@ -294,7 +293,7 @@ pub(crate) fn run_on_image(
     let stderr = String::from_utf8_lossy(&output.stderr);
     let complaints: Vec<&str> = stderr.lines().filter(|line| !is_banner(program, line)).collect();
     let image = bare.to_string_lossy().into_owned();
-    Ok(Answer {
+    Ok(ImageRun {
         code: output.status.code(),
         status: output.status.to_string(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -303,14 +302,14 @@ pub(crate) fn run_on_image(
     })
 }
 
-/// The name of a file in its folder, so that no program takes it for an option.
+/// Returns the file's name relative to its folder, in a form that no program takes for an option.
 pub(crate) fn bare_name(file: &Path) -> OsString {
     let mut name = OsString::from("./");
     name.push(file.file_name().unwrap_or_default());
     name
 }
 
-/// `debugfs 1.47.0 (5-Feb-2023)`, which each of e2fsprogs says first.
+/// Recognizes `debugfs 1.47.0 (5-Feb-2023)`, the first line of e2fsprogs on standard error.
 fn is_banner(program: Program, line: &str) -> bool {
     let version = line
         .strip_prefix(program.name())
@@ -346,30 +345,31 @@ fn output_of(
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let parent = getpid();
-    // SAFETY: two system calls, which allocate nothing.
+    // SAFETY: two system calls, which do not allocate.
     unsafe {
         command.pre_exec(move || {
-            // Told of the end of the thread that starts it, which waits for it.
+            // Sent when the thread that starts the program ends; that thread waits for the program.
             set_parent_process_death_signal(Some(Signal::KILL))?;
             match getppid() == Some(parent) {
                 true => Ok(()),
-                // It came too late to be told.
+                // The parent died before the signal was requested.
                 false => Err(io::ErrorKind::BrokenPipe.into()),
             }
         });
     }
     let child = command.spawn().map_err(not_started)?;
-    match attend(child, program.deadline()).map_err(not_started)? {
+    match wait_for_output(child, program.deadline()).map_err(not_started)? {
         Ok(output) => Ok(output),
-        Err(why) => Err(CommandError::Endless {
-            command: spelled(program, args),
+        Err(why) => Err(CommandError::Killed {
+            command: command_line(program, args),
             why,
         }),
     }
 }
 
-/// Takes down what a program says until it ends. One that has to be ended is; `Err` then says why.
-fn attend(mut child: Child, deadline: Option<Duration>) -> io::Result<Result<Output, String>> {
+/// Collects a program's output until the program ends. Kills a program over its limits; `Err` then
+/// names the reason.
+fn wait_for_output(mut child: Child, deadline: Option<Duration>) -> io::Result<Result<Output, String>> {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     thread::scope(|scope| {
         let stdout = scope.spawn(move || read_up_to_limit(stdout));
@@ -386,28 +386,30 @@ fn attend(mut child: Child, deadline: Option<Duration>) -> io::Result<Result<Out
             child.kill()?;
             child.wait()?;
         }
-        let joined = |said: thread::ScopedJoinHandle<'_, io::Result<Option<Vec<u8>>>>| {
-            said.join().map_err(|_| io::Error::other("its output was not read"))?
+        let joined = |output: thread::ScopedJoinHandle<'_, io::Result<Option<Vec<u8>>>>| {
+            output
+                .join()
+                .map_err(|_| io::Error::other("reading its output panicked"))?
         };
-        // A program that is not listened to any more ends, by SIGPIPE.
+        // A program whose output is no longer read ends by SIGPIPE.
         let (stdout, stderr) = (joined(stdout)?, joined(stderr)?);
         Ok(ended.and_then(|status| match (stdout, stderr) {
             (Some(stdout), Some(stderr)) => Ok(Output { status, stdout, stderr }),
-            _ => Err(format!("said more than {} MiB", MOST_SAID >> 20)),
+            _ => Err(format!("wrote more than {} MiB", MAX_OUTPUT >> 20)),
         }))
     })
 }
 
-/// All that comes; `None` if it is more than [`MOST_SAID`].
+/// Reads the whole stream; `None` if it is longer than [`MAX_OUTPUT`].
 fn read_up_to_limit(stream: Option<impl Read>) -> io::Result<Option<Vec<u8>>> {
-    let mut said = Vec::new();
+    let mut output = Vec::new();
     if let Some(stream) = stream {
-        stream.take(MOST_SAID + 1).read_to_end(&mut said)?;
+        stream.take(MAX_OUTPUT + 1).read_to_end(&mut output)?;
     }
-    Ok((said.len() as u64 <= MOST_SAID).then_some(said))
+    Ok((output.len() as u64 <= MAX_OUTPUT).then_some(output))
 }
 
-/// Waits for a program's end; `None` when it lives on past the deadline.
+/// Waits for a program to end; `None` when it is still running at the deadline.
 fn wait(child: &mut Child, deadline: Option<Duration>) -> io::Result<Option<ExitStatus>> {
     let Some(deadline) = deadline else {
         return child.wait().map(Some);
@@ -426,7 +428,7 @@ fn wait(child: &mut Child, deadline: Option<Duration>) -> io::Result<Option<Exit
     }
 }
 
-fn spelled(program: Program, args: &[OsString]) -> String {
+fn command_line(program: Program, args: &[OsString]) -> String {
     let mut command = program.name().to_owned();
     for arg in args {
         command.push(' ');
@@ -436,16 +438,16 @@ fn spelled(program: Program, args: &[OsString]) -> String {
 }
 
 fn failed(program: Program, args: &[OsString], output: &Output) -> CommandError {
-    let mut said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let mut written = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     let stderr = String::from_utf8_lossy(&output.stderr);
-    if !said.is_empty() && !stderr.trim().is_empty() {
-        said.push('\n');
+    if !written.is_empty() && !stderr.trim().is_empty() {
+        written.push('\n');
     }
-    said.push_str(stderr.trim());
+    written.push_str(stderr.trim());
     CommandError::Failed {
-        command: spelled(program, args),
+        command: command_line(program, args),
         status: output.status.to_string(),
-        output: said,
+        output: written,
     }
 }
 
@@ -454,7 +456,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_program_s_error_holds_all_it_wrote() {
+    fn errors_contain_the_output_of_the_failed_program() {
         let error = run(Program::E2fsck, ["-n", "/nonexistent/image"])
             .unwrap_err()
             .to_string();
@@ -462,8 +464,8 @@ mod tests {
         assert!(error.contains("No such file or directory"), "{error}");
     }
 
-    fn answer(code: i32, complaints: &str) -> Answer {
-        Answer {
+    fn answer(code: i32, complaints: &str) -> ImageRun {
+        ImageRun {
             code: Some(code),
             status: format!("exit status: {code}"),
             stdout: String::new(),
@@ -473,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn any_word_on_standard_error_is_a_complaint_but_the_banner() {
+    fn any_line_on_standard_error_except_the_banner_is_a_complaint() {
         assert!(is_banner(Program::Debugfs, "debugfs 1.47.0 (5-Feb-2023)"));
         assert!(!is_banner(Program::E2fsck, "debugfs 1.47.0 (5-Feb-2023)"));
         assert!(!is_banner(Program::E2fsck, "e2fsck: Input/output error"));
@@ -486,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_system_call_is_a_fault_of_the_host_and_a_short_read_is_not() {
+    fn failed_system_calls_are_host_faults_and_short_reads_are_not() {
         assert!(answer(4, "Error writing block 7 (Input/output error).").is_fault_of_host());
         assert!(
             !answer(
@@ -496,7 +498,7 @@ mod tests {
             .is_fault_of_host()
         );
         assert!(
-            Answer {
+            ImageRun {
                 code: None,
                 ..answer(0, "")
             }
@@ -515,26 +517,30 @@ mod tests {
     }
 
     #[test]
-    fn what_a_program_says_on_both_streams_is_taken_down() {
+    fn output_on_both_streams_is_collected() {
         let child = shell("seq 100000; seq 100000 >&2; exit 3");
-        let output = attend(child, Some(IMAGE_DEADLINE)).unwrap().unwrap();
+        let output = wait_for_output(child, Some(IMAGE_TIMEOUT)).unwrap().unwrap();
         assert_eq!(output.status.code(), Some(3));
         assert!(output.stdout == output.stderr && output.stdout.ends_with(b"100000\n"));
     }
 
     #[test]
-    fn a_program_that_does_not_end_is_ended() {
-        // One that is asked to end and does not, and keeps its output open.
+    fn programs_past_their_deadline_are_killed() {
+        // Ignores SIGTERM and keeps its output open.
         let child = shell("trap '' TERM; exec sleep 1000");
         let pid = child.id();
-        let why = attend(child, Some(Duration::from_millis(50))).unwrap().unwrap_err();
+        let why = wait_for_output(child, Some(Duration::from_millis(50)))
+            .unwrap()
+            .unwrap_err();
         assert!(why.starts_with("did not end within"), "{why}");
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
 
     #[test]
-    fn a_program_that_says_too_much_is_ended() {
-        let why = attend(shell("exec yes"), Some(IMAGE_DEADLINE)).unwrap().unwrap_err();
-        assert_eq!(why, "said more than 16 MiB");
+    fn programs_with_too_much_output_are_killed() {
+        let why = wait_for_output(shell("exec yes"), Some(IMAGE_TIMEOUT))
+            .unwrap()
+            .unwrap_err();
+        assert_eq!(why, "wrote more than 16 MiB");
     }
 }

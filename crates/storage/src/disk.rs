@@ -13,28 +13,28 @@ use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 
-/// What a sweep found; see [`Pool::sweep`].
+/// The result of a sweep; see [`Pool::sweep`].
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Swept {
-    /// Files that belonged to nobody and are gone.
+pub struct SweepResult {
+    /// Orphaned files that were removed.
     pub removed: Vec<PathBuf>,
-    /// Disks that should be there and are not.
+    /// Disks that should exist but were not found.
     pub missing: Vec<Name>,
 }
 
 impl Pool {
-    /// Makes the disk `id` from `template`, as large as what was admitted. When this returns, the
-    /// disk survives a power cut; when it fails, nothing is left of it. A first disk of a
-    /// (template, size) waits for the grown clone to be made.
+    /// Creates the disk `id` from `template`, with the admitted size. On return the disk survives a
+    /// power cut; on failure nothing of it is left. The first disk of a (template, size) waits
+    /// until its resized base image is made.
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`], [`StorageError::SmallerThanTemplate`], [`StorageError::Io`].
     pub fn create_disk(&self, id: &Name, template: &Name, admitted: &Reservation) -> Result<(), StorageError> {
-        let golden = self.golden(template, admitted.size())?;
+        let base_image = self.base_image(template, admitted.size())?;
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
         let made = fault_point("create: disk's file made")
-            .and_then(|()| files::reflink(&golden, &disk))
+            .and_then(|()| files::reflink(&base_image, &disk))
             .and_then(|()| fault_point("create: disk cloned"))
             .and_then(|()| disk.sync_all())
             .map_err(|error| StorageError::io("clone", path.display(), error))
@@ -45,11 +45,11 @@ impl Pool {
         made
     }
 
-    /// Makes the name of a new file, which itself is flushed already, survive a power cut. On btrfs
-    /// it does: what `fsync` logs of a new file includes its name (`INODE_REF`, from which the
-    /// replay makes the folder's entry), and a flush of the folder would be a second commit of the
-    /// log, as long as the first. RocksDB counts on it since 2021 (facebook/rocksdb#8903); here a
-    /// test cuts the power.
+    /// Makes the name of a new, already flushed file survive a power cut. On btrfs nothing is left
+    /// to do: the log that `fsync` writes for a new file includes its name (`INODE_REF`, from which
+    /// the replay recreates the folder's entry). Flushing the folder would be a second commit of
+    /// the log, as slow as the first. RocksDB has relied on this since 2021
+    /// (facebook/rocksdb#8903); a test here cuts the power.
     fn sync_new_name(&self) -> Result<(), StorageError> {
         if self.file_system.fsync_keeps_name() {
             return Ok(());
@@ -60,13 +60,13 @@ impl Pool {
             .map_err(|error| StorageError::io("flush", folder.display(), error))
     }
 
-    /// Grows the disk `id`, which no machine may be using, and the ext4 file system on it to
-    /// `size`. A crash leaves it as large as it was or as large as it should be, and sound in both
-    /// cases. One that is at least as large already stays as it is.
+    /// Grows the disk `id`, and the ext4 file system on it, to `size`. No VM may be using it. After
+    /// a crash the disk has either the old or the new size, and is sound in both cases. A disk that
+    /// is already as large is not changed.
     ///
     /// # Errors
-    /// [`StorageError::Io`]; [`StorageError::FileSystem`] with e2fsck's words when it is damaged:
-    /// it is left as it was.
+    /// [`StorageError::Io`]; [`StorageError::FileSystem`] with e2fsck's message when the file
+    /// system is damaged. The disk is not changed then.
     pub fn grow_disk(&self, id: &Name, size: Bytes) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         let disk = files::open_read(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
@@ -76,7 +76,7 @@ impl Pool {
         if meta.len() >= size.as_u64() {
             return Ok(());
         }
-        // Cloned once, it stays as the guest wrote it.
+        // The growth happens on a clone, so a failure leaves the guest's disk as it was.
         let folder = Folder::open(&self.disks_dir())?;
         self.replace_by_grown_clone(
             &disk,
@@ -90,20 +90,20 @@ impl Pool {
         Ok(())
     }
 
-    /// The provisioned size of the disk `id`, as it stands in the pool.
+    /// Returns the provisioned size of the disk `id`, as found in the pool.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when it is not there.
+    /// [`StorageError::Io`] when it does not exist.
     pub fn provisioned(&self, id: &Name) -> Result<Bytes, StorageError> {
         let path = self.disk_path(id);
         let meta = fs::metadata(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
         Ok(Bytes::new(meta.len()))
     }
 
-    /// Whether there is a disk `id`.
+    /// Returns whether the disk `id` exists.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when the host cannot tell.
+    /// [`StorageError::Io`] when the host cannot find out.
     pub fn has_disk(&self, id: &Name) -> Result<bool, StorageError> {
         self.require_mounted()?;
         let path = self.disk_path(id);
@@ -114,20 +114,20 @@ impl Pool {
         }
     }
 
-    /// Where the disk `id` is.
+    /// Returns the location of the disk `id`.
     pub fn disk_location(&self, id: &Name) -> DiskLocation {
         DiskLocation::File(self.disk_path(id))
     }
 
-    /// The blocks the disk `id` maps, shared or not.
+    /// Returns the size of the blocks that the disk `id` maps, shared or exclusive.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when it is not there.
+    /// [`StorageError::Io`] when it does not exist.
     pub fn disk_used(&self, id: &Name) -> Result<Bytes, StorageError> {
         crate::space::allocated(&self.disk_path(id))
     }
 
-    /// Deletes the disk `id`, durably. One that is not there is no error: the goal is reached.
+    /// Durably deletes the disk `id`. Succeeds if it does not exist.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -140,12 +140,12 @@ impl Pool {
         }
     }
 
-    /// The disks there are, whoever they belong to.
+    /// Lists all disks, whatever their owner.
     ///
     /// # Errors
     /// [`StorageError::Io`].
     pub fn disks(&self) -> Result<Vec<Name>, StorageError> {
-        // What does not have the form of a disk is none.
+        // Other files are not disks.
         let disk = |(path, is_file): (PathBuf, bool)| {
             let id = path.file_name()?.to_str()?.strip_suffix(".ext4")?;
             id.parse().ok().filter(|_| is_file)
@@ -156,9 +156,8 @@ impl Pool {
             .collect())
     }
 
-    /// Logs what lies in the pool's folders and is neither a file nor a folder of the pool's: it is
-    /// left alone.
-    fn log_odd_entries(&self) -> Result<(), StorageError> {
+    /// Logs entries of the pool's folders that are not regular files; they are not touched.
+    fn log_foreign_entries(&self) -> Result<(), StorageError> {
         let grown = self.grown_dir();
         for folder in [self.disks_dir(), self.templates_dir(), grown.clone()] {
             if folder == grown && !grown.exists() {
@@ -166,21 +165,21 @@ impl Pool {
             }
             for (path, is_file) in files::entries(&folder)? {
                 if !is_file && path != grown {
-                    tracing::warn!(path = %path.display(), "this is not a file of the pool: left as it is");
+                    tracing::warn!(path = %path.display(), "unexpected entry in the pool's folders: not a regular file, not touched");
                 }
             }
         }
         Ok(())
     }
 
-    /// Puts the folders right after a crash: disks that nobody in `keep` owns and half-made files
-    /// go, and what is missing is told. To be called before the first request.
+    /// Removes orphaned disks and unfinished files after a crash, and reports missing disks. Disks
+    /// in `keep` are not orphaned. Call it before the first request.
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn sweep(&self, keep: &HashSet<Name>) -> Result<Swept, StorageError> {
-        self.log_odd_entries()?;
-        let mut swept = Swept {
+    pub fn sweep(&self, keep: &HashSet<Name>) -> Result<SweepResult, StorageError> {
+        self.log_foreign_entries()?;
+        let mut swept = SweepResult {
             removed: self.sweep_partials()?,
             missing: Vec::new(),
         };

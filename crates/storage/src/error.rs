@@ -1,4 +1,4 @@
-//! What can go wrong with a pool, its templates and its disks.
+//! Errors of pools, templates and disks.
 
 use crate::command::CommandError;
 use crate::fstab::FstabError;
@@ -8,173 +8,176 @@ use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
 
-/// An error of the storage room. Messages name the thing, what is wrong with it, and the way out.
+/// An error of this crate. Messages name the object, the cause and the remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StorageError {
-    /// Admission said no: nothing was made. `need` is the size asked for plus the buffer.
+    /// Admission refused the request, and nothing was created. `need` is the requested size plus
+    /// the buffer.
     #[error("Insufficient storage: {available}GB available, need {need}GB")]
     Insufficient {
-        /// What could still be admitted, rounded down.
+        /// Space that could still be admitted, rounded down.
         available: Gib,
-        /// What was asked for, rounded up.
+        /// Space that was requested, rounded up.
         need: Gib,
     },
     /// The host disk is too small for a pool.
-    #[error("{source}. POOL_IMAGE is to lie in {}: set it to a path on a larger disk, or make room there", folder.display())]
+    #[error("{source}. POOL_IMAGE would be in {}: set it to a path on a larger disk, or free space there", folder.display())]
     TooLittleSpace {
-        /// What was found, in the words of the seed.
+        /// The free space, in the seed's message.
         source: TooLittleSpace,
-        /// The folder that the image is to lie in.
+        /// The folder of the image.
         folder: PathBuf,
     },
-    /// No such template.
-    #[error("there is no template {0:?}")]
+    /// The template does not exist.
+    #[error("template {0:?} does not exist")]
     NoTemplate(String),
-    /// A template of that name is there already.
+    /// The name of a new template is in use.
     #[error(
-        "a template {0} exists already: delete it first, or choose another name; an import can also replace it (--replace)"
+        "template {0} exists already: delete it first, or choose another name; an import can also replace it (--replace)"
     )]
     TemplateExists(String),
-    /// A template of that name is being made at this moment.
-    #[error("a template {0} is being made right now: wait for it, or choose another name")]
+    /// Another operation is making a template of that name.
+    #[error("template {0} is being created by another operation: wait for it, or choose another name")]
     TemplateBeingMade(String),
-    /// A disk cannot become a template.
+    /// The disk cannot become a template.
     #[error("the disk cannot become a template: {0}")]
-    Unfit(String),
-    /// The file system in an image cannot be worked with. Reads on from "its file system".
+    UnfitDisk(String),
+    /// The file system in an image is unusable. The reason continues the sentence "its file system
+    /// …".
     #[error("its file system {0}")]
     FileSystem(String),
-    /// A program could not read or write an image: a fault of the host. The image may be sound.
+    /// An outside program could not read or write an image, for a reason on the host. The image may
+    /// be sound.
     #[error("the host cannot {doing}: {reason}")]
     Host {
-        /// What was being done, such as "check a file system".
+        /// The operation, such as "check a file system".
         doing: &'static str,
-        /// What went wrong.
+        /// The cause.
         reason: String,
     },
-    /// The file system of a template or disk cannot be grown to a size, whatever the host does.
+    /// The file system of a template or disk cannot grow to a size, on any host.
     #[error("disk_size_gib cannot be {size}: the file system of {what} cannot grow to {size} GiB ({reason})")]
     CannotGrow {
-        /// The template, or the disk.
+        /// The template or the disk.
         what: String,
-        /// The size that was asked for, rounded up.
+        /// The requested size, rounded up.
         size: Gib,
-        /// What is in the way.
+        /// The cause.
         reason: String,
     },
-    /// A template cannot be made larger.
-    #[error("no larger disk can be made from the template {template}: its file system {reason}. Import it again")]
+    /// The template's file system is damaged and cannot be grown.
+    #[error("cannot grow a disk from template {template}: its file system {reason}. Import the template again")]
     DamagedTemplate {
         /// The template.
         template: String,
-        /// What is wrong with it.
+        /// The damage.
         reason: String,
     },
-    /// A disk was asked for that its template does not fit on.
-    #[error("disk_size_gib must be at least {template_size}: the template {template} is {template_size} GiB large")]
+    /// The requested disk is smaller than its template.
+    #[error("disk_size_gib must be at least {template_size}: the template {template} has {template_size} GiB")]
     SmallerThanTemplate {
         /// The template.
         template: String,
         /// Its size, rounded up.
         template_size: Gib,
     },
-    /// What was given as a template is none.
+    /// The imported file is not a template.
     #[error("{what} cannot become a template: {reason}")]
     NotATemplate {
-        /// The file, or what else it came from.
+        /// The file, or another description of the source.
         what: String,
-        /// What it is instead, and what to do.
+        /// The cause and the remedy.
         reason: String,
     },
-    /// A name that would leave its folder or is no file name.
+    /// A malformed name.
     #[error(
-        "{0:?} is not a name: use letters, digits, dots, dashes and underscores, at most 63, beginning with a letter or digit"
+        "{0:?} is not a valid name: use at most 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
     )]
     Name(String),
-    /// The pool is not there.
+    /// No pool is mounted.
     #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
     NotMounted(PathBuf),
-    /// A new pool would take the place of one that is missing.
+    /// The pool is missing, and a new one must not take its place.
     #[error(
-        "no pool is there, and {disks} disks of VMs should be in it: bring back what {} lies on, and mount it. A new pool would be empty; \
-         to give these VMs up for good, move STATE_DIR away first", image.display()
+        "the pool is missing, and {disks} VM disks should be in it: restore the storage under {} and mount it. A new pool would be empty; \
+         to give up these VMs for good, move STATE_DIR away first", image.display()
     )]
-    Expected {
-        /// Where the pool should be.
+    PoolMissing {
+        /// The expected location of the pool.
         image: PathBuf,
-        /// How many disks should be in it.
+        /// The number of expected disks.
         disks: u64,
     },
-    /// The kernel does not show the pool's counters.
+    /// The kernel does not show the pool's counters in sysfs.
     #[error(
-        "the kernel shows nothing of the btrfs at {} below /sys/fs/btrfs: mount sysfs there (mount -t sysfs sysfs /sys), or give a container \
-         the host's /sys/fs/btrfs, read-only", .0.display()
+        "/sys/fs/btrfs has no entry for the btrfs at {}: mount sysfs (mount -t sysfs sysfs /sys), or bind the host's \
+         /sys/fs/btrfs read-only into the container", .0.display()
     )]
     NoSysfs(PathBuf),
-    /// What the pool's folder lies on cannot hold disks.
+    /// The file system of the pool's folder cannot clone files.
     #[error(
-        "{} lies on a {fs_type} file system, which cannot clone files: a pool is btrfs, or XFS made with reflink=1; set DATA_DIR to a folder on \
-         one, or POOL_IMAGE to the path of an image to be made", path.display()
+        "{} is on a {fs_type} file system, which cannot clone files: a pool needs btrfs, or XFS made with reflink=1; set DATA_DIR to a folder on \
+         one, or POOL_IMAGE to the path of a new image", path.display()
     )]
     NotAPool {
         /// The folder.
         path: PathBuf,
-        /// The type of what it lies on.
+        /// The type of its file system.
         fs_type: String,
     },
-    /// Something else is mounted at the pool's place.
+    /// Another device is mounted at the pool's folder.
     #[error("{} is mounted from {}, and POOL_DEVICE is {}: unmount it, or set DATA_DIR to another folder", path.display(), found.display(), device.display())]
     OtherDevice {
         /// The mount point.
         path: PathBuf,
-        /// What should be mounted there.
+        /// The expected device.
         device: PathBuf,
-        /// What is.
+        /// The mounted device.
         found: PathBuf,
     },
-    /// The device asked for cannot become a pool.
-    #[error("{} cannot become a pool: {reason}; it was not touched", device.display())]
+    /// The device cannot become a pool.
+    #[error("{} cannot become a pool: {reason}; it was not changed", device.display())]
     UnfitDevice {
         /// The device.
         device: PathBuf,
-        /// What is wrong with it, and what to do.
+        /// The cause and the remedy.
         reason: String,
     },
-    /// The folder to mount at is in use.
-    #[error("{} is not empty, and mounting the pool would hide what is in it: move it away or set DATA_DIR to another folder", .0.display())]
+    /// The mount point has other contents.
+    #[error("{} is not empty, and mounting the pool would hide its contents: move them away, or set DATA_DIR to another folder", .0.display())]
     NotEmpty(PathBuf),
-    /// The folder that is to be a pool is something else.
-    #[error("{} holds files and is no pool: set DATA_DIR to an empty folder, or one to be made", .0.display())]
+    /// The pool's folder has other contents.
+    #[error("{} contains files and is not a pool: set DATA_DIR to an empty or new folder", .0.display())]
     OtherFolder(PathBuf),
-    /// The pool image holds something else.
-    #[error("{} holds {found}, not a pool: move it away or set POOL_IMAGE to another path; it was not touched", path.display())]
+    /// The pool image has other contents.
+    #[error("{} contains {found}, not a pool: move it away, or set POOL_IMAGE to another path; it was not changed", path.display())]
     ForeignImage {
         /// The image.
         path: PathBuf,
-        /// What it holds.
+        /// Its contents.
         found: String,
     },
-    /// The pool image is in use at another place.
-    #[error("{} is mounted at {} already: set DATA_DIR to that folder, or unmount it there first", image.display(), at.display())]
+    /// The pool image is already mounted elsewhere.
+    #[error("{} is already mounted at {}: set DATA_DIR to that folder, or unmount it there first", image.display(), at.display())]
     MountedElsewhere {
         /// The image.
         image: PathBuf,
         /// Where it is mounted.
         at: PathBuf,
     },
-    /// The pool cannot have that size.
+    /// The pool cannot have the requested size.
     #[error("{0}")]
     PoolSize(String),
-    /// The pool's size is not its own.
+    /// The pool is part of a file system that Scalebox does not resize.
     #[error(
-        "the pool at {} lies on a file system that was there before it: make that larger or smaller with its own tools", .0.display()
+        "the pool at {} is on an existing file system: resize that file system with its own tools", .0.display()
     )]
-    Given(PathBuf),
-    /// Another program is at work on the same pool.
-    #[error("another scaleboxd is at work on {}: wait for it to finish", .0.display())]
+    ExistingFileSystem(PathBuf),
+    /// Another program is using the pool or the file.
+    #[error("{} is in use by another scaleboxd: wait for it to finish", .0.display())]
     Busy(PathBuf),
-    /// The table of mounts could not be written.
+    /// `/etc/fstab` could not be written.
     #[error(transparent)]
     Fstab(#[from] FstabError),
     /// An outside program failed.
@@ -183,11 +186,11 @@ pub enum StorageError {
     /// A file could not be read or written.
     #[error("cannot {doing} {what}: {source}")]
     Io {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// What it was done to.
+        /// The object of the operation.
         what: String,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
 }
@@ -201,7 +204,7 @@ impl StorageError {
         }
     }
 
-    /// The error that a test has a step return.
+    /// The error of a step that a test makes fail.
     pub(crate) fn step(error: io::Error) -> Self {
         StorageError::io("finish", "a step", error)
     }

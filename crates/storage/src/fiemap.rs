@@ -1,8 +1,8 @@
-//! Which blocks a file maps, on any file system: `FS_IOC_FIEMAP`
+//! The blocks a file maps, on any file system: `FS_IOC_FIEMAP`
 //! (Documentation/filesystems/fiemap.rst of the kernel).
 //!
-//! XFS has no extent that stays whole while a part of it is in use: what no file maps is free. So
-//! the maps of all files, laid over one another, tell whose each block is.
+//! On XFS, unlike btrfs, blocks that no file maps are free. So the maps of all files together show
+//! the owner of each block.
 
 use crate::extents::Reference;
 use rustix::fd::{AsFd, BorrowedFd};
@@ -12,16 +12,16 @@ use std::iter::Peekable;
 use std::ops::Range;
 
 const FIEMAP: Opcode = opcode::read_write::<Head>(b'f', 11);
-/// Extents that the kernel tells of at once: 14 KiB.
+/// Extents per call: 14 KiB.
 const BATCH: usize = 256;
 
 const LAST: u32 = 1 << 0;
-/// Where it is is not known, or it is nowhere yet: written and not allocated.
+/// The location is unknown, or not allocated yet.
 const NOWHERE: u32 = 1 << 1 | 1 << 2;
-/// Packed or encrypted, or not in whole blocks: two that lie at one place may differ.
+/// Compressed, encrypted or not in whole blocks: two such extents at one location may differ.
 const ENCODED: u32 = 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10;
 const UNWRITTEN: u32 = 1 << 11;
-/// Asks the kernel to write first what it still holds back.
+/// Makes the kernel flush the file first.
 const SYNC: u32 = 1;
 
 #[repr(C)]
@@ -52,7 +52,7 @@ struct Args {
     extents: [Extent; BATCH],
 }
 
-/// A stretch of the device that a file maps, in bytes.
+/// A range of the device that a file maps, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Mapped {
     pub(crate) inode: u64,
@@ -60,10 +60,10 @@ pub(crate) struct Mapped {
     pub(crate) length: u64,
 }
 
-/// What `file`, whose number is `inode`, maps; added to `mapped`.
+/// Adds the ranges that `file` maps to `mapped`; `inode` is the file's inode number.
 ///
 /// # Errors
-/// `EOPNOTSUPP` where the file system does not tell.
+/// `EOPNOTSUPP` where the file system does not report it.
 pub(crate) fn read(file: impl AsFd, inode: u64, mapped: &mut Vec<Mapped>) -> io::Result<()> {
     each(file, 0, |extent| {
         if extent.flags & NOWHERE == 0 {
@@ -76,11 +76,11 @@ pub(crate) fn read(file: impl AsFd, inode: u64, mapped: &mut Vec<Mapped>) -> io:
     })
 }
 
-/// The parts of the first `length` bytes in which two files may differ: those whose blocks they do
-/// not share. What is not on disk yet is written first.
+/// Returns the parts of the first `length` bytes in which two files do not share blocks. Only there
+/// can they differ. Flushes both files first.
 ///
 /// # Errors
-/// `EOPNOTSUPP` where the file system does not tell; what writing fails with.
+/// `EOPNOTSUPP` where the file system does not report it; any error of the flush.
 pub(crate) fn unshared(one: impl AsFd, other: impl AsFd, length: u64) -> io::Result<Vec<Range<u64>>> {
     let extents = |file: BorrowedFd<'_>| {
         let mut extents = Vec::new();
@@ -98,7 +98,7 @@ fn differing(one: &[Extent], other: &[Extent], length: u64) -> Vec<Range<u64>> {
         let (first, first_end) = place(&mut one, at);
         let (second, second_end) = place(&mut other, at);
         let end = first_end.min(second_end).min(length);
-        // In two holes, both read as zeros.
+        // Holes in both files read as zeros.
         let same = matches!((first, second), (Place::Hole, Place::Hole))
             || matches!((first, second), (Place::At(a), Place::At(b)) if a == b);
         match parts.last_mut() {
@@ -114,12 +114,12 @@ fn differing(one: &[Extent], other: &[Extent], length: u64) -> Vec<Range<u64>> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
     Hole,
-    /// At this byte of the device, and whether it was written.
+    /// Byte offset on the device, and whether the extent was written.
     At((u64, bool)),
     Unknown,
 }
 
-/// Where the byte `at` of a file lies, and up to where that goes on. Extents before it are passed.
+/// Returns where the byte `at` of a file is, and the end of that range. Skips extents before it.
 fn place<'e>(extents: &mut Peekable<impl Iterator<Item = &'e Extent>>, at: u64) -> (Place, u64) {
     while let Some(extent) = extents.peek() {
         let end = extent.logical.saturating_add(extent.length);
@@ -137,7 +137,7 @@ fn place<'e>(extents: &mut Peekable<impl Iterator<Item = &'e Extent>>, at: u64) 
     (Place::Hole, u64::MAX)
 }
 
-/// Hands on all extents of a file, in order.
+/// Calls `each` for all extents of a file, in order.
 fn each(file: impl AsFd, flags: u32, mut each: impl FnMut(&Extent)) -> io::Result<()> {
     let mut args = Box::new(Args {
         head: Head::default(),
@@ -152,20 +152,20 @@ fn each(file: impl AsFd, flags: u32, mut each: impl FnMut(&Extent)) -> io::Resul
             extent_count: BATCH as u32,
             ..Head::default()
         };
-        // SAFETY: the kernel writes at most `extent_count` extents behind the head, and there is
-        // room for as many.
+        // SAFETY: the kernel writes at most `extent_count` extents after the head, and there is
+        // room for them.
         unsafe { ioctl(file.as_fd(), Updater::<FIEMAP, Args>::new(&mut args))? };
-        let told = &args.extents[..(args.head.mapped_extents as usize).min(BATCH)];
-        told.iter().for_each(&mut each);
-        match told.last() {
+        let found = &args.extents[..(args.head.mapped_extents as usize).min(BATCH)];
+        found.iter().for_each(&mut each);
+        match found.last() {
             Some(last) if last.flags & LAST == 0 => from = last.logical + last.length,
             _ => return Ok(()),
         }
     }
 }
 
-/// Cuts what files map at each other's ends, so that two pieces are the same blocks or have none in
-/// common, and hands each to `each`.
+/// Splits mapped ranges at each other's boundaries, and calls `each` for each piece. Any two pieces
+/// are then either the same blocks or disjoint.
 pub(crate) fn cut(mapped: &[Mapped], mut each: impl FnMut(Reference)) {
     let mut ends: Vec<u64> = mapped
         .iter()
@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_overlaps_is_cut_into_pieces_that_are_the_same_or_apart() {
+    fn overlapping_ranges_are_split_into_equal_or_disjoint_pieces() {
         let mapped = [(1, 0, 100), (2, 40, 20), (2, 200, 10), (3, 50, 100)].map(|(inode, start, length)| Mapped {
             inode,
             start,
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn two_files_differ_where_they_do_not_share_blocks() {
+    fn files_differ_where_they_do_not_share_blocks() {
         let extents = |parts: &[(u64, u64, u64, u32)]| -> Vec<Extent> {
             let extent = |&(logical, physical, length, flags)| Extent {
                 logical,
@@ -238,7 +238,7 @@ mod tests {
         };
         let one = extents(&[(0, 1000, 100, 0), (200, 2000, 100, 0), (400, 4000, 100, UNWRITTEN)]);
         assert_eq!(differing(&one, &one, 500), []);
-        // Cut otherwise, and partly written anew.
+        // Split differently, and partly rewritten.
         let other = extents(&[
             (0, 1000, 50, 0),
             (50, 1050, 50, 0),
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_s_map_is_its_data_without_its_holes() {
+    fn a_file_maps_its_data_without_holes() {
         use std::os::unix::fs::FileExt;
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[1; 8192], 0).unwrap();
@@ -265,7 +265,7 @@ mod tests {
         file.sync_all().unwrap();
         let mut mapped = Vec::new();
         match read(&file, 7, &mut mapped) {
-            // A scratch folder in memory.
+            // tmpfs does not support it.
             Err(rustix::io::Errno::OPNOTSUPP) => return,
             other => other.unwrap(),
         }

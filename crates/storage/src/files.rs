@@ -1,4 +1,4 @@
-//! Files in the pool: cloning, copying with holes, and making a change durable.
+//! Files in the pool: cloning, sparse copying, and durable changes.
 
 use crate::error::StorageError;
 use crate::mounts;
@@ -16,10 +16,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Images hold what guests wrote: nobody but root reads them.
+/// Images contain guests' data: only root may read them.
 const IMAGE_MODE: u32 = 0o600;
 
-/// Makes a new file for reading and writing; fails if the path exists. Never follows a link.
+/// Creates a file for reading and writing; fails if the path exists. Never follows a link.
 pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
     OpenOptions::new()
         .read(true)
@@ -31,15 +31,15 @@ pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
 }
 
 /// Never follows a link in the last component, and never waits for the other end of a pipe.
-const CAREFULLY: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
+const SAFE_OPEN_FLAGS: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
 
 /// Opens a file for reading; never follows a link in the last component.
 pub(crate) fn open_read(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path)
+    OpenOptions::new().read(true).custom_flags(SAFE_OPEN_FLAGS).open(path)
 }
 
-/// The entries of a folder, each with whether it is a regular file, as which everything of the
-/// pool's is made.
+/// Lists the entries of a folder, each with whether it is a regular file. All files of the pool are
+/// regular files.
 pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageError> {
     let failed = |error| StorageError::io("list", folder.display(), error);
     let mut entries = Vec::new();
@@ -47,7 +47,7 @@ pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageErro
         let entry = entry.map_err(failed)?;
         match entry.file_type() {
             Ok(kind) => entries.push((entry.path(), kind.is_file())),
-            // Removed a moment ago.
+            // Removed since the listing.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
@@ -55,29 +55,29 @@ pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageErro
     Ok(entries)
 }
 
-/// As [`open_read`], for writing too.
+/// Like [`open_read`], for writing too.
 pub(crate) fn open_write(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)
-        .custom_flags(CAREFULLY)
+        .custom_flags(SAFE_OPEN_FLAGS)
         .open(path)
 }
 
-/// Makes `target` share all blocks of `source` (`FICLONE`): no byte is copied.
+/// Makes `target` share all blocks of `source` (`FICLONE`); no data is copied.
 ///
 /// # Errors
-/// `EINVAL` when one of the two is NOCOW and the other is not, `EOPNOTSUPP` where the file system
-/// cannot, `EXDEV` across file systems.
+/// `EINVAL` when only one of the two is NOCOW, `EOPNOTSUPP` where the file system cannot clone,
+/// `EXDEV` across file systems.
 pub(crate) fn reflink(source: &File, target: &File) -> io::Result<()> {
     ioctl_ficlone(target, source).map_err(io::Error::from)
 }
 
-/// Clones an unnamed file from `from` to `to`, two folders of one file system, as every creation of
-/// a disk will.
+/// Clones an unnamed file from folder `from` to folder `to`, to check that disks can be cloned
+/// there.
 ///
 /// # Errors
-/// [`StorageError::NotAPool`] where the file system cannot.
+/// [`StorageError::NotAPool`] where the file system cannot clone.
 pub(crate) fn require_reflink(from: &Path, to: &Path) -> Result<(), StorageError> {
     let unnamed = |dir: &Path| unnamed(dir).map_err(|error| StorageError::io("create a file in", dir.display(), error));
     let (source, target) = (unnamed(from)?, unnamed(to)?);
@@ -94,7 +94,7 @@ pub(crate) fn require_reflink(from: &Path, to: &Path) -> Result<(), StorageError
     }
 }
 
-/// Copies the data of `source` to `target`, keeping its holes. Blocks until done.
+/// Copies the data of `source` to `target`, keeping its holes.
 pub(crate) fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
     let size = source.metadata()?.len();
     target.set_len(size)?;
@@ -107,7 +107,8 @@ pub(crate) fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// `ENXIO` is the kernel's word for "no more data behind this offset".
+/// Seeks to data or a hole; `None` when the kernel reports `ENXIO`, "no more data after this
+/// offset".
 pub(crate) fn seek_or_end(file: &File, to: SeekFrom) -> io::Result<Option<u64>> {
     match seek(file, to) {
         Ok(offset) => Ok(Some(offset)),
@@ -123,24 +124,24 @@ fn copy_range(mut source: &File, mut target: &File, start: u64, end: u64) -> io:
     if copied < end - start {
         return Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
-            "the file became shorter while it was copied",
+            "the file became shorter during the copy",
         ));
     }
     Ok(())
 }
 
-/// Flushes a folder, so that names made or removed in it survive a power cut.
+/// Flushes a folder, so that names created or removed in it survive a power cut.
 pub(crate) fn sync_dir(dir: &Path) -> Result<(), StorageError> {
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(|error| StorageError::io("flush", dir.display(), error))
 }
 
-/// A folder that was opened before names in it change, so that flushing it afterwards needs no path
-/// and no new descriptor.
+/// A folder opened before names in it change, so that flushing it afterwards needs no path and no
+/// new descriptor.
 ///
-/// Each of its operations takes effect durably, or is taken back and returns the error. In between
-/// it calls the `step` it is given, at which tests can fail it.
+/// Each operation either takes effect durably, or is rolled back and returns the error. In between
+/// it calls its argument `step`, where tests inject failures.
 #[derive(Debug)]
 pub(crate) struct Folder {
     path: PathBuf,
@@ -160,7 +161,7 @@ impl Folder {
         })
     }
 
-    /// Flushes the folder, so that names made or removed in it survive a power cut.
+    /// Flushes the folder, so that names created or removed in it survive a power cut.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -169,7 +170,7 @@ impl Folder {
         synced.map_err(|error| StorageError::io("flush", self.path.display(), error))
     }
 
-    /// Gives the flushed file at `from` the new name `to`. A failure leaves it at `from`.
+    /// Renames the flushed file `from` to the new name `to`. On failure it keeps the name `from`.
     ///
     /// # Errors
     /// [`StorageError::Io`], of the kind `AlreadyExists` when the name is taken.
@@ -185,17 +186,17 @@ impl Folder {
         let flushed = step().map_err(there).and_then(|()| self.sync());
         if flushed.is_err() {
             // Only if it is still the same file: another program may have replaced it since.
-            let taken_back = match fs::symlink_metadata(to) {
+            let rolled_back = match fs::symlink_metadata(to) {
                 Ok(now) if now.ino() != published => Ok(()),
                 _ => rename_new(to, from),
             };
-            self.after_taking_back(to, taken_back);
+            self.sync_rollback(to, rolled_back);
         }
         flushed
     }
 
-    /// Puts the flushed file at `from` in the place of the file at `to`, which is removed; or
-    /// publishes it when there is none. A failure leaves both where they were.
+    /// Replaces the file `to`, which is removed, by the flushed file `from`; publishes it if `to`
+    /// does not exist. On failure both keep their names.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -206,13 +207,13 @@ impl Folder {
         step: impl FnOnce() -> io::Result<()>,
     ) -> Result<(), StorageError> {
         let there = |error| StorageError::io("replace", to.display(), error);
-        // Locked, so that no sweep takes it for an abandoned work file while it has that name.
+        // Locked, so that no sweep removes it as a leftover while it has the name `from`.
         let replaced = match open_read(to) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return self.publish(from, to, step),
             Err(error) => return Err(there(error)),
         };
-        lock_shortly(&replaced).map_err(there)?;
+        lock_against_sweep(&replaced).map_err(there)?;
         match exchange(from, to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return self.publish(from, to, step),
             other => other.map_err(there)?,
@@ -220,16 +221,16 @@ impl Folder {
         let flushed = step().map_err(there).and_then(|()| self.sync());
         match flushed {
             Ok(()) => discard(from),
-            Err(_) => self.after_taking_back(to, exchange(from, to)),
+            Err(_) => self.sync_rollback(to, exchange(from, to)),
         }
         flushed
     }
 
-    /// Removes the file at `path`, which meanwhile has the name `hidden`. A failure leaves it at
+    /// Removes the file `path`, via the intermediate name `hidden`. On failure it keeps the name
     /// `path`.
     ///
     /// # Errors
-    /// [`StorageError::Io`], of the kind `NotFound` when it is not there.
+    /// [`StorageError::Io`], of the kind `NotFound` when it does not exist.
     pub(crate) fn remove(
         &self,
         path: &Path,
@@ -238,39 +239,41 @@ impl Folder {
     ) -> Result<(), StorageError> {
         let there = |error| StorageError::io("delete", path.display(), error);
         let file = open_read(path).map_err(there)?;
-        lock_shortly(&file).map_err(there)?;
+        lock_against_sweep(&file).map_err(there)?;
         rename_new(path, hidden).map_err(there)?;
         let flushed = step().map_err(there).and_then(|()| self.sync());
         match flushed {
             Ok(()) => discard(hidden),
-            Err(_) => self.after_taking_back(path, rename_new(hidden, path)),
+            Err(_) => self.sync_rollback(path, rename_new(hidden, path)),
         }
         flushed
     }
 
-    /// Flushes what was taken back. Its error is logged: the one that caused it is reported.
-    fn after_taking_back(&self, path: &Path, taken_back: io::Result<()>) {
-        let flushed = taken_back.and_then(|()| self.file.sync_all());
+    /// Flushes a rollback. Its failure is only logged, because the caller reports the original
+    /// error.
+    fn sync_rollback(&self, path: &Path, rolled_back: io::Result<()>) {
+        let flushed = rolled_back.and_then(|()| self.file.sync_all());
         if let Err(error) = flushed {
-            tracing::error!(path = %path.display(), %error, "a change that failed may not be taken back durably");
+            tracing::error!(path = %path.display(), %error, "cannot durably roll back a failed change");
         }
     }
 }
 
-/// Locks a file against sweeps of work files. One that is locked already is as safe.
-fn lock_shortly(file: &File) -> io::Result<()> {
+/// Locks a file so that sweeps of unfinished files skip it. A lock held by another process serves
+/// as well.
+fn lock_against_sweep(file: &File) -> io::Result<()> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) | Err(Errno::WOULDBLOCK) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// Exchanges two files of one file system.
+/// Exchanges the names of two files on one file system.
 fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     renameat_with(rustix::fs::CWD, one, rustix::fs::CWD, other, RenameFlags::EXCHANGE).map_err(io::Error::from)
 }
 
-/// Clones `source` to an unnamed file of `folder`.
+/// Clones `source` to an unnamed file in `folder`.
 ///
 /// # Errors
 /// [`StorageError::Io`].
@@ -281,20 +284,20 @@ pub(crate) fn unnamed_clone(folder: &Path, source: &File) -> Result<File, Storag
     Ok(clone)
 }
 
-/// Makes a file that has no name and is gone when it is closed.
+/// Creates a file without a name, which is removed when it is closed.
 fn unnamed(folder: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let fd = rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)?;
     Ok(File::from(fd))
 }
 
-/// Renames within one file system, failing with `AlreadyExists` rather than replacing.
+/// Renames within one file system; fails with `AlreadyExists` instead of replacing.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from)
 }
 
-/// Marks a folder so that files made in it are overwritten in place (`chattr +C`), or an empty
-/// file. Returns whether it had to.
+/// Sets NOCOW (`chattr +C`) on an empty file, or on a folder for the files created in it. Returns
+/// whether the flag was missing.
 pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
     let file = File::open(path)?;
     let flags = ioctl_getflags(&file)?;
@@ -305,35 +308,36 @@ pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// How long a lock is waited for, and how often it is tried.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How long and how often a held lock is retried.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Locks a file for one program. One that was killed a moment ago may still have it: a program that
-/// it was just starting shares its files until it is the other program. So a lock that is held is
-/// waited for a little. `false`: another program has it.
+/// Locks a file for this program. Returns `false` if another program keeps the lock.
+///
+/// A held lock is retried for a short time, because a program killed a moment ago may still hold
+/// it: a child that it was about to start shares its files until the child's `exec`.
 ///
 /// # Errors
-/// What `flock` fails with.
-pub fn lock_for_one_program(file: impl AsFd) -> io::Result<bool> {
+/// Any error of `flock`.
+pub fn try_lock_exclusive(file: impl AsFd) -> io::Result<bool> {
     let begun = Instant::now();
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(true),
-            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => thread::sleep(LOCK_INTERVAL),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_TIMEOUT => thread::sleep(LOCK_INTERVAL),
             Err(Errno::WOULDBLOCK) => return Ok(false),
             Err(errno) => return Err(errno.into()),
         }
     }
 }
 
-/// Removes a file in an undo path, where the first error is the one to report: a failure here is
-/// logged.
+/// Removes a file while handling another error. A failure is only logged, because the caller
+/// reports the first error.
 pub(crate) fn discard(path: &Path) {
     if let Err(error) = fs::remove_file(path)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %path.display(), %error, "a half-made file could not be removed; the next start removes it");
+        tracing::warn!(path = %path.display(), %error, "cannot remove an unfinished file; the next start removes it");
     }
 }
 
@@ -344,7 +348,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     #[test]
-    fn a_sparse_copy_has_the_same_bytes_and_the_same_holes() {
+    fn sparse_copies_keep_contents_and_holes() {
         let folder = tempfile::tempdir().unwrap();
         let source = create_new(&folder.path().join("source")).unwrap();
         source.set_len(64 << 20).unwrap();
@@ -365,7 +369,7 @@ mod tests {
         assert!(crate::space::allocated_of(&target).unwrap() < crate::Bytes::from_mib(1));
     }
 
-    /// A folder with the files `old` and `new`, each of which holds its name.
+    /// A folder with the files `old` and `new`; each contains its own name.
     fn two_files() -> (tempfile::TempDir, Folder, PathBuf, PathBuf) {
         let scratch = tempfile::tempdir().unwrap();
         let (old, new) = (scratch.path().join("old"), scratch.path().join("new"));
@@ -384,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_whose_flush_fails_is_not_given() {
+    fn publishing_is_rolled_back_when_the_flush_fails() {
         let (scratch, folder, old, new) = two_files();
         let target = scratch.path().join("target");
         assert!(folder.publish(&new, &target, fails).is_err());
@@ -396,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replacement_whose_flush_fails_leaves_the_old_file() {
+    fn replacing_keeps_the_old_file_when_the_flush_fails() {
         let (scratch, folder, old, new) = two_files();
         assert!(folder.replace(&new, &old, fails).is_err());
         assert_eq!(
@@ -411,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_removal_whose_flush_fails_leaves_the_file() {
+    fn removing_keeps_the_file_when_the_flush_fails() {
         let (scratch, folder, old, _) = two_files();
         let hidden = scratch.path().join("hidden");
         assert!(folder.remove(&old, &hidden, fails).is_err());
@@ -421,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_not_followed() {
+    fn links_are_not_followed() {
         let folder = tempfile::tempdir().unwrap();
         let (secret, link) = (folder.path().join("secret"), folder.path().join("link"));
         File::create(&secret).unwrap().write_all(b"secret").unwrap();

@@ -1,12 +1,12 @@
-//! Recognises what a file holds that is not an ext4 file system, so that a refused import says what
-//! to do instead.
+//! Recognizes common formats other than ext4, so that the error of a rejected import names the
+//! remedy.
 
 use crate::pack;
 
-/// How much of a file is looked at: the mark of an ISO 9660 file system lies behind 32 KiB.
+/// Bytes read from the start of a file: the signature of ISO 9660 is at 32 KiB.
 pub(crate) const HEAD: usize = 64 << 10;
 
-/// A mark of a format: where it lies, its bytes, and what to tell of it.
+/// A signature: its offset, its bytes, and the message about it.
 type Mark = (usize, &'static [u8], &'static str);
 
 const MARKS: [Mark; 21] = [
@@ -32,59 +32,59 @@ const MARKS: [Mark; 21] = [
     (
         0,
         &[0x1f, 0x8b],
-        "compressed with gzip: unpack it first, or pack it with zstd",
+        "compressed with gzip: decompress it first, or compress it with zstd",
     ),
     (
         0,
         &[0xfd, b'7', b'z', b'X'],
-        "compressed with xz: unpack it first, or pack it with zstd",
+        "compressed with xz: decompress it first, or compress it with zstd",
     ),
     (
         0,
         b"BZh",
-        "compressed with bzip2: unpack it first, or pack it with zstd",
+        "compressed with bzip2: decompress it first, or compress it with zstd",
     ),
     (
         0,
         &[0x04, 0x22, 0x4d, 0x18],
-        "compressed with lz4: unpack it first, or pack it with zstd",
+        "compressed with lz4: decompress it first, or compress it with zstd",
     ),
     (
         0,
         &[0x02, 0x21, 0x4c, 0x18],
-        "compressed with lz4: unpack it first, or pack it with zstd",
+        "compressed with lz4: decompress it first, or compress it with zstd",
     ),
     (
         0,
         b"LZIP",
-        "compressed with lzip: unpack it first, or pack it with zstd",
+        "compressed with lzip: decompress it first, or compress it with zstd",
     ),
     (0, b"PK\x03\x04", "a zip archive: unpack it first"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
     (
         0,
         b"070701",
-        "a cpio archive: unpack it, and make an ext4 image of the files with mke2fs -d",
+        "a cpio archive: extract it, and make an ext4 image of the files with mke2fs -d",
     ),
     (
         257,
         b"ustar",
-        "a tar archive: unpack it, and make an ext4 image of the files with mke2fs -d",
+        "a tar archive: extract it, and make an ext4 image of the files with mke2fs -d",
     ),
     (
         512,
         b"LABELONE",
-        "an LVM physical volume: copy the volume with the root file system into a file of its own",
+        "an LVM physical volume: copy the logical volume with the root file system to a file",
     ),
     (
         0,
         b"LUKS\xba\xbe",
-        "encrypted with LUKS: open it, and copy the file system into a file of its own",
+        "encrypted with LUKS: open it, and copy the file system to a file",
     ),
     (
         0,
         b"hsqs",
-        "a SquashFS: unpack it, and make an ext4 image of the files with mke2fs -d",
+        "a SquashFS: extract it, and make an ext4 image of the files with mke2fs -d",
     ),
     (
         32769,
@@ -93,14 +93,14 @@ const MARKS: [Mark; 21] = [
     ),
 ];
 
-/// Returns what a file is that begins with `head`, if that is a known format a template cannot be.
+/// Returns the format of a file that begins with `head`, if it is a known one other than ext4.
 pub(crate) fn recognise(head: &[u8]) -> Option<&'static str> {
     if pack::is_packed(head) {
-        return Some("packed twice: unpack it once");
+        return Some("compressed twice: decompress it once");
     }
     if is_form(head) {
         return Some(
-            "a form (multipart/form-data): send the image itself as the body, as with curl --data-binary or -T",
+            "a form (multipart/form-data): send the image itself as the request body, for example with curl --data-binary or -T",
         );
     }
     let found = MARKS.iter().find(|(at, mark, _)| {
@@ -110,7 +110,7 @@ pub(crate) fn recognise(head: &[u8]) -> Option<&'static str> {
     found.map(|(_, _, what)| *what)
 }
 
-/// Whether it is a body of the type multipart (RFC 2046, 5.1): a boundary, then the headers of the
+/// Returns whether it is a multipart body (RFC 2046, 5.1): a boundary, then the headers of the
 /// first part.
 fn is_form(head: &[u8]) -> bool {
     let Some(rest) = head.strip_prefix(b"--") else {
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_known_format_is_named_and_data_is_not() {
+    fn known_formats_are_recognized_and_other_data_is_not() {
         for (at, mark, what) in MARKS {
             let mut head = vec![0; 40 << 10];
             head[at..at + mark.len()].copy_from_slice(mark);

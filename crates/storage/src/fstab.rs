@@ -1,4 +1,4 @@
-//! The line in `FSTAB` that brings the pool back after a reboot.
+//! The fstab line that mounts the pool after a reboot (setting `FSTAB`).
 
 use crate::mounts::{escape, unescape};
 use std::ffi::OsString;
@@ -8,53 +8,53 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// The mount options of a pool on an image. `loop` makes the loop device; `nofail` lets a host boot
-/// whose pool is gone; `noatime` saves a write for each read; `discard=async` hands freed blocks on
-/// to the host disk.
+/// Mount options of a pool on an image. `loop` creates the loop device, `nofail` lets the host boot
+/// without the pool, `noatime` avoids a write per read, and `discard=async` returns freed blocks to
+/// the host disk.
 pub(crate) const IMAGE_OPTIONS: &str = "loop,nofail,noatime,discard=async";
-/// Those of a pool on a device.
+/// Mount options of a pool on a device.
 pub(crate) const DEVICE_OPTIONS: &str = "nofail,noatime,discard=async";
 
-/// Why the mount was not registered.
+/// Why the mount could not be registered.
 #[derive(Debug, thiserror::Error)]
 pub enum FstabError {
-    /// Reading or writing failed.
+    /// Reading or writing fstab failed.
     #[error("cannot register the pool in {}: {source}", path.display())]
     Io {
-        /// The table.
+        /// The fstab file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The table is a device, a pipe or a folder.
+    /// The path is a device, a pipe or a folder.
     #[error("cannot register the pool in {}: it is not a regular file", .0.display())]
     NotAFile(PathBuf),
-    /// Another line claims the mount point.
+    /// Another line has the same mount point.
     #[error(
-        "{}: {} is already the mount point of {other}; remove that line or set DATA_DIR to another folder",
+        "{}: {} is already the mount point of {other}; remove that line, or set DATA_DIR to another folder",
         path.display(), target.display()
     )]
     Claimed {
-        /// The table.
+        /// The fstab file.
         path: PathBuf,
         /// The mount point.
         target: PathBuf,
-        /// What the line mounts there.
+        /// The source in that line.
         other: String,
     },
 }
 
-/// What a line of the table mounts.
+/// The source of a line: the mounted file or file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A file or a device by its path.
+    /// A file or a device, by its path.
     Path(PathBuf),
-    /// A file system by its UUID.
+    /// A file system, by its UUID.
     Uuid(String),
 }
 
 impl Source {
-    /// As it stands in the first field of a line.
+    /// Returns the first field of a line for this source.
     fn field(&self) -> OsString {
         match self {
             Source::Path(path) => escape(path),
@@ -62,7 +62,8 @@ impl Source {
         }
     }
 
-    /// Whether a first field names the same thing. Paths are compared as paths: `/x//y/` is `/x/y`.
+    /// Returns whether a first field names this source. Paths are compared as paths: `/x//y/` is
+    /// `/x/y`.
     fn is_named_by(&self, field: &[u8]) -> bool {
         match self {
             Source::Path(path) => unescape(field) == *path,
@@ -71,7 +72,7 @@ impl Source {
     }
 }
 
-/// The line that mounts `source` at `target`, without a newline.
+/// Returns the line that mounts `source` at `target`, without a newline.
 pub(crate) fn line(source: &Source, target: &Path, options: &str) -> OsString {
     let mut line = source.field();
     line.push(" ");
@@ -80,16 +81,16 @@ pub(crate) fn line(source: &Source, target: &Path, options: &str) -> OsString {
     line
 }
 
-/// Whether the table has a line that mounts `source` at `target`.
+/// Returns whether fstab has a line that mounts `source` at `target`.
 ///
 /// # Errors
-/// [`FstabError::Claimed`] when a line mounts something else there; [`FstabError::Io`],
+/// [`FstabError::Claimed`] when a line mounts something else at `target`; [`FstabError::Io`],
 /// [`FstabError::NotAFile`].
 pub(crate) fn is_registered(path: &Path, source: &Source, target: &Path) -> Result<bool, FstabError> {
     find_line(path, &read(path)?, source, target)
 }
 
-/// What the table of mounts mounts at `target` by its first line about it, if any.
+/// Returns the source of the first fstab line with the mount point `target`, if any.
 ///
 /// # Errors
 /// [`FstabError::Io`], [`FstabError::NotAFile`].
@@ -99,13 +100,13 @@ pub fn registered_source(path: &Path, target: &Path) -> Result<Option<String>, F
     Ok(found.map(|(source, _)| String::from_utf8_lossy(source).into_owned()))
 }
 
-/// Adds the line for `source` at `target` unless it is there; returns whether it was added. A
-/// missing table is made.
+/// Adds the line for `source` at `target` unless it exists; returns whether it was added. Creates
+/// fstab if it is missing.
 ///
 /// # Errors
 /// [`FstabError::Claimed`] when another line mounts something else at `target`;
-/// [`FstabError::NotAFile`] for a device such as `/dev/null`; [`FstabError::Io`]. The table is then
-/// as it was.
+/// [`FstabError::NotAFile`] for a device such as `/dev/null`; [`FstabError::Io`]. The file is then
+/// unchanged.
 pub(crate) fn register(path: &Path, source: &Source, target: &Path, options: &str) -> Result<bool, FstabError> {
     let table = read(path)?;
     if find_line(path, &table, source, target)? {
@@ -125,7 +126,7 @@ pub(crate) fn register(path: &Path, source: &Source, target: &Path, options: &st
     Ok(true)
 }
 
-/// The table as bytes: comments in it may be in any encoding. A missing one is empty.
+/// Reads fstab as bytes: its comments may be in any encoding. A missing file is empty.
 fn read(path: &Path) -> Result<Vec<u8>, FstabError> {
     let io = |source| FstabError::Io {
         path: path.to_owned(),
@@ -139,7 +140,7 @@ fn read(path: &Path) -> Result<Vec<u8>, FstabError> {
     }
 }
 
-/// The first two fields of each line, comments left out.
+/// Returns the first two fields of each line except comments.
 fn entries(table: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     table.split(|&byte| byte == b'\n').filter_map(|line| {
         let mut fields = line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty());
@@ -165,12 +166,13 @@ fn find_line(path: &Path, table: &[u8], source: &Source, target: &Path) -> Resul
     Ok(false)
 }
 
-/// One short append keeps the table's inode, owner and mode, and is whole or absent after a crash.
+/// Appends a line in one write. That keeps inode, owner and mode of the file, and after a crash the
+/// line is complete or absent.
 fn append(path: &Path, line: &[u8]) -> io::Result<()> {
     let mut file = match OpenOptions::new().append(true).create_new(true).open(path) {
         Ok(file) => {
-            // A table that is made here is read by programs that are not root, whatever the umask
-            // of this one is. The mode of one that was there is not ours to change.
+            // A new fstab must be readable for other accounts, whatever the umask. An existing one
+            // keeps its mode.
             file.set_permissions(fs::Permissions::from_mode(0o644))?;
             file
         }
@@ -179,11 +181,11 @@ fn append(path: &Path, line: &[u8]) -> io::Result<()> {
     };
     let before = file.metadata()?;
     if !before.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
+        return Err(io::Error::other("not a regular file"));
     }
     let written = file.write_all(line).and_then(|()| file.sync_all());
     if written.is_err() {
-        // Half a line would be a mount of something else.
+        // Half a line would be another mount.
         file.set_len(before.len())?;
     }
     written
@@ -198,10 +200,10 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_added_once_and_nothing_else_is_touched() {
+    fn the_line_is_added_once_and_nothing_else_changes() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fstab");
-        // A comment in Latin-1, as older editors write them.
+        // A comment in Latin-1, as older editors write it.
         fs::write(&path, b"# f\xfcr /\n/dev/sda1 / ext4 defaults 0 1").unwrap();
         let (image, target) = (image("/srv/pool image"), Path::new("/srv/pool"));
         assert!(register(&path, &image, target, IMAGE_OPTIONS).unwrap());
@@ -214,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_point_that_is_taken_is_not_taken_over() {
+    fn a_mount_point_in_use_is_not_registered() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fstab");
         fs::write(&path, "/dev/sdb1 /srv/pool xfs defaults 0 0\n").unwrap();
@@ -227,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_that_are_written_differently_are_one_mount() {
+    fn different_spellings_of_a_path_are_one_mount() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fstab");
         let registered =
@@ -239,10 +241,10 @@ mod tests {
     }
 
     #[test]
-    fn only_regular_files_are_changed_and_no_mode_is() {
+    fn only_regular_files_change_and_keep_their_mode() {
         let folder = tempfile::tempdir().unwrap();
         let device = folder.path().join("null");
-        // A node of our own, so that a failure does not change the machine's.
+        // A separate device node, so that a failure does not change the machine's.
         rustix::fs::mknodat(
             rustix::fs::CWD,
             &device,
@@ -262,7 +264,7 @@ mod tests {
         fs::write(&kept, "").unwrap();
         fs::set_permissions(&kept, fs::Permissions::from_mode(0o600)).unwrap();
         assert!(added(&kept).unwrap());
-        assert_eq!(mode(&kept), 0o600, "an empty table that was there keeps its mode");
+        assert_eq!(mode(&kept), 0o600, "an existing empty file keeps its mode");
         let made = folder.path().join("made");
         assert!(added(&made).unwrap());
         assert_eq!(mode(&made), 0o644);

@@ -1,14 +1,14 @@
-//! One flush for all who wait for it.
+//! One flush shared by concurrent callers.
 
 use std::io;
 use std::sync::{Condvar, Mutex, PoisonError};
 
-/// Flushes of one file or folder, shared: whoever asks while one is under way waits for the next,
-/// together with all others who asked meanwhile. A flush costs a round trip to the device whatever
-/// it carries, so thirty-two writers at once pay for two, not for thirty-two.
+/// Shares flushes of one file or folder. Callers that arrive during a flush wait for the next one
+/// together. A flush costs a round trip to the device whatever its amount of data, so 32 concurrent
+/// writers pay for two flushes, not for 32.
 #[derive(Debug, Default)]
 pub struct GroupSync {
-    // A std mutex: held for a few comparisons, never while flushing.
+    // A std mutex: held for a few comparisons, never during a flush.
     rounds: Mutex<Rounds>,
     ended: Condvar,
 }
@@ -17,21 +17,21 @@ pub struct GroupSync {
 struct Rounds {
     begun: u64,
     ended: u64,
-    /// The last round that failed, and with what. A later round that works does not bring its data
-    /// back.
+    /// The last failed round, and its error. A later successful round does not recover the data of
+    /// a failed one.
     failed: Option<(u64, io::ErrorKind, String)>,
 }
 
 impl GroupSync {
-    /// Returns when a flush that began after this call has ended. `flush` may be run or another
-    /// caller's; it must be of the same file.
+    /// Returns when a flush that began after this call has ended. Either this caller's `flush` runs
+    /// or another caller's; all must flush the same file.
     ///
     /// # Errors
-    /// What that flush, or a later one that ended meanwhile, failed with.
+    /// The error of that flush, or of a later one that ended in the meantime.
     pub fn sync(&self, flush: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
-        // What is under way may have begun before the caller's write: the one behind it is the
-        // first that counts.
+        // The current flush may have begun before the caller's write: only the next one is certain
+        // to include it.
         let mine = rounds.begun + 1;
         while rounds.ended < rounds.begun && rounds.ended < mine {
             rounds = self.ended.wait(rounds).unwrap_or_else(PoisonError::into_inner);
@@ -61,10 +61,9 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    /// Every write is on the medium when its writer is told so, and every flush is one that
-    /// somebody waited for.
+    /// Every write is flushed when `sync` returns, and every flush has a waiting caller.
     #[test]
-    fn what_was_written_before_the_call_is_flushed_when_it_returns() {
+    fn data_written_before_the_call_is_flushed_when_it_returns() {
         let (group, written, flushed, flushes) = (
             GroupSync::default(),
             AtomicU64::new(0),
@@ -93,10 +92,10 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_while_a_flush_is_under_way_shares_the_next_and_its_failure() {
+    fn calls_during_a_flush_share_the_next_flush_and_its_error() {
         let group = GroupSync::default();
         let (begun, has_begun) = mpsc::channel();
-        let (go_on, may_go_on) = mpsc::channel::<()>();
+        let (resume, may_resume) = mpsc::channel::<()>();
         let second = AtomicU64::new(0);
         let fail = || {
             second.fetch_add(1, Ordering::SeqCst);
@@ -107,12 +106,12 @@ mod tests {
             let first = scope.spawn(move || {
                 shared.sync(|| {
                     begun.send(()).unwrap();
-                    may_go_on.recv().map_err(io::Error::other)
+                    may_resume.recv().map_err(io::Error::other)
                 })
             });
             has_begun.recv().unwrap();
             let later: Vec<_> = (0..4).map(|_| scope.spawn(|| group.sync(fail))).collect();
-            go_on.send(()).unwrap();
+            resume.send(()).unwrap();
             assert!(first.join().unwrap().is_ok());
             for waiter in later {
                 let error = waiter.join().unwrap().unwrap_err();
@@ -120,6 +119,6 @@ mod tests {
             }
         });
         assert!((1..=4).contains(&second.load(Ordering::SeqCst)));
-        assert!(group.sync(|| Ok(())).is_ok(), "a later flush stands for itself");
+        assert!(group.sync(|| Ok(())).is_ok(), "a later flush is not affected");
     }
 }

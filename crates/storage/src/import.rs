@@ -1,5 +1,5 @@
-//! Templates from elsewhere, and to elsewhere: an ext4 image, bare or packed with zstd, is copied
-//! in, checked, and only then given its name.
+//! Template import and export. An ext4 image, bare or compressed with zstd, is copied into the
+//! pool, checked, and only then given its name.
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
@@ -7,7 +7,7 @@ use crate::ext4;
 use crate::files::{self, Folder};
 use crate::format;
 use crate::name::Name;
-use crate::pack::{self, Unpacked};
+use crate::pack::{self, UnpackError};
 use crate::pool::Pool;
 use crate::signature::probe;
 use crate::size::Bytes;
@@ -20,21 +20,21 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// So much room is asked for at a time, while it is not known how much data is still to come.
-const LOT: Bytes = Bytes::from_mib(256);
+/// Space admitted at a time while the total size of the data is unknown.
+const RESERVATION_STEP: Bytes = Bytes::from_mib(256);
 
-/// A template on its way in. Dropped before it is finished, nothing is left of it.
-struct Incoming {
+/// An unfinished import. Dropping it removes its file.
+struct PendingImport {
     name: Name,
     replace: bool,
     partial: PathBuf,
     file: File,
     finished: bool,
-    /// Held until the data is there, and counts for itself.
+    /// Held until the data is written, and then counted as used.
     room: Vec<Reservation>,
 }
 
-impl Drop for Incoming {
+impl Drop for PendingImport {
     fn drop(&mut self) {
         if !self.finished {
             files::discard(&self.partial);
@@ -42,34 +42,35 @@ impl Drop for Incoming {
     }
 }
 
-/// A template that is about to be packed. It is open: deleting it changes nothing.
+/// A template opened for export. Deleting the template does not affect it.
 #[derive(Debug)]
-pub struct Packing {
+pub struct TemplateExport {
     file: File,
     size: Bytes,
 }
 
-impl Packing {
-    /// The size of the image that is packed.
+impl TemplateExport {
+    /// Returns the size of the uncompressed image.
     pub fn size(&self) -> Bytes {
         self.size
     }
 
-    /// Writes the packed image. `told` is told after each MiB of the image how much of it is done.
+    /// Writes the compressed image. Calls `progress` after each MiB of the image with the bytes
+    /// done so far.
     ///
     /// # Errors
-    /// What reading or writing fails with.
-    pub fn write_to(&self, out: impl Write, told: impl FnMut(Bytes)) -> io::Result<()> {
-        pack::pack(&self.file, out, told)
+    /// Any error of reading or writing.
+    pub fn write_to(&self, out: impl Write, progress: impl FnMut(Bytes)) -> io::Result<()> {
+        pack::pack(&self.file, out, progress)
     }
 }
 
 impl Pool {
-    /// Copies the ext4 image `source`, at most `max` large, into the pool as template `name`. The
-    /// source is a file, bare or packed with zstd, or a block device that is not in use; it is only
-    /// read. The copy has its journal replayed and is checked, and appears under its name when it
-    /// is whole and durable. With `replace`, a template of that name gives way to it; disks made
-    /// from the old one are not touched.
+    /// Imports the ext4 image `source`, of at most `max` bytes, as template `name`. The source is a
+    /// file, bare or compressed with zstd, or an unused block device; it is only read. The copy's
+    /// journal is replayed and the copy is checked; it appears under its name when it is complete
+    /// and durable. With `replace`, it replaces a template of that name; disks made from the old
+    /// template are not affected.
     ///
     /// # Errors
     /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`],
@@ -83,13 +84,13 @@ impl Pool {
     ) -> Result<Template, StorageError> {
         let what = source.display().to_string();
         let failed = |error| StorageError::io("read", &what, error);
-        // Looked at before it is opened: opening a FIFO would wait for somebody to write to it.
+        // Checked before opening: opening a FIFO would wait for a writer.
         let kind = fs::metadata(source).map_err(failed)?.file_type();
         if kind.is_block_device() {
             return self.import_device(name, &what, source, max, replace);
         }
         if !kind.is_file() {
-            return Err(not_a_template(&what, "it is not a plain file or a block device"));
+            return Err(not_a_template(&what, "it is neither a regular file nor a block device"));
         }
         let file = File::open(source).map_err(failed)?;
         let head = head_of(&file).map_err(failed)?;
@@ -101,17 +102,17 @@ impl Pool {
         if file.metadata().map_err(failed)?.len() > max.as_u64() {
             return Err(not_a_template(&what, too_large(max)));
         }
-        let mut incoming = self.begin_import(name, replace)?;
+        let mut pending = self.begin_import(name, replace)?;
         let data = space::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
-        incoming.room.push(self.admit(data)?);
-        // From within the pool a clone will do; from anywhere else its data is copied.
-        if files::reflink(&file, &incoming.file).is_err() {
-            files::copy_sparse(&file, &incoming.file).map_err(|error| StorageError::io("copy", &what, error))?;
+        pending.room.push(self.admit(data)?);
+        // From within the pool a reflink suffices; otherwise the data is copied.
+        if files::reflink(&file, &pending.file).is_err() {
+            files::copy_sparse(&file, &pending.file).map_err(|error| StorageError::io("copy", &what, error))?;
         }
-        self.finish_import(incoming, &what)
+        self.finish_import(pending, &what)
     }
 
-    /// Copies all of a block device that nobody has mounted.
+    /// Imports a whole block device that is not mounted.
     fn import_device(
         &self,
         name: &Name,
@@ -120,7 +121,7 @@ impl Pool {
         max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
-        // Of a block device, the flag refuses one that is in use (open(2)).
+        // For a block device, the flag rejects one that is in use (open(2)).
         let exclusive = OFlags::EXCL.bits() as i32;
         let device = File::options().read(true).custom_flags(exclusive).open(source);
         let mut device = device.map_err(|error| match error.kind() {
@@ -136,11 +137,11 @@ impl Pool {
         self.unpack(name, what, device, max, replace)
     }
 
-    /// As [`Pool::import_template`], of an image that comes in as a stream, at most `max` of it
-    /// unpacked.
+    /// Like [`Pool::import_template`], for an image read from a stream, of at most `max` bytes
+    /// uncompressed.
     ///
     /// # Errors
-    /// As there; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.
+    /// The same; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.
     pub fn unpack_template(
         &self,
         name: &Name,
@@ -148,17 +149,17 @@ impl Pool {
         max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
-        self.unpack(name, "what was sent", input, max, replace)
+        self.unpack(name, "the uploaded file", input, max, replace)
     }
 
-    /// Opens a template to pack it.
+    /// Opens a template for export.
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn pack_template(&self, name: &Name) -> Result<Packing, StorageError> {
+    pub fn pack_template(&self, name: &Name) -> Result<TemplateExport, StorageError> {
         self.require_mounted()?;
         let (template, file) = self.open_template(name)?;
-        Ok(Packing {
+        Ok(TemplateExport {
             file,
             size: template.size,
         })
@@ -172,28 +173,28 @@ impl Pool {
         max: Bytes,
         replace: bool,
     ) -> Result<Template, StorageError> {
-        let mut incoming = self.begin_import(name, replace)?;
-        let Incoming { file, room, .. } = &mut incoming;
+        let mut pending = self.begin_import(name, replace)?;
+        let PendingImport { file, room, .. } = &mut pending;
         let mut left = Bytes::ZERO;
         let ask = |more: Bytes| {
             if left < more {
-                room.push(self.admit(LOT)?);
-                left += LOT;
+                room.push(self.admit(RESERVATION_STEP)?);
+                left += RESERVATION_STEP;
             }
             left = left - more;
             Ok::<_, StorageError>(())
         };
         pack::unpack(input, file, max, refuse_other_formats, ask).map_err(|why| match why {
-            Unpacked::Input(error) => not_a_template(what, error),
-            Unpacked::Output(error) => StorageError::io("unpack", what, error),
-            Unpacked::Room(error) => error,
+            UnpackError::Input(error) => not_a_template(what, error),
+            UnpackError::Output(error) => StorageError::io("unpack", what, error),
+            UnpackError::Room(error) => error,
         })?;
-        require_bare_ext4(what, &incoming.partial)?;
-        self.finish_import(incoming, what)
+        require_bare_ext4(what, &pending.partial)?;
+        self.finish_import(pending, what)
     }
 
-    /// Takes the name of a template to be imported.
-    fn begin_import(&self, name: &Name, replace: bool) -> Result<Incoming, StorageError> {
+    /// Reserves the name of a template to import.
+    fn begin_import(&self, name: &Name, replace: bool) -> Result<PendingImport, StorageError> {
         self.require_mounted()?;
         if !replace && self.template_path(name).exists() {
             return Err(StorageError::TemplateExists(name.to_string()));
@@ -203,7 +204,7 @@ impl Pool {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
             other => other,
         })?;
-        let incoming = Incoming {
+        let pending = PendingImport {
             name: name.clone(),
             replace,
             partial,
@@ -212,12 +213,12 @@ impl Pool {
             room: Vec::new(),
         };
         fault_point("import: file made").map_err(StorageError::step)?;
-        Ok(incoming)
+        Ok(pending)
     }
 
-    /// Checks what was copied, and gives it its name.
-    fn finish_import(&self, mut incoming: Incoming, what: &str) -> Result<Template, StorageError> {
-        let (partial, name) = (incoming.partial.as_path(), &incoming.name);
+    /// Checks the imported image, and gives it its name.
+    fn finish_import(&self, mut pending: PendingImport, what: &str) -> Result<Template, StorageError> {
+        let (partial, name) = (pending.partial.as_path(), &pending.name);
         let refused = |error| match error {
             StorageError::FileSystem(_) => not_a_template(what, error),
             other => other,
@@ -225,30 +226,30 @@ impl Pool {
         fault_point("import: copied").map_err(StorageError::step)?;
         ext4::repair(partial).map_err(refused)?;
         fault_point("import: repaired").map_err(StorageError::step)?;
-        // A repair can fail to write without a word.
+        // A repair can fail to write and report success.
         ext4::check(partial).map_err(refused)?;
-        incoming
+        pending
             .file
             .sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
         fault_point("import: flushed").map_err(StorageError::step)?;
-        let template = Template::of_file(name, &incoming.file)?;
+        let template = Template::of_file(name, &pending.file)?;
         let (folder, target) = (Folder::open(&self.templates_dir())?, self.template_path(name));
         let in_place = || fault_point("import: template in place");
-        let published = if incoming.replace {
+        let published = if pending.replace {
             folder.replace(partial, &target, in_place)
         } else {
             folder.publish(partial, &target, in_place)
         };
         published.map_err(|error| exists(error, name))?;
-        incoming.finished = true;
+        pending.finished = true;
         crash_point("import: template durable");
-        self.prune_grown(&incoming.name, Some(template.inode));
+        self.prune_grown(&pending.name, Some(template.inode));
         Ok(template)
     }
 }
 
-/// A name that is taken is not a fault of the host.
+/// Turns the error for a name in use into [`StorageError::TemplateExists`].
 pub(crate) fn exists(error: StorageError, name: &Name) -> StorageError {
     match error {
         StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
@@ -266,10 +267,10 @@ fn not_a_template(what: &str, reason: impl ToString) -> StorageError {
 }
 
 fn too_large(max: Bytes) -> String {
-    format!("it is larger than the largest disk, which is {max}")
+    format!("it is larger than the maximum disk size of {max}")
 }
 
-/// The beginning of a file; less where the file is shorter.
+/// Returns the beginning of a file; shorter if the file is.
 fn head_of(file: &File) -> io::Result<Vec<u8>> {
     let mut head = vec![0; format::HEAD];
     let mut filled = 0;
@@ -283,7 +284,7 @@ fn head_of(file: &File) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Refuses what begins with `head` if that is a known format other than ext4.
+/// Rejects a file that begins with `head` if that is a known format other than ext4.
 fn refuse_other_formats(head: &[u8]) -> io::Result<()> {
     match format::recognise(head) {
         Some(other) => Err(io::Error::other(format!("it is {other}"))),
@@ -295,10 +296,10 @@ fn require_bare_ext4(what: &str, path: &Path) -> Result<(), StorageError> {
     let reason = match probe(path)?.map(|found| found.kind).as_deref() {
         Some("ext4" | "ext3" | "ext2") => return Ok(()),
         Some(table) if table.contains("partition table") => format!(
-            "it is a whole disk with {table}: extract its root partition, which must be ext4, into a file of its own"
+            "it is a whole disk with {table}: extract its root partition, which must be ext4, to a separate file"
         ),
-        Some(kind) => format!("it holds {kind}: a template is a bare ext4 file system"),
-        None => "it holds no file system: a template is a bare ext4 file system".to_owned(),
+        Some(kind) => format!("it contains {kind}: a template is a bare ext4 file system"),
+        None => "it contains no file system: a template is a bare ext4 file system".to_owned(),
     };
     Err(not_a_template(what, reason))
 }

@@ -1,21 +1,21 @@
-//! `pool init`: what the pool lies on, its mount and its folders.
+//! `pool init`: creating the pool's backing, its mount and its folders.
 //!
-//! Every step looks at what is there before it does anything, so a run that was interrupted is
-//! finished by the next, and a run on a finished pool changes nothing. An image is made under
-//! another name and renamed when its file system stands: what lies at `POOL_IMAGE` is whole, or not
-//! ours, and is never formatted. Neither is a device on which anything is found. A file system that
-//! is there already is taken as it is.
+//! Every step checks the present state first. So a run after an interrupted one finishes the work,
+//! and a run on a complete pool changes nothing. A new image is created under another name and
+//! renamed when its file system is complete. So an existing file at `POOL_IMAGE` is either a
+//! complete image or foreign, and is never formatted. A device with any known content is never
+//! formatted either. An existing file system is used as it is.
 
+use crate::backing::{self, ActualBacking, Backing, FsKind, PoolLocation};
 use crate::btrfs;
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
 use crate::files;
 use crate::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
-use crate::ground::{self, Backing, Ground, Kind, Place};
 use crate::mounts;
 use crate::signature::{Signature, probe};
 use crate::size::{Bytes, Gib};
-use crate::sizing::{PoolSize, RequestedSize, SMALLEST, pool_size};
+use crate::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
 use crate::space;
 use rustix::fs::{FlockOperation, flock};
 use std::ffi::OsStr;
@@ -24,85 +24,82 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Where a pool is to be and how large.
+/// Location and size of a pool.
 #[derive(Debug, Clone)]
 pub struct PoolPlan {
     /// The mount point (`DATA_DIR`).
     pub data_dir: PathBuf,
-    /// What the pool is to lie on (`POOL_IMAGE`, `POOL_DEVICE`).
+    /// The configured backing (`POOL_IMAGE`, `POOL_DEVICE`).
     pub backing: Backing,
-    /// The table to register the mount in (`FSTAB`); `None` leaves that to the operator.
+    /// The fstab in which the mount is registered (`FSTAB`); `None` leaves that to the operator.
     pub fstab: Option<PathBuf>,
-    /// The size the operator asked for (`STORAGE_SIZE`); `None` takes 80 % of what is free, or the
-    /// whole device.
+    /// The requested size (`STORAGE_SIZE`); `None` takes 80 % of the free space, or the whole
+    /// device.
     pub size: Option<RequestedSize>,
-    /// How many disks should be in the pool by the books of whoever runs it: with any, no new pool
-    /// is made.
+    /// How many disks the caller expects in the pool. If there are any, no new pool is created.
     pub expected_disks: u64,
-    /// Space that admission leaves free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger
+    /// Space that admission keeps free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger
     /// than its host disk.
     pub buffer: Gib,
 }
 
-/// What `pool init` tells the person who runs it, as it happens.
+/// A message of `pool init` to its operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InitEvent {
-    /// A line on what is being done, in the words of the seed where it has some.
+    /// A step that is being done, with the seed's message where it has one.
     Step(String),
-    /// Something the operator should know, though the pool works.
+    /// A problem that does not keep the pool from working.
     Warning(String),
 }
 
-/// What a run of `pool init` did.
+/// The result of `pool init`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InitOutcome {
-    /// The pool was there, whole and mounted: nothing was changed.
+    /// The pool was complete and mounted; nothing changed.
     AlreadyThere,
-    /// The pool was made, or what an interrupted run left undone was finished.
+    /// The pool was created, or the work of an interrupted run was finished.
     Ready,
 }
 
-/// The folders of a pool, and whether files in them are overwritten in place. Clones of an
-/// overwritten-in-place file must lie in such a folder too, so it is set before the first file.
+/// The folders of a pool, and whether their files are NOCOW. A clone of a NOCOW file must be NOCOW
+/// too, so the flag is set before the first file is created.
 const FOLDERS: [(&str, bool); 3] = [("templates", true), ("vms", true), ("kernel", false)];
 
-/// The label of the file systems that are made here.
+/// The label of new file systems.
 const LABEL: &str = "scalebox";
 
-/// Makes the pool of `plan` unless it is there, and mounts it. Blocks for a few seconds.
+/// Creates the pool of `plan` unless it exists, and mounts it. Blocks for a few seconds.
 ///
-/// What the pool needs comes first; that it could not be registered in the table of mounts is a
-/// warning with the line to add.
+/// Failing to register the mount in fstab is only a warning, which contains the line to add.
 ///
 /// # Errors
 /// [`StorageError::TooLittleSpace`], [`StorageError::ForeignImage`], [`StorageError::UnfitDevice`],
 /// [`StorageError::OtherDevice`], [`StorageError::NotAPool`], [`StorageError::NotEmpty`],
-/// [`StorageError::OtherFolder`], [`StorageError::Busy`], [`FstabError::Claimed`] where nothing is
-/// mounted yet, and the failures of the programs it calls; each leaves what was there before as it
-/// was.
-pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
+/// [`StorageError::OtherFolder`], [`StorageError::Busy`], [`FstabError::Claimed`] if nothing is
+/// mounted yet, and errors of outside programs. After an error, existing data is unchanged.
+pub fn init(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<InitOutcome, StorageError> {
     let beside = match &plan.backing {
         Backing::Image(image) => image,
-        Backing::Device(_) | Backing::Given => &plan.data_dir,
+        Backing::Device(_) | Backing::Existing => &plan.data_dir,
     };
     let _lock = lock_beside(beside)?;
-    let (place, made) = match ground::find(&plan.data_dir, &plan.backing)? {
+    let (place, made) = match backing::find(&plan.data_dir, &plan.backing)? {
         Some(place) => {
-            tell(InitEvent::Step(found_there(plan, &place)));
+            report(InitEvent::Step(describe_existing(plan, &place)));
             (place, false)
         }
         None => {
             require_unclaimed(plan)?;
-            (make(plan, tell)?, true)
+            (create(plan, report)?, true)
         }
     };
-    if place.ground == Ground::Given {
+    if place.backing == ActualBacking::Existing {
         require_pool_or_room(plan, &place)?;
     }
-    let place = use_direct_io(place, plan, tell)?;
-    let mut changed = made | ensure_folders(&plan.data_dir, place.kind, tell)?;
-    changed |= register(plan, &place, tell)?;
-    warn_of_another_size(plan, &place, tell);
+    let place = use_direct_io(place, plan, report)?;
+    let mut changed = made | ensure_folders(&plan.data_dir, place.kind, report)?;
+    changed |= register(plan, &place, report)?;
+    warn_about_size(plan, &place, report);
     Ok(if changed {
         InitOutcome::Ready
     } else {
@@ -110,8 +107,8 @@ pub fn init(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<InitOutc
     })
 }
 
-/// A table that mounts something else at the pool's place would hide the pool after a reboot: said
-/// before anything is made. A table that cannot be read is no reason to make no pool.
+/// Fails if fstab mounts something else at the pool's folder: that would hide the pool after a
+/// reboot. Checked before anything is created. An unreadable fstab does not prevent a pool.
 fn require_unclaimed(plan: &PoolPlan) -> Result<(), StorageError> {
     let (Some(table), Some((source, _))) = (&plan.fstab, planned_source(plan)?) else {
         return Ok(());
@@ -122,84 +119,83 @@ fn require_unclaimed(plan: &PoolPlan) -> Result<(), StorageError> {
     }
 }
 
-/// What a line of the table of mounts would mount, as far as it can be told before the pool is
-/// made.
+/// Returns the source that fstab will name, if it is known before the pool exists.
 fn planned_source(plan: &PoolPlan) -> Result<Option<(fstab::Source, &'static str)>, StorageError> {
     Ok(match &plan.backing {
         Backing::Image(image) => Some((fstab::Source::Path(image.clone()), IMAGE_OPTIONS)),
-        // Devices change their names from boot to boot. One that holds no pool yet has no UUID.
+        // Device names change between boots, so the UUID is used. A device without a pool has none
+        // yet.
         Backing::Device(device) if device.exists() => probe(device)?
             .filter(Signature::is_pool)
             .and_then(|found| found.uuid)
             .map(|uuid| (fstab::Source::Uuid(uuid), DEVICE_OPTIONS)),
-        Backing::Device(_) | Backing::Given => None,
+        Backing::Device(_) | Backing::Existing => None,
     })
 }
 
-/// `STORAGE_SIZE` is about a new pool. One that is there keeps its size, and that is not to be
-/// found out later.
-fn warn_of_another_size(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) {
-    let Some(asked) = &plan.size else { return };
-    let found = match &place.ground {
-        Ground::Image(image) => fs::metadata(image).map(|meta| Bytes::new(meta.len())).ok(),
-        Ground::Device(_) => File::open(&plan.data_dir)
+/// Warns if `STORAGE_SIZE` differs from the size of an existing pool, which does not change.
+fn warn_about_size(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut(InitEvent)) {
+    let Some(requested) = &plan.size else { return };
+    let found = match &place.backing {
+        ActualBacking::Image(image) => fs::metadata(image).map(|meta| Bytes::new(meta.len())).ok(),
+        ActualBacking::Device(_) => File::open(&plan.data_dir)
             .ok()
             .and_then(|dir| btrfs::chunk_space(&dir).ok())
             .map(|space| space.device_size),
-        Ground::Given => {
-            tell(InitEvent::Warning(format!(
-                "STORAGE_SIZE={asked} has no effect: the pool lies on a file system that was there before it"
+        ActualBacking::Existing => {
+            report(InitEvent::Warning(format!(
+                "STORAGE_SIZE={requested} has no effect: the pool is on an existing file system"
             )));
             return;
         }
     };
-    // The file system is made of whole blocks: an image or a device may be larger by a part of one.
+    // File systems consist of whole blocks: an image or a device can be larger by part of a block.
     if let Some(found) =
-        found.filter(|found| (*found - asked.bytes()).max(asked.bytes() - *found) >= Bytes::from_mib(1))
+        found.filter(|found| (*found - requested.bytes()).max(requested.bytes() - *found) >= Bytes::from_mib(1))
     {
-        tell(InitEvent::Warning(format!(
-            "STORAGE_SIZE={asked} has no effect: the pool is there already and has {found}. \
-             `scalebox pool grow --size` or `scalebox pool shrink --size` changes it, with the daemon running"
+        report(InitEvent::Warning(format!(
+            "STORAGE_SIZE={requested} has no effect: the pool already exists with {found}. \
+             `scalebox pool grow --size` or `scalebox pool shrink --size` changes its size while the daemon is running"
         )));
     }
 }
 
-fn found_there(plan: &PoolPlan, place: &Place) -> String {
+fn describe_existing(plan: &PoolPlan, place: &PoolLocation) -> String {
     let at = plan.data_dir.display();
     if place.is_mount_point {
         format!("Storage already mounted at {at}")
     } else {
-        format!("Using the {} file system that {at} lies on", place.kind.name())
+        format!("Using the existing {} file system of {at}", place.kind.name())
     }
 }
 
-/// What `pool init` does where nothing is mounted yet.
-fn make(plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, StorageError> {
+/// Creates or mounts the pool.
+fn create(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<PoolLocation, StorageError> {
     match &plan.backing {
         Backing::Image(image) => {
-            tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
+            report(InitEvent::Step("Setting up btrfs storage...".to_owned()));
             make_dir(&plan.data_dir)?;
             require_empty(&plan.data_dir)?;
             require_not_mounted_elsewhere(image)?;
-            ensure_image(plan, image, tell)?;
+            ensure_image(plan, image, report)?;
             mount_image(image, &plan.data_dir)?;
         }
         Backing::Device(device) => {
-            tell(InitEvent::Step("Setting up btrfs storage...".to_owned()));
+            report(InitEvent::Step("Setting up btrfs storage...".to_owned()));
             make_dir(&plan.data_dir)?;
             require_empty(&plan.data_dir)?;
-            ensure_device(plan, device, tell)?;
+            ensure_device(plan, device, report)?;
             mount(device, &plan.data_dir, DEVICE_OPTIONS)?;
         }
-        Backing::Given => make_dir(&plan.data_dir)?,
+        Backing::Existing => make_dir(&plan.data_dir)?,
     }
-    let place = ground::find(&plan.data_dir, &plan.backing)?;
+    let place = backing::find(&plan.data_dir, &plan.backing)?;
     place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))
 }
 
-/// A file system that was there before must be able to clone, and a folder on it must not be
-/// somebody else's.
-fn require_pool_or_room(plan: &PoolPlan, place: &Place) -> Result<(), StorageError> {
+/// Checks that an existing file system can clone files, and that the pool's folder on it has no
+/// foreign contents.
+fn require_pool_or_room(plan: &PoolPlan, place: &PoolLocation) -> Result<(), StorageError> {
     let data_dir = &plan.data_dir;
     files::require_reflink(data_dir, data_dir)?;
     let is_pool = FOLDERS.iter().all(|(name, _)| data_dir.join(name).is_dir());
@@ -212,7 +208,8 @@ fn require_pool_or_room(plan: &PoolPlan, place: &Place) -> Result<(), StorageErr
     Err(StorageError::OtherFolder(data_dir.to_owned()))
 }
 
-/// Whether a folder holds nothing but what an interrupted run of `pool init` may have made.
+/// Returns whether a folder contains nothing but folders that an interrupted `pool init` may have
+/// created.
 fn only_ours_in(dir: &Path) -> Result<bool, StorageError> {
     let failed = |error| StorageError::io("read", dir.display(), error);
     for entry in fs::read_dir(dir).map_err(failed)? {
@@ -224,17 +221,16 @@ fn only_ours_in(dir: &Path) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// Enters a pool that is mounted from its own image or device in the table of mounts. Returns
-/// whether it was not in there. That it cannot be is a warning: the pool is there and works until
-/// the next reboot.
-fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
+/// Registers a pool on an image or device in fstab, and returns whether the line was missing. A
+/// failure is only a warning: the pool works until the next reboot.
+fn register(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
     let Some(table) = &plan.fstab else { return Ok(false) };
-    let (source, options) = match (&place.ground, &plan.backing) {
-        // Only the image that is asked for: one of another name was mounted by somebody else.
-        (Ground::Image(image), Backing::Image(wanted)) if is_same_file(image, wanted) => {
+    let (source, options) = match (&place.backing, &plan.backing) {
+        // Only the configured image: another image was mounted by the operator.
+        (ActualBacking::Image(image), Backing::Image(wanted)) if is_same_file(image, wanted) => {
             (fstab::Source::Path(wanted.clone()), IMAGE_OPTIONS)
         }
-        (Ground::Device(device), _) => match probe(device)?.and_then(|found| found.uuid) {
+        (ActualBacking::Device(device), _) => match probe(device)?.and_then(|found| found.uuid) {
             Some(uuid) => (fstab::Source::Uuid(uuid), DEVICE_OPTIONS),
             None => (fstab::Source::Path(device.clone()), DEVICE_OPTIONS),
         },
@@ -243,7 +239,7 @@ fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> 
     match fstab::register(table, &source, &plan.data_dir, options) {
         Ok(false) => Ok(false),
         Ok(true) => {
-            tell(InitEvent::Step(format!(
+            report(InitEvent::Step(format!(
                 "Registered {} in {}",
                 plan.data_dir.display(),
                 table.display()
@@ -252,9 +248,9 @@ fn register(plan: &PoolPlan, place: &Place, tell: &mut dyn FnMut(InitEvent)) -> 
         }
         Err(error) => {
             let line = fstab::line(&source, &plan.data_dir, options);
-            tell(InitEvent::Warning(format!(
-                "{error}. The pool is mounted, and will not be after a reboot: add the line `{}` to the host's table of mounts, or set \
-                 FSTAB=none if something else mounts it",
+            report(InitEvent::Warning(format!(
+                "{error}. The pool is mounted now, but will not be after a reboot: add the line `{}` to the host's fstab, or set \
+                 FSTAB=none if another program mounts it",
                 line.display()
             )));
             Ok(false)
@@ -266,15 +262,15 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     one == other || other.canonicalize().is_ok_and(|other| other == one)
 }
 
-/// Unmounts a pool that is mounted from its own image or device; a loop device goes with it. Image,
-/// device and the line in the table of mounts stay, and so does a file system that was there before
-/// the pool. Returns whether it was mounted.
+/// Unmounts a pool on an image or device; its loop device is removed too. Keeps the image, the
+/// device, the line in fstab, and the mount of an existing file system. Returns whether the pool
+/// was mounted.
 ///
 /// # Errors
 /// [`StorageError::Command`] when it is in use.
 pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError> {
-    match ground::find(data_dir, backing)? {
-        Some(place) if place.ground != Ground::Given => {
+    match backing::find(data_dir, backing)? {
+        Some(place) if place.backing != ActualBacking::Existing => {
             command::run(Program::Umount, [data_dir])?;
             Ok(true)
         }
@@ -282,26 +278,25 @@ pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError>
     }
 }
 
-/// Turns direct I/O on for the pool's loop device, as `pool init` does; a mount from the table of
-/// mounts comes without it.
+/// Enables direct I/O on the pool's loop device, as `pool init` does; a mount by fstab lacks it.
 pub fn ensure_direct_io(
     data_dir: &Path,
     backing: &Backing,
-    tell: &mut dyn FnMut(InitEvent),
+    report: &mut dyn FnMut(InitEvent),
 ) -> Result<(), StorageError> {
-    if let Some(place) = ground::find(data_dir, backing)?
+    if let Some(place) = backing::find(data_dir, backing)?
         && let DirectIo::Refused(error) = try_direct_io(&place)
     {
-        tell(InitEvent::Warning(format!(
-            "The pool's loop device does without direct I/O, so the pool is slower than it could be: {error}. \
-             `scaleboxd down && scaleboxd pool init` tries again with the sectors of the host disk"
+        report(InitEvent::Warning(format!(
+            "The pool's loop device does not use direct I/O, which makes the pool slower: {error}. \
+             `scaleboxd down && scaleboxd pool init` tries again with the sector size of the host disk"
         )));
     }
     Ok(())
 }
 
-/// Two runs at once would make the pool twice: a lock on the folder that its image or its mount
-/// point lies in, which leaves no file behind.
+/// Prevents concurrent runs, which would create the pool twice. Locks the folder of its image or
+/// mount point, which leaves no lock file behind.
 fn lock_beside(path: &Path) -> Result<File, StorageError> {
     let folder = parent(path)?;
     make_dir(folder)?;
@@ -336,12 +331,12 @@ fn require_empty(dir: &Path) -> Result<(), StorageError> {
     }
 }
 
-/// One pool at two places would be two sets of books over the same disks.
+/// Fails if the image is mounted elsewhere: two ledgers would then count the same disks.
 fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
     let image = image.canonicalize().unwrap_or_else(|_| image.to_owned());
-    let mounts = mounts::all().map_err(|error| StorageError::io("read", "the table of mounts", error))?;
+    let mounts = mounts::all().map_err(|error| StorageError::io("read", "the mount table", error))?;
     for mount in mounts {
-        if ground::backing_file(&mount)?.is_some_and(|backing| backing == image) {
+        if backing::backing_file(&mount)?.is_some_and(|backing| backing == image) {
             return Err(StorageError::MountedElsewhere {
                 image,
                 at: mount.target,
@@ -351,11 +346,11 @@ fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
     Ok(())
 }
 
-fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
+fn ensure_image(plan: &PoolPlan, image: &Path, report: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
     match image_content(image)? {
         ImageContent::Pool => {
-            let found = format!("Found the pool image {}, keeping what is in it", image.display());
-            tell(InitEvent::Step(found));
+            let found = format!("Found the pool image {}, keeping its contents", image.display());
+            report(InitEvent::Step(found));
             return Ok(());
         }
         ImageContent::Other(found) => {
@@ -364,9 +359,9 @@ fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) 
                 found,
             });
         }
-        ImageContent::Hole => {
-            tell(InitEvent::Step(format!(
-                "Removing the empty image {} of an interrupted run",
+        ImageContent::Unformatted => {
+            report(InitEvent::Step(format!(
+                "Removing the empty image {} left by an interrupted run",
                 image.display()
             )));
             remove(image)?;
@@ -380,52 +375,52 @@ fn ensure_image(plan: &PoolPlan, image: &Path, tell: &mut dyn FnMut(InitEvent)) 
         source,
         folder: folder.to_owned(),
     })?;
-    tell(InitEvent::Step(format!(
+    report(InitEvent::Step(format!(
         "Creating {size} btrfs storage pool ({}GB available on host)...",
         available.floor_gib()
     )));
     if size.bytes > available {
-        tell(InitEvent::Warning(larger_than_host(&size, available, plan.buffer)));
+        report(InitEvent::Warning(larger_than_host(&size, available, plan.buffer)));
     }
     create_image(image, size.bytes)?;
     if files::require_reflink(parent(image)?, parent(image)?).is_ok() {
-        tell(InitEvent::Warning(format!(
-            "{} lies on a file system that can clone files itself: POOL_IMAGE=none puts a pool in a folder on it, without an image",
+        report(InitEvent::Warning(format!(
+            "{} is on a file system that can clone files itself: with POOL_IMAGE=none the pool is a folder on it, without an image",
             image.display()
         )));
     }
     Ok(())
 }
 
-/// The device, with a pool's file system on it; formatted only where nothing at all is found on it.
-fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
+/// Ensures that the device has a pool's file system; formats it only if it has no known content.
+fn ensure_device(plan: &PoolPlan, device: &Path, report: &mut dyn FnMut(InitEvent)) -> Result<(), StorageError> {
     let unfit = |reason| StorageError::UnfitDevice {
         device: device.to_owned(),
         reason,
     };
-    let meta = fs::metadata(device).map_err(|error| StorageError::io("look at", device.display(), error))?;
+    let meta = fs::metadata(device).map_err(|error| StorageError::io("read", device.display(), error))?;
     if !meta.file_type().is_block_device() {
         return Err(unfit(
-            "it is no block device: set POOL_DEVICE to one, such as /dev/disk/by-id/…, or POOL_IMAGE to a file to be made".to_owned(),
+            "it is not a block device: set POOL_DEVICE to one, such as /dev/disk/by-id/…, or POOL_IMAGE to the path of a new image".to_owned(),
         ));
     }
     match probe(device)? {
         Some(found) if found.is_pool() => {
-            tell(InitEvent::Step(format!(
-                "Found a pool on {}, keeping what is in it",
+            report(InitEvent::Step(format!(
+                "Found a pool on {}, keeping its contents",
                 device.display()
             )));
             return Ok(());
         }
-        Some(found) if found.ambivalent => {
+        Some(found) if found.ambiguous => {
             return Err(unfit(format!(
-                "it holds {found}, and it is not clear whose the data is; see wipefs --no-act {}",
+                "it contains {found}, so the owner of its data is unclear; see wipefs --no-act {}",
                 device.display()
             )));
         }
         Some(found) => {
             return Err(unfit(format!(
-                "it holds {found}; to give that up for good, run: wipefs --all {}",
+                "it contains {found}; to erase that for good, run: wipefs --all {}",
                 device.display()
             )));
         }
@@ -434,26 +429,29 @@ fn ensure_device(plan: &PoolPlan, device: &Path, tell: &mut dyn FnMut(InitEvent)
     require_none_expected(plan, device)?;
     let found = space::device_size(device)?;
     let size = match &plan.size {
-        None if found < SMALLEST.bytes() => {
-            return Err(unfit(format!("it has {found}, and a pool at least {SMALLEST} GiB")));
+        None if found < MIN_DEFAULT_SIZE.bytes() => {
+            return Err(unfit(format!(
+                "it has {found}, and a pool needs at least {MIN_DEFAULT_SIZE} GiB"
+            )));
         }
-        Some(asked) if asked.bytes() > found => {
-            return Err(unfit(format!("it has {found}, less than STORAGE_SIZE asks for")));
+        Some(requested) if requested.bytes() > found => {
+            return Err(unfit(format!("it has {found}, less than STORAGE_SIZE")));
         }
-        asked => asked.as_ref().map_or(found, RequestedSize::bytes),
+        requested => requested.as_ref().map_or(found, RequestedSize::bytes),
     };
-    tell(InitEvent::Step(format!(
+    report(InitEvent::Step(format!(
         "Creating {size} btrfs storage pool on {} ({found})...",
         device.display()
     )));
     make_file_system(device, Some(size))
 }
 
-/// A new pool in place of one that is missing would look like one whose disks are all lost.
+/// Fails if disks are expected. A new pool in place of a missing one would look as if all disks
+/// were lost.
 fn require_none_expected(plan: &PoolPlan, image: &Path) -> Result<(), StorageError> {
     match plan.expected_disks {
         0 => Ok(()),
-        disks => Err(StorageError::Expected {
+        disks => Err(StorageError::PoolMissing {
             image: image.to_owned(),
             disks,
         }),
@@ -463,17 +461,16 @@ fn require_none_expected(plan: &PoolPlan, image: &Path) -> Result<(), StorageErr
 fn larger_than_host(size: &PoolSize, available: Bytes, buffer: Gib) -> String {
     let usable = (available - buffer.bytes()).floor_gib();
     format!(
-        "The pool ({size}) is larger than what its host disk has free ({}GB): it is created sparse, and creations will be refused \
-         once about {usable}GB are written to it, or earlier if something else fills the host disk.",
+        "The pool ({size}) is larger than the free space on its host disk ({}GB): it is created sparse, and new VMs will be refused \
+         once about {usable}GB are written to it, or earlier if other data fills the host disk.",
         available.floor_gib()
     )
 }
 
 enum ImageContent {
     Absent,
-    /// A file without a single block: a run was interrupted between making the file and formatting
-    /// it.
-    Hole,
+    /// A file without a single block: a run was interrupted between creating and formatting it.
+    Unformatted,
     Pool,
     Other(String),
 }
@@ -481,21 +478,23 @@ enum ImageContent {
 fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
     match fs::symlink_metadata(image) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ImageContent::Absent),
-        Err(error) => return Err(StorageError::io("look at", image.display(), error)),
+        Err(error) => return Err(StorageError::io("read", image.display(), error)),
         Ok(meta) if meta.is_symlink() => return Ok(ImageContent::Other(link_of(image))),
-        Ok(meta) if !meta.is_file() => return Ok(ImageContent::Other("something that is not a plain file".to_owned())),
+        Ok(meta) if !meta.is_file() => {
+            return Ok(ImageContent::Other("something other than a regular file".to_owned()));
+        }
         Ok(_) => {}
     }
     Ok(match probe(image)? {
         Some(Signature { kind, .. }) if kind == "btrfs" => ImageContent::Pool,
         Some(found) => ImageContent::Other(found.to_string()),
-        None if space::allocated(image)? == Bytes::ZERO => ImageContent::Hole,
+        None if space::allocated(image)? == Bytes::ZERO => ImageContent::Unformatted,
         None => ImageContent::Other("data without a file system".to_owned()),
     })
 }
 
-/// A link is not followed: what is made in its place would replace it, and the line in the table of
-/// mounts must hold as long as the image does.
+/// Describes a symbolic link. Links are rejected: the rename of a new image would replace the link,
+/// and the line in fstab must stay valid as long as the image exists.
 fn link_of(image: &Path) -> String {
     let target = fs::read_link(image).map_or_else(|error| error.to_string(), |target| target.display().to_string());
     format!("a symbolic link to {target} (set POOL_IMAGE to that path itself)")
@@ -505,7 +504,7 @@ fn create_image(image: &Path, size: Bytes) -> Result<(), StorageError> {
     let mut partial = image.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    // Under the lock, only an interrupted run can have left it.
+    // The lock is held, so only an interrupted run can have left it.
     remove(&partial)?;
     let made = format_image(&partial, size).and_then(|()| {
         files::rename_new(&partial, image).map_err(|error| StorageError::io("create", image.display(), error))
@@ -519,18 +518,18 @@ fn create_image(image: &Path, size: Bytes) -> Result<(), StorageError> {
 
 fn format_image(partial: &Path, size: Bytes) -> Result<(), StorageError> {
     let file = files::create_new(partial)?;
-    // On a btrfs, the pool's own way of writing would be undone below it.
+    // On a btrfs, copy-on-write of the image would undo the NOCOW of the pool in it.
     if btrfs::is_btrfs(&file).unwrap_or(false) {
         files::set_nocow(partial).map_err(|error| StorageError::io("set NOCOW on", partial.display(), error))?;
     }
     file.set_len(size.as_u64())
-        .map_err(|error| StorageError::io("make", format!("an image of {size}"), error))?;
+        .map_err(|error| StorageError::io("create", format!("an image of {size}"), error))?;
     make_file_system(partial, None)?;
     file.sync_all()
         .map_err(|error| StorageError::io("flush", partial.display(), error))
 }
 
-/// In all of what `path` is, or in its first `size` bytes.
+/// Formats all of `path`, or its first `size` bytes.
 fn make_file_system(path: &Path, size: Option<Bytes>) -> Result<(), StorageError> {
     let size = size.map(|size| format!("--byte-count={}", size.as_u64()));
     let args = ["--quiet", "--label", LABEL, "--data", "single", "--metadata", "dup"];
@@ -546,7 +545,8 @@ fn remove(path: &Path) -> Result<(), StorageError> {
     }
 }
 
-/// Mounts by `mount`, as a reboot does: a loop device then goes with the mount, however that ends.
+/// Mounts with `mount`, like a reboot: a loop device is then removed with the mount, however that
+/// ends.
 fn mount(source: &Path, target: &Path, options: &str) -> Result<(), StorageError> {
     let args = ["-t", "btrfs", "-o", options].map(OsStr::new);
     command::run(
@@ -556,39 +556,39 @@ fn mount(source: &Path, target: &Path, options: &str) -> Result<(), StorageError
     Ok(())
 }
 
-/// The sectors of a loop device unless it is told otherwise, in bytes.
-const USUAL_SECTOR: u64 = 512;
+/// The default sector size of a loop device, in bytes.
+const DEFAULT_SECTOR_SIZE: u64 = 512;
 
-/// Mounts an image by a loop device whose sectors are those of the host disk: with smaller ones the
-/// kernel refuses direct I/O, and `mount` cannot choose them.
+/// Mounts an image through a loop device with the sector size of the host disk. The kernel refuses
+/// direct I/O with smaller sectors, and `mount` cannot set their size.
 fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
     let sector = host_sector(image);
-    if sector == USUAL_SECTOR {
+    if sector == DEFAULT_SECTOR_SIZE {
         return mount(image, target, IMAGE_OPTIONS);
     }
     let sector = sector.to_string();
     let args = ["--find", "--show", "--sector-size", &sector, "--direct-io=on"].map(OsStr::new);
     let attached = command::run(Program::Losetup, args.into_iter().chain([image.as_os_str()]));
     let Ok(device) = attached else {
-        // A kernel, a losetup or a host disk that cannot: slower, and as good.
+        // The kernel, losetup or host disk does not support it: works too, only slower.
         return mount(image, target, IMAGE_OPTIONS);
     };
     let device = PathBuf::from(device.trim());
     let mounted = mount(&device, target, DEVICE_OPTIONS);
-    // One that is mounted goes with its mount from here on; any other goes now.
+    // If mounted, the device is now removed with its mount; otherwise it is removed now.
     let detached = command::run(Program::Losetup, [OsStr::new("--detach"), device.as_os_str()]);
     mounted?;
     detached?;
     Ok(())
 }
 
-/// The sectors of the disk that a file lies on, in bytes, where its file system lies on a single
-/// one.
+/// Returns the sector size of the disk under a file, in bytes. A file system on several disks gets
+/// the default.
 fn host_sector(file: &Path) -> u64 {
     let of_device = |device: u64| {
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
         let device = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
-        // A partition has its queue in the disk's folder, which is above it.
+        // A partition's queue is in the folder of its disk, one level up.
         let sector = ["queue", "../queue"].into_iter().find_map(|queue| {
             let attribute = device.join(queue).join("logical_block_size");
             fs::read_to_string(attribute).ok()
@@ -596,19 +596,19 @@ fn host_sector(file: &Path) -> u64 {
         sector?.trim().parse().ok()
     };
     let device = fs::metadata(file).ok().map(|meta| meta.dev());
-    device.and_then(of_device).unwrap_or(USUAL_SECTOR)
+    device.and_then(of_device).unwrap_or(DEFAULT_SECTOR_SIZE)
 }
 
 enum DirectIo {
-    /// There is no loop device, or it does.
+    /// Direct I/O is on, or the pool has no loop device.
     On,
     Refused(CommandError),
 }
 
-/// Without direct I/O, every block a guest writes is cached twice, and the writes of all guests go
-/// through one page cache.
-fn try_direct_io(place: &Place) -> DirectIo {
-    let (Ground::Image(image), Some(name)) = (&place.ground, place.device.file_name()) else {
+/// Tries to enable direct I/O. Without it every block is cached twice, and the writes of all guests
+/// share one page cache.
+fn try_direct_io(place: &PoolLocation) -> DirectIo {
+    let (ActualBacking::Image(image), Some(name)) = (&place.backing, place.device.file_name()) else {
         return DirectIo::On;
     };
     let queue = Path::new("/sys/block").join(name);
@@ -622,49 +622,53 @@ fn try_direct_io(place: &Place) -> DirectIo {
         Err(error) => error,
     };
     let sector = host_sector(image);
-    if sector == USUAL_SECTOR {
+    if sector == DEFAULT_SECTOR_SIZE {
         return DirectIo::Refused(first);
     }
-    // Older kernels let it be changed under a mounted file system, which has blocks of 4 KiB
-    // anyway.
+    // Older kernels can change it under a mounted file system, whose blocks of 4 KiB suit both
+    // sizes.
     match set(&format!("--sector-size={sector}")).and_then(|_| set("--direct-io=on")) {
         Ok(_) => DirectIo::On,
         Err(error) => DirectIo::Refused(error),
     }
 }
 
-/// Turns direct I/O on; where that takes another loop device, the pool is unmounted for it unless
-/// it is in use.
-fn use_direct_io(place: Place, plan: &PoolPlan, tell: &mut dyn FnMut(InitEvent)) -> Result<Place, StorageError> {
+/// Enables direct I/O. If that needs another loop device, the pool is unmounted for it unless it is
+/// in use.
+fn use_direct_io(
+    place: PoolLocation,
+    plan: &PoolPlan,
+    report: &mut dyn FnMut(InitEvent),
+) -> Result<PoolLocation, StorageError> {
     let DirectIo::Refused(refusal) = try_direct_io(&place) else {
         return Ok(place);
     };
     let warning = |reason: &dyn std::fmt::Display| {
         InitEvent::Warning(format!(
-            "The pool's loop device does without direct I/O, so the pool is slower than it could be: {reason}"
+            "The pool's loop device does not use direct I/O, which makes the pool slower: {reason}"
         ))
     };
-    let Ground::Image(image) = &place.ground else {
+    let ActualBacking::Image(image) = &place.backing else {
         return Ok(place);
     };
-    if host_sector(image) == USUAL_SECTOR {
-        tell(warning(&refusal));
+    if host_sector(image) == DEFAULT_SECTOR_SIZE {
+        report(warning(&refusal));
         return Ok(place);
     }
     if let Err(busy) = command::run(Program::Umount, [&plan.data_dir]) {
-        tell(warning(&busy));
+        report(warning(&busy));
         return Ok(place);
     }
     mount_image(image, &plan.data_dir)?;
-    let place = ground::find(&plan.data_dir, &plan.backing)?;
+    let place = backing::find(&plan.data_dir, &plan.backing)?;
     let place = place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))?;
     if let DirectIo::Refused(refusal) = try_direct_io(&place) {
-        tell(warning(&refusal));
+        report(warning(&refusal));
     }
     Ok(place)
 }
 
-fn ensure_folders(data_dir: &Path, kind: Kind, tell: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
+fn ensure_folders(data_dir: &Path, kind: FsKind, report: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
     let mut changed = false;
     for (name, in_place) in FOLDERS {
         let folder = data_dir.join(name);
@@ -673,16 +677,16 @@ fn ensure_folders(data_dir: &Path, kind: Kind, tell: &mut dyn FnMut(InitEvent)) 
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(StorageError::io("create", folder.display(), error)),
         }
-        // XFS writes in place by itself, what is not shared.
-        if !in_place || kind == Kind::Xfs {
+        // XFS always overwrites blocks in place unless they are shared.
+        if !in_place || kind == FsKind::Xfs {
             continue;
         }
         let newly_set =
             files::set_nocow(&folder).map_err(|error| StorageError::io("set NOCOW on", folder.display(), error))?;
         changed |= newly_set;
         if newly_set && require_empty(&folder).is_err() {
-            tell(InitEvent::Warning(format!(
-                "{} held files before it was set to NOCOW: they keep their slower way of writing, and cannot be cloned into new disks \
+            report(InitEvent::Warning(format!(
+                "{} had files before NOCOW was set on it: they stay copy-on-write and slower, and cannot be cloned to new disks \
                  until they are copied",
                 folder.display()
             )));
@@ -699,7 +703,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_warning_says_from_where_on_creations_are_refused() {
+    fn the_warning_states_when_creations_will_be_refused() {
         let size = pool_size(Gib::new(60).bytes(), Some(&"100G".parse().unwrap())).unwrap();
         let warning = larger_than_host(&size, Gib::new(60).bytes(), Gib::new(2));
         assert!(

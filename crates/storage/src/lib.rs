@@ -1,41 +1,42 @@
-//! An elastic pool of copy-on-write disks on btrfs.
+//! An elastic pool of copy-on-write disks on btrfs or XFS.
 //!
-//! The pool is a btrfs file system, by default inside a sparse image on a loop device; or a device
-//! of its own; or a folder on a btrfs or XFS that is there already. Templates are golden ext4
-//! images in it; disks are reflink clones of them, grown to the size that was asked for. Before a
-//! disk is made it is *admitted*: the pool and the host disk under it must really be able to take
-//! it, with every other request under way counted.
+//! By default the pool is a btrfs file system inside a sparse image on a loop device. It can also
+//! be a block device of its own, or a folder on an existing btrfs or XFS. Templates are read-only
+//! ext4 images in the pool. A disk is a reflink clone of a template, grown to the requested size. A
+//! disk is *admitted* before it is created: the pool and the host disk under it must have room for
+//! it, with all concurrent requests counted.
 //!
 //! The crate knows nothing of virtual machines, HTTP or networks. It is synchronous, prints nothing
 //! and has no globals.
 //!
 //! # Layout
 //!
-//! | file | job |
+//! | file | contents |
 //! |---|---|
-//! | `size` | [`Bytes`] and [`Gib`]: sizes as types, and how they round |
-//! | `sizing` | how large a new pool becomes: a pure function |
-//! | `init` | making, mounting and registering the pool |
-//! | `ground` | what the pool lies on, and what differs by the kind of its file system |
-//! | `fstab`, `mounts` | the table of mounts, and what is mounted |
-//! | `signature` | what a file or a device holds |
+//! | `size` | [`Bytes`] and [`Gib`]: sizes as types, and their rounding |
+//! | `sizing` | the size of a new pool, as a pure function |
+//! | `init` | creating, mounting and registering the pool |
+//! | `backing` | the image, device or existing file system under the pool, and differences between btrfs and XFS |
+//! | `fstab`, `mounts` | entries in `/etc/fstab`, and the mount table of the kernel |
+//! | `signature` | detecting what a file or device holds |
 //! | `pool` | [`Pool`]: the handle on a mounted pool |
 //! | `resize` | growing, shrinking and trimming the pool |
-//! | `space`, `btrfs`, `quota` | what can really be written, from the kernel |
-//! | `admission` | the decision that a disk fits, and the books behind it |
-//! | `accounting`, `extents`, `fiemap`, `tree_search` | whose each block is |
-//! | `template` | listing and deleting templates; the grown clones kept of them |
-//! | `import`, `pack`, `format` | templates from elsewhere and to elsewhere, packed with zstd |
-//! | `snapshot` | a template made of a disk |
-//! | `identity` | taking out of an image what belongs to one machine only |
-//! | `disk` | cloning, deleting, sweeping disks |
-//! | `compact` | fewer extents in an image of which many clones are made |
-//! | `ext4` | a file system in an image: looked at, checked, grown, emptied of what it does not use |
+//! | `space`, `btrfs`, `quota` | the writable space, as the kernel reports it |
+//! | `admission` | the decision that a disk fits, and its ledger |
+//! | `usage`, `extents`, `fiemap`, `tree_search` | disk usage: the owner of each extent |
+//! | `measurement` | the last result of a usage measurement, for admission |
+//! | `template` | listing and deleting templates; resized base images |
+//! | `import`, `pack`, `format` | template import and export, compressed with zstd |
+//! | `snapshot` | turning a disk into a template |
+//! | `scrub` | removing host keys, machine id and logs from an image |
+//! | `disk` | cloning, growing, deleting and sweeping disks |
+//! | `defragment` | reducing the number of extents in a base image |
+//! | `ext4` | inspecting, checking, growing and zeroing the ext4 file system in an image |
 //! | `live_growth` | whether a guest can grow its file system while it is mounted |
-//! | `reclaim` | a disk's blocks, back to the pool and to the host disk |
-//! | `files` | clone, sparse copy, flush |
-//! | `group_sync` | one flush for all who wait for it |
-//! | `command` | the one door to outside programs |
+//! | `delete` | deleting a disk and returning its blocks to the pool and the host disk |
+//! | `files` | cloning, sparse copying, flushing |
+//! | `group_sync` | one flush shared by concurrent callers |
+//! | `command` | running outside programs |
 //!
 //! # Example
 //!
@@ -53,11 +54,12 @@
 //! # }
 //! ```
 
-mod accounting;
 mod admission;
+mod backing;
 mod btrfs;
 mod command;
-mod compact;
+mod defragment;
+mod delete;
 mod disk;
 mod error;
 mod ext4;
@@ -66,19 +68,18 @@ mod fiemap;
 mod files;
 mod format;
 mod fstab;
-mod ground;
 mod group_sync;
-mod identity;
 mod import;
 mod init;
 mod live_growth;
+mod measurement;
 mod mounts;
 mod name;
 mod pack;
 mod pool;
 mod quota;
-mod reclaim;
 mod resize;
+mod scrub;
 mod signature;
 mod size;
 mod sizing;
@@ -86,34 +87,35 @@ mod snapshot;
 mod space;
 mod template;
 mod tree_search;
+mod usage;
 
-pub use accounting::{Accounts, Usage};
 pub use admission::{Admission, Bounds, Promises, Reservation};
+pub use backing::{ActualBacking, Backing};
 pub use command::{CommandError, Program, require_programs};
-pub use disk::Swept;
+pub use delete::UnlinkedDisk;
+pub use disk::SweepResult;
 pub use error::StorageError;
-pub use files::lock_for_one_program;
+pub use files::try_lock_exclusive;
 pub use fstab::{FstabError, registered_source};
-pub use ground::{Backing, Ground};
 pub use group_sync::GroupSync;
-pub use identity::Identity;
-pub use import::Packing;
+pub use import::TemplateExport;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
 pub use name::Name;
 pub use pool::{Pool, jails_dir};
-pub use reclaim::Unlinked;
+pub use scrub::GuestIdentity;
 pub use size::{Bytes, Gib, ParseSizeError};
 pub use sizing::{
-    HOST_FLOOR, LARGEST, PoolSize, RequestedSize, RequestedSizeError, SHARE_PERCENT, SMALLEST, TooLittleSpace,
-    pool_size,
+    DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE, MIN_DEFAULT_SIZE, MIN_HOST_FREE, PoolSize, RequestedSize,
+    RequestedSizeError, TooLittleSpace, pool_size,
 };
-pub use snapshot::Snapshot;
+pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;
+pub use usage::{PoolUsage, Usage};
 
 use std::path::PathBuf;
 
-/// Where a disk is, without promising that it is a file: a hypervisor driver matches on it.
+/// The location of a disk. Hypervisor drivers match on the variant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DiskLocation {

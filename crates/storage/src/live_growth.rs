@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Where the superblock lies, in bytes, and in it what is read (`struct ext4_super_block`,
+/// Offset of the superblock in bytes, and of its fields used here (`struct ext4_super_block`,
 /// little-endian; Documentation/filesystems/ext4/super.rst of the kernel).
 const SUPERBLOCK: u64 = 1024;
 const LENGTH: usize = 0x68;
@@ -21,8 +21,8 @@ const SPARSE_SUPER2: u32 = 0x200;
 const META_BG: u32 = 0x10;
 
 impl Pool {
-    /// What can keep a guest's kernel from growing the mounted file system on the disk `id`, in
-    /// words; `None` where nothing is known to.
+    /// Returns why a guest's kernel may be unable to grow the mounted file system on the disk `id`.
+    /// Returns `None` without a known obstacle.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -52,8 +52,8 @@ fn obstacle(disk: &File) -> io::Result<Option<&'static str>> {
         // `ext4_resize_begin` in fs/ext4/resize.c.
         Some("Linux does not grow a mounted ext4 with the feature sparse_super2")
     } else if compat & RESIZE_INODE == 0 && incompat & META_BG == 0 {
-        // There is no room for the descriptors of more block groups, and not every kernel makes
-        // some (`ext4_convert_meta_bg`).
+        // No space is reserved for the descriptors of more block groups, and not every kernel
+        // allocates some (`ext4_convert_meta_bg`).
         Some("not every Linux grows a mounted ext4 without the feature resize_inode")
     } else {
         None
@@ -66,7 +66,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn file_systems_that_do_not_grow_while_mounted_are_known() {
+    fn obstacles_to_live_growth_are_detected() {
         for (options, feature) in [
             ("^sparse_super2", None),
             ("sparse_super2", Some("sparse_super2")),

@@ -1,4 +1,4 @@
-//! What is mounted where, read from `/proc/self/mountinfo` (proc(5)).
+//! The mounted file systems, read from `/proc/self/mountinfo` (proc(5)).
 
 use std::ffi::OsString;
 use std::fs;
@@ -14,7 +14,7 @@ pub(crate) struct MountEntry {
     pub(crate) source: PathBuf,
 }
 
-/// The file system mounted at exactly `dir`; the topmost when several are stacked there.
+/// Returns the file system mounted at exactly `dir`: the topmost one, if several are stacked there.
 pub(crate) fn mounted_at(dir: &Path) -> io::Result<Option<MountEntry>> {
     let dir = match dir.canonicalize() {
         Ok(dir) => dir,
@@ -24,25 +24,25 @@ pub(crate) fn mounted_at(dir: &Path) -> io::Result<Option<MountEntry>> {
     Ok(all()?.into_iter().rfind(|entry| entry.target == dir))
 }
 
-/// The file system that `dir` lies on; `None` when there is no such folder.
+/// Returns the file system that contains `dir`; `None` when there is no such folder.
 pub(crate) fn holding(dir: &Path) -> io::Result<Option<MountEntry>> {
     let dir = match dir.canonicalize() {
         Ok(dir) => dir,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    // Of those mounted at the same place, the topmost is the last.
+    // Of several mounts at one folder, the last is the topmost.
     let holding = all()?.into_iter().filter(|entry| dir.starts_with(&entry.target));
     Ok(holding.max_by_key(|entry| entry.target.as_os_str().len()))
 }
 
-/// Every file system mounted, in the order they were.
+/// Lists all mounted file systems in the order of their mounts.
 pub(crate) fn all() -> io::Result<Vec<MountEntry>> {
     let table = fs::read("/proc/self/mountinfo")?;
     Ok(table.split(|&byte| byte == b'\n').filter_map(parse_line).collect())
 }
 
-/// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
+/// Parses `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`.
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
     let target = fields.nth(4)?;
@@ -56,7 +56,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     })
 }
 
-/// Space, tab, newline and backslash are written as three octal digits, here and in fstab(5).
+/// Decodes the octal escapes of mountinfo and fstab(5): space, tab, newline and backslash.
 pub(crate) fn unescape(field: &[u8]) -> PathBuf {
     let mut path = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -81,7 +81,7 @@ pub(crate) fn unescape(field: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(path))
 }
 
-/// The reverse of what the kernel does in mountinfo, for fstab(5).
+/// Encodes a path for fstab(5): the reverse of [`unescape`].
 pub(crate) fn escape(path: &Path) -> OsString {
     let mut field = Vec::new();
     for &byte in path.as_os_str().as_bytes() {
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_mountinfo_is_read_with_its_escapes() {
+    fn mountinfo_lines_are_parsed_with_their_escapes() {
         let line = br"36 35 7:3 / /mnt/with\040space rw,noatime shared:1 - btrfs /dev/loop3 rw,space_cache=v2";
         let entry = parse_line(line).unwrap();
         assert_eq!(entry.target, Path::new("/mnt/with space"));
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_escaped_reads_back_whatever_its_bytes_are() {
+    fn escaped_paths_decode_to_the_same_bytes() {
         for name in [&b"/a b\tc\nd\\e"[..], b"/f\xfcr", b"/plain", "/größe".as_bytes()] {
             let path = PathBuf::from(OsString::from_vec(name.to_vec()));
             assert_eq!(unescape(escape(&path).as_bytes()), path);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_is_mounted_and_a_file_s_folder_is_not() {
+    fn the_root_is_a_mount_point_and_a_plain_folder_is_not() {
         assert!(mounted_at(Path::new("/")).unwrap().is_some());
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(mounted_at(folder.path()).unwrap(), None);

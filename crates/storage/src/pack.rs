@@ -1,7 +1,7 @@
-//! Disk images as zstd streams, packed and unpacked without a copy of either in between.
+//! Disk images as zstd streams, compressed and decompressed without an intermediate copy.
 //!
-//! A packed image is one frame that knows the image's size and ends with a checksum (RFC 8878).
-//! `zstd -d` unpacks it.
+//! A compressed image is one frame that contains the image's size and ends with a checksum (RFC
+//! 8878). `zstd -d` decompresses it.
 
 use crate::size::Bytes;
 use rustix::fs::{SeekFrom, seek};
@@ -15,20 +15,21 @@ use zstd::stream::write::Encoder;
 
 /// The first bytes of a frame.
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// The first bytes of a skippable frame, but for the lower half of the first, which is free (RFC
-/// 8878, 3.1.2). `pzstd` begins with one.
+/// The first bytes of a skippable frame. The lower half of the first byte is arbitrary and zero
+/// here (RFC 8878, 3.1.2). `pzstd` output begins with such a frame.
 const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
-/// As fast as most disks and networks, and a Debian comes to a third of its size.
+/// As fast as most disks and networks; compresses a Debian image to a third of its size.
 const LEVEL: i32 = 3;
-/// What is read and written at once.
+/// Bytes read and written at once.
 const PIECE: usize = 1 << 20;
-/// A piece of an image that is all zeros becomes a hole in units of this: the block that file
-/// systems share and free by.
+/// Zeros become holes in units of this size: the block size at which file systems share and free
+/// space.
 const BLOCK: usize = 4096;
 const ZEROS: [u8; BLOCK] = [0; BLOCK];
 
-/// Packs an image. `told` is told after each piece how much of the image is done, holes included.
-pub(crate) fn pack(image: &File, out: impl Write, mut told: impl FnMut(Bytes)) -> io::Result<()> {
+/// Compresses an image. Calls `progress` after each piece with the bytes of the image done so far,
+/// including holes.
+pub(crate) fn pack(image: &File, out: impl Write, mut progress: impl FnMut(Bytes)) -> io::Result<()> {
     let size = image.metadata()?.len();
     let mut encoder = Encoder::new(out, LEVEL)?;
     encoder.include_checksum(true)?;
@@ -39,7 +40,7 @@ pub(crate) fn pack(image: &File, out: impl Write, mut told: impl FnMut(Bytes)) -
     let (mut at, mut data) = (0, next_data(image, 0, size)?);
     while at < size {
         let length = PIECE.min(usize::try_from(size - at).unwrap_or(PIECE));
-        // What lies in a hole need not be read to be known.
+        // Holes need not be read.
         if at + length as u64 <= data {
             encoder.write_all(&zeros[..length])?;
         } else {
@@ -48,12 +49,12 @@ pub(crate) fn pack(image: &File, out: impl Write, mut told: impl FnMut(Bytes)) -
             data = next_data(image, at + length as u64, size)?;
         }
         at += length as u64;
-        told(Bytes::new(at));
+        progress(Bytes::new(at));
     }
     encoder.finish()?.flush()
 }
 
-/// Where data begins, at or behind `from`; the end where there is none.
+/// Returns the start of the next data at or after `from`; `size` if there is none.
 fn next_data(image: &File, from: u64, size: u64) -> io::Result<u64> {
     match seek(image, SeekFrom::Data(from)) {
         Ok(at) => Ok(at),
@@ -62,18 +63,18 @@ fn next_data(image: &File, from: u64, size: u64) -> io::Result<u64> {
     }
 }
 
-/// Why an image was not unpacked.
+/// Why an image could not be decompressed.
 #[derive(Debug)]
-pub(crate) enum Unpacked<E> {
-    /// What came in is damaged, ends early, or is too much.
+pub(crate) enum UnpackError<E> {
+    /// The input is damaged, ends early, or is too large.
     Input(io::Error),
-    /// The file did not take it.
+    /// Writing the file failed.
     Output(io::Error),
-    /// There is no room for it.
+    /// There is no space for it.
     Room(E),
 }
 
-/// Whether what begins with `head` is packed with zstd.
+/// Returns whether data beginning with `head` is compressed with zstd.
 pub(crate) fn is_packed(head: &[u8]) -> bool {
     let Some([first, rest @ ..]) = head.first_chunk::<4>() else {
         return false;
@@ -81,55 +82,59 @@ pub(crate) fn is_packed(head: &[u8]) -> bool {
     head.starts_with(&MAGIC) || [first & 0xf0, rest[0], rest[1], rest[2]] == SKIPPABLE
 }
 
-/// Unpacks an image into the new file `image`, or copies one that is not packed; blocks of zeros
-/// become holes. Before data is written, `room` is asked for so much more of it. Nothing beyond
-/// `largest` is taken. `look` sees the first MiB before anything is written, and can refuse it.
+/// Decompresses an image into the new file `image`, or copies an uncompressed one; blocks of zeros
+/// become holes. Calls `room` for more space before data is written. Rejects input of more than
+/// `largest` bytes. `look` gets the first MiB before anything is written, and can reject it.
 pub(crate) fn unpack<E>(
     mut input: impl Read,
     image: &File,
     largest: Bytes,
     look: impl FnOnce(&[u8]) -> io::Result<()>,
     mut room: impl FnMut(Bytes) -> Result<(), E>,
-) -> Result<(), Unpacked<E>> {
+) -> Result<(), UnpackError<E>> {
     let mut head = Vec::new();
-    input.by_ref().take(4).read_to_end(&mut head).map_err(Unpacked::Input)?;
+    input
+        .by_ref()
+        .take(4)
+        .read_to_end(&mut head)
+        .map_err(UnpackError::Input)?;
     let packed = is_packed(&head);
     let whole = io::Cursor::new(head).chain(input);
     let mut plain: Box<dyn Read> = if packed {
-        Box::new(Decoder::new(whole).map_err(Unpacked::Input)?)
+        Box::new(Decoder::new(whole).map_err(UnpackError::Input)?)
     } else {
         Box::new(whole)
     };
     let (mut piece, mut at, mut look) = (vec![0; PIECE], 0u64, Some(look));
     loop {
-        let length = read_full(&mut plain, &mut piece).map_err(Unpacked::Input)?;
+        let length = read_full(&mut plain, &mut piece).map_err(UnpackError::Input)?;
         if let Some(look) = look.take() {
-            look(&piece[..length]).map_err(Unpacked::Input)?;
+            look(&piece[..length]).map_err(UnpackError::Input)?;
         }
         if length == 0 {
             break;
         }
         if at + length as u64 > largest.as_u64() {
-            let more = format!("it is larger than the largest disk, which is {largest}");
-            return Err(Unpacked::Input(io::Error::other(more)));
+            let more = format!("it is larger than the maximum disk size of {largest}");
+            return Err(UnpackError::Input(io::Error::other(more)));
         }
         for run in data_runs(&piece[..length]) {
             let data = &piece[run.clone()];
-            room(Bytes::new(data.len() as u64)).map_err(Unpacked::Room)?;
+            room(Bytes::new(data.len() as u64)).map_err(UnpackError::Room)?;
             image
                 .write_all_at(data, at + run.start as u64)
-                .map_err(Unpacked::Output)?;
+                .map_err(UnpackError::Output)?;
         }
         at += length as u64;
     }
-    image.set_len(at).map_err(Unpacked::Output)
+    image.set_len(at).map_err(UnpackError::Output)
 }
 
-/// The stretches of blocks that are not all zeros.
+/// Returns the ranges of blocks that are not all zeros.
 fn data_runs(piece: &[u8]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (index, block) in piece.chunks(BLOCK).enumerate() {
-        // Compared as memory, many bytes at a time.
+        // Compared as a whole, which compiles to a memcmp.
         if *block == ZEROS[..block.len()] {
             continue;
         }
@@ -142,7 +147,7 @@ fn data_runs(piece: &[u8]) -> Vec<Range<usize>> {
     runs
 }
 
-/// Fills `buffer`, or reads to the end; how much it was.
+/// Fills `buffer` or reads to the end; returns the number of bytes.
 fn read_full(input: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -161,7 +166,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
-    /// 10 MiB and a bit, of which two blocks are data.
+    /// A bit more than 10 MiB, with two blocks of data.
     fn image() -> File {
         let image = tempfile::tempfile().unwrap();
         image.set_len((10 << 20) + 77).unwrap();
@@ -176,34 +181,37 @@ mod tests {
         bytes
     }
 
-    fn unpacked(input: &[u8], largest: u64) -> Result<(File, u64), Unpacked<()>> {
-        let (file, mut asked) = (tempfile::tempfile().unwrap(), 0);
+    fn unpacked(input: &[u8], largest: u64) -> Result<(File, u64), UnpackError<()>> {
+        let (file, mut requested) = (tempfile::tempfile().unwrap(), 0);
         let room = |more: Bytes| {
-            asked += more.as_u64();
+            requested += more.as_u64();
             Ok(())
         };
-        unpack(input, &file, Bytes::new(largest), |_| Ok(()), room).map(|()| (file, asked))
+        unpack(input, &file, Bytes::new(largest), |_| Ok(()), room).map(|()| (file, requested))
     }
 
     #[test]
-    fn an_image_comes_out_as_it_went_in_with_its_holes() {
-        let (image, mut packed, mut told) = (image(), Vec::new(), Vec::new());
-        pack(&image, &mut packed, |done| told.push(done.as_u64())).unwrap();
+    fn images_keep_contents_and_holes() {
+        let (image, mut packed, mut progress) = (image(), Vec::new(), Vec::new());
+        pack(&image, &mut packed, |done| progress.push(done.as_u64())).unwrap();
         assert!(packed.len() < 4096, "{} bytes", packed.len());
-        assert!(told.is_sorted() && told.last() == Some(&((10 << 20) + 77)), "{told:?}");
+        assert!(
+            progress.is_sorted() && progress.last() == Some(&((10 << 20) + 77)),
+            "{progress:?}"
+        );
         for input in [packed.as_slice(), &bytes(&image)] {
-            let (file, asked) = unpacked(input, 1 << 30).unwrap();
+            let (file, requested) = unpacked(input, 1 << 30).unwrap();
             assert!(bytes(&file) == bytes(&image));
-            assert_eq!(asked, 4096 + 77, "room is asked for data alone");
+            assert_eq!(requested, 4096 + 77, "space is requested for data only");
             assert!(file.metadata().unwrap().blocks() * 512 <= 16384);
         }
     }
 
     #[test]
-    fn frames_of_any_number_and_skippable_ones_between_them_are_one_image() {
+    fn several_frames_and_skippable_frames_are_one_image() {
         let (image, mut packed) = (image(), Vec::new());
         let whole = bytes(&image);
-        // As pzstd writes it: each frame behind a skippable one that holds its length.
+        // As pzstd writes it: before each frame a skippable one with its length.
         for part in whole.chunks(4 << 20) {
             let frame = zstd::encode_all(part, LEVEL).unwrap();
             packed.extend([0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0]);
@@ -213,17 +221,17 @@ mod tests {
         packed.extend([0x5f, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 7]);
         let (file, _) = unpacked(&packed, 1 << 30).unwrap();
         assert!(bytes(&file) == bytes(&image));
-        // A frame that is cut off behind a whole one is not the end.
+        // A truncated frame after a complete one is an error.
         let cut = packed.len() - 20;
-        assert!(matches!(unpacked(&packed[..cut], 1 << 30), Err(Unpacked::Input(_))));
+        assert!(matches!(unpacked(&packed[..cut], 1 << 30), Err(UnpackError::Input(_))));
     }
 
     #[test]
-    fn what_is_damaged_cut_off_or_too_large_is_refused() {
+    fn damaged_truncated_and_too_large_images_are_rejected() {
         let mut packed = Vec::new();
         pack(&image(), &mut packed, |_| {}).unwrap();
         let refused = |input: &[u8], largest| match unpacked(input, largest) {
-            Err(Unpacked::Input(error)) => error.to_string(),
+            Err(UnpackError::Input(error)) => error.to_string(),
             other => panic!("{other:?}"),
         };
         refused(&packed[..packed.len() - 1], 1 << 30);
@@ -231,6 +239,6 @@ mod tests {
         let last = damaged.len() - 1;
         damaged[last] ^= 1;
         refused(&damaged, 1 << 30);
-        assert!(refused(&packed, 5 << 20).contains("larger than the largest disk, which is 5 MiB"));
+        assert!(refused(&packed, 5 << 20).contains("larger than the maximum disk size of 5 MiB"));
     }
 }

@@ -1,11 +1,11 @@
-//! An open pool: the handle through which templates and disks are made.
+//! An open pool: the handle for creating templates and disks.
 
-use crate::accounting::Measured;
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
+use crate::backing::{self, ActualBacking, Backing, PoolFs};
 use crate::error::StorageError;
 use crate::files;
-use crate::ground::{self, Backing, FileSystem, Ground};
 use crate::group_sync::GroupSync;
+use crate::measurement::Measurements;
 use crate::name::Name;
 use crate::size::{Bytes, Gib};
 use crate::space::Space;
@@ -16,66 +16,66 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-/// The file in the pool's root that tells whose it is.
+/// The file in the pool's root that names the pool's owner.
 const OWNER: &str = "owner";
 
-/// The mode of kernel and initramfs: they are the distribution's and no secret, and a jail of an
-/// account that may read them links to them.
+/// The mode of kernel and initramfs. They come from the distribution and are not secret; hypervisor
+/// jails hard-link them, and the jail's account must be able to read them.
 const KERNEL_MODE: u32 = 0o644;
 
-/// Where the jails of hypervisors lie in the pool at `data_dir`, so that disks can be linked into
-/// them. It need not be there.
+/// Returns the folder for hypervisor jails in the pool at `data_dir`. Jails are in the pool so that
+/// disks can be hard-linked into them. The folder may not exist.
 pub fn jails_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("jails")
 }
 
-/// A mounted pool. All methods block; share it in an `Arc` and call it from threads that may.
+/// A mounted pool. All methods block: share it in an `Arc` and call it from blocking threads.
 #[derive(Debug)]
 pub struct Pool {
     pub(crate) root: PathBuf,
-    pub(crate) ground: Ground,
-    /// The device it is mounted from.
+    pub(crate) backing: ActualBacking,
+    /// The device the pool is mounted from.
     pub(crate) device: PathBuf,
-    /// The root folder, held open: space is read through it without a path look-up, and the pool
-    /// cannot be unmounted under us.
+    /// The root folder, held open. Space is read through it without a path look-up, and the pool
+    /// cannot be unmounted while it is open.
     pub(crate) dir: File,
-    pub(crate) file_system: FileSystem,
+    pub(crate) file_system: PoolFs,
     admission: Admission,
-    /// What the last walk over the extents found.
-    pub(crate) fixed: Mutex<Measured>,
-    /// Held while the pool's size changes.
+    /// The unreclaimable usage found by the last measurement.
+    pub(crate) measurements: Mutex<Measurements>,
+    /// Locked while the pool's size changes.
     pub(crate) resizing: Mutex<()>,
-    /// The size from before a change that failed and is not undone yet.
+    /// The size before a failed change that has not been rolled back yet.
     pub(crate) undo_to: Mutex<Option<Bytes>>,
-    /// One lock for each (template, size) that is being grown: two requests for the same wait for
-    /// one another, others do not.
+    /// One lock per (template, size) whose resized base image is being made. Requests for the same
+    /// one wait for each other, other requests do not.
     pub(crate) growing: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
-    /// Flushes of the disks' folder, shared by those who make disks at the same time.
+    /// Flushes of the disks' folder, shared by concurrent creations.
     pub(crate) disks_sync: GroupSync,
 }
 
 impl Pool {
-    /// Opens the pool at `data_dir`, with empty books: [`Pool::restore`] enters the disks there
-    /// are.
+    /// Opens the pool at `data_dir` with an empty ledger: [`Pool::restore`] adds the existing
+    /// disks.
     ///
     /// # Errors
     /// [`StorageError::NotMounted`], [`StorageError::OtherDevice`], [`StorageError::NotAPool`] when
-    /// it cannot clone files.
+    /// the file system cannot clone files.
     pub fn open(data_dir: &Path, backing: &Backing, bounds: Bounds) -> Result<Pool, StorageError> {
-        let place = ground::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
+        let place = backing::find(data_dir, backing)?.ok_or_else(|| StorageError::NotMounted(data_dir.to_owned()))?;
         let dir = File::open(data_dir).map_err(|error| StorageError::io("open", data_dir.display(), error))?;
-        let file_system = FileSystem::open(place.kind, &dir).map_err(|error| match error.kind() {
+        let file_system = PoolFs::open(place.kind, &dir).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StorageError::NoSysfs(data_dir.to_owned()),
             _ => StorageError::io("read the uncommitted writes of", data_dir.display(), error),
         })?;
         let pool = Pool {
             root: data_dir.to_owned(),
-            ground: place.ground,
+            backing: place.backing,
             device: place.device,
             dir,
             file_system,
             admission: Admission::new(bounds),
-            fixed: Mutex::default(),
+            measurements: Mutex::default(),
             resizing: Mutex::default(),
             undo_to: Mutex::default(),
             growing: Mutex::default(),
@@ -86,21 +86,20 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Takes the pool for one program that makes and removes disks in it, for as long as the pool
-    /// is open.
+    /// Locks the pool for this program, as the only one that creates and removes disks, until the
+    /// pool is closed.
     ///
     /// # Errors
-    /// [`StorageError::Busy`] while another has it.
+    /// [`StorageError::Busy`] while another program holds the lock.
     pub fn lock(&self) -> Result<(), StorageError> {
-        match files::lock_for_one_program(&self.dir) {
+        match files::try_lock_exclusive(&self.dir) {
             Ok(true) => Ok(()),
             Ok(false) => Err(StorageError::Busy(self.root.clone())),
             Err(error) => Err(StorageError::io("lock", self.root.display(), error)),
         }
     }
 
-    /// Who the pool belongs to, as [`Pool::set_owner`] wrote it; `None` for a pool that was never
-    /// used.
+    /// Returns the owner recorded by [`Pool::set_owner`]; `None` for a pool that was never used.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -113,8 +112,8 @@ impl Pool {
         }
     }
 
-    /// Marks the pool as belonging to `owner`, durably: whoever keeps the books of its disks, so
-    /// that nobody else takes them for nobody's.
+    /// Durably records `owner`, the program that knows which disks are in use. Another program then
+    /// does not treat them as orphaned.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -131,7 +130,7 @@ impl Pool {
         written.and_then(|()| files::sync_dir(&self.root))
     }
 
-    /// An unmounted pool must not look like an empty one.
+    /// Fails unless the pool is mounted: an unmounted pool must not look like an empty one.
     pub(crate) fn require_mounted(&self) -> Result<(), StorageError> {
         let (held, there) = (rustix::fs::fstat(&self.dir), rustix::fs::stat(&self.root));
         match (held, there) {
@@ -140,36 +139,36 @@ impl Pool {
         }
     }
 
-    /// The mount point.
+    /// Returns the mount point.
     pub fn path(&self) -> &Path {
         &self.root
     }
 
-    /// What it lies on.
-    pub fn ground(&self) -> &Ground {
-        &self.ground
+    /// Returns the backing of the mounted pool.
+    pub fn backing(&self) -> &ActualBacking {
+        &self.backing
     }
 
-    /// The backing image, if it lies on one.
+    /// Returns the path of the backing image, if the pool has one.
     pub fn image(&self) -> Option<&Path> {
-        match &self.ground {
-            Ground::Image(image) => Some(image),
-            Ground::Device(_) | Ground::Given => None,
+        match &self.backing {
+            ActualBacking::Image(image) => Some(image),
+            ActualBacking::Device(_) | ActualBacking::Existing => None,
         }
     }
 
-    /// The device that it is mounted from.
+    /// Returns the device the pool is mounted from.
     pub fn device(&self) -> &Path {
         &self.device
     }
 
-    /// The name of its file system: `btrfs` or `xfs`.
+    /// Returns the name of the pool's file system: `btrfs` or `xfs`.
     pub fn file_system(&self) -> &'static str {
         self.file_system.kind().name()
     }
 
-    /// Whether the pool's loop device goes around the host's page cache; `None` when the kernel
-    /// does not tell, or there is no such device.
+    /// Returns whether the pool's loop device bypasses the host's page cache. `None` when the
+    /// kernel does not report it or the pool has no loop device.
     pub fn direct_io(&self) -> Option<bool> {
         self.image()?;
         let name = self.device.file_name()?;
@@ -177,13 +176,13 @@ impl Pool {
         Some(std::fs::read_to_string(attribute).ok()?.trim() == "1")
     }
 
-    /// Where kernel and initramfs of the guests lie.
+    /// Returns the folder of the guests' kernel and initramfs.
     pub fn kernel_dir(&self) -> PathBuf {
         self.root.join("kernel")
     }
 
-    /// Where a template is built before it is imported; made if it is not there. Nothing in it
-    /// outlives a build.
+    /// Returns the folder in which a template is built before its import, and creates it if
+    /// necessary. Its contents are removed after each build.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -201,7 +200,7 @@ impl Pool {
         self.root.join("templates")
     }
 
-    /// Where the grown clones of templates are kept.
+    /// The folder of the resized base images.
     pub(crate) fn grown_dir(&self) -> PathBuf {
         self.templates_dir().join(".grown")
     }
@@ -210,23 +209,23 @@ impl Pool {
         self.root.join("vms")
     }
 
-    /// What the pool and its host disk can take now. A few system calls.
+    /// Reads how much the pool and its host disk can take now. Costs a few system calls.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when the kernel does not tell.
+    /// [`StorageError::Io`] when the kernel does not report it.
     pub fn space(&self) -> Result<Space, StorageError> {
         let space = Space::read(&self.dir, &self.file_system, self.image())?;
-        Ok(match self.measured_fixed() {
-            // Deletions since the walk show in what is used.
-            Some(fixed) => Space {
-                fixed: fixed.min(space.used),
+        Ok(match self.measured_unreclaimable() {
+            // Deletions since the measurement lower `used`.
+            Some(unreclaimable) => Space {
+                unreclaimable: unreclaimable.min(space.used),
                 ..space
             },
             None => space,
         })
     }
 
-    /// Admits a disk of `size`, or refuses it with nothing done; see [`Admission::admit`].
+    /// Admits a disk of `size`, or refuses it and changes nothing; see [`Admission::admit`].
     ///
     /// # Errors
     /// [`StorageError::Insufficient`].
@@ -248,35 +247,35 @@ impl Pool {
         self.admission.lower_ceiling(size, fits)
     }
 
-    /// Enters a disk that is there already, at start.
+    /// Adds an existing disk to the ledger, at start.
     pub fn restore(&self, size: Bytes) {
         self.admission.restore(size);
     }
 
-    /// Strikes a deleted disk out of the books.
+    /// Removes a deleted disk from the ledger.
     pub fn release(&self, size: Bytes) {
         self.admission.release(size);
     }
 
-    /// What is promised now.
+    /// Returns what is promised now.
     pub fn promises(&self) -> Promises {
         self.admission.promises()
     }
 
-    /// The bounds admission is held to.
+    /// Returns the bounds of admission.
     pub fn bounds(&self) -> Bounds {
         self.admission.bounds()
     }
 
-    /// The largest sum of promises this pool takes.
+    /// Returns the largest sum of promises for a pool of this capacity.
     pub fn commitment_limit(&self, capacity: Bytes) -> Bytes {
         self.admission.limit(capacity)
     }
 
-    /// Puts kernel and initramfs in place of what was there. Machines that run keep the old ones.
+    /// Installs kernel and initramfs in place of the previous ones. Running VMs keep theirs.
     ///
     /// # Errors
-    /// [`StorageError::Io`]; after a crash between the two, run it again.
+    /// [`StorageError::Io`]. After a crash between the two files, run it again.
     pub fn install_kernel(&self, vmlinuz: &Path, initrd: &Path) -> Result<(), StorageError> {
         let dir = self.kernel_dir();
         for (from, name) in [(initrd, "initrd.img"), (vmlinuz, "vmlinuz")] {
@@ -285,13 +284,13 @@ impl Pool {
         files::sync_dir(&dir)
     }
 
-    /// Lets every account of the host read kernel and initramfs, as
-    /// [`install_kernel`](Pool::install_kernel) does since releases that did not: a hypervisor's
-    /// own account then reads the one file, rather than a copy of its own.
+    /// Makes kernel and initramfs readable for every account of the host. A hypervisor's account
+    /// then reads this file instead of a copy of its own. Earlier releases installed them with mode
+    /// 0600; [`install_kernel`](Pool::install_kernel) now sets this mode itself.
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn share_kernel(&self) -> Result<(), StorageError> {
+    pub fn make_kernel_readable(&self) -> Result<(), StorageError> {
         for name in ["initrd.img", "vmlinuz"] {
             let file = self.kernel_dir().join(name);
             match std::fs::set_permissions(&file, Permissions::from_mode(KERNEL_MODE)) {

@@ -1,12 +1,12 @@
-//! What a quota of the file system still lets a folder or a file take: less, maybe, than the file
-//! system has free.
+//! The space that a quota still allows a folder or a file to take. It can be less than the free
+//! space.
 //!
-//! On btrfs these are quota groups, with full or simple accounting: a subvolume's own, and the
-//! groups above it. A group's limit counts what it holds and what is reserved for writes under way
-//! (`qgroup_check_limits` in `fs/btrfs/qgroup.c` of the kernel); the numbers are in
-//! `/sys/fs/btrfs/UUID/qgroups/LEVEL_ID` since kernel 5.9. Project quotas of XFS and ext4 need
-//! nothing of this: `statfs` of a folder that hands its project on tells what the project may still
-//! take.
+//! On btrfs these are quota groups, with full or simple accounting: a subvolume's own group, and
+//! the groups above it. A group's limit covers its data and the space reserved for writes in
+//! progress (`qgroup_check_limits` in `fs/btrfs/qgroup.c` of the kernel). The numbers are in
+//! `/sys/fs/btrfs/UUID/qgroups/LEVEL_ID` since kernel 5.9. Project quotas of XFS and ext4 need no
+//! code here: `statfs` of a folder that passes its project on reports how much the project may
+//! still take.
 
 use crate::btrfs::{self, sysfs_folder};
 use crate::size::Bytes;
@@ -16,36 +16,36 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-/// The tree that holds the quota groups.
+/// The tree with the quota groups.
 const QUOTA_TREE: u64 = 8;
-/// An item that says that one group is a member of another.
+/// The item type that makes one group a member of another.
 const RELATION: u32 = 246;
-/// A group has few others above it: their keys fit in this many bytes.
+/// Bytes read at once: the keys of a group's parents, which are few, fit in it.
 const BATCH: usize = 4 << 10;
 
 /// Bits of `limit_flags`.
 const MAX_REFERENCED: u64 = 1 << 0;
 const MAX_EXCLUSIVE: u64 = 1 << 1;
 
-/// What the tightest of the quotas allows.
+/// The allowance of the most restrictive quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Allowance {
-    /// What may still be written.
+    /// Space that may still be written.
     pub(crate) left: Bytes,
-    /// What may be there in all.
+    /// The total that may be used.
     pub(crate) limit: Bytes,
 }
 
-/// The quota groups that a subvolume of a btrfs counts in.
+/// The quota groups that apply to a subvolume of a btrfs.
 #[derive(Debug)]
 pub(crate) struct Quota {
     subvolume: u64,
-    /// Not there while quotas are off.
+    /// Does not exist while quotas are off.
     groups: PathBuf,
 }
 
 impl Quota {
-    /// Those of the subvolume that `file` lies in; `None` when it lies on no btrfs.
+    /// Returns the groups of the subvolume that contains `file`; `None` on other file systems.
     pub(crate) fn of(file: impl AsFd) -> io::Result<Option<Quota>> {
         if !btrfs::is_btrfs(&file)? {
             return Ok(None);
@@ -56,8 +56,8 @@ impl Quota {
         }))
     }
 
-    /// What the limits allow now; `None` without a limit, also where the kernel does not tell.
-    /// `file` is any on the same file system.
+    /// Reads the current allowance; `None` without a limit, or when the kernel does not report it.
+    /// `file` is any file on the file system.
     pub(crate) fn allowance(&self, file: impl AsFd) -> io::Result<Option<Allowance>> {
         if !self.groups.exists() {
             return Ok(None);
@@ -82,11 +82,11 @@ impl Quota {
     }
 
     fn of_group(&self, group: u64) -> io::Result<Option<Allowance>> {
-        // The level stands in the upper 16 bits.
+        // The upper 16 bits are the level.
         let folder = self.groups.join(format!("{}_{}", group >> 48, group & ((1 << 48) - 1)));
         let number = |name: &str| -> io::Result<u64> {
             let text = fs::read_to_string(folder.join(name))?;
-            // A counter of reservations may be below zero for a moment.
+            // A counter of reservations can be negative for a moment.
             let number = text
                 .trim()
                 .parse::<i64>()
@@ -124,8 +124,8 @@ impl Quota {
     }
 }
 
-/// The groups that `group` is a member of. A relation stands in the tree twice, once from each
-/// side; those above have a higher level.
+/// Returns the groups that `group` is a member of. The tree has each relation twice, once per side;
+/// parents have a higher level.
 fn parents(file: impl AsFd, group: u64) -> io::Result<Vec<u64>> {
     let mut parents = Vec::new();
     let keys = (group, RELATION, 0)..=(group, RELATION, u64::MAX);

@@ -1,22 +1,22 @@
-//! A pool that grows and shrinks while it is in use, and gives freed blocks back to the host disk.
+//! Resizing a pool in use, and returning freed blocks to the host disk.
 //!
-//! Three layers of a pool on an image have to be of one size: the image, the loop device over it,
-//! the file system on that. Growing goes up through them, shrinking down. The pool's size is that
-//! of its file system. A change that fails half-way is undone at once, and what cannot be undone at
-//! once is by [`Pool::reconcile`], before the next change and in the background. After a crash in
-//! between, [`Pool::reconcile`] makes the file system as large as the image is: nobody was told
-//! that the change failed.
+//! A pool on an image has three layers that must have the same size: the image, its loop device,
+//! and the file system on the device. Growing proceeds upwards through them, shrinking downwards.
+//! The size of the pool is the size of its file system. A failed change is rolled back immediately.
+//! A rollback that fails is retried by [`Pool::reconcile`], before the next change and in the
+//! background. After a crash during a change, [`Pool::reconcile`] makes the file system as large as
+//! the image: no client saw the change fail.
 //!
-//! A pool on a device of its own has the file system alone, which may be smaller than the device.
-//! One on a file system that was there before has a size that is not its affair.
+//! A pool on a device consists of the file system alone, which may be smaller than the device. The
+//! size of an existing file system is not changed.
 
+use crate::backing::{ActualBacking, PoolFs};
 use crate::btrfs::chunk_space;
 use crate::command::{self, Program};
 use crate::error::StorageError;
-use crate::ground::{FileSystem, Ground};
 use crate::pool::Pool;
 use crate::size::{Bytes, Gib};
-use crate::sizing::{LARGEST, SHARE_PERCENT};
+use crate::sizing::{DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE};
 use crate::space::{allocated, available, device_size};
 use scalebox_fault_points::{crash_point, fault_point};
 use std::ffi::OsStr;
@@ -25,28 +25,28 @@ use std::io;
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError, TryLockError};
 
-/// btrfs wants some unallocated room to move chunks about in, beyond what is used: one data chunk.
-const ROOM_TO_MOVE: Gib = Gib::new(1);
-/// A device or an image is larger than the file system on it by less than this, because that counts
-/// in blocks.
-const LEAST_GROWTH: Bytes = Bytes::from_mib(1);
-/// The file system's block, in bytes.
+/// Unallocated space that btrfs needs to relocate chunks, beyond the used space: one data chunk.
+const RELOCATION_SPACE: Gib = Gib::new(1);
+/// Minimum growth. A device or image can be larger than its file system by less than this, because
+/// the file system consists of whole blocks.
+const MIN_GROWTH: Bytes = Bytes::from_mib(1);
+/// Block size of the file system, in bytes.
 const BLOCK: u64 = 4096;
 
 impl Pool {
-    /// Grows the pool to `size`, online; without one, to what the 80 % rule gives on today's host
-    /// disk, or to all of its device.
+    /// Grows the pool online to `size`. Without a size, it grows to 80 % of what the host disk can
+    /// hold today, or to the whole device.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when that is no growth, or more than the host disk or the device
-    /// can hold; [`StorageError::Given`], [`StorageError::Busy`] while another change of size is
-    /// under way.
+    /// [`StorageError::PoolSize`] when the size is not larger, or more than the host disk or the
+    /// device can hold; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another
+    /// resize.
     pub fn grow(&self, size: Option<Gib>) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
-        match &self.ground {
-            Ground::Image(image) => self.grow_image(image, size),
-            Ground::Device(device) => self.grow_on_device(device, size),
-            Ground::Given => Err(StorageError::Given(self.root.clone())),
+        match &self.backing {
+            ActualBacking::Image(image) => self.grow_image(image, size),
+            ActualBacking::Device(device) => self.grow_on_device(device, size),
+            ActualBacking::Existing => Err(StorageError::ExistingFileSystem(self.root.clone())),
         }
     }
 
@@ -54,14 +54,14 @@ impl Pool {
         let current = self.file_system_size()?;
         let holdable = holdable(image)?;
         let size = size.unwrap_or_else(|| share_of(holdable));
-        if size.bytes() < current + LEAST_GROWTH {
+        if size.bytes() < current + MIN_GROWTH {
             return Err(StorageError::PoolSize(format!(
-                "the pool has {current}: {size} GiB is not larger; free space on the host disk, or name a larger size"
+                "{size} GiB is not larger than the pool, which has {current}: free space on the host disk, or choose a larger size"
             )));
         }
         if size.bytes() + self.bounds().buffer.bytes() > holdable {
             return Err(StorageError::PoolSize(format!(
-                "the host disk can hold a pool of at most {} GiB and keep {} GiB free: {size} GiB is too large",
+                "{size} GiB is too large: the host disk can hold a pool of at most {} GiB and keep {} GiB free",
                 (holdable - self.bounds().buffer.bytes()).floor_gib(),
                 self.bounds().buffer
             )));
@@ -69,7 +69,7 @@ impl Pool {
         self.grow_layers(image, size.bytes())
     }
 
-    /// Makes all three layers larger, or leaves them as they were.
+    /// Grows all three layers, or leaves them as they were.
     fn grow_layers(&self, image: &Path, size: Bytes) -> Result<(), StorageError> {
         let before = self.file_system_size()?;
         let grown = set_image_size(image, size)
@@ -82,18 +82,18 @@ impl Pool {
         Ok(())
     }
 
-    /// Hands on the result of a change; brings the layers back to `before` where it failed. That
-    /// they could not be brought back is logged, and kept in mind for [`Pool::reconcile`].
+    /// Returns the result of a change, after restoring the size `before` if it failed. A failed
+    /// rollback is logged, and remembered for [`Pool::reconcile`].
     fn or_undo(&self, changed: Result<(), StorageError>, before: Bytes) -> Result<(), StorageError> {
         let Err(error) = changed else { return Ok(()) };
         *self.undo_to() = Some(before);
         if let Err(undo) = self.reconcile_layers() {
-            tracing::warn!(error = %undo, "a failed change of the pool's size is not undone yet; it is tried again");
+            tracing::warn!(error = %undo, "cannot roll back a failed resize of the pool; it will be retried");
         }
         Err(error)
     }
 
-    /// The size that an undo which failed was to bring back.
+    /// The size to restore after a failed rollback.
     fn undo_to(&self) -> MutexGuard<'_, Option<Bytes>> {
         self.undo_to.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,73 +103,73 @@ impl Pool {
         let wanted = size.map_or(holdable, Gib::bytes);
         if wanted > holdable {
             return Err(StorageError::PoolSize(format!(
-                "{} has {holdable}: a pool of {wanted} does not fit on it",
+                "{wanted} does not fit on {}, which has {holdable}",
                 device.display()
             )));
         }
-        if wanted < current + LEAST_GROWTH {
+        if wanted < current + MIN_GROWTH {
             return Err(StorageError::PoolSize(format!(
-                "the pool has {current} of the {holdable} of {}: {wanted} is not larger; make the device larger first",
+                "{wanted} is not larger than the pool, which has {current} of the {holdable} of {}: enlarge the device first",
                 device.display()
             )));
         }
         self.resize_file_system(wanted)
     }
 
-    /// Grows the pool to what the 80 % rule gives on today's host disk, or to all of its device, if
-    /// that is at least a GiB more than it has. Returns whether it did: a pool that is as large as
-    /// it may be, or whose size is being changed already or not its own, stays as it is.
+    /// Grows the pool to its default size if that is at least 1 GiB more, and returns whether it
+    /// grew. The default is 80 % of what the host disk can hold today, or the whole device. Does
+    /// nothing if the pool is being resized or is an existing file system.
     ///
     /// # Errors
     /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
     pub fn extend(&self) -> Result<bool, StorageError> {
-        let worth_it = Gib::new(1).bytes();
+        let min_growth = Gib::new(1).bytes();
         let _changing = match self.begin_change() {
             Err(StorageError::Busy(_)) => return Ok(false),
             other => other?,
         };
-        match &self.ground {
-            Ground::Image(image) => {
+        match &self.backing {
+            ActualBacking::Image(image) => {
                 let holdable = holdable(image)?;
                 let kept_free = (holdable - self.bounds().buffer.bytes()).floor_gib();
                 let size = share_of(holdable).min(kept_free).bytes();
-                if size < self.file_system_size()? + worth_it {
+                if size < self.file_system_size()? + min_growth {
                     return Ok(false);
                 }
                 self.grow_layers(image, size)?;
             }
-            Ground::Device(device) => {
+            ActualBacking::Device(device) => {
                 let size = device_size(device)?;
-                if size < self.file_system_size()? + worth_it {
+                if size < self.file_system_size()? + min_growth {
                     return Ok(false);
                 }
                 self.resize_file_system(size)?;
             }
-            Ground::Given => return Ok(false),
+            ActualBacking::Existing => return Ok(false),
         }
         Ok(true)
     }
 
-    /// Shrinks the pool to `size`, online: what lies behind it is moved first, which can take
-    /// minutes. An image becomes smaller too. While that lasts, admission counts with the smaller
-    /// size already.
+    /// Shrinks the pool online to `size`, including its image. Data beyond the new end is moved
+    /// first, which can take minutes. Admission counts with the smaller size from the start.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when what is used, promised or kept free would not fit, and
-    /// nothing is changed; [`StorageError::Given`], [`StorageError::Busy`] while another change of
-    /// size is under way.
+    /// [`StorageError::PoolSize`] when the used data, the promises or the buffer do not fit, with
+    /// nothing changed; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another
+    /// resize.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
-        let current = match &self.ground {
-            Ground::Image(_) | Ground::Device(_) => self.file_system_size()?,
-            Ground::Given => return Err(StorageError::Given(self.root.clone())),
+        let current = match &self.backing {
+            ActualBacking::Image(_) | ActualBacking::Device(_) => self.file_system_size()?,
+            ActualBacking::Existing => return Err(StorageError::ExistingFileSystem(self.root.clone())),
         };
         if size.bytes() >= current {
             return Err(StorageError::PoolSize(format!(
-                "the pool has {current}: {size} GiB is not smaller"
+                "{size} GiB is not smaller than the pool, which has {current}"
             )));
         }
-        // From here on nothing is admitted that would not fit; taken back if it comes to nothing.
+        // From here on nothing is admitted that would not fit; the guard lifts this limit on
+        // failure.
         let lowered = self.lower_ceiling(size.bytes(), |promised| self.fits_in(size.bytes(), promised))?;
         let shrunk = self.shrink_layers(size.bytes());
         self.or_undo(shrunk, current)?;
@@ -178,21 +178,20 @@ impl Pool {
         Ok(())
     }
 
-    /// Whether a pool of `size` could hold what is used, promised and kept free; `Err` with what is
-    /// needed.
+    /// Checks that a pool of `size` can hold the used data, the promises and the buffer. Returns
+    /// the required size if not.
     fn fits_in(&self, size: Bytes, promised: Bytes) -> Result<Result<(), Gib>, StorageError> {
         let space = self.space()?;
         let needed = space.used
             + space.metadata_total
             + space.metadata_total
             + self.bounds().buffer.bytes()
-            + ROOM_TO_MOVE.bytes();
-        // With every promise backed, the guests' blocks that are yet to come count as those that
-        // are there.
+            + RELOCATION_SPACE.bytes();
+        // If every promise is backed, guests' future blocks count like present ones.
         let backed = match self.bounds().overcommit_ratio {
             ratio if ratio <= 1.0 => {
-                let overhead = space.capacity - space.backable;
-                space.fixed + promised + self.bounds().buffer.bytes() + overhead
+                let overhead = space.capacity - space.worst_case_capacity;
+                space.unreclaimable + promised + self.bounds().buffer.bytes() + overhead
             }
             _ => Bytes::ZERO,
         };
@@ -204,7 +203,7 @@ impl Pool {
         fault_point("pool shrink: ceiling lowered").map_err(injected)?;
         self.resize_file_system(size)?;
         fault_point("pool shrink: file system smaller").map_err(injected)?;
-        if let Ground::Image(image) = &self.ground {
+        if let ActualBacking::Image(image) = &self.backing {
             set_image_size(image, size)?;
             fault_point("pool shrink: image smaller").map_err(injected)?;
             self.refresh_device()?;
@@ -212,27 +211,27 @@ impl Pool {
         Ok(())
     }
 
-    /// Hands all free blocks of the pool back to the host disk. Returns how much was handed on,
-    /// what the host had already included.
+    /// Discards all free blocks of the pool, returning them to the host disk. Returns the discarded
+    /// size, including blocks that the host had already.
     ///
     /// # Errors
     /// [`StorageError::Command`].
     pub fn trim(&self) -> Result<Bytes, StorageError> {
         self.require_mounted()?;
-        let said = command::run(Program::Fstrim, [OsStr::new("--verbose"), self.path().as_os_str()])?;
+        let output = command::run(Program::Fstrim, [OsStr::new("--verbose"), self.path().as_os_str()])?;
         // `/var/lib/scalebox: 1.2 GiB (1288490188 bytes) trimmed`
-        let bytes = said
+        let bytes = output
             .rsplit_once('(')
             .and_then(|(_, rest)| rest.split_once(" bytes")?.0.parse().ok());
         Ok(Bytes::new(bytes.unwrap_or(0)))
     }
 
-    /// Brings the layers to one size: that from before a change which failed; else, after a crash
-    /// between the steps of a change, the image's.
+    /// Gives all layers one size. This is the size before a failed change; after a crash during a
+    /// change it is the size of the image.
     ///
     /// # Errors
-    /// [`StorageError::Command`], also while btrfs is still busy with a change that another program
-    /// began; [`StorageError::Busy`] while this one is. It may be repeated.
+    /// [`StorageError::Command`], also while btrfs is busy with a resize by another program;
+    /// [`StorageError::Busy`] during a resize by this one. It can be repeated.
     pub fn reconcile(&self) -> Result<(), StorageError> {
         let _changing = self.begin_resize()?;
         self.reconcile_layers()
@@ -240,11 +239,10 @@ impl Pool {
 
     fn reconcile_layers(&self) -> Result<(), StorageError> {
         let mut undo_to = self.undo_to();
-        match &self.ground {
-            Ground::Image(image) => {
+        match &self.backing {
+            ActualBacking::Image(image) => {
                 if let Some(before) = *undo_to {
-                    // Never less than what the file system has: what lies behind the end would be
-                    // lost.
+                    // Never smaller than the file system: data beyond the end would be lost.
                     let size = before.max(self.file_system_size()?);
                     if image_size(image)? != size {
                         set_image_size(image, size)?;
@@ -252,14 +250,14 @@ impl Pool {
                 }
                 self.follow_image(image)?;
             }
-            Ground::Device(_) => {
+            ActualBacking::Device(_) => {
                 if let Some(before) = *undo_to
-                    && self.file_system_size()? + LEAST_GROWTH <= before
+                    && self.file_system_size()? + MIN_GROWTH <= before
                 {
                     self.resize_file_system(before)?;
                 }
             }
-            Ground::Given => {}
+            ActualBacking::Existing => {}
         }
         *undo_to = None;
         Ok(())
@@ -271,26 +269,25 @@ impl Pool {
         if device_size(&self.device)? != size {
             self.refresh_device()?;
         }
-        if self.file_system_size()? + LEAST_GROWTH <= size {
+        if self.file_system_size()? + MIN_GROWTH <= size {
             self.resize_file_system(size)?;
         }
         Ok(())
     }
 
-    /// The size of the file system as its device counts: neither its profile nor a quota makes it
-    /// smaller.
+    /// Returns the size of the file system on its device, regardless of profiles and quotas.
     fn file_system_size(&self) -> Result<Bytes, StorageError> {
         match &self.file_system {
-            FileSystem::Btrfs(..) => {
+            PoolFs::Btrfs(..) => {
                 let space = chunk_space(&self.dir)
                     .map_err(|errno| StorageError::io("read the size of", self.root.display(), errno.into()))?;
                 Ok(space.device_size)
             }
-            FileSystem::Xfs => Ok(self.space()?.capacity),
+            PoolFs::Xfs => Ok(self.space()?.capacity),
         }
     }
 
-    /// What a change of size begins with: what an earlier one left undone.
+    /// Starts a resize, completing a failed rollback first.
     fn begin_change(&self) -> Result<MutexGuard<'_, ()>, StorageError> {
         let changing = self.begin_resize()?;
         if self.undo_to().is_some() {
@@ -317,28 +314,28 @@ impl Pool {
     }
 
     fn resize_file_system(&self, size: Bytes) -> Result<(), StorageError> {
-        // Whole blocks: an image or a device may be larger by a part of one.
+        // Whole blocks: an image or a device can be larger by part of a block.
         let size = size.as_u64() & !(BLOCK - 1);
         let text = size.to_string();
         let args = ["filesystem", "resize", &text].map(OsStr::new);
         let resized = command::run(Program::Btrfs, args.into_iter().chain([self.path().as_os_str()]));
         match resized {
-            // A program that fails behind its last step has done what it was asked for.
+            // A program that fails after its last step has still done its work.
             Err(error) if self.file_system_size()?.as_u64() != size => Err(error.into()),
             _ => Ok(()),
         }
     }
 }
 
-/// What the host disk could hold of the image at most.
+/// Returns the maximum size that the image could have on the host disk.
 fn holdable(image: &Path) -> Result<Bytes, StorageError> {
     Ok(available(image)? + allocated(image)?)
 }
 
-/// The 80 % rule, without its lower bound: the pool is there already.
+/// Returns 80 % of `holdable`, without the lower limit for new pools.
 fn share_of(holdable: Bytes) -> Gib {
-    let share = Gib::new(holdable.floor_gib().as_u64() * SHARE_PERCENT / 100);
-    share.min(LARGEST)
+    let share = Gib::new(holdable.floor_gib().as_u64() * DEFAULT_SHARE_PERCENT / 100);
+    share.min(MAX_DEFAULT_SIZE)
 }
 
 fn injected(error: io::Error) -> StorageError {

@@ -1,8 +1,9 @@
-//! What a file or a device holds, by its signatures.
+//! Detecting the contents of a file or device by signatures.
 //!
-//! `blkid` looks for magic numbers wherever a file system or a RAID may have its own, also where a
-//! pool keeps its guests' data: near the end. What guests wrote there must not decide what the pool
-//! is. So the superblock of btrfs is read here first, and counts for more than what else is found.
+//! `blkid` looks for magic numbers wherever a file system or a RAID may have them, including near
+//! the end, where a pool keeps its guests' data. A guest must not be able to change what the pool
+//! is detected as. So the btrfs superblock is read here first, and takes precedence over other
+//! findings.
 
 use crate::command::{self, Program};
 use crate::error::StorageError;
@@ -13,20 +14,20 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// What was found.
+/// The detected contents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Signature {
     /// The type of a file system, such as `btrfs`, or `a gpt partition table`.
     pub(crate) kind: String,
     pub(crate) label: Option<String>,
     pub(crate) uuid: Option<String>,
-    /// Whether signatures of several things were found. What the thing really holds is then for a
-    /// person to say.
-    pub(crate) ambivalent: bool,
+    /// Whether several signatures were found. A person must then decide what the contents really
+    /// are.
+    pub(crate) ambiguous: bool,
 }
 
 impl Signature {
-    /// Whether it is a file system that was made to be a pool.
+    /// Returns whether it is a file system created as a pool.
     pub(crate) fn is_pool(&self) -> bool {
         self.kind == "btrfs" && self.label.as_deref() == Some("scalebox")
     }
@@ -36,7 +37,7 @@ impl Signature {
             kind: "several file systems at once".to_owned(),
             label: None,
             uuid: None,
-            ambivalent: true,
+            ambiguous: true,
         }
     }
 }
@@ -47,14 +48,14 @@ impl fmt::Display for Signature {
         if let Some(label) = &self.label {
             write!(f, " (label {label:?})")?;
         }
-        if self.ambivalent && self.kind == "btrfs" {
+        if self.ambiguous && self.kind == "btrfs" {
             f.write_str(", and signs of something else")?;
         }
         Ok(())
     }
 }
 
-/// Looks for signatures; `None` when there is none.
+/// Detects the contents of `path`; `None` without a known signature.
 ///
 /// # Errors
 /// [`StorageError::Command`], [`StorageError::Io`].
@@ -64,14 +65,14 @@ pub(crate) fn probe(path: &Path) -> Result<Option<Signature>, StorageError> {
         kind: "btrfs".to_owned(),
         label: Some(found.label).filter(|label| !label.is_empty()),
         uuid: Some(found.uuid),
-        ambivalent: false,
+        ambiguous: false,
     });
     if btrfs.as_ref().is_some_and(Signature::is_pool) {
         return Ok(btrfs);
     }
-    let (found, others) = match ask_blkid(path)? {
+    let (found, others) = match run_blkid(path)? {
         Found::Nothing => (btrfs, false),
-        // A RAID member, for one, shows the file system on the RAID as its own.
+        // For example, a RAID member shows the file system on the RAID.
         Found::One(other) => match btrfs {
             Some(btrfs) if other.kind != btrfs.kind => (Some(btrfs), true),
             _ => (Some(other), false),
@@ -79,7 +80,7 @@ pub(crate) fn probe(path: &Path) -> Result<Option<Signature>, StorageError> {
         Found::Several => (btrfs.or_else(|| Some(Signature::unknown())), true),
     };
     Ok(found.map(|found| Signature {
-        ambivalent: others,
+        ambiguous: others,
         ..found
     }))
 }
@@ -90,8 +91,8 @@ enum Found {
     Several,
 }
 
-fn ask_blkid(path: &Path) -> Result<Found, StorageError> {
-    // Exit code 2: no signature was found; 8: several that contradict each other.
+fn run_blkid(path: &Path) -> Result<Found, StorageError> {
+    // Exit code 2: no signature; 8: several contradictory signatures.
     let args = ["-p", "-o", "export", "--"].map(OsStr::new);
     let (code, output) = command::run_accepting(Program::Blkid, args.into_iter().chain([path.as_os_str()]), |code| {
         matches!(code, 0 | 2 | 8)
@@ -110,7 +111,7 @@ fn ask_blkid(path: &Path) -> Result<Found, StorageError> {
             kind,
             label: value("LABEL="),
             uuid: value("UUID="),
-            ambivalent: false,
+            ambiguous: false,
         })
     }))
 }
@@ -127,7 +128,7 @@ impl Superblock {
     const OFFSET: u64 = 64 << 10;
     const SIZE: usize = 4096;
 
-    /// `None` where there is none that is whole.
+    /// Reads the superblock; `None` without a valid one.
     fn read(path: &Path) -> io::Result<Option<Superblock>> {
         let mut block = [0; Superblock::SIZE];
         match File::open(path)?.read_exact_at(&mut block, Superblock::OFFSET) {
@@ -140,8 +141,7 @@ impl Superblock {
     fn parse(block: &[u8; Superblock::SIZE]) -> Option<Superblock> {
         let number = |at: usize| Some(u64::from_le_bytes(block.get(at..at + 8)?.try_into().ok()?));
         let is_one = block.get(0x40..0x48)? == b"_BHRfS_M" && number(0x30)? == Superblock::OFFSET;
-        // Type 0 is CRC-32C, as mkfs.btrfs makes it by default; the others are left to the kernel
-        // to verify.
+        // Type 0 is CRC-32C, the default of mkfs.btrfs. The kernel verifies the other types.
         let crc32c_fits = || Some(block.get(..4)? == crc32c(block.get(0x20..)?).to_le_bytes());
         let is_whole = block.get(0xc4..0xc6)? != [0, 0] || crc32c_fits()?;
         if !is_one || !is_whole {
@@ -162,7 +162,7 @@ impl Superblock {
     }
 }
 
-/// CRC-32C (Castagnoli; RFC 3720, appendix B.4), bit by bit: it is needed for 4 KiB.
+/// Computes CRC-32C (Castagnoli; RFC 3720, appendix B.4), bit by bit: it is needed for 4 KiB only.
 fn crc32c(bytes: &[u8]) -> u32 {
     const REVERSED_POLYNOMIAL: u32 = 0x82f6_3b78;
     !bytes.iter().fold(u32::MAX, |crc, byte| {
@@ -177,19 +177,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_checksum_is_that_of_the_standard() {
+    fn checksums_match_the_standard() {
         // RFC 3720, appendix B.4: 32 bytes of zeros, of ones.
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);
     }
 
     #[test]
-    fn only_a_whole_superblock_is_one() {
+    fn only_valid_superblocks_are_recognized() {
         let mut block = [0; Superblock::SIZE];
         block[0x40..0x48].copy_from_slice(b"_BHRfS_M");
         block[0x30..0x38].copy_from_slice(&Superblock::OFFSET.to_le_bytes());
         block[0x12b..0x133].copy_from_slice(b"scalebox");
-        assert_eq!(Superblock::parse(&block), None, "its checksum is wrong");
+        assert_eq!(Superblock::parse(&block), None, "wrong checksum");
         let sum = crc32c(&block[0x20..]);
         block[..4].copy_from_slice(&sum.to_le_bytes());
         assert_eq!(Superblock::parse(&block).unwrap().label, "scalebox");

@@ -1,8 +1,8 @@
-//! Sizes as types, so that a number of GiB is never taken for a number of bytes.
+//! Sizes as types, so that a number of GiB is never mistaken for a number of bytes.
 //!
-//! [`Bytes`] is what the kernel counts in, [`Gib`] is what people ask for. Both are powers of two:
-//! one GiB is 2³⁰ bytes. Conversions are named after the way they round, because the two directions
-//! differ on purpose: **available space is rounded down, needs are rounded up**.
+//! The kernel counts in [`Bytes`], people in [`Gib`]. Both are powers of two: one GiB is 2³⁰ bytes.
+//! Conversions are named after their rounding, because the two directions differ on purpose:
+//! **available space is rounded down, needs are rounded up**.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -10,8 +10,8 @@ use std::iter::Sum;
 use std::ops::{Add, AddAssign, Sub};
 use std::str::FromStr;
 
-/// A number of bytes. Sums saturate: a size near 2⁶⁴ is refused by the bounds that are checked on
-/// it, never wrapped.
+/// A number of bytes. Sums saturate instead of wrapping: checks against a limit then reject a size
+/// near 2⁶⁴.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Bytes(u64);
@@ -22,68 +22,68 @@ pub struct Bytes(u64);
 pub struct Gib(u64);
 
 impl Bytes {
-    /// No bytes at all.
+    /// Zero bytes.
     pub const ZERO: Bytes = Bytes(0);
 
-    /// `n` bytes.
+    /// Creates a size of `n` bytes.
     pub const fn new(n: u64) -> Self {
         Bytes(n)
     }
 
-    /// `n` KiB (2¹⁰ bytes).
+    /// Creates a size of `n` KiB (2¹⁰ bytes).
     pub const fn from_kib(n: u64) -> Self {
         Bytes(n.saturating_mul(1 << 10))
     }
 
-    /// `n` MiB (2²⁰ bytes).
+    /// Creates a size of `n` MiB (2²⁰ bytes).
     pub const fn from_mib(n: u64) -> Self {
         Bytes(n.saturating_mul(1 << 20))
     }
 
-    /// `n` blocks of `size` bytes, as `statfs` and `stat` count.
+    /// Creates a size of `n` blocks of `size` bytes, as `statfs` and `stat` count.
     pub const fn from_blocks(n: u64, size: u64) -> Self {
         Bytes(n.saturating_mul(size))
     }
 
-    /// The number, for the kernel.
+    /// Returns the number of bytes.
     pub const fn as_u64(self) -> u64 {
         self.0
     }
 
-    /// Whole GiB, rounded down: for space that is available.
+    /// Rounds down to whole GiB: for available space.
     pub const fn floor_gib(self) -> Gib {
         Gib(self.0 >> 30)
     }
 
-    /// Whole GiB, rounded up: for space that is needed.
+    /// Rounds up to whole GiB: for needed space.
     pub const fn ceil_gib(self) -> Gib {
         Gib(self.0.div_ceil(1 << 30))
     }
 
-    /// The difference, or zero when `other` is larger.
+    /// Returns the difference, or zero when `other` is larger.
     pub const fn saturating_sub(self, other: Bytes) -> Bytes {
         Bytes(self.0.saturating_sub(other.0))
     }
 
-    /// `self × ratio`, rounded down.
+    /// Returns `self × ratio`, rounded down.
     pub fn scaled(self, ratio: f64) -> Bytes {
-        // `as` saturates at both ends and takes NaN for zero.
+        // `as` saturates at both ends and converts NaN to zero.
         Bytes((self.0 as f64 * ratio) as u64)
     }
 }
 
 impl Gib {
-    /// `n` GiB.
+    /// Creates a size of `n` GiB.
     pub const fn new(n: u64) -> Self {
         Gib(n)
     }
 
-    /// The number of GiB.
+    /// Returns the number of GiB.
     pub const fn as_u64(self) -> u64 {
         self.0
     }
 
-    /// The same size in bytes.
+    /// Returns the same size in bytes.
     pub const fn bytes(self) -> Bytes {
         Bytes(self.0.saturating_mul(1 << 30))
     }
@@ -129,7 +129,7 @@ impl Add for Gib {
     }
 }
 
-/// `1.5 GiB`, `300 MiB`, `12 B`: for eyes; scripts get the number.
+/// `1.5 GiB`, `300 MiB`, `12 B`: for people; scripts use the number.
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [(&str, u32); 5] = [("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
@@ -150,22 +150,22 @@ impl fmt::Display for Gib {
     }
 }
 
-/// Why a text is not a size; the message shows the form that is.
+/// Why a text is not a size; each message shows a valid example.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSizeError {
-    /// Not `NUMBER` followed by a unit.
+    /// It is not a number followed by a unit.
     #[error("{0:?} is not a size: write a whole number and a unit, such as 512M, 100G or 1T")]
     Form(String),
-    /// Zero, with or without a unit.
-    #[error("{0:?} is no space at all: write a size such as 512M, 100G or 1T")]
+    /// The number is zero.
+    #[error("{0:?} is zero: write a size such as 512M, 100G or 1T")]
     Zero(String),
-    /// Larger than 2⁶³ bytes, which no file system holds.
+    /// It is 2⁶³ bytes or more, which no file system supports.
     #[error("{0:?} is larger than any file system: write a size such as 100G or 1T")]
     TooLarge(String),
 }
 
-/// Reads `100G`, `1T`, `512M`, with an optional `iB` or `B` behind the unit, in either case. A unit
-/// is required: a bare number would be bytes to one reader and GiB to the next.
+/// Parses `100G`, `1T` or `512M`, with an optional `iB` or `B` after the unit, in upper or lower
+/// case. The unit is required: a bare number is ambiguous between bytes and GiB.
 ///
 /// ```
 /// use scalebox_storage::{Bytes, Gib};
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_read_in_the_form_people_write_them() {
+    fn sizes_parse_with_the_usual_units() {
         for (text, gib) in [
             ("100G", 100),
             ("1T", 1024),
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_and_zero_are_errors_that_show_the_form() {
+    fn invalid_and_zero_sizes_are_rejected_with_an_example() {
         for text in [
             "",
             "G",
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_shown_with_one_digit_where_it_says_something() {
+    fn sizes_are_displayed_with_at_most_one_decimal() {
         for (bytes, shown) in [
             (Bytes::new(12), "12 B"),
             (Bytes::from_mib(300), "300 MiB"),

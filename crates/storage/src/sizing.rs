@@ -1,34 +1,34 @@
-//! How large a new pool becomes: a pure function of what the host disk has free.
+//! The size of a new pool: a pure function of the host disk's free space.
 
 use crate::size::{Bytes, Gib, ParseSizeError};
 use std::fmt;
 use std::str::FromStr;
 
 /// Share of the available space that a pool takes by default, in percent.
-pub const SHARE_PERCENT: u64 = 80;
-/// A pool sized by the rule is never smaller; what the rule gives below this is refused.
-pub const SMALLEST: Gib = Gib::new(20);
-/// A pool sized by the rule is never larger.
-pub const LARGEST: Gib = Gib::new(4096);
-/// What the host must have free for any pool: the smallest whose [`SHARE_PERCENT`] reaches
-/// [`SMALLEST`].
-pub const HOST_FLOOR: Gib = Gib::new(SMALLEST.as_u64() * 100 / SHARE_PERCENT);
+pub const DEFAULT_SHARE_PERCENT: u64 = 80;
+/// Minimum size of a pool sized by default.
+pub const MIN_DEFAULT_SIZE: Gib = Gib::new(20);
+/// Maximum size of a pool sized by default.
+pub const MAX_DEFAULT_SIZE: Gib = Gib::new(4096);
+/// Minimum free space on the host for any pool: the smallest whose [`DEFAULT_SHARE_PERCENT`] is
+/// [`MIN_DEFAULT_SIZE`].
+pub const MIN_HOST_FREE: Gib = Gib::new(MIN_DEFAULT_SIZE.as_u64() * 100 / DEFAULT_SHARE_PERCENT);
 
-/// A size the operator asked for (`STORAGE_SIZE`), with the text as it was written, for messages.
+/// A pool size requested by the operator (`STORAGE_SIZE`); keeps the original text for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RequestedSize {
     text: String,
     bytes: Bytes,
 }
 
-/// Why a requested pool size is refused.
+/// Why a requested pool size is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RequestedSizeError {
-    /// The text is no size.
+    /// The text is not a size.
     #[error(transparent)]
     Parse(#[from] ParseSizeError),
-    /// btrfs wants some room, and a pool below one GiB could not hold a single disk.
-    #[error("{0} is too small for a pool: the smallest is 1G, and 20G or more is sensible")]
+    /// Below one GiB, btrfs leaves no room for even one disk.
+    #[error("{0} is too small for a pool: the minimum is 1G; 20G or more is recommended")]
     TooSmall(String),
 }
 
@@ -55,7 +55,7 @@ impl fmt::Display for RequestedSize {
 }
 
 impl RequestedSize {
-    /// The size in bytes, at least one GiB.
+    /// Returns the size in bytes, at least one GiB.
     pub fn bytes(&self) -> Bytes {
         self.bytes
     }
@@ -76,23 +76,23 @@ impl fmt::Display for PoolSize {
     }
 }
 
-/// The host has too little free for any pool.
+/// The host has too little free space for any pool.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("Insufficient disk space. Need at least {HOST_FLOOR}GB free, found {found}GB")]
+#[error("Insufficient disk space. Need at least {MIN_HOST_FREE}GB free, found {found}GB")]
 pub struct TooLittleSpace {
-    /// What was found, in whole GiB.
+    /// The free space found, in whole GiB.
     pub found: Gib,
 }
 
-/// The size of a new pool on a file system that has `available` bytes free: `floor(available GiB ×
-/// 0.8)`, at least [`SMALLEST`], at most [`LARGEST`], or exactly what was requested. The floor of
-/// the host holds in both cases.
+/// Returns the size of a new pool on a file system with `available` bytes free. By default it is
+/// `floor(available GiB × 0.8)`, at least [`MIN_DEFAULT_SIZE`] and at most [`MAX_DEFAULT_SIZE`];
+/// otherwise it is exactly `requested`.
 ///
 /// # Errors
-/// [`TooLittleSpace`] when the host has less than [`HOST_FLOOR`] free.
+/// [`TooLittleSpace`] when the host has less than [`MIN_HOST_FREE`] free, also with `requested`.
 pub fn pool_size(available: Bytes, requested: Option<&RequestedSize>) -> Result<PoolSize, TooLittleSpace> {
     let found = available.floor_gib();
-    if found < HOST_FLOOR {
+    if found < MIN_HOST_FREE {
         return Err(TooLittleSpace { found });
     }
     if let Some(requested) = requested {
@@ -101,8 +101,8 @@ pub fn pool_size(available: Bytes, requested: Option<&RequestedSize>) -> Result<
             text: requested.text.clone(),
         });
     }
-    let share = Gib::new(found.as_u64() * SHARE_PERCENT / 100);
-    let size = share.clamp(SMALLEST, LARGEST);
+    let share = Gib::new(found.as_u64() * DEFAULT_SHARE_PERCENT / 100);
+    let size = share.clamp(MIN_DEFAULT_SIZE, MAX_DEFAULT_SIZE);
     Ok(PoolSize {
         bytes: size.bytes(),
         text: format!("{size}G"),
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_takes_eighty_percent_within_bounds() {
+    fn the_default_pool_takes_eighty_percent_within_limits() {
         for (available, expected) in [
             (25, 20),
             (26, 20),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn too_little_space_is_refused_in_the_words_of_the_seed() {
+    fn too_little_space_is_rejected_with_the_message_of_the_seed() {
         for available in [0, 1, 20, 24] {
             let words = format!("Insufficient disk space. Need at least 25GB free, found {available}GB");
             assert_eq!(size_for(available), Err(words));
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_requested_size_is_taken_as_it_is_but_the_floor_of_the_host_holds() {
+    fn a_requested_size_is_used_exactly_but_the_host_minimum_applies() {
         let requested: RequestedSize = "100G".parse().unwrap();
         let size = pool_size(Gib::new(30).bytes(), Some(&requested)).unwrap();
         assert_eq!((size.bytes, size.to_string().as_str()), (Gib::new(100).bytes(), "100G"));
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_requested_size_that_holds_nothing_is_refused() {
+    fn requested_sizes_too_small_for_a_pool_are_rejected() {
         for text in ["512M", "1K", "0G", "ten", ""] {
             assert!(text.parse::<RequestedSize>().is_err(), "{text:?}");
         }

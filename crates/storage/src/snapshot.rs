@@ -1,18 +1,18 @@
-//! Snapshots: a disk becomes a template.
+//! Snapshots: turning a disk into a template.
 //!
-//! [`Pool::begin_snapshot`] holds a name and room, [`Pool::take_snapshot`] clones the disk,
-//! [`Pool::finish_snapshot`] makes the clone a template. Only the one in the middle needs the disk
-//! to stand still, and it copies nothing; all else is done on the clone.
+//! [`Pool::begin_snapshot`] reserves a name and space, [`Pool::take_snapshot`] clones the disk, and
+//! [`Pool::finish_snapshot`] turns the clone into a template. Only [`Pool::take_snapshot`] needs
+//! the disk paused, and it copies no data; the rest works on the clone.
 
 use crate::admission::Reservation;
 use crate::command::CommandError;
 use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};
-use crate::identity::{self, Identity};
 use crate::import;
 use crate::name::Name;
 use crate::pool::Pool;
+use crate::scrub::{self, GuestIdentity};
 use crate::size::Bytes;
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
@@ -20,14 +20,14 @@ use scalebox_fault_points::{crash_point, fault_point};
 use std::fs::File;
 use std::path::PathBuf;
 
-/// What cleaning a clone may write: the new journal, and the metadata blocks that it no longer
-/// shares.
-const WORK: Bytes = Bytes::from_mib(256);
+/// Maximum data written while scrubbing a clone: the new journal, and the metadata blocks that it
+/// no longer shares.
+const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
 
-/// A template that is being made of a disk. Dropped before it is finished, nothing is left of it.
+/// A template that is being made from a disk. Dropping it before it is finished removes it.
 #[derive(Debug)]
-#[must_use = "dropping a snapshot takes it back"]
-pub struct Snapshot {
+#[must_use = "dropping an unfinished snapshot removes it"]
+pub struct PendingSnapshot {
     name: Name,
     partial: PathBuf,
     file: File,
@@ -35,7 +35,7 @@ pub struct Snapshot {
     room: Vec<Reservation>,
 }
 
-impl Drop for Snapshot {
+impl Drop for PendingSnapshot {
     fn drop(&mut self) {
         if !self.finished {
             files::discard(&self.partial);
@@ -44,24 +44,24 @@ impl Drop for Snapshot {
 }
 
 impl Pool {
-    /// Takes the name of a template to be made, and the room that its making needs.
+    /// Reserves the name of a new template, and the space for making it.
     ///
     /// # Errors
     /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
     /// [`StorageError::Insufficient`].
-    pub fn begin_snapshot(&self, name: &Name) -> Result<Snapshot, StorageError> {
+    pub fn begin_snapshot(&self, name: &Name) -> Result<PendingSnapshot, StorageError> {
         match self.template(name) {
             Ok(_) => return Err(StorageError::TemplateExists(name.to_string())),
             Err(StorageError::NoTemplate(_)) => {}
             Err(error) => return Err(error),
         }
-        let room = self.admit(WORK)?;
+        let room = self.admit(MAX_SCRUB_WRITES)?;
         let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
         let file = self.claim(&partial).map_err(|error| match error {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
             other => other,
         })?;
-        let snapshot = Snapshot {
+        let snapshot = PendingSnapshot {
             name: name.clone(),
             partial,
             file,
@@ -70,36 +70,37 @@ impl Pool {
         };
         fault_point("snapshot: file made").map_err(StorageError::step)?;
         if self.backs_every_byte() {
-            // The new file made the last measurement stale, and without one all that is used would
-            // count twice.
+            // The new file made the last measurement stale; without a current one, all used space
+            // would count twice.
             self.measure()?;
         }
         Ok(snapshot)
     }
 
-    /// Writes what the host still holds of the disk `id`, so that [`Pool::take_snapshot`] finds
-    /// little to wait for.
+    /// Flushes the host's dirty pages of the disk `id`, so that [`Pool::take_snapshot`] has little
+    /// to wait for.
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn settle_disk(&self, id: &Name) -> Result<(), StorageError> {
+    pub fn flush_disk(&self, id: &Name) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| disk.sync_data())
             .map_err(|error| StorageError::io("flush", path.display(), error))
     }
 
-    /// Clones the disk `id` as it is now: no byte is copied, and a write beside it is in the clone
-    /// wholly or not at all. What the guest has not written out is not in it: to have that, freeze
-    /// its file systems first.
+    /// Clones the disk `id` as it is now, without copying data. A concurrent write is in the clone
+    /// completely or not at all. Data that the guest has not written out is not in the clone:
+    /// freeze the guest's file systems first to include it.
     ///
-    /// The blocks are the template's as well from here on, and the guest's next write to each goes
-    /// to a new one. Where every promised byte is backed, there has to be room for that. It is
-    /// asked for before the guest goes on; once the template is in place it counts for itself.
+    /// From here on the template shares the blocks, and the guest's next write to each of them
+    /// takes a new block. Where every promised byte must be backed, there has to be space for
+    /// those: it is admitted before the guest resumes. Once the template is in place, its own usage
+    /// covers it.
     ///
     /// # Errors
     /// [`StorageError::Io`], [`StorageError::Insufficient`].
-    pub fn take_snapshot(&self, snapshot: &mut Snapshot, id: &Name) -> Result<(), StorageError> {
+    pub fn take_snapshot(&self, snapshot: &mut PendingSnapshot, id: &Name) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| files::reflink(&disk, &snapshot.file))
@@ -113,19 +114,23 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes the clone a template: its journal is replayed, what belongs to the disk's owner alone
-    /// is taken out, what is not in use is emptied, and the file system is checked. It appears
-    /// under its name when it is whole and durable.
+    /// Turns the clone into a template. It replays the journal, removes the identity of the disk's
+    /// VM, zeroes unused blocks, and checks the file system. The template appears under its name
+    /// when it is complete and durable.
     ///
     /// # Errors
-    /// [`StorageError::Unfit`] with the reason, [`StorageError::TemplateExists`],
+    /// [`StorageError::UnfitDisk`] with the reason, [`StorageError::TemplateExists`],
     /// [`StorageError::Host`], [`StorageError::Command`].
-    pub fn finish_snapshot(&self, mut snapshot: Snapshot, source: &Identity) -> Result<Template, StorageError> {
+    pub fn finish_snapshot(
+        &self,
+        mut snapshot: PendingSnapshot,
+        source: &GuestIdentity,
+    ) -> Result<Template, StorageError> {
         let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
-        // An edit before the journal is replayed would be undone by the replay.
+        // Replaying the journal after an edit would undo the edit.
         ext4::repair(partial).map_err(unfit)?;
         fault_point("snapshot: journal replayed").map_err(StorageError::step)?;
-        identity::remove(partial, file, source).map_err(unfit)?;
+        scrub::remove(partial, file, source).map_err(unfit)?;
         fault_point("snapshot: identity removed").map_err(StorageError::step)?;
         file.sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
@@ -144,11 +149,11 @@ impl Pool {
 
 fn unfit(error: StorageError) -> StorageError {
     match error {
-        StorageError::FileSystem(_) => StorageError::Unfit(error.to_string()),
+        StorageError::FileSystem(_) => StorageError::UnfitDisk(error.to_string()),
         // A guest can make a folder too long to list.
-        StorageError::Command(CommandError::Endless { why, .. }) => StorageError::Unfit(format!(
-            "what belongs to its VM alone cannot be taken out: a program {why}"
-        )),
+        StorageError::Command(CommandError::Killed { why, .. }) => {
+            StorageError::UnfitDisk(format!("the identity of its VM cannot be removed: a program {why}"))
+        }
         other => other,
     }
 }

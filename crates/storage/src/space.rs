@@ -1,8 +1,8 @@
-//! How much can really be written: the pool and the host disk under it, seen as one.
+//! The writable space: the pool and the host disk under it, combined.
 
+use crate::backing::PoolFs;
 use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
-use crate::ground::FileSystem;
 use crate::quota::{Allowance, Quota};
 use crate::size::Bytes;
 use rustix::fs::{fstat, fstatvfs, statvfs};
@@ -10,24 +10,25 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 
-/// Metadata room that must stay within reach before btrfs is counted on to take more data. Below
-/// it, unallocated space is set aside for metadata chunks; at zero, nothing is free, whatever `df`
-/// says.
+/// Metadata space that must be available before btrfs can be expected to take more data. If less is
+/// free, unallocated space is set aside for metadata chunks. Without free metadata space, nothing
+/// can be written, whatever `df` reports.
 const METADATA_HEADROOM: Bytes = Bytes::from_mib(128);
 
-/// Metadata that a block of data takes when it is an extent of its own, as a guest that writes here
-/// and there can make all of them: one item of 78 bytes in the file's tree and one in the tree of
-/// extents, in leaves that are two thirds full or better. Measured: 172 bytes for each of 98,000
-/// blocks written in random order.
+/// Metadata per block of data in the worst case, in bytes: each block is an extent. Scattered
+/// writes of a guest can make it so. An extent takes one item of 78 bytes in the file's tree and
+/// one in the extent tree, in leaves that are at least two thirds full. Measured: 172 bytes for
+/// each of 98,000 blocks written in random order.
 const METADATA_PER_BLOCK: f64 = 256.0;
 
-/// The same of XFS: 16 bytes in the file's map, 24 in the reverse map, 12 in the tree of shared
-/// extents, in blocks that are at least half full (XFS Algorithms & Data Structures, 3rd edition,
-/// chapters 11 to 13).
+/// The same for XFS. An extent takes 16 bytes in the file's map, 24 in the reverse map, and 12 in
+/// the tree of shared extents, in blocks that are at least half full (XFS Algorithms & Data
+/// Structures, 3rd edition, chapters 11 to 13).
 const XFS_METADATA_PER_BLOCK: f64 = 104.0;
 
-/// Metadata room below which nothing is free when no further chunk can be made for it: what is
-/// under way, and the deletions that make room again, still have to fit.
+/// Minimum free metadata space when no further metadata chunk can be allocated. Below it nothing
+/// counts as free: the transaction in progress, and the deletions that free space again, still have
+/// to fit.
 const METADATA_FLOOR: Bytes = Bytes::from_mib(32);
 
 /// The pool's space at one moment.
@@ -37,45 +38,44 @@ pub struct Space {
     pub capacity: Bytes,
     /// Data in use, each shared block counted once.
     pub used: Bytes,
-    /// What can really be written: the smaller of what the pool and what the host disk can still
-    /// take.
+    /// Space that can be written: the smaller of the pool's and the host disk's.
     pub free: Bytes,
-    /// What the pool alone could take.
+    /// Space that the pool alone could take.
     pub pool_free: Bytes,
-    /// Free space of the host disk under the pool image; `None` for a pool that lies on none.
+    /// Free space of the host disk under the pool image; `None` for a pool without an image.
     pub host_free: Option<Bytes>,
-    /// Pool space in no chunk yet. XFS has no chunks: zero.
+    /// Pool space not allocated to a chunk yet. Zero on XFS, which has no chunks.
     pub unallocated: Bytes,
-    /// Size of the metadata chunks, and what of it is used; a part of the rest is the file system's
-    /// own reserve. Zero on XFS, which takes metadata where it takes data.
+    /// Size of the metadata chunks. Part of their free space is btrfs' own reserve. Zero on XFS,
+    /// which allocates metadata from the same space as data.
     pub metadata_total: Bytes,
-    /// See [`Space::metadata_total`].
+    /// The used part of [`Space::metadata_total`].
     pub metadata_used: Bytes,
-    /// The data that pool and host disk can hold in all, what they hold included, even if every
-    /// block of it becomes an extent of its own.
-    pub backable: Bytes,
-    /// At most this much of `used` is something else than blocks that disks map in extents of their
-    /// own: templates, what disks share, extents held for a part of them. Without a fresh
-    /// measurement, all that is used.
-    pub fixed: Bytes,
+    /// The worst-case capacity: the data that pool and host disk can hold in total, present data
+    /// included. It assumes that every block becomes an extent of its own.
+    pub worst_case_capacity: Bytes,
+    /// Upper bound of the unreclaimable usage, the part of `used` that disks do not map in extents
+    /// of their own. It consists of templates, shared extents, and extents that a disk maps only in
+    /// part. Equal to `used` without a current measurement.
+    pub unreclaimable: Bytes,
 }
 
 impl Space {
-    /// Reads the space of the pool that `pool` lies on, over `image` when it is a loop device's
-    /// backing file.
-    pub(crate) fn read(pool: &File, file_system: &FileSystem, image: Option<&Path>) -> Result<Space, StorageError> {
+    /// Reads the space of the pool whose root folder is `pool`. `image` is the backing file of its
+    /// loop device, if it has one.
+    pub(crate) fn read(pool: &File, file_system: &PoolFs, image: Option<&Path>) -> Result<Space, StorageError> {
         match file_system {
-            FileSystem::Btrfs(pending, quota) => {
+            PoolFs::Btrfs(pending, quota) => {
                 let space = Space::of_btrfs(pool, pending, image)?;
                 let allowance = quota.allowance(pool).map_err(unread_quota)?;
                 Ok(allowance.map_or(space, |allowance| space.within(allowance)))
             }
-            FileSystem::Xfs => Space::of_xfs(pool),
+            PoolFs::Xfs => Space::of_xfs(pool),
         }
     }
 
-    /// The same with a quota over the pool's folder: what others have on the same file system
-    /// counts no more, and the limit is all there is.
+    /// Applies a quota on the pool's folder. The limit is then the capacity, and other data on the
+    /// same file system no longer counts.
     fn within(self, allowance: Allowance) -> Space {
         let free = self.free.min(allowance.left);
         if allowance.limit >= self.capacity {
@@ -87,13 +87,13 @@ impl Space {
             used,
             free,
             pool_free: self.pool_free.min(allowance.left),
-            backable: self.backable.min(used + free),
-            fixed: self.fixed.min(used),
+            worst_case_capacity: self.worst_case_capacity.min(used + free),
+            unreclaimable: self.unreclaimable.min(used),
             ..self
         }
     }
 
-    /// XFS takes what is written off what is free at once, and has no second limit.
+    /// XFS updates its free space at once and has no second limit.
     fn of_xfs(pool: &File) -> Result<Space, StorageError> {
         let stat = fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
         let blocks = |count| Bytes::from_blocks(count, stat.f_frsize);
@@ -108,29 +108,30 @@ impl Space {
             unallocated: Bytes::ZERO,
             metadata_total: Bytes::ZERO,
             metadata_used: Bytes::ZERO,
-            backable: (used + free).scaled(1.0 / (1.0 + XFS_METADATA_PER_BLOCK / 4096.0)),
-            fixed: used,
+            worst_case_capacity: (used + free).scaled(1.0 / (1.0 + XFS_METADATA_PER_BLOCK / 4096.0)),
+            unreclaimable: used,
         })
     }
 
-    /// `free = min(pool free, host free + blocks the image owns and the pool does not use)`: a
-    /// block that the image already owns can be written again without the host disk's help.
+    /// Reads the space of a btrfs. `free = min(pool free, host free + blocks the image owns and the
+    /// pool does not use)`: a block that the image already owns can be rewritten without taking
+    /// space on the host disk.
     fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
         let chunks =
             chunk_space(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
-        // Taken by btrfs and not accounted for until its next commit, half a minute away at most:
-        // gone all the same.
+        // Data that btrfs accepted but does not count before its next commit, within 30 s, is no
+        // longer free.
         let unread = |error| StorageError::io("read the uncommitted writes of", "the pool", error);
         let mut pool_free = writable(&chunks, pending.metadata().map_err(unread)?);
         let pending = pending.data().map_err(unread)?;
         pool_free = pool_free - pending;
         if chunks.devices > 1 {
-            // How much of it finds room on several devices at once, btrfs knows.
+            // Only btrfs knows how much of it can be placed on several devices at once.
             let stat =
                 fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
             pool_free = pool_free.min(Bytes::from_blocks(stat.f_bavail, stat.f_frsize));
         }
-        // What can be held in the end does not depend on the transaction under way.
+        // The capacity does not depend on the transaction in progress.
         let holdable = writable(&chunks, Bytes::ZERO) + chunks.data_used;
         let (host_free, free, holdable) = match image {
             None => (None, pool_free, holdable),
@@ -153,16 +154,17 @@ impl Space {
             unallocated: chunks.unallocated,
             metadata_total: chunks.metadata_total,
             metadata_used: chunks.metadata_used,
-            backable: backable(holdable, &chunks),
-            fixed: chunks.data_used,
+            worst_case_capacity: worst_case_capacity(holdable, &chunks),
+            unreclaimable: chunks.data_used,
         })
     }
 }
 
-/// Data bytes that btrfs can still take: room in its data chunks, and unallocated space less what
-/// metadata will want of it. `pending` is metadata that the transaction under way may take, btrfs'
-/// own reserve included: several times what it will, so it decides only whether there is anything
-/// left when no chunk can be made for it.
+/// Returns the data bytes that btrfs can still take. They are the free space in its data chunks,
+/// plus unallocated space minus the share that metadata will need. `pending` is the metadata that
+/// the transaction in progress may take, including btrfs' own reserve. It is several times what the
+/// transaction will use, so it only decides whether anything is left when no chunk can be allocated
+/// for it.
 fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
     let unused = chunks.metadata_total - chunks.metadata_used;
     let wanted = |free: Bytes| Bytes::from_blocks((METADATA_HEADROOM - free).as_u64(), chunks.metadata_copies);
@@ -174,13 +176,12 @@ fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
     (chunks.data_total - chunks.data_used) + raw.scaled(1.0 / chunks.data_copies as f64)
 }
 
-/// Of `holdable` bytes, what can be data when the metadata for it has to be made out of the same
-/// space.
+/// Returns the part of `holdable` that can be data when its metadata has to fit in the same space.
 ///
-/// Data `x` needs `x ÷ 4096 × METADATA_PER_BLOCK` of metadata. What the metadata chunks cannot take
-/// becomes further chunks. With each byte of data stored `d` times and each of metadata `m` times,
-/// it is the largest `x` with `d·x + m × (x × share − chunks) ≤ d × holdable`.
-fn backable(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
+/// Data `x` needs `x ÷ 4096 × METADATA_PER_BLOCK` bytes of metadata. Metadata that does not fit in
+/// the existing metadata chunks needs further chunks. With `d` copies of data and `m` copies of
+/// metadata, the result is the largest `x` with `d·x + m × (x × share − chunks) ≤ d × holdable`.
+fn worst_case_capacity(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     let room = chunks.metadata_total - chunks.global_reserve;
     let share = METADATA_PER_BLOCK / 4096.0;
     let (d, m) = (chunks.data_copies, chunks.metadata_copies);
@@ -188,8 +189,8 @@ fn backable(holdable: Bytes, chunks: &ChunkSpace) -> Bytes {
     holdable.min(raw.scaled(1.0 / (d as f64 + m as f64 * share)))
 }
 
-/// What an unprivileged program could write to the folder or file `path`: what its file system has
-/// free, and its quotas allow.
+/// Returns how much an unprivileged program could write to the folder or file `path`. This depends
+/// on the free space and the quotas of its file system.
 pub(crate) fn available(path: &Path) -> Result<Bytes, StorageError> {
     let failed = |error| StorageError::io("read the free space of", path.display(), error);
     let free = |path: &Path| {
@@ -198,8 +199,8 @@ pub(crate) fn available(path: &Path) -> Result<Bytes, StorageError> {
     };
     let mut available = free(path)?;
     let file = File::open(path).map_err(failed)?;
-    // Of a project with a quota on XFS or ext4, statfs tells what that allows, but of a folder
-    // alone: a file does not hand its project on.
+    // On XFS and ext4, statfs reports the quota of a project, but only for a folder: files do not
+    // pass their project on.
     let is_folder = file.metadata().map_err(failed)?.is_dir();
     if let Some(folder) = path.parent().filter(|_| !is_folder) {
         available = available.min(free(folder)?);
@@ -216,20 +217,20 @@ fn unread_quota(error: io::Error) -> StorageError {
     StorageError::io("read the quotas of", "the pool's file system", error)
 }
 
-/// The size of a block device.
+/// Returns the size of a block device.
 pub(crate) fn device_size(device: &Path) -> Result<Bytes, StorageError> {
     let size = File::open(device).and_then(|mut device| device.seek(SeekFrom::End(0)));
     size.map(Bytes::new)
         .map_err(|error| StorageError::io("read the size of", device.display(), error))
 }
 
-/// The blocks a file owns; `st_blocks` counts 512 bytes whatever the file system's block size.
+/// Returns the size of the blocks a file owns; `st_blocks` counts 512 bytes on every file system.
 pub(crate) fn allocated(path: &Path) -> Result<Bytes, StorageError> {
     let stat = rustix::fs::stat(path).map_err(|errno| StorageError::io("read", path.display(), errno.into()))?;
     Ok(Bytes::from_blocks(u64::try_from(stat.st_blocks).unwrap_or(0), 512))
 }
 
-/// The blocks an open file owns.
+/// Returns the size of the blocks an open file owns.
 pub(crate) fn allocated_of(file: &File) -> rustix::io::Result<Bytes> {
     Ok(Bytes::from_blocks(
         u64::try_from(fstat(file)?.st_blocks).unwrap_or(0),
@@ -259,12 +260,12 @@ mod tests {
     }
 
     #[test]
-    fn room_in_data_chunks_and_unallocated_space_can_be_written() {
+    fn free_space_in_data_chunks_and_unallocated_space_can_be_written() {
         assert_eq!(writable(&chunks(), Bytes::ZERO), Gib::new(25).bytes());
     }
 
     #[test]
-    fn metadata_that_runs_short_takes_its_share_of_the_unallocated_space_first() {
+    fn scarce_metadata_reserves_unallocated_space() {
         let short = ChunkSpace {
             metadata_used: Bytes::from_mib(400),
             ..chunks()
@@ -276,9 +277,9 @@ mod tests {
     }
 
     #[test]
-    fn metadata_for_scattered_blocks_is_taken_out_of_what_can_be_backed() {
+    fn metadata_of_scattered_blocks_lowers_the_worst_case_capacity() {
         let (chunks, holdable) = (chunks(), Gib::new(29).bytes());
-        let data = backable(holdable, &chunks);
+        let data = worst_case_capacity(holdable, &chunks);
         let metadata = data.scaled(256.0 / 4096.0) - (chunks.metadata_total - chunks.global_reserve);
         let all = data + Bytes::from_blocks(metadata.as_u64(), 2);
         assert!(
@@ -289,11 +290,11 @@ mod tests {
             metadata_total: Gib::new(4).bytes(),
             ..chunks
         };
-        assert_eq!(backable(holdable, &ample), holdable);
+        assert_eq!(worst_case_capacity(holdable, &ample), holdable);
     }
 
     #[test]
-    fn data_that_is_stored_twice_takes_twice_the_unallocated_space() {
+    fn mirrored_data_takes_twice_the_unallocated_space() {
         let mirrored = ChunkSpace {
             data_copies: 2,
             ..chunks()
@@ -312,14 +313,14 @@ mod tests {
     }
 
     #[test]
-    fn metadata_of_the_transaction_under_way_is_gone_all_the_same() {
+    fn metadata_of_the_transaction_in_progress_is_not_free() {
         let full = ChunkSpace {
             unallocated: Bytes::from_mib(10),
             ..chunks()
         };
         assert!(writable(&full, Bytes::from_mib(300)) > Bytes::ZERO);
         assert_eq!(writable(&full, Bytes::from_mib(390)), Bytes::ZERO);
-        // Where a chunk can be made for it, it takes nothing.
+        // Where a chunk can be allocated for it, it takes nothing.
         assert_eq!(
             writable(&chunks(), Bytes::from_mib(390)),
             writable(&chunks(), Bytes::ZERO)

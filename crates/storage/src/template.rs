@@ -1,11 +1,12 @@
-//! Templates: read-only golden root disks, and the grown clones that are kept of them.
+//! Templates: read-only root disks, and their resized base images.
 //!
-//! A template is `templates/NAME.ext4`, a bare ext4 file system that was cleanly unmounted and
-//! checked. Growing a file system takes tens of milliseconds, so it is paid once for a (template,
-//! size): the grown clone is kept under `templates/.grown/`, and disks are cloned from it. Its name
-//! holds the template's inode number, so a clone of a template that was replaced is never used.
+//! A template is `templates/NAME.ext4`, a bare ext4 file system that was unmounted cleanly and
+//! checked. Growing a file system takes tens of milliseconds, so it is done once per (template,
+//! size): the result, a resized base image, is kept in `templates/.grown/`, and disks are cloned
+//! from it. Its file name contains the template's inode number, so a base image of a replaced
+//! template is never used.
 
-use crate::compact::compact;
+use crate::defragment::defragment;
 use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};
@@ -22,16 +23,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::time::SystemTime;
 
-/// A template as it lies in the pool.
+/// A template in the pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
     /// Its name.
     pub name: Name,
-    /// The size of its file system's image: no disk made from it is smaller.
+    /// The size of its image: disks made from it cannot be smaller.
     pub size: Bytes,
-    /// The blocks it maps, shared or not.
+    /// The blocks it maps, shared or exclusive.
     pub used: Bytes,
-    /// When it was made.
+    /// When it was created.
     pub created_at: SystemTime,
     pub(crate) inode: u64,
 }
@@ -57,13 +58,13 @@ impl Template {
 }
 
 const SUFFIX: &str = ".ext4";
-/// Work that is not finished; what an interrupted run left of it is swept at the next start.
+/// Suffix of unfinished files. The next start removes those of interrupted operations.
 pub(crate) const PARTIAL: &str = ".partial";
-/// How often a work file is made anew that a rival has swept away.
-const CLAIMS: u32 = 16;
+/// How often an unfinished file is created again after a concurrent sweep removed it.
+const MAX_CLAIM_ATTEMPTS: u32 = 16;
 
 impl Pool {
-    /// All templates, by name.
+    /// Lists all templates, sorted by name.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -87,7 +88,7 @@ impl Pool {
         Ok(templates)
     }
 
-    /// The template of that name.
+    /// Returns the template `name`.
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
@@ -97,7 +98,7 @@ impl Pool {
             Ok(meta) if meta.is_file() => Ok(Template::of(name, &meta)),
             Ok(_) => Err(StorageError::NoTemplate(name.to_string())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // Below an unmounted pool there is nothing, and that says nothing of the template.
+                // In an unmounted pool every template is missing; report that instead.
                 self.require_mounted()?;
                 Err(StorageError::NoTemplate(name.to_string()))
             }
@@ -105,16 +106,16 @@ impl Pool {
         }
     }
 
-    /// Deletes a template and the grown clones kept of it. Disks made from it are not touched: they
-    /// share its blocks, which stay.
+    /// Deletes a template and its resized base images. Disks made from it are not affected: the
+    /// blocks they share with it stay.
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
     pub fn delete_template(&self, name: &Name) -> Result<(), StorageError> {
-        // What is no template is not deleted as one.
+        // Fails for anything that is not a template.
         let inode = self.template(name)?.inode;
         let (dir, path) = (self.templates_dir(), self.template_path(name));
-        // A crash from here on leaves it to the sweep of work files.
+        // After a crash from here on, the sweep of unfinished files removes it.
         let hidden = dir.join(format!(".{name}.{inode}.deleted{PARTIAL}"));
         let hidden_step = || fault_point("delete template: name gone");
         let removed = Folder::open(&dir)?.remove(&path, &hidden, hidden_step);
@@ -129,27 +130,27 @@ impl Pool {
         Ok(())
     }
 
-    /// The size of a disk made from `template`: what was asked for, or the larger of `default` and
-    /// the template.
+    /// Returns the size of a disk made from `template`. It is the requested size, or the larger of
+    /// `default` and the template's size.
     ///
     /// # Errors
     /// [`StorageError::SmallerThanTemplate`].
-    pub fn disk_size(template: &Template, asked: Option<Gib>, default: Gib) -> Result<Gib, StorageError> {
+    pub fn disk_size(template: &Template, requested: Option<Gib>, default: Gib) -> Result<Gib, StorageError> {
         let template_size = template.size.ceil_gib();
-        match asked {
-            Some(asked) if asked < template_size => Err(StorageError::SmallerThanTemplate {
+        match requested {
+            Some(requested) if requested < template_size => Err(StorageError::SmallerThanTemplate {
                 template: template.name.to_string(),
                 template_size,
             }),
-            Some(asked) => Ok(asked),
+            Some(requested) => Ok(requested),
             None => Ok(default.max(template_size)),
         }
     }
 
-    /// An image of exactly `size` to clone a disk of template `name` from: the template itself, or
-    /// its grown clone, which is made if it is not there. What is returned is open: it can be
-    /// cloned even if the template is deleted or replaced meanwhile.
-    pub(crate) fn golden(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
+    /// Returns an open image of exactly `size` from which a disk of template `name` is cloned. It
+    /// is the template itself, or its resized base image, which is made if necessary. The image can
+    /// be cloned even if the template is deleted or replaced meanwhile.
+    pub(crate) fn base_image(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
         let (template, original) = self.open_template(name)?;
         if size < template.size {
             let template_size = template.size.ceil_gib();
@@ -158,7 +159,7 @@ impl Pool {
                 template_size,
             });
         }
-        // One that does not fill its image has to be grown all the same.
+        // A file system that does not fill its image has to be grown in any case.
         if size == template.size && ext4::fills(&original)? {
             return Ok(original);
         }
@@ -182,15 +183,15 @@ impl Pool {
             },
             other => other,
         })?;
-        // Deleted or replaced meanwhile, the template has no use for the clone, and nobody would
-        // look for it again.
+        // If the template was deleted or replaced meanwhile, its base image is useless, and no
+        // later deletion would find it.
         if !self.template(name).is_ok_and(|now| now.inode == template.inode) {
             files::discard(&grown);
         }
         Ok(clone)
     }
 
-    /// A template and its image, opened; both of the same file, also when it is being replaced.
+    /// Opens a template. Metadata and image belong to the same file, even during a replacement.
     pub(crate) fn open_template(&self, name: &Name) -> Result<(Template, File), StorageError> {
         let path = self.template_path(name);
         let file = files::open_read(&path).map_err(|error| match error.kind() {
@@ -205,19 +206,19 @@ impl Pool {
 
     fn grow_clone(&self, original: &File, grown: &Path, size: Bytes) -> Result<File, StorageError> {
         let folder = self.grown_dir();
-        // Made inside templates/, it inherits NOCOW.
+        // Inside templates/, the folder inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
-        // Its name need not survive a power cut: it would be made again.
-        self.replace_by_grown_clone(original, grown, size, compact, |partial| {
+        // The name need not survive a power cut: the image would be made again.
+        self.replace_by_grown_clone(original, grown, size, defragment, |partial| {
             fs::rename(partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))?;
             crash_point("grown clone: in place");
             Ok(())
         })
     }
 
-    /// Makes a clone of `original`, grown to `size`, arranged by `arrange` and checked, and has
-    /// `place` give it the name `target` when it is whole and flushed. Until then nothing changes,
-    /// and a failure leaves nothing. Returns the clone, open.
+    /// Clones `original`, grows the clone to `size`, calls `arrange` on it and checks it. Then
+    /// `place` gives the complete and flushed clone the name `target`. Until then nothing changes,
+    /// and a failure leaves nothing behind. Returns the open clone.
     pub(crate) fn replace_by_grown_clone(
         &self,
         original: &File,
@@ -249,11 +250,11 @@ impl Pool {
         Arc::clone(growing.entry(grown.to_owned()).or_default())
     }
 
-    /// Makes a work file, taking the place of what an interrupted run left, and holds it locked so
-    /// that no sweep takes it away.
+    /// Creates and locks an unfinished file, so that no sweep removes it. Replaces one left by an
+    /// interrupted operation.
     pub(crate) fn claim(&self, partial: &Path) -> Result<File, StorageError> {
         let busy = || StorageError::Busy(partial.to_owned());
-        for _ in 0..CLAIMS {
+        for _ in 0..MAX_CLAIM_ATTEMPTS {
             sweep_partial(partial)?;
             let file = match files::create_new(partial) {
                 Err(StorageError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
@@ -261,7 +262,7 @@ impl Pool {
                 }
                 other => other?,
             };
-            // Until it is locked, a rival takes it for what a crash left, and removes it.
+            // Before it is locked, a concurrent sweep may take it for a leftover and remove it.
             if lock_at(&file, partial)? {
                 return Ok(file);
             }
@@ -269,12 +270,12 @@ impl Pool {
         Err(busy())
     }
 
-    /// Removes the grown clones of a template, except those of the file `keep`. Those that are left
-    /// are of no use, and the next start removes them.
+    /// Removes the resized base images of a template, except those of the template file with inode
+    /// `keep`. Images that cannot be removed are useless; the next start removes them.
     pub(crate) fn prune_grown(&self, name: &Name, keep: Option<u64>) {
         let prefix = format!("{name}@");
         let clones = list(&self.grown_dir()).unwrap_or_else(|error| {
-            tracing::warn!(template = %name, %error, "grown clones of a template are left; the next start removes them");
+            tracing::warn!(template = %name, %error, "cannot list the template's resized base images; the next start removes them");
             Vec::new()
         });
         for path in clones {
@@ -290,8 +291,8 @@ impl Pool {
         }
     }
 
-    /// Removes what interrupted runs left half-made. Work that another process is at is left alone.
-    /// Returns what was removed.
+    /// Removes the unfinished files of interrupted operations, and returns their paths. Files
+    /// locked by another process are left alone.
     pub fn sweep_partials(&self) -> Result<Vec<PathBuf>, StorageError> {
         let templates = self.templates_dir();
         let mut removed = Vec::new();
@@ -307,7 +308,7 @@ impl Pool {
         Ok(removed)
     }
 
-    /// Grown clones of templates that are gone, or were replaced.
+    /// Removes resized base images whose template was deleted or replaced.
     fn sweep_stale_clones(&self) -> Result<Vec<PathBuf>, StorageError> {
         let current: Vec<String> = self
             .templates()?
@@ -335,7 +336,8 @@ impl Pool {
     }
 }
 
-/// Makes of the work file `clone` at `partial` a flushed copy of `original`, grown to `size`.
+/// Turns the unfinished file `clone` at `partial` into a flushed copy of `original`, grown to
+/// `size`.
 fn make_grown(
     original: &File,
     partial: &Path,
@@ -358,7 +360,7 @@ fn make_grown(
     fault_point("grown clone: flushed").map_err(StorageError::step)
 }
 
-/// Removes a work file unless a living process holds it.
+/// Removes an unfinished file unless a running process has it locked.
 fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
     let file = match files::open_read(path) {
         Ok(file) => file,
@@ -372,8 +374,8 @@ fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
     Ok(true)
 }
 
-/// Locks `file`, and tells whether it is still the one at `path`: only who has it locked removes it
-/// from there. `false` too when another has it locked.
+/// Locks `file` and returns whether it is still the file at `path`. Only the holder of the lock
+/// removes that file. Returns `false` also when another process holds the lock.
 fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
@@ -389,7 +391,8 @@ fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
     }
 }
 
-/// The regular files in a folder; none where there is no such folder. Other entries are nobody's.
+/// Lists the regular files in a folder; empty if the folder does not exist. Other entries are
+/// ignored.
 fn list(dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
     match files::entries(dir) {
         Ok(entries) => Ok(entries

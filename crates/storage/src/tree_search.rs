@@ -1,4 +1,4 @@
-//! Reading the trees of a btrfs by ioctl, in batches, each from a consistent tree. It needs
+//! Reads the trees of a btrfs by ioctl, in batches, each from a consistent tree. Requires
 //! `CAP_SYS_ADMIN`.
 //!
 //! Layouts: `include/uapi/linux/btrfs.h` and `btrfs_tree.h` of the kernel.
@@ -12,15 +12,15 @@ const TREE_SEARCH_V2: Opcode = opcode::read_write::<SearchHead>(0x94, 17);
 
 /// The key of an item: object id, type, offset.
 pub(crate) type Key = (u64, u32, u64);
-/// The least key there can be.
+/// The smallest possible key.
 pub(crate) const FIRST: Key = (0, 0, 0);
-/// The greatest key there can be.
+/// The largest possible key.
 pub(crate) const LAST: Key = (u64::MAX, u32::MAX, u64::MAX);
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct SearchKey {
-    /// 0: the subvolume that the file asked through lies in.
+    /// 0: the subvolume of the file passed to the ioctl.
     tree_id: u64,
     min_objectid: u64,
     max_objectid: u64,
@@ -47,8 +47,8 @@ struct SearchArgs<const BATCH: usize> {
     buf: [u8; BATCH],
 }
 
-/// Hands every item of the tree `tree` whose key is in `keys` to `each`, `BATCH` bytes at a time.
-/// Tree 0 is the subvolume that `file` lies in.
+/// Calls `each` for every item of `tree` whose key is in `keys`, reading `BATCH` bytes at a time.
+/// Tree 0 is the subvolume that contains `file`.
 ///
 /// # Errors
 /// `ENOTTY` when it is not a btrfs, `ENOENT` when it has no such tree, `EPERM` without
@@ -81,8 +81,7 @@ pub(crate) fn search<const BATCH: usize>(
             nr_items: u32::MAX,
             ..SearchKey::default()
         };
-        // SAFETY: the kernel writes at most `buf_size` bytes behind the head, and `buf` has as
-        // many.
+        // SAFETY: the kernel writes at most `buf_size` bytes after the head, the size of `buf`.
         unsafe {
             ioctl(
                 file.as_fd(),
@@ -95,11 +94,11 @@ pub(crate) fn search<const BATCH: usize>(
     Ok(())
 }
 
-/// Reads the items of one batch; returns the key of the last.
+/// Reads the items of one batch; returns the last key.
 fn read_batch(mut buf: &[u8], items: u32, each: &mut impl FnMut(Key, &[u8])) -> Option<Key> {
     let mut last = None;
     for _ in 0..items {
-        // Header: transid, objectid, offset, then type and length; in the machine's own byte order.
+        // Header: transid, objectid, offset, then type and length, in native byte order.
         let (head, rest) = buf.split_at_checked(32)?;
         let objectid = u64::from_ne_bytes(field(head, 8)?);
         let offset = u64::from_ne_bytes(field(head, 16)?);
@@ -113,12 +112,12 @@ fn read_batch(mut buf: &[u8], items: u32, each: &mut impl FnMut(Key, &[u8])) -> 
     last
 }
 
-/// Some bytes of an item; `None` where it is shorter.
+/// Returns `N` bytes of an item; `None` if it is too short.
 pub(crate) fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at + N)?.try_into().ok()
 }
 
-/// The least key after `key`; `None` after the last there can be.
+/// Returns the next key after `key`; `None` after the last one.
 fn following((objectid, kind, offset): Key) -> Option<Key> {
     if let Some(offset) = offset.checked_add(1) {
         Some((objectid, kind, offset))
@@ -136,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_follow_one_another_to_the_end() {
+    fn keys_increase_up_to_the_last() {
         assert_eq!(following((256, 108, 5)), Some((256, 108, 6)));
         assert_eq!(following((256, 108, u64::MAX)), Some((256, 109, 0)));
         assert_eq!(following((256, u32::MAX, u64::MAX)), Some((257, 0, 0)));

@@ -1,6 +1,6 @@
-//! Admission, held against models of what guests can do to a pool.
+//! Admission, compared with models of guests' effects on a pool.
 
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use proptest::prelude::*;
 use scalebox_storage::{Admission, Bounds, Bytes, Gib, Promises, Reservation, Space};
@@ -17,8 +17,9 @@ fn admission(buffer: u64, overcommit_ratio: f64) -> Admission {
     })
 }
 
-/// A pool of `capacity` of which `used` is written, `fixed` of it by no disk alone.
-fn space(capacity: u64, used: u64, fixed: u64) -> Space {
+/// Returns the space of a pool of `capacity` with `used` written, of which no promise covers
+/// `unreclaimable`.
+fn space(capacity: u64, used: u64, unreclaimable: u64) -> Space {
     let free = gib(capacity) - gib(used);
     Space {
         capacity: gib(capacity),
@@ -29,12 +30,12 @@ fn space(capacity: u64, used: u64, fixed: u64) -> Space {
         unallocated: free,
         metadata_total: Bytes::ZERO,
         metadata_used: Bytes::ZERO,
-        backable: gib(capacity),
-        fixed: gib(fixed),
+        worst_case_capacity: gib(capacity),
+        unreclaimable: gib(unreclaimable),
     }
 }
 
-/// What happens to requests and disks; numbers pick one of those there are.
+/// Events of requests and disks; indices select an existing one.
 #[derive(Debug, Clone, Copy)]
 enum Request {
     Create(u64),
@@ -42,9 +43,9 @@ enum Request {
     Commit(usize),
     Fail(usize),
     Delete(usize),
-    /// Something else writes or deletes: so much is used from now on.
+    /// Other data is written or deleted: this much is used now.
     Used(u64),
-    /// The pool is grown or shrunk.
+    /// The pool is resized.
     Capacity(u64),
 }
 
@@ -61,65 +62,69 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     prop::collection::vec(request, 1..150)
 }
 
-/// What guests and the operator of a pool do.
+/// Actions of guests and operators.
 #[derive(Debug, Clone, Copy)]
-enum Deed {
+enum Action {
     Create(u64),
     Grow(usize, u64),
     Write(usize, u64),
     Trim(usize, u64),
     Delete(usize),
     Import(u64),
-    /// A disk becomes a template: its blocks are shared from then on.
+    /// A disk becomes a template: its blocks are then shared.
     Snapshot(usize),
     DeleteTemplate(usize),
     Measure,
 }
 
-fn deeds() -> impl Strategy<Value = Vec<Deed>> {
-    let deed = prop_oneof![
-        4 => (1u64..40).prop_map(Deed::Create),
-        2 => (any::<usize>(), 1u64..20).prop_map(|(at, size)| Deed::Grow(at, size)),
-        6 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Deed::Write(at, size)),
-        2 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Deed::Trim(at, size)),
-        1 => any::<usize>().prop_map(Deed::Delete),
-        1 => (1u64..10).prop_map(Deed::Import),
-        2 => any::<usize>().prop_map(Deed::Snapshot),
-        1 => any::<usize>().prop_map(Deed::DeleteTemplate),
-        3 => Just(Deed::Measure),
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    let action = prop_oneof![
+        4 => (1u64..40).prop_map(Action::Create),
+        2 => (any::<usize>(), 1u64..20).prop_map(|(at, size)| Action::Grow(at, size)),
+        6 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Action::Write(at, size)),
+        2 => (any::<usize>(), 1u64..60).prop_map(|(at, size)| Action::Trim(at, size)),
+        1 => any::<usize>().prop_map(Action::Delete),
+        1 => (1u64..10).prop_map(Action::Import),
+        2 => any::<usize>().prop_map(Action::Snapshot),
+        1 => any::<usize>().prop_map(Action::DeleteTemplate),
+        3 => Just(Action::Measure),
     ];
-    prop::collection::vec(deed, 1..200)
+    prop::collection::vec(action, 1..200)
 }
 
 #[derive(Debug)]
 struct Disk {
     size: u64,
-    /// Blocks that it maps in extents of its own.
+    /// Blocks that the disk maps in extents of its own.
     own: u64,
 }
 
-/// A pool in whole GiB, as [`Deed`]s leave it.
+/// A pool in whole GiB, changed by actions.
 struct Model {
     capacity: u64,
     disks: Vec<Disk>,
     templates: Vec<u64>,
-    /// What deleted templates left behind, because clones may still map a part of each extent.
+    /// Blocks of deleted templates that clones may still map in part.
     orphaned: u64,
     measured: Option<u64>,
 }
 
 impl Model {
-    fn fixed(&self) -> u64 {
+    fn unreclaimable(&self) -> u64 {
         self.templates.iter().sum::<u64>() + self.orphaned
     }
 
     fn used(&self) -> u64 {
-        self.fixed() + self.disks.iter().map(|disk| disk.own).sum::<u64>()
+        self.unreclaimable() + self.disks.iter().map(|disk| disk.own).sum::<u64>()
     }
 
     fn space(&self) -> Space {
         let used = self.used();
-        space(self.capacity, used, self.measured.map_or(used, |fixed| fixed.min(used)))
+        space(
+            self.capacity,
+            used,
+            self.measured.map_or(used, |unreclaimable| unreclaimable.min(used)),
+        )
     }
 
     fn disk(&mut self, at: usize) -> Option<&mut Disk> {
@@ -127,17 +132,17 @@ impl Model {
         self.disks.get_mut(at % count)
     }
 
-    /// What is asked of admission is asked as the pool does it: in this order, nothing done on a
-    /// refusal.
-    fn take(&mut self, deed: Deed, admission: &Admission) {
-        match deed {
-            Deed::Create(size) => {
+    /// Applies an action, calling admission in the same order as the pool; a refusal changes
+    /// nothing.
+    fn take(&mut self, action: Action, admission: &Admission) {
+        match action {
+            Action::Create(size) => {
                 if let Ok(admitted) = admission.admit(gib(size), || Ok(self.space())) {
                     admitted.commit();
                     self.disks.push(Disk { size, own: 0 });
                 }
             }
-            Deed::Grow(at, more) => {
+            Action::Grow(at, more) => {
                 if self.disk(at).is_some()
                     && let Ok(admitted) = admission.admit(gib(more), || Ok(self.space()))
                 {
@@ -145,29 +150,29 @@ impl Model {
                     self.disk(at).unwrap().size += more;
                 }
             }
-            Deed::Write(at, blocks) => {
+            Action::Write(at, blocks) => {
                 if let Some(disk) = self.disk(at) {
                     disk.own = disk.size.min(disk.own + blocks);
                 }
             }
-            Deed::Trim(at, blocks) => {
+            Action::Trim(at, blocks) => {
                 if let Some(disk) = self.disk(at) {
                     disk.own = disk.own.saturating_sub(blocks);
                 }
             }
-            Deed::Delete(at) => {
+            Action::Delete(at) => {
                 if !self.disks.is_empty() {
                     let disk = self.disks.swap_remove(at % self.disks.len());
                     admission.release(gib(disk.size));
                 }
             }
-            Deed::Import(data) => {
+            Action::Import(data) => {
                 if let Ok(_room) = admission.admit(gib(data), || Ok(self.space())) {
                     self.measured = None;
                     self.templates.push(data);
                 }
             }
-            Deed::Snapshot(at) => {
+            Action::Snapshot(at) => {
                 let Some(data) = self.disk(at).map(|disk| disk.own) else {
                     return;
                 };
@@ -177,61 +182,60 @@ impl Model {
                     self.disk(at).unwrap().own = 0;
                 }
             }
-            Deed::DeleteTemplate(at) => {
+            Action::DeleteTemplate(at) => {
                 if !self.templates.is_empty() {
                     self.measured = None;
                     self.orphaned += self.templates.swap_remove(at % self.templates.len());
                 }
             }
-            Deed::Measure => self.measured = Some(self.fixed()),
+            Action::Measure => self.measured = Some(self.unreclaimable()),
         }
     }
 }
 
 proptest! {
     #[test]
-    fn no_interleaving_passes_a_bound_and_all_end_at_zero(requests in requests(), ratio in 0.5f64..4.0, buffer in 0u64..4) {
+    fn no_interleaving_exceeds_a_bound_and_all_end_at_zero(requests in requests(), ratio in 0.5f64..4.0, buffer in 0u64..4) {
         let admission = admission(buffer, ratio);
         let (mut capacity, mut used) = (100, 10);
-        // Disks by their size; of a growth under way, which disk it is for.
+        // Disks by size. A growth in progress also has its disk.
         let mut disks: Vec<Option<Bytes>> = Vec::new();
-        let mut under_way: Vec<(Reservation, Option<usize>)> = Vec::new();
+        let mut in_progress: Vec<(Reservation, Option<usize>)> = Vec::new();
         for request in requests {
             let now = space(capacity, used, used / 2);
             let alive: Vec<usize> = (0..disks.len()).filter(|&at| disks[at].is_some()).collect();
             let pick = |at: usize| alive.get(at % alive.len().max(1)).copied();
-            let asked = match request {
+            let requested = match request {
                 Request::Create(size) => Some((size, None)),
                 Request::Grow(at, size) => pick(at).map(|disk| (size, Some(disk))),
                 _ => None,
             };
-            if let Some((size, disk)) = asked
+            if let Some((size, disk)) = requested
                 && let Ok(reservation) = admission.admit(gib(size), || Ok(now))
             {
-                under_way.push((reservation, disk));
+                in_progress.push((reservation, disk));
                 let Promises { committed, reserved } = admission.promises();
                 prop_assert!(reserved + gib(buffer) <= now.free);
                 prop_assert!(committed + reserved <= admission.limit(now.capacity));
                 if ratio <= 1.0 {
-                    prop_assert!(now.fixed + committed + reserved + gib(buffer) <= now.backable);
+                    prop_assert!(now.unreclaimable + committed + reserved + gib(buffer) <= now.worst_case_capacity);
                 }
             }
             match request {
-                Request::Commit(at) if !under_way.is_empty() => {
-                    let (reservation, disk) = under_way.swap_remove(at % under_way.len());
+                Request::Commit(at) if !in_progress.is_empty() => {
+                    let (reservation, disk) = in_progress.swap_remove(at % in_progress.len());
                     let size = reservation.size();
                     reservation.commit();
                     match disk {
                         None => disks.push(Some(size)),
-                        // Deleted meanwhile, as when a deletion waits for the growth: both are
-                        // struck out.
+                        // The disk was deleted before its growth was committed: both are released.
                         Some(disk) => match &mut disks[disk] {
                             Some(whole) => *whole += size,
                             None => admission.release(size),
                         },
                     }
                 }
-                Request::Fail(at) if !under_way.is_empty() => drop(under_way.swap_remove(at % under_way.len())),
+                Request::Fail(at) if !in_progress.is_empty() => drop(in_progress.swap_remove(at % in_progress.len())),
                 Request::Delete(at) => {
                     if let Some(disk) = pick(at) {
                         admission.release(disks[disk].take().unwrap());
@@ -245,32 +249,32 @@ proptest! {
                 _ => {}
             }
             let promises = admission.promises();
-            prop_assert_eq!(promises.reserved, under_way.iter().map(|(reservation, _)| reservation.size()).sum());
+            prop_assert_eq!(promises.reserved, in_progress.iter().map(|(reservation, _)| reservation.size()).sum());
             prop_assert_eq!(promises.committed, disks.iter().copied().flatten().sum());
         }
-        drop(under_way);
+        drop(in_progress);
         disks.into_iter().flatten().for_each(|size| admission.release(size));
         prop_assert_eq!(admission.promises(), Promises::default());
     }
 
     #[test]
-    fn with_a_ratio_of_one_guests_can_write_all_they_were_promised_at_any_time(deeds in deeds(), buffer in 0u64..4) {
+    fn with_a_ratio_of_one_guests_can_always_write_all_promised_bytes(actions in actions(), buffer in 0u64..4) {
         let admission = admission(buffer, 1.0);
         let mut model = Model { capacity: 200, disks: Vec::new(), templates: Vec::new(), orphaned: 0, measured: None };
-        for deed in deeds {
-            model.take(deed, &admission);
-            let written_full = model.fixed() + model.disks.iter().map(|disk| disk.size).sum::<u64>();
-            prop_assert!(written_full == 0 || written_full + buffer <= model.capacity, "{:?}", deed);
+        for action in actions {
+            model.take(action, &admission);
+            let written_full = model.unreclaimable() + model.disks.iter().map(|disk| disk.size).sum::<u64>();
+            prop_assert!(written_full == 0 || written_full + buffer <= model.capacity, "{:?}", action);
         }
         for at in 0..model.disks.len() {
-            model.take(Deed::Write(at, u64::MAX / 2), &admission);
+            model.take(Action::Write(at, u64::MAX / 2), &admission);
         }
         prop_assert!(model.used() == 0 || model.used() + buffer <= model.capacity);
         prop_assert!(model.disks.iter().all(|disk| disk.own == disk.size));
     }
 }
 
-/// Numbers that look random, the same in every run (splitmix64).
+/// Pseudo-random numbers, the same in every run (splitmix64).
 struct Numbers(u64);
 
 impl Numbers {
@@ -283,8 +287,8 @@ impl Numbers {
     }
 }
 
-/// Threads that create, grow, fail and delete at once, every disk written full before it is
-/// recorded.
+/// Threads concurrently create, grow, fail and delete disks. Every disk is written completely
+/// before it is recorded.
 fn threads_share_a_pool(ratio: f64) {
     const CAPACITY: u64 = 100;
     const BUFFER: u64 = 2;
@@ -295,7 +299,7 @@ fn threads_share_a_pool(ratio: f64) {
         let before = written.fetch_add(size, SeqCst);
         assert!(
             before + size + BUFFER <= CAPACITY,
-            "{size} GiB admitted were not there: {before} GiB are written"
+            "{size} GiB were admitted with {before} GiB written"
         );
     };
     let work = |seed: u64| {
@@ -308,7 +312,7 @@ fn threads_share_a_pool(ratio: f64) {
                 0 | 1 => {
                     let size = 1 + numbers.below(30);
                     match admit(size) {
-                        // It failed before it wrote anything.
+                        // Fails before writing anything.
                         Ok(admitted) if numbers.below(4) == 0 => drop(admitted),
                         Ok(admitted) => {
                             write(size);
@@ -350,7 +354,7 @@ fn threads_share_a_pool(ratio: f64) {
     });
     assert_eq!(admission.promises(), Promises::default());
     assert_eq!(written.into_inner(), 0);
-    // Both sides of the bound were really tried.
+    // Checks that both admissions and refusals occurred often.
     let (made, refused) = counts
         .iter()
         .fold((0, 0), |(a, b), (made, refused)| (a + made, b + refused));
@@ -358,11 +362,11 @@ fn threads_share_a_pool(ratio: f64) {
 }
 
 #[test]
-fn eight_threads_never_write_more_than_there_is_and_all_end_at_zero() {
+fn eight_threads_never_exceed_an_overcommitted_pool() {
     threads_share_a_pool(4.0);
 }
 
 #[test]
-fn eight_threads_on_a_pool_promised_once_never_write_more_than_there_is() {
+fn eight_threads_never_exceed_a_pool_with_a_ratio_of_one() {
     threads_share_a_pool(1.0);
 }

@@ -1,6 +1,6 @@
-//! Templates and disks, in a real pool.
+//! Templates and disks in a real pool.
 
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 mod support;
 
@@ -27,7 +27,7 @@ fn file_system_size(image: &std::path::Path) -> Bytes {
 }
 
 #[test]
-fn a_disk_is_a_checked_clone_of_the_size_asked_for() {
+fn a_disk_is_a_sound_clone_of_the_requested_size() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     for (id, size) in [("vm-1", 1), ("vm-10", 10), ("vm-10-again", 10)] {
@@ -49,7 +49,7 @@ fn a_disk_is_a_checked_clone_of_the_size_asked_for() {
 }
 
 #[test]
-fn a_disk_whose_creation_has_returned_survives_a_power_cut() {
+fn a_created_disk_survives_a_power_cut() {
     let stocked = Stocked::new("30G", USUAL);
     let make = |id: &str, size: u64| {
         let admitted = stocked.pool.admit(Gib::new(size).bytes()).unwrap();
@@ -57,7 +57,7 @@ fn a_disk_whose_creation_has_returned_survives_a_power_cut() {
         made.unwrap();
         admitted.commit();
     };
-    // The grown clone, and a commit of its own: what follows is in the log alone.
+    // Makes the base image and commits it: the following disks are only in the log.
     make("vm-before", 3);
     run("btrfs", &["filesystem", "sync", text(stocked.pool.path())]);
     make("vm-1", 3);
@@ -82,7 +82,7 @@ fn a_disk_whose_creation_has_returned_survives_a_power_cut() {
 }
 
 #[test]
-fn disks_of_one_template_do_not_see_each_other_s_writes() {
+fn disks_of_one_template_are_independent() {
     let stocked = Stocked::new("30G", USUAL);
     for id in ["vm-a", "vm-b"] {
         let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
@@ -105,7 +105,7 @@ fn disks_of_one_template_do_not_see_each_other_s_writes() {
 }
 
 #[test]
-fn a_disk_smaller_than_its_template_is_refused_with_the_template_s_size() {
+fn a_disk_smaller_than_its_template_is_rejected() {
     let stocked = Stocked::new("30G", USUAL);
     let scratch = tempfile::tempdir().unwrap();
     let large = stocked
@@ -115,13 +115,13 @@ fn a_disk_smaller_than_its_template_is_refused_with_the_template_s_size() {
     let size = |asked: Option<u64>| scalebox_storage::Pool::disk_size(&large, asked.map(Gib::new), Gib::new(2));
     assert_eq!(
         size(Some(2)).unwrap_err().to_string(),
-        "disk_size_gib must be at least 3: the template large is 3 GiB large"
+        "disk_size_gib must be at least 3: the template large has 3 GiB"
     );
     assert_eq!(size(Some(3)).unwrap(), Gib::new(3));
     assert_eq!(
         size(None).unwrap(),
         Gib::new(3),
-        "the default gives way to the template"
+        "a larger template overrides the default size"
     );
     let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
     assert!(
@@ -134,7 +134,7 @@ fn a_disk_smaller_than_its_template_is_refused_with_the_template_s_size() {
 }
 
 #[test]
-fn eight_requests_at_once_never_pass_a_bound() {
+fn eight_concurrent_requests_never_exceed_a_bound() {
     let stocked = Stocked::new(
         "30G",
         Bounds {
@@ -157,8 +157,8 @@ fn eight_requests_at_once_never_pass_a_bound() {
     });
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     for refused in results.into_iter().filter_map(Result::err) {
-        // Of the 10 GiB that were not promised, metadata for 20 GiB of scattered blocks has its
-        // share; what is left also depends on whether the first was still under way.
+        // The 10 GiB that are not promised also cover the metadata for 20 GiB of scattered blocks.
+        // The rest depends on whether the first request was still running.
         let StorageError::Insufficient { available, need } = refused else {
             panic!("{refused}")
         };
@@ -170,15 +170,15 @@ fn eight_requests_at_once_never_pass_a_bound() {
     pool.release(Gib::new(20).bytes());
     assert!(
         pool.admit(Gib::new(20).bytes()).is_ok(),
-        "after a delete the space is there again"
+        "a deletion makes the space available again"
     );
 }
 
 #[test]
-fn a_pool_near_its_end_refuses() {
+fn a_nearly_full_pool_refuses_disks() {
     let stocked = Stocked::new("30G", USUAL);
     let free = stocked.pool.space().unwrap().free;
-    // A little under five GiB stay free: four, rounded down.
+    // Slightly under five GiB stay free: four, rounded down.
     fill(
         stocked.pool.path(),
         "vms/ballast",
@@ -190,10 +190,10 @@ fn a_pool_near_its_end_refuses() {
 }
 
 #[test]
-fn blocks_that_the_image_owns_count_as_free_when_the_host_disk_is_full() {
+fn free_blocks_of_the_image_count_on_a_full_host_disk() {
     let host = HostDisk::ext4(Gib::new(40).bytes());
     let stocked = Stocked::in_place(Place::at(&host.folder, Some("30G")), USUAL);
-    // The image owns 8 GiB that the pool gave up again: the mount does not discard them.
+    // The image owns 8 GiB that the pool has freed: the mount does not discard them.
     run("mount", &["-o", "remount,nodiscard", text(stocked.pool.path())]);
     let ballast = stocked.pool.path().join("vms/ballast");
     run(
@@ -219,7 +219,7 @@ fn blocks_that_the_image_owns_count_as_free_when_the_host_disk_is_full() {
 }
 
 #[test]
-fn only_a_sound_bare_ext4_image_becomes_a_template() {
+fn only_a_sound_bare_ext4_image_is_imported() {
     let stocked = Stocked::new("30G", USUAL);
     let scratch = tempfile::tempdir().unwrap();
     let file = |name: &str| scratch.path().join(name);
@@ -271,19 +271,19 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
 
     for (source, reason) in [
         ("cut", "its file system is damaged"),
-        ("xfs", "it holds xfs"),
-        ("empty", "it holds no file system"),
-        ("nothing", "it holds no file system"),
+        ("xfs", "it contains xfs"),
+        ("empty", "it contains no file system"),
+        ("nothing", "it contains no file system"),
         ("packed.gz", "compressed with gzip"),
         ("qcow2", "qemu-img convert"),
         ("form", "curl --data-binary"),
         ("tar", "a tar archive"),
-        ("twice", "packed twice"),
+        ("twice", "compressed twice"),
         ("unknown", "cannot check: FEATURE_I31"),
         ("shared", "cannot check: shared_blocks"),
         ("disk", "it is a whole disk with a dos partition table"),
-        ("folder", "it is not a plain file"),
-        ("fifo", "it is not a plain file"),
+        ("folder", "it is neither a regular file"),
+        ("fifo", "it is neither a regular file"),
     ] {
         let error = stocked
             .pool
@@ -301,11 +301,11 @@ fn only_a_sound_bare_ext4_image_becomes_a_template() {
         .collect();
     assert_eq!(names, ["tiny"]);
     let left = fs::read_dir(stocked.pool.path().join("templates")).unwrap().count();
-    assert_eq!(left, 1, "no half-made file is left");
+    assert_eq!(left, 1, "an unfinished file is left");
 }
 
 #[test]
-fn a_block_device_becomes_a_template_unless_it_is_in_use_or_too_large() {
+fn block_devices_are_imported_unless_in_use_or_too_large() {
     let stocked = Stocked::new("30G", USUAL);
     let scratch = tempfile::tempdir().unwrap();
     let image = ext4_image(scratch.path(), "64M");
@@ -327,10 +327,7 @@ fn a_block_device_becomes_a_template_unless_it_is_in_use_or_too_large() {
         "{used}"
     );
     let small = small.unwrap_err().to_string();
-    assert!(
-        small.contains("larger than the largest disk, which is 63 MiB"),
-        "{small}"
-    );
+    assert!(small.contains("larger than the maximum disk size of 63 MiB"), "{small}");
     let made = made.unwrap();
     assert_eq!(made.size, Bytes::from_mib(64));
     assert!(made.used < Bytes::from_mib(16), "zeros become holes: {made:?}");
@@ -339,7 +336,7 @@ fn a_block_device_becomes_a_template_unless_it_is_in_use_or_too_large() {
 }
 
 #[test]
-fn a_file_system_that_is_smaller_than_its_image_fills_the_disks_made_from_it() {
+fn a_file_system_smaller_than_its_image_is_grown_in_its_clones() {
     let stocked = Stocked::new("30G", USUAL);
     let scratch = tempfile::tempdir().unwrap();
     let image = ext4_image(scratch.path(), "64M");
@@ -362,16 +359,16 @@ fn a_file_system_that_is_smaller_than_its_image_fills_the_disks_made_from_it() {
     let grown = fs::read_dir(stocked.pool.path().join("templates/.grown"))
         .unwrap()
         .count();
-    assert_eq!(grown, 2, "a base image for each size, the template's own too");
+    assert_eq!(grown, 2, "a base image for each size, including the template's");
 }
 
 #[test]
-fn a_disk_with_a_feature_that_nobody_knows_is_refused_by_its_name_and_left_as_it_was() {
+fn a_disk_with_an_unknown_feature_is_rejected_and_not_changed() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let disk = stocked.create("vm-a", 1);
     let path = disk_path(pool, &disk);
-    // As root of the guest can do.
+    // As root in the guest can do.
     run("debugfs", &["-w", "-R", "feature FEATURE_I31 FEATURE_R29", text(&path)]);
     let grown = pool.grow_disk(&disk, Gib::new(2).bytes()).unwrap_err();
     let snapshot = pool.begin_snapshot(&name("golden")).and_then(|mut snapshot| {
@@ -380,12 +377,12 @@ fn a_disk_with_a_feature_that_nobody_knows_is_refused_by_its_name_and_left_as_it
     });
     let snapshot = snapshot.unwrap_err();
     assert!(matches!(grown, StorageError::FileSystem(_)), "{grown}");
-    assert!(matches!(snapshot, StorageError::Unfit(_)), "{snapshot}");
+    assert!(matches!(snapshot, StorageError::UnfitDisk(_)), "{snapshot}");
     for error in [grown, snapshot] {
-        let said = error.to_string();
+        let message = error.to_string();
         assert!(
-            said.contains("FEATURE_I31, FEATURE_R29") && !said.contains('/'),
-            "{said}"
+            message.contains("FEATURE_I31, FEATURE_R29") && !message.contains('/'),
+            "{message}"
         );
     }
     assert_eq!(pool.provisioned(&disk).unwrap(), Gib::new(1).bytes());
@@ -393,7 +390,7 @@ fn a_disk_with_a_feature_that_nobody_knows_is_refused_by_its_name_and_left_as_it
 }
 
 #[test]
-fn an_import_replays_the_journal_of_its_copy_and_leaves_the_source_alone() {
+fn imports_replay_the_journal_of_the_copy_and_keep_the_source() {
     let stocked = Stocked::new("30G", USUAL);
     let scratch = tempfile::tempdir().unwrap();
     let (image, folder) = (ext4_image(scratch.path(), "64M"), scratch.path().join("mnt"));
@@ -415,7 +412,7 @@ fn an_import_replays_the_journal_of_its_copy_and_leaves_the_source_alone() {
 }
 
 #[test]
-fn a_template_is_replaced_only_when_asked_and_new_disks_come_from_the_new_one() {
+fn templates_are_replaced_only_on_request_and_used_for_new_disks() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let create = |id: &str| {
@@ -437,7 +434,7 @@ fn a_template_is_replaced_only_when_asked_and_new_disks_come_from_the_new_one() 
     assert_eq!(run("debugfs", &["-R", "cat /marker", text(&old)]), "here\n");
     assert_eq!(run("debugfs", &["-R", "cat /marker", text(&new)]), "");
     let grown: Vec<_> = fs::read_dir(pool.path().join("templates/.grown")).unwrap().collect();
-    assert_eq!(grown.len(), 1, "the old one's grown clone is gone: {grown:?}");
+    assert_eq!(grown.len(), 1, "the old base image is removed: {grown:?}");
 
     pool.delete_template(&name("tiny")).unwrap();
     assert_eq!(fs::read_dir(pool.path().join("templates/.grown")).unwrap().count(), 0);
@@ -449,7 +446,7 @@ fn a_template_is_replaced_only_when_asked_and_new_disks_come_from_the_new_one() 
 }
 
 #[test]
-fn a_template_that_is_replaced_or_deleted_during_creations_leaves_no_grown_clone() {
+fn replacing_or_deleting_a_template_leaves_no_base_image() {
     let stocked = Stocked::new("100G", USUAL);
     let pool = &stocked.pool;
     let scratch = tempfile::tempdir().unwrap();
@@ -481,7 +478,7 @@ fn a_template_that_is_replaced_or_deleted_during_creations_leaves_no_grown_clone
 }
 
 #[test]
-fn a_creation_that_fails_leaves_nothing() {
+fn failed_creations_leave_nothing_behind() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     pool.delete_template(&name("tiny")).unwrap();
@@ -496,7 +493,7 @@ fn a_creation_that_fails_leaves_nothing() {
 }
 
 #[test]
-fn a_sweep_removes_what_belongs_to_nobody_and_nothing_else() {
+fn a_sweep_removes_only_orphaned_files() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     for id in ["vm-kept", "vm-stray"] {
@@ -509,7 +506,7 @@ fn a_sweep_removes_what_belongs_to_nobody_and_nothing_else() {
     fs::write(&half_grown, "half").unwrap();
     fs::write(pool.path().join("vms/notes.txt"), "the operator's").unwrap();
     let stale = pool.path().join("templates/.grown/gone@1.4294967296.ext4");
-    fs::write(&stale, "of a template that is gone").unwrap();
+    fs::write(&stale, "of a deleted template").unwrap();
     let keep: HashSet<_> = [name("vm-kept"), name("vm-lost")].into();
     let swept = pool.sweep(&keep).unwrap();
     assert_eq!(swept.missing, [name("vm-lost")]);
@@ -528,7 +525,7 @@ fn a_sweep_removes_what_belongs_to_nobody_and_nothing_else() {
 }
 
 #[test]
-fn a_disk_is_grown_with_its_file_system_and_what_is_on_it() {
+fn growing_a_disk_grows_its_file_system_and_keeps_its_files() {
     let stocked = Stocked::new("30G", USUAL);
     let (pool, disk) = (&stocked.pool, name("vm-a"));
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
@@ -542,18 +539,18 @@ fn a_disk_is_grown_with_its_file_system_and_what_is_on_it() {
     assert_eq!(run("debugfs", &["-R", "cat /marker", text(&path)]), "here\n");
 }
 
-/// What each clone of an image pays for: how many extents it has.
+/// Returns the number of extents of an image, which determines the cost of each clone.
 fn extents(image: &Path) -> usize {
-    let told = run("filefrag", &["-v", text(image)]);
+    let listed = run("filefrag", &["-v", text(image)]);
     let numbered = |line: &&str| {
         line.split_once(':')
             .is_some_and(|(number, _)| number.trim().parse::<u32>().is_ok())
     };
-    told.lines().filter(numbered).count()
+    listed.lines().filter(numbered).count()
 }
 
 #[test]
-fn what_disks_are_cloned_from_has_fewer_extents_than_a_disk_grown_by_itself() {
+fn a_base_image_has_fewer_extents_than_a_grown_disk() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let make = |id: &str, size: u64| {
@@ -576,13 +573,13 @@ fn what_disks_are_cloned_from_has_fewer_extents_than_a_disk_grown_by_itself() {
 }
 
 #[test]
-fn a_damaged_disk_is_not_grown_and_left_as_it_was() {
+fn a_damaged_disk_is_neither_grown_nor_changed() {
     let stocked = Stocked::new("30G", USUAL);
     let (pool, disk) = (&stocked.pool, name("vm-a"));
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
     pool.create_disk(&disk, &stocked.template.name, &admitted).unwrap();
     let path = disk_path(pool, &disk);
-    // The superblock and the first group descriptors.
+    // Damages the superblock and the first group descriptors.
     File::options()
         .write(true)
         .open(&path)
@@ -604,12 +601,12 @@ fn a_damaged_disk_is_not_grown_and_left_as_it_was() {
     assert_eq!(
         fs::read_dir(pool.path().join("vms")).unwrap().count(),
         1,
-        "no half-made file is left"
+        "an unfinished file is left"
     );
 }
 
 #[test]
-fn deleting_a_disk_twice_is_no_error() {
+fn deleting_a_disk_twice_succeeds() {
     let stocked = Stocked::new("30G", USUAL);
     let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
     stocked

@@ -1,7 +1,6 @@
-//! A pool in which btrfs runs out of what `df` does not show: metadata, with every chunk given to
-//! data.
+//! Exhaustion of btrfs metadata, which `df` does not show, when all chunks are data chunks.
 
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 mod support;
 
@@ -11,15 +10,15 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use support::{MAX, Place, disk_path, fill, name, run, text};
 
-/// The most that a pool lets in: no buffer, and promises as good as without end.
-const RECKLESS: Bounds = Bounds {
+/// No buffer, and practically unlimited promises.
+const UNLIMITED: Bounds = Bounds {
     buffer: Gib::new(0),
     overcommit_ratio: 1000.0,
 };
 
-/// Fills the pool until every chunk is taken, mostly by data, and deletes half of that again: `df`
-/// shows hundreds of MiB free, and metadata cannot grow.
-fn give_every_chunk_to_data(pool: &Pool) {
+/// Fills the pool until every chunk is allocated, mostly for data, and deletes half of the data.
+/// `df` then shows hundreds of MiB free, but metadata cannot grow.
+fn allocate_every_chunk_for_data(pool: &Pool) {
     let folder = pool.path().join("vms");
     let mut pieces: Vec<PathBuf> = Vec::new();
     while pool.space().unwrap().free > Bytes::from_mib(96) {
@@ -33,7 +32,7 @@ fn give_every_chunk_to_data(pool: &Pool) {
     run("btrfs", &["filesystem", "sync", text(pool.path())]);
 }
 
-/// An ext4 whose blocks lie scattered: each clone of it takes half a MiB of metadata and no data.
+/// Creates an image with scattered blocks: each clone takes half a MiB of metadata and no data.
 fn scattered_image(folder: &std::path::Path) -> PathBuf {
     let image = folder.join("scattered.ext4");
     run(
@@ -57,7 +56,7 @@ fn scattered_image(folder: &std::path::Path) -> PathBuf {
     image
 }
 
-fn takes_writes(pool: &Pool) {
+fn check_writable(pool: &Pool) {
     let options = run("findmnt", &["-n", "-o", "OPTIONS", text(pool.path())]);
     assert!(options.starts_with("rw"), "{options}");
     let probe = pool.path().join("probe");
@@ -67,19 +66,19 @@ fn takes_writes(pool: &Pool) {
 }
 
 #[test]
-fn small_files_and_clones_that_eat_the_metadata_are_refused_before_the_pool_turns_read_only() {
+fn admission_refuses_before_exhausted_metadata_makes_the_pool_read_only() {
     let scratch = tempfile::tempdir().unwrap();
     let mut place = Place::new("2G");
     place.init().unwrap();
-    let pool = place.open(RECKLESS);
+    let pool = place.open(UNLIMITED);
     let template = pool
         .import_template(&name("scattered"), &scattered_image(scratch.path()), MAX, false)
         .unwrap();
-    give_every_chunk_to_data(&pool);
+    allocate_every_chunk_for_data(&pool);
     let space = pool.space().unwrap();
     assert!(space.free > Bytes::from_mib(256), "{space:?}");
 
-    // Small files lie in the metadata altogether.
+    // Small files are stored in the metadata.
     let left = |pool: &Pool| {
         let space = pool.space().unwrap();
         space.metadata_total - space.metadata_used
@@ -95,8 +94,8 @@ fn small_files_and_clones_that_eat_the_metadata_are_refused_before_the_pool_turn
     }
     assert!(files >= 5000, "{files} files");
 
-    // So does the map of a clone. A refusal that only the transaction under way is the reason of is
-    // asked again after it.
+    // A clone's extent map is metadata too. Retry after a commit: only the current transaction may
+    // have caused the refusal.
     let mut clones = Vec::new();
     let mut committed = false;
     let refusal = loop {
@@ -117,9 +116,9 @@ fn small_files_and_clones_that_eat_the_metadata_are_refused_before_the_pool_turn
     };
     assert!(matches!(refusal, StorageError::Insufficient { .. }), "{refusal}");
     assert!(clones.len() > 5, "{} clones", clones.len());
-    takes_writes(&pool);
+    check_writable(&pool);
 
-    // What was made can be deleted, and then there is room again.
+    // After deleting the clones there is space again.
     for id in &clones {
         assert!(disk_path(&pool, id).exists());
         pool.delete_disk(id).unwrap();
@@ -127,5 +126,5 @@ fn small_files_and_clones_that_eat_the_metadata_are_refused_before_the_pool_turn
     }
     run("btrfs", &["filesystem", "sync", text(pool.path())]);
     drop(pool.admit(Bytes::from_mib(64)).unwrap());
-    takes_writes(&pool);
+    check_writable(&pool);
 }

@@ -1,15 +1,16 @@
-//! What becomes of an ext4 file system with each feature that mke2fs knows: it is imported, grown
-//! to 100 GiB, snapshotted and cloned, with every file as it was; or the import says why not.
+//! Import, growth to 100 GiB, snapshot and clone of an ext4 file system with each feature of
+//! mke2fs. Every file must stay the same; unsupported features must be rejected at import with a
+//! reason.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step ends the test"
 )]
 
 mod support;
 
-use scalebox_storage::{Backing, Bounds, Gib, Identity, Name, Pool, StorageError};
+use scalebox_storage::{Backing, Bounds, Gib, GuestIdentity, Name, Pool, StorageError};
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -20,21 +21,22 @@ use std::thread;
 use support::{HostDisk, MAX, Place, disk_path, found_in, name, run, text};
 use tempfile::TempDir;
 
-const LARGEST: Gib = Gib::new(100);
+const MAX_SIZE: Gib = Gib::new(100);
 const HOST_NAME: &str = "so-secret-otter";
 const HOST_KEY: &str = "the-private-host-key";
 const SEEDED: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJustAPublicKeyThatWasSeeded";
 const DELETED: &str = "a-file-that-the-guest-deleted";
-/// What the template must not hold, in no byte of its image.
+/// Must not occur in any byte of the template's image.
 const SECRETS: [&str; 4] = [HOST_NAME, HOST_KEY, SEEDED, DELETED];
 
-/// Options of mke2fs, and the words that the import is refused with; empty where it is not.
+/// Options of mke2fs, and the expected reason of a rejected import; empty if it is accepted.
 type Set = (&'static str, &'static str);
 
-/// The one feature with which a file system keeps its size.
+/// The only feature that prevents growth.
 const NOT_GROWN: &str = "bigalloc";
 
-/// Every feature of ext4(5), on or off where that is not the default, and what distributions used.
+/// Every feature of ext4(5), on or off unless that is the default, and the sets that distributions
+/// used.
 const SETS: &[Set] = &[
     ("", ""),
     ("-O 64bit,extent", ""),
@@ -55,13 +57,13 @@ const SETS: &[Set] = &[
     ("-O ^has_journal", ""),
     ("-O ^huge_file", ""),
     ("-O inline_data", ""),
-    ("-O journal_dev", "it holds jbd"),
+    ("-O journal_dev", "it contains jbd"),
     ("-O large_dir", ""),
     ("-O ^large_file", ""),
     ("-O ^metadata_csum", ""),
     ("-O metadata_csum_seed", ""),
     ("-O meta_bg,^resize_inode", ""),
-    ("-O mmp", "protected against multiple mounts"),
+    ("-O mmp", "multiple mount protection"),
     ("-O orphan_file", ""),
     ("-O project", ""),
     ("-O quota", ""),
@@ -72,7 +74,7 @@ const SETS: &[Set] = &[
     ("-O stable_inodes", ""),
     ("-O ^metadata_csum,uninit_bg", ""),
     ("-O verity", ""),
-    // What no guest can mount and write, and what nobody knows yet.
+    // Features that no guest can mount and write, and unknown ones.
     ("+shared_blocks", "cannot use or the host cannot check: shared_blocks"),
     ("+read-only", "cannot use or the host cannot check: read-only"),
     (
@@ -81,8 +83,8 @@ const SETS: &[Set] = &[
     ),
     ("+FEATURE_C30", "cannot use or the host cannot check: FEATURE_C30"),
     ("-O ^has_journal -b 65536", "has blocks of 64 KiB"),
-    // e2fsprogs from 1.47.1 on; Debian 11 and Ubuntu 20.04; RHEL 7; RHEL 6; before ext4; the first
-    // revision.
+    // Defaults of e2fsprogs from 1.47.1; Debian 11 and Ubuntu 20.04; RHEL 7; RHEL 6; ext3 and ext2;
+    // revision 0.
     ("-O orphan_file,metadata_csum_seed", ""),
     ("-O metadata_csum,64bit,^orphan_file", ""),
     ("-O ^metadata_csum,uninit_bg,64bit", ""),
@@ -96,7 +98,7 @@ const SETS: &[Set] = &[
         "",
     ),
     ("-r 0 -O none", ""),
-    // Several at once.
+    // Combinations.
     (
         "-O inline_data,ea_inode,casefold,large_dir,fast_commit,orphan_file,quota,project,verity,encrypt",
         "",
@@ -108,8 +110,9 @@ const SETS: &[Set] = &[
     ("-E resize=2000000", ""),
 ];
 
-/// The sizes of blocks and of inodes that a set is tried with. All have blocks of 4 KiB; those that
-/// change where metadata lies have 1 KiB too, of which 100 GiB are sixteen times as many groups.
+/// Returns the block and inode sizes to try with a set. All sets are tried with blocks of 4 KiB.
+/// Those that change the position of metadata also with 1 KiB, which makes sixteen times as many
+/// groups in 100 GiB.
 fn sizes(set: &str) -> Vec<String> {
     let is_about = |words: &[&str]| set.is_empty() || words.iter().any(|word| set.contains(word));
     let mut sizes = vec!["-b 4096 -I 256"];
@@ -131,7 +134,7 @@ fn sizes(set: &str) -> Vec<String> {
         .collect()
 }
 
-/// A tree with all kinds of files, and what belongs to one machine.
+/// Creates a tree with all kinds of files, and with a machine's identity.
 fn tree(folder: &Path) -> PathBuf {
     let root = folder.join("root");
     let put = |path: &str, content: &[u8]| {
@@ -185,8 +188,8 @@ fn tree(folder: &Path) -> PathBuf {
     root
 }
 
-/// Makes the image of a case; `None` where mke2fs itself says no. `+feature` is set afterwards,
-/// since mke2fs would not.
+/// Creates the image of a case; `None` if mke2fs rejects the options. `+feature` is set afterwards,
+/// because mke2fs would reject it.
 fn image(folder: &Path, root: &Path, options: &str) -> Option<PathBuf> {
     let image = folder.join("image");
     fs::remove_file(&image).unwrap_or_default();
@@ -215,7 +218,7 @@ fn image(folder: &Path, root: &Path, options: &str) -> Option<PathBuf> {
     Some(image)
 }
 
-/// What each step of a case came to.
+/// The outcome of each step of a case.
 #[derive(Default)]
 struct Row {
     options: String,
@@ -224,9 +227,9 @@ struct Row {
 }
 
 impl Row {
-    /// Enters how a step ended, and returns what it made.
+    /// Records the outcome of a step, and returns its result.
     fn step<T>(&mut self, result: Result<T, StorageError>, refusal: &str) -> Option<T> {
-        let (told, made) = match result {
+        let (outcome, made) = match result {
             Ok(made) => ("yes".to_owned(), Some(made)),
             Err(error) => {
                 let refused = matches!(
@@ -244,9 +247,9 @@ impl Row {
             }
         };
         if made.is_some() && !refusal.is_empty() {
-            self.wrong.push(format!("was to be refused: {refusal}"));
+            self.wrong.push(format!("should have been rejected: {refusal}"));
         }
-        self.steps.push(told);
+        self.steps.push(outcome);
         made
     }
 
@@ -257,7 +260,7 @@ impl Row {
     }
 }
 
-/// One file system, and what is made of it.
+/// One file system, and the disks and templates made from it.
 struct Case<'c> {
     pool: &'c Pool,
     place: &'c Place,
@@ -276,10 +279,10 @@ impl Case<'_> {
         self.pool.create_disk(&self.name(disk), &self.name(template), &admitted)
     }
 
-    /// Takes a file system through all its steps.
+    /// Runs all steps.
     fn follow(&self, row: &mut Row, refusal: &str) {
         let Some(source) = image(self.scratch.path(), &self.root, &row.options) else {
-            row.steps.push("mke2fs refuses it".to_owned());
+            row.steps.push("mke2fs rejects it".to_owned());
             return;
         };
         let first = self.name("first");
@@ -291,12 +294,12 @@ impl Case<'_> {
         let (refusal, size) = if fixed {
             ("has the feature bigalloc", Gib::new(1))
         } else {
-            ("", LARGEST)
+            ("", MAX_SIZE)
         };
         let disk = self.name("disk");
         let grown = self
             .create("disk", "first", Gib::new(1))
-            .and_then(|()| self.pool.grow_disk(&disk, LARGEST.bytes()));
+            .and_then(|()| self.pool.grow_disk(&disk, MAX_SIZE.bytes()));
         if row.step(grown, refusal).is_some() || fixed {
             self.same_tree(row, &disk_path(self.pool, &disk), "grown");
             self.snapshot_and_clone(row, size);
@@ -308,7 +311,7 @@ impl Case<'_> {
     }
 
     fn snapshot_and_clone(&self, row: &mut Row, size: Gib) {
-        let source = Identity {
+        let source = GuestIdentity {
             hostname: HOST_NAME.to_owned(),
             ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
         };
@@ -322,7 +325,7 @@ impl Case<'_> {
         }
         let template = self.place.plan.data_dir.join(format!("templates/{golden}.ext4"));
         for secret in found_in(&template, &SECRETS) {
-            row.wrong.push(format!("the template holds {secret}"));
+            row.wrong.push(format!("the template contains {secret}"));
         }
         if row.step(self.create("clone", "golden", size), "").is_some() {
             let clone = disk_path(self.pool, &self.name("clone"));
@@ -350,7 +353,7 @@ impl Case<'_> {
     }
 }
 
-/// Compares the files of `root` with those in an image; the image may have others.
+/// Compares the files of `root` with those in an image, which may have others.
 fn same_tree(row: &mut Row, root: &Path, image: &Path, scratch: &Path, when: &str) {
     let dump = scratch.join(when);
     fs::create_dir(&dump).unwrap();
@@ -374,7 +377,7 @@ fn same_tree(row: &mut Row, root: &Path, image: &Path, scratch: &Path, when: &st
                 fs::read_link(&was).ok() == fs::read_link(&is).ok()
             } else {
                 let (was, is) = (fs::read(&was).unwrap(), fs::read(&is).unwrap_or_default());
-                // Of a file that lies in its inode, debugfs hands out all the room there is.
+                // For inline files, debugfs pads the contents with zeros.
                 is.starts_with(&was) && is[was.len()..].iter().all(|byte| *byte == 0)
             };
             if !same {
@@ -384,44 +387,42 @@ fn same_tree(row: &mut Row, root: &Path, image: &Path, scratch: &Path, when: &st
     }
     if let Some(path) = differs.first() {
         row.wrong.push(format!(
-            "{}, {when}, is not what it was, and {} more",
+            "{}, {when}, changed, and {} more",
             path.display(),
             differs.len() - 1
         ));
     }
     if !row.options.contains("^ext_attr") && !row.options.contains("-O none ") && !row.options.contains("-r 0") {
         let note = run("debugfs", &["-R", "ea_get /work/mail user.note", text(image)]);
-        row.require(
-            note.contains("kept"),
-            &format!("the attribute, {when}, is not what it was"),
-        );
+        row.require(note.contains("kept"), &format!("the attribute, {when}, changed"));
     }
 }
 
-/// A disk that has room for several of the largest disks, on paper, and a pool on it.
+/// Creates a sparse disk with nominal space for several disks of the maximum size, and a pool on
+/// it.
 fn large_pool() -> (HostDisk, Place, Pool) {
     let host = HostDisk::made("1T", "mkfs.btrfs", &["-q"]);
     let mut place = Place::at(&host.folder, None);
-    place.plan.backing = Backing::Given;
+    place.plan.backing = Backing::Existing;
     place.init().unwrap();
     let bounds = Bounds {
         buffer: Gib::new(2),
         overcommit_ratio: 100.0,
     };
     let pool = place.open(bounds);
-    // Closed from the last to the first.
+    // Dropped in reverse order by the caller.
     (host, place, pool)
 }
 
 #[test]
-fn a_growth_that_is_too_far_for_one_step_is_done_in_several() {
+fn growth_too_large_for_one_step_is_done_in_several() {
     let (_host, _place, pool) = large_pool();
     let scratch = tempfile::tempdir().unwrap();
     let root = tree(scratch.path());
-    // resize2fs says of this one "Illegal doubly indirect block found".
+    // In one step, resize2fs fails with "Illegal doubly indirect block found".
     let source = image(scratch.path(), &root, "-b 4096").unwrap();
     pool.import_template(&name("small"), &source, MAX, false).unwrap();
-    let admitted = pool.admit(LARGEST.bytes()).unwrap();
+    let admitted = pool.admit(MAX_SIZE.bytes()).unwrap();
     pool.create_disk(&name("vm"), &name("small"), &admitted).unwrap();
     let disk = disk_path(&pool, &name("vm"));
     assert!(run("dumpe2fs", &["-h", text(&disk)]).contains("Block count:              26214400\n"));
@@ -432,14 +433,14 @@ fn a_growth_that_is_too_far_for_one_step_is_done_in_several() {
 }
 
 #[test]
-fn every_feature_of_ext4_is_taken_through_growth_snapshot_and_clone_or_refused_at_import() {
+fn every_ext4_feature_works_or_is_rejected_at_import() {
     let mut cases: Vec<(String, &str)> = Vec::new();
     for (set, refusal) in SETS {
         if !refusal.is_empty() {
             cases.push((set.trim().to_owned(), refusal));
             continue;
         }
-        // The first revision knows one size of inodes.
+        // Revision 0 has only one inode size.
         let sized = sizes(set)
             .into_iter()
             .filter(|options| !set.contains("-r 0") || options.contains("-I 128"));

@@ -1,11 +1,10 @@
-//! Hosts that are not like most: other sectors, quotas, read-only tables, entries that nobody
-//! expects in a pool.
+//! Unusual hosts: large sectors, quotas, a read-only fstab, foreign files in the pool.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step ends the test"
 )]
 
 mod support;
@@ -23,7 +22,7 @@ use std::process::Command;
 use support::{HostDisk, Place, Stocked, USUAL, fill, name, run, text};
 use tempfile::TempDir;
 
-/// A host disk whose sectors are 4 KiB large.
+/// A host disk with sectors of 4 KiB.
 struct LargeSectors {
     device: String,
     folder: PathBuf,
@@ -55,7 +54,8 @@ impl Drop for LargeSectors {
     }
 }
 
-/// Sector size and direct I/O of the one loop device over an image.
+/// Returns sector size and direct I/O of the loop device on an image, and checks that there is only
+/// one.
 fn loop_device(image: &Path) -> Vec<String> {
     let listed = run("losetup", &["-n", "-O", "LOG-SEC,DIO", "-j", text(image)]);
     assert_eq!(listed.lines().count(), 1, "{listed}");
@@ -63,7 +63,7 @@ fn loop_device(image: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_pool_on_a_host_disk_with_large_sectors_has_direct_io() {
+fn pools_on_host_disks_with_large_sectors_use_direct_io() {
     for (program, args) in [("mke2fs", &["-q", "-t", "ext4"][..]), ("mkfs.xfs", &["-q"])] {
         let host = LargeSectors::made(program, args);
         let mut place = Place::at(&host.folder, Some("30G"));
@@ -72,13 +72,13 @@ fn a_pool_on_a_host_disk_with_large_sectors_has_direct_io() {
         let warned = place.warnings().iter().any(|warning| warning.contains("direct I/O"));
         assert!(!warned, "{:?}", place.warnings());
 
-        // As after a reboot: the table of mounts does not say how large the sectors are.
+        // Like after a reboot: fstab does not contain the sector size.
         fs::write(place.plan.data_dir.join("vms/kept"), "kept").unwrap();
         unmount(&place.plan.data_dir, &place.plan.backing).unwrap();
         assert_eq!(
             run("losetup", &["-j", text(place.image())]),
             "",
-            "it goes with the mount"
+            "the loop device is removed with the mount"
         );
         run("mount", &["--fstab", text(place.fstab()), text(&place.plan.data_dir)]);
         assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
@@ -94,7 +94,7 @@ fn a_pool_on_a_host_disk_with_large_sectors_has_direct_io() {
 }
 
 #[test]
-fn a_pool_that_is_in_use_keeps_its_mount_where_direct_io_would_take_another() {
+fn a_pool_in_use_is_not_remounted_for_direct_io() {
     let host = LargeSectors::made("mke2fs", &["-q", "-t", "ext4"]);
     let mut place = Place::at(&host.folder, Some("30G"));
     place.init().unwrap();
@@ -105,7 +105,7 @@ fn a_pool_that_is_in_use_keeps_its_mount_where_direct_io_would_take_another() {
     place.init().unwrap();
     if before[1] == "0" && loop_device(place.image())[1] == "0" {
         assert!(
-            place.warnings()[0].contains("without direct I/O"),
+            place.warnings()[0].contains("does not use direct I/O"),
             "{:?}",
             place.warnings()
         );
@@ -114,7 +114,7 @@ fn a_pool_that_is_in_use_keeps_its_mount_where_direct_io_would_take_another() {
 }
 
 #[test]
-fn a_symbolic_link_as_the_image_is_named_as_one() {
+fn a_symbolic_link_as_image_is_rejected() {
     let mut place = Place::new("30G");
     symlink("/nonexistent/elsewhere.img", place.image()).unwrap();
     let error = place.init().unwrap_err();
@@ -127,14 +127,14 @@ fn a_symbolic_link_as_the_image_is_named_as_one() {
 }
 
 #[test]
-fn a_table_of_mounts_that_cannot_be_written_costs_a_warning_and_no_pool() {
+fn an_unwritable_fstab_is_a_warning() {
     let host = HostDisk::ext4(Bytes::from_mib(64));
     let read_only = host.folder.join("fstab");
     fs::write(&read_only, "# nothing\n").unwrap();
     run("mount", &["-o", "remount,ro", text(&host.folder)]);
     let scratch = tempfile::tempdir().unwrap();
     let null = scratch.path().join("null");
-    // A node of our own, so that a failure does not change the machine's.
+    // A separate device node, so that a failure does not change the machine's.
     let mode = Mode::from_raw_mode(0o666);
     mknodat(CWD, &null, FileType::CharacterDevice, mode, rustix::fs::makedev(1, 3)).unwrap();
     fs::set_permissions(&null, fs::Permissions::from_mode(0o666)).unwrap();
@@ -159,7 +159,7 @@ fn a_table_of_mounts_that_cannot_be_written_costs_a_warning_and_no_pool() {
 }
 
 #[test]
-fn the_registration_can_be_declined() {
+fn the_registration_in_fstab_is_optional() {
     let mut place = Place::new("30G");
     let table = place.fstab().to_owned();
     place.plan.fstab = None;
@@ -170,7 +170,7 @@ fn the_registration_can_be_declined() {
 }
 
 #[test]
-fn a_mount_point_that_the_table_gives_to_another_is_refused_before_anything_is_made() {
+fn a_mount_point_in_use_in_fstab_is_rejected_before_anything_is_created() {
     let mut place = Place::new("30G");
     let line = format!("UUID=1234 {}/ ext4 defaults 0 2\n", text(&place.plan.data_dir));
     fs::write(place.fstab(), &line).unwrap();
@@ -181,7 +181,7 @@ fn a_mount_point_that_the_table_gives_to_another_is_refused_before_anything_is_m
 }
 
 #[test]
-fn a_path_that_is_written_differently_is_not_registered_twice() {
+fn another_spelling_of_the_path_is_not_registered_again() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let mut slash = place.plan.data_dir.clone().into_os_string();
@@ -194,7 +194,7 @@ fn a_path_that_is_written_differently_is_not_registered_twice() {
 }
 
 #[test]
-fn a_size_that_a_pool_does_not_get_any_more_is_named() {
+fn a_size_that_differs_from_the_existing_pool_is_a_warning() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     assert!(place.warnings().is_empty());
@@ -212,13 +212,13 @@ fn a_size_that_a_pool_does_not_get_any_more_is_named() {
 }
 
 #[test]
-fn no_new_pool_is_made_in_place_of_one_that_is_missing() {
+fn a_missing_pool_with_expected_disks_is_not_replaced() {
     let mut place = Place::new("30G");
     place.plan.expected_disks = 3;
     let error = place.init().unwrap_err();
-    assert!(matches!(error, StorageError::Expected { disks: 3, .. }), "{error}");
+    assert!(matches!(error, StorageError::PoolMissing { disks: 3, .. }), "{error}");
     assert!(!place.image().exists());
-    // One that is there is mounted.
+    // An existing pool is mounted.
     place.plan.expected_disks = 0;
     place.init().unwrap();
     unmount(&place.plan.data_dir, &place.plan.backing).unwrap();
@@ -227,15 +227,15 @@ fn no_new_pool_is_made_in_place_of_one_that_is_missing() {
 
     let host = HostDisk::made("2G", "mkfs.xfs", &["-q"]);
     let mut folder = Place::at(&host.folder, None);
-    (folder.plan.backing, folder.plan.expected_disks) = (Backing::Given, 1);
-    assert!(matches!(folder.init(), Err(StorageError::Expected { .. })));
+    (folder.plan.backing, folder.plan.expected_disks) = (Backing::Existing, 1);
+    assert!(matches!(folder.init(), Err(StorageError::PoolMissing { .. })));
     assert!(!folder.plan.data_dir.join("vms").exists());
 }
 
-/// Writes near the end of an image or a device, where the pool may keep what a guest wrote.
+/// Writes near the end of an image or device, where the pool may store guests' data.
 type Disguise = fn(&File, u64);
 
-/// The uberblocks of a ZFS: blkid finds several things, and cannot tell which of them it is.
+/// Writes the uberblocks of a ZFS: blkid then reports several contradictory signatures.
 fn as_zfs(file: &File, size: u64) {
     let mut uberblock = [0; 1024];
     uberblock[..8].copy_from_slice(&0x00ba_b10c_u64.to_le_bytes());
@@ -244,8 +244,7 @@ fn as_zfs(file: &File, size: u64) {
     }
 }
 
-/// The superblock of a Linux RAID, version 1.0: blkid finds that alone, and does not look for
-/// anything else.
+/// Writes the superblock of a Linux RAID, version 1.0: blkid then reports only that.
 fn as_raid(file: &File, size: u64) {
     let sector = ((size >> 9) - 16) & !7;
     let mut superblock = [0; 256];
@@ -256,21 +255,21 @@ fn as_raid(file: &File, size: u64) {
     file.write_all_at(&superblock, sector << 9).unwrap();
 }
 
-/// Puts a disguise on, and looks that blkid is deceived.
+/// Writes a foreign signature, and checks that blkid detects it.
 fn disguise(path: &Path, put_on: Disguise) {
     let file = File::options().write(true).open(path).unwrap();
     put_on(&file, 30 << 30);
     file.sync_all().unwrap();
     let blkid = Command::new("blkid").args(["-p", text(path)]).output().unwrap();
-    let told = String::from_utf8_lossy(&blkid.stdout).into_owned();
+    let found = String::from_utf8_lossy(&blkid.stdout).into_owned();
     assert!(
-        blkid.status.code() == Some(8) || told.contains("linux_raid_member"),
-        "{told}"
+        blkid.status.code() == Some(8) || found.contains("linux_raid_member"),
+        "{found}"
     );
 }
 
 #[test]
-fn what_guests_wrote_near_the_end_of_an_image_does_not_make_it_another_file_system() {
+fn guest_data_at_the_end_of_an_image_does_not_hide_the_pool() {
     for put_on in [as_zfs as Disguise, as_raid] {
         let mut place = Place::new("30G");
         place.init().unwrap();
@@ -283,7 +282,7 @@ fn what_guests_wrote_near_the_end_of_an_image_does_not_make_it_another_file_syst
 }
 
 #[test]
-fn what_guests_wrote_near_the_end_of_a_device_does_not_make_it_another_file_system() {
+fn guest_data_at_the_end_of_a_device_does_not_hide_the_pool() {
     for put_on in [as_zfs as Disguise, as_raid] {
         let scratch = tempfile::tempdir().unwrap();
         let file = scratch.path().join("disk");
@@ -301,7 +300,7 @@ fn what_guests_wrote_near_the_end_of_a_device_does_not_make_it_another_file_syst
         assert_eq!(fs::read_to_string(place.fstab()).unwrap(), registered);
         unmount(&place.plan.data_dir, &place.plan.backing).unwrap();
 
-        // What is not clear is not touched, and nobody is advised to destroy it.
+        // Ambiguous contents are not changed, and the error does not suggest to erase them.
         run("btrfs", &["filesystem", "label", &device, "somebody-else-s"]);
         let error = place.init().unwrap_err().to_string();
         assert!(
@@ -312,8 +311,8 @@ fn what_guests_wrote_near_the_end_of_a_device_does_not_make_it_another_file_syst
     }
 }
 
-/// Turns on quotas with simple accounting (kernel 6.7), which the btrfs of Debian 12 cannot.
-/// Returns whether the kernel can.
+/// Enables quotas with simple accounting (kernel 6.7), which btrfs-progs of Debian 12 does not
+/// support. Returns whether the kernel does.
 fn enable_simple_quotas(folder: &Path) -> bool {
     #[repr(C)]
     struct QuotaCtl {
@@ -327,7 +326,7 @@ fn enable_simple_quotas(folder: &Path) -> bool {
     unsafe { rustix::ioctl::ioctl(&folder, rustix::ioctl::Updater::<QUOTA_CTL, QuotaCtl>::new(&mut enable)) }.is_ok()
 }
 
-/// A btrfs with quotas, and in it a subvolume that may hold 32 GiB.
+/// Creates a btrfs with quotas, and in it a subvolume limited to 32 GiB.
 fn limited_subvolume(simple: bool) -> Option<(HostDisk, PathBuf)> {
     let host = HostDisk::made("60G", "mkfs.btrfs", &["-q"]);
     if !simple {
@@ -341,25 +340,25 @@ fn limited_subvolume(simple: bool) -> Option<(HostDisk, PathBuf)> {
     Some((host, subvolume))
 }
 
-/// Both kinds of accounting that this kernel has.
+/// One subvolume for each kind of accounting that the kernel supports.
 fn limited_subvolumes() -> impl Iterator<Item = (HostDisk, PathBuf)> {
     let both = [false, true].map(|simple| move || limited_subvolume(simple));
     both.into_iter().filter_map(|make| {
         let made = make();
         if made.is_none() {
-            println!("this kernel has no simple quotas: not tried");
+            println!("skipped: this kernel has no simple quotas");
         }
         made
     })
 }
 
 #[test]
-fn a_quota_below_the_pool_bounds_what_is_free() {
+fn a_quota_under_the_image_limits_the_free_space() {
     for (host, subvolume) in limited_subvolumes() {
         let mut place = Place::at(&subvolume, Some("50G"));
         place.init().unwrap();
         assert!(
-            place.warnings()[0].contains("larger than what its host disk has free (31GB)"),
+            place.warnings()[0].contains("larger than the free space on its host disk (31GB)"),
             "{:?}",
             place.warnings()
         );
@@ -371,7 +370,7 @@ fn a_quota_below_the_pool_bounds_what_is_free() {
             free(&pool)
         );
 
-        // Before btrfs has committed it, and after.
+        // Before and after btrfs commits it.
         fill(&subvolume, "ballast", Gib::new(20).bytes());
         for _ in 0..2 {
             assert!(
@@ -387,7 +386,7 @@ fn a_quota_below_the_pool_bounds_what_is_free() {
         assert!(refused.contains("can hold a pool of at most 9 GiB"), "{refused}");
         assert!(!pool.extend().unwrap());
 
-        // A group above the subvolume's own counts too.
+        // A parent group of the subvolume's group counts too.
         run("btrfs", &["qgroup", "create", "1/100", text(&host.folder)]);
         let group = run("btrfs", &["subvolume", "show", text(&subvolume)]);
         let id = group
@@ -407,11 +406,11 @@ fn a_quota_below_the_pool_bounds_what_is_free() {
 }
 
 #[test]
-fn a_quota_above_the_pools_folder_is_its_size() {
+fn a_quota_on_the_pools_folder_is_its_capacity() {
     for (host, subvolume) in limited_subvolumes() {
         fill(&host.folder, "somebody-else-s", Gib::new(10).bytes());
         let mut place = Place::at(&subvolume, None);
-        place.plan.backing = Backing::Given;
+        place.plan.backing = Backing::Existing;
         place.init().unwrap();
         let pool = place.open(USUAL);
         let space = pool.space().unwrap();
@@ -422,7 +421,7 @@ fn a_quota_above_the_pools_folder_is_its_size() {
         );
         assert!(
             space.used < Gib::new(1).bytes(),
-            "what others have is theirs: {space:?}"
+            "data outside the pool is not counted: {space:?}"
         );
         fill(&place.plan.data_dir.join("vms"), "disk", Gib::new(20).bytes());
         for _ in 0..2 {
@@ -441,25 +440,28 @@ fn a_quota_above_the_pools_folder_is_its_size() {
 }
 
 #[test]
-fn a_quota_in_the_pool_itself_bounds_what_is_free() {
+fn a_quota_inside_the_pool_limits_the_free_space() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
     run("btrfs", &["quota", "enable", text(&place.plan.data_dir)]);
-    assert!(pool.space().unwrap().free > Gib::new(20).bytes(), "no limit is none");
+    assert!(
+        pool.space().unwrap().free > Gib::new(20).bytes(),
+        "a quota without a limit has no effect"
+    );
     run("btrfs", &["qgroup", "limit", "10G", text(&place.plan.data_dir)]);
     let space = pool.space().unwrap();
     assert!(
         space.free <= Gib::new(10).bytes() && space.capacity == Gib::new(10).bytes(),
         "{space:?}"
     );
-    // The file system is as large as it was, and can be changed.
+    // The file system itself keeps its size and can be resized.
     pool.shrink(Gib::new(25)).unwrap();
     assert_eq!(fs::metadata(place.image()).unwrap().len(), 25 << 30);
 }
 
 #[test]
-fn a_project_quota_of_xfs_below_the_pool_bounds_what_is_free() {
+fn an_xfs_project_quota_under_the_image_limits_the_free_space() {
     let scratch = tempfile::tempdir().unwrap();
     let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
     run("truncate", &["-s", "60G", text(&image)]);
@@ -470,7 +472,7 @@ fn a_project_quota_of_xfs_below_the_pool_bounds_what_is_free() {
         .output()
         .unwrap();
     if !mounted.status.success() {
-        println!("this kernel has no quotas of XFS: not tried");
+        println!("skipped: this kernel has no XFS quotas");
         return;
     }
     let limited = folder.join("limited");
@@ -496,7 +498,7 @@ fn a_project_quota_of_xfs_below_the_pool_bounds_what_is_free() {
     run("umount", &[text(&folder)]);
 }
 
-/// What nobody expects among the files of a pool, made below `pool`.
+/// Creates foreign entries in the pool's folders.
 fn make_odd_entries(pool: &Path) -> Vec<PathBuf> {
     let mut odd = Vec::new();
     let grown = pool.join("templates/.grown");
@@ -534,14 +536,14 @@ fn make_odd_entries(pool: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn odd_entries_in_the_pools_folders_are_left_alone() {
+fn foreign_entries_in_the_pools_folders_are_left_alone() {
     for on_xfs in [false, true] {
         let host = on_xfs.then(|| HostDisk::made("30G", "mkfs.xfs", &["-q"]));
         let place = match &host {
             None => Place::new("30G"),
             Some(host) => {
                 let mut place = Place::at(&host.folder, None);
-                place.plan.backing = Backing::Given;
+                place.plan.backing = Backing::Existing;
                 place
             }
         };
@@ -575,7 +577,7 @@ fn odd_entries_in_the_pools_folders_are_left_alone() {
 }
 
 #[test]
-fn a_growth_that_fails_half_way_is_undone_and_can_be_tried_again_at_once() {
+fn a_failed_resize_is_rolled_back_and_can_be_retried() {
     let host = HostDisk::ext4(Gib::new(100).bytes());
     let mut place = Place::at(&host.folder, Some("30G"));
     place.init().unwrap();
@@ -590,7 +592,7 @@ fn a_growth_that_fails_half_way_is_undone_and_can_be_tried_again_at_once() {
             pool.space().unwrap().capacity.floor_gib().as_u64(),
         ]
     };
-    // Image and loop device become larger; a file system that is read-only does not.
+    // Image and loop device grow, but a read-only file system does not.
     run("mount", &["-o", "remount,ro", text(&place.plan.data_dir)]);
     for change in [
         |pool: &Pool| pool.grow(Some(Gib::new(60))),
@@ -609,7 +611,7 @@ fn a_growth_that_fails_half_way_is_undone_and_can_be_tried_again_at_once() {
 }
 
 #[test]
-fn a_growth_compares_with_the_file_system_and_not_with_an_image_that_is_larger() {
+fn growth_is_relative_to_the_file_system_not_to_a_larger_image() {
     let host = HostDisk::ext4(Gib::new(100).bytes());
     let mut place = Place::at(&host.folder, Some("30G"));
     place.init().unwrap();
@@ -627,7 +629,7 @@ fn a_growth_compares_with_the_file_system_and_not_with_an_image_that_is_larger()
 }
 
 #[test]
-fn an_unmounted_pool_has_no_templates_rather_than_none_of_that_name() {
+fn an_unmounted_pool_is_reported_instead_of_a_missing_template() {
     let stocked = Stocked::new("30G", USUAL);
     let (pool, id) = (&stocked.pool, stocked.create("vm-a", 2));
     run("umount", &["--lazy", text(pool.path())]);

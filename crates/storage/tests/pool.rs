@@ -1,4 +1,4 @@
-//! Making a pool, on real file systems.
+//! Creating and resizing pools on real file systems.
 
 mod support;
 
@@ -21,7 +21,7 @@ fn loop_devices_of(image: &Path) -> String {
 }
 
 #[test]
-fn a_new_pool_is_mounted_registered_and_overwrites_in_place() {
+fn a_new_pool_is_mounted_registered_and_nocow() {
     let mut place = Place::new("30G");
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
 
@@ -51,14 +51,14 @@ fn a_new_pool_is_mounted_registered_and_overwrites_in_place() {
 }
 
 #[test]
-fn a_second_run_says_so_and_changes_nothing() {
+fn a_second_init_changes_nothing() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let before = (
         fs::read(place.fstab()).unwrap(),
         fs::metadata(place.image()).unwrap().ino(),
     );
-    place.said.clear();
+    place.events.clear();
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
     assert_eq!(
         place.steps(),
@@ -74,7 +74,7 @@ fn a_second_run_says_so_and_changes_nothing() {
 }
 
 #[test]
-fn the_table_of_mounts_brings_the_pool_back_and_its_data_with_it() {
+fn fstab_mounts_the_pool_with_its_data() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let plan = place.plan.clone();
@@ -82,38 +82,38 @@ fn the_table_of_mounts_brings_the_pool_back_and_its_data_with_it() {
     let image = image.as_path();
     fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
     assert!(unmount(&plan.data_dir, &plan.backing).unwrap());
-    assert_eq!(loop_devices_of(image), "", "the loop device goes with the mount");
+    assert_eq!(loop_devices_of(image), "", "the loop device is removed with the mount");
 
     run(
         "mount",
         &["--fstab", text(plan.fstab.as_ref().unwrap()), text(&plan.data_dir)],
     );
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
-    // What mount from the table leaves out, the next run puts right.
+    // The next run enables direct I/O, which a mount by fstab lacks.
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
     assert!(loop_devices_of(image).trim().ends_with('1'), "direct I/O is on");
 }
 
 #[test]
-fn an_interrupted_run_is_finished_by_the_next() {
+fn an_interrupted_init_is_finished_by_the_next() {
     let mut place = Place::new("30G");
     let plan = place.plan.clone();
     let image = place.image().to_owned();
     let image = image.as_path();
 
-    // Killed while the file system was made.
+    // Killed while creating the file system.
     let partial = image.with_extension("img.partial");
     fs::write(&partial, "half a file system").unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert!(!partial.exists());
 
-    // Killed between making the image and mounting it.
+    // Killed after creating the image and before mounting it.
     fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
     unmount(&plan.data_dir, &plan.backing).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
 
-    // Killed between mounting and registering, and before the folders were made.
+    // Killed after mounting and before creating the folders and registering.
     fs::remove_file(plan.fstab.as_ref().unwrap()).unwrap();
     fs::remove_dir(plan.data_dir.join("kernel")).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
@@ -122,7 +122,7 @@ fn an_interrupted_run_is_finished_by_the_next() {
 }
 
 #[test]
-fn an_image_that_was_never_formatted_starts_clean() {
+fn an_unformatted_image_is_created_again() {
     let mut place = Place::new("30G");
     File::create_new(place.image()).unwrap().set_len(5 << 30).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
@@ -130,7 +130,7 @@ fn an_image_that_was_never_formatted_starts_clean() {
 }
 
 #[test]
-fn what_lies_at_the_image_s_place_is_never_formatted() {
+fn foreign_data_at_the_image_s_path_is_never_formatted() {
     let scratch = tempfile::tempdir().unwrap();
     let ext4 = fs::read(ext4_image(scratch.path(), "16M")).unwrap();
     for (content, found) in [
@@ -141,7 +141,7 @@ fn what_lies_at_the_image_s_place_is_never_formatted() {
         fs::write(place.image(), content).unwrap();
         let error = place.init().unwrap_err();
         assert!(
-            matches!(&error, StorageError::ForeignImage { found: said, .. } if said == found),
+            matches!(&error, StorageError::ForeignImage { found: actual, .. } if actual == found),
             "{error}"
         );
         assert!(fs::read(place.image()).unwrap() == content);
@@ -149,7 +149,7 @@ fn what_lies_at_the_image_s_place_is_never_formatted() {
 }
 
 #[test]
-fn a_folder_with_files_in_it_is_not_hidden() {
+fn a_folder_with_files_is_not_used_as_mount_point() {
     let mut place = Place::new("30G");
     fs::create_dir(&place.plan.data_dir).unwrap();
     fs::write(place.plan.data_dir.join("precious"), "data").unwrap();
@@ -158,12 +158,12 @@ fn a_folder_with_files_in_it_is_not_hidden() {
 }
 
 #[test]
-fn a_mount_point_of_another_kind_is_refused() {
+fn a_mounted_ext4_is_rejected() {
     let host = HostDisk::ext4(Gib::new(1).bytes());
     let mut place = Place::new("30G");
     place.plan.data_dir = host.folder.clone();
     assert!(matches!(place.init(), Err(StorageError::NotAPool { .. })));
-    // The host disk unmounts itself; the place must not try.
+    // The host disk unmounts itself; the place must not.
     place.plan.data_dir = "/nonexistent".into();
 }
 
@@ -181,12 +181,12 @@ fn a_pool_takes_eighty_percent_of_a_500_gib_host_disk() {
 }
 
 #[test]
-fn a_host_disk_with_24_gib_free_is_refused_in_the_words_of_the_seed_also_with_a_requested_size() {
+fn a_host_disk_with_24_gib_free_is_rejected_with_the_message_of_the_seed() {
     let host = HostDisk::ext4(Gib::new(25).bytes());
     for size in [None, Some("100G")] {
         let mut place = Place::at(&host.folder, size);
         let error = place.init().unwrap_err().to_string();
-        let (seed, place_named) = error.split_once(". POOL_IMAGE is to lie in ").unwrap();
+        let (seed, place_named) = error.split_once(". POOL_IMAGE would be in ").unwrap();
         assert_eq!(seed, "Insufficient disk space. Need at least 25GB free, found 24GB");
         assert!(place_named.starts_with(text(&host.folder)), "{error}");
         assert!(!place.image().exists() && !place.fstab().exists());
@@ -194,7 +194,7 @@ fn a_host_disk_with_24_gib_free_is_refused_in_the_words_of_the_seed_also_with_a_
 }
 
 #[test]
-fn a_requested_size_is_exact_and_larger_than_the_host_disk_is_a_warning() {
+fn a_requested_size_over_the_host_disk_is_used_with_a_warning() {
     let host = HostDisk::ext4(Gib::new(40).bytes());
     let mut place = Place::at(&host.folder, Some("100G"));
     place.init().unwrap();
@@ -202,14 +202,14 @@ fn a_requested_size_is_exact_and_larger_than_the_host_disk_is_a_warning() {
     assert_eq!(pool.space().unwrap().capacity, Gib::new(100).bytes());
     assert!(pool.space().unwrap().free < Gib::new(40).bytes());
     assert!(
-        place.warnings()[0].contains("creations will be refused"),
+        place.warnings()[0].contains("new VMs will be refused"),
         "{:?}",
         place.warnings()
     );
 }
 
 #[test]
-fn two_runs_at_once_make_one_pool() {
+fn concurrent_inits_create_one_pool() {
     let place = Place::new("30G");
     let runs: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4)
@@ -226,7 +226,7 @@ fn two_runs_at_once_make_one_pool() {
 }
 
 #[test]
-fn an_image_that_is_mounted_elsewhere_is_not_mounted_twice() {
+fn an_image_mounted_elsewhere_is_not_mounted_again() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let mut other = Place::at(place.image().parent().unwrap(), Some("30G"));
@@ -241,7 +241,7 @@ fn an_image_that_is_mounted_elsewhere_is_not_mounted_twice() {
 }
 
 #[test]
-fn a_pool_has_one_user_at_a_time_and_remembers_whose_it_is() {
+fn a_pool_is_locked_for_one_program_and_records_its_owner() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let (first, second) = (place.open(USUAL), place.open(USUAL));
@@ -256,26 +256,26 @@ fn a_pool_has_one_user_at_a_time_and_remembers_whose_it_is() {
 }
 
 #[test]
-fn the_kernel_of_all_guests_can_be_read_by_every_account() {
+fn kernel_and_initramfs_are_readable_for_every_account() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
-    pool.share_kernel().unwrap();
+    pool.make_kernel_readable().unwrap();
     let (vmlinuz, initrd) = (pool.kernel_dir().join("vmlinuz"), pool.kernel_dir().join("initrd.img"));
     let modes = || [&vmlinuz, &initrd].map(|file| file.metadata().unwrap().mode() & 0o777);
     let made = tempfile::NamedTempFile::new().unwrap();
     pool.install_kernel(made.path(), made.path()).unwrap();
     assert_eq!(modes(), [0o644; 2]);
-    // As an earlier release left them.
+    // The mode set by earlier releases.
     for file in [&vmlinuz, &initrd] {
         fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
     }
-    pool.share_kernel().unwrap();
+    pool.make_kernel_readable().unwrap();
     assert_eq!(modes(), [0o644; 2]);
 }
 
 #[test]
-fn an_unmounted_pool_is_not_taken_for_an_empty_one() {
+fn an_unmounted_pool_is_not_treated_as_empty() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
@@ -288,7 +288,7 @@ fn an_unmounted_pool_is_not_taken_for_an_empty_one() {
 }
 
 #[test]
-fn what_btrfs_has_not_committed_yet_is_not_free() {
+fn uncommitted_writes_are_not_free() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
@@ -314,12 +314,12 @@ fn what_btrfs_has_not_committed_yet_is_not_free() {
     let taken = before - pool.space().unwrap().free;
     assert!(
         (Bytes::from_mib(500)..Bytes::from_mib(600)).contains(&taken),
-        "{taken} after it"
+        "{taken} after the commit"
     );
 }
 
 #[test]
-fn a_pool_grows_and_shrinks_in_all_its_layers_and_keeps_its_data() {
+fn a_resize_changes_all_layers_and_keeps_the_data() {
     let host = HostDisk::ext4(Gib::new(100).bytes());
     let mut place = Place::at(&host.folder, Some("30G"));
     place.init().unwrap();
@@ -351,7 +351,7 @@ fn a_pool_grows_and_shrinks_in_all_its_layers_and_keeps_its_data() {
     assert_eq!(layers(), [60; 3]);
     pool.shrink(Gib::new(40)).unwrap();
     assert_eq!(layers(), [40; 3]);
-    // By the rule, on what the host disk has today: its image's own blocks count as free for it.
+    // By default 80 % of the host disk; the image's own blocks count as free.
     pool.grow(None).unwrap();
     assert!((75..=80).contains(&layers()[0]), "{:?}", layers());
     assert_eq!(run("sha256sum", &[text(&file)]), sum);
@@ -374,7 +374,7 @@ fn a_pool_grows_and_shrinks_in_all_its_layers_and_keeps_its_data() {
 }
 
 #[test]
-fn a_pool_is_not_shrunk_below_what_was_promised() {
+fn a_pool_is_not_shrunk_below_its_promises() {
     let host = HostDisk::ext4(Gib::new(100).bytes());
     let mut place = Place::at(&host.folder, Some("60G"));
     place.init().unwrap();
@@ -386,25 +386,25 @@ fn a_pool_is_not_shrunk_below_what_was_promised() {
     let error = pool.shrink(Gib::new(40)).unwrap_err().to_string();
     assert!(error.contains("promised 45 GiB"), "{error}");
     assert_eq!(pool.space().unwrap().capacity, Gib::new(60).bytes());
-    // Promised once, 45 GiB also need the buffer and room for metadata.
+    // With a ratio of 1, 45 GiB also need the buffer and space for metadata.
     let error = pool.shrink(Gib::new(50)).unwrap_err().to_string();
     assert!(
-        error.contains("used and promised") && error.contains("at least 5"),
+        error.contains("the used data and the promised disks") && error.contains("at least 5"),
         "{error}"
     );
     pool.shrink(Gib::new(55)).unwrap();
 }
 
 #[test]
-fn a_change_of_size_that_a_crash_interrupted_ends_with_all_layers_agreeing() {
+fn reconcile_completes_a_resize_interrupted_by_a_crash() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
-    // A growth that came as far as the image: no client was answered.
+    // A growth that resized only the image: no client got a response.
     run("truncate", &["-s", "35G", text(place.image())]);
     pool.reconcile().unwrap();
     assert_eq!(pool.space().unwrap().capacity, Gib::new(35).bytes());
-    // A shrinking that came as far as the file system.
+    // A shrink that resized only the file system.
     run("btrfs", &["filesystem", "resize", "20G", text(&place.plan.data_dir)]);
     assert_eq!(pool.space().unwrap().capacity, Gib::new(20).bytes());
     pool.reconcile().unwrap();
@@ -412,7 +412,7 @@ fn a_change_of_size_that_a_crash_interrupted_ends_with_all_layers_agreeing() {
 }
 
 #[test]
-fn trimming_gives_deleted_data_back_to_the_host_disk() {
+fn trimming_returns_freed_blocks_to_the_host_disk() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
@@ -439,7 +439,7 @@ fn trimming_gives_deleted_data_back_to_the_host_disk() {
 }
 
 #[test]
-fn a_pool_that_is_not_mounted_says_how_to_make_it() {
+fn the_error_for_an_unmounted_pool_names_the_remedy() {
     let scratch = tempfile::tempdir().unwrap();
     let error = Pool::open(scratch.path(), &Backing::Image("/nonexistent".into()), USUAL)
         .unwrap_err()
@@ -448,7 +448,7 @@ fn a_pool_that_is_not_mounted_says_how_to_make_it() {
 }
 
 #[test]
-fn free_is_what_the_host_disk_can_still_take() {
+fn free_space_is_limited_by_the_host_disk() {
     let host = HostDisk::ext4(Gib::new(40).bytes());
     let mut place = Place::at(&host.folder, Some("30G"));
     place.init().unwrap();

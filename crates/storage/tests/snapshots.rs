@@ -1,14 +1,14 @@
-//! Snapshots of disks on real pools: what is in the template, and what is not any more.
+//! Snapshots of disks in real pools: the contents that a template has, and those that were removed.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step ends the test"
 )]
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, Identity, Pool, StorageError, Template};
+use scalebox_storage::{Bounds, Bytes, Gib, GuestIdentity, Pool, StorageError, Template};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +24,7 @@ const HOST_NAME: &str = "so-secret-otter";
 const SEEDED: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJustAPublicKeyThatWasSeeded";
 const OWN: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIAKeyThatThePersonAddedThemself";
 
-/// An ext4 image with what a guest has that was used.
+/// Creates an image with the files of a used guest.
 fn used_guest(folder: &Path) -> PathBuf {
     let (root, image) = (folder.join("root"), folder.join("guest.ext4"));
     let put = |path: &str, content: &str| {
@@ -79,7 +79,7 @@ fn cat(image: &Path, path: &str) -> String {
     run("debugfs", &["-R", &format!("cat {path}"), text(image)])
 }
 
-/// A pool with the disk `vm-1`, cloned from a template that a guest has used.
+/// Creates a pool with the disk `vm-1`, cloned from a template with a guest's files.
 fn with_a_used_disk() -> Stocked {
     let stocked = Stocked::new("20G", USUAL);
     give_a_used_disk(&stocked);
@@ -97,12 +97,12 @@ fn give_a_used_disk(stocked: &Stocked) {
 }
 
 fn snapshot(pool: &Pool, template: &str) -> Result<Template, StorageError> {
-    let source = Identity {
+    let source = GuestIdentity {
         hostname: HOST_NAME.to_owned(),
         ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
     };
     let mut snapshot = pool.begin_snapshot(&name(template))?;
-    pool.settle_disk(&name("vm-1"))?;
+    pool.flush_disk(&name("vm-1"))?;
     pool.take_snapshot(&mut snapshot, &name("vm-1"))?;
     pool.finish_snapshot(snapshot, &source)
 }
@@ -112,12 +112,12 @@ fn template_path(stocked: &Stocked, template: &str) -> PathBuf {
 }
 
 #[test]
-fn a_template_made_of_a_disk_has_its_files_and_nothing_of_its_identity() {
+fn a_snapshot_keeps_the_files_and_removes_the_identity() {
     let stocked = with_a_used_disk();
     let disk = disk_path(&stocked.pool, &name("vm-1"));
     let secrets = [HOST_KEY, DELETED_KEY, MACHINE_ID, HOST_NAME, SEEDED, "vm-0123456789ab"];
     for secret in secrets {
-        assert!(contains(&disk, secret), "{secret} is where it was");
+        assert!(contains(&disk, secret), "the disk lacks {secret}");
     }
     let before = fs::read(&disk).unwrap();
 
@@ -125,10 +125,7 @@ fn a_template_made_of_a_disk_has_its_files_and_nothing_of_its_identity() {
     assert_eq!(made.size, Bytes::from_mib(64));
     let image = template_path(&stocked, "golden");
     for secret in secrets {
-        assert!(
-            !contains(&image, secret),
-            "{secret} is nowhere, free blocks and journal included"
-        );
+        assert!(!contains(&image, secret), "the template contains {secret}");
     }
     let checked = Command::new("e2fsck").args(["-fn", text(&image)]).output().unwrap();
     assert_eq!(
@@ -153,8 +150,8 @@ fn a_template_made_of_a_disk_has_its_files_and_nothing_of_its_identity() {
     let ssh = run("debugfs", &["-R", "ls /etc/ssh", text(&image)]);
     assert!(ssh.contains("odd") && !ssh.contains("ssh_host_ed25519_key"), "{ssh}");
 
-    assert!(fs::read(&disk).unwrap() == before, "the disk is as it was");
-    // Only the template's own is left beside it.
+    assert!(fs::read(&disk).unwrap() == before, "the disk changed");
+    // No temporary files are left next to the template.
     let left: Vec<_> = fs::read_dir(image.parent().unwrap())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -164,7 +161,7 @@ fn a_template_made_of_a_disk_has_its_files_and_nothing_of_its_identity() {
 }
 
 #[test]
-fn where_every_byte_is_backed_a_snapshot_takes_room_for_what_it_shares() {
+fn with_a_ratio_of_one_a_snapshot_is_admitted_for_the_shared_blocks() {
     let backed = Bounds {
         overcommit_ratio: 1.0,
         ..USUAL
@@ -173,7 +170,7 @@ fn where_every_byte_is_backed_a_snapshot_takes_room_for_what_it_shares() {
     let pool = &stocked.pool;
     stocked.create("vm-1", 6);
     stocked.create("vm-2", 7);
-    // As a guest writes: 5 GiB that it may all write again.
+    // Represents 5 GiB written by a guest, which it may overwrite again.
     let disk = disk_path(pool, &name("vm-1"));
     run("fallocate", &["-l", "5G", text(&disk)]);
     pool.measure().unwrap();
@@ -188,13 +185,13 @@ fn where_every_byte_is_backed_a_snapshot_takes_room_for_what_it_shares() {
     pool.measure().unwrap();
     snapshot(pool, "golden").unwrap();
     assert_eq!(pool.promises().reserved, Bytes::ZERO);
-    // What it shares is promised to nobody from here on.
+    // The shared blocks are no longer promised.
     pool.measure().unwrap();
     assert!(pool.admit(Gib::new(7).bytes()).is_err());
 }
 
 #[test]
-fn a_snapshot_works_in_a_pool_whose_path_is_odd() {
+fn snapshots_work_in_a_pool_with_an_unusual_path() {
     let scratch = tempfile::tempdir().unwrap();
     let folder = scratch.path().join("an \"odd\" path's \\ name");
     fs::create_dir(&folder).unwrap();
@@ -206,11 +203,11 @@ fn a_snapshot_works_in_a_pool_whose_path_is_odd() {
 }
 
 #[test]
-fn a_guest_whose_name_is_every_machine_s_keeps_that_in_its_hosts() {
+fn a_guest_named_localhost_keeps_localhost_in_its_hosts_file() {
     let stocked = with_a_used_disk();
-    let source = Identity {
+    let source = GuestIdentity {
         hostname: "localhost".to_owned(),
-        ..Identity::default()
+        ..GuestIdentity::default()
     };
     let mut snapshot = stocked.pool.begin_snapshot(&name("golden")).unwrap();
     stocked.pool.take_snapshot(&mut snapshot, &name("vm-1")).unwrap();
@@ -220,7 +217,7 @@ fn a_guest_whose_name_is_every_machine_s_keeps_that_in_its_hosts() {
 }
 
 #[test]
-fn of_many_at_once_who_takes_a_name_has_it() {
+fn one_of_many_concurrent_snapshots_holds_a_name() {
     let stocked = Stocked::new("20G", USUAL);
     let (pool, partial) = (&stocked.pool, template_path(&stocked, "x").with_file_name(".x.partial"));
     let (begun, held) = (Barrier::new(8), AtomicUsize::new(0));
@@ -232,7 +229,7 @@ fn of_many_at_once_who_takes_a_name_has_it() {
                     match pool.begin_snapshot(&name("x")) {
                         Ok(snapshot) => {
                             assert_eq!(held.fetch_add(1, Ordering::SeqCst), 0, "held twice");
-                            assert!(partial.exists(), "swept away under who holds it");
+                            assert!(partial.exists(), "removed by a concurrent snapshot");
                             held.fetch_sub(1, Ordering::SeqCst);
                             drop(snapshot);
                         }
@@ -247,7 +244,7 @@ fn of_many_at_once_who_takes_a_name_has_it() {
 }
 
 #[test]
-fn a_name_is_snapshotted_to_once_and_a_failure_leaves_nothing() {
+fn a_template_name_is_used_once_and_failures_leave_nothing_behind() {
     let stocked = with_a_used_disk();
     let pool = &stocked.pool;
     let held = pool.begin_snapshot(&name("golden")).unwrap();
@@ -258,9 +255,9 @@ fn a_name_is_snapshotted_to_once_and_a_failure_leaves_nothing() {
     assert!(matches!(snapshot(pool, "tiny"), Err(StorageError::TemplateExists(_))));
     let reserved = pool.promises().reserved;
     drop(held);
-    assert!(pool.promises().reserved < reserved, "its room is given back");
+    assert!(pool.promises().reserved < reserved, "the reservation is released");
 
-    // A disk that holds no file system any more.
+    // A disk without a file system.
     let disk = disk_path(pool, &name("vm-1"));
     run(
         "dd",
@@ -274,7 +271,7 @@ fn a_name_is_snapshotted_to_once_and_a_failure_leaves_nothing() {
         ],
     );
     let refused = snapshot(pool, "golden").unwrap_err();
-    assert!(matches!(refused, StorageError::Unfit(_)), "{refused}");
+    assert!(matches!(refused, StorageError::UnfitDisk(_)), "{refused}");
     assert!(pool.template(&name("golden")).is_err());
     let templates = template_path(&stocked, "golden");
     let left = fs::read_dir(templates.parent().unwrap()).unwrap().filter(|entry| {

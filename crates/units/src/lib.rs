@@ -1,13 +1,13 @@
-//! Names and keys that a client sends, as types. Each type has one parser, and every later stage
-//! takes the type: a value that the API accepts cannot be refused when a VM is started with it.
+//! Types for names and keys that clients send. Each type has one parser, and all later code takes
+//! the type. So a value that the API accepted is not rejected when a VM starts with it.
 //!
 //! # Layout
 //!
-//! | file | job |
+//! | file | contents |
 //! |---|---|
-//! | `names` | [`TemplateName`], [`VmName`], a VM's id; [`WrongForm`], why a text is not one |
+//! | `names` | [`TemplateName`], [`VmName`], VM ids; [`InvalidFormat`], the parse error |
 //! | `key` | [`SshPublicKey`] |
-//! | `schema` (feature `openapi`) | the JSON schema of each |
+//! | `schema` (feature `openapi`) | the JSON schema of each type |
 
 #![warn(missing_docs)]
 
@@ -17,4 +17,4 @@ mod names;
 mod schema;
 
 pub use key::SshPublicKey;
-pub use names::{TemplateName, VmName, WrongForm, is_vm_id};
+pub use names::{InvalidFormat, TemplateName, VmName, is_vm_id};

@@ -1,25 +1,26 @@
-//! The forms of a template's and a VM's name. Both become parts of file names, a VM's also its
-//! guest's host name, so the types here are the only way in: what holds one needs no further check.
+//! Names of templates and VMs. Both become parts of file names, and a VM's name is also its guest's
+//! host name. The types here are checked on creation, so their users need no further checks.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// A text does not have the form it needs; reads on after the name of the field: `must be …`.
+/// A text has the wrong form. The message continues after the name of the field: `must be …`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct WrongForm(String);
+pub struct InvalidFormat(String);
 
-impl WrongForm {
-    /// What the form is, to be read after the name of the field: `must be …`.
+impl InvalidFormat {
+    /// Creates the error. `form` describes the right form and continues after the name of the
+    /// field: `must be …`.
     pub fn new(form: impl Into<String>) -> Self {
-        WrongForm(form.into())
+        InvalidFormat(form.into())
     }
 }
 
-/// A template's name: 1 to 63 ASCII letters, digits, dashes, dots and underscores, the first a
-/// letter or a digit. The same form as a file of the pool has, so that every template that can be
-/// made can be asked for.
+/// A template's name: 1 to 63 ASCII letters, digits, dashes, dots and underscores, beginning with a
+/// letter or a digit. File names in the pool have the same form, so every template can be requested
+/// by its name.
 ///
 /// ```
 /// use scalebox_units::TemplateName;
@@ -30,8 +31,8 @@ impl WrongForm {
 #[serde(try_from = "String", into = "String")]
 pub struct TemplateName(String);
 
-/// A VM's name: a host name of 1 to 63 lower-case letters, digits and dashes, no dash at either end
-/// (RFC 1123, section 2.1), that cannot be taken for a VM's id.
+/// A VM's name: a host name that does not look like a VM id. It has 1 to 63 lower-case letters,
+/// digits and dashes, without a dash at either end (RFC 1123, section 2.1).
 ///
 /// ```
 /// use scalebox_units::VmName;
@@ -42,46 +43,46 @@ pub struct TemplateName(String);
 #[serde(try_from = "String", into = "String")]
 pub struct VmName(String);
 
-/// The most that a host name's label holds (RFC 1035, section 2.3.4).
-const LONGEST: usize = 63;
+/// Maximum length of a label of a host name (RFC 1035, section 2.3.4).
+const MAX_LENGTH: usize = 63;
 
 const TEMPLATE_FORM: &str =
     "must be 1 to 63 letters, digits, dashes, dots or underscores and begin with a letter or a digit";
 const VM_FORM: &str = "must be 1 to 63 lower-case letters, digits or dashes and neither begin nor end with a dash";
 const VM_NOT_ID: &str = "must not have the form of a VM's id (vm- and 12 hex digits)";
 
-/// Whether `text` has the form of a VM's id: `vm-` and twelve lower-case hex digits.
+/// Returns whether `text` has the form of a VM id: `vm-` and twelve lower-case hex digits.
 pub fn is_vm_id(text: &str) -> bool {
     text.strip_prefix("vm-")
         .is_some_and(|hex| hex.len() == 12 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
 }
 
 impl FromStr for TemplateName {
-    type Err = WrongForm;
+    type Err = InvalidFormat;
 
-    fn from_str(text: &str) -> Result<Self, WrongForm> {
+    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
         let letters = text
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
         let begins = text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-        if letters && begins && text.len() <= LONGEST {
+        if letters && begins && text.len() <= MAX_LENGTH {
             Ok(TemplateName(text.to_owned()))
         } else {
-            Err(WrongForm::new(TEMPLATE_FORM))
+            Err(InvalidFormat::new(TEMPLATE_FORM))
         }
     }
 }
 
 impl FromStr for VmName {
-    type Err = WrongForm;
+    type Err = InvalidFormat;
 
-    fn from_str(text: &str) -> Result<Self, WrongForm> {
+    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
         let letters = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
         let ends = !text.starts_with('-') && !text.ends_with('-');
-        if !(letters && ends && (1..=LONGEST).contains(&text.len())) {
-            Err(WrongForm::new(VM_FORM))
+        if !(letters && ends && (1..=MAX_LENGTH).contains(&text.len())) {
+            Err(InvalidFormat::new(VM_FORM))
         } else if is_vm_id(text) {
-            Err(WrongForm::new(VM_NOT_ID))
+            Err(InvalidFormat::new(VM_NOT_ID))
         } else {
             Ok(VmName(text.to_owned()))
         }
@@ -91,7 +92,7 @@ impl FromStr for VmName {
 macro_rules! text_newtype {
     ($name:ident) => {
         impl $name {
-            /// The text.
+            /// Returns the text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -110,9 +111,9 @@ macro_rules! text_newtype {
         }
 
         impl TryFrom<String> for $name {
-            type Error = WrongForm;
+            type Error = InvalidFormat;
 
-            fn try_from(text: String) -> Result<Self, WrongForm> {
+            fn try_from(text: String) -> Result<Self, InvalidFormat> {
                 text.parse()
             }
         }
@@ -134,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_template_name_cannot_leave_its_folder() {
+    fn template_names_cannot_leave_their_folder() {
         for text in ["debian-base", "a", "0", "Ubuntu_24.04", "a..b", &"a".repeat(63)] {
             assert_eq!(text.parse::<TemplateName>().expect(text).as_str(), text);
         }
@@ -159,14 +160,14 @@ mod tests {
         for text in bad {
             assert_eq!(
                 text.parse::<TemplateName>(),
-                Err(WrongForm::new(TEMPLATE_FORM)),
+                Err(InvalidFormat::new(TEMPLATE_FORM)),
                 "{text:?}"
             );
         }
     }
 
     #[test]
-    fn a_vm_name_is_a_host_name() {
+    fn vm_names_are_host_names() {
         for text in [
             "very-silly-penguin",
             "a",
@@ -193,13 +194,13 @@ mod tests {
             &"a".repeat(64),
         ];
         for text in bad {
-            assert_eq!(text.parse::<VmName>(), Err(WrongForm::new(VM_FORM)), "{text:?}");
+            assert_eq!(text.parse::<VmName>(), Err(InvalidFormat::new(VM_FORM)), "{text:?}");
         }
     }
 
     #[test]
-    fn a_vm_name_is_never_taken_for_an_id() {
-        assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(WrongForm::new(VM_NOT_ID)));
+    fn vm_names_never_look_like_ids() {
+        assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(InvalidFormat::new(VM_NOT_ID)));
         assert!(is_vm_id("vm-0123456789ab"));
         for text in [
             "vm-0123456789AB",

@@ -1,5 +1,5 @@
-//! The JSON schema of each type, for the daemon's description of its API. The patterns say what the
-//! parsers take.
+//! The JSON schema of each type, for the OpenAPI document. The patterns match what the parsers
+//! accept.
 
 use crate::{SshPublicKey, TemplateName, VmName};
 use std::borrow::Cow;
@@ -21,7 +21,7 @@ impl PartialSchema for TemplateName {
     fn schema() -> RefOr<Schema> {
         text()
             .description(Some(
-                "A template's name: letters, digits, dashes, dots and underscores, the first a letter or a digit.",
+                "A template's name: letters, digits, dashes, dots and underscores, beginning with a letter or a digit.",
             ))
             .pattern(Some("^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"))
             .max_length(Some(63))
@@ -40,7 +40,7 @@ impl PartialSchema for VmName {
     fn schema() -> RefOr<Schema> {
         text()
             .description(Some(
-                "A VM's name: a host name of lower-case letters, digits and dashes, no dash at either end, that does \
+                "A VM's name: a host name of lower-case letters, digits and dashes, without a dash at either end, that does \
                  not have the form of a VM's id.",
             ))
             .format(Some(SchemaFormat::KnownFormat(KnownFormat::Hostname)))
@@ -61,9 +61,9 @@ impl PartialSchema for SshPublicKey {
     fn schema() -> RefOr<Schema> {
         text()
             .description(Some(
-                "An OpenSSH public key on one line, such as the content of `~/.ssh/id_ed25519.pub`. White space around \
-                 it is taken off. Refused: several keys, options before the key, certificates, DSA, RSA of under 2048 \
-                 or over 16384 bits, and data that is not a key of the type.",
+                "An OpenSSH public key on one line, such as the content of `~/.ssh/id_ed25519.pub`. Surrounding white \
+                 space is removed. Rejected: several keys, options before the key, certificates, DSA, RSA under 2048 \
+                 or over 16384 bits, and data that is not a key of the given type.",
             ))
             .format(Some(SchemaFormat::Custom("ssh-public-key".to_owned())))
             .pattern(Some(

@@ -1,6 +1,6 @@
-//! What the parsers accept, and that it has the form that every later stage counts on.
+//! The parsers' rules, and the form of accepted values on which all later code relies.
 
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use proptest::prelude::*;
 use scalebox_units::{SshPublicKey, VmName};
@@ -16,7 +16,7 @@ fn parsed(text: &str) -> Result<String, String> {
 }
 
 #[test]
-fn a_key_is_taken_as_its_file_holds_it_and_stored_as_one_line() {
+fn key_files_are_accepted_and_stored_as_one_line() {
     let line = format!("{KEY} me@laptop");
     for text in [
         format!("{line}\n"),
@@ -34,7 +34,7 @@ fn a_key_is_taken_as_its_file_holds_it_and_stored_as_one_line() {
 }
 
 #[test]
-fn a_line_break_or_a_control_character_inside_a_key_is_refused_and_named() {
+fn line_breaks_and_control_characters_are_rejected_and_named() {
     for (text, named) in [
         (format!("{KEY}\n{ECDSA}"), r"\u{a}"),
         (format!("{KEY}\r{ECDSA}"), r"\u{d}"),
@@ -52,7 +52,7 @@ fn a_line_break_or_a_control_character_inside_a_key_is_refused_and_named() {
 }
 
 #[test]
-fn a_second_key_on_the_line_is_told_apart_from_a_comment() {
+fn a_second_key_on_the_line_is_rejected_and_a_comment_is_not() {
     for second in [
         KEY,
         ECDSA,
@@ -77,7 +77,7 @@ fn a_second_key_on_the_line_is_told_apart_from_a_comment() {
 }
 
 #[test]
-fn a_key_that_an_earlier_version_recorded_is_still_read() {
+fn keys_recorded_by_an_earlier_version_are_still_read() {
     let two = format!("{KEY} {ECDSA}");
     assert!(parsed(&two).is_err());
     for (recorded, line) in [(two.clone(), two), (format!("{KEY}\u{a0}"), KEY.to_owned())] {
@@ -89,10 +89,10 @@ fn a_key_that_an_earlier_version_recorded_is_still_read() {
 }
 
 proptest! {
-    /// Whatever stands around a key: what is accepted is one line, without a character that a
-    /// guest's readers stop at.
+    /// Accepted keys are one line without characters that end it for a guest's readers, whatever
+    /// surrounded them in the input.
     #[test]
-    fn an_accepted_key_is_one_short_line_that_reads_the_same_again(
+    fn accepted_keys_are_one_short_line_that_parses_to_the_same_key(
         before in "\\PC{0,3}|[\\s\u{feff}\u{a0}]{0,4}",
         gap in "[ \t\u{a0}\u{2003}]{1,3}",
         comment in "\\PC{0,40}|.{0,40}|[\\x00-\\x{ffff}]{0,10}",
@@ -111,7 +111,7 @@ proptest! {
     }
 
     #[test]
-    fn an_accepted_vm_name_is_a_host_name_label(name in "[a-z0-9-]{1,63}|\\PC{0,70}|.{0,5}") {
+    fn accepted_vm_names_are_host_name_labels(name in "[a-z0-9-]{1,63}|\\PC{0,70}|.{0,5}") {
         if let Ok(name) = name.parse::<VmName>() {
             let name = name.as_str();
             prop_assert!((1..=63).contains(&name.len()));

@@ -1,5 +1,5 @@
-//! The checksum of ext4's metadata: CRC-32C (Castagnoli), as the kernel's `crc32c`, without a final
-//! inversion.
+//! The checksum of ext4 metadata: CRC-32C (Castagnoli) like the kernel's `crc32c`, without the
+//! final inversion.
 
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 
@@ -30,8 +30,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_check_value_of_the_catalogue_comes_out() {
-        // RFC 3720, B.4, and the usual check over the nine digits; both invert at the end.
+    fn checksums_match_the_published_values() {
+        // RFC 3720, B.4, and the usual check value of the nine digits; both are inverted at the
+        // end.
         assert_eq!(!crc32c(!0, b"123456789"), 0xe306_9283);
         assert_eq!(!crc32c(!0, &[0; 32]), 0x8a91_36aa);
         assert_eq!(crc32c(crc32c(!0, b"1234"), b"56789"), crc32c(!0, b"123456789"));

@@ -1,24 +1,24 @@
-//! Blocks of folders, and what is left in them of names that were deleted.
+//! Blocks of folders, and the remains of deleted names in them.
 //!
-//! A deleted entry becomes a part of the one before it, and its name stays until something else
-//! needs the room (Documentation/filesystems/ext4/directory.rst of the kernel). Older kernels and
-//! e2fsprogs leave it; Linux wipes it since 5.13.
+//! A deleted entry becomes part of the entry before it, and its name stays until the space is
+//! needed (Documentation/filesystems/ext4/directory.rst of the kernel). Older kernels and e2fsprogs
+//! leave it; Linux wipes it since 5.13.
 
 use super::crc32c::crc32c;
 use super::inode::{Inode, Piece};
-use super::layout::{Layout, odd};
+use super::layout::{Layout, inconsistent};
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 
-/// The head of an entry, before its name.
+/// Length of an entry before its name.
 const HEAD: usize = 8;
-/// What a block with a checksum ends with: an entry of this length, which holds it.
+/// Length of the entry with the checksum, which ends a block with one.
 const TAIL: usize = 12;
 const TAIL_MARK: u8 = 0xde;
-/// A folder in more pieces has hundreds of millions of entries.
+/// Maximum number of pieces of a folder. With more it would have hundreds of millions of entries.
 const MAX_PIECES: usize = 1 << 20;
 
 /// The blocks of one folder.
@@ -26,11 +26,11 @@ pub(super) struct Directory<'i> {
     image: &'i File,
     layout: &'i Layout,
     pieces: Vec<Piece>,
-    /// Of the blocks that hold not names but an index of them, where it begins in them.
+    /// The blocks that contain an index instead of names, and the offset of the index in each.
     index: HashMap<u64, usize>,
-    /// The checksum of a block goes on from here.
+    /// The initial value of a block's checksum.
     seed: Option<u32>,
-    /// Its names are encrypted, and with some of them stands a hash.
+    /// Whether its names are encrypted; some of them are then followed by a hash.
     encrypted: bool,
 }
 
@@ -40,7 +40,7 @@ impl<'i> Directory<'i> {
         let (mut pieces, mut all) = (Vec::new(), inode.pieces(image, layout)?);
         while let Some(piece) = all.next()? {
             if pieces.len() == MAX_PIECES {
-                return Err(odd("a folder lies in too many pieces"));
+                return Err(inconsistent("a folder has too many pieces"));
             }
             pieces.push(piece);
         }
@@ -62,13 +62,13 @@ impl<'i> Directory<'i> {
         Ok(directory)
     }
 
-    /// Its blocks: the number in the folder, and the number in the image.
+    /// Lists its blocks: the number in the folder, and the number in the image.
     pub(super) fn blocks(&self) -> impl Iterator<Item = (u64, u64)> + use<'_> {
         let written = self.pieces.iter().filter(|piece| piece.written);
         written.flat_map(|piece| (0..piece.length).map(|nth| (piece.logical + nth, piece.physical + nth)))
     }
 
-    /// Whether the block that has this number in the folder holds no names, but an index of them.
+    /// Returns whether the block with this number in the folder contains an index instead of names.
     pub(super) fn holds_index(&self, logical: u64) -> bool {
         self.index.contains_key(&logical)
     }
@@ -80,10 +80,10 @@ impl<'i> Directory<'i> {
         (nth < piece.length).then_some(piece.physical + nth)
     }
 
-    /// The blocks of its index. Empty where the first block does not begin one: then all blocks
-    /// hold names.
+    /// Finds the blocks of its index. Empty if the first block does not begin an index: then all
+    /// blocks contain names.
     fn find_index(&self) -> Result<HashMap<u64, usize>, StorageError> {
-        /// Of the first block: behind two entries, and before the entries of the index.
+        /// Offset in the first block: after two entries, and before the entries of the index.
         const ROOT: usize = 0x18;
         const ROOT_LENGTH: u8 = 8;
         const MAX_LEVELS: u8 = 3;
@@ -105,11 +105,11 @@ impl<'i> Directory<'i> {
             let mut next = Vec::new();
             for logical in nodes {
                 let Some(physical) = self.physical(logical) else {
-                    return Err(odd("the index of a folder"));
+                    return Err(inconsistent("the index of a folder"));
                 };
                 let node = self.layout.block(self.image, physical)?;
                 if index.insert(logical, HEAD).is_some() || index_entries(&node, HEAD).is_none() {
-                    return Err(odd("the index of a folder"));
+                    return Err(inconsistent("the index of a folder"));
                 }
                 next.extend(children(&node, HEAD));
             }
@@ -118,15 +118,15 @@ impl<'i> Directory<'i> {
         Ok(index)
     }
 
-    /// Wipes what is left of deleted names in the block that has this number in the folder, and
-    /// renews its checksum. Returns whether there was any.
+    /// Wipes the remains of deleted names in the block with this number in the folder, and updates
+    /// its checksum. Returns whether there were any.
     pub(super) fn wipe(&self, logical: u64, block: &mut [u8]) -> Result<bool, StorageError> {
         if self.encrypted {
             return Ok(false);
         }
         if let Some(start) = self.index.get(&logical) {
-            let entries = index_entries(block, *start).ok_or_else(|| odd("the index of a folder"))?;
-            // The checksum of such a block does not cover what lies behind its entries.
+            let entries = index_entries(block, *start).ok_or_else(|| inconsistent("the index of a folder"))?;
+            // The checksum of such a block does not cover the space after its entries.
             return Ok(zero(block, entries.end..entries_end(block, *start)));
         }
         let Some(end) = self.names_end(block) else {
@@ -140,7 +140,8 @@ impl<'i> Directory<'i> {
         Ok(wiped)
     }
 
-    /// Where the entries of a block end; `None` if there should be a checksum and is none.
+    /// Returns the end of a block's entries; `None` if the block should have a checksum but does
+    /// not.
     fn names_end(&self, block: &[u8]) -> Option<usize> {
         if self.seed.is_none() {
             return Some(block.len());
@@ -151,9 +152,9 @@ impl<'i> Directory<'i> {
         is_tail.then_some(end)
     }
 
-    /// The block as it says what is in the folder: without the rest of deleted names and the
+    /// Returns the block reduced to the folder's contents: without remains of deleted names and the
     /// checksum.
-    pub(super) fn meaning(&self, logical: u64, mut block: Vec<u8>) -> Result<Vec<u8>, StorageError> {
+    pub(super) fn contents(&self, logical: u64, mut block: Vec<u8>) -> Result<Vec<u8>, StorageError> {
         self.wipe(logical, &mut block)?;
         if self.seed.is_some() {
             let sum = block.len() - 4;
@@ -163,7 +164,7 @@ impl<'i> Directory<'i> {
     }
 }
 
-/// The used entries of an index that begins at `start`; `None` if their number cannot be right.
+/// Returns the range of used entries of an index at `start`; `None` if their number is invalid.
 fn index_entries(block: &[u8], start: usize) -> Option<Range<usize>> {
     const ENTRY: usize = 8;
     let (limit, count) = (Fields(block).u16(start), Fields(block).u16(start + 2));
@@ -171,12 +172,12 @@ fn index_entries(block: &[u8], start: usize) -> Option<Range<usize>> {
     (count > 0 && count <= limit && start + usize::from(limit) * ENTRY <= block.len()).then_some(start..end)
 }
 
-/// Where the room for the entries of an index ends.
+/// Returns the end of the space for entries of an index.
 fn entries_end(block: &[u8], start: usize) -> usize {
     start + usize::from(Fields(block).u16(start)) * 8
 }
 
-/// The blocks, counted in the folder, that the entries of an index name.
+/// Returns the blocks, counted in the folder, that an index refers to.
 fn children(block: &[u8], start: usize) -> Vec<u64> {
     const NUMBER: u32 = 0x0fff_ffff;
     let entries = index_entries(block, start).unwrap_or_default();
@@ -196,7 +197,7 @@ fn wipe_names(block: &mut [u8], end: usize) -> Result<bool, StorageError> {
             _ => HEAD + usize::from(entry.u8(6)),
         };
         if length < HEAD + 4 || !length.is_multiple_of(4) || used > length || at + length > end {
-            return Err(odd("the entries of a folder"));
+            return Err(inconsistent("the entries of a folder"));
         }
         wiped |= zero(block, at + used..at + length);
         at += length;
@@ -204,7 +205,7 @@ fn wipe_names(block: &mut [u8], end: usize) -> Result<bool, StorageError> {
     Ok(wiped)
 }
 
-/// Fills a part of a block with zeros. Returns whether there was anything else.
+/// Zeroes a part of a block. Returns whether it contained anything else.
 fn zero(block: &mut [u8], part: Range<usize>) -> bool {
     let Some(part) = block.get_mut(part) else { return false };
     let dirty = part.iter().any(|&byte| byte != 0);

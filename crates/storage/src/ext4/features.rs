@@ -1,10 +1,10 @@
-//! Which features of ext4 a disk may have: those that e2fsprogs can check and grow, and the guests'
-//! kernel can mount and write.
+//! The ext4 features that a disk may have. e2fsprogs can check and grow a file system with them,
+//! and the guests' kernel can mount and write it.
 
 use super::superblock::Superblock;
 use std::fmt::Write;
 
-/// A feature that an older kernel may ignore.
+/// A feature that older kernels may ignore.
 #[derive(Clone, Copy)]
 pub(super) struct Compat(pub(super) u32);
 
@@ -30,7 +30,7 @@ impl Incompat {
     pub(super) const CSUM_SEED: Incompat = Incompat(0x2000);
 }
 
-/// A feature without which a kernel can read the file system, but not write it.
+/// A feature without which a kernel can read the file system but not write it.
 #[derive(Clone, Copy)]
 pub(super) struct RoCompat(pub(super) u32);
 
@@ -44,16 +44,15 @@ impl RoCompat {
     pub(super) const PROJECT: RoCompat = RoCompat(0x2000);
 }
 
-/// Bits by which mke2fs and tune2fs know a feature, and its name there.
+/// A feature's bit, and its name in mke2fs and tune2fs.
 type Named = (u32, &'static str);
 
-/// What a disk may have.
+/// The allowed features.
 const COMPAT: u32 = 0x1 | 0x4 | 0x8 | 0x10 | 0x20 | 0x200 | 0x400 | 0x800 | 0x1000;
 const INCOMPAT: u32 = 0x2 | 0x4 | 0x10 | 0x40 | 0x80 | 0x200 | 0x400 | 0x2000 | 0x4000 | 0x8000 | 0x10000 | 0x20000;
 const RO_COMPAT: u32 = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x100 | 0x200 | 0x400 | 0x2000 | 0x8000 | 0x10000;
 
-/// Names of what it may not have. A feature that is not in here is named by its number, as
-/// e2fsprogs does.
+/// Names of features that are not allowed. Others are named by their number, as in e2fsprogs.
 const OTHER_COMPAT: [Named; 4] = [
     (0x2, "imagic_inodes"),
     (0x40, "lazy_bg"),
@@ -68,14 +67,13 @@ const OTHER_RO_COMPAT: [Named; 4] = [
     (0x4000, "shared_blocks"),
 ];
 
-/// Returns why a file system with this superblock cannot be a disk; it reads on from "its file
-/// system".
+/// Returns why a file system with this superblock cannot be a disk. The reason continues the
+/// sentence "its file system …".
 pub(super) fn refuse(superblock: &Superblock) -> Option<String> {
     let fields = superblock.fields();
     if superblock.has_incompat(Incompat::MMP) {
-        // `e2fsck` waits, as long as the image says, for another host to show that it has it in
-        // use.
-        return Some("is protected against multiple mounts; take that off (tune2fs -O ^mmp)".to_owned());
+        // `e2fsck` waits, for a time set by the image, for another host that uses the file system.
+        return Some("has multiple mount protection; remove it (tune2fs -O ^mmp)".to_owned());
     }
     if superblock.has_incompat(Incompat::JOURNAL_DEV) {
         return Some("is a journal".to_owned());
@@ -101,14 +99,14 @@ pub(super) fn refuse(superblock: &Superblock) -> Option<String> {
         ));
     }
     if superblock.has_compat(Compat::HAS_JOURNAL) && (superblock.journal().is_none() || fields.u32(0xe4) != 0) {
-        // Programs look for it among the host's devices.
-        let remedy = "give it one of its own (tune2fs -O ^has_journal, then tune2fs -j)";
-        return Some(format!("has its journal elsewhere; {remedy}"));
+        // Programs would search the host's devices for it.
+        let remedy = "give it an internal one (tune2fs -O ^has_journal, then tune2fs -j)";
+        return Some(format!("has an external journal; {remedy}"));
     }
     let block_size = superblock.block_size();
     (block_size > 4096).then(|| {
         format!(
-            "has blocks of {} KiB, and guests can mount at most 4 KiB (mke2fs -b 4096)",
+            "has blocks of {} KiB, but guests can mount at most 4 KiB (mke2fs -b 4096)",
             block_size >> 10
         )
     })

@@ -1,14 +1,14 @@
-//! Inodes, and the blocks that a file's bytes lie in.
+//! Inodes, and the blocks that contain a file's data.
 
-use super::layout::{Layout, odd};
+use super::layout::{Layout, inconsistent};
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::fs::File;
 
-/// The inode that keeps room for group descriptors. It is no file, and growth changes it.
+/// The inode that reserves space for group descriptors. It is not a file, and growth changes it.
 pub(super) const RESIZE_INODE: u32 = 7;
 
-/// Where its block map or its own content begins, and how long it is.
+/// Offset and length of the block map or the inline data.
 const MAP: usize = 0x28;
 const MAP_LENGTH: usize = 60;
 
@@ -23,7 +23,7 @@ const EXTENTS: u32 = 0x8_0000;
 const ATTRIBUTE: u32 = 0x20_0000;
 const INLINE: u32 = 0x1000_0000;
 
-/// An inode as it stands in its table.
+/// An inode as stored in its table.
 #[derive(Clone, Copy)]
 pub(super) struct Inode<'b> {
     pub(super) number: u64,
@@ -51,18 +51,18 @@ impl Inode<'_> {
         self.is(LINK)
     }
 
-    /// Whether what it holds lies in the inode itself.
+    /// Returns whether its data is in the inode itself.
     pub(super) fn is_inline(&self) -> bool {
         self.flags() & INLINE != 0
     }
 
-    /// The size of its file, in bytes.
+    /// Returns the size of its file, in bytes.
     pub(super) fn size(&self) -> u64 {
         u64::from(self.fields().u32(0x4)) | u64::from(self.fields().u32(0x6c)) << 32
     }
 
-    /// What lies in the inode itself: in place of the map of blocks, and what did not fit there in
-    /// the attribute `system.data`.
+    /// Returns the data in the inode itself. The first part is in place of the block map, the rest
+    /// in the attribute `system.data`.
     pub(super) fn inline(&self) -> [&[u8]; 2] {
         let own = self.bytes.get(MAP..MAP + MAP_LENGTH).unwrap_or_default();
         let more = if self.is_inline() {
@@ -73,7 +73,8 @@ impl Inode<'_> {
         [own, more.unwrap_or_default()]
     }
 
-    /// The value of `system.data` (Documentation/filesystems/ext4/attributes.rst of the kernel).
+    /// Returns the value of `system.data` (Documentation/filesystems/ext4/attributes.rst of the
+    /// kernel).
     fn inline_attribute(&self) -> Option<&[u8]> {
         const START: usize = 128;
         const MAGIC: u32 = 0xea02_0000;
@@ -107,7 +108,7 @@ impl Inode<'_> {
         self.flags() & INDEXED != 0
     }
 
-    /// Whether it is no file, but an extended attribute of others (`ea_inode`).
+    /// Returns whether it is not a file, but an extended attribute of files (`ea_inode`).
     pub(super) fn is_attribute(&self) -> bool {
         self.flags() & ATTRIBUTE != 0
     }
@@ -120,21 +121,21 @@ impl Inode<'_> {
         self.fields().u16(0x1a)
     }
 
-    /// The block of its extended attributes; 0 for none.
+    /// Returns the block of its extended attributes; 0 for none.
     pub(super) fn attribute_block(&self) -> u64 {
         u64::from(self.fields().u32(0x68)) | u64::from(self.fields().u16(0x76)) << 32
     }
 
-    /// Whether its bytes lie in blocks, rather than in the inode itself or nowhere.
+    /// Returns whether it has data in blocks, rather than in the inode itself or none.
     pub(super) fn has_blocks(&self) -> bool {
         let short = self.size() < MAP_LENGTH as u64;
         let long_link = self.is(LINK) && (self.flags() & EXTENTS != 0 || !short);
         !self.is_inline() && (self.is(REGULAR) || self.is(DIRECTORY) || long_link)
     }
 
-    /// The inode without what may change while its file stays the same: where its blocks are and
-    /// how many, and checksums.
-    pub(super) fn lasting(&self) -> Vec<u8> {
+    /// Returns the inode without the fields that may change while its file stays the same. These
+    /// are location and number of its blocks, and checksums.
+    pub(super) fn without_block_map(&self) -> Vec<u8> {
         let mut bytes = self.bytes.to_vec();
         let mut forget = |at: usize, length: usize| {
             if let Some(field) = bytes.get_mut(at..at + length) {
@@ -154,7 +155,7 @@ impl Inode<'_> {
         bytes
     }
 
-    /// The pieces of its file, in order. Empty where [`Inode::has_blocks`] does not hold.
+    /// Returns the pieces of its file in order. Empty unless [`Inode::has_blocks`].
     pub(super) fn pieces<'i>(&self, image: &'i File, layout: &'i Layout) -> Result<Pieces<'i>, StorageError> {
         let map = self.bytes.get(MAP..MAP + MAP_LENGTH).unwrap_or_default();
         let entries = if !self.has_blocks() {
@@ -179,24 +180,23 @@ impl Inode<'_> {
 /// A run of blocks of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Piece {
-    /// The first block, counted from the file's beginning.
+    /// The first block, counted from the start of the file.
     pub(super) logical: u64,
-    /// The first block, counted from the image's beginning.
+    /// The first block, counted from the start of the image.
     pub(super) physical: u64,
     pub(super) length: u64,
-    /// Whether the file has these bytes; else it reads as zeros there, and the blocks may hold
-    /// anything.
+    /// Whether these blocks were written. Unwritten blocks read as zeros and can contain anything.
     pub(super) written: bool,
 }
 
-enum Entry {
+enum MapEntry {
     Piece(Piece),
-    /// A block with extents, of trees of that depth below it.
+    /// A block with extents, of a tree with this depth below it.
     Extents {
         block: u64,
         depth: u16,
     },
-    /// A block with addresses of blocks, of so many levels, of the file from `logical` on.
+    /// A block with block addresses, with this number of levels, for the file from `logical` on.
     Addresses {
         block: u64,
         levels: u32,
@@ -204,40 +204,40 @@ enum Entry {
     },
 }
 
-/// The pieces of a file, read as they are asked for.
+/// The pieces of a file, read on demand.
 pub(super) struct Pieces<'i> {
     image: &'i File,
     layout: &'i Layout,
-    /// What is still to come, the next at the end: at most a block of entries for each level.
-    pending: Vec<Entry>,
+    /// Entries still to be read, the next at the end: at most one block of entries per level.
+    pending: Vec<MapEntry>,
     position: u64,
-    /// The blocks that say where the pieces are, as far as they were read.
+    /// The blocks of the block map read so far.
     pub(super) nodes: Vec<u64>,
 }
 
 impl Pieces<'_> {
-    fn push(&mut self, entries: Vec<Entry>) {
+    fn push(&mut self, entries: Vec<MapEntry>) {
         self.pending.extend(entries.into_iter().rev());
     }
 
-    /// The next piece; each lies behind the one before it and within the image.
+    /// Returns the next piece. Each is after the previous one and within the image.
     pub(super) fn next(&mut self) -> Result<Option<Piece>, StorageError> {
         while let Some(entry) = self.pending.pop() {
             match entry {
-                Entry::Piece(piece) => {
+                MapEntry::Piece(piece) => {
                     let end = piece.physical.saturating_add(piece.length);
                     if piece.logical < self.position || end > self.layout.superblock.blocks() {
-                        return Err(odd("where the blocks of a file are"));
+                        return Err(inconsistent("the block map of a file"));
                     }
                     self.position = piece.logical + piece.length;
                     return Ok(Some(piece));
                 }
-                Entry::Extents { block, depth } => {
+                MapEntry::Extents { block, depth } => {
                     self.nodes.push(block);
                     let block = self.layout.block(self.image, block)?;
                     self.push(extents(&block, Some(depth))?);
                 }
-                Entry::Addresses { block, levels, logical } => {
+                MapEntry::Addresses { block, levels, logical } => {
                     self.nodes.push(block);
                     let block = self.layout.block(self.image, block)?;
                     let numbers = block.chunks_exact(4).map(|number| Fields(number).u32(0));
@@ -249,13 +249,13 @@ impl Pieces<'_> {
     }
 }
 
-/// The entries of a node of extents (Documentation/filesystems/ext4/ifork.rst). `expected` is the
-/// depth that its parent gives it.
-fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageError> {
+/// Parses a node of extents (Documentation/filesystems/ext4/ifork.rst). `expected` is the depth
+/// according to its parent.
+fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<MapEntry>, StorageError> {
     const MAGIC: u16 = 0xf30a;
     const ENTRY: usize = 12;
     const MAX_DEPTH: u16 = 5;
-    /// Longer extents are shorter by that, and not written yet.
+    /// Added to the length of an extent that is not written yet.
     const UNWRITTEN: u64 = 32768;
 
     let head = Fields(node);
@@ -265,20 +265,20 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageErro
         && expected.is_none_or(|expected| depth == expected)
         && (count + 1) * ENTRY <= node.len();
     if !fits {
-        return Err(odd("the extents of a file"));
+        return Err(inconsistent("the extents of a file"));
     }
     let entries = node.chunks_exact(ENTRY).skip(1).take(count).map(Fields);
     Ok(entries
         .map(|entry| {
             let high = |at: usize| u64::from(entry.u16(at)) << 32;
             if depth > 0 {
-                return Entry::Extents {
+                return MapEntry::Extents {
                     block: u64::from(entry.u32(4)) | high(8),
                     depth: depth - 1,
                 };
             }
             let length = u64::from(entry.u16(4));
-            Entry::Piece(Piece {
+            MapEntry::Piece(Piece {
                 logical: entry.u32(0).into(),
                 physical: u64::from(entry.u32(8)) | high(6),
                 length: if length > UNWRITTEN { length - UNWRITTEN } else { length },
@@ -288,9 +288,9 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<Entry>, StorageErro
         .collect())
 }
 
-/// The entries of a map of before ext4: twelve addresses of blocks, then blocks of addresses, each
-/// with a level more.
-fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
+/// Parses a block map of ext2 and ext3: twelve block addresses, then blocks of addresses with one
+/// to three levels.
+fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<MapEntry> {
     const DIRECT: u64 = 12;
     let per_block = block_size / 4;
     let number = |nth: u64| Fields(map).u32(nth as usize * 4);
@@ -299,7 +299,7 @@ fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
     for levels in 1..=3 {
         let block = number(DIRECT + u64::from(levels) - 1);
         if block != 0 {
-            entries.push(Entry::Addresses {
+            entries.push(MapEntry::Addresses {
                 block: block.into(),
                 levels,
                 logical,
@@ -310,20 +310,20 @@ fn addresses_of_inode(map: &[u8], block_size: u64) -> Vec<Entry> {
     entries
 }
 
-/// The entries that addresses of blocks are, those of data joined where they follow one another.
-/// Below each are `levels` more.
-fn addresses(numbers: impl Iterator<Item = u32>, levels: u32, logical: u64, per_block: u64) -> Vec<Entry> {
-    let mut entries: Vec<Entry> = Vec::new();
+/// Converts block addresses to entries, joining consecutive data blocks. Below each address are
+/// `levels` more levels.
+fn addresses(numbers: impl Iterator<Item = u32>, levels: u32, logical: u64, per_block: u64) -> Vec<MapEntry> {
+    let mut entries: Vec<MapEntry> = Vec::new();
     for (nth, number) in (0u64..).zip(numbers).filter(|(_, number)| *number != 0) {
         let (block, logical) = (u64::from(number), logical + nth * per_block.pow(levels));
         match entries.last_mut() {
-            _ if levels > 0 => entries.push(Entry::Addresses { block, levels, logical }),
-            Some(Entry::Piece(last))
+            _ if levels > 0 => entries.push(MapEntry::Addresses { block, levels, logical }),
+            Some(MapEntry::Piece(last))
                 if last.logical + last.length == logical && last.physical + last.length == block =>
             {
                 last.length += 1;
             }
-            _ => entries.push(Entry::Piece(Piece {
+            _ => entries.push(MapEntry::Piece(Piece {
                 logical,
                 physical: block,
                 length: 1,

@@ -1,8 +1,8 @@
-//! Where an ext4 file system keeps its metadata, and which blocks and inodes are in use.
+//! The location of an ext4 file system's metadata, and its used blocks and inodes.
 //!
-//! Fields and formulas are those of Documentation/filesystems/ext4 of the kernel. Only a file
-//! system that was just checked is read: what contradicts itself all the same is an error, never a
-//! panic and never a read outside of the image.
+//! Fields and formulas are from Documentation/filesystems/ext4 of the kernel. Only file systems
+//! that were just checked are read. An inconsistency is an error nevertheless, never a panic or a
+//! read outside the image.
 
 use super::crc32c::crc32c;
 use super::features::{Compat, Incompat, RoCompat};
@@ -15,30 +15,30 @@ use std::os::unix::fs::FileExt;
 
 const INODE_UNINIT: u16 = 0x1;
 const BLOCK_UNINIT: u16 = 0x2;
-/// A file system of 16 TiB with blocks of 1 KiB has half as many.
+/// Twice the number of groups of 16 TiB with blocks of 1 KiB.
 const MAX_GROUPS: u64 = 1 << 22;
 
-/// What a group descriptor says.
+/// The fields of a group descriptor.
 #[derive(Debug, Clone, Copy)]
 struct Group {
     block_bitmap: u64,
     inode_bitmap: u64,
     inode_table: u64,
     flags: u16,
-    /// Checksums of the two bitmaps; the upper halves are there where descriptors are long enough.
+    /// Checksums of the two bitmaps. Short descriptors contain only the lower halves.
     block_bitmap_sum: u32,
     inode_bitmap_sum: u32,
 }
 
-/// The layout of a file system. Blocks are counted from the beginning of the image.
+/// The layout of a file system. Block numbers count from the start of the image.
 #[derive(Debug)]
 pub(crate) struct Layout {
     pub(crate) superblock: Superblock,
     groups: Vec<Group>,
 }
 
-pub(super) fn odd(what: impl Into<String>) -> StorageError {
-    StorageError::FileSystem(format!("contradicts itself: {}", what.into()))
+pub(super) fn inconsistent(what: impl Into<String>) -> StorageError {
+    StorageError::FileSystem(format!("is inconsistent: {}", what.into()))
 }
 
 pub(super) fn unreadable(error: std::io::Error) -> StorageError {
@@ -54,7 +54,7 @@ impl Layout {
         let superblock = Superblock::read(image)?;
         let count = superblock.groups();
         if count > MAX_GROUPS {
-            return Err(odd(format!("it has {count} groups of blocks")));
+            return Err(inconsistent(format!("it has {count} block groups")));
         }
         let mut layout = Layout {
             superblock,
@@ -72,7 +72,7 @@ impl Layout {
         Ok(layout)
     }
 
-    /// How many groups of blocks there are.
+    /// Returns the number of block groups.
     pub(crate) fn groups(&self) -> usize {
         self.groups.len()
     }
@@ -102,14 +102,14 @@ impl Layout {
         if group.block_bitmap < end && group.inode_bitmap < end && table_end <= end {
             Ok(group)
         } else {
-            Err(odd("a descriptor of a group of blocks"))
+            Err(inconsistent("the descriptor of a block group"))
         }
     }
 
     /// Reads one block.
     pub(super) fn block(&self, image: &File, block: u64) -> Result<Vec<u8>, StorageError> {
         if block >= self.superblock.blocks() {
-            return Err(odd(format!("block {block} lies behind its end")));
+            return Err(inconsistent(format!("block {block} is beyond its end")));
         }
         let size = self.superblock.block_size();
         let mut bytes = vec![0; size as usize];
@@ -117,7 +117,7 @@ impl Layout {
         Ok(bytes)
     }
 
-    /// Blocks of group descriptors.
+    /// Returns the number of blocks with group descriptors.
     fn descriptor_blocks(&self) -> u64 {
         self.superblock.groups().div_ceil(self.descriptors_per_block())
     }
@@ -126,8 +126,8 @@ impl Layout {
         self.superblock.block_size() / self.superblock.descriptor_size() as u64
     }
 
-    /// Where the `nth` block of group descriptors lies: behind the superblock, or with `meta_bg` in
-    /// the groups it describes.
+    /// Returns the position of the `nth` block of group descriptors. It is after the superblock, or
+    /// with `meta_bg` in the groups it describes.
     fn descriptor_block(&self, nth: u64) -> u64 {
         let superblock = &self.superblock;
         if !superblock.has_incompat(Incompat::META_BG) || nth < superblock.first_meta_group() {
@@ -137,8 +137,8 @@ impl Layout {
         self.own_start(group) + u64::from(superblock.holds_copy(group))
     }
 
-    /// Where the first metadata of a group would lie: in the first group, the boot sector comes
-    /// before it.
+    /// Returns the first possible block of a group's metadata. In the first group it follows the
+    /// boot sector.
     fn own_start(&self, group: u64) -> u64 {
         match group {
             0 => self.superblock.own_block(),
@@ -146,8 +146,8 @@ impl Layout {
         }
     }
 
-    /// All blocks that hold metadata with a fixed place: superblocks, group descriptors and the
-    /// room kept for them, bitmaps, inode tables.
+    /// Returns all blocks with metadata at a fixed position. These are superblocks, group
+    /// descriptors and the space reserved for them, bitmaps, and inode tables.
     pub(crate) fn metadata(&self) -> Vec<Range<u64>> {
         let mut blocks = Vec::new();
         for (number, group) in self.groups.iter().enumerate() {
@@ -156,13 +156,13 @@ impl Layout {
             blocks.push(group.inode_bitmap..group.inode_bitmap + 1);
             blocks.push(group.inode_table..group.inode_table + self.superblock.table_blocks());
         }
-        // What lies before the first group: the boot sector, where blocks are 1 KiB.
+        // The boot sector is before the first group if blocks have 1 KiB.
         blocks.push(0..self.superblock.own_block());
         normalize(blocks)
     }
 
-    /// The superblock and the group descriptors that a group holds (`ext2fs_super_and_bgd_loc2` of
-    /// e2fsprogs).
+    /// Returns a group's copies of the superblock and the group descriptors
+    /// (`ext2fs_super_and_bgd_loc2` of e2fsprogs).
     fn copies(&self, group: u64) -> [Range<u64>; 2] {
         let superblock = &self.superblock;
         let start = self.own_start(group);
@@ -176,15 +176,15 @@ impl Layout {
             };
             copy * kept
         } else {
-            // The first, the second and the last group of each meta group hold one block.
+            // The first, second and last group of each meta group contain one block.
             u64::from([0, 1, per_block - 1].contains(&(group % per_block)))
         };
         let behind = start + copy;
         [start..behind, behind..behind + descriptors]
     }
 
-    /// Compares the bitmaps with their checksums, which `e2fsck -n` does not. A guest's kernel
-    /// would not use a group with a wrong one.
+    /// Verifies the checksums of the bitmaps, which `e2fsck -n` does not. A guest's kernel does not
+    /// use a group with a wrong one.
     ///
     /// # Errors
     /// [`StorageError::FileSystem`], [`StorageError::Io`].
@@ -231,7 +231,7 @@ impl Layout {
         Ok(())
     }
 
-    /// The blocks of a group that neither a file nor metadata uses. `metadata` is
+    /// Returns the blocks of a group that are used by neither files nor metadata. `metadata` is
     /// [`Layout::metadata`].
     pub(crate) fn free_blocks(
         &self,
@@ -257,8 +257,8 @@ impl Layout {
         Ok(free.collect())
     }
 
-    /// Blocks of metadata whose content means nothing: bitmaps of groups of which nothing was used
-    /// yet, and room for more group descriptors behind the copies of those.
+    /// Returns metadata blocks with meaningless contents: bitmaps of unused groups, and reserved
+    /// blocks after the copies of group descriptors.
     pub(super) fn unused_metadata(&self, group: usize) -> Vec<Range<u64>> {
         let Some(described) = self.groups.get(group) else {
             return Vec::new();
@@ -270,7 +270,7 @@ impl Layout {
         if self.is_marked(described, INODE_UNINIT) {
             blocks.push(described.inode_bitmap..described.inode_bitmap + 1);
         }
-        // In the first group, they hold addresses of the others.
+        // In the first group, they contain addresses of the others.
         if group > 0 && !self.superblock.has_incompat(Incompat::META_BG) {
             let [_, descriptors] = self.copies(group as u64);
             let used = descriptors.start + self.descriptor_blocks();
@@ -279,25 +279,26 @@ impl Layout {
         blocks
     }
 
-    /// The blocks of a group.
+    /// Returns the blocks of a group.
     pub(crate) fn blocks_of(&self, group: usize) -> Range<u64> {
         let start = self.superblock.group_start(group as u64);
         let end = start + self.superblock.blocks_per_group();
         start..end.min(self.superblock.blocks())
     }
 
-    /// Whether bits of bitmaps stand for clusters of blocks, of which a file may use a part.
+    /// Returns whether a bit in a bitmap represents a cluster of blocks, which a file can use in
+    /// part.
     pub(super) fn has_clusters(&self) -> bool {
         self.superblock.cluster_ratio() > 1
     }
 
-    /// The group of a block.
+    /// Returns the group of a block.
     pub(crate) fn group_of(&self, block: u64) -> usize {
         let behind = block.saturating_sub(self.superblock.first_data_block());
         (behind / self.superblock.blocks_per_group()) as usize
     }
 
-    /// Reads which inodes of a group are in use.
+    /// Reads the used inodes of a group.
     pub(crate) fn used_inodes(&self, image: &File, group: usize) -> Result<UsedInodes, StorageError> {
         let first = group as u64 * self.superblock.inodes_per_group() + 1;
         let bitmap = match self.groups.get(group) {
@@ -307,14 +308,14 @@ impl Layout {
         Ok(UsedInodes { first, bitmap })
     }
 
-    /// Where in the image the inode table of a group lies, in bytes.
+    /// Returns the position of a group's inode table in the image, in bytes.
     pub(crate) fn table_of(&self, group: usize) -> Range<u64> {
         let start = self.groups.get(group).map_or(0, |group| group.inode_table) * self.superblock.block_size();
         let size = self.superblock.inodes_per_group() * self.superblock.inode_size() as u64;
         start..start + size
     }
 
-    /// Reads an inode; `None` when it is not in use.
+    /// Reads an inode; `None` when it is unused.
     pub(super) fn inode(&self, image: &File, number: u64) -> Result<Option<Vec<u8>>, StorageError> {
         let per_group = self.superblock.inodes_per_group();
         let Some(index) = number.checked_sub(1) else {
@@ -330,20 +331,21 @@ impl Layout {
         Ok(Some(bytes))
     }
 
-    /// Flags of groups mean something only where the descriptors have checksums.
+    /// Returns whether a flag of a group is set. Flags are valid only if descriptors have
+    /// checksums.
     fn is_marked(&self, group: &Group, flag: u16) -> bool {
         let superblock = &self.superblock;
         let checked = superblock.has_ro_compat(RoCompat::GDT_CSUM) || superblock.has_ro_compat(RoCompat::METADATA_CSUM);
         checked && group.flags & flag != 0
     }
 
-    /// Whether folders can have an index.
+    /// Returns whether folders can have an index.
     pub(crate) fn has_indexes(&self) -> bool {
         self.superblock.has_compat(Compat::DIR_INDEX)
     }
 }
 
-/// Which inodes of a group are in use.
+/// The used inodes of a group.
 #[derive(Debug)]
 pub(crate) struct UsedInodes {
     first: u64,
@@ -351,8 +353,8 @@ pub(crate) struct UsedInodes {
 }
 
 impl UsedInodes {
-    /// Whether the inode of that number, which must be of this group, is in use. Those below 11
-    /// belong to the file system itself and count as used.
+    /// Returns whether an inode of this group is used. Inodes below 11 belong to the file system
+    /// itself and count as used.
     pub(crate) fn contains(&self, number: u64) -> bool {
         const FIRST_OF_FILES: u64 = 11;
         let index = number.saturating_sub(self.first);
@@ -361,7 +363,7 @@ impl UsedInodes {
     }
 }
 
-/// The runs of clear bits among the first `count`.
+/// Returns the ranges of clear bits among the first `count`.
 fn clear_bits(bitmap: &[u8], count: u64) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     let mut push = |run: Range<u64>| match runs.last_mut() {
@@ -389,7 +391,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clear_bits_are_found_up_to_the_last_that_counts() {
+    fn clear_bits_are_found_up_to_the_given_count() {
         let runs = |bitmap: &[u8], count| -> Vec<(u64, u64)> {
             let runs = clear_bits(bitmap, count);
             runs.into_iter().map(|run| (run.start, run.end)).collect()

@@ -1,8 +1,8 @@
-//! Sets of numbers as sorted ranges that neither overlap nor touch.
+//! Sets of numbers, as sorted ranges that neither overlap nor touch.
 
 use std::ops::Range;
 
-/// Sorts ranges and joins those that overlap or touch; empty ones go.
+/// Sorts ranges, joins those that overlap or touch, and drops empty ones.
 pub(crate) fn normalize(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.retain(|range| range.start < range.end);
     ranges.sort_by_key(|range| range.start);
@@ -53,7 +53,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_set_is_what_its_ranges_hold(parts in ranges(), start in 0..60u64, length in 0..30u64) {
+        fn sets_contain_exactly_the_numbers_of_their_ranges(parts in ranges(), start in 0..60u64, length in 0..30u64) {
             let (set, range) = (normalize(parts.clone()), start..start + length);
             prop_assert!(set.windows(2).all(|pair| pair[0].end < pair[1].start));
             let (inside, outside): (Vec<_>, _) = (within(&range, &set).collect(), without(&range, &set));

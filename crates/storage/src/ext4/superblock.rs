@@ -2,19 +2,19 @@
 
 use super::crc32c::crc32c;
 use super::features::{Compat, Incompat, RoCompat};
-use super::layout::{odd, unreadable};
+use super::layout::{inconsistent, unreadable};
 use crate::error::StorageError;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// Where it lies, in bytes, and its length.
+/// Its offset and length, in bytes.
 pub(super) const START: u64 = 1024;
 pub(super) const LENGTH: usize = 1024;
 const MAGIC: u16 = 0xef53;
 /// Block numbers have 48 bits.
 const MAX_BLOCKS: u64 = 1 << 48;
 
-/// Little-endian fields of a structure on disk. One that lies outside of it reads as zero.
+/// Little-endian fields of a structure on disk. Fields outside of it read as zero.
 pub(super) struct Fields<'b>(pub(super) &'b [u8]);
 
 impl Fields<'_> {
@@ -31,17 +31,18 @@ impl Fields<'_> {
     }
 }
 
-/// A superblock whose fields fit together.
+/// A superblock with consistent fields.
 #[derive(Debug, Clone)]
 pub(crate) struct Superblock {
     bytes: [u8; LENGTH],
 }
 
 impl Superblock {
-    /// Reads the superblock and compares its fields with one another.
+    /// Reads the superblock and checks that its fields are consistent.
     ///
     /// # Errors
-    /// [`StorageError::FileSystem`], reading on from "its file system"; [`StorageError::Io`].
+    /// [`StorageError::FileSystem`], whose reason continues the sentence "its file system …";
+    /// [`StorageError::Io`].
     pub(crate) fn read(image: &File) -> Result<Superblock, StorageError> {
         let superblock = Superblock::read_unchecked(image)?;
         let (bits, groups) = (superblock.block_size() * 8, superblock.groups());
@@ -59,25 +60,25 @@ impl Superblock {
         if fits {
             Ok(superblock)
         } else {
-            Err(odd("its superblock"))
+            Err(inconsistent("its superblock"))
         }
     }
 
-    /// Reads a superblock of which only the magic number is known to be right.
+    /// Reads a superblock and checks only its magic number.
     ///
     /// # Errors
-    /// As [`Superblock::read`].
+    /// The same as [`Superblock::read`].
     pub(super) fn read_unchecked(image: &File) -> Result<Superblock, StorageError> {
         let mut bytes = [0; LENGTH];
         match image.read_exact_at(&mut bytes, START) {
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                return Err(StorageError::FileSystem("is cut off".to_owned()));
+                return Err(StorageError::FileSystem("is truncated".to_owned()));
             }
             other => other.map_err(unreadable)?,
         }
         let superblock = Superblock { bytes };
         if superblock.fields().u16(0x38) != MAGIC {
-            // A copy would be used in its place, which nobody has looked at.
+            // e2fsprogs would use a copy instead, which was not inspected.
             let damaged = "has a damaged superblock; repair it first";
             return Err(StorageError::FileSystem(damaged.to_owned()));
         }
@@ -100,12 +101,12 @@ impl Superblock {
         self.fields().u32(RoCompat::FIELD) & feature.0 != 0
     }
 
-    /// The size of a block, in bytes; more than the image can have if the field is nonsense.
+    /// Returns the size of a block, in bytes; larger than the image if the field is invalid.
     pub(crate) fn block_size(&self) -> u64 {
         1024 << self.fields().u32(0x18).min(32)
     }
 
-    /// How many blocks there are, in all.
+    /// Returns the total number of blocks.
     pub(crate) fn blocks(&self) -> u64 {
         let high = match self.has_incompat(Incompat::BITS_64) {
             true => self.fields().u32(0x150),
@@ -118,12 +119,12 @@ impl Superblock {
         self.fields().u32(0x14).into()
     }
 
-    /// The block that the superblock itself lies in.
+    /// Returns the block that contains the superblock.
     pub(super) fn own_block(&self) -> u64 {
         START / self.block_size()
     }
 
-    /// Blocks that a bit of a bitmap stands for.
+    /// Returns the number of blocks per bit of a bitmap.
     pub(super) fn cluster_ratio(&self) -> u64 {
         match self.has_ro_compat(RoCompat::BIGALLOC) {
             true => 1 << self.fields().u32(0x1c).saturating_sub(self.fields().u32(0x18)).min(32),
@@ -156,7 +157,7 @@ impl Superblock {
         }
     }
 
-    /// Blocks of one inode table.
+    /// Returns the number of blocks of one inode table.
     pub(super) fn table_blocks(&self) -> u64 {
         let bytes = self.inodes_per_group() * self.inode_size() as u64;
         bytes.div_ceil(self.block_size())
@@ -180,19 +181,20 @@ impl Superblock {
         self.fields().u32(0x104).into()
     }
 
-    /// The inode of the journal, if there is one.
+    /// Returns the inode of the journal, if there is one.
     pub(super) fn journal(&self) -> Option<u32> {
         let inode = self.fields().u32(0xe0);
         (self.has_compat(Compat::HAS_JOURNAL) && inode != 0).then_some(inode)
     }
 
-    /// Inodes of files that belong to the file system itself, beside those before the first of
-    /// files: project quotas, and the list of files that are deleted and still open.
+    /// Returns the inodes of the file system's own files that are not among the first inodes. These
+    /// are project quotas, and the list of deleted but open files.
     pub(super) fn own_files(&self) -> [u64; 2] {
         [0x26c, 0x280].map(|at| self.fields().u32(at).into())
     }
 
-    /// Whether a group holds a copy of the superblock (`ext2fs_bg_has_super` of e2fsprogs).
+    /// Returns whether a group contains a copy of the superblock (`ext2fs_bg_has_super` of
+    /// e2fsprogs).
     pub(super) fn holds_copy(&self, group: u64) -> bool {
         if group == 0 {
             return true;
@@ -214,7 +216,7 @@ impl Superblock {
         })
     }
 
-    /// What checksums of metadata begin with.
+    /// Returns the initial value of metadata checksums.
     pub(super) fn checksum_seed(&self) -> Option<u32> {
         if !self.has_ro_compat(RoCompat::METADATA_CSUM) {
             return None;

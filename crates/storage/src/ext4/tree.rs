@@ -1,19 +1,19 @@
-//! Finds and reads files by their path. Symbolic links are followed within the file system.
+//! Finds and reads files by path. Symbolic links are followed within the file system.
 
 use super::directory::Directory;
 use super::inode::Inode;
-use super::layout::{Layout, odd};
+use super::layout::{Layout, inconsistent};
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::collections::VecDeque;
 use std::fs::File;
 
 const ROOT: u64 = 2;
-/// As many as Linux follows.
+/// Maximum number of followed links, as in Linux.
 const MAX_LINKS: usize = 40;
-/// The largest folder that is read: it has some hundred thousand entries.
+/// Maximum size of a folder that is read; it has some hundred thousand entries.
 const MAX_FOLDER: u64 = 16 << 20;
-/// Longer targets of links do not exist (`PATH_MAX`).
+/// Maximum length of a link's target (`PATH_MAX`).
 const MAX_TARGET: u64 = 4096;
 
 /// The files of an image.
@@ -24,12 +24,12 @@ pub(crate) struct Tree<'i> {
 
 /// A name in a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Name {
+pub(crate) struct FolderEntry {
     pub(crate) name: Vec<u8>,
     pub(crate) inode: u64,
 }
 
-/// What an inode says of its file.
+/// The metadata of a file, from its inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stat {
     pub(crate) inode: u64,
@@ -37,12 +37,12 @@ pub(crate) struct Stat {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) size: u64,
-    /// How many names it has.
+    /// The number of its names.
     pub(crate) links: u16,
 }
 
 impl<'i> Tree<'i> {
-    /// Reads the layout. It stays the same while files are edited.
+    /// Reads the layout, which stays the same while files are edited.
     ///
     /// # Errors
     /// [`StorageError::FileSystem`], [`StorageError::Io`].
@@ -51,7 +51,7 @@ impl<'i> Tree<'i> {
         Ok(Tree { image, layout })
     }
 
-    /// Returns what an inode says of its file; `None` when it is not in use.
+    /// Returns the metadata of a file; `None` when the inode is unused.
     ///
     /// # Errors
     /// [`StorageError::FileSystem`], [`StorageError::Io`].
@@ -59,12 +59,12 @@ impl<'i> Tree<'i> {
         Ok(self.layout.inode(self.image, inode)?.map(|bytes| stat(inode, &bytes)))
     }
 
-    /// Returns the number of the folder at `path` and the names in it; `None` when there is no such
-    /// folder.
+    /// Returns the inode of the folder at `path` and the names in it; `None` if the folder does not
+    /// exist.
     ///
     /// # Errors
-    /// As [`Tree::stat`].
-    pub(crate) fn list(&self, path: &str) -> Result<Option<(u64, Vec<Name>)>, StorageError> {
+    /// The same as [`Tree::stat`].
+    pub(crate) fn list(&self, path: &str) -> Result<Option<(u64, Vec<FolderEntry>)>, StorageError> {
         let words = |path: &[u8]| -> Vec<Vec<u8>> {
             let words = path.split(|byte| *byte == b'/');
             words
@@ -103,7 +103,7 @@ impl<'i> Tree<'i> {
         Ok(self.names(folder)?.map(|names| (folder, names)))
     }
 
-    /// Where a symbolic link leads; `None` for any other file.
+    /// Returns the target of a symbolic link; `None` for any other file.
     fn target(&self, inode: u64) -> Result<Option<Vec<u8>>, StorageError> {
         match self.layout.inode(self.image, inode)? {
             Some(bytes)
@@ -119,8 +119,8 @@ impl<'i> Tree<'i> {
         }
     }
 
-    /// The names in a folder; `None` if the inode is no folder.
-    fn names(&self, inode: u64) -> Result<Option<Vec<Name>>, StorageError> {
+    /// Returns the names in a folder; `None` if the inode is not a folder.
+    fn names(&self, inode: u64) -> Result<Option<Vec<FolderEntry>>, StorageError> {
         let Some(bytes) = self.layout.inode(self.image, inode)? else {
             return Ok(None);
         };
@@ -135,7 +135,7 @@ impl<'i> Tree<'i> {
             return Ok(None);
         }
         if folder.is_inline() {
-            // Behind the number of the folder above it, which stands in place of two entries.
+            // The inode of the parent folder comes first, in place of two entries.
             let [own, more] = folder.inline();
             entries(own.get(4..).unwrap_or_default(), &mut names)?;
             entries(more, &mut names)?;
@@ -156,7 +156,7 @@ impl<'i> Tree<'i> {
         Ok(Some(names))
     }
 
-    /// Reads a file that is at most `max` large.
+    /// Reads a file of at most `max` bytes.
     ///
     /// # Errors
     /// [`StorageError::FileSystem`] when it is larger; [`StorageError::Io`].
@@ -167,7 +167,7 @@ impl<'i> Tree<'i> {
             bytes: &bytes,
         };
         if file.size() > max {
-            return Err(odd(format!("inode {inode} is larger than {max} bytes")));
+            return Err(inconsistent(format!("inode {inode} is larger than {max} bytes")));
         }
         let mut content = vec![0; file.size() as usize];
         if !file.has_blocks() {
@@ -207,9 +207,9 @@ fn stat(inode: u64, bytes: &[u8]) -> Stat {
     }
 }
 
-/// Adds the names of a block of entries. The last may hold a checksum, which looks like an unused
-/// entry.
-fn entries(block: &[u8], names: &mut Vec<Name>) -> Result<(), StorageError> {
+/// Adds the names of a block of entries. The last entry may be a checksum, which looks like an
+/// unused entry.
+fn entries(block: &[u8], names: &mut Vec<FolderEntry>) -> Result<(), StorageError> {
     const HEAD: usize = 8;
     let mut at = 0;
     while at + HEAD <= block.len() {
@@ -217,11 +217,11 @@ fn entries(block: &[u8], names: &mut Vec<Name>) -> Result<(), StorageError> {
         let (inode, length) = (u64::from(entry.u32(0)), usize::from(entry.u16(4)));
         let name = at + HEAD..at + HEAD + usize::from(entry.u8(6));
         if length < HEAD || at + length > block.len() || name.end > at + length {
-            return Err(odd("the entries of a folder"));
+            return Err(inconsistent("the entries of a folder"));
         }
         if inode != 0 {
             let name = block.get(name).unwrap_or_default().to_vec();
-            names.push(Name { name, inode });
+            names.push(FolderEntry { name, inode });
         }
         at += length;
     }

@@ -1,8 +1,8 @@
 //! Compares the files of two images of one file system, before and after a program worked on it.
 //!
-//! A program of e2fsprogs can fail to write and end with success, and leave a file system without a
-//! contradiction in which a file has other bytes. So its work is held against a clone from before.
-//! Blocks that both images share need not be read.
+//! e2fsprogs can fail to write, report success, and leave a consistent file system in which a file
+//! has other contents. So the result is compared with a clone made before. Blocks that both images
+//! share need not be read.
 
 use super::FRAGMENTED;
 use super::directory::Directory;
@@ -19,30 +19,31 @@ use std::time::{Duration, Instant};
 
 pub(super) const DOING: &str = "work on a file system without changing its files";
 
-/// What is read of each image at once.
+/// Bytes read at once from each image.
 const PIECE: u64 = 256 << 10;
-/// A guest can make a disk of single blocks in which this would take hours.
-const DEADLINE: Duration = Duration::from_secs(300);
-/// Inodes that belong to the file system itself and that a program may change: bad blocks, quotas,
-/// the room for group descriptors, and others before the first of files; not the root folder and
-/// the journal.
+/// Timeout of a comparison. A guest can fragment a disk into single blocks, for which it would take
+/// hours.
+const TIMEOUT: Duration = Duration::from_secs(300);
+/// The first inode of ordinary files. Lower ones belong to the file system itself and may change:
+/// bad blocks, quotas, the space for group descriptors, and others, but not the root folder and the
+/// journal.
 const FIRST_OF_FILES: u64 = 11;
 const ROOT: u64 = 2;
 
-/// What a program was to do.
+/// The operation of the program.
 #[derive(Debug)]
 pub(crate) enum Work<'w> {
-    /// Make the file system larger: no file may change.
+    /// Growing the file system: no file may change.
     Growth,
-    /// Change or remove these inodes, and no other.
+    /// Changing or removing these inodes, and no others.
     Edit(&'w HashSet<u64>),
 }
 
-/// Returns whether each file in `before` is in `after`, with the same bytes. Both must be sound.
+/// Checks that each file in `before` is in `after` with the same contents. Both must be sound.
 /// Flushes `after`.
 ///
 /// # Errors
-/// [`StorageError::Host`] names an inode that is not the same; [`StorageError::FileSystem`],
+/// [`StorageError::Host`] names an inode that changed; [`StorageError::FileSystem`],
 /// [`StorageError::Io`].
 pub(super) fn require(before: &File, after: &File, work: &Work<'_>) -> Result<(), StorageError> {
     let before = Side {
@@ -77,7 +78,7 @@ pub(super) fn require(before: &File, after: &File, work: &Work<'_>) -> Result<()
 fn changed(what: impl std::fmt::Display) -> StorageError {
     StorageError::Host {
         doing: DOING,
-        reason: format!("{what} is not what it was"),
+        reason: format!("{what} has changed"),
     }
 }
 
@@ -103,7 +104,7 @@ struct Comparison<'i, 'w> {
 
 impl Comparison<'_, '_> {
     fn run(&self) -> Result<(), StorageError> {
-        // Where no block of a file may differ, files are the same if their inodes are.
+        // If no block of a file may differ, files with the same inode are the same.
         let contents = self.touches_files()?;
         for group in 0..self.before.layout.groups() {
             self.inodes(group, contents)?;
@@ -111,7 +112,8 @@ impl Comparison<'_, '_> {
         Ok(())
     }
 
-    /// Whether anything else may differ than metadata with a fixed place and what was free before.
+    /// Returns whether blocks may differ that are neither metadata at a fixed position nor were
+    /// free before.
     fn touches_files(&self) -> Result<bool, StorageError> {
         let layout = &self.before.layout;
         let (metadata, size) = (layout.metadata(), layout.superblock.block_size());
@@ -142,7 +144,7 @@ impl Comparison<'_, '_> {
     fn inodes(&self, group: usize, contents: bool) -> Result<(), StorageError> {
         let (before, after) = (&self.before, &self.after);
         let (old, new) = (before.layout.table_of(group), after.layout.table_of(group));
-        // Tables that both share hold the same inodes.
+        // A shared inode table contains the same inodes.
         if !contents && old == new && within(&old, &self.unshared).next().is_none() {
             return Ok(());
         }
@@ -162,7 +164,7 @@ impl Comparison<'_, '_> {
             if !numbers.clone().any(|number| was_used.contains(number)) {
                 continue;
             }
-            self.in_time()?;
+            self.check_deadline()?;
             let [was, is] = &mut bytes;
             let (was, is) = (&mut was[..count as usize * size], &mut is[..count as usize * size]);
             before.read(old.start + start, was)?;
@@ -189,14 +191,14 @@ impl Comparison<'_, '_> {
         let own = reserved || superblock.own_files().contains(&number);
         match self.work {
             Work::Growth => own,
-            // An attribute that lies in an inode of its own goes with the last file that has it.
+            // An attribute in an inode of its own is removed with the last file that uses it.
             Work::Edit(inodes) => own || Some(number) == journal || inode.is_attribute() || inodes.contains(&number),
         }
     }
 
     fn inode(&self, was: &Inode<'_>, is: &Inode<'_>, contents: bool) -> Result<(), StorageError> {
         let other = || changed(format!("inode {}", was.number));
-        if was.bytes != is.bytes && was.lasting() != is.lasting() {
+        if was.bytes != is.bytes && was.without_block_map() != is.without_block_map() {
             return Err(other());
         }
         if !contents && was.bytes == is.bytes {
@@ -216,8 +218,8 @@ impl Comparison<'_, '_> {
         let block = |side: &Side<'_>, inode: &Inode<'_>| match inode.attribute_block() {
             0 => Ok(Vec::new()),
             at => side.layout.block(side.image, at).map(|mut block| {
-                // Files of the same attributes share a block, which counts them; its checksum
-                // begins with the block's number.
+                // Files with the same attributes share a block, which counts them; its checksum
+                // starts with the block number.
                 block[0x4..0x8].fill(0);
                 block[0x10..0x14].fill(0);
                 block
@@ -230,7 +232,7 @@ impl Comparison<'_, '_> {
         Ok(block(&self.before, was)? == block(&self.after, is)?)
     }
 
-    /// Compares two folders: deleted names may be gone.
+    /// Compares two folders, ignoring remains of deleted names.
     fn same_names(&self, was: &Inode<'_>, is: &Inode<'_>) -> Result<bool, StorageError> {
         let before = Directory::open(self.before.image, &self.before.layout, was)?;
         let after = Directory::open(self.after.image, &self.after.layout, is)?;
@@ -244,7 +246,7 @@ impl Comparison<'_, '_> {
                     }
                     let was = self.before.layout.block(self.before.image, was)?;
                     let is = self.after.layout.block(self.after.image, is)?;
-                    if before.meaning(logical, was)? != after.meaning(logical, is)? {
+                    if before.contents(logical, was)? != after.contents(logical, is)? {
                         return Ok(false);
                     }
                 }
@@ -258,7 +260,7 @@ impl Comparison<'_, '_> {
         let mut new = is.pieces(self.after.image, &self.after.layout)?;
         let (mut was, mut is) = (old.next()?, new.next()?);
         let mut at = 0;
-        // Step by step from one end of a piece to the next, in both files.
+        // Advances to the next piece boundary of either file.
         while was.is_some() || is.is_some() {
             let ends = [was, is].into_iter().flatten();
             let next = ends.map(|piece| match at < piece.logical {
@@ -284,12 +286,12 @@ impl Comparison<'_, '_> {
         Ok(true)
     }
 
-    /// Compares `count` blocks from `was` and `is` on; `None` stands for zeros.
+    /// Compares `count` blocks starting at `was` and `is`; `None` stands for zeros.
     fn same_blocks(&self, was: Option<u64>, is: Option<u64>, count: u64) -> Result<bool, StorageError> {
         if was == is && was.is_none_or(|block| self.is_shared(block, count)) {
             return Ok(true);
         }
-        self.in_time()?;
+        self.check_deadline()?;
         let size = self.before.layout.superblock.block_size();
         let bytes = count * size;
         let mut at = 0;
@@ -310,7 +312,7 @@ impl Comparison<'_, '_> {
         Ok(true)
     }
 
-    /// Whether both images have these blocks in common.
+    /// Returns whether the images share these blocks.
     fn is_shared(&self, block: u64, count: u64) -> bool {
         let size = self.before.layout.superblock.block_size();
         within(&(block * size..(block + count) * size), &self.unshared)
@@ -318,13 +320,13 @@ impl Comparison<'_, '_> {
             .is_none()
     }
 
-    fn in_time(&self) -> Result<(), StorageError> {
-        if self.begun.elapsed() < DEADLINE {
+    fn check_deadline(&self) -> Result<(), StorageError> {
+        if self.begun.elapsed() < TIMEOUT {
             return Ok(());
         }
         Err(StorageError::FileSystem(format!(
-            "{FRAGMENTED} comparing its files does not end within {} s",
-            DEADLINE.as_secs()
+            "{FRAGMENTED} comparing its files takes longer than {} s",
+            TIMEOUT.as_secs()
         )))
     }
 }

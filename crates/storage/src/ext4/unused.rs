@@ -1,16 +1,14 @@
-//! Empties what a file system does not use, so that nothing that was deleted can be read from its
-//! image.
+//! Zeroes the unused space of a file system, so that deleted data cannot be read from its image.
 //!
-//! Emptied are free blocks and what lies behind the file system's end; blocks that files have
-//! reserved and not written, and metadata that was never written; inodes that are not in use, which
-//! hold short links, small files and attributes; the rest of deleted names in folders; and the
-//! journal, whose blocks are copies of others. Then all of it is read again: nothing but zeros may
-//! be there.
+//! Zeroed are: free blocks and the space after the end of the file system; blocks that are reserved
+//! for files but not written, and metadata that was never written; unused inodes, which can contain
+//! short links, small files and attributes; remains of deleted names in folders; and the journal,
+//! whose blocks are copies of others. Then all of it is read again, and must contain only zeros.
 
 use super::FRAGMENTED;
 use super::directory::Directory;
 use super::inode::{Inode, RESIZE_INODE};
-use super::layout::{Layout, odd, unreadable};
+use super::layout::{Layout, inconsistent, unreadable};
 use crate::error::StorageError;
 use crate::files;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
@@ -22,28 +20,28 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-/// What is read at once.
+/// Bytes read at once.
 const PIECE: u64 = 256 << 10;
-/// As many pieces as all files together may have where each has to be remembered: 64 MiB of them.
+/// Maximum number of pieces of all files, where each is kept in memory: 64 MiB in total.
 const MAX_USED: usize = 1 << 22;
-/// A guest can make a disk of single blocks in which this would take hours.
-const DEADLINE: Duration = Duration::from_secs(300);
+/// Timeout of one pass. A guest can fragment a disk into single blocks, for which a pass would take
+/// hours.
+const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Empties all that the file system in `image` does not use. Its journal must have been replayed,
-/// and it must be sound.
+/// Zeroes all unused space of the file system in `image`, which must be sound and have its journal
+/// replayed.
 ///
 /// # Errors
-/// [`StorageError::FileSystem`], [`StorageError::Io`]; [`StorageError::Host`] when something is
-/// left.
-pub(crate) fn empty(image: &File) -> Result<(), StorageError> {
-    Pass::new(image, Mode::Empty)?.run()?;
+/// [`StorageError::FileSystem`], [`StorageError::Io`]; [`StorageError::Host`] when data is left.
+pub(crate) fn zero(image: &File) -> Result<(), StorageError> {
+    Pass::new(image, Mode::Zero)?.run()?;
     fault_point("snapshot: unused blocks emptied").map_err(StorageError::step)?;
     Pass::new(image, Mode::Verify)?.run()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    Empty,
+    Zero,
     Verify,
 }
 
@@ -53,7 +51,7 @@ struct Pass<'i> {
     layout: Layout,
     mode: Mode,
     begun: Instant,
-    /// All blocks of files and of what says where they are. Filled where bitmaps do not tell: a
+    /// All blocks of files and of their block maps. Only filled if bitmaps are not sufficient: a
     /// cluster in use can have unused blocks.
     used: RefCell<Vec<Range<u64>>>,
 }
@@ -77,14 +75,14 @@ impl Pass<'_> {
         self.free_blocks()
     }
 
-    /// The inodes of a group: those that are not in use, and what belongs to the others.
+    /// Zeroes the unused inodes of a group, and the unused space of the used ones.
     fn inodes(&self, group: usize) -> Result<(), StorageError> {
         let (table, size) = (self.layout.table_of(group), self.layout.superblock.inode_size());
         let used = self.layout.used_inodes(self.image, group)?;
         let first = group as u64 * self.layout.superblock.inodes_per_group() + 1;
         let mut bytes = vec![0; PIECE as usize];
         self.each_data(&table, |data| {
-            // Whole inodes, counted from the beginning of the table.
+            // Whole inodes, counted from the start of the table.
             let mut nth = (data.start - table.start) / size as u64;
             let end = (data.end - table.start).div_ceil(size as u64);
             while nth < end {
@@ -111,7 +109,7 @@ impl Pass<'_> {
     }
 
     fn used_inode(&self, inode: &Inode<'_>) -> Result<(), StorageError> {
-        self.in_time()?;
+        self.check_deadline()?;
         if self.layout.has_clusters() {
             self.note_used(inode)?;
         }
@@ -146,12 +144,12 @@ impl Pass<'_> {
         used.extend(pieces.nodes.iter().map(|&node| node..node + 1));
         match used.len() {
             0..=MAX_USED => Ok(()),
-            _ => Err(odd("its files lie in too many pieces")),
+            _ => Err(inconsistent("its files have too many pieces")),
         }
     }
 
-    /// Its first block says that there is nothing to replay; the others are empty then, as in a new
-    /// one.
+    /// Zeroes the journal except its first block, which states that there is nothing to replay. A
+    /// new journal looks the same.
     fn journal(&self, inode: &Inode<'_>) -> Result<(), StorageError> {
         let mut pieces = inode.pieces(self.image, &self.layout)?;
         while let Some(piece) = pieces.next()? {
@@ -171,20 +169,20 @@ impl Pass<'_> {
             let at = physical * self.layout.superblock.block_size();
             match self.mode {
                 Mode::Verify => return Err(left(at)),
-                Mode::Empty => self.image.write_all_at(&block, at).map_err(unwritable)?,
+                Mode::Zero => self.image.write_all_at(&block, at).map_err(unwritable)?,
             }
         }
         Ok(())
     }
 
-    /// Blocks that nothing uses, and what lies behind the last block.
+    /// Zeroes free blocks, and the space after the last block.
     fn free_blocks(&self) -> Result<(), StorageError> {
         let metadata = self.layout.metadata();
         let mut used = self.used.take();
         used.extend_from_slice(&metadata);
         let used = super::ranges::normalize(used);
         for group in 0..self.layout.groups() {
-            self.in_time()?;
+            self.check_deadline()?;
             let free = match self.layout.has_clusters() {
                 true => super::ranges::without(&self.layout.blocks_of(group), &used),
                 false => self.layout.free_blocks(self.image, group, &metadata)?,
@@ -200,13 +198,13 @@ impl Pass<'_> {
         }
     }
 
-    /// Clears what is data in these blocks.
+    /// Zeroes the data in these blocks.
     fn clear_data(&self, blocks: Range<u64>) -> Result<(), StorageError> {
         let size = self.layout.superblock.block_size();
         self.each_data(&(blocks.start * size..blocks.end * size), |data| self.clear(data))
     }
 
-    /// Hands on the parts of `range` that are no holes of the image.
+    /// Calls `each` for the parts of `range` that are not holes of the image.
     fn each_data(
         &self,
         range: &Range<u64>,
@@ -230,7 +228,7 @@ impl Pass<'_> {
 
     fn clear(&self, range: Range<u64>) -> Result<(), StorageError> {
         match self.mode {
-            Mode::Empty => {
+            Mode::Zero => {
                 let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 let punched = fallocate(self.image, punch, range.start, range.end - range.start);
                 punched.map_err(|errno| unwritable(errno.into()))
@@ -253,27 +251,27 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn in_time(&self) -> Result<(), StorageError> {
-        if self.begun.elapsed() < DEADLINE {
+    fn check_deadline(&self) -> Result<(), StorageError> {
+        if self.begun.elapsed() < TIMEOUT {
             return Ok(());
         }
         Err(StorageError::FileSystem(format!(
-            "{FRAGMENTED} emptying its unused blocks does not end within {} s",
-            DEADLINE.as_secs()
+            "{FRAGMENTED} zeroing its unused blocks takes longer than {} s",
+            TIMEOUT.as_secs()
         )))
     }
 }
 
 fn unwritable(error: io::Error) -> StorageError {
     StorageError::Host {
-        doing: "empty the unused blocks of an image",
+        doing: "zero the unused blocks of an image",
         reason: error.to_string(),
     }
 }
 
 fn left(at: u64) -> StorageError {
     StorageError::Host {
-        doing: "empty the unused blocks of an image",
+        doing: "zero the unused blocks of an image",
         reason: format!("data is left at byte {at}"),
     }
 }

@@ -1,11 +1,10 @@
-//! Real pools for tests: each in a scratch folder of its own, unmounted when the test ends, however
-//! it ends.
-#![allow(dead_code, reason = "each test file uses its part")]
+//! Real pools for tests, each in its own scratch folder and unmounted on drop.
+#![allow(dead_code, reason = "each test file uses a part")]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step ends the test"
 )]
 
 use scalebox_storage::{
@@ -18,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
 
-/// Runs a program that a test cannot do without.
+/// Runs a program, and panics if it fails.
 pub fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program)
         .args(args)
@@ -35,7 +34,7 @@ pub fn run(program: &str, args: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// Writes into a file, to disk.
+/// Writes to a file and flushes it.
 pub fn write(path: &Path, offset: u64, length: u64) {
     let file = File::options().write(true).open(path).unwrap();
     file.write_all_at(&vec![0x5a; length as usize], offset).unwrap();
@@ -46,7 +45,7 @@ pub fn text(path: &Path) -> &str {
     path.to_str().expect("test paths are UTF-8")
 }
 
-/// A file system of `size` in a sparse file, mounted: stands for a host's disk.
+/// A mounted file system of `size` in a sparse file: represents a host's disk.
 pub struct HostDisk {
     pub folder: PathBuf,
     _scratch: TempDir,
@@ -61,7 +60,7 @@ impl HostDisk {
         HostDisk::mount(scratch, &image, folder)
     }
 
-    /// Formatted by a program of one's choice.
+    /// Formats it with the given program.
     pub fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
@@ -70,8 +69,8 @@ impl HostDisk {
         HostDisk::mount(scratch, &image, folder)
     }
 
-    /// What a power cut would leave of the file system in `image`, as it is now. To be mounted when
-    /// the original is not: a kernel takes two btrfs of one UUID for one.
+    /// Copies the file system in `image` as a power cut would leave it now. Mount it only after the
+    /// original is unmounted: the kernel treats two btrfs with one UUID as the same.
     pub fn after_power_cut(image: &Path) -> impl FnOnce() -> HostDisk + use<> {
         let scratch = tempfile::tempdir().unwrap();
         let (copy, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
@@ -95,15 +94,15 @@ impl Drop for HostDisk {
     }
 }
 
-/// A place for a pool; the pool is there after [`Place::init`].
+/// The location of a pool; [`Place::init`] creates it.
 pub struct Place {
     pub plan: PoolPlan,
-    pub said: Vec<InitEvent>,
+    pub events: Vec<InitEvent>,
     _scratch: Option<TempDir>,
 }
 
 impl Place {
-    /// In a scratch folder, with a pool of `size` such as `30G` to be.
+    /// Creates a location in a scratch folder, for a pool of `size` such as `30G`.
     pub fn new(size: &str) -> Place {
         let scratch = tempfile::tempdir().unwrap();
         let mut place = Place::at(scratch.path(), Some(size));
@@ -122,27 +121,27 @@ impl Place {
         };
         Place {
             plan,
-            said: Vec::new(),
+            events: Vec::new(),
             _scratch: None,
         }
     }
 
-    /// The image that the pool lies on, or will.
+    /// Returns the path of the pool's image.
     pub fn image(&self) -> &Path {
         match &self.plan.backing {
             Backing::Image(image) => image,
-            other => panic!("{other:?} is no image"),
+            other => panic!("{other:?} is not an image"),
         }
     }
 
-    /// The table that the mount is registered in.
+    /// Returns the fstab in which the mount is registered.
     pub fn fstab(&self) -> &Path {
-        self.plan.fstab.as_deref().expect("a table of mounts")
+        self.plan.fstab.as_deref().expect("an fstab")
     }
 
     pub fn init(&mut self) -> Result<InitOutcome, StorageError> {
-        let said = &mut self.said;
-        init(&self.plan, &mut |event| said.push(event))
+        let events = &mut self.events;
+        init(&self.plan, &mut |event| events.push(event))
     }
 
     pub fn open(&self, bounds: Bounds) -> Pool {
@@ -150,7 +149,7 @@ impl Place {
     }
 
     pub fn steps(&self) -> Vec<&str> {
-        self.said
+        self.events
             .iter()
             .filter_map(|event| {
                 if let InitEvent::Step(step) = event {
@@ -163,7 +162,7 @@ impl Place {
     }
 
     pub fn warnings(&self) -> Vec<&str> {
-        self.said
+        self.events
             .iter()
             .filter_map(|event| {
                 if let InitEvent::Warning(text) = event {
@@ -184,7 +183,7 @@ impl Drop for Place {
     }
 }
 
-/// Larger than any image of a test.
+/// Larger than any image in the tests.
 pub const MAX: Bytes = Bytes::from_mib(1 << 20);
 
 pub const USUAL: Bounds = Bounds {
@@ -192,16 +191,16 @@ pub const USUAL: Bounds = Bounds {
     overcommit_ratio: 4.0,
 };
 
-/// A pool with a small template `tiny`, 64 MiB large.
+/// A pool with a small template `tiny` of 64 MiB.
 pub struct Stocked {
-    // Before the place: the pool's folder must be closed before it can be unmounted.
+    // Dropped before the place: the pool's folder must be closed before it can be unmounted.
     pub pool: Pool,
     pub template: Template,
     pub place: Place,
 }
 
 impl Stocked {
-    /// A disk of `size` GiB, made of the template and counted.
+    /// Creates and commits a disk of `size` GiB from the template.
     pub fn create(&self, id: &str, size: u64) -> Name {
         let id = name(id);
         let admitted = self.pool.admit(Gib::new(size).bytes()).unwrap();
@@ -228,7 +227,7 @@ pub fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
 
-/// A bare ext4 image that holds one file, `/marker`.
+/// Creates a bare ext4 image with one file, `/marker`.
 pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
     let (root, image) = (folder.join("root"), folder.join("image.ext4"));
     fs::create_dir(&root).unwrap();
@@ -240,12 +239,12 @@ pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
 pub fn disk_path(pool: &Pool, id: &Name) -> PathBuf {
     match pool.disk_location(id) {
         scalebox_storage::DiskLocation::File(path) => path,
-        other => panic!("{other:?} is no file"),
+        other => panic!("{other:?} is not a file"),
     }
 }
 
-/// Which of these stand anywhere in an image: in files, and in what is not in use. Holes are not
-/// read.
+/// Returns which of `needles` occur anywhere in an image, including unused space. Holes are
+/// skipped.
 pub fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
     let scratch = tempfile::tempdir().unwrap();
     let (data, patterns) = (scratch.path().join("data"), scratch.path().join("patterns"));
@@ -275,7 +274,7 @@ pub fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
         .collect()
 }
 
-/// Takes blocks of a file system without writing them.
+/// Allocates blocks of a file system without writing them.
 pub fn fill(folder: &Path, name: &str, size: Bytes) {
     run(
         "fallocate",

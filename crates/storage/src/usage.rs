@@ -1,26 +1,26 @@
-//! Whose each block of the pool is: one picture of all disks and templates, from the extents
-//! themselves.
+//! Disk usage: the owner of each extent in the pool, at one moment.
 //!
-//! Every extent is counted once, whole, whatever part of it a file still maps: that is what it
-//! takes on disk. One that a single disk or a single template refers to is *exclusive* to it:
-//! deleting that frees it. One that several refer to is *shared*. What no disk or template refers
-//! to (kernel, half-made files, files deleted and still open) is *other*. The four sums make up
-//! what btrfs says is used.
+//! Every extent is counted once and in full, whatever part of it a file still maps: that is its
+//! size on disk. An extent that only one disk or one template refers to is *exclusive* to it:
+//! deleting the owner frees the extent. An extent with several owners is *shared*. Extents that no
+//! disk or template refers to (kernel, unfinished files, files deleted but still open) are *other*.
+//! The four sums add up to the used space that btrfs reports.
 //!
-//! On XFS, what counts is each block, for there a block that no file maps is free. *Other* is then
-//! what is used and no disk or template maps, and so it is on a btrfs that holds more than the
-//! pool.
+//! On XFS each block is counted separately, because there a block that no file maps is free.
+//! *Other* is then the used space that no disk or template maps. The same holds for a btrfs that
+//! contains more than the pool.
 //!
-//! A template and the grown clones kept of it are one owner, because they go together.
+//! A template and its resized base images are one owner, because they are deleted together.
 //!
-//! The walk costs about a microsecond a reference and memory for each distinct extent (some 50
-//! bytes), none for further references to it; nothing waits for it.
+//! The walk costs about a microsecond per reference, and about 50 bytes of memory per distinct
+//! extent. Nothing waits for it.
 
+use crate::backing::{ActualBacking, PoolFs};
 use crate::error::StorageError;
 use crate::extents::{self, Reference};
 use crate::fiemap;
 use crate::files;
-use crate::ground::{FileSystem, Ground};
+use crate::measurement::{FolderTimes, Measurement, Measurements};
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::size::Bytes;
@@ -33,151 +33,132 @@ use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// What one disk or template takes.
+/// The space of one disk or template.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// The size promised to a guest; of a template, the size of its image.
+    /// The size promised to a guest; for a template, the size of its image.
     pub provisioned: Bytes,
-    /// The blocks it maps, shared or not.
+    /// The blocks it maps, shared or exclusive.
     pub used: Bytes,
-    /// What deleting it frees: extents that nothing else refers to. Under copy-on-write that can be
-    /// more than what it maps.
+    /// The space that deleting it frees: extents that nothing else refers to. With copy-on-write
+    /// this can exceed the blocks it maps.
     pub exclusive: Bytes,
 }
 
-/// The pool's blocks by owner, at one moment.
+/// The pool's extents by owner, at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Accounts {
-    /// When the walk began.
+pub struct PoolUsage {
+    /// When the walk started.
     pub measured_at: SystemTime,
-    /// How long it took.
+    /// Duration of the walk.
     pub took: Duration,
-    /// Each disk.
+    /// Usage of each disk.
     pub disks: HashMap<Name, Usage>,
-    /// Each template, the grown clones kept of it included in what is exclusive to it.
+    /// Usage of each template; its exclusive space includes its resized base images.
     pub templates: HashMap<Name, Usage>,
-    /// Sum of what is exclusive to disks.
+    /// Sum of the space exclusive to disks.
     pub disks_exclusive: Bytes,
-    /// Sum of what is exclusive to templates.
+    /// Sum of the space exclusive to templates.
     pub templates_exclusive: Bytes,
-    /// Extents that several disks or templates refer to, each counted once.
+    /// Extents with several owners, each counted once.
     pub shared: Bytes,
-    /// All the rest.
+    /// Extents without an owner.
     pub other: Bytes,
-    /// What stays used even if every disk overwrites all it maps; see [`Accounts::fixed`].
-    fixed: Bytes,
+    /// See [`PoolUsage::unreclaimable`].
+    unreclaimable: Bytes,
 }
 
-impl Accounts {
-    /// All extents, each counted once.
+impl PoolUsage {
+    /// Returns the size of all extents, each counted once.
     pub fn total(&self) -> Bytes {
         self.disks_exclusive + self.templates_exclusive + self.shared + self.other
     }
 
-    /// What is used besides the blocks that disks map in extents of their own: the promises to
-    /// guests do not cover it. Admission builds on it where every promise must be backed.
-    pub fn fixed(&self) -> Bytes {
-        self.fixed
+    /// Returns the unreclaimable usage: everything in use except the blocks that disks map in
+    /// extents of their own. Promises to guests do not cover it, so admission subtracts it where
+    /// every promised byte must be backed.
+    pub fn unreclaimable(&self) -> Bytes {
+        self.unreclaimable
     }
 }
 
-/// What the last walk found, as admission needs it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Fixed {
-    size: Bytes,
-    /// The templates' folders when the walk began: once they changed, the number says nothing any
-    /// more.
-    folders: FolderTimes,
-}
-
-/// What the walks found, and how often what they found was forgotten: a walk that began before says
-/// nothing any more when it ends.
-#[derive(Debug, Default)]
-pub(crate) struct Measured {
-    last: Option<Fixed>,
-    forgotten: u64,
-}
-
-/// When something was last made, renamed or removed in the templates' folders, in nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FolderTimes([i128; 2]);
-
-/// Who an extent belongs to: an index into the owners.
+/// The owner of an extent: an index into [`Tally::owners`], or one of the constants.
 type Owner = u32;
 const OTHER: Owner = u32::MAX;
 const SHARED: Owner = u32::MAX - 1;
 
-/// An extent, as far as it was seen.
-struct Held {
+/// An extent, as far as its references were read.
+struct ExtentUsage {
     size: u64,
     owner: Owner,
-    /// Bytes of it that files map; of interest while it has one owner.
+    /// How many of its bytes files map; only used while the extent has one owner.
     mapped: u64,
 }
 
-/// What is known of an owner before its extents are.
-struct Holding {
+/// An owner and its usage so far.
+struct OwnerUsage {
     name: Name,
     disk: bool,
-    /// The disk's or the template's own file; grown clones have others.
+    /// The inode of the disk or template itself; resized base images have others.
     inode: u64,
     usage: Usage,
 }
 
-/// Collects references.
+/// Collects references to extents.
 struct Tally {
-    owners: Vec<Holding>,
+    owners: Vec<OwnerUsage>,
     by_inode: HashMap<u64, Owner>,
-    extents: HashMap<u64, Held>,
+    extents: HashMap<u64, ExtentUsage>,
 }
 
 impl Tally {
     fn take(&mut self, reference: Reference) {
         let owner = self.by_inode.get(&reference.inode).copied().unwrap_or(OTHER);
-        if let Some(holding) = self.owners.get_mut(owner as usize)
-            && holding.inode == reference.inode
+        if let Some(owner) = self.owners.get_mut(owner as usize)
+            && owner.inode == reference.inode
         {
-            holding.usage.used += Bytes::new(reference.mapped);
+            owner.usage.used += Bytes::new(reference.mapped);
         }
-        let held = self.extents.entry(reference.start).or_insert(Held {
+        let extent = self.extents.entry(reference.start).or_insert(ExtentUsage {
             size: reference.size,
             owner,
             mapped: 0,
         });
-        held.mapped = held.mapped.saturating_add(reference.mapped);
-        if held.owner != owner {
-            held.owner = SHARED;
+        extent.mapped = extent.mapped.saturating_add(reference.mapped);
+        if extent.owner != owner {
+            extent.owner = SHARED;
         }
     }
 
-    /// `used` is what the file system says of itself after the walk; `other_is_rest` where the walk
-    /// does not show all that it holds.
-    fn close(mut self, used: Bytes, other_is_rest: bool, measured_at: SystemTime, took: Duration) -> Accounts {
+    /// Sums up the extents. `used` is the used space that the file system reports after the walk.
+    /// With `other_is_rest`, the walk does not cover the whole file system, and *other* is the
+    /// difference.
+    fn close(mut self, used: Bytes, other_is_rest: bool, measured_at: SystemTime, took: Duration) -> PoolUsage {
         let (mut disks_exclusive, mut templates_exclusive) = (Bytes::ZERO, Bytes::ZERO);
         let (mut shared, mut other, mut covered) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
-        for held in self.extents.values() {
-            let size = Bytes::new(held.size);
-            match self.owners.get_mut(held.owner as usize) {
-                Some(holding) if holding.disk => {
-                    holding.usage.exclusive += size;
+        for extent in self.extents.values() {
+            let size = Bytes::new(extent.size);
+            match self.owners.get_mut(extent.owner as usize) {
+                Some(owner) if owner.disk => {
+                    owner.usage.exclusive += size;
                     disks_exclusive += size;
-                    covered += size.min(Bytes::new(held.mapped));
+                    covered += size.min(Bytes::new(extent.mapped));
                 }
-                Some(holding) => {
-                    holding.usage.exclusive += size;
+                Some(owner) => {
+                    owner.usage.exclusive += size;
                     templates_exclusive += size;
                 }
-                None if held.owner == SHARED => shared += size,
+                None if extent.owner == SHARED => shared += size,
                 None => other += size,
             }
         }
         if other_is_rest {
             other = used - (disks_exclusive + templates_exclusive + shared);
         }
-        let (disks, templates): (Vec<_>, Vec<_>) = self.owners.into_iter().partition(|holding| holding.disk);
-        let by_name = |owners: Vec<Holding>| owners.into_iter().map(|owner| (owner.name, owner.usage)).collect();
+        let (disks, templates): (Vec<_>, Vec<_>) = self.owners.into_iter().partition(|owner| owner.disk);
+        let by_name = |owners: Vec<OwnerUsage>| owners.into_iter().map(|owner| (owner.name, owner.usage)).collect();
         let total = disks_exclusive + templates_exclusive + shared + other;
-        Accounts {
+        PoolUsage {
             measured_at,
             took,
             disks: by_name(disks),
@@ -186,67 +167,72 @@ impl Tally {
             templates_exclusive,
             shared,
             other,
-            // The file system may hold what this subvolume's tree does not show.
-            fixed: total.max(used) - covered,
+            // The file system may hold data outside this subvolume's tree.
+            unreclaimable: total.max(used) - covered,
         }
     }
 }
 
 impl Pool {
-    /// Walks all extents of the pool. Takes from milliseconds to seconds, with the number of
-    /// extents; holds up nobody. What it finds is what admission builds on from then on, until a
-    /// template comes or goes.
+    /// Measures the usage of all disks and templates. Takes from milliseconds to seconds, depending
+    /// on the number of extents, and blocks no other operation. Admission uses the result until a
+    /// template is added or removed.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when the kernel does not tell.
-    pub fn measure(&self) -> Result<Accounts, StorageError> {
+    /// [`StorageError::Io`] when the kernel does not report the extents.
+    pub fn measure(&self) -> Result<PoolUsage, StorageError> {
         self.require_mounted()?;
         let (measured_at, begun) = (SystemTime::now(), Instant::now());
         let failed =
             |errno: rustix::io::Errno| StorageError::io("read the extents of", self.root.display(), errno.into());
-        // Before anything else: what changes from here on makes the result stale.
+        // Read first: any later change makes the result stale.
         let folders = self.folder_times();
         let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
         match self.file_system {
-            FileSystem::Btrfs(..) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
-            FileSystem::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
+            PoolFs::Btrfs(..) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
+            PoolFs::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
         }
         let used = self.space()?.used;
-        let accounts = tally.close(used, self.ground == Ground::Given, measured_at, begun.elapsed());
-        let fixed = folders.map(|folders| Fixed {
-            size: accounts.fixed,
+        let accounts = tally.close(
+            used,
+            self.backing == ActualBacking::Existing,
+            measured_at,
+            begun.elapsed(),
+        );
+        let unreclaimable = folders.map(|folders| Measurement {
+            size: accounts.unreclaimable,
             folders,
         });
         let mut measured = self.measured();
         if measured.forgotten == forgotten {
-            measured.last = fixed;
+            measured.last = unreclaimable;
         }
         Ok(accounts)
     }
 
-    /// Whether admission has to count all that is used as fixed, because there is no measurement,
-    /// or templates came or went since.
+    /// Returns whether admission has to count all used space as unreclaimable. That is the case
+    /// before the first measurement, and after a template was added or removed.
     pub fn needs_measuring(&self) -> bool {
-        self.measured_fixed().is_none()
+        self.measured_unreclaimable().is_none()
     }
 
-    /// The last measurement, if it still says something. Two system calls.
-    pub(crate) fn measured_fixed(&self) -> Option<Bytes> {
-        let fixed = self.measured().last?;
-        (self.folder_times() == Some(fixed.folders)).then_some(fixed.size)
+    /// Returns the last measurement unless it is stale. Costs two system calls.
+    pub(crate) fn measured_unreclaimable(&self) -> Option<Bytes> {
+        let unreclaimable = self.measured().last?;
+        (self.folder_times() == Some(unreclaimable.folders)).then_some(unreclaimable.size)
     }
 
-    /// To be called when a disk gave way to a clone of itself: blocks that it no longer maps may
-    /// stay.
+    /// Invalidates the measurement. Call it after a disk was replaced by a clone of itself: blocks
+    /// that it no longer maps may stay in use.
     pub(crate) fn forget_measurement(&self) {
         let mut measured = self.measured();
         measured.last = None;
         measured.forgotten += 1;
     }
 
-    fn measured(&self) -> MutexGuard<'_, Measured> {
-        self.fixed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn measured(&self) -> MutexGuard<'_, Measurements> {
+        self.measurements.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn folder_times(&self) -> Option<FolderTimes> {
@@ -261,7 +247,7 @@ impl Pool {
         ]))
     }
 
-    /// What each file of the pool maps.
+    /// Reads the extent maps of all files in the pool.
     fn map_files(&self) -> Result<Vec<fiemap::Mapped>, StorageError> {
         let mut mapped = Vec::new();
         for folder in [self.disks_dir(), self.templates_dir(), self.grown_dir()] {
@@ -281,7 +267,7 @@ impl Pool {
         Ok(mapped)
     }
 
-    /// Every disk and template, and the files that belong to it.
+    /// Lists every disk and template with the inodes of its files.
     fn owners(&self) -> Result<Tally, StorageError> {
         let mut tally = Tally {
             owners: Vec::new(),
@@ -300,7 +286,7 @@ impl Pool {
                     Err(error) => return Err(StorageError::io("read", path.display(), error)),
                 };
                 tally.by_inode.insert(inode, tally.owners.len() as Owner);
-                tally.owners.push(Holding {
+                tally.owners.push(OwnerUsage {
                     name,
                     disk,
                     inode,
@@ -325,7 +311,7 @@ impl Pool {
     }
 }
 
-/// Name, inode and path of the regular files in a folder.
+/// Returns name, inode and path of the regular files in a folder.
 fn files_of(folder: &Path) -> Result<Vec<(String, u64, std::path::PathBuf)>, StorageError> {
     let failed = |error| StorageError::io("list", folder.display(), error);
     let entries = match fs::read_dir(folder) {
@@ -337,11 +323,11 @@ fn files_of(folder: &Path) -> Result<Vec<(String, u64, std::path::PathBuf)>, Sto
     for entry in entries {
         let entry = entry.map_err(failed)?;
         let path = entry.path();
-        // By its type alone: a pipe that is opened waits for its other end.
+        // Checked by type alone: opening a pipe would wait for its other end.
         if !entry.file_type().is_ok_and(|kind| kind.is_file()) {
             continue;
         }
-        // What has no name of ours is told by no name.
+        // Names that are not UTF-8 cannot be ours.
         if let Some(name) = path.file_name().and_then(OsStr::to_str) {
             files.push((name.to_owned(), entry.ino(), path));
         }
@@ -359,20 +345,20 @@ mod tests {
     const KERNEL: u64 = 303;
 
     fn tally() -> Tally {
-        let holding = |name: &str, disk, inode| Holding {
+        let owner = |name: &str, disk, inode| OwnerUsage {
             name: name.parse().unwrap(),
             disk,
             inode,
             usage: Usage::default(),
         };
         Tally {
-            owners: vec![holding("vm-1", true, DISK), holding("tiny", false, TEMPLATE)],
+            owners: vec![owner("vm-1", true, DISK), owner("tiny", false, TEMPLATE)],
             by_inode: HashMap::from([(DISK, 0), (TEMPLATE, 1), (GROWN, 1)]),
             extents: HashMap::new(),
         }
     }
 
-    fn close(references: &[(u64, u64, u64, u64)], used: u64, other_is_rest: bool) -> Accounts {
+    fn close(references: &[(u64, u64, u64, u64)], used: u64, other_is_rest: bool) -> PoolUsage {
         let mut tally = tally();
         for &(inode, start, size, mapped) in references {
             tally.take(Reference {
@@ -386,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn each_extent_is_counted_once_and_for_who_it_belongs_to() {
+    fn each_extent_is_counted_once_and_for_its_owner() {
         let accounts = close(
             &[
                 (TEMPLATE, 1000, 100, 100),
@@ -416,20 +402,22 @@ mod tests {
         ];
         assert_eq!(sums, [70, 110, 50, 7].map(Bytes::new));
         assert_eq!(accounts.total(), Bytes::new(237));
-        // Of the disk's own extent, it maps 40 bytes; the other 30 are held and no promise covers
-        // them.
-        assert_eq!(accounts.fixed(), Bytes::new(237 - 40));
+        // The disk maps 40 bytes of its own extent; no promise covers the other 30.
+        assert_eq!(accounts.unreclaimable(), Bytes::new(237 - 40));
     }
 
     #[test]
-    fn what_the_walk_does_not_see_is_fixed_all_the_same() {
-        assert_eq!(close(&[(DISK, 1000, 100, 100)], 500, false).fixed(), Bytes::new(400));
+    fn space_outside_the_walk_is_unreclaimable() {
+        assert_eq!(
+            close(&[(DISK, 1000, 100, 100)], 500, false).unreclaimable(),
+            Bytes::new(400)
+        );
     }
 
     #[test]
-    fn on_a_file_system_with_more_on_it_than_the_pool_the_rest_is_other() {
+    fn on_a_shared_file_system_the_remaining_space_is_other() {
         let accounts = close(&[(DISK, 1000, 100, 100), (KERNEL, 5000, 7, 7)], 500, true);
         assert_eq!((accounts.other, accounts.total()), (Bytes::new(400), Bytes::new(500)));
-        assert_eq!(accounts.fixed(), Bytes::new(400));
+        assert_eq!(accounts.unreclaimable(), Bytes::new(400));
     }
 }

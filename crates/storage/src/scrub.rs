@@ -1,15 +1,15 @@
-//! Taking out of a guest's file system what belongs to one machine only, in user space: the host
-//! mounts nothing that a guest has written.
+//! Removes a guest's identity from its file system, in user space. The host never mounts a file
+//! system that a guest has written.
 //!
-//! Paths are fixed, and names that were read from the image are used only if they are plain: no
-//! guest puts a word into a script of ours. A guest that hides its key on purpose keeps it, as it
-//! may keep any file.
+//! Paths are fixed, and names read from the image are used only if they are plain, so a guest
+//! cannot insert words into a debugfs script. A guest that hides its key on purpose keeps it, like
+//! any other file.
 //!
-//! A deleted file's blocks still hold its bytes, deleted names stay in folders, and the journal
-//! holds old copies of both. So what is not in use is emptied afterwards ([`ext4::empty_unused`]).
+//! The blocks of a deleted file still contain its data, folders keep deleted names, and the journal
+//! contains old copies of both. So unused space is zeroed afterwards ([`ext4::zero_unused`]).
 //!
-//! `debugfs` can fail to write and say nothing. So the image is looked at again: nothing that was
-//! to go may be there, what was removed may be in use no more, and no other file may have changed.
+//! `debugfs` can fail to write and report success. So the image is inspected again: nothing to be
+//! removed may be left, removed inodes must be unused, and no other file may have changed.
 
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
@@ -22,17 +22,17 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Whose disk an image was.
+/// The identity of the guest whose disk an image was.
 #[derive(Debug, Clone, Default)]
-pub struct Identity {
-    /// The guest's host name. Lines of `/etc/hosts` that name it go.
+pub struct GuestIdentity {
+    /// The guest's host name. Lines of `/etc/hosts` with it are removed.
     pub hostname: String,
-    /// The public key that the guest was given: lines of anyone's `authorized_keys` that hold it
-    /// go. Cloud images write it there.
+    /// The guest's public SSH key. Lines with it are removed from every `authorized_keys`; cloud
+    /// images write it there.
     pub ssh_public_key: String,
 }
 
-/// Files that are made anew at a guest's first boot, or by whoever needs them.
+/// Files to remove: the guest creates them again at its first boot or when needed.
 const REMOVED: [&str; 13] = [
     "/etc/hostname",
     "/etc/machine-info",
@@ -43,18 +43,18 @@ const REMOVED: [&str; 13] = [
     "/var/lib/systemd/credential.secret",
     "/var/lib/scalebox/instance-id",
     "/var/lib/NetworkManager/secret_key",
-    // What cloud-init made of the old seed.
+    // Files that cloud-init created from the old seed.
     "/etc/netplan/50-cloud-init.yaml",
     "/etc/network/interfaces.d/50-cloud-init",
     "/etc/systemd/network/10-cloud-init-eth0.network",
     "/var/lib/urandom/random-seed",
 ];
 
-/// Files that stay, empty. An empty machine id is what makes systemd draw one.
+/// Files to truncate. An empty machine id makes systemd generate a new one.
 const EMPTIED: [&str; 4] = ["/etc/machine-id", "/var/log/wtmp", "/var/log/btmp", "/var/log/lastlog"];
 
-/// Folders of which files go whose names begin so.
-const REMOVED_BEGINNING: [(&str, &[&str]); 2] = [
+/// Files to remove by folder and name prefix.
+const REMOVED_PREFIXES: [(&str, &[&str]); 2] = [
     ("/etc/ssh", &["ssh_host_"]),
     (
         "/var/log",
@@ -73,8 +73,8 @@ const REMOVED_BEGINNING: [(&str, &[&str]); 2] = [
     ),
 ];
 
-/// Folders that stay, made anew and empty: their blocks held names. The journal's are machine ids.
-const RENEWED: [&str; 5] = [
+/// Folders to recreate empty, because their blocks contain names. The journal's are machine ids.
+const RECREATED: [&str; 5] = [
     "/var/log/journal",
     "/var/lib/dhcp",
     "/var/lib/dhclient",
@@ -82,19 +82,19 @@ const RENEWED: [&str; 5] = [
     "/var/lib/cloud/sem",
 ];
 
-/// What else of cloud-init's state makes it take the guest for one that it has set up.
-const REMOVED_FROM_CLOUD: [&str; 2] = ["/var/lib/cloud/instance", "/var/lib/cloud/data"];
+/// The rest of cloud-init's state, which would make it skip the setup of a new guest.
+const REMOVED_CLOUD_STATE: [&str; 2] = ["/var/lib/cloud/instance", "/var/lib/cloud/data"];
 
-/// A file that lines are taken out of is read whole; none that a person keeps is as large.
-const LARGEST_EDITED: u64 = 1 << 20;
-/// More folders below one another, or in all, than any of the folders above has.
-const MOST_FOLDERS: usize = 512;
+/// Maximum size of a file whose lines are edited; it is read as a whole.
+const MAX_EDITED_SIZE: u64 = 1 << 20;
+/// Maximum number of folders, nested or in total; far more than the folders above have.
+const MAX_FOLDERS: usize = 512;
 
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const KIND: u32 = 0o170_000;
 
-/// Names in `/etc/hosts` that every machine has; a guest can have one of them as its own.
+/// Names in `/etc/hosts` of every machine; a guest's own host name can be one of them.
 const COMMON_NAMES: [&str; 9] = [
     "localhost",
     "localhost4",
@@ -107,22 +107,21 @@ const COMMON_NAMES: [&str; 9] = [
     "ip6-allrouters",
 ];
 
-/// Takes the identity out of the ext4 image `path`, open as `image`, whose journal was replayed.
-/// The image is nobody else's. Afterwards its file system is sound, and has nothing in what it does
-/// not use.
+/// Removes the identity from the ext4 image `path`, open as `image`. Its journal was replayed, and
+/// nobody else uses it. Afterwards its file system is sound, and its unused space is zeroed.
 ///
 /// # Errors
-/// [`StorageError::Unfit`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image is then
-/// of no use.
-pub(crate) fn remove(path: &Path, image: &File, source: &Identity) -> Result<(), StorageError> {
+/// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image
+/// must then be discarded.
+pub(crate) fn remove(path: &Path, image: &File, source: &GuestIdentity) -> Result<(), StorageError> {
     let before = files::unnamed_clone(ext4::parent(path), image)?;
     let mut edit = Scrub::new(path, image, Mode::Edit)?;
     edit.all(source)?;
     if ext4::keeps_quotas(image)? {
-        // They count what was removed too.
+        // The quota files still count the removed files.
         ext4::repair(path)?;
     }
-    ext4::empty_unused(image)?;
+    ext4::zero_unused(image)?;
     ext4::check_work(path, "edit a file system")?;
 
     let mut verify = Scrub::new(path, image, Mode::Verify)?;
@@ -131,23 +130,23 @@ pub(crate) fn remove(path: &Path, image: &File, source: &Identity) -> Result<(),
     ext4::require_unchanged(&before, image, &Work::Edit(&edit.touched))
 }
 
-/// Makes sure that inodes of removed files are in use no more: as one of the files `kept`, or under
-/// another name than the removed one.
+/// Checks that the inodes of removed files are unused. They must not be in use as one of the files
+/// in `kept`, nor under another name.
 fn require_gone(before: &File, after: &File, removed: &HashSet<u64>, kept: &HashSet<u64>) -> Result<(), StorageError> {
     let (before, after) = (Tree::open(before)?, Tree::open(after)?);
     for inode in removed.difference(kept) {
         let was = before.stat(*inode)?.map_or(0, |stat| stat.links);
         if after.stat(*inode)?.is_some_and(|stat| stat.links >= was) {
-            return Err(still_there(&format!("inode {inode}")));
+            return Err(still_exists(&format!("inode {inode}")));
         }
     }
     Ok(())
 }
 
-fn still_there(what: &str) -> StorageError {
+fn still_exists(what: &str) -> StorageError {
     StorageError::Host {
-        doing: "take out of an image what belongs to one VM alone",
-        reason: format!("{what} is still there"),
+        doing: "remove the identity of a VM from an image",
+        reason: format!("{what} still exists"),
     }
 }
 
@@ -155,7 +154,7 @@ fn short_name(name: &[u8]) -> &[u8] {
     name.split(|byte| *byte == b'.').next().unwrap_or_default()
 }
 
-/// A line of `/etc/hosts` without the names of the host; `None` if it names nothing else.
+/// Removes the host's names from a line of `/etc/hosts`; `None` if it has no other names.
 fn without_host(line: &[u8], host: &[u8]) -> Option<Vec<u8>> {
     let is_common = COMMON_NAMES
         .iter()
@@ -184,46 +183,45 @@ fn without_host(line: &[u8], host: &[u8]) -> Option<Vec<u8>> {
 
 /// A file in the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Entry {
+struct FileEntry {
     name: String,
     stat: Stat,
 }
 
-impl Entry {
+impl FileEntry {
     fn is(&self, kind: u32) -> bool {
         self.stat.mode & KIND == kind
     }
 
-    /// Whether the name can stand in a script as it is.
+    /// Returns whether the name can be used in a script as it is.
     fn is_plain(&self) -> bool {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._@+:,=~%-".contains(&byte);
         !self.name.is_empty() && self.name.bytes().all(plain)
     }
 }
 
-/// What a [`Scrub`] does with what it finds.
+/// The action of a [`Scrub`] on its findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Edit,
-    /// Nothing is to be found any more.
+    /// Fails on any finding.
     Verify,
 }
 
-/// The work on one image: a script that grows and is run.
+/// One pass over an image, which collects a debugfs script and runs it.
 struct Scrub<'i> {
     path: &'i Path,
     tree: Tree<'i>,
     mode: Mode,
     script: String,
     /// The new contents that the script refers to.
-    contents: Vec<Beside>,
+    contents: Vec<ScratchFile>,
     folders: usize,
-    /// The inodes of files that are removed.
+    /// The inodes of removed files.
     removed: HashSet<u64>,
-    /// The inodes of all that changes: removed files, files that are emptied, and the folders of
-    /// both.
+    /// The inodes of everything that changes: removed files, truncated files, and their folders.
     touched: HashSet<u64>,
-    /// The inodes of files and folders that were made anew.
+    /// The inodes of recreated files and folders.
     kept: HashSet<u64>,
 }
 
@@ -242,8 +240,8 @@ impl<'i> Scrub<'i> {
         })
     }
 
-    /// Goes over everything that belongs to one machine only.
-    fn all(&mut self, source: &Identity) -> Result<(), StorageError> {
+    /// Processes everything that belongs to the guest's identity.
+    fn all(&mut self, source: &GuestIdentity) -> Result<(), StorageError> {
         for path in REMOVED {
             if let Some(entry) = self.find(path)?
                 && !entry.is(DIRECTORY)
@@ -261,9 +259,9 @@ impl<'i> Scrub<'i> {
                 }
             }
         }
-        for (folder, beginnings) in REMOVED_BEGINNING {
+        for (folder, prefixes) in REMOVED_PREFIXES {
             for entry in self.list(folder)? {
-                let named = beginnings.iter().any(|beginning| entry.name.starts_with(beginning));
+                let named = prefixes.iter().any(|prefix| entry.name.starts_with(prefix));
                 if named && entry.is_plain() && !entry.is(DIRECTORY) {
                     self.remove(&format!("{folder}/{}", entry.name), &entry)?;
                 }
@@ -275,12 +273,12 @@ impl<'i> Scrub<'i> {
     }
 
     fn folders(&mut self) -> Result<(), StorageError> {
-        for path in REMOVED_FROM_CLOUD {
+        for path in REMOVED_CLOUD_STATE {
             if let Some(entry) = self.find(path)? {
                 self.remove_tree(path, &entry)?;
             }
         }
-        for path in RENEWED {
+        for path in RECREATED {
             if let Some(entry) = self.find(path)?
                 && entry.is(DIRECTORY)
             {
@@ -296,10 +294,10 @@ impl<'i> Scrub<'i> {
         Ok(())
     }
 
-    /// Lines of files that stay.
-    fn lines(&mut self, source: &Identity) -> Result<(), StorageError> {
+    /// Removes lines from files.
+    fn lines(&mut self, source: &GuestIdentity) -> Result<(), StorageError> {
         self.edit_lines("/etc", "hosts", |line| without_host(line, source.hostname.as_bytes()))?;
-        // Its type and comment may be written otherwise; what it is stands in the middle.
+        // Type and comment can be spelled differently; the key itself is the second word.
         let key = source.ssh_public_key.split_whitespace().nth(1).unwrap_or_default();
         for folder in self.ssh_folders()? {
             self.edit_lines(&folder, "authorized_keys", |line| {
@@ -310,8 +308,8 @@ impl<'i> Scrub<'i> {
         Ok(())
     }
 
-    /// The files of a folder; none where there is no such folder.
-    fn list(&self, folder: &str) -> Result<Vec<Entry>, StorageError> {
+    /// Lists the files of a folder; empty if the folder does not exist.
+    fn list(&self, folder: &str) -> Result<Vec<FileEntry>, StorageError> {
         let Some((_, names)) = self.tree.list(folder)? else {
             return Ok(Vec::new());
         };
@@ -319,13 +317,13 @@ impl<'i> Scrub<'i> {
         for found in names {
             if let Some(stat) = self.tree.stat(found.inode)? {
                 let name = String::from_utf8_lossy(&found.name).into_owned();
-                entries.push(Entry { name, stat });
+                entries.push(FileEntry { name, stat });
             }
         }
         Ok(entries)
     }
 
-    fn find(&self, path: &str) -> Result<Option<Entry>, StorageError> {
+    fn find(&self, path: &str) -> Result<Option<FileEntry>, StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
         let Some((_, names)) = self.tree.list(folder)? else {
             return Ok(None);
@@ -334,16 +332,16 @@ impl<'i> Scrub<'i> {
             return Ok(None);
         };
         let name = name.to_owned();
-        Ok(self.tree.stat(found.inode)?.map(|stat| Entry { name, stat }))
+        Ok(self.tree.stat(found.inode)?.map(|stat| FileEntry { name, stat }))
     }
 
-    fn remove(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
-        self.goes(path, entry)?;
+    fn remove(&mut self, path: &str, entry: &FileEntry) -> Result<(), StorageError> {
+        self.record_removal(path, entry)?;
         self.command(&["rm", path])
     }
 
-    /// Enters that a file goes, which changes its folder too.
-    fn goes(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+    /// Records a removal, which changes the folder too.
+    fn record_removal(&mut self, path: &str, entry: &FileEntry) -> Result<(), StorageError> {
         let (folder, _) = path.rsplit_once('/').unwrap_or_default();
         self.touched.extend(self.tree.list(folder)?.map(|(folder, _)| folder));
         self.removed.insert(entry.stat.inode);
@@ -351,27 +349,27 @@ impl<'i> Scrub<'i> {
         Ok(())
     }
 
-    /// A folder with all that is in it, or a file.
-    fn remove_tree(&mut self, path: &str, entry: &Entry) -> Result<(), StorageError> {
+    /// Removes a file, or a folder with all its contents.
+    fn remove_tree(&mut self, path: &str, entry: &FileEntry) -> Result<(), StorageError> {
         if !entry.is(DIRECTORY) {
             return self.remove(path, entry);
         }
         self.folders += 1;
-        if self.folders > MOST_FOLDERS {
-            return Err(StorageError::Unfit(format!(
-                "there are too many folders below {path}: remove them"
+        if self.folders > MAX_FOLDERS {
+            return Err(StorageError::UnfitDisk(format!(
+                "there are too many folders below {path}: remove some"
             )));
         }
         for entry in self.list(path)? {
             if !entry.is_plain() {
                 let name = &entry.name;
-                return Err(StorageError::Unfit(format!(
+                return Err(StorageError::UnfitDisk(format!(
                     "in {path}, the file {name:?} has an unusual name: remove it"
                 )));
             }
             self.remove_tree(&format!("{path}/{}", entry.name), &entry)?;
         }
-        self.goes(path, entry)?;
+        self.record_removal(path, entry)?;
         self.command(&["rmdir", path])
     }
 
@@ -387,7 +385,7 @@ impl<'i> Scrub<'i> {
         Ok(())
     }
 
-    /// The `.ssh` folders of root and of who has a home.
+    /// Lists the `.ssh` folders of root and of the users in `/home`.
     fn ssh_folders(&self) -> Result<Vec<String>, StorageError> {
         let mut folders = vec!["/root/.ssh".to_owned()];
         for home in self.list("/home")? {
@@ -395,17 +393,17 @@ impl<'i> Scrub<'i> {
                 folders.push(format!("/home/{}/.ssh", home.name));
             }
         }
-        // Each is looked into by a program of its own.
-        if folders.len() > MOST_FOLDERS {
-            return Err(StorageError::Unfit(format!(
-                "there are {} folders in /home, and {MOST_FOLDERS} are the most: remove some",
+        // Each folder is read from the image separately.
+        if folders.len() > MAX_FOLDERS {
+            return Err(StorageError::UnfitDisk(format!(
+                "there are {} folders in /home, more than {MAX_FOLDERS}: remove some",
                 folders.len()
             )));
         }
         Ok(folders)
     }
 
-    /// Replaces each line of a file by what `edited` makes of it; `None` takes it out.
+    /// Replaces each line of a file by the result of `edited`; `None` removes the line.
     fn edit_lines(
         &mut self,
         folder: &str,
@@ -417,12 +415,12 @@ impl<'i> Scrub<'i> {
             return Ok(());
         };
         self.kept.insert(entry.stat.inode);
-        if entry.stat.size > LARGEST_EDITED {
-            return Err(StorageError::Unfit(format!(
+        if entry.stat.size > MAX_EDITED_SIZE {
+            return Err(StorageError::UnfitDisk(format!(
                 "{path} is larger than 1 MiB: make it smaller"
             )));
         }
-        let content = self.tree.read(entry.stat.inode, LARGEST_EDITED)?;
+        let content = self.tree.read(entry.stat.inode, MAX_EDITED_SIZE)?;
         let lines = content.split_inclusive(|byte| *byte == b'\n');
         let left = lines.filter_map(edited).collect::<Vec<_>>().concat();
         if left == content {
@@ -431,27 +429,28 @@ impl<'i> Scrub<'i> {
         self.rewrite(&path, &entry, &left)
     }
 
-    /// Makes a file anew: where its blocks are, and whether it has any, is then for `debugfs` to
-    /// say.
-    fn rewrite(&mut self, path: &str, entry: &Entry, content: &[u8]) -> Result<(), StorageError> {
+    /// Replaces a file by a new one with `content`, so that `debugfs` allocates its blocks.
+    fn rewrite(&mut self, path: &str, entry: &FileEntry, content: &[u8]) -> Result<(), StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
-        let beside = Beside::new(self.path, &format!(".{}", self.contents.len()), content)?;
-        let content = command::bare_name(&beside.path).to_string_lossy().into_owned();
-        self.contents.push(beside);
+        let scratch = ScratchFile::new(self.path, &format!(".{}", self.contents.len()), content)?;
+        let content = command::bare_name(&scratch.path).to_string_lossy().into_owned();
+        self.contents.push(scratch);
         self.remove(path, entry)?;
         self.command(&["cd", folder])?;
         self.command(&["write", &content, name])?;
         self.set_owner(path, &entry.stat)
     }
 
-    /// Adds a line to the script.
+    /// Adds a line to the script; fails in a verifying pass.
     fn command(&mut self, words: &[&str]) -> Result<(), StorageError> {
         if self.mode == Mode::Verify {
-            return Err(still_there(words.get(1).unwrap_or(&"something")));
+            return Err(still_exists(words.get(1).unwrap_or(&"something")));
         }
         for (nth, word) in words.iter().enumerate() {
             if word.contains(['"', '\n', '\0']) {
-                return Err(StorageError::Unfit(format!("{word:?} cannot be a word of a script")));
+                return Err(StorageError::UnfitDisk(format!(
+                    "{word:?} cannot be used in a debugfs script"
+                )));
             }
             if nth == 0 {
                 self.script.push_str(word);
@@ -467,47 +466,48 @@ impl<'i> Scrub<'i> {
         if self.script.is_empty() {
             return Ok(());
         }
-        let script = Beside::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
+        let script = ScratchFile::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
         let input = File::open(&script.path).map_err(|error| StorageError::io("read", script.path.display(), error))?;
-        let unfit = |why: &str| StorageError::Unfit(format!("what belongs to its VM alone cannot be taken out: {why}"));
+        let unfit = |why: &str| StorageError::UnfitDisk(format!("the identity of its VM cannot be removed: {why}"));
         let answer = match command::run_on_image(self.path, Program::Debugfs, &["-w", "-f", "-"], Some(input)) {
-            Err(CommandError::Endless { why, .. }) => return Err(unfit(&format!("a program {why}"))),
+            Err(CommandError::Killed { why, .. }) => return Err(unfit(&format!("a program {why}"))),
             other => other?,
         };
         self.contents.clear();
-        // It always ends with 0: it has failed when it complains.
+        // It always exits with 0; a message on standard error means failure.
         match answer.complaint(|_| false) {
             None if answer.code == Some(0) => Ok(()),
             _ if answer.is_fault_on_sound_image() || answer.code != Some(0) => Err(StorageError::Host {
                 doing: "edit a file system",
-                reason: format!("debugfs ended with {}: {}", answer.status, answer.said()),
+                reason: format!("debugfs exited with {}: {}", answer.status, answer.output()),
             }),
             complaint => Err(unfit(complaint.unwrap_or_default())),
         }
     }
 }
 
-/// A file beside the image, gone when dropped; a crash leaves it to the sweep of half-made files.
-struct Beside {
+/// A file next to the image, removed on drop; after a crash the sweep of unfinished files removes
+/// it.
+struct ScratchFile {
     path: PathBuf,
 }
 
-impl Beside {
-    fn new(image: &Path, kind: &str, content: &[u8]) -> Result<Beside, StorageError> {
+impl ScratchFile {
+    fn new(image: &Path, kind: &str, content: &[u8]) -> Result<ScratchFile, StorageError> {
         let mut path: OsString = image.as_os_str().to_owned();
         path.push(kind);
         path.push(PARTIAL);
-        let beside = Beside {
+        let scratch = ScratchFile {
             path: PathBuf::from(path),
         };
-        let mut file = files::create_new(&beside.path)?;
+        let mut file = files::create_new(&scratch.path)?;
         file.write_all(content)
-            .map_err(|error| StorageError::io("write", beside.path.display(), error))?;
-        Ok(beside)
+            .map_err(|error| StorageError::io("write", scratch.path.display(), error))?;
+        Ok(scratch)
     }
 }
 
-impl Drop for Beside {
+impl Drop for ScratchFile {
     fn drop(&mut self) {
         files::discard(&self.path);
     }
@@ -518,7 +518,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hosts_lose_the_guest_s_names_and_keep_every_machine_s() {
+    fn the_guest_s_names_are_removed_from_hosts_and_common_names_stay() {
         let left = |line: &str, host: &str| {
             let left = without_host(line.as_bytes(), host.as_bytes());
             left.map(|line| String::from_utf8(line).unwrap())
@@ -540,8 +540,8 @@ mod tests {
     }
 
     #[test]
-    fn only_plain_names_stand_in_a_script() {
-        let entry = |name: &str| Entry {
+    fn only_plain_names_are_used_in_a_script() {
+        let entry = |name: &str| FileEntry {
             name: name.to_owned(),
             stat: Stat {
                 inode: 12,

@@ -1,10 +1,10 @@
-//! Whose each block is, held against what btrfs-progs say and what a deletion frees, on real pools.
+//! Disk usage in real pools, compared with btrfs-progs and with the space that a deletion frees.
 
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 mod support;
 
-use scalebox_storage::{Accounts, Bounds, Bytes, Gib, Pool};
+use scalebox_storage::{Bounds, Bytes, Gib, Pool, PoolUsage};
 use std::fs::{self, File};
 use std::path::Path;
 use support::{MAX, Stocked, USUAL, disk_path, name, run, text, write};
@@ -21,39 +21,39 @@ fn sync(pool: &Pool) {
     run("btrfs", &["filesystem", "sync", text(pool.path())]);
 }
 
-/// `btrfs filesystem du --raw` of one file: mapped and exclusive bytes. It counts what files map,
-/// not what extents hold.
+/// Returns mapped and exclusive bytes of a file from `btrfs filesystem du --raw`. It counts the
+/// mapped parts of extents, not whole extents.
 fn du(path: &Path) -> (Bytes, Bytes) {
-    let said = run("btrfs", &["filesystem", "du", "--raw", "-s", text(path)]);
-    let line = said.lines().nth(1).unwrap();
+    let output = run("btrfs", &["filesystem", "du", "--raw", "-s", text(path)]);
+    let line = output.lines().nth(1).unwrap();
     let mut numbers = line
         .split_whitespace()
         .map(|field| Bytes::new(field.parse().unwrap_or(0)));
     (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
-/// What btrfs says is used must be what the parts add up to, within 1 %.
-fn agrees_with_btrfs(pool: &Pool, accounts: &Accounts) {
+/// Checks that the sum of the parts is within 1 % of the used space that btrfs reports.
+fn check_total(pool: &Pool, accounts: &PoolUsage) {
     let (used, total) = (pool.space().unwrap().used.as_u64(), accounts.total().as_u64());
     assert!(
         used.abs_diff(total) * 100 <= used,
-        "btrfs says {used}, the parts are {total}: {accounts:?}"
+        "btrfs reports {used}, the parts sum up to {total}: {accounts:?}"
     );
 }
 
-fn measured(pool: &Pool) -> Accounts {
+fn measured(pool: &Pool) -> PoolUsage {
     sync(pool);
     let accounts = pool.measure().unwrap();
-    agrees_with_btrfs(pool, &accounts);
+    check_total(pool, &accounts);
     accounts
 }
 
 #[test]
-fn used_and_exclusive_are_what_btrfs_says_and_the_sums_agree() {
+fn used_and_exclusive_match_btrfs() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let [a, b, c] = ["vm-a", "vm-b", "vm-c"].map(|id| stocked.create(id, 1));
-    // Over the template's own blocks, and where it has none.
+    // Over the template's own blocks, and in a hole.
     write(&disk_path(pool, &a), 0, 64 * 1024);
     write(&disk_path(pool, &a), 300 * MIB, 100 * MIB);
     write(&disk_path(pool, &b), 500 * MIB, 40 * MIB);
@@ -73,15 +73,15 @@ fn used_and_exclusive_are_what_btrfs_says_and_the_sums_agree() {
     );
     assert_eq!(accounts.other, Bytes::from_mib(8));
     assert!(accounts.shared > Bytes::ZERO);
-    // Fixed is all that the disks do not have to themselves.
+    // Only the disks' exclusive extents are reclaimable.
     assert_eq!(
-        accounts.fixed(),
+        accounts.unreclaimable(),
         accounts.templates_exclusive + accounts.shared + accounts.other
     );
 }
 
 #[test]
-fn a_deletion_frees_what_was_exclusive_whatever_happened_to_the_disk_before() {
+fn a_deletion_frees_the_exclusive_bytes_also_after_a_partial_discard() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let [a, b] = ["vm-a", "vm-b"].map(|id| stocked.create(id, 1));
@@ -93,11 +93,11 @@ fn a_deletion_frees_what_was_exclusive_whatever_happened_to_the_disk_before() {
     let usage = accounts.disks[&a];
     assert!(
         usage.exclusive >= usage.used - Bytes::from_mib(2) + Bytes::from_mib(32),
-        "FIEMAP would not tell: {usage:?}"
+        "{usage:?}"
     );
     assert!(
-        accounts.fixed() >= Bytes::from_mib(32),
-        "no promise covers what is held for a part"
+        accounts.unreclaimable() >= Bytes::from_mib(32),
+        "no promise covers the unmapped part of an extent"
     );
 
     let before = pool.space().unwrap().used;
@@ -111,12 +111,12 @@ fn a_deletion_frees_what_was_exclusive_whatever_happened_to_the_disk_before() {
 }
 
 #[test]
-fn a_deleted_template_s_blocks_belong_to_the_clones_that_still_map_a_part_of_them() {
+fn blocks_of_a_deleted_template_belong_to_its_clones() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let scratch = tempfile::tempdir().unwrap();
     let source = scratch.path().join("big.ext4");
-    // One large extent in the template, once ext4's own blocks are past.
+    // The template has one large extent after ext4's own metadata.
     run("mke2fs", &["-q", "-t", "ext4", text(&source), "256M"]);
     let big = pool.import_template(&name("big"), &source, MAX, false).unwrap();
     let template = pool.path().join("templates/big.ext4");
@@ -127,22 +127,22 @@ fn a_deleted_template_s_blocks_belong_to_the_clones_that_still_map_a_part_of_the
         pool.create_disk(id, &big.name, &admitted).unwrap();
     }
     admitted.commit();
-    // Every second MiB is overwritten: what is written is new, what was there stays, since the
-    // extents are larger than that.
+    // Overwrite every second MiB: the writes go to new blocks, and the old extents stay because
+    // they are larger than 1 MiB.
     for odd in (1..64).step_by(2) {
         write(&disk_path(pool, &a), (100 + odd) * MIB, MIB);
     }
     pool.delete_template(&big.name).unwrap();
     let accounts = measured(pool);
     assert!(accounts.shared >= Bytes::from_mib(56), "{accounts:?}");
-    assert!(accounts.fixed() >= Bytes::from_mib(56));
+    assert!(accounts.unreclaimable() >= Bytes::from_mib(56));
 
-    // The last clone but one gone, the extents are held by one that maps half of them.
+    // Only one clone is left, which maps half of each extent.
     pool.delete_disk(&b).unwrap();
     let accounts = measured(pool);
     let usage = accounts.disks[&a];
     assert!(usage.exclusive >= usage.used + Bytes::from_mib(24), "{usage:?}");
-    assert!(accounts.fixed() >= Bytes::from_mib(24), "{accounts:?}");
+    assert!(accounts.unreclaimable() >= Bytes::from_mib(24), "{accounts:?}");
     let before = pool.space().unwrap().used;
     pool.delete_disk(&a).unwrap();
     sync(pool);
@@ -150,7 +150,7 @@ fn a_deleted_template_s_blocks_belong_to_the_clones_that_still_map_a_part_of_the
 }
 
 #[test]
-fn a_file_deleted_and_still_open_is_counted_with_the_rest() {
+fn deleted_but_open_files_count_as_other() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let id = stocked.create("vm-a", 1);
@@ -164,7 +164,7 @@ fn a_file_deleted_and_still_open_is_counted_with_the_rest() {
 }
 
 #[test]
-fn a_measurement_holds_until_templates_come_or_go() {
+fn a_measurement_is_valid_until_templates_change() {
     let stocked = Stocked::new(
         "30G",
         Bounds {
@@ -178,19 +178,19 @@ fn a_measurement_holds_until_templates_come_or_go() {
     write(&disk_path(pool, &id), 300 * MIB, 512 * MIB);
     sync(pool);
     assert_eq!(
-        pool.space().unwrap().fixed,
+        pool.space().unwrap().unreclaimable,
         pool.space().unwrap().used,
-        "unmeasured, all of it may be fixed"
+        "without a measurement, all of it may be unreclaimable"
     );
     let accounts = pool.measure().unwrap();
     assert!(!pool.needs_measuring());
-    assert_eq!(pool.space().unwrap().fixed, accounts.fixed());
+    assert_eq!(pool.space().unwrap().unreclaimable, accounts.unreclaimable());
     assert!(
-        accounts.fixed() < Bytes::from_mib(64),
-        "what the disk wrote is what it was promised: {accounts:?}"
+        accounts.unreclaimable() < Bytes::from_mib(64),
+        "the promise covers what the disk wrote: {accounts:?}"
     );
-    // A disk made from a grown clone that is there changes nothing; one of another size makes a
-    // clone, which is part of the templates.
+    // A disk from an existing base image changes nothing. Another size needs a new base image,
+    // which is part of the templates.
     stocked.create("vm-b", 1);
     assert!(!pool.needs_measuring());
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();

@@ -1,15 +1,15 @@
-//! Pools without an image: on a device of their own, and on a btrfs or XFS that is there already.
+//! Pools without an image: on a block device, and on an existing btrfs or XFS.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step ends the test"
 )]
 
 mod support;
 
-use scalebox_storage::{Backing, Bytes, Gib, Ground, InitOutcome, StorageError, unmount};
+use scalebox_storage::{ActualBacking, Backing, Bytes, Gib, InitOutcome, StorageError, unmount};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
 
-/// A block device over a sparse file, gone when dropped.
+/// A loop device on a sparse file, detached on drop.
 struct Device {
     file: PathBuf,
     path: PathBuf,
@@ -51,22 +51,22 @@ impl Drop for Device {
     }
 }
 
-/// A place in the scratch folder of a device, with a pool on the device to be.
+/// Returns the plan of a pool on a device, in the device's scratch folder.
 fn place_on(device: &Device, size: Option<&str>) -> Place {
     let mut place = Place::at(device.file.parent().unwrap(), size);
     place.plan.backing = Backing::Device(device.path.clone());
     place
 }
 
-/// A place for a pool in a folder on a file system.
+/// Returns the plan of a pool in a folder on an existing file system.
 fn place_in(folder: PathBuf) -> Place {
     let mut place = Place::at(&folder, None);
-    place.plan.backing = Backing::Given;
+    place.plan.backing = Backing::Existing;
     place
 }
 
-/// What every pool does, wherever it lies.
-fn does_what_a_pool_does(stocked: &Stocked) {
+/// Checks the operations of a pool that must work on every backing.
+fn check_pool_operations(stocked: &Stocked) {
     let pool = &stocked.pool;
     let before = pool.space().unwrap();
     let [a, b] = ["vm-a", "vm-b"].map(|id| stocked.create(id, 2));
@@ -79,7 +79,7 @@ fn does_what_a_pool_does(stocked: &Stocked) {
         "a clone takes no space"
     );
 
-    // What is one's own, what is shared, and what a deletion frees.
+    // Exclusive, shared and freed bytes.
     write(&disk_path(pool, &a), 300 * MIB, 100 * MIB);
     run("sync", &["-f", text(pool.path())]);
     let accounts = pool.measure().unwrap();
@@ -91,8 +91,11 @@ fn does_what_a_pool_does(stocked: &Stocked) {
     assert!(accounts.disks[&b].exclusive < Bytes::from_mib(2), "{accounts:?}");
     assert!(accounts.shared > Bytes::ZERO);
     let (used, total) = (pool.space().unwrap().used.as_u64(), accounts.total().as_u64());
-    assert!(used.abs_diff(total) * 100 <= used, "{used} are used, and {total} told");
-    assert!(accounts.fixed() < pool.space().unwrap().used - Bytes::from_mib(90));
+    assert!(
+        used.abs_diff(total) * 100 <= used,
+        "{used} are used, but {total} were measured"
+    );
+    assert!(accounts.unreclaimable() < pool.space().unwrap().used - Bytes::from_mib(90));
 
     pool.grow_disk(&b, Gib::new(3).bytes()).unwrap();
     run("e2fsck", &["-fn", text(&disk_path(pool, &b))]);
@@ -103,7 +106,7 @@ fn does_what_a_pool_does(stocked: &Stocked) {
     let freed = pool.space().unwrap().free - full;
     assert!(freed >= Bytes::from_mib(99), "{freed} are free again");
 
-    // A request that does not fit is refused in the words of the seed.
+    // A request that does not fit is refused with the seed's message.
     let free = pool.space().unwrap().free.floor_gib();
     let refused = pool.admit(free.bytes()).unwrap_err().to_string();
     let need = free.as_u64() + 2;
@@ -119,7 +122,7 @@ fn does_what_a_pool_does(stocked: &Stocked) {
 }
 
 #[test]
-fn a_pool_on_a_device_takes_all_of_it_and_comes_back_by_the_table_of_mounts() {
+fn a_pool_fills_its_device_and_is_mounted_by_fstab() {
     let device = Device::new("30G");
     let mut place = place_on(&device, None);
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
@@ -141,10 +144,10 @@ fn a_pool_on_a_device_takes_all_of_it_and_comes_back_by_the_table_of_mounts() {
     );
 
     let stocked = Stocked::in_place(place, USUAL);
-    assert_eq!(stocked.pool.ground(), &Ground::Device(device.path.clone()));
+    assert_eq!(stocked.pool.backing(), &ActualBacking::Device(device.path.clone()));
     let space = stocked.pool.space().unwrap();
     assert_eq!((space.capacity, space.host_free), (Gib::new(30).bytes(), None));
-    does_what_a_pool_does(&stocked);
+    check_pool_operations(&stocked);
 
     let Stocked { pool, mut place, .. } = stocked;
     drop(pool);
@@ -160,13 +163,13 @@ fn a_pool_on_a_device_takes_all_of_it_and_comes_back_by_the_table_of_mounts() {
 }
 
 #[test]
-fn a_pool_on_a_device_grows_with_it_and_shrinks_on_it() {
+fn a_pool_on_a_device_grows_and_shrinks() {
     let device = Device::new("40G");
     let mut place = place_on(&device, Some("30G"));
     place.init().unwrap();
     let pool = place.open(USUAL);
     let capacity = || pool.space().unwrap().capacity.floor_gib().as_u64();
-    assert_eq!(capacity(), 30, "STORAGE_SIZE is what it takes of the device");
+    assert_eq!(capacity(), 30, "STORAGE_SIZE limits the pool on the device");
     pool.grow(None).unwrap();
     assert_eq!(capacity(), 40);
     device.enlarge("60G");
@@ -177,7 +180,7 @@ fn a_pool_on_a_device_grows_with_it_and_shrinks_on_it() {
     assert!(!pool.extend().unwrap());
     pool.shrink(Gib::new(25)).unwrap();
     assert_eq!(capacity(), 25);
-    // What a start puts right leaves a pool as small as it was made.
+    // Reconciling at start does not grow a pool that is smaller than its device.
     pool.reconcile().unwrap();
     assert_eq!(capacity(), 25);
     for (refused, why) in [
@@ -195,7 +198,7 @@ fn a_pool_on_a_device_grows_with_it_and_shrinks_on_it() {
 }
 
 #[test]
-fn a_device_with_anything_on_it_is_not_formatted() {
+fn a_device_with_known_contents_is_not_formatted() {
     let device = Device::new("30G");
     let mut place = place_on(&device, None);
     let mut refused = |why: &str| {
@@ -206,12 +209,12 @@ fn a_device_with_anything_on_it_is_not_formatted() {
         );
     };
     run("mke2fs", &["-q", "-t", "ext4", text(&device.path)]);
-    refused("it holds ext4");
+    refused("it contains ext4");
     run("wipefs", &["-q", "--all", text(&device.path)]);
     run("mkfs.btrfs", &["-q", "-L", "mine", text(&device.path)]);
-    refused("it holds btrfs (label \"mine\")");
+    refused("it contains btrfs (label \"mine\")");
     run("wipefs", &["-q", "--all", text(&device.path)]);
-    // One partition of Linux' type, from sector 2048 on, 1000 long.
+    // One Linux partition starting at sector 2048, with 1000 sectors.
     let mut sector = [0; 512];
     sector[446 + 4] = 0x83;
     sector[446 + 8..446 + 16].copy_from_slice(&[0, 8, 0, 0, 0xe8, 3, 0, 0]);
@@ -223,38 +226,41 @@ fn a_device_with_anything_on_it_is_not_formatted() {
 
     let small = Device::new("10G");
     let error = place_on(&small, None).init().unwrap_err().to_string();
-    assert!(error.contains("it has 10 GiB, and a pool at least 20 GiB"), "{error}");
+    assert!(
+        error.contains("it has 10 GiB, and a pool needs at least 20 GiB"),
+        "{error}"
+    );
     let error = place_on(&small, Some("11G")).init().unwrap_err().to_string();
-    assert!(error.contains("less than STORAGE_SIZE asks for"), "{error}");
+    assert!(error.contains("less than STORAGE_SIZE"), "{error}");
     let mut file = Place::new("30G");
     let plain = file.image().to_owned();
     fs::write(&plain, "a file").unwrap();
     file.plan.backing = Backing::Device(plain);
     let error = file.init().unwrap_err().to_string();
-    assert!(error.contains("no block device"), "{error}");
+    assert!(error.contains("not a block device"), "{error}");
     assert!(!file.fstab().exists());
 }
 
 #[test]
-fn a_pool_that_another_device_is_mounted_at_is_not_used() {
+fn a_pool_on_another_device_is_not_opened() {
     let (device, other) = (Device::new("30G"), Device::new("30G"));
     let mut place = place_on(&device, None);
     place.init().unwrap();
     let wrong = Backing::Device(other.path.clone());
     let error = scalebox_storage::Pool::open(&place.plan.data_dir, &wrong, USUAL).unwrap_err();
     assert!(matches!(error, StorageError::OtherDevice { .. }), "{error}");
-    // By another name it is the same device.
+    // Another name of the same device.
     let link = place.fstab().with_file_name("by-another-name");
     std::os::unix::fs::symlink(&device.path, &link).unwrap();
     scalebox_storage::Pool::open(&place.plan.data_dir, &Backing::Device(link), USUAL).unwrap();
 }
 
 #[test]
-fn an_xfs_that_is_mounted_at_the_pool_s_place_is_the_pool() {
+fn an_xfs_mounted_at_the_pool_s_folder_is_used() {
     let host = HostDisk::made("30G", "mkfs.xfs", &["-q"]);
     let mut place = Place::at(&host.folder, Some("100G"));
     place.plan.data_dir = host.folder.clone();
-    // No image is made though one is configured: there is a file system that can clone.
+    // No image is created although one is configured: the mounted file system can clone files.
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
     assert!(!place.image().exists() && !place.fstab().exists());
@@ -264,24 +270,27 @@ fn an_xfs_that_is_mounted_at_the_pool_s_place_is_the_pool() {
     );
     let stocked = Stocked::in_place(place, USUAL);
     assert_eq!(
-        (stocked.pool.ground(), stocked.pool.file_system()),
-        (&Ground::Given, "xfs")
+        (stocked.pool.backing(), stocked.pool.file_system()),
+        (&ActualBacking::Existing, "xfs")
     );
-    does_what_a_pool_does(&stocked);
+    check_pool_operations(&stocked);
     for refused in [stocked.pool.grow(None), stocked.pool.shrink(Gib::new(20))] {
-        assert!(matches!(refused, Err(StorageError::Given(_))), "{refused:?}");
+        assert!(
+            matches!(refused, Err(StorageError::ExistingFileSystem(_))),
+            "{refused:?}"
+        );
     }
     assert!(!stocked.pool.extend().unwrap());
     let Stocked { pool, place, .. } = stocked;
     drop(pool);
     assert!(
         !unmount(&place.plan.data_dir, &place.plan.backing).unwrap(),
-        "it was there before the pool"
+        "an existing file system stays mounted"
     );
 }
 
 #[test]
-fn a_folder_on_an_xfs_or_a_btrfs_is_a_pool_when_no_image_is_wanted() {
+fn a_folder_on_xfs_or_btrfs_can_be_a_pool() {
     for (program, args) in [("mkfs.xfs", &["-q"][..]), ("mkfs.btrfs", &["-q"])] {
         let host = HostDisk::made("30G", program, args);
         fs::write(host.folder.join("somebody-else-s"), vec![7; 64 << 20]).unwrap();
@@ -290,11 +299,11 @@ fn a_folder_on_an_xfs_or_a_btrfs_is_a_pool_when_no_image_is_wanted() {
         assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
         assert!(!place.fstab().exists());
         let stocked = Stocked::in_place(place, USUAL);
-        does_what_a_pool_does(&stocked);
+        check_pool_operations(&stocked);
         let accounts = stocked.pool.measure().unwrap();
         assert!(
             accounts.other >= Bytes::from_mib(64),
-            "what is not the pool's: {accounts:?}"
+            "data outside the pool: {accounts:?}"
         );
         assert_eq!(
             fs::metadata(host.folder.join("somebody-else-s")).unwrap().len(),
@@ -304,7 +313,7 @@ fn a_folder_on_an_xfs_or_a_btrfs_is_a_pool_when_no_image_is_wanted() {
 }
 
 #[test]
-fn a_file_system_that_cannot_clone_and_a_folder_that_is_no_pool_are_refused() {
+fn file_systems_without_reflinks_and_foreign_folders_are_rejected() {
     let ext4 = HostDisk::ext4(Gib::new(1).bytes());
     let error = place_in(ext4.folder.join("pool")).init().unwrap_err();
     assert!(
@@ -319,7 +328,7 @@ fn a_file_system_that_cannot_clone_and_a_folder_that_is_no_pool_are_refused() {
     assert_eq!(
         fs::read_dir(&place.plan.data_dir).unwrap().count(),
         0,
-        "nothing was made"
+        "nothing was created"
     );
 
     let xfs = HostDisk::made("2G", "mkfs.xfs", &["-q"]);
@@ -333,7 +342,7 @@ fn a_file_system_that_cannot_clone_and_a_folder_that_is_no_pool_are_refused() {
 }
 
 #[test]
-fn an_image_where_none_is_needed_is_told_and_kept_from_copying_on_write() {
+fn an_unnecessary_image_is_a_warning_and_nocow() {
     let host = HostDisk::made("30G", "mkfs.btrfs", &["-q"]);
     let mut place = Place::at(&host.folder, None);
     place.init().unwrap();
@@ -347,7 +356,7 @@ fn an_image_where_none_is_needed_is_told_and_kept_from_copying_on_write() {
 }
 
 #[test]
-fn a_template_is_imported_to_xfs_from_elsewhere_and_from_within() {
+fn templates_are_imported_to_xfs_from_outside_and_inside_the_pool() {
     let host = HostDisk::made("30G", "mkfs.xfs", &["-q"]);
     let mut place = place_in(host.folder.join("pool"));
     place.init().unwrap();
