@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
-/// Idle time after a measurement, as a multiple of its duration: at most 1/20 of the time is spent
-/// on it.
+/// Idle time after a measurement, as a multiple of its duration. At most 1/20 of the time is spent
+/// on measuring.
 const IDLE_FACTOR: u32 = 19;
 /// How often to check whether a measurement is due.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);

@@ -39,8 +39,8 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Closes the connection of an unauthenticated client after this response. A client that does not
-/// read the response cannot delay the closing: the response fits into the socket's buffer.
+/// Closes the connection of an unauthenticated client after this response. Further responses might
+/// not fit into the socket's buffer, and the server would have to wait for the client.
 const CLOSE_AFTER_RESPONSE: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
 
 /// Returns all routes; every route except `/health` requires the token.

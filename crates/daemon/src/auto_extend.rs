@@ -33,8 +33,8 @@ const NEARLY_FULL_MARGIN: u64 = 10;
 const MAX_CONCURRENT_QUERIES: usize = 8;
 /// How long the same failure is not reported again.
 const REPORT_INTERVAL: Duration = Duration::from_secs(600);
-/// A root file system below this share of its disk has not followed the last growth: growing the
-/// disk again would not help.
+/// Minimum share of its disk for a root file system that has followed the last growth. Below it,
+/// growing the disk again would not help.
 const MIN_FILE_SYSTEM_SHARE: f64 = 0.8;
 
 /// Rejects a limit below the current size of the disk.

@@ -76,7 +76,7 @@ impl Cleanup {
     /// Cleans up after a machine that has ended; the VM is kept.
     ///
     /// # Errors
-    /// When the record has no valid address.
+    /// If the record has no valid address.
     pub fn of_stopped(service: &Service, record: &Record) -> Result<Cleanup, ServiceError> {
         Ok(Cleanup {
             record: record.clone(),
@@ -88,8 +88,8 @@ impl Cleanup {
         })
     }
 
-    /// Cleans up after a machine that was not adopted and could not be killed, or whose folder
-    /// could not be removed.
+    /// Cleans up after a machine that was not adopted and could not be killed. Its folder may also
+    /// be what could not be removed.
     pub fn of_unadopted(service: &Service, record: &Record) -> Cleanup {
         Cleanup {
             record: record.clone(),

@@ -358,7 +358,7 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     Ok((service, recovered))
 }
 
-/// Checks that the pool's disks belong to the state: with the wrong state, they would all look
+/// Checks that the pool's disks belong to the state. With the wrong state, they would all look
 /// orphaned and be removed.
 fn claim_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), CommandFailed> {
     pool.lock()?;

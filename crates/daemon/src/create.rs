@@ -1,10 +1,10 @@
-//! Creating a VM: claim a name, an address and a port → admit → clone the disk → (seed drive → tap
-//! and forward → launch) → record.
+//! Creating a VM, step by step.
 //!
-//! A VM becomes visible when it is recorded, and only then does the client get a response. A crash
-//! at any point leaves either a recorded VM or leftovers that [`recovery`](crate::recovery) removes
-//! at the next start. Creations run concurrently; the only lock they share is held for
-//! microseconds.
+//! Claim a name, an address and a port → admit → clone the disk → (seed drive → tap and forward →
+//! launch) → record. A VM becomes visible when it is recorded, and only then does the client get a
+//! response. A crash at any point leaves either a recorded VM or leftovers that
+//! [`recovery`](crate::recovery) removes at the next start. Creations run concurrently; the only
+//! lock they share is held for microseconds.
 
 use crate::auto_extend;
 use crate::error::ServiceError;
@@ -110,10 +110,34 @@ impl Service {
         }
         let reservation = inner.pool.admit(disk_size.bytes())?;
 
-        let record = Record {
+        let record = self.new_record(request, name, lease, disk_size)?;
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            template = record.template,
+            disk_size_gib = record.disk_size_gib,
+            "VM admitted"
+        );
+
+        fault_point("create: admitted")?;
+        inner
+            .pool
+            .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
+        Ok((record, reservation))
+    }
+
+    fn new_record(
+        &self,
+        request: &CreateVm,
+        name: String,
+        lease: Lease,
+        disk_size: Gib,
+    ) -> Result<Record, ServiceError> {
+        let inner = self.inner();
+        Ok(Record {
             id: new_id()?,
             name,
-            template: template.name.to_string(),
+            template: request.template.as_str().to_owned(),
             ssh_public_key: request.ssh_public_key.as_str().to_owned(),
             created_at: rfc3339(jiff::Timestamp::now()),
             vcpu_count: request
@@ -137,20 +161,7 @@ impl Service {
                 VmStatus::Stopped
             },
             status_reason: None,
-        };
-        tracing::info!(
-            vm = record.id,
-            name = record.name,
-            template = record.template,
-            disk_size_gib = record.disk_size_gib,
-            "VM admitted"
-        );
-
-        fault_point("create: admitted")?;
-        inner
-            .pool
-            .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
-        Ok((record, reservation))
+        })
     }
 
     /// Starts the machine, if the VM is to run, and writes the record.
@@ -164,7 +175,7 @@ impl Service {
         fault_point("create: disk durable")?;
         claim.require_not_cancelled()?;
         let machine = match record.status {
-            VmStatus::Running => Some(self.start_machine(record, steps).await?),
+            VmStatus::Running => Some(self.launch(record, steps).await?),
             _ => None,
         };
         claim.require_not_cancelled()?;

@@ -139,7 +139,7 @@ impl Service {
     }
 }
 
-/// How long after booting a host may take to load the KVM module: udev loads it in the background,
+/// How long after booting a host may take to load the KVM module. udev loads it in the background,
 /// and services do not wait for it.
 const KVM_LOAD_TIMEOUT: Duration = Duration::from_secs(90);
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);

@@ -1,10 +1,10 @@
-//! JSON bodies for the errors that hyper sends by itself, before there is a request: for a head
-//! that is malformed or too large.
+//! JSON bodies for the errors that hyper sends by itself.
 //!
-//! hyper sends such a response without a body, and has no setting to change that. Therefore this
-//! module inspects the bytes written to a connection: while no request is being answered, an error
-//! response from hyper at the end of the written bytes gets a body. Content cannot be mistaken for
-//! such a response, because content is only written while its request is being answered.
+//! hyper responds to a malformed or too large head before there is a request. It sends no body, and
+//! has no setting to change that. Therefore this module inspects the bytes written to a connection:
+//! while no request is being answered, an error response from hyper at the end of the written bytes
+//! gets a body. Content cannot be mistaken for such a response, because content is only written
+//! while its request is being answered.
 
 use crate::error::ServiceError;
 use axum::body::Body;

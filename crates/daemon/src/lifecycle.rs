@@ -68,7 +68,7 @@ impl Service {
         let record = &self.assign_driver(record).await?;
         let mut steps = Steps::new();
         let started = async {
-            let machine = self.start_machine(record, &mut steps).await?;
+            let machine = self.launch(record, &mut steps).await?;
             self.persist(&record.id, VmStatus::Running, None).await?;
             crash_point("start: recorded");
             Ok(machine)
@@ -94,11 +94,7 @@ impl Service {
 
     /// Writes the seed drive, attaches tap and forward, and launches the machine. Adds the undo of
     /// each completed step to `steps`.
-    pub(crate) async fn start_machine(
-        &self,
-        record: &Record,
-        steps: &mut Steps,
-    ) -> Result<Arc<dyn Machine>, ServiceError> {
+    pub(crate) async fn launch(&self, record: &Record, steps: &mut Steps) -> Result<Arc<dyn Machine>, ServiceError> {
         let inner = self.inner();
         let endpoint = endpoint(record)?;
         let run_dir = self.run_dir(&record.id);
@@ -353,8 +349,8 @@ impl Service {
         self.inner().events.publish(kind, Some(record), details);
     }
 
-    /// Records the end of a machine once the state can be written, unless the VM was started or
-    /// deleted in the meantime.
+    /// Records the end of a machine once the state can be written. Gives up if the VM was started
+    /// or deleted in the meantime.
     async fn persist_exit_later(&self, record: &Record, status: VmStatus, failure: Option<String>) {
         loop {
             tokio::time::sleep(PERSIST_RETRY_INTERVAL).await;
@@ -371,8 +367,8 @@ impl Service {
         }
     }
 
-    /// Returns the end of the console log, as a suffix for the reason of a failure; empty if there
-    /// is none.
+    /// Returns the end of the console log, as a suffix for the reason of a failure. It is empty if
+    /// there was no output.
     async fn last_console_output(&self, id: &str) -> String {
         let log = self.console_log(id);
         let read = blocking(move || {
@@ -396,9 +392,11 @@ pub(crate) fn disk_limits(limits: VmLimits) -> DiskLimits {
     }
 }
 
-/// Each VM's machine runs as its own user, so that a guest that escapes its hypervisor cannot
-/// access another VM's files. The range of ids is listed as unused in
-/// <https://systemd.io/UIDS-GIDS/> (1879048192 to 2147352575).
+/// Returns the user that a VM's machine runs as.
+///
+/// Each machine has its own user, so that a guest that escapes its hypervisor cannot access another
+/// VM's files. The range of ids is listed as unused in <https://systemd.io/UIDS-GIDS/> (1879048192
+/// to 2147352575).
 fn vmm_user(record: &Record) -> RunAs {
     let uid = 1_900_000_000 + u32::from(record.ssh_port);
     RunAs { uid, gid: uid }

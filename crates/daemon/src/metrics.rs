@@ -118,14 +118,10 @@ fn current(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Regist
             Some(pool.free_bytes),
         ),
         ("used", "Bytes written.", Some(pool.used_bytes)),
-        (
-            "committed",
-            "Sum of the provisioned sizes of all disks.",
-            Some(pool.committed_bytes),
-        ),
+        ("committed", "Sum of all disk sizes.", Some(pool.committed_bytes)),
         (
             "commitment_limit",
-            "Maximum of the committed bytes.",
+            "Maximum commitment.",
             Some(pool.commitment_limit_bytes),
         ),
         ("reserved", "Admitted but not yet used.", Some(pool.reserved_bytes)),
@@ -135,12 +131,8 @@ fn current(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Regist
             "Free on the file system of the pool's image.",
             pool.host_free_bytes,
         ),
-        (
-            "unallocated",
-            "Not yet allocated by btrfs to data or metadata.",
-            Some(pool.unallocated_bytes),
-        ),
-        ("metadata", "Allocated by btrfs to metadata.", Some(pool.metadata_bytes)),
+        ("unallocated", "Unallocated by btrfs.", Some(pool.unallocated_bytes)),
+        ("metadata", "Allocated to metadata.", Some(pool.metadata_bytes)),
         ("metadata_used", "Metadata in use.", Some(pool.metadata_used_bytes)),
     ];
     for (name, help, bytes) in sizes {

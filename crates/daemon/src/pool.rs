@@ -50,7 +50,7 @@ impl Service {
         })
     }
 
-    /// Grows the pool while it is in use, to `size` or to 80 % of the space on the host disk.
+    /// Grows the pool while it is in use, to `size` or by the 80 % rule.
     ///
     /// # Errors
     /// 400 if `size` is not larger than the pool or too large; 409 if the pool is already being

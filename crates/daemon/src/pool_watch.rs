@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 
 const STORAGE_FULL: &str = "storage_full";
-/// With less free space than this, disk growth is watched several times a second: a fast host
+/// With less free space than this, disk growth is checked several times a second. A fast host
 /// writes half of it in a second.
 const WATCH_BELOW: Bytes = Bytes::from_mib(4096);
 /// With less free space than this, VMs are paused that grow by more than [`TOLERATED_GROWTH`]

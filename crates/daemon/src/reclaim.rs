@@ -14,8 +14,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
-/// How long a request that does not fit waits for deleted disks: many times longer than the largest
-/// disk takes on an idle host.
+/// How long a request that does not fit waits for deleted disks. The largest disk takes a fraction
+/// of this on an idle host.
 const FREE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Minimum interval between two trims of the pool, so that many small deletions share one.
 const MIN_TRIM_INTERVAL: Duration = Duration::from_secs(10);

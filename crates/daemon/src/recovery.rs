@@ -102,9 +102,10 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
 /// Status reason of a VM that was running before the host's reboot and is not started yet.
 const WAITING: &str = "waiting to be started after the host's reboot";
 
-/// Starts the VMs that were running when the host went down, one after the other, and then records
-/// the boot id. Until then the state has them as running: after a crash in between, the next start
-/// continues.
+/// Starts the VMs that were running when the host went down, one after the other.
+///
+/// Records the boot id when all are started. Until then the state has them as running: after a
+/// crash in between, the next start continues.
 pub async fn start_after_reboot(service: Service, vms: Vec<String>) {
     for id in vms {
         let one = service.clone();
@@ -182,7 +183,7 @@ const HOST_DOWN: &str = "down";
 /// Records that the host is going down: the next start starts the VMs that are recorded as running.
 ///
 /// # Errors
-/// When the state cannot be written.
+/// If the state cannot be written.
 pub fn record_host_down(state: &State) -> Result<(), ServiceError> {
     Ok(state.set_fact(Fact::BootId, HOST_DOWN)?)
 }
@@ -225,15 +226,7 @@ async fn restore(
         VmStatus::Stopped | VmStatus::Failed => {
             let left = with_process.contains(&record.id) || service.run_dir(&record.id).exists();
             match left {
-                true => match service.force_stop_once(&record.id).await {
-                    Ok(_) => Found::Nothing,
-                    Err(error) => {
-                        tracing::error!(vm = record.id, %error, "cannot kill the process that a crash left of the VM's machine");
-                        Found::Unreachable(format!(
-                            "the process that a crash left of the VM's machine cannot be killed: {error}"
-                        ))
-                    }
-                },
+                true => kill_leftover(service, &record).await,
                 false => Found::Nothing,
             }
         }
@@ -362,6 +355,19 @@ enum Found {
     /// The machine's process may exist, but could not be adopted. Holds the cause and the remedy.
     Unreachable(String),
     Nothing,
+}
+
+/// Kills the process that a crash left of a stopped VM's machine.
+async fn kill_leftover(service: &Service, record: &Record) -> Found {
+    match service.force_stop_once(&record.id).await {
+        Ok(_) => Found::Nothing,
+        Err(error) => {
+            tracing::error!(vm = record.id, %error, "cannot kill the process that a crash left of the VM's machine");
+            Found::Unreachable(format!(
+                "the process that a crash left of the VM's machine cannot be killed: {error}"
+            ))
+        }
+    }
 }
 
 async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError> {

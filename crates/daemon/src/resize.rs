@@ -1,5 +1,6 @@
-//! Asks a guest's agent for the size and usage of its root file system, to confirm that it has
-//! grown with its disk.
+//! Asks a guest's agent for the size and usage of its root file system.
+//!
+//! The size confirms that the file system has grown with its disk; the usage triggers auto-extend.
 
 use crate::agent::{self, AgentFailed};
 use scalebox_client::Disk;

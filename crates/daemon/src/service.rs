@@ -106,7 +106,7 @@ impl Service {
     /// Assembles the service, with an empty table of VMs.
     ///
     /// # Errors
-    /// When the host's memory cannot be read.
+    /// If the host's memory cannot be read.
     pub fn new(parts: Parts) -> std::io::Result<Service> {
         let memory_mib = host::memory()?.total >> 20;
         let inner = Inner {
@@ -237,7 +237,7 @@ impl Service {
     /// Lists all templates.
     ///
     /// # Errors
-    /// 500 when the pool cannot be read.
+    /// 500 if the pool cannot be read.
     pub async fn templates(&self) -> Result<Vec<Template>, ServiceError> {
         let pool = Arc::clone(&self.inner.pool);
         let templates = blocking(move || pool.templates()).await?;
@@ -344,7 +344,7 @@ impl Service {
         blocking(move || state.set_status(&id, status, reason.as_deref())).await
     }
 
-    /// Holds the sockets, pid file and seed drive of a VM's machine.
+    /// Returns the folder for the sockets, pid file and seed drive of a VM's machine.
     pub(crate) fn run_dir(&self, id: &str) -> PathBuf {
         self.inner.settings.run_dir.join("vms").join(id)
     }

@@ -46,7 +46,7 @@ pub struct Record {
     pub limits: VmLimits,
     /// Whether the VM is started again after a reboot of the host.
     pub autostart: bool,
-    /// The driver of the VM's machine, as in the setting `VMM`; `None` for VMs of releases that did
+    /// The driver of the VM's machine, as in the setting `VMM`. `None` for VMs of releases that did
     /// not record it.
     pub vmm: Option<String>,
     /// The guest's address in `SUBNET`; unique.
@@ -206,6 +206,7 @@ impl State {
     ///
     /// On a read-only file system it reads a copy in `scratch` instead, which must be writable, and
     /// every change fails.
+    ///
     /// # Errors
     /// [`StateError::Locked`] while another process uses it.
     pub fn open(folder: &Path, scratch: &Path) -> Result<State, StateError> {

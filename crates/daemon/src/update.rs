@@ -231,8 +231,8 @@ impl Service {
         }
     }
 
-    /// Grows the disk to the recorded size: through the machine if there is one, otherwise offline
-    /// together with its file system.
+    /// Grows the disk to the recorded size. With a machine, the disk grows live; otherwise it grows
+    /// offline, together with its file system.
     pub(crate) async fn grow(
         &self,
         record: &Record,
