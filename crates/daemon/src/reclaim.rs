@@ -62,7 +62,7 @@ pub fn free_blocks(service: &Service, id: String, disk: Option<Unlinked>, commit
         if let Some(disk) = disk {
             let pool = Arc::clone(&service.inner().pool);
             if let Err(error) = blocking(move || pool.reclaim(disk)).await {
-                tracing::warn!(vm = id, %error, "cannot free the blocks of the deleted VM's disk now; btrfs frees them later");
+                tracing::warn!(vm = id, %error, "cannot free the blocks of the deleted VM's disk yet; they are freed later");
             }
         }
         crash_point("delete: blocks free");

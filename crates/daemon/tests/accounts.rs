@@ -1,6 +1,6 @@
 //! Disk usage and commitments through the API: every block has an owner, and a ratio of 1
 //! overcommits nothing.
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 mod support;
 

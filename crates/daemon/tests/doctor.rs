@@ -1,5 +1,5 @@
 //! `scaleboxd doctor`: its findings on healthy hosts and on hosts with problems.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 

@@ -8,15 +8,15 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
 #[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, clippy::unwrap_used, reason = "the hypervisor's tests use the others")]
+#[allow(dead_code, clippy::unwrap_used, reason = "the tests of the hypervisor use the rest")]
 mod tiny_guest;
 #[path = "support/walk.rs"]
-#[allow(dead_code, reason = "the walk of the named steps uses the others")]
+#[allow(dead_code, reason = "fault_walk uses the rest")]
 mod walk;
 
 use std::fmt::Write as _;

@@ -1,6 +1,6 @@
 //! The service with Firecracker. Guests run if KVM is available; otherwise only the host's side is
 //! tested. The output says which parts did not run, and why.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 

@@ -1,7 +1,7 @@
 //! One parser for each value that clients send: every later stage accepts what the API's parser
 //! accepts. Nothing is started.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 use proptest::prelude::*;
 use scalebox_client::{CreateVm, IdempotencyKey, Limits, TemplateName, UpdateVm, VmName, is_vm_id};

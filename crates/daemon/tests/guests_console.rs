@@ -1,5 +1,5 @@
 //! A guest that floods its serial console harms neither the host nor itself.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 

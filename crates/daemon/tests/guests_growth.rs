@@ -3,7 +3,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;

@@ -1,6 +1,6 @@
 //! Guests after a power cut: what they showed to clients is there after the next boot, and damaged
 //! files are restored.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 

@@ -1,6 +1,6 @@
 //! Clients that open connections and do not read do not affect other clients.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 

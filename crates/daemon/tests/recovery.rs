@@ -4,11 +4,11 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 #[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, reason = "one of its guests is needed")]
+#[allow(dead_code, reason = "only one of its guests is used")]
 mod bare_guest;
 mod support;
 

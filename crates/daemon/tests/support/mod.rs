@@ -2,12 +2,12 @@
 //! programs and socket as by users.
 //!
 //! Everything is in one scratch folder and is removed with the [`Host`], even when the test fails.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, reason = "each test uses only a part of it")]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 pub mod guest;
