@@ -1,9 +1,8 @@
-//! Whose each block of the pool is, measured in the background, and how many days the pool lasts at
-//! the rate at which it fills.
+//! Measures disk usage in the background, and estimates how many days the pool's free space lasts.
 //!
-//! A measurement walks every extent, so it is made seldom: every `ACCOUNTING_SECONDS`, sooner when
-//! a template came or went (admission then counts with less until it is made), and never more than
-//! a twentieth of the time. Requests are answered from the last one.
+//! A measurement walks every extent, so it is rare: it is made every `ACCOUNTING_SECONDS`, earlier
+//! after a template was created or deleted (until then, admission assumes less space), and takes at
+//! most a twentieth of the time. Requests are answered from the latest measurement.
 
 use crate::service::{Service, blocking};
 use crate::state::Record;
@@ -15,54 +14,56 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
-/// A measurement of one second is followed by nineteen without.
-const REST: u32 = 19;
-/// How often it is looked whether one is due.
-const TICK: Duration = Duration::from_millis(500);
+/// Idle time after a measurement, as a multiple of its duration. At most 1/20 of the time is spent
+/// on measuring.
+const IDLE_FACTOR: u32 = 19;
+/// How often to check whether a measurement is due.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// The last measurement, and what was used before.
+/// The latest measurement, and the history of the space used.
 #[derive(Default)]
-pub struct Ledger {
+pub struct UsageTracker {
     latest: Mutex<Option<Arc<PoolUsage>>>,
     history: Mutex<History>,
 }
 
-impl Ledger {
-    /// The last measurement; `None` before the first.
+impl UsageTracker {
+    /// Returns the latest measurement; `None` before the first.
     pub fn latest(&self) -> Option<Arc<PoolUsage>> {
         lock(&self.latest).clone()
     }
 
-    /// In how many days `free` is used up at the rate of the last day; see [`History::days_left`].
+    /// Estimates in how many days `free` is used up at the last day's rate; see
+    /// [`History::days_left`].
     pub fn days_left(&self, free: Bytes) -> Option<f64> {
         lock(&self.history).days_left(free)
     }
 
-    fn enter(&self, accounts: PoolUsage, since_start: Duration) {
-        lock(&self.history).enter(since_start, accounts.total());
+    fn add(&self, accounts: PoolUsage, since_start: Duration) {
+        lock(&self.history).add(since_start, accounts.total());
         *lock(&self.latest) = Some(Arc::new(accounts));
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Held for a copy or a push.
+    // Held only for a copy or a push, which do not panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What the last measurement says of a VM's disk.
+/// Returns the usage of a VM's disk in the latest measurement.
 pub fn disk_usage(accounts: &PoolUsage, record: &Record) -> Option<StorageUsage> {
     let usage = accounts.disks.get(&record.id.parse::<Name>().ok()?)?;
-    Some(told(usage, Gib::new(record.disk_size_gib).bytes(), accounts))
+    Some(storage_usage(usage, Gib::new(record.disk_size_gib).bytes(), accounts))
 }
 
-/// What the last measurement says of a template.
+/// Returns the usage of a template in the latest measurement.
 pub fn template_usage(accounts: &PoolUsage, template: &Template) -> Option<StorageUsage> {
     let usage = accounts.templates.get(&template.name)?;
-    Some(told(usage, template.size, accounts))
+    Some(storage_usage(usage, template.size, accounts))
 }
 
-/// `provisioned` as it is now: it may have grown since.
-fn told(usage: &Usage, provisioned: Bytes, accounts: &PoolUsage) -> StorageUsage {
+/// Combines a measurement with the current provisioned size, which may have grown since.
+fn storage_usage(usage: &Usage, provisioned: Bytes, accounts: &PoolUsage) -> StorageUsage {
     StorageUsage {
         provisioned_bytes: provisioned.as_u64(),
         used_bytes: usage.used.as_u64(),
@@ -71,13 +72,13 @@ fn told(usage: &Usage, provisioned: Bytes, accounts: &PoolUsage) -> StorageUsage
     }
 }
 
-/// In UTC, to the millisecond.
+/// Formats a time in UTC, to the millisecond.
 pub fn rfc3339(time: SystemTime) -> String {
     let time = jiff::Timestamp::try_from(time).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
     format!("{time:.3}")
 }
 
-/// Measures for as long as it is polled.
+/// Measures repeatedly for as long as it is polled.
 pub async fn run(service: Service) -> Infallible {
     let (started, interval) = (Instant::now(), service.inner().settings.accounting_interval);
     loop {
@@ -89,16 +90,19 @@ pub async fn run(service: Service) -> Infallible {
                     took_ms = accounts.took.as_millis() as u64,
                     disks = accounts.disks.len(),
                     total_bytes = accounts.total().as_u64(),
-                    "the pool's extents were counted"
+                    "disk usage measured"
                 );
-                service.inner().ledger.enter(accounts, started.elapsed());
+                service.inner().usage.add(accounts, started.elapsed());
             }
-            Err(error) => tracing::warn!(%error, "the pool's extents cannot be counted: its accounts are not fresh"),
+            Err(error) => tracing::warn!(%error, "cannot measure disk usage; reporting the previous measurement"),
         }
         let took = begun.elapsed();
-        let (earliest, due) = (Instant::now() + took * REST, Instant::now() + interval.max(took * REST));
+        let (earliest, due) = (
+            Instant::now() + took * IDLE_FACTOR,
+            Instant::now() + interval.max(took * IDLE_FACTOR),
+        );
         loop {
-            tokio::time::sleep(TICK).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             let now = Instant::now();
             if now >= due || (now >= earliest && service.inner().pool.needs_measuring()) {
                 break;
@@ -107,7 +111,7 @@ pub async fn run(service: Service) -> Infallible {
     }
 }
 
-/// How much was used, over the last day. In memory: a restart of the daemon begins it anew.
+/// The space used during the last day. It is kept in memory, so a restart of the daemon clears it.
 #[derive(Default)]
 struct History {
     /// Seconds since the start, and bytes used; oldest first.
@@ -115,21 +119,21 @@ struct History {
 }
 
 impl History {
-    /// Between two samples, at least.
-    const INTERVAL: Duration = Duration::from_secs(300);
-    /// The rate is that of this time.
-    const SPAN: Duration = Duration::from_secs(24 * 3600);
-    /// With a history shorter than this nothing is estimated: one VM being filled is no trend.
-    const LEAST: Duration = Duration::from_secs(3600);
-    /// An estimate beyond this says no more than that there is no hurry.
-    const MOST_DAYS: f64 = 3650.0;
+    /// Minimum time between two samples.
+    const MIN_SAMPLE_INTERVAL: Duration = Duration::from_secs(300);
+    /// Samples older than this are dropped.
+    const MAX_AGE: Duration = Duration::from_secs(24 * 3600);
+    /// Minimum history for an estimate: one VM filling its disk is not a trend.
+    const MIN_HISTORY: Duration = Duration::from_secs(3600);
+    /// Maximum estimate: beyond it, the only information is that there is no hurry.
+    const MAX_DAYS: f64 = 3650.0;
 
-    fn enter(&mut self, at: Duration, used: Bytes) {
+    fn add(&mut self, at: Duration, used: Bytes) {
         let (at, used) = (at.as_secs_f64(), used.as_u64() as f64);
         if self
             .samples
             .back()
-            .is_some_and(|(last, _)| at < last + Self::INTERVAL.as_secs_f64())
+            .is_some_and(|(last, _)| at < last + Self::MIN_SAMPLE_INTERVAL.as_secs_f64())
         {
             return;
         }
@@ -137,24 +141,24 @@ impl History {
         while self
             .samples
             .front()
-            .is_some_and(|(first, _)| at - first > Self::SPAN.as_secs_f64())
+            .is_some_and(|(first, _)| at - first > Self::MAX_AGE.as_secs_f64())
         {
             self.samples.pop_front();
         }
     }
 
-    /// `free ÷ rate`, in days, where the rate is the slope of the straight line that fits the
-    /// samples of the last day best (least squares):
+    /// Returns `free ÷ rate`, in days. The rate is the slope of the straight line that best fits
+    /// the samples of the last day (least squares):
     ///
     /// ```text
     /// rate = Σ (tᵢ − t̄)(uᵢ − ū) ÷ Σ (tᵢ − t̄)²
     /// ```
     ///
-    /// `None` with less than [`History::LEAST`] of history, when nothing grows, and beyond
-    /// [`History::MOST_DAYS`].
+    /// Returns `None` with less than [`History::MIN_HISTORY`] of history, without growth, and
+    /// beyond [`History::MAX_DAYS`].
     fn days_left(&self, free: Bytes) -> Option<f64> {
         let (first, last) = (self.samples.front()?.0, self.samples.back()?.0);
-        if last - first < Self::LEAST.as_secs_f64() {
+        if last - first < Self::MIN_HISTORY.as_secs_f64() {
             return None;
         }
         let count = self.samples.len() as f64;
@@ -167,8 +171,8 @@ impl History {
         }
         let bytes_a_day = product / square * 86_400.0;
         let days = free.as_u64() as f64 / bytes_a_day;
-        // Tenths of a day: more would be made up.
-        (bytes_a_day > 0.0 && days <= Self::MOST_DAYS).then(|| (days * 10.0).round() / 10.0)
+        // Rounded to tenths of a day; the estimate is no more precise.
+        (bytes_a_day > 0.0 && days <= Self::MAX_DAYS).then(|| (days * 10.0).round() / 10.0)
     }
 }
 
@@ -176,12 +180,12 @@ impl History {
 mod tests {
     use super::*;
 
-    /// Samples every five minutes for so many hours; `used` in GiB from hours.
+    /// Makes a history with a sample every five minutes; `used` maps hours to GiB.
     fn history(hours: u64, used: impl Fn(f64) -> f64) -> History {
         let mut history = History::default();
         for at in (0..=hours * 3600).step_by(300) {
             let used = used(at as f64 / 3600.0) * (1u64 << 30) as f64;
-            history.enter(Duration::from_secs(at), Bytes::new(used as u64));
+            history.add(Duration::from_secs(at), Bytes::new(used as u64));
         }
         history
     }
@@ -191,13 +195,13 @@ mod tests {
     }
 
     #[test]
-    fn what_grows_evenly_lasts_as_long_as_what_is_free_at_that_rate() {
+    fn steady_growth_uses_up_the_free_space_at_its_rate() {
         assert_eq!(days(&history(24, |hour| 10.0 + hour)), Some(2.0));
         assert_eq!(days(&history(2, |hour| 10.0 + hour / 10.0)), Some(20.0));
     }
 
     #[test]
-    fn noise_does_not_change_the_rate_much() {
+    fn noise_barely_changes_the_estimate() {
         let wavering = history(24, |hour| 10.0 + hour + 0.5 * (hour * 40.0).sin());
         assert!((1.9..=2.1).contains(&days(&wavering).unwrap()));
     }
@@ -216,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_estimated_without_history_without_growth_or_beyond_ten_years() {
+    fn no_estimate_is_given_without_history_without_growth_or_beyond_ten_years() {
         assert_eq!(days(&History::default()), None);
         assert_eq!(days(&history(0, |hour| hour)), None);
         assert_eq!(days(&history(24, |_| 10.0)), None);
@@ -224,16 +228,16 @@ mod tests {
         assert_eq!(days(&history(24, |hour| 10.0 + hour / 1e4)), None);
         let mut short = History::default();
         for at in [0, 300, 3300] {
-            short.enter(Duration::from_secs(at), Bytes::new(at));
+            short.add(Duration::from_secs(at), Bytes::new(at));
         }
         assert_eq!(days(&short), None);
     }
 
     #[test]
-    fn samples_are_no_closer_than_five_minutes() {
+    fn samples_are_at_least_five_minutes_apart() {
         let mut history = History::default();
         for at in 0..=600 {
-            history.enter(Duration::from_secs(at), Bytes::ZERO);
+            history.add(Duration::from_secs(at), Bytes::ZERO);
         }
         assert_eq!(history.samples.len(), 3);
     }

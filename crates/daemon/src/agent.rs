@@ -1,24 +1,24 @@
-//! The way to a guest's agent, whatever the hypervisor.
+//! Connects to a guest's agent, independent of the hypervisor.
 
 use scalebox_guest::{Agent, AgentError};
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 
-/// Why an agent did not do what it was asked.
+/// Why a request to a guest agent failed.
 #[derive(Debug, thiserror::Error)]
-pub enum NoAgent {
-    /// It cannot be reached.
+pub enum AgentFailed {
+    /// The connection to the agent failed.
     #[error(transparent)]
-    Unreached(#[from] scalebox_vmm::Error),
-    /// It does not answer, or refuses.
+    Unreachable(#[from] scalebox_vmm::Error),
+    /// The agent does not respond, or reports an error.
     #[error(transparent)]
-    Refused(#[from] AgentError),
+    Rejected(#[from] AgentError),
 }
 
-/// The agent of a machine's guest, which answers.
+/// Connects to the agent of a machine's guest and waits for its response.
 ///
 /// # Errors
-/// [`NoAgent`]: a guest that boots, hangs or has no agent.
-pub async fn reach(machine: &Arc<dyn Machine>) -> Result<Agent, NoAgent> {
+/// [`AgentFailed`] if the guest is still booting, hangs or has no agent.
+pub async fn reach(machine: &Arc<dyn Machine>) -> Result<Agent, AgentFailed> {
     Ok(Agent::begin(machine.agent().await?).await?)
 }

@@ -1,5 +1,4 @@
-//! The HTTP API: routes, the token, the limits on a request, one id from the HTTP line down to the
-//! last step.
+//! The HTTP API: routes, authentication, limits on a request, and the request id in every log line.
 
 use crate::error::{ServiceError, quoted};
 use crate::event_stream;
@@ -32,19 +31,19 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-/// The largest body that is read. A request with a key of the longest kind is a hundredth of it.
-const LARGEST_BODY: usize = 1 << 20;
-/// How long a client may take to send a body, or the next piece of one that is streamed.
+/// The largest body that is read; a request with the longest SSH key is a hundredth of it.
+const MAX_BODY_BYTES: usize = 1 << 20;
+/// Time limit for a body to arrive, or for the next piece of one that is streamed.
 pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// To whoever shows no token: the connection ends behind it. What does not fit into the socket's
-/// buffer would have to be waited for.
-const LAST_ANSWER: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
+/// Closes the connection of an unauthenticated client after this response. Further responses might
+/// not fit into the socket's buffer, and the server would have to wait for the client.
+const CLOSE_AFTER_RESPONSE: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
 
-/// All routes, behind the token but for `/health`.
+/// Returns all routes; every route except `/health` requires the token.
 pub fn router(service: Service, token: &Token) -> Router {
     let token = Arc::new(Guard {
         token: TokenDigest::new(token),
@@ -88,26 +87,26 @@ pub fn router(service: Service, token: &Token) -> Router {
         .layer(from_fn(with_request_id))
 }
 
-/// Whether the daemon serves.
+/// Reports that the daemon is serving requests.
 #[utoipa::path(get, path = "/health", tag = "Host", security(()), responses((status = 200, body = Health)))]
 async fn health() -> impl IntoResponse {
-    (LAST_ANSWER, Json(Health::ok()))
+    (CLOSE_AFTER_RESPONSE, Json(Health::ok()))
 }
 
-/// Makes a VM and starts it.
+/// Creates a VM and starts it.
 #[utoipa::path(
     post, path = "/vms", tag = "VMs", request_body = CreateVm,
-    params(("Idempotency-Key" = Option<String>, Header, description = "While the VM exists, the same request with the same key gives it again.")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "While the VM exists, repeating the request with the same key returns this VM instead of creating another.")),
     responses(
-        (status = 201, body = Vm, description = "The VM; its guest is still booting.", headers(
-            ("Idempotent-Replayed" = Option<String>, description = "`true`: an earlier request with the key made it.")
+        (status = 201, body = Vm, description = "The VM. Its guest is still booting.", headers(
+            ("Idempotent-Replayed" = Option<String>, description = "`true` if an earlier request with the same key created the VM.")
         )),
-        (status = 400, description = "What is wrong with which field."),
+        (status = 400, description = "A field is invalid; the error names it."),
         (status = 404, description = "No such template."),
-        (status = 409, description = "The name is taken, the key's request is under way, or the VM was deleted meanwhile."),
-        (status = 422, description = "The key belongs to another request."),
-        (status = 503, description = "The host is not ready: no kernel, no free port, or the pool is not mounted."),
-        (status = 507, description = "It does not fit."),
+        (status = 409, description = "The name is in use, a request with this key is still running, or the VM was deleted while it was being created."),
+        (status = 422, description = "The key was used for a different request."),
+        (status = 503, description = "The host is not ready: it has no guest kernel or no free port, or the pool is not mounted."),
+        (status = 507, description = "The disk does not fit into the pool, or the state disk is full."),
     )
 )]
 async fn create_vm(
@@ -118,8 +117,8 @@ async fn create_vm(
     let mut request = CreateVm::parse(&body, service.limits())?;
     request.idempotency_key = idempotency_key(&headers)?;
     let (vm, replayed) = service.create(request).await?;
-    // The status of the first answer, as draft-ietf-httpapi-idempotency-key-header has it; the
-    // header tells them apart.
+    // A replay has the same status as the first response, as
+    // draft-ietf-httpapi-idempotency-key-header requires; the header marks it.
     let mark = replayed.then_some([(IDEMPOTENT_REPLAYED, "true")]);
     Ok((StatusCode::CREATED, mark, Json(vm)))
 }
@@ -130,7 +129,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Servic
         return Ok(None);
     };
     if keys.next().is_some() {
-        let twice = "the header Idempotency-Key is given several times: send one key for each VM";
+        let twice = "the header Idempotency-Key was sent more than once: send one key per VM";
         return Err(ServiceError::invalid(twice.to_owned()));
     }
     let key = String::from_utf8_lossy(key.as_bytes()).parse();
@@ -138,13 +137,13 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Servic
         .map_err(|form| ServiceError::invalid(format!("the header Idempotency-Key {form}")))
 }
 
-/// All VMs, oldest first.
+/// Lists all VMs, oldest first.
 #[utoipa::path(get, path = "/vms", tag = "VMs", responses((status = 200, body = VmList)))]
 async fn list_vms(State(service): State<Service>) -> Json<VmList> {
     Json(VmList { vms: service.list() })
 }
 
-/// One VM.
+/// Returns one VM.
 #[utoipa::path(get, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), responses((status = 200, body = Vm), (status = 404, description = "No such VM.")))]
 async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.get(&vm).map(Json)
@@ -153,22 +152,22 @@ async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<
 /// Deletes a VM, running or not, with its disk.
 #[utoipa::path(
     delete, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
-    responses((status = 204), (status = 404, description = "No such VM."), (status = 409, description = "Something is under way on it."))
+    responses((status = 204), (status = 404, description = "No such VM."), (status = 409, description = "Another operation is running on the VM."))
 )]
 async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
     service.delete(vm).await.map(|()| StatusCode::NO_CONTENT)
 }
 
-/// Changes a VM; its disk grows live if it runs.
+/// Changes a VM. The disk of a running VM grows live.
 #[utoipa::path(
     patch, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), request_body = UpdateVm,
     responses(
-        (status = 200, body = Vm, description = "The VM as it is now; `disk` tells what became of the guest's file system."),
-        (status = 400, description = "What is wrong with which field; disks do not shrink."),
+        (status = 200, body = Vm, description = "The changed VM. `disk` reports whether the guest's file system has grown."),
+        (status = 400, description = "A field is invalid; the error names it. Disks do not shrink."),
         (status = 404, description = "No such VM."),
-        (status = 409, description = "The disk cannot grow: its file system is damaged, or the VM's machine does not answer."),
+        (status = 409, description = "The disk cannot grow: its file system is damaged, or the VM's hypervisor does not respond."),
         (status = 503, description = "The pool is not mounted."),
-        (status = 507, description = "It does not fit."),
+        (status = 507, description = "The larger disk does not fit into the pool, or the state disk is full."),
     )
 )]
 async fn update_vm(
@@ -183,50 +182,50 @@ async fn update_vm(
 /// Starts a stopped VM.
 #[utoipa::path(
     post, path = "/vms/{vm}/start", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
-    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "It runs, or something is under way on it."), (status = 503, description = "The host is not ready: no kernel, or the pool is not mounted."))
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "The VM is already running, or another operation is running on it."), (status = 503, description = "The host is not ready: it has no guest kernel, or the pool is not mounted."))
 )]
 async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.start(vm).await.map(Json)
 }
 
-/// Shuts a VM down and starts it again; one that does not run is started.
+/// Shuts a VM down and starts it again. A stopped VM is started.
 #[utoipa::path(
     post, path = "/vms/{vm}/restart", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
-    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "Something is under way on it."), (status = 503, description = "The host is not ready: no kernel, or the pool is not mounted."))
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "Another operation is running on the VM."), (status = 503, description = "The host is not ready: it has no guest kernel, or the pool is not mounted."))
 )]
 async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.restart(vm).await.map(Json)
 }
 
-/// Shuts a VM down: by the guest itself, or after a minute without it.
+/// Shuts a VM down. A guest that has not shut down after a minute is killed.
 #[utoipa::path(
     post, path = "/vms/{vm}/stop", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
-    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "It does not run, or something is under way on it."))
+    responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "The VM is not running, or another operation is running on it."))
 )]
 async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
     service.stop(vm).await.map(Json)
 }
 
-/// Has a guest give back the blocks of what it deleted.
+/// Discards the blocks of deleted files in the guest, which returns their space to the pool.
 #[utoipa::path(
     post, path = "/vms/{vm}/trim", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
-    responses((status = 200, body = Trimmed), (status = 404, description = "No such VM."), (status = 409, description = "It does not run, or no agent answers."))
+    responses((status = 200, body = Trimmed), (status = 404, description = "No such VM."), (status = 409, description = "The VM is not running, or its guest agent does not respond."))
 )]
 async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Trimmed>, ServiceError> {
     service.trim_vm(vm).await.map(Json)
 }
 
-/// Makes a template of a VM's disk, running or not.
+/// Creates a template from a VM's disk. The VM may be running.
 #[utoipa::path(
     post, path = "/vms/{vm}/snapshot", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), request_body = SnapshotVm,
     responses(
         (status = 201, body = Snapshot),
-        (status = 400, description = "What is wrong with which field."),
-        (status = 403, description = "A protected name."),
+        (status = 400, description = "A field is invalid; the error names it."),
+        (status = 403, description = "The template name is protected."),
         (status = 404, description = "No such VM."),
-        (status = 409, description = "The name is taken, something is under way on the VM, or its disk cannot become a template."),
+        (status = 409, description = "The name is in use, another operation is running on the VM, or its disk cannot become a template."),
         (status = 503, description = "The pool is not mounted."),
-        (status = 507, description = "It does not fit."),
+        (status = 507, description = "The template does not fit into the pool."),
     )
 )]
 async fn snapshot_vm(
@@ -238,7 +237,7 @@ async fn snapshot_vm(
     Ok((StatusCode::CREATED, Json(service.snapshot(vm, request).await?)))
 }
 
-/// All templates.
+/// Lists all templates.
 #[utoipa::path(get, path = "/templates", tag = "Templates", responses((status = 200, body = TemplateList), (status = 503, description = "The pool is not mounted.")))]
 async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateList>, ServiceError> {
     Ok(Json(TemplateList {
@@ -246,7 +245,7 @@ async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateL
     }))
 }
 
-/// One template.
+/// Returns one template.
 #[utoipa::path(
     get, path = "/templates/{name}", tag = "Templates", params(("name" = String, Path, description = "Name of the template.")),
     responses((status = 200, body = Template), (status = 404, description = "No such template."), (status = 503, description = "The pool is not mounted."))
@@ -255,14 +254,14 @@ async fn get_template(State(service): State<Service>, Segment(name): Segment) ->
     service.template(name).await.map(Json)
 }
 
-/// Deletes a template; VMs made from it stay.
+/// Deletes a template. VMs created from it are kept.
 #[utoipa::path(
     delete, path = "/templates/{name}", tag = "Templates", params(("name" = String, Path, description = "Name of the template.")),
     responses(
         (status = 204),
-        (status = 403, description = "It is protected."),
+        (status = 403, description = "The template is protected."),
         (status = 404, description = "No such template."),
-        (status = 409, description = "A VM is being made from it."),
+        (status = 409, description = "A VM is being created from the template."),
         (status = 503, description = "The pool is not mounted."),
     )
 )]
@@ -270,19 +269,20 @@ async fn delete_template(State(service): State<Service>, Segment(name): Segment)
     service.delete_template(name).await.map(|()| StatusCode::NO_CONTENT)
 }
 
-/// What the pool holds, can still take, and has promised.
+/// Returns the pool's capacity, free space and commitments.
 #[utoipa::path(get, path = "/pool", tag = "Pool", responses((status = 200, body = PoolInfo), (status = 503, description = "The pool is not mounted.")))]
 async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceError> {
     service.pool().map(Json)
 }
 
-/// Grows the pool while it is in use; without a size, by the 80 % rule on today's host disk.
+/// Grows the pool while it is in use. Without a size, it grows to 80 % of the space on the host
+/// disk.
 #[utoipa::path(
     post, path = "/pool/grow", tag = "Pool", request_body = Option<ResizePool>,
     responses(
         (status = 200, body = PoolInfo),
-        (status = 400, description = "No growth, more than there is, or a size that is not the pool's own."),
-        (status = 409, description = "Its size is being changed already."),
+        (status = 400, description = "The size is not larger than the pool or exceeds the space available, or the pool's size is not Scalebox's to change."),
+        (status = 409, description = "The pool is already being resized."),
         (status = 503, description = "The pool is not mounted."),
     )
 )]
@@ -296,8 +296,8 @@ async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Re
     post, path = "/pool/shrink", tag = "Pool", request_body = ResizePool,
     responses(
         (status = 200, body = PoolInfo),
-        (status = 400, description = "No shrinking, or what is used, promised or kept free would not fit."),
-        (status = 409, description = "Its size is being changed already."),
+        (status = 400, description = "The size is not smaller than the pool, or is too small for the used, committed or reserved space."),
+        (status = 409, description = "The pool is already being resized."),
         (status = 503, description = "The pool is not mounted."),
     )
 )]
@@ -306,13 +306,13 @@ async fn shrink_pool(State(service): State<Service>, RawBody(body): RawBody) -> 
     service.shrink_pool(Gib::new(size)).await.map(Json)
 }
 
-/// Gives the pool's free blocks back to the host disk.
-#[utoipa::path(post, path = "/pool/trim", tag = "Pool", responses((status = 200, body = Trimmed), (status = 409, description = "Its size is being changed."), (status = 503, description = "The pool is not mounted.")))]
+/// Discards the pool's free blocks, which returns their space to the host disk.
+#[utoipa::path(post, path = "/pool/trim", tag = "Pool", responses((status = 200, body = Trimmed), (status = 409, description = "The pool is being resized."), (status = 503, description = "The pool is not mounted.")))]
 async fn trim_pool(State(service): State<Service>) -> Result<Json<Trimmed>, ServiceError> {
     service.trim_pool().await.map(Json)
 }
 
-/// The host and what is on it.
+/// Returns information about the host, its VMs and its limits.
 #[utoipa::path(get, path = "/info", tag = "Host", responses((status = 200, body = HostInfo), (status = 503, description = "The pool is not mounted.")))]
 async fn info(State(service): State<Service>) -> Result<Json<HostInfo>, ServiceError> {
     service.info().await.map(Json)
@@ -320,17 +320,19 @@ async fn info(State(service): State<Service>) -> Result<Json<HostInfo>, ServiceE
 
 async fn no_such_route(uri: Uri) -> ServiceError {
     ServiceError::NotFound(format!(
-        "there is no route {}: GET /openapi.json lists them",
+        "there is no route {}: GET /openapi.json lists the routes",
         quoted(uri.path())
     ))
 }
 
 async fn method_not_allowed(method: Method, uri: Uri) -> ServiceError {
     let (path, method) = (quoted(uri.path()), quoted(method.as_str()));
-    ServiceError::MethodNotAllowed(format!("{path} does not take {method}: see the header Allow"))
+    ServiceError::MethodNotAllowed(format!(
+        "{path} does not support {method}: the header Allow lists the methods"
+    ))
 }
 
-/// The one variable part of a path, decoded.
+/// The variable segment of a route's path, percent-decoded.
 pub(crate) struct Segment(pub(crate) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Segment {
@@ -340,35 +342,35 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
         match Path::<String>::from_request_parts(parts, state).await {
             Ok(Path(segment)) => Ok(Segment(segment)),
             Err(_) => Err(ServiceError::invalid(format!(
-                "the path {} is not UTF-8 when its percent signs are decoded: send the id or name as it is listed",
+                "the path {} does not decode to UTF-8: send the id or name as the API lists it",
                 quoted(parts.uri.path())
             ))),
         }
     }
 }
 
-/// A body as its bytes, whatever its content type says, within the limits of size and time.
+/// A body as raw bytes, whatever its content type, within the limits of size and time.
 struct RawBody(Bytes);
 
 impl<S: Send + Sync> FromRequest<S> for RawBody {
     type Rejection = ServiceError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ServiceError> {
-        let too_large = || ServiceError::TooLarge(format!("the body is larger than {LARGEST_BODY} bytes"));
+        let too_large = || ServiceError::TooLarge(format!("the body is larger than {MAX_BODY_BYTES} bytes"));
         let announced = request
             .headers()
             .get(CONTENT_LENGTH)
             .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-        if announced.is_some_and(|length| length > LARGEST_BODY as u64) {
+        if announced.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
             return Err(too_large());
         }
-        require_unpacked(request.headers(), &[])?;
+        require_supported_encoding(request.headers(), &[])?;
         let body = request.into_body();
-        match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, LARGEST_BODY)).await {
+        match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY_BYTES)).await {
             Ok(Ok(bytes)) => Ok(RawBody(bytes)),
             Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
             Ok(Err(error)) => Err(ServiceError::invalid(format!(
-                "the body could not be read: {}; send it whole, with its length or in chunks",
+                "cannot read the body: {}; send all of it, with Content-Length or in chunks",
                 root_cause(&error)
             ))),
             Err(_) => Err(ServiceError::Timeout(format!(
@@ -379,31 +381,31 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
     }
 }
 
-/// Refuses a body that was packed for its way (RFC 9110, section 8.4), but for the packings in
-/// `taken`.
-pub(crate) fn require_unpacked(headers: &HeaderMap, taken: &[&str]) -> Result<(), ServiceError> {
-    let packings = headers.get_all(CONTENT_ENCODING).iter();
-    let packings: Vec<String> = packings
+/// Rejects a body with a `Content-Encoding` (RFC 9110, section 8.4) other than those in
+/// `supported`.
+pub(crate) fn require_supported_encoding(headers: &HeaderMap, supported: &[&str]) -> Result<(), ServiceError> {
+    let encodings = headers.get_all(CONTENT_ENCODING).iter();
+    let encodings: Vec<String> = encodings
         .flat_map(|value| {
             String::from_utf8_lossy(value.as_bytes())
                 .split(',')
                 .map(str::to_owned)
                 .collect::<Vec<_>>()
         })
-        .map(|packing| packing.trim().to_ascii_lowercase())
-        .filter(|packing| !packing.is_empty() && packing != "identity" && !taken.contains(&packing.as_str()))
+        .map(|encoding| encoding.trim().to_ascii_lowercase())
+        .filter(|encoding| !encoding.is_empty() && encoding != "identity" && !supported.contains(&encoding.as_str()))
         .collect();
-    match packings.first() {
+    match encodings.first() {
         None => Ok(()),
-        Some(packing) => Err(ServiceError::Unsupported(format!(
-            "a body with Content-Encoding {} is not read: send it unpacked, without that header",
-            quoted(packing)
+        Some(encoding) => Err(ServiceError::Unsupported(format!(
+            "the Content-Encoding {} is not supported: send the body uncompressed, without this header",
+            quoted(encoding)
         ))),
     }
 }
 
-/// The request, at `/vms` if it was sent to `/vms/`: those who join paths by hand mean the same by
-/// both.
+/// Removes a trailing slash from the request's path: clients that join paths by hand send `/vms/`
+/// for `/vms`.
 pub(crate) fn without_trailing_slash(mut request: Request) -> Request {
     let uri = request.uri();
     let Some(path) = uri.path().strip_suffix('/').filter(|path| !path.is_empty()) else {
@@ -423,7 +425,7 @@ pub(crate) fn without_trailing_slash(mut request: Request) -> Request {
     request
 }
 
-/// What is at the bottom of it: the layers above only say that a body was read.
+/// Returns the innermost cause; the outer errors only report that reading a body failed.
 pub(crate) fn root_cause(error: &axum::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {
@@ -443,8 +445,8 @@ fn is_length_limit(error: &axum::Error) -> bool {
     false
 }
 
-/// The token as its digest: equal lengths make the comparison's time tell nothing, not even how
-/// long the token is.
+/// The token's SHA-256 digest. Comparing digests takes the same time for every token, so its
+/// duration reveals nothing, not even the token's length.
 struct TokenDigest([u8; 32]);
 
 impl TokenDigest {
@@ -458,7 +460,7 @@ impl TokenDigest {
     }
 }
 
-/// What stands before all routes but `/health`.
+/// Authentication for all routes except `/health`.
 struct Guard {
     token: TokenDigest,
     failed: FailedLogins,
@@ -473,50 +475,49 @@ async fn require_token(State(guard): State<Arc<Guard>>, request: Request, next: 
     if offered.is_some_and(|offered| guard.token.matches(offered)) {
         return next.run(request).await;
     }
-    guard.failed.note(request.extensions().get::<Peer>().copied());
+    guard.failed.record(request.extensions().get::<Peer>().copied());
     let mut response = ServiceError::Unauthorized.into_response();
     response
         .headers_mut()
         .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-    response.headers_mut().extend(LAST_ANSWER);
+    response.headers_mut().extend(CLOSE_AFTER_RESPONSE);
     response
 }
 
-/// The token of `Bearer TOKEN`; the scheme's case does not matter (RFC 9110, section 11.1).
+/// Returns the token of `Bearer TOKEN`. The scheme is case-insensitive (RFC 9110, section 11.1).
 fn bearer(header: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = header.split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token.trim_ascii())
 }
 
-/// Gives each request an id, the client's own if it sent a sane one, and logs its end. The id
-/// stands in every line that is logged on the way and in the answer.
+/// Gives each request an id and logs its end. A valid id sent by the client is kept. The id is in
+/// every log line of the request and in the response.
 async fn with_request_id(request: Request<Body>, next: Next) -> Response {
     let id = request
         .headers()
         .get(REQUEST_ID)
-        .and_then(|id| sane_id(id.as_bytes()))
+        .and_then(|id| valid_id(id.as_bytes()))
         .unwrap_or_else(random_id);
     let reads = request.method() == Method::GET || request.method() == Method::HEAD;
     let path = request.uri().path().to_owned();
-    // As much of both as a log line bears.
+    // Cut to a length that suits a log line.
     let (method, shown) = (shortened(request.method().as_str()), shortened(&path));
     let span = tracing::info_span!("request", id, method, path = shown);
     async move {
         let begun = Instant::now();
         let mut response = match request.headers().get_all(HOST).iter().count() {
             0 | 1 => next.run(request).await,
-            // RFC 9112, section 3.2: what stands before us may have read the other one.
-            _ => {
-                ServiceError::invalid("the header Host is given several times: send it once".to_owned()).into_response()
-            }
+            // RFC 9112, section 3.2. A proxy in front of us may have used the other one.
+            _ => ServiceError::invalid("the header Host was sent more than once: send it once".to_owned())
+                .into_response(),
         };
         let (status, ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
-        // What changes nothing and worked, and what was logged already.
+        // Successful reads change nothing, and failed logins are already logged.
         let expected = (reads && response.status().is_success()) || response.status() == StatusCode::UNAUTHORIZED;
         if expected {
-            tracing::debug!(status, ms, "answered");
+            tracing::debug!(status, ms, "request finished");
         } else {
-            tracing::info!(status, ms, "answered");
+            tracing::info!(status, ms, "request finished");
         }
         if let Ok(id) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(REQUEST_ID, id);
@@ -528,23 +529,23 @@ async fn with_request_id(request: Request<Body>, next: Next) -> Response {
 }
 
 fn shortened(text: &str) -> String {
-    const SHOWN: usize = 200;
-    // A method and a path are ASCII.
-    match text.get(..SHOWN).filter(|start| start.len() < text.len()) {
+    const MAX_BYTES: usize = 200;
+    // A method and a path are ASCII, so every index is a character boundary.
+    match text.get(..MAX_BYTES).filter(|start| start.len() < text.len()) {
         Some(start) => format!("{start}…"),
         None => text.to_owned(),
     }
 }
 
-fn sane_id(id: &[u8]) -> Option<String> {
-    let sane = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+fn valid_id(id: &[u8]) -> Option<String> {
+    let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     let id = (1..=64).contains(&id.len()).then_some(id)?;
-    id.iter().all(sane).then(|| String::from_utf8_lossy(id).into_owned())
+    id.iter().all(allowed).then(|| String::from_utf8_lossy(id).into_owned())
 }
 
 fn random_id() -> String {
     random_hex(8).unwrap_or_else(|error| {
-        tracing::warn!(%error, "a request has no id of its own");
+        tracing::warn!(%error, "cannot draw a random request id");
         "none".to_owned()
     })
 }
@@ -554,7 +555,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bearer_token_is_read_whatever_the_scheme_s_case() {
+    fn the_bearer_scheme_is_case_insensitive() {
         assert_eq!(bearer(b"Bearer abc"), Some(&b"abc"[..]));
         assert_eq!(bearer(b"bearer abc "), Some(&b"abc"[..]));
         for header in [&b"abc"[..], b"Basic abc", b"Bearer", b""] {
@@ -563,10 +564,10 @@ mod tests {
     }
 
     #[test]
-    fn a_request_id_that_could_break_a_log_line_is_not_taken() {
-        assert_eq!(sane_id(b"build-17.a_b"), Some("build-17.a_b".to_owned()));
+    fn request_ids_that_could_break_a_log_line_are_replaced() {
+        assert_eq!(valid_id(b"build-17.a_b"), Some("build-17.a_b".to_owned()));
         for id in [&b""[..], b"a b", b"a\nb", &[b'a'; 65]] {
-            assert_eq!(sane_id(id), None);
+            assert_eq!(valid_id(id), None);
         }
     }
 }

@@ -1,11 +1,12 @@
-//! Disks that extend themselves: before a guest's root file system is full, its disk grows.
+//! Auto-extend: grows a VM's disk before its guest's root file system is full.
 //!
-//! How full it is only the guest knows, so its agent is asked, every few seconds, and every second
-//! when it is nearly time. The disk then grows as by `PATCH /vms/{vm}`: admitted, live, recorded
-//! before it is done; by the increment, or by what limit and pool allow. Each step is an event and
-//! a line in the log; so is one that could not be taken, once until it can.
+//! Only the guest knows how full its file system is, so its agent is queried every few seconds, and
+//! every second close to the threshold. The disk then grows as with `PATCH /vms/{vm}`: admitted,
+//! live, and recorded before it is done. It grows by the increment, or by as much as the limit and
+//! the pool allow. Each step is logged and published as an event; so is a step that fails, once
+//! until it succeeds.
 
-use crate::create::is_refusal;
+use crate::create::is_insufficient;
 use crate::error::ServiceError;
 use crate::resize;
 use crate::service::{Service, blocking};
@@ -22,21 +23,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How often guests are looked at that are nearly full, or write fast.
-const TICK: Duration = Duration::from_secs(1);
-/// How often all others are.
+/// Query interval for guests that are nearly full or write fast.
+const SHORT_INTERVAL: Duration = Duration::from_secs(1);
+/// Query interval for all other guests.
 const INTERVAL: Duration = Duration::from_secs(5);
-/// This near to its threshold, in percent, a file system is nearly full.
-const NEARLY: u64 = 10;
-/// So many guests are asked at the same time: one that does not answer holds up few others.
-const AT_ONCE: usize = 8;
-/// A step that cannot be taken is told again after this long.
-const TELL_AGAIN: Duration = Duration::from_secs(600);
-/// A guest whose root file system is smaller than this share of its disk has not followed the last
-/// growth: another would not help it.
-const FOLLOWED: f64 = 0.8;
+/// Within this distance of its threshold, in percent, a file system counts as nearly full.
+const NEARLY_FULL_MARGIN: u64 = 10;
+/// Limit on concurrent queries; a guest that does not respond delays few others.
+const MAX_CONCURRENT_QUERIES: usize = 8;
+/// How long the same failure is not reported again.
+const REPORT_INTERVAL: Duration = Duration::from_secs(600);
+/// Minimum share of its disk for a root file system that has followed the last growth. Below it,
+/// growing the disk again would not help.
+const MIN_FILE_SYSTEM_SHARE: f64 = 0.8;
 
-/// Refuses a limit that the disk has passed already.
+/// Rejects a limit below the current size of the disk.
 ///
 /// # Errors
 /// 400.
@@ -52,56 +53,58 @@ pub fn check(extend: AutoExtend, size: Gib) -> Result<(), ServiceError> {
 
 /// Extends disks for as long as it is polled.
 pub async fn run(service: Service) -> Infallible {
-    let turns = Turns::default();
+    let schedule = Schedule::default();
     loop {
-        tokio::time::sleep(TICK).await;
+        tokio::time::sleep(SHORT_INTERVAL).await;
         let now = Instant::now();
         let extending = service.inner().vms.extending();
-        turns.forget_all_but(&extending);
-        let due = extending.into_iter().filter(|(vm, _)| turns.is_due(&vm.id, now));
+        schedule.retain(&extending);
+        let due = extending.into_iter().filter(|(vm, _)| schedule.is_due(&vm.id, now));
         stream::iter(due)
-            .for_each_concurrent(AT_ONCE, |(vm, machine)| look(&service, &turns, vm, machine))
+            .for_each_concurrent(MAX_CONCURRENT_QUERIES, |(vm, machine)| {
+                check_guest(&service, &schedule, vm, machine)
+            })
             .await;
     }
 }
 
-/// Looks at one guest, and extends its disk for as long as that is needed.
-async fn look(service: &Service, turns: &Turns, vm: Record, machine: Arc<dyn Machine>) {
+/// Queries one guest, and extends its disk if needed.
+async fn check_guest(service: &Service, schedule: &Schedule, vm: Record, machine: Arc<dyn Machine>) {
     let Some(extend) = vm.auto_extend else { return };
-    // Without an agent, or while it boots, nothing is known.
-    let Some(root) = resize::root_of(&machine).await else {
-        turns.look_in(&vm.id, INTERVAL);
+    // The usage is unknown without an agent, or while the guest boots.
+    let Some(root) = resize::root_file_system(&machine).await else {
+        schedule.check_in(&vm.id, INTERVAL);
         return;
     };
     let used = used_percent(&root);
     if used < extend.threshold_percent {
-        turns.went_well(&vm.id);
-        let nearly = used + NEARLY >= extend.threshold_percent;
-        turns.look_in(&vm.id, if nearly { TICK } else { INTERVAL });
+        schedule.clear_failure(&vm.id);
+        let nearly = used + NEARLY_FULL_MARGIN >= extend.threshold_percent;
+        schedule.check_in(&vm.id, if nearly { SHORT_INTERVAL } else { INTERVAL });
         return;
     }
-    let reason = if root.total < Gib::new(vm.disk_size_gib).bytes().scaled(FOLLOWED) {
-        "the guest has not grown its file system since the last growth of its disk: run resize2fs in it".to_owned()
+    let reason = if root.total < Gib::new(vm.disk_size_gib).bytes().scaled(MIN_FILE_SYSTEM_SHARE) {
+        "the guest's file system has not grown since its disk last grew: run resize2fs in the guest".to_owned()
     } else {
-        match step(service, &vm, extend, used).await {
-            // The guest takes a moment to grow its file system.
+        match extend_disk(service, &vm, extend, used).await {
+            // The guest needs a moment to grow its file system.
             Ok(()) => {
-                turns.went_well(&vm.id);
-                turns.look_in(&vm.id, TICK);
+                schedule.clear_failure(&vm.id);
+                schedule.check_in(&vm.id, SHORT_INTERVAL);
                 return;
             }
             Err(ServiceError::NotFound(_) | ServiceError::Busy(_)) => return,
             Err(error) => error.to_string(),
         }
     };
-    turns.look_in(&vm.id, INTERVAL);
-    if turns.is_news(&vm.id, &reason) {
+    schedule.check_in(&vm.id, INTERVAL);
+    if schedule.should_report(&vm.id, &reason) {
         tracing::warn!(
             vm = vm.id,
             name = vm.name,
             used_percent = used,
             reason,
-            "its disk does not extend itself"
+            "cannot auto-extend the VM's disk"
         );
         let details = json!({ "reason": reason, "used_percent": used });
         service
@@ -111,88 +114,88 @@ async fn look(service: &Service, turns: &Turns, vm: Record, machine: Arc<dyn Mac
     }
 }
 
-/// As `df` in the guest shows it: rounded up.
+/// Returns the usage in percent, rounded up as by `df` in the guest.
 fn used_percent(root: &FileSystem) -> u64 {
     let (used, total) = (u128::from(root.used.as_u64()), u128::from(root.total.as_u64()));
-    // A guest may say anything.
+    // The figures come from the guest and may be arbitrary.
     (used * 100).div_ceil(total.max(1)).min(100) as u64
 }
 
-/// One growth.
-async fn step(service: &Service, vm: &Record, extend: AutoExtend, used: u64) -> Result<(), ServiceError> {
-    let most = extend
+/// Extends a VM's disk once.
+async fn extend_disk(service: &Service, vm: &Record, extend: AutoExtend, used: u64) -> Result<(), ServiceError> {
+    let max_growth = extend
         .increment_gib
         .min(extend.limit_gib.saturating_sub(vm.disk_size_gib));
-    // Admitted before the VM is taken: that may wait for deleted disks, and nobody is to wait for
-    // it.
-    let admitted = admit(service, Gib::new(most)).await?;
+    // Admission may wait for deleted disks, so it comes first: no operation on the VM waits for it.
+    let admitted = admit(service, Gib::new(max_growth)).await?;
     let operation = service.inner().vms.begin(&vm.id, "being extended")?;
     let now = &operation.record;
     if (now.disk_size_gib, now.auto_extend) != (vm.disk_size_gib, vm.auto_extend) || operation.machine.is_none() {
-        // Changed meanwhile: it is looked at again.
+        // The VM was changed in the meantime; the next query decides again.
         return Ok(());
     }
     let cause = json!({ "by": "auto_extend", "used_percent": used });
-    service.enlarge(&operation, admitted, cause).await
+    service.grow_and_publish(&operation, admitted, cause).await
 }
 
-/// As much as there is room for, at most `most` and at least 1 GiB.
-async fn admit(service: &Service, most: Gib) -> Result<Reservation, ServiceError> {
-    let refused = match service.admit(most.bytes()).await {
-        Err(error) if is_refusal(&error) => error,
+/// Admits as much as fits, at most `max` and at least 1 GiB.
+async fn admit(service: &Service, max: Gib) -> Result<Reservation, ServiceError> {
+    let rejected = match service.admit(max.bytes()).await {
+        Err(error) if is_insufficient(&error) => error,
         other => return other,
     };
     let pool = Arc::clone(&service.inner().pool);
     let less = blocking(move || {
-        let smaller = (1..most.as_u64()).rev().map(|size| Gib::new(size).bytes());
+        let smaller = (1..max.as_u64()).rev().map(|size| Gib::new(size).bytes());
         Ok::<_, ServiceError>(smaller.map(|size| pool.admit(size)).find_map(Result::ok))
     });
-    less.await?.ok_or(refused)
+    less.await?.ok_or(rejected)
 }
 
-/// When each guest is looked at next, and what was told of it.
+/// The time of each guest's next query, and its last reported failure.
 #[derive(Default)]
-struct Turns(Mutex<HashMap<String, Turn>>);
+struct Schedule(Mutex<HashMap<String, GuestSchedule>>);
 
-struct Turn {
+struct GuestSchedule {
     next: Instant,
-    told: Option<(String, Instant)>,
+    reported: Option<(String, Instant)>,
 }
 
-impl Turns {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Turn>> {
+impl Schedule {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, GuestSchedule>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn forget_all_but(&self, vms: &[(Record, Arc<dyn Machine>)]) {
+    fn retain(&self, vms: &[(Record, Arc<dyn Machine>)]) {
         self.lock().retain(|id, _| vms.iter().any(|(vm, _)| vm.id == *id));
     }
 
     fn is_due(&self, id: &str, now: Instant) -> bool {
-        self.lock().get(id).is_none_or(|turn| turn.next <= now)
+        self.lock().get(id).is_none_or(|guest| guest.next <= now)
     }
 
-    fn look_in(&self, id: &str, time: Duration) {
+    fn check_in(&self, id: &str, time: Duration) {
         let next = Instant::now() + time;
         self.lock()
             .entry(id.to_owned())
-            .and_modify(|turn| turn.next = next)
-            .or_insert(Turn { next, told: None });
+            .and_modify(|guest| guest.next = next)
+            .or_insert(GuestSchedule { next, reported: None });
     }
 
-    fn went_well(&self, id: &str) {
-        if let Some(turn) = self.lock().get_mut(id) {
-            turn.told = None;
+    fn clear_failure(&self, id: &str) {
+        if let Some(guest) = self.lock().get_mut(id) {
+            guest.reported = None;
         }
     }
 
-    /// Whether that was not told of it lately.
-    fn is_news(&self, id: &str, reason: &str) -> bool {
-        let (mut turns, now) = (self.lock(), Instant::now());
-        let Some(turn) = turns.get_mut(id) else { return true };
-        let known = matches!(&turn.told, Some((told, at)) if told == reason && now < *at + TELL_AGAIN);
+    /// Returns whether this failure has not been reported recently.
+    fn should_report(&self, id: &str, reason: &str) -> bool {
+        let (mut guests, now) = (self.lock(), Instant::now());
+        let Some(guest) = guests.get_mut(id) else { return true };
+        let known =
+            matches!(&guest.reported, Some((reported, at)) if reported == reason && now < *at + REPORT_INTERVAL);
         if !known {
-            turn.told = Some((reason.to_owned(), now));
+            guest.reported = Some((reason.to_owned(), now));
         }
         !known
     }
@@ -204,7 +207,7 @@ mod tests {
     use scalebox_storage::Bytes;
 
     #[test]
-    fn how_full_a_guest_is_is_what_its_df_shows() {
+    fn the_usage_in_percent_matches_df_in_the_guest() {
         let used = |used, total| {
             used_percent(&FileSystem {
                 used: Bytes::new(used),
@@ -222,13 +225,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_done_is_told_once_until_it_changes_or_works() {
-        let turns = Turns::default();
-        turns.look_in("vm-1", INTERVAL);
-        assert!(turns.is_news("vm-1", "full"));
-        assert!(!turns.is_news("vm-1", "full"));
-        assert!(turns.is_news("vm-1", "another reason"));
-        turns.went_well("vm-1");
-        assert!(turns.is_news("vm-1", "another reason"));
+    fn a_failure_is_reported_once_until_it_changes_or_is_resolved() {
+        let schedule = Schedule::default();
+        schedule.check_in("vm-1", INTERVAL);
+        assert!(schedule.should_report("vm-1", "full"));
+        assert!(!schedule.should_report("vm-1", "full"));
+        assert!(schedule.should_report("vm-1", "another reason"));
+        schedule.clear_failure("vm-1");
+        assert!(schedule.should_report("vm-1", "another reason"));
     }
 }

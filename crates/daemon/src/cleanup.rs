@@ -1,16 +1,16 @@
-//! Cleaning up after VMs whose machine has ended or which were deleted.
+//! Cleans up on the host after stopped and deleted VMs.
 //!
-//! A stop has succeeded when the machine has ended and a deletion when the record is gone; what
-//! remains to be removed on the host cannot change that any more. A removal that fails, for an I/O
-//! error or a program that cannot be started, is logged and tried again until it succeeds. The next
-//! start removes what is left when the daemon ends before.
+//! A stop has succeeded once the machine has ended, and a deletion once the record is gone; the
+//! remaining removals cannot change that. If one of them fails, because of an I/O error or a
+//! program that does not start, it is logged and retried until it succeeds. If the daemon ends
+//! before that, the next start removes what is left.
 
 use crate::error::ServiceError;
 use crate::lifecycle::{endpoint, remove_dir};
 use crate::reclaim;
 use crate::service::{Service, blocking, disk_name};
 use crate::state::Record;
-use crate::vms::Vacated;
+use crate::vms::LeaseGuard;
 use scalebox_fault_points::crash_point;
 use scalebox_net::Endpoint;
 use scalebox_storage::Gib;
@@ -22,24 +22,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How often a removal that failed is tried again.
+/// Retry interval for failed removals.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The cleanups that failed and are tried again.
+/// The cleanups that failed and are retried.
 #[derive(Default)]
 pub struct Cleanups {
     failed: Mutex<Vec<Cleanup>>,
-    /// Whether half-made or deleted files may be left in the pool.
+    /// Whether partial or deleted files may be left in the pool.
     sweep: AtomicBool,
 }
 
 impl Cleanups {
-    /// How many VMs have something left on the host that could not be removed yet.
+    /// Counts the VMs that still have something to remove on the host.
     pub fn pending(&self) -> usize {
         self.lock().len()
     }
 
-    /// Has the pool swept soon: an operation failed, or removed files that nobody waits for.
+    /// Requests a sweep of the pool, after an operation that failed or left files to remove.
     pub fn sweep_soon(&self) {
         self.sweep.store(true, Ordering::Relaxed);
     }
@@ -49,34 +49,34 @@ impl Cleanups {
     }
 }
 
-/// What a VM has left on the host. Each part is taken out when it is removed.
+/// Everything a VM has left on the host. Each part is cleared once it is removed.
 pub struct Cleanup {
     record: Record,
-    /// A machine to be force-stopped; `None` where it has ended or has no handle.
+    /// A machine to kill; `None` if it has ended or was not adopted.
     machine: Option<Arc<dyn Machine>>,
-    /// Whether there may be a machine without a handle, such as one that does not answer.
+    /// Whether a process may exist that was not adopted, for example one that does not respond.
     may_run: bool,
     /// Tap and forward.
     endpoint: Option<Endpoint>,
     /// Seed drive, sockets and pid file.
     run_dir: Option<PathBuf>,
-    /// What goes with a deleted VM only.
+    /// The parts that only a deleted VM leaves.
     deleted: Option<Deleted>,
 }
 
 struct Deleted {
-    /// Address and port, which nobody else may have while tap and forward are there.
-    vacated: Option<Vacated>,
-    /// Whether the disk has its name and its promise still.
+    /// The address and port, reserved while tap and forward exist.
+    lease: Option<LeaseGuard>,
+    /// Whether the disk still has its name and is still committed.
     has_disk: bool,
     console_dir: PathBuf,
 }
 
 impl Cleanup {
-    /// After a machine that has ended; the VM is kept.
+    /// Cleans up after a machine that has ended; the VM is kept.
     ///
     /// # Errors
-    /// When the record has no valid address.
+    /// If the record has no valid address.
     pub fn of_stopped(service: &Service, record: &Record) -> Result<Cleanup, ServiceError> {
         Ok(Cleanup {
             record: record.clone(),
@@ -88,9 +88,9 @@ impl Cleanup {
         })
     }
 
-    /// After a machine without a handle that could not be force-stopped, or whose folder could not
-    /// be removed.
-    pub fn of_stray(service: &Service, record: &Record) -> Cleanup {
+    /// Cleans up after a machine that was not adopted and could not be killed. Its folder may also
+    /// be what could not be removed.
+    pub fn of_unadopted(service: &Service, record: &Record) -> Cleanup {
         Cleanup {
             record: record.clone(),
             machine: None,
@@ -101,12 +101,12 @@ impl Cleanup {
         }
     }
 
-    /// After a VM whose record is gone.
+    /// Cleans up after a VM whose record is gone.
     pub fn of_deleted(
         service: &Service,
         record: &Record,
         machine: Option<Arc<dyn Machine>>,
-        vacated: Option<Vacated>,
+        lease: Option<LeaseGuard>,
     ) -> Cleanup {
         Cleanup {
             may_run: machine.is_none(),
@@ -115,7 +115,7 @@ impl Cleanup {
             endpoint: endpoint(record).ok(),
             run_dir: Some(service.run_dir(&record.id)),
             deleted: Some(Deleted {
-                vacated,
+                lease,
                 has_disk: true,
                 console_dir: service.console_dir(&record.id),
             }),
@@ -123,20 +123,20 @@ impl Cleanup {
         }
     }
 
-    /// Removes what can be removed, and leaves the rest to [`run`].
+    /// Tries once now, and leaves the rest to [`run`].
     pub async fn begin(mut self, service: &Service) {
         if let Err(error) = self.proceed(service).await {
             self.begin_later(service, &error);
         }
     }
 
-    /// Leaves everything to [`run`].
+    /// Leaves all of it to [`run`].
     pub fn begin_later(self, service: &Service, error: &ServiceError) {
-        tracing::warn!(vm = self.record.id, %error, "something is left on the host; trying again");
+        tracing::warn!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
         service.inner().cleanups.lock().push(self);
     }
 
-    /// Takes the next steps, each once. May be repeated after an error.
+    /// Removes each remaining part, once. Can be called again after an error.
     async fn proceed(&mut self, service: &Service) -> Result<(), ServiceError> {
         if let Some(machine) = &self.machine {
             machine.kill().await?;
@@ -161,9 +161,9 @@ impl Cleanup {
         }
     }
 
-    /// Tries again. Returns whether nothing is left.
-    async fn try_again(&mut self, service: &Service) -> bool {
-        // A VM that was kept may be started or deleted meanwhile, which cleans up by itself.
+    /// Retries. Returns whether nothing is left.
+    async fn retry(&mut self, service: &Service) -> bool {
+        // A start or a deletion in the meantime cleans up by itself.
         let _operation = match (
             &self.deleted,
             service.inner().vms.begin(&self.record.id, "being cleaned up"),
@@ -175,11 +175,11 @@ impl Cleanup {
         };
         match self.proceed(service).await {
             Ok(()) => {
-                tracing::info!(vm = self.record.id, "nothing of it is left on the host any more");
+                tracing::info!(vm = self.record.id, "cleaned up after the VM");
                 true
             }
             Err(error) => {
-                tracing::debug!(vm = self.record.id, %error, "something is left on the host; trying again");
+                tracing::debug!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
                 false
             }
         }
@@ -188,20 +188,20 @@ impl Cleanup {
 
 impl Deleted {
     async fn proceed(&mut self, service: &Service, record: &Record) -> Result<(), ServiceError> {
-        drop(self.vacated.take());
+        drop(self.lease.take());
         if self.has_disk {
             let (pool, disk) = (Arc::clone(&service.inner().pool), disk_name(record)?);
             let unlinked = blocking(move || pool.unlink_disk(&disk)).await?;
             self.has_disk = false;
-            reclaim::give_back(service, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));
+            reclaim::free_blocks(service, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));
         }
         let console = self.console_dir.clone();
         blocking(move || remove_dir(&console)).await
     }
 }
 
-/// Removes what failed operations could not remove of their files. Work that is under way is left
-/// alone.
+/// Removes the files that failed operations left in the pool, if a sweep was requested. Files of
+/// operations in progress are not touched.
 async fn sweep_when_due(service: &Service) {
     let cleanups = &service.inner().cleanups;
     if !cleanups.sweep.swap(false, Ordering::Relaxed) {
@@ -211,17 +211,17 @@ async fn sweep_when_due(service: &Service) {
     match blocking(move || pool.sweep_partials()).await {
         Ok(removed) => {
             for path in removed {
-                tracing::info!(path = %path.display(), "removed a file that a failed operation left");
+                tracing::info!(path = %path.display(), "removed a file left by a failed operation");
             }
         }
         Err(error) => {
-            tracing::debug!(%error, "files of failed operations are left; trying again");
+            tracing::debug!(%error, "cannot remove the files of failed operations; retrying");
             cleanups.sweep_soon();
         }
     }
 }
 
-/// Tries failed cleanups again for as long as it is polled.
+/// Retries failed cleanups for as long as it is polled.
 pub async fn run(service: Service) -> Infallible {
     loop {
         tokio::time::sleep(RETRY_INTERVAL).await;
@@ -230,14 +230,14 @@ pub async fn run(service: Service) -> Infallible {
         for mut cleanup in pending {
             let one = service.clone();
             let tried = service.detached(async move {
-                let is_done = cleanup.try_again(&one).await;
+                let is_done = cleanup.retry(&one).await;
                 if !is_done {
                     one.inner().cleanups.lock().push(cleanup);
                 }
                 Ok(())
             });
             if let Err(error) = tried.await {
-                tracing::error!(%error, "a cleanup was given up; the next start does it");
+                tracing::error!(%error, "a cleanup panicked; the next start completes it");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What each subcommand does.
+//! The subcommands.
 
 use crate::accounts;
 use crate::api;
@@ -34,87 +34,87 @@ use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
-/// The longest path of a Unix socket, in bytes: `sun_path` less its final zero (unix(7)).
-const SOCKET_PATH_MAX: usize = 107;
+/// The maximum path length of a Unix socket, in bytes: `sun_path` without its final zero (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
 
-/// Why a command failed: a sentence for the operator.
+/// Why a command failed, as a sentence for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandFailed {
-    /// A setting.
+    /// A setting is invalid.
     #[error(transparent)]
     Settings(#[from] SettingsError),
-    /// The pool, a template or a disk.
+    /// An operation on the pool, a template or a disk failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
-    /// The state file.
+    /// The state file cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The network.
+    /// The network cannot be set up.
     #[error(transparent)]
     Net(#[from] scalebox_net::Error),
-    /// The hypervisor.
+    /// The hypervisor cannot be used.
     #[error(transparent)]
     Vmm(#[from] scalebox_vmm::Error),
-    /// Building a template.
+    /// The template cannot be built.
     #[error(transparent)]
     Guest(#[from] scalebox_guest::Error),
-    /// Putting things right at start.
+    /// Recovery or another operation of the service failed.
     #[error(transparent)]
     Service(#[from] ServiceError),
-    /// The pool's disks are not those of this state.
+    /// The pool's disks do not belong to this state.
     #[error(
-        "the pool at {} holds {disks} disks that the state in {} knows nothing of: set STATE_DIR and DATA_DIR to a pair that belongs together. \
-         To give these VMs up for good, remove their disks first: rm {}/vms/*.ext4",
+        "the pool at {} has {disks} disks that are not in the state in {}: set STATE_DIR and DATA_DIR to a pair that belongs together. \
+         To discard these VMs, remove their disks first: rm {}/vms/*.ext4",
         pool.display(), state_dir.display(), pool.display()
     )]
     ForeignPool {
         /// The pool's mount point.
         pool: PathBuf,
-        /// The state's folder.
+        /// The state folder.
         state_dir: PathBuf,
-        /// How many disks there are.
+        /// The number of disks.
         disks: usize,
     },
-    /// The pool of a state that has VMs is not there. Not a wrong setting: the mount may be back in
-    /// a moment.
+    /// The state has VMs, but the pool is not mounted. This is not a wrong setting: the pool may be
+    /// mounted a moment later.
     #[error(
-        "no pool is mounted at {}, and the state knows {vms} VMs: mount it again (mount {}; scaleboxd doctor tells more), and do not make a new \
-         one. scaleboxd starts as soon as it is mounted: systemd tries again by itself",
+        "no pool is mounted at {}, but the state has {vms} VMs: mount it again (mount {}; see scaleboxd doctor), and do not create a new \
+         one. scaleboxd starts once it is mounted: systemd retries automatically",
         pool.display(), pool.display()
     )]
     PoolMissing {
         /// The pool's mount point.
         pool: PathBuf,
-        /// How many VMs there are.
+        /// The number of VMs.
         vms: usize,
     },
-    /// The address cannot be listened on.
+    /// The API address cannot be bound.
     #[error(
         "cannot listen on {address}: {source}; set API_BIND and API_PORT to an address of this host and a free port"
     )]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The log's filter.
+    /// `LOG_LEVEL` is invalid.
     #[error(
-        "LOG_LEVEL={0:?} cannot be used: it must be one of error, warn, info, debug, trace, or a filter such as info,scalebox_net=debug"
+        "LOG_LEVEL={0:?} cannot be used: must be one of error, warn, info, debug, trace, or a filter such as info,scalebox_net=debug"
     )]
     LogLevel(String),
-    /// Something the kernel would not do.
+    /// A system call failed.
     #[error("cannot {doing}: {source}")]
     Io {
-        /// What was being done.
+        /// What was attempted.
         doing: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
 }
 
 impl CommandFailed {
-    /// Whether somebody has to change a setting: trying again does not help.
+    /// Returns whether a setting has to be changed, so that a retry does not help.
     pub fn is_configuration(&self) -> bool {
         matches!(
             self,
@@ -127,35 +127,35 @@ fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
     move |source| CommandFailed::Io { doing, source }
 }
 
-/// `LOG_LEVEL`, understood.
+/// Parses `LOG_LEVEL`.
 pub fn log_filter(settings: &Settings) -> Result<EnvFilter, CommandFailed> {
     let level = &settings.log_level;
     EnvFilter::try_new(level).map_err(|_| CommandFailed::LogLevel(level.clone()))
 }
 
-/// `scaleboxd pool init`.
+/// Runs `scaleboxd pool init`.
 pub fn pool_init(settings: &Settings) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
     let plan = PoolPlan {
-        // A state that cannot be read is for `serve` and `doctor` to report.
+        // `serve` and `doctor` report a state that cannot be read.
         expected_disks: State::peek_vms(&settings.state_dir).unwrap_or(0),
         ..settings.pool_plan()
     };
-    match scalebox_storage::init(&plan, &mut tell)? {
+    match scalebox_storage::init(&plan, &mut print_event)? {
         InitOutcome::AlreadyThere => println!("Nothing to do."),
         InitOutcome::Ready => println!("The pool is ready at {}.", settings.data_dir.display()),
     }
     Ok(())
 }
 
-fn tell(event: InitEvent) {
+fn print_event(event: InitEvent) {
     match event {
         InitEvent::Step(step) => println!("{step}"),
         InitEvent::Warning(warning) => eprintln!("warning: {warning}"),
     }
 }
 
-/// `scaleboxd template build`.
+/// Runs `scaleboxd template build`.
 pub fn template_build(
     settings: &Settings,
     name: &str,
@@ -166,15 +166,15 @@ pub fn template_build(
     let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     let kernel_there = pool.kernel_dir().join("vmlinuz").exists() && pool.kernel_dir().join("initrd.img").exists();
     if !replace && kernel_there && pool.template(&name).is_ok() {
-        println!("The template {name} is there already; --replace builds it anew.");
+        println!("The template {name} already exists; use --replace to build it again.");
         return Ok(());
     }
-    let mut shown = progress::Shown::new();
+    let mut progress = progress::ProgressDisplay::new();
     let recipe = scalebox_guest::Recipe::default();
-    let made = scalebox_guest::build(&recipe, &pool.build_dir()?, cache, &mut shown)?;
-    pool.install_kernel(&made.kernel, &made.initrd)?;
-    let template = pool.import_template(&name, &made.rootfs, Bytes::new(u64::MAX), true)?;
-    shown.finish();
+    let built = scalebox_guest::build(&recipe, &pool.build_dir()?, cache, &mut progress)?;
+    pool.install_kernel(&built.kernel, &built.initrd)?;
+    let template = pool.import_template(&name, &built.rootfs, Bytes::new(u64::MAX), true)?;
+    progress.finish();
     println!(
         "The template {name} is ready: {} large, {} on disk.",
         template.size, template.used
@@ -182,7 +182,7 @@ pub fn template_build(
     Ok(())
 }
 
-/// `scaleboxd template import`.
+/// Runs `scaleboxd template import`.
 pub fn template_import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
     let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
@@ -194,7 +194,7 @@ pub fn template_import(settings: &Settings, name: &str, file: &Path, replace: bo
     Ok(())
 }
 
-/// `scaleboxd serve`.
+/// Runs `scaleboxd serve`.
 pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
     let token = settings.token()?.clone();
     for caveat in contradictions::caveats(&settings) {
@@ -211,16 +211,14 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tracing::info!(
             vms = recovered.vms,
             adopted = recovered.adopted,
-            strays_ended = recovered.strays_ended,
+            orphans_killed = recovered.orphans_killed,
             files_removed = recovered.files_removed,
             to_start = recovered.to_start.len(),
-            "recovered"
+            "recovery finished"
         );
-        let local = listener
-            .local_addr()
-            .map_err(io("read the address that is listened on"))?;
+        let local = listener.local_addr().map_err(io("read the API's address"))?;
         tracing::info!(address = %local, "ready");
-        tell_systemd(&[NotifyState::Ready]);
+        notify_systemd(&[NotifyState::Ready]);
         tokio::spawn(pool_watch::run(service.clone()));
         tokio::spawn(reclaim::run(service.clone()));
         tokio::spawn(cleanup::run(service.clone()));
@@ -230,34 +228,33 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         tokio::spawn(auto_extend::run(service.clone()));
         tokio::spawn(pool_growth::reconcile(service.clone()));
         tokio::spawn(snapshots::thaw_left_frozen(service.clone()));
-        recovery::stop_again(&service, recovered.to_stop);
-        tokio::spawn(recovery::start_again(service.clone(), recovered.to_start));
+        recovery::complete_stops(&service, recovered.to_stop);
+        tokio::spawn(recovery::start_after_reboot(service.clone(), recovered.to_start));
         server::run(listener, api::router(service.clone(), &token), &service)
             .await
             .map_err(io("serve the API"))?;
-        tracing::info!("stopped; machines run on");
+        tracing::info!("stopped; machines keep running");
         Ok(())
     });
-    // Threads that still wait for something had the time they get: what they are about, the next
-    // start puts right.
+    // Blocking threads have had their grace period; the next start cleans up after them.
     runtime.shutdown_background();
     served
 }
 
-/// Tells the service manager how far the daemon is, where one asked for that (`Type=notify`).
-fn tell_systemd(state: &[NotifyState<'_>]) {
+/// Notifies the service manager of the daemon's state, if it asked for that (`Type=notify`).
+fn notify_systemd(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "systemd cannot be told: it takes the start for unfinished");
+        tracing::warn!(%error, "cannot notify systemd: it considers the start unfinished");
     }
 }
 
-/// `scaleboxd down`.
+/// Runs `scaleboxd down`.
 pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
     runtime()?.block_on(async {
         match open_service(settings.clone(), State::open(&settings.state_dir, &settings.run_dir)?).await {
             Ok((service, recovered)) => down::shut_all_down(&service, &recovered).await,
-            // The pool is not there; machines and network may be all the same.
+            // Machines and network may exist without the pool.
             Err(CommandFailed::Storage(StorageError::NotMounted(_)) | CommandFailed::PoolMissing { .. }) => {
                 down_without_pool(&settings).await
             }
@@ -268,22 +265,22 @@ pub fn down(settings: Settings) -> Result<(), CommandFailed> {
         println!("Unmounted {}.", data_dir.display());
     }
     println!(
-        "Everything is down; VMs and their disks are kept. `scaleboxd pool init` and `scaleboxd serve` bring them back."
+        "Everything is stopped; VMs and their disks are kept. `scaleboxd pool init` and `scaleboxd serve` start them again."
     );
     Ok(())
 }
 
 async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
-    recovery::note_host_down(&State::open(&settings.state_dir, &settings.run_dir)?)?;
+    recovery::record_host_down(&State::open(&settings.state_dir, &settings.run_dir)?)?;
     let (vmm, _) = Drivers::find(settings)?;
     let machines = settings.run_dir.join("vms");
     for id in recovery::vm_folders(&machines)? {
-        vmm.put_down(&id.parse()?, &machines.join(&id)).await?;
+        vmm.force_stop(&id.parse()?, &machines.join(&id)).await?;
     }
     Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
 }
 
-/// `scaleboxd client-config`.
+/// Runs `scaleboxd client-config`.
 pub fn client_config(settings: &Settings) -> Result<(), CommandFailed> {
     let token = settings.token()?;
     let mut address = settings.api;
@@ -294,7 +291,7 @@ pub fn client_config(settings: &Settings) -> Result<(), CommandFailed> {
     Ok(())
 }
 
-/// Threads for whatever waits on sockets.
+/// Builds the async runtime.
 pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     // For tests that count the system calls of each thread.
@@ -308,12 +305,12 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
     builder.enable_all().build().map_err(io("start threads"))
 }
 
-/// Opens every part, puts them together and puts right what a crash left.
+/// Opens all parts, assembles the service and recovers from a crash.
 async fn open_service(settings: Settings, state: State) -> Result<(Service, Recovered), CommandFailed> {
     if state.is_read_only() {
         tracing::error!(
             path = %settings.state_dir.display(),
-            "STATE_DIR is read-only: VMs run on, and nothing can be changed; make it writable and restart scaleboxd"
+            "STATE_DIR is read-only: VMs keep running, but nothing can be changed; make it writable and restart scaleboxd"
         );
     }
     scalebox_storage::require_programs().map_err(StorageError::from)?;
@@ -326,19 +323,19 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         }
         other => other?,
     };
-    take_pool(&pool, &state, &settings)?;
+    claim_pool(&pool, &state, &settings)?;
     prepare_run_dir(&settings.run_dir)?;
     scalebox_storage::ensure_direct_io(&settings.data_dir, &settings.backing, &mut |event| match event {
         InitEvent::Step(step) => tracing::info!("{step}"),
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;
     if let Err(error) = pool.reconcile() {
-        // As while btrfs is still busy with a change that an earlier daemon began. The pool is in
-        // use all the same.
-        tracing::warn!(%error, "the pool and its image are not of one size yet; trying again");
+        // For example, while btrfs still completes a resize that a previous daemon began. The pool
+        // can be used nevertheless.
+        tracing::warn!(%error, "cannot reconcile the size of the pool with its image yet; retrying");
     }
     if let Err(error) = pool.make_kernel_readable() {
-        tracing::warn!(%error, "each jail gets a kernel of its own");
+        tracing::warn!(%error, "cannot share the kernel between jails; each gets its own copy");
     }
     drivers::wait_for_kvm(&settings).await;
     let (vmm, accel) = Drivers::find(&settings)?;
@@ -361,9 +358,9 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
     Ok((service, recovered))
 }
 
-/// Makes sure that the pool's disks are the state's: with the wrong state they would all look like
-/// nobody's, and be removed.
-fn take_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), CommandFailed> {
+/// Checks that the pool's disks belong to the state. With the wrong state, they would all look
+/// orphaned and be removed.
+fn claim_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), CommandFailed> {
     pool.lock()?;
     let (on_pool, in_state) = (pool.owner()?, state.fact(Fact::PoolOwner)?);
     if on_pool.is_some() && on_pool == in_state {
@@ -379,19 +376,19 @@ fn take_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), Comm
     Ok(state.set_fact(Fact::PoolOwner, &owner)?)
 }
 
-/// A folder that cannot be used is told now, not at the first machine.
+/// Creates RUN_DIR, so that an unusable folder is reported now and not by the first machine.
 fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
     let vms = run_dir.join("vms");
-    // The longest socket in it: `vm-0123456789ab/control.sock`.
-    let longest = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::machine::SOCKET_NAME_MAX;
-    if longest > SOCKET_PATH_MAX {
-        let right = format!(
-            "sockets in it would have paths of {longest} bytes, and {SOCKET_PATH_MAX} is the most: choose a shorter one"
+    // The longest socket path in it: `vm-0123456789ab/control.sock`.
+    let max_length = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::machine::SOCKET_NAME_MAX;
+    if max_length > MAX_SOCKET_PATH {
+        let expected = format!(
+            "socket paths in it would have {max_length} bytes, over the limit of {MAX_SOCKET_PATH}: choose a shorter path"
         );
         return Err(SettingsError::Value {
             key: "RUN_DIR",
             value: run_dir.display().to_string(),
-            right,
+            expected,
         }
         .into());
     }
@@ -400,17 +397,17 @@ fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
         .mode(0o700)
         .create(&vms)
         .map_err(io("create RUN_DIR"))?;
-    tempfile_probe(&vms).map_err(io("write to RUN_DIR"))
+    probe_writable(&vms).map_err(io("write to RUN_DIR"))
 }
 
-/// Writes an unnamed file and forgets it.
-fn tempfile_probe(dir: &Path) -> io::Result<()> {
+/// Checks that files can be created, with an unnamed one.
+fn probe_writable(dir: &Path) -> io::Result<()> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)?;
     Ok(())
 }
 
-/// The resolvers that guests are told: those of the settings, or the host's.
+/// Returns the resolvers for guests: from the settings, or from the host.
 pub fn resolvers(settings: &Settings) -> Vec<Ipv4Addr> {
     if !settings.guest_dns.is_empty() {
         return settings.guest_dns.clone();
@@ -422,7 +419,7 @@ pub fn resolvers(settings: &Settings) -> Vec<Ipv4Addr> {
     if found.servers.is_empty() {
         tracing::warn!(
             file = %found.source.display(),
-            "the host names no resolver that guests can reach: they resolve no names until GUEST_DNS is set"
+            "the host has no resolver that guests can reach: name resolution fails in guests until GUEST_DNS is set"
         );
     }
     found.servers

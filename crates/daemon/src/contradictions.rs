@@ -1,43 +1,42 @@
-//! Settings that are each well-formed and contradict one another: one check for `pool init`,
-//! `serve`, `doctor` and all other commands.
+//! Checks for settings that are each valid but contradict one another: one check for all commands.
 //!
-//! What cannot work stops the command. What works and is not what it looks like is a caveat, which
-//! `serve` logs and `doctor` lists.
+//! Settings that cannot work stop the command. Settings that work but may mislead are caveats,
+//! which `serve` logs and `doctor` lists.
 
 use crate::settings::{Settings, SettingsError};
 use scalebox_storage::Backing;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-/// Something an operator should know of the settings.
+/// A setting with a surprising effect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caveat {
-    /// What it is.
+    /// The effect.
     pub finding: String,
-    /// What can be done about it.
+    /// The remedy.
     pub fix: String,
 }
 
-/// Refuses settings that contradict each other.
+/// Rejects settings that contradict each other.
 ///
 /// # Errors
-/// [`SettingsError::Value`] with the setting to change.
+/// [`SettingsError::Value`], naming the setting to change.
 pub fn check(settings: &Settings) -> Result<(), SettingsError> {
     disk_sizes(settings)?;
     paths(settings)?;
     resolvers(settings)
 }
 
-/// What works and may surprise.
+/// Lists the settings that work but may surprise.
 pub fn caveats(settings: &Settings) -> Vec<Caveat> {
     let mut caveats = Vec::new();
     if !settings.api.ip().is_loopback() {
         caveats.push(Caveat {
             finding: format!(
-                "the API listens on {}, beyond this host, and sends tokens in the clear",
+                "the API listens on {}, which other hosts can reach, and tokens are sent unencrypted",
                 settings.api
             ),
-            fix: "set API_BIND=127.0.0.1 and put a TLS proxy in front of it: see docs/install.md".to_owned(),
+            fix: "set API_BIND=127.0.0.1 and put a TLS proxy in front: see docs/install.md".to_owned(),
         });
     }
     if let (Backing::Existing, Some(size)) = (&settings.backing, &settings.storage_size) {
@@ -51,24 +50,24 @@ pub fn caveats(settings: &Settings) -> Vec<Caveat> {
     caveats
 }
 
-fn wrong(key: &'static str, value: impl Display, right: impl Into<String>) -> SettingsError {
+fn wrong(key: &'static str, value: impl Display, expected: impl Into<String>) -> SettingsError {
     SettingsError::Value {
         key,
         value: value.to_string(),
-        right: right.into(),
+        expected: expected.into(),
     }
 }
 
 fn disk_sizes(settings: &Settings) -> Result<(), SettingsError> {
     let (default, max) = (settings.default_disk_size, settings.max_disk_size);
     if default > max {
-        let right = format!("it must not be larger than MAX_DISK_SIZE_GIB, which is {max}");
-        return Err(wrong("DEFAULT_DISK_SIZE_GIB", default, right));
+        let expected = format!("must not be larger than MAX_DISK_SIZE_GIB, which is {max}");
+        return Err(wrong("DEFAULT_DISK_SIZE_GIB", default, expected));
     }
     Ok(())
 }
 
-/// A guest reaches no other guest, and the host only at the resolvers that it has itself.
+/// Rejects resolvers that guests cannot reach: other guests. Guests reach the host's own resolvers.
 fn resolvers(settings: &Settings) -> Result<(), SettingsError> {
     let net = &settings.net;
     let a_guest = |server: &&std::net::Ipv4Addr| net.subnet().contains(*server) && **server != net.gateway();
@@ -77,7 +76,7 @@ fn resolvers(settings: &Settings) -> Result<(), SettingsError> {
             "GUEST_DNS",
             server,
             format!(
-                "it lies in SUBNET ({}), and no guest reaches another: name a server outside",
+                "is in SUBNET ({}), where guests cannot reach each other: set a server outside of it",
                 net.subnet()
             ),
         )),
@@ -85,23 +84,23 @@ fn resolvers(settings: &Settings) -> Result<(), SettingsError> {
     }
 }
 
-/// A setting, and the path it names, if any.
-type Place<'a> = (&'static str, Option<&'a Path>);
+/// A setting and its path, if it has one.
+type PathSetting<'a> = (&'static str, Option<&'a Path>);
 
-/// Each place must be there without the others: the pool's folder is covered while the pool is
-/// mounted and empty while it is not, and `RUN_DIR` is gone after a reboot.
+/// Rejects paths that depend on each other. The pool's folder is covered while the pool is mounted
+/// and empty while it is not, and `RUN_DIR` is emptied by a reboot.
 fn paths(settings: &Settings) -> Result<(), SettingsError> {
     let image = match &settings.backing {
         Backing::Image(image) => Some(image.as_path()),
         Backing::Device(_) | Backing::Existing => None,
     };
-    let image: Place = ("POOL_IMAGE", image);
-    let data: Place = ("DATA_DIR", Some(&settings.data_dir));
-    let state: Place = ("STATE_DIR", Some(&settings.state_dir));
-    let run: Place = ("RUN_DIR", Some(&settings.run_dir));
-    let fstab: Place = ("FSTAB", settings.fstab.as_deref());
-    let hidden = "what lies there is hidden while the pool is mounted, and the pool cannot be mounted without it";
-    let volatile = "RUN_DIR is for what need not outlive a reboot";
+    let image: PathSetting = ("POOL_IMAGE", image);
+    let data: PathSetting = ("DATA_DIR", Some(&settings.data_dir));
+    let state: PathSetting = ("STATE_DIR", Some(&settings.state_dir));
+    let run: PathSetting = ("RUN_DIR", Some(&settings.run_dir));
+    let fstab: PathSetting = ("FSTAB", settings.fstab.as_deref());
+    let hidden = "files there are hidden while the pool is mounted, and are needed to mount it";
+    let volatile = "RUN_DIR does not survive a reboot";
     let image_is_file = "POOL_IMAGE is a file";
     for (inner, outer, why) in [
         (image, data, hidden),
@@ -119,19 +118,19 @@ fn paths(settings: &Settings) -> Result<(), SettingsError> {
             continue;
         };
         if resolved(path).starts_with(resolved(outer)) {
-            let right = format!("it must not lie in {outer_key} ({}): {why}", outer.display());
-            return Err(wrong(key, path.display(), right));
+            let expected = format!("must not be in {outer_key} ({}): {why}", outer.display());
+            return Err(wrong(key, path.display(), expected));
         }
     }
     Ok(())
 }
 
-/// The path without links, as far as it is there.
+/// Resolves symbolic links in the part of the path that exists.
 fn resolved(path: &Path) -> PathBuf {
-    let there = path
+    let existing = path
         .ancestors()
         .find_map(|ancestor| Some((ancestor, ancestor.canonicalize().ok()?)));
-    match there {
+    match existing {
         Some((ancestor, real)) => match path.strip_prefix(ancestor) {
             Ok(rest) if rest.as_os_str().is_empty() => real,
             Ok(rest) => real.join(rest),
@@ -145,11 +144,11 @@ fn resolved(path: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    fn refusal(pairs: &[(&'static str, &str)]) -> Option<String> {
+    fn rejection(pairs: &[(&'static str, &str)]) -> Option<String> {
         Settings::of(pairs).err().map(|error| error.to_string())
     }
 
-    /// Settings, the one that is wrong, and the one that it lies in.
+    /// The settings, the wrong one, and the one whose path contains it.
     type Clash = (&'static [(&'static str, &'static str)], &'static str, &'static str);
     const CLASHES: [Clash; 10] = [
         (
@@ -205,18 +204,18 @@ mod tests {
     ];
 
     #[test]
-    fn places_that_hide_each_other_are_refused() {
+    fn paths_that_hide_each_other_are_rejected() {
         let folder = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/srv/pool", folder.path().join("link")).unwrap();
         let link = format!("{}/link/image", folder.path().display());
         for (pairs, key, outer) in CLASHES {
-            let refused = refusal(pairs).unwrap_or_else(|| panic!("{pairs:?}"));
+            let rejected = rejection(pairs).unwrap_or_else(|| panic!("{pairs:?}"));
             assert!(
-                refused.starts_with(&format!("{key}=")) && refused.contains(&format!("must not lie in {outer} (")),
-                "{refused}"
+                rejected.starts_with(&format!("{key}=")) && rejected.contains(&format!("must not be in {outer} (")),
+                "{rejected}"
             );
         }
-        for fine in [
+        for valid in [
             &[][..],
             &[("POOL_IMAGE", "none"), ("DATA_DIR", "/srv/pool")],
             &[
@@ -230,25 +229,25 @@ mod tests {
                 ("DATA_DIR", "/srv/state/pool"),
             ],
         ] {
-            assert_eq!(refusal(fine), None, "{fine:?}");
+            assert_eq!(rejection(valid), None, "{valid:?}");
         }
-        // By another name it is the same place.
+        // A link to the same place.
         std::fs::create_dir(folder.path().join("real")).unwrap();
         std::fs::remove_file(folder.path().join("link")).unwrap();
         std::os::unix::fs::symlink("real", folder.path().join("link")).unwrap();
         let real = format!("{}/real", folder.path().display());
-        assert!(refusal(&[("DATA_DIR", &real), ("POOL_IMAGE", &link)]).is_some());
+        assert!(rejection(&[("DATA_DIR", &real), ("POOL_IMAGE", &link)]).is_some());
     }
 
     #[test]
-    fn a_resolver_among_the_guests_is_refused_unless_it_is_the_host() {
-        let refused = refusal(&[("GUEST_DNS", "172.16.0.9")]).unwrap();
-        assert!(refused.contains("no guest reaches another"), "{refused}");
-        assert_eq!(refusal(&[("GUEST_DNS", "172.16.0.1")]), None);
+    fn a_resolver_in_the_guest_subnet_is_rejected_unless_it_is_the_host() {
+        let rejected = rejection(&[("GUEST_DNS", "172.16.0.9")]).unwrap();
+        assert!(rejected.contains("guests cannot reach each other"), "{rejected}");
+        assert_eq!(rejection(&[("GUEST_DNS", "172.16.0.1")]), None);
     }
 
     #[test]
-    fn an_api_beyond_this_host_and_a_size_without_effect_are_caveats() {
+    fn an_exposed_api_and_an_ineffective_storage_size_are_caveats() {
         let caveats = |pairs: &[(&'static str, &str)]| {
             let found = super::caveats(&Settings::of(pairs).unwrap());
             found.into_iter().map(|caveat| caveat.finding).collect::<Vec<_>>()
@@ -260,9 +259,7 @@ mod tests {
         );
         let found = caveats(&[("API_BIND", "0.0.0.0"), ("POOL_IMAGE", "none"), ("STORAGE_SIZE", "30G")]);
         assert!(
-            found.len() == 2
-                && found[0].contains("in the clear")
-                && found[1].contains("STORAGE_SIZE=30G has no effect"),
+            found.len() == 2 && found[0].contains("unencrypted") && found[1].contains("STORAGE_SIZE=30G has no effect"),
             "{found:?}"
         );
     }

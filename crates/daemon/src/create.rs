@@ -1,13 +1,14 @@
-//! Creating a VM: claim a name, an address and a port → admit → clone the disk → (seed drive → tap
-//! and forward → launch) → record.
+//! Creating a VM, step by step.
 //!
-//! Nothing is visible before the record, and a client is told only after it. A crash at any point
-//! leaves either a recorded VM or leftovers that [`recovery`](crate::recovery) removes at the next
-//! start. Creations run side by side; the only lock they share is held for microseconds.
+//! Claim a name, an address and a port → admit → clone the disk → (seed drive → tap and forward →
+//! launch) → record. A VM becomes visible when it is recorded, and only then does the client get a
+//! response. A crash at any point leaves either a recorded VM or leftovers that
+//! [`recovery`](crate::recovery) removes at the next start. Creations run concurrently; the only
+//! lock they share is held for microseconds.
 
 use crate::auto_extend;
 use crate::error::ServiceError;
-use crate::idempotency::Once;
+use crate::idempotency::KeyedRequest;
 use crate::lifecycle::remove_dir;
 use crate::random::random_hex;
 use crate::service::{Service, blocking, disk_name, fault_point, rfc3339, template_name};
@@ -26,14 +27,14 @@ impl Service {
     pub(crate) async fn create_now(&self, request: CreateVm) -> Result<Vm, ServiceError> {
         let inner = self.inner();
         let claim = inner.vms.claim(request.name.as_ref().map(|name| name.as_str()))?;
-        let in_use = inner.cloning.hold(request.template.as_str());
+        let in_use = inner.templates_in_use.hold(request.template.as_str());
         let request = Arc::new(request);
-        let allot = || {
+        let admit_and_clone = || {
             let (service, request, name, lease) = (self.clone(), Arc::clone(&request), claim.name.clone(), claim.lease);
-            // In one go: a change of threads costs as much as the clone.
-            blocking(move || service.allot(&request, name, lease))
+            // One blocking task for both: a second thread hop costs as much as the clone.
+            blocking(move || service.admit_and_clone(&request, name, lease))
         };
-        let (record, reservation) = self.until_admitted(allot).await?;
+        let (record, reservation) = self.until_admitted(admit_and_clone).await?;
 
         drop(in_use);
         let disk = disk_name(&record)?;
@@ -43,16 +44,16 @@ impl Service {
             blocking(move || pool.delete_disk(&disk)).await
         });
         let console = self.console_dir(&record.id);
-        steps.taken("make the console's folder", async move {
+        steps.taken("create the console directory", async move {
             blocking(move || remove_dir(&console)).await
         });
 
-        let once = Once::of(&request);
-        match self.complete(&record, &claim, once, &mut steps).await {
+        let keyed = KeyedRequest::of(&request);
+        match self.complete(&record, &claim, keyed, &mut steps).await {
             Ok(machine) => {
                 reservation.commit();
                 claim.publish(record.clone(), machine.clone());
-                self.tell_created(&record);
+                self.publish_created(&record);
                 if let Some(machine) = machine {
                     self.watch(record.id.clone(), machine);
                 }
@@ -60,7 +61,7 @@ impl Service {
                     vm = record.id,
                     name = record.name,
                     status = record.status.as_str(),
-                    "created"
+                    "VM created"
                 );
                 Ok(self.describe(&record))
             }
@@ -71,7 +72,7 @@ impl Service {
         }
     }
 
-    fn tell_created(&self, record: &Record) {
+    fn publish_created(&self, record: &Record) {
         let events = &self.inner().events;
         let details = json!({
             "template": record.template, "status": record.status,
@@ -83,18 +84,23 @@ impl Service {
         }
     }
 
-    /// Admits what was asked for and makes its disk. Blocks; on a failure nothing is left.
-    fn allot(&self, request: &CreateVm, name: String, lease: Lease) -> Result<(Record, Reservation), ServiceError> {
+    /// Admits the request and clones the disk. Blocks. Leaves nothing behind on failure.
+    fn admit_and_clone(
+        &self,
+        request: &CreateVm,
+        name: String,
+        lease: Lease,
+    ) -> Result<(Record, Reservation), ServiceError> {
         let inner = self.inner();
         let template = inner.pool.template(&template_name(request.template.as_str())?)?;
-        let asked = request.disk_size_gib.map(Gib::new);
-        let disk_size = Pool::disk_size(&template, asked, inner.settings.default_disk_size)?;
+        let requested = request.disk_size_gib.map(Gib::new);
+        let disk_size = Pool::disk_size(&template, requested, inner.settings.default_disk_size)?;
         if disk_size > inner.settings.max_disk_size {
             let (size, max) = (disk_size, inner.settings.max_disk_size);
             return Err(ServiceError::invalid_field(
                 "disk_size_gib",
                 format!(
-                    "the template {} needs a disk of {size} GiB, and MAX_DISK_SIZE_GIB is {max}",
+                    "the template {} needs a disk of {size} GiB, which is over MAX_DISK_SIZE_GIB ({max})",
                     template.name
                 ),
             ));
@@ -104,10 +110,34 @@ impl Service {
         }
         let reservation = inner.pool.admit(disk_size.bytes())?;
 
-        let record = Record {
+        let record = self.new_record(request, name, lease, disk_size)?;
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            template = record.template,
+            disk_size_gib = record.disk_size_gib,
+            "VM admitted"
+        );
+
+        fault_point("create: admitted")?;
+        inner
+            .pool
+            .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
+        Ok((record, reservation))
+    }
+
+    fn new_record(
+        &self,
+        request: &CreateVm,
+        name: String,
+        lease: Lease,
+        disk_size: Gib,
+    ) -> Result<Record, ServiceError> {
+        let inner = self.inner();
+        Ok(Record {
             id: new_id()?,
             name,
-            template: template.name.to_string(),
+            template: request.template.as_str().to_owned(),
             ssh_public_key: request.ssh_public_key.as_str().to_owned(),
             created_at: rfc3339(jiff::Timestamp::now()),
             vcpu_count: request
@@ -131,73 +161,65 @@ impl Service {
                 VmStatus::Stopped
             },
             status_reason: None,
-        };
-        tracing::info!(
-            vm = record.id,
-            name = record.name,
-            template = record.template,
-            disk_size_gib = record.disk_size_gib,
-            "admitted"
-        );
-
-        fault_point("create: admitted")?;
-        inner
-            .pool
-            .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
-        Ok((record, reservation))
+        })
     }
 
-    /// What comes after the disk: the machine, if it is to run, and the record.
+    /// Starts the machine, if the VM is to run, and writes the record.
     async fn complete(
         &self,
         record: &Record,
         claim: &Claim,
-        once: Option<Once>,
+        keyed: Option<KeyedRequest>,
         steps: &mut Steps,
     ) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
         fault_point("create: disk durable")?;
-        claim.still_wanted()?;
+        claim.require_not_cancelled()?;
         let machine = match record.status {
-            VmStatus::Running => Some(self.bring_up(record, steps).await?),
+            VmStatus::Running => Some(self.launch(record, steps).await?),
             _ => None,
         };
-        claim.still_wanted()?;
+        claim.require_not_cancelled()?;
         let (state, row) = (Arc::clone(&self.inner().state), record.clone());
-        blocking(move || state.insert(&row, once.as_ref())).await?;
+        blocking(move || state.insert(&row, keyed.as_ref())).await?;
         crash_point("create: recorded");
         Ok(machine)
     }
 
     pub(crate) async fn admit(&self, size: Bytes) -> Result<Reservation, ServiceError> {
-        let once = || {
+        let admit = || {
             let pool = Arc::clone(&self.inner().pool);
             blocking(move || pool.admit(size))
         };
-        self.until_admitted(once).await
+        self.until_admitted(admit).await
     }
 
-    /// Asks again while deleted disks are on their way back, and once more when the pool may grow
-    /// by itself.
-    async fn until_admitted<T, F>(&self, ask: impl Fn() -> F) -> Result<T, ServiceError>
+    /// Retries a rejected admission while deleted disks are being freed, and once more after trying
+    /// to grow the pool.
+    async fn until_admitted<T, F>(&self, attempt: impl Fn() -> F) -> Result<T, ServiceError>
     where
         F: Future<Output = Result<T, ServiceError>>,
     {
-        let answer = self.inner().reclaim.ask_again(is_refusal, &ask).await;
-        if answer.as_ref().is_err_and(is_refusal) && self.low_water().is_some() {
-            // Asked again also when another request has made it grow meanwhile.
+        let result = self
+            .inner()
+            .reclaim
+            .retry_while_freeing(is_insufficient, &attempt)
+            .await;
+        if result.as_ref().is_err_and(is_insufficient) && self.low_water().is_some() {
+            // Retries regardless of the outcome: another request may have grown the pool in the
+            // meantime.
             self.extend_pool().await;
-            return ask().await;
+            return attempt().await;
         }
-        answer
+        result
     }
 }
 
-pub(crate) fn is_refusal(error: &ServiceError) -> bool {
+pub(crate) fn is_insufficient(error: &ServiceError) -> bool {
     matches!(error, ServiceError::Insufficient { .. })
 }
 
-/// `vm-` and 48 random bits in hex.
+/// Makes a new id: `vm-` and 48 random bits in hex.
 fn new_id() -> Result<String, ServiceError> {
-    let bits = random_hex(6).map_err(|error| ServiceError::Internal(format!("no id could be drawn: {error}")))?;
+    let bits = random_hex(6).map_err(|error| ServiceError::Internal(format!("cannot draw a random VM id: {error}")))?;
     Ok(format!("vm-{bits}"))
 }

@@ -1,7 +1,7 @@
-//! `scaleboxd doctor`: what is missing or wrong on this host, in plain words, with the way out.
+//! `scaleboxd doctor`: reports problems on this host, with a fix for each.
 //!
-//! It changes nothing and takes no lock, so that it can be asked before anything is set up and
-//! beside a running daemon.
+//! It changes nothing and takes no lock, so that it works before anything is set up and while the
+//! daemon runs.
 
 use crate::commands::{self, CommandFailed};
 use crate::contradictions;
@@ -22,27 +22,27 @@ use std::path::Path;
 use std::process::ExitCode;
 use tokio::net::TcpSocket;
 
-/// 2024-01-01 in seconds since the epoch: an earlier clock was never set.
-const CLOCK_FLOOR: i64 = 1_704_067_200;
+/// 2024-01-01 in seconds since the epoch. A clock before this date has never been set.
+const MIN_CLOCK: i64 = 1_704_067_200;
 
-/// How bad it is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Level {
     Ok,
-    /// Works, and could be better.
+    /// Works, but could be better.
     Note,
-    /// Something does not work until it is put right.
+    /// Something does not work until it is fixed.
     Problem,
 }
 
-/// One line of the answer.
+/// One line of the report.
 #[derive(Debug, Serialize)]
 struct Finding {
     check: &'static str,
     level: Level,
     finding: String,
-    /// What to do about it; none where all is well.
+    /// The remedy; `None` if there is no problem.
     fix: Option<String>,
 }
 
@@ -77,10 +77,10 @@ impl Findings {
     }
 }
 
-/// Looks, tells on the standard output, and exits with 1 if there is a problem.
+/// Runs all checks and prints the findings. Exits with 1 if there is a problem.
 ///
 /// # Errors
-/// Only when it cannot look or tell at all; what it finds is no error.
+/// Only if the checks cannot run or the findings cannot be printed. A finding is not an error.
 pub fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, CommandFailed> {
     let mut found = Findings::default();
     privileges(&mut found);
@@ -99,7 +99,7 @@ pub fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, CommandFailed>
         Err(error) => found.problem(
             "settings",
             error,
-            "correct it; pool, network and ports are looked at when the settings can be read",
+            "correct it; pool, network and ports are checked once the settings are valid",
         ),
     }
     let text = if json {
@@ -138,7 +138,7 @@ fn table(found: &Findings) -> String {
         }
     }
     let _infallible = match (found.count(Level::Problem), found.count(Level::Note)) {
-        (0, 0) => writeln!(text, "\nAll is well."),
+        (0, 0) => writeln!(text, "\nNo problems found."),
         (problems, notes) => writeln!(text, "\nProblems: {problems}. Notes: {notes}."),
     };
     text
@@ -146,12 +146,12 @@ fn table(found: &Findings) -> String {
 
 fn privileges(found: &mut Findings) {
     if rustix::process::geteuid().is_root() {
-        found.ok("root", "runs as root");
+        found.ok("root", "running as root");
     } else {
         found.problem(
             "root",
-            "not run as root: the rest cannot be seen rightly, and the daemon does not work",
-            "run it with sudo",
+            "not running as root: the other checks are unreliable, and the daemon does not work",
+            "run scaleboxd with sudo",
         );
     }
 }
@@ -168,12 +168,12 @@ fn programs(found: &mut Findings) {
     if missing.is_empty() {
         found.ok(
             "programs",
-            "those of btrfs-progs, e2fsprogs, util-linux and mount are there",
+            "the programs of btrfs-progs, e2fsprogs, util-linux and mount are installed",
         );
     }
 }
 
-/// What the kernel has, built in or loaded, or can load.
+/// Checks which modules the kernel has built in, has loaded or can load.
 fn kernel(found: &mut Findings) {
     let filesystems = read_lossy(Path::new("/proc/filesystems"));
     let btrfs = filesystems.split_whitespace().any(|name| name == "btrfs");
@@ -186,17 +186,17 @@ fn kernel(found: &mut Findings) {
     ] {
         if !there && !is_loadable(module) {
             all = false;
-            let finding = format!("this kernel has no {module}, and no module of that name to load");
+            let finding = format!("this kernel has no {module}, neither built in nor as a module");
             let fix = format!("modprobe {module}; if that fails, install the distribution's standard kernel");
             found.problem("kernel", finding, fix);
         }
     }
     if all {
-        found.ok("kernel", "btrfs, loop, tun and bridge are there");
+        found.ok("kernel", "btrfs, loop, tun and bridge are available");
     }
     let unconfined = scalebox_vmm::unconfined();
     if unconfined.is_empty() {
-        found.ok("confinement", "control groups and Landlock are there");
+        found.ok("confinement", "control groups and Landlock are available");
     }
     for lack in unconfined {
         found.note(
@@ -207,7 +207,7 @@ fn kernel(found: &mut Findings) {
     }
 }
 
-/// Whether the running kernel comes with a module of that name, as a file or built in.
+/// Returns whether the running kernel has a module of that name, built in or as a file.
 fn is_loadable(module: &str) -> bool {
     let uname = rustix::system::uname();
     let folder = Path::new("/lib/modules").join(uname.release().to_string_lossy().as_ref());
@@ -224,8 +224,7 @@ fn is_loadable(module: &str) -> bool {
     })
 }
 
-/// A file of the system's, empty where it is not there. Whatever is in it that is not UTF-8 keeps
-/// the rest from nothing.
+/// Reads a system file; empty if it is missing. Bytes that are not UTF-8 are replaced.
 fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
@@ -233,23 +232,23 @@ fn read_lossy(path: &Path) -> String {
 fn clock(found: &mut Findings) {
     let now = jiff::Timestamp::now();
     let synchronised = Path::new("/run/systemd/timesync/synchronized").exists();
-    if now.as_second() < CLOCK_FLOOR {
-        let finding = format!("the clock says {now}: certificates and packages will not be accepted");
+    if now.as_second() < MIN_CLOCK {
+        let finding = format!("the clock shows {now}: certificates and packages will be rejected");
         found.problem(
             "clock",
             finding,
-            "timedatectl set-ntp true, or set it by hand with date -s",
+            "timedatectl set-ntp true, or set the clock with date -s",
         );
     } else if synchronised {
-        found.ok("clock", "set, and synchronised");
+        found.ok("clock", "the clock is set and synchronised");
     } else {
-        found.ok("clock", "set; whether it is synchronised is not known");
+        found.ok("clock", "the clock is set; cannot tell whether it is synchronised");
     }
 }
 
 fn setting_values(found: &mut Findings, settings: &Settings) {
     match commands::log_filter(settings) {
-        Ok(_) => found.ok("settings", "understood"),
+        Ok(_) => found.ok("settings", "all settings are valid"),
         Err(error) => found.problem("settings", error, "correct LOG_LEVEL"),
     }
     for caveat in contradictions::caveats(settings) {
@@ -260,7 +259,7 @@ fn setting_values(found: &mut Findings, settings: &Settings) {
         Err(error) => found.problem(
             "token",
             error,
-            "write a line API_TOKEN=… to /etc/scaleboxd/config, for root alone (mode 0600)",
+            "add a line API_TOKEN=… to /etc/scaleboxd/config, readable only by root (mode 0600)",
         ),
     }
 }
@@ -269,37 +268,41 @@ fn hypervisor(found: &mut Findings, settings: &Settings) {
     match Drivers::find(settings) {
         Ok((drivers, accel)) => {
             let name = drivers.for_new().name();
-            found.ok("hypervisor", format!("{name} is there; guests run by {accel}"));
+            found.ok("hypervisor", format!("{name} is available; guests run with {accel}"));
             other_drivers(found, settings, name);
         }
-        Err(error) => found.problem("hypervisor", error, "install or set what it names"),
+        Err(error) => found.problem(
+            "hypervisor",
+            error,
+            "install the program or change the setting that the error names",
+        ),
     }
     match scalebox_vmm::accelerator(AccelSetting::Auto) {
         Ok(choice) if choice.accel == Accel::Kvm => found.ok("kvm", choice.reason),
         Ok(choice) => found.note(
             "kvm",
             format!(
-                "KVM cannot be used ({}): guests are emulated, an order of magnitude slower",
+                "KVM is not available ({}): guests are emulated, which is about ten times slower",
                 choice.reason
             ),
-            "turn virtualisation on in the firmware, or nested virtualisation for this machine, and modprobe kvm",
+            "enable virtualisation in the firmware, or nested virtualisation if this is a virtual machine, and modprobe kvm",
         ),
         Err(error) => found.note("kvm", error, "set ACCEL=auto"),
     }
 }
 
-/// VMs that were launched by another hypervisor than the one that new VMs get.
+/// Reports VMs that were launched by another hypervisor than the one for new VMs.
 fn other_drivers(found: &mut Findings, settings: &Settings, for_new: &str) {
-    // A state that cannot be read is reported elsewhere.
+    // A state that cannot be read is reported by another check.
     let counts = State::peek_drivers(&settings.state_dir).unwrap_or_default();
     for (driver, vms) in counts.iter().filter(|(driver, _)| driver != for_new) {
-        let finding = format!("{vms} VMs have {driver}, new ones get {for_new}");
+        let finding = format!("{vms} VMs use {driver}, new VMs use {for_new}");
         let fix = match settings.vmm {
             VmmChoice::Auto => {
-                format!("nothing has to be done: they keep {driver}; VMM={for_new} moves each at its next start")
+                format!("no action needed: they keep {driver}; with VMM={for_new}, each moves at its next start")
             }
             _ => format!(
-                "those that run keep {driver} until they are stopped; VMM={driver} or VMM=auto lets them keep it"
+                "running VMs keep {driver} until they are stopped; set VMM={driver} or VMM=auto to keep it for longer"
             ),
         };
         found.note("hypervisor", finding, fix);
@@ -314,14 +317,17 @@ fn storage(found: &mut Findings, settings: &Settings) {
         Err(error @ StorageError::NoSysfs(_)) => {
             return found.problem("pool", error, "mount -t sysfs sysfs /sys; the pool itself is mounted");
         }
-        Err(error) => return found.problem("pool", error, "set DATA_DIR to where the pool is, or is to be"),
+        Err(error) => return found.problem("pool", error, "set DATA_DIR to the mount point of the pool"),
     };
-    found.ok("pool", format!("at {at}, on {}, and clones files", pool.file_system()));
+    found.ok(
+        "pool",
+        format!("mounted at {at}, on {}, which supports reflinks", pool.file_system()),
+    );
     if pool.direct_io() == Some(false) {
         found.note(
             "pool",
-            "its loop device does without direct I/O, so what guests write is cached twice",
-            "scaleboxd pool init turns it on, where the host's file system takes it",
+            "the pool's loop device does not use direct I/O, so guests' writes are cached twice",
+            "scaleboxd pool init enables it, if the host's file system supports it",
         );
     }
     owner(found, settings, &pool);
@@ -329,16 +335,19 @@ fn storage(found: &mut Findings, settings: &Settings) {
     let kernel_there = pool.kernel_dir().join("vmlinuz").exists();
     let template_there = BASE_TEMPLATE.parse().is_ok_and(|name| pool.template(&name).is_ok());
     if kernel_there && template_there {
-        found.ok("template", format!("{BASE_TEMPLATE} and the guests' kernel are there"));
+        found.ok(
+            "template",
+            format!("{BASE_TEMPLATE} and the guest kernel are installed"),
+        );
     } else {
         let finding =
-            format!("the template {BASE_TEMPLATE} or the guests' kernel is missing: no VM boots without a kernel");
+            format!("the template {BASE_TEMPLATE} or the guest kernel is missing: VMs cannot boot without the kernel");
         found.note("template", finding, format!("scaleboxd template build {BASE_TEMPLATE}"));
     }
 }
 
-/// What is to be done about a pool that is not there depends on whether VMs are in it: a new one
-/// would be empty.
+/// Reports a pool that is not mounted. The fix depends on whether VMs are in it: a new pool would
+/// be empty.
 fn not_mounted(found: &mut Findings, settings: &Settings) {
     let at = settings.data_dir.display();
     let registered = settings
@@ -347,7 +356,7 @@ fn not_mounted(found: &mut Findings, settings: &Settings) {
         .and_then(|table| Some((table, registered_source(table, &settings.data_dir).ok()??)));
     let mount = registered.map(|(table, source)| format!(" ({} mounts {source} there)", table.display()));
     let mount = mount.unwrap_or_default();
-    let (lies_on, is_there) = match &settings.backing {
+    let (pool, is_there) = match &settings.backing {
         Backing::Image(image) => (format!("the pool {}", image.display()), image.exists()),
         Backing::Device(device) => (format!("the pool on {}", device.display()), device.exists()),
         Backing::Existing => ("the pool".to_owned(), false),
@@ -355,34 +364,32 @@ fn not_mounted(found: &mut Findings, settings: &Settings) {
     let vms = State::peek_vms(&settings.state_dir).unwrap_or(0);
     if vms > 0 {
         let finding =
-            format!("{lies_on} is not mounted at {at}{mount}, and the state knows {vms} VMs whose disks are in it");
+            format!("{pool} is not mounted at {at}{mount}, but the state has {vms} VMs whose disks are in it");
         let fix = if is_there {
-            format!("mount {at}, and see what it says; journalctl -b tells why it was not mounted at boot")
+            format!("mount {at}, and read the error; journalctl -b shows why it was not mounted at boot")
         } else {
-            format!(
-                "bring back the disk that it lies on, then mount {at}; do not make a new pool, which would be empty"
-            )
+            format!("restore the disk under the pool, then mount {at}; do not create a new pool, which would be empty")
         };
         return found.problem("pool", finding, fix);
     }
     match &settings.backing {
         Backing::Image(_) if is_there => {
-            let finding = format!("{lies_on} is not mounted at {at}{mount}");
-            found.problem("pool", finding, "scaleboxd pool init (keeps what is in it)");
+            let finding = format!("{pool} is not mounted at {at}{mount}");
+            found.problem("pool", finding, "scaleboxd pool init (keeps its content)");
         }
         Backing::Image(image) => {
-            found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init");
+            found.problem("pool", format!("no pool at {at}"), "scaleboxd pool init");
             space_for_a_pool(found, settings, image);
         }
         Backing::Device(_) => {
-            let finding = format!("{lies_on} is not mounted at {at}{mount}");
-            found.problem("pool", finding, "scaleboxd pool init (keeps a pool that is on it)");
+            let finding = format!("{pool} is not mounted at {at}{mount}");
+            found.problem("pool", finding, "scaleboxd pool init (keeps an existing pool)");
         }
-        Backing::Existing => found.problem("pool", format!("there is no pool at {at}"), "scaleboxd pool init"),
+        Backing::Existing => found.problem("pool", format!("no pool at {at}"), "scaleboxd pool init"),
     }
 }
 
-/// The daemon refuses a pool whose disks are not in its state.
+/// Checks that the pool's disks are in the state. The daemon rejects any other pool.
 fn owner(found: &mut Findings, settings: &Settings, pool: &Pool) {
     let state_dir = settings.state_dir.display();
     let fix = || "set STATE_DIR and DATA_DIR to a pair that belongs together".to_owned();
@@ -393,7 +400,7 @@ fn owner(found: &mut Findings, settings: &Settings, pool: &Pool) {
             return found.problem(
                 "owner",
                 error,
-                "put STATE_DIR back from a backup, or set it to the right folder",
+                "restore STATE_DIR from a backup, or set it to the right folder",
             );
         }
     };
@@ -402,10 +409,10 @@ fn owner(found: &mut Findings, settings: &Settings, pool: &Pool) {
         Ok(_) if on_pool.is_some() && on_pool == in_state => {
             found.ok("owner", format!("the pool belongs to the state in {state_dir}"));
         }
-        Ok(disks) if disks.is_empty() => found.ok("owner", "the pool is nobody's, and will be the daemon's"),
+        Ok(disks) if disks.is_empty() => found.ok("owner", "the pool has no owner yet; the daemon will claim it"),
         Ok(disks) => {
             let finding = format!(
-                "the pool holds {} disks that the state in {state_dir} knows nothing of",
+                "the pool has {} disks that are not in the state in {state_dir}",
                 disks.len()
             );
             found.problem("owner", finding, fix());
@@ -416,7 +423,7 @@ fn owner(found: &mut Findings, settings: &Settings, pool: &Pool) {
 fn space(found: &mut Findings, settings: &Settings, pool: &Pool) {
     let buffer = settings.storage_buffer.bytes();
     match pool.space() {
-        Err(error) => found.problem("space", error, "look into the kernel's log: dmesg"),
+        Err(error) => found.problem("space", error, "check the kernel log: dmesg"),
         Ok(space) if space.host_free.is_some_and(|free| free < buffer) => {
             let finding = format!(
                 "the host disk under the pool has {} free, less than the buffer of {buffer} (STORAGE_BUFFER_GIB)",
@@ -425,23 +432,23 @@ fn space(found: &mut Findings, settings: &Settings, pool: &Pool) {
             found.problem(
                 "space",
                 finding,
-                "make room on the host disk, or delete VMs and run scalebox pool trim",
+                "free space on the host disk, or delete VMs and run scalebox pool trim",
             );
         }
         Ok(space) if space.free < buffer => {
             let finding = format!(
-                "{} can be written, less than the buffer of {buffer} (STORAGE_BUFFER_GIB)",
+                "{} free in the pool, less than the buffer of {buffer} (STORAGE_BUFFER_GIB)",
                 space.free
             );
             found.problem("space", finding, "scalebox pool grow, or delete VMs");
         }
-        Ok(space) => found.ok("space", format!("{} of {} can be written", space.free, space.capacity)),
+        Ok(space) => found.ok("space", format!("{} of {} free", space.free, space.capacity)),
     }
 }
 
-/// Whether `pool init` would find room, by its own rule.
+/// Checks whether `pool init` would find enough space, by its own rule.
 fn space_for_a_pool(found: &mut Findings, settings: &Settings, image: &Path) {
-    // The folder may be one that `pool init` makes.
+    // The folder itself may be missing; `pool init` creates it.
     let Some(folder) = image.ancestors().skip(1).find(|folder| folder.exists()) else {
         return;
     };
@@ -461,7 +468,7 @@ fn space_for_a_pool(found: &mut Findings, settings: &Settings, image: &Path) {
                 Err(error) => found.problem(
                     "space",
                     error,
-                    "make room, or set POOL_IMAGE to a path on a larger disk",
+                    "free some space, or set POOL_IMAGE to a path on a larger disk",
                 ),
             }
         }
@@ -474,7 +481,7 @@ async fn network(found: &mut Findings, settings: &Settings) {
         Err(error) => found.problem(
             "network",
             error,
-            "install nftables, or set BRIDGE and SUBNET to what is free here",
+            "install nftables, or set BRIDGE and SUBNET to values that are free on this host",
         ),
         Ok(Inspection {
             firewall_drops,
@@ -483,18 +490,18 @@ async fn network(found: &mut Findings, settings: &Settings) {
             let (bridge, subnet) = (settings.net.bridge(), settings.net.subnet());
             found.ok(
                 "network",
-                format!("bridge {bridge} and subnet {subnet} are free, or Scalebox's"),
+                format!("bridge {bridge} and subnet {subnet} are free, or used by Scalebox"),
             );
             for drop in &firewall_drops {
                 found.problem("firewall", drop.finding(), drop.remedy());
             }
             if firewall_drops.is_empty() {
-                found.ok("firewall", "no other firewall drops what guests send and receive");
+                found.ok("firewall", "no other firewall drops guest traffic");
             }
             if !guards_taps {
                 found.note(
                     "firewall",
-                    "this kernel has no nftables bridge family: a guest with root can pretend to be another VM of this host",
+                    "this kernel has no nftables bridge family: guests can spoof the addresses of other VMs on this host",
                     "use a kernel with CONFIG_NF_TABLES_BRIDGE",
                 );
             }
@@ -505,7 +512,7 @@ async fn network(found: &mut Findings, settings: &Settings) {
     let free = range
         .filter(|port| scalebox_net::port_is_free_on_host(*port).unwrap_or(false))
         .count();
-    let finding = format!("{free} of the {all} ports from {first} to {last} are free of other programs");
+    let finding = format!("{free} of the {all} ports from {first} to {last} are not used by other programs");
     if free > 0 {
         found.ok("ports", finding);
     } else {
@@ -513,7 +520,7 @@ async fn network(found: &mut Findings, settings: &Settings) {
     }
 }
 
-/// The resolvers that guests are told.
+/// Returns the resolvers for guests.
 fn resolvers(found: &mut Findings, settings: &Settings) -> Vec<Ipv4Addr> {
     const FIX: &str = "set GUEST_DNS to a resolver that guests can reach";
     if !settings.guest_dns.is_empty() {
@@ -522,17 +529,14 @@ fn resolvers(found: &mut Findings, settings: &Settings) -> Vec<Ipv4Addr> {
     let host = scalebox_net::host_resolvers();
     let file = host.source.display();
     match &host.unreadable {
-        Some(error) => found.problem("resolvers", format!("{file} cannot be read: {error}"), FIX),
+        Some(error) => found.problem("resolvers", format!("cannot read {file}: {error}"), FIX),
         None if host.servers.is_empty() => {
-            let finding = format!("{file} names no resolver that guests can reach: they resolve no names");
+            let finding = format!("{file} has no resolver that guests can reach: name resolution fails in guests");
             found.note("resolvers", finding, FIX);
         }
         None => {
             let servers: Vec<_> = host.servers.iter().map(ToString::to_string).collect();
-            found.ok(
-                "resolvers",
-                format!("guests ask {}, as {file} says", servers.join(", ")),
-            );
+            found.ok("resolvers", format!("guests use {}, from {file}", servers.join(", ")));
         }
     }
     host.servers
@@ -542,33 +546,35 @@ fn api_port(found: &mut Findings, settings: &Settings) {
     let address = settings.api;
     let running = daemon_runs(&settings.state_dir);
     match try_bind(address) {
-        Ok(()) if running => found.ok("api", format!("a daemon runs, and {address} is not its address")),
-        Ok(()) => found.ok("api", format!("{address} is free; no daemon runs")),
+        Ok(()) if running => found.ok("api", format!("a daemon is running, but not on {address}")),
+        Ok(()) => found.ok("api", format!("{address} is free; no daemon is running")),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && running => {
-            found.ok("api", format!("a daemon runs, and {address} is in use"));
+            found.ok("api", format!("a daemon is running, and {address} is in use"));
         }
         Err(error) => found.problem(
             "api",
-            format!("the API cannot listen on {address}: {error}"),
-            format!("set API_BIND and API_PORT to an address of this host and a free port; ss -ltnp 'sport = :{}' shows who has it", address.port()),
+            format!("cannot listen on {address}: {error}"),
+            format!("set API_BIND and API_PORT to an address of this host and a free port; ss -ltnp 'sport = :{}' shows the program that uses the port", address.port()),
         ),
     }
 }
 
-/// Bound and closed, never listened on: no client can meet it.
+/// Binds the address without listening on it, so that no client can connect.
 fn try_bind(address: SocketAddr) -> io::Result<()> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
         TcpSocket::new_v6()?
     };
-    // As the daemon does; else a connection in TIME_WAIT would count as a program.
+    // The daemon does so too. Otherwise connections in TIME_WAIT would block the port.
     socket.set_reuseaddr(true)?;
     socket.bind(address)
 }
 
-/// Whether somebody holds the state's lock. Read from the kernel's list (proc(5)): trying the lock
-/// would take it, and a daemon that starts at that moment would find it taken.
+/// Returns whether a process holds the lock on the state.
+///
+/// Reads the kernel's list of locks (proc(5)) instead of trying to take the lock, which a daemon
+/// starting at that moment would find taken.
 fn daemon_runs(state_dir: &Path) -> bool {
     let Ok(lock) = fs::metadata(state_dir.join("lock")) else {
         return false;

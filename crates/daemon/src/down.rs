@@ -1,26 +1,28 @@
-//! `scaleboxd down`: shuts every machine down, as before a reboot of the host; what ran is started
-//! again by the next `serve`.
+//! `scaleboxd down`: shuts all machines down, as before a reboot of the host. The next `serve`
+//! starts them again.
 //!
-//! It is also what the host's own shutdown runs (packaging/scalebox-guests.service). The state
-//! keeps the VMs as running and remembers that the host went down, which is how it looks after a
-//! power cut too: recovery knows one case, not two.
+//! The host's own shutdown runs it too (packaging/scalebox-guests.service). The state keeps the VMs
+//! as running and records that the host went down. That is the same as after a power cut, so
+//! recovery handles one case, not two.
 
 use crate::commands::CommandFailed;
 use crate::error::ServiceError;
-use crate::lifecycle::{STOP_GRACE, remove_dir};
+use crate::lifecycle::{STOP_TIMEOUT, remove_dir};
 use crate::recovery::{self, Recovered};
 use crate::service::{Service, blocking};
 use scalebox_client::VmStatus;
 use std::sync::Arc;
 
-/// Shuts down every machine, then removes the network. VMs and their disks stay.
+/// Shuts down all machines, then removes the network. VMs and their disks are kept.
 ///
 /// # Errors
-/// The first machine that could not be ended, after all were tried; the network stays then.
+/// The error of the first machine that did not stop, after all were tried. The network is kept
+/// then.
 pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(), CommandFailed> {
-    // First: after a crash on the way, the machines that are down already are started again too.
+    // Recorded first: after a crash in the middle, the machines already shut down are started again
+    // too.
     let state = Arc::clone(&service.inner().state);
-    blocking(move || recovery::note_host_down(&state)).await?;
+    blocking(move || recovery::record_host_down(&state)).await?;
     let running = service.inner().vms.all().into_iter();
     let stops: Vec<_> = running
         .filter(|vm| matches!(vm.status, VmStatus::Running | VmStatus::Paused))
@@ -34,7 +36,7 @@ pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(
         {
             Ok(()) => ended += 1,
             Err(error) => {
-                tracing::error!(%error, "a machine is not shut down");
+                tracing::error!(%error, "cannot shut down a machine");
                 first_error = first_error.or(Some(error));
             }
         }
@@ -42,7 +44,7 @@ pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(
     tracing::info!(
         shut_down = ended,
         waiting = recovered.to_start.len(),
-        "machines are down"
+        "machines shut down"
     );
     match first_error {
         Some(error) => Err(error.into()),
@@ -50,19 +52,19 @@ pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(
     }
 }
 
-/// Shuts one machine down, without a word of it in the state.
+/// Shuts one machine down without changing the VM's recorded status.
 async fn shut_down(service: Service, id: String) -> Result<(), ServiceError> {
     let operation = service.inner().vms.begin(&id, "being stopped")?;
     let Some(machine) = &operation.machine else {
         return Ok(());
     };
-    let outcome = machine.stop(STOP_GRACE).await?;
+    let outcome = machine.stop(STOP_TIMEOUT).await?;
     service.inner().vms.set(&id, VmStatus::Stopped, None, None);
     tracing::info!(
         vm = id,
         name = operation.record.name,
         ?outcome,
-        "shut down with the host"
+        "VM shut down with the host"
     );
     let run_dir = service.run_dir(&id);
     blocking(move || remove_dir(&run_dir)).await

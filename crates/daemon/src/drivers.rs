@@ -1,8 +1,8 @@
-//! The hypervisors of this host: the one that new VMs get, and those that VMs have from before.
+//! The hypervisor drivers of this host: the one for new VMs, and those of existing VMs.
 //!
-//! A VM's record names the driver that launched its machine, and that driver adopts it after a
-//! restart of the daemon, whatever `VMM` says by then. A VM that is started again keeps its driver
-//! with `VMM=auto`; a `VMM` that names one moves it there.
+//! A VM's record names the driver that launched its machine. That driver adopts the machine after a
+//! restart of the daemon, even if `VMM` has changed. A VM that is started again keeps its driver
+//! with `VMM=auto`; a `VMM` that names a driver moves it there.
 
 use crate::commands::CommandFailed;
 use crate::error::ServiceError;
@@ -16,20 +16,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// All drivers that a machine of this host may have.
+/// All drivers that a machine on this host may have.
 pub struct Drivers {
-    /// The first is that of new VMs.
+    /// The first driver is used for new VMs.
     drivers: Vec<Arc<dyn Vmm>>,
-    /// Whether a VM that is started keeps the driver it had.
-    keeps: bool,
+    /// Whether a VM that is started keeps its recorded driver.
+    keep_recorded: bool,
 }
 
 impl Drivers {
-    /// Finds the hypervisors that the settings ask for; the second of the pair is how guests' code
-    /// runs: `kvm` or `tcg`.
+    /// Finds the hypervisors that the settings allow. The second value is the accelerator: `kvm` or
+    /// `tcg`.
     ///
     /// # Errors
-    /// When the one for new VMs cannot be used.
+    /// If the driver for new VMs cannot be used.
     pub fn find(settings: &Settings) -> Result<(Drivers, String), CommandFailed> {
         let accel = accelerator(settings)?;
         let jails = jails_dir(&settings.data_dir);
@@ -37,7 +37,7 @@ impl Drivers {
             (VmmChoice::Qemu, _) | (_, Accel::Tcg) => None,
             (VmmChoice::Firecracker, Accel::Kvm) => Some(FirecrackerDriver::find(&jails)?),
             (VmmChoice::Auto, Accel::Kvm) => FirecrackerDriver::find(&jails)
-                .inspect_err(|error| tracing::info!(%error, "Firecracker is not used"))
+                .inspect_err(|error| tracing::info!(%error, "not using Firecracker"))
                 .ok(),
         };
         let mut drivers: Vec<Arc<dyn Vmm>> = Vec::new();
@@ -52,7 +52,8 @@ impl Drivers {
             None => {
                 tracing::info!(accel = %accel.accel, reason = accel.reason, "hypervisor: qemu");
                 drivers.push(Arc::new(QemuDriver::find(accel.accel)?));
-                // Machines that it launched before `VMM` was changed, or its program removed.
+                // For machines that Firecracker launched before `VMM` was changed or its program
+                // was removed.
                 if jails.exists() {
                     let firecracker = match accel.accel {
                         Accel::Kvm => FirecrackerDriver::find(&jails).ok(),
@@ -64,27 +65,26 @@ impl Drivers {
                 }
             }
         }
-        let keeps = settings.vmm == VmmChoice::Auto;
-        Ok((Drivers { drivers, keeps }, accel.accel.to_string()))
+        let keep_recorded = settings.vmm == VmmChoice::Auto;
+        Ok((Drivers { drivers, keep_recorded }, accel.accel.to_string()))
     }
 
-    /// The driver of new VMs.
+    /// Returns the driver for new VMs.
     pub fn for_new(&self) -> &Arc<dyn Vmm> {
         &self.drivers[0]
     }
 
-    /// The driver that starts a VM whose record names `recorded`.
+    /// Returns the driver to start a VM with, given its recorded driver.
     pub fn to_start(&self, recorded: Option<&str>) -> &Arc<dyn Vmm> {
-        let kept = self.keeps.then(|| self.named(recorded)).flatten();
+        let kept = self.keep_recorded.then(|| self.by_name(recorded)).flatten();
         kept.filter(|driver| driver.can_launch()).unwrap_or(self.for_new())
     }
 
-    fn named(&self, name: Option<&str>) -> Option<&Arc<dyn Vmm>> {
+    fn by_name(&self, name: Option<&str>) -> Option<&Arc<dyn Vmm>> {
         self.drivers.iter().find(|driver| Some(driver.name()) == name)
     }
 
-    /// As [`Vmm::adopt`], by the driver that launched the machine: `recorded`, or whichever knows
-    /// it.
+    /// Like [`Vmm::adopt`], by the recorded driver first, then by the others.
     ///
     /// # Errors
     /// Those of [`Vmm::adopt`].
@@ -94,7 +94,7 @@ impl Drivers {
         recorded: Option<&str>,
         run_dir: &Path,
     ) -> Result<Option<Arc<dyn Machine>>, Error> {
-        let first = self.named(recorded).unwrap_or(self.for_new());
+        let first = self.by_name(recorded).unwrap_or(self.for_new());
         let others = self.drivers.iter().filter(|driver| driver.name() != first.name());
         let mut adopted = first.adopt(id, run_dir).await;
         for driver in others {
@@ -106,22 +106,22 @@ impl Drivers {
         adopted
     }
 
-    /// As [`Vmm::put_down`], whichever driver launched the machine.
+    /// Like [`Vmm::put_down`], by all drivers.
     ///
     /// # Errors
     /// Those of [`Vmm::put_down`].
-    pub async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool, Error> {
-        let mut ended = false;
+    pub async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool, Error> {
+        let mut killed = false;
         for driver in &self.drivers {
-            ended |= driver.put_down(id, run_dir).await?;
+            killed |= driver.put_down(id, run_dir).await?;
         }
-        Ok(ended)
+        Ok(killed)
     }
 }
 
 impl Service {
-    /// The record of a VM that is about to be started, with the driver that will start it. The
-    /// state has it when this returns.
+    /// Selects the driver for a VM that is about to be started. Records it and returns the new
+    /// record.
     pub(crate) async fn assign_driver(&self, record: &Record) -> Result<Record, ServiceError> {
         let name = self.inner().vmm.to_start(record.vmm.as_deref()).name();
         if record.vmm.as_deref() == Some(name) {
@@ -139,21 +139,21 @@ impl Service {
     }
 }
 
-/// How long after its boot a host may take to load KVM's module: udev does that beside all else,
+/// How long after booting a host may take to load the KVM module. udev loads it in the background,
 /// and services do not wait for it.
-const BOOTING: Duration = Duration::from_secs(90);
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+const KVM_LOAD_TIMEOUT: Duration = Duration::from_secs(90);
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Waits for KVM on a host that has just booted and is going to have it. A daemon that was faster
-/// would emulate its guests until its next start.
+/// Waits for KVM on a host that has just booted. Without this wait, a fast daemon would emulate its
+/// guests until its next start.
 pub async fn wait_for_kvm(settings: &Settings) {
-    let mut told = false;
-    while settings.accel != AccelChoice::Tcg && scalebox_vmm::kvm_is_missing() && host::uptime() < BOOTING {
-        if !told {
-            tracing::info!("the host has just booted, and KVM's module is not loaded yet: waiting for it");
-            told = true;
+    let mut logged = false;
+    while settings.accel != AccelChoice::Tcg && scalebox_vmm::kvm_is_missing() && host::uptime() < KVM_LOAD_TIMEOUT {
+        if !logged {
+            tracing::info!("the host has just booted and the KVM module is not loaded yet: waiting for it");
+            logged = true;
         }
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(CHECK_INTERVAL).await;
     }
 }
 
@@ -163,11 +163,11 @@ fn accelerator(settings: &Settings) -> Result<scalebox_vmm::AccelChoice, Command
             return Err(SettingsError::Value {
                 key: "ACCEL",
                 value: "tcg".to_owned(),
-                right: "Firecracker does not emulate: set ACCEL=auto, or VMM=qemu".to_owned(),
+                expected: "Firecracker does not support emulation: set ACCEL=auto or VMM=qemu".to_owned(),
             }
             .into());
         }
-        // Firecracker has no emulation: it takes KVM at the operator's word, as ACCEL=kvm does.
+        // Firecracker has no emulation, so KVM is not probed, as with ACCEL=kvm.
         (VmmChoice::Firecracker, _) | (_, AccelChoice::Kvm) => AccelSetting::Kvm,
         (_, AccelChoice::Auto) => AccelSetting::Auto,
         (_, AccelChoice::Tcg) => AccelSetting::Tcg,

@@ -1,4 +1,4 @@
-//! What the service answers when it cannot do what was asked, and the HTTP status that says so.
+//! Errors of the service, and the HTTP status and error code that each one maps to.
 
 use crate::state::StateError;
 use axum::Json;
@@ -8,60 +8,60 @@ use scalebox_client::{ErrorBody, ErrorCode, Invalid};
 use scalebox_storage::{Gib, StorageError};
 use serde_json::{Map, Value, json};
 
-/// A refusal or a failure. What a client sent never ends in [`ServiceError::Internal`].
+/// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// The request is malformed, or a value in it is out of bounds.
     #[error("{message}")]
     Invalid {
-        /// What is wrong.
+        /// What is wrong, in a sentence.
         message: String,
-        /// The field that it is about.
+        /// The field with the wrong value.
         field: Option<String>,
     },
-    /// No token, or not the right one. No hint which.
+    /// The token is missing or wrong. The message does not say which.
     #[error("a valid token is required in the header Authorization: Bearer TOKEN")]
     Unauthorized,
-    /// Allowed to nobody.
+    /// Forbidden for everyone.
     #[error("{0}")]
     Forbidden(String),
-    /// No such VM, template or path.
+    /// No VM, template or route has this name.
     #[error("{0}")]
     NotFound(String),
-    /// The path does not answer this method.
+    /// The route does not support this method.
     #[error("{0}")]
     MethodNotAllowed(String),
-    /// The client did not finish its request in time.
+    /// The client did not send its whole request in time.
     #[error("{0}")]
     Timeout(String),
-    /// Another VM or template has the name.
+    /// Another VM or template has this name.
     #[error("{0}")]
     NameTaken(String),
-    /// Another operation is running on the same thing.
+    /// Another operation is running on the same object.
     #[error("{0}")]
     Busy(String),
-    /// The thing is in a state in which this cannot be done.
+    /// The object's state does not allow this operation.
     #[error("{0}")]
     WrongState(String),
-    /// The body is larger than what is read.
+    /// The body is larger than the limit.
     #[error("{0}")]
     TooLarge(String),
-    /// A body in a form that is not read.
+    /// The body has an encoding that is not supported.
     #[error("{0}")]
     Unsupported(String),
     /// The idempotency key belongs to another request.
     #[error("{0}")]
     IdempotencyMismatch(String),
-    /// The host cannot do this yet or at the moment; its operator can change that.
+    /// The host cannot do this yet, or not at the moment; its operator can change that.
     #[error("{0}")]
     NotReady(String),
-    /// It does not fit into the pool or on the host disk, and nothing was made. In the words of the
-    /// seed.
+    /// The request does not fit into the pool or on the host disk; nothing was created. The seed
+    /// fixes this message.
     #[error("Insufficient storage: {available}GB available, need {need}GB")]
     Insufficient {
-        /// What could still be admitted, rounded down.
+        /// The largest size that would still be admitted, rounded down.
         available: Gib,
-        /// The size asked for and the buffer, rounded up.
+        /// The requested size plus the buffer, rounded up.
         need: Gib,
     },
     /// The disk of `STATE_DIR` is full.
@@ -73,7 +73,7 @@ pub enum ServiceError {
 }
 
 impl ServiceError {
-    /// A malformed request, without a field that it is about.
+    /// A malformed request, with no single field to blame.
     pub fn invalid(message: impl Into<String>) -> ServiceError {
         ServiceError::Invalid {
             message: message.into(),
@@ -81,7 +81,7 @@ impl ServiceError {
         }
     }
 
-    /// A field whose value cannot be taken.
+    /// A field with an invalid value.
     pub fn invalid_field(field: &str, message: impl Into<String>) -> ServiceError {
         ServiceError::Invalid {
             message: message.into(),
@@ -89,8 +89,8 @@ impl ServiceError {
         }
     }
 
-    /// The code of the API, and the HTTP status that goes with it.
-    fn answer(&self) -> (ErrorCode, StatusCode) {
+    /// Returns the API's error code and the HTTP status that goes with it.
+    fn code_and_status(&self) -> (ErrorCode, StatusCode) {
         match self {
             ServiceError::Invalid { .. } => (ErrorCode::InvalidRequest, StatusCode::BAD_REQUEST),
             ServiceError::Unauthorized => (ErrorCode::Unauthorized, StatusCode::UNAUTHORIZED),
@@ -112,7 +112,7 @@ impl ServiceError {
         }
     }
 
-    /// The body of the answer.
+    /// Returns the response body.
     pub fn body(&self) -> ErrorBody {
         let (field, details) = match self {
             ServiceError::Invalid { field, .. } => (field.clone(), json!({})),
@@ -124,7 +124,7 @@ impl ServiceError {
         };
         ErrorBody {
             error: self.to_string(),
-            code: self.answer().0,
+            code: self.code_and_status().0,
             field,
             details: match details {
                 Value::Object(details) => details,
@@ -134,11 +134,10 @@ impl ServiceError {
     }
 }
 
-/// A client's own words in an answer and in the log: in quotes, with escapes, and not longer than a
-/// line.
+/// Quotes text from a client for a response or the log: escaped and cut to the length of a line.
 pub fn quoted(text: &str) -> String {
-    const SHOWN: usize = 80;
-    match text.char_indices().nth(SHOWN) {
+    const MAX_CHARS: usize = 80;
+    match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
     }
@@ -146,12 +145,12 @@ pub fn quoted(text: &str) -> String {
 
 impl IntoResponse for ServiceError {
     fn into_response(self) -> Response {
-        let (_, status) = self.answer();
+        let (_, status) = self.code_and_status();
         match self {
             ServiceError::Internal(_) => tracing::error!(status = status.as_u16(), error = %self, "request failed"),
-            // Logged with its peer, and not each time (see `logins`).
+            // `logins` logs these, with the peer and rate-limited.
             ServiceError::Unauthorized => {}
-            _ => tracing::info!(status = status.as_u16(), error = %self, "request refused"),
+            _ => tracing::info!(status = status.as_u16(), error = %self, "request rejected"),
         }
         (status, Json(self.body())).into_response()
     }
@@ -204,7 +203,7 @@ impl From<StateError> for ServiceError {
 impl From<scalebox_net::Error> for ServiceError {
     fn from(error: scalebox_net::Error) -> Self {
         match error {
-            // SUBNET was changed under a VM that has its address from before.
+            // SUBNET was changed, and the VM still has an address of the old one.
             scalebox_net::Error::NotAGuestAddress { .. } => ServiceError::WrongState(error.to_string()),
             _ => ServiceError::Internal(error.to_string()),
         }

@@ -1,10 +1,10 @@
-//! The JSON body for errors that hyper answers by itself, before there is a request: a head that is
-//! malformed or too large.
+//! JSON bodies for the errors that hyper sends by itself.
 //!
-//! hyper writes such an answer without a body, and has no setting for another one. The writing half
-//! of a connection is therefore looked at: while no request is being answered, an answer of hyper's
-//! at the end of what is written gets a body. No content can be taken for it, because content is
-//! only written while its request is being answered.
+//! hyper responds to a malformed or too large head before there is a request. It sends no body, and
+//! has no setting to change that. Therefore this module inspects the bytes written to a connection:
+//! while no request is being answered, an error response from hyper at the end of the written bytes
+//! gets a body. Content cannot be mistaken for such a response, because content is only written
+//! while its request is being answered.
 
 use crate::error::ServiceError;
 use axum::body::Body;
@@ -17,20 +17,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// hyper's limits: `max_headers`, and `max_buf_size` for all of a head.
-const MALFORMED: &str = "this is not a well-formed HTTP/1.1 request: check its request line, its header fields, and the length that it gives for its body";
-const TARGET_TOO_LONG: &str = "the request's target is too long: at most 65534 bytes";
-const HEAD_TOO_LARGE: &str = "the request's head is too large: at most 100 header fields, and 400 KiB in all";
+/// These two limits are hyper's: `max_headers`, and `max_buf_size` for the whole head.
+const MALFORMED: &str =
+    "malformed HTTP/1.1 request: check the request line, the header fields and the length given for the body";
+const TARGET_TOO_LONG: &str = "the request target is too long: at most 65534 bytes are allowed";
+const HEAD_TOO_LARGE: &str = "the request head is too large: at most 100 header fields and 400 KiB are allowed";
 
-/// The requests of a connection that are being answered, to the last byte of their bodies.
+/// Counts a connection's requests in progress; each counts until its response is sent.
 #[derive(Clone, Default)]
-pub struct Answering(Arc<AtomicUsize>);
+pub struct RequestsInProgress(Arc<AtomicUsize>);
 
-impl Answering {
+impl RequestsInProgress {
     /// Counts a request until the guard is dropped.
-    pub fn begin(&self) -> AnsweringGuard {
+    pub fn begin(&self) -> RequestGuard {
         self.0.fetch_add(1, Ordering::Relaxed);
-        AnsweringGuard(self.clone())
+        RequestGuard(self.clone())
     }
 
     fn is_idle(&self) -> bool {
@@ -38,26 +39,26 @@ impl Answering {
     }
 }
 
-/// A request that is being answered.
-pub struct AnsweringGuard(Answering);
+/// Counts one request as in progress; dropping it ends that.
+pub struct RequestGuard(RequestsInProgress);
 
-impl AnsweringGuard {
-    /// Keeps the guard until the answer's body has ended.
-    pub fn until_sent(self, answer: Response<Body>) -> Response<Body> {
-        answer.map(|body| Body::new(Guarded { body, _guard: self }))
+impl RequestGuard {
+    /// Holds the guard until the response's body has been sent.
+    pub fn until_sent(self, response: Response<Body>) -> Response<Body> {
+        response.map(|body| Body::new(Guarded { body, _guard: self }))
     }
 }
 
-impl Drop for AnsweringGuard {
+impl Drop for RequestGuard {
     fn drop(&mut self) {
         self.0.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// A body with the guard of its request.
+/// A response body that holds the guard of its request.
 struct Guarded {
     body: Body,
-    _guard: AnsweringGuard,
+    _guard: RequestGuard,
 }
 
 impl hyper::body::Body for Guarded {
@@ -77,20 +78,20 @@ impl hyper::body::Body for Guarded {
     }
 }
 
-/// A connection whose errors all have a body.
+/// A connection on which every error response has a body.
 pub struct ErrorBodies<S> {
     stream: S,
-    answering: Answering,
-    /// What stands in place of an answer of hyper's, and was not written yet.
+    in_progress: RequestsInProgress,
+    /// The rewritten response, as far as it is not yet written.
     pending: Vec<u8>,
 }
 
 impl<S> ErrorBodies<S> {
-    /// Wraps a connection whose requests are counted in `answering`.
-    pub fn new(stream: S, answering: Answering) -> Self {
+    /// Wraps a connection whose requests are counted in `in_progress`.
+    pub fn new(stream: S, in_progress: RequestsInProgress) -> Self {
         ErrorBodies {
             stream,
-            answering,
+            in_progress,
             pending: Vec::new(),
         }
     }
@@ -118,11 +119,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for ErrorBodies<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for ErrorBodies<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.poll_pending(cx))?;
-        if self.answering.is_idle()
+        if self.in_progress.is_idle()
             && let Some(with_body) = with_body(buffer)
         {
             self.pending = with_body;
-            // Taken, all of it; what could not be written now is written before anything else.
+            // All of `buffer` counts as written; the rest of `pending` goes out before anything
+            // else.
             if let Poll::Ready(Err(error)) = self.poll_pending(cx) {
                 return Poll::Ready(Err(error));
             }
@@ -136,7 +138,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ErrorBodies<S> {
         cx: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.answering.is_idle() && with_body(&tail(buffers)).is_some() {
+        if self.in_progress.is_idle() && with_body(&tail(buffers)).is_some() {
             let whole: Vec<&[u8]> = buffers.iter().map(|buffer| &**buffer).collect();
             return self.as_mut().poll_write(cx, &whole.concat());
         }
@@ -159,25 +161,24 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ErrorBodies<S> {
     }
 }
 
-/// How much of the end of what is written is looked at: the head of such an answer has four lines.
-const TAIL: usize = 256;
+/// How many bytes at the end of a write are inspected. The head of such a response has four lines.
+const TAIL_BYTES: usize = 256;
 
 fn tail(buffers: &[io::IoSlice<'_>]) -> Vec<u8> {
     let mut pieces = Vec::new();
     let mut length = 0;
     for buffer in buffers.iter().rev() {
-        pieces.push(&buffer[buffer.len().saturating_sub(TAIL - length)..]);
-        length = (length + buffer.len()).min(TAIL);
+        pieces.push(&buffer[buffer.len().saturating_sub(TAIL_BYTES - length)..]);
+        length = (length + buffer.len()).min(TAIL_BYTES);
     }
     pieces.reverse();
     pieces.concat()
 }
 
-/// What is to be written instead, if `written` ends with an answer of hyper's to a head that it
-/// could not read.
+/// Returns `written` with a body added, if it ends with an error response from hyper itself.
 fn with_body(written: &[u8]) -> Option<Vec<u8>> {
     const NO_BODY: &[u8] = b"content-length: 0\r\n";
-    let from = written.len().saturating_sub(TAIL);
+    let from = written.len().saturating_sub(TAIL_BYTES);
     let at = from + find_last(&written[from..], b"HTTP/1.1 ")?;
     let head = &written[at..];
     let message = match head.get(9..12)? {
@@ -188,7 +189,7 @@ fn with_body(written: &[u8]) -> Option<Vec<u8>> {
     };
     let length = find_last(head, NO_BODY)?;
     let ends_here = head.ends_with(b"\r\n\r\n") && find_last(&head[..head.len() - 4], b"\r\n\r\n").is_none();
-    // Every answer of the API's own has an id.
+    // Every response of the API's own routes has a request id.
     if !ends_here || find_last(head, b"x-request-id:").is_some() {
         return None;
     }
@@ -209,12 +210,12 @@ mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
 
-    const OF_HYPER: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\ndate: Fri, 02 Jan 2026 03:04:05 GMT\r\n\r\n";
-    const BEFORE: &[u8] = b"HTTP/1.1 200 OK\r\nx-request-id: 1\r\ncontent-length: 2\r\n\r\n{}";
+    const FROM_HYPER: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\ndate: Fri, 02 Jan 2026 03:04:05 GMT\r\n\r\n";
+    const FROM_ROUTE: &[u8] = b"HTTP/1.1 200 OK\r\nx-request-id: 1\r\ncontent-length: 2\r\n\r\n{}";
 
-    async fn written(pieces: &[&[u8]], answering: &Answering) -> String {
+    async fn written(pieces: &[&[u8]], in_progress: &RequestsInProgress) -> String {
         let (near, far) = tokio::io::duplex(4096);
-        let mut near = ErrorBodies::new(near, answering.clone());
+        let mut near = ErrorBodies::new(near, in_progress.clone());
         for piece in pieces {
             near.write_all(piece).await.unwrap();
         }
@@ -227,13 +228,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_of_hyper_s_gets_a_body_of_the_length_that_it_names() {
-        for pieces in [&[OF_HYPER][..], &[BEFORE, OF_HYPER], &[&[BEFORE, OF_HYPER].concat()]] {
-            let text = written(pieces, &Answering::default()).await;
+    async fn error_responses_from_hyper_get_a_body_with_a_matching_content_length() {
+        for pieces in [
+            &[FROM_HYPER][..],
+            &[FROM_ROUTE, FROM_HYPER],
+            &[&[FROM_ROUTE, FROM_HYPER].concat()],
+        ] {
+            let text = written(pieces, &RequestsInProgress::default()).await;
             let (head, body) = text.rsplit_once("\r\n\r\n").unwrap();
             assert!(
-                body.contains("well-formed HTTP/1.1")
-                    && serde_json::from_str::<scalebox_client::ErrorBody>(body).is_ok()
+                body.contains("malformed HTTP/1.1") && serde_json::from_str::<scalebox_client::ErrorBody>(body).is_ok()
             );
             let length = format!("content-length: {}\r\n", body.len());
             assert!(head.contains(&length) && head.contains("connection: close"), "{head}");
@@ -242,25 +246,29 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_several_buffers_is_their_last_bytes() {
+    fn the_tail_of_several_buffers_is_their_last_bytes() {
         let whole: Vec<u8> = (0..=255).cycle().take(700).collect();
         for cuts in [[0, 0], [1, 2], [400, 401], [500, 699], [699, 700], [700, 700]] {
             let pieces = [&whole[..cuts[0]], &whole[cuts[0]..cuts[1]], &whole[cuts[1]..]];
-            assert_eq!(tail(&pieces.map(io::IoSlice::new)), whole[700 - TAIL..], "{cuts:?}");
+            assert_eq!(
+                tail(&pieces.map(io::IoSlice::new)),
+                whole[700 - TAIL_BYTES..],
+                "{cuts:?}"
+            );
         }
         assert_eq!(tail(&[io::IoSlice::new(b"ab"), io::IoSlice::new(b"c")]), b"abc");
     }
 
     #[tokio::test]
-    async fn content_that_looks_like_one_is_left_alone() {
-        let answering = Answering::default();
-        let guard = answering.begin();
-        let sent = String::from_utf8(OF_HYPER.to_vec()).unwrap();
-        assert_eq!(written(&[OF_HYPER], &answering).await, sent);
+    async fn content_that_looks_like_an_error_response_is_not_changed() {
+        let in_progress = RequestsInProgress::default();
+        let guard = in_progress.begin();
+        let sent = String::from_utf8(FROM_HYPER.to_vec()).unwrap();
+        assert_eq!(written(&[FROM_HYPER], &in_progress).await, sent);
         drop(guard);
         let own = sent.replace("date:", "x-request-id: 7\r\ndate:");
-        assert_eq!(written(&[own.as_bytes()], &answering).await, own);
-        let inside = [OF_HYPER, b"0\r\n\r\n"].concat();
-        assert_eq!(written(&[&inside], &answering).await.as_bytes(), inside);
+        assert_eq!(written(&[own.as_bytes()], &in_progress).await, own);
+        let inside = [FROM_HYPER, b"0\r\n\r\n"].concat();
+        assert_eq!(written(&[&inside], &in_progress).await.as_bytes(), inside);
     }
 }

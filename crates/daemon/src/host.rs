@@ -1,4 +1,4 @@
-//! What the host is: its address, memory, processors and name, from the kernel.
+//! Information about the host from the kernel: address, memory, processors and name.
 
 use std::fs;
 use std::io;
@@ -10,31 +10,31 @@ use std::time::Duration;
 pub struct MemoryBytes {
     /// `MemTotal`.
     pub total: u64,
-    /// `MemAvailable`: what could be handed out without swapping.
+    /// `MemAvailable`: can be allocated without swapping.
     pub available: u64,
 }
 
-/// The address of the default route's interface, or loopback where there is no route.
+/// Returns the address of the default route's interface, or loopback if there is no route.
 ///
 /// Connecting a UDP socket makes the kernel choose the source address; no packet is sent.
 pub fn default_address() -> IpAddr {
-    // An address of TEST-NET-3 (RFC 5737): it is routed by the default route and is nobody's.
-    const ELSEWHERE: (Ipv4Addr, u16) = (Ipv4Addr::new(203, 0, 113, 1), 9);
+    // An unassigned address of TEST-NET-3 (RFC 5737), which only the default route matches.
+    const REMOTE: (Ipv4Addr, u16) = (Ipv4Addr::new(203, 0, 113, 1), 9);
     let address = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
-        .and_then(|socket| socket.connect(ELSEWHERE).and_then(|()| socket.local_addr()));
+        .and_then(|socket| socket.connect(REMOTE).and_then(|()| socket.local_addr()));
     match address {
         Ok(address) => address.ip(),
         Err(error) => {
-            tracing::warn!(%error, "there is no default route: clients are shown 127.0.0.1; set HOST_IP to what they can reach");
+            tracing::warn!(%error, "no default route: clients are shown 127.0.0.1; set HOST_IP to an address that they can reach");
             Ipv4Addr::LOCALHOST.into()
         }
     }
 }
 
-/// Memory, from `/proc/meminfo`.
+/// Reads the host's memory from `/proc/meminfo`.
 ///
 /// # Errors
-/// When it cannot be read or lacks a line.
+/// If the file cannot be read or lacks a line.
 pub fn memory() -> io::Result<MemoryBytes> {
     parse_meminfo(&fs::read_to_string("/proc/meminfo")?)
         .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal or MemAvailable"))
@@ -57,7 +57,7 @@ fn parse_meminfo(text: &str) -> Option<MemoryBytes> {
     })
 }
 
-/// How long the host has been up; as good as for ever where the kernel does not tell.
+/// Returns how long the host has been up; [`Duration::MAX`] if that cannot be read.
 pub fn uptime() -> Duration {
     let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds = uptime
@@ -67,12 +67,12 @@ pub fn uptime() -> Duration {
     seconds.map_or(Duration::MAX, Duration::from_secs_f64)
 }
 
-/// How many processors this process may use.
+/// Returns the number of processors available to this process.
 pub fn cpu_count() -> u32 {
     std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX))
 }
 
-/// The processors' name, or `unknown`.
+/// Returns the processor model, or `unknown`.
 pub fn cpu_model() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = text
@@ -81,15 +81,15 @@ pub fn cpu_model() -> String {
     model.map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned())
 }
 
-/// Names this boot of the host.
+/// Returns the id of the host's current boot.
 ///
 /// # Errors
-/// When the kernel does not tell.
+/// If the id cannot be read.
 pub fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
-/// The host's name.
+/// Returns the host name.
 pub fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -1,8 +1,8 @@
-//! `Idempotency-Key`: a creation that is asked for again, by a client that did not hear the answer,
-//! gives the same VM (draft-ietf-httpapi-idempotency-key-header).
+//! `Idempotency-Key`: repeating a creation request returns the same VM
+//! (draft-ietf-httpapi-idempotency-key-header).
 //!
-//! The key is committed together with the VM's record, so whatever the crash point, a VM never
-//! exists without its key. It is known for as long as its VM exists; a trigger of the state file
+//! The key is committed together with the VM's record: whatever the crash point, a VM never exists
+//! without its key. The key is known for as long as its VM exists; a trigger in the state file
 //! deletes it with the record.
 
 use crate::error::ServiceError;
@@ -12,78 +12,78 @@ use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A request that is to be carried out once.
+/// A creation request with its idempotency key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Once {
-    /// The key that the client chose.
+pub struct KeyedRequest {
+    /// The key chosen by the client.
     pub key: IdempotencyKey,
-    /// SHA-256 of the request, in hex; the same for any order of fields.
+    /// SHA-256 of the request, in hex; independent of the order of fields.
     pub digest: String,
 }
 
-impl Once {
-    /// `None` for a request without a key.
-    pub fn of(request: &CreateVm) -> Option<Once> {
+impl KeyedRequest {
+    /// Returns `None` for a request without a key.
+    pub fn of(request: &CreateVm) -> Option<KeyedRequest> {
         let key = request.idempotency_key.clone()?;
-        // Fields in the order of the type: the same request is the same text, whatever order and
-        // spaces the client used.
+        // Serialised in the order of the type, so that the order and spaces used by the client do
+        // not matter.
         let text = serde_json::to_vec(request).ok()?;
         let digest = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
-        Some(Once { key, digest })
+        Some(KeyedRequest { key, digest })
     }
 }
 
-/// The keys of creations under way.
+/// The keys of creations in progress.
 #[derive(Default)]
-pub struct Keys(Mutex<HashSet<String>>);
+pub struct KeysInUse(Mutex<HashSet<String>>);
 
-impl Keys {
+impl KeysInUse {
     fn lock(&self) -> MutexGuard<'_, HashSet<String>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, key: &IdempotencyKey) -> Result<Turn<'_>, ServiceError> {
+    fn begin(&self, key: &IdempotencyKey) -> Result<KeyInUse<'_>, ServiceError> {
         if !self.lock().insert(key.as_str().to_owned()) {
             return Err(ServiceError::Busy(format!(
-                "the request with Idempotency-Key {key} is still being carried out: ask again later"
+                "a request with Idempotency-Key {key} is still in progress: try again later"
             )));
         }
-        Ok(Turn {
+        Ok(KeyInUse {
             keys: self,
             key: key.as_str().to_owned(),
         })
     }
 }
 
-/// The right to carry a key's request out, given back when dropped.
-struct Turn<'k> {
-    keys: &'k Keys,
+/// Marks a key as in use until it is dropped.
+struct KeyInUse<'k> {
+    keys: &'k KeysInUse,
     key: String,
 }
 
-impl Drop for Turn<'_> {
+impl Drop for KeyInUse<'_> {
     fn drop(&mut self) {
         self.keys.lock().remove(&self.key);
     }
 }
 
-/// Makes the VM, or finds the one that the same request has made. Returns whether it was found.
+/// Creates the VM, or finds the VM created by the same request. Returns whether it was found.
 ///
 /// # Errors
-/// 409 while the same key's request is under way, 422 when it was another request; and those of a
-/// creation.
+/// 409 while a request with the same key is in progress; 422 if the key belongs to a different
+/// request; and the errors of a creation.
 pub async fn create(service: &Service, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
-    let Some(once) = Once::of(&request) else {
+    let Some(keyed) = KeyedRequest::of(&request) else {
         return service.create_now(request).await.map(|vm| (vm, false));
     };
-    let _turn = service.inner().keys.begin(&once.key)?;
-    let (state, key) = (Arc::clone(&service.inner().state), once.key.clone());
-    match blocking(move || state.made_by(&key)).await? {
+    let _in_use = service.inner().keys.begin(&keyed.key)?;
+    let (state, key) = (Arc::clone(&service.inner().state), keyed.key.clone());
+    match blocking(move || state.created_by(&key)).await? {
         None => service.create_now(request).await.map(|vm| (vm, false)),
-        Some((vm, digest)) if digest == once.digest => service.get(&vm).map(|vm| (vm, true)),
+        Some((vm, digest)) if digest == keyed.digest => service.get(&vm).map(|vm| (vm, true)),
         Some((vm, _)) => Err(ServiceError::IdempotencyMismatch(format!(
-            "Idempotency-Key {} belongs to another request, which made {vm}: use a new key for each VM",
-            once.key
+            "Idempotency-Key {} was used for a different request, which created {vm}: use a new key for each VM",
+            keyed.key
         ))),
     }
 }

@@ -1,4 +1,4 @@
-//! Machines: how a VM's is brought up, shut down, followed to its end and taken away with the VM.
+//! Starts and stops the machines of VMs, and watches for their end.
 
 use crate::cleanup::Cleanup;
 use crate::error::ServiceError;
@@ -7,7 +7,7 @@ use crate::reboot_loop;
 use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name, fault_point};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
-use crate::vms::{CalledOff, Operation};
+use crate::vms::{Cancellation, Operation};
 use scalebox_client::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
@@ -21,18 +21,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a guest may take to shut itself down before it is killed. An emulated Debian takes
-/// about eight seconds.
-pub(crate) const STOP_GRACE: Duration = Duration::from_secs(60);
+/// Time limit for a guest to shut down before it is killed. An emulated Debian takes about 8 s.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often the end of a machine is recorded again while the state cannot be written.
-const PERSIST_INTERVAL: Duration = Duration::from_secs(5);
+/// Retry interval for recording the end of a machine while the state cannot be written.
+const PERSIST_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Why a VM is recorded as stopped whose machine may still be on its way down.
+/// Recorded reason of a stopped VM whose machine may still be shutting down.
 pub(crate) const STOPPING: &str = "being stopped";
 
-/// How much of the console goes into the reason of a failure: a few lines.
-const LAST_WORDS: Bytes = Bytes::new(512);
+/// How much console output is added to the reason of a failure: a few lines.
+const MAX_CONSOLE_TAIL: Bytes = Bytes::new(512);
 
 impl Service {
     pub(crate) async fn start_now(&self, reference: &str) -> Result<Vm, ServiceError> {
@@ -40,34 +39,36 @@ impl Service {
         let record = &operation.record;
         if matches!(record.status, VmStatus::Running | VmStatus::Paused) {
             return Err(ServiceError::WrongState(format!(
-                "VM {} is {} already",
+                "VM {} is already {}",
                 record.name, record.status
             )));
         }
         self.boot(record).await
     }
 
+    /// Checks that the VM's disk exists.
+    ///
     /// # Errors
-    /// 409 when the VM's disk is gone, 500 when the host cannot tell.
+    /// 409 if the disk is gone; 500 if the pool cannot be read.
     pub(crate) async fn require_disk(&self, record: &Record) -> Result<(), ServiceError> {
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
         if !blocking(move || pool.has_disk(&disk)).await? {
             return Err(ServiceError::WrongState(format!(
-                "the disk of VM {} is gone from the pool: there is nothing left but to delete the VM",
+                "the disk of VM {} is missing from the pool: delete the VM",
                 record.name
             )));
         }
         Ok(())
     }
 
-    /// Starts the machine of a VM that has none.
+    /// Starts a VM that has no machine.
     pub(crate) async fn boot(&self, record: &Record) -> Result<Vm, ServiceError> {
         self.require_disk(record).await?;
         self.force_stop(record).await?;
         let record = &self.assign_driver(record).await?;
         let mut steps = Steps::new();
         let started = async {
-            let machine = self.bring_up(record, &mut steps).await?;
+            let machine = self.launch(record, &mut steps).await?;
             self.persist(&record.id, VmStatus::Running, None).await?;
             crash_point("start: recorded");
             Ok(machine)
@@ -78,7 +79,7 @@ impl Service {
                     .vms
                     .set(&record.id, VmStatus::Running, None, Some(Arc::clone(&machine)));
                 self.watch(record.id.clone(), machine);
-                tracing::info!(vm = record.id, name = record.name, "started");
+                tracing::info!(vm = record.id, name = record.name, "VM started");
                 self.inner()
                     .events
                     .publish(EventKind::Started, Some(record), Value::Null);
@@ -91,8 +92,9 @@ impl Service {
         }
     }
 
-    /// Seed drive, tap and forward, machine. The undos of the steps taken stand in `steps`.
-    pub(crate) async fn bring_up(&self, record: &Record, steps: &mut Steps) -> Result<Arc<dyn Machine>, ServiceError> {
+    /// Writes the seed drive, attaches tap and forward, and launches the machine. Adds the undo of
+    /// each completed step to `steps`.
+    pub(crate) async fn launch(&self, record: &Record, steps: &mut Steps) -> Result<Arc<dyn Machine>, ServiceError> {
         let inner = self.inner();
         let endpoint = endpoint(record)?;
         let run_dir = self.run_dir(&record.id);
@@ -112,7 +114,7 @@ impl Service {
         {
             let (run_dir, console, seed) = (run_dir.clone(), self.console_dir(&record.id), seed.clone());
             blocking(move || {
-                // The console's log stays when the machine ends: it tells why.
+                // Kept when the machine ends, because the console log shows the cause.
                 make_private_dir(&console)?;
                 make_private_dir(&run_dir)?;
                 drive
@@ -161,7 +163,7 @@ impl Service {
         let (kernel, initrd) = (kernel_dir.join("vmlinuz"), kernel_dir.join("initrd.img"));
         if !kernel.is_file() || !initrd.is_file() {
             return Err(ServiceError::NotReady(format!(
-                "this host has no kernel for its guests yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
+                "this host has no guest kernel yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
             )));
         }
         Ok(MachineSpec {
@@ -189,7 +191,7 @@ impl Service {
         let record = &operation.record;
         let Some(machine) = &operation.machine else {
             return Err(ServiceError::WrongState(format!(
-                "VM {} is {} already",
+                "VM {} is already {}",
                 record.name, record.status
             )));
         };
@@ -198,21 +200,21 @@ impl Service {
 
     /// Shuts a VM's machine down.
     ///
-    /// The intent is recorded first, so that a failure to record it leaves the machine running.
-    /// Behind the machine's end the VM is stopped, whatever else fails; a crash in between is
-    /// carried through by the next start.
+    /// The intent is recorded first, so that the machine keeps running if that fails. Once the
+    /// machine has ended, the VM is stopped, whatever else fails; after a crash in between, the
+    /// next start completes the stop.
     pub(crate) async fn shut_down(&self, record: &Record, machine: &Arc<dyn Machine>) -> Result<Vm, ServiceError> {
         self.persist(&record.id, VmStatus::Stopped, Some(STOPPING)).await?;
         let ended = async {
             fault_point("stop: intent recorded")?;
-            Ok::<_, ServiceError>(machine.stop(STOP_GRACE).await?)
+            Ok::<_, ServiceError>(machine.stop(STOP_TIMEOUT).await?)
         };
         let outcome = match ended.await {
             Ok(outcome) => outcome,
             Err(error) => {
                 let reason = record.status_reason.as_deref();
                 if let Err(undo) = self.persist(&record.id, record.status, reason).await {
-                    tracing::error!(vm = record.id, error = %undo, "the intent to stop the VM is still recorded; the next start stops it");
+                    tracing::error!(vm = record.id, error = %undo, "cannot withdraw the recorded intent to stop the VM; the next start stops it");
                 }
                 return Err(error);
             }
@@ -221,10 +223,10 @@ impl Service {
         self.inner().vms.set(&record.id, VmStatus::Stopped, None, None);
         Cleanup::of_stopped(self, record)?.begin(self).await;
         if let Err(error) = self.persist(&record.id, VmStatus::Stopped, None).await {
-            tracing::warn!(vm = record.id, %error, "stopped, and still recorded as being stopped");
+            tracing::warn!(vm = record.id, %error, "VM stopped, but still recorded as being stopped");
         }
         crash_point("stop: recorded");
-        tracing::info!(vm = record.id, name = record.name, ?outcome, "stopped");
+        tracing::info!(vm = record.id, name = record.name, ?outcome, "VM stopped");
         self.inner()
             .events
             .publish(EventKind::Stopped, Some(record), json!({ "by": "request" }));
@@ -232,77 +234,78 @@ impl Service {
     }
 
     pub(crate) async fn delete_now(&self, reference: &str) -> Result<(), ServiceError> {
-        // By its id, once it is known: the name may be another VM's meanwhile.
-        let made = match self.inner().vms.call_off(reference).await {
-            CalledOff::Undone => return Ok(()),
-            CalledOff::TooLate(id) => Some(id),
-            CalledOff::NotBeingMade => None,
+        // Continues with the id once it is known: another VM may have the name by now.
+        let created = match self.inner().vms.cancel_creation(reference).await {
+            Cancellation::Undone => return Ok(()),
+            Cancellation::TooLate(id) => Some(id),
+            Cancellation::NotBeingCreated => None,
         };
-        let operation = match &made {
+        let operation = match &created {
             None => self.inner().vms.begin(reference, "being deleted")?,
             Some(id) => match self.inner().vms.begin(id, "being deleted") {
-                // Somebody was faster.
+                // Another request has deleted the VM.
                 Err(ServiceError::NotFound(_)) => return Ok(()),
                 other => other?,
             },
         };
         let Operation { record, machine, .. } = &operation;
         let (state, id) = (Arc::clone(&self.inner().state), record.id.clone());
-        // First, because it alone can be refused; from here on the VM is gone, and the rest is
-        // removed until it is.
+        // First, because only this step can fail the request. The VM is gone from here on, and
+        // cleanup retries the remaining steps until they succeed.
         blocking(move || state.delete(&id)).await?;
         crash_point("delete: record gone");
-        let vacated = self.inner().vms.remove(&record.id);
-        Cleanup::of_deleted(self, record, machine.clone(), vacated)
+        let lease = self.inner().vms.remove(&record.id);
+        Cleanup::of_deleted(self, record, machine.clone(), lease)
             .begin(self)
             .await;
-        tracing::info!(vm = record.id, name = record.name, "deleted");
+        tracing::info!(vm = record.id, name = record.name, "VM deleted");
         self.inner()
             .events
             .publish(EventKind::Deleted, Some(record), Value::Null);
         Ok(())
     }
 
-    /// Force-stops whatever there is of the machine of a VM that has no handle on one, and removes
-    /// its folder. What fails is tried again later, until the VM has a machine.
+    /// Force-stops the machine of a VM that has no handle on it, and removes its folder. On
+    /// failure, retries in the background until the VM is started again.
     pub(crate) async fn force_stop(&self, record: &Record) -> Result<(), ServiceError> {
         let stopped = self.force_stop_once(&record.id).await.map(drop);
-        stopped.inspect_err(|error| Cleanup::of_stray(self, record).begin_later(self, error))
+        stopped.inspect_err(|error| Cleanup::of_unadopted(self, record).begin_later(self, error))
     }
 
-    /// As [`Service::force_stop`], without trying again. Returns whether there was a process.
+    /// Like [`Service::force_stop`], without retries. Returns whether there was a process.
     pub(crate) async fn force_stop_once(&self, id: &str) -> Result<bool, ServiceError> {
         let run_dir = self.run_dir(id);
-        let ended = self.inner().vmm.put_down(&machine_id(id)?, &run_dir).await?;
+        let ended = self.inner().vmm.force_stop(&machine_id(id)?, &run_dir).await?;
         blocking(move || remove_dir(&run_dir)).await?;
         Ok(ended)
     }
 
-    /// Follows a machine to its end, and notes what came of the VM.
+    /// Waits for a machine to end, in the background, and records the VM's new status.
     pub(crate) fn watch(&self, id: String, machine: Arc<dyn Machine>) {
         let service = self.clone();
-        // Not in `tasks`: a shutdown does not wait for machines.
+        // Not tracked in `tasks`, because a shutdown of the daemon does not wait for machines.
         tokio::spawn(async move {
             let (reason, failure) = tokio::select! {
                 reason = machine.exited() => (reason, None),
-                failure = reboot_loop::seen(&machine) => {
+                failure = reboot_loop::detect(&machine) => {
                     if let Err(error) = machine.kill().await {
-                        tracing::warn!(vm = id, %error, "a guest that cannot boot was not ended");
+                        tracing::warn!(vm = id, %error, "cannot kill a guest that fails to boot");
                     }
                     (machine.exited().await, Some(failure))
                 }
                 never = pool_watch::follow(&service, &id, &machine) => match never {},
             };
-            service.note_exit(&id, &machine, reason, failure).await;
+            service.handle_exit(&id, &machine, reason, failure).await;
         });
     }
 
-    /// Notes that a machine has ended, which is a failure of the VM if there is one to tell.
-    async fn note_exit(&self, id: &str, machine: &Arc<dyn Machine>, reason: ExitReason, failure: Option<String>) {
+    /// Records that a machine has ended: the VM is stopped, or failed if there is a failure to
+    /// report.
+    async fn handle_exit(&self, id: &str, machine: &Arc<dyn Machine>, reason: ExitReason, failure: Option<String>) {
         let Ok(operation) = self.inner().vms.begin_when_idle(id, "ending").await else {
             return;
         };
-        // An operation that ended the machine itself has noted what came of it.
+        // An operation that ended the machine itself has already recorded the new status.
         if !operation
             .machine
             .as_ref()
@@ -316,12 +319,14 @@ impl Service {
         };
         let (status, reason) = match failure {
             None => (VmStatus::Stopped, None),
-            Some(failure) => (VmStatus::Failed, Some(failure + &self.last_words(id).await)),
+            Some(failure) => (VmStatus::Failed, Some(failure + &self.last_console_output(id).await)),
         };
         tracing::info!(vm = id, status = status.as_str(), reason, "machine ended");
         match Cleanup::of_stopped(self, &operation.record) {
             Ok(cleanup) => cleanup.begin(self).await,
-            Err(error) => tracing::error!(vm = id, %error, "tap and forward are left; the next start removes them"),
+            Err(error) => {
+                tracing::error!(vm = id, %error, "cannot remove the VM's tap and forward; the next start does")
+            }
         }
         let persisted = self.persist(id, status, reason.as_deref()).await;
         self.inner().vms.set(id, status, reason.clone(), None);
@@ -330,7 +335,7 @@ impl Service {
         match persisted {
             Ok(()) => self.publish_exit(&record, reason),
             Err(error) => {
-                tracing::error!(vm = id, %error, "the end of the machine is not recorded; trying again");
+                tracing::error!(vm = id, %error, "cannot record the end of the VM's machine; retrying");
                 self.persist_exit_later(&record, status, reason).await;
             }
         }
@@ -344,11 +349,11 @@ impl Service {
         self.inner().events.publish(kind, Some(record), details);
     }
 
-    /// Records the end of a machine as soon as the state can be written, unless the VM was started
-    /// or deleted meanwhile.
+    /// Records the end of a machine once the state can be written. Gives up if the VM was started
+    /// or deleted in the meantime.
     async fn persist_exit_later(&self, record: &Record, status: VmStatus, failure: Option<String>) {
         loop {
-            tokio::time::sleep(PERSIST_INTERVAL).await;
+            tokio::time::sleep(PERSIST_RETRY_INTERVAL).await;
             let Ok(operation) = self.inner().vms.begin_when_idle(&record.id, "ending").await else {
                 return;
             };
@@ -362,17 +367,18 @@ impl Service {
         }
     }
 
-    /// What the console said last, to go behind the reason of a failure; nothing when it said
-    /// nothing.
-    async fn last_words(&self, id: &str) -> String {
+    /// Returns the end of the console log, as a suffix for the reason of a failure. It is empty if
+    /// there was no output.
+    async fn last_console_output(&self, id: &str) -> String {
         let log = self.console_log(id);
-        let read =
-            blocking(move || console_tail(&log, LAST_WORDS).map_err(|error| ServiceError::Internal(error.to_string())));
+        let read = blocking(move || {
+            console_tail(&log, MAX_CONSOLE_TAIL).map_err(|error| ServiceError::Internal(error.to_string()))
+        });
         match read.await {
-            Ok(said) if !said.trim().is_empty() => format!("; its console's last words: {}", said.trim()),
+            Ok(tail) if !tail.trim().is_empty() => format!("; last console output: {}", tail.trim()),
             Ok(_) => String::new(),
             Err(error) => {
-                tracing::warn!(vm = id, %error, "the console's log cannot be read");
+                tracing::warn!(vm = id, %error, "cannot read the console log");
                 String::new()
             }
         }
@@ -386,9 +392,11 @@ pub(crate) fn disk_limits(limits: VmLimits) -> DiskLimits {
     }
 }
 
-/// Each VM's machine runs as a user of its own, so that one that breaks out of its hypervisor finds
-/// nothing of another's. The numbers lie in the range that <https://systemd.io/UIDS-GIDS/> lists as
-/// unused (1879048192 to 2147352575).
+/// Returns the user that a VM's machine runs as.
+///
+/// Each machine has its own user, so that a guest that escapes its hypervisor cannot access another
+/// VM's files. The range of ids is listed as unused in <https://systemd.io/UIDS-GIDS/> (1879048192
+/// to 2147352575).
 fn vmm_user(record: &Record) -> RunAs {
     let uid = 1_900_000_000 + u32::from(record.ssh_port);
     RunAs { uid, gid: uid }
@@ -406,10 +414,10 @@ pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
     Ok(id.parse()?)
 }
 
-/// A record that no version of this program writes: edited by hand, or damaged.
+/// The error for a record that no release writes: edited by hand, or damaged.
 fn unusable(record: &Record, field: &str, form: InvalidFormat) -> ServiceError {
     ServiceError::WrongState(format!(
-        "VM {} cannot be started with its recorded {field}, which {form}: make a template of it (snapshot), and a new VM of that",
+        "cannot start VM {}: its recorded {field} {form}; create a template from it (snapshot), and a new VM from that template",
         record.id
     ))
 }
@@ -419,7 +427,7 @@ fn make_private_dir(dir: &Path) -> Result<(), ServiceError> {
     made.map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", dir.display())))
 }
 
-/// Removes a folder and all in it; one that is not there is no error.
+/// Removes a folder and its contents. A missing folder is not an error.
 pub(crate) fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(ServiceError::Internal(format!(

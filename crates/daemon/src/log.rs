@@ -1,8 +1,8 @@
-//! The log on standard error: for people, for programs, or for systemd's journal.
+//! The log on standard error: as text, as JSON, or for the systemd journal.
 //!
-//! The journal reads a line's priority from the number in front of it, `<3>` (sd-daemon(3));
-//! without one, each line has priority 6, and `journalctl -p err` shows nothing. It has a clock of
-//! its own.
+//! The journal reads a line's priority from its prefix, such as `<3>` (sd-daemon(3)). Without the
+//! prefix every line has priority 6, and `journalctl -p err` shows nothing. The journal adds its
+//! own timestamps.
 
 use crate::commands::{CommandFailed, log_filter};
 use crate::settings::{LogFormat, Settings};
@@ -11,7 +11,7 @@ use std::io::{self, IsTerminal, Stderr, Write};
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Starts the log as the settings have it.
+/// Starts logging according to the settings.
 ///
 /// # Errors
 /// [`CommandFailed::LogLevel`].
@@ -29,13 +29,13 @@ pub fn start(settings: &Settings) -> Result<(), CommandFailed> {
     Ok(())
 }
 
-/// Reports why the program ends, also where the log was not started.
+/// Reports the error that ends the program, even if logging was not started.
 pub fn report(error: &CommandFailed) {
     let priority = if is_journal() { priority(Level::ERROR) } else { "" };
     eprintln!("{priority}error: {error}");
 }
 
-/// Whether standard error leads to the journal: systemd names its device and inode.
+/// Returns whether standard error is connected to the journal: systemd passes its device and inode.
 fn is_journal() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else {
         return false;
@@ -44,7 +44,7 @@ fn is_journal() -> bool {
     stat.is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// As syslog(3) numbers them.
+/// Returns the prefix of a level, numbered as in syslog(3).
 fn priority(level: Level) -> &'static str {
     match level {
         Level::ERROR => "<3>",
@@ -54,7 +54,7 @@ fn priority(level: Level) -> &'static str {
     }
 }
 
-/// Standard error, with priorities where the journal reads them.
+/// Writes to standard error, with priorities if the journal reads them.
 #[derive(Debug, Clone, Copy)]
 struct Journal {
     is_there: bool,
@@ -78,14 +78,15 @@ impl<'a> MakeWriter<'a> for Journal {
     }
 }
 
-/// Writes one event; each of its lines begins with the priority.
+/// Writes one event; each of its lines starts with the priority.
 struct Lines<W> {
     to: W,
     priority: &'static str,
 }
 
 impl<W: Write> Write for Lines<W> {
-    /// An event comes in one piece, and goes out in one: the lines of two threads do not mix.
+    /// An event arrives in one piece and is written in one, so that lines of different threads do
+    /// not mix.
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         if self.priority.is_empty() {
             return self.to.write(event);
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn each_line_of_an_event_has_its_priority() {
+    fn every_line_of_an_event_starts_with_its_priority() {
         assert_eq!(written("<3>", "one\ntwo\n"), "<3>one\n<3>two\n");
         assert_eq!(written("", "one\ntwo\n"), "one\ntwo\n");
     }

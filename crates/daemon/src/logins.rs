@@ -1,22 +1,21 @@
-//! Requests without the token, in the log: a line for each peer and interval, however often it
-//! tries.
+//! Logs failed logins: one line per peer and interval, however often the peer tries.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Between two lines about one peer.
+/// Minimum interval between two lines about one peer.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// Peers that are told apart. What comes beside them shares one line: addresses cost an attacker
-/// nothing.
+/// Limit on peers that are tracked separately. All others share one line, because addresses cost an
+/// attacker nothing.
 const MAX_PEERS: usize = 256;
 
-/// The peer of a request's connection, among the request's extensions.
+/// The remote address of a request's connection, stored in the request's extensions.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer(pub IpAddr);
 
-/// What was logged of whom.
+/// The failed logins that were logged, by peer.
 #[derive(Debug, Default)]
 pub struct FailedLogins {
     peers: Mutex<HashMap<IpAddr, Attempts>>,
@@ -25,20 +24,20 @@ pub struct FailedLogins {
 #[derive(Debug)]
 struct Attempts {
     logged: Instant,
-    /// Since then.
+    /// Attempts since the last line.
     unlogged: u64,
 }
 
 impl FailedLogins {
-    /// Logs a failed login, unless a line about that peer was logged a moment ago.
-    pub fn note(&self, peer: Option<Peer>) {
+    /// Logs a failed login, unless one of this peer was logged recently.
+    pub fn record(&self, peer: Option<Peer>) {
         let peer = peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0);
         if let Some(attempts) = self.count(peer, Instant::now()) {
-            tracing::warn!(%peer, attempts, "failed login: a request without the API's token");
+            tracing::warn!(%peer, attempts, "failed login: a request without a valid token");
         }
     }
 
-    /// The attempts that a line is to tell of, if one is due.
+    /// Returns the number of attempts to log, if a line is due.
     fn count(&self, peer: IpAddr, now: Instant) -> Option<u64> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         if peers.len() >= MAX_PEERS {
@@ -70,25 +69,29 @@ mod tests {
     use std::net::Ipv4Addr;
 
     #[test]
-    fn a_peer_that_tries_over_and_over_has_a_line_for_each_interval() {
+    fn repeated_failures_of_a_peer_are_logged_once_per_interval() {
         let logins = FailedLogins::default();
         let begun = Instant::now();
         let peer = |n: u32| IpAddr::V4(Ipv4Addr::from_bits(n));
         let at = |millis: u64| begun + Duration::from_millis(millis);
         let lines: Vec<_> = (0..=200).filter_map(|n| logins.count(peer(1), at(n * 100))).collect();
         assert_eq!(lines, [1, 100, 100]);
-        assert_eq!(logins.count(peer(2), at(20_000)), Some(1), "another peer has its own");
+        assert_eq!(
+            logins.count(peer(2), at(20_000)),
+            Some(1),
+            "another peer is counted separately"
+        );
     }
 
     #[test]
-    fn a_crowd_of_peers_takes_no_more_room_than_a_few() {
+    fn the_number_of_tracked_peers_is_limited() {
         let logins = FailedLogins::default();
         let begun = Instant::now();
         let peer = |n: u32| IpAddr::V4(Ipv4Addr::from_bits(n));
         let lines = (0..10_000).filter_map(|n| logins.count(peer(n), begun)).count();
         assert_eq!(lines, MAX_PEERS + 1);
         assert_eq!(logins.peers.lock().unwrap().len(), MAX_PEERS + 1);
-        // Those of the crowd are forgotten.
+        // Old entries are dropped.
         assert_eq!(logins.count(peer(0), begun + LINE_INTERVAL), Some(1));
         assert_eq!(logins.peers.lock().unwrap().len(), 1);
     }

@@ -1,10 +1,10 @@
-//! Bridge and tables come back by themselves when somebody sweeps them away.
+//! Restores the bridge and the nftables tables if another program removes them.
 //!
-//! `nft flush ruleset`, or a restart of a firewall's service, removes every table of the host. Ours
-//! keep guests from the host's services and from one another, and carry the way in: they are looked
-//! for every few seconds and put back, each VM's part under that VM's own operation, so that
-//! nothing is given to one that is being deleted. As long as a VM's part is missing, it is tried
-//! again.
+//! `nft flush ruleset`, or a restart of a firewall service, removes all tables of the host. Ours
+//! isolate guests from the host's services and from one another, and forward SSH to them. Every few
+//! seconds this task checks that they exist. It restores each VM's part during an operation on that
+//! VM, so that no VM is reconnected while it is being deleted, and retries until no part is
+//! missing.
 
 use crate::error::ServiceError;
 use crate::lifecycle::endpoint;
@@ -14,8 +14,8 @@ use std::time::Duration;
 
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Watches the network for as long as it is polled. `missing`: VMs that the start could not
-/// connect.
+/// Watches the network for as long as it is polled. `missing` lists the VMs that could not be
+/// connected at start.
 pub async fn run(service: Service, mut missing: Vec<String>) -> Infallible {
     loop {
         tokio::time::sleep(INTERVAL).await;
@@ -24,28 +24,27 @@ pub async fn run(service: Service, mut missing: Vec<String>) -> Infallible {
             Ok(true) => {
                 missing = connect(&service, missing, false).await;
                 if missing.is_empty() {
-                    tracing::info!("every VM has its network again");
+                    tracing::info!("all VMs are connected to the network again");
                 }
             }
             Ok(false) => {
-                tracing::warn!("bridge or nftables tables were removed by another program: putting them back");
+                tracing::warn!("another program has removed the bridge or nftables tables: restoring them");
                 if let Err(error) = service.inner().network.repair().await {
-                    tracing::error!(%error, "the network could not be put back; trying again");
+                    tracing::error!(%error, "cannot restore the network; retrying");
                     continue;
                 }
                 let all = service.inner().vms.all().into_iter().map(|record| record.id).collect();
                 missing = connect(&service, all, true).await;
-                tracing::info!(missing = missing.len(), "the network is back");
+                tracing::info!(missing = missing.len(), "network restored");
             }
-            Err(error) => tracing::warn!(%error, "the network cannot be looked at"),
+            Err(error) => tracing::warn!(%error, "cannot check the network"),
         }
     }
 }
 
-/// Gives each of these VMs its tap and its forward, and returns those that are to be tried again:
-/// where it fails, or something is under way. None holds up another. `tell`: whether a failure is
-/// news.
-async fn connect(service: &Service, vms: Vec<String>, tell: bool) -> Vec<String> {
+/// Attaches tap and forward of each VM. Returns the VMs to retry: those that fail, and those with
+/// an operation in progress. `log_failures` is false on retries.
+async fn connect(service: &Service, vms: Vec<String>, log_failures: bool) -> Vec<String> {
     let inner = service.inner();
     let mut missing = Vec::new();
     for id in vms {
@@ -62,8 +61,8 @@ async fn connect(service: &Service, vms: Vec<String>, tell: bool) -> Vec<String>
         }
         let attached = async { Ok::<_, ServiceError>(inner.network.attach(&endpoint(&operation.record)?).await?) };
         if let Err(error) = attached.await {
-            if tell {
-                tracing::error!(vm = id, %error, "it could not be connected again; trying again");
+            if log_failures {
+                tracing::error!(vm = id, %error, "cannot reconnect the VM to the network; retrying");
             }
             missing.push(id);
         }

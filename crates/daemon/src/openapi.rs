@@ -1,9 +1,9 @@
-//! `GET /openapi.json`: the API described for programs, made of the routes themselves
+//! `GET /openapi.json`: the OpenAPI description of the API, generated from the routes
 //! (<https://spec.openapis.org/oas/v3.1.0>).
 //!
-//! A route is registered with its description in one step (`routes!`), so none can be without. What
-//! the routes do not say is added here: what every request can be answered, and the bounds that
-//! come from this host's settings and size.
+//! `routes!` registers a route together with its description, so no route lacks one. This module
+//! adds the responses that are common to all routes, and the bounds that come from this host's
+//! settings and size.
 
 use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
@@ -15,29 +15,29 @@ use utoipa::openapi::OpenApi as Document;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-/// What the routes do not say: the API's name, its token, and the form of every error.
+/// The parts that belong to no route: the API's name, its token, and the schema of every error.
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "Scalebox",
-        description = "Disposable virtual machines from copy-on-write templates.\n\nEvery error is `{\"error\": \"…\", \"code\": \"…\"}`, with the `field` that it is about and `details` where there are some. \
-            Programs compare `code`: the sentences may change. \
-            A path answers 405 to a method that is not described here, with the header `Allow`; an unknown path is 404. \
-            `HEAD` works where `GET` does. The largest sizes are those of the host that serves this document.",
+        description = "Disposable virtual machines from copy-on-write templates.\n\nEvery error is `{\"error\": \"…\", \"code\": \"…\"}`, with `field` if one field is wrong, and `details` if there is more data. \
+            Programs should compare `code`: the sentences may change. \
+            A method that is not described here gets 405 with the header `Allow`; an unknown path gets 404. \
+            `HEAD` works wherever `GET` does. Maximum sizes are those of the host that serves this document.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     components(schemas(ErrorBody)),
     security(("token" = [])),
-    modifiers(&TheRest),
+    modifiers(&TokenScheme),
     tags(
-        (name = "VMs"), (name = "Templates"), (name = "Pool"), (name = "Host", description = "The host, what happens on it, and numbers of it.")
+        (name = "VMs"), (name = "Templates"), (name = "Pool"), (name = "Host", description = "The host, its events and its metrics.")
     )
 )]
 pub struct Api;
 
-struct TheRest;
+struct TokenScheme;
 
-impl Modify for TheRest {
+impl Modify for TokenScheme {
     fn modify(&self, document: &mut Document) {
         let token = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
         let components = document.components.get_or_insert_default();
@@ -45,18 +45,18 @@ impl Modify for TheRest {
     }
 }
 
-/// The id or the name of a VM, and a template's name, where they stand in a path.
+/// Matches the id or the name of a VM in a path.
 const VM_REFERENCE: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
 const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
-/// Without quotes around it, or with.
+/// With or without quotes around it.
 const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;
-/// As JSON's numbers go without loss in every language; ids of events stay below.
+/// The largest event id: the largest integer that JSON numbers hold exactly in every language.
 pub const MAX_EVENT_ID: u64 = (1 << 53) - 1;
 
-/// Adds what the routes do not say of themselves.
+/// Adds the common responses and this host's bounds to the description.
 pub fn complete(document: &Document, limits: &Limits) -> Value {
     let mut document = serde_json::to_value(document).unwrap_or_else(|error| {
-        tracing::error!(%error, "the description of the API cannot be written as JSON");
+        tracing::error!(%error, "cannot write the OpenAPI description as JSON");
         json!({})
     });
     if let Some(paths) = document["paths"].as_object_mut() {
@@ -73,7 +73,8 @@ pub fn complete(document: &Document, limits: &Limits) -> Value {
     document["paths"]["/events"]["get"]["responses"]["200"]["content"] = json!({
         "text/event-stream": { "schema": server_sent_event() }
     });
-    // A body is optional, or must hold a field that the type leaves open.
+    // The types do not express that one body is optional, and that the other one requires its
+    // field.
     document["paths"]["/pool/grow"]["post"]["requestBody"] =
         json!({ "content": json_body("ResizePool"), "required": false });
     document["paths"]["/pool/shrink"]["post"]["requestBody"]["content"] = json_body("ShrinkPool");
@@ -91,7 +92,7 @@ fn reference(schema: &str) -> Value {
     json!({ "$ref": format!("#/components/schemas/{schema}") })
 }
 
-/// One of a stream, by the names of its lines
+/// The schema of one server-sent event, by its line names
 /// (<https://spec.openapis.org/oas/v3.2.0#sequential-media-types>).
 fn server_sent_event() -> Value {
     let event = json!({
@@ -128,28 +129,36 @@ fn complete_operation(path: &str, operation: &mut Value) {
         return;
     };
     add(responses, "400", "The request is malformed.");
-    add(responses, "414", "A target over 65534 bytes.");
-    add(responses, "431", "Over 100 header fields, or a head over 400 KiB.");
+    add(responses, "414", "The request target is longer than 65534 bytes.");
+    add(
+        responses,
+        "431",
+        "The request has more than 100 header fields, or its head is larger than 400 KiB.",
+    );
     if path != "/health" {
-        add(responses, "401", "No valid token.");
-        add(responses, "500", "Something on the host failed; its log tells more.");
+        add(responses, "401", "The token is missing or wrong.");
+        add(
+            responses,
+            "500",
+            "Internal error; see the scaleboxd log for this request id.",
+        );
     }
     if has_body {
-        add(responses, "408", "The body stopped arriving.");
+        add(responses, "408", "The body did not arrive in time.");
         add(
             responses,
             "415",
-            "A body that was packed for its way (`Content-Encoding`).",
+            "The body has a `Content-Encoding` that is not supported.",
         );
     }
     if has_body && !is_streamed {
-        add(responses, "413", "A body over 1 MiB.");
+        add(responses, "413", "The body is larger than 1 MiB.");
     }
     for (status, response) in responses {
-        // Every answer must have one (OpenAPI 3.1, section 4.8.17); most say nothing that the route
-        // has not said.
+        // OpenAPI 3.1, section 4.8.17, requires a description of every response; for most of them
+        // the route's own description says it all.
         if response["description"] == "" {
-            response["description"] = "Done.".into();
+            response["description"] = "Success.".into();
         }
         if status.starts_with(['4', '5']) {
             response["content"] = json_body("ErrorBody");
@@ -163,12 +172,12 @@ fn add(responses: &mut Map<String, Value>, status: &str, description: &str) {
         .or_insert_with(|| json!({ "description": description }));
 }
 
-/// What a request's numbers may be on this host.
+/// Adds this host's minima and maxima to the numbers in requests.
 fn bound_requests(schemas: &mut Value, limits: &Limits) {
     let disk = json!({ "minimum": 1, "maximum": limits.max_disk_size_gib });
     let vcpus = json!({ "minimum": 1, "maximum": limits.max_vcpus });
     let memory = json!({ "minimum": limits.min_mem_mib, "maximum": limits.max_mem_mib });
-    // Asked for, its numbers have bounds; of a VM that is there, they are what they are.
+    // Only a request's policy has bounds; the policy of an existing VM may be outside them.
     let mut policy = schemas["AutoExtend"].clone();
     policy["additionalProperties"] = false.into();
     for (field, bounds) in [
@@ -189,15 +198,14 @@ fn bound_requests(schemas: &mut Value, limits: &Limits) {
     ] {
         merge(&mut schemas[request]["properties"][field], bounds);
     }
-    // Null takes the policy away.
+    // Null removes the policy.
     schemas["UpdateVm"]["properties"]["disk_auto_extend"]["oneOf"] = json!([policy, { "type": "null" }]);
     let mut shrink = schemas["ResizePool"].clone();
     shrink["required"] = json!(["size_gib"]);
     schemas["ShrinkPool"] = shrink;
 }
 
-/// Takes the links that rustdoc follows out of the descriptions: ``[`Vm`](crate::Vm)`` becomes ``
-/// `Vm` ``.
+/// Removes rustdoc links from the descriptions: ``[`Vm`](crate::Vm)`` becomes `` `Vm` ``.
 fn without_links(value: &mut Value) {
     match value {
         Value::Object(object) => object.iter_mut().for_each(|(key, value)| match value {
@@ -226,18 +234,18 @@ fn merge(schema: &mut Value, more: &Value) {
     }
 }
 
-/// The finished document, as it is sent.
+/// The finished document, serialised once for all requests.
 #[derive(Clone)]
 pub struct Served(Arc<str>);
 
 impl Served {
-    /// Writes the document once for all who ask.
+    /// Serialises the document.
     pub fn new(document: &Value) -> Served {
         Served(document.to_string().into())
     }
 }
 
-/// This description.
+/// Returns this description.
 #[utoipa::path(get, path = "/openapi.json", tag = "Host", responses((status = 200, content_type = "application/json", body = Object, description = "This document.")))]
 pub async fn openapi(Extension(Served(document)): Extension<Served>) -> Response {
     ([(CONTENT_TYPE, "application/json")], document.to_string()).into_response()
@@ -248,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptions_have_no_links_of_rustdoc() {
+    fn descriptions_contain_no_rustdoc_links() {
         let mut document = json!({ "a": [{
             "description": "See [`is_vm_id`](crate::is_vm_id), [`Vm`] and [`x`] (y).", "summary": "plain",
         }]});

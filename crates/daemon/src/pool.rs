@@ -1,4 +1,4 @@
-//! The pool: its numbers, and its size as people change it.
+//! The pool's figures, and changes of its size by request.
 
 use crate::accounts;
 use crate::error::ServiceError;
@@ -10,15 +10,15 @@ use serde_json::json;
 use std::sync::Arc;
 
 impl Service {
-    /// The pool's numbers.
+    /// Returns the pool's figures.
     ///
     /// # Errors
-    /// 500 when the kernel does not tell.
+    /// 500 if the kernel's figures cannot be read.
     pub fn pool(&self) -> Result<PoolInfo, ServiceError> {
         let pool = &self.inner().pool;
         let space = pool.space()?;
         let promises = pool.promises();
-        let accounts = self.inner().ledger.latest();
+        let accounts = self.inner().usage.latest();
         let measured = |sum: fn(&PoolUsage) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
         Ok(PoolInfo {
             path: pool.path().display().to_string(),
@@ -45,7 +45,7 @@ impl Service {
             measured_at: accounts
                 .as_deref()
                 .map(|accounts| accounts::rfc3339(accounts.measured_at)),
-            days_left: self.inner().ledger.days_left(space.free),
+            days_left: self.inner().usage.days_left(space.free),
             cleanups_pending: self.inner().cleanups.pending() as u64,
         })
     }
@@ -53,7 +53,8 @@ impl Service {
     /// Grows the pool while it is in use, to `size` or by the 80 % rule.
     ///
     /// # Errors
-    /// 400 when that is no growth or too much, 409 while its size is being changed already.
+    /// 400 if `size` is not larger than the pool or too large; 409 if the pool is already being
+    /// resized.
     pub async fn grow_pool(&self, size: Option<Gib>) -> Result<PoolInfo, ServiceError> {
         self.change_pool(EventKind::PoolGrown, move |pool| pool.grow(size))
             .await
@@ -62,10 +63,10 @@ impl Service {
     /// Shrinks the pool while it is in use.
     ///
     /// # Errors
-    /// 400 when it is no shrinking, or what is used, promised or kept free would not fit; 409 while
-    /// its size is being changed already.
+    /// 400 if `size` is not smaller than the pool, or too small for the used, committed or reserved
+    /// space; 409 if the pool is already being resized.
     pub async fn shrink_pool(&self, size: Gib) -> Result<PoolInfo, ServiceError> {
-        self.inner().reclaim.settled().await;
+        self.inner().reclaim.wait_until_freed().await;
         self.change_pool(EventKind::PoolShrunk, move |pool| pool.shrink(size))
             .await
     }
@@ -79,16 +80,16 @@ impl Service {
         self.detached(async move {
             let pool = Arc::clone(&service.inner().pool);
             if let Err(error) = blocking(move || change(&pool)).await {
-                // What of it could not be undone at once is undone in the background.
+                // Reverts in the background whatever the operation could not revert itself.
                 tokio::spawn(pool_growth::reconcile(service.clone()));
                 return Err(error);
             }
-            // It has happened: an error that passes must not make a failure of it.
+            // The size has changed: a transient read error must not turn that into a failure.
             let pool = service.pool().or_else(|_| service.pool())?;
             tracing::info!(
                 capacity_bytes = pool.capacity_bytes,
                 free_bytes = pool.free_bytes,
-                "the pool has another size"
+                "pool resized"
             );
             service.inner().events.publish(
                 kind,
@@ -100,10 +101,10 @@ impl Service {
         .await
     }
 
-    /// Gives the pool's free blocks back to the host disk.
+    /// Discards the pool's free blocks, which returns their space to the host disk.
     ///
     /// # Errors
-    /// 500 when the host disk takes none.
+    /// 500 if the host disk does not accept discards.
     pub async fn trim_pool(&self) -> Result<Trimmed, ServiceError> {
         let pool = Arc::clone(&self.inner().pool);
         self.detached(async move {

@@ -1,9 +1,9 @@
-//! A pool that grows by itself, where the settings allow it and the host disk has room.
+//! Grows the pool automatically, if the settings allow it and the host disk has space.
 //!
-//! One growth goes all the way to what the 80 % rule gives on today's host disk: the image is
-//! sparse, so what is not written costs nothing, and smaller steps would only be more of them. It
-//! is tried when free space passes the low-water mark, before a request is refused for lack of
-//! space, and before a VM is paused.
+//! One growth goes up to 80 % of the host disk's current space: the image is sparse, so unwritten
+//! blocks cost nothing, and smaller steps would only be more of them. It is attempted when free
+//! space falls below the low-water mark, before a request is rejected for lack of space, and before
+//! a VM is paused.
 
 use crate::service::{Service, blocking};
 use scalebox_client::EventKind;
@@ -15,24 +15,26 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-/// How long nothing is tried after a growth that failed.
-const AFTER_FAILURE: Duration = Duration::from_secs(60);
+/// Pause after a failed growth.
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long to wait before the layers of the pool are reconciled again.
+/// Retry interval for reconciling the layers of the pool.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Who grows the pool by itself does so one after the other: whoever waited finds it grown.
+/// The state of automatic growth. The lock makes growths sequential: a waiting caller finds the
+/// pool grown.
 #[derive(Default)]
-pub struct Growth {
-    /// When the last one failed.
+pub struct PoolGrowth {
+    /// The time of the last growth, if it failed.
     failed: Mutex<Option<Instant>>,
-    /// Whether [`reconcile`] is at work.
+    /// Whether [`reconcile`] is running.
     reconciling: AtomicBool,
 }
 
-/// Reconciles image, loop device and file system of the pool, and tries again until they are of one
-/// size: a change that an earlier daemon began may still be under way in btrfs, which takes one at
-/// a time, or a change that failed could not be undone. Meanwhile the pool is in use as it is.
+/// Reconciles the sizes of the pool's image, loop device and file system, with retries.
+///
+/// btrfs resizes one file system at a time, so a resize that a previous daemon began may still be
+/// running; or a failed resize could not be reverted. The pool stays in use meanwhile.
 pub async fn reconcile(service: Service) {
     if service.inner().growth.reconciling.swap(true, Ordering::AcqRel) {
         return;
@@ -50,7 +52,7 @@ pub async fn reconcile(service: Service) {
                 logged = error.to_string();
                 tracing::warn!(
                     error = logged,
-                    "the pool and its image are not of one size yet; trying again"
+                    "cannot reconcile the size of the pool with its image yet; retrying"
                 );
             }
         }
@@ -60,30 +62,30 @@ pub async fn reconcile(service: Service) {
 }
 
 impl Service {
-    /// With less free than this, the pool grows by itself; `None` where it must not.
+    /// Returns the free space below which the pool grows automatically; `None` if it must not grow.
     pub(crate) fn low_water(&self) -> Option<Bytes> {
         let settings = &self.inner().settings;
         settings.pool_auto_grow.then(|| settings.pool_low_water.bytes())
     }
 
-    /// Grows the pool if it may; returns whether it did. A failure is logged, and is for whoever
-    /// asked as if there were no room to grow.
+    /// Grows the pool if allowed. Returns whether it has grown. A failure is logged, and otherwise
+    /// treated like a lack of space on the host disk.
     pub(crate) async fn extend_pool(&self) -> bool {
         if self.low_water().is_none() {
             return false;
         }
         let service = self.clone();
-        // Once begun it is carried through, whoever stops waiting for it.
+        // Detached, so that the growth completes even if the caller stops waiting.
         let grown = self.detached(async move { Ok(service.extend_now().await) }).await;
         grown.unwrap_or_else(|error| {
-            tracing::warn!(%error, "the pool did not grow by itself");
+            tracing::warn!(%error, "cannot grow the pool automatically");
             false
         })
     }
 
     async fn extend_now(&self) -> bool {
         let mut failed = self.inner().growth.failed.lock().await;
-        if failed.is_some_and(|at| at.elapsed() < AFTER_FAILURE) {
+        if failed.is_some_and(|at| at.elapsed() < RETRY_INTERVAL) {
             return false;
         }
         let pool = Arc::clone(&self.inner().pool);
@@ -103,13 +105,13 @@ impl Service {
                 tracing::info!(
                     capacity_bytes = space.capacity.as_u64(),
                     free_bytes = space.free.as_u64(),
-                    "the pool has grown by itself"
+                    "pool grown automatically"
                 );
                 true
             }
             Ok(None) => false,
             Err(error) => {
-                tracing::warn!(%error, seconds = AFTER_FAILURE.as_secs(), "the pool did not grow by itself; trying again later");
+                tracing::warn!(%error, seconds = RETRY_INTERVAL.as_secs(), "cannot grow the pool automatically; retrying later");
                 tokio::spawn(reconcile(self.clone()));
                 *failed = Some(Instant::now());
                 false

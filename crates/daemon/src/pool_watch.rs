@@ -1,11 +1,11 @@
-//! No guest breaks because the host ran out of space.
+//! Pauses VMs before the host runs out of space, so that no guest breaks.
 //!
-//! The pool is watched together with the host disk under it. Before either runs out, the pool grows
-//! if it may and the host disk has room; else the VMs that still take new blocks are paused; they
-//! are resumed when there is room. Behind that stands the hypervisor, which stops a guest whose
-//! write the host refuses rather than hand the error on. In both cases the guest sees neither an
-//! I/O error nor a read-only root, only time that passed; the VM is `paused` with the reason
-//! `storage_full`.
+//! This task watches the pool together with the host disk under it. Before either runs full, it
+//! grows the pool if that is allowed and the host disk has room; otherwise it pauses the VMs that
+//! still allocate blocks, and resumes them when there is room. As a second line of defence, the
+//! hypervisor pauses a guest whose write fails on the host instead of passing the error on. In both
+//! cases the guest sees neither an I/O error nor a read-only root, only a gap in time; the VM is
+//! `paused` with the reason `storage_full`.
 
 use crate::service::{Service, blocking};
 use scalebox_client::{EventKind, VmStatus};
@@ -19,31 +19,32 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 
 const STORAGE_FULL: &str = "storage_full";
-/// With less than this free, disks are watched for growth, several times a second: a fast host
+/// With less free space than this, disk growth is checked several times a second. A fast host
 /// writes half of it in a second.
-const NEAR: Bytes = Bytes::from_mib(4096);
-/// With less than this free, VMs whose disks grow by [`MUCH`] between two looks are paused.
+const WATCH_BELOW: Bytes = Bytes::from_mib(4096);
+/// With less free space than this, VMs are paused that grow by more than [`TOLERATED_GROWTH`]
+/// between two checks.
 const PAUSE_BELOW: Bytes = Bytes::from_mib(1024);
-/// With less than this free, VMs whose disks grow at all are paused.
+/// With less free space than this, VMs are paused that grow at all.
 const PAUSE_ALL_BELOW: Bytes = Bytes::from_mib(256);
-/// With this much free, those that were paused go on. The distance to [`PAUSE_BELOW`] keeps a VM
+/// With this much free space, paused VMs are resumed. The distance to [`PAUSE_BELOW`] prevents VMs
 /// from being paused and resumed in turn.
 const RESUME_FROM: Bytes = Bytes::from_mib(1536);
-/// More than a guest's log takes.
-const MUCH: Bytes = Bytes::from_mib(1);
+/// More than a guest's logs write between two checks.
+const TOLERATED_GROWTH: Bytes = Bytes::from_mib(1);
 
 const INTERVAL: Duration = Duration::from_secs(1);
-const INTERVAL_NEAR: Duration = Duration::from_millis(200);
-/// How long a growth of the pool is waited for.
-const GROWTH: Duration = Duration::from_millis(500);
+const SHORT_INTERVAL: Duration = Duration::from_millis(200);
+/// Time limit for waiting for a growth of the pool.
+const GROWTH_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The machines that stand still for lack of space, by VM.
+/// The machines that are paused because storage is full, by VM id.
 #[derive(Default)]
-pub struct Held {
+pub struct PausedVms {
     machines: Mutex<HashMap<String, Arc<dyn Machine>>>,
 }
 
-impl Held {
+impl PausedVms {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<dyn Machine>>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -57,23 +58,22 @@ pub async fn run(service: Service) -> Infallible {
         let free = match blocking(move || pool.space()).await {
             Ok(space) => space.free,
             Err(error) => {
-                tracing::warn!(%error, "the pool's space cannot be read: it is not watched");
+                tracing::warn!(%error, "cannot read the pool's free space; retrying");
                 tokio::time::sleep(INTERVAL).await;
                 continue;
             }
         };
         if service.low_water().is_some_and(|mark| free < mark.max(RESUME_FROM)) {
-            // A growth that takes its time goes on, and does not keep the VMs from being paused
-            // meanwhile.
-            let grown = tokio::time::timeout(GROWTH, service.extend_pool()).await;
+            // A slow growth continues in the background, and does not delay pausing VMs.
+            let grown = tokio::time::timeout(GROWTH_TIMEOUT, service.extend_pool()).await;
             if grown.is_ok_and(|grown| grown) {
                 continue;
             }
         }
         if free >= RESUME_FROM {
-            resume_held(&service).await;
+            resume_paused(&service).await;
         }
-        if free >= NEAR {
+        if free >= WATCH_BELOW {
             before.clear();
             tokio::time::sleep(INTERVAL).await;
             continue;
@@ -83,28 +83,28 @@ pub async fn run(service: Service) -> Infallible {
             pause_growing(&service, &before, &now, tolerated).await;
         }
         before = now;
-        tokio::time::sleep(INTERVAL_NEAR).await;
+        tokio::time::sleep(SHORT_INTERVAL).await;
     }
 }
 
-/// How much a disk may grow between two looks without its VM being paused; `None` where there is
-/// room enough.
+/// Returns the growth between two checks up to which a VM is not paused; `None` if there is enough
+/// space.
 fn tolerated_growth(free: Bytes) -> Option<Bytes> {
     if free < PAUSE_ALL_BELOW {
         Some(Bytes::ZERO)
     } else if free < PAUSE_BELOW {
-        Some(MUCH)
+        Some(TOLERATED_GROWTH)
     } else {
         None
     }
 }
 
-/// The blocks that the disks of running VMs map.
+/// Returns the allocated bytes of the disks of running VMs.
 async fn disk_sizes(service: &Service) -> HashMap<String, Bytes> {
     let pool = Arc::clone(&service.inner().pool);
     let ids: Vec<String> = service.inner().vms.running().into_iter().map(|(id, _)| id).collect();
     let read = blocking(move || {
-        // A disk that cannot be read now was deleted a moment ago.
+        // A disk that cannot be read has just been deleted.
         let used = |id: &String| pool.disk_used(&id.parse::<Name>().ok()?).ok();
         Ok::<_, crate::error::ServiceError>(ids.iter().filter_map(|id| Some((id.clone(), used(id)?))).collect())
     });
@@ -125,69 +125,77 @@ async fn pause_growing(
             continue;
         }
         match machine.pause().await {
-            Ok(()) => hold(service, &id, &machine, STORAGE_FULL),
-            Err(error) => tracing::warn!(vm = id, %error, "could not be paused, though the pool runs full"),
+            Ok(()) => mark_paused(service, &id, &machine, STORAGE_FULL),
+            Err(error) => tracing::warn!(vm = id, %error, "cannot pause the VM although the pool is nearly full"),
         }
     }
 }
 
-fn hold(service: &Service, id: &str, machine: &Arc<dyn Machine>, reason: &str) {
-    tracing::warn!(vm = id, reason, "paused");
-    if let Some(vm) = service.inner().vms.note(id, machine, VmStatus::Paused, Some(reason)) {
+fn mark_paused(service: &Service, id: &str, machine: &Arc<dyn Machine>, reason: &str) {
+    tracing::warn!(vm = id, reason, "VM paused");
+    if let Some(vm) = service
+        .inner()
+        .vms
+        .set_if_current(id, machine, VmStatus::Paused, Some(reason))
+    {
         let details = json!({ "reason": reason });
         service.inner().events.publish(EventKind::Paused, Some(&vm), details);
     }
-    service.inner().held.lock().insert(id.to_owned(), Arc::clone(machine));
+    service.inner().paused.lock().insert(id.to_owned(), Arc::clone(machine));
 }
 
-async fn resume_held(service: &Service) {
-    let held: Vec<_> = service.inner().held.lock().drain().collect();
-    for (id, machine) in held {
+async fn resume_paused(service: &Service) {
+    let paused: Vec<_> = service.inner().paused.lock().drain().collect();
+    for (id, machine) in paused {
         match machine.resume().await {
             Ok(()) => {
-                if let Some(vm) = service.inner().vms.note(&id, &machine, VmStatus::Running, None) {
+                if let Some(vm) = service
+                    .inner()
+                    .vms
+                    .set_if_current(&id, &machine, VmStatus::Running, None)
+                {
                     service
                         .inner()
                         .events
                         .publish(EventKind::Resumed, Some(&vm), Value::Null);
                 }
-                tracing::info!(vm = id, "resumed: there is room again");
+                tracing::info!(vm = id, "VM resumed: the pool has free space again");
             }
-            // Stopped or deleted meanwhile.
+            // The VM was stopped or deleted in the meantime.
             Err(scalebox_vmm::Error::Ended { .. }) => {}
             Err(error) => {
-                tracing::warn!(vm = id, %error, "could not be resumed; trying again");
-                service.inner().held.lock().insert(id, machine);
+                tracing::warn!(vm = id, %error, "cannot resume the VM; retrying");
+                service.inner().paused.lock().insert(id, machine);
             }
         }
     }
 }
 
-/// Follows what the hypervisor says of one machine, for as long as it is polled: one that it stops
-/// is held until there is room.
+/// Follows the events of one machine for as long as it is polled. A machine that its hypervisor
+/// pauses stays paused until there is space.
 pub async fn follow(service: &Service, id: &str, machine: &Arc<dyn Machine>) -> Infallible {
     let mut events = machine.events();
-    // One that an earlier daemon held stands still since.
-    hold_if_still(service, id, machine).await;
+    // A VM paused by a previous daemon is still paused.
+    mark_if_paused(service, id, machine).await;
     loop {
         match events.recv().await {
-            Ok(MachineEvent::IoError { nospace: true, .. }) => hold(service, id, machine, STORAGE_FULL),
-            // What lies below the pool may have another word for being full; with room enough, the
-            // resumption comes at once.
+            Ok(MachineEvent::IoError { nospace: true, .. }) => mark_paused(service, id, machine, STORAGE_FULL),
+            // A layer below the pool may report a full disk as another error. If there is enough
+            // space, the VM is resumed at once.
             Ok(MachineEvent::IoError { nospace: false, reason }) => {
-                hold(service, id, machine, &format!("disk_error: {reason}"));
+                mark_paused(service, id, machine, &format!("disk_error: {reason}"));
             }
             Ok(_) => {}
-            Err(RecvError::Lagged(_)) => hold_if_still(service, id, machine).await,
-            // It ends with the machine, whose end somebody else waits for.
+            Err(RecvError::Lagged(_)) => mark_if_paused(service, id, machine).await,
+            // The channel closes when the machine ends; another task waits for that.
             Err(RecvError::Closed) => std::future::pending().await,
         }
     }
 }
 
-async fn hold_if_still(service: &Service, id: &str, machine: &Arc<dyn Machine>) {
+async fn mark_if_paused(service: &Service, id: &str, machine: &Arc<dyn Machine>) {
     if matches!(machine.state().await, Ok(MachineState::Stalled | MachineState::Paused)) {
-        hold(service, id, machine, STORAGE_FULL);
+        mark_paused(service, id, machine, STORAGE_FULL);
     }
 }
 
@@ -196,9 +204,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_less_is_free_the_less_growth_is_tolerated() {
+    fn less_growth_is_tolerated_with_less_free_space() {
         assert_eq!(tolerated_growth(RESUME_FROM), None);
-        assert_eq!(tolerated_growth(PAUSE_BELOW - Bytes::new(1)), Some(MUCH));
+        assert_eq!(tolerated_growth(PAUSE_BELOW - Bytes::new(1)), Some(TOLERATED_GROWTH));
         assert_eq!(tolerated_growth(PAUSE_ALL_BELOW - Bytes::new(1)), Some(Bytes::ZERO));
         assert_eq!(tolerated_growth(Bytes::ZERO), Some(Bytes::ZERO));
     }

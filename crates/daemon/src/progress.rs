@@ -1,37 +1,37 @@
-//! Long work, shown to people: a bar on a terminal, a line a step elsewhere.
+//! Shows the progress of long work: a bar on a terminal, one line per step elsewhere.
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use scalebox_guest::{Progress, Step};
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
-/// The bar counts in thousandths of the whole.
-const WHOLE: u64 = 1000;
+/// The length of the bar: progress is shown in thousandths.
+const BAR_LENGTH: u64 = 1000;
 
-/// Shows how far a build is: its step, its share, the time left.
-pub struct Shown {
+/// Shows the progress of a build: its step, its share and the time left.
+pub struct ProgressDisplay {
     bar: ProgressBar,
     terminal: bool,
     begun: Instant,
-    /// The step under way, and the share of the steps before it, in [0, 1].
+    /// The current step, and the share of the steps before it, in [0, 1].
     step: Option<Step>,
     done: f64,
 }
 
-impl Shown {
-    /// Nothing is shown before the first step.
-    pub fn new() -> Shown {
+impl ProgressDisplay {
+    /// Creates a display that shows nothing before the first step.
+    pub fn new() -> ProgressDisplay {
         let terminal = stderr().is_terminal();
         let target = if terminal {
             ProgressDrawTarget::stderr()
         } else {
             ProgressDrawTarget::hidden()
         };
-        let bar = ProgressBar::with_draw_target(Some(WHOLE), target);
+        let bar = ProgressBar::with_draw_target(Some(BAR_LENGTH), target);
         if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3}%  {msg}") {
             bar.set_style(style.progress_chars("━╸ "));
         }
-        Shown {
+        ProgressDisplay {
             bar,
             terminal,
             begun: Instant::now(),
@@ -40,7 +40,7 @@ impl Shown {
         }
     }
 
-    /// Takes the bar away; what was shown as lines stays.
+    /// Removes the bar; printed lines stay.
     pub fn finish(&mut self) {
         self.bar.finish_and_clear();
     }
@@ -51,11 +51,11 @@ impl Shown {
             .time_left(share)
             .map(|left| format!(", about {} left", HumanDuration(left)))
             .unwrap_or_default();
-        self.bar.set_position((share * WHOLE as f64) as u64);
+        self.bar.set_position((share * BAR_LENGTH as f64) as u64);
         self.bar.set_message(format!("{}{left}", step.name));
     }
 
-    /// From the time it took so far; nothing while that says too little.
+    /// Estimates the time left from the time spent; `None` while that is too short.
     fn time_left(&self, share: f64) -> Option<Duration> {
         let spent = self.begun.elapsed();
         if !(0.03..1.0).contains(&share) || spent < Duration::from_secs(2) {
@@ -65,7 +65,7 @@ impl Shown {
     }
 }
 
-impl Progress for Shown {
+impl Progress for ProgressDisplay {
     fn step(&mut self, step: Step) {
         self.done += self.step.map_or(0.0, |before| before.share);
         self.step = Some(step);

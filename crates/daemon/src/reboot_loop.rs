@@ -1,6 +1,8 @@
-//! A guest that restarts itself over and over does not come up: its kernel panics, or it finds no
-//! root file system. It would take a processor for ever, and look as if it ran. One whose agent was
-//! there in between did come up, and may restart as often as it likes.
+//! Detects guests that cannot boot.
+//!
+//! A guest that reboots over and over does not start: its kernel panics, or it finds no root file
+//! system. It would use a processor for ever and appear to be running. A guest whose agent was up
+//! in between did boot, and may reboot as often as it likes.
 
 use scalebox_vmm::{Machine, MachineEvent};
 use std::sync::Arc;
@@ -8,46 +10,46 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 
-/// So many restarts in a row are a loop.
-const RESTARTS: u32 = 6;
-/// In a row are those that follow one another within this time; an emulated guest takes about ten
-/// seconds to find out that it cannot boot.
-const WITHIN: Duration = Duration::from_secs(60);
+/// This many reboots in a row are a loop.
+const LOOP_REBOOTS: u32 = 6;
+/// Maximum interval between reboots in a row. An emulated guest takes about ten seconds to fail to
+/// boot.
+const MAX_REBOOT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Waits until the guest is in such a loop, and says so.
-pub async fn seen(machine: &Arc<dyn Machine>) -> String {
+/// Waits until the guest is in a reboot loop, and returns the reason for the failure.
+pub async fn detect(machine: &Arc<dyn Machine>) -> String {
     let mut events = machine.events();
-    let mut row = Row::default();
+    let mut reboots = RebootCounter::default();
     loop {
         match events.recv().await {
-            Ok(MachineEvent::GuestReboot) if row.another(Instant::now()) => {
+            Ok(MachineEvent::GuestReboot) if reboots.count(Instant::now()) => {
                 return format!(
-                    "its guest cannot boot: it restarted itself {RESTARTS} times, each within {} s of the time before",
-                    WITHIN.as_secs()
+                    "the guest cannot boot: it rebooted {LOOP_REBOOTS} times, each within {} s of the previous time",
+                    MAX_REBOOT_INTERVAL.as_secs()
                 );
             }
-            Ok(MachineEvent::AgentUp) => row = Row::default(),
+            Ok(MachineEvent::AgentUp) => reboots = RebootCounter::default(),
             Ok(_) | Err(RecvError::Lagged(_)) => {}
-            // With the machine, whose end somebody else waits for.
+            // The channel closes when the machine ends; another task waits for that.
             Err(RecvError::Closed) => std::future::pending().await,
         }
     }
 }
 
-/// Restarts in a row.
+/// Counts reboots in a row.
 #[derive(Default)]
-struct Row {
-    restarts: u32,
+struct RebootCounter {
+    in_a_row: u32,
     last: Option<Instant>,
 }
 
-impl Row {
-    /// Counts one; whether it is a loop by now.
-    fn another(&mut self, now: Instant) -> bool {
-        let follows = self.last.is_some_and(|last| now - last <= WITHIN);
-        self.restarts = if follows { self.restarts + 1 } else { 1 };
+impl RebootCounter {
+    /// Counts a reboot. Returns whether the guest is in a loop.
+    fn count(&mut self, now: Instant) -> bool {
+        let follows = self.last.is_some_and(|last| now - last <= MAX_REBOOT_INTERVAL);
+        self.in_a_row = if follows { self.in_a_row + 1 } else { 1 };
         self.last = Some(now);
-        self.restarts >= RESTARTS
+        self.in_a_row >= LOOP_REBOOTS
     }
 }
 
@@ -56,13 +58,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn restarts_far_apart_are_no_loop() {
+    fn reboots_far_apart_are_not_a_loop() {
         let begun = Instant::now();
-        let mut row = Row::default();
-        let apart = |n: u32| begun + (WITHIN + Duration::from_secs(1)) * n;
-        assert!((0..20).all(|n| !row.another(apart(n))));
+        let mut reboots = RebootCounter::default();
+        let apart = |n: u32| begun + (MAX_REBOOT_INTERVAL + Duration::from_secs(1)) * n;
+        assert!((0..20).all(|n| !reboots.count(apart(n))));
         let close = |n: u32| apart(20) + Duration::from_secs(u64::from(n));
-        let loops: Vec<bool> = (0..6).map(|n| row.another(close(n))).collect();
+        let loops: Vec<bool> = (0..6).map(|n| reboots.count(close(n))).collect();
         assert_eq!(loops, [false, false, false, false, false, true]);
     }
 }

@@ -1,11 +1,11 @@
-//! Putting things right at start, from the state file alone.
+//! Recovery at start, from the state file alone.
 //!
-//! What a client was told about is there: its record, its disk, and its machine if that still runs.
-//! What has no record belongs to nobody and goes: machines, taps, forwards, disks, folders. What
-//! does not have our form is never touched.
+//! Everything that was reported to a client exists: the record, the disk, and the machine if it
+//! still runs. Machines, taps, forwards, disks and folders without a record are orphaned and
+//! removed. Files and interfaces whose names do not match our format are never touched.
 //!
-//! A VM that cannot be put right is told as failed, with the reason, and keeps no other from being
-//! served.
+//! A VM that cannot be recovered is reported as failed, with the reason, and does not keep the
+//! others from being served.
 
 use crate::error::ServiceError;
 use crate::host;
@@ -22,31 +22,30 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// What was found and done, for the log.
+/// The result of a recovery, for the log.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Recovered {
     /// VMs in the state file.
     pub vms: usize,
-    /// Machines that ran on and are ours again.
+    /// Machines that kept running and were adopted.
     pub adopted: usize,
-    /// Machines that had no record and were ended.
-    pub strays_ended: usize,
-    /// Files in the pool that belonged to nobody.
+    /// Machines without a record that were killed.
+    pub orphans_killed: usize,
+    /// Orphaned files in the pool that were removed.
     pub files_removed: usize,
-    /// VMs that ran when the host went down, for [`start_again`].
+    /// VMs that were running when the host went down, for [`start_after_reboot`].
     pub to_start: Vec<String>,
-    /// VMs whose stop a crash interrupted, for [`stop_again`].
+    /// VMs whose stop was interrupted by a crash, for [`complete_stops`].
     pub to_stop: Vec<String>,
-    /// VMs that run and are not connected to the network, for
-    /// [`network_watch`](crate::network_watch).
+    /// Running VMs without a network connection, for [`network_watch`](crate::network_watch).
     pub unconnected: Vec<String>,
 }
 
-/// Fills the service's table from the state file and removes leftovers. To be called once, before
-/// the first request.
+/// Fills the service's table from the state file and removes leftovers. Call it once, before the
+/// first request.
 ///
 /// # Errors
-/// When the state, the pool or the network as a whole cannot be read or put right.
+/// If the state, the pool or the network as a whole cannot be read or repaired.
 pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&service.inner().state);
     let records = blocking(move || state.vms()).await?;
@@ -55,17 +54,17 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
         .map(|record| record.id.parse())
         .collect::<Result<_, _>>()?;
 
-    // Strays first: a machine that nobody owns has its disk open.
+    // Orphaned machines first, because they may have an orphaned disk open.
     let mut recovered = Recovered {
         vms: records.len(),
-        strays_ended: end_strays(service, &known).await?,
+        orphans_killed: kill_orphans(service, &known).await?,
         ..Recovered::default()
     };
     let pool = Arc::clone(&service.inner().pool);
     let swept = blocking(move || pool.sweep(&known)).await?;
     recovered.files_removed = swept.removed.len();
     for path in &swept.removed {
-        tracing::info!(path = %path.display(), "removed a file that belongs to no VM");
+        tracing::info!(path = %path.display(), "removed an orphaned file");
     }
 
     let rebooted = is_another_boot(service).await?;
@@ -84,51 +83,51 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
                 recovered.to_stop.push(id.clone());
                 attached.push((endpoint, id));
             }
-            // Its guest may run as well as ever.
+            // The guest may still be running normally.
             Restored::Unreachable => attached.push((endpoint, id)),
             Restored::ToStart => recovered.to_start.push(id),
-            Restored::Still => {}
+            Restored::Unchanged => {}
         }
     }
     let (endpoints, ids): (Vec<_>, Vec<_>) = attached.into_iter().unzip();
     let reconciled = service.inner().network.reconcile(&endpoints).await?;
     for (tap, error) in reconciled.failed {
-        tracing::error!(tap, error, "a machine is not connected to the network; trying again");
+        tracing::error!(tap, error, "cannot connect a machine to the network; retrying");
         let found = endpoints.iter().position(|endpoint| endpoint.tap() == tap);
         recovered.unconnected.extend(found.and_then(|at| ids.get(at).cloned()));
     }
     Ok(recovered)
 }
 
-/// Why a VM that ran before the host's reboot does not run yet.
+/// Status reason of a VM that was running before the host's reboot and is not started yet.
 const WAITING: &str = "waiting to be started after the host's reboot";
 
-/// Starts the VMs that ran when the host went down, one after the other, and notes that this boot's
-/// were seen to. Until then the state says that they run: a crash in between starts the rest at the
-/// next start.
-pub async fn start_again(service: Service, vms: Vec<String>) {
+/// Starts the VMs that were running when the host went down, one after the other.
+///
+/// Records the boot id when all are started. Until then the state has them as running: after a
+/// crash in between, the next start continues.
+pub async fn start_after_reboot(service: Service, vms: Vec<String>) {
     for id in vms {
         let one = service.clone();
-        let started = service.detached(async move { start_one_again(&one, &id).await });
+        let started = service.detached(async move { start_one_after_reboot(&one, &id).await });
         if let Err(error) = started.await {
-            tracing::error!(%error, "a failure could not be noted");
+            tracing::error!(%error, "cannot record that a VM failed to start");
         }
     }
     let state = Arc::clone(&service.inner().state);
-    // A restart within one boot writes nothing.
-    let noted = blocking(move || match state.fact(Fact::BootId)? {
-        Some(noted) if noted == boot_id()? => Ok(()),
-        _ => note_boot(&state),
+    // Restarts of the daemon within the same boot write nothing.
+    let recorded = blocking(move || match state.fact(Fact::BootId)? {
+        Some(recorded) if recorded == boot_id()? => Ok(()),
+        _ => record_boot_id(&state),
     })
     .await;
-    if let Err(error) = noted {
-        tracing::error!(%error, "this boot of the host could not be noted");
+    if let Err(error) = recorded {
+        tracing::error!(%error, "cannot record the host's boot id");
     }
 }
 
-/// Carries through the stops that a crash interrupted, all at the same time: a guest may take a
-/// minute.
-pub fn stop_again(service: &Service, vms: Vec<String>) {
+/// Completes the stops that a crash interrupted. All at once, because a guest may take a minute.
+pub fn complete_stops(service: &Service, vms: Vec<String>) {
     for id in vms {
         let one = service.clone();
         service.inner().tasks.spawn(async move {
@@ -137,20 +136,20 @@ pub fn stop_again(service: &Service, vms: Vec<String>) {
             };
             let Some(machine) = &operation.machine else { return };
             if let Err(error) = one.shut_down(&operation.record, machine).await {
-                tracing::error!(vm = id, %error, "a stop that a crash interrupted cannot be carried through");
+                tracing::error!(vm = id, %error, "cannot complete the stop of the VM that a crash interrupted");
             }
         });
     }
 }
 
-async fn start_one_again(service: &Service, id: &str) -> Result<(), ServiceError> {
+async fn start_one_after_reboot(service: &Service, id: &str) -> Result<(), ServiceError> {
     let inner = service.inner();
-    // Deleted meanwhile, there is nothing to do.
+    // A VM that was deleted in the meantime.
     let Ok(operation) = inner.vms.begin_when_idle(id, "being started").await else {
         return Ok(());
     };
     let record = &operation.record;
-    // Somebody was faster, whatever came of it.
+    // Another request has started the VM, or tried to.
     if operation.machine.is_some() || record.status_reason.as_deref() != Some(WAITING) {
         return Ok(());
     }
@@ -162,39 +161,38 @@ async fn start_one_again(service: &Service, id: &str) -> Result<(), ServiceError
     let Err(error) = service.boot(record).await else {
         return Ok(());
     };
-    tracing::error!(vm = id, %error, "could not be started after the host's reboot");
-    let reason = format!("it could not be started after the host's reboot: {error}");
+    tracing::error!(vm = id, %error, "cannot start the VM after the host's reboot");
+    let reason = format!("the VM could not be started after the host's reboot: {error}");
     let persisted = service.persist(id, VmStatus::Failed, Some(&reason)).await;
     inner.vms.set(id, VmStatus::Failed, Some(reason.clone()), None);
-    // Events follow what is durable.
+    // Events are published only after the change is durable.
     persisted?;
     let details = json!({ "reason": reason });
     inner.events.publish(EventKind::Failed, Some(record), details);
     Ok(())
 }
 
-fn note_boot(state: &State) -> Result<(), ServiceError> {
+fn record_boot_id(state: &State) -> Result<(), ServiceError> {
     Ok(state.set_fact(Fact::BootId, &boot_id()?)?)
 }
 
-/// Stands in place of a boot's id when the VMs were shut down with the host: no boot has it, so the
-/// next start takes itself for the first after a reboot.
+/// Recorded in place of a boot id when the VMs were shut down with the host. It differs from every
+/// boot id, so the next start detects a reboot.
 const HOST_DOWN: &str = "down";
 
-/// Notes that the host is going down: VMs that the state knows as running are started again by the
-/// next start.
+/// Records that the host is going down: the next start starts the VMs that are recorded as running.
 ///
 /// # Errors
-/// When the state cannot be written.
-pub fn note_host_down(state: &State) -> Result<(), ServiceError> {
+/// If the state cannot be written.
+pub fn record_host_down(state: &State) -> Result<(), ServiceError> {
     Ok(state.set_fact(Fact::BootId, HOST_DOWN)?)
 }
 
 fn boot_id() -> Result<String, ServiceError> {
-    host::boot_id().map_err(|error| ServiceError::Internal(format!("cannot read the boot's id: {error}")))
+    host::boot_id().map_err(|error| ServiceError::Internal(format!("cannot read the host's boot id: {error}")))
 }
 
-/// Whether the host was rebooted since the VMs were last seen to.
+/// Returns whether the host was rebooted since the VMs were last started.
 async fn is_another_boot(service: &Service) -> Result<bool, ServiceError> {
     let state = Arc::clone(&service.inner().state);
     let last = blocking(move || state.fact(Fact::BootId)).await?;
@@ -203,16 +201,16 @@ async fn is_another_boot(service: &Service) -> Result<bool, ServiceError> {
 
 enum Restored {
     Running,
-    /// A crash interrupted its stop.
+    /// A crash interrupted the VM's stop.
     ToStop,
-    /// Its process may be there, and is not ours again.
+    /// The machine's process may exist, but could not be adopted.
     Unreachable,
-    /// It ran when the host went down.
+    /// The VM was running when the host went down.
     ToStart,
-    Still,
+    Unchanged,
 }
 
-/// Enters one VM.
+/// Restores one VM: adopts its machine, reconciles its disk and adds it to the table.
 async fn restore(
     service: &Service,
     mut record: Record,
@@ -224,17 +222,11 @@ async fn restore(
     let found = match record.status {
         VmStatus::Stopped if stopping => adopt(service, &record).await?,
         VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
-        // A start that a crash interrupted before it was recorded: nobody was told of its machine.
+        // A crash may have interrupted a start before it was recorded; no client saw it succeed.
         VmStatus::Stopped | VmStatus::Failed => {
             let left = with_process.contains(&record.id) || service.run_dir(&record.id).exists();
             match left {
-                true => match service.force_stop_once(&record.id).await {
-                    Ok(_) => Found::Nothing,
-                    Err(error) => {
-                        tracing::error!(vm = record.id, %error, "what a crash left of its machine is not ended");
-                        Found::Unreachable(format!("what a crash left of its machine is not ended: {error}"))
-                    }
-                },
+                true => kill_leftover(service, &record).await,
                 false => Found::Nothing,
             }
         }
@@ -244,17 +236,17 @@ async fn restore(
         Found::Unreachable(why) => (None, Some(why)),
         Found::Nothing => (None, None),
     };
-    // A change that a crash interrupted may not have reached it.
+    // A crash may have interrupted a change before it reached the machine.
     if let Some(machine) = &machine
         && let Err(error) = machine.limit_disk(disk_limits(record.limits)).await
     {
-        tracing::warn!(vm = record.id, %error, "its disk may not be limited as it should: stop and start it");
+        tracing::warn!(vm = record.id, %error, "cannot limit the VM's disk as recorded: stop and start the VM");
     }
-    // A disk that an unreachable machine has open is left alone.
+    // An unreachable machine may have the disk open, so it is not touched.
     if !lost && unreachable.is_none() {
-        let agreed = agree_on_disk_size(service, &mut record, machine.as_ref()).await;
-        if let Err(error) = agreed {
-            tracing::error!(vm = record.id, %error, "its disk may not be as large as it should");
+        let reconciled = reconcile_disk_size(service, &mut record, machine.as_ref()).await;
+        if let Err(error) = reconciled {
+            tracing::error!(vm = record.id, %error, "cannot reconcile the size of the VM's disk with its record");
         }
     }
     service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
@@ -262,7 +254,7 @@ async fn restore(
     if rebooted && was_running && record.autostart && machine.is_none() && !lost && unreachable.is_none() {
         let waiting = Some(WAITING.to_owned());
         let id = record.id.clone();
-        tracing::info!(vm = id, name = record.name, "ran when the host went down");
+        tracing::info!(vm = id, name = record.name, "VM was running when the host went down");
         service.inner().vms.restore(
             Record {
                 status: VmStatus::Stopped,
@@ -276,16 +268,19 @@ async fn restore(
     let is_unreachable = unreachable.is_some() && !lost;
     let to_stop = stopping && machine.is_some();
     let (status, reason) = match (&machine, lost, record.status) {
-        (_, true, _) => (VmStatus::Failed, Some("its disk is gone from the pool".to_owned())),
+        (_, true, _) => (
+            VmStatus::Failed,
+            Some("the VM's disk is missing from the pool".to_owned()),
+        ),
         (Some(_), ..) => (VmStatus::Running, None),
         _ if unreachable.is_some() => (VmStatus::Failed, unreachable),
         (None, _, VmStatus::Running | VmStatus::Paused) if rebooted => (
             VmStatus::Stopped,
-            Some("the host went down, and its autostart is off".to_owned()),
+            Some("the host went down, and the VM's autostart is off".to_owned()),
         ),
         (None, _, VmStatus::Running | VmStatus::Paused) => (
             VmStatus::Stopped,
-            Some("its machine ended while scaleboxd was not running".to_owned()),
+            Some("the VM's machine ended while scaleboxd was not running".to_owned()),
         ),
         (None, _, VmStatus::Stopped) if stopping => (VmStatus::Stopped, None),
         (None, _, unchanged) => (unchanged, record.status_reason.clone()),
@@ -298,12 +293,13 @@ async fn restore(
             to = status.as_str(),
             reason
         );
-        // The next start is to try again to take an unreachable machine over.
+        // An unreachable machine keeps its recorded status, so that the next start tries to adopt
+        // it again.
         if !is_unreachable
             && !to_stop
             && let Err(error) = service.persist(&record.id, status, reason.as_deref()).await
         {
-            tracing::error!(vm = record.id, %error, "its status is not recorded; the next start does it");
+            tracing::error!(vm = record.id, %error, "cannot record the VM's status; the next start does");
         }
         let kind = match status {
             VmStatus::Running => EventKind::Resumed,
@@ -323,15 +319,16 @@ async fn restore(
             Ok(if to_stop { Restored::ToStop } else { Restored::Running })
         }
         None if is_unreachable => Ok(Restored::Unreachable),
-        None => Ok(Restored::Still),
+        None => Ok(Restored::Unchanged),
     }
 }
 
-/// A crash in the middle of a growth leaves the disk smaller than the state says: the growth is
-/// carried through. If that fails, the growth is taken back, of which nobody was told. A disk that
-/// is larger was left by a growth that failed: it is promised as it is, because the guest may have
-/// seen it.
-async fn agree_on_disk_size(
+/// Reconciles the size of a VM's disk with its record.
+///
+/// If a crash interrupted a growth, the disk is smaller than recorded: the growth is completed. If
+/// that fails, the growth is rolled back; no client saw it succeed. A growth that failed may leave
+/// the disk larger than recorded: the larger size is committed, because the guest may have seen it.
+async fn reconcile_disk_size(
     service: &Service,
     record: &mut Record,
     machine: Option<&Arc<dyn Machine>>,
@@ -340,9 +337,9 @@ async fn agree_on_disk_size(
     let disk = record.id.parse()?;
     let mut found = service.inner().pool.provisioned(&disk)?;
     if found < recorded.bytes() {
-        tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "carrying a growth of the disk through");
+        tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "completing an interrupted growth of the VM's disk");
         if let Err(error) = service.grow(record, machine, recorded).await {
-            tracing::error!(vm = record.id, %error, "a growth of the disk that a crash interrupted is taken back");
+            tracing::error!(vm = record.id, %error, "cannot complete the interrupted growth of the VM's disk; rolling it back");
         }
         found = service.inner().pool.provisioned(&disk)?;
     }
@@ -355,9 +352,22 @@ async fn agree_on_disk_size(
 
 enum Found {
     Machine(Arc<dyn Machine>),
-    /// Its process may be there, and is not ours again: why, and what to do.
+    /// The machine's process may exist, but could not be adopted. Holds the cause and the remedy.
     Unreachable(String),
     Nothing,
+}
+
+/// Kills the process that a crash left of a stopped VM's machine.
+async fn kill_leftover(service: &Service, record: &Record) -> Found {
+    match service.force_stop_once(&record.id).await {
+        Ok(_) => Found::Nothing,
+        Err(error) => {
+            tracing::error!(vm = record.id, %error, "cannot kill the process that a crash left of the VM's machine");
+            Found::Unreachable(format!(
+                "the process that a crash left of the VM's machine cannot be killed: {error}"
+            ))
+        }
+    }
 }
 
 async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError> {
@@ -367,24 +377,24 @@ async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError
         Ok(Some(machine)) => Ok(Found::Machine(machine)),
         Ok(None) => {
             if let Err(error) = blocking(move || remove_dir(&run_dir)).await {
-                tracing::warn!(vm = record.id, %error, "its machine is gone, and its folder is left");
+                tracing::warn!(vm = record.id, %error, "the VM's machine has ended, but its folder cannot be removed");
             }
             Ok(Found::Nothing)
         }
         Err(error) => {
-            tracing::error!(vm = record.id, %error, "a machine is not taken over; the others are served all the same");
+            tracing::error!(vm = record.id, %error, "cannot adopt the VM's process; continuing with the other VMs");
             Ok(Found::Unreachable(match error {
                 scalebox_vmm::Error::Hung { .. } => {
-                    "its hypervisor does not answer: start or delete the VM to end it".to_owned()
+                    "the VM's hypervisor does not respond: start or delete the VM to kill it".to_owned()
                 }
-                other => format!("its machine could not be taken over ({other}): start or delete the VM to end it"),
+                other => format!("the VM's process could not be adopted ({other}): start or delete the VM to kill it"),
             }))
         }
     }
 }
 
-/// Ends the machines, and removes the folders, of VMs that have no record.
-async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, ServiceError> {
+/// Kills machines, and removes folders, of VMs that have no record.
+async fn kill_orphans(service: &Service, known: &HashSet<Name>) -> Result<usize, ServiceError> {
     let stray = |id: &String| !known.iter().any(|name| name.as_str() == id);
     let mut ended = 0;
     for id in vm_folders(&service.inner().settings.run_dir.join("vms"))?
@@ -393,11 +403,11 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
     {
         match service.force_stop_once(&id).await {
             Ok(true) => {
-                tracing::info!(vm = id, "ended a machine that belongs to no VM");
+                tracing::info!(vm = id, "killed an orphaned machine");
                 ended += 1;
             }
             Ok(false) => {}
-            Err(error) => tracing::error!(vm = id, %error, "a machine that belongs to no VM is not ended"),
+            Err(error) => tracing::error!(vm = id, %error, "cannot kill an orphaned machine"),
         }
     }
     for id in vm_folders(&service.inner().settings.state_dir.join("console"))?
@@ -418,15 +428,16 @@ async fn sweep_jails(service: &Service, with_process: &HashSet<String>) -> Resul
     blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
 }
 
-/// The VMs that some process of this host names in its arguments: one look for all of them, because
-/// a host has thousands of stopped VMs and few processes. Whether a process really is a VM's
-/// machine is for the driver to prove.
+/// Returns the VM ids that occur in the arguments of the host's processes.
+///
+/// One scan serves all VMs, because a host has thousands of stopped VMs and few processes. The
+/// driver verifies whether such a process really is the VM's machine.
 fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list /proc: {error}"));
     let mut ids = HashSet::new();
     for entry in fs::read_dir("/proc").map_err(failed)? {
-        // A process that ended meanwhile has no arguments any more, and what is no process never
-        // had.
+        // A process that has ended has no arguments, and neither does an entry that is not a
+        // process.
         let Ok(arguments) = fs::read(entry.map_err(failed)?.path().join("cmdline")) else {
             continue;
         };
@@ -446,8 +457,7 @@ fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
 /// `vm-` and twelve hex digits.
 const VM_ID_LENGTH: usize = 15;
 
-/// The ids for which there is a folder in `folder`. What does not have the form of an id is not
-/// ours.
+/// Lists the VM ids that `folder` has a folder for. Ignores other names: they are not ours.
 pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
     let entries = match fs::read_dir(folder) {

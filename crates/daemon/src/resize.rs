@@ -1,7 +1,8 @@
-//! Asking a guest how large and how full its root file system is, through its agent: what the host
-//! grew, the guest must have grown too.
+//! Asks a guest's agent for the size and usage of its root file system.
+//!
+//! The size confirms that the file system has grown with its disk; the usage triggers auto-extend.
 
-use crate::agent::{self, NoAgent};
+use crate::agent::{self, AgentFailed};
 use scalebox_client::Disk;
 use scalebox_guest::FileSystem;
 use scalebox_storage::Bytes;
@@ -9,39 +10,38 @@ use scalebox_vmm::Machine;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a guest may take to grow its file system. An emulated one takes about a second.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// How often a guest is asked before it counts as one without an agent; each attempt has a deadline
-/// of its own.
-const ATTEMPTS: u32 = 3;
-/// How long to wait between two questions meanwhile.
-const INTERVAL: Duration = Duration::from_millis(100);
+/// Time limit for a guest to grow its file system. An emulated one takes about a second.
+const GROW_TIMEOUT: Duration = Duration::from_secs(20);
+/// Limit on attempts before a guest counts as having no agent. Each attempt has its own deadline.
+const MAX_ATTEMPTS: u32 = 3;
+/// Pause between two queries while waiting for the growth.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The size of the guest's root file system; `None` when it has no agent, or one that does not
-/// answer though it was given time: a busy host's guest may take a few seconds.
+/// Returns the size of the guest's root file system; `None` if no agent responds. Retries, because
+/// the agent of a guest on a busy host may take a few seconds.
 pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
-    for _ in 0..ATTEMPTS {
-        if let Some(root) = root_of(machine).await {
+    for _ in 0..MAX_ATTEMPTS {
+        if let Some(root) = root_file_system(machine).await {
             return Some(root.total);
         }
     }
     None
 }
 
-/// What the guest's agent says of its root file system, if it answers.
-pub async fn root_of(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
-    let asked = async { Ok::<_, NoAgent>(agent::reach(machine).await?.root_file_system().await?) };
-    match asked.await {
+/// Queries the guest's root file system; `None` if the agent does not respond.
+pub async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
+    let query = async { Ok::<_, AgentFailed>(agent::reach(machine).await?.root_file_system().await?) };
+    match query.await {
         Ok(root) => Some(root),
         Err(error) => {
-            tracing::debug!(vm = %machine.id(), %error, "the guest agent did not answer");
+            tracing::debug!(vm = %machine.id(), %error, "the guest agent does not respond");
             None
         }
     }
 }
 
 /// Waits until a guest's root file system has grown by about `growth` over `before`. `obstacle` is
-/// what keeps it from growing while it is mounted, if that is known: then other advice is given.
+/// the known reason why it cannot grow while mounted; the advice then differs.
 pub async fn confirm(
     machine: &Arc<dyn Machine>,
     before: Option<Bytes>,
@@ -56,15 +56,15 @@ pub async fn confirm(
     let Some(before) = before else {
         return unconfirmed(
             None,
-            "the guest has no agent that answers: if it does not grow its file system by itself, run resize2fs in it",
+            "the guest agent does not respond: if the guest has not grown its file system, run resize2fs in it",
         );
     };
-    // Of what is added, the file system keeps a part for itself: inode tables, journal, the blocks
-    // reserved for root.
+    // The file system uses part of the growth for inode tables, journal and blocks reserved for
+    // root.
     let expected = before + growth.scaled(0.9);
     let begun = Instant::now();
     loop {
-        let total = root_of(machine).await.map(|root| root.total);
+        let total = root_file_system(machine).await.map(|root| root.total);
         if total.is_some_and(|total| total >= expected) {
             return Disk {
                 confirmed: true,
@@ -72,21 +72,21 @@ pub async fn confirm(
                 note: None,
             };
         }
-        if begun.elapsed() > PATIENCE {
+        if begun.elapsed() > GROW_TIMEOUT {
             return unconfirmed(
                 total,
-                "the disk is larger, but the guest has not grown its file system yet: run resize2fs in it",
+                "the disk has grown, but the guest's file system has not yet: run resize2fs in it",
             );
         }
-        tokio::time::sleep(INTERVAL).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-/// What helps where `resize2fs` in the guest does not.
+/// Returns the advice for a file system that `resize2fs` cannot grow in the guest.
 fn offline(obstacle: &'static str) -> String {
     format!(
-        "the disk is larger, but the guest's file system is not: {obstacle}. Stop the VM, grow its disk by another GiB, which \
-         grows the file system to all of it, and start the VM"
+        "the disk has grown, but the guest's file system has not: {obstacle}. Stop the VM, grow its disk by another GiB, which \
+         grows the file system to the size of the disk, and start the VM"
     )
 }
 
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_note_for_a_file_system_that_does_not_grow_while_mounted_names_what_works() {
+    fn the_note_for_a_file_system_that_cannot_grow_while_mounted_advises_offline_growth() {
         let note = offline("Linux does not grow a mounted ext4 with the feature sparse_super2");
         for word in ["sparse_super2", "Stop the VM", "another GiB", "start the VM"] {
             assert!(note.contains(word), "{note}");

@@ -1,14 +1,14 @@
-//! `POST /vms/{vm}/restart`: down and up again, as one operation.
+//! `POST /vms/{vm}/restart`: stops and starts a VM as one operation.
 
 use crate::error::ServiceError;
 use crate::service::Service;
 use scalebox_client::Vm;
 
 impl Service {
-    /// Shuts a VM down as [`Service::stop`] does, and starts it; one that does not run is started.
+    /// Shuts a VM down as [`Service::stop`] does, and starts it. A stopped VM is started.
     ///
     /// # Errors
-    /// 404, 409 when something is under way on it.
+    /// 404; 409 if another operation is running on the VM.
     pub async fn restart(&self, reference: String) -> Result<Vm, ServiceError> {
         let service = self.clone();
         self.detached(async move {

@@ -1,11 +1,11 @@
-//! Connections: accepted within bounds, and answered to the end when the daemon is told to stop.
+//! Accepts connections within limits, and finishes requests in progress when the daemon stops.
 //!
-//! Whoever can reach the port can open connections, so none is worth anything to hold: it has to
-//! send, it has to read what it is answered, and one that shows no token is closed behind its first
-//! answer (see [`api`](crate::api)).
+//! Anyone who can reach the port can open a connection, so an idle one must cost nothing: requests
+//! and responses have deadlines, and an unauthenticated connection is closed after its first
+//! response (see [`api`](crate::api)).
 
 use crate::api::without_trailing_slash;
-use crate::error_bodies::{Answering, ErrorBodies};
+use crate::error_bodies::{ErrorBodies, RequestsInProgress};
 use crate::logins::Peer;
 use crate::service::Service;
 use axum::Router;
@@ -30,32 +30,31 @@ use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 
 /// Connections served at once; more wait in the kernel's queue.
-const MOST_CONNECTIONS: usize = 1024;
-/// Of these, one other host's at most. This host's own may come from a proxy, for all the world.
-const MOST_OF_A_PEER: usize = MOST_CONNECTIONS / 2;
-/// How long a client may leave what it is answered where it is, before the connection is given up.
-const READ_PATIENCE: Duration = Duration::from_secs(120);
-/// How long a client may take to send a request's head, the time between two requests included.
+const MAX_CONNECTIONS: usize = 1024;
+/// Limit per remote peer. Loopback is exempt: it may be a proxy for everyone.
+const MAX_CONNECTIONS_PER_PEER: usize = MAX_CONNECTIONS / 2;
+/// Time limit for a client to read more of its response, after which the connection is closed.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Time limit for a request's head, including the idle time since the previous request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a shutdown waits for requests under way; longer than the longest of them, a stop.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(90);
-/// How long clients may take, when there is nothing under way any more, to take what they are
-/// answered.
-const LAST_ANSWERS: Duration = Duration::from_secs(5);
-/// How long to leave the listener alone after it failed, as it does when files run out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a shutdown waits for operations in progress; longer than the longest of them, a stop.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(90);
+/// How long a shutdown waits for clients to read their responses, once all operations have ended.
+const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause after a failed `accept`, for example when file descriptors have run out.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Serves until SIGTERM or SIGINT, then answers the requests under way and takes no more. A second
-/// signal ends it at once.
+/// Serves until SIGTERM or SIGINT, then finishes the requests in progress and accepts no more. A
+/// second signal ends the daemon at once.
 ///
 /// # Errors
-/// When signals cannot be watched.
+/// If the signal handlers cannot be installed.
 pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io::Result<()> {
     let mut signals = Signals {
         terminate: signal(SignalKind::terminate())?,
         interrupt: signal(SignalKind::interrupt())?,
     };
-    let connections = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let peers = Peers::default();
     let graceful = GracefulShutdown::new();
     let mut http = http1::Builder::new();
@@ -63,40 +62,39 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
 
     loop {
         let accepted = async {
-            // Closed only with the last handle, which is held here.
-            let room = Arc::clone(&connections).acquire_owned().await;
-            (room, listener.accept().await)
+            // The semaphore is never closed: this function holds a handle.
+            let permit = Arc::clone(&connections).acquire_owned().await;
+            (permit, listener.accept().await)
         };
-        let (room, stream, peer) = tokio::select! {
+        let (permit, stream, peer) = tokio::select! {
             accepted = accepted => match accepted {
-                // Of a socket for both versions of IP, those of version 4 come in the form of
-                // version 6.
-                (room, Ok((stream, peer))) => (room, stream, peer.ip().to_canonical()),
+                // A dual-stack socket reports IPv4 peers as IPv4-mapped IPv6 addresses.
+                (permit, Ok((stream, peer))) => (permit, stream, peer.ip().to_canonical()),
                 (_, Err(error)) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    tracing::warn!(%error, "cannot accept a connection; retrying");
+                    tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                     continue;
                 }
             },
             name = signals.next() => {
-                tracing::info!("{name}: finishing what is under way");
+                tracing::info!("{name} received: finishing the operations in progress");
                 break;
             }
         };
         let Some(counted) = peers.count(peer) else {
-            tracing::debug!(%peer, "it has connections enough");
+            tracing::debug!(%peer, "connection rejected: the peer has too many");
             continue;
         };
         let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(READ_PATIENCE));
-        let answering = Answering::default();
-        let stream = ErrorBodies::new(Box::pin(stream), answering.clone());
-        let connection = http.serve_connection(TokioIo::new(stream), routed(router.clone(), answering, peer));
+        stream.set_write_timeout(Some(WRITE_TIMEOUT));
+        let in_progress = RequestsInProgress::default();
+        let stream = ErrorBodies::new(Box::pin(stream), in_progress.clone());
+        let connection = http.serve_connection(TokioIo::new(stream), routed(router.clone(), in_progress, peer));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
-            let _held = (room, counted);
+            let _held = (permit, counted);
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection ended early");
+                tracing::debug!(%error, "connection ended early");
             }
         });
     }
@@ -104,39 +102,41 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
     drop(listener);
     service.inner().closing.cancel();
     tokio::select! {
-        ended = tokio::time::timeout(SHUTDOWN_GRACE, finish(graceful, service)) => if ended.is_err() {
-            tracing::warn!(seconds = SHUTDOWN_GRACE.as_secs(), "some requests did not end: leaving them to the next start");
+        ended = tokio::time::timeout(SHUTDOWN_TIMEOUT, finish(graceful, service)) => if ended.is_err() {
+            tracing::warn!(seconds = SHUTDOWN_TIMEOUT.as_secs(), "some operations did not end in time; the next start completes or undoes them");
         },
-        name = signals.next() => tracing::warn!("{name} again: leaving what is under way to the next start"),
+        name = signals.next() => tracing::warn!("{name} received again: stopping now; the next start completes or undoes the operations in progress"),
     }
     Ok(())
 }
 
-/// Waits for the requests under way, and then for clients to take their answers, but not for long.
+/// Waits for the operations in progress, and then briefly for clients to read their responses.
 async fn finish(graceful: GracefulShutdown, service: &Service) {
-    // Those who follow events are told the end of what is under way; then their streams end too.
-    let last_words = async {
+    // Clients of the event stream receive the events of these operations; then their streams end.
+    let last_events = async {
         service.finish().await;
         service.inner().events.end();
     };
-    let (mut answers, mut last_words) = (pin!(graceful.shutdown()), pin!(last_words));
-    let all_taken = tokio::select! {
-        () = &mut answers => true,
-        () = &mut last_words => false,
+    let (mut responses, mut last_events) = (pin!(graceful.shutdown()), pin!(last_events));
+    let all_sent = tokio::select! {
+        () = &mut responses => true,
+        () = &mut last_events => false,
     };
-    if all_taken {
-        last_words.await;
-    } else if tokio::time::timeout(LAST_ANSWERS, answers).await.is_err() {
-        tracing::info!("some clients do not take their answers, or do not finish asking: they are not waited for");
+    if all_sent {
+        last_events.await;
+    } else if tokio::time::timeout(FINAL_RESPONSE_TIMEOUT, responses).await.is_err() {
+        tracing::info!(
+            "some clients did not read their responses or finish their requests in time; closing their connections"
+        );
     }
-    // What a request that was still arriving began.
+    // A request that was still arriving may have begun another operation.
     service.finish().await;
 }
 
-/// The router as a connection's service. Each request carries its peer.
+/// Wraps the router as a connection's service. Each request carries its peer's address.
 fn routed(
     router: Router,
-    answering: Answering,
+    in_progress: RequestsInProgress,
     peer: IpAddr,
 ) -> impl hyper::service::Service<
     Request<Incoming>,
@@ -146,42 +146,42 @@ fn routed(
 > {
     let router = TowerToHyperService::new(router);
     service_fn(move |mut request: Request<Incoming>| {
-        let guard = answering.begin();
+        let guard = in_progress.begin();
         request.extensions_mut().insert(Peer(peer));
-        let answer = router.call(without_trailing_slash(request.map(Body::new)));
-        async move { answer.await.map(|answer| guard.until_sent(answer)) }
+        let response = router.call(without_trailing_slash(request.map(Body::new)));
+        async move { response.await.map(|response| guard.until_sent(response)) }
     })
 }
 
-/// How many connections each other host has.
+/// Counts the connections of each remote peer.
 #[derive(Clone, Default)]
 struct Peers {
     counts: Arc<Mutex<HashMap<IpAddr, usize>>>,
 }
 
-/// A connection of a peer, for as long as this lives.
-struct Counted {
+/// Counts one connection of a peer until it is dropped.
+struct PeerConnection {
     peers: Peers,
     peer: IpAddr,
 }
 
 impl Peers {
-    /// Counts a connection; `None` when the peer has as many as it may have.
-    fn count(&self, peer: IpAddr) -> Option<Counted> {
+    /// Counts a connection. Returns `None` if the peer is at its limit.
+    fn count(&self, peer: IpAddr) -> Option<PeerConnection> {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(peer).or_default();
-        if *count >= MOST_OF_A_PEER && !peer.is_loopback() {
+        if *count >= MAX_CONNECTIONS_PER_PEER && !peer.is_loopback() {
             return None;
         }
         *count += 1;
-        Some(Counted {
+        Some(PeerConnection {
             peers: self.clone(),
             peer,
         })
     }
 }
 
-impl Drop for Counted {
+impl Drop for PeerConnection {
     fn drop(&mut self) {
         let mut counts = self.peers.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = counts.get_mut(&self.peer) {
@@ -212,16 +212,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_host_has_half_of_the_connections_at_most_and_gets_them_back() {
+    fn a_remote_peer_is_limited_to_half_of_the_connections() {
         let peers = Peers::default();
-        let (other, third, own) = ("192.0.2.1", "192.0.2.2", "127.0.0.1");
+        let (remote, other_remote, loopback) = ("192.0.2.1", "192.0.2.2", "127.0.0.1");
         let count = |peer: &str| peers.count(peer.parse().unwrap());
-        let mut held: Vec<_> = (0..MOST_OF_A_PEER).map(|_| count(other).unwrap()).collect();
-        assert!(count(other).is_none() && count(third).is_some());
-        held.pop();
-        assert!(count(other).is_some());
-        let own: Vec<_> = (0..=MOST_OF_A_PEER).map(|_| count(own).unwrap()).collect();
-        drop((held, own));
+        let mut open: Vec<_> = (0..MAX_CONNECTIONS_PER_PEER).map(|_| count(remote).unwrap()).collect();
+        assert!(count(remote).is_none() && count(other_remote).is_some());
+        open.pop();
+        assert!(count(remote).is_some());
+        let local: Vec<_> = (0..=MAX_CONNECTIONS_PER_PEER)
+            .map(|_| count(loopback).unwrap())
+            .collect();
+        drop((open, local));
         assert!(peers.counts.lock().unwrap().is_empty());
     }
 }

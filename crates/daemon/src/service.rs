@@ -1,24 +1,24 @@
-//! The service behind the API: its parts, and each thing that can be asked of it.
+//! The service behind the API: shared state, and one method per operation.
 //!
-//! What a request does is told in [`create`](crate::create), [`lifecycle`](crate::lifecycle),
+//! The operations are implemented in [`create`](crate::create), [`lifecycle`](crate::lifecycle),
 //! [`update`](crate::update), [`pool`](crate::pool) and [`snapshots`](crate::snapshots).
 
-use crate::accounts::{self, Ledger};
+use crate::accounts::{self, UsageTracker};
 use crate::cleanup::Cleanups;
 use crate::drivers::Drivers;
 use crate::error::{ServiceError, quoted};
 use crate::events::Events;
 use crate::guest_trim;
 use crate::host;
-use crate::idempotency::{self, Keys};
+use crate::idempotency::{self, KeysInUse};
 use crate::metrics::Metrics;
-use crate::pool_growth::Growth;
-use crate::pool_watch::Held;
+use crate::pool_growth::PoolGrowth;
+use crate::pool_watch::PausedVms;
 use crate::reclaim::Reclaim;
 use crate::settings::Settings;
-use crate::snapshots::Cloning;
+use crate::snapshots::TemplatesInUse;
 use crate::state::{Record, State};
-use crate::template_files::MOST_TRANSFERS;
+use crate::template_files::MAX_TRANSFERS;
 use crate::vms::Vms;
 use scalebox_client::{
     Cpu, CreateVm, EventKind, HostInfo, HostLimits, Limits, Memory, Template, Trimmed, UpdateVm, Vm, VmCounts, VmStatus,
@@ -35,10 +35,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
-/// The template that every host has and nobody deletes.
+/// The protected template that every host has.
 pub const BASE_TEMPLATE: &str = "debian-base";
 
-/// The service behind the API. Cloning gives another handle on the same one.
+/// The service behind the API. A clone is another handle on the same service.
 #[derive(Clone)]
 pub struct Service {
     inner: Arc<Inner>,
@@ -50,7 +50,7 @@ pub(crate) struct Inner {
     pub(crate) limits: Limits,
     pub(crate) pool: Arc<Pool>,
     pub(crate) state: Arc<State>,
-    /// Whatever changes a VM, a template or the pool is told here.
+    /// Every change of a VM, a template or the pool is published here.
     pub(crate) events: Arc<Events>,
     pub(crate) network: Network,
     pub(crate) resolvers: Vec<Ipv4Addr>,
@@ -58,29 +58,29 @@ pub(crate) struct Inner {
     accel: String,
     pub(crate) cmdline: String,
     pub(crate) vms: Vms,
-    /// What adds up, for Prometheus.
+    /// Counters and histograms for Prometheus.
     pub(crate) metrics: Metrics,
-    /// The idempotency keys of creations under way.
-    pub(crate) keys: Keys,
-    /// The machines that stand still for lack of space.
-    pub(crate) held: Held,
-    pub(crate) growth: Growth,
-    /// Whose the pool's blocks are.
-    pub(crate) ledger: Ledger,
+    /// The idempotency keys of creations in progress.
+    pub(crate) keys: KeysInUse,
+    /// The machines that are paused because storage is full.
+    pub(crate) paused: PausedVms,
+    pub(crate) growth: PoolGrowth,
+    /// Disk usage of VMs and templates.
+    pub(crate) usage: UsageTracker,
     pub(crate) reclaim: Reclaim,
-    /// What could not be removed from the host yet.
+    /// Failed removals from the host that are retried.
     pub(crate) cleanups: Cleanups,
-    pub(crate) cloning: Cloning,
+    pub(crate) templates_in_use: TemplatesInUse,
     started: Instant,
-    /// Cancelled when the daemon is told to stop.
+    /// Cancelled when the daemon is asked to stop.
     pub(crate) closing: CancellationToken,
-    /// Templates on their way to elsewhere or from elsewhere.
+    /// Limits the number of template exports and imports.
     pub(crate) transfers: Arc<Semaphore>,
-    /// Operations outlive the connection that asked for them; a shutdown waits for them.
+    /// Operations outlive the connection that started them; a shutdown waits for them.
     pub(crate) tasks: TaskTracker,
 }
 
-/// The parts a service is made of, each ready.
+/// The initialised parts of a service.
 pub struct Parts {
     /// The settings.
     pub settings: Settings,
@@ -88,25 +88,25 @@ pub struct Parts {
     pub pool: Pool,
     /// The open state file.
     pub state: State,
-    /// Where what happens is told.
+    /// Where events are published.
     pub events: Events,
-    /// The bridge and what hangs on it.
+    /// The bridge, taps, forwards and firewall rules.
     pub network: Network,
-    /// The resolvers guests are told.
+    /// The DNS resolvers for guests.
     pub resolvers: Vec<Ipv4Addr>,
     /// The hypervisors.
     pub vmm: Drivers,
-    /// How guests' code runs: `kvm` or `tcg`.
+    /// The accelerator: `kvm` or `tcg`.
     pub accel: String,
-    /// What guests' kernels are told.
+    /// The kernel command line of guests.
     pub cmdline: String,
 }
 
 impl Service {
-    /// Puts the parts together, with an empty table of VMs.
+    /// Assembles the service, with an empty table of VMs.
     ///
     /// # Errors
-    /// When the host's memory cannot be read.
+    /// If the host's memory cannot be read.
     pub fn new(parts: Parts) -> std::io::Result<Service> {
         let memory_mib = host::memory()?.total >> 20;
         let inner = Inner {
@@ -116,10 +116,10 @@ impl Service {
                 .limits(host::cpu_count().min(parts.vmm.for_new().max_vcpus()), memory_mib),
             vms: Vms::new(&parts.settings.net),
             metrics: Metrics::new().map_err(std::io::Error::other)?,
-            keys: Keys::default(),
-            held: Held::default(),
-            growth: Growth::default(),
-            ledger: Ledger::default(),
+            keys: KeysInUse::default(),
+            paused: PausedVms::default(),
+            growth: PoolGrowth::default(),
+            usage: UsageTracker::default(),
             settings: parts.settings,
             pool: Arc::new(parts.pool),
             state: Arc::new(parts.state),
@@ -131,10 +131,10 @@ impl Service {
             cmdline: parts.cmdline,
             reclaim: Reclaim::default(),
             cleanups: Cleanups::default(),
-            cloning: Cloning::default(),
+            templates_in_use: TemplatesInUse::default(),
             started: Instant::now(),
             closing: CancellationToken::new(),
-            transfers: Arc::new(Semaphore::new(MOST_TRANSFERS)),
+            transfers: Arc::new(Semaphore::new(MAX_TRANSFERS)),
             tasks: TaskTracker::new(),
         };
         Ok(Service { inner: Arc::new(inner) })
@@ -144,18 +144,20 @@ impl Service {
         &self.inner
     }
 
-    /// What a request may ask for on this host.
+    /// Returns the limits for requests on this host.
     pub fn limits(&self) -> &Limits {
         &self.inner.limits
     }
 
-    /// Makes a VM. Runs to its end even when the caller stops waiting.
+    /// Creates a VM. Completes even if the caller stops waiting.
+    ///
+    /// If an earlier request with the same idempotency key created a VM, returns that VM; the
+    /// second value reports which case it is.
     ///
     /// # Errors
-    /// 404 no such template, 400 disk smaller than it, 409 name taken, 507 does not fit, 503 the
-    /// host is not ready. Nothing is left then.
-    ///
-    /// With an idempotency key that has made one, that VM; the second of the pair says so.
+    /// 404 if there is no such template, 400 if the disk is smaller than the template, 409 if the
+    /// name is in use, 507 if the disk does not fit, 503 if the host is not ready. Nothing is left
+    /// behind.
     pub async fn create(&self, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
         let service = self.clone();
         self.detached(async move { idempotency::create(&service, request).await })
@@ -165,57 +167,58 @@ impl Service {
     /// Starts a stopped VM.
     ///
     /// # Errors
-    /// 404, 409 when it runs or something is under way on it.
+    /// 404; 409 if the VM is running or another operation is running on it.
     pub async fn start(&self, reference: String) -> Result<Vm, ServiceError> {
         let service = self.clone();
         self.detached(async move { service.start_now(&reference).await }).await
     }
 
-    /// Shuts a VM down: by the guest itself, or after [`STOP_GRACE`] without it.
+    /// Shuts a VM down; kills the guest if it has not shut down after [`STOP_TIMEOUT`].
     ///
     /// # Errors
-    /// 404, 409 when it does not run or something is under way on it.
+    /// 404; 409 if the VM is not running or another operation is running on it.
     pub async fn stop(&self, reference: String) -> Result<Vm, ServiceError> {
         let service = self.clone();
         self.detached(async move { service.stop_now(&reference).await }).await
     }
 
-    /// Changes a VM. Its disk grows, and the file system on it: live if it runs, else offline.
-    /// Waits for what is under way on the VM, so that of several requests at once the largest size
-    /// is what is left.
+    /// Changes a VM. Grows its disk and the file system on it: live if the VM runs, otherwise
+    /// offline.
+    ///
+    /// Waits for the operation in progress on the VM, so that the largest size wins when several
+    /// requests arrive at once.
     ///
     /// # Errors
-    /// 404, 400 when the disk would become smaller, 507 when it does not fit; nothing is changed
-    /// then.
+    /// 404; 400 if the disk would become smaller; 507 if it does not fit. Nothing is changed then.
     pub async fn update(&self, reference: String, request: UpdateVm) -> Result<Vm, ServiceError> {
         let service = self.clone();
         self.detached(async move { service.update_now(&reference, request).await })
             .await
     }
 
-    /// Has a guest give back what it deleted.
+    /// Discards the free blocks of a guest's file systems.
     ///
     /// # Errors
-    /// 404, 409 when it does not run or its agent does not answer.
+    /// 404; 409 if the VM is not running or its agent does not respond.
     pub async fn trim_vm(&self, reference: String) -> Result<Trimmed, ServiceError> {
         let service = self.clone();
         self.detached(async move { guest_trim::on_demand(&service, &reference).await })
             .await
     }
 
-    /// Deletes a VM, running or not, with its disk. One that is still being made is called off, by
-    /// its name, and undone.
+    /// Deletes a VM, running or not, with its disk. Cancels and undoes the creation of a VM of this
+    /// name.
     ///
     /// # Errors
-    /// 404, 409 when something is under way on it.
+    /// 404; 409 if another operation is running on the VM.
     pub async fn delete(&self, reference: String) -> Result<(), ServiceError> {
         let service = self.clone();
         self.detached(async move { service.delete_now(&reference).await }).await
     }
 
-    /// All VMs, oldest first.
+    /// Lists all VMs, oldest first.
     pub fn list(&self) -> Vec<Vm> {
-        let accounts = self.inner.ledger.latest();
+        let accounts = self.inner.usage.latest();
         let records = self.inner.vms.all();
         records
             .iter()
@@ -223,7 +226,7 @@ impl Service {
             .collect()
     }
 
-    /// One VM by id or name.
+    /// Finds a VM by id or name.
     ///
     /// # Errors
     /// 404.
@@ -231,10 +234,10 @@ impl Service {
         self.inner.vms.find(reference).map(|record| self.describe(&record))
     }
 
-    /// All templates.
+    /// Lists all templates.
     ///
     /// # Errors
-    /// 500 when the pool cannot be read.
+    /// 500 if the pool cannot be read.
     pub async fn templates(&self) -> Result<Vec<Template>, ServiceError> {
         let pool = Arc::clone(&self.inner.pool);
         let templates = blocking(move || pool.templates()).await?;
@@ -244,7 +247,7 @@ impl Service {
             .collect())
     }
 
-    /// One template.
+    /// Finds a template.
     ///
     /// # Errors
     /// 404.
@@ -256,7 +259,7 @@ impl Service {
     }
 
     pub(crate) fn describe_template(&self, template: scalebox_storage::Template) -> Template {
-        let accounts = self.inner.ledger.latest();
+        let accounts = self.inner.usage.latest();
         Template {
             storage: accounts
                 .as_deref()
@@ -264,24 +267,24 @@ impl Service {
             size_bytes: template.size.as_u64(),
             used_bytes: template.used.as_u64(),
             created_at: rfc3339(template.created_at.try_into().unwrap_or(jiff::Timestamp::UNIX_EPOCH)),
-            used_by: self.inner.vms.made_from(template.name.as_str()),
+            used_by: self.inner.vms.count_from_template(template.name.as_str()),
             protected: template.name.as_str() == BASE_TEMPLATE,
             name: template.name.to_string(),
         }
     }
 
-    /// Deletes a template. VMs made from it are not touched.
+    /// Deletes a template. VMs created from it are kept.
     ///
     /// # Errors
-    /// 403 for [`BASE_TEMPLATE`], 404, 409 while a VM is being made from it.
+    /// 403 for [`BASE_TEMPLATE`]; 404; 409 while a VM is being created from it.
     pub async fn delete_template(&self, name: String) -> Result<(), ServiceError> {
         if name == BASE_TEMPLATE {
             return Err(ServiceError::Forbidden(format!(
-                "the template {BASE_TEMPLATE} is protected: it cannot be deleted"
+                "the template {BASE_TEMPLATE} is protected and cannot be deleted"
             )));
         }
         let parsed = template_name(&name)?;
-        self.inner.cloning.require_idle(&name)?;
+        self.inner.templates_in_use.require_idle(&name)?;
         let pool = Arc::clone(&self.inner.pool);
         blocking(move || pool.delete_template(&parsed)).await?;
         self.inner.cleanups.sweep_soon();
@@ -292,10 +295,10 @@ impl Service {
         Ok(())
     }
 
-    /// The host and what is on it.
+    /// Describes the host, its VMs and its limits.
     ///
     /// # Errors
-    /// 500 when the kernel does not tell.
+    /// 500 if the kernel's figures cannot be read.
     pub async fn info(&self) -> Result<HostInfo, ServiceError> {
         let memory = host::memory()
             .map_err(|error| ServiceError::Internal(format!("cannot read the host's memory: {error}")))?;
@@ -330,7 +333,7 @@ impl Service {
         })
     }
 
-    /// Waits for every operation under way; no new one is begun meanwhile.
+    /// Waits for all operations in progress. Does not prevent new ones.
     pub async fn finish(&self) {
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
@@ -341,7 +344,7 @@ impl Service {
         blocking(move || state.set_status(&id, status, reason.as_deref())).await
     }
 
-    /// Sockets, pid file and seed drive of a machine.
+    /// Returns the folder for the sockets, pid file and seed drive of a VM's machine.
     pub(crate) fn run_dir(&self, id: &str) -> PathBuf {
         self.inner.settings.run_dir.join("vms").join(id)
     }
@@ -355,7 +358,7 @@ impl Service {
     }
 
     pub(crate) fn describe(&self, record: &Record) -> Vm {
-        self.describe_by(record, self.inner.ledger.latest().as_deref())
+        self.describe_by(record, self.inner.usage.latest().as_deref())
     }
 
     fn describe_by(&self, record: &Record, accounts: Option<&PoolUsage>) -> Vm {
@@ -384,13 +387,12 @@ impl Service {
         }
     }
 
-    /// Runs an operation in a task of its own: a client that hangs up does not leave it half-done.
+    /// Runs an operation in its own task, so that a client that disconnects does not interrupt it.
     pub(crate) async fn detached<T: Send + 'static>(
         &self,
         operation: impl Future<Output = Result<T, ServiceError>> + Send + 'static,
     ) -> Result<T, ServiceError> {
-        // Its own failure is logged here too: a client that hung up takes no answer that would be
-        // logged.
+        // Failures are logged here too: no response is logged if the client has disconnected.
         let service = self.clone();
         let logged = async move {
             operation.await.inspect_err(|error| {
@@ -399,16 +401,16 @@ impl Service {
             })
         };
         let task = self.inner.tasks.spawn(logged.in_current_span());
-        task.await.unwrap_or_else(|error| Err(did_not_end(&error)))
+        task.await.unwrap_or_else(|error| Err(task_failed(&error)))
     }
 }
 
-/// Marks a step of an operation whose successor can fail; tests let it fail.
+/// Marks a step at which tests inject an error.
 pub(crate) fn fault_point(step: &'static str) -> Result<(), ServiceError> {
     scalebox_fault_points::fault_point(step).map_err(|error| ServiceError::Internal(error.to_string()))
 }
 
-/// Runs what blocks on a thread that may, within the caller's log span.
+/// Runs blocking work on a thread for such work, within the caller's log span.
 pub(crate) async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ServiceError>
 where
     T: Send + 'static,
@@ -417,17 +419,17 @@ where
     let span = tracing::Span::current();
     match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
         Ok(result) => result.map_err(Into::into),
-        Err(error) => Err(did_not_end(&error)),
+        Err(error) => Err(task_failed(&error)),
     }
 }
 
-/// A task that panicked: what it said is for the log alone.
-fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
-    tracing::error!(%error, "a task did not end");
-    ServiceError::Internal("an error inside scaleboxd; its log tells more under the request's id".to_owned())
+/// Logs a panicked task. The panic message goes only to the log, not to the client.
+fn task_failed(error: &tokio::task::JoinError) -> ServiceError {
+    tracing::error!(%error, "a task panicked");
+    ServiceError::Internal("internal error; see the scaleboxd log for this request id".to_owned())
 }
 
-/// What has no name's form is no template either.
+/// Parses a template name. A malformed name cannot belong to a template: 404.
 pub(crate) fn template_name(name: &str) -> Result<Name, ServiceError> {
     name.parse()
         .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
@@ -438,6 +440,6 @@ pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {
 }
 
 pub(crate) fn rfc3339(time: jiff::Timestamp) -> String {
-    // Whole milliseconds are enough to sort by, and short enough to read.
+    // Milliseconds are precise enough to sort by and short enough to read.
     format!("{time:.3}")
 }

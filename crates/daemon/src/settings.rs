@@ -1,8 +1,8 @@
 //! Settings: from the environment, over a file of `KEY=VALUE` lines, over defaults.
 //!
-//! A setting that does not parse stops the daemon with its name, its value and what would be right;
-//! so does a key in the file that no setting has, because a misspelt setting that is quietly
-//! ignored is a default in disguise.
+//! A setting that does not parse stops the daemon, with its name, its value and the expected form.
+//! So does an unknown key in the file: if a misspelt setting were ignored, its default would apply
+//! unnoticed.
 
 use crate::contradictions;
 use ipnet::Ipv4Net;
@@ -18,76 +18,75 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Where the file is looked for when `--config` does not name one.
+/// The default of `--config`.
 pub const DEFAULT_FILE: &str = "/etc/scaleboxd/config";
 
-/// The least memory, in MiB, with which the Debian guest boots to a login.
+/// The minimum memory, in MiB, with which the Debian guest boots to a login.
 const MIN_MEM_MIB: u64 = 128;
 
-/// Every setting, as the table in the README lists them.
+/// All settings, in the order of the table in the README.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// `STORAGE_SIZE`: the size of a new pool; 80 % of what is free when not set.
+    /// `STORAGE_SIZE`: the size of a new pool; 80 % of the free space if not set.
     pub storage_size: Option<RequestedSize>,
-    /// `POOL_AUTO_GROW`: whether the pool grows by itself; when not set, a pool does whose size was
-    /// not asked for.
+    /// `POOL_AUTO_GROW`: whether the pool grows automatically; if not set, it does unless
+    /// `STORAGE_SIZE` is set.
     pub pool_auto_grow: bool,
-    /// `POOL_LOW_WATER_GIB`: with less than this free, it does.
+    /// `POOL_LOW_WATER_GIB`: the free space below which the pool grows.
     pub pool_low_water: Gib,
-    /// `DEFAULT_DISK_SIZE_GIB`: the disk of a VM that names none.
+    /// `DEFAULT_DISK_SIZE_GIB`: the disk size of a VM that requests none.
     pub default_disk_size: Gib,
-    /// `MAX_DISK_SIZE_GIB`: the largest disk.
+    /// `MAX_DISK_SIZE_GIB`: the maximum disk size.
     pub max_disk_size: Gib,
-    /// `STORAGE_BUFFER_GIB`: always left free.
+    /// `STORAGE_BUFFER_GIB`: the space that is always kept free.
     pub storage_buffer: Gib,
-    /// `OVERCOMMIT_RATIO`: how many times the pool may be promised.
+    /// `OVERCOMMIT_RATIO`: how many times the pool's capacity may be committed.
     pub overcommit_ratio: f64,
-    /// `ACCOUNTING_SECONDS`: how often it is measured whose the pool's blocks are, in seconds.
+    /// `ACCOUNTING_SECONDS`: the interval of disk usage measurements.
     pub accounting_interval: Duration,
     /// `DATA_DIR`: the pool's mount point.
     pub data_dir: PathBuf,
-    /// `POOL_IMAGE` and `POOL_DEVICE`: what the pool lies on.
+    /// `POOL_IMAGE` and `POOL_DEVICE`: the backing of the pool.
     pub backing: Backing,
-    /// `STATE_DIR`: the state, outside the pool.
+    /// `STATE_DIR`: the folder of the state, outside the pool.
     pub state_dir: PathBuf,
-    /// `RUN_DIR`: sockets and seed drives of running machines.
+    /// `RUN_DIR`: the folder for sockets and seed drives of running machines.
     pub run_dir: PathBuf,
-    /// `FSTAB`: the table the pool's mount is registered in; `None` to register it nowhere.
+    /// `FSTAB`: the table to register the pool's mount in; `None` for no registration.
     pub fstab: Option<PathBuf>,
     /// `API_BIND` and `API_PORT`.
     pub api: SocketAddr,
     /// `API_TOKEN`; only `serve` needs it.
     pub api_token: Option<Token>,
-    /// `HOST_IP`: shown to clients; the default route's address when not set.
+    /// `HOST_IP`: the address shown to clients; the default route's if not set.
     pub host_ip: Option<IpAddr>,
     /// `BRIDGE`, `SUBNET`, `PORT_MIN`, `PORT_MAX` and `GUEST_DENY`: the guests' network, their SSH
-    /// forwards and what they do not reach.
+    /// forwards and the networks they cannot reach.
     pub net: NetConfig,
-    /// `GUEST_DNS`: the resolvers guests use; the host's own when not set.
+    /// `GUEST_DNS`: the resolvers for guests; the host's own if not set.
     pub guest_dns: Vec<Ipv4Addr>,
     /// `VMM`: the hypervisor driver.
     pub vmm: VmmChoice,
-    /// `ACCEL`: how guests' code runs.
+    /// `ACCEL`: the accelerator.
     pub accel: AccelChoice,
     /// `DEFAULT_VCPU_COUNT`.
     pub default_vcpu_count: u32,
     /// `DEFAULT_MEM_SIZE_MIB`.
     pub default_mem_size_mib: u64,
-    /// `GUEST_TRIM_INTERVAL_MINUTES`: how often each guest gives back what it deleted; zero for
-    /// never.
+    /// `GUEST_TRIM_INTERVAL_MINUTES`: the interval of trims of each guest; zero for never.
     pub guest_trim_interval: Duration,
     /// `LOG_FORMAT`.
     pub log_format: LogFormat,
-    /// `LOG_LEVEL`: a level, or a filter by module as crate `tracing-subscriber` reads it.
+    /// `LOG_LEVEL`: a level, or a filter by module as the crate `tracing-subscriber` parses it.
     pub log_level: String,
 }
 
-/// The bearer token. Its `Debug` does not show it.
+/// The bearer token. `Debug` does not show it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
 impl Token {
-    /// The secret itself.
+    /// Returns the secret itself.
     pub fn secret(&self) -> &str {
         &self.0
     }
@@ -102,7 +101,7 @@ impl std::fmt::Debug for Token {
 /// `VMM`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmmChoice {
-    /// The best there is on this host.
+    /// The best one available on this host.
     Auto,
     /// QEMU's `microvm` machine.
     Qemu,
@@ -113,7 +112,7 @@ pub enum VmmChoice {
 /// `ACCEL`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AccelChoice {
-    /// KVM where it can run guests, else emulation.
+    /// KVM if it works on this host, otherwise emulation.
     Auto,
     /// Hardware virtualisation.
     Kvm,
@@ -124,49 +123,49 @@ pub enum AccelChoice {
 /// `LOG_FORMAT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
-    /// Lines for eyes.
+    /// Text for people.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Why the settings cannot be used.
+/// Why the settings are rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// A value is not of its setting's form.
-    #[error("{key}={value:?} cannot be used: {right}")]
+    /// A value does not have the expected form.
+    #[error("{key}={value:?} cannot be used: {expected}")]
     Value {
         /// The setting.
         key: &'static str,
-        /// What it was set to.
+        /// The value.
         value: String,
-        /// What would be right.
-        right: String,
+        /// The expected form.
+        expected: String,
     },
-    /// A setting without which nothing goes.
-    #[error("{key} is not set: {right}")]
+    /// A required setting is missing.
+    #[error("{key} is not set: {expected}")]
     Missing {
         /// The setting.
         key: &'static str,
-        /// What would be right.
-        right: &'static str,
+        /// How to set it.
+        expected: &'static str,
     },
-    /// The file could not be read.
+    /// The file cannot be read.
     #[error("cannot read the settings in {}: {source}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// A line of the file is not `KEY=VALUE`, or names no setting.
+    /// A line of the file is not `KEY=VALUE`, or its key is unknown.
     #[error("{} line {number}: {problem}", path.display())]
     Line {
         /// The file.
         path: PathBuf,
-        /// Counted from one.
+        /// The number of the line, starting at one.
         number: usize,
-        /// What is wrong with it.
+        /// What is wrong with the line.
         problem: String,
     },
 }
@@ -206,10 +205,10 @@ const KEYS: [&str; 31] = [
 ];
 
 impl Settings {
-    /// Reads the file (the default one may be absent) and the environment.
+    /// Reads the environment and the file. The default file may be missing.
     ///
     /// # Errors
-    /// The first setting that cannot be used.
+    /// The first setting that is invalid.
     pub fn load(file: Option<&Path>) -> Result<Settings, SettingsError> {
         let mut values = match (file, fs::read(file.unwrap_or(Path::new(DEFAULT_FILE)))) {
             (_, Ok(text)) => parse_file(file.unwrap_or(Path::new(DEFAULT_FILE)), &text)?,
@@ -222,12 +221,12 @@ impl Settings {
             }
         };
         for key in KEYS {
-            // An empty variable is how a shell passes "not set".
+            // Shells pass an unset setting as an empty variable.
             if let Some(value) = std::env::var_os(key).filter(|value| !value.is_empty()) {
                 let value = value.into_string().map_err(|value| SettingsError::Value {
                     key,
                     value: value.to_string_lossy().into_owned(),
-                    right: "write it in UTF-8".to_owned(),
+                    expected: "must be UTF-8".to_owned(),
                 })?;
                 values.insert(key, value);
             }
@@ -243,7 +242,7 @@ impl Settings {
         )?;
         let storage_size = values.storage_size()?;
         let settings = Settings {
-            // A size that was asked for is a wish not to take more.
+            // A requested size is also the limit, unless automatic growth is requested too.
             pool_auto_grow: values.word(
                 "POOL_AUTO_GROW",
                 storage_size.is_none(),
@@ -284,18 +283,18 @@ impl Settings {
         Ok(settings)
     }
 
-    /// The token; `serve` does not run without one.
+    /// Returns the token, which `serve` requires.
     ///
     /// # Errors
     /// [`SettingsError::Missing`].
     pub fn token(&self) -> Result<&Token, SettingsError> {
         self.api_token.as_ref().ok_or(SettingsError::Missing {
             key: "API_TOKEN",
-            right: "there is no default; set it to a long random text, such as what `openssl rand -hex 32` prints",
+            expected: "it has no default; set it to a long random text, such as the output of `openssl rand -hex 32`",
         })
     }
 
-    /// What `pool init` is to make.
+    /// Returns the plan for `pool init`.
     pub fn pool_plan(&self) -> PoolPlan {
         PoolPlan {
             data_dir: self.data_dir.clone(),
@@ -307,7 +306,7 @@ impl Settings {
         }
     }
 
-    /// What admission is held to.
+    /// Returns the bounds of admission.
     pub fn bounds(&self) -> Bounds {
         Bounds {
             buffer: self.storage_buffer,
@@ -315,7 +314,8 @@ impl Settings {
         }
     }
 
-    /// What a request may ask for, on a host with `cpus` processors and `memory_mib` of memory.
+    /// Returns the limits for requests, on a host with `cpus` processors and `memory_mib` of
+    /// memory.
     pub fn limits(&self, cpus: u32, memory_mib: u64) -> Limits {
         Limits {
             max_disk_size_gib: self.max_disk_size.as_u64(),
@@ -331,7 +331,7 @@ fn parse_file(path: &Path, text: &[u8]) -> Result<HashMap<&'static str, String>,
     let mut set_in_line: HashMap<&'static str, usize> = HashMap::new();
     for (number, line) in (1..).zip(text.split(|&byte| byte == b'\n')) {
         let line = line.trim_ascii();
-        // A comment may be in any encoding.
+        // A comment may have any encoding.
         if line.is_empty() || line.starts_with(b"#") {
             continue;
         }
@@ -340,25 +340,25 @@ fn parse_file(path: &Path, text: &[u8]) -> Result<HashMap<&'static str, String>,
             number,
             problem,
         };
-        let line = str::from_utf8(line).map_err(|_| problem("it is not UTF-8".to_owned()))?;
+        let line = str::from_utf8(line).map_err(|_| problem("the line is not UTF-8".to_owned()))?;
         let Some((key, value)) = line.split_once('=') else {
-            // The line stays out of the message: it may hold the token.
-            return Err(problem("it is not of the form KEY=VALUE".to_owned()));
+            // The line is not shown: it may contain the token.
+            return Err(problem("the line is not of the form KEY=VALUE".to_owned()));
         };
         let Some(key) = KEYS.into_iter().find(|known| *known == key.trim()) else {
             return Err(problem(format!(
-                "there is no setting {:?}; the settings are {}",
+                "unknown setting {:?}; the settings are {}",
                 key.trim(),
                 KEYS.join(", ")
             )));
         };
         if let Some(first) = set_in_line.insert(key, number) {
             return Err(problem(format!(
-                "{key} is set in line {first} already: remove one of the two lines"
+                "{key} is already set in line {first}: remove one of the two lines"
             )));
         }
         let value = value.trim();
-        // systemd's EnvironmentFile= takes quotes off; the same file serves both.
+        // The same file may serve as systemd's EnvironmentFile=, which removes quotes.
         let unquoted = ['"', '\'']
             .into_iter()
             .find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
@@ -377,11 +377,11 @@ impl Values {
         self.0.get(key).map(String::as_str)
     }
 
-    fn wrong(&self, key: &'static str, right: impl Into<String>) -> SettingsError {
+    fn wrong(&self, key: &'static str, expected: impl Into<String>) -> SettingsError {
         SettingsError::Value {
             key,
             value: self.get(key).unwrap_or_default().to_owned(),
-            right: right.into(),
+            expected: expected.into(),
         }
     }
 
@@ -394,14 +394,14 @@ impl Values {
             Ok(number) if range.contains(&number) => Ok(number),
             _ => Err(self.wrong(
                 key,
-                format!("it must be a whole number from {} to {}", range.start(), range.end()),
+                format!("must be a whole number from {} to {}", range.start(), range.end()),
             )),
         }
     }
 
     fn optional<T: FromStr>(&self, key: &'static str, form: &str) -> Result<Option<T>, SettingsError> {
         self.get(key)
-            .map(|text| text.parse().map_err(|_| self.wrong(key, format!("it must be {form}"))))
+            .map(|text| text.parse().map_err(|_| self.wrong(key, format!("must be {form}"))))
             .transpose()
     }
 
@@ -417,7 +417,7 @@ impl Values {
             .map(|(_, value)| *value)
             .ok_or_else(|| {
                 let known: Vec<_> = words.iter().map(|(word, _)| *word).collect();
-                self.wrong(key, format!("it must be one of {}", known.join(", ")))
+                self.wrong(key, format!("must be one of {}", known.join(", ")))
             })
     }
 
@@ -426,17 +426,17 @@ impl Values {
         if path.is_absolute() {
             Ok(path)
         } else {
-            Err(self.wrong(key, "it must be an absolute path, beginning with /"))
+            Err(self.wrong(key, "must be an absolute path, starting with /"))
         }
     }
 
-    /// An image unless a device is named, or neither is wanted.
+    /// Returns the backing: a device or a given file system if set, otherwise an image.
     fn backing(&self) -> Result<Backing, SettingsError> {
         if self.get("POOL_DEVICE").is_some() {
             if self.get("POOL_IMAGE").is_some() {
                 return Err(self.wrong(
                     "POOL_DEVICE",
-                    "it cannot be set together with POOL_IMAGE: a pool lies on one of them",
+                    "must not be set together with POOL_IMAGE: a pool has one backing",
                 ));
             }
             return self.path("POOL_DEVICE", "").map(Backing::Device);
@@ -493,20 +493,20 @@ impl Values {
         } else {
             Err(self.wrong(
                 "OVERCOMMIT_RATIO",
-                "it must be a number from 0.1 to 1000; 1 backs every promised byte",
+                "must be a number from 0.1 to 1000; with 1, every committed byte is backed",
             ))
         }
     }
 
     fn host_ip(&self) -> Result<Option<IpAddr>, SettingsError> {
-        const FORM: &str = "an IPv4 address that clients reach this host at, such as 192.0.2.10";
+        const FORM: &str = "an IPv4 address at which clients reach this host, such as 192.0.2.10";
         match self.optional("HOST_IP", FORM)? {
             Some(IpAddr::V6(_)) => Err(self.wrong(
                 "HOST_IP",
-                format!("the forwards to guests are IPv4 only, so no client would reach a VM there; it must be {FORM}"),
+                format!("must be {FORM}; forwards to guests are IPv4 only, so no client could reach a VM over IPv6"),
             )),
             Some(IpAddr::V4(ip)) if ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() => {
-                Err(self.wrong("HOST_IP", format!("it must be {FORM}")))
+                Err(self.wrong("HOST_IP", format!("must be {FORM}")))
             }
             other => Ok(other),
         }
@@ -519,11 +519,11 @@ impl Values {
         if text.bytes().all(|byte| byte.is_ascii_graphic()) {
             Ok(Some(Token(text.to_owned())))
         } else {
-            // The value stays out of the message: it is a secret.
+            // The value is not shown: it is a secret.
             Err(SettingsError::Value {
                 key: "API_TOKEN",
                 value: "…".to_owned(),
-                right: "it must be printable ASCII without spaces, as it travels in an HTTP header".to_owned(),
+                expected: "must be printable ASCII without spaces, because it is sent in an HTTP header".to_owned(),
             })
         }
     }
@@ -555,8 +555,8 @@ impl Values {
             text => text
                 .split(',')
                 .map(|part| {
-                    let right = "it must be private, none, or networks such as 10.0.0.0/8, separated by commas";
-                    part.trim().parse().map_err(|_| self.wrong(KEY, right))
+                    let expected = "must be private, none, or networks such as 10.0.0.0/8, separated by commas";
+                    part.trim().parse().map_err(|_| self.wrong(KEY, expected))
                 })
                 .collect(),
         }
@@ -569,21 +569,21 @@ impl Values {
         let resolver = |part: &str| {
             let address = part
                 .parse()
-                .map_err(|_| "it must be IPv4 addresses, separated by commas".to_owned())?;
+                .map_err(|_| "must be IPv4 addresses, separated by commas".to_owned())?;
             match unusable_resolver(address) {
-                Some(why) => Err(format!("{address} cannot be the resolver of a guest: {why}")),
+                Some(why) => Err(format!("guests cannot use {address} as a resolver: {why}")),
                 None => Ok(address),
             }
         };
         parts
-            .map(|part| resolver(part).map_err(|right| self.wrong(KEY, right)))
+            .map(|part| resolver(part).map_err(|expected| self.wrong(KEY, expected)))
             .collect()
     }
 }
 
 #[cfg(test)]
 impl Settings {
-    /// What these settings make, beside defaults.
+    /// Parses these settings, over defaults.
     pub fn of(pairs: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
         let values = pairs.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
         Settings::from_values(&Values(values))
@@ -599,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_those_of_the_table() {
+    fn the_defaults_match_the_documentation() {
         let settings = settings(&[]).unwrap();
         assert_eq!(settings.default_disk_size, Gib::new(2));
         assert_eq!(settings.max_disk_size, Gib::new(100));
@@ -618,11 +618,11 @@ mod tests {
         let denies = |settings: &Settings, network: &str| settings.net.denied().contains(&network.parse().unwrap());
         assert!(denies(&settings, "192.168.0.0/16") && denies(&settings, "169.254.0.0/16"));
         assert_eq!((settings.default_vcpu_count, settings.default_mem_size_mib), (1, 512));
-        assert!(settings.token().is_err(), "there is no default token");
+        assert!(settings.token().is_err(), "the token has no default");
     }
 
     #[test]
-    fn a_pool_lies_on_an_image_a_device_or_what_is_there() {
+    fn a_pool_is_backed_by_an_image_a_device_or_a_given_file_system() {
         let backing = |pairs: &[(&'static str, &str)]| settings(pairs).map(|settings| settings.backing);
         assert_eq!(
             backing(&[("POOL_IMAGE", "/srv/p.img")]),
@@ -641,7 +641,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_whose_size_was_asked_for_grows_by_itself_only_when_told_to() {
+    fn a_pool_with_a_requested_size_grows_automatically_only_if_set_to() {
         let grows = |pairs: &[(&'static str, &str)]| settings(pairs).unwrap().pool_auto_grow;
         assert!(grows(&[]));
         assert!(!grows(&[("STORAGE_SIZE", "100G")]));
@@ -650,8 +650,8 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_that_does_not_parse_is_named_with_its_value_and_what_would_be_right() {
-        for (key, value, right) in [
+    fn an_invalid_setting_is_reported_with_its_value_and_the_expected_form() {
+        for (key, value, expected) in [
             ("STORAGE_SIZE", "100", "100G"),
             ("STORAGE_SIZE", "0G", "100G"),
             ("POOL_AUTO_GROW", "yes", "one of on, off"),
@@ -670,7 +670,7 @@ mod tests {
             ("API_TOKEN", "with space", "printable ASCII"),
             ("HOST_IP", "host", "an IPv4 address"),
             ("HOST_IP", "0.0.0.0", "clients reach"),
-            ("HOST_IP", "2001:db8::1", "IPv4 only, so no client would reach a VM"),
+            ("HOST_IP", "2001:db8::1", "IPv4 only, so no client could reach a VM"),
             ("BRIDGE", "a bridge with a long name", "such as scalebox0"),
             ("SUBNET", "172.16.0.0/32", "172.16.0.0/16"),
             ("SUBNET", "here", "172.16.0.0/16"),
@@ -688,13 +688,13 @@ mod tests {
             ("LOG_FORMAT", "xml", "one of text, json"),
         ] {
             let error = settings(&[(key, value)]).expect_err(key);
-            assert!(error.starts_with(key) && error.contains(right), "{error}");
+            assert!(error.starts_with(key) && error.contains(expected), "{error}");
             assert_eq!(error.contains(value), key != "API_TOKEN", "{error}");
         }
     }
 
     #[test]
-    fn a_file_is_read_line_by_line_and_a_misspelt_key_is_an_error() {
+    fn a_misspelt_key_in_the_file_is_an_error() {
         let path = Path::new("/etc/scaleboxd/config");
         let values = parse_file(path, b"# f\xfcr\n\nAPI_TOKEN=\"abc\"\nAPI_PORT = 9090\r\nHOST_IP=\n").unwrap();
         assert_eq!(
@@ -710,23 +710,23 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_is_set_twice_and_a_line_that_is_not_utf_8_are_named() {
+    fn a_key_that_is_set_twice_and_a_line_that_is_not_utf_8_are_errors() {
         let path = Path::new("/etc/scaleboxd/config");
         let error = parse_file(path, b"API_PORT=1\n# comment\nAPI_PORT=2\n")
             .unwrap_err()
             .to_string();
         assert_eq!(
             error,
-            "/etc/scaleboxd/config line 3: API_PORT is set in line 1 already: remove one of the two lines"
+            "/etc/scaleboxd/config line 3: API_PORT is already set in line 1: remove one of the two lines"
         );
         let error = parse_file(path, b"API_PORT=1\nDATA_DIR=/f\xfcr\n")
             .unwrap_err()
             .to_string();
-        assert_eq!(error, "/etc/scaleboxd/config line 2: it is not UTF-8");
+        assert_eq!(error, "/etc/scaleboxd/config line 2: the line is not UTF-8");
     }
 
     #[test]
-    fn the_table_of_mounts_can_be_declined() {
+    fn registration_in_fstab_can_be_disabled() {
         assert_eq!(settings(&[]).unwrap().fstab.as_deref(), Some(Path::new("/etc/fstab")));
         assert_eq!(settings(&[("FSTAB", "none")]).unwrap().fstab, None);
         assert!(settings(&[("FSTAB", "fstab")]).is_err());

@@ -1,7 +1,8 @@
-//! Snapshots: a VM's disk becomes a template.
+//! Snapshots: creates a template from a VM's disk.
 //!
-//! The guest stands still only while its disk is cloned, which copies nothing: frozen by its agent,
-//! or paused where no agent answers. All else is done on the clone, when the VM is free again.
+//! The guest is stopped from writing only while its disk is cloned, which copies nothing: its agent
+//! freezes the file systems, or the VM is paused if no agent responds. All other steps work on the
+//! clone, when other operations on the VM are allowed again.
 
 use crate::agent;
 use crate::error::ServiceError;
@@ -21,51 +22,53 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a guest may take to write out what it holds back, before its file systems are frozen.
-const FLUSH: Duration = Duration::from_secs(20);
-/// How often a guest is told to go on before that is left to the daemon's next start; each attempt
-/// has a deadline of its own.
-const ATTEMPTS: u32 = 20;
-/// How long to wait before the next attempt.
-const INTERVAL: Duration = Duration::from_millis(100);
+/// Time limit for a guest to flush its caches before its file systems are frozen.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(20);
+/// Limit on attempts to thaw or resume a guest; then the daemon's next start tries again. Each
+/// attempt has its own deadline.
+const MAX_ATTEMPTS: u32 = 20;
+/// Pause between two attempts.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The templates of which disks are being cloned.
+/// The templates that disks are being cloned from; these cannot be deleted.
 #[derive(Default)]
-pub struct Cloning {
+pub struct TemplatesInUse {
     counts: Arc<Mutex<HashMap<String, usize>>>,
 }
 
-/// A template that stays while this lives.
-pub struct InUse {
+/// Keeps a template from being deleted until it is dropped.
+pub struct TemplateInUse {
     counts: Arc<Mutex<HashMap<String, usize>>>,
     template: String,
 }
 
-impl Cloning {
+impl TemplatesInUse {
     /// Keeps a template from being deleted.
-    pub fn hold(&self, template: &str) -> InUse {
+    pub fn hold(&self, template: &str) -> TemplateInUse {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.entry(template.to_owned()).or_default() += 1;
-        InUse {
+        TemplateInUse {
             counts: Arc::clone(&self.counts),
             template: template.to_owned(),
         }
     }
 
+    /// Checks that the template can be deleted.
+    ///
     /// # Errors
     /// 409 while a disk is being cloned from it.
     pub fn require_idle(&self, template: &str) -> Result<(), ServiceError> {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if counts.contains_key(template) {
             return Err(ServiceError::Busy(format!(
-                "a VM is being made from the template {template}: try again when that is done"
+                "a VM is being created from the template {template}: try again later"
             )));
         }
         Ok(())
     }
 }
 
-impl Drop for InUse {
+impl Drop for TemplateInUse {
     fn drop(&mut self) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = counts.get_mut(&self.template) {
@@ -77,21 +80,21 @@ impl Drop for InUse {
     }
 }
 
-/// How a guest was held still while its disk was cloned.
-enum Held {
+/// How a guest was kept from writing while its disk was cloned, and for how long.
+enum Quiesced {
     NotRunning,
     Paused(Duration),
     Frozen(Duration),
 }
 
 impl Service {
-    /// Makes a template of a VM's disk, running or not. Runs to its end even when the caller stops
+    /// Creates a template from a VM's disk, running or not. Completes even if the caller stops
     /// waiting.
     ///
     /// # Errors
-    /// 403 for [`BASE_TEMPLATE`], 404, 409 when there is a template of that name, the disk's file
-    /// system is damaged or something is under way on the VM, 507 when it does not fit. Nothing is
-    /// left then, and the VM goes on.
+    /// 403 for [`BASE_TEMPLATE`]; 404; 409 if the template name is in use, the disk's file system
+    /// is damaged, or another operation is running on the VM; 507 if the template does not fit.
+    /// Nothing is left behind then, and the guest continues to run.
     pub async fn snapshot(&self, reference: String, request: SnapshotVm) -> Result<Snapshot, ServiceError> {
         let service = self.clone();
         self.detached(async move { service.snapshot_now(&reference, &request).await })
@@ -110,17 +113,17 @@ impl Service {
         let clone = blocking(move || pool.begin_snapshot(&name)).await?;
         let operation = self.inner().vms.begin(reference, "being snapshotted")?;
         self.require_disk(&operation.record).await?;
-        let (clone, held) = self.clone_still(&operation, clone).await?;
+        let (clone, quiesced) = self.clone_quiesced(&operation, clone).await?;
         let record = operation.record.clone();
-        // From here on the VM is free again.
+        // Other operations on the VM are allowed from here on.
         drop(operation);
 
         let (pool, source) = (Arc::clone(&self.inner().pool), identity(&record));
         let made = blocking(move || pool.finish_snapshot(clone, &source)).await?;
-        let (held, stood_still) = match held {
-            Held::NotRunning => ("not_running", Duration::ZERO),
-            Held::Paused(time) => ("paused", time),
-            Held::Frozen(time) => ("frozen", time),
+        let (held, stood_still) = match quiesced {
+            Quiesced::NotRunning => ("not_running", Duration::ZERO),
+            Quiesced::Paused(time) => ("paused", time),
+            Quiesced::Frozen(time) => ("frozen", time),
         };
         let stood_still_ms = stood_still.as_millis() as u64;
         tracing::info!(
@@ -129,7 +132,7 @@ impl Service {
             template,
             held,
             stood_still_ms,
-            "snapshotted"
+            "snapshot of the VM created"
         );
         self.inner().events.publish(
             EventKind::Snapshotted,
@@ -149,24 +152,25 @@ impl Service {
         })
     }
 
-    /// Clones a VM's disk while its guest writes nothing. On any outcome the guest goes on.
-    async fn clone_still(
+    /// Clones a VM's disk while its guest writes nothing. The guest continues in every case.
+    async fn clone_quiesced(
         &self,
         operation: &Operation,
         clone: PendingSnapshot,
-    ) -> Result<(PendingSnapshot, Held), ServiceError> {
+    ) -> Result<(PendingSnapshot, Quiesced), ServiceError> {
         let record = &operation.record;
         let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
         blocking(move || pool.flush_disk(&disk)).await?;
         let machine = match &operation.machine {
             Some(machine) if record.status == VmStatus::Running => machine,
-            // A paused one stands still already, and is not ours to resume.
-            _ => return Ok((self.clone_disk_now(record, clone).await?, Held::NotRunning)),
+            // The guest of a paused VM does not run; it is not resumed, because another task has
+            // paused it.
+            _ => return Ok((self.clone_disk_now(record, clone).await?, Quiesced::NotRunning)),
         };
         let agent = agent_of(machine).await;
         if let Some(agent) = &agent {
-            if let Err(error) = agent.flush(FLUSH).await {
-                tracing::debug!(vm = record.id, %error, "the guest was not flushed before it is frozen");
+            if let Err(error) = agent.flush(FLUSH_TIMEOUT).await {
+                tracing::debug!(vm = record.id, %error, "cannot flush the guest before freezing it");
             }
             self.mark_frozen(&record.id)?;
             let begun = Instant::now();
@@ -174,13 +178,13 @@ impl Service {
                 Ok(()) => Ok(self.clone_disk_now(record, clone).await),
                 Err(error) => Err((clone, error)),
             };
-            // Also after an error: a freeze that was answered too late is one all the same.
+            // Also after an error: the guest may have frozen after the time limit.
             self.thaw(&record.id, machine, Some(agent)).await;
             let stood_still = begun.elapsed();
             return match cloned {
-                Ok(cloned) => Ok((cloned?, Held::Frozen(stood_still))),
+                Ok(cloned) => Ok((cloned?, Quiesced::Frozen(stood_still))),
                 Err((clone, error)) => {
-                    tracing::info!(vm = record.id, %error, "the guest is not frozen but paused");
+                    tracing::info!(vm = record.id, %error, "cannot freeze the guest; pausing the VM instead");
                     self.clone_paused(record, machine, clone).await
                 }
             };
@@ -193,22 +197,22 @@ impl Service {
         record: &Record,
         machine: &Arc<dyn Machine>,
         clone: PendingSnapshot,
-    ) -> Result<(PendingSnapshot, Held), ServiceError> {
+    ) -> Result<(PendingSnapshot, Quiesced), ServiceError> {
         let begun = Instant::now();
         let cloned = match machine.pause().await {
             Ok(()) => self.clone_disk_now(record, clone).await,
             Err(error) => Err(error.into()),
         };
-        // Where the pool ran full meanwhile, who watches it has the say.
-        let watched = self
+        // If the pool ran full in the meantime, the pool watch resumes the VM.
+        let paused_by_watch = self
             .inner()
             .vms
             .find(&record.id)
             .is_ok_and(|now| now.status == VmStatus::Paused);
-        if !watched {
+        if !paused_by_watch {
             resume(machine).await?;
         }
-        Ok((cloned?, Held::Paused(begun.elapsed())))
+        Ok((cloned?, Quiesced::Paused(begun.elapsed())))
     }
 
     async fn clone_disk_now(
@@ -220,18 +224,18 @@ impl Service {
         blocking(move || pool.take_snapshot(&mut clone, &disk).map(|()| clone)).await
     }
 
-    /// Tells a guest to go on until it does. One that does not by then is told at the next start.
+    /// Thaws a guest, with retries. The next start retries a guest that is still frozen then.
     async fn thaw(&self, id: &str, machine: &Arc<dyn Machine>, first: Option<&Agent>) {
         let mut last: Result<(), AgentError> = match first {
             Some(agent) => agent.thaw().await,
             None => Err(AgentError::Silent),
         };
-        for _ in 0..ATTEMPTS {
+        for _ in 0..MAX_ATTEMPTS {
             if last.is_ok() || matches!(machine.state().await, Ok(MachineState::Ended(_))) {
                 self.unmark_frozen(id);
                 return;
             }
-            tokio::time::sleep(INTERVAL).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
             if let Some(agent) = agent_of(machine).await {
                 last = agent.thaw().await;
             }
@@ -242,7 +246,7 @@ impl Service {
         );
     }
 
-    /// Not in the VM's own folder, in which its hypervisor may write.
+    /// Outside the VM's own folder, where its hypervisor can write.
     fn frozen_dir(&self) -> PathBuf {
         self.inner().settings.run_dir.join("frozen")
     }
@@ -260,17 +264,17 @@ impl Service {
     }
 }
 
-/// Thaws the guests that an earlier daemon froze and did not live to thaw.
+/// Thaws the guests that were frozen when the daemon ended.
 pub async fn thaw_left_frozen(service: Service) {
     let frozen = match vm_folders(&service.frozen_dir()) {
         Ok(frozen) => frozen,
         Err(error) => {
-            tracing::error!(%error, "guests that an earlier scaleboxd froze are not thawed");
+            tracing::error!(%error, "cannot list the guests that are still frozen; they are not thawed");
             return;
         }
     };
     for id in frozen {
-        // So that no other snapshot freezes it meanwhile.
+        // Prevents another snapshot from freezing the guest in the meantime.
         let operation = service.inner().vms.begin_when_idle(&id, "being thawed").await;
         match operation.as_ref().map(|operation| &operation.machine) {
             Ok(Some(machine)) => {
@@ -286,17 +290,17 @@ fn remove_mark(mark: &Path) {
     if let Err(error) = fs::remove_file(mark)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %mark.display(), %error, "a mark is left; the next start removes it");
+        tracing::warn!(path = %mark.display(), %error, "cannot remove the mark of a frozen guest; the next start does");
     }
 }
 
 async fn resume(machine: &Arc<dyn Machine>) -> Result<(), ServiceError> {
     let mut last = machine.resume().await;
-    for _ in 0..ATTEMPTS {
+    for _ in 0..MAX_ATTEMPTS {
         match last {
             Ok(()) | Err(scalebox_vmm::Error::Ended { .. }) => return Ok(()),
             Err(_) => {
-                tokio::time::sleep(INTERVAL).await;
+                tokio::time::sleep(RETRY_INTERVAL).await;
                 last = machine.resume().await;
             }
         }
@@ -308,7 +312,7 @@ async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
     match agent::reach(machine).await {
         Ok(agent) => Some(agent),
         Err(error) => {
-            tracing::debug!(vm = %machine.id(), %error, "the guest agent did not answer");
+            tracing::debug!(vm = %machine.id(), %error, "the guest agent does not respond");
             None
         }
     }

@@ -1,6 +1,6 @@
-//! The state file: what the daemon must know after a crash, in SQLite under `STATE_DIR`.
+//! The state file: everything the daemon must remember after a crash, in SQLite under `STATE_DIR`.
 //!
-//! It lies outside the pool, so that a full pool does not stop the daemon. A change has two
+//! The state is outside the pool, so that a full pool does not stop the daemon. A change has two
 //! outcomes: it succeeded and survives a power cut, or it failed and was not made, now and after a
 //! restart. All methods block.
 
@@ -8,7 +8,7 @@ mod commits;
 mod renewal;
 mod reserve;
 
-use crate::idempotency::Once;
+use crate::idempotency::KeyedRequest;
 use commits::Commits;
 use reserve::Reserve;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
@@ -21,63 +21,63 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A VM as it stands in the state file.
+/// A VM as recorded in the state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// `vm-` and twelve hex digits.
     pub id: String,
-    /// Unique.
+    /// The name; unique.
     pub name: String,
     /// The template its disk was cloned from.
     pub template: String,
-    /// The key its account accepts.
+    /// The SSH key of the guest's account.
     pub ssh_public_key: String,
-    /// RFC 3339, UTC.
+    /// The time of creation: RFC 3339, UTC.
     pub created_at: String,
-    /// Processors.
+    /// The number of processors.
     pub vcpu_count: u32,
-    /// Memory in MiB.
+    /// The memory in MiB.
     pub mem_size_mib: u64,
-    /// Provisioned size of its disk in GiB.
+    /// The provisioned size of the disk in GiB.
     pub disk_size_gib: u64,
-    /// How its disk extends itself, if it does.
+    /// The auto-extend policy of the disk, if enabled.
     pub auto_extend: Option<AutoExtend>,
-    /// What it may take of disk and network.
+    /// The limits on disk and network.
     pub limits: VmLimits,
-    /// Whether it is started again after a reboot of the host.
+    /// Whether the VM is started again after a reboot of the host.
     pub autostart: bool,
-    /// The driver of its machine, as in the setting `VMM`; releases before this column recorded
-    /// none.
+    /// The driver of the VM's machine, as in the setting `VMM`. `None` for VMs of releases that did
+    /// not record it.
     pub vmm: Option<String>,
-    /// Its address in `SUBNET`; unique.
+    /// The guest's address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
-    /// The host's port that leads to its port 22; unique.
+    /// The host port that is forwarded to port 22 of the guest; unique.
     pub ssh_port: u16,
-    /// What it was last known to do.
+    /// The last known status.
     pub status: VmStatus,
-    /// Why, where that needs saying.
+    /// The reason for the status, if there is one.
     pub status_reason: Option<String>,
 }
 
-/// What a VM may take of disk and network; no limit where there is `None`. Units as in the API.
+/// Limits on a VM's disk and network; `None` for no limit. Units as in the API.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VmLimits {
-    /// Requests a second.
+    /// Requests per second.
     pub disk_iops: Option<u64>,
-    /// Megabytes a second.
+    /// Megabytes per second.
     pub disk_mbps: Option<u64>,
-    /// Megabits a second.
+    /// Megabits per second.
     pub net_mbps: Option<u64>,
 }
 
-/// What the state knows of its host.
+/// Facts that the state records about its host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fact {
-    /// The mark on the pool whose disks these are.
+    /// The owner mark of the pool that belongs to this state.
     PoolOwner,
-    /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which the VMs were last seen to.
+    /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which the VMs were last started.
     BootId,
-    /// How many times a daemon was started on it.
+    /// The number of daemon starts with this state.
     Starts,
 }
 
@@ -91,65 +91,65 @@ impl Fact {
     }
 }
 
-/// Why the state could not be read or written.
+/// Why the state cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// SQLite failed, or the disk under it.
+    /// SQLite or the disk failed.
     #[error("the state file {}: {source}", path.display())]
     Database {
-        /// The file.
+        /// The state file.
         path: PathBuf,
-        /// What SQLite reports.
+        /// The error from SQLite.
         source: Arc<rusqlite::Error>,
     },
-    /// One failure of several changes that were to be committed together.
+    /// One failure of several changes that were committed together.
     #[error(transparent)]
     Shared(Arc<StateError>),
-    /// A thread that worked on the state file panicked.
-    #[error("a change of the state file was broken off by an error inside scaleboxd")]
+    /// A thread that was working on the state file panicked.
+    #[error("internal error: a thread panicked while changing the state file")]
     Panicked,
     /// The disk of `STATE_DIR` is full.
-    #[error("the disk of STATE_DIR ({}) is full: free space there, then try again", .0.display())]
+    #[error("the disk of STATE_DIR ({}) is full: free some space there, then try again", .0.display())]
     Full(PathBuf),
     /// The file system of `STATE_DIR` was read-only when the daemon started.
     #[error(
-        "STATE_DIR ({}) was read-only when scaleboxd started: nothing can be changed until it is writable and scaleboxd is restarted",
+        "STATE_DIR ({}) was read-only when scaleboxd started: make it writable and restart scaleboxd; nothing can be changed until then",
         .0.display()
     )]
     ReadOnly(PathBuf),
-    /// A change was to be made to a VM that the state file does not have.
+    /// The VM to be changed is not in the state file.
     #[error("the state file {} has no VM {id}: nothing was changed", path.display())]
     NoSuchVm {
-        /// The file.
+        /// The state file.
         path: PathBuf,
-        /// The VM.
+        /// The id of the VM.
         id: String,
     },
-    /// The folder or the lock.
+    /// The state folder or its lock cannot be used.
     #[error("cannot use the state folder {}: {source}", path.display())]
     Folder {
         /// The folder.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// Another daemon has it.
+    /// Another daemon uses the state.
     #[error("another scaleboxd uses {}: stop it first, or set STATE_DIR to another folder", .0.display())]
     Locked(PathBuf),
-    /// A later release wrote it.
-    #[error("{} was written by a later release (schema {found}, this one knows {known}): install that release again", path.display())]
-    FromTheFuture {
-        /// The file.
+    /// The state was written by a later release.
+    #[error("{} was written by a later release (schema {found}, but this release supports up to {known}): install that release again", path.display())]
+    LaterSchema {
+        /// The state file.
         path: PathBuf,
-        /// Its schema.
+        /// The schema of the file.
         found: usize,
-        /// The last one known.
+        /// The latest supported schema.
         known: usize,
     },
 }
 
 impl StateError {
-    /// The error itself, where it is shared.
+    /// Returns the underlying error of a shared one.
     pub fn root(&self) -> &StateError {
         match self {
             StateError::Shared(shared) => shared.root(),
@@ -158,8 +158,8 @@ impl StateError {
     }
 }
 
-/// What brings a state file from the schema before to this one; the schema's number is the count of
-/// steps done, in `PRAGMA user_version`. Steps are only ever appended.
+/// The steps that migrate a state file to the current schema, one per schema version. The version
+/// is the number of completed steps, in `PRAGMA user_version`. Steps are only ever appended.
 const MIGRATIONS: [&str; 6] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
@@ -178,7 +178,7 @@ const MIGRATIONS: [&str; 6] = [
     CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     "CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, digest TEXT NOT NULL, vm TEXT NOT NULL) STRICT;
     CREATE TRIGGER forget_key AFTER DELETE ON vms BEGIN DELETE FROM idempotency_keys WHERE vm = OLD.id; END",
-    // All three or none of them.
+    // The three columns are set together or not at all.
     "ALTER TABLE vms ADD COLUMN extend_threshold_percent INTEGER;
     ALTER TABLE vms ADD COLUMN extend_increment_gib INTEGER;
     ALTER TABLE vms ADD COLUMN extend_limit_gib INTEGER",
@@ -186,12 +186,12 @@ const MIGRATIONS: [&str; 6] = [
     ALTER TABLE vms ADD COLUMN disk_mbps INTEGER;
     ALTER TABLE vms ADD COLUMN net_mbps INTEGER;
     ALTER TABLE vms ADD COLUMN autostart INTEGER NOT NULL DEFAULT 1",
-    // Keys were written before their VM was; a crash in between left some that belong to none.
+    // Earlier releases wrote keys before their VMs; a crash in between left keys without a VM.
     "DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)",
     "ALTER TABLE vms ADD COLUMN vmm TEXT",
 ];
 
-/// The open state file. One process has it at a time.
+/// The open state file. Only one process can open it at a time.
 #[derive(Debug)]
 pub struct State {
     folder: PathBuf,
@@ -202,14 +202,13 @@ pub struct State {
 }
 
 impl State {
-    /// Opens the state in `folder`, making it when it is not there, and brings it to this release's
-    /// schema.
+    /// Opens the state in `folder`, creates it if missing, and migrates it to the current schema.
     ///
-    /// On a read-only file system a copy in `scratch`, which must be writable, is read instead, and
+    /// On a read-only file system it reads a copy in `scratch` instead, which must be writable, and
     /// every change fails.
     ///
     /// # Errors
-    /// [`StateError::Locked`] while another process has it.
+    /// [`StateError::Locked`] while another process uses it.
     pub fn open(folder: &Path, scratch: &Path) -> Result<State, StateError> {
         let in_folder = |source| StateError::Folder {
             path: folder.to_owned(),
@@ -237,7 +236,7 @@ impl State {
         };
         if !is_read_only {
             reserve.ensure();
-            // The file's own name must survive a power cut too.
+            // The name of the new file must survive a power cut too.
             File::open(folder)
                 .and_then(|folder| folder.sync_all())
                 .map_err(in_folder)?;
@@ -251,13 +250,13 @@ impl State {
         })
     }
 
-    /// Whether every change fails because `STATE_DIR` was read-only at the start.
+    /// Returns whether every change fails because `STATE_DIR` was read-only at start.
     pub fn is_read_only(&self) -> bool {
         self.is_read_only
     }
 
-    /// Reads a fact without taking the state, also while a daemon has it; `None` also when there is
-    /// no state yet.
+    /// Reads a fact without taking the lock, even while a daemon runs; `None` if there is no state
+    /// yet.
     ///
     /// # Errors
     /// [`StateError::Database`].
@@ -268,7 +267,7 @@ impl State {
         })
     }
 
-    /// How many VMs a state knows, read as by [`State::peek`]; 0 where there is no state.
+    /// Counts the VMs without taking the lock; 0 if there is no state.
     ///
     /// # Errors
     /// [`StateError::Database`].
@@ -295,11 +294,10 @@ impl State {
             .map_err(|error| failed(&path, Arc::new(error)))
     }
 
-    /// Counts the VMs of each driver without taking the state; none also when there is no state
-    /// yet.
+    /// Counts the VMs of each driver without taking the lock; empty if there is no state.
     ///
     /// # Errors
-    /// [`StateError::Database`], also for a state of a release that recorded no drivers.
+    /// [`StateError::Database`], also if the state was written before drivers were recorded.
     pub fn peek_drivers(folder: &Path) -> Result<Vec<(String, u64)>, StateError> {
         let query = "SELECT vmm, count(*) FROM vms WHERE vmm IS NOT NULL GROUP BY vmm ORDER BY vmm";
         let counts = State::peek_with(folder, |state| {
@@ -310,7 +308,7 @@ impl State {
         Ok(counts.unwrap_or_default())
     }
 
-    /// All VMs, oldest first.
+    /// Lists all VMs, oldest first.
     ///
     /// # Errors
     /// [`StateError::Database`].
@@ -321,28 +319,28 @@ impl State {
         })
     }
 
-    /// Adds a VM, together with the request that asked for it if that has an idempotency key.
+    /// Adds a VM, together with its idempotency key if it has one.
     ///
     /// # Errors
-    /// [`StateError::Database`], also when its id, name, address or port is taken.
-    pub fn insert(&self, vm: &Record, once: Option<&Once>) -> Result<(), StateError> {
-        let (vm, once) = (vm.clone(), once.cloned());
+    /// [`StateError::Database`], also if the id, name, address or port is in use.
+    pub fn insert(&self, vm: &Record, keyed: Option<&KeyedRequest>) -> Result<(), StateError> {
+        let (vm, keyed) = (vm.clone(), keyed.cloned());
         self.commit(move |connection| {
-            if let Some(once) = &once {
+            if let Some(keyed) = &keyed {
                 connection
                     .prepare_cached("INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?)")?
-                    .execute(params![once.key.as_str(), once.digest, vm.id])?;
+                    .execute(params![keyed.key.as_str(), keyed.digest, vm.id])?;
             }
             insert(connection, &vm)
         })
         .map(drop)
     }
 
-    /// The id of the VM that the key's request has made, and the digest of that request.
+    /// Returns the id of the VM created with a key, and the digest of the request that created it.
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn made_by(&self, key: &IdempotencyKey) -> Result<Option<(String, String)>, StateError> {
+    pub fn created_by(&self, key: &IdempotencyKey) -> Result<Option<(String, String)>, StateError> {
         self.read(|connection| {
             let query = "SELECT vm, digest FROM idempotency_keys WHERE key = ? AND vm IN (SELECT id FROM vms)";
             connection
@@ -351,7 +349,7 @@ impl State {
         })
     }
 
-    /// Changes what a VM is known to do.
+    /// Changes a VM's status.
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
@@ -364,7 +362,7 @@ impl State {
         })
     }
 
-    /// Changes the size a VM's disk has, or is about to have.
+    /// Changes the size of a VM's disk, before or after the disk itself is changed.
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
@@ -377,12 +375,11 @@ impl State {
         })
     }
 
-    /// Changes a VM's settings: how its disk extends itself, its limits, whether it is started
-    /// again.
+    /// Changes a VM's settings: auto-extend, limits and autostart.
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_keeping(
+    pub fn set_settings(
         &self,
         id: &str,
         extend: Option<AutoExtend>,
@@ -423,7 +420,7 @@ impl State {
         })
     }
 
-    /// A fact about the host that the state belongs to; `None` when it was never noted.
+    /// Returns a recorded fact; `None` if it was never recorded.
     ///
     /// # Errors
     /// [`StateError::Database`].
@@ -434,7 +431,7 @@ impl State {
         })
     }
 
-    /// Notes a fact.
+    /// Records a fact.
     ///
     /// # Errors
     /// [`StateError::Database`].
@@ -459,7 +456,7 @@ impl State {
         })
     }
 
-    /// Makes a change to one VM's row.
+    /// Changes one VM's row.
     fn change(
         &self,
         id: &str,
@@ -499,8 +496,8 @@ fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
     }
 }
 
-/// Opens the file's lock, making it where it is not there; on a read-only or full file system the
-/// folder serves.
+/// Opens the lock file, creating it if missing. On a read-only or full file system, opens the
+/// folder instead.
 fn lock_file(folder: &Path) -> io::Result<File> {
     let path = folder.join("lock");
     File::options()
@@ -517,14 +514,14 @@ fn is_on_read_only_file_system(folder: &Path) -> io::Result<bool> {
     Ok(statvfs(folder)?.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
-/// Copies the state file and its log; SQLite cannot read a log beside which it can write nothing.
+/// Copies the state file and its log: SQLite cannot read a log in a folder that it cannot write to.
 fn copy_to(folder: &Path, scratch: &Path) -> io::Result<PathBuf> {
     let copy = scratch.join("state-copy.db");
     for suffix in ["", "-wal"] {
         let (from, to) = (format!("state.db{suffix}"), format!("state-copy.db{suffix}"));
         match fs::copy(folder.join(from), scratch.join(&to)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // That of an earlier start belongs to another state.
+                // The copy of an earlier start belongs to another state.
                 let _absent = fs::remove_file(scratch.join(to));
             }
             other => drop(other?),
@@ -584,7 +581,7 @@ fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StateError> {
         .query_row("PRAGMA user_version", [], |row| row.get(0))
         .map_err(database)?;
     if done > MIGRATIONS.len() {
-        return Err(StateError::FromTheFuture {
+        return Err(StateError::LaterSchema {
             path: path.to_owned(),
             found: done,
             known: MIGRATIONS.len(),
@@ -646,7 +643,7 @@ fn status_of(word: &str) -> Option<VmStatus> {
 }
 
 fn malformed(column: &str, value: &str) -> rusqlite::Error {
-    let problem = format!("{value:?} in column {column} was not written by this program");
+    let problem = format!("{value:?} in column {column} is not a valid value");
     rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, problem.into())
 }
 
@@ -676,7 +673,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_there_after_a_reopening() {
+    fn changes_are_there_after_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path(), folder.path()).unwrap();
         let extend = Some(AutoExtend {
@@ -715,17 +712,17 @@ mod tests {
         state.set_vmm(&vm(2).id, "qemu").unwrap();
         let drivers = State::peek_drivers(folder.path()).unwrap();
         assert_eq!(drivers, [("firecracker".to_owned(), 1), ("qemu".to_owned(), 1)]);
-        state.set_keeping(&vm(2).id, extend, limits, false).unwrap();
-        state.set_keeping(&vm(3).id, None, VmLimits::default(), true).unwrap();
+        state.set_settings(&vm(2).id, extend, limits, false).unwrap();
+        state.set_settings(&vm(3).id, None, VmLimits::default(), true).unwrap();
         drop(state);
         let vms = State::open(folder.path(), folder.path()).unwrap().vms().unwrap();
-        let kept = |vm: &Record| (vm.auto_extend, vm.limits, vm.autostart);
-        assert_eq!(kept(&vms[0]), (extend, limits, false));
-        assert_eq!(kept(&vms[1]), (None, VmLimits::default(), true));
+        let settings = |vm: &Record| (vm.auto_extend, vm.limits, vm.autostart);
+        assert_eq!(settings(&vms[0]), (extend, limits, false));
+        assert_eq!(settings(&vms[1]), (None, VmLimits::default(), true));
     }
 
     #[test]
-    fn names_addresses_and_ports_are_taken_once() {
+    fn names_addresses_and_ports_are_unique() {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path(), folder.path()).unwrap();
         state.insert(&vm(1), None).unwrap();
@@ -749,7 +746,7 @@ mod tests {
     }
 
     #[test]
-    fn one_process_has_the_state_at_a_time() {
+    fn only_one_process_can_open_the_state() {
         let folder = tempfile::tempdir().unwrap();
         let _first = State::open(folder.path(), folder.path()).unwrap();
         assert!(matches!(
@@ -759,10 +756,9 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_the_first_release_is_read_with_all_its_vms() {
+    fn a_state_of_the_first_release_is_migrated_with_all_its_vms() {
         let folder = tempfile::tempdir().unwrap();
-        // As that release left it, to the letter: the first step of the migrations must never
-        // change.
+        // Exactly as that release wrote it: the first migration must never change.
         let written = Connection::open(folder.path().join("state.db")).unwrap();
         written
             .execute_batch(include_str!("../tests/data/state-schema-1.sql"))
@@ -786,7 +782,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_a_later_release_is_left_alone() {
+    fn a_state_of_a_later_release_is_rejected() {
         let folder = tempfile::tempdir().unwrap();
         drop(State::open(folder.path(), folder.path()).unwrap());
         let connection = Connection::open(folder.path().join("state.db")).unwrap();
@@ -794,7 +790,7 @@ mod tests {
         drop(connection);
         assert!(matches!(
             State::open(folder.path(), folder.path()),
-            Err(StateError::FromTheFuture { found: 99, .. })
+            Err(StateError::LaterSchema { found: 99, .. })
         ));
     }
 }

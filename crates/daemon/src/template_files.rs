@@ -1,11 +1,10 @@
-//! Templates to elsewhere and from elsewhere: `GET /templates/{name}/export` and `POST
-//! /templates/{name}/import`.
+//! Template export and import: `GET /templates/{name}/export` and `POST /templates/{name}/import`.
 //!
-//! Both stream: an image is packed or unpacked as it goes over the wire, and stands nowhere in
-//! between. Each takes a thread that waits for the network, so there are few at a time, and none
-//! waits for ever.
+//! Both stream: the image is compressed or decompressed in transit, without a temporary file. Each
+//! transfer blocks a thread on the network, so their number is limited, and every wait has a
+//! deadline.
 
-use crate::api::{BODY_TIMEOUT, Segment, require_unpacked, root_cause};
+use crate::api::{BODY_TIMEOUT, Segment, require_supported_encoding, root_cause};
 use crate::error::ServiceError;
 use crate::service::{BASE_TEMPLATE, Service, blocking, template_name};
 use axum::Json;
@@ -29,34 +28,34 @@ use tokio::time::timeout;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::CancellationToken;
 
-/// The size of the image that the answer to an export holds packed.
+/// The uncompressed size of an exported image.
 const IMAGE_BYTES: HeaderName = HeaderName::from_static("scalebox-image-bytes");
-/// What is packed and not yet taken by the network: so many pieces of that many bytes.
-const AHEAD: usize = 8;
-const PIECE: usize = 64 << 10;
-/// Templates on their way at once.
-pub(crate) const MOST_TRANSFERS: usize = 8;
-/// How long a client may leave a piece of an export where it is.
-const PIECE_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long the rest of an import is listened to that has failed already.
+/// Limit on the compressed chunks of an export that the network has not taken yet.
+const MAX_BUFFERED_CHUNKS: usize = 8;
+const CHUNK_BYTES: usize = 64 << 10;
+/// Limit on concurrent exports and imports.
+pub(crate) const MAX_TRANSFERS: usize = 8;
+/// Time limit for a client to read the next chunk of an export.
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(120);
+/// Time limit for reading the rest of an import that has already failed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(900);
 
-/// What `POST /templates/{name}/import` may be asked with.
+/// The query parameters of `POST /templates/{name}/import`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Wish {
+pub struct ImportQuery {
     replace: Option<bool>,
 }
 
-/// A template's image, packed with zstd.
+/// Returns a template's image, compressed with zstd.
 #[utoipa::path(
     get, path = "/templates/{name}/export", tag = "Templates",
     params(("name" = String, Path, description = "Name of the template.")),
     responses(
         (status = 200, content_type = "application/zstd", body = [u8], description = "One zstd frame with a checksum.",
-            headers(("Scalebox-Image-Bytes" = u64, description = "The size of the image."))),
+            headers(("Scalebox-Image-Bytes" = u64, description = "The uncompressed size of the image."))),
         (status = 404, description = "No such template."),
-        (status = 503, description = "Too many templates are on their way already."),
+        (status = 503, description = "Too many templates are being exported or imported."),
     )
 )]
 pub async fn export(
@@ -68,7 +67,7 @@ pub async fn export(
     if method == Method::HEAD {
         let pool = Arc::clone(&service.inner().pool);
         let template = blocking(move || pool.template(&parsed)).await?;
-        // It is not packed for that, so how long it would be is not known.
+        // The length of the compressed image is unknown, so the response has no `Content-Length`.
         let body = Body::from_stream(stream::empty::<io::Result<body::Bytes>>());
         return Ok((export_head(&name, template.size)?, body).into_response());
     }
@@ -76,28 +75,28 @@ pub async fn export(
     let pool = Arc::clone(&service.inner().pool);
     let packing = blocking(move || pool.pack_template(&parsed)).await?;
     let size = packing.size();
-    let (sender, receiver) = mpsc::channel(AHEAD);
-    let mut pieces = Pieces {
+    let (sender, receiver) = mpsc::channel(MAX_BUFFERED_CHUNKS);
+    let mut chunks = ChunkSender {
         sender,
         runtime: Handle::current(),
     };
     tokio::task::spawn_blocking(move || {
         let _transfer = transfer;
-        let mut out = BufWriter::with_capacity(PIECE, &mut pieces);
+        let mut out = BufWriter::with_capacity(CHUNK_BYTES, &mut chunks);
         let written = packing.write_to(&mut out, |_| {}).and_then(|()| out.flush());
-        // What is left in the buffer is of no use behind a failure.
-        let (_pieces, _left) = out.into_parts();
+        // After a failure, the rest of the buffer is useless.
+        let (_chunks, _unsent) = out.into_parts();
         let last = match written {
-            Ok(()) => Ok(Piece::End),
+            Ok(()) => Ok(Chunk::End),
             Err(error) => {
-                tracing::warn!(%error, "an export ended early");
+                tracing::warn!(%error, "export ended early");
                 Err(error)
             }
         };
-        // Who hung up does not hear it.
-        let _hung_up = pieces.send(last);
+        // The client may have disconnected.
+        let _disconnected = chunks.send(last);
     });
-    let body = Body::from_stream(going_out(receiver, service.inner().closing.clone()));
+    let body = Body::from_stream(export_chunks(receiver, service.inner().closing.clone()));
     Ok((export_head(&name, size)?, body).into_response())
 }
 
@@ -111,111 +110,113 @@ fn export_head(name: &str, size: Bytes) -> Result<[(HeaderName, HeaderValue); 3]
     ])
 }
 
-/// Makes a template of an ext4 image, bare or packed with zstd, that comes in as the body.
+/// Creates a template from the ext4 image in the body, which may be compressed with zstd.
 #[utoipa::path(
     post, path = "/templates/{name}/import", tag = "Templates",
     params(
-        ("name" = String, Path, description = "Name of the template to be made."),
-        ("replace" = Option<bool>, Query, description = "Whether one of that name gives way to it."),
+        ("name" = String, Path, description = "Name of the template to create."),
+        ("replace" = Option<bool>, Query, description = "Whether to replace an existing template of this name."),
     ),
     request_body(content = [u8], content_type = "application/octet-stream"),
     responses(
         (status = 201, body = Template),
-        (status = 400, description = "It is no template, damaged, or larger than the largest disk."),
-        (status = 403, description = "A protected name."),
-        (status = 409, description = "The name is taken, or a VM is being made from it."),
-        (status = 503, description = "Too many templates are on their way already."),
-        (status = 507, description = "It does not fit."),
+        (status = 400, description = "Not a template image, damaged, or over MAX_DISK_SIZE_GIB."),
+        (status = 403, description = "The template name is protected."),
+        (status = 409, description = "The name is in use, or a VM is being created from the template."),
+        (status = 503, description = "Too many templates are being exported or imported."),
+        (status = 507, description = "The template does not fit into the pool."),
     )
 )]
 pub async fn import(
     State(service): State<Service>,
     Segment(name): Segment,
-    wish: Result<Query<Wish>, axum::extract::rejection::QueryRejection>,
+    query: Result<Query<ImportQuery>, axum::extract::rejection::QueryRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<(StatusCode, Json<Template>), ServiceError> {
-    let Query(wish) =
-        wish.map_err(|_| ServiceError::invalid("the query may hold replace=true or replace=false".to_owned()))?;
-    // What is packed with zstd is one by itself: the header says no more than the file does.
-    require_unpacked(&headers, &["zstd"])?;
-    let input = Heard {
-        input: SyncIoBridge::new(StreamReader::new(Box::pin(arriving(body)))),
-        comes: !headers.contains_key(EXPECT),
+    let Query(query) = query.map_err(|_| {
+        ServiceError::invalid("invalid query: only replace=true and replace=false are supported".to_owned())
+    })?;
+    // zstd is detected from the content, so the header is accepted and adds nothing.
+    require_supported_encoding(&headers, &["zstd"])?;
+    let input = ImportBody {
+        input: SyncIoBridge::new(StreamReader::new(Box::pin(import_chunks(body)))),
+        is_sending: !headers.contains_key(EXPECT),
         stalled: false,
     };
     let template = service
-        .import_template(name, input, wish.replace.unwrap_or(false))
+        .import_template(name, input, query.replace.unwrap_or(false))
         .await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
-/// The body's pieces, each waited for only so long.
-fn arriving(body: Body) -> impl Stream<Item = io::Result<body::Bytes>> + Send {
-    stream::unfold(body.into_data_stream(), |mut pieces| async {
-        let piece = match timeout(BODY_TIMEOUT, pieces.next()).await {
-            Ok(Some(piece)) => piece.map_err(|error| io::Error::other(root_cause(&error))),
+/// Returns the chunks of an import's body. Each must arrive within [`BODY_TIMEOUT`].
+fn import_chunks(body: Body) -> impl Stream<Item = io::Result<body::Bytes>> + Send {
+    stream::unfold(body.into_data_stream(), |mut chunks| async {
+        let chunk = match timeout(BODY_TIMEOUT, chunks.next()).await {
+            Ok(Some(chunk)) => chunk.map_err(|error| io::Error::other(root_cause(&error))),
             Ok(None) => return None,
             Err(_) => {
-                let why = format!("nothing came for {} s", BODY_TIMEOUT.as_secs());
+                let why = format!("no data received for {} s", BODY_TIMEOUT.as_secs());
                 Err(io::Error::new(io::ErrorKind::TimedOut, why))
             }
         };
-        Some((piece, pieces))
+        Some((chunk, chunks))
     })
 }
 
-/// What an export consists of.
-enum Piece {
+/// A chunk of an export's response body.
+enum Chunk {
     Data(body::Bytes),
-    /// All of it was sent.
+    /// The image is complete.
     End,
 }
 
-/// The pieces of an export, until the daemon is told to stop: it does not wait for who asked, who
-/// can ask again.
-fn going_out(
-    receiver: mpsc::Receiver<io::Result<Piece>>,
+/// Returns the chunks of an export. Ends when the daemon stops, which does not wait for exports:
+/// the client can repeat the request.
+fn export_chunks(
+    receiver: mpsc::Receiver<io::Result<Chunk>>,
     closing: CancellationToken,
 ) -> impl Stream<Item = io::Result<body::Bytes>> + Send {
     stream::unfold(Some((receiver, closing)), |state| async {
         let (mut receiver, closing) = state?;
-        let piece = tokio::select! {
-            piece = receiver.recv() => piece.unwrap_or_else(|| Err(io::Error::other("the export ended early"))),
-            () = closing.cancelled() => Err(io::Error::other("scaleboxd is being stopped")),
+        let chunk = tokio::select! {
+            chunk = receiver.recv() => chunk.unwrap_or_else(|| Err(io::Error::other("the export ended early"))),
+            () = closing.cancelled() => Err(io::Error::other("scaleboxd is stopping")),
         };
-        match piece {
-            Ok(Piece::Data(bytes)) => Some((Ok(bytes), Some((receiver, closing)))),
-            Ok(Piece::End) => None,
-            // The connection is cut: what was sent does not look like all of it.
+        match chunk {
+            Ok(Chunk::Data(bytes)) => Some((Ok(bytes), Some((receiver, closing)))),
+            Ok(Chunk::End) => None,
+            // Closes the connection, so that the client does not take the partial image for
+            // complete.
             Err(error) => Some((Err(error), None)),
         }
     })
 }
 
-/// The sending end of a body that is written by a thread that may block.
-struct Pieces {
-    sender: mpsc::Sender<io::Result<Piece>>,
+/// The sending end of an export's body, for the thread that compresses the image.
+struct ChunkSender {
+    sender: mpsc::Sender<io::Result<Chunk>>,
     runtime: Handle,
 }
 
-impl Pieces {
-    fn send(&self, piece: io::Result<Piece>) -> io::Result<()> {
-        let sent = self.runtime.block_on(self.sender.send_timeout(piece, PIECE_TIMEOUT));
+impl ChunkSender {
+    fn send(&self, chunk: io::Result<Chunk>) -> io::Result<()> {
+        let sent = self.runtime.block_on(self.sender.send_timeout(chunk, CHUNK_TIMEOUT));
         sent.map_err(|error| match error {
             SendTimeoutError::Timeout(_) => {
-                let why = format!("the client took nothing for {} s", PIECE_TIMEOUT.as_secs());
+                let why = format!("the client read no data for {} s", CHUNK_TIMEOUT.as_secs());
                 io::Error::new(io::ErrorKind::TimedOut, why)
             }
-            SendTimeoutError::Closed(_) => io::Error::new(io::ErrorKind::BrokenPipe, "the client hung up"),
+            SendTimeoutError::Closed(_) => io::Error::new(io::ErrorKind::BrokenPipe, "the client disconnected"),
         })
     }
 }
 
-impl Write for &mut Pieces {
-    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        self.send(Ok(Piece::Data(body::Bytes::copy_from_slice(piece))))?;
-        Ok(piece.len())
+impl Write for &mut ChunkSender {
+    fn write(&mut self, chunk: &[u8]) -> io::Result<usize> {
+        self.send(Ok(Chunk::Data(body::Bytes::copy_from_slice(chunk))))?;
+        Ok(chunk.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -223,18 +224,18 @@ impl Write for &mut Pieces {
     }
 }
 
-/// A body, and whether it is on its way: a client may wait with it (`Expect: 100-continue`) until
-/// something of it is read.
-struct Heard<R> {
+/// The body of an import. A client that sends `Expect: 100-continue` starts sending it only after
+/// the first read.
+struct ImportBody<R> {
     input: R,
-    comes: bool,
-    /// Nothing came for [`BODY_TIMEOUT`].
+    is_sending: bool,
+    /// No data arrived for [`BODY_TIMEOUT`].
     stalled: bool,
 }
 
-impl<R: Read> Read for Heard<R> {
+impl<R: Read> Read for ImportBody<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.comes = true;
+        self.is_sending = true;
         let read = self.input.read(buffer);
         self.stalled |= read
             .as_ref()
@@ -243,35 +244,39 @@ impl<R: Read> Read for Heard<R> {
     }
 }
 
-impl<R: Read> Heard<R> {
-    /// Listens to the rest. A client that sends all before it reads would not get to the answer
-    /// otherwise.
+impl<R: Read> ImportBody<R> {
+    /// Reads and discards the rest of the body. A client that sends all of it before it reads would
+    /// not receive the response otherwise.
     fn drain(&mut self) {
         let begun = Instant::now();
-        let mut piece = vec![0; PIECE];
-        while self.comes && begun.elapsed() < DRAIN_TIMEOUT && self.input.read(&mut piece).is_ok_and(|read| read > 0) {}
+        let mut chunk = vec![0; CHUNK_BYTES];
+        while self.is_sending
+            && begun.elapsed() < DRAIN_TIMEOUT
+            && self.input.read(&mut chunk).is_ok_and(|read| read > 0)
+        {}
     }
 }
 
 impl Service {
-    /// Takes one of the places for templates on their way.
+    /// Reserves one of the [`MAX_TRANSFERS`] concurrent exports and imports.
     fn begin_transfer(&self) -> Result<OwnedSemaphorePermit, ServiceError> {
         Arc::clone(&self.inner().transfers).try_acquire_owned().map_err(|_| {
             ServiceError::NotReady(format!(
-                "{MOST_TRANSFERS} templates are being exported or imported already: try again when one is done"
+                "{MAX_TRANSFERS} templates are already being exported or imported: try again later"
             ))
         })
     }
 
-    /// Makes a template of an image that comes in as a stream.
+    /// Creates a template from an image that arrives as a stream.
     ///
     /// # Errors
-    /// 400 when it is none, 408 when it stops arriving, 403 for [`BASE_TEMPLATE`], 409 when there
-    /// is one of that name or it is being made, 507 when it does not fit. Nothing is left then.
+    /// 400 if it is not a template image; 408 if it stops arriving; 403 for [`BASE_TEMPLATE`]; 409
+    /// if the name is in use or the template is already being created; 507 if it does not fit.
+    /// Nothing is left behind then.
     async fn import_template(
         &self,
         name: String,
-        mut input: Heard<impl Read + Send + 'static>,
+        mut input: ImportBody<impl Read + Send + 'static>,
         replace: bool,
     ) -> Result<Template, ServiceError> {
         if name == BASE_TEMPLATE {
@@ -279,24 +284,24 @@ impl Service {
                 "the template {BASE_TEMPLATE} is protected: choose another name"
             )));
         }
-        let form = |form| ServiceError::invalid(format!("the template's name {form}"));
+        let form = |form| ServiceError::invalid(format!("the template name {form}"));
         let parsed: Name = name.parse::<TemplateName>().map_err(form)?.as_str().parse()?;
         let service = self.clone();
         let transfer = self.begin_transfer()?;
         self.detached(async move {
             let _transfer = transfer;
             if replace {
-                service.inner().cloning.require_idle(&name)?;
+                service.inner().templates_in_use.require_idle(&name)?;
             }
-            let (pool, largest) = (
+            let (pool, max_size) = (
                 Arc::clone(&service.inner().pool),
                 service.inner().settings.max_disk_size.bytes(),
             );
             let made = blocking(move || {
-                let made = pool.unpack_template(&parsed, &mut input, largest, replace);
+                let made = pool.unpack_template(&parsed, &mut input, max_size, replace);
                 match made {
                     Err(_) if input.stalled => Err(ServiceError::Timeout(format!(
-                        "the image stopped arriving: nothing came for {} s; send it again",
+                        "the image is incomplete: no data received for {} s; send it again",
                         BODY_TIMEOUT.as_secs()
                     ))),
                     Err(error) => {

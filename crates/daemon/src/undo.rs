@@ -1,25 +1,24 @@
-//! Steps that can be taken back: each is pushed with its undo, and a failure runs the undos, last
-//! first.
+//! Undo steps: each completed step is pushed with its undo; on a failure, the undos run in reverse
+//! order.
 
 use std::future::Future;
 use std::pin::Pin;
 
 type Undo = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
-/// The undos of the steps taken so far. Dropped without [`Steps::undo_all`], it undoes nothing: the
-/// steps stand.
+/// The undos of the completed steps. Dropping it without [`Steps::undo_all`] keeps the steps.
 #[derive(Default)]
 pub struct Steps {
     taken: Vec<(&'static str, Undo)>,
 }
 
 impl Steps {
-    /// No step yet.
+    /// Creates an empty list.
     pub fn new() -> Steps {
         Steps::default()
     }
 
-    /// A step was taken; `undo` takes it back. The future is only run when it is needed.
+    /// Adds a completed step with its undo. The future is polled only if it is needed.
     pub fn taken<E: std::fmt::Display>(
         &mut self,
         step: &'static str,
@@ -31,13 +30,13 @@ impl Steps {
         ));
     }
 
-    /// Takes all steps back, last first. One that fails is logged, and the others are still taken
-    /// back: what is left of it is found at the next start.
+    /// Undoes all steps in reverse order. An undo that fails is logged and does not stop the
+    /// others; the next start cleans up after it.
     pub async fn undo_all(mut self) {
         while let Some((step, undo)) = self.taken.pop() {
             match undo.await {
-                Ok(()) => tracing::debug!(step, "undone"),
-                Err(error) => tracing::warn!(step, error, "a step could not be undone; the next start puts it right"),
+                Ok(()) => tracing::debug!(step, "step undone"),
+                Err(error) => tracing::warn!(step, error, "cannot undo a step; the next start cleans up"),
             }
         }
     }
@@ -49,7 +48,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     #[tokio::test]
-    async fn steps_are_undone_last_first_and_a_failing_undo_does_not_stop_the_others() {
+    async fn steps_are_undone_in_reverse_order_and_a_failed_undo_does_not_stop_the_others() {
         let order = Arc::new(Mutex::new(Vec::new()));
         let mut steps = Steps::new();
         for step in ["first", "second", "third"] {

@@ -1,7 +1,7 @@
-//! Changing a VM: its disk grows, and what is kept about it changes.
+//! Changing a VM: growing its disk, and changing its settings.
 //!
-//! The intent is recorded before the disk grows; a crash in between is carried through by the next
-//! start.
+//! The intent is recorded before the disk grows. After a crash in between, the next start completes
+//! the growth.
 
 use crate::auto_extend;
 use crate::error::ServiceError;
@@ -28,7 +28,7 @@ impl Service {
             return Err(ServiceError::invalid_field(
                 "disk_size_gib",
                 format!(
-                    "disk_size_gib must be at least {current}: the disk of {} is {current} GiB large, and disks do not shrink",
+                    "disk_size_gib must be at least {current}: the disk of VM {} has {current} GiB, and disks do not shrink",
                     record.name
                 ),
             ));
@@ -36,8 +36,8 @@ impl Service {
         if let Some(Some(extend)) = request.disk_auto_extend {
             auto_extend::check(extend, size)?;
         }
-        // What can be refused comes first, then what can be taken back, then the growth, which
-        // cannot.
+        // In this order: checks that can reject the request, steps that can be undone, and last the
+        // growth, which cannot be undone.
         let admitted = if size > current {
             Some(self.admit_growth(&operation, size).await?)
         } else {
@@ -48,7 +48,7 @@ impl Service {
         let changed = async {
             self.apply(&operation, settings, &mut steps).await?;
             match admitted {
-                Some(admitted) => self.enlarge_and_confirm(&operation, admitted).await.map(Some),
+                Some(admitted) => self.grow_and_confirm(&operation, admitted).await.map(Some),
                 None => Ok(None),
             }
         };
@@ -61,7 +61,7 @@ impl Service {
         };
         if settings != Settings::of(record) {
             self.inner().vms.change(&record.id, |record| settings.write_to(record));
-            tracing::info!(vm = record.id, name = record.name, ?settings, "changed");
+            tracing::info!(vm = record.id, name = record.name, ?settings, "VM settings changed");
         }
         Ok(Vm {
             disk,
@@ -72,28 +72,29 @@ impl Service {
     async fn admit_growth(&self, operation: &Operation, size: Gib) -> Result<Reservation, ServiceError> {
         let record = &operation.record;
         self.require_disk(record).await?;
-        // Offline, the disk gives way to a grown clone, and a machine that does not answer has it
-        // open.
+        // Offline growth replaces the disk by a resized clone, but an unresponsive machine still
+        // has the old disk open.
         if operation.machine.is_none() && self.run_dir(&record.id).exists() {
             return Err(ServiceError::WrongState(format!(
-                "the machine of VM {} does not answer: start or delete the VM to end it",
+                "the hypervisor of VM {} does not respond: start or delete the VM to kill it",
                 record.name
             )));
         }
         self.admit(size.bytes() - Gib::new(record.disk_size_gib).bytes()).await
     }
 
-    async fn enlarge_and_confirm(&self, operation: &Operation, admitted: Reservation) -> Result<Disk, ServiceError> {
+    async fn grow_and_confirm(&self, operation: &Operation, admitted: Reservation) -> Result<Disk, ServiceError> {
         let growth = admitted.size();
         let before = match &operation.machine {
             Some(machine) => resize::guest_total(machine).await,
             None => None,
         };
-        self.enlarge(operation, admitted, json!({ "by": "request" })).await?;
+        self.grow_and_publish(operation, admitted, json!({ "by": "request" }))
+            .await?;
         Ok(match &operation.machine {
             Some(machine) => {
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(&operation.record)?);
-                // Without an answer, the usual advice is given.
+                // On an error, the general advice is given.
                 let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
                     .await
                     .ok()
@@ -108,10 +109,10 @@ impl Service {
         })
     }
 
-    /// Applies a VM's settings to its machine, if it has one, and records them. The undos stand in
+    /// Applies settings to the VM's machine, if it has one, and records them. Adds the undos to
     /// `steps`.
     ///
-    /// A crash between the two is put right by the next start, which applies what is recorded.
+    /// After a crash between the two steps, the next start applies the recorded settings.
     async fn apply(&self, operation: &Operation, settings: Settings, steps: &mut Steps) -> Result<(), ServiceError> {
         let Operation { record, machine, .. } = operation;
         let before = Settings::of(record);
@@ -152,12 +153,11 @@ impl Service {
             extend,
             autostart,
         } = settings;
-        blocking(move || state.set_keeping(&id, extend, limits, autostart)).await
+        blocking(move || state.set_settings(&id, extend, limits, autostart)).await
     }
 
-    /// Grows a VM's disk by what was admitted, and publishes that: `cause` says by whom it was
-    /// asked for.
-    pub(crate) async fn enlarge(
+    /// Grows a VM's disk by the admitted size and publishes an event; `cause` names the initiator.
+    pub(crate) async fn grow_and_publish(
         &self,
         operation: &Operation,
         admitted: Reservation,
@@ -167,11 +167,12 @@ impl Service {
         let current = Gib::new(record.disk_size_gib);
         let size = (current.bytes() + admitted.size()).floor_gib();
         if machine.is_none() {
-            // Grown offline, the disk gives way to a grown clone: nothing may have it open, not
-            // even a machine that hangs.
+            // Offline growth replaces the disk by a resized clone, so no machine may have it open,
+            // not even an unresponsive one.
             self.force_stop(record).await?;
         }
-        // The intent first: a crash from here on is carried through by the next start.
+        // The intent is recorded first: after a crash from here on, the next start completes the
+        // growth.
         self.persist_disk_size(&record.id, size).await?;
         let grown = async {
             fault_point("grow: size recorded")?;
@@ -180,18 +181,18 @@ impl Service {
         let grown = match grown.await {
             Ok(()) => Ok(()),
             Err(error) => match self.outcome_of_failed_growth(record, size).await {
-                FailedGrowth::CameAbout => Ok(()),
+                FailedGrowth::Grown => Ok(()),
                 FailedGrowth::NotFlushed => Err(error),
                 FailedGrowth::NotGrown => {
                     if let Err(undo) = self.persist_disk_size(&record.id, current).await {
-                        tracing::error!(vm = record.id, error = %undo, "a growth that failed is not rolled back; the next start does it");
+                        tracing::error!(vm = record.id, error = %undo, "cannot roll back a failed growth of the VM's disk; the next start does");
                     }
                     return Err(error);
                 }
             },
         };
         crash_point("grow: disk grown");
-        // A guest may have seen the new size, so it stays promised, whatever else failed.
+        // A guest may have seen the new size, so it stays committed, whatever else failed.
         admitted.commit();
         let (from, to) = (current.as_u64(), size.as_u64());
         self.inner().vms.change(&record.id, |record| record.disk_size_gib = to);
@@ -213,7 +214,7 @@ impl Service {
             Ok(found) if found >= size.bytes() => {}
             Ok(_) => return FailedGrowth::NotGrown,
             Err(error) => {
-                tracing::error!(vm = record.id, %error, "it is not known whether the disk has grown; the next start finds out");
+                tracing::error!(vm = record.id, %error, "cannot read the size of the VM's disk after a failed growth; the next start does");
                 return FailedGrowth::NotGrown;
             }
         }
@@ -222,16 +223,16 @@ impl Service {
             blocking(move || pool.flush_disk(&disk)).await
         };
         match flushed.await {
-            Ok(()) => FailedGrowth::CameAbout,
+            Ok(()) => FailedGrowth::Grown,
             Err(error) => {
-                tracing::error!(vm = record.id, %error, "the disk has grown, and may be smaller again after a power cut");
+                tracing::error!(vm = record.id, %error, "the VM's disk has grown, but may be smaller again after a power cut");
                 FailedGrowth::NotFlushed
             }
         }
     }
 
-    /// Makes the disk as large as the state says: through the machine if there is one, else offline
-    /// with its file system.
+    /// Grows the disk to the recorded size. With a machine, the disk grows live; otherwise it grows
+    /// offline, together with its file system.
     pub(crate) async fn grow(
         &self,
         record: &Record,
@@ -241,15 +242,16 @@ impl Service {
         match machine {
             Some(machine) => {
                 machine.resize_root(size.bytes()).await?;
-                // The hypervisor does not: a power cut would make the disk smaller than it was said
-                // to be.
+                // The hypervisor does not flush the new size: a power cut could revert it after it
+                // was reported.
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
                 blocking(move || pool.flush_disk(&disk)).await
             }
             None => {
                 let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
                 let grown = blocking(move || pool.grow_disk(&disk, size.bytes())).await;
-                // The disk that gave way is removed behind the step that counts.
+                // The old disk is unlinked only after the new one is durable, and may be left
+                // behind.
                 self.inner().cleanups.sweep_soon();
                 grown
             }
@@ -262,16 +264,16 @@ impl Service {
     }
 }
 
-/// What has become of a disk whose growth returned an error.
+/// The state of a disk after its growth returned an error.
 enum FailedGrowth {
     NotGrown,
-    /// It is as large as it should be, durably: only what came behind failed.
-    CameAbout,
-    /// It is as large as it should be, and may not be after a power cut.
+    /// The disk has the new size, durably; only a later step failed.
+    Grown,
+    /// The disk has the new size, but may lose it in a power cut.
     NotFlushed,
 }
 
-/// What can be changed of a VM besides its disk's size.
+/// The settings of a VM that a request can change, besides the size of its disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Settings {
     limits: VmLimits,

@@ -1,8 +1,8 @@
-//! The VMs in memory: what each is known to do, which operation is under way on it, and which
-//! names, addresses and ports are taken.
+//! The table of VMs in memory: their records, running operations, and the names, addresses and
+//! ports in use.
 //!
-//! One std mutex guards the table; it is held for look-ups and small changes, never across an
-//! await, nor for longer than it takes to ask the kernel whether a port is free.
+//! A std mutex guards the table. It is held for look-ups and small changes, never across an await;
+//! the slowest step under it asks the kernel whether a port is free.
 
 use crate::error::{ServiceError, quoted};
 use crate::state::Record;
@@ -15,37 +15,37 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
-/// The table of VMs. Cloning gives another handle on the same table.
+/// The table of VMs. A clone is another handle on the same table.
 #[derive(Clone)]
 pub struct Vms {
     table: Arc<Mutex<Table>>,
-    /// Told whenever an operation ends.
+    /// Notified whenever an operation ends.
     idle: Arc<Notify>,
 }
 
 struct Table {
     by_id: BTreeMap<String, Entry>,
-    /// Names of VMs, those being made included.
+    /// The names of all VMs, including those being created.
     names: HashSet<String>,
-    /// Those being made, by name; the flag says that one was deleted meanwhile.
-    making: HashMap<String, Arc<Making>>,
+    /// The creations in progress, by VM name.
+    creations: HashMap<String, Arc<Creation>>,
     addresses: Addresses,
 }
 
 struct Entry {
     record: Record,
     machine: Option<Arc<dyn Machine>>,
-    /// What is under way on it: one operation at a time.
+    /// The operation in progress on the VM; there is at most one.
     busy: Option<&'static str>,
 }
 
 impl Vms {
-    /// An empty table.
+    /// Creates an empty table.
     pub fn new(network: &NetConfig) -> Vms {
         let table = Table {
             by_id: BTreeMap::new(),
             names: HashSet::new(),
-            making: HashMap::new(),
+            creations: HashMap::new(),
             addresses: Addresses::new(network),
         };
         Vms {
@@ -54,18 +54,18 @@ impl Vms {
         }
     }
 
-    /// Takes a name, an address and a port for a VM that is being made. They are free again when
+    /// Claims a name, an address and a port for a VM that is being created. They are released if
     /// the claim is dropped before [`Claim::publish`].
     ///
     /// # Errors
-    /// [`ServiceError::NameTaken`] when the name asked for is taken; [`ServiceError::NotReady`]
-    /// when nothing is free.
+    /// [`ServiceError::NameTaken`] if the requested name is in use; [`ServiceError::NotReady`] if
+    /// no name, address or port is free.
     pub fn claim(&self, name: Option<&str>) -> Result<Claim, ServiceError> {
         let mut table = self.lock();
         let name = match name {
             Some(name) if table.names.contains(name) => {
                 return Err(ServiceError::NameTaken(format!(
-                    "name {name} is taken by another VM: choose another, or none to be given one"
+                    "name {name} is in use; choose another, or omit it to have one generated"
                 )));
             }
             Some(name) => name.to_owned(),
@@ -76,18 +76,18 @@ impl Vms {
             .claim(usable_port)
             .map_err(|error| ServiceError::NotReady(error.to_string()))?;
         table.names.insert(name.clone());
-        let making = Arc::new(Making::default());
-        table.making.insert(name.clone(), Arc::clone(&making));
+        let creation = Arc::new(Creation::default());
+        table.creations.insert(name.clone(), Arc::clone(&creation));
         Ok(Claim {
             name,
             lease,
-            making,
+            creation,
             published: false,
             vms: self.clone(),
         })
     }
 
-    /// Enters a VM of the state file, at start.
+    /// Adds a VM from the state file, at start.
     pub fn restore(&self, record: Record, machine: Option<Arc<dyn Machine>>) {
         let mut table = self.lock();
         table.names.insert(record.name.clone());
@@ -102,15 +102,15 @@ impl Vms {
         );
     }
 
-    /// All VMs, oldest first.
+    /// Lists all VMs, oldest first.
     pub fn all(&self) -> Vec<Record> {
         let mut records: Vec<_> = self.lock().by_id.values().map(|entry| entry.record.clone()).collect();
         records.sort_by(|a, b| (&a.created_at, &a.id).cmp(&(&b.created_at, &b.id)));
         records
     }
 
-    /// How many were made from a template.
-    pub fn made_from(&self, template: &str) -> u64 {
+    /// Counts the VMs created from a template.
+    pub fn count_from_template(&self, template: &str) -> u64 {
         let table = self.lock();
         table
             .by_id
@@ -119,12 +119,12 @@ impl Vms {
             .count() as u64
     }
 
-    /// The statuses alone, for counting.
+    /// Lists only the statuses, for counting.
     pub fn statuses(&self) -> Vec<VmStatus> {
         self.lock().by_id.values().map(|entry| entry.record.status).collect()
     }
 
-    /// The VM with that id or name.
+    /// Finds a VM by id or name.
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
@@ -132,7 +132,7 @@ impl Vms {
         self.lock().find(reference).map(|entry| entry.record.clone())
     }
 
-    /// The VM with that id or name, and its machine.
+    /// Finds a VM by id or name, with its machine.
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
@@ -142,20 +142,18 @@ impl Vms {
         Ok((entry.record.clone(), entry.machine.clone()))
     }
 
-    /// Begins an operation on the VM with that id or name; no other can begin until the guard is
+    /// Begins an operation on a VM, found by id or name. No other can begin until the guard is
     /// dropped.
     ///
     /// # Errors
-    /// [`ServiceError::NotFound`]; [`ServiceError::Busy`], with what is under way.
+    /// [`ServiceError::NotFound`]; [`ServiceError::Busy`], naming the operation in progress.
     pub fn begin(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
         let mut table = self.lock();
         let id = table.find(reference)?.record.id.clone();
         let entry = table.by_id.get_mut(&id).ok_or_else(|| not_found(reference))?;
-        if let Some(under_way) = entry.busy {
+        if let Some(current) = entry.busy {
             let name = &entry.record.name;
-            return Err(ServiceError::Busy(format!(
-                "VM {name} is {under_way}: try again when that is done"
-            )));
+            return Err(ServiceError::Busy(format!("VM {name} is {current}: try again later")));
         }
         entry.busy = Some(operation);
         Ok(Operation {
@@ -165,13 +163,13 @@ impl Vms {
         })
     }
 
-    /// As [`Vms::begin`], after whatever is under way on the VM has ended.
+    /// Waits until no operation is in progress on the VM, then begins one like [`Vms::begin`].
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
     pub async fn begin_when_idle(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
         loop {
-            // Registered before looking, so that an end between the two is not missed.
+            // Registered before the check, so that an operation that ends in between is noticed.
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
             match self.begin(reference, operation) {
@@ -181,36 +179,36 @@ impl Vms {
         }
     }
 
-    /// Calls the creation of the VM of that name off, if there is one, and waits until it has
+    /// Cancels the creation of the VM with this name, if there is one, and waits until it has
     /// ended.
-    pub async fn call_off(&self, name: &str) -> CalledOff {
-        let called = self.lock().making.get(name).cloned();
-        let Some(called) = called else {
-            return CalledOff::NotBeingMade;
+    pub async fn cancel_creation(&self, name: &str) -> Cancellation {
+        let found = self.lock().creations.get(name).cloned();
+        let Some(creation) = found else {
+            return Cancellation::NotBeingCreated;
         };
-        called.called_off.store(true, Ordering::Relaxed);
+        creation.cancelled.store(true, Ordering::Relaxed);
         loop {
-            // Registered before looking, so that an end between the two is not missed.
+            // Registered before the check, so that a creation that ends in between is noticed.
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
-            // One of the same name that began since is another VM.
-            let making = self
+            // A creation of the same name that began since then makes another VM.
+            let in_progress = self
                 .lock()
-                .making
+                .creations
                 .get(name)
-                .is_some_and(|now| Arc::ptr_eq(now, &called));
-            if !making {
-                return match called.id.get() {
-                    Some(id) => CalledOff::TooLate(id.clone()),
-                    None => CalledOff::Undone,
+                .is_some_and(|now| Arc::ptr_eq(now, &creation));
+            if !in_progress {
+                return match creation.id.get() {
+                    Some(id) => Cancellation::TooLate(id.clone()),
+                    None => Cancellation::Undone,
                 };
             }
             ended.await;
         }
     }
 
-    /// Notes what a VM does now, and with which machine. One that is gone is not made anew; returns
-    /// whether it was there.
+    /// Sets a VM's status and machine. Returns whether the VM exists; a deleted one is not added
+    /// again.
     pub fn set(&self, id: &str, status: VmStatus, reason: Option<String>, machine: Option<Arc<dyn Machine>>) -> bool {
         match self.lock().by_id.get_mut(id) {
             Some(entry) => {
@@ -223,24 +221,30 @@ impl Vms {
         }
     }
 
-    /// Notes what a VM does now, if `machine` is still the one it has: an operation under way knows
-    /// better. Returns the VM if that is news.
-    pub fn note(&self, id: &str, machine: &Arc<dyn Machine>, status: VmStatus, reason: Option<&str>) -> Option<Record> {
+    /// Sets a VM's status, if `machine` is still its machine: otherwise the operation in progress
+    /// sets it. Returns the VM if its status changed.
+    pub fn set_if_current(
+        &self,
+        id: &str,
+        machine: &Arc<dyn Machine>,
+        status: VmStatus,
+        reason: Option<&str>,
+    ) -> Option<Record> {
         if let Some(entry) = self.lock().by_id.get_mut(id)
             && entry
                 .machine
                 .as_ref()
                 .is_some_and(|current| Arc::ptr_eq(current, machine))
         {
-            let news = entry.record.status != status;
+            let changed = entry.record.status != status;
             entry.record.status = status;
             entry.record.status_reason = reason.map(str::to_owned);
-            return news.then(|| entry.record.clone());
+            return changed.then(|| entry.record.clone());
         }
         None
     }
 
-    /// The VMs that run and have nothing under way, with their machines.
+    /// Lists the running VMs with no operation in progress, with their machines.
     pub fn running(&self) -> Vec<(String, Arc<dyn Machine>)> {
         let table = self.lock();
         table
@@ -249,7 +253,7 @@ impl Vms {
             .collect()
     }
 
-    /// The VMs among them whose disks extend themselves and are not as large as they may become.
+    /// Lists those of them that have auto-extend enabled and a disk below its limit.
     pub fn extending(&self) -> Vec<(Record, Arc<dyn Machine>)> {
         let table = self.lock();
         let extending = table.running().filter(|entry| {
@@ -261,28 +265,27 @@ impl Vms {
             .collect()
     }
 
-    /// Notes what else has changed of a VM: its disk, its settings. One that is gone is not made
-    /// anew.
+    /// Changes a VM's record: its disk size or its settings. A deleted VM is not added again.
     pub fn change(&self, id: &str, change: impl FnOnce(&mut Record)) {
         if let Some(entry) = self.lock().by_id.get_mut(id) {
             change(&mut entry.record);
         }
     }
 
-    /// Removes a VM. Its name is free again; its address and port are when the returned guard is
-    /// dropped.
-    pub fn remove(&self, id: &str) -> Option<Vacated> {
+    /// Removes a VM and frees its name. Dropping the returned guard frees its address and port.
+    pub fn remove(&self, id: &str) -> Option<LeaseGuard> {
         let mut table = self.lock();
         let entry = table.by_id.remove(id)?;
         table.names.remove(&entry.record.name);
-        Some(Vacated {
+        Some(LeaseGuard {
             lease: lease(&entry.record),
             vms: self.clone(),
         })
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
-        // Every change under the lock is small and does not panic half-way.
+        // Changes under the lock are small and do not panic half-way, so a poisoned table is
+        // consistent.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -313,64 +316,63 @@ fn lease(record: &Record) -> Lease {
     }
 }
 
-/// How often a random name is drawn before giving up: with 300,000 names and ten thousand taken,
-/// one draw in thirty collides.
-const DRAWS: usize = 64;
+/// Limit for drawing a random name. With 300,000 names and ten thousand in use, one draw in thirty
+/// collides.
+const MAX_NAME_DRAWS: usize = 64;
 
 fn free_name(taken: &HashSet<String>) -> Result<String, ServiceError> {
-    (0..DRAWS)
+    (0..MAX_NAME_DRAWS)
         .filter_map(|_| petname::petname(3, "-"))
         .find(|name| name.len() <= 63 && !taken.contains(name))
-        .ok_or_else(|| ServiceError::NotReady("no free name was found: choose one with the field name".to_owned()))
+        .ok_or_else(|| ServiceError::NotReady("no free random name was found: choose one in the field name".to_owned()))
 }
 
-/// Whether no other program of the host listens on the port. One that cannot be asked about is
-/// skipped.
+/// Returns whether no other program on the host uses the port. Skips a port that cannot be checked.
 fn usable_port(port: u16) -> bool {
     port_is_free_on_host(port).unwrap_or_else(|error| {
-        tracing::warn!(port, %error, "a port is skipped");
+        tracing::warn!(port, %error, "cannot check whether a port is free; skipping it");
         false
     })
 }
 
-/// A creation under way.
+/// A creation in progress.
 #[derive(Default)]
-struct Making {
-    called_off: AtomicBool,
-    /// Once the VM stands.
+struct Creation {
+    cancelled: AtomicBool,
+    /// Set when the VM has been created.
     id: OnceLock<String>,
 }
 
-/// What came of calling a creation off.
+/// The result of cancelling a creation.
 #[derive(Debug, PartialEq, Eq)]
-pub enum CalledOff {
-    /// There was none to call off.
-    NotBeingMade,
-    /// Nothing is left of it.
+pub enum Cancellation {
+    /// No VM with this name was being created.
+    NotBeingCreated,
+    /// The creation was undone completely.
     Undone,
-    /// The VM of that id stands.
+    /// The VM had already been created; this is its id.
     TooLate(String),
 }
 
-/// A name, an address and a port, held for a VM that is being made.
-#[must_use = "dropping a claim gives its name, address and port back"]
+/// A name, an address and a port claimed for a VM that is being created.
+#[must_use = "dropping a claim releases its name, address and port"]
 pub struct Claim {
     /// The name.
     pub name: String,
     /// The address and the port.
     pub lease: Lease,
-    making: Arc<Making>,
+    creation: Arc<Creation>,
     published: bool,
     vms: Vms,
 }
 
 impl Claim {
-    /// The VM stands: from now on others see it.
+    /// Adds the created VM to the table, where other requests see it.
     pub fn publish(mut self, record: Record, machine: Option<Arc<dyn Machine>>) {
         self.published = true;
-        let _first = self.making.id.set(record.id.clone());
+        let _first = self.creation.id.set(record.id.clone());
         let mut table = self.vms.lock();
-        table.making.remove(&self.name);
+        table.creations.remove(&self.name);
         table.by_id.insert(
             record.id.clone(),
             Entry {
@@ -381,15 +383,15 @@ impl Claim {
         );
     }
 
-    /// Whether the VM is still wanted.
+    /// Checks that the creation has not been cancelled.
     ///
     /// # Errors
-    /// [`ServiceError::WrongState`] when it was deleted while it was being made.
-    pub fn still_wanted(&self) -> Result<(), ServiceError> {
-        if self.making.called_off.load(Ordering::Relaxed) {
+    /// [`ServiceError::WrongState`] if the VM was deleted while it was being created.
+    pub fn require_not_cancelled(&self) -> Result<(), ServiceError> {
+        if self.creation.cancelled.load(Ordering::Relaxed) {
             let name = &self.name;
             return Err(ServiceError::WrongState(format!(
-                "VM {name} was deleted while it was being made"
+                "VM {name} was deleted while it was being created"
             )));
         }
         Ok(())
@@ -401,29 +403,29 @@ impl Drop for Claim {
         if !self.published {
             let mut table = self.vms.lock();
             table.names.remove(&self.name);
-            table.making.remove(&self.name);
+            table.creations.remove(&self.name);
             table.addresses.release(self.lease);
         }
         self.vms.idle.notify_waiters();
     }
 }
 
-/// The address and port of a VM that was removed. Dropped, they can be given to another.
+/// Keeps the address and port of a deleted VM in use until it is dropped.
 #[must_use = "dropping it frees the address and the port"]
-pub struct Vacated {
+pub struct LeaseGuard {
     lease: Lease,
     vms: Vms,
 }
 
-impl Drop for Vacated {
+impl Drop for LeaseGuard {
     fn drop(&mut self) {
         self.vms.lock().addresses.release(self.lease);
     }
 }
 
-/// An operation under way on a VM; dropped, the next may begin.
+/// An operation in progress on a VM. Dropping it lets the next one begin.
 pub struct Operation {
-    /// The VM as it stood when the operation began.
+    /// The VM's record when the operation began.
     pub record: Record,
     /// Its machine at that time.
     pub machine: Option<Arc<dyn Machine>>,
@@ -472,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_taken_from_its_claim_to_its_vm_s_end() {
+    fn a_name_is_in_use_from_its_claim_until_its_vm_is_deleted() {
         let vms = vms();
         let claim = vms.claim(Some("one")).unwrap();
         assert!(matches!(vms.claim(Some("one")), Err(ServiceError::NameTaken(_))));
@@ -492,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn one_operation_at_a_time_and_the_refusal_says_what_is_under_way() {
+    fn a_second_operation_is_rejected_with_the_one_in_progress() {
         let vms = vms();
         make(&vms, "vm-1", Some("one")).unwrap();
         let operation = vms.begin("one", "being stopped").unwrap();
@@ -505,7 +507,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_for_a_vm_begins_when_the_operation_before_ends() {
+    async fn a_waiting_operation_begins_when_the_one_before_ends() {
         let vms = vms();
         make(&vms, "vm-1", None).unwrap();
         let operation = vms.begin("vm-1", "being started").unwrap();
@@ -520,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn names_given_are_three_words_and_never_twice() {
+    fn generated_names_have_three_words_and_are_unique() {
         let vms = vms();
         let claims: Vec<_> = (0..90).map(|_| vms.claim(None).unwrap()).collect();
         let names: HashSet<_> = claims.iter().map(|claim| claim.name.clone()).collect();
@@ -532,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn there_are_names_enough_and_each_word_can_stand_in_one() {
+    fn enough_names_exist_and_every_word_is_valid_in_a_name() {
         let words = petname::Petnames::default();
         assert!(words.cardinality(3) >= 300_000, "{}", words.cardinality(3));
         for list in [&words.adverbs, &words.adjectives, &words.nouns] {
