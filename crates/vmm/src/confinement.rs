@@ -2,10 +2,10 @@
 //! filter: a control group, and a fence around its files.
 
 use crate::cgroup::{self, Cgroups, Group, Share};
+use crate::landlock::{self, Needed, Sandbox};
 use crate::machine::MachineSpec;
 use crate::process::Process;
 use crate::run_dir::RunDir;
-use crate::sandbox::{self, Needed, Sandbox};
 use crate::{Error, Result};
 use scalebox_storage::Bytes;
 use std::io;
@@ -17,14 +17,14 @@ const CPU_BESIDE_GUEST: u64 = 25;
 /// What keeps no machine to itself on this host, a sentence each; none where all is there. Changes
 /// nothing.
 pub fn unconfined() -> Vec<String> {
-    let landlock = (!sandbox::is_there()).then(|| {
+    let no_landlock = (!landlock::is_there()).then(|| {
         "this kernel has no Landlock: a guest that breaks into its hypervisor sees the files that anybody may read"
             .to_owned()
     });
     let groups = cgroup::usable()
         .err()
         .map(|why| format!("{why}: machines are not bound in either"));
-    landlock.into_iter().chain(groups).collect()
+    no_landlock.into_iter().chain(groups).collect()
 }
 
 /// What this host has for it.

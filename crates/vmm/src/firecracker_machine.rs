@@ -8,12 +8,12 @@
 use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
 use crate::jail::{self, Jail};
 use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
-use crate::messages::Messages;
 use crate::process::Process;
 use crate::qemu_machine::{
     EVENTS_KEPT, Held, LAST_WORDS_DEADLINE, SHUTDOWN_INTERVAL, check_growth, crash, wait_for_end,
 };
 use crate::run_dir::{Lock, RunDir};
+use crate::stderr::Messages;
 use crate::{Error, Result, agent, console, vsock};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;

@@ -25,9 +25,9 @@
 //! | `firecracker_command` | the only door to the Firecracker binary and its jailer |
 //! | `jail` | the folder that the jailer locks a process into |
 //! | `vsock` | a guest's vsock, as Firecracker shows it on the host |
-//! | `confinement`, `cgroup`, `sandbox` | what keeps a process to itself: a control group, and a fence around its files |
+//! | `confinement`, `cgroup`, `landlock` | what keeps a process to itself: a control group, and a fence around its files |
 //! | `process` | a process by pidfd and start time, never by pid alone |
-//! | `messages` | what a hypervisor says on stderr, bounded, also when nobody listens |
+//! | `stderr` | what a hypervisor says on stderr, bounded, also when nobody listens |
 //! | `run_dir` | the files of a running machine, who owns them, how they go |
 
 pub mod accel;
@@ -43,14 +43,14 @@ mod firecracker_api;
 mod firecracker_command;
 mod firecracker_machine;
 mod jail;
+mod landlock;
 pub mod machine;
-mod messages;
 mod process;
 mod qemu;
 mod qemu_machine;
 mod qmp;
 mod run_dir;
-mod sandbox;
+mod stderr;
 mod vsock;
 
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator, kvm_is_missing};

@@ -6,10 +6,10 @@
 
 use crate::arguments::{ROOT_DEVICE, ROOT_NODE};
 use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
-use crate::messages::Messages;
 use crate::process::Process;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::run_dir::{Lock, Record, RunDir};
+use crate::stderr::Messages;
 use crate::{Error, Result, agent, console};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
