@@ -1,9 +1,9 @@
 //! Installing Debian into a directory, by `mmdebstrap`, in a mount namespace of its own.
 
-use crate::archive;
 use crate::command::{Call, Program};
+use crate::embedded;
 use crate::error::Error;
-use crate::files;
+use crate::mirrors;
 use crate::progress::{self, Progress, Step};
 use crate::recipe::Recipe;
 use std::fs;
@@ -23,7 +23,7 @@ pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Prog
     let (root, kernel) = (scratch.join("root"), scratch.join("kernel"));
     fs::create_dir(&kernel).map_err(Error::io("create", &kernel))?;
     let hook = scratch.join("fetch-kernel");
-    fs::write(&hook, files::FETCH_KERNEL).map_err(Error::io("write", &hook))?;
+    fs::write(&hook, embedded::FETCH_KERNEL).map_err(Error::io("write", &hook))?;
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).map_err(Error::io("make executable", &hook))?;
 
     let mut phases = Phases::new(progress);
@@ -53,15 +53,15 @@ fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
     ]
     .map(str::to_owned)
     .into();
-    arguments.extend(files::entries(files::DPKG_OPTIONS).map(|option| format!("--dpkgopt={option}")));
-    let packages: Vec<&str> = files::entries(files::PACKAGES)
+    arguments.extend(embedded::entries(embedded::DPKG_OPTIONS).map(|option| format!("--dpkgopt={option}")));
+    let packages: Vec<&str> = embedded::entries(embedded::PACKAGES)
         .chain(recipe.extra_packages.iter().map(String::as_str))
         .collect();
     arguments.push(format!("--include={}", packages.join(",")));
     arguments.push(format!("--customize-hook={}", hook.display()));
     arguments.push(recipe.suite.clone());
     arguments.push(root.display().to_string());
-    arguments.extend(archive::mirrors(recipe));
+    arguments.extend(mirrors::mirrors(recipe));
     arguments
 }
 

@@ -2,8 +2,8 @@
 //! machine only.
 
 use crate::command::{Program, run};
+use crate::embedded;
 use crate::error::Error;
-use crate::files;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -45,7 +45,7 @@ const REMOVED: [&str; 13] = [
 /// modules of `version`.
 pub(crate) fn furnish(root: &Path, kernel: &Path, version: &str) -> Result<(), Error> {
     install_modules(root, kernel, version)?;
-    for file in files::IN_GUEST {
+    for file in embedded::IN_GUEST {
         write(root, file.path, file.mode, file.content)?;
     }
     add_account(root)?;
@@ -128,12 +128,12 @@ fn remove_host_keys(root: &Path) -> Result<(), Error> {
 
 fn choose_units(root: &Path) -> Result<(), Error> {
     let units = root.join("etc/systemd/system");
-    for unit in files::entries(files::MASKED_UNITS) {
+    for unit in embedded::entries(embedded::MASKED_UNITS) {
         link("/dev/null", &units.join(unit))?;
     }
     let generators = root.join("etc/systemd/system-generators");
     make_dir(&generators)?;
-    for generator in files::entries(files::MASKED_GENERATORS) {
+    for generator in embedded::entries(embedded::MASKED_GENERATORS) {
         link("/dev/null", &generators.join(generator))?;
     }
     // The package has enabled its own ssh.service, which ours replaces and wants elsewhere.

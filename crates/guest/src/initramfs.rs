@@ -2,8 +2,8 @@
 //! it would cost an emulated CPU more than loading it.
 
 use crate::cpio::Archive;
+use crate::embedded;
 use crate::error::Error;
-use crate::files;
 use crate::kernel::KernelPackage;
 
 /// What the script calls, as links to busybox.
@@ -21,10 +21,10 @@ pub(crate) fn build(kernel: &KernelPackage) -> Result<Vec<u8>, Error> {
     for applet in APPLETS {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
-    archive.file("init", 0o755, files::INITRAMFS_INIT.as_bytes());
+    archive.file("init", 0o755, embedded::INITRAMFS_INIT.as_bytes());
 
     let mut order = String::new();
-    for entry in files::entries(files::INITRAMFS_MODULES) {
+    for entry in embedded::entries(embedded::INITRAMFS_MODULES) {
         let name = entry.split_once(' ').map_or(entry, |(name, _device)| name);
         if let Some(module) = kernel.module(name)? {
             archive.file(&format!("modules/{name}.ko"), 0o644, &module);

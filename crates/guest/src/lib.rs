@@ -13,12 +13,12 @@
 //! |---|---|
 //! | `recipe` | [`Recipe`]: what a template is made of, and its fingerprint |
 //! | `template` | [`build`]: from a recipe to root file system, kernel and initramfs |
-//! | `archive` | which archive the packages come from |
+//! | `mirrors` | which archive the packages come from |
 //! | `bootstrap` | installing them into a directory, by mmdebstrap |
-//! | `contents`, `files` | making that a guest: its own files, account, units |
+//! | `customize`, `embedded` | making that a guest: its own files, account, units |
 //! | `kernel`, `lz4` | the kernel's package: image and modules |
 //! | `initramfs`, `cpio` | what loads virtio and mounts the root |
-//! | `image` | writing the ext4 image, in user space |
+//! | `mke2fs` | writing the ext4 image, in user space |
 //! | `scratch`, `cache` | where a build works, and where it keeps what it made |
 //! | `progress` | how far it is |
 //! | `cmdline` | [`kernel_cmdline`]: what the kernel is told when a guest starts |
@@ -50,19 +50,19 @@
 //! ```
 
 mod agent;
-mod archive;
 mod bootstrap;
 mod cache;
 mod cmdline;
 mod command;
-mod contents;
 mod cpio;
+mod customize;
+mod embedded;
 mod error;
-mod files;
-mod image;
 mod initramfs;
 mod kernel;
 mod lz4;
+mod mirrors;
+mod mke2fs;
 mod progress;
 mod recipe;
 mod scratch;

@@ -1,7 +1,7 @@
 //! What a template is made of, and the name under which the finished one is kept.
 
+use crate::embedded;
 use crate::error::Error;
-use crate::files;
 use scalebox_storage::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
@@ -55,12 +55,12 @@ impl Recipe {
         part(self.kernel_package.as_bytes());
         part(self.extra_packages.join(" ").as_bytes());
         part(&self.size.as_u64().to_be_bytes());
-        for file in files::IN_GUEST {
+        for file in embedded::IN_GUEST {
             part(file.path.as_bytes());
             part(&file.mode.to_be_bytes());
             part(file.content.as_bytes());
         }
-        for content in files::BUILD_INPUTS {
+        for content in embedded::BUILD_INPUTS {
             part(content.as_bytes());
         }
         let digest = hash.finalize();

@@ -3,11 +3,11 @@
 use crate::bootstrap::{Bootstrapped, bootstrap};
 use crate::cache::Entry;
 use crate::command::require_programs;
-use crate::contents;
+use crate::customize;
 use crate::error::Error;
-use crate::image;
 use crate::initramfs;
 use crate::kernel::KernelPackage;
+use crate::mke2fs;
 use crate::progress::{self, Progress};
 use crate::recipe::Recipe;
 use crate::scratch::Scratch;
@@ -101,9 +101,9 @@ fn cook(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn Progress
     write_flushed(&out.join(INITRD), &initramfs::build(&package)?)?;
 
     progress.step(progress::CONTENTS);
-    contents::furnish(&root, &kernel, &package.version)?;
+    customize::furnish(&root, &kernel, &package.version)?;
 
-    image::write(&root, &out.join(ROOTFS), recipe.size, progress)
+    mke2fs::write(&root, &out.join(ROOTFS), recipe.size, progress)
 }
 
 fn write_flushed(path: &Path, content: &[u8]) -> Result<(), Error> {
