@@ -1,11 +1,10 @@
-//! Which files a machine's process may reach: its own, those that any program of this host needs,
-//! and no others.
+//! Restricts the files of a machine's process to its own and those that any program needs.
 //!
-//! By Landlock (Documentation/userspace-api/landlock.rst of the kernel), which no account and no
-//! capability lifts: a guest that breaks into its hypervisor finds no other VM's disk and no file
-//! of the host's that it could read or fill, opens no TCP connection, and signals nobody. A kernel
-//! older than a part of it does without that part; one without Landlock (before 5.13, or turned
-//! off) does without all of it.
+//! Uses Landlock (Documentation/userspace-api/landlock.rst in the kernel source), which no account
+//! and no capability can lift. A guest that breaks into its hypervisor can reach no other VM's disk
+//! and no other file of the host, cannot open TCP connections, and cannot signal other processes.
+//! Older kernels lack some of these restrictions; a kernel without Landlock (before 5.13, or
+//! disabled) lacks all of them.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -15,45 +14,44 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-/// The latest that is asked for.
-const LATEST: ABI = ABI::V6;
+/// The newest ABI whose restrictions are requested.
+const MAX_ABI: ABI = ABI::V6;
 
-/// What every program needs to be started: libraries, and the list of where they are.
-const SYSTEM: [&str; 5] = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.preload"];
-/// What is asked of the kernel about the host: how many processors there are, and whether memory
-/// may be promised twice.
-const ABOUT_THE_HOST: [&str; 2] = ["/sys/devices/system/cpu", "/proc/sys/vm"];
-/// What gives random bytes, or none.
-const SOURCES: [&str; 3] = ["/dev/urandom", "/dev/random", "/dev/zero"];
-/// What a machine talks to; it is in its account's power which of them.
+/// Libraries and the loader's configuration, which every program needs to start.
+const SYSTEM_FILES: [&str; 5] = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.preload"];
+/// Host information that the hypervisor reads: the number of processors, and the overcommit policy.
+const HOST_INFO: [&str; 2] = ["/sys/devices/system/cpu", "/proc/sys/vm"];
+/// Sources of random bytes and zeros.
+const RANDOM_DEVICES: [&str; 3] = ["/dev/urandom", "/dev/random", "/dev/zero"];
+/// Devices of a machine; file permissions decide which of them its account may open.
 const DEVICES: [&str; 3] = ["/dev/null", "/dev/net/tun", "/dev/kvm"];
 
-/// The files of one machine.
+/// The files that one machine may use.
 #[derive(Debug, Default)]
-pub(crate) struct Needed {
+pub(crate) struct AllowedFiles {
     /// The hypervisor.
     pub(crate) program: PathBuf,
     pub(crate) read: Vec<PathBuf>,
     pub(crate) write: Vec<PathBuf>,
-    /// Where it makes its sockets.
+    /// The folder in which it creates sockets.
     pub(crate) sockets: PathBuf,
 }
 
-/// What a process puts on, once, before it becomes the hypervisor.
+/// The prepared rules, which a process applies to itself once, before it executes the hypervisor.
 #[derive(Debug)]
 pub(crate) struct Sandbox(Option<RulesetCreated>);
 
 impl Sandbox {
-    /// Prepares it: opens what is allowed, so that it is these files and none that come to have
-    /// their names.
-    pub(crate) fn new(needed: &Needed) -> io::Result<Sandbox> {
-        ruleset(needed)
+    /// Prepares the rules. The allowed files are opened here, so that a file that takes their name
+    /// later is not allowed.
+    pub(crate) fn new(allowed: &AllowedFiles) -> io::Result<Sandbox> {
+        ruleset(allowed)
             .map(|ruleset| Sandbox(Some(ruleset)))
-            .map_err(|error| io::Error::other(format!("its files cannot be fenced in: {error}")))
+            .map_err(|error| io::Error::other(format!("cannot prepare Landlock rules: {error}")))
     }
 
-    /// For a child between fork and exec, as its last step: two system calls. Later calls do
-    /// nothing.
+    /// Runs in a child between fork and exec, as its last step: makes two system calls. Later calls
+    /// do nothing.
     pub(crate) fn enter(&mut self) -> io::Result<()> {
         match self.0.take() {
             Some(ruleset) => ruleset
@@ -65,48 +63,52 @@ impl Sandbox {
     }
 }
 
-/// Whether this kernel has Landlock.
-pub(crate) fn is_there() -> bool {
-    let asked = Ruleset::default()
+/// Returns whether this kernel has Landlock.
+pub(crate) fn is_available() -> bool {
+    let probe = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::ReadFile)
         .and_then(Ruleset::create);
-    asked.is_ok_and(|ruleset| Option::<OwnedFd>::from(ruleset).is_some())
+    probe.is_ok_and(|ruleset| Option::<OwnedFd>::from(ruleset).is_some())
 }
 
-fn ruleset(needed: &Needed) -> Result<RulesetCreated, RulesetError> {
-    let read = AccessFs::from_read(LATEST);
-    let talk = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+fn ruleset(allowed: &AllowedFiles) -> Result<RulesetCreated, RulesetError> {
+    let read = AccessFs::from_read(MAX_ABI);
+    let use_device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
     let write = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
     let sockets = AccessFs::ReadDir | AccessFs::MakeSock | AccessFs::RemoveFile;
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(LATEST))?
-        .handle_access(AccessNet::from_all(LATEST))?
-        .scope(Scope::from_all(LATEST))?
+        .handle_access(AccessFs::from_all(MAX_ABI))?
+        .handle_access(AccessNet::from_all(MAX_ABI))?
+        .scope(Scope::from_all(MAX_ABI))?
         .create()?;
-    for path in SYSTEM.iter().map(Path::new).chain(prefix(&needed.program).as_deref()) {
+    for path in SYSTEM_FILES
+        .iter()
+        .map(Path::new)
+        .chain(prefix(&allowed.program).as_deref())
+    {
         ruleset = allow(ruleset, path, read)?;
     }
-    for path in ABOUT_THE_HOST {
+    for path in HOST_INFO {
         ruleset = allow(ruleset, Path::new(path), AccessFs::ReadFile | AccessFs::ReadDir)?;
     }
-    for path in SOURCES {
+    for path in RANDOM_DEVICES {
         ruleset = allow(ruleset, Path::new(path), AccessFs::ReadFile.into())?;
     }
     for path in DEVICES {
-        ruleset = allow(ruleset, Path::new(path), talk)?;
+        ruleset = allow(ruleset, Path::new(path), use_device)?;
     }
-    for path in &needed.read {
+    for path in &allowed.read {
         ruleset = allow(ruleset, path, AccessFs::ReadFile.into())?;
     }
-    for path in &needed.write {
+    for path in &allowed.write {
         ruleset = allow(ruleset, path, write)?;
     }
-    allow(ruleset, &needed.sockets, sockets)
+    allow(ruleset, &allowed.sockets, sockets)
 }
 
-/// What is not there is not allowed either.
+/// Allows `access` to a path; a missing path is skipped.
 fn allow(ruleset: RulesetCreated, path: &Path, access: BitFlags<AccessFs>) -> Result<RulesetCreated, RulesetError> {
     match PathFd::new(path) {
         Ok(fd) => ruleset.add_rule(PathBeneath::new(fd, access)),
@@ -114,7 +116,7 @@ fn allow(ruleset: RulesetCreated, path: &Path, access: BitFlags<AccessFs>) -> Re
     }
 }
 
-/// The folder that a program was installed to, with its libraries and its data: `/opt/qemu` of
+/// Returns the prefix that a program was installed to, with its libraries and data: `/opt/qemu` for
 /// `/opt/qemu/bin/qemu-system-x86_64`.
 fn prefix(program: &Path) -> Option<PathBuf> {
     let folder = program.canonicalize().ok()?.parent()?.to_owned();
@@ -123,7 +125,7 @@ fn prefix(program: &Path) -> Option<PathBuf> {
             .parent()
             .filter(|prefix| prefix.parent().is_some())
             .map(Path::to_owned),
-        // One that lies about among other things: the program alone.
+        // Not in a `bin` folder: allow the program alone.
         false => Some(program.to_owned()),
     }
 }
@@ -134,18 +136,18 @@ mod tests {
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Output};
 
-    fn inside(needed: &Needed, script: &str) -> Output {
-        let mut sandbox = Sandbox::new(needed).unwrap();
+    fn inside(allowed: &AllowedFiles, script: &str) -> Output {
+        let mut sandbox = Sandbox::new(allowed).unwrap();
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]);
-        // SAFETY: system calls alone.
+        // SAFETY: the closure makes system calls only.
         unsafe { command.pre_exec(move || sandbox.enter()) };
         command.output().unwrap()
     }
 
     #[test]
-    fn a_process_reaches_its_own_files_and_no_others_though_it_is_root() {
-        if !is_there() {
+    fn a_root_process_can_access_only_its_own_files() {
+        if !is_available() {
             println!("not run: this kernel has no Landlock");
             return;
         }
@@ -155,7 +157,7 @@ mod tests {
             std::fs::write(path(name), name).unwrap();
         }
         std::fs::create_dir(path("run")).unwrap();
-        let needed = Needed {
+        let allowed = AllowedFiles {
             program: "/bin/sh".into(),
             read: vec![path("kernel")],
             write: vec![path("disk")],
@@ -163,34 +165,34 @@ mod tests {
         };
         let run = |script: &str| {
             let at = folder.path().display();
-            inside(&needed, &format!("cd {at}; {script}"))
+            inside(&allowed, &format!("cd {at}; {script}"))
         };
-        let works = |script: &str| {
+        let allowed = |script: &str| {
             let output = run(script);
             assert!(output.status.success(), "{script}: {output:?}");
         };
-        let refused = |script: &str| {
+        let denied = |script: &str| {
             let output = run(script);
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(
-                !output.status.success() && said.to_lowercase().contains("denied"),
+                !output.status.success() && stderr.to_lowercase().contains("denied"),
                 "{script}: {output:?}"
             );
         };
-        works("read line < kernel; [ \"$line\" = kernel ]");
-        works("echo more >> disk && read line < disk");
-        refused("echo x >> kernel");
-        refused("read line < other");
-        refused("read line < /etc/passwd");
-        refused("ls .");
-        refused("echo x > new");
-        refused("echo x > run/new");
-        refused("read line < /proc/1/cmdline");
+        allowed("read line < kernel; [ \"$line\" = kernel ]");
+        allowed("echo more >> disk && read line < disk");
+        denied("echo x >> kernel");
+        denied("read line < other");
+        denied("read line < /etc/passwd");
+        denied("ls .");
+        denied("echo x > new");
+        denied("echo x > run/new");
+        denied("read line < /proc/1/cmdline");
         assert_eq!(std::fs::read(path("other")).unwrap(), b"other");
     }
 
     #[test]
-    fn a_program_s_prefix_is_what_it_was_installed_to() {
+    fn the_prefix_of_a_program_is_its_installation_folder() {
         assert_eq!(prefix(Path::new("/usr/bin/env")).as_deref(), Some(Path::new("/usr")));
         assert_eq!(prefix(Path::new("/nonexistent/bin/x")), None);
     }
