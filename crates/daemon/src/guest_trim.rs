@@ -34,7 +34,7 @@ pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, Se
             record.status
         )));
     };
-    if !machine.takes_discards() {
+    if !machine.supports_discard() {
         return Err(ServiceError::WrongState(format!(
             "VM {name} cannot be trimmed: its hypervisor offers its guests no discard, so the blocks stay until the VM is deleted"
         )));
@@ -71,7 +71,7 @@ pub async fn run(service: Service) -> Infallible {
         let ids: Vec<&str> = running.iter().map(|(id, _)| id.as_str()).collect();
         let due = turns.due(&ids, interval, Instant::now());
         for (id, machine) in running.iter().filter(|(id, _)| due.contains(id)) {
-            if !machine.takes_discards() {
+            if !machine.supports_discard() {
                 continue;
             }
             if let Err(why) = trim(&service, machine).await {

@@ -15,7 +15,7 @@ use std::io;
 const CPU_OVERHEAD_PERCENT: u64 = 25;
 
 /// Returns one sentence for each kind of confinement that this host lacks. Changes nothing.
-pub fn unconfined() -> Vec<String> {
+pub fn missing_confinement() -> Vec<String> {
     let no_landlock = (!landlock::is_available()).then(|| {
         "this kernel has no Landlock: a guest that breaks into its hypervisor can read all world-readable files"
             .to_owned()
@@ -42,7 +42,7 @@ pub(crate) struct Confined {
 impl Confinement {
     /// Probes the host, and logs what is missing once.
     pub(crate) fn find() -> Confinement {
-        for gap in unconfined() {
+        for gap in missing_confinement() {
             tracing::warn!("{gap}");
         }
         let cgroups = Cgroups::find();

@@ -231,7 +231,7 @@ impl Vmm for FirecrackerDriver {
         Ok(Some(FirecrackerMachine::new(claimed, jail, api, console)))
     }
 
-    async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
+    async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
         let dir = RunDir::at(run_dir);
         // The folder is created if it is missing: a process may still exist, and the lock prevents
         // a launch meanwhile.

@@ -168,7 +168,7 @@ impl Machine for FirecrackerMachine {
     }
 
     /// Firecracker's disks do not support discard, up to and including 1.17.
-    fn takes_discards(&self) -> bool {
+    fn supports_discard(&self) -> bool {
         false
     }
 

@@ -53,7 +53,7 @@ mod stderr;
 mod vsock;
 
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator, kvm_is_missing};
-pub use confinement::unconfined;
+pub use confinement::missing_confinement;
 pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;
 pub use firecracker::FirecrackerDriver;

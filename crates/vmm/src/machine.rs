@@ -98,7 +98,7 @@ pub trait Vmm: Send + Sync {
     /// [`Error::Running`] if a process (including this one) holds the machine;
     /// [`Error::Unkillable`] if its process does not exit within 10 s of the kill: its files stay
     /// for the next attempt.
-    async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool>;
+    async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool>;
 }
 
 /// A handle to a launched or adopted machine. Every method may be called at any time and
@@ -137,7 +137,7 @@ pub trait Machine: Send + Sync {
     async fn resize_root(&self, size: Bytes) -> Result<()>;
 
     /// Returns whether discards by the guest reach the root disk's file.
-    fn takes_discards(&self) -> bool;
+    fn supports_discard(&self) -> bool;
 
     /// Limits the guest's I/O on its root disk from now on; `None` in `limits` means no limit.
     /// Excess requests wait.

@@ -294,7 +294,7 @@ impl Machine for QemuMachine {
         .map(drop)
     }
 
-    fn takes_discards(&self) -> bool {
+    fn supports_discard(&self) -> bool {
         true
     }
 
