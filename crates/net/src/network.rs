@@ -207,7 +207,7 @@ impl Network {
                 done.removed.push(tap.name);
             }
         }
-        let change = present.becoming(&ruleset.elements(wanted));
+        let change = present.change_to(&ruleset.elements(wanted));
         ruleset.apply_whole(&change).await?;
         done.removed.extend(change.removed.iter().map(ToString::to_string));
         done.added.extend(change.added.iter().map(ToString::to_string));
@@ -400,7 +400,7 @@ pub(crate) async fn check_bridge(links: &Links, config: &NetConfig) -> Result<()
 fn check_ours(link: &Link) -> Result<()> {
     let why = if !link.is_bridge() {
         "is not a bridge"
-    } else if !Mac::is_ours(&link.mac) {
+    } else if !Mac::has_our_prefix(&link.mac) {
         "is a bridge that Scalebox did not create"
     } else {
         return Ok(());

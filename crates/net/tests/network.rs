@@ -242,7 +242,7 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
                 .iter()
                 .map(|network| network.parse().expect("a network"))
                 .collect();
-            config().denying(&networks)
+            config().with_denied(&networks)
         };
         let reached = |guest: &Guest, address, port| {
             guest
