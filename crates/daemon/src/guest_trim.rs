@@ -41,7 +41,7 @@ pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, Se
     }
     let trimmed = trim(service, &machine).await.map_err(|why| {
         let advice = match why {
-            NoAgent::Unreached(_) | NoAgent::Refused(AgentError::Silent) => "; without an agent, run `fstrim /` in it",
+            NoAgent::Unreached(_) | NoAgent::Refused(AgentError::Timeout) => "; without an agent, run `fstrim /` in it",
             NoAgent::Refused(_) => "",
         };
         ServiceError::WrongState(format!("VM {name} could not be trimmed: {why}{advice}"))

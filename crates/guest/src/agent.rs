@@ -34,7 +34,7 @@ pub enum AgentError {
     Random(io::Error),
     /// No response: the guest is booting, hangs, or has no agent.
     #[error("the guest agent does not respond within {} s", RESPONSE_TIMEOUT.as_secs())]
-    Silent,
+    Timeout,
     /// The agent responded with an error.
     #[error("the guest agent could not {action}: {response}")]
     Refused {
@@ -56,7 +56,7 @@ pub enum AgentError {
 
 /// Size and usage of a file system, as reported by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FileSystem {
+pub struct FsUsage {
     /// Capacity for files: the size, minus metadata and the blocks reserved for root.
     pub total: Bytes,
     /// Bytes in use.
@@ -73,8 +73,8 @@ impl Agent {
     /// Waits until the agent at the other end of `stream` responds.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`].
-    pub async fn begin(stream: UnixStream) -> Result<Agent, AgentError> {
+    /// [`AgentError::Timeout`], [`AgentError::Refused`].
+    pub async fn connect(stream: UnixStream) -> Result<Agent, AgentError> {
         let (reader, writer) = tokio::io::split(stream);
         let (service, read_task) = QgaStreamTokio::open_split(reader.take(MAX_RESPONSE_BYTES), writer).spawn_tokio();
         let agent = Agent { service, read_task };
@@ -87,15 +87,15 @@ impl Agent {
                 action: "start a session",
                 response: error.to_string(),
             }),
-            Err(_) => Err(AgentError::Silent),
+            Err(_) => Err(AgentError::Timeout),
         }
     }
 
     /// Returns the usage of the guest's root file system.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`], [`AgentError::NoRoot`].
-    pub async fn root_file_system(&self) -> Result<FileSystem, AgentError> {
+    /// [`AgentError::Timeout`], [`AgentError::Refused`], [`AgentError::NoRoot`].
+    pub async fn root_file_system(&self) -> Result<FsUsage, AgentError> {
         let response = timeout(RESPONSE_TIMEOUT, self.service.execute(qga::guest_get_fsinfo {})).await;
         let all = match response {
             Ok(Ok(all)) => all,
@@ -105,13 +105,13 @@ impl Agent {
                     response: error.to_string(),
                 });
             }
-            Err(_) => return Err(AgentError::Silent),
+            Err(_) => return Err(AgentError::Timeout),
         };
         let root = all.into_iter().find(|found| found.mountpoint == "/");
         let sizes = root
             .and_then(|root| root.total_bytes.zip(root.used_bytes))
             .ok_or(AgentError::NoRoot)?;
-        Ok(FileSystem {
+        Ok(FsUsage {
             total: Bytes::new(sizes.0),
             used: Bytes::new(sizes.1),
         })
@@ -176,14 +176,14 @@ impl Agent {
                 tokio::time::sleep(POLL_INTERVAL).await;
             }
         };
-        timeout(within, ended).await.unwrap_or(Err(AgentError::Silent))
+        timeout(within, ended).await.unwrap_or(Err(AgentError::Timeout))
     }
 
     /// Freezes the guest's file systems: writes wait until the [thaw](Agent::thaw). After an error
     /// they may be frozen nevertheless, so thaw them.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`].
+    /// [`AgentError::Timeout`], [`AgentError::Refused`].
     pub async fn freeze(&self) -> Result<(), AgentError> {
         self.request(
             "freeze its file systems",
@@ -197,7 +197,7 @@ impl Agent {
     /// Thaws the guest's file systems. Does nothing to those that are not frozen.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`].
+    /// [`AgentError::Timeout`], [`AgentError::Refused`].
     pub async fn thaw(&self) -> Result<(), AgentError> {
         self.request("thaw its file systems", RESPONSE_TIMEOUT, qga::guest_fsfreeze_thaw {})
             .await
@@ -216,7 +216,7 @@ impl Agent {
                 action,
                 response: error.to_string(),
             }),
-            Err(_) => Err(AgentError::Silent),
+            Err(_) => Err(AgentError::Timeout),
         }
     }
 }
@@ -261,7 +261,7 @@ mod tests {
     async fn endless_responses_are_cut_off() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let agent = tokio::spawn(endless(theirs));
-        let client = Agent::begin(ours).await.unwrap();
+        let client = Agent::connect(ours).await.unwrap();
         let error = client.trim().await.unwrap_err();
         assert!(matches!(error, AgentError::Refused { .. }), "{error}");
         drop(client);

@@ -69,7 +69,7 @@ mod scratch;
 mod seed;
 mod template;
 
-pub use agent::{Agent, AgentError, FileSystem};
+pub use agent::{Agent, AgentError, FsUsage};
 pub use cmdline::kernel_cmdline;
 pub use command::{CommandError, Program, require_programs};
 pub use error::Error;
