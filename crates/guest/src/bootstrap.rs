@@ -65,8 +65,8 @@ fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
     arguments
 }
 
-/// Lines of mmdebstrap's output that start a step, and the number of lines until the next one, from
-/// which the step's fraction is computed.
+/// Lines of mmdebstrap's output that start a step, and the number of lines until the next step. The
+/// step's fraction is computed from that number.
 const PHASES: [(&str, Step, usize); 5] = [
     ("I: running apt-get update", progress::INDEX, 8),
     ("I: downloading packages with apt", progress::UNPACK, 213),

@@ -33,8 +33,8 @@ const PARAMETERS: [&str; 11] = [
     "no_timer_check",
 ];
 
-/// Returns the kernel command line of a guest that boots a template's kernel and initramfs with its
-/// own disk as the first virtio disk.
+/// Returns the kernel command line of a guest. The guest boots a template's kernel and initramfs,
+/// with its own disk as the first virtio disk.
 ///
 /// It contains the frequency of this host's time stamp counter (`tsc_early_khz`), which guests see
 /// unchanged, both emulated and under KVM. Without it, emulated `microvm` machines sometimes fail

@@ -28,8 +28,8 @@ pub(crate) fn decompress(packed: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// Decompresses a block, which is a list of sequences: a token (two lengths of four bits),
-/// literals, and a match (offset and length). The last sequence ends after its literals.
+/// Decompresses a block, which is a list of sequences. A sequence is a token (two lengths of four
+/// bits), literals, and a match (offset and length). The last one ends after its literals.
 fn decompress_block(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
     let start = out.len();
     let mut input = block.iter();

@@ -23,12 +23,11 @@ const JOURNAL_MIB: &str = "size=32";
 /// groups.
 const FLEX_GROUPS: &str = "256";
 
-/// Percentage of blocks reserved for root, so that on a full disk its owner can still log in and
-/// clean up.
+/// Percentage of blocks reserved for root. On a full disk its owner can still log in and clean up.
 const RESERVED_PERCENT: &str = "1";
 
-/// Writes the tree below `root` to the new file `image`, as a sparse ext4 file system of `size`,
-/// and checks it.
+/// Writes the tree below `root` to the new file `image`, as a sparse ext4 file system of `size`.
+/// Checks the result.
 pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn Progress) -> Result<(), Error> {
     progress.step(progress::IMAGE);
     let file = File::create_new(image).map_err(Error::io("create", image))?;

@@ -5,8 +5,8 @@ use crate::error::Error;
 use scalebox_storage::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
-/// Incremented when a code change affects the result of a build, so that cached templates of older
-/// code are built again.
+/// Incremented when a code change affects the result of a build. Cached templates of older code are
+/// then built again.
 const GENERATION: u32 = 3;
 
 /// The inputs of the template `debian-base`.
@@ -67,7 +67,7 @@ impl Recipe {
         digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Checks that no field can be mistaken for an option or another line: fields become program
+    /// Checks that no field can be mistaken for an option or another line. Fields become program
     /// arguments, or lines of files that programs read.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check("suite", &self.suite, NAME_RULE, is_name)?;

@@ -1,5 +1,6 @@
-//! Builds the real template, or takes it from the cache (`SCALEBOX_CACHE`, by default a directory
-//! next to the test binaries), and checks its content. The daemon's tests boot it.
+//! Builds the real template, or takes it from the cache, and checks its content. The cache is
+//! `SCALEBOX_CACHE`, by default a directory next to the test binaries. The daemon's tests boot the
+//! template.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "an error fails the test")]
 
 use scalebox_guest::{Artifacts, Recipe, build};

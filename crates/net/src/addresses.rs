@@ -185,8 +185,8 @@ mod tests {
     }
 
     proptest! {
-        /// For any order of claims and releases: no lease is handed out twice, none is out of
-        /// range, and errors occur only if nothing is left.
+        /// Checks leases under any order of claims and releases. No lease is handed out twice, none
+        /// is out of range, and errors occur only if nothing is left.
         #[test]
         fn leases_never_overlap(
             prefix in 26u8..=30,

@@ -105,8 +105,8 @@ pub(crate) enum Verdict {
     Drop,
 }
 
-/// What is known about a rule and the rules that jumped to it: whether they match for certain, and
-/// whether one of them names the guests.
+/// How certainly a packet reaches a rule. `certain`: the rule and those that jumped to it match for
+/// certain. `named`: one of them names the guests.
 #[derive(Debug, Clone, Copy)]
 struct Certainty {
     certain: bool,
@@ -168,8 +168,8 @@ impl Packet<'_> {
         }
     }
 
-    /// Returns `None` if a condition does not hold; otherwise whether all conditions hold for
-    /// certain, and whether one of them names the bridge or the guests' subnet.
+    /// Evaluates all conditions of a rule. Returns `None` if one does not hold; otherwise whether
+    /// all hold for certain, and whether one of them names the bridge or the guests' subnet.
     fn match_all(&self, conditions: &[Condition]) -> Option<(Match, bool)> {
         let (mut all, mut named) = (Match::Yes, false);
         for condition in conditions {

@@ -11,9 +11,9 @@ const MAX_NAME_BYTES: usize = 15;
 /// Names with a special meaning under `/proc/sys/net/ipv4/conf`.
 const RESERVED: [&str; 3] = ["all", "default", "lo"];
 
-/// Networks that no guest can reach, whatever the settings: link-local addresses, where clouds
-/// serve their hosts' credentials (169.254.169.254); multicast; reserved addresses, including
-/// broadcast.
+/// Networks that no guest can reach, whatever the settings. They are link-local addresses, where
+/// clouds serve their hosts' credentials (169.254.169.254); multicast; and reserved addresses,
+/// including broadcast.
 const ALWAYS_DENIED: [Ipv4Net; 3] = [
     Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
     Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),

@@ -81,9 +81,10 @@ impl Mbps {
         Mbps(if megabits == 0 { 1 } else { megabits })
     }
 
-    /// Maximum rate that is enforced: 100 Gbit/s, which no guest reaches. nftables multiplies a
-    /// rate by 10⁹ in 64 bits: from 147,574 Mbit/s on it rejects the rate or truncates it
-    /// (`nft_limit_init`).
+    /// Maximum rate that is enforced: 100 Gbit/s, which no guest reaches.
+    ///
+    /// nftables multiplies a rate by 10⁹ in 64 bits: from 147,574 Mbit/s on it rejects the rate or
+    /// truncates it (`nft_limit_init`).
     const MAX: u32 = 100_000;
 
     pub(crate) fn bytes_per_second(self) -> u64 {

@@ -1,10 +1,10 @@
-//! The network of a Scalebox host: a bridge, one tap per VM, internet access for guests, and SSH
-//! forwards to them.
+//! The network of a Scalebox host: a bridge, one tap per VM, internet access, and SSH forwards to
+//! guests.
 //!
 //! ```text
-//!   client ── host port 22001 ──┐ DNAT in the kernel          ┌─ tap sb0123456789ab ─ guest 172.16.0.2, sshd on 22
-//!                               ├── bridge scalebox0 ─────────┤
-//!   internet ◄── masquerade ────┘   172.16.0.1/16             └─ tap sb… ─ guest 172.16.0.3
+//!   client ── host port 22001 ──┐ DNAT               ┌─ tap sb0123456789ab ─ guest 172.16.0.2:22
+//!                               ├─ bridge scalebox0 ─┤
+//!   internet ◄── masquerade ────┘  172.16.0.1/16     └─ tap sb… ─ guest 172.16.0.3
 //! ```
 //!
 //! The kernel does all the work: no process of ours carries packets, so a session through a forward

@@ -457,19 +457,19 @@ fn check_distinct(config: &NetConfig, wanted: &[Endpoint]) -> Result<()> {
     for endpoint in wanted {
         config.check_guest(endpoint.guest_ip())?;
         let tap = endpoint.tap();
-        let taken = |what: String, owner: Option<&str>| match owner {
+        let check_unused = |what: String, owner: Option<&str>| match owner {
             Some(owner) => Err(Error::Taken {
                 what,
                 owner: owner.to_owned(),
             }),
             None => Ok(()),
         };
-        taken(format!("tap {tap}"), taps.insert(tap, tap))?;
-        taken(
+        check_unused(format!("tap {tap}"), taps.insert(tap, tap))?;
+        check_unused(
             format!("address {}", endpoint.guest_ip()),
             ips.insert(endpoint.guest_ip(), tap),
         )?;
-        taken(
+        check_unused(
             format!("port {}", endpoint.ssh_port()),
             ports.insert(endpoint.ssh_port(), tap),
         )?;
@@ -477,8 +477,8 @@ fn check_distinct(config: &NetConfig, wanted: &[Endpoint]) -> Result<()> {
     Ok(())
 }
 
-/// Returns our taps: ports of our bridge whose name has our form, and taps on no bridge that our
-/// tables name.
+/// Returns our taps. These are ports of our bridge whose name has our form, and taps on no bridge
+/// that our tables name.
 async fn taps_of(links: &Links, bridge: &Link, present: &Elements) -> Result<Vec<Link>> {
     let named: BTreeSet<&str> = present.taps().collect();
     let mut taps = links.all().await?;

@@ -86,8 +86,8 @@ pub(crate) enum Element {
     Tap(String),
     /// A MAC and address pair that may send frames out of a tap.
     Binding(String, Mac, Ipv4Addr),
-    /// A rate limit in bytes per second for one guest and direction: a limit object, and the
-    /// element that refers to it.
+    /// A rate limit for one guest and direction, in bytes per second. It consists of a limit object
+    /// and the element that refers to it.
     Rate(Direction, Ipv4Addr, u64),
 }
 
@@ -501,9 +501,9 @@ impl Elements {
         }
     }
 
-    /// Returns the change that removes the existing elements of `unwanted`, which belong to one
-    /// endpoint, and any rate of that endpoint. A forward of the same port to another guest is
-    /// kept.
+    /// Returns the change that removes the elements of one endpoint. These are the existing
+    /// elements of `unwanted`, and any rate of the endpoint. A forward of the same port to another
+    /// guest is kept.
     pub(crate) fn removing(&self, unwanted: &Elements, endpoint: &Endpoint) -> Change {
         let rates: BTreeSet<Element> = self.rates_of(endpoint).cloned().collect();
         let removed: BTreeSet<Element> = self.0.intersection(&unwanted.0).cloned().collect();

@@ -165,9 +165,11 @@ pub(crate) fn usable() -> Result<Vec<(Controller, PathBuf)>, String> {
     }
 }
 
-/// Returns the hierarchies in which a machine gets a group: those with controllers, and the one in
-/// which systemd tracks services. A process that stayed in the daemon's group there would be killed
-/// together with the service (`systemctl kill`).
+/// Returns the hierarchies in which a machine gets a group.
+///
+/// These are the ones with controllers, and the one in which systemd tracks services. A process
+/// that stayed in the daemon's group there would be killed together with the service (`systemctl
+/// kill`).
 fn suitable() -> Result<Vec<(Controller, PathBuf)>, String> {
     let read = |path: &str| fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
     let hierarchies = hierarchies(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);

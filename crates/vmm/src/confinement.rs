@@ -1,5 +1,5 @@
-//! Confines a machine's process with a control group and Landlock rules, in addition to its own
-//! account and the hypervisor's seccomp filter.
+//! Confines a machine's process with a control group and Landlock rules. Its account and the
+//! hypervisor's seccomp filter confine it further.
 
 use crate::cgroup::{self, Cgroups, Group, ResourceLimits};
 use crate::landlock::{self, AllowedFiles, Sandbox};
@@ -10,8 +10,8 @@ use crate::{Error, Result};
 use scalebox_storage::Bytes;
 use std::io;
 
-/// CPU time that a hypervisor gets for disk, network and console, in percent of one CPU, on top of
-/// its guest's vCPUs.
+/// CPU time of a hypervisor for disk, network and console, in percent of one CPU. It is added to
+/// the guest's vCPUs.
 const CPU_OVERHEAD_PERCENT: u64 = 25;
 
 /// Returns one sentence for each kind of confinement that this host lacks. Changes nothing.

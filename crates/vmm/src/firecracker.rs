@@ -9,7 +9,7 @@ use crate::confinement::Confinement;
 use crate::firecracker_api::{Api, ApiError, RESPONSE_TIMEOUT};
 use crate::firecracker_command::{Firecracker, PROGRAM, identifying_arguments};
 use crate::firecracker_machine::FirecrackerMachine;
-use crate::jail::{self, Jails, change_owner};
+use crate::jail::{self, Jail, Jails, change_owner};
 use crate::machine::{Machine, MachineId, MachineSpec, RunAs, Vmm};
 use crate::process::Process;
 use crate::qemu::{find_process, find_recorded, kill_and_wait, launch_error, lock_for_launch, require_tap};
@@ -90,8 +90,12 @@ impl FirecrackerDriver {
         firecracker.check_kernel(&spec)?;
         let dir = RunDir::at(&spec.run_dir);
         let lock = lock_for_launch(&dir, &spec.id, &identifying_arguments(spec.id.as_str()))?;
-        match self.finish_launch(firecracker, &spec, &dir, lock).await {
-            Ok(fresh) => Ok(fresh),
+        let launched = match self.spawn(firecracker, &spec, &dir, lock) {
+            Ok((claimed, jail, console)) => finish_launch(&spec, claimed, jail, console).await,
+            Err(error) => Err(error),
+        };
+        match launched {
+            Ok(guard) => Ok(guard),
             Err(error) => {
                 // A process that could not be killed keeps its files, by which it is found again.
                 if !matches!(error, Error::Unkillable { .. }) {
@@ -103,26 +107,34 @@ impl FirecrackerDriver {
         }
     }
 
-    async fn finish_launch(
+    /// Creates the jail and spawns the process in it. Returns the process, its jail and its console.
+    fn spawn(
         &self,
         firecracker: &Firecracker,
         spec: &MachineSpec,
         dir: &RunDir,
         lock: Lock,
-    ) -> Result<LaunchGuard> {
+    ) -> Result<(ClaimedProcess, Jail, pipe::Receiver)> {
         let root = root_file(spec)?.to_owned();
         let account = spec.run_as.unwrap_or_else(own_account);
         let jail = self.jails.make(spec, &root, account)?;
-        let stderr = StderrPipe::create(&jail.path(jail::MESSAGES))?;
-        change_owner(&jail.path(jail::MESSAGES), account)?;
-        let messages = StderrPipe::open(&jail.path(jail::MESSAGES))?;
+        let child_stderr = StderrPipe::create(&jail.path(jail::STDERR_PIPE))?;
+        change_owner(&jail.path(jail::STDERR_PIPE), account)?;
+        let stderr = StderrPipe::open(&jail.path(jail::STDERR_PIPE))?;
         let console_end = StderrPipe::create(&dir.console_pipe())?;
         let console = open_console(dir)?;
         // No Landlock rules, unlike for QEMU: they would forbid the mounts that create a jail. And
         // inside the jail there are no other files.
         let confined = self.confinement.prepare(spec, dir, None, VMM_OVERHEAD)?;
         let mut child = firecracker
-            .spawn(spec.id.as_str(), &self.jails, account, confined, console_end, stderr)
+            .spawn(
+                spec.id.as_str(),
+                &self.jails,
+                account,
+                confined,
+                console_end,
+                child_stderr,
+            )
             .map_err(|error| launch_error(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
             Ok(process) => process,
@@ -140,32 +152,11 @@ impl FirecrackerDriver {
             dir: dir.clone(),
             lock,
             process,
-            messages,
+            stderr,
             root,
             console_log: spec.console_log.clone(),
         };
-        let api = Api::at(&jail.path(jail::API));
-        let steps = async {
-            wait_until_responsive(&claimed.process, &api).await?;
-            // From the first response on, the process' arguments are Firecracker's.
-            let recorded = claimed.process.arguments().and_then(|argv| claimed.write_record(argv));
-            recorded.map_err(|error| error.to_string())?;
-            api.configure(spec).await.map_err(|error| error.to_string())?;
-            api.start().await.map_err(|error| error.to_string())
-        };
-        let result: Result<(), String> = steps.await;
-        if let Err(why) = result {
-            let status = kill_and_wait(&claimed.id, &claimed.process).await?.unwrap_or_default();
-            return Err(launch_error(
-                &claimed.id,
-                format!("{why} ({status})"),
-                &claimed.messages.text(),
-            ));
-        }
-        Ok(LaunchGuard {
-            machine: FirecrackerMachine::new(claimed, jail, api, console),
-            kept: false,
-        })
+        Ok((claimed, jail, console))
     }
 
     /// Removes all files of a machine whose process is gone.
@@ -207,8 +198,8 @@ impl Vmm for FirecrackerDriver {
         };
         // The jail of a running process was removed: the process can no longer be reached.
         let jail = self.jails.of(id)?.ok_or_else(|| hung(id))?;
-        let messages = StderrPipe::open(&jail.path(jail::MESSAGES))?;
-        let claimed = ClaimedProcess::from_record(process, record, &dir, lock, messages);
+        let stderr = StderrPipe::open(&jail.path(jail::STDERR_PIPE))?;
+        let claimed = ClaimedProcess::from_record(process, record, &dir, lock, stderr);
         let api = Api::at(&jail.path(jail::API));
         match api.state().await {
             Ok(state) if state != NOT_STARTED => {}
@@ -244,6 +235,38 @@ impl Vmm for FirecrackerDriver {
         self.remove_files(id, &dir);
         Ok(process.is_some())
     }
+}
+
+/// Configures the machine through the API and starts the guest. On an error, kills the process and
+/// returns the cause.
+async fn finish_launch(
+    spec: &MachineSpec,
+    claimed: ClaimedProcess,
+    jail: Jail,
+    console: pipe::Receiver,
+) -> Result<LaunchGuard> {
+    let api = Api::at(&jail.path(jail::API));
+    let steps = async {
+        wait_until_responsive(&claimed.process, &api).await?;
+        // From the first response on, the process' arguments are Firecracker's.
+        let recorded = claimed.process.arguments().and_then(|argv| claimed.write_record(argv));
+        recorded.map_err(|error| error.to_string())?;
+        api.configure(spec).await.map_err(|error| error.to_string())?;
+        api.start().await.map_err(|error| error.to_string())
+    };
+    let result: Result<(), String> = steps.await;
+    if let Err(why) = result {
+        let status = kill_and_wait(&claimed.id, &claimed.process).await?.unwrap_or_default();
+        return Err(launch_error(
+            &claimed.id,
+            format!("{why} ({status})"),
+            &claimed.stderr.text(),
+        ));
+    }
+    Ok(LaunchGuard {
+        machine: FirecrackerMachine::new(claimed, jail, api, console),
+        kept: false,
+    })
 }
 
 fn hung(id: &MachineId) -> Error {

@@ -128,7 +128,7 @@ impl Firecracker {
             // The jailer's default is above the hard limit of the process.
             .args(["--resource-limit", &format!("no-file={MAX_OPEN_FILES}")])
             .args(["--", "--api-sock", jail::API])
-            .args(["--log-path", jail::MESSAGES, "--level", "Info"])
+            .args(["--log-path", jail::STDERR_PIPE, "--level", "Info"])
             .env_clear()
             .current_dir("/")
             .process_group(0)

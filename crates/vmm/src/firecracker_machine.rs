@@ -1,5 +1,5 @@
-//! A machine that runs in one Firecracker process: the handle, and the monitor task that records
-//! how the machine ends and cleans up.
+//! A machine that runs in one Firecracker process: the handle, and the monitor task. The monitor
+//! records how the machine ends, and cleans up.
 //!
 //! Firecracker emits no events: a pause is published by the call that caused it, and the guest
 //! receives an error for a disk request that fails on the host. [`MachineState::Stalled`] does not
@@ -45,7 +45,7 @@ struct Inner {
     id: MachineId,
     dir: RunDir,
     process: Process,
-    messages: StderrPipe,
+    stderr: StderrPipe,
     root: PathBuf,
     jail: Jail,
     api: Api,
@@ -73,7 +73,7 @@ impl FirecrackerMachine {
             id: claimed.id,
             dir: claimed.dir,
             process: claimed.process,
-            messages: claimed.messages,
+            stderr: claimed.stderr,
             root: claimed.root,
             jail,
             api,
@@ -245,14 +245,14 @@ impl Inner {
 async fn monitor(inner: Arc<Inner>, drain: JoinHandle<()>) {
     tokio::select! {
         () = inner.process.exited() => {}
-        () = inner.messages.read_forever() => {}
+        () = inner.stderr.read_forever() => {}
     }
     // Ends when the pipe closes. A panic in the task has been logged already.
     if timeout(DRAIN_TIMEOUT, drain).await.is_err() {
         tracing::warn!(machine = %inner.id, "the end of the machine's console output may be lost");
     }
     let status = inner.process.reap();
-    let stderr = inner.messages.text();
+    let stderr = inner.stderr.text();
     let killed = *inner.killed.lock().unwrap_or_else(PoisonError::into_inner);
     let reason = exit_reason(killed, status, &stderr, inner.dir.ran_out_of_memory());
     if reason == ExitReason::GuestShutdown {

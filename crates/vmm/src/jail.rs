@@ -1,13 +1,13 @@
 //! The folder to which Firecracker's jailer confines a machine's process: its content and removal.
 //!
 //! ```text
-//! BASE/firecracker/vm-0123456789ab/root     the process' `/`, owned by its account
-//!     kernel initrd                         hard links to files shared by all machines, read-only for the process
-//!     seed                                  a copy, owned by the process' account
-//!     disk                                  a hard link to the root disk, owned by the process' account
-//!     messages.pipe                         stderr
-//!     api.sock agent.sock                   created by the process
-//!     firecracker dev/                      created by the jailer
+//! BASE/firecracker/vm-0123456789ab/root   the process' `/`, owned by its account
+//!     kernel initrd          hard links to files shared by all machines; read-only
+//!     seed                   a copy, owned by the process' account
+//!     disk                   a hard link to the root disk, owned by the process' account
+//!     messages.pipe          stderr
+//!     api.sock agent.sock    created by the process
+//!     firecracker dev/       created by the jailer
 //! ```
 //!
 //! The jailer defines the layout below BASE (docs/jailer.md of Firecracker). Hard links cost no
@@ -32,7 +32,7 @@ pub(crate) const ROOT: &str = "/disk";
 pub(crate) const SEED: &str = "/seed";
 pub(crate) const API: &str = "/api.sock";
 pub(crate) const AGENT: &str = "/agent.sock";
-pub(crate) const MESSAGES: &str = "/messages.pipe";
+pub(crate) const STDERR_PIPE: &str = "/messages.pipe";
 
 /// The jails of all machines.
 #[derive(Debug, Clone)]
@@ -200,8 +200,8 @@ fn link(file: &Path, at: &Path) -> Result<()> {
     fs::hard_link(file, at).map_err(Error::io("hard-link into the jail", file))
 }
 
-/// Makes a host file readable in the jail: by a hard link if others may read the file, otherwise by
-/// a copy.
+/// Makes a host file readable in the jail. Uses a hard link if other users may read the file,
+/// otherwise a copy.
 fn link_or_copy(file: &Path, at: &Path, account: RunAs) -> Result<()> {
     let meta = file.metadata().map_err(Error::io("read the metadata of", file))?;
     let world_readable = meta.mode() & 0o004 != 0 && meta.uid() != account.uid;

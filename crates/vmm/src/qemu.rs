@@ -107,8 +107,8 @@ impl QemuDriver {
         argv: &[String],
     ) -> Result<ClaimedProcess> {
         let root = root_file(spec)?.to_owned();
-        let stderr = StderrPipe::create(&dir.messages())?;
-        let messages = StderrPipe::open(&dir.messages())?;
+        let child_stderr = StderrPipe::create(&dir.stderr_pipe())?;
+        let stderr = StderrPipe::open(&dir.stderr_pipe())?;
         let allowed = AllowedFiles {
             program: qemu.program().to_owned(),
             read: [&spec.kernel, &spec.seed]
@@ -125,7 +125,7 @@ impl QemuDriver {
         };
         let confined = self.confinement.prepare(spec, dir, Some(&allowed), overhead)?;
         let mut child = qemu
-            .spawn(argv, confined, stderr)
+            .spawn(argv, confined, child_stderr)
             .map_err(|error| launch_error(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
             Ok(process) => process,
@@ -144,7 +144,7 @@ impl QemuDriver {
             dir: dir.clone(),
             lock,
             process,
-            messages,
+            stderr,
             root,
             console_log,
         })
@@ -181,7 +181,7 @@ impl Vmm for QemuDriver {
             dir.clear();
             return Ok(None);
         };
-        let claimed = ClaimedProcess::from_record(process, record, &dir, lock, StderrPipe::open(&dir.messages())?);
+        let claimed = ClaimedProcess::from_record(process, record, &dir, lock, StderrPipe::open(&dir.stderr_pipe())?);
         let machine = match claimed.connect(ADOPT_TIMEOUT).await {
             Ok(machine) => machine,
             Err((claimed, ConnectError::Ended)) => {
@@ -252,11 +252,11 @@ async fn finish_launch(claimed: ClaimedProcess, argv: Vec<String>, limits: DiskL
         Err(error) => Err(error),
     };
     if let Err(error) = started {
-        let output = machine.messages();
+        let output = machine.stderr_text();
         machine.kill().await?;
         return Err(launch_error(machine.id(), error, &output));
     }
-    let warnings = machine.messages();
+    let warnings = machine.stderr_text();
     if !warnings.is_empty() {
         tracing::warn!(machine = %machine.id(), warnings, "QEMU started with warnings");
     }
@@ -272,11 +272,11 @@ async fn abort_launch(claimed: ClaimedProcess, why: &str) -> Error {
             return launch_error(
                 &claimed.id,
                 format!("{why}; in addition, {error}"),
-                &claimed.messages.text(),
+                &claimed.stderr.text(),
             );
         }
     };
-    let output = claimed.messages.text();
+    let output = claimed.stderr.text();
     claimed.dir.clear();
     launch_error(&claimed.id, format!("{why} ({status})"), &output)
 }

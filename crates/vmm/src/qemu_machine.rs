@@ -45,7 +45,7 @@ pub(crate) struct ClaimedProcess {
     pub dir: RunDir,
     pub lock: Lock,
     pub process: Process,
-    pub messages: StderrPipe,
+    pub stderr: StderrPipe,
     pub root: PathBuf,
     pub console_log: PathBuf,
 }
@@ -66,7 +66,7 @@ impl ClaimedProcess {
         record: Record,
         dir: &RunDir,
         lock: Lock,
-        messages: StderrPipe,
+        stderr: StderrPipe,
     ) -> ClaimedProcess {
         let Record {
             id, root, console_log, ..
@@ -76,7 +76,7 @@ impl ClaimedProcess {
             dir: dir.clone(),
             lock,
             process,
-            messages,
+            stderr,
             root,
             console_log,
         }
@@ -143,7 +143,7 @@ struct Inner {
     id: MachineId,
     dir: RunDir,
     process: Process,
-    messages: StderrPipe,
+    stderr: StderrPipe,
     root: PathBuf,
     /// Released before the end is published, so that a caller that waited for the end can launch
     /// again.
@@ -167,7 +167,7 @@ impl QemuMachine {
             dir,
             lock,
             process,
-            messages,
+            stderr,
             root,
             console_log,
         } = claimed;
@@ -175,7 +175,7 @@ impl QemuMachine {
             id,
             dir,
             process,
-            messages,
+            stderr,
             root,
             lock: Mutex::new(Some(lock)),
             qmp: Mutex::new(qmp),
@@ -202,8 +202,8 @@ impl QemuMachine {
     }
 
     /// Returns QEMU's output so far.
-    pub(crate) fn messages(&self) -> String {
-        self.inner.messages.text()
+    pub(crate) fn stderr_text(&self) -> String {
+        self.inner.stderr.text()
     }
 
     /// Handles that the guest has powered itself off, and that QEMU waits for `quit`.
@@ -361,7 +361,7 @@ impl Machine for QemuMachine {
     }
 }
 
-#[allow(deprecated, reason = "a field that is left empty has to be named all the same")]
+#[allow(deprecated, reason = "the initializer must name every field")]
 fn no_throttle() -> qmp::BlockIOThrottle {
     qmp::BlockIOThrottle {
         device: None,
@@ -470,7 +470,7 @@ impl Inner {
             if !matches!(status, Ok(RunState::internal_error)) {
                 return;
             }
-            let detail = format!("internal error; {}", inner.messages.text().trim());
+            let detail = format!("internal error; {}", inner.stderr.text().trim());
             if let Err(error) = inner.kill(ExitReason::Crashed { detail }) {
                 tracing::warn!(machine = %inner.id, %error, "cannot kill QEMU after its internal error");
             }
@@ -515,7 +515,7 @@ impl Inner {
 async fn monitor(inner: Arc<Inner>, mut events: Events, drain: JoinHandle<()>) {
     tokio::select! {
         () = inner.process.exited() => {}
-        () = inner.messages.read_forever() => {}
+        () = inner.stderr.read_forever() => {}
         () = process_events(&inner, &mut events) => {}
     }
     let rest = async {
@@ -532,7 +532,7 @@ async fn monitor(inner: Arc<Inner>, mut events: Events, drain: JoinHandle<()>) {
     let reason = inner
         .cause()
         .take()
-        .unwrap_or_else(|| crash_reason(status, &inner.messages.text(), inner.dir.ran_out_of_memory()));
+        .unwrap_or_else(|| crash_reason(status, &inner.stderr.text(), inner.dir.ran_out_of_memory()));
     inner.dir.clear();
     inner.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     inner.publish(MachineEvent::Ended(reason.clone()));
@@ -571,8 +571,10 @@ pub(crate) async fn wait_for_exit(ended: &watch::Sender<Option<ExitReason>>) -> 
         .unwrap_or(ExitReason::Unknown)
 }
 
-/// Rejects a size that is below the disk's or the largest requested size, or not a multiple of the
-/// sector size. Returns the size in bytes.
+/// Checks the new size of a root disk, and returns it in bytes.
+///
+/// Rejects a size below the disk's or below the largest size requested so far, and a size that is
+/// not a multiple of the sector size.
 pub(crate) fn check_growth(id: &MachineId, root: &Path, max_requested: Bytes, size: Bytes) -> Result<i64> {
     let invalid = |why| Error::Spec {
         id: id.clone(),

@@ -70,7 +70,7 @@ impl RunDir {
     }
 
     /// The pipe that receives QEMU's stderr.
-    pub(crate) fn messages(&self) -> PathBuf {
+    pub(crate) fn stderr_pipe(&self) -> PathBuf {
         self.0.join("messages.pipe")
     }
 
@@ -209,7 +209,7 @@ impl RunDir {
             self.console(),
             self.console_pipe(),
             self.agent(),
-            self.messages(),
+            self.stderr_pipe(),
             self.part(),
             self.record(),
         ] {

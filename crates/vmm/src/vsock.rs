@@ -1,5 +1,7 @@
-//! Connects to a guest's vsock under Firecracker, which exposes it on the host as a Unix socket:
-//! the client requests a guest port by name (docs/vsock.md of Firecracker).
+//! Connects to a guest's vsock under Firecracker.
+//!
+//! Firecracker exposes the vsock on the host as a Unix socket, on which a client requests a guest
+//! port (docs/vsock.md of Firecracker).
 
 use crate::jail;
 use std::io;

@@ -41,7 +41,7 @@ pub fn endpoint(n: u8) -> Endpoint {
     Endpoint::new(&format!("vm-00000000000{n:x}"), ip, 22001 + u16::from(n)).expect("an endpoint")
 }
 
-/// Runs a test on a simulated host: the test's thread, its async runtime, and the programs it
+/// Runs a test on a simulated host. The test's thread, its async runtime, and the programs it
 /// starts are in a new network namespace.
 pub fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     let namespace = Namespace::new();
@@ -152,9 +152,9 @@ pub fn outside() -> Namespace {
     world
 }
 
-/// A simulated guest: a namespace with an interface `eth0`, and a thread that copies frames between
-/// `eth0` and the host's tap, which it opens by name as a VMM does. A server on its port 22 sends
-/// `guest A.B.C.D` and then echoes.
+/// A simulated guest: a namespace with an interface `eth0`, connected to the host's tap. A thread
+/// copies frames between the two; it opens the tap by name as a VMM does. A server on the guest's
+/// port 22 sends `guest A.B.C.D` and then echoes.
 pub struct Guest {
     pub inside: Namespace,
     _power: UnixStream,

@@ -1,5 +1,5 @@
-//! A lab for machines: a folder, a tap, disks and a driver, all removed at the end, even after a
-//! panic.
+//! A lab for machines: a folder, a tap, disks and a driver. All of them are removed at the end,
+//! even after a panic.
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
