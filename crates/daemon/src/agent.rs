@@ -20,5 +20,5 @@ pub enum AgentFailed {
 /// # Errors
 /// [`AgentFailed`] if the guest is still booting, hangs or has no agent.
 pub async fn reach(machine: &Arc<dyn Machine>) -> Result<Agent, AgentFailed> {
-    Ok(Agent::begin(machine.agent().await?).await?)
+    Ok(Agent::connect(machine.agent().await?).await?)
 }

@@ -13,7 +13,7 @@ use crate::service::{Service, blocking};
 use crate::state::Record;
 use futures::stream::{self, StreamExt};
 use scalebox_client::{AutoExtend, EventKind};
-use scalebox_guest::FileSystem;
+use scalebox_guest::FsUsage;
 use scalebox_storage::{Gib, Reservation};
 use scalebox_vmm::Machine;
 use serde_json::json;
@@ -115,7 +115,7 @@ async fn check_guest(service: &Service, schedule: &Schedule, vm: Record, machine
 }
 
 /// Returns the usage in percent, rounded up as by `df` in the guest.
-fn used_percent(root: &FileSystem) -> u64 {
+fn used_percent(root: &FsUsage) -> u64 {
     let (used, total) = (u128::from(root.used.as_u64()), u128::from(root.total.as_u64()));
     // The figures come from the guest and may be arbitrary.
     (used * 100).div_ceil(total.max(1)).min(100) as u64
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn the_usage_in_percent_matches_df_in_the_guest() {
         let used = |used, total| {
-            used_percent(&FileSystem {
+            used_percent(&FsUsage {
                 used: Bytes::new(used),
                 total: Bytes::new(total),
             })

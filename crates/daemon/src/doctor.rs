@@ -194,7 +194,7 @@ fn kernel(found: &mut Findings) {
     if all {
         found.ok("kernel", "btrfs, loop, tun and bridge are available");
     }
-    let unconfined = scalebox_vmm::unconfined();
+    let unconfined = scalebox_vmm::missing_confinement();
     if unconfined.is_empty() {
         found.ok("confinement", "control groups and Landlock are available");
     }

@@ -106,14 +106,14 @@ impl Drivers {
         adopted
     }
 
-    /// Like [`Vmm::put_down`], by all drivers.
+    /// Like [`Vmm::force_stop`], by all drivers.
     ///
     /// # Errors
-    /// Those of [`Vmm::put_down`].
+    /// Those of [`Vmm::force_stop`].
     pub async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool, Error> {
         let mut killed = false;
         for driver in &self.drivers {
-            killed |= driver.put_down(id, run_dir).await?;
+            killed |= driver.force_stop(id, run_dir).await?;
         }
         Ok(killed)
     }

@@ -33,14 +33,14 @@ pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, Se
             record.status
         )));
     };
-    if !machine.takes_discards() {
+    if !machine.supports_discard() {
         return Err(ServiceError::WrongState(format!(
             "cannot trim VM {name}: its hypervisor does not support discard, so blocks are freed only when the VM is deleted"
         )));
     }
     let trimmed = trim(service, &machine).await.map_err(|why| {
         let advice = match why {
-            AgentFailed::Unreachable(_) | AgentFailed::Rejected(AgentError::Silent) => {
+            AgentFailed::Unreachable(_) | AgentFailed::Rejected(AgentError::Timeout) => {
                 "; if the guest has no agent, run `fstrim /` in it"
             }
             AgentFailed::Rejected(_) => "",
@@ -72,7 +72,7 @@ pub async fn run(service: Service) -> Infallible {
         let ids: Vec<&str> = running.iter().map(|(id, _)| id.as_str()).collect();
         let due = schedule.due(&ids, interval, Instant::now());
         for (id, machine) in running.iter().filter(|(id, _)| due.contains(id)) {
-            if !machine.takes_discards() {
+            if !machine.supports_discard() {
                 continue;
             }
             if let Err(why) = trim(&service, machine).await {

@@ -4,7 +4,7 @@
 
 use crate::agent::{self, AgentFailed};
 use scalebox_client::Disk;
-use scalebox_guest::FileSystem;
+use scalebox_guest::FsUsage;
 use scalebox_storage::Bytes;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
 }
 
 /// Queries the guest's root file system; `None` if the agent does not respond.
-pub async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
+pub async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FsUsage> {
     let query = async { Ok::<_, AgentFailed>(agent::reach(machine).await?.root_file_system().await?) };
     match query.await {
         Ok(root) => Some(root),
