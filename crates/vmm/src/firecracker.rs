@@ -107,7 +107,7 @@ impl FirecrackerDriver {
         }
     }
 
-    /// Creates the jail and spawns the process in it. Returns the process, its jail and its console.
+    /// Creates the jail and spawns the process in it. Returns process, jail and console.
     fn spawn(
         &self,
         firecracker: &Firecracker,
