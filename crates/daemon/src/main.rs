@@ -2,97 +2,31 @@
 //!
 //! # Layout
 //!
-//! | file | job |
+//! A folder uses folders above it in this table only (`crates/testkit/tests/floor_plan`).
+//!
+//! | folder | content |
 //! |---|---|
-//! | `commands` | the subcommands |
-//! | `doctor` | problems on this host, with fixes |
-//! | `settings` | environment, file, defaults |
-//! | `contradictions` | settings that contradict each other |
-//! | `log` | the log, as text, as JSON or for the journal |
-//! | `api` | routes, authentication, limits on a request, request ids |
-//! | `logins` | failed logins, in the log |
-//! | `server` | connections and shutdown |
-//! | `error_bodies` | JSON bodies for the errors that hyper sends by itself |
-//! | `events` | events, kept for clients that reconnect |
-//! | `event_stream` | `GET /events` |
-//! | `service` | the service behind the API: shared state and operations |
-//! | `create` | creating a VM, step by step |
-//! | `lifecycle` | starting and stopping machines, and watching for their end |
-//! | `drivers` | the hypervisor drivers, and which VM uses which |
-//! | `cleanup` | retrying failed removals from the host |
-//! | `down` | shutting all machines down, as before a reboot of the host |
-//! | `update` | growing a VM's disk, changing its settings |
-//! | `pool` | the pool's figures, and changes of its size |
-//! | `metrics` | `GET /metrics` |
-//! | `openapi` | `GET /openapi.json` |
-//! | `idempotency` | repeated creation requests return the same VM |
-//! | `restart` | stopping and starting a VM as one operation |
-//! | `vms` | the VMs in memory: names, addresses, running operations |
-//! | `state` | the state file |
-//! | `recovery` | recovery at start |
-//! | `pool_growth` | automatic growth of the pool |
-//! | `agent` | connecting to a guest's agent |
-//! | `reboot_loop` | detecting guests that cannot boot |
-//! | `auto_extend` | growing disks before guests fill them |
-//! | `guest_trim` | trimming guests |
-//! | `pool_watch` | pausing guests before the pool runs full, and resuming them |
-//! | `reclaim` | returning blocks of deleted disks to the pool and to the host disk |
-//! | `network_watch` | restoring the network after another program removed it |
-//! | `accounts` | measuring disk usage, estimating how long the pool lasts |
-//! | `resize` | reading the size of a guest's root file system |
-//! | `snapshots` | creating templates from VMs' disks |
-//! | `template_files` | template export and import |
-//! | `undo` | undo steps |
-//! | `random` | random ids |
-//! | `host` | information about the host |
-//! | `progress` | progress display |
-//! | `error` | errors, with HTTP status and error code |
+//! | `settings` | the environment, the configuration file, defaults |
+//! | `state` | the state file: what survives a restart |
+//! | `host` | the parts of a running daemon: pool, network, hypervisors, VMs in memory, events |
+//! | `pool` | the pool's figures and size, admission, freeing of disks |
+//! | `templates` | the list of templates, export and import |
+//! | `vm` | operations on one VM, and recovery at start |
+//! | `watch` | background loops: space, disk extension, trim, network, usage |
+//! | `http` | the server, routes, events, metrics, the OpenAPI document |
+//! | `commands` | the subcommands, `doctor` and the log |
 
-mod accounts;
-mod agent;
-mod api;
-mod auto_extend;
-mod cleanup;
 mod commands;
-mod contradictions;
-mod create;
-mod doctor;
-mod down;
-mod drivers;
-mod error;
-mod error_bodies;
-mod event_stream;
-mod events;
-mod guest_trim;
 mod host;
-mod idempotency;
-mod lifecycle;
-mod log;
-mod logins;
-mod metrics;
-mod network_watch;
-mod openapi;
+mod http;
 mod pool;
-mod pool_growth;
-mod pool_watch;
-mod progress;
-mod random;
-mod reboot_loop;
-mod reclaim;
-mod recovery;
-mod resize;
-mod restart;
-mod server;
-mod service;
 mod settings;
-mod snapshots;
 mod state;
-mod template_files;
-mod undo;
-mod update;
-mod vms;
+mod vm;
+mod watch;
 
 use clap::{Parser, Subcommand};
+use commands::{doctor, log};
 use rustix::fs::Mode;
 use rustix::process::{Signal, umask};
 use settings::Settings;
@@ -172,7 +106,7 @@ enum TemplateCommand {
     #[command(after_help = "Example:\n  scaleboxd template build debian-base")]
     Build {
         /// The template to build
-        #[arg(value_parser = [service::BASE_TEMPLATE])]
+        #[arg(value_parser = [host::BASE_TEMPLATE])]
         name: String,
         /// Build the template again if it exists
         #[arg(long)]
