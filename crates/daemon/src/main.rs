@@ -22,6 +22,7 @@ mod http;
 mod pool;
 mod settings;
 mod state;
+mod templates;
 mod vm;
 mod watch;
 

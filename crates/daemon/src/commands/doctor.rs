@@ -3,12 +3,15 @@
 //! It changes nothing and takes no lock, so that it works before anything is set up and while the
 //! daemon runs.
 
-use crate::commands::{self, CommandFailed};
+use crate::commands;
+use crate::commands::CommandFailed;
 use crate::host::BASE_TEMPLATE;
 use crate::host::drivers::Drivers;
+use crate::settings::Settings;
+use crate::settings::VmmChoice;
 use crate::settings::contradictions;
-use crate::settings::{Settings, VmmChoice};
-use crate::state::{Fact, State};
+use crate::state::Fact;
+use crate::state::State;
 use scalebox_net::Inspection;
 use scalebox_storage::{Backing, Bytes, Pool, Program, StorageError, pool_size, registered_source};
 use scalebox_vmm::{Accel, AccelSetting};

@@ -6,10 +6,13 @@
 //! recovery handles one case, not two.
 
 use crate::commands::CommandFailed;
+use crate::host::Host;
+use crate::host::blocking;
 use crate::host::error::ServiceError;
-use crate::host::{Service, blocking};
-use crate::vm::lifecycle::{STOP_TIMEOUT, remove_dir};
-use crate::vm::recovery::{self, Recovered};
+use crate::host::files::remove_dir;
+use crate::vm::lifecycle::STOP_TIMEOUT;
+use crate::vm::recovery;
+use crate::vm::recovery::Recovered;
 use scalebox_client::VmStatus;
 use std::sync::Arc;
 
@@ -18,15 +21,15 @@ use std::sync::Arc;
 /// # Errors
 /// The error of the first machine that did not stop, after all were tried. The network is kept
 /// then.
-pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(), CommandFailed> {
+pub async fn shut_all_down(host: &Host, recovered: &Recovered) -> Result<(), CommandFailed> {
     // Recorded first: after a crash in the middle, the machines already shut down are started again
     // too.
-    let state = Arc::clone(&service.inner().state);
+    let state = Arc::clone(&host.state);
     blocking(move || recovery::record_host_down(&state)).await?;
-    let running = service.inner().vms.all().into_iter();
+    let running = host.vms.all().into_iter();
     let stops: Vec<_> = running
         .filter(|vm| matches!(vm.status, VmStatus::Running | VmStatus::Paused))
-        .map(|vm| tokio::spawn(shut_down(service.clone(), vm.id)))
+        .map(|vm| tokio::spawn(shut_down(host.clone(), vm.id)))
         .collect();
     let (mut ended, mut first_error) = (0, None);
     for stop in stops {
@@ -48,24 +51,24 @@ pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(
     );
     match first_error {
         Some(error) => Err(error.into()),
-        None => Ok(service.inner().network.teardown().await?),
+        None => Ok(host.network.teardown().await?),
     }
 }
 
 /// Shuts one machine down without changing the VM's recorded status.
-async fn shut_down(service: Service, id: String) -> Result<(), ServiceError> {
-    let operation = service.inner().vms.begin(&id, "being stopped")?;
+async fn shut_down(host: Host, id: String) -> Result<(), ServiceError> {
+    let operation = host.vms.begin(&id, "being stopped")?;
     let Some(machine) = &operation.machine else {
         return Ok(());
     };
     let outcome = machine.stop(STOP_TIMEOUT).await?;
-    service.inner().vms.set(&id, VmStatus::Stopped, None, None);
+    host.vms.set(&id, VmStatus::Stopped, None, None);
     tracing::info!(
         vm = id,
         name = operation.record.name,
         ?outcome,
         "VM shut down with the host"
     );
-    let run_dir = service.run_dir(&id);
+    let run_dir = host.run_dir(&id);
     blocking(move || remove_dir(&run_dir)).await
 }

@@ -4,8 +4,10 @@
 //! prefix every line has priority 6, and `journalctl -p err` shows nothing. The journal adds its
 //! own timestamps.
 
-use crate::commands::{CommandFailed, log_filter};
-use crate::settings::{LogFormat, Settings};
+use crate::commands::CommandFailed;
+use crate::commands::log_filter;
+use crate::settings::LogFormat;
+use crate::settings::Settings;
 use std::env;
 use std::io::{self, IsTerminal, Stderr, Write};
 use tracing::{Level, Metadata};

@@ -5,26 +5,27 @@ pub mod down;
 pub mod log;
 pub mod progress;
 
-use crate::host::drivers::{self, Drivers};
+use crate::host::Host;
+use crate::host::Parts;
+use crate::host::drivers;
+use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
 use crate::host::events::Events;
+use crate::host::files;
 use crate::host::random::random_hex;
-use crate::host::{Parts, Service};
+use crate::http::metrics::Metrics;
 use crate::http::routes;
 use crate::http::server;
-use crate::pool::growth;
-use crate::pool::reclaim;
+use crate::settings::Settings;
+use crate::settings::SettingsError;
 use crate::settings::contradictions;
-use crate::settings::{Settings, SettingsError};
-use crate::state::{Fact, State, StateError};
-use crate::vm::cleanup;
-use crate::vm::recovery::{self, Recovered};
+use crate::state::Fact;
+use crate::state::State;
+use crate::state::StateError;
+use crate::vm::recovery;
+use crate::vm::recovery::Recovered;
 use crate::vm::snapshot;
-use crate::watch::extend;
-use crate::watch::network;
-use crate::watch::space;
-use crate::watch::trim;
-use crate::watch::usage;
+use crate::watch;
 use rustix::fs::{Mode, OFlags};
 use scalebox_net::Network;
 use scalebox_storage::{Bytes, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError};
@@ -34,6 +35,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
@@ -63,7 +65,7 @@ pub enum CommandFailed {
     Guest(#[from] scalebox_guest::Error),
     /// Recovery or another operation of the service failed.
     #[error(transparent)]
-    Service(#[from] ServiceError),
+    Host(#[from] ServiceError),
     /// The pool's disks do not belong to this state.
     #[error(
         "the pool at {} has {disks} disks that are not in the state in {}: set STATE_DIR and DATA_DIR to a pair that belongs together. \
@@ -210,7 +212,8 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|source| CommandFailed::Listen { address, source })?;
-        let (service, recovered) = open_service(settings, state).await?;
+        let metrics = Arc::new(Metrics::new().map_err(|error| io("create the metrics")(io::Error::other(error)))?);
+        let (host, recovered) = open_host(settings, state).await?;
         tracing::info!(
             vms = recovered.vms,
             adopted = recovered.adopted,
@@ -222,18 +225,11 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         let local = listener.local_addr().map_err(io("read the API's address"))?;
         tracing::info!(address = %local, "ready");
         notify_systemd(&[NotifyState::Ready]);
-        tokio::spawn(space::run(service.clone()));
-        tokio::spawn(reclaim::run(service.clone()));
-        tokio::spawn(cleanup::run(service.clone()));
-        tokio::spawn(usage::run(service.clone()));
-        tokio::spawn(network::run(service.clone(), recovered.unconnected));
-        tokio::spawn(trim::run(service.clone()));
-        tokio::spawn(extend::run(service.clone()));
-        tokio::spawn(growth::reconcile(service.clone()));
-        tokio::spawn(snapshot::thaw_left_frozen(service.clone()));
-        recovery::complete_stops(&service, recovered.to_stop);
-        tokio::spawn(recovery::start_after_reboot(service.clone(), recovered.to_start));
-        server::run(listener, routes::router(service.clone(), &token), &service)
+        watch::start(&host, recovered.unconnected);
+        tokio::spawn(snapshot::thaw_left_frozen(host.clone()));
+        recovery::complete_stops(&host, recovered.to_stop);
+        tokio::spawn(recovery::start_after_reboot(host.clone(), recovered.to_start));
+        server::run(listener, routes::router(host.clone(), &token, metrics), &host)
             .await
             .map_err(io("serve the API"))?;
         tracing::info!("stopped; machines keep running");
@@ -255,8 +251,8 @@ fn notify_systemd(state: &[NotifyState<'_>]) {
 pub fn down(settings: Settings) -> Result<(), CommandFailed> {
     let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
     runtime()?.block_on(async {
-        match open_service(settings.clone(), State::open(&settings.state_dir, &settings.run_dir)?).await {
-            Ok((service, recovered)) => down::shut_all_down(&service, &recovered).await,
+        match open_host(settings.clone(), State::open(&settings.state_dir, &settings.run_dir)?).await {
+            Ok((host, recovered)) => down::shut_all_down(&host, &recovered).await,
             // Machines and network may exist without the pool.
             Err(CommandFailed::Storage(StorageError::NotMounted(_)) | CommandFailed::PoolMissing { .. }) => {
                 down_without_pool(&settings).await
@@ -277,7 +273,7 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
     recovery::record_host_down(&State::open(&settings.state_dir, &settings.run_dir)?)?;
     let (vmm, _) = Drivers::find(settings)?;
     let machines = settings.run_dir.join("vms");
-    for id in recovery::vm_folders(&machines)? {
+    for id in files::vm_folders(&machines)? {
         vmm.force_stop(&id.parse()?, &machines.join(&id)).await?;
     }
     Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
@@ -309,7 +305,7 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
 }
 
 /// Opens all parts, assembles the service and recovers from a crash.
-async fn open_service(settings: Settings, state: State) -> Result<(Service, Recovered), CommandFailed> {
+async fn open_host(settings: Settings, state: State) -> Result<(Host, Recovered), CommandFailed> {
     if state.is_read_only() {
         tracing::error!(
             path = %settings.state_dir.display(),
@@ -356,9 +352,9 @@ async fn open_service(settings: Settings, state: State) -> Result<(Service, Reco
         accel,
         cmdline: scalebox_guest::kernel_cmdline(),
     };
-    let service = Service::new(parts).map_err(io("read the host's memory"))?;
-    let recovered = recovery::recover(&service).await?;
-    Ok((service, recovered))
+    let host = Host::new(parts).map_err(io("read the host's memory"))?;
+    let recovered = recovery::recover(&host).await?;
+    Ok((host, recovered))
 }
 
 /// Checks that the pool's disks belong to the state. With the wrong state, they would all look

@@ -5,11 +5,11 @@
 //! with `VMM=auto`; a `VMM` that names a driver moves it there.
 
 use crate::commands::CommandFailed;
-use crate::host::error::ServiceError;
 use crate::host::system;
-use crate::host::{Service, blocking};
-use crate::settings::{AccelChoice, Settings, SettingsError, VmmChoice};
-use crate::state::Record;
+use crate::settings::AccelChoice;
+use crate::settings::Settings;
+use crate::settings::SettingsError;
+use crate::settings::VmmChoice;
 use scalebox_storage::jails_dir;
 use scalebox_vmm::{Accel, AccelSetting, Error, FirecrackerDriver, Machine, MachineId, QemuDriver, Vmm};
 use std::path::Path;
@@ -116,26 +116,6 @@ impl Drivers {
             killed |= driver.force_stop(id, run_dir).await?;
         }
         Ok(killed)
-    }
-}
-
-impl Service {
-    /// Selects the driver for a VM that is about to be started. Records it and returns the new
-    /// record.
-    pub(crate) async fn assign_driver(&self, record: &Record) -> Result<Record, ServiceError> {
-        let name = self.inner().vmm.to_start(record.vmm.as_deref()).name();
-        if record.vmm.as_deref() == Some(name) {
-            return Ok(record.clone());
-        }
-        let (state, id) = (Arc::clone(&self.inner().state), record.id.clone());
-        blocking(move || state.set_vmm(&id, name)).await?;
-        self.inner()
-            .vms
-            .change(&record.id, |record| record.vmm = Some(name.to_owned()));
-        Ok(Record {
-            vmm: Some(name.to_owned()),
-            ..record.clone()
-        })
     }
 }
 

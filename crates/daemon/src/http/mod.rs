@@ -1,7 +1,9 @@
 //! The API: connections, routes, events, metrics and the OpenAPI document.
 
+pub mod error;
 pub mod error_bodies;
 pub mod event_stream;
+pub mod info;
 pub mod logins;
 pub mod metrics;
 pub mod openapi;

@@ -1,14 +1,23 @@
 //! The HTTP API: routes, authentication, limits on a request, and the request id in every log line.
 
-use crate::host::Service;
-use crate::host::error::{ServiceError, quoted};
+use crate::host::Host;
+use crate::host::error::ServiceError;
+use crate::host::error::quoted;
 use crate::host::random::random_hex;
 use crate::http::event_stream;
-use crate::http::logins::{FailedLogins, Peer};
+use crate::http::info;
+use crate::http::logins::FailedLogins;
+use crate::http::logins::Peer;
 use crate::http::metrics;
+use crate::http::metrics::Metrics;
 use crate::http::openapi;
 use crate::http::transfers;
+use crate::pool;
 use crate::settings::Token;
+use crate::templates;
+use crate::vm;
+use crate::vm::snapshot;
+use crate::vm::view;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, WWW_AUTHENTICATE};
@@ -44,7 +53,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const CLOSE_AFTER_RESPONSE: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
 
 /// Returns all routes; every route except `/health` requires the token.
-pub fn router(service: Service, token: &Token) -> Router {
+pub fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router {
     let token = Arc::new(Guard {
         token: TokenDigest::new(token),
         failed: FailedLogins::default(),
@@ -69,21 +78,22 @@ pub fn router(service: Service, token: &Token) -> Router {
         .routes(routes!(event_stream::events))
         .routes(routes!(metrics::metrics))
         .routes(routes!(openapi::openapi))
-        .with_state(service.clone());
+        .with_state(host.clone());
     let (guarded, described) = guarded.split_for_parts();
     let (open, mut document) = OpenApiRouter::with_openapi(openapi::Api::openapi())
         .routes(routes!(health))
         .split_for_parts();
     document.merge(described);
-    let document = openapi::Served::new(&openapi::complete(&document, service.limits()));
+    let document = openapi::Served::new(&openapi::complete(&document, host.limits()));
     let guarded = guarded
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(document))
+        .layer(Extension(Arc::clone(&metrics)))
         .layer(from_fn_with_state(token, require_token));
     open.method_not_allowed_fallback(method_not_allowed)
         .merge(guarded)
-        .layer(from_fn_with_state(service, metrics::count))
+        .layer(from_fn_with_state(metrics, metrics::count))
         .layer(from_fn(with_request_id))
 }
 
@@ -110,13 +120,13 @@ async fn health() -> impl IntoResponse {
     )
 )]
 async fn create_vm(
-    State(service): State<Service>,
+    State(host): State<Host>,
     headers: HeaderMap,
     RawBody(body): RawBody,
 ) -> Result<impl IntoResponse, ServiceError> {
-    let mut request = CreateVm::parse(&body, service.limits())?;
+    let mut request = CreateVm::parse(&body, host.limits())?;
     request.idempotency_key = idempotency_key(&headers)?;
-    let (vm, replayed) = service.create(request).await?;
+    let (vm, replayed) = vm::create(&host, request).await?;
     // A replay has the same status as the first response, as
     // draft-ietf-httpapi-idempotency-key-header requires; the header marks it.
     let mark = replayed.then_some([(IDEMPOTENT_REPLAYED, "true")]);
@@ -139,14 +149,14 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Servic
 
 /// Lists all VMs, oldest first.
 #[utoipa::path(get, path = "/vms", tag = "VMs", responses((status = 200, body = VmList)))]
-async fn list_vms(State(service): State<Service>) -> Json<VmList> {
-    Json(VmList { vms: service.list() })
+async fn list_vms(State(host): State<Host>) -> Json<VmList> {
+    Json(VmList { vms: view::list(&host) })
 }
 
 /// Returns one VM.
 #[utoipa::path(get, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), responses((status = 200, body = Vm), (status = 404, description = "No such VM.")))]
-async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.get(&vm).map(Json)
+async fn get_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    view::get(&host, &vm).map(Json)
 }
 
 /// Deletes a VM, running or not, with its disk.
@@ -154,8 +164,8 @@ async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<
     delete, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 204), (status = 404, description = "No such VM."), (status = 409, description = "Another operation is running on the VM."))
 )]
-async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
-    service.delete(vm).await.map(|()| StatusCode::NO_CONTENT)
+async fn delete_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
+    vm::delete(&host, vm).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 /// Changes a VM. The disk of a running VM grows live.
@@ -171,12 +181,12 @@ async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Resu
     )
 )]
 async fn update_vm(
-    State(service): State<Service>,
+    State(host): State<Host>,
     Segment(vm): Segment,
     RawBody(body): RawBody,
 ) -> Result<Json<Vm>, ServiceError> {
-    let request = UpdateVm::parse(&body, service.limits())?;
-    service.update(vm, request).await.map(Json)
+    let request = UpdateVm::parse(&body, host.limits())?;
+    vm::update(&host, vm, request).await.map(Json)
 }
 
 /// Starts a stopped VM.
@@ -184,8 +194,8 @@ async fn update_vm(
     post, path = "/vms/{vm}/start", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "The VM is already running, or another operation is running on it."), (status = 503, description = "The host is not ready: it has no guest kernel, or the pool is not mounted."))
 )]
-async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.start(vm).await.map(Json)
+async fn start_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    vm::start(&host, vm).await.map(Json)
 }
 
 /// Shuts a VM down and starts it again. A stopped VM is started.
@@ -193,8 +203,8 @@ async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Resul
     post, path = "/vms/{vm}/restart", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "Another operation is running on the VM."), (status = 503, description = "The host is not ready: it has no guest kernel, or the pool is not mounted."))
 )]
-async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.restart(vm).await.map(Json)
+async fn restart_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    vm::restart(&host, vm).await.map(Json)
 }
 
 /// Shuts a VM down. A guest that has not shut down after a minute is killed.
@@ -202,8 +212,8 @@ async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Res
     post, path = "/vms/{vm}/stop", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "The VM is not running, or another operation is running on it."))
 )]
-async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.stop(vm).await.map(Json)
+async fn stop_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    vm::stop(&host, vm).await.map(Json)
 }
 
 /// Discards the blocks of deleted files in the guest, which returns their space to the pool.
@@ -211,8 +221,8 @@ async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result
     post, path = "/vms/{vm}/trim", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Trimmed), (status = 404, description = "No such VM."), (status = 409, description = "The VM is not running, or its guest agent does not respond."))
 )]
-async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Trimmed>, ServiceError> {
-    service.trim_vm(vm).await.map(Json)
+async fn trim_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Trimmed>, ServiceError> {
+    vm::trim_vm(&host, vm).await.map(Json)
 }
 
 /// Creates a template from a VM's disk. The VM may be running.
@@ -229,19 +239,19 @@ async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result
     )
 )]
 async fn snapshot_vm(
-    State(service): State<Service>,
+    State(host): State<Host>,
     Segment(vm): Segment,
     RawBody(body): RawBody,
 ) -> Result<(StatusCode, Json<Snapshot>), ServiceError> {
     let request = SnapshotVm::parse(&body)?;
-    Ok((StatusCode::CREATED, Json(service.snapshot(vm, request).await?)))
+    Ok((StatusCode::CREATED, Json(snapshot::snapshot(&host, vm, request).await?)))
 }
 
 /// Lists all templates.
 #[utoipa::path(get, path = "/templates", tag = "Templates", responses((status = 200, body = TemplateList), (status = 503, description = "The pool is not mounted.")))]
-async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateList>, ServiceError> {
+async fn list_templates(State(host): State<Host>) -> Result<Json<TemplateList>, ServiceError> {
     Ok(Json(TemplateList {
-        templates: service.templates().await?,
+        templates: templates::list(&host).await?,
     }))
 }
 
@@ -250,8 +260,8 @@ async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateL
     get, path = "/templates/{name}", tag = "Templates", params(("name" = String, Path, description = "Name of the template.")),
     responses((status = 200, body = Template), (status = 404, description = "No such template."), (status = 503, description = "The pool is not mounted."))
 )]
-async fn get_template(State(service): State<Service>, Segment(name): Segment) -> Result<Json<Template>, ServiceError> {
-    service.template(name).await.map(Json)
+async fn get_template(State(host): State<Host>, Segment(name): Segment) -> Result<Json<Template>, ServiceError> {
+    templates::get(&host, name).await.map(Json)
 }
 
 /// Deletes a template. VMs created from it are kept.
@@ -265,14 +275,14 @@ async fn get_template(State(service): State<Service>, Segment(name): Segment) ->
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-async fn delete_template(State(service): State<Service>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
-    service.delete_template(name).await.map(|()| StatusCode::NO_CONTENT)
+async fn delete_template(State(host): State<Host>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
+    templates::delete(&host, name).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 /// Returns the pool's capacity, free space and commitments.
 #[utoipa::path(get, path = "/pool", tag = "Pool", responses((status = 200, body = PoolInfo), (status = 503, description = "The pool is not mounted.")))]
-async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceError> {
-    service.pool().map(Json)
+async fn pool(State(host): State<Host>) -> Result<Json<PoolInfo>, ServiceError> {
+    pool::figures(&host).map(Json)
 }
 
 /// Grows the pool while it is in use. Without a size, it grows to 80 % of the space on the host
@@ -286,9 +296,9 @@ async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceE
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
+async fn grow_pool(State(host): State<Host>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
     let request = ResizePool::parse_grow(&body)?;
-    service.grow_pool(request.size_gib.map(Gib::new)).await.map(Json)
+    pool::grow(&host, request.size_gib.map(Gib::new)).await.map(Json)
 }
 
 /// Shrinks the pool while it is in use.
@@ -301,21 +311,21 @@ async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Re
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-async fn shrink_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
+async fn shrink_pool(State(host): State<Host>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
     let size = ResizePool::parse_shrink(&body)?;
-    service.shrink_pool(Gib::new(size)).await.map(Json)
+    pool::shrink(&host, Gib::new(size)).await.map(Json)
 }
 
 /// Discards the pool's free blocks, which returns their space to the host disk.
 #[utoipa::path(post, path = "/pool/trim", tag = "Pool", responses((status = 200, body = Trimmed), (status = 409, description = "The pool is being resized."), (status = 503, description = "The pool is not mounted.")))]
-async fn trim_pool(State(service): State<Service>) -> Result<Json<Trimmed>, ServiceError> {
-    service.trim_pool().await.map(Json)
+async fn trim_pool(State(host): State<Host>) -> Result<Json<Trimmed>, ServiceError> {
+    pool::trim(&host).await.map(Json)
 }
 
 /// Returns information about the host, its VMs and its limits.
 #[utoipa::path(get, path = "/info", tag = "Host", responses((status = 200, body = HostInfo), (status = 503, description = "The pool is not mounted.")))]
-async fn info(State(service): State<Service>) -> Result<Json<HostInfo>, ServiceError> {
-    service.info().await.map(Json)
+async fn info(State(host): State<Host>) -> Result<Json<HostInfo>, ServiceError> {
+    info::info(&host).await.map(Json)
 }
 
 async fn no_such_route(uri: Uri) -> ServiceError {

@@ -4,8 +4,9 @@
 //! and responses have deadlines, and an unauthenticated connection is closed after its first
 //! response (see [`api`](crate::http::routes)).
 
-use crate::host::Service;
-use crate::http::error_bodies::{ErrorBodies, RequestsInProgress};
+use crate::host::Host;
+use crate::http::error_bodies::ErrorBodies;
+use crate::http::error_bodies::RequestsInProgress;
 use crate::http::logins::Peer;
 use crate::http::routes::without_trailing_slash;
 use axum::Router;
@@ -49,7 +50,7 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// If the signal handlers cannot be installed.
-pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io::Result<()> {
+pub async fn run(listener: TcpListener, router: Router, host: &Host) -> io::Result<()> {
     let mut signals = Signals {
         terminate: signal(SignalKind::terminate())?,
         interrupt: signal(SignalKind::interrupt())?,
@@ -100,9 +101,9 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
     }
 
     drop(listener);
-    service.inner().closing.cancel();
+    host.closing.cancel();
     tokio::select! {
-        ended = tokio::time::timeout(SHUTDOWN_TIMEOUT, finish(graceful, service)) => if ended.is_err() {
+        ended = tokio::time::timeout(SHUTDOWN_TIMEOUT, finish(graceful, host)) => if ended.is_err() {
             tracing::warn!(seconds = SHUTDOWN_TIMEOUT.as_secs(), "some operations did not end in time; the next start completes or undoes them");
         },
         name = signals.next() => tracing::warn!("{name} received again: stopping now; the next start completes or undoes the operations in progress"),
@@ -111,11 +112,11 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
 }
 
 /// Waits for the operations in progress, and then briefly for clients to read their responses.
-async fn finish(graceful: GracefulShutdown, service: &Service) {
+async fn finish(graceful: GracefulShutdown, host: &Host) {
     // Clients of the event stream receive the events of these operations; then their streams end.
     let last_events = async {
-        service.finish().await;
-        service.inner().events.end();
+        host.finish().await;
+        host.events.end();
     };
     let (mut responses, mut last_events) = (pin!(graceful.shutdown()), pin!(last_events));
     let all_sent = tokio::select! {
@@ -130,7 +131,7 @@ async fn finish(graceful: GracefulShutdown, service: &Service) {
         );
     }
     // A request that was still arriving may have begun another operation.
-    service.finish().await;
+    host.finish().await;
 }
 
 /// Wraps the router as a connection's service. Each request carries its peer's address.

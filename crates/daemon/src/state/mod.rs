@@ -5,11 +5,12 @@
 //! restart. All methods block.
 
 mod commits;
+mod keyed_request;
 mod renewal;
 mod reserve;
 
-use crate::vm::idempotency::KeyedRequest;
 use commits::Commits;
+pub use keyed_request::KeyedRequest;
 use reserve::Reserve;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
 use rustix::fs::{StatVfsMountFlags, statvfs};

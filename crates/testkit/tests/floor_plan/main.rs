@@ -19,7 +19,7 @@ const CRATE_FLOORS: &[&[&str]] = &[
     &["scalebox-storage", "scalebox-net", "scalebox-client"],
     &["scalebox-vmm", "scalebox-guest"],
     &["scalebox-testkit"],
-    &["scaleboxd", "scalebox-cli", "scalebox-bench"],
+    &["scaleboxd", "scalebox", "scalebox-bench"],
 ];
 
 /// The folders of the daemon. The files of one use folders before it only; `main.rs` uses any.

@@ -199,6 +199,9 @@ impl<'syntax> Visit<'syntax> for Paths {
         visit::visit_path(self, path);
     }
 
+    // `pub(crate)` uses nothing.
+    fn visit_visibility(&mut self, _: &'syntax syn::Visibility) {}
+
     fn visit_item_mod(&mut self, item: &'syntax ItemMod) {
         if !is_test(&item.attrs) {
             visit::visit_item_mod(self, item);

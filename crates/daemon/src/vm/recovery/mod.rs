@@ -7,11 +7,21 @@
 //! A VM that cannot be recovered is reported as failed, with the reason, and does not keep the
 //! others from being served.
 
+use crate::host::Host;
+use crate::host::blocking;
 use crate::host::error::ServiceError;
+use crate::host::files::remove_dir;
+use crate::host::files::vm_folders;
 use crate::host::system;
-use crate::host::{Service, blocking};
-use crate::state::{Fact, Record, State};
-use crate::vm::lifecycle::{STOPPING, disk_limits, endpoint, machine_id, remove_dir};
+use crate::state::Fact;
+use crate::state::Record;
+use crate::state::State;
+use crate::vm::change;
+use crate::vm::lifecycle;
+use crate::vm::lifecycle::STOPPING;
+use crate::vm::spec::disk_limits;
+use crate::vm::spec::endpoint;
+use crate::vm::spec::machine_id;
 use scalebox_client::{EventKind, VmStatus, is_vm_id};
 use scalebox_storage::{Gib, Name, jails_dir};
 use scalebox_vmm::{Machine, MachineId};
@@ -19,7 +29,6 @@ use serde_json::json;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
 /// The result of a recovery, for the log.
@@ -46,8 +55,8 @@ pub struct Recovered {
 ///
 /// # Errors
 /// If the state, the pool or the network as a whole cannot be read or repaired.
-pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
-    let state = Arc::clone(&service.inner().state);
+pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
+    let state = Arc::clone(&host.state);
     let records = blocking(move || state.vms()).await?;
     let known: HashSet<Name> = records
         .iter()
@@ -57,24 +66,24 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
     // Orphaned machines first, because they may have an orphaned disk open.
     let mut recovered = Recovered {
         vms: records.len(),
-        orphans_killed: kill_orphans(service, &known).await?,
+        orphans_killed: kill_orphans(host, &known).await?,
         ..Recovered::default()
     };
-    let pool = Arc::clone(&service.inner().pool);
+    let pool = Arc::clone(&host.pool);
     let swept = blocking(move || pool.sweep(&known)).await?;
     recovered.files_removed = swept.removed.len();
     for path in &swept.removed {
         tracing::info!(path = %path.display(), "removed an orphaned file");
     }
 
-    let rebooted = is_another_boot(service).await?;
+    let rebooted = is_another_boot(host).await?;
     let with_process = blocking(vms_with_process).await?;
-    sweep_jails(service, &with_process).await?;
+    sweep_jails(host, &with_process).await?;
     let mut attached = Vec::new();
     for record in records {
         let lost = swept.missing.iter().any(|missing| missing.as_str() == record.id);
         let (endpoint, id) = (endpoint(&record)?, record.id.clone());
-        match restore(service, record, lost, rebooted, &with_process).await? {
+        match restore(host, record, lost, rebooted, &with_process).await? {
             Restored::Running => {
                 recovered.adopted += 1;
                 attached.push((endpoint, id));
@@ -90,7 +99,7 @@ pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
         }
     }
     let (endpoints, ids): (Vec<_>, Vec<_>) = attached.into_iter().unzip();
-    let reconciled = service.inner().network.reconcile(&endpoints).await?;
+    let reconciled = host.network.reconcile(&endpoints).await?;
     for (tap, error) in reconciled.failed {
         tracing::error!(tap, error, "cannot connect a machine to the network; retrying");
         let found = endpoints.iter().position(|endpoint| endpoint.tap() == tap);
@@ -106,15 +115,14 @@ const WAITING: &str = "waiting to be started after the host's reboot";
 ///
 /// Records the boot id when all are started. Until then the state has them as running: after a
 /// crash in between, the next start continues.
-pub async fn start_after_reboot(service: Service, vms: Vec<String>) {
+pub async fn start_after_reboot(host: Host, vms: Vec<String>) {
     for id in vms {
-        let one = service.clone();
-        let started = service.detached(async move { start_one_after_reboot(&one, &id).await });
+        let started = host.detached(|host| async move { start_one_after_reboot(&host, &id).await });
         if let Err(error) = started.await {
             tracing::error!(%error, "cannot record that a VM failed to start");
         }
     }
-    let state = Arc::clone(&service.inner().state);
+    let state = Arc::clone(&host.state);
     // Restarts of the daemon within the same boot write nothing.
     let recorded = blocking(move || match state.fact(Fact::BootId)? {
         Some(recorded) if recorded == boot_id()? => Ok(()),
@@ -127,23 +135,23 @@ pub async fn start_after_reboot(service: Service, vms: Vec<String>) {
 }
 
 /// Completes the stops that a crash interrupted. All at once, because a guest may take a minute.
-pub fn complete_stops(service: &Service, vms: Vec<String>) {
+pub fn complete_stops(host: &Host, vms: Vec<String>) {
     for id in vms {
-        let one = service.clone();
-        service.inner().tasks.spawn(async move {
-            let Ok(operation) = one.inner().vms.begin_when_idle(&id, "being stopped").await else {
+        let one = host.clone();
+        host.tasks.spawn(async move {
+            let Ok(operation) = one.vms.begin_when_idle(&id, "being stopped").await else {
                 return;
             };
             let Some(machine) = &operation.machine else { return };
-            if let Err(error) = one.shut_down(&operation.record, machine).await {
+            if let Err(error) = lifecycle::shut_down(&one, &operation.record, machine).await {
                 tracing::error!(vm = id, %error, "cannot complete the stop of the VM that a crash interrupted");
             }
         });
     }
 }
 
-async fn start_one_after_reboot(service: &Service, id: &str) -> Result<(), ServiceError> {
-    let inner = service.inner();
+async fn start_one_after_reboot(host: &Host, id: &str) -> Result<(), ServiceError> {
+    let inner = host;
     // A VM that was deleted in the meantime.
     let Ok(operation) = inner.vms.begin_when_idle(id, "being started").await else {
         return Ok(());
@@ -154,16 +162,16 @@ async fn start_one_after_reboot(service: &Service, id: &str) -> Result<(), Servi
         return Ok(());
     }
     if !record.autostart {
-        service.persist(id, VmStatus::Stopped, None).await?;
+        host.persist(id, VmStatus::Stopped, None).await?;
         inner.vms.set(id, VmStatus::Stopped, None, None);
         return Ok(());
     }
-    let Err(error) = service.boot(record).await else {
+    let Err(error) = lifecycle::boot(host, record).await else {
         return Ok(());
     };
     tracing::error!(vm = id, %error, "cannot start the VM after the host's reboot");
     let reason = format!("the VM could not be started after the host's reboot: {error}");
-    let persisted = service.persist(id, VmStatus::Failed, Some(&reason)).await;
+    let persisted = host.persist(id, VmStatus::Failed, Some(&reason)).await;
     inner.vms.set(id, VmStatus::Failed, Some(reason.clone()), None);
     // Events are published only after the change is durable.
     persisted?;
@@ -193,8 +201,8 @@ fn boot_id() -> Result<String, ServiceError> {
 }
 
 /// Returns whether the host was rebooted since the VMs were last started.
-async fn is_another_boot(service: &Service) -> Result<bool, ServiceError> {
-    let state = Arc::clone(&service.inner().state);
+async fn is_another_boot(host: &Host) -> Result<bool, ServiceError> {
+    let state = Arc::clone(&host.state);
     let last = blocking(move || state.fact(Fact::BootId)).await?;
     Ok(last.is_some() && last != Some(boot_id()?))
 }
@@ -212,7 +220,7 @@ enum Restored {
 
 /// Restores one VM: adopts its machine, reconciles its disk and adds it to the table.
 async fn restore(
-    service: &Service,
+    host: &Host,
     mut record: Record,
     lost: bool,
     rebooted: bool,
@@ -220,13 +228,13 @@ async fn restore(
 ) -> Result<Restored, ServiceError> {
     let stopping = record.status == VmStatus::Stopped && record.status_reason.as_deref() == Some(STOPPING);
     let found = match record.status {
-        VmStatus::Stopped if stopping => adopt(service, &record).await?,
-        VmStatus::Running | VmStatus::Paused => adopt(service, &record).await?,
+        VmStatus::Stopped if stopping => adopt(host, &record).await?,
+        VmStatus::Running | VmStatus::Paused => adopt(host, &record).await?,
         // A crash may have interrupted a start before it was recorded; no client saw it succeed.
         VmStatus::Stopped | VmStatus::Failed => {
-            let left = with_process.contains(&record.id) || service.run_dir(&record.id).exists();
+            let left = with_process.contains(&record.id) || host.run_dir(&record.id).exists();
             match left {
-                true => kill_leftover(service, &record).await,
+                true => kill_leftover(host, &record).await,
                 false => Found::Nothing,
             }
         }
@@ -244,18 +252,18 @@ async fn restore(
     }
     // An unreachable machine may have the disk open, so it is not touched.
     if !lost && unreachable.is_none() {
-        let reconciled = reconcile_disk_size(service, &mut record, machine.as_ref()).await;
+        let reconciled = reconcile_disk_size(host, &mut record, machine.as_ref()).await;
         if let Err(error) = reconciled {
             tracing::error!(vm = record.id, %error, "cannot reconcile the size of the VM's disk with its record");
         }
     }
-    service.inner().pool.restore(Gib::new(record.disk_size_gib).bytes());
+    host.pool.restore(Gib::new(record.disk_size_gib).bytes());
     let was_running = matches!(record.status, VmStatus::Running | VmStatus::Paused);
     if rebooted && was_running && record.autostart && machine.is_none() && !lost && unreachable.is_none() {
         let waiting = Some(WAITING.to_owned());
         let id = record.id.clone();
         tracing::info!(vm = id, name = record.name, "VM was running when the host went down");
-        service.inner().vms.restore(
+        host.vms.restore(
             Record {
                 status: VmStatus::Stopped,
                 status_reason: waiting,
@@ -297,7 +305,7 @@ async fn restore(
         // it again.
         if !is_unreachable
             && !to_stop
-            && let Err(error) = service.persist(&record.id, status, reason.as_deref()).await
+            && let Err(error) = host.persist(&record.id, status, reason.as_deref()).await
         {
             tracing::error!(vm = record.id, %error, "cannot record the VM's status; the next start does");
         }
@@ -308,14 +316,14 @@ async fn restore(
             VmStatus::Failed => EventKind::Failed,
         };
         let details = json!({ "reason": reason });
-        service.inner().events.publish(kind, Some(&record), details);
+        host.events.publish(kind, Some(&record), details);
         (record.status, record.status_reason) = (status, reason);
     }
     let id = record.id.clone();
-    service.inner().vms.restore(record, machine.clone());
+    host.vms.restore(record, machine.clone());
     match machine {
         Some(machine) => {
-            service.watch(id, machine);
+            lifecycle::watch(host, id, machine);
             Ok(if to_stop { Restored::ToStop } else { Restored::Running })
         }
         None if is_unreachable => Ok(Restored::Unreachable),
@@ -329,23 +337,23 @@ async fn restore(
 /// that fails, the growth is rolled back; no client saw it succeed. A growth that failed may leave
 /// the disk larger than recorded: the larger size is committed, because the guest may have seen it.
 async fn reconcile_disk_size(
-    service: &Service,
+    host: &Host,
     record: &mut Record,
     machine: Option<&Arc<dyn Machine>>,
 ) -> Result<(), ServiceError> {
     let recorded = Gib::new(record.disk_size_gib);
     let disk = record.id.parse()?;
-    let mut found = service.inner().pool.provisioned(&disk)?;
+    let mut found = host.pool.provisioned(&disk)?;
     if found < recorded.bytes() {
         tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "completing an interrupted growth of the VM's disk");
-        if let Err(error) = service.grow(record, machine, recorded).await {
+        if let Err(error) = change::grow(host, record, machine, recorded).await {
             tracing::error!(vm = record.id, %error, "cannot complete the interrupted growth of the VM's disk; rolling it back");
         }
-        found = service.inner().pool.provisioned(&disk)?;
+        found = host.pool.provisioned(&disk)?;
     }
     if found.ceil_gib() != recorded {
         record.disk_size_gib = found.ceil_gib().as_u64();
-        service.persist_disk_size(&record.id, found.ceil_gib()).await?;
+        change::persist_disk_size(host, &record.id, found.ceil_gib()).await?;
     }
     Ok(())
 }
@@ -358,8 +366,8 @@ enum Found {
 }
 
 /// Kills the process that a crash left of a stopped VM's machine.
-async fn kill_leftover(service: &Service, record: &Record) -> Found {
-    match service.force_stop_once(&record.id).await {
+async fn kill_leftover(host: &Host, record: &Record) -> Found {
+    match lifecycle::force_stop_once(host, &record.id).await {
         Ok(_) => Found::Nothing,
         Err(error) => {
             tracing::error!(vm = record.id, %error, "cannot kill the process that a crash left of the VM's machine");
@@ -370,9 +378,9 @@ async fn kill_leftover(service: &Service, record: &Record) -> Found {
     }
 }
 
-async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError> {
-    let run_dir = service.run_dir(&record.id);
-    let (vmm, id) = (&service.inner().vmm, machine_id(&record.id)?);
+async fn adopt(host: &Host, record: &Record) -> Result<Found, ServiceError> {
+    let run_dir = host.run_dir(&record.id);
+    let (vmm, id) = (&host.vmm, machine_id(&record.id)?);
     match vmm.adopt(&id, record.vmm.as_deref(), &run_dir).await {
         Ok(Some(machine)) => Ok(Found::Machine(machine)),
         Ok(None) => {
@@ -394,14 +402,14 @@ async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError
 }
 
 /// Kills machines, and removes folders, of VMs that have no record.
-async fn kill_orphans(service: &Service, known: &HashSet<Name>) -> Result<usize, ServiceError> {
+async fn kill_orphans(host: &Host, known: &HashSet<Name>) -> Result<usize, ServiceError> {
     let stray = |id: &String| !known.iter().any(|name| name.as_str() == id);
     let mut ended = 0;
-    for id in vm_folders(&service.inner().settings.run_dir.join("vms"))?
+    for id in vm_folders(&host.settings.run_dir.join("vms"))?
         .into_iter()
         .filter(stray)
     {
-        match service.force_stop_once(&id).await {
+        match lifecycle::force_stop_once(host, &id).await {
             Ok(true) => {
                 tracing::info!(vm = id, "killed an orphaned machine");
                 ended += 1;
@@ -410,11 +418,11 @@ async fn kill_orphans(service: &Service, known: &HashSet<Name>) -> Result<usize,
             Err(error) => tracing::error!(vm = id, %error, "cannot kill an orphaned machine"),
         }
     }
-    for id in vm_folders(&service.inner().settings.state_dir.join("console"))?
+    for id in vm_folders(&host.settings.state_dir.join("console"))?
         .into_iter()
         .filter(stray)
     {
-        let console = service.console_dir(&id);
+        let console = host.console_dir(&id);
         blocking(move || remove_dir(&console)).await?;
     }
     Ok(ended)
@@ -422,8 +430,8 @@ async fn kill_orphans(service: &Service, known: &HashSet<Name>) -> Result<usize,
 
 /// Removes the jails of machines whose process is gone. After a reboot of the host there may be
 /// many.
-async fn sweep_jails(service: &Service, with_process: &HashSet<String>) -> Result<(), ServiceError> {
-    let jails = jails_dir(&service.inner().settings.data_dir);
+async fn sweep_jails(host: &Host, with_process: &HashSet<String>) -> Result<(), ServiceError> {
+    let jails = jails_dir(&host.settings.data_dir);
     let running: Vec<MachineId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
     blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
 }
@@ -456,19 +464,3 @@ fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
 
 /// `vm-` and twelve hex digits.
 const VM_ID_LENGTH: usize = 15;
-
-/// Lists the VM ids that `folder` has a folder for. Ignores other names: they are not ours.
-pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
-    let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
-    let mut ids = Vec::new();
-    for entry in entries {
-        let name = entry.map_err(failed)?.file_name();
-        ids.extend(name.to_str().filter(|name| is_vm_id(name)).map(str::to_owned));
-    }
-    Ok(ids)
-}

@@ -1,0 +1,29 @@
+//! Names and times, in the forms that other crates and the API use.
+
+use crate::host::error::ServiceError;
+use crate::host::error::quoted;
+use crate::state::Record;
+use scalebox_storage::Name;
+
+/// Parses a template name. A malformed name cannot belong to a template.
+///
+/// # Errors
+/// 404.
+pub fn template_name(name: &str) -> Result<Name, ServiceError> {
+    name.parse()
+        .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
+}
+
+/// Returns the name of a VM's disk in the pool.
+///
+/// # Errors
+/// If the record was damaged outside the daemon.
+pub fn disk_name(record: &Record) -> Result<Name, ServiceError> {
+    Ok(record.id.parse()?)
+}
+
+/// Formats a time in UTC, to the millisecond.
+pub fn rfc3339(time: jiff::Timestamp) -> String {
+    // Milliseconds are precise enough to sort by and short enough to read.
+    format!("{time:.3}")
+}
