@@ -3,8 +3,8 @@
 //! It changes nothing and takes no lock, so that it works before anything is set up and while the
 //! daemon runs.
 
-use crate::commands;
-use crate::commands::CommandFailed;
+use crate::commands::failed::CommandFailed;
+use crate::commands::{log, open};
 use crate::host::BASE_TEMPLATE;
 use crate::host::drivers::Drivers;
 use crate::settings::Settings;
@@ -95,7 +95,7 @@ pub fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, CommandFailed>
             setting_values(&mut found, &settings);
             hypervisor(&mut found, &settings);
             storage(&mut found, &settings);
-            let runtime = commands::runtime()?;
+            let runtime = open::runtime()?;
             runtime.block_on(network(&mut found, &settings));
             api_port(&mut found, &settings);
         }
@@ -250,7 +250,7 @@ fn clock(found: &mut Findings) {
 }
 
 fn setting_values(found: &mut Findings, settings: &Settings) {
-    match commands::log_filter(settings) {
+    match log::filter(settings) {
         Ok(_) => found.ok("settings", "all settings are valid"),
         Err(error) => found.problem("settings", error, "correct LOG_LEVEL"),
     }

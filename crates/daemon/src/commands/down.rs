@@ -5,16 +5,55 @@
 //! as running and records that the host went down. That is the same as after a power cut, so
 //! recovery handles one case, not two.
 
-use crate::commands::CommandFailed;
+use crate::commands::failed::CommandFailed;
+use crate::commands::open::{open_host, runtime};
 use crate::host::Host;
 use crate::host::blocking;
+use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
+use crate::host::files;
 use crate::host::files::remove_dir;
+use crate::settings::Settings;
+use crate::state::State;
 use crate::vm::lifecycle::STOP_TIMEOUT;
 use crate::vm::recovery;
 use crate::vm::recovery::Recovered;
 use scalebox_client::VmStatus;
+use scalebox_net::Network;
+use scalebox_storage::StorageError;
 use std::sync::Arc;
+
+/// Runs `scaleboxd down`.
+pub fn down(settings: Settings) -> Result<(), CommandFailed> {
+    let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
+    runtime()?.block_on(async {
+        match open_host(settings.clone(), State::open(&settings.state_dir, &settings.run_dir)?).await {
+            Ok((host, recovered)) => shut_all_down(&host, &recovered).await,
+            // Machines and network may exist without the pool.
+            Err(CommandFailed::Storage(StorageError::NotMounted(_)) | CommandFailed::PoolMissing { .. }) => {
+                down_without_pool(&settings).await
+            }
+            Err(error) => Err(error),
+        }
+    })?;
+    if scalebox_storage::unmount(&data_dir, &backing)? {
+        println!("Unmounted {}.", data_dir.display());
+    }
+    println!(
+        "Everything is stopped; VMs and their disks are kept. `scaleboxd pool init` and `scaleboxd serve` start them again."
+    );
+    Ok(())
+}
+
+async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
+    recovery::record_host_down(&State::open(&settings.state_dir, &settings.run_dir)?)?;
+    let (vmm, _) = Drivers::find(settings)?;
+    let machines = settings.run_dir.join("vms");
+    for id in files::vm_folders(&machines)? {
+        vmm.force_stop(&id.parse()?, &machines.join(&id)).await?;
+    }
+    Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
+}
 
 /// Shuts down all machines, then removes the network. VMs and their disks are kept.
 ///

@@ -4,7 +4,6 @@
 //! restart of the daemon, even if `VMM` has changed. A VM that is started again keeps its driver
 //! with `VMM=auto`; a `VMM` that names a driver moves it there.
 
-use crate::commands::CommandFailed;
 use crate::host::system;
 use crate::settings::AccelChoice;
 use crate::settings::Settings;
@@ -15,6 +14,17 @@ use scalebox_vmm::{Accel, AccelSetting, Error, FirecrackerDriver, Machine, Machi
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Why the hypervisors cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DriversError {
+    /// Two settings contradict each other.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// The hypervisor for new VMs cannot be used.
+    #[error(transparent)]
+    Vmm(#[from] Error),
+}
 
 /// All drivers that a machine on this host may have.
 pub struct Drivers {
@@ -30,7 +40,7 @@ impl Drivers {
     ///
     /// # Errors
     /// If the driver for new VMs cannot be used.
-    pub fn find(settings: &Settings) -> Result<(Drivers, String), CommandFailed> {
+    pub fn find(settings: &Settings) -> Result<(Drivers, String), DriversError> {
         let accel = accelerator(settings)?;
         let jails = jails_dir(&settings.data_dir);
         let firecracker = match (settings.vmm, accel.accel) {
@@ -137,7 +147,7 @@ pub async fn wait_for_kvm(settings: &Settings) {
     }
 }
 
-fn accelerator(settings: &Settings) -> Result<scalebox_vmm::AccelChoice, CommandFailed> {
+fn accelerator(settings: &Settings) -> Result<scalebox_vmm::AccelChoice, DriversError> {
     let setting = match (settings.vmm, settings.accel) {
         (VmmChoice::Firecracker, AccelChoice::Tcg) => {
             return Err(SettingsError::Value {

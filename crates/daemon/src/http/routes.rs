@@ -3,14 +3,14 @@
 use crate::host::Host;
 use crate::host::error::ServiceError;
 use crate::host::error::quoted;
-use crate::host::random::random_hex;
+use crate::http::auth::{CLOSE_AFTER_RESPONSE, Guard, require_token};
 use crate::http::event_stream;
+use crate::http::extract::{RawBody, Segment};
 use crate::http::info;
-use crate::http::logins::FailedLogins;
-use crate::http::logins::Peer;
 use crate::http::metrics;
 use crate::http::metrics::Metrics;
 use crate::http::openapi;
+use crate::http::request_id::with_request_id;
 use crate::http::transfers;
 use crate::pool;
 use crate::settings::Token;
@@ -18,46 +18,27 @@ use crate::templates;
 use crate::vm;
 use crate::vm::snapshot;
 use crate::vm::view;
-use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
-use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, WWW_AUTHENTICATE};
-use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
-use axum::middleware::{Next, from_fn, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::IntoResponse;
 use axum::{Extension, Json, Router};
 use scalebox_client::{
     CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList,
     Trimmed, UpdateVm, Vm, VmList,
 };
 use scalebox_storage::Gib;
-use sha2::{Digest, Sha256};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use subtle::ConstantTimeEq;
-use tracing::Instrument;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-/// The largest body that is read; a request with the longest SSH key is a hundredth of it.
-const MAX_BODY_BYTES: usize = 1 << 20;
-/// Time limit for a body to arrive, or for the next piece of one that is streamed.
-pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// Closes the connection of an unauthenticated client after this response. Further responses might
-/// not fit into the socket's buffer, and the server would have to wait for the client.
-const CLOSE_AFTER_RESPONSE: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
 
 /// Returns all routes; every route except `/health` requires the token.
 pub fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router {
-    let token = Arc::new(Guard {
-        token: TokenDigest::new(token),
-        failed: FailedLogins::default(),
-    });
+    let guard = Arc::new(Guard::new(token));
     let guarded = OpenApiRouter::new()
         .routes(routes!(list_vms, create_vm))
         .routes(routes!(get_vm, update_vm, delete_vm))
@@ -90,7 +71,7 @@ pub fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router {
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(document))
         .layer(Extension(Arc::clone(&metrics)))
-        .layer(from_fn_with_state(token, require_token));
+        .layer(from_fn_with_state(guard, require_token));
     open.method_not_allowed_fallback(method_not_allowed)
         .merge(guarded)
         .layer(from_fn_with_state(metrics, metrics::count))
@@ -340,244 +321,4 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ServiceError {
     ServiceError::MethodNotAllowed(format!(
         "{path} does not support {method}: the header Allow lists the methods"
     ))
-}
-
-/// The variable segment of a route's path, percent-decoded.
-pub(crate) struct Segment(pub(crate) String);
-
-impl<S: Send + Sync> FromRequestParts<S> for Segment {
-    type Rejection = ServiceError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ServiceError> {
-        match Path::<String>::from_request_parts(parts, state).await {
-            Ok(Path(segment)) => Ok(Segment(segment)),
-            Err(_) => Err(ServiceError::invalid(format!(
-                "the path {} does not decode to UTF-8: send the id or name as the API lists it",
-                quoted(parts.uri.path())
-            ))),
-        }
-    }
-}
-
-/// A body as raw bytes, whatever its content type, within the limits of size and time.
-struct RawBody(Bytes);
-
-impl<S: Send + Sync> FromRequest<S> for RawBody {
-    type Rejection = ServiceError;
-
-    async fn from_request(request: Request, _: &S) -> Result<Self, ServiceError> {
-        let too_large = || ServiceError::TooLarge(format!("the body is larger than {MAX_BODY_BYTES} bytes"));
-        let announced = request
-            .headers()
-            .get(CONTENT_LENGTH)
-            .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-        if announced.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
-            return Err(too_large());
-        }
-        require_supported_encoding(request.headers(), &[])?;
-        let body = request.into_body();
-        match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY_BYTES)).await {
-            Ok(Ok(bytes)) => Ok(RawBody(bytes)),
-            Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
-            Ok(Err(error)) => Err(ServiceError::invalid(format!(
-                "cannot read the body: {}; send all of it, with Content-Length or in chunks",
-                root_cause(&error)
-            ))),
-            Err(_) => Err(ServiceError::Timeout(format!(
-                "the body did not arrive within {} s",
-                BODY_TIMEOUT.as_secs()
-            ))),
-        }
-    }
-}
-
-/// Rejects a body with a `Content-Encoding` (RFC 9110, section 8.4) other than those in
-/// `supported`.
-pub(crate) fn require_supported_encoding(headers: &HeaderMap, supported: &[&str]) -> Result<(), ServiceError> {
-    let encodings = headers.get_all(CONTENT_ENCODING).iter();
-    let encodings: Vec<String> = encodings
-        .flat_map(|value| {
-            String::from_utf8_lossy(value.as_bytes())
-                .split(',')
-                .map(str::to_owned)
-                .collect::<Vec<_>>()
-        })
-        .map(|encoding| encoding.trim().to_ascii_lowercase())
-        .filter(|encoding| !encoding.is_empty() && encoding != "identity" && !supported.contains(&encoding.as_str()))
-        .collect();
-    match encodings.first() {
-        None => Ok(()),
-        Some(encoding) => Err(ServiceError::Unsupported(format!(
-            "the Content-Encoding {} is not supported: send the body uncompressed, without this header",
-            quoted(encoding)
-        ))),
-    }
-}
-
-/// Removes a trailing slash from the request's path: clients that join paths by hand send `/vms/`
-/// for `/vms`.
-pub(crate) fn without_trailing_slash(mut request: Request) -> Request {
-    let uri = request.uri();
-    let Some(path) = uri.path().strip_suffix('/').filter(|path| !path.is_empty()) else {
-        return request;
-    };
-    let target = match uri.query() {
-        Some(query) => format!("{path}?{query}"),
-        None => path.to_owned(),
-    };
-    let mut parts = uri.clone().into_parts();
-    if let Ok(target) = target.parse() {
-        parts.path_and_query = Some(target);
-        if let Ok(uri) = Uri::from_parts(parts) {
-            *request.uri_mut() = uri;
-        }
-    }
-    request
-}
-
-/// Returns the innermost cause; the outer errors only report that reading a body failed.
-pub(crate) fn root_cause(error: &axum::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
-}
-
-fn is_length_limit(error: &axum::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        if error.is::<http_body_util::LengthLimitError>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
-}
-
-/// The token's SHA-256 digest. Comparing digests takes the same time for every token, so its
-/// duration reveals nothing, not even the token's length.
-struct TokenDigest([u8; 32]);
-
-impl TokenDigest {
-    fn new(token: &Token) -> Self {
-        TokenDigest(Sha256::digest(token.secret()).into())
-    }
-
-    fn matches(&self, offered: &[u8]) -> bool {
-        let offered: [u8; 32] = Sha256::digest(offered).into();
-        self.0.ct_eq(&offered).into()
-    }
-}
-
-/// Authentication for all routes except `/health`.
-struct Guard {
-    token: TokenDigest,
-    failed: FailedLogins,
-}
-
-async fn require_token(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    let offered = request
-        .headers()
-        .get(AUTHORIZATION)
-        .map(HeaderValue::as_bytes)
-        .and_then(bearer);
-    if offered.is_some_and(|offered| guard.token.matches(offered)) {
-        return next.run(request).await;
-    }
-    guard.failed.record(request.extensions().get::<Peer>().copied());
-    let mut response = ServiceError::Unauthorized.into_response();
-    response
-        .headers_mut()
-        .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-    response.headers_mut().extend(CLOSE_AFTER_RESPONSE);
-    response
-}
-
-/// Returns the token of `Bearer TOKEN`. The scheme is case-insensitive (RFC 9110, section 11.1).
-fn bearer(header: &[u8]) -> Option<&[u8]> {
-    let (scheme, token) = header.split_at_checked(7)?;
-    scheme.eq_ignore_ascii_case(b"bearer ").then_some(token.trim_ascii())
-}
-
-/// Gives each request an id and logs its end. A valid id sent by the client is kept. The id is in
-/// every log line of the request and in the response.
-async fn with_request_id(request: Request<Body>, next: Next) -> Response {
-    let id = request
-        .headers()
-        .get(REQUEST_ID)
-        .and_then(|id| valid_id(id.as_bytes()))
-        .unwrap_or_else(random_id);
-    let reads = request.method() == Method::GET || request.method() == Method::HEAD;
-    let path = request.uri().path().to_owned();
-    // Cut to a length that suits a log line.
-    let (method, shown) = (shortened(request.method().as_str()), shortened(&path));
-    let span = tracing::info_span!("request", id, method, path = shown);
-    async move {
-        let begun = Instant::now();
-        let mut response = match request.headers().get_all(HOST).iter().count() {
-            0 | 1 => next.run(request).await,
-            // RFC 9112, section 3.2. A proxy in front of us may have used the other one.
-            _ => ServiceError::invalid("the header Host was sent more than once: send it once".to_owned())
-                .into_response(),
-        };
-        let (status, ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
-        // Successful reads change nothing, and failed logins are already logged.
-        let expected = (reads && response.status().is_success()) || response.status() == StatusCode::UNAUTHORIZED;
-        if expected {
-            tracing::debug!(status, ms, "request finished");
-        } else {
-            tracing::info!(status, ms, "request finished");
-        }
-        if let Ok(id) = HeaderValue::from_str(&id) {
-            response.headers_mut().insert(REQUEST_ID, id);
-        }
-        response
-    }
-    .instrument(span)
-    .await
-}
-
-fn shortened(text: &str) -> String {
-    const MAX_BYTES: usize = 200;
-    // A method and a path are ASCII, so every index is a character boundary.
-    match text.get(..MAX_BYTES).filter(|start| start.len() < text.len()) {
-        Some(start) => format!("{start}…"),
-        None => text.to_owned(),
-    }
-}
-
-fn valid_id(id: &[u8]) -> Option<String> {
-    let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    let id = (1..=64).contains(&id.len()).then_some(id)?;
-    id.iter().all(allowed).then(|| String::from_utf8_lossy(id).into_owned())
-}
-
-fn random_id() -> String {
-    random_hex(8).unwrap_or_else(|error| {
-        tracing::warn!(%error, "cannot draw a random request id");
-        "none".to_owned()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_bearer_scheme_is_case_insensitive() {
-        assert_eq!(bearer(b"Bearer abc"), Some(&b"abc"[..]));
-        assert_eq!(bearer(b"bearer abc "), Some(&b"abc"[..]));
-        for header in [&b"abc"[..], b"Basic abc", b"Bearer", b""] {
-            assert_eq!(bearer(header), None);
-        }
-    }
-
-    #[test]
-    fn request_ids_that_could_break_a_log_line_are_replaced() {
-        assert_eq!(valid_id(b"build-17.a_b"), Some("build-17.a_b".to_owned()));
-        for id in [&b""[..], b"a b", b"a\nb", &[b'a'; 65]] {
-            assert_eq!(valid_id(id), None);
-        }
-    }
 }

@@ -8,10 +8,9 @@ use crate::host::Host;
 use crate::http::error_bodies::ErrorBodies;
 use crate::http::error_bodies::RequestsInProgress;
 use crate::http::logins::Peer;
-use crate::http::routes::without_trailing_slash;
 use axum::Router;
 use axum::body::Body;
-use axum::http::{Request, Response};
+use axum::http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
@@ -206,6 +205,27 @@ impl Signals {
             _ = self.interrupt.recv() => "SIGINT",
         }
     }
+}
+
+/// Removes a trailing slash from the request's path: clients that join paths by hand send `/vms/`
+/// for `/vms`.
+fn without_trailing_slash(mut request: axum::extract::Request) -> axum::extract::Request {
+    let uri = request.uri();
+    let Some(path) = uri.path().strip_suffix('/').filter(|path| !path.is_empty()) else {
+        return request;
+    };
+    let target = match uri.query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path.to_owned(),
+    };
+    let mut parts = uri.clone().into_parts();
+    if let Ok(target) = target.parse() {
+        parts.path_and_query = Some(target);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
 }
 
 #[cfg(test)]

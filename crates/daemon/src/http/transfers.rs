@@ -10,10 +10,10 @@ use crate::host::blocking;
 use crate::host::error::ServiceError;
 use crate::host::handle::MAX_TRANSFERS;
 use crate::host::template_name;
-use crate::http::routes::BODY_TIMEOUT;
-use crate::http::routes::Segment;
-use crate::http::routes::require_supported_encoding;
-use crate::http::routes::root_cause;
+use crate::http::extract::BODY_TIMEOUT;
+use crate::http::extract::Segment;
+use crate::http::extract::require_supported_encoding;
+use crate::http::extract::root_cause;
 use crate::templates;
 use axum::Json;
 use axum::body::{self, Body};
@@ -289,7 +289,7 @@ async fn import_template(
     }
     let form = |form| ServiceError::invalid(format!("the template name {form}"));
     let parsed: Name = name.parse::<TemplateName>().map_err(form)?.as_str().parse()?;
-    let transfer = begin_transfer(&host)?;
+    let transfer = begin_transfer(host)?;
     host.detached(|host| async move {
         let _transfer = transfer;
         if replace {

@@ -132,7 +132,7 @@ async fn apply(host: &Host, operation: &Operation, settings: Settings, steps: &m
         steps.taken("limit disk and network", async move {
             limit(&undo_host, &undo_record, &undo_machine, before.limits).await
         });
-        limit(&host, record, machine, settings.limits).await?;
+        limit(host, record, machine, settings.limits).await?;
         fault_point("change: limits applied")?;
     }
     persist_settings(host, &record.id, settings).await?;
