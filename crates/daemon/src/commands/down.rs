@@ -7,17 +7,14 @@
 
 use crate::commands::failed::CommandFailed;
 use crate::commands::open::{open_host, runtime};
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
-use crate::host::files;
-use crate::host::files::remove_dir;
+use crate::host::files::{self, remove_dir};
+use crate::host::{Host, blocking};
 use crate::settings::Settings;
 use crate::state::State;
 use crate::vm::lifecycle::STOP_TIMEOUT;
-use crate::vm::recovery;
-use crate::vm::recovery::Recovered;
+use crate::vm::recovery::{self, Recovered};
 use scalebox_client::VmStatus;
 use scalebox_net::Network;
 use scalebox_storage::StorageError;

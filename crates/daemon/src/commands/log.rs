@@ -5,8 +5,7 @@
 //! own timestamps.
 
 use crate::commands::failed::CommandFailed;
-use crate::settings::LogFormat;
-use crate::settings::Settings;
+use crate::settings::{LogFormat, Settings};
 use std::env;
 use std::io::{self, IsTerminal, Stderr, Write};
 use tracing::{Level, Metadata};

@@ -5,10 +5,7 @@
 //! with `VMM=auto`; a `VMM` that names a driver moves it there.
 
 use crate::host::system;
-use crate::settings::AccelChoice;
-use crate::settings::Settings;
-use crate::settings::SettingsError;
-use crate::settings::VmmChoice;
+use crate::settings::{AccelChoice, Settings, SettingsError, VmmChoice};
 use scalebox_storage::jails_dir;
 use scalebox_vmm::{Accel, AccelSetting, Error, FirecrackerDriver, Machine, MachineId, QemuDriver, Vmm};
 use std::path::Path;

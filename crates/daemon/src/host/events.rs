@@ -11,10 +11,7 @@
 //! json!({"to_gib": 8}))`. A new kind is one line in `crates/client/src/event.rs`, with the names
 //! of its details.
 
-use crate::state::Fact;
-use crate::state::Record;
-use crate::state::State;
-use crate::state::StateError;
+use crate::state::{Fact, Record, State, StateError};
 use scalebox_client::{Event, EventKind, EventVm};
 use serde_json::{Map, Value, json};
 use std::collections::VecDeque;

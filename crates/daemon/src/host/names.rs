@@ -1,7 +1,6 @@
 //! Names and times, in the forms that other crates and the API use.
 
-use crate::host::error::ServiceError;
-use crate::host::error::quoted;
+use crate::host::error::{ServiceError, quoted};
 use crate::state::Record;
 use scalebox_storage::Name;
 

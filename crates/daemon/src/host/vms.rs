@@ -4,8 +4,7 @@
 //! A std mutex guards the table. It is held for look-ups and small changes, never across an await;
 //! the slowest step under it asks the kernel whether a port is free.
 
-use crate::host::error::ServiceError;
-use crate::host::error::quoted;
+use crate::host::error::{ServiceError, quoted};
 use crate::state::Record;
 use scalebox_client::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};

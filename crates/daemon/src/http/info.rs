@@ -1,10 +1,8 @@
 //! `GET /info`: the host, its VMs and its limits.
 
-use crate::host::Host;
 use crate::host::error::ServiceError;
-use crate::host::system;
-use crate::pool;
-use crate::templates;
+use crate::host::{Host, system};
+use crate::{pool, templates};
 use scalebox_client::{Cpu, HostInfo, HostLimits, Memory, VmCounts};
 
 /// Describes the host, its VMs and its limits.

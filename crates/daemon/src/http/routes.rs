@@ -1,23 +1,15 @@
 //! The HTTP API: routes, authentication, limits on a request, and the request id in every log line.
 
 use crate::host::Host;
-use crate::host::error::ServiceError;
-use crate::host::error::quoted;
+use crate::host::error::{ServiceError, quoted};
 use crate::http::auth::{CLOSE_AFTER_RESPONSE, Guard, require_token};
-use crate::http::event_stream;
 use crate::http::extract::{RawBody, Segment};
-use crate::http::info;
-use crate::http::metrics;
-use crate::http::metrics::Metrics;
-use crate::http::openapi;
+use crate::http::metrics::{self, Metrics};
 use crate::http::request_id::with_request_id;
-use crate::http::transfers;
-use crate::pool;
+use crate::http::{event_stream, info, openapi, transfers};
 use crate::settings::Token;
-use crate::templates;
-use crate::vm;
-use crate::vm::snapshot;
-use crate::vm::view;
+use crate::vm::{self, snapshot, view};
+use crate::{pool, templates};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};

@@ -5,8 +5,7 @@
 //! response (see [`api`](crate::http::routes)).
 
 use crate::host::Host;
-use crate::http::error_bodies::ErrorBodies;
-use crate::http::error_bodies::RequestsInProgress;
+use crate::http::error_bodies::{ErrorBodies, RequestsInProgress};
 use crate::http::logins::Peer;
 use axum::Router;
 use axum::body::Body;

@@ -4,16 +4,10 @@
 //! transfer blocks a thread on the network, so their number is limited, and every wait has a
 //! deadline.
 
-use crate::host::BASE_TEMPLATE;
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::error::ServiceError;
 use crate::host::handle::MAX_TRANSFERS;
-use crate::host::template_name;
-use crate::http::extract::BODY_TIMEOUT;
-use crate::http::extract::Segment;
-use crate::http::extract::require_supported_encoding;
-use crate::http::extract::root_cause;
+use crate::host::{BASE_TEMPLATE, Host, blocking, template_name};
+use crate::http::extract::{BODY_TIMEOUT, Segment, require_supported_encoding, root_cause};
 use crate::templates;
 use axum::Json;
 use axum::body::{self, Body};

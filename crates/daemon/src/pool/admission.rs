@@ -1,8 +1,7 @@
 //! Admission of new and growing disks, with retries while space becomes free.
 
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::error::ServiceError;
+use crate::host::{Host, blocking};
 use crate::pool::growth;
 use scalebox_storage::{Bytes, Reservation};
 use std::sync::Arc;

@@ -5,8 +5,7 @@
 //! space falls below the low-water mark, before a request is rejected for lack of space, and before
 //! a VM is paused.
 
-use crate::host::Host;
-use crate::host::blocking;
+use crate::host::{Host, blocking};
 use scalebox_client::EventKind;
 use scalebox_storage::{Bytes, StorageError};
 use serde_json::json;

@@ -4,10 +4,8 @@ pub mod admission;
 pub mod growth;
 pub mod reclaim;
 
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::error::ServiceError;
-use crate::host::usage_tracker;
+use crate::host::{Host, blocking, usage_tracker};
 use scalebox_client::{EventKind, PoolInfo, Trimmed};
 use scalebox_storage::{Bytes, Gib, Pool, PoolUsage, StorageError};
 use serde_json::json;

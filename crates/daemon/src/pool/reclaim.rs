@@ -5,8 +5,7 @@
 //! afterwards. Until then the deleted disk stays committed, so that no block is committed twice; a
 //! request that would be rejected in the meantime waits instead.
 
-use crate::host::Host;
-use crate::host::blocking;
+use crate::host::{Host, blocking};
 use scalebox_fault_points::crash_point;
 use scalebox_storage::{Gib, UnlinkedDisk};
 use std::sync::Arc;

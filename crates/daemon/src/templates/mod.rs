@@ -1,12 +1,7 @@
 //! The list of templates, and their deletion. Export and import are in [`http`](crate::http).
 
-use crate::host::BASE_TEMPLATE;
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::error::ServiceError;
-use crate::host::rfc3339;
-use crate::host::template_name;
-use crate::host::usage_tracker;
+use crate::host::{BASE_TEMPLATE, Host, blocking, rfc3339, template_name, usage_tracker};
 use scalebox_client::{EventKind, Template};
 use serde_json::json;
 use std::sync::Arc;

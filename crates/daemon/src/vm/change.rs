@@ -3,22 +3,14 @@
 //! The intent is recorded before the disk grows. After a crash in between, the next start completes
 //! the growth.
 
-use crate::host::Host;
-use crate::host::blocking;
-use crate::host::disk_name;
 use crate::host::error::ServiceError;
-use crate::host::fault_point;
 use crate::host::undo::Steps;
 use crate::host::vms::Operation;
+use crate::host::{Host, blocking, disk_name, fault_point};
 use crate::pool::admission;
-use crate::state::Record;
-use crate::state::VmLimits;
-use crate::vm::auto_extend;
-use crate::vm::guest_fs;
-use crate::vm::lifecycle;
-use crate::vm::spec::disk_limits;
-use crate::vm::spec::endpoint;
-use crate::vm::view;
+use crate::state::{Record, VmLimits};
+use crate::vm::spec::{disk_limits, endpoint};
+use crate::vm::{auto_extend, guest_fs, lifecycle, view};
 use scalebox_client::{AutoExtend, Disk, EventKind, UpdateVm, Vm};
 use scalebox_fault_points::crash_point;
 use scalebox_storage::{Gib, Reservation};

@@ -5,14 +5,11 @@
 //! program that does not start, it is logged and retried until it succeeds. If the daemon ends
 //! before that, the next start removes what is left.
 
-use crate::host::Host;
-use crate::host::blocking;
-use crate::host::cleanups::Cleanup;
-use crate::host::cleanups::Deleted;
-use crate::host::disk_name;
+use crate::host::cleanups::{Cleanup, Deleted};
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
 use crate::host::vms::LeaseGuard;
+use crate::host::{Host, blocking, disk_name};
 use crate::pool::reclaim;
 use crate::state::Record;
 use crate::vm::lifecycle;

@@ -6,24 +6,15 @@
 //! [`recovery`](crate::vm::recovery) removes at the next start. Creations run concurrently; the only
 //! lock they share is held for microseconds.
 
-use crate::host::Host;
-use crate::host::blocking;
-use crate::host::disk_name;
 use crate::host::error::ServiceError;
-use crate::host::fault_point;
 use crate::host::files::remove_dir;
 use crate::host::random::random_hex;
-use crate::host::rfc3339;
-use crate::host::template_name;
 use crate::host::undo::Steps;
 use crate::host::vms::Claim;
+use crate::host::{Host, blocking, disk_name, fault_point, rfc3339, template_name};
 use crate::pool::admission;
-use crate::state::KeyedRequest;
-use crate::state::Record;
-use crate::state::VmLimits;
-use crate::vm::auto_extend;
-use crate::vm::lifecycle;
-use crate::vm::view;
+use crate::state::{KeyedRequest, Record, VmLimits};
+use crate::vm::{auto_extend, lifecycle, view};
 use scalebox_client::{CreateVm, EventKind, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_net::Lease;

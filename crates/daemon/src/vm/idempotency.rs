@@ -5,9 +5,8 @@
 //! without its key. The key is known for as long as its VM exists; a trigger in the state file
 //! deletes it with the record.
 
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::error::ServiceError;
+use crate::host::{Host, blocking};
 use crate::state::KeyedRequest;
 use crate::vm::create::create_now;
 use crate::vm::view;

@@ -1,25 +1,14 @@
 //! Starts and stops the machines of VMs, and watches for their end.
 
-use crate::host::BASE_TEMPLATE;
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::cleanups::Cleanup;
-use crate::host::disk_name;
 use crate::host::error::ServiceError;
-use crate::host::fault_point;
-use crate::host::files::make_private_dir;
-use crate::host::files::remove_dir;
+use crate::host::files::{make_private_dir, remove_dir};
 use crate::host::undo::Steps;
-use crate::host::vms::Cancellation;
-use crate::host::vms::Operation;
+use crate::host::vms::{Cancellation, Operation};
+use crate::host::{BASE_TEMPLATE, Host, blocking, disk_name, fault_point};
 use crate::state::Record;
-use crate::vm::pause;
-use crate::vm::reboot_loop;
-use crate::vm::spec::disk_limits;
-use crate::vm::spec::endpoint;
-use crate::vm::spec::machine_id;
-use crate::vm::spec::vmm_user;
-use crate::vm::view;
+use crate::vm::spec::{disk_limits, endpoint, machine_id, vmm_user};
+use crate::vm::{pause, reboot_loop, view};
 use scalebox_client::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;

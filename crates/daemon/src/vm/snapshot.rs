@@ -4,14 +4,10 @@
 //! freezes the file systems, or the VM is paused if no agent responds. All other steps work on the
 //! clone, when other operations on the VM are allowed again.
 
-use crate::host::BASE_TEMPLATE;
-use crate::host::Host;
-use crate::host::agent;
-use crate::host::blocking;
-use crate::host::disk_name;
 use crate::host::error::ServiceError;
 use crate::host::files::vm_folders;
 use crate::host::vms::Operation;
+use crate::host::{BASE_TEMPLATE, Host, agent, blocking, disk_name};
 use crate::state::Record;
 use crate::vm::lifecycle;
 use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};

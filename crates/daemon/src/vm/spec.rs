@@ -1,8 +1,7 @@
 //! A VM's record as its machine and its network need it.
 
 use crate::host::error::ServiceError;
-use crate::state::Record;
-use crate::state::VmLimits;
+use crate::state::{Record, VmLimits};
 use scalebox_net::{Endpoint, Mbps};
 use scalebox_vmm::{DiskLimits, MachineId, RunAs};
 

@@ -1,8 +1,7 @@
 //! Trimming a guest: its agent discards the blocks that its file systems do not use.
 
 use crate::host::Host;
-use crate::host::agent;
-use crate::host::agent::AgentFailed;
+use crate::host::agent::{self, AgentFailed};
 use crate::host::error::ServiceError;
 use scalebox_client::{Trimmed, VmStatus};
 use scalebox_guest::AgentError;

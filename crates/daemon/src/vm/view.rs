@@ -1,8 +1,7 @@
 //! VMs as the API describes them.
 
-use crate::host::Host;
 use crate::host::error::ServiceError;
-use crate::host::usage_tracker;
+use crate::host::{Host, usage_tracker};
 use crate::state::Record;
 use scalebox_client::Vm;
 use scalebox_storage::PoolUsage;

@@ -6,13 +6,11 @@
 //! the pool allow. Each step is logged and published as an event; so is a step that fails, once
 //! until it succeeds.
 
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::error::ServiceError;
+use crate::host::{Host, blocking};
 use crate::pool::admission;
 use crate::state::Record;
-use crate::vm::change;
-use crate::vm::guest_fs;
+use crate::vm::{change, guest_fs};
 use futures::stream::{self, StreamExt};
 use scalebox_client::{AutoExtend, EventKind};
 use scalebox_guest::FsUsage;

@@ -1,7 +1,6 @@
 //! Returns freed blocks to the host disk.
 
-use crate::host::Host;
-use crate::host::blocking;
+use crate::host::{Host, blocking};
 use scalebox_storage::Bytes;
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -7,8 +7,7 @@
 //! cases the guest sees neither an I/O error nor a read-only root, only a gap in time; the VM is
 //! `paused` with the reason `storage_full`.
 
-use crate::host::Host;
-use crate::host::blocking;
+use crate::host::{Host, blocking};
 use crate::pool::growth;
 use crate::vm::pause;
 use scalebox_storage::{Bytes, Name};

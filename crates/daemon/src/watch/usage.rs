@@ -4,8 +4,7 @@
 //! after a template was created or deleted (until then, admission assumes less space), and takes at
 //! most a twentieth of the time. Requests are answered from the latest measurement.
 
-use crate::host::Host;
-use crate::host::blocking;
+use crate::host::{Host, blocking};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;

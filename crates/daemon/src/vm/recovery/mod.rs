@@ -7,21 +7,13 @@
 //! A VM that cannot be recovered is reported as failed, with the reason, and does not keep the
 //! others from being served.
 
-use crate::host::Host;
-use crate::host::blocking;
 use crate::host::error::ServiceError;
-use crate::host::files::remove_dir;
-use crate::host::files::vm_folders;
-use crate::host::system;
-use crate::state::Fact;
-use crate::state::Record;
-use crate::state::State;
+use crate::host::files::{remove_dir, vm_folders};
+use crate::host::{Host, blocking, system};
+use crate::state::{Fact, Record, State};
 use crate::vm::change;
-use crate::vm::lifecycle;
-use crate::vm::lifecycle::STOPPING;
-use crate::vm::spec::disk_limits;
-use crate::vm::spec::endpoint;
-use crate::vm::spec::machine_id;
+use crate::vm::lifecycle::{self, STOPPING};
+use crate::vm::spec::{disk_limits, endpoint, machine_id};
 use scalebox_client::{EventKind, VmStatus, is_vm_id};
 use scalebox_storage::{Gib, Name, jails_dir};
 use scalebox_vmm::{Machine, MachineId};
