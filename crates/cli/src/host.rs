@@ -1,4 +1,4 @@
-//! `scalebox status`, `scalebox template …`, `scalebox pool show`.
+//! The commands `scalebox status`, `scalebox template list|delete` and `scalebox pool …`.
 
 use crate::error::Error;
 use crate::human::{self, bytes, percent};
@@ -10,19 +10,19 @@ use scalebox_client::{Client, HostInfo, PoolInfo, Template, TemplateList, VmCoun
 pub fn status(client: &Client, output: &Output) -> Result<(), Error> {
     let info = client.info()?;
     if output.json {
-        return output.answer(&info);
+        return output.json(&info);
     }
-    output.facts(&[
+    output.properties(&[
         (
             "server",
             format!("scaleboxd {} on {} ({})", info.version, info.hostname, info.host_ip),
         ),
         ("up", human::duration(info.uptime_seconds)),
-        ("machines", machines(&info)),
+        ("hypervisor", hypervisor(&info)),
         ("VMs", counts(&info.vms)),
         ("templates", info.templates.to_string()),
-        ("pool", pool_in_short(&info.storage)),
-        ("promised", promised(&info.storage)),
+        ("pool", pool_summary(&info.storage)),
+        ("committed", committed(&info.storage)),
         (
             "memory",
             format!(
@@ -37,14 +37,14 @@ pub fn status(client: &Client, output: &Output) -> Result<(), Error> {
     Ok(())
 }
 
-fn machines(info: &HostInfo) -> String {
+fn hypervisor(info: &HostInfo) -> String {
     match info.accel.as_str() {
-        "tcg" => format!("{}, emulated (no KVM: several times slower)", info.vmm),
+        "tcg" => format!("{}, emulated (without KVM guests are several times slower)", info.vmm),
         accel => format!("{}, {accel}", info.vmm),
     }
 }
 
-/// `3 (2 running, 1 failed)`.
+/// Formats VM counts: `3 (2 running, 1 failed)`.
 fn counts(vms: &VmCounts) -> String {
     let parts = [
         (vms.running, "running"),
@@ -64,7 +64,7 @@ fn counts(vms: &VmCounts) -> String {
     }
 }
 
-fn pool_in_short(pool: &PoolInfo) -> String {
+fn pool_summary(pool: &PoolInfo) -> String {
     format!(
         "{} free of {}, at {}",
         bytes(pool.free_bytes),
@@ -73,7 +73,7 @@ fn pool_in_short(pool: &PoolInfo) -> String {
     )
 }
 
-fn promised(pool: &PoolInfo) -> String {
+fn committed(pool: &PoolInfo) -> String {
     format!(
         "{} of at most {}",
         bytes(pool.committed_bytes),
@@ -84,18 +84,18 @@ fn promised(pool: &PoolInfo) -> String {
 fn days_left(pool: &PoolInfo) -> String {
     match pool.days_left {
         Some(days) => format!("{days:.1} days at the rate of the last day"),
-        None => "no end in sight, or too short a history to tell".to_owned(),
+        None => "unknown: usage is not growing, or was measured for less than an hour".to_owned(),
     }
 }
 
-/// The smallest VM has a disk of 1 GiB.
+/// Warns when not even the smallest disk, of 1 GiB, would be admitted.
 fn warn_when_full(pool: &PoolInfo, output: &Output) {
     let left = pool
         .free_bytes
         .saturating_sub(pool.reserved_bytes)
         .saturating_sub(pool.buffer_bytes);
     if left < 1 << 30 {
-        output.warning("the pool is full: the server refuses new VMs until space is given back");
+        output.warning("the pool is full: the server refuses new VMs until space is freed");
     }
 }
 
@@ -115,70 +115,69 @@ pub fn shrink_pool(client: &Client, size_gib: u64, output: &Output) -> Result<()
 
 fn show_size(pool: &PoolInfo, output: &Output) -> Result<(), Error> {
     if output.json {
-        return output.answer(pool);
+        return output.json(pool);
     }
     output.line(&format!(
-        "the pool is {} large, {} can be written",
+        "the pool's capacity is {}, of which {} are free",
         bytes(pool.capacity_bytes),
         bytes(pool.free_bytes)
     ))
 }
 
 pub fn trim_pool(client: &Client, output: &Output) -> Result<(), Error> {
-    let trimming = output.progress("giving free blocks back to the host disk");
+    let trimming = output.progress("discarding the pool's free blocks");
     let trimmed = client.trim_pool()?;
     drop(trimming);
     if output.json {
-        return output.answer(&trimmed);
+        return output.json(&trimmed);
     }
-    output.line(&format!(
-        "{} are free on the host disk's side too",
-        bytes(trimmed.trimmed_bytes)
-    ))
+    output.line(&format!("discarded {}", bytes(trimmed.trimmed_bytes)))
 }
 
-fn lies_on(pool: &PoolInfo) -> String {
+fn backing(pool: &PoolInfo) -> String {
     match &pool.image {
-        Some(image) => format!("{}, the image {image}", pool.file_system),
-        None => format!("{}, {}", pool.file_system, pool.device),
+        Some(image) => format!("{} in the image {image}", pool.file_system),
+        None => format!("{} on {}", pool.file_system, pool.device),
     }
 }
 
 pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
     let pool = client.pool()?;
     if output.json {
-        return output.answer(&pool);
+        return output.json(&pool);
     }
-    let host_free = pool.host_free_bytes.map_or_else(|| "not on an image".to_owned(), bytes);
+    let host_free = pool
+        .host_free_bytes
+        .map_or_else(|| "- (the pool is not in an image)".to_owned(), bytes);
     let used = format!(
         "{} ({} %)",
         bytes(pool.used_bytes),
         percent(pool.used_bytes, pool.capacity_bytes)
     );
-    output.facts(&[
+    output.properties(&[
         ("path", pool.path.clone()),
-        ("lies on", lies_on(&pool)),
+        ("backing", backing(&pool)),
         ("capacity", bytes(pool.capacity_bytes)),
         ("used", used),
-        ("  by one VM each", human::measured(pool.vms_exclusive_bytes)),
+        ("  exclusive to VMs", human::measured(pool.vms_exclusive_bytes)),
         (
-            "  by one template each",
+            "  exclusive to templates",
             human::measured(pool.templates_exclusive_bytes),
         ),
         ("  shared", human::measured(pool.shared_bytes)),
-        ("  by anything else", human::measured(pool.other_bytes)),
-        ("free", format!("{} can really be written", bytes(pool.free_bytes))),
-        ("  of the pool", bytes(pool.pool_free_bytes)),
-        ("  of the host disk", host_free),
+        ("  other", human::measured(pool.other_bytes)),
+        ("free", format!("{} can be written", bytes(pool.free_bytes))),
+        ("  in the pool", bytes(pool.pool_free_bytes)),
+        ("  on the host disk", host_free),
         ("  will last", days_left(&pool)),
         (
             "reserved",
-            format!("{} for what is being made", bytes(pool.reserved_bytes)),
+            format!("{} for running operations", bytes(pool.reserved_bytes)),
         ),
-        ("buffer", format!("{} always left free", bytes(pool.buffer_bytes))),
+        ("buffer", format!("{} always kept free", bytes(pool.buffer_bytes))),
         (
-            "promised",
-            format!("{} ({} × capacity)", promised(&pool), pool.overcommit_ratio),
+            "committed",
+            format!("{} ({} × capacity)", committed(&pool), pool.overcommit_ratio),
         ),
         ("unallocated", bytes(pool.unallocated_bytes)),
         (
@@ -193,7 +192,7 @@ pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
     warn_when_full(&pool, output);
     if pool.cleanups_pending > 0 {
         output.hint(&format!(
-            "{} stopped or deleted VMs left something on the host that cannot be removed yet: see the scaleboxd log",
+            "the server could not yet remove all resources of {} stopped or deleted VMs; see the scaleboxd log",
             pool.cleanups_pending
         ));
     }
@@ -203,10 +202,10 @@ pub fn pool(client: &Client, output: &Output) -> Result<(), Error> {
 pub fn templates(client: &Client, output: &Output) -> Result<(), Error> {
     let templates = client.templates()?;
     if output.json {
-        return output.answer(&TemplateList { templates });
+        return output.json(&TemplateList { templates });
     }
     if templates.is_empty() {
-        output.hint("no templates; on the server, make one with: scaleboxd template build debian-base");
+        output.hint("no templates; create one on the server with: scaleboxd template build debian-base");
         return Ok(());
     }
     let columns = vec![

@@ -58,7 +58,7 @@ fn a_template_goes_out_and_comes_in_again_as_it_was() {
     let mut packed = Vec::new();
     let mut export = client.export_template("tiny").unwrap();
     assert_eq!(export.image_bytes, 64 << 20);
-    export.packed.read_to_end(&mut packed).unwrap();
+    export.compressed.read_to_end(&mut packed).unwrap();
     assert!(packed.len() < 1 << 20, "{} bytes", packed.len());
 
     // Any zstd unpacks it, to the same image.
@@ -231,14 +231,14 @@ fn the_command_line_exports_to_a_file_that_is_whole_and_imports_it() {
     };
     let (code, said) = cli(&["template", "export", "tiny", text(&file)]);
     assert!(
-        code == 0 && said.contains("holds the template tiny: 64 MiB in "),
+        code == 0 && said.contains("exported the template tiny to ") && said.contains(": 64 MiB, compressed to "),
         "{said}"
     );
     let (code, said) = cli(&["template", "export", "tiny", text(&file)]);
-    assert!(code == 2 && said.contains("is there already"), "{said}");
+    assert!(code == 2 && said.contains("already exists"), "{said}");
     let (code, said) = cli(&["template", "import", "copy", text(&file)]);
     assert!(
-        code == 0 && said.contains("the template copy is made: 64 MiB large"),
+        code == 0 && said.contains("created the template copy: 64 MiB,"),
         "{said}"
     );
     run("e2fsck", &["-fn", text(&template(&host, "copy"))]);
