@@ -38,9 +38,7 @@ pub enum Error {
         reason: Option<String>,
         remedy: String,
     },
-    #[error(
-        "{name} did not answer SSH at {address} within {seconds} s ({last}); see its console log on the server"
-    )]
+    #[error("{name} did not answer SSH at {address} within {seconds} s ({last}); see its console log on the server")]
     SshTimeout {
         name: String,
         address: String,

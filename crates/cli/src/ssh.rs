@@ -120,7 +120,9 @@ fn read_key(path: &Path) -> Result<Vec<u8>, Error> {
     }
     let mut text = Vec::new();
     let file = File::open(path).map_err(unreadable)?;
-    file.take(MAX_KEY_BYTES + 1).read_to_end(&mut text).map_err(unreadable)?;
+    file.take(MAX_KEY_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(unreadable)?;
     if text.len() as u64 > MAX_KEY_BYTES {
         return Err(wrong(
             "is longer than 64 KiB; pass a public key, which is one line, such as ~/.ssh/id_ed25519.pub",

@@ -255,7 +255,10 @@ fn a_refused_token_error_names_its_source_and_never_shows_it() {
         home.path().display()
     )));
     for (ran, place) in [
-        (run(&mut home.scalebox(&server, &["vm", "list"])), "from SCALEBOX_TOKEN;"),
+        (
+            run(&mut home.scalebox(&server, &["vm", "list"])),
+            "from SCALEBOX_TOKEN;",
+        ),
         (
             run(&mut home.scalebox(&server, &["vm", "list", "--token", "flag-secret"])),
             "from --token;",
@@ -295,7 +298,11 @@ fn addresses_and_tokens_may_have_odd_case_and_white_space() {
     let server = Server::new(vec![("GET /vms", 200, json!({"vms": []}))]);
     let home = Home::new();
     let upper_case = server.url().replace("http", "HTTP");
-    for url in [upper_case, format!(" {}/ ", server.url()), format!("{}\n", server.url())] {
+    for url in [
+        upper_case,
+        format!(" {}/ ", server.url()),
+        format!("{}\n", server.url()),
+    ] {
         let mut command = home.bare(&["vm", "list", "--json"]);
         let ran = run(command
             .env("SCALEBOX_URL", &url)
@@ -852,7 +859,11 @@ fn a_closed_pipe_is_not_an_error() {
             .unwrap();
         drop(child.stdout.take());
         let output = child.wait_with_output().unwrap();
-        assert_eq!((output.status.code(), output.stderr), (Some(0), vec![]), "{arguments:?}");
+        assert_eq!(
+            (output.status.code(), output.stderr),
+            (Some(0), vec![]),
+            "{arguments:?}"
+        );
     }
 }
 
