@@ -137,7 +137,7 @@ fn goals(results: &Results) -> Outcome<Vec<Goal>> {
             1000.0,
         ),
     ];
-    // Without a goal in the table, told all the same: the goal is the figure itself.
+    // Reported without a goal.
     goals.push(Goal {
         figure: "POST /vms to SSH, median".to_owned(),
         value: results.to_ssh_s,

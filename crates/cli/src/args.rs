@@ -52,13 +52,16 @@ pub enum Command {
     #[command(after_help = "Example:\n  scalebox status")]
     Status,
     /// Create, list, change, log in to and delete VMs
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  scalebox vm create --name box --disk 10 --wait && scalebox vm ssh box"
+    )]
     Vm(VmCommand),
     /// List, export, import and delete the templates that disks are cloned from
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  scalebox template list")]
     Template(TemplateCommand),
     /// Show, grow, shrink and trim the pool, which holds all disks and templates
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  scalebox pool show")]
     Pool(PoolCommand),
     /// Follow the host's events
     #[command(
@@ -151,7 +154,7 @@ pub enum VmCommand {
     /// Create a template from the disk of a running or stopped VM
     #[command(
         after_help = "VMs created from the template have the files of this VM, but their own host name, SSH host key and machine id.\n\n\
-        Examples:\n  scalebox vm snapshot very-silly-penguin my-golden\n  scalebox vm create my-golden --wait"
+        Examples:\n  scalebox vm snapshot very-silly-penguin my-template\n  scalebox vm create my-template --wait"
     )]
     Snapshot {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
@@ -201,7 +204,7 @@ pub enum VmCommand {
 }
 
 const VM: &str = "Name or id of the VM";
-const TIMEOUT: &str = "Longest time to wait";
+const TIMEOUT: &str = "Maximum time to wait";
 
 #[derive(Debug, clap::Args)]
 #[command(
@@ -255,7 +258,7 @@ pub struct CreateArgs {
     /// Wait until the VM answers SSH
     #[arg(long, conflicts_with = "no_start")]
     pub wait: bool,
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Longest time that --wait waits",
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Maximum time to wait with --wait",
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub timeout: u64,
 }
@@ -355,7 +358,7 @@ pub enum TemplateCommand {
     /// Write a template to a file, compressed with zstd
     #[command(
         after_help = "The image is verified while it is written, and the file is renamed into place when it is complete.\n\n\
-        Examples:\n  scalebox template export my-golden\n  scalebox template export my-golden - | ssh other-host scalebox template import my-golden -"
+        Examples:\n  scalebox template export my-template\n  scalebox template export my-template - | ssh other-host scalebox template import my-template -"
     )]
     Export {
         /// Name of the template
@@ -371,7 +374,7 @@ pub enum TemplateCommand {
     /// Create a template from an ext4 image, uncompressed or compressed with zstd
     #[command(
         after_help = "The server checks the image; the template appears when the import is complete.\n\n\
-        Examples:\n  scalebox template import my-golden my-golden.ext4.zst\n  scalebox template import my-golden rootfs.ext4 --replace"
+        Examples:\n  scalebox template import my-template my-template.ext4.zst\n  scalebox template import my-template rootfs.ext4 --replace"
     )]
     Import {
         /// Name of the new template
@@ -387,7 +390,7 @@ pub enum TemplateCommand {
     /// Delete templates; VMs created from them are not changed
     #[command(
         visible_alias = "rm",
-        after_help = "Asks for confirmation on a terminal.\n\nExample:\n  scalebox template delete my-golden"
+        after_help = "Asks for confirmation on a terminal.\n\nExample:\n  scalebox template delete my-template"
     )]
     Delete {
         /// Name of the template

@@ -13,7 +13,7 @@ pub enum Error {
     /// The server refused the request or could not be reached.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// The server returned 401; the message adds where the token came from.
+    /// The server returned 401; the message names the source of the token.
     #[error(
         "the server at {url} refused the token from {source_name}; set SCALEBOX_TOKEN to the API_TOKEN of the server \
          (in its /etc/scaleboxd/config)"
@@ -128,7 +128,7 @@ impl Error {
         }
     }
 
-    /// Adds to a 401 where the token came from; returns other errors unchanged.
+    /// Adds the source of the token to a 401; returns other errors unchanged.
     pub fn with_token_source(self, server: &Server) -> Self {
         match self {
             Error::Client(error) if error.status() == Some(401) => Error::TokenRefused {

@@ -1,4 +1,4 @@
-//! The commands `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`.
+//! The commands `scalebox vm …`, except `ssh`.
 
 use crate::args::{CreateArgs, Limit, SetArgs, Switch};
 use crate::error::Error;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 /// Time between two queries of the VM's status.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
-/// Longest time to wait for a connection, and for the SSH banner on it.
+/// Maximum time to wait for a connection, and for the SSH banner on it.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Waits until `vm` sends an SSH banner. Returns the VM as the server describes it then, and the

@@ -468,7 +468,7 @@ fn create_sends_its_flags_and_the_first_default_key() {
     let arguments = [
         "vm",
         "create",
-        "golden",
+        "custom",
         "--name",
         "box",
         "--disk",
@@ -492,7 +492,7 @@ fn create_sends_its_flags_and_the_first_default_key() {
         .iter()
         .map(|request| serde_json::from_str(&request.body).unwrap())
         .collect();
-    let everything = json!({"template": "golden", "ssh_public_key": KEY, "name": "box", "disk_size_gib": 10,
+    let everything = json!({"template": "custom", "ssh_public_key": KEY, "name": "box", "disk_size_gib": 10,
         "vcpu_count": 2, "mem_size_mib": 1024, "start": false});
     let nothing = json!({"template": "debian-base", "ssh_public_key": KEY, "start": true});
     assert_eq!(sent, [everything, nothing]);

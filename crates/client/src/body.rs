@@ -51,7 +51,7 @@ pub enum Invalid {
     Missing {
         /// The field.
         field: &'static str,
-        /// What to send in it.
+        /// The value to send.
         what: &'static str,
     },
     /// `disk_size_gib` is invalid. Scripts rely on the exact text of this message.

@@ -112,7 +112,7 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout of operations. It exceeds every timeout of the daemon (a guest's shutdown, the check of
 /// a template), so that the client receives the result.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(300);
-/// Longest silence on a stream. On a stream of events, the daemon sends something every 15 seconds.
+/// Maximum silence on a stream. On a stream of events, the daemon sends data every 15 seconds.
 const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum size of a response: some ten thousand VMs.
 const MAX_RESPONSE_BYTES: u64 = 16 << 20;
@@ -210,7 +210,7 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/stop"))
     }
 
-    /// `POST /vms/{id or name}/restart`: stops the VM like [`Client::stop_vm`] if it is running, and
+    /// `POST /vms/{id or name}/restart`: stops a running VM like [`Client::stop_vm`], and
     /// starts it.
     ///
     /// # Errors

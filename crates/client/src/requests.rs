@@ -334,8 +334,8 @@ mod pool_tests {
 
     #[test]
     fn snapshot_requests_have_only_a_template_name() {
-        let named = SnapshotVm::parse(br#"{"template_name": "my-golden"}"#).unwrap();
-        assert_eq!(named.template_name.as_str(), "my-golden");
+        let named = SnapshotVm::parse(br#"{"template_name": "my-template"}"#).unwrap();
+        assert_eq!(named.template_name.as_str(), "my-template");
         for body in [
             &b"{}"[..],
             b"",
