@@ -27,11 +27,11 @@ pub struct ErrorBody {
 }
 
 macro_rules! codes {
-    ($($(#[$doc:meta])+ $name:ident = $word:literal,)+) => {
+    ($($(#[$doc:meta])+ $name:ident = $text:literal,)+) => {
         /// Why a request was refused or failed.
         #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum ErrorCode {
-            $($(#[$doc])+ #[serde(rename = $word)] $name,)+
+            $($(#[$doc])+ #[serde(rename = $text)] $name,)+
             /// A code that a newer daemon sends and this client does not know; empty if the daemon
             /// sends none.
             #[serde(untagged)]
@@ -40,13 +40,13 @@ macro_rules! codes {
 
         impl ErrorCode {
             /// All known codes, as strings of the API.
-            pub const WORDS: &[&str] = &[$($word),+];
+            pub const NAMES: &[&str] = &[$($text),+];
 
             /// Returns the API's string for the code.
             pub fn as_str(&self) -> &str {
                 match self {
-                    $(ErrorCode::$name => $word,)+
-                    ErrorCode::Other(word) => word,
+                    $(ErrorCode::$name => $text,)+
+                    ErrorCode::Other(text) => text,
                 }
             }
         }
@@ -119,6 +119,6 @@ mod tests {
         }
         let old: ErrorBody = serde_json::from_value(json!({"error": "no"})).unwrap();
         assert_eq!(old.code, ErrorCode::default());
-        assert!(ErrorCode::WORDS.contains(&"insufficient_storage"));
+        assert!(ErrorCode::NAMES.contains(&"insufficient_storage"));
     }
 }

@@ -38,11 +38,11 @@ pub struct EventVm {
 }
 
 macro_rules! kinds {
-    ($($(#[$doc:meta])+ $name:ident = $word:literal,)+) => {
+    ($($(#[$doc:meta])+ $name:ident = $text:literal,)+) => {
         /// The kind of an event.
         #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum EventKind {
-            $($(#[$doc])+ #[serde(rename = $word)] $name,)+
+            $($(#[$doc])+ #[serde(rename = $text)] $name,)+
             /// A kind that a newer daemon sends and this client does not know.
             #[serde(untagged)]
             Other(String),
@@ -50,13 +50,13 @@ macro_rules! kinds {
 
         impl EventKind {
             /// All known kinds, as strings of the API.
-            pub const WORDS: &[&str] = &[$($word),+];
+            pub const NAMES: &[&str] = &[$($text),+];
 
             /// Returns the API's string for the kind.
             pub fn as_str(&self) -> &str {
                 match self {
-                    $(EventKind::$name => $word,)+
-                    EventKind::Other(word) => word,
+                    $(EventKind::$name => $text,)+
+                    EventKind::Other(text) => text,
                 }
             }
         }
@@ -118,7 +118,7 @@ mod tests {
             let event: Event = serde_json::from_value(json.clone()).unwrap();
             assert_eq!((event.kind.as_str(), event.kind.to_string().as_str()), (kind, kind));
             assert_eq!(
-                EventKind::WORDS.contains(&kind),
+                EventKind::NAMES.contains(&kind),
                 !matches!(event.kind, EventKind::Other(_))
             );
             assert_eq!(serde_json::to_value(event).unwrap(), json);
