@@ -60,7 +60,7 @@ pub enum Error {
     FileExists(PathBuf),
     #[error("{}: {why}", path.display())]
     File { path: PathBuf, why: io::Error },
-    #[error("the export failed: {0}; the partial file was removed, try again")]
+    #[error("the export failed: {0}; try again")]
     Export(String),
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
