@@ -28,7 +28,7 @@ fn error_of(body: &str) -> String {
         "{body}"
     );
     let code = body["code"].as_str().unwrap_or_else(|| panic!("no code: {body}"));
-    assert!(ErrorCode::WORDS.contains(&code), "{body}");
+    assert!(ErrorCode::NAMES.contains(&code), "{body}");
     body["error"].as_str().expect("an error").to_owned()
 }
 
