@@ -14,6 +14,7 @@ pub mod reboot_loop;
 pub mod recovery;
 pub mod snapshot;
 pub mod spec;
+pub mod transition;
 pub mod trim;
 pub mod view;
 
