@@ -100,27 +100,41 @@ pub struct Effect {
     pub event: Option<(EventKind, Value)>,
 }
 
-impl Transition {
-    /// Returns what the transition changes for a VM with the record `before`.
-    pub fn effect(&self, before: &Record) -> Effect {
-        use Recording::{Fact, Required};
-        let visible = |status, reason: Option<&str>, recording, event| Effect {
+impl Effect {
+    fn visible(
+        status: VmStatus,
+        reason: Option<&str>,
+        recording: Recording,
+        event: Option<(EventKind, Value)>,
+    ) -> Effect {
+        Effect {
             status,
             reason: reason.map(str::to_owned),
             recording,
             visible: true,
             event,
-        };
-        let recorded_only = |status, reason: Option<&str>| Effect {
-            status,
-            reason: reason.map(str::to_owned),
-            recording: Required,
+        }
+    }
+
+    /// Only the state file changes.
+    fn unseen(status: VmStatus, reason: Option<&str>) -> Effect {
+        Effect {
             visible: false,
-            event: None,
-        };
-        let with_reason = |kind, reason: Option<&str>| Some((kind, json!({ "reason": reason })));
+            ..Effect::visible(status, reason, Recording::Required, None)
+        }
+    }
+}
+
+fn with_reason(kind: EventKind, reason: Option<&str>) -> Option<(EventKind, Value)> {
+    Some((kind, json!({ "reason": reason })))
+}
+
+impl Transition {
+    /// Returns what the transition changes for a VM with the record `before`.
+    pub fn effect(&self, before: &Record) -> Effect {
+        use Recording::{Fact, Required};
         match self {
-            Transition::Started(_) => visible(
+            Transition::Started(_) => Effect::visible(
                 VmStatus::Running,
                 None,
                 Required,
@@ -131,42 +145,42 @@ impl Transition {
                 let is_news = (before.status, &before.status_reason) != (VmStatus::Running, &None);
                 let event = is_news.then_some((EventKind::Resumed, json!({ "reason": null })));
                 let recording = if is_news { Fact } else { Recording::None };
-                visible(VmStatus::Running, None, recording, event)
+                Effect::visible(VmStatus::Running, None, recording, event)
             }
-            Transition::AdoptedForStop(_) => visible(
+            Transition::AdoptedForStop(_) => Effect::visible(
                 VmStatus::Running,
                 None,
                 Recording::None,
                 with_reason(EventKind::Resumed, None),
             ),
-            Transition::Stopping => recorded_only(VmStatus::Stopped, Some(STOPPING)),
-            Transition::StopFailed => recorded_only(before.status, before.status_reason.as_deref()),
-            Transition::Stopped { by } => visible(
+            Transition::Stopping => Effect::unseen(VmStatus::Stopped, Some(STOPPING)),
+            Transition::StopFailed => Effect::unseen(before.status, before.status_reason.as_deref()),
+            Transition::Stopped { by } => Effect::visible(
                 VmStatus::Stopped,
                 None,
                 Fact,
                 Some((EventKind::Stopped, json!({ "by": by }))),
             ),
-            Transition::StartCancelled => visible(VmStatus::Stopped, None, Required, None),
+            Transition::StartCancelled => Effect::visible(VmStatus::Stopped, None, Required, None),
             Transition::FoundEnded { reason } => {
                 let reason = reason.as_deref();
-                visible(VmStatus::Stopped, reason, Fact, with_reason(EventKind::Stopped, reason))
+                Effect::visible(VmStatus::Stopped, reason, Fact, with_reason(EventKind::Stopped, reason))
             }
-            Transition::ShutDownWithHost => visible(VmStatus::Stopped, None, Recording::None, None),
+            Transition::ShutDownWithHost => Effect::visible(VmStatus::Stopped, None, Recording::None, None),
             Transition::Failed { reason, .. } => {
                 let reason = Some(reason.as_str());
-                visible(VmStatus::Failed, reason, Fact, with_reason(EventKind::Failed, reason))
+                Effect::visible(VmStatus::Failed, reason, Fact, with_reason(EventKind::Failed, reason))
             }
             Transition::Unreachable { reason } => {
                 let reason = Some(reason.as_str());
                 let event = with_reason(EventKind::Failed, reason);
-                visible(VmStatus::Failed, reason, Recording::None, event)
+                Effect::visible(VmStatus::Failed, reason, Recording::None, event)
             }
             Transition::Paused { reason, .. } => {
                 let event = with_reason(EventKind::Paused, Some(reason));
-                visible(VmStatus::Paused, Some(reason), Recording::None, event)
+                Effect::visible(VmStatus::Paused, Some(reason), Recording::None, event)
             }
-            Transition::Resumed(_) => visible(
+            Transition::Resumed(_) => Effect::visible(
                 VmStatus::Running,
                 None,
                 Recording::None,
