@@ -209,8 +209,8 @@ impl Transition {
 /// Changes a VM's status: records it, then updates the table, then publishes the event.
 ///
 /// # Errors
-/// If the change cannot be recorded. Nothing has happened then, unless it is a fact: clients see it,
-/// and its event is still to be published ([`record_later`]).
+/// If the change cannot be recorded. Nothing has happened then, unless it is a fact: clients see
+/// it, and its event is still to be published ([`record_later`]).
 pub async fn transition(host: &Host, before: &Record, transition: Transition) -> Result<(), ServiceError> {
     let effect = transition.effect(before);
     let recorded = match effect.recording {
