@@ -1,4 +1,5 @@
-//! Operations on one VM: creation, start and stop, change, snapshot, deletion, and recovery at start.
+//! Operations on one VM: creation, start and stop, change, snapshot, deletion, and recovery at
+//! start.
 //!
 //! The functions here run in tasks of their own: they complete even if the caller stops waiting.
 

@@ -37,7 +37,8 @@ async fn change(host: &Host, id: &str, to: Transition) {
     }
 }
 
-/// Resumes the VMs that were paused because storage was full. Failures are retried by the next call.
+/// Resumes the VMs that were paused because storage was full. Failures are retried by the next
+/// call.
 pub async fn resume_paused(host: &Host) {
     let paused: Vec<_> = host.paused.lock().drain().collect();
     for (id, machine) in paused {
