@@ -48,24 +48,39 @@ choose_cases() {
 status_of_run=0
 table=()
 
-# Not as a condition: in one, bash does not stop at a case's first failure.
-run_case() {
-	local name=$1 begun=$SECONDS status outcome note
+# Sets case_status. Not as a condition: in one, bash does not stop at a case's first failure.
+try_case() {
 	: >"$WORK/note"
-	printf 'case: %s ...' "$name"
 	set +e
 	(
 		set -e
-		"case_$name"
+		"case_$1"
 	) >"$WORK/log" 2>&1
-	status=$?
+	case_status=$?
 	set -e
-	outcome=ok
-	[[ $status -eq 0 ]] || outcome=FAILED
+}
+
+# A case that the server's own kernel did not survive is repeated so often, and the table says so.
+readonly panics_allowed=2
+
+run_case() {
+	local name=$1 begun=$SECONDS outcome=ok note panics=0
+	printf 'case: %s ...' "$name"
+	try_case "$name"
+	while ((case_status != 0 && panics < panics_allowed)) && server_panicked; do
+		panics=$((panics + 1))
+		printf " the server's kernel panicked: again ..."
+		cp -- "$WORK/console" "$artifacts/panic-$panics.log"
+		server_cut
+		tidy >"$WORK/log" 2>&1
+		try_case "$name"
+	done
+	((case_status == 0)) || outcome=FAILED
 	printf ' %s (%s s)\n' "$outcome" $((SECONDS - begun))
+	((panics == 0)) || note "repeated, because the server's own kernel panicked: $panics"
 	note=$(paste -sd' ' "$WORK/note")
 	table+=("$(printf '%-18s %-7s %5s s   %s' "$name" "$outcome" $((SECONDS - begun)) "$note")")
-	[[ $status -eq 0 ]] || show_failure
+	[[ $outcome == ok ]] || show_failure
 }
 
 # What a case leaves that failed half-way is not the next one's.
