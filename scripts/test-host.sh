@@ -72,7 +72,7 @@ run_case() {
 		printf " the server's kernel panicked: again ..."
 		cp -- "$WORK/console" "$artifacts/panic-$panics.log"
 		server_cut
-		tidy >"$WORK/log" 2>&1
+		tidy >"$WORK/log" 2>&1 || break
 		try_case "$name"
 	done
 	((case_status == 0)) || outcome=FAILED
