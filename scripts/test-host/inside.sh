@@ -29,7 +29,11 @@ create() {
 new_vm() {
 	local name=$1
 	shift
-	[[ -e $vm_key ]] || ssh-keygen -q -t ed25519 -N '' -C vm -f "$vm_key"
+	# Several VMs may be created at the same time.
+	(
+		flock 9
+		[[ -e $vm_key ]] || ssh-keygen -q -t ed25519 -N '' -C vm -f "$vm_key"
+	) 9>"$vm_key.lock"
 	scalebox vm create debian-base --name "$name" --key "$vm_key.pub" "$@" >/dev/null
 }
 
