@@ -56,7 +56,12 @@ has_key() {
 }
 
 # The hypervisor's process of a VM.
-pid_of() { pgrep -f -- "$(field "$1" id)" | head -n 1; }
+pid_of() {
+	local id
+	id=$(field "$1" id)
+	# Without an id, every process would match.
+	[[ -n $id ]] && pgrep -f -- "$id" | head -n 1
+}
 
 # eventually SECONDS COMMAND...: tries until it succeeds.
 eventually() {
