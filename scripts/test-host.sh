@@ -61,23 +61,23 @@ try_case() {
 }
 
 # A case that the server's own kernel did not survive is repeated so often, and the table says so.
-readonly panics_allowed=2
+readonly breaks_allowed=2
 
 run_case() {
-	local name=$1 begun=$SECONDS outcome=ok note panics=0
+	local name=$1 begun=$SECONDS outcome=ok note breaks=0
 	printf 'case: %s ...' "$name"
 	try_case "$name"
-	while ((case_status != 0 && panics < panics_allowed)) && server_panicked; do
-		panics=$((panics + 1))
-		printf " the server's kernel panicked: again ..."
-		cp -- "$WORK/console" "$artifacts/panic-$panics.log"
+	while ((case_status != 0 && breaks < breaks_allowed)) && server_broke; do
+		breaks=$((breaks + 1))
+		printf " the server's kernel broke down: again ..."
+		cp -- "$WORK/console" "$artifacts/server-console-$breaks.log"
 		server_cut
 		tidy >"$WORK/log" 2>&1 || break
 		try_case "$name"
 	done
 	((case_status == 0)) || outcome=FAILED
 	printf ' %s (%s s)\n' "$outcome" $((SECONDS - begun))
-	((panics == 0)) || note "repeated, because the server's own kernel panicked: $panics"
+	((breaks == 0)) || note "repeated, because the server's own kernel broke down: $breaks"
 	note=$(paste -sd' ' "$WORK/note")
 	table+=("$(printf '%-18s %-7s %5s s   %s' "$name" "$outcome" $((SECONDS - begun)) "$note")")
 	[[ $outcome == ok ]] || show_failure
