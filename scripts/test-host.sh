@@ -75,7 +75,7 @@ run_case() {
 		printf " the server's kernel broke down: again ..."
 		cp -- "$WORK/console" "$artifacts/server-console-$breaks.log"
 		server_cut
-		tidy >"$WORK/log" 2>&1 || break
+		restore_server >"$WORK/log" 2>&1 || break
 		try_case "$name"
 	done
 	((case_status == 0)) || outcome=FAILED

@@ -96,8 +96,8 @@ server_runs() {
 	[[ $(find "/proc/$pid/task" -mindepth 1 -maxdepth 1 2>/dev/null | wc -l) -gt 1 || $(sed -n 's/^State:\t//p' "/proc/$pid/status" 2>/dev/null) != Z* ]]
 }
 
-# server_broke: whether the server's own kernel has panicked or hung since its QEMU was started. That
-# is a fault of the emulation, not of Scalebox.
+# server_broke: whether the server's own kernel has panicked or hung since its QEMU was started.
+# That is a fault of the emulation, not of Scalebox.
 server_broke() { grep -qE 'Kernel panic - not syncing|rcu: INFO: .* stall|soft lockup' "$WORK/console" 2>/dev/null; }
 
 # server_wait BOOT_ID: waits until the server answers with another boot id.
