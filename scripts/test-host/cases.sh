@@ -114,7 +114,7 @@ case_early_kill() {
 			echo "ok: $seconds s"
 		}
 		is_failed() { [[ $(status_of $1) == failed ]]; }
-		# One beside the other: the server has two processors.
+		# Two at a time: while one waits, the other boots.
 		odd() { for seconds in $(seq 1 2 19); do kill_after $seconds; done; }
 		odd &
 		for seconds in $(seq 0 2 20); do kill_after $seconds; done
