@@ -16,14 +16,14 @@ export PATH := $(shell scripts/toolchain.sh path)
 export RUSTUP_HOME := $(shell scripts/toolchain.sh rustup-home)
 
 # The cache of the Debian template, which is built once.
-test test-host demo bench: export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
+test-programs test test-host demo bench: export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
 
 # Tests kill the daemon at its fault points; a release has none. The same in scripts/run-tests.sh.
 TEST_FEATURES := scaleboxd/fault-points
 
 CARGO := scripts/toolchain.sh run cargo
 
-.PHONY: all build release deps test test-faults test-host demo bench lint fmt install clean
+.PHONY: all build release deps test test-programs test-faults test-host demo bench lint fmt install clean
 
 all: build
 
@@ -36,19 +36,20 @@ build:
 release:
 	$(CARGO) build --locked --release --bin scaleboxd --bin scalebox
 
-test: deps
+test: test-programs
+	scripts/run-tests.sh
+
+# What the tests run: all programs, and the Debian template.
+test-programs: deps
 	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
 	scripts/template-cache.sh target/debug/scaleboxd
-	scripts/run-tests.sh
 
 # Takes about an hour. `make test` covers only the first few calls of each kind.
 test-faults: deps
 	$(CARGO) build --locked --workspace --all-targets --features $(TEST_FEATURES)
 	SCALEBOX_ALL_FAULTS=1 scripts/run-tests.sh --profile faults --filterset 'binary(fault_walk_outside)' --no-capture
 
-test-host: deps
-	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
-	scripts/template-cache.sh target/debug/scaleboxd
+test-host: test-programs
 	scripts/test-host.sh $(CASES)
 
 demo: deps release

@@ -70,7 +70,7 @@ run_case() {
 	local name=$1 begun=$SECONDS outcome=ok note breaks=0
 	printf 'case: %s ...' "$name"
 	try_case "$name"
-	while ((case_status != 0 && breaks < breaks_allowed)) && server_broke; do
+	while ((case_status != 0 && breaks < breaks_allowed)) && { server_broke || ! server_answers; }; do
 		breaks=$((breaks + 1))
 		printf " the server's kernel broke down: again ..."
 		cp -- "$WORK/console" "$artifacts/server-console-$breaks.log"

@@ -5,7 +5,7 @@
 
 # The cases of CI.
 # shellcheck disable=SC2034 # read by scripts/test-host.sh
-short_cases=(install reboot restart configuration)
+short_cases=(install restart configuration)
 
 # A user with sudo and their own rustup installs Scalebox and logs in with one command.
 case_install() {
@@ -115,7 +115,7 @@ case_early_kill() {
 			echo "ok: $seconds s"
 		}
 		is_failed() { [[ $(status_of $1) == failed ]]; }
-		# Two at a time, because the server has two processors.
+		# Two at a time: while one waits, the other boots.
 		odd() { for seconds in $(seq 1 2 19); do kill_after $seconds; done; }
 		odd &
 		for seconds in $(seq 0 2 20); do kill_after $seconds; done

@@ -72,11 +72,11 @@ free_port() {
 	echo "$port"
 }
 
-# Without page tables of five levels, which emulation walks more slowly, and without virtual GIF:
-# with it, the server's kernel panicked or hung under load (QEMU 7.2).
+# One processor: with two, the emulation of SVM (QEMU 7.2) let the server's kernel panic or hang
+# under load. Without page tables of five levels, which emulation walks more slowly.
 server_start() {
 	nice -n 5 qemu-system-x86_64 -daemonize -pidfile "$WORK/qemu.pid" -display none \
-		-accel tcg,thread=multi,tb-size=512 -cpu max,-la57,-vgif -M q35 -smp 2 -m "$server_memory" \
+		-accel tcg,thread=multi,tb-size=512 -cpu max,-la57 -M q35 -smp 1 -m "$server_memory" \
 		-kernel "$ROOT/vmlinuz" -initrd "$ROOT/initrd.img" \
 		-append "root=/dev/vda rw console=ttyS0 net.ifnames=0 tsc=reliable ${server_arguments:-}" \
 		-drive "file=$WORK/disk.img,if=virtio,format=raw,discard=unmap,cache=unsafe" \
@@ -99,6 +99,9 @@ server_runs() {
 # server_broke: whether the server's own kernel has panicked or hung since its QEMU was started.
 # That is a fault of the emulation, not of Scalebox.
 server_broke() { grep -qE 'Kernel panic - not syncing|rcu: INFO: .* stall|soft lockup' "$WORK/console" 2>/dev/null; }
+
+# server_answers: whether SSH still works.
+server_answers() { timeout 120 ssh "${ssh_options[@]}" -o ConnectTimeout=60 root@127.0.0.1 true 2>/dev/null; }
 
 # server_wait BOOT_ID: waits until the server answers with another boot id.
 server_wait() {
