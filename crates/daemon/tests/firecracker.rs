@@ -156,6 +156,73 @@ fn guests_boot_grow_are_copied_power_off_and_survive_a_daemon_restart() {
     println!("memory of its process: {} MB", resident_mb(process_of(&vm).unwrap()));
 
     let begun = Instant::now();
+    let mut size = 2;
+    // A growth is confirmed by the agent, which starts after sshd: until then each attempt grows the
+    // disk without being confirmed.
+    eventually("a growth that the agent confirms", || {
+        size += 1;
+        let grown = host.client().update_vm("one", &UpdateVm::grow(size)).unwrap();
+        grown.disk.filter(|disk| disk.confirmed)
+    });
+    println!("growth confirmed: {:.1} s", begun.elapsed().as_secs_f64());
+    let seen: u64 = key.run(&vm, "df --output=size -B1 / | tail -n 1").parse().unwrap();
+    assert!(seen > (size - 1) << 30, "{seen} of {size} GiB");
+
+    let template_name = "copy".parse().unwrap();
+    host.client().snapshot_vm("one", &SnapshotVm { template_name }).unwrap();
+
+    // The next daemon adopts it.
+    host.crash();
+    host.serve();
+    let found = host.client().vm("one").unwrap();
+    assert_eq!((found.status, process_of(&vm)), (VmStatus::Running, Some(pid)));
+
+    // A machine that died can be started again.
+    kill_process(pid, Signal::KILL).unwrap();
+    eventually("the failure to be seen", || {
+        (host.client().vm("one").unwrap().status == VmStatus::Failed).then_some(())
+    });
+    assert_eq!(jails(&host), Vec::<PathBuf>::new());
+    let started = eventually("its end to be recorded", || host.client().start_vm("one").ok());
+    assert_eq!(started.status, VmStatus::Running);
+
+    // After machine and daemon die together, as in a crash of the host, the leftovers are removed.
+    host.crash();
+    kill_process(process_of(&vm).unwrap(), Signal::KILL).unwrap();
+    eventually("its end", || process_of(&vm).is_none().then_some(()));
+    assert_eq!(jails(&host).len(), 1);
+    host.serve();
+    assert_eq!(jails(&host), Vec::<PathBuf>::new());
+    assert_eq!(host.client().vm("one").unwrap().status, VmStatus::Stopped);
+
+    host.client().start_vm("one").unwrap();
+    host.client().delete_vm("one").unwrap();
+    assert_eq!((process_of(&vm), jails(&host)), (None, Vec::new()));
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+/// The behaviour of guests under Firecracker.
+#[test]
+fn guests_boot_grow_are_copied_power_off_and_survive_a_daemon_restart() {
+    if let Some(why) = missing().or_else(no_guests) {
+        println!("not run: {why}");
+        return;
+    }
+    let mut host = Host::new(&Options {
+        env: &[("VMM", "firecracker")],
+        ..Options::default()
+    });
+    host.import_debian();
+    host.serve();
+    let key = Key::new(&host, "key");
+    let begun = Instant::now();
+    let vm = host.client().create_vm(&key.request("one")).unwrap();
+    wait_for_ssh(&vm);
+    key.run(&vm, "true");
+    println!("POST to SSH: {:.1} s", begun.elapsed().as_secs_f64());
+    println!("memory of its process: {} MB", resident_mb(process_of(&vm).unwrap()));
+
+    let begun = Instant::now();
     let grown = eventually("the agent, which starts after sshd", || {
         let grown = host.client().update_vm("one", &UpdateVm::grow(12)).unwrap();
         grown.disk.filter(|disk| disk.confirmed)

@@ -50,7 +50,7 @@ fn guests_have_their_own_disks_names_and_keys_and_survive_the_daemon() {
     wait_for_ssh(&first);
     // Reported by the hypervisor: a guest that has booted may reboot as often as it likes.
     eventually("its agent", || {
-        host.log().contains("the guest's agent is up").then_some(())
+        host.log().contains("the guest opened its agent port").then_some(())
     });
 
     assert_eq!(anna.run(&first, "hostname"), "first");
