@@ -218,15 +218,12 @@ fn free_blocks_of_the_image_count_on_a_full_host_disk() {
     assert!(space.free < Bytes::from_mib(1400), "{space:?}");
 }
 
-#[test]
-fn only_a_sound_bare_ext4_image_is_imported() {
-    let stocked = Stocked::new("30G", USUAL);
-    let scratch = tempfile::tempdir().unwrap();
-    let file = |name: &str| scratch.path().join(name);
-    let sound = ext4_image(scratch.path(), "64M");
-    let sparse = |path: &std::path::Path, mib: u64| File::create_new(path).unwrap().set_len(mib << 20).unwrap();
+/// Writes files and folders that are not templates, named after their kind.
+fn write_rejected_sources(folder: &Path, sound: &Path) {
+    let file = |name: &str| folder.join(name);
+    let sparse = |path: &Path, mib: u64| File::create_new(path).unwrap().set_len(mib << 20).unwrap();
 
-    fs::copy(&sound, file("cut")).unwrap();
+    fs::copy(sound, file("cut")).unwrap();
     File::options()
         .write(true)
         .open(file("cut"))
@@ -243,17 +240,14 @@ fn only_a_sound_bare_ext4_image_is_imported() {
         "--1234\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\n",
     )
     .unwrap();
-    run(
-        "tar",
-        &["-cf", text(&file("tar")), "-C", text(scratch.path()), "packed.gz"],
-    );
+    run("tar", &["-cf", text(&file("tar")), "-C", text(folder), "packed.gz"]);
     fs::write(
         file("twice"),
         zstd::encode_all(&zstd::encode_all(&b"x"[..], 1).unwrap()[..], 1).unwrap(),
     )
     .unwrap();
     let unknown = |name: &str, feature: &str| {
-        fs::copy(&sound, file(name)).unwrap();
+        fs::copy(sound, file(name)).unwrap();
         run(
             "debugfs",
             &["-w", "-R", &format!("feature {feature}"), text(&file(name))],
@@ -268,6 +262,15 @@ fn only_a_sound_bare_ext4_image_is_imported() {
     fs::write(file("disk"), &table).unwrap();
     fs::create_dir(file("folder")).unwrap();
     run("mkfifo", &[text(&file("fifo"))]);
+}
+
+#[test]
+fn only_a_sound_bare_ext4_image_is_imported() {
+    let stocked = Stocked::new("30G", USUAL);
+    let scratch = tempfile::tempdir().unwrap();
+    let sound = ext4_image(scratch.path(), "64M");
+    write_rejected_sources(scratch.path(), &sound);
+    let file = |name: &str| scratch.path().join(name);
 
     for (source, reason) in [
         ("cut", "its file system is damaged"),
@@ -371,7 +374,7 @@ fn a_disk_with_an_unknown_feature_is_rejected_and_not_changed() {
     // As root in the guest can do.
     run("debugfs", &["-w", "-R", "feature FEATURE_I31 FEATURE_R29", text(&path)]);
     let grown = pool.grow_disk(&disk, Gib::new(2).bytes()).unwrap_err();
-    let snapshot = pool.begin_snapshot(&name("golden")).and_then(|mut snapshot| {
+    let snapshot = pool.begin_snapshot(&name("derived")).and_then(|mut snapshot| {
         pool.take_snapshot(&mut snapshot, &disk)?;
         pool.finish_snapshot(snapshot, &Default::default())
     });
