@@ -307,8 +307,12 @@ case_firecracker() {
 		mkdir -p "$PWD/target"
 		ln -sfn /payload/programs "$PWD/target/debug"
 		systemctl stop scaleboxd
-		PATH=/payload/firecracker:\$PATH SCALEBOX_CACHE=/payload/cache /payload/tests/firecracker --nocapture --test-threads 1
+		outcome=0
+		PATH=/payload/firecracker:\$PATH SCALEBOX_CACHE=/payload/cache /payload/tests/firecracker --nocapture --test-threads 1 || outcome=\$?
+		rm "$PWD/target/debug"
+		rmdir -p --ignore-fail-on-non-empty "$PWD/target"
 		systemctl start scaleboxd
+		exit \$outcome
 	SH
 	fails_to_find 'not run' "$WORK/firecracker"
 	note "$(grep -E '^(POST|memory|growth|paused|power-off|stop)' "$WORK/firecracker" | paste -sd';')"
