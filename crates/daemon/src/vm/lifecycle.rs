@@ -222,13 +222,13 @@ pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>)
         }
     };
     crash_point("stop: machine ended");
+    clean_up_after_stop(host, record).await;
     let stopped = Transition::Stopped { by: "request" };
     if let Err(error) = transition(host, record, stopped.clone()).await {
         tracing::warn!(vm = record.id, %error, "the VM has stopped, but is recorded as being stopped; retrying");
         record_later(host, record, stopped);
     }
     crash_point("stop: recorded");
-    Cleanup::of_stopped(host, record)?.begin(host).await;
     tracing::info!(vm = record.id, name = record.name, ?outcome, "VM stopped");
     view::get(host, &record.id)
 }
@@ -339,14 +339,20 @@ async fn handle_exit(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: 
         reason = effect.reason,
         "machine ended"
     );
+    // Before the change is visible: a client that sees it may start the VM at once.
+    clean_up_after_stop(host, record).await;
     if let Err(error) = transition(host, record, ended.clone()).await {
         tracing::error!(vm = id, %error, "cannot record the end of the VM's machine; retrying");
         record_later(host, record, ended);
     }
+}
+
+/// Removes what the machine of a stopped VM leaves on the host, or leaves that to the retries.
+async fn clean_up_after_stop(host: &Host, record: &Record) {
     match Cleanup::of_stopped(host, record) {
         Ok(cleanup) => cleanup.begin(host).await,
         Err(error) => {
-            tracing::error!(vm = id, %error, "cannot remove the VM's tap and forward; the next start does")
+            tracing::error!(vm = record.id, %error, "cannot remove the VM's tap and forward; the next start does")
         }
     }
 }
