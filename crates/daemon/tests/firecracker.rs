@@ -157,8 +157,8 @@ fn guests_boot_grow_are_copied_power_off_and_survive_a_daemon_restart() {
 
     let begun = Instant::now();
     let mut size = 2;
-    // A growth is confirmed by the agent, which starts after sshd: until then each attempt grows the
-    // disk without being confirmed.
+    // A growth is confirmed by the agent, which starts after sshd: until then each attempt grows
+    // the disk without being confirmed.
     eventually("a growth that the agent confirms", || {
         size += 1;
         let grown = host.client().update_vm("one", &UpdateVm::grow(size)).unwrap();
