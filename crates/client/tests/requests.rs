@@ -449,7 +449,7 @@ fn other_keys_are_rejected_with_the_reason() {
         (&format!("*.example.org {KEY}"), "options before it are not allowed"),
         (&format!("ssh-ed25519-cert-v01@openssh.com {data}"), "not a certificate"),
         ("ssh-dss AAAAB3NzaC1kc3M=", "DSA"),
-        (RSA_1024, "2048 to 16384 bits, not of 1024"),
+        (RSA_1024, "2048 to 16384 bits, not 1024"),
         (
             "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA\n",
             "must be a public key",

@@ -160,7 +160,7 @@ impl Source {
         self.host.client().stop_vm("copy").unwrap();
         let made = scalebox(&self.host, &["vm", "snapshot", "copy", "second"]);
         assert!(
-            made.status.success() && output_of(&made).contains("the template second is made"),
+            made.status.success() && output_of(&made).contains("created the template second"),
             "{}",
             output_of(&made)
         );
