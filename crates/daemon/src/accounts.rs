@@ -8,7 +8,8 @@
 use crate::service::{Service, blocking};
 use crate::state::Record;
 use scalebox_client::StorageUsage;
-use scalebox_storage::{Bytes, Gib, Name, PoolUsage, Template, Usage};
+use scalebox_storage::{Name, PoolUsage, Template, Usage};
+use scalebox_units::{Bytes, Gib};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

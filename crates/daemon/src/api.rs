@@ -22,7 +22,7 @@ use scalebox_client::{
     CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList,
     Trimmed, UpdateVm, Vm, VmList,
 };
-use scalebox_storage::Gib;
+use scalebox_units::Gib;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -13,7 +13,8 @@ use crate::state::Record;
 use futures::stream::{self, StreamExt};
 use scalebox_client::{AutoExtend, EventKind};
 use scalebox_guest::FileSystem;
-use scalebox_storage::{Gib, Reservation};
+use scalebox_storage::Reservation;
+use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use serde_json::json;
 use std::collections::HashMap;
@@ -201,7 +202,7 @@ impl Turns {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scalebox_storage::Bytes;
+    use scalebox_units::Bytes;
 
     #[test]
     fn how_full_a_guest_is_is_what_its_df_shows() {

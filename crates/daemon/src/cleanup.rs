@@ -13,7 +13,7 @@ use crate::state::Record;
 use crate::vms::Vacated;
 use scalebox_fault_points::crash_point;
 use scalebox_net::Endpoint;
-use scalebox_storage::Gib;
+use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use std::convert::Infallible;
 use std::mem;

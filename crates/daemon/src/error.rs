@@ -5,7 +5,8 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use scalebox_client::{ErrorBody, ErrorCode, Invalid};
-use scalebox_storage::{Gib, StorageError};
+use scalebox_storage::StorageError;
+use scalebox_units::Gib;
 use serde_json::{Map, Value, json};
 
 /// A refusal or a failure. What a client sent never ends in [`ServiceError::Internal`].

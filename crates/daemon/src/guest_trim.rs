@@ -10,7 +10,7 @@ use crate::error::ServiceError;
 use crate::service::Service;
 use scalebox_client::{Trimmed, VmStatus};
 use scalebox_guest::AgentError;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use scalebox_vmm::Machine;
 use std::collections::HashMap;
 use std::convert::Infallible;

@@ -12,7 +12,7 @@ use scalebox_client::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Mbps};
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use scalebox_vmm::{DiskLimits, ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, console_tail};
 use serde_json::{Value, json};
 use std::fs;

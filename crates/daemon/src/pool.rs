@@ -5,7 +5,8 @@ use crate::error::ServiceError;
 use crate::pool_growth;
 use crate::service::{Service, blocking};
 use scalebox_client::{EventKind, PoolInfo, Trimmed};
-use scalebox_storage::{Bytes, Gib, Pool, PoolUsage, StorageError};
+use scalebox_storage::{Pool, PoolUsage, StorageError};
+use scalebox_units::{Bytes, Gib};
 use serde_json::json;
 use std::sync::Arc;
 

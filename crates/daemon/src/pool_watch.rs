@@ -9,7 +9,8 @@
 
 use crate::service::{Service, blocking};
 use scalebox_client::{EventKind, VmStatus};
-use scalebox_storage::{Bytes, Name};
+use scalebox_storage::Name;
+use scalebox_units::Bytes;
 use scalebox_vmm::{Machine, MachineEvent, MachineState};
 use serde_json::{Value, json};
 use std::collections::HashMap;

@@ -6,7 +6,8 @@
 
 use crate::service::{Service, blocking};
 use scalebox_fault_points::crash_point;
-use scalebox_storage::{Bytes, Gib, UnlinkedDisk};
+use scalebox_storage::UnlinkedDisk;
+use scalebox_units::{Bytes, Gib};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;

@@ -4,7 +4,7 @@
 use crate::agent::{self, NoAgent};
 use scalebox_client::Disk;
 use scalebox_guest::FileSystem;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

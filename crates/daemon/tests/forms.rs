@@ -6,7 +6,8 @@
 use proptest::prelude::*;
 use scalebox_client::{CreateVm, IdempotencyKey, Limits, TemplateName, UpdateVm, VmName, is_vm_id};
 use scalebox_net::{Endpoint, Mac};
-use scalebox_storage::{Gib, Name};
+use scalebox_storage::Name;
+use scalebox_units::Gib;
 use scalebox_vmm::MachineId;
 use std::net::Ipv4Addr;
 

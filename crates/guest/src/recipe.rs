@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::files;
-use scalebox_storage::{Bytes, Gib};
+use scalebox_units::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
 /// Raised when the code that builds changes what comes out of it: a template kept by older code is

@@ -2,10 +2,10 @@
 //!
 //! Layouts and numbers: `include/uapi/linux/btrfs.h` and `btrfs_tree.h` of the kernel.
 
-use crate::size::Bytes;
 use rustix::fd::AsFd;
 use rustix::io;
 use rustix::ioctl::{Getter, Opcode, Setter, Updater, ioctl, opcode};
+use scalebox_units::Bytes;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -8,9 +8,9 @@ use crate::error::StorageError;
 use crate::files;
 use crate::name::Name;
 use crate::pool::Pool;
-use crate::size::Bytes;
 use crate::space::allocated;
 use scalebox_fault_points::crash_point;
+use scalebox_units::Bytes;
 use std::fs::{self, File};
 use std::io;
 

@@ -1,13 +1,12 @@
 //! Disks: each VM's own clone of a template.
 
-use crate::DiskLocation;
 use crate::admission::Reservation;
 use crate::error::StorageError;
 use crate::files::{self, Folder};
 use crate::name::Name;
 use crate::pool::Pool;
-use crate::size::Bytes;
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_units::{Bytes, DiskLocation};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;

@@ -2,8 +2,8 @@
 
 use crate::command::CommandError;
 use crate::fstab::FstabError;
-use crate::size::Gib;
 use crate::sizing::TooLittleSpace;
+use scalebox_units::Gib;
 use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;

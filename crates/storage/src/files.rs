@@ -366,7 +366,7 @@ mod tests {
             .read_to_end(&mut found)
             .unwrap();
         assert!(expected == found);
-        assert!(crate::space::allocated_of(&target).unwrap() < crate::Bytes::from_mib(1));
+        assert!(crate::space::allocated_of(&target).unwrap() < scalebox_units::Bytes::from_mib(1));
     }
 
     /// A folder with the files `old` and `new`; each contains its own name.

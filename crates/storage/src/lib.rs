@@ -13,7 +13,6 @@
 //!
 //! | file | contents |
 //! |---|---|
-//! | `size` | [`Bytes`] and [`Gib`]: sizes as types, and their rounding |
 //! | `sizing` | the size of a new pool, as a pure function |
 //! | `init` | creating, mounting and registering the pool |
 //! | `backing` | the image, device or existing file system under the pool, and differences between btrfs and XFS |
@@ -41,7 +40,8 @@
 //! # Example
 //!
 //! ```no_run
-//! use scalebox_storage::{Backing, Bounds, Gib, Pool};
+//! use scalebox_storage::{Backing, Bounds, Pool};
+//! use scalebox_units::Gib;
 //! # fn main() -> Result<(), scalebox_storage::StorageError> {
 //! let bounds = Bounds { buffer: Gib::new(2), overcommit_ratio: 4.0 };
 //! let image = Backing::Image("/var/lib/scalebox.img".into());
@@ -81,7 +81,6 @@ mod quota;
 mod resize;
 mod scrub;
 mod signature;
-mod size;
 mod sizing;
 mod snapshot;
 mod space;
@@ -103,7 +102,6 @@ pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount
 pub use name::Name;
 pub use pool::{Pool, jails_dir};
 pub use scrub::GuestIdentity;
-pub use size::{Bytes, Gib, ParseSizeError};
 pub use sizing::{
     DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE, MIN_DEFAULT_SIZE, MIN_HOST_FREE, PoolSize, RequestedSize,
     RequestedSizeError, TooLittleSpace, pool_size,
@@ -112,13 +110,3 @@ pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;
 pub use usage::{PoolUsage, Usage};
-
-use std::path::PathBuf;
-
-/// The location of a disk. Hypervisor drivers match on the variant.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DiskLocation {
-    /// A raw image file on the host.
-    File(PathBuf),
-}

@@ -3,9 +3,9 @@
 //! A compressed image is one frame that contains the image's size and ends with a checksum (RFC
 //! 8878). `zstd -d` decompresses it.
 
-use crate::size::Bytes;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
+use scalebox_units::Bytes;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;

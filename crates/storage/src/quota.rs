@@ -9,9 +9,9 @@
 //! still take.
 
 use crate::btrfs::{self, sysfs_folder};
-use crate::size::Bytes;
 use crate::tree_search;
 use rustix::fd::AsFd;
+use scalebox_units::Bytes;
 use std::fs;
 use std::io;
 use std::path::PathBuf;

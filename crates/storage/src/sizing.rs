@@ -1,6 +1,6 @@
 //! The size of a new pool: a pure function of the host disk's free space.
 
-use crate::size::{Bytes, Gib, ParseSizeError};
+use scalebox_units::{Bytes, Gib, ParseSizeError};
 use std::fmt;
 use std::str::FromStr;
 

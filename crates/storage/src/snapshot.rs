@@ -13,10 +13,10 @@ use crate::import;
 use crate::name::Name;
 use crate::pool::Pool;
 use crate::scrub::{self, GuestIdentity};
-use crate::size::Bytes;
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_units::Bytes;
 use std::fs::File;
 use std::path::PathBuf;
 

@@ -4,8 +4,8 @@ use crate::backing::PoolFs;
 use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
 use crate::quota::{Allowance, Quota};
-use crate::size::Bytes;
 use rustix::fs::{fstat, fstatvfs, statvfs};
+use scalebox_units::Bytes;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
@@ -241,7 +241,7 @@ pub(crate) fn allocated_of(file: &File) -> rustix::io::Result<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::size::Gib;
+    use scalebox_units::Gib;
 
     fn chunks() -> ChunkSpace {
         ChunkSpace {

@@ -23,7 +23,7 @@ use crate::files;
 use crate::measurement::{FolderTimes, Measurement, Measurements};
 use crate::name::Name;
 use crate::pool::Pool;
-use crate::size::Bytes;
+use scalebox_units::Bytes;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs;

@@ -4,7 +4,8 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, StorageError};
+use scalebox_storage::{Bounds, StorageError};
+use scalebox_units::{Bytes, Gib};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -4,7 +4,8 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, Pool, StorageError};
+use scalebox_storage::{Bounds, Pool, StorageError};
+use scalebox_units::{Bytes, Gib};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;

@@ -10,7 +10,8 @@
 
 mod support;
 
-use scalebox_storage::{Backing, Bounds, Gib, GuestIdentity, Name, Pool, StorageError};
+use scalebox_storage::{Backing, Bounds, GuestIdentity, Name, Pool, StorageError};
+use scalebox_units::Gib;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -8,7 +8,8 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, GuestIdentity, Pool, StorageError, Template};
+use scalebox_storage::{Bounds, GuestIdentity, Pool, StorageError, Template};
+use scalebox_units::{Bytes, Gib};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -4,7 +4,8 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, Pool, PoolUsage};
+use scalebox_storage::{Bounds, Pool, PoolUsage};
+use scalebox_units::{Bytes, Gib};
 use std::fs::{self, File};
 use std::path::Path;
 use support::{MAX, Stocked, USUAL, disk_path, name, run, text, write};

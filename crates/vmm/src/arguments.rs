@@ -8,7 +8,7 @@ use crate::accel::Accel;
 use crate::machine::{MachineId, MachineSpec};
 use crate::run_dir::RunDir;
 use crate::{Error, Result};
-use scalebox_storage::DiskLocation;
+use scalebox_units::DiskLocation;
 use serde_json::{Value, json};
 use std::path::Path;
 

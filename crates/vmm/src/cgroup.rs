@@ -6,7 +6,7 @@
 //! machine's process enters its group by itself, before it becomes the hypervisor, so that nothing
 //! of it is ever outside. (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ of the kernel.)
 
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};

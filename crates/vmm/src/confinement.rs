@@ -7,7 +7,7 @@ use crate::process::Process;
 use crate::run_dir::RunDir;
 use crate::sandbox::{self, Needed, Sandbox};
 use crate::{Error, Result};
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::io;
 
 /// The share of a processor, in percent of one, that a hypervisor has beside its guest's

@@ -5,7 +5,7 @@
 //! before it (`….1`). When the current one is full it takes the place of the older. Between two
 //! daemons nothing is recorded.
 
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};

@@ -18,7 +18,7 @@ use crate::qemu_machine::Held;
 use crate::run_dir::{Lock, RunDir};
 use crate::{Error, Result};
 use async_trait::async_trait;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;

@@ -203,7 +203,7 @@ fn cmdline(line: &str) -> String {
 mod tests {
     use super::*;
     use crate::machine::Nic;
-    use scalebox_storage::DiskLocation;
+    use scalebox_units::DiskLocation;
     use std::collections::VecDeque;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};

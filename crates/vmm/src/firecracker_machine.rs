@@ -17,7 +17,7 @@ use crate::run_dir::{Lock, RunDir};
 use crate::{Error, Result, agent, console, vsock};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -236,7 +236,7 @@ pub(crate) fn give(file: &Path, account: RunAs) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scalebox_storage::DiskLocation;
+    use scalebox_units::DiskLocation;
 
     const SOMEBODY: RunAs = RunAs {
         uid: 1_900_000_001,

@@ -26,7 +26,7 @@
 
 use crate::{Error, Result};
 use async_trait::async_trait;
-use scalebox_storage::{Bytes, DiskLocation};
+use scalebox_units::{Bytes, DiskLocation};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -20,7 +20,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;

@@ -14,7 +14,7 @@ use crate::{Error, Result, agent, console};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
 use qapi::qmp::{self, BlockErrorAction, Event, QmpCommand, RunState, ShutdownCause};
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -8,8 +8,9 @@
 )]
 
 use scalebox_storage::{
-    Backing, Bounds, Bytes, Gib, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
+    Backing, Bounds, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
 };
+use scalebox_units::{Bytes, Gib};
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
@@ -238,7 +239,7 @@ pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
 
 pub fn disk_path(pool: &Pool, id: &Name) -> PathBuf {
     match pool.disk_location(id) {
-        scalebox_storage::DiskLocation::File(path) => path,
+        scalebox_units::DiskLocation::File(path) => path,
         other => panic!("{other:?} is not a file"),
     }
 }

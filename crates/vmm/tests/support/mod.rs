@@ -7,7 +7,7 @@ pub mod guest;
 
 use guest::Guest;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use scalebox_storage::{Bytes, DiskLocation};
+use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{Accel, DiskLimits, Machine, MachineId, MachineSpec, Nic, QemuDriver, console_tail};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};

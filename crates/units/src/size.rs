@@ -168,7 +168,7 @@ pub enum ParseSizeError {
 /// case. The unit is required: a bare number is ambiguous between bytes and GiB.
 ///
 /// ```
-/// use scalebox_storage::{Bytes, Gib};
+/// use scalebox_units::{Bytes, Gib};
 /// assert_eq!("100G".parse(), Ok(Gib::new(100).bytes()));
 /// assert_eq!("1TiB".parse(), Ok(Gib::new(1024).bytes()));
 /// assert!("100".parse::<Bytes>().is_err());
