@@ -20,5 +20,5 @@ pub enum NoAgent {
 /// # Errors
 /// [`NoAgent`]: a guest that boots, hangs or has no agent.
 pub async fn reach(machine: &Arc<dyn Machine>) -> Result<Agent, NoAgent> {
-    Ok(Agent::begin(machine.agent().await?).await?)
+    Ok(Agent::connect(machine.agent().await?).await?)
 }

@@ -12,7 +12,7 @@ use crate::service::{Service, blocking};
 use crate::state::Record;
 use futures::stream::{self, StreamExt};
 use scalebox_client::{AutoExtend, EventKind};
-use scalebox_guest::FileSystem;
+use scalebox_guest::FsUsage;
 use scalebox_storage::Reservation;
 use scalebox_units::Gib;
 use scalebox_vmm::Machine;
@@ -113,7 +113,7 @@ async fn look(service: &Service, turns: &Turns, vm: Record, machine: Arc<dyn Mac
 }
 
 /// As `df` in the guest shows it: rounded up.
-fn used_percent(root: &FileSystem) -> u64 {
+fn used_percent(root: &FsUsage) -> u64 {
     let (used, total) = (u128::from(root.used.as_u64()), u128::from(root.total.as_u64()));
     // A guest may say anything.
     (used * 100).div_ceil(total.max(1)).min(100) as u64
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn how_full_a_guest_is_is_what_its_df_shows() {
         let used = |used, total| {
-            used_percent(&FileSystem {
+            used_percent(&FsUsage {
                 used: Bytes::new(used),
                 total: Bytes::new(total),
             })

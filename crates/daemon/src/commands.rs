@@ -279,7 +279,7 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
     let (vmm, _) = Drivers::find(settings)?;
     let machines = settings.run_dir.join("vms");
     for id in recovery::vm_folders(&machines)? {
-        vmm.put_down(&id.parse()?, &machines.join(&id)).await?;
+        vmm.force_stop(&id.parse()?, &machines.join(&id)).await?;
     }
     Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
 }
@@ -384,7 +384,7 @@ fn take_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), Comm
 fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
     let vms = run_dir.join("vms");
     // The longest socket in it: `vm-0123456789ab/control.sock`.
-    let longest = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::machine::SOCKET_NAME_MAX;
+    let longest = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::machine::MAX_SOCKET_NAME;
     if longest > SOCKET_PATH_MAX {
         let right = format!(
             "sockets in it would have paths of {longest} bytes, and {SOCKET_PATH_MAX} is the most: choose a shorter one"

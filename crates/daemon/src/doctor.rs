@@ -195,11 +195,11 @@ fn kernel(found: &mut Findings) {
     if all {
         found.ok("kernel", "btrfs, loop, tun and bridge are there");
     }
-    let unconfined = scalebox_vmm::unconfined();
-    if unconfined.is_empty() {
+    let gaps = scalebox_vmm::missing_confinement();
+    if gaps.is_empty() {
         found.ok("confinement", "control groups and Landlock are there");
     }
-    for lack in unconfined {
+    for lack in gaps {
         found.note(
             "confinement",
             lack,

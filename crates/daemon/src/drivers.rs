@@ -106,14 +106,14 @@ impl Drivers {
         adopted
     }
 
-    /// As [`Vmm::put_down`], whichever driver launched the machine.
+    /// As [`Vmm::force_stop`], whichever driver launched the machine.
     ///
     /// # Errors
-    /// Those of [`Vmm::put_down`].
-    pub async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool, Error> {
+    /// Those of [`Vmm::force_stop`].
+    pub async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool, Error> {
         let mut ended = false;
         for driver in &self.drivers {
-            ended |= driver.put_down(id, run_dir).await?;
+            ended |= driver.force_stop(id, run_dir).await?;
         }
         Ok(ended)
     }

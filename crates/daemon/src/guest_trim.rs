@@ -34,14 +34,14 @@ pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, Se
             record.status
         )));
     };
-    if !machine.takes_discards() {
+    if !machine.supports_discard() {
         return Err(ServiceError::WrongState(format!(
             "VM {name} cannot be trimmed: its hypervisor offers its guests no discard, so the blocks stay until the VM is deleted"
         )));
     }
     let trimmed = trim(service, &machine).await.map_err(|why| {
         let advice = match why {
-            NoAgent::Unreached(_) | NoAgent::Refused(AgentError::Silent) => "; without an agent, run `fstrim /` in it",
+            NoAgent::Unreached(_) | NoAgent::Refused(AgentError::Timeout) => "; without an agent, run `fstrim /` in it",
             NoAgent::Refused(_) => "",
         };
         ServiceError::WrongState(format!("VM {name} could not be trimmed: {why}{advice}"))
@@ -71,7 +71,7 @@ pub async fn run(service: Service) -> Infallible {
         let ids: Vec<&str> = running.iter().map(|(id, _)| id.as_str()).collect();
         let due = turns.due(&ids, interval, Instant::now());
         for (id, machine) in running.iter().filter(|(id, _)| due.contains(id)) {
-            if !machine.takes_discards() {
+            if !machine.supports_discard() {
                 continue;
             }
             if let Err(why) = trim(&service, machine).await {

@@ -273,7 +273,7 @@ impl Service {
     /// As [`Service::force_stop`], without trying again. Returns whether there was a process.
     pub(crate) async fn force_stop_once(&self, id: &str) -> Result<bool, ServiceError> {
         let run_dir = self.run_dir(id);
-        let ended = self.inner().vmm.put_down(&machine_id(id)?, &run_dir).await?;
+        let ended = self.inner().vmm.force_stop(&machine_id(id)?, &run_dir).await?;
         blocking(move || remove_dir(&run_dir)).await?;
         Ok(ended)
     }

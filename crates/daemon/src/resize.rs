@@ -3,7 +3,7 @@
 
 use crate::agent::{self, NoAgent};
 use scalebox_client::Disk;
-use scalebox_guest::FileSystem;
+use scalebox_guest::FsUsage;
 use scalebox_units::Bytes;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
 }
 
 /// What the guest's agent says of its root file system, if it answers.
-pub async fn root_of(machine: &Arc<dyn Machine>) -> Option<FileSystem> {
+pub async fn root_of(machine: &Arc<dyn Machine>) -> Option<FsUsage> {
     let asked = async { Ok::<_, NoAgent>(agent::reach(machine).await?.root_file_system().await?) };
     match asked.await {
         Ok(root) => Some(root),

@@ -545,7 +545,7 @@ impl Values {
             };
             self.wrong(key, error.to_string())
         })?;
-        Ok(net.denying(&denied))
+        Ok(net.with_denied(&denied))
     }
 
     fn denied(&self) -> Result<Vec<Ipv4Net>, SettingsError> {
@@ -678,7 +678,7 @@ mod tests {
             ("PORT_MIN", "22", "from 1024"),
             ("PORT_MIN", "40000", "32000"),
             ("GUEST_DNS", "one", "IPv4 addresses"),
-            ("GUEST_DNS", "127.0.0.1", "a guest would ask itself"),
+            ("GUEST_DNS", "127.0.0.1", "loopback addresses refer to the guest itself"),
             ("GUEST_DNS", "192.0.2.53, 0.0.0.0", "not the address of a machine"),
             ("GUEST_DNS", "224.0.0.251", "a multicast address"),
             ("GUEST_DNS", "255.255.255.255", "reserved"),

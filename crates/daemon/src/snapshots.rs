@@ -224,7 +224,7 @@ impl Service {
     async fn thaw(&self, id: &str, machine: &Arc<dyn Machine>, first: Option<&Agent>) {
         let mut last: Result<(), AgentError> = match first {
             Some(agent) => agent.thaw().await,
-            None => Err(AgentError::Silent),
+            None => Err(AgentError::Timeout),
         };
         for _ in 0..ATTEMPTS {
             if last.is_ok() || matches!(machine.state().await, Ok(MachineState::Ended(_))) {

@@ -1,9 +1,9 @@
-//! The guest agent, asked from the host: `qemu-guest-agent` in the guest, over its serial port or a
+//! A client for the guest agent: `qemu-guest-agent` in the guest, over a virtio serial port or a
 //! vsock.
 //!
-//! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. A serial port takes one
-//! client at a time, so a connection is held for one errand and dropped. Every question has a
-//! deadline: a guest that boots, hangs or has no agent does not answer.
+//! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. A serial port serves one
+//! client at a time, so a connection is used for one task and then dropped. Every request has a
+//! timeout: a guest that is booting, hangs or has no agent does not respond.
 
 use qapi::futures::{QapiService, QgaStreamTokio};
 use qapi::qga;
@@ -14,122 +14,126 @@ use tokio::io::{AsyncReadExt, WriteHalf};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// How long an agent may take to answer. An emulated guest under load takes about half a second.
-const DEADLINE: Duration = Duration::from_secs(3);
-/// How long trimming may take: it walks all free space of the guest.
-const TRIM_DEADLINE: Duration = Duration::from_secs(120);
+/// Timeout of most requests. An emulated guest under load responds in about half a second.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Timeout of a trim, which walks all free space of the guest.
+const TRIM_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What an agent may say over one connection, in bytes: it is a guest's program, and answers are
-/// read whole. The longest tells of each file system that is mounted in the guest.
-const MOST_SAID: u64 = 1 << 20;
+/// Limit on the responses of one connection. The agent runs in the guest and is not trusted, and
+/// responses are buffered whole. The longest lists every mounted file system of the guest.
+const MAX_RESPONSE_BYTES: u64 = 1 << 20;
 
-/// How long to wait before the same question is put again.
-const BETWEEN_QUESTIONS: Duration = Duration::from_millis(50);
+/// Interval between two polls of the same status.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Why the agent said nothing useful.
+/// Why a request to the agent failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// This host gives no random numbers.
-    #[error("the guest agent cannot be asked: no random number: {0}")]
+    /// The host could not provide a random number.
+    #[error("cannot query the guest agent: no random number: {0}")]
     Random(io::Error),
-    /// It does not answer: the guest boots, hangs, or runs no agent.
-    #[error("the guest agent does not answer within {} s", DEADLINE.as_secs())]
-    Silent,
-    /// It answered with an error.
-    #[error("the guest agent could not {asked}: {answer}")]
+    /// No response: the guest is booting, hangs, or has no agent.
+    #[error("the guest agent does not respond within {} s", RESPONSE_TIMEOUT.as_secs())]
+    Timeout,
+    /// The agent responded with an error.
+    #[error("the guest agent could not {action}: {response}")]
     Refused {
-        /// What was asked.
-        asked: &'static str,
-        /// What it said.
-        answer: String,
+        /// The requested operation.
+        action: &'static str,
+        /// The agent's error.
+        response: String,
     },
-    /// It began a long errand and did not end it.
-    #[error("the guest agent did not {asked} within {} s", TRIM_DEADLINE.as_secs())]
+    /// A long operation did not finish in time.
+    #[error("the guest agent did not {action} within {} s", TRIM_TIMEOUT.as_secs())]
     Unfinished {
-        /// What was asked.
-        asked: &'static str,
+        /// The requested operation.
+        action: &'static str,
     },
-    /// The guest's root file system is not among those it told of.
-    #[error("the guest agent tells of no file system mounted at /")]
+    /// The guest's root file system is missing in the agent's list.
+    #[error("the guest agent reports no file system mounted at /")]
     NoRoot,
 }
 
-/// A file system as the guest sees it.
+/// Size and usage of a file system, as reported by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FileSystem {
-    /// What its files can take in all: its size, less what it keeps for itself and for root.
+pub struct FsUsage {
+    /// Capacity for files: the size, minus metadata and the blocks reserved for root.
     pub total: Bytes,
-    /// What they take now.
+    /// Bytes in use.
     pub used: Bytes,
 }
 
 /// A connection to the agent of one guest.
 pub struct Agent {
     service: QapiService<QgaStreamTokio<WriteHalf<UnixStream>>>,
-    reader: tokio::task::JoinHandle<()>,
+    read_task: tokio::task::JoinHandle<()>,
 }
 
 impl Agent {
-    /// Waits until the agent at the other end of `stream` answers.
+    /// Waits until the agent at the other end of `stream` responds.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`].
-    pub async fn begin(stream: UnixStream) -> Result<Agent, AgentError> {
-        let (answers, questions) = tokio::io::split(stream);
-        let (service, reader) = QgaStreamTokio::open_split(answers.take(MOST_SAID), questions).spawn_tokio();
-        let agent = Agent { service, reader };
-        // An answer to an earlier client may still be on its way: the number tells it from ours.
+    /// [`AgentError::Timeout`], [`AgentError::Refused`].
+    pub async fn connect(stream: UnixStream) -> Result<Agent, AgentError> {
+        let (reader, writer) = tokio::io::split(stream);
+        let (service, read_task) = QgaStreamTokio::open_split(reader.take(MAX_RESPONSE_BYTES), writer).spawn_tokio();
+        let agent = Agent { service, read_task };
+        // A response to an earlier client may still be on its way; the number distinguishes it from
+        // ours.
         let number = sync_number().map_err(AgentError::Random)?;
-        match timeout(DEADLINE, agent.service.guest_sync(number)).await {
+        match timeout(RESPONSE_TIMEOUT, agent.service.guest_sync(number)).await {
             Ok(Ok(())) => Ok(agent),
             Ok(Err(error)) => Err(AgentError::Refused {
-                asked: "begin",
-                answer: error.to_string(),
+                action: "start a session",
+                response: error.to_string(),
             }),
-            Err(_) => Err(AgentError::Silent),
+            Err(_) => Err(AgentError::Timeout),
         }
     }
 
-    /// The guest's root file system.
+    /// Returns the usage of the guest's root file system.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`], [`AgentError::NoRoot`].
-    pub async fn root_file_system(&self) -> Result<FileSystem, AgentError> {
-        let answer = timeout(DEADLINE, self.service.execute(qga::guest_get_fsinfo {})).await;
-        let all = match answer {
+    /// [`AgentError::Timeout`], [`AgentError::Refused`], [`AgentError::NoRoot`].
+    pub async fn root_file_system(&self) -> Result<FsUsage, AgentError> {
+        let response = timeout(RESPONSE_TIMEOUT, self.service.execute(qga::guest_get_fsinfo {})).await;
+        let all = match response {
             Ok(Ok(all)) => all,
             Ok(Err(error)) => {
                 return Err(AgentError::Refused {
-                    asked: "list its file systems",
-                    answer: error.to_string(),
+                    action: "list its file systems",
+                    response: error.to_string(),
                 });
             }
-            Err(_) => return Err(AgentError::Silent),
+            Err(_) => return Err(AgentError::Timeout),
         };
         let root = all.into_iter().find(|found| found.mountpoint == "/");
         let sizes = root
             .and_then(|root| root.total_bytes.zip(root.used_bytes))
             .ok_or(AgentError::NoRoot)?;
-        Ok(FileSystem {
+        Ok(FsUsage {
             total: Bytes::new(sizes.0),
             used: Bytes::new(sizes.1),
         })
     }
 
-    /// Has the guest tell its disks which blocks it does not use. Returns how much that is, in all
-    /// file systems that can trim; ext4 leaves out what it told since it was mounted.
+    /// Makes the guest discard its unused blocks. Returns their total size, over all file systems
+    /// that support it. ext4 skips blocks that were already discarded since the mount.
     ///
     /// # Errors
-    /// [`AgentError::Unfinished`]; [`AgentError::Refused`], also when no file system could be
+    /// [`AgentError::Unfinished`]; [`AgentError::Refused`], also if no file system could be
     /// trimmed.
     pub async fn trim(&self) -> Result<Bytes, AgentError> {
-        const ASKED: &str = "trim its file systems";
-        let refused = |answer| AgentError::Refused { asked: ASKED, answer };
-        let answer = timeout(TRIM_DEADLINE, self.service.execute(qga::guest_fstrim { minimum: None })).await;
-        let paths = match answer {
+        const ACTION: &str = "trim its file systems";
+        let refused = |response| AgentError::Refused {
+            action: ACTION,
+            response,
+        };
+        let response = timeout(TRIM_TIMEOUT, self.service.execute(qga::guest_fstrim { minimum: None })).await;
+        let paths = match response {
             Ok(Ok(response)) => response.paths,
             Ok(Err(error)) => return Err(refused(error.to_string())),
-            Err(_) => return Err(AgentError::Unfinished { asked: ASKED }),
+            Err(_) => return Err(AgentError::Unfinished { action: ACTION }),
         };
         let sizes: Vec<u64> = paths.iter().filter_map(|path| path.trimmed?.try_into().ok()).collect();
         if sizes.is_empty() {
@@ -139,17 +143,17 @@ impl Agent {
                 .collect();
             return Err(refused(format!("no file system was trimmed. {}", errors.join(", "))));
         }
-        // A guest may say anything: the sum does not overflow for it.
+        // The guest's numbers are not trusted: saturate instead of overflowing.
         Ok(Bytes::new(sizes.into_iter().fold(0, u64::saturating_add)))
     }
 }
 
 impl Agent {
-    /// Has the guest write out what it holds back, for at most `within`, so that a
-    /// [freeze](Agent::freeze) finds little left to write.
+    /// Flushes the guest's file systems, for at most `within`, so that a [freeze](Agent::freeze)
+    /// has little left to write.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`], also where the agent runs no programs.
+    /// [`AgentError::Timeout`]; [`AgentError::Refused`], also if the agent does not run programs.
     pub async fn flush(&self, within: Duration) -> Result<(), AgentError> {
         let run = qga::guest_exec {
             path: "sync".to_owned(),
@@ -158,64 +162,72 @@ impl Agent {
             env: None,
             input_data: None,
         };
-        let started = self.ask("run sync", DEADLINE, run).await?;
+        let started = self.request("run sync", RESPONSE_TIMEOUT, run).await?;
         let ended = async {
             loop {
                 let status = qga::guest_exec_status { pid: started.pid };
-                if self.ask("tell of sync", DEADLINE, status).await?.exited {
+                if self
+                    .request("report the status of sync", RESPONSE_TIMEOUT, status)
+                    .await?
+                    .exited
+                {
                     return Ok(());
                 }
-                tokio::time::sleep(BETWEEN_QUESTIONS).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
             }
         };
-        timeout(within, ended).await.unwrap_or(Err(AgentError::Silent))
+        timeout(within, ended).await.unwrap_or(Err(AgentError::Timeout))
     }
 
-    /// Freezes the guest's file systems: what writes to them waits until the [thaw](Agent::thaw).
-    /// After an error they may be frozen all the same: thaw them.
+    /// Freezes the guest's file systems: writes wait until the [thaw](Agent::thaw). After an error
+    /// they may be frozen nevertheless, so thaw them.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`].
+    /// [`AgentError::Timeout`], [`AgentError::Refused`].
     pub async fn freeze(&self) -> Result<(), AgentError> {
-        self.ask("freeze its file systems", DEADLINE, qga::guest_fsfreeze_freeze {})
-            .await
-            .map(drop)
+        self.request(
+            "freeze its file systems",
+            RESPONSE_TIMEOUT,
+            qga::guest_fsfreeze_freeze {},
+        )
+        .await
+        .map(drop)
     }
 
-    /// Thaws the guest's file systems; none that is not frozen minds.
+    /// Thaws the guest's file systems. Does nothing to those that are not frozen.
     ///
     /// # Errors
-    /// [`AgentError::Silent`], [`AgentError::Refused`].
+    /// [`AgentError::Timeout`], [`AgentError::Refused`].
     pub async fn thaw(&self) -> Result<(), AgentError> {
-        self.ask("thaw its file systems", DEADLINE, qga::guest_fsfreeze_thaw {})
+        self.request("thaw its file systems", RESPONSE_TIMEOUT, qga::guest_fsfreeze_thaw {})
             .await
             .map(drop)
     }
 
-    async fn ask<C: qga::QgaCommand>(
+    async fn request<C: qga::QgaCommand>(
         &self,
-        asked: &'static str,
+        action: &'static str,
         within: Duration,
         command: C,
     ) -> Result<C::Ok, AgentError> {
         match timeout(within, self.service.execute(command)).await {
-            Ok(Ok(answer)) => Ok(answer),
+            Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(AgentError::Refused {
-                asked,
-                answer: error.to_string(),
+                action,
+                response: error.to_string(),
             }),
-            Err(_) => Err(AgentError::Silent),
+            Err(_) => Err(AgentError::Timeout),
         }
     }
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        self.reader.abort();
+        self.read_task.abort();
     }
 }
 
-/// A number that no earlier client has used.
+/// Returns a random number, to distinguish this client from earlier ones.
 fn sync_number() -> io::Result<i32> {
     let mut bytes = [0; 4];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
@@ -227,8 +239,8 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
-    /// Answers the first question as an agent does, and the second with a line that has no end.
-    /// Returns how much of it was taken.
+    /// Responds to the first request as an agent does, and to the second with an endless line.
+    /// Returns how many bytes of it were accepted.
     async fn endless(stream: UnixStream) -> usize {
         let (questions, mut answers) = tokio::io::split(stream);
         let mut questions = BufReader::new(questions).lines();
@@ -238,23 +250,23 @@ mod tests {
         answers.write_all(answer.as_bytes()).await.unwrap();
         let _trim = questions.next_line().await.unwrap().unwrap();
         answers.write_all(b"{\"return\": {\"paths\": [").await.unwrap();
-        let mut said = 0;
+        let mut sent = 0;
         while let Ok(taken) = answers.write(&[b' '; 65536]).await {
-            said += taken;
+            sent += taken;
         }
-        said
+        sent
     }
 
     #[tokio::test]
-    async fn an_agent_that_does_not_stop_talking_is_not_listened_to() {
+    async fn endless_responses_are_cut_off() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let agent = tokio::spawn(endless(theirs));
-        let asked = Agent::begin(ours).await.unwrap();
-        let error = asked.trim().await.unwrap_err();
+        let client = Agent::connect(ours).await.unwrap();
+        let error = client.trim().await.unwrap_err();
         assert!(matches!(error, AgentError::Refused { .. }), "{error}");
-        drop(asked);
-        // What the sockets hold is beside what was read.
-        let said = agent.await.unwrap();
-        assert!(said < 4 * MOST_SAID as usize, "{said}");
+        drop(client);
+        // The sockets buffer some bytes in addition to those that were read.
+        let sent = agent.await.unwrap();
+        assert!(sent < 4 * MAX_RESPONSE_BYTES as usize, "{sent}");
     }
 }

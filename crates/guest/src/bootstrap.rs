@@ -1,33 +1,33 @@
-//! Installing Debian into a directory, by `mmdebstrap`, in a mount namespace of its own.
+//! Installs Debian into a directory with `mmdebstrap`, in a mount namespace of its own.
 
-use crate::archive;
-use crate::command::{Call, Program};
+use crate::command::{Invocation, Program};
+use crate::embedded;
 use crate::error::Error;
-use crate::files;
+use crate::mirrors;
 use crate::progress::{self, Progress, Step};
 use crate::recipe::Recipe;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// What the bootstrap leaves in a scratch directory.
+/// The result of the bootstrap, in a scratch directory.
 pub(crate) struct Bootstrapped {
     /// The guest's root.
     pub(crate) root: PathBuf,
-    /// The kernel's package and busybox, unpacked, not installed.
+    /// The kernel package and busybox, unpacked but not installed.
     pub(crate) kernel: PathBuf,
 }
 
-/// Installs the recipe's packages below `scratch`. Runs for about a minute.
+/// Installs the recipe's packages below `scratch`. Takes about a minute.
 pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Progress) -> Result<Bootstrapped, Error> {
     let (root, kernel) = (scratch.join("root"), scratch.join("kernel"));
     fs::create_dir(&kernel).map_err(Error::io("create", &kernel))?;
     let hook = scratch.join("fetch-kernel");
-    fs::write(&hook, files::FETCH_KERNEL).map_err(Error::io("write", &hook))?;
+    fs::write(&hook, embedded::FETCH_KERNEL).map_err(Error::io("write", &hook))?;
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).map_err(Error::io("make executable", &hook))?;
 
     let mut phases = Phases::new(progress);
-    Call::new(Program::Unshare, arguments(recipe, &root, &hook))
+    Invocation::new(Program::Unshare, arguments(recipe, &root, &hook))
         .env("SCALEBOX_KERNEL", &kernel)
         .env("SCALEBOX_KERNEL_PACKAGE", recipe.kernel_package.as_str())
         .run(|line| phases.line(line))?;
@@ -36,8 +36,8 @@ pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Prog
 
 fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
     let mut arguments: Vec<String> = [
-        // It mounts /proc, /sys and /dev in the new root: in a mount namespace of its own they are
-        // gone with it, killed or not.
+        // mmdebstrap mounts /proc, /sys and /dev in the new root. In a mount namespace of its own
+        // the mounts disappear with the process, even if it is killed.
         "--mount",
         "--",
         Program::Mmdebstrap.name(),
@@ -45,28 +45,28 @@ fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
         "--mode=root",
         "--variant=minbase",
         "--format=directory",
-        // Without it, setting up the merged /usr brings the whole of Perl along.
+        // Without this hook, setting up the merged /usr installs all of Perl.
         "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
         "--aptopt=Apt::Install-Recommends \"false\"",
-        // An interrupted build is thrown away whole.
+        // An interrupted build is discarded as a whole.
         "--dpkgopt=force-unsafe-io",
     ]
     .map(str::to_owned)
     .into();
-    arguments.extend(files::entries(files::DPKG_OPTIONS).map(|option| format!("--dpkgopt={option}")));
-    let packages: Vec<&str> = files::entries(files::PACKAGES)
+    arguments.extend(embedded::entries(embedded::DPKG_OPTIONS).map(|option| format!("--dpkgopt={option}")));
+    let packages: Vec<&str> = embedded::entries(embedded::PACKAGES)
         .chain(recipe.extra_packages.iter().map(String::as_str))
         .collect();
     arguments.push(format!("--include={}", packages.join(",")));
     arguments.push(format!("--customize-hook={}", hook.display()));
     arguments.push(recipe.suite.clone());
     arguments.push(root.display().to_string());
-    arguments.extend(archive::mirrors(recipe));
+    arguments.extend(mirrors::mirrors(recipe));
     arguments
 }
 
-/// Where in mmdebstrap's output a step begins, and how many lines it has until the next: the
-/// measure of its fraction.
+/// Lines of mmdebstrap's output that start a step, and the number of lines until the next step. The
+/// step's fraction is computed from that number.
 const PHASES: [(&str, Step, usize); 5] = [
     ("I: running apt-get update", progress::INDEX, 8),
     ("I: downloading packages with apt", progress::UNPACK, 213),
@@ -93,10 +93,10 @@ impl<'a> Phases<'a> {
     fn line(&mut self, line: &str) {
         self.progress.line(line);
         let next = self.current.map_or(0, |current| current + 1);
-        if let Some(begun) = PHASES[next..].iter().position(|(mark, _, _)| line.starts_with(mark)) {
-            self.current = Some(next + begun);
+        if let Some(offset) = PHASES[next..].iter().position(|(mark, _, _)| line.starts_with(mark)) {
+            self.current = Some(next + offset);
             self.lines = 0;
-            self.progress.step(PHASES[next + begun].1);
+            self.progress.step(PHASES[next + offset].1);
         } else if let Some(current) = self.current {
             self.lines += 1;
             let expected = PHASES[current].2;
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bootstrap_s_own_lines_begin_the_steps_and_the_rest_fill_them() {
+    fn mmdebstrap_s_output_advances_steps_and_fractions() {
         let mut seen = Seen::default();
         let mut phases = Phases::new(&mut seen);
         phases.line("I: chroot architecture amd64 is equal to the host's architecture");

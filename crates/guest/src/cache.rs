@@ -1,9 +1,9 @@
-//! Finished templates, kept for the next time the same recipe is built.
+//! Keeps finished templates, to reuse them when the same recipe is built again.
 //!
 //! An entry is a directory named after the recipe's fingerprint. It is filled under another name
-//! and renamed when everything in it is flushed: what has the name is whole, and is never changed
-//! again. A lock per fingerprint makes the second of two equal builds wait and take what the first
-//! one made.
+//! and renamed once everything in it is flushed: an entry with the final name is complete and never
+//! changes. A lock per fingerprint makes the second of two equal builds wait and use the first
+//! one's result.
 
 use crate::error::Error;
 use crate::scratch::remove_tree;
@@ -12,16 +12,16 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// The place of one recipe in a cache, locked.
+/// The locked entry of one recipe in a cache.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct CacheEntry {
     finished: PathBuf,
     partial: PathBuf,
     _lock: File,
 }
 
-impl Entry {
-    /// Waits for other builds of the same recipe.
+impl CacheEntry {
+    /// Locks the entry; waits for other builds of the same recipe.
     pub(crate) fn lock(cache: &Path, fingerprint: &str) -> Result<Self, Error> {
         fs::create_dir_all(cache).map_err(Error::io("create", cache))?;
         let path = cache.join(format!("{fingerprint}.lock"));
@@ -32,23 +32,23 @@ impl Entry {
             .open(&path)
             .map_err(Error::io("open", &path))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|errno| Error::io("lock", &path)(errno.into()))?;
-        // The newest lock is that of the entry used last: a cleanup can tell which ones are not in
-        // use any more.
+        // The modification time of the lock is the entry's last use, so that a cleanup can find
+        // unused entries.
         lock.set_modified(SystemTime::now())
             .map_err(Error::io("set the time of", &path))?;
-        Ok(Entry {
+        Ok(CacheEntry {
             finished: cache.join(fingerprint),
             partial: cache.join(format!("{fingerprint}.partial")),
             _lock: lock,
         })
     }
 
-    /// The directory of a finished build, if there is one.
+    /// Returns the directory of a finished build, if there is one.
     pub(crate) fn finished(&self) -> Option<&Path> {
         self.finished.is_dir().then_some(&*self.finished)
     }
 
-    /// An empty directory to build in; what an interrupted build left there is gone.
+    /// Returns an empty directory to build in; removes leftovers of an interrupted build.
     pub(crate) fn start(&self) -> Result<&Path, Error> {
         self.discard()?;
         fs::create_dir(&self.partial).map_err(Error::io("create", &self.partial))?;
@@ -64,7 +64,7 @@ impl Entry {
         }
     }
 
-    /// Gives what was built its name. Its files are flushed already.
+    /// Gives the built directory its final name. Its files must be flushed already.
     pub(crate) fn finish(&self) -> Result<&Path, Error> {
         flush_dir(&self.partial)?;
         fs::rename(&self.partial, &self.finished).map_err(Error::io("rename to", &self.finished))?;
@@ -86,13 +86,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_an_interrupted_build_left_is_never_taken_for_finished() {
+    fn interrupted_builds_never_count_as_finished() {
         let cache = tempfile::tempdir().unwrap();
-        let entry = Entry::lock(cache.path(), "0123").unwrap();
+        let entry = CacheEntry::lock(cache.path(), "0123").unwrap();
         fs::write(entry.start().unwrap().join("rootfs.ext4"), "half").unwrap();
         drop(entry);
 
-        let entry = Entry::lock(cache.path(), "0123").unwrap();
+        let entry = CacheEntry::lock(cache.path(), "0123").unwrap();
         assert_eq!(entry.finished(), None);
         let dir = entry.start().unwrap();
         assert_eq!(fs::read_dir(dir).unwrap().count(), 0);
@@ -103,12 +103,12 @@ mod tests {
     }
 
     #[test]
-    fn the_second_of_two_equal_builds_finds_what_the_first_made() {
+    fn the_second_of_two_equal_builds_reuses_the_first() {
         let cache = tempfile::tempdir().unwrap();
-        let first = Entry::lock(cache.path(), "0123").unwrap();
+        let first = CacheEntry::lock(cache.path(), "0123").unwrap();
         first.start().unwrap();
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| Entry::lock(cache.path(), "0123").unwrap().finished().is_some());
+            let second = scope.spawn(|| CacheEntry::lock(cache.path(), "0123").unwrap().finished().is_some());
             first.finish().unwrap();
             drop(first);
             assert!(second.join().unwrap());

@@ -1,46 +1,45 @@
-//! What the kernel is told when a guest starts.
+//! The kernel parameters of a guest.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// The parameters of every guest, each with its reason.
 const PARAMETERS: [&str; 11] = [
-    // The console goes to the first serial port, and only warnings do: each character is an exit to
-    // the emulator.
+    // The console is the first serial port, and shows only warnings: each character costs an exit
+    // to the hypervisor.
     "console=ttyS0",
     "quiet",
-    // A kernel that gives up resets after a second, as hardware with a watchdog does: nobody can
-    // type at its console.
+    // Reset one second after a panic, as a hardware watchdog does: no one can type at the console.
     "panic=1",
-    // The root is the first disk, and mounted for writing at once: see the initramfs and the
+    // The root is the first disk, and is mounted writable at once: see the initramfs and the
     // template's fstab.
     "root=/dev/vda",
     "rw",
     "rootflags=noatime",
-    // The network card is eth0; the template's configuration goes by its MAC address.
+    // The network interface is eth0; the template's configuration matches its MAC address.
     "net.ifnames=0",
-    // The algorithms' tests of themselves are half of an emulated CPU's kernel boot (0.7 of 1.4
-    // billion instructions).
+    // The crypto self-tests take half of an emulated CPU's kernel boot (0.7 of 1.4 billion
+    // instructions).
     "cryptomgr.notests",
-    // Without an audit daemon its records go to the log, a dozen for each unit.
+    // Without an audit daemon, audit records go to the log, a dozen per unit.
     "audit=0",
-    // What follows is about time. QEMU's microvm has no clock but the TSC that does not depend on
-    // interrupts, and no reference to measure it by: an emulated machine on a busy host fails the
-    // measurement and hangs (half of all boots on two busy cores), or finds the TSC too fast by the
-    // watchdog and falls back to counting ticks. The host knows better: see `tsc_khz`.
+    // The rest is about time. The TSC is the only clock of QEMU's microvm that does not depend on
+    // interrupts, and there is no reference to calibrate it against. On a busy host an emulated
+    // machine fails to calibrate it and hangs (half of all boots on two busy cores), or the
+    // watchdog considers the TSC too fast and falls back to counting ticks. The host knows the
+    // frequency: see `tsc_khz`.
     "tsc=reliable",
-    // The check that the timer interrupt arrives measures by loops, and is wrong on a busy host as
-    // well.
+    // The kernel's check of the timer interrupt counts loops, which also fails on a busy host.
     "no_timer_check",
 ];
 
-/// The kernel command line for a guest that boots a template's kernel and initramfs, with its own
-/// disk as the first virtio disk.
+/// Returns the kernel command line of a guest. The guest boots a template's kernel and initramfs,
+/// with its own disk as the first virtio disk.
 ///
 /// It contains the frequency of this host's time stamp counter (`tsc_early_khz`), which guests see
-/// unchanged, both emulated and under KVM: without it, emulated `microvm` machines fail to start
-/// now and then. Measuring it takes 0.1 s, once per process. So this is a line for machines that
-/// start *on this host, now*: do not keep it.
+/// unchanged, both emulated and under KVM. Without it, emulated `microvm` machines sometimes fail
+/// to start. The frequency is measured once per process, which takes 0.1 s. So the line is only
+/// valid for machines that start *on this host, now*: do not store it.
 pub fn kernel_cmdline() -> String {
     let mut line = PARAMETERS.join(" ");
     if let Some(khz) = tsc_khz() {
@@ -49,8 +48,8 @@ pub fn kernel_cmdline() -> String {
     line
 }
 
-/// The frequency of this host's time stamp counter, measured against its clock. `None` on a CPU
-/// without one.
+/// Returns the frequency of this host's time stamp counter, measured against its clock; `None` on a
+/// CPU without one.
 fn tsc_khz() -> Option<u64> {
     static MEASURED: OnceLock<Option<u64>> = OnceLock::new();
     *MEASURED.get_or_init(|| measure(Duration::from_millis(100)))
@@ -63,19 +62,19 @@ fn measure(over: Duration) -> Option<u64> {
     let (end, end_ticks) = sample();
     let nanos = end.duration_since(start).as_nanos();
     let ticks = u128::from(end_ticks.checked_sub(start_ticks)?);
-    // Ticks a nanosecond × 10⁶ are ticks a millisecond: kHz.
+    // Ticks per nanosecond × 10⁶ are ticks per millisecond: kHz.
     u64::try_from(ticks * 1_000_000 / nanos.max(1))
         .ok()
         .filter(|khz| *khz > 0)
 }
 
-/// One moment on both clocks: the closest of several readings, so that an interruption between the
-/// two does not count.
+/// Reads both clocks at one moment. Of several readings it returns the quickest, so that an
+/// interruption between the two reads does not distort the result.
 #[cfg(target_arch = "x86_64")]
 fn sample() -> (Instant, u64) {
     let one = || {
         let before = Instant::now();
-        // SAFETY: RDTSC reads a counter and touches no memory; every x86-64 CPU has it, and Linux
+        // SAFETY: RDTSC reads a counter and accesses no memory; every x86-64 CPU has it, and Linux
         // lets programs use it.
         let ticks = unsafe { core::arch::x86_64::_rdtsc() };
         let took = before.elapsed();
@@ -98,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_names_the_disk_the_console_and_the_clock_and_fits() {
+    fn the_line_has_disk_console_and_clock_and_fits() {
         let line = kernel_cmdline();
         for word in ["console=ttyS0", "root=/dev/vda", "rw", "tsc=reliable"] {
             assert!(line.split(' ').any(|it| it == word), "{line}");
@@ -109,7 +108,7 @@ mod tests {
 
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn two_measurements_of_the_clock_agree_to_a_thousandth() {
+    fn two_clock_measurements_differ_by_less_than_a_thousandth() {
         let once = measure(Duration::from_millis(50)).unwrap() as f64;
         let again = measure(Duration::from_millis(50)).unwrap() as f64;
         assert!((once / again - 1.0).abs() < 1e-3, "{once} {again}");

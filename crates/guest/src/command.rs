@@ -1,7 +1,7 @@
-//! The one door to outside programs: mmdebstrap, e2fsprogs, coreutils and apt.
+//! Runs external programs: mmdebstrap, e2fsprogs, coreutils and apt. No other module does.
 //!
-//! Programs are called by argument vector, never through a shell, with a fixed `PATH` and locale.
-//! All that a failed one wrote stands in its error.
+//! Programs are run with an argument vector, never through a shell, and with a fixed `PATH` and
+//! locale. The error of a failed program contains its whole output.
 
 use rustix::fs::Mode;
 use rustix::process::umask;
@@ -11,29 +11,29 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
-/// The programs this crate calls.
+/// The programs that this crate runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
-    /// Tells where this host's own packages come from.
+    /// Lists the package sources of this host.
     AptGet,
-    /// Runs a program of the new root in it.
+    /// Runs a program of the new root, inside it.
     Chroot,
     /// Checks the finished image.
     E2fsck,
-    /// Makes the image from a directory, in user space.
+    /// Creates the image from a directory, in user space.
     Mke2fs,
     /// Installs Debian into a directory.
     Mmdebstrap,
-    /// Removes a tree without leaving its file system.
+    /// Removes a tree without crossing into other file systems.
     Rm,
-    /// Sets what `mke2fs` cannot.
+    /// Sets options that `mke2fs` lacks.
     Tune2fs,
-    /// Runs another program where its mounts are nobody else's, and end with it.
+    /// Runs another program in a mount namespace of its own.
     Unshare,
 }
 
 impl Program {
-    /// Those that a build cannot do without.
+    /// The programs that a build requires.
     pub const REQUIRED: [Program; 7] = [
         Program::Chroot,
         Program::E2fsck,
@@ -44,7 +44,7 @@ impl Program {
         Program::Unshare,
     ];
 
-    /// The name of the executable.
+    /// Returns the name of the executable.
     pub fn name(self) -> &'static str {
         match self {
             Program::AptGet => "apt-get",
@@ -58,7 +58,7 @@ impl Program {
         }
     }
 
-    /// The Debian package that brings it.
+    /// Returns the Debian package that contains the program.
     pub fn package(self) -> &'static str {
         match self {
             Program::AptGet => "apt",
@@ -70,43 +70,43 @@ impl Program {
     }
 }
 
-/// An outside program that could not be run, or said no.
+/// Why an external program could not be run, or failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// It is not installed.
-    #[error("the program {program} is missing: install the package {package} (apt-get install {package})")]
+    /// The program is not installed.
+    #[error("the program {program} is missing; install the package {package} (apt-get install {package})")]
     Missing {
-        /// Its name.
+        /// The program's name.
         program: &'static str,
-        /// The package that brings it.
+        /// The package that contains it.
         package: &'static str,
     },
-    /// It could not be started or listened to.
+    /// The program could not be started, or its output not read.
     #[error("cannot run {program}: {source}")]
     Start {
-        /// Its name.
+        /// The program's name.
         program: &'static str,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It ended with a failure.
+    /// The program exited with an error.
     #[error("{command} failed ({status}):\n{output}")]
     Failed {
         /// The program and its arguments.
         command: String,
-        /// Its exit status, or the signal that ended it.
+        /// The exit status, or the signal that ended it.
         status: String,
-        /// All it wrote, both streams in the order it wrote them.
+        /// The whole output: both streams, in the order of writing.
         output: String,
     },
 }
 
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Looks for every program that a build calls.
+/// Checks that all programs of a build are installed.
 ///
 /// # Errors
-/// [`CommandError::Missing`] for the first one that is not there.
+/// [`CommandError::Missing`] for the first missing program.
 pub fn require_programs() -> Result<(), CommandError> {
     for program in Program::REQUIRED {
         if !SEARCH_PATH
@@ -119,24 +119,24 @@ pub fn require_programs() -> Result<(), CommandError> {
     Ok(())
 }
 
-/// Runs a program to its end and returns all it wrote.
+/// Runs a program to completion and returns its whole output.
 pub(crate) fn run<S: AsRef<OsStr>>(
     program: Program,
     args: impl IntoIterator<Item = S>,
 ) -> Result<String, CommandError> {
-    Call::new(program, args).run(|_| ())
+    Invocation::new(program, args).run(|_| ())
 }
 
-/// A call with more to it than arguments.
-pub(crate) struct Call {
+/// A program run, with arguments and environment.
+pub(crate) struct Invocation {
     program: Program,
     args: Vec<OsString>,
     environment: Vec<(&'static str, OsString)>,
 }
 
-impl Call {
+impl Invocation {
     pub(crate) fn new<S: AsRef<OsStr>>(program: Program, args: impl IntoIterator<Item = S>) -> Self {
-        Call {
+        Invocation {
             program,
             args: args.into_iter().map(|arg| arg.as_ref().to_owned()).collect(),
             environment: Vec::new(),
@@ -148,7 +148,8 @@ impl Call {
         self
     }
 
-    /// Runs it to its end, shows each line as it is written, and returns all of them.
+    /// Runs the program to completion. Passes each line to `line` as it is written, and returns the
+    /// whole output.
     pub(crate) fn run(self, mut line: impl FnMut(&str)) -> Result<String, CommandError> {
         let start = |source: io::Error| match source.kind() {
             io::ErrorKind::NotFound => missing(self.program),
@@ -157,7 +158,7 @@ impl Call {
                 source,
             },
         };
-        // One pipe for both streams keeps what was said in order.
+        // One pipe for both streams preserves the order of the output.
         let (reader, writer) = io::pipe().map_err(start)?;
         let mut command = Command::new(self.program.name());
         command
@@ -169,17 +170,17 @@ impl Call {
             .stdout(writer.try_clone().map_err(start)?)
             .stderr(writer);
         if self.program == Program::Chroot {
-            // What it makes is the guest's, and for everybody there.
-            let for_everybody = || {
+            // Files that it creates belong to the guest and must be readable by all users there.
+            let set_umask = || {
                 umask(Mode::WGRP | Mode::WOTH);
                 Ok(())
             };
-            // SAFETY: between fork and exec one system call is made: nothing is allocated and no
-            // lock is taken.
-            unsafe { command.pre_exec(for_everybody) };
+            // SAFETY: between fork and exec the closure makes one system call: it allocates nothing
+            // and takes no lock.
+            unsafe { command.pre_exec(set_umask) };
         }
         let mut child = command.spawn().map_err(start)?;
-        // The command holds the writing end: as long as it does, the reader sees no end.
+        // The command holds the write end of the pipe; while it does, the reader sees no end.
         drop(command);
         let read = read_lines(reader, &mut line);
         let status = child.wait().map_err(start)?;
@@ -230,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_program_s_error_holds_all_it_wrote() {
+    fn the_error_of_a_failed_program_has_its_output() {
         let error = run(Program::E2fsck, ["-n", "/nonexistent/image"])
             .unwrap_err()
             .to_string();
@@ -239,9 +240,9 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_shown_as_they_are_written_and_kept() {
+    fn lines_are_passed_on_and_returned() {
         let mut seen = Vec::new();
-        let all = Call::new(Program::Mke2fs, ["-V"])
+        let all = Invocation::new(Program::Mke2fs, ["-V"])
             .run(|line| seen.push(line.to_owned()))
             .unwrap();
         assert!(seen.len() >= 2 && seen[0].contains("mke2fs"), "{seen:?}");

@@ -1,11 +1,11 @@
-//! Writing a cpio archive as the kernel reads it: format *newc*,
-//! `Documentation/driver-api/early-userspace/buffer-format.rst`.
+//! Writes a cpio archive in the kernel's format *newc*
+//! (`Documentation/driver-api/early-userspace/buffer-format.rst`).
 
-/// An archive in the making; everything in it belongs to root and has the time zero, so equal
-/// contents make equal archives.
+/// An archive under construction. Every entry belongs to root and has time zero, so equal contents
+/// give equal archives.
 pub(crate) struct Archive {
     bytes: Vec<u8>,
-    /// Numbers the entries: two with one number would be hard links.
+    /// The number of the last entry: entries with equal numbers would be hard links.
     inode: u32,
 }
 
@@ -54,7 +54,7 @@ impl Archive {
             1, // links
             0, // time
             content.len() as u32,
-            0, // device it lies on
+            0, // device of the file
             0,
             major,
             minor,
@@ -72,7 +72,7 @@ impl Archive {
         self.pad();
     }
 
-    /// Header with name, and content, each end at a multiple of four.
+    /// Pads the header with its name, and the content, to a multiple of four bytes.
     fn pad(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
@@ -86,7 +86,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn cpio_unpacks_what_was_put_in() {
+    fn cpio_unpacks_the_archive() {
         let mut archive = Archive::new();
         archive.dir("bin");
         archive.file("bin/one", 0o755, b"content");

@@ -1,51 +1,51 @@
-//! What can go wrong when a template or a seed drive is made.
+//! The errors of building a template or a seed drive.
 
 use crate::command::CommandError;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// An error of the guest room. Messages name the thing, what is wrong with it, and the way out.
+/// Why building a template or a seed drive failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An outside program is missing or failed; holds all it wrote.
+    /// An external program is missing or failed; includes its whole output.
     #[error(transparent)]
     Command(#[from] CommandError),
     /// A file operation failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
-        /// On what.
+        /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
-    /// A field of a recipe cannot be passed to the programs that cook it.
-    #[error("the recipe's {field} {value:?} cannot be used: {reason}")]
+    /// A field of a recipe cannot be passed to the programs of the build.
+    #[error("the recipe's {field} {value:?} is invalid: {reason}")]
     Recipe {
         /// The field.
         field: &'static str,
         /// Its value.
         value: String,
-        /// What would be right.
+        /// The valid values.
         reason: &'static str,
     },
-    /// A field of a seed drive cannot be written so that every reader reads the same.
-    #[error("the seed drive's {field} {value:?} cannot be used: {reason}")]
+    /// A field of a seed drive cannot be written unambiguously.
+    #[error("the seed drive's {field} {value:?} is invalid: {reason}")]
     Seed {
         /// The field.
         field: &'static str,
         /// Its value.
         value: String,
-        /// What would be right.
+        /// The valid values.
         reason: &'static str,
     },
-    /// The archive's packages do not hold what the guest is made of.
-    #[error("the archive's kernel package cannot be used: {0}; build with the suite bookworm, or report it")]
+    /// The archive's kernel package lacks expected content.
+    #[error("cannot use the archive's kernel package: {0}; build with the suite bookworm, or report a bug")]
     Kernel(String),
-    /// A file system is still mounted in a scratch directory, so it is not removed.
-    #[error("{} is still mounted: unmount it (umount {}) and run the build again", .0.display(), .0.display())]
+    /// A file system is still mounted in a scratch directory, which is therefore not removed.
+    #[error("{} is still mounted; unmount it (umount {}) and run the build again", .0.display(), .0.display())]
     StillMounted(PathBuf),
 }
 

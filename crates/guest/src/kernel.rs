@@ -1,5 +1,4 @@
-//! The kernel's package: which version it holds, its image in the form that boots fastest, its
-//! modules.
+//! The kernel package: its version, the image in the form that boots fastest, and the modules.
 
 use crate::error::Error;
 use crate::lz4;
@@ -14,7 +13,7 @@ pub(crate) struct KernelPackage {
 }
 
 impl KernelPackage {
-    /// Reads the version from what was unpacked to `dir`.
+    /// Opens the package that was unpacked to `dir`, and determines the version.
     pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
         let modules = dir.join("lib/modules");
         let mut versions = Vec::new();
@@ -27,37 +26,38 @@ impl KernelPackage {
                 version: version.to_string_lossy().into_owned(),
             }),
             _ => Err(Error::Kernel(format!(
-                "it holds the modules of {} kernels",
+                "it contains the modules of {} kernels instead of one",
                 versions.len()
             ))),
         }
     }
 
-    /// The kernel to boot: the ELF image where it can be had. Its unpacking, 0.4 s of an emulated
-    /// CPU, is then paid once and not at each boot, and it is the only form that every hypervisor
-    /// takes (QEMU by its PVH note). Else the bzImage as it is.
+    /// Returns the kernel to boot: the ELF image if it can be extracted, otherwise the bzImage.
+    ///
+    /// An ELF image is decompressed once instead of at each boot, which saves 0.4 s of an emulated
+    /// CPU. It is also the only form that every hypervisor boots (QEMU by its PVH note).
     pub(crate) fn image(&self) -> Result<Vec<u8>, Error> {
         let path = self.dir.join("boot").join(format!("vmlinuz-{}", self.version));
-        let packed = fs::read(&path).map_err(Error::io("read", &path))?;
-        let elf = payload(&packed)
-            .and_then(lz4::unpack)
+        let bzimage = fs::read(&path).map_err(Error::io("read", &path))?;
+        let elf = payload(&bzimage)
+            .and_then(lz4::decompress)
             .filter(|image| image.starts_with(b"\x7fELF"));
         if elf.is_none() {
             tracing::warn!(
                 version = self.version,
-                "the kernel is not packed with LZ4: guests unpack it at each boot"
+                "the kernel is not compressed with LZ4; guests decompress it at each boot"
             );
         }
-        Ok(elf.unwrap_or(packed))
+        Ok(elf.unwrap_or(bzimage))
     }
 
-    /// The static busybox that was fetched with the kernel.
+    /// Returns the static busybox that was downloaded with the kernel.
     pub(crate) fn busybox(&self) -> Result<Vec<u8>, Error> {
         let path = self.dir.join("bin/busybox");
         fs::read(&path).map_err(Error::io("read", &path))
     }
 
-    /// The file of a module; `None` when it is built into the kernel.
+    /// Returns the file of a module; `None` if it is built into the kernel.
     pub(crate) fn module(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         let dir = self.dir.join("lib/modules").join(&self.version);
         let file = format!("{name}.ko");
@@ -80,7 +80,7 @@ fn is_file(path: &str, file: &str) -> bool {
 fn find(dir: &Path, file: &str) -> Result<Option<PathBuf>, Error> {
     for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let entry = entry.map_err(Error::io("read", dir))?;
-        let kind = entry.file_type().map_err(Error::io("look at", entry.path()))?;
+        let kind = entry.file_type().map_err(Error::io("read the type of", entry.path()))?;
         if kind.is_dir() {
             if let Some(path) = find(&entry.path(), file)? {
                 return Ok(Some(path));
@@ -92,8 +92,8 @@ fn find(dir: &Path, file: &str) -> Result<Option<PathBuf>, Error> {
     Ok(None)
 }
 
-/// The packed kernel inside a bzImage. Offsets are those of the boot protocol
-/// (`Documentation/arch/x86/boot.rst`, 2.08 and later).
+/// Returns the compressed kernel inside a bzImage. Offsets are those of the boot protocol
+/// (`Documentation/arch/x86/boot.rst`, version 2.08 and later).
 fn payload(image: &[u8]) -> Option<&[u8]> {
     if image.get(0x202..0x206)? != b"HdrS" {
         return None;
@@ -106,7 +106,7 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
     if protocol < 0x0208 {
         return None;
     }
-    // Sectors of real-mode code behind the first; zero stands for four.
+    // Number of real-mode sectors after the first; zero means four.
     let setup = match image[0x1f1] {
         0 => 4,
         sectors => usize::from(sectors),
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_payload_is_where_the_boot_protocol_says() {
+    fn the_payload_is_found_by_the_boot_protocol() {
         let mut image = vec![0; 4096];
         image[0x1f1] = 1;
         image[0x202..0x206].copy_from_slice(b"HdrS");

@@ -1,30 +1,30 @@
-//! What goes into a guest: the template it boots from, and the seed drive that tells it who it is.
+//! Builds what a guest boots from: the Debian template, and the seed drive with its identity.
 //!
-//! A template is Debian, installed by `mmdebstrap` from its own archive and made ready for being
-//! cloned: nothing in it belongs to one machine. What does, a guest reads at each boot from its
-//! seed drive; of that, keys and addresses never reach its disk. The files that go into a guest lie
-//! in this crate under `files/`, to be read and checked as what they are.
+//! A template is Debian, installed by `mmdebstrap` from Debian's archive and prepared for cloning:
+//! it contains nothing that belongs to a single machine. A guest reads its identity from its seed
+//! drive at each boot; keys and addresses are never written to its disk. The files that go into a
+//! guest are in this crate's folder `files/`, where they can be read and checked as they are.
 //!
-//! All of it is synchronous; [`build`] runs for a minute or two.
+//! Everything except [`Agent`] is synchronous; [`build`] takes a minute or two.
 //!
 //! # Layout
 //!
-//! | file | job |
+//! | file | content |
 //! |---|---|
-//! | `recipe` | [`Recipe`]: what a template is made of, and its fingerprint |
+//! | `recipe` | [`Recipe`]: the inputs of a template, and their fingerprint |
 //! | `template` | [`build`]: from a recipe to root file system, kernel and initramfs |
-//! | `archive` | which archive the packages come from |
-//! | `bootstrap` | installing them into a directory, by mmdebstrap |
-//! | `contents`, `files` | making that a guest: its own files, account, units |
-//! | `kernel`, `lz4` | the kernel's package: image and modules |
-//! | `initramfs`, `cpio` | what loads virtio and mounts the root |
-//! | `image` | writing the ext4 image, in user space |
-//! | `scratch`, `cache` | where a build works, and where it keeps what it made |
-//! | `progress` | how far it is |
-//! | `cmdline` | [`kernel_cmdline`]: what the kernel is told when a guest starts |
-//! | `seed` | [`SeedDrive`]: who a guest is |
-//! | `agent` | [`Agent`]: asking a running guest through its agent |
-//! | `command` | the one door to outside programs |
+//! | `mirrors` | chooses the package archive |
+//! | `bootstrap` | installs the packages into a directory, with mmdebstrap |
+//! | `customize`, `embedded` | turns the installation into a guest: own files, account, units |
+//! | `kernel`, `lz4` | the kernel package: image and modules |
+//! | `initramfs`, `cpio` | the initramfs, which loads virtio drivers and mounts the root |
+//! | `mke2fs` | writes the ext4 image, in user space |
+//! | `scratch`, `cache` | the working directory of a build, and finished builds |
+//! | `progress` | progress reports of a build |
+//! | `cmdline` | [`kernel_cmdline`]: the kernel parameters of a guest |
+//! | `seed` | [`SeedDrive`]: the identity of a guest |
+//! | `agent` | [`Agent`]: queries a running guest |
+//! | `command` | runs external programs |
 //!
 //! # Example
 //!
@@ -50,26 +50,26 @@
 //! ```
 
 mod agent;
-mod archive;
 mod bootstrap;
 mod cache;
 mod cmdline;
 mod command;
-mod contents;
 mod cpio;
+mod customize;
+mod embedded;
 mod error;
-mod files;
-mod image;
 mod initramfs;
 mod kernel;
 mod lz4;
+mod mirrors;
+mod mke2fs;
 mod progress;
 mod recipe;
 mod scratch;
 mod seed;
 mod template;
 
-pub use agent::{Agent, AgentError, FileSystem};
+pub use agent::{Agent, AgentError, FsUsage};
 pub use cmdline::kernel_cmdline;
 pub use command::{CommandError, Program, require_programs};
 pub use error::Error;

@@ -1,33 +1,33 @@
-//! What a template is made of, and the name under which the finished one is kept.
+//! The inputs of a template, and the fingerprint under which a finished one is cached.
 
+use crate::embedded;
 use crate::error::Error;
-use crate::files;
 use scalebox_units::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
-/// Raised when the code that builds changes what comes out of it: a template kept by older code is
-/// then built anew.
+/// Incremented when a code change affects the result of a build. Cached templates of older code are
+/// then built again.
 const GENERATION: u32 = 3;
 
-/// What the template `debian-base` is made of.
+/// The inputs of the template `debian-base`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
-    /// The Debian suite: `bookworm` is the one this crate's files are written for and tested with.
+    /// The Debian suite. This crate's files are written for `bookworm` and tested with it.
     pub suite: String,
-    /// The archive, as a URL. `None` takes the one this host's apt is configured with, if it is
-    /// Debian's and has the suite, with its updates and security updates; else mmdebstrap's own
-    /// default.
+    /// URL of the archive. `None` uses the archive that this host's apt is configured with,
+    /// including updates and security updates, if it is Debian's and has the suite; otherwise
+    /// mmdebstrap's default.
     pub mirror: Option<String>,
-    /// The kernel package without a version; the one it depends on is unpacked.
+    /// The kernel metapackage; the versioned package that it depends on is unpacked.
     pub kernel_package: String,
-    /// Packages beyond those that a guest always has.
+    /// Packages in addition to those that every guest has.
     pub extra_packages: Vec<String>,
-    /// The size of the image (sparse). A disk of this size needs no growing.
+    /// Size of the sparse image. A disk of this size need not be grown.
     pub size: Bytes,
 }
 
 impl Default for Recipe {
-    /// Debian 12, 2 GiB: what a VM gets that asks for no size.
+    /// Debian 12 and 2 GiB, the default disk size of a VM.
     fn default() -> Self {
         Recipe {
             suite: "bookworm".to_owned(),
@@ -40,9 +40,9 @@ impl Default for Recipe {
 }
 
 impl Recipe {
-    /// The name of what this recipe makes: the same as long as the recipe, the files that go into
-    /// the guest and this crate's way of building are. It says nothing of the age of the packages:
-    /// who wants newer ones removes what is kept.
+    /// Returns a name for the result of this recipe. It changes with the recipe, the files that go
+    /// into the guest, and this crate's build code. It does not depend on the age of the packages:
+    /// to get newer ones, remove the cached result.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         let mut part = |bytes: &[u8]| {
@@ -55,38 +55,38 @@ impl Recipe {
         part(self.kernel_package.as_bytes());
         part(self.extra_packages.join(" ").as_bytes());
         part(&self.size.as_u64().to_be_bytes());
-        for file in files::IN_GUEST {
+        for file in embedded::GUEST_FILES {
             part(file.path.as_bytes());
             part(&file.mode.to_be_bytes());
             part(file.content.as_bytes());
         }
-        for content in files::BUILD_INPUTS {
+        for content in embedded::BUILD_INPUTS {
             part(content.as_bytes());
         }
         let digest = hash.finalize();
         digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Every field is an argument of a program, or a line of a file it reads: none may be taken for
-    /// something else.
+    /// Checks that no field can be mistaken for an option or another line. Fields become program
+    /// arguments, or lines of files that programs read.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        check("suite", &self.suite, NAME, is_name)?;
-        check("kernel package", &self.kernel_package, NAME, is_name)?;
+        check("suite", &self.suite, NAME_RULE, is_name)?;
+        check("kernel package", &self.kernel_package, NAME_RULE, is_name)?;
         for package in &self.extra_packages {
-            check("package", package, NAME, is_name)?;
+            check("package", package, NAME_RULE, is_name)?;
         }
         if let Some(mirror) = &self.mirror {
             check(
                 "mirror",
                 mirror,
-                "write a URL such as http://mirror.example/debian",
+                "use a URL such as http://mirror.example/debian",
                 is_url,
             )?;
         }
         check(
             "size",
             &self.size.to_string(),
-            "at least 1 GiB and at most 2 TiB, in whole MiB",
+            "must be from 1 GiB to 2 TiB, in whole MiB",
             |_| {
                 let range = Gib::new(1).bytes()..=Gib::new(2048).bytes();
                 range.contains(&self.size) && self.size.as_u64().is_multiple_of(1 << 20)
@@ -95,7 +95,7 @@ impl Recipe {
     }
 }
 
-const NAME: &str = "lower-case letters, digits and + - . only, beginning with a letter or digit";
+const NAME_RULE: &str = "only lower-case letters, digits and + - . are allowed, starting with a letter or digit";
 
 fn check(field: &'static str, value: &str, reason: &'static str, good: impl Fn(&str) -> bool) -> Result<(), Error> {
     if good(value) {
@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_changed_recipe_has_another_fingerprint() {
+    fn changed_recipes_have_other_fingerprints() {
         let recipe = Recipe::default();
         let changed = [
             Recipe {
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_be_taken_for_an_option_or_a_second_line_is_refused() {
+    fn fields_that_look_like_options_or_lines_are_rejected() {
         let recipe = Recipe::default();
         recipe.check().unwrap();
         for bad in [

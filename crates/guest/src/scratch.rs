@@ -1,5 +1,5 @@
-//! Scratch directories of builds: locked while in use, removed with what holds them, swept when
-//! nobody does.
+//! Scratch directories of builds: locked while in use, and removed afterwards, or by a later build
+//! after a crash.
 
 use crate::command::{Program, run};
 use crate::error::Error;
@@ -10,18 +10,18 @@ use std::path::{Path, PathBuf};
 
 const PREFIX: &str = "guest-build-";
 
-/// A directory for one build; removed when dropped.
+/// A directory for one build; removed on drop.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     path: PathBuf,
-    /// Locked: says that the build lives.
+    /// The lock that marks the build as running.
     _lock: File,
 }
 
 impl Scratch {
-    /// Makes one in `work_dir`, after removing those of builds that were interrupted.
+    /// Creates a directory in `work_dir`, after removing those of interrupted builds.
     pub(crate) fn new(work_dir: &Path) -> Result<Self, Error> {
-        // Held over both: a directory that another build has made but not locked yet would look
+        // Locked until the new directory is locked: another build would take an unlocked one for
         // abandoned.
         let _sweeping = lock_dir(work_dir)?;
         sweep(work_dir)?;
@@ -42,12 +42,12 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if let Err(error) = remove_tree(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "a scratch directory stays behind until the next build");
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove a scratch directory; the next build removes it");
         }
     }
 }
 
-/// Waits until this process alone holds the directory.
+/// Locks the directory exclusively; waits for other holders.
 fn lock_dir(path: &Path) -> Result<File, Error> {
     let dir = File::open(path).map_err(Error::io("open", path))?;
     flock(&dir, FlockOperation::LockExclusive).map_err(|errno| Error::io("lock", path)(errno.into()))?;
@@ -64,7 +64,7 @@ fn sweep(work_dir: &Path) -> Result<(), Error> {
         let dir = File::open(&path).map_err(Error::io("open", &path))?;
         match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {
-                tracing::info!(path = %path.display(), "removing what an interrupted build left");
+                tracing::info!(path = %path.display(), "removing the scratch directory of an interrupted build");
                 remove_tree(&path)?;
             }
             Err(Errno::WOULDBLOCK) => {}
@@ -74,12 +74,12 @@ fn sweep(work_dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes a tree. Should anything be mounted in it, such as `/dev`, it says so, and nothing on the
-/// far side of a mount is touched.
+/// Removes a tree. Fails if a file system, such as `/dev`, is mounted in it. Never removes files
+/// across a mount point.
 pub(crate) fn remove_tree(path: &Path) -> Result<(), Error> {
     let table = Path::new("/proc/self/mountinfo");
     let table = fs::read_to_string(table).map_err(Error::io("read", table))?;
-    let real = path.canonicalize().map_err(Error::io("look at", path))?;
+    let real = path.canonicalize().map_err(Error::io("resolve", path))?;
     // The fifth field is the mount point (proc_pid_mountinfo(5)).
     let mounted = table
         .lines()
@@ -107,20 +107,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_build_removes_what_an_interrupted_one_left_and_leaves_a_living_one_alone() {
+    fn interrupted_builds_are_removed_and_running_ones_kept() {
         let work = tempfile::tempdir().unwrap();
         let abandoned = work.path().join(format!("{PREFIX}abandoned"));
         fs::create_dir_all(abandoned.join("root/etc")).unwrap();
         let other = work.path().join("other");
         fs::create_dir(&other).unwrap();
 
-        let living = Scratch::new(work.path()).unwrap();
+        let running = Scratch::new(work.path()).unwrap();
         assert!(!abandoned.exists());
         let second = Scratch::new(work.path()).unwrap();
-        assert!(living.path().exists() && second.path().exists() && other.exists());
+        assert!(running.path().exists() && second.path().exists() && other.exists());
 
-        let path = living.path().to_owned();
-        drop(living);
+        let path = running.path().to_owned();
+        drop(running);
         assert!(!path.exists() && second.path().exists());
     }
 }

@@ -1,10 +1,10 @@
-//! The seed drive: a small FAT image, volume label `cidata`, that tells a guest who it is.
+//! Writes the seed drive: a small FAT image with the volume label `cidata` that contains a guest's
+//! identity.
 //!
-//! It speaks to two readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and
-//! `network-config`, written as JSON, which YAML contains. The guest's own unit
-//! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: a line `KEY=VALUE` for
-//! each fact, the value as it is to the end of the line, without quotes; `dns` may stand several
-//! times.
+//! It has two readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and
+//! `network-config`, written as JSON, which is a subset of YAML. The guest's own unit
+//! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: one line `KEY=VALUE` per
+//! fact, where the value extends unquoted to the end of the line. `dns` may occur several times.
 
 use crate::error::Error;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
@@ -17,46 +17,44 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use tempfile::NamedTempFile;
 
-/// By which a guest finds the drive; NoCloud's name for it.
+/// The volume label by which a guest finds the drive, as defined by NoCloud.
 const LABEL: [u8; 11] = *b"cidata     ";
 
-/// 1 MiB: hundreds of times what is in it.
+/// 1 MiB, hundreds of times the content's size.
 const IMAGE_BYTES: usize = 1 << 20;
 
-/// What a guest is told.
+/// The identity of a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SeedDrive {
-    /// Names the machine for good. A guest that reads another one than at its last boot is a clone
-    /// of the machine it was: it makes itself new host keys and a new machine id. 1 to 128 letters,
-    /// digits, `-`, `_` and `.`.
+    /// The machine's permanent id: 1 to 128 letters, digits, `-`, `_` and `.`. A guest that reads
+    /// another id than at its last boot is a clone, and creates new host keys and a new machine id.
     pub instance_id: String,
     /// The guest's host name.
     pub hostname: VmName,
     /// The key that the account `user` accepts.
     pub ssh_public_key: SshPublicKey,
-    /// Of the network card that gets the address, in the order in which the bytes are sent.
+    /// MAC of the network interface that gets the address, in transmission order.
     pub mac: [u8; 6],
-    /// The guest's own address, with its network's prefix length.
+    /// The guest's address, with the prefix length of its network.
     pub address: Ipv4Net,
     /// The default route: another address of the same network.
     pub gateway: Ipv4Addr,
-    /// Name servers, the first asked first.
+    /// Name servers, in order of preference.
     pub dns: Vec<Ipv4Addr>,
 }
 
 impl SeedDrive {
-    /// Writes the image to `path`, mode 0600, in place of what is there. It is written beside it
-    /// and renamed: a reader sees the old or the new one. It is not flushed: it is made anew at
-    /// each start of its machine.
+    /// Writes the image to `path` with mode 0600, replacing an existing file. It is written to a
+    /// temporary file and renamed, so a reader sees either the old or the new image. It is not
+    /// flushed, because it is written again at each start of its machine.
     ///
     /// # Errors
-    /// [`Error::Seed`] for a field that does not have its form, before anything is written;
-    /// [`Error::Io`].
+    /// [`Error::Seed`] for an invalid field, before anything is written; [`Error::Io`].
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         self.check()?;
         let image = self.image().map_err(Error::io("write", path))?;
         let dir = path.parent().unwrap_or(Path::new("."));
-        // Made with mode 0600.
+        // Created with mode 0600.
         let mut file = NamedTempFile::new_in(dir).map_err(Error::io("create a file in", dir))?;
         file.write_all(&image).map_err(Error::io("write", path))?;
         file.persist(path)
@@ -101,21 +99,21 @@ impl SeedDrive {
             "growpart": { "mode": "auto", "devices": ["/"] },
             "resize_rootfs": true,
         });
-        // The first line tells cloud-init what kind of user-data this is.
+        // The first line tells cloud-init the type of the user-data.
         format!("#cloud-config\n{config}\n")
     }
 
     fn network_config(&self) -> String {
-        let card: Value = json!({
+        let interface: Value = json!({
             "match": { "macaddress": self.mac() },
             "addresses": [self.address.to_string()],
             "routes": [{ "to": "0.0.0.0/0", "via": self.gateway }],
             "nameservers": { "addresses": self.dns },
         });
-        json!({ "version": 2, "ethernets": { "eth0": card } }).to_string()
+        json!({ "version": 2, "ethernets": { "eth0": interface } }).to_string()
     }
 
-    /// As `02:5b:ac:10:00:02`.
+    /// Formats the MAC as `02:5b:ac:10:00:02`.
     fn mac(&self) -> String {
         self.mac.map(|byte| format!("{byte:02x}")).join(":")
     }
@@ -143,7 +141,7 @@ impl SeedDrive {
         check(
             "instance_id",
             id,
-            "1 to 128 letters, digits, '-', '_' and '.'",
+            "must be 1 to 128 letters, digits, '-', '_' and '.'",
             (1..=128).contains(&id.len()) && id.bytes().all(word),
         )?;
         let own = self.address.addr();
@@ -151,20 +149,20 @@ impl SeedDrive {
         check(
             "address",
             &self.address.to_string(),
-            "a host's address with its network's prefix length, at most 30",
+            "must be a host address with a prefix length of at most 30",
             self.address.prefix_len() <= 30 && !edges.contains(&own),
         )?;
         check(
             "gateway",
             &self.gateway.to_string(),
-            "another host's address in the network of the guest's",
+            "must be another host address in the guest's network",
             self.address.contains(&self.gateway) && self.gateway != own && !edges.contains(&self.gateway),
         )
     }
 }
 
-fn check(field: &'static str, value: &str, reason: &'static str, good: bool) -> Result<(), Error> {
-    if good {
+fn check(field: &'static str, value: &str, reason: &'static str, valid: bool) -> Result<(), Error> {
+    if valid {
         return Ok(());
     }
     Err(Error::Seed {
@@ -202,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn other_programs_read_back_what_was_written() {
+    fn standard_tools_read_the_image() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("seed.img");
         let (drive, image) = (drive(), path.to_str().unwrap());
@@ -212,7 +210,7 @@ mod tests {
         assert_eq!(
             fs::read_dir(dir.path()).unwrap().count(),
             1,
-            "nothing is left beside the image"
+            "no temporary file is left"
         );
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(
@@ -249,18 +247,18 @@ mod tests {
         let user = &read("user-data")["users"][0];
         assert_eq!(user["ssh_authorized_keys"][0], drive.ssh_public_key.as_str());
         assert_eq!(user["uid"], 1000);
-        let card = &read("network-config")["ethernets"]["eth0"];
-        assert_eq!(card["match"]["macaddress"], "52:54:00:ab:cd:01");
-        assert_eq!(card["addresses"][0], "172.16.3.4/16");
-        assert_eq!(card["routes"][0]["via"], "172.16.0.1");
-        assert_eq!(card["nameservers"]["addresses"][1], "192.0.2.2");
+        let interface = &read("network-config")["ethernets"]["eth0"];
+        assert_eq!(interface["match"]["macaddress"], "52:54:00:ab:cd:01");
+        assert_eq!(interface["addresses"][0], "172.16.3.4/16");
+        assert_eq!(interface["routes"][0]["via"], "172.16.0.1");
+        assert_eq!(interface["nameservers"]["addresses"][1], "192.0.2.2");
     }
 
     #[test]
-    fn a_field_that_could_be_read_as_something_else_is_refused_and_named() {
+    fn ambiguous_fields_are_rejected_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("seed.img");
-        let refused = |field: &str, change: &dyn Fn(&mut SeedDrive)| {
+        let check_rejected = |field: &str, change: &dyn Fn(&mut SeedDrive)| {
             let mut drive = drive();
             change(&mut drive);
             match drive.write(&path) {
@@ -269,10 +267,10 @@ mod tests {
             }
             assert!(!path.exists());
         };
-        refused("instance_id", &|drive| drive.instance_id.clear());
-        refused("instance_id", &|drive| drive.instance_id = "a\nhostname=b".into());
-        refused("address", &|drive| drive.address = "172.16.0.0/16".parse().unwrap());
-        refused("gateway", &|drive| drive.gateway = Ipv4Addr::new(10, 0, 0, 1));
-        refused("gateway", &|drive| drive.gateway = drive.address.addr());
+        check_rejected("instance_id", &|drive| drive.instance_id.clear());
+        check_rejected("instance_id", &|drive| drive.instance_id = "a\nhostname=b".into());
+        check_rejected("address", &|drive| drive.address = "172.16.0.0/16".parse().unwrap());
+        check_rejected("gateway", &|drive| drive.gateway = Ipv4Addr::new(10, 0, 0, 1));
+        check_rejected("gateway", &|drive| drive.gateway = drive.address.addr());
     }
 }

@@ -1,13 +1,13 @@
-//! Building a template, from a recipe to the three files that a VM boots from.
+//! Builds a template, from a recipe to the three files that a VM boots from.
 
 use crate::bootstrap::{Bootstrapped, bootstrap};
-use crate::cache::Entry;
+use crate::cache::CacheEntry;
 use crate::command::require_programs;
-use crate::contents;
+use crate::customize;
 use crate::error::Error;
-use crate::image;
 use crate::initramfs;
 use crate::kernel::KernelPackage;
+use crate::mke2fs;
 use crate::progress::{self, Progress};
 use crate::recipe::Recipe;
 use crate::scratch::Scratch;
@@ -15,35 +15,35 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// What a build made. The files are there as long as this value is, or, with a cache, until someone
-/// removes them from it; they are for reading: whoever imports the root file system into a pool
-/// copies it.
+/// The result of a build. Without a cache the files exist as long as this value; with a cache,
+/// until someone removes them from it. Do not modify them: a pool imports a copy of the root file
+/// system.
 #[derive(Debug)]
 pub struct Artifacts {
-    /// The root file system: a bare ext4 image, sparse, cleanly unmounted.
+    /// The root file system: a bare, sparse ext4 image, cleanly unmounted.
     pub rootfs: PathBuf,
-    /// The kernel, for QEMU's `-kernel`: an ELF image (PVH), or a bzImage where it could not be
-    /// unpacked.
+    /// The kernel, for QEMU's `-kernel`: an ELF image (PVH), or a bzImage if the ELF image could
+    /// not be extracted.
     pub kernel: PathBuf,
     /// The initramfs, for `-initrd`.
     pub initrd: PathBuf,
-    /// Keeps the files where there is no cache to keep them.
+    /// Keeps the files if there is no cache.
     _scratch: Option<Scratch>,
 }
 
-/// Builds the recipe's template: a minute or two, a network, root.
+/// Builds the recipe's template. Takes a minute or two, and needs network access and root.
 ///
-/// `work_dir` takes the installed tree (300 MB) for the time of the build, in a directory made and
-/// removed by it; what an interrupted build left there is removed first. With a `cache` directory
-/// the finished files are kept there, under the [fingerprint](Recipe::fingerprint) of the recipe,
-/// and are returned at once when they are there already. A build that fails or is interrupted
-/// leaves nothing that is taken for finished; builds at the same time do not disturb each other,
-/// and of two equal ones with one cache the second waits for the first.
+/// During the build, a temporary directory in `work_dir` holds the installed tree (300 MB);
+/// leftovers of interrupted builds are removed first. With a `cache` directory, the finished files
+/// are kept there under the recipe's [fingerprint](Recipe::fingerprint), and are returned at once
+/// if they exist. A failed or interrupted build leaves nothing that counts as finished. Concurrent
+/// builds do not interfere; of two equal builds with the same cache, the second waits for the
+/// first.
 ///
 /// # Errors
-/// [`Error::Recipe`] before anything is done; [`Error::Command`] with all that a failed program
-/// wrote; [`Error::Io`]; [`Error::Kernel`] when the archive's kernel package is not what this crate
-/// knows.
+/// [`Error::Recipe`] before anything is done; [`Error::Command`] with the whole output of a failed
+/// program; [`Error::Io`]; [`Error::Kernel`] if the archive's kernel package lacks expected
+/// content.
 pub fn build(
     recipe: &Recipe,
     work_dir: &Path,
@@ -53,22 +53,22 @@ pub fn build(
     recipe.check()?;
     let Some(cache) = cache else {
         let scratch = Scratch::new(work_dir)?;
-        cook(recipe, scratch.path(), scratch.path(), progress)?;
-        let made = Artifacts::in_dir(scratch.path());
+        build_files(recipe, scratch.path(), scratch.path(), progress)?;
+        let artifacts = Artifacts::in_dir(scratch.path());
         return Ok(Artifacts {
             _scratch: Some(scratch),
-            ..made
+            ..artifacts
         });
     };
-    let entry = Entry::lock(cache, &recipe.fingerprint())?;
+    let entry = CacheEntry::lock(cache, &recipe.fingerprint())?;
     if let Some(finished) = entry.finished() {
         return Ok(Artifacts::in_dir(finished));
     }
     let scratch = Scratch::new(work_dir)?;
     let out = entry.start()?;
-    if let Err(error) = cook(recipe, scratch.path(), out, progress) {
+    if let Err(error) = build_files(recipe, scratch.path(), out, progress) {
         if let Err(undo) = entry.discard() {
-            tracing::warn!(error = %undo, "what the failed build left in the cache stays until the next one");
+            tracing::warn!(error = %undo, "cannot remove a failed build from the cache; the next build removes it");
         }
         return Err(error);
     }
@@ -90,8 +90,8 @@ const ROOTFS: &str = "rootfs.ext4";
 const KERNEL: &str = "vmlinux";
 const INITRD: &str = "initrd.img";
 
-/// Makes the three files in `out`, with `scratch` for everything on the way.
-fn cook(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn Progress) -> Result<(), Error> {
+/// Creates the three files in `out`, using `scratch` for intermediate files.
+fn build_files(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn Progress) -> Result<(), Error> {
     require_programs()?;
     let Bootstrapped { root, kernel } = bootstrap(recipe, scratch, progress)?;
     let package = KernelPackage::open(&kernel)?;
@@ -100,10 +100,10 @@ fn cook(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn Progress
     write_flushed(&out.join(KERNEL), &package.image()?)?;
     write_flushed(&out.join(INITRD), &initramfs::build(&package)?)?;
 
-    progress.step(progress::CONTENTS);
-    contents::furnish(&root, &kernel, &package.version)?;
+    progress.step(progress::CUSTOMIZE);
+    customize::customize(&root, &kernel, &package.version)?;
 
-    image::write(&root, &out.join(ROOTFS), recipe.size, progress)
+    mke2fs::write(&root, &out.join(ROOTFS), recipe.size, progress)
 }
 
 fn write_flushed(path: &Path, content: &[u8]) -> Result<(), Error> {

@@ -1,7 +1,7 @@
-//! Builds the real template (or takes it from the cache: `SCALEBOX_CACHE`, else a directory beside
-//! the test binaries) and looks at what is in it. That it boots is seen by the daemon's tests,
-//! which boot it.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
+//! Builds the real template, or takes it from the cache, and checks its content. The cache is
+//! `SCALEBOX_CACHE`, by default a directory next to the test binaries. The daemon's tests boot the
+//! template.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "an error fails the test")]
 
 use scalebox_guest::{Artifacts, Recipe, build};
 use std::env;
@@ -18,34 +18,34 @@ fn output(program: &str, args: &[&str]) -> String {
     all
 }
 
-/// Looks into an ext4 image without mounting it.
+/// Reads an ext4 image without mounting it.
 struct Image<'a>(&'a str);
 
 impl Image<'_> {
-    fn ask(&self, request: &str) -> String {
+    fn query(&self, request: &str) -> String {
         output("debugfs", &["-R", request, self.0])
     }
 
     fn cat(&self, path: &str) -> String {
-        let text = self.ask(&format!("cat {path}"));
+        let text = self.query(&format!("cat {path}"));
         assert!(!text.contains("File not found"), "{path}: {text}");
-        // The first line on standard error is debugfs' version; standard output comes before it.
+        // debugfs writes its version to standard error; standard output comes before it.
         text.split("debugfs 1.").next().unwrap().to_owned()
     }
 
     fn has(&self, path: &str) -> bool {
-        !self.ask(&format!("stat {path}")).contains("File not found")
+        !self.query(&format!("stat {path}")).contains("File not found")
     }
 
     fn stat(&self, path: &str) -> String {
-        let stat = self.ask(&format!("stat {path}"));
+        let stat = self.query(&format!("stat {path}"));
         assert!(!stat.contains("File not found"), "{path}: {stat}");
         stat
     }
 }
 
 fn template() -> Artifacts {
-    // As scaleboxd does: what is for everybody in the guest must not depend on it.
+    // As scaleboxd does: permissions in the guest must not depend on the umask.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let beside = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
     let cache = env::var_os("SCALEBOX_CACHE").map_or(beside.join("scalebox-cache"), PathBuf::from);
@@ -60,19 +60,19 @@ fn template() -> Artifacts {
 }
 
 #[test]
-fn the_template_is_a_guest_for_anyone_and_carries_nobody_s_identity() {
+fn the_template_is_complete_and_has_no_identity() {
     let made = template();
     let path = made.rootfs.to_str().unwrap();
     let image = Image(path);
 
-    an_image_that_disks_are_cloned_from(&made.rootfs);
-    an_account_that_takes_keys_only(&image);
-    nothing_of_one_machine(&image);
-    units_and_modules(&image);
-    boot_files(&made);
+    check_file_system(&made.rootfs);
+    check_account(&image);
+    check_no_identity(&image);
+    check_units_and_modules(&image);
+    check_boot_files(&made);
 }
 
-fn an_image_that_disks_are_cloned_from(rootfs: &Path) {
+fn check_file_system(rootfs: &Path) {
     let path = rootfs.to_str().unwrap();
     output("e2fsck", &["-f", "-n", path]);
     let size = fs::metadata(rootfs).unwrap();
@@ -88,7 +88,7 @@ fn an_image_that_disks_are_cloned_from(rootfs: &Path) {
             .any(|line| line.starts_with("Filesystem state:") && line.ends_with("clean"))
     );
 
-    // What a VM's disk is made by: grown, without a check in between.
+    // As for a VM's disk: grown without a check in between.
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     let disk = disk.to_str().unwrap();
@@ -97,7 +97,7 @@ fn an_image_that_disks_are_cloned_from(rootfs: &Path) {
     output("e2fsck", &["-f", "-n", disk]);
 }
 
-fn an_account_that_takes_keys_only(image: &Image) {
+fn check_account(image: &Image) {
     let passwd = image.cat("/etc/passwd");
     assert!(passwd.contains("user:x:1000:1000::/home/user:/bin/bash"), "{passwd}");
     assert!(image.cat("/etc/shadow").contains("user:*:"), "the password is locked");
@@ -112,8 +112,8 @@ fn an_account_that_takes_keys_only(image: &Image) {
     }
 }
 
-fn nothing_of_one_machine(image: &Image) {
-    assert!(!image.ask("ls -p /etc/ssh").contains("ssh_host_"), "host keys");
+fn check_no_identity(image: &Image) {
+    assert!(!image.query("ls -p /etc/ssh").contains("ssh_host_"), "host keys");
     assert_eq!(image.cat("/etc/machine-id"), "");
     for path in [
         "/etc/hostname",
@@ -129,7 +129,7 @@ fn nothing_of_one_machine(image: &Image) {
     assert!(resolver.contains("../run/scalebox/resolv.conf"), "{resolver}");
 }
 
-fn units_and_modules(image: &Image) {
+fn check_units_and_modules(image: &Image) {
     for (path, content) in [
         ("/usr/lib/systemd/system/scalebox-seed.service", "apply-seed"),
         ("/usr/lib/scalebox/apply-seed", "cidata"),
@@ -161,7 +161,7 @@ fn units_and_modules(image: &Image) {
     let masked = image.stat("/etc/systemd/system/apt-daily.timer");
     assert!(masked.contains("/dev/null"), "{masked}");
 
-    let modules = image.ask("ls -p /usr/lib/modules");
+    let modules = image.query("ls -p /usr/lib/modules");
     let version = modules
         .split('/')
         .find(|word| word.contains("-cloud-amd64"))
@@ -181,14 +181,14 @@ fn units_and_modules(image: &Image) {
         ("/var/lib/scalebox".to_owned(), "Mode:  0755"),
     ] {
         let stat = image.stat(&path);
-        assert!(stat.contains(mode), "everybody may read {path}: {stat}");
+        assert!(stat.contains(mode), "all users may read {path}: {stat}");
     }
 }
 
-fn boot_files(made: &Artifacts) {
+fn check_boot_files(made: &Artifacts) {
     assert!(
         fs::read(&made.kernel).unwrap().starts_with(b"\x7fELF"),
-        "the kernel is unpacked"
+        "the kernel is decompressed"
     );
     let list = Command::new("cpio")
         .args(["--list", "--quiet"])

@@ -1,26 +1,26 @@
-//! Which address and which port a new VM gets. No I/O: what is in use is what the caller has
-//! claimed.
+//! Allocates the address and the port of a new VM. No I/O: only the caller's claims count as in
+//! use.
 
 use crate::config::NetConfig;
 use crate::error::{Error, Result};
 use std::collections::HashSet;
 use std::net::Ipv4Addr;
 
-/// An address and a port that belong to one VM until they are released.
+/// The address and the port of one VM, until they are released.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Lease {
     /// The guest's address.
     pub guest_ip: Ipv4Addr,
-    /// The host's port that leads to its port 22.
+    /// The host port that is forwarded to the guest's port 22.
     pub ssh_port: u16,
 }
 
-/// The addresses and ports of a network, and who has them.
+/// The addresses and ports of a network, and which of them are in use.
 ///
-/// The search begins after the last one given out (next-fit), not at the first: an address and a
-/// port that were just freed come back last, so that a client's `known_hosts` does not meet another
-/// machine's key at once. After a restart, [`occupy`](Addresses::occupy) the leases of the state
-/// file, oldest VM first, and the search goes on behind the newest.
+/// The search starts after the last one allocated (next-fit), not at the first. A freed address or
+/// port is reused last, so that a client's `known_hosts` does not soon meet another machine's key.
+/// After a restart, call [`occupy`](Addresses::occupy) with the leases of the state file, oldest VM
+/// first; the search continues after the newest.
 #[derive(Debug, Clone)]
 pub struct Addresses {
     config: NetConfig,
@@ -31,7 +31,7 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// All free.
+    /// Creates an allocator with everything free.
     pub fn new(config: &NetConfig) -> Addresses {
         Addresses {
             ips: HashSet::new(),
@@ -42,12 +42,13 @@ impl Addresses {
         }
     }
 
-    /// Takes the next free address and the next free port that is `usable`, which is asked once a
-    /// port at most; what [`port_is_free_on_host`](crate::port_is_free_on_host) says belongs there.
+    /// Claims the next free address, and the next free port for which `usable` returns true.
+    /// `usable` is called at most once per port;
+    /// [`port_is_free_on_host`](crate::port_is_free_on_host) is meant for it.
     ///
     /// # Errors
     ///
-    /// [`Error::NoFreeAddress`] or [`Error::NoFreePort`]; then nothing is taken.
+    /// [`Error::NoFreeAddress`] or [`Error::NoFreePort`]; then nothing is claimed.
     pub fn claim(&mut self, usable: impl FnMut(u16) -> bool) -> Result<Lease> {
         let guest_ip = self.next_ip()?;
         let ssh_port = self.next_port(usable)?;
@@ -56,8 +57,8 @@ impl Addresses {
         Ok(lease)
     }
 
-    /// Marks a lease of the state file as taken. It may lie outside a range that has changed since:
-    /// it stays the VM's.
+    /// Marks a lease of the state file as in use. It may be outside of a range that has changed
+    /// since; the VM keeps it.
     pub fn occupy(&mut self, lease: Lease) {
         self.ips.insert(lease.guest_ip);
         self.ports.insert(lease.ssh_port);
@@ -69,13 +70,13 @@ impl Addresses {
         }
     }
 
-    /// Gives a lease back. Giving back what is free changes nothing.
+    /// Releases a lease. Does nothing if it is free.
     pub fn release(&mut self, lease: Lease) {
         self.ips.remove(&lease.guest_ip);
         self.ports.remove(&lease.ssh_port);
     }
 
-    /// How many ports are taken.
+    /// Returns the number of ports in use.
     pub fn in_use(&self) -> usize {
         self.ports.len()
     }
@@ -92,7 +93,7 @@ impl Addresses {
     fn next_port(&self, mut usable: impl FnMut(u16) -> bool) -> Result<u16> {
         let (min, max) = self.config.ports().into_inner();
         let mut skipped = 0;
-        // The cast is exact: the walk stays between two ports.
+        // The cast is exact: every value is between two ports.
         for port in after(self.last_port.into(), min.into(), max.into()).map(|port| port as u16) {
             if self.ports.contains(&port) {
                 continue;
@@ -112,7 +113,7 @@ impl Addresses {
     }
 }
 
-/// `first..=last`, once around, beginning behind `here`.
+/// Iterates over `first..=last` once, starting after `here` and wrapping around.
 fn after(here: u32, first: u32, last: u32) -> impl Iterator<Item = u32> {
     let start = if (first..last).contains(&here) { here + 1 } else { first };
     (start..=last).chain(first..start)
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_freed_port_is_not_the_next_one_given_out() {
+    fn a_freed_port_is_not_reused_next() {
         let mut addresses = addresses("10.0.0.0/24", 22001..=22010);
         let first = addresses.claim(|_| true).expect("free");
         assert_eq!((first.guest_ip, first.ssh_port), (Ipv4Addr::new(10, 0, 0, 2), 22001));
@@ -138,13 +139,13 @@ mod tests {
     }
 
     #[test]
-    fn after_a_restart_the_search_goes_on_behind_the_newest_vm() {
+    fn after_a_restart_the_search_continues_after_the_newest_vm() {
         let mut addresses = addresses("10.0.0.0/24", 22001..=22010);
         addresses.occupy(Lease {
             guest_ip: Ipv4Addr::new(10, 0, 0, 7),
             ssh_port: 22006,
         });
-        // Of an older configuration: it stays taken, and the search is not led outside the range.
+        // From an older configuration: it stays in use, and the search stays within the range.
         addresses.occupy(Lease {
             guest_ip: Ipv4Addr::new(192, 168, 0, 9),
             ssh_port: 40000,
@@ -154,29 +155,29 @@ mod tests {
     }
 
     #[test]
-    fn exhausted_ports_are_a_clear_error() {
+    fn exhausted_ports_are_reported() {
         let mut addresses = addresses("10.0.0.0/24", 22001..=22003);
         addresses.claim(|_| true).expect("free");
         addresses.claim(|_| true).expect("free");
         let before = addresses.clone();
         let error = addresses
             .claim(|_| false)
-            .expect_err("a program has the last one")
+            .expect_err("another program uses the last port")
             .to_string();
         assert!(
             error.starts_with("no free port in 22001..22003: 2 are forwarded to VMs, 1 are in use by other"),
             "{error}"
         );
-        assert_eq!(addresses.ips, before.ips, "nothing is taken by a refusal");
+        assert_eq!(addresses.ips, before.ips, "a failed claim takes nothing");
     }
 
     #[test]
-    fn exhausted_addresses_are_a_clear_error() {
+    fn exhausted_addresses_are_reported() {
         let mut addresses = addresses("10.0.0.0/30", 22001..=22100);
         let only = addresses.claim(|_| true).expect("free");
         let error = addresses
             .claim(|_| true)
-            .expect_err("one guest fits in a /30")
+            .expect_err("a /30 has room for one guest")
             .to_string();
         assert!(error.starts_with("no free address in 10.0.0.0/30"), "{error}");
         addresses.release(only);
@@ -184,10 +185,10 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is claimed and released in whatever order: never twice at a time, never
-        /// outside, and an error only when there is really nothing left.
+        /// Checks leases under any order of claims and releases. No lease is handed out twice, none
+        /// is out of range, and errors occur only if nothing is left.
         #[test]
-        fn no_two_leases_meet(
+        fn leases_never_overlap(
             prefix in 26u8..=30,
             ports in 1u16..=40,
             steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..200),

@@ -1,121 +1,122 @@
-//! A firewall's chains, as far as they decide what becomes of a guest's packets; and the walk of a
-//! packet through them.
+//! A firewall's chains, as far as they affect guests' packets, and the simulation of a packet's way
+//! through them.
 //!
-//! Not every condition of a rule can be answered for a packet that was never sent: a port, a mark,
-//! a rate. Such a rule *may* match. A rule that may match and names the bridge or the guests'
-//! subnet was written by somebody who thought of them: its `accept` counts. So does one for all
-//! that comes or goes by a card of the host. Any other that may match counts for nothing: it is
-//! about some packets, and the question is what becomes of the rest.
+//! Some conditions of a rule cannot be evaluated for a hypothetical packet: a port, a mark, a rate.
+//! Such a rule *may* match. If a rule that may match names the bridge or the guests' subnet, its
+//! author had guests in mind: its `accept` counts. So does the `accept` of a rule for all traffic
+//! of one of the host's uplinks. Any other rule that may match is ignored: it concerns some
+//! packets, and the question is what happens to the rest.
 
 use ipnet::Ipv4Net;
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
-/// How deep chains may call one another before the walk gives up: more than the kernel's own limit
-/// of 16.
+/// Maximum depth of chains that jump to one another. The kernel's own limit is 16.
 const MAX_DEPTH: usize = 32;
 
 /// The chains of one table, by name.
 pub(crate) type Chains = HashMap<String, Vec<Rule>>;
 
-/// One rule: what it does with packets for which all conditions hold.
+/// A rule: the action for packets that match all conditions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Rule {
     pub(crate) conditions: Vec<Condition>,
     pub(crate) action: Action,
 }
 
-/// What a rule does.
+/// The action of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
     Accept,
-    /// Drops, or rejects with an answer.
+    /// Drops the packet, or rejects it with an error.
     Drop,
     Return,
     Jump(String),
     Goto(String),
-    /// Counts, logs, marks.
+    /// Counts, logs or marks the packet.
     Continue,
 }
 
-/// What a rule asks of a packet.
+/// A condition of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Condition {
     InInterface(Vec<String>),
     OutInterface(Vec<String>),
-    /// Words of `ct state`.
+    /// Values of `ct state`.
     State(Vec<String>),
-    /// Its destination was translated.
+    /// The packet's destination was translated (DNAT).
     DestinationTranslated,
     Source(Vec<Addresses>),
     Destination(Vec<Addresses>),
     DestinationPort(Vec<RangeInclusive<u16>>),
     Not(Box<Condition>),
-    /// Only for packets of IPv6, or others that no guest sends.
+    /// Holds only for IPv6 packets, or others that no guest sends.
     Never,
-    /// Anything else.
+    /// A condition that cannot be evaluated.
     Unknown,
 }
 
-/// Addresses from the first to the last.
+/// An inclusive range of addresses.
 pub(crate) type Addresses = RangeInclusive<Ipv4Addr>;
 
-/// All addresses of a network.
+/// Returns all addresses of a network.
 pub(crate) fn all_of(network: Ipv4Net) -> Addresses {
     network.network()..=network.broadcast()
 }
 
-/// A packet, as far as it is known.
+/// The known properties of a hypothetical packet.
 #[derive(Debug, Clone)]
 pub(crate) struct Packet<'a> {
     pub(crate) bridge: &'a str,
-    /// The host's cards, one of which leads to the network.
+    /// The host's uplink interfaces; one of them leads to the network.
     pub(crate) uplinks: &'a [String],
-    /// Comes from the bridge; else it goes there, or the host itself is its destination.
+    /// The packet enters by the bridge.
     pub(crate) from_bridge: bool,
+    /// The packet leaves by the bridge; otherwise by another interface, or it is for the host.
     pub(crate) to_bridge: bool,
-    /// Belongs to a connection that is there; else it begins one.
+    /// Whether the packet belongs to an existing connection; otherwise it starts one.
     pub(crate) established: bool,
     pub(crate) destination_translated: bool,
-    /// `None`: any address there is.
+    /// `None`: any address.
     pub(crate) source: Option<Addresses>,
     pub(crate) destination: Option<Addresses>,
     pub(crate) destination_port: Option<u16>,
 }
 
-/// Whether something holds for a packet.
+/// Whether a condition holds for a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fit {
+enum Match {
     Yes,
     No,
     Perhaps,
 }
 
-impl Fit {
-    fn of(holds: bool) -> Fit {
-        if holds { Fit::Yes } else { Fit::No }
+impl Match {
+    fn of(holds: bool) -> Match {
+        if holds { Match::Yes } else { Match::No }
     }
 }
 
-/// What becomes of a packet.
+/// The fate of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Accept,
     Drop,
 }
 
-/// How far a rule, and those that led to it, are known to match.
+/// How certainly a packet reaches a rule. `certain`: the rule and those that jumped to it match for
+/// certain. `named`: one of them names the guests.
 #[derive(Debug, Clone, Copy)]
-struct Path {
+struct Certainty {
     certain: bool,
     named: bool,
 }
 
 impl Packet<'_> {
-    /// What the chain `name` does with the packet; `None` when it comes to the chain's end.
+    /// Returns the verdict of the chain `name`; `None` if the packet reaches the end of the chain.
     pub(crate) fn walk(&self, chains: &Chains, name: &str) -> Option<Verdict> {
-        let begin = Path {
+        let begin = Certainty {
             certain: true,
             named: false,
         };
@@ -125,38 +126,41 @@ impl Packet<'_> {
         }
     }
 
-    fn walk_chain(&self, chains: &Chains, name: &str, path: Path, depth: usize) -> Step {
+    fn walk_chain(&self, chains: &Chains, name: &str, certainty: Certainty, depth: usize) -> Step {
         let rules = chains.get(name).filter(|_| depth < MAX_DEPTH);
-        let mut comes_here = path.certain;
+        let mut certain_here = certainty.certain;
         for rule in rules.into_iter().flatten() {
-            let Some((fit, named)) = self.fit_all(&rule.conditions) else {
+            let Some((matched, named)) = self.match_all(&rule.conditions) else {
                 continue;
             };
-            let path = Path {
-                certain: comes_here && fit == Fit::Yes,
-                named: path.named || named,
+            let certainty = Certainty {
+                certain: certain_here && matched == Match::Yes,
+                named: certainty.named || named,
             };
-            // What may have gone back does not come to the rules behind for sure.
-            comes_here &= fit == Fit::Yes || rule.action != Action::Return;
-            match (self.act(chains, &rule.action, path, depth), &rule.action) {
+            // After a `return` that may have matched, it is no longer certain that the packet
+            // reaches the following rules.
+            certain_here &= matched == Match::Yes || rule.action != Action::Return;
+            match (self.act(chains, &rule.action, certainty, depth), &rule.action) {
                 (Step::Verdict(verdict), _) => return Step::Verdict(verdict),
                 (Step::Return, _) => return Step::Return,
-                // What is sent to another chain for good does not come back here.
-                (Step::End, Action::Goto(_)) if path.certain => return Step::End,
+                // A packet that certainly left for another chain by goto does not return.
+                (Step::End, Action::Goto(_)) if certainty.certain => return Step::End,
                 (Step::End, _) => {}
             }
         }
         Step::End
     }
 
-    fn act(&self, chains: &Chains, action: &Action, path: Path, depth: usize) -> Step {
+    fn act(&self, chains: &Chains, action: &Action, certainty: Certainty, depth: usize) -> Step {
         match action {
-            // Replies are accepted by every firewall in use; what a rule about them asks is not
-            // worth a doubt.
-            Action::Accept if path.certain || path.named || self.established => Step::Verdict(Verdict::Accept),
-            Action::Drop if path.certain => Step::Verdict(Verdict::Drop),
-            Action::Return if path.certain => Step::Return,
-            Action::Jump(chain) | Action::Goto(chain) => match self.walk_chain(chains, chain, path, depth + 1) {
+            // Every common firewall accepts replies, so the other conditions of such a rule are
+            // assumed to hold.
+            Action::Accept if certainty.certain || certainty.named || self.established => {
+                Step::Verdict(Verdict::Accept)
+            }
+            Action::Drop if certainty.certain => Step::Verdict(Verdict::Drop),
+            Action::Return if certainty.certain => Step::Return,
+            Action::Jump(chain) | Action::Goto(chain) => match self.walk_chain(chains, chain, certainty, depth + 1) {
                 Step::Return => Step::End,
                 other => other,
             },
@@ -164,24 +168,24 @@ impl Packet<'_> {
         }
     }
 
-    /// `None` when a condition does not hold; else whether all do, and whether one of them names
-    /// the bridge or the guests' subnet.
-    fn fit_all(&self, conditions: &[Condition]) -> Option<(Fit, bool)> {
-        let (mut all, mut named) = (Fit::Yes, false);
+    /// Evaluates all conditions of a rule. Returns `None` if one does not hold; otherwise whether
+    /// all hold for certain, and whether one of them names the bridge or the guests' subnet.
+    fn match_all(&self, conditions: &[Condition]) -> Option<(Match, bool)> {
+        let (mut all, mut named) = (Match::Yes, false);
         for condition in conditions {
-            match self.fit(condition) {
-                Fit::No => return None,
-                Fit::Perhaps => {
-                    all = Fit::Perhaps;
-                    named |= self.is_by_uplink(condition);
+            match self.evaluate(condition) {
+                Match::No => return None,
+                Match::Perhaps => {
+                    all = Match::Perhaps;
+                    named |= self.names_uplink(condition);
                 }
-                Fit::Yes => named |= self.is_named_by(condition),
+                Match::Yes => named |= self.names_guests(condition),
             }
         }
         Some((all, named))
     }
 
-    fn is_named_by(&self, condition: &Condition) -> bool {
+    fn names_guests(&self, condition: &Condition) -> bool {
         let everywhere = |ranges: &[Addresses]| ranges.iter().any(|range| range.start().is_unspecified());
         match condition {
             Condition::InInterface(names) | Condition::OutInterface(names) => {
@@ -192,50 +196,50 @@ impl Packet<'_> {
         }
     }
 
-    fn is_by_uplink(&self, condition: &Condition) -> bool {
+    fn names_uplink(&self, condition: &Condition) -> bool {
         match condition {
             Condition::InInterface(names) | Condition::OutInterface(names) => {
-                let means = |uplink: &String| names.iter().any(|name| matches_interface(name, uplink));
-                self.uplinks.iter().any(means)
+                let matches = |uplink: &String| names.iter().any(|name| interface_matches(name, uplink));
+                self.uplinks.iter().any(matches)
             }
             _ => false,
         }
     }
 
-    fn fit(&self, condition: &Condition) -> Fit {
+    fn evaluate(&self, condition: &Condition) -> Match {
         match condition {
-            Condition::InInterface(names) => self.fit_interface(self.from_bridge, names),
-            Condition::OutInterface(names) => self.fit_interface(self.to_bridge, names),
+            Condition::InInterface(names) => self.match_interface(self.from_bridge, names),
+            Condition::OutInterface(names) => self.match_interface(self.to_bridge, names),
             Condition::State(words) => {
                 let state = if self.established { "established" } else { "new" };
-                Fit::of(words.iter().any(|word| word == state))
+                Match::of(words.iter().any(|word| word == state))
             }
-            Condition::DestinationTranslated => Fit::of(self.destination_translated),
-            Condition::Source(ranges) => fit_addresses(self.source.as_ref(), ranges),
-            Condition::Destination(ranges) => fit_addresses(self.destination.as_ref(), ranges),
+            Condition::DestinationTranslated => Match::of(self.destination_translated),
+            Condition::Source(ranges) => match_addresses(self.source.as_ref(), ranges),
+            Condition::Destination(ranges) => match_addresses(self.destination.as_ref(), ranges),
             Condition::DestinationPort(ports) => match self.destination_port {
-                None => Fit::Perhaps,
-                Some(port) => Fit::of(ports.iter().any(|range| range.contains(&port))),
+                None => Match::Perhaps,
+                Some(port) => Match::of(ports.iter().any(|range| range.contains(&port))),
             },
-            Condition::Not(condition) => match self.fit(condition) {
-                Fit::Yes => Fit::No,
-                Fit::No => Fit::Yes,
-                Fit::Perhaps => Fit::Perhaps,
+            Condition::Not(condition) => match self.evaluate(condition) {
+                Match::Yes => Match::No,
+                Match::No => Match::Yes,
+                Match::Perhaps => Match::Perhaps,
             },
-            Condition::Never => Fit::No,
-            Condition::Unknown => Fit::Perhaps,
+            Condition::Never => Match::No,
+            Condition::Unknown => Match::Perhaps,
         }
     }
 
-    fn fit_interface(&self, is_bridge: bool, names: &[String]) -> Fit {
-        let means_bridge = names.iter().any(|name| matches_interface(name, self.bridge));
-        match (is_bridge, means_bridge) {
-            (true, _) => Fit::of(means_bridge),
-            // Another interface, and which is not known. A rule for all of them holds; one for the
-            // loopback does not.
-            (false, _) if names.iter().any(|name| matches!(name.as_str(), "*" | "+")) => Fit::Yes,
-            (false, _) if names.iter().all(|name| name == "lo" || name == self.bridge) => Fit::No,
-            (false, _) => Fit::Perhaps,
+    fn match_interface(&self, is_bridge: bool, names: &[String]) -> Match {
+        let pattern_matches = names.iter().any(|name| interface_matches(name, self.bridge));
+        match (is_bridge, pattern_matches) {
+            (true, _) => Match::of(pattern_matches),
+            // Another interface, which one is unknown. A rule for all interfaces matches; one for
+            // the loopback does not.
+            (false, _) if names.iter().any(|name| matches!(name.as_str(), "*" | "+")) => Match::Yes,
+            (false, _) if names.iter().all(|name| name == "lo" || name == self.bridge) => Match::No,
+            (false, _) => Match::Perhaps,
         }
     }
 }
@@ -244,35 +248,35 @@ impl Packet<'_> {
 enum Step {
     Verdict(Verdict),
     Return,
-    /// The next rule.
+    /// Continue with the next rule.
     End,
 }
 
-/// nftables writes `br-*`, iptables `br-+`.
-fn matches_interface(pattern: &str, name: &str) -> bool {
+/// Matches an interface pattern: `br-*` in nftables, `br-+` in iptables.
+fn interface_matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_suffix(['*', '+']) {
         Some(prefix) => name.starts_with(prefix),
         None => pattern == name,
     }
 }
 
-fn fit_addresses(packet: Option<&Addresses>, ranges: &[Addresses]) -> Fit {
+fn match_addresses(packet: Option<&Addresses>, ranges: &[Addresses]) -> Match {
     let everything = |range: &Addresses| range.start().is_unspecified() && range.end().is_broadcast();
     if ranges.iter().any(everything) {
-        return Fit::Yes;
+        return Match::Yes;
     }
-    let Some(packet) = packet else { return Fit::Perhaps };
+    let Some(packet) = packet else { return Match::Perhaps };
     if ranges
         .iter()
         .any(|range| range.contains(packet.start()) && range.contains(packet.end()))
     {
-        return Fit::Yes;
+        return Match::Yes;
     }
     let touches = |range: &Addresses| range.start() <= packet.end() && packet.start() <= range.end();
     if ranges.iter().any(touches) {
-        Fit::Perhaps
+        Match::Perhaps
     } else {
-        Fit::No
+        Match::No
     }
 }
 
@@ -315,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn only_rules_that_surely_match_drop_and_those_that_name_the_guests_may_accept() {
+    fn only_certain_matches_drop_but_rules_that_name_guests_may_accept() {
         let interface = |name: &str| Condition::InInterface(vec![name.to_owned()]);
         let network = |text: &str| Condition::Source(vec![all_of(text.parse().expect("a network"))]);
         let jump = |chain: &str| Action::Jump(chain.to_owned());
@@ -361,7 +365,7 @@ mod tests {
                 "{conditions:?} {action:?}"
             );
         }
-        let gone = [rule(&[], Action::Goto("back".to_owned())), rule(&[], Action::Drop)];
-        assert_eq!(verdict(&gone), None, "what goes to another chain does not come back");
+        let rules = [rule(&[], Action::Goto("back".to_owned())), rule(&[], Action::Drop)];
+        assert_eq!(verdict(&rules), None, "goto does not return");
     }
 }

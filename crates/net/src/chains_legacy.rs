@@ -1,12 +1,12 @@
-//! Chains of the older kind of iptables, which nftables does not see, read from what
-//! `iptables-legacy-save` says.
+//! Parses the chains of iptables-legacy, which nftables does not show, from the output of
+//! `iptables-legacy-save`.
 
 use crate::chains::{Action, Addresses, Chains, Condition, Rule, Verdict, all_of};
 use ipnet::Ipv4Net;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
-/// The table `filter`: the policy of each chain that has one, and all chains.
+/// The table `filter`: the policies of its base chains, and all chains.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Table {
     pub(crate) policies: Vec<(String, Verdict)>,
@@ -14,7 +14,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Reads the text.
+    /// Parses the program's output.
     pub(crate) fn read(text: &str) -> Table {
         let mut table = Table::default();
         for line in text.lines() {
@@ -37,7 +37,7 @@ impl Table {
     }
 }
 
-/// Splits a line as the program quotes it: words of several parts stand in double quotes.
+/// Splits a line into words; words with spaces are in double quotes.
 fn words(line: &str) -> Vec<String> {
     let (mut words, mut word, mut quoted) = (Vec::new(), None::<String>, false);
     let mut characters = line.chars();
@@ -68,7 +68,7 @@ fn rule(options: &[String]) -> Rule {
             negated = true;
             continue;
         }
-        // An option's values are the words up to the next option.
+        // The values of an option are the words up to the next option.
         let mut values = Vec::new();
         while let Some(value) = options.next_if(|word| !word.starts_with('-') && *word != "!") {
             values.push(value);
@@ -95,13 +95,13 @@ fn target(name: &str) -> Action {
         "ACCEPT" | "NFQUEUE" | "QUEUE" => Action::Accept,
         "DROP" | "REJECT" => Action::Drop,
         "RETURN" => Action::Return,
-        // Targets of the kernel have names in capitals, and so may chains: a chain that is not
-        // there has no rules.
+        // A chain may have a name in capitals, like the kernel's targets. A chain that does not
+        // exist has no rules.
         other => Action::Jump(other.to_owned()),
     }
 }
 
-/// `None` for an option that asks nothing of a packet.
+/// Returns `None` for an option that is not a condition.
 fn condition(option: &str, value: &str) -> Option<Condition> {
     let listed = || value.split(',').map(str::to_lowercase).collect::<Vec<_>>();
     Some(match option {
@@ -112,8 +112,8 @@ fn condition(option: &str, value: &str) -> Option<Condition> {
         "--ctstate" | "--state" => Condition::State(listed()),
         "--ctstatus" if value == "DNAT" => Condition::DestinationTranslated,
         "--dport" | "--dports" => Condition::DestinationPort(listed().iter().filter_map(|text| ports(text)).collect()),
-        // `-m NAME` loads what the options behind it ask; how a packet is rejected or logged asks
-        // nothing.
+        // `-m NAME` only loads the match of the following options; the rest controls how a packet
+        // is rejected or logged.
         "-m" | "--comment" | "--reject-with" | "--log-prefix" | "--log-level" => return None,
         _ => Condition::Unknown,
     })
@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_is_read_with_its_policies_and_quotes() {
+    fn policies_and_quoted_words_are_parsed() {
         let table = Table::read(
             "# Generated\n*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [0:0]\n:mine - [0:0]\n\
              -A FORWARD -i br-+ ! -o eth0 -m comment --comment \"a \\\"b\\\" -j DROP\" -j mine\n\

@@ -1,5 +1,6 @@
-//! Chains of nftables, read from what `nft -j` says (`man libnftables-json`). What `iptables` keeps
-//! in nftables is read too: its matches that nft does not know are shown by their name alone.
+//! Parses nftables chains from the output of `nft -j` (`man libnftables-json`), including those
+//! that `iptables` keeps in nftables. Of iptables matches that nft does not understand, only the
+//! name is known.
 
 use crate::chains::{Action, Addresses, Chains, Condition, Rule, all_of};
 use ipnet::Ipv4Net;
@@ -8,17 +9,17 @@ use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
-/// A table's chains, and its named sets and maps.
+/// The chains of a table, and its named sets and maps.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     pub(crate) chains: Chains,
-    /// Whether `iptables` put something in there.
+    /// Whether `iptables` created rules in this table.
     pub(crate) by_iptables: bool,
     sets: HashMap<String, Vec<Value>>,
 }
 
 impl Table {
-    /// Reads the items of `nft -j list table`.
+    /// Parses the items of `nft -j list table`.
     pub(crate) fn read(items: &[Value]) -> Table {
         let mut table = Table::default();
         for set in items.iter().flat_map(|item| [&item["set"], &item["map"]]) {
@@ -40,7 +41,7 @@ impl Table {
         table
     }
 
-    /// A rule; several where a map decides what it does.
+    /// Parses a rule; returns several rules if a verdict map determines the action.
     fn rules(&self, expressions: &[Value]) -> Vec<Rule> {
         let mut conditions = Vec::new();
         let mut rules = Vec::new();
@@ -54,8 +55,9 @@ impl Table {
                     Xt::Condition(condition) => conditions.extend(condition),
                     Xt::Action(action) => rules.push((None, action)),
                 },
-                "vmap" => rules.extend(self.by_map(value)),
-                // A limit, a set that is updated: some packets pass, others do not.
+                "vmap" => rules.extend(self.vmap_entries(value)),
+                // A limit, or a set that is updated by packets: some packets pass and others do
+                // not.
                 "limit" | "set" | "quota" | "connlimit" | "ct count" => conditions.push(Condition::Unknown),
                 _ => rules.extend(action(kind, value).map(|action| (None, action))),
             }
@@ -67,8 +69,8 @@ impl Table {
         rules.into_iter().map(with).collect()
     }
 
-    /// The elements of a map whose keys lead to verdicts.
-    fn by_map(&self, map: &Value) -> Vec<(Option<Condition>, Action)> {
+    /// Returns the entries of a verdict map as pairs of condition and action.
+    fn vmap_entries(&self, map: &Value) -> Vec<(Option<Condition>, Action)> {
         let elements = match &map["data"] {
             Value::String(name) => name.strip_prefix('@').and_then(|name| self.sets.get(name)),
             data => data["set"].as_array(),
@@ -102,7 +104,7 @@ impl Table {
         }
     }
 
-    /// Whether what stands left is one of `values`.
+    /// Returns the condition that `left` is one of `values`.
     fn comparison(&self, left: &Value, values: &[Value]) -> Condition {
         let words = || -> Vec<String> {
             values
@@ -135,7 +137,7 @@ enum Xt {
     Action(Action),
 }
 
-/// A match or a target of `iptables`, of which the name is all that is known.
+/// Parses a match or a target of `iptables`, of which only the name is known.
 fn xt(value: &Value) -> Xt {
     match (value["type"].as_str(), value["name"].as_str()) {
         (Some("target"), Some("REJECT" | "DROP" | "STEAL" | "TARPIT")) => Xt::Action(Action::Drop),
@@ -149,7 +151,7 @@ fn xt(value: &Value) -> Xt {
 fn action(kind: &str, value: &Value) -> Option<Action> {
     let target = || value["target"].as_str().map(str::to_owned);
     match kind {
-        // What a program is to decide is that program's affair.
+        // `queue` passes the packet to a program; assume that it accepts.
         "accept" | "queue" => Some(Action::Accept),
         "drop" | "reject" => Some(Action::Drop),
         "return" => Some(Action::Return),
@@ -159,7 +161,7 @@ fn action(kind: &str, value: &Value) -> Option<Action> {
     }
 }
 
-/// An element may be wrapped, to have a comment or a timeout.
+/// Unwraps an element that has a comment or a timeout.
 fn plain(value: &Value) -> &Value {
     match &value["elem"]["val"] {
         Value::Null => value,

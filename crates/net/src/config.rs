@@ -1,25 +1,26 @@
-//! Which bridge, which subnet, which ports: checked once, here, so that nothing below has to.
+//! The settings of a network: bridge, subnet and ports. They are checked here once.
 
 use crate::error::{Error, Result};
 use ipnet::Ipv4Net;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
-/// Longest name of an interface, in bytes (`IFNAMSIZ` less the closing zero).
-const MAX_NAME: usize = 15;
+/// Maximum length of an interface name (`IFNAMSIZ` minus the terminating zero).
+const MAX_NAME_BYTES: usize = 15;
 
-/// Names that mean something else under `/proc/sys/net/ipv4/conf`.
+/// Names with a special meaning under `/proc/sys/net/ipv4/conf`.
 const RESERVED: [&str; 3] = ["all", "default", "lo"];
 
-/// What no guest reaches, whatever the settings say: link-local addresses, behind which clouds keep
-/// their hosts' credentials (169.254.169.254); multicast; what is reserved, broadcast included.
-const NEVER_REACHED: [Ipv4Net; 3] = [
+/// Networks that no guest can reach, whatever the settings. They are link-local addresses, where
+/// clouds serve their hosts' credentials (169.254.169.254); multicast; and reserved addresses,
+/// including broadcast.
+const ALWAYS_DENIED: [Ipv4Net; 3] = [
     Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
     Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
     Ipv4Net::new_assert(Ipv4Addr::new(240, 0, 0, 0), 4),
 ];
 
-/// Networks that are not the internet: private ones (RFC 1918) and those of carriers (RFC 6598).
+/// Networks that are not part of the internet: private (RFC 1918) and carrier-grade NAT (RFC 6598).
 pub const PRIVATE_NETWORKS: [Ipv4Net; 4] = [
     Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
     Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
@@ -27,8 +28,7 @@ pub const PRIVATE_NETWORKS: [Ipv4Net; 4] = [
     Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
 ];
 
-/// The settings of one network. Two networks with different bridges and subnets live side by side
-/// on one host.
+/// The settings of one network. Networks with different bridges and subnets can coexist on a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetConfig {
     bridge: String,
@@ -39,12 +39,12 @@ pub struct NetConfig {
 }
 
 impl NetConfig {
-    /// Checks and takes the settings. Host bits of `subnet` are ignored: `172.16.5.1/16` is
+    /// Validates the settings. Host bits of `subnet` are ignored: `172.16.5.1/16` becomes
     /// `172.16.0.0/16`.
     ///
     /// # Errors
     ///
-    /// [`Error::BridgeName`], [`Error::Subnet`] (prefix outside /8 to /30, or not unicast),
+    /// [`Error::BridgeName`], [`Error::Subnet`] (prefix length not from 8 to 30, or not unicast),
     /// [`Error::Ports`].
     ///
     /// ```
@@ -67,20 +67,20 @@ impl NetConfig {
             bridge: bridge.to_owned(),
             subnet,
             ports,
-            denied: Ipv4Net::aggregate(&NEVER_REACHED.to_vec()),
+            denied: Ipv4Net::aggregate(&ALWAYS_DENIED.to_vec()),
             resolvers: Vec::new(),
         })
     }
 
-    /// The same, with further networks that guests do not reach.
+    /// Adds networks that guests cannot reach.
     #[must_use]
-    pub fn denying(mut self, networks: &[Ipv4Net]) -> NetConfig {
+    pub fn with_denied(mut self, networks: &[Ipv4Net]) -> NetConfig {
         self.denied.extend(networks.iter().map(Ipv4Net::trunc));
         self.denied = Ipv4Net::aggregate(&self.denied);
         self
     }
 
-    /// The same, with resolvers that guests may ask, wherever they are.
+    /// Sets the resolvers that guests may query, even if they are in a denied network.
     #[must_use]
     pub fn with_resolvers(mut self, resolvers: &[Ipv4Addr]) -> NetConfig {
         self.resolvers = resolvers.to_vec();
@@ -89,8 +89,8 @@ impl NetConfig {
         self
     }
 
-    /// The networks that guests do not reach, besides the host and each other; apart from one
-    /// another, in order.
+    /// Returns the networks that guests cannot reach, in addition to the host and each other. They
+    /// are disjoint and sorted.
     pub fn denied(&self) -> &[Ipv4Net] {
         &self.denied
     }
@@ -99,30 +99,31 @@ impl NetConfig {
         &self.resolvers
     }
 
-    /// The bridge's name.
+    /// Returns the bridge's name.
     pub fn bridge(&self) -> &str {
         &self.bridge
     }
 
-    /// The subnet of the guests, without host bits.
+    /// Returns the guests' subnet, without host bits.
     pub fn subnet(&self) -> Ipv4Net {
         self.subnet
     }
 
-    /// The host's ports that are forwarded to guests, both ends included.
+    /// Returns the range of host ports that are forwarded to guests.
     pub fn ports(&self) -> RangeInclusive<u16> {
         self.ports.clone()
     }
 
-    /// The bridge's own address and the guests' default route: the first host of the subnet.
+    /// Returns the bridge's own address, which is the guests' default route: the first host of the
+    /// subnet.
     pub fn gateway(&self) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.subnet.network().to_bits() + 1)
     }
 
-    /// Whether a guest can have this address.
+    /// Checks that a guest can have this address.
     pub(crate) fn check_guest(&self, ip: Ipv4Addr) -> Result<()> {
-        let nobodys = [self.subnet.network(), self.gateway(), self.subnet.broadcast()];
-        if self.subnet.contains(&ip) && !nobodys.contains(&ip) {
+        let reserved = [self.subnet.network(), self.gateway(), self.subnet.broadcast()];
+        if self.subnet.contains(&ip) && !reserved.contains(&ip) {
             Ok(())
         } else {
             Err(Error::NotAGuestAddress {
@@ -133,14 +134,14 @@ impl NetConfig {
     }
 }
 
-/// The kernel allows nearly any byte in a name. This one also becomes a path below `/proc/sys` and
-/// a word in a rule.
+/// The kernel allows almost any byte in a name. This name also becomes a path below `/proc/sys` and
+/// a word in rules.
 fn check_bridge(name: &str) -> Result<()> {
     let plain = name
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-    let begins_with_a_letter = name.starts_with(|c: char| c.is_ascii_alphabetic());
-    if plain && begins_with_a_letter && name.len() <= MAX_NAME && !RESERVED.contains(&name) {
+    let starts_with_letter = name.starts_with(|c: char| c.is_ascii_alphabetic());
+    if plain && starts_with_letter && name.len() <= MAX_NAME_BYTES && !RESERVED.contains(&name) {
         Ok(())
     } else {
         Err(Error::BridgeName(name.to_owned()))
@@ -150,11 +151,11 @@ fn check_bridge(name: &str) -> Result<()> {
 fn check_subnet(subnet: Ipv4Net) -> Result<()> {
     let first = subnet.network();
     let why = if subnet.prefix_len() > 30 {
-        "has no room for a gateway and a guest"
+        "is too small for a gateway and a guest"
     } else if subnet.prefix_len() < 8 {
-        "is wider than a /8"
+        "is larger than a /8"
     } else if first.is_loopback() || first.is_multicast() || first.is_link_local() || first.octets()[0] == 0 {
-        "is not for ordinary hosts"
+        "is not a range for ordinary hosts"
     } else if first.octets()[0] >= 240 {
         "is reserved"
     } else {
@@ -172,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bridge_name_is_nothing_but_a_name() {
+    fn invalid_bridge_names_are_rejected() {
         let too_long = "a".repeat(16);
         for name in [
             "", "all", "default", "lo", "../x", "a b", "a\"b", "a;b", "0br", "-br", "br*", "b.r", "é", &too_long,
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_subnet_holds_a_gateway_and_a_guest() {
+    fn invalid_subnets_are_rejected() {
         for text in [
             "10.0.0.0/31",
             "10.0.0.1/32",
@@ -214,7 +215,7 @@ mod tests {
 
     #[test]
     #[allow(clippy::reversed_empty_ranges)]
-    fn ports_are_a_range_above_the_well_known_ones() {
+    fn empty_ranges_and_privileged_ports_are_rejected() {
         for ports in [22002..=22001, 22..=23000, 0..=0] {
             assert!(matches!(
                 NetConfig::new("b", subnet("10.0.0.0/24"), ports),

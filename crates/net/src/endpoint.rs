@@ -1,41 +1,40 @@
-//! What one VM gets: a tap, a MAC, an address, a port on the host.
+//! The tap, MAC, address and host port of one VM.
 
 use crate::error::{Error, Result};
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
-/// What the name of a tap of ours begins with. Twelve hex digits follow: 14 bytes of the 15 that a
-/// name may have.
+/// Prefix of our taps' names. Twelve hex digits follow: 14 bytes of the 15 that a name may have.
 const TAP_PREFIX: &str = "sb";
 
-/// Hex digits in a VM's key.
+/// Number of hex digits in a VM's key.
 const KEY_DIGITS: usize = 12;
 
-/// A MAC address. It is shown and read as `02:5b:ac:10:00:02`.
+/// A MAC address, formatted and parsed as `02:5b:ac:10:00:02`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mac([u8; 6]);
 
 impl Mac {
-    /// Locally administered and unicast (the two low bits of the first byte), and ours: a bridge
-    /// whose MAC begins with these was made by this crate.
-    const OURS: [u8; 2] = [0x02, 0x5b];
+    /// Prefix of this crate's MACs: locally administered and unicast (the two low bits of the first
+    /// byte). A bridge with this prefix was created by this crate.
+    const PREFIX: [u8; 2] = [0x02, 0x5b];
 
-    /// The MAC of the machine with this address. Deriving it makes it unique wherever the address
-    /// is, with nothing to remember.
+    /// Derives the MAC of the machine with this address. It is unique wherever the address is, and
+    /// nothing has to be stored.
     pub fn from_ip(ip: Ipv4Addr) -> Mac {
         let [a, b, c, d] = ip.octets();
-        Mac([Mac::OURS[0], Mac::OURS[1], a, b, c, d])
+        Mac([Mac::PREFIX[0], Mac::PREFIX[1], a, b, c, d])
     }
 
-    /// The six bytes, in the order in which they are sent.
+    /// Returns the six bytes, in transmission order.
     pub fn octets(self) -> [u8; 6] {
         self.0
     }
 
-    /// Whether this crate gives out such addresses.
-    pub(crate) fn is_ours(address: &[u8]) -> bool {
-        address.starts_with(&Mac::OURS)
+    /// Returns whether the address has this crate's prefix.
+    pub(crate) fn has_our_prefix(address: &[u8]) -> bool {
+        address.starts_with(&Mac::PREFIX)
     }
 }
 
@@ -46,9 +45,9 @@ impl fmt::Display for Mac {
     }
 }
 
-/// A text that is not a MAC address.
+/// The error for a text that is not a MAC address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no MAC address: write six bytes such as 02:5b:ac:10:00:02")]
+#[error("{0:?} is not a MAC address; write six bytes such as 02:5b:ac:10:00:02")]
 pub struct ParseMacError(String);
 
 impl FromStr for Mac {
@@ -72,19 +71,20 @@ impl FromStr for Mac {
     }
 }
 
-/// How much may pass in each direction, in megabits (10⁶) a second.
+/// A rate limit per direction, in megabits (10⁶ bits) per second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mbps(u32);
 
 impl Mbps {
-    /// So many megabits a second, at least one.
+    /// Creates a limit; zero becomes one megabit per second.
     pub const fn new(megabits: u32) -> Mbps {
         Mbps(if megabits == 0 { 1 } else { megabits })
     }
 
-    /// The most that is held to, 100 Gbit/s, which no guest reaches. nftables multiplies a rate by
-    /// 10⁹ in 64 bits: from 147,574 on it refuses the rate, or takes a small one for it
-    /// (`nft_limit_init`).
+    /// Maximum rate that is enforced: 100 Gbit/s, which no guest reaches.
+    ///
+    /// nftables multiplies a rate by 10⁹ in 64 bits: from 147,574 Mbit/s on it rejects the rate or
+    /// truncates it (`nft_limit_init`).
     const MAX: u32 = 100_000;
 
     pub(crate) fn bytes_per_second(self) -> u64 {
@@ -92,9 +92,9 @@ impl Mbps {
     }
 }
 
-/// Where one VM is on the network, whose its tap is, and how much it may send and receive. All of
-/// it but owner and rate follows from the VM's key, its address and its port, so that the same
-/// three give the same endpoint after a restart.
+/// The network identity of one VM, with the owner of its tap and its rate limit. Everything but
+/// owner and rate is derived from the VM's key, address and port, and is therefore the same after a
+/// restart.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     tap: String,
@@ -105,12 +105,12 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// The endpoint of the VM with the id `vm_key`: 12 hex digits in lower case, with or without
-    /// `vm-` before them.
+    /// Creates the endpoint of the VM with the id `vm_key`: 12 lower-case hex digits, with or
+    /// without the prefix `vm-`.
     ///
     /// # Errors
     ///
-    /// [`Error::VmKey`] for a key of another form.
+    /// [`Error::VmKey`] for a malformed key.
     ///
     /// ```
     /// use scalebox_net::Endpoint;
@@ -133,51 +133,51 @@ impl Endpoint {
         })
     }
 
-    /// The same with a tap that the user `uid` may open, besides root: for a VMM that does so as
-    /// that user. It counts when the tap is made.
+    /// Sets the user that may open the tap besides root, for a VMM that runs as that user. Takes
+    /// effect when the tap is created.
     #[must_use]
     pub fn with_owner(self, uid: u32) -> Endpoint {
         Endpoint { owner: uid, ..self }
     }
 
-    /// The same with another limit on what it may send and receive; `None` for no limit.
+    /// Sets the rate limit per direction; `None` means no limit.
     #[must_use]
     pub fn with_rate(self, rate: Option<Mbps>) -> Endpoint {
         Endpoint { rate, ..self }
     }
 
-    /// The tap's name, for the VMM: 14 bytes.
+    /// Returns the tap's name, 14 bytes long.
     pub fn tap(&self) -> &str {
         &self.tap
     }
 
-    /// The user that may open the tap.
+    /// Returns the user that may open the tap.
     pub fn owner(&self) -> u32 {
         self.owner
     }
 
-    /// The MAC that the guest's card must have; frames from another one are dropped.
+    /// Returns the MAC of the guest's interface; frames with another source are dropped.
     pub fn mac(&self) -> Mac {
         Mac::from_ip(self.guest_ip)
     }
 
-    /// The guest's address; packets from another one are dropped.
+    /// Returns the guest's address; packets with another source are dropped.
     pub fn guest_ip(&self) -> Ipv4Addr {
         self.guest_ip
     }
 
-    /// The limit on what it may send, and on what it may receive.
+    /// Returns the rate limit per direction.
     pub fn rate(&self) -> Option<Mbps> {
         self.rate
     }
 
-    /// The host's port that leads to the guest's port 22.
+    /// Returns the host port that is forwarded to the guest's port 22.
     pub fn ssh_port(&self) -> u16 {
         self.ssh_port
     }
 }
 
-/// Whether an interface's name has the form of our taps.
+/// Returns whether an interface name has the form of our taps.
 pub(crate) fn is_tap_name(name: &str) -> bool {
     name.strip_prefix(TAP_PREFIX).is_some_and(is_key)
 }
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_of_another_form_names_no_tap() {
+    fn malformed_keys_are_rejected() {
         let ip = Ipv4Addr::new(10, 0, 0, 2);
         for key in [
             "",
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mac_is_local_unicast_and_reads_back() {
+    fn macs_are_local_unicast_and_round_trip() {
         let mac = Mac::from_ip(Ipv4Addr::new(172, 16, 255, 254));
         assert_eq!(mac.octets()[0] & 0b11, 0b10);
         assert_eq!(mac.to_string().parse(), Ok(mac));

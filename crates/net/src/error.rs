@@ -1,53 +1,53 @@
-//! What can go wrong, in words that tell the way out.
+//! The errors of this crate, each with a remedy.
 
 use ipnet::Ipv4Net;
 use std::io;
 use std::net::Ipv4Addr;
 
-/// The result of everything in this crate that can fail.
+/// The result of this crate's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why the network is not as asked for.
+/// Why an operation on the network failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A bridge name that the kernel, or a rule, would not take.
+    /// A bridge name that is not valid for the kernel, or in a rule.
     #[error(
-        "{0:?} is no name for a bridge: write 1 to 15 letters, digits, '-' or '_', a letter first, such as scalebox0 (and not all, default or lo)"
+        "{0:?} is not a valid bridge name; use 1 to 15 letters, digits, '-' or '_', starting with a letter, such as scalebox0 (but not all, default or lo)"
     )]
     BridgeName(String),
-    /// A subnet that cannot hold guests.
-    #[error("the subnet {subnet} {why}: use a private one such as 172.16.0.0/16")]
+    /// A subnet that cannot be used for guests.
+    #[error("the subnet {subnet} {why}; use a private one such as 172.16.0.0/16")]
     Subnet {
-        /// What was asked for.
+        /// The subnet.
         subnet: Ipv4Net,
-        /// What is wrong with it.
+        /// The reason.
         why: &'static str,
     },
-    /// A range with nothing in it, or with ports that belong to others.
-    #[error("{min}..{max} is no range of ports for SSH: the first must be at least 1024 and at most the last")]
+    /// A range of ports that is empty or contains privileged ports.
+    #[error("{min}..{max} is not a valid range of SSH ports; the first must be at least 1024 and at most the last")]
     Ports {
         /// The first port.
         min: u16,
         /// The last port.
         max: u16,
     },
-    /// A VM key of another form.
-    #[error("{0:?} is no key of a VM: it is 12 hex digits in lower case, with or without vm- before them")]
+    /// A malformed VM key.
+    #[error("{0:?} is not a VM key; a key is 12 lower-case hex digits, with or without the prefix vm-")]
     VmKey(String),
-    /// An address that guests cannot have.
+    /// An address that a guest cannot have.
     #[error(
-        "{ip} is no guest's address in {subnet}: the first address is the gateway's, network and broadcast are nobody's"
+        "{ip} is not a guest address in {subnet}; the gateway has the first address, and the network and broadcast addresses are reserved"
     )]
     NotAGuestAddress {
         /// The address.
         ip: Ipv4Addr,
-        /// The subnet that it should be in.
+        /// The guests' subnet.
         subnet: Ipv4Net,
     },
-    /// Every address is taken.
-    #[error("no free address in {0}: delete a VM, or set SUBNET to a larger one")]
+    /// Every address of the subnet is in use.
+    #[error("no free address in {0}; delete a VM, or set SUBNET to a larger subnet")]
     NoFreeAddress(Ipv4Net),
-    /// Every port is taken, by us or by other programs.
+    /// Every port is in use, by VMs or by other programs.
     #[error(
         "no free port in {min}..{max}: {used} are forwarded to VMs, {skipped} are in use by other programs; delete a VM, or widen PORT_MIN..PORT_MAX"
     )]
@@ -56,111 +56,111 @@ pub enum Error {
         min: u16,
         /// The last port.
         max: u16,
-        /// How many are VMs'.
+        /// The number of ports forwarded to VMs.
         used: usize,
-        /// How many the caller said are not usable.
+        /// The number of ports that the caller rejected.
         skipped: usize,
     },
-    /// Two VMs with the same port or address.
-    #[error("{what} already belongs to another VM ({owner}): detach that one first, or choose another")]
+    /// Two VMs share a port, an address or a tap.
+    #[error("{what} is in use by another VM ({owner}); detach that VM first, or choose another")]
     Taken {
-        /// The port or address.
+        /// The port, address or tap.
         what: String,
-        /// Whose it is.
+        /// The VM that has it.
         owner: String,
     },
-    /// Something of that name exists and is not ours: it is left alone.
-    #[error("the interface {name} exists and {why}; it is left alone. {way_out}")]
+    /// An existing interface of another owner; it is not changed.
+    #[error("the interface {name} exists and {why}; it was not changed. {remedy}")]
     Foreign {
         /// Its name.
         name: String,
-        /// How we know.
+        /// How its owner was determined.
         why: String,
-        /// What to do.
-        way_out: &'static str,
+        /// The remedy.
+        remedy: &'static str,
     },
-    /// Something of ours was deleted under us.
-    #[error("the interface {0} is gone, something else deleted it: restart the daemon, which makes it anew")]
+    /// One of our interfaces was deleted by another program.
+    #[error("the interface {0} was deleted by another program; restart the daemon, which creates it again")]
     Gone(String),
-    /// Guests would have addresses that the host uses elsewhere.
+    /// The guests' subnet contains addresses that the host uses elsewhere.
     #[error(
-        "the subnet {subnet} overlaps with {address} on {interface}: set SUBNET to a private range that this host does not use"
+        "the subnet {subnet} overlaps with {address} on {interface}; set SUBNET to a private range that this host does not use"
     )]
     Overlap {
-        /// The subnet of the guests.
+        /// The guests' subnet.
         subnet: Ipv4Net,
-        /// The address that is there.
+        /// The existing address.
         address: Ipv4Net,
-        /// Where it is.
+        /// The interface that has it.
         interface: String,
     },
-    /// The kernel refused a change of links or addresses.
+    /// The kernel rejected a change of links or addresses.
     #[error("cannot {action}: {source}; this needs CAP_NET_ADMIN (run as root)")]
     Netlink {
-        /// What was to be done.
+        /// The operation.
         action: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A tap was not made.
+    /// A tap could not be created.
     #[error("cannot {action}: {source}; this needs /dev/net/tun (modprobe tun) and CAP_NET_ADMIN (run as root)")]
     Tap {
-        /// What was to be done.
+        /// The operation.
         action: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A kernel setting that cannot be read or written.
+    /// A kernel setting could not be read or written.
     #[error(
-        "cannot set {key}={value}: {source}; run `sysctl -w {key}={value}` as root, and look whether /proc/sys is writable here"
+        "cannot set {key}={value}: {source}; run `sysctl -w {key}={value}` as root, and check whether /proc/sys is writable"
     )]
     Sysctl {
         /// The key, as `sysctl` writes it.
         key: String,
-        /// The value that is needed.
+        /// The required value.
         value: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The program `nft` is not installed.
-    #[error("the program nft is missing: install the package nftables (apt-get install nftables)")]
+    #[error("the program nft is missing; install the package nftables (apt-get install nftables)")]
     NftMissing,
     /// The program `nft`, or another one that lists rules, could not be run.
     #[error("cannot run {program} to {action}: {source}")]
     NftStart {
-        /// Its name.
+        /// The program's name.
         program: String,
-        /// What was to be done.
+        /// The operation.
         action: String,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
-    /// The program `nft` said no. Nothing was changed: a script is one transaction.
-    #[error("nft could not {action} ({status}), nothing was changed: {output}")]
+    /// The program `nft` failed. Nothing was changed: a script is one transaction.
+    #[error("nft could not {action} ({status}); nothing was changed: {output}")]
     Nft {
-        /// What was to be done.
+        /// The operation.
         action: String,
-        /// How it ended.
+        /// The exit status.
         status: std::process::ExitStatus,
-        /// All that it wrote.
+        /// The program's whole output.
         output: String,
     },
-    /// Our tables hold something that we never put there.
+    /// Our tables contain an element that this crate did not add.
     #[error(
-        "the nftables table {table} holds {what}, which is not ours: remove it with `nft delete table {table}` and restart, which makes the table anew"
+        "the nftables table {table} contains {what}, which Scalebox did not add; run `nft delete table {table}` and restart, which creates the table again"
     )]
     ForeignElement {
         /// Family and name.
         table: String,
-        /// What was found.
+        /// The element.
         what: String,
     },
-    /// A port could not be looked at.
-    #[error("cannot see whether port {port} is free: {source}")]
+    /// A port could not be checked.
+    #[error("cannot check whether port {port} is free: {source}")]
     HostPort {
         /// The port.
         port: u16,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }

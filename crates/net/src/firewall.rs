@@ -1,9 +1,8 @@
-//! Other people's firewall tables that drop what our guests send and receive. They are found and
-//! reported, never changed.
+//! Detects firewalls on the host that drop guests' packets. They are reported, never changed.
 //!
-//! In nftables a packet has to pass the chains of every table: our `accept` does not overrule
-//! another's drop, be it the policy of a chain or a verdict at its end. So each of those chains is
-//! walked with the packets that guests send and receive.
+//! In nftables a packet must pass the chains of every table: our `accept` cannot override another
+//! table's drop, whether by a chain's policy or by a rule. So each such chain is simulated with the
+//! packets that guests send and receive.
 
 use crate::chains::{Addresses, Chains, Packet, Verdict, all_of};
 use crate::config::NetConfig;
@@ -16,59 +15,58 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use tracing::warn;
 
-/// The tables of the older iptables that are in use, by the kernel's word. Of the calling thread's
-/// network namespace.
+/// Names of the iptables-legacy tables in use, in the calling thread's network namespace.
 const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 
-/// A chain of another table that drops packets of guests.
+/// A firewall chain of the host that drops guests' packets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FirewallDrop {
-    /// Where the chain is: `nftables table ip filter`, or `iptables-legacy table filter`.
+    /// The table: `nftables table ip filter`, or `iptables-legacy table filter`.
     pub table: String,
     /// The chain, such as `FORWARD`.
     pub chain: String,
     /// Our bridge.
     pub bridge: String,
-    /// What it drops.
+    /// The traffic that it drops.
     pub dropped: Dropped,
-    manager: Manager,
+    tool: FirewallTool,
 }
 
-/// What a firewall drops.
+/// The traffic of guests that a firewall drops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dropped {
-    /// What guests send, or the replies to that.
+    /// Outgoing connections of guests, or the replies to them.
     Sent,
     /// Connections to guests from other machines.
     Received,
     /// Both.
     All,
-    /// The questions of guests to a resolver that is an address of this host.
-    Questions(Ipv4Addr),
+    /// DNS queries of guests to a resolver that is an address of this host.
+    DnsQueries(Ipv4Addr),
 }
 
-/// Who makes the rules, as their names tell: what changes them must go the same way, or it is gone
-/// at the next reload.
+/// The tool that manages the rules, recognised by their names. Changes must be made with the same
+/// tool, or its next reload discards them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Manager {
+enum FirewallTool {
     Docker,
     Ufw,
     Firewalld,
     /// `iptables`, or `iptables-legacy`.
     Iptables(&'static str),
-    /// Rules of nftables written by hand; the family and the table.
+    /// Hand-written nftables rules; holds the family and the table.
     Nftables(String),
 }
 
 impl FirewallDrop {
-    /// What it keeps from working.
+    /// Describes what does not work.
     pub fn finding(&self) -> String {
         let what = match self.dropped {
-            Dropped::Sent => "what guests send to the network".to_owned(),
+            Dropped::Sent => "outgoing traffic of guests".to_owned(),
             Dropped::Received => "connections from other machines to guests".to_owned(),
-            Dropped::All => "what guests send and receive".to_owned(),
-            Dropped::Questions(resolver) => {
-                format!("the questions of guests to their resolver {resolver}, which is this host")
+            Dropped::All => "outgoing and incoming traffic of guests".to_owned(),
+            Dropped::DnsQueries(resolver) => {
+                format!("DNS queries of guests to their resolver {resolver}, which is this host")
             }
         };
         format!(
@@ -77,55 +75,53 @@ impl FirewallDrop {
         )
     }
 
-    /// The commands that let the bridge through.
+    /// Returns the commands that let the bridge's traffic through.
     pub fn remedy(&self) -> String {
         let FirewallDrop { bridge, chain, .. } = self;
-        let asks = matches!(self.dropped, Dropped::Questions(_));
-        match &self.manager {
-            Manager::Firewalld => {
+        let is_dns = matches!(self.dropped, Dropped::DnsQueries(_));
+        match &self.tool {
+            FirewallTool::Firewalld => {
                 format!("firewall-cmd --permanent --zone=trusted --add-interface={bridge} && firewall-cmd --reload")
             }
-            Manager::Ufw if asks => format!("ufw allow in on {bridge} to any port 53"),
-            Manager::Ufw => format!("ufw route allow in on {bridge} && ufw route allow out on {bridge}"),
-            Manager::Docker | Manager::Iptables(_) if asks => {
+            FirewallTool::Ufw if is_dns => format!("ufw allow in on {bridge} to any port 53"),
+            FirewallTool::Ufw => format!("ufw route allow in on {bridge} && ufw route allow out on {bridge}"),
+            FirewallTool::Docker | FirewallTool::Iptables(_) if is_dns => {
                 let program = self.iptables();
                 format!(
                     "{program} -I {chain} -i {bridge} -p udp --dport 53 -j ACCEPT && {program} -I {chain} -i {bridge} -p tcp --dport 53 -j ACCEPT"
                 )
             }
-            Manager::Docker => format!(
+            FirewallTool::Docker => format!(
                 "iptables -I DOCKER-USER -i {bridge} -j ACCEPT && iptables -I DOCKER-USER -o {bridge} -j ACCEPT"
             ),
-            Manager::Iptables(program) => {
+            FirewallTool::Iptables(program) => {
                 format!("{program} -I {chain} -i {bridge} -j ACCEPT && {program} -I {chain} -o {bridge} -j ACCEPT")
             }
-            Manager::Nftables(table) if asks => {
+            FirewallTool::Nftables(table) if is_dns => {
                 format!(
                     "nft insert rule {table} {chain} iifname {bridge} meta l4proto {{ tcp, udp }} th dport 53 accept"
                 )
             }
-            Manager::Nftables(table) => format!(
+            FirewallTool::Nftables(table) => format!(
                 "nft insert rule {table} {chain} iifname {bridge} accept && nft insert rule {table} {chain} oifname {bridge} accept"
             ),
         }
     }
 
     fn iptables(&self) -> &'static str {
-        match self.manager {
-            Manager::Iptables(program) => program,
+        match self.tool {
+            FirewallTool::Iptables(program) => program,
             _ => "iptables",
         }
     }
 
-    /// Where the rules are kept for the next boot, if the commands do not see to that.
-    fn keeper(&self) -> Option<&'static str> {
-        match self.manager {
-            Manager::Firewalld | Manager::Ufw => None,
-            Manager::Nftables(_) => {
-                Some("write the same rules to /etc/nftables.conf, so that they are there after a reload")
-            }
-            Manager::Docker | Manager::Iptables(_) => {
-                Some("keep them with iptables-persistent, or run them at each boot")
+    /// Returns how to make the commands permanent, if they are not by themselves.
+    fn persistence_hint(&self) -> Option<&'static str> {
+        match self.tool {
+            FirewallTool::Firewalld | FirewallTool::Ufw => None,
+            FirewallTool::Nftables(_) => Some("add the same rules to /etc/nftables.conf to keep them after a reload"),
+            FirewallTool::Docker | FirewallTool::Iptables(_) => {
+                Some("keep the rules with iptables-persistent, or run the commands at each boot")
             }
         }
     }
@@ -133,12 +129,18 @@ impl FirewallDrop {
 
 impl fmt::Display for FirewallDrop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; let the bridge through: {}", self.finding(), self.remedy())?;
-        self.keeper().map_or(Ok(()), |keeper| write!(f, "; {keeper}"))
+        write!(
+            f,
+            "{}; to let the bridge through, run: {}",
+            self.finding(),
+            self.remedy()
+        )?;
+        self.persistence_hint().map_or(Ok(()), |hint| write!(f, "; {hint}"))
     }
 }
 
-/// The chains that drop packets of the guests of `config`, those of the table `own` left out.
+/// Returns the chains that drop packets of the guests of `config`, except for those of the table
+/// `own`.
 pub(crate) async fn drops(config: &NetConfig, own: &str, links: &Links) -> Result<Vec<FirewallDrop>> {
     let here: Vec<Ipv4Addr> = links
         .addresses()
@@ -149,18 +151,18 @@ pub(crate) async fn drops(config: &NetConfig, own: &str, links: &Links) -> Resul
     let resolvers = config.resolvers().iter().filter(|resolver| here.contains(resolver));
     let mut uplinks = links.all().await?;
     uplinks.retain(|link| link.name != "lo" && link.controller.is_none() && !link.is_bridge() && !link.is_tap());
-    let walk = Walk {
+    let simulation = Simulation {
         bridge: config.bridge(),
         uplinks: uplinks.into_iter().map(|link| link.name).collect(),
         subnet: all_of(config.subnet()),
         resolvers: resolvers.copied().collect(),
     };
-    let mut drops = in_nftables(&walk, own).await?;
-    drops.extend(in_legacy(&walk).await);
+    let mut drops = in_nftables(&simulation, own).await?;
+    drops.extend(in_legacy(&simulation).await);
     Ok(drops)
 }
 
-async fn in_nftables(walk: &Walk<'_>, own: &str) -> Result<Vec<FirewallDrop>> {
+async fn in_nftables(simulation: &Simulation<'_>, own: &str) -> Result<Vec<FirewallDrop>> {
     let mut tables: HashMap<(String, String), chains_nft::Table> = HashMap::new();
     let mut drops = Vec::new();
     for item in nft::list(&["chains"]).await? {
@@ -172,7 +174,7 @@ async fn in_nftables(walk: &Walk<'_>, own: &str) -> Result<Vec<FirewallDrop>> {
         let key = (family.to_owned(), table.to_owned());
         if !tables.contains_key(&key) {
             let items = match nft::list(&["table", family, table]).await {
-                // Removed between the listing and now: it drops nothing any more.
+                // Removed since the listing: it drops nothing any more.
                 Err(Error::Nft { output, .. }) if nft::is_gone(&output) => continue,
                 other => other?,
             };
@@ -184,42 +186,42 @@ async fn in_nftables(walk: &Walk<'_>, own: &str) -> Result<Vec<FirewallDrop>> {
             _ => Verdict::Accept,
         };
         let name = text(chain, "name");
-        for dropped in walk.dropped(&read.chains, name, hook, policy) {
+        for dropped in simulation.dropped(&read.chains, name, hook, policy) {
             drops.push(FirewallDrop {
                 table: format!("nftables table {family} {table}"),
                 chain: name.to_owned(),
-                bridge: walk.bridge.to_owned(),
+                bridge: simulation.bridge.to_owned(),
                 dropped,
-                manager: manager(family, table, read),
+                tool: tool(family, table, read),
             });
         }
     }
     Ok(drops)
 }
 
-fn manager(family: &str, table: &str, read: &chains_nft::Table) -> Manager {
+fn tool(family: &str, table: &str, read: &chains_nft::Table) -> FirewallTool {
     if table == "firewalld" {
-        return Manager::Firewalld;
+        return FirewallTool::Firewalld;
     }
-    // Docker's and ufw's chains stand in one table where both are installed; what ufw knows
-    // outlives a reboot.
+    // If both Docker and ufw are installed, their chains are in the same table. Rules of ufw
+    // survive a reboot.
     by_chains(&read.chains).unwrap_or_else(|| match read.by_iptables {
-        true => Manager::Iptables("iptables"),
-        false => Manager::Nftables(format!("{family} {table}")),
+        true => FirewallTool::Iptables("iptables"),
+        false => FirewallTool::Nftables(format!("{family} {table}")),
     })
 }
 
-fn by_chains(chains: &Chains) -> Option<Manager> {
+fn by_chains(chains: &Chains) -> Option<FirewallTool> {
     if chains.keys().any(|name| name.starts_with("ufw-")) {
-        Some(Manager::Ufw)
+        Some(FirewallTool::Ufw)
     } else {
-        chains.contains_key("DOCKER-USER").then_some(Manager::Docker)
+        chains.contains_key("DOCKER-USER").then_some(FirewallTool::Docker)
     }
 }
 
-/// The older iptables' filter, where the kernel has one in use. Not to be able to read it is no
-/// reason to say nothing of nftables.
-async fn in_legacy(walk: &Walk<'_>) -> Vec<FirewallDrop> {
+/// Checks the `filter` table of iptables-legacy, if the kernel uses one. If it cannot be read, the
+/// findings in nftables are still reported.
+async fn in_legacy(simulation: &Simulation<'_>) -> Vec<FirewallDrop> {
     let names = std::fs::read(LEGACY_TABLES).unwrap_or_default();
     if !String::from_utf8_lossy(&names).lines().any(|name| name == "filter") {
         return Vec::new();
@@ -227,7 +229,7 @@ async fn in_legacy(walk: &Walk<'_>) -> Vec<FirewallDrop> {
     let saved = match nft::save_legacy().await {
         Ok(saved) => saved,
         Err(error) => {
-            warn!("cannot see whether the rules of iptables-legacy stand in the way of guests: {error}");
+            warn!("cannot check whether iptables-legacy drops guests' packets: {error}");
             return Vec::new();
         }
     };
@@ -238,37 +240,37 @@ async fn in_legacy(walk: &Walk<'_>) -> Vec<FirewallDrop> {
         let Some((_, hook)) = hooks.iter().find(|(name, _)| name == chain) else {
             continue;
         };
-        for dropped in walk.dropped(&table.chains, chain, hook, *policy) {
+        for dropped in simulation.dropped(&table.chains, chain, hook, *policy) {
             drops.push(FirewallDrop {
                 table: "iptables-legacy table filter".to_owned(),
                 chain: chain.clone(),
-                bridge: walk.bridge.to_owned(),
+                bridge: simulation.bridge.to_owned(),
                 dropped,
-                manager: by_chains(&table.chains).unwrap_or(Manager::Iptables("iptables-legacy")),
+                tool: by_chains(&table.chains).unwrap_or(FirewallTool::Iptables("iptables-legacy")),
             });
         }
     }
     drops
 }
 
-/// The packets that a chain is walked with.
-struct Walk<'a> {
+/// The packets with which chains are simulated.
+struct Simulation<'a> {
     bridge: &'a str,
     uplinks: Vec<String>,
     subnet: Addresses,
-    /// Those that are addresses of this host.
+    /// The resolvers that are addresses of this host.
     resolvers: Vec<Ipv4Addr>,
 }
 
-impl Walk<'_> {
-    /// What the base chain `name` drops of what guests send and receive.
+impl Simulation<'_> {
+    /// Returns which traffic of guests the base chain `name` drops.
     fn dropped(&self, chains: &Chains, name: &str, hook: &str, policy: Verdict) -> Vec<Dropped> {
         let drops = |packet: Packet<'_>| packet.walk(chains, name).unwrap_or(policy) == Verdict::Drop;
         if hook == "input" {
-            let questions = self.resolvers.iter().copied();
-            return questions
-                .filter(|resolver| drops(self.question(*resolver)))
-                .map(Dropped::Questions)
+            let resolvers = self.resolvers.iter().copied();
+            return resolvers
+                .filter(|resolver| drops(self.dns_query(*resolver)))
+                .map(Dropped::DnsQueries)
                 .collect();
         }
         let sent = drops(self.sent(false)) || drops(self.received(true));
@@ -295,7 +297,7 @@ impl Walk<'_> {
         }
     }
 
-    /// A reply to what a guest sent, or a client's first packet through the forward.
+    /// Returns a reply to a guest's packet, or a client's first packet through a forward.
     fn received(&self, established: bool) -> Packet<'_> {
         Packet {
             from_bridge: false,
@@ -308,7 +310,7 @@ impl Walk<'_> {
         }
     }
 
-    fn question(&self, resolver: Ipv4Addr) -> Packet<'_> {
+    fn dns_query(&self, resolver: Ipv4Addr) -> Packet<'_> {
         Packet {
             destination: Some(resolver..=resolver),
             destination_port: Some(53),

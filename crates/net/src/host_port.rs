@@ -1,4 +1,4 @@
-//! Whether a port of the host is taken by another program.
+//! Checks whether a port of the host is in use by another program.
 
 use crate::error::{Error, Result};
 use rustix::io::Errno;
@@ -6,16 +6,17 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, socket_
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-/// Whether no program on this host has the TCP port, on any IPv4 address. A forward goes before a
-/// listener on the same port, so a taken port must be skipped or that program is cut off.
+/// Returns whether no program on this host uses the TCP port, on any IPv4 address. A forward takes
+/// precedence over a listener on the same port, so a used port must be skipped, or the program
+/// becomes unreachable.
 ///
-/// The socket is bound and closed, never listened on: no client can meet it. The answer can be out
-/// of date at once; a program that comes later finds the forward before it.
+/// The socket is bound and closed but never listens, so no client can connect to it. The result may
+/// be outdated at once; a program that binds the port later is shadowed by the forward.
 ///
 /// # Errors
 ///
-/// [`Error::HostPort`] when the kernel does not let us ask (too many open files, a port below 1024
-/// without root).
+/// [`Error::HostPort`] if the check itself fails (too many open files, or a port below 1024 without
+/// root).
 pub fn port_is_free_on_host(port: u16) -> Result<bool> {
     match try_bind(port) {
         Ok(()) => Ok(true),
@@ -34,7 +35,7 @@ fn try_bind(port: u16) -> std::result::Result<(), Errno> {
         SocketFlags::CLOEXEC,
         Some(ipproto::TCP),
     )?;
-    // Else a connection in TIME_WAIT would count as a program; a listener still does.
+    // Otherwise a connection in TIME_WAIT would count as in use. A listener still does.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     bind(&socket, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))
 }

@@ -1,58 +1,61 @@
-//! The network of a Scalebox host: one bridge, one tap a VM, a way out for guests and a way in to
-//! their SSH ports.
+//! The network of a Scalebox host: a bridge, one tap per VM, internet access, and SSH forwards to
+//! guests.
 //!
 //! ```text
-//!   client ── host port 22001 ──┐ DNAT in the kernel          ┌─ tap sb0123456789ab ─ guest 172.16.0.2, sshd on 22
-//!                               ├── bridge scalebox0 ─────────┤
-//!   internet ◄── masquerade ────┘   172.16.0.1/16             └─ tap sb… ─ guest 172.16.0.3
+//!   client ── host port 22001 ──┐ DNAT               ┌─ tap sb0123456789ab ─ guest 172.16.0.2:22
+//!                               ├─ bridge scalebox0 ─┤
+//!   internet ◄── masquerade ────┘  172.16.0.1/16     └─ tap sb… ─ guest 172.16.0.3
 //! ```
 //!
-//! Everything is kept by the kernel: no process of ours carries a packet, so a session through a
-//! forward does not notice that the daemon restarts. [`Network::ensure`] makes what is missing,
-//! [`Network::attach`] and [`Network::detach`] add and take away one VM, [`Network::reconcile`]
-//! puts right what a crash left. All of them may be repeated.
+//! The kernel does all the work: no process of ours carries packets, so a session through a forward
+//! survives a restart of the daemon. [`Network::ensure`] creates what is missing,
+//! [`Network::attach`] and [`Network::detach`] add and remove one VM, and [`Network::reconcile`]
+//! repairs the state after a crash. All of them can be repeated.
 //!
 //! # What a guest can reach
 //!
-//! Whatever lies behind the host's other interfaces, from the host's own address. Nothing else: not
-//! another guest (isolated bridge ports; the host does not route from the bridge back into it,
-//! forwards included), no service of the host on any of its addresses, nothing in `127.0.0.0/8`. A
-//! ping to the gateway is answered, and so are questions to a resolver that is an address of the
-//! host. Frames leave a tap only with the MAC and the IPv4 address of its VM, in IPv4 headers and
-//! ARP alike; IPv6, VLAN tags and everything else is dropped. Where the kernel has no nftables
-//! bridge family, MAC and address are still checked as a pair, but not against the tap: see
+//! A guest can reach everything behind the host's other interfaces, with the host's address as its
+//! source, and nothing else. It cannot reach another guest: bridge ports are isolated, and the host
+//! does not route from the bridge back into it, including forwards. It cannot reach services of the
+//! host on any of its addresses, nor `127.0.0.0/8`. The gateway responds to pings, and a resolver
+//! on an address of the host responds to DNS queries.
+//!
+//! A frame leaves a tap only with the MAC and IPv4 address of its VM, in IPv4 headers and in ARP.
+//! IPv6, VLAN tags and all other protocols are dropped. On kernels without the nftables bridge
+//! family, MAC and address are still checked as a pair, but not against the tap: see
 //! [`Network::guards_taps`].
 //!
-//! # What is changed on the host
+//! # Changes to the host
 //!
 //! * the bridge, its taps, and the nftables tables `ip scalebox_BRIDGE` and `bridge
-//!   scalebox_BRIDGE`; nothing in other tables;
-//! * `net.ipv4.ip_forward=1`. It stays after [`Network::teardown`]: others may have come to need
-//!   it. An installer should make it permanent, before Docker starts: Docker drops forwarded
-//!   packets only where it had to turn forwarding on itself;
-//! * settings of the bridge and the taps alone, which go with them: `route_localnet=1` (so that a
-//!   client on the host can use `127.0.0.1:PORT`), `arp_ignore=1`, `accept_redirects=0`,
+//!   scalebox_BRIDGE`; other tables are not touched;
+//! * `net.ipv4.ip_forward=1`. It stays set after [`Network::teardown`], because other software may
+//!   rely on it by then. An installer should make it permanent before Docker starts: Docker drops
+//!   forwarded packets only if it had to enable forwarding itself;
+//! * settings of the bridge and the taps, which are removed with them: `route_localnet=1` (so that
+//!   a client on the host can use `127.0.0.1:PORT`), `arp_ignore=1`, `accept_redirects=0`,
 //!   `disable_ipv6=1`.
 //!
-//! In nftables a packet must pass the chains of *every* table. A firewall of the host that drops
-//! forwarded packets (Docker, ufw, firewalld) is therefore not overruled by ours, and not touched:
-//! [`Network::firewall_drops`] finds it and says what to do.
+//! In nftables a packet must pass the chains of *every* table. So our rules cannot override a
+//! firewall on the host that drops forwarded packets (Docker, ufw, firewalld), and its rules are
+//! not touched. [`Network::firewall_drops`] detects it and names the remedy.
 //!
 //! # Layout
 //!
-//! * [`config`](NetConfig): which bridge, which subnet, which ports
-//! * [`endpoint`](Endpoint): what one VM gets: tap, MAC, address, port
-//! * [`addresses`](Addresses): which address and port are next; no I/O
-//! * [`host_port`](port_is_free_on_host): whether a port is taken by another program
-//! * [`inspect`](inspect()): looking at a host before anything is made on it
+//! * [`config`](NetConfig): bridge, subnet and ports
+//! * [`endpoint`](Endpoint): the tap, MAC, address and port of one VM
+//! * [`addresses`](Addresses): allocates addresses and ports; no I/O
+//! * [`host_port`](port_is_free_on_host): whether another program uses a port
+//! * [`inspect`](inspect()): checks a host without changing it
 //! * [`resolvers`](host_resolvers): the DNS servers that guests can use
-//! * [`network`](Network): the five operations, as steps with their undo
+//! * [`network`](Network): the operations, as steps with their undo
 //! * `links`: bridge, ports and addresses, by netlink
-//! * `tap`: making a tap: the one thing that netlink cannot do
-//! * `ruleset`: the tables, and the difference between what is there and what should be
-//! * `nft`: the one door to the program `nft`
-//! * [`firewall`](FirewallDrop): other people's tables that stand in the way
-//! * `chains`: the walk of a packet through such tables; `chains_nft` and `chains_legacy` read them
+//! * `tap`: creates a tap, the only step that netlink cannot do
+//! * `ruleset`: the nftables tables, and the difference between actual and desired state
+//! * `nft`: runs the program `nft`
+//! * [`firewall`](FirewallDrop): detects other firewalls that drop guests' packets
+//! * `chains`: simulates a packet's way through such firewalls; `chains_nft` and `chains_legacy`
+//!   parse their rules
 //! * `sysctl`: kernel settings
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Interfaces, bridge ports and addresses, by netlink. The one door to the crate `rtnetlink`.
+//! Interfaces, bridge ports and addresses, by netlink. No other module uses the crate `rtnetlink`.
 
 use crate::endpoint::Mac;
 use crate::error::{Error, Result};
@@ -10,18 +10,18 @@ use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec};
 use std::io;
 use std::net::IpAddr;
 
-/// A conversation with the kernel about the interfaces of one network namespace: that of the thread
-/// which began it.
+/// A netlink connection for the interfaces of one network namespace: that of the thread which
+/// opened it.
 #[derive(Clone)]
 pub(crate) struct Links(Handle);
 
-/// An interface, as far as it matters here.
+/// The properties of an interface that are used here.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
     pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) kind: Option<InfoKind>,
-    /// The index of the bridge that it is a port of.
+    /// Index of the bridge that the interface is a port of.
     pub(crate) controller: Option<u32>,
     pub(crate) mac: Vec<u8>,
     pub(crate) up: bool,
@@ -36,7 +36,7 @@ pub(crate) struct Address {
 }
 
 impl Links {
-    /// Opens the socket and lets the runtime serve it until the last clone is gone.
+    /// Opens the socket. The runtime serves it until the last clone is dropped.
     pub(crate) fn open() -> Result<Links> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(|source| Error::Netlink {
             action: "open a netlink socket".to_owned(),
@@ -46,24 +46,25 @@ impl Links {
         Ok(Links(handle))
     }
 
-    /// The interface of that name, or none.
+    /// Returns the interface of that name, if it exists.
     pub(crate) async fn find(&self, name: &str) -> Result<Option<Link>> {
         let mut found = Box::pin(self.0.link().get().match_name(name).execute());
         match found.try_next().await {
             Ok(message) => Ok(message.map(Link::from)),
             Err(error) if is_missing(&error) => Ok(None),
-            Err(error) => Err(failed(format!("look for the interface {name}"), error)),
+            Err(error) => Err(failed(format!("look up the interface {name}"), error)),
         }
     }
 
-    /// All interfaces.
+    /// Returns all interfaces.
     pub(crate) async fn all(&self) -> Result<Vec<Link>> {
         let links = self.0.link().get().execute().map_ok(Link::from).try_collect().await;
         links.map_err(|error| failed("list the interfaces", error))
     }
 
-    /// Makes a bridge, down. The MAC is fixed in the same message: left to itself a bridge takes
-    /// the lowest of its ports', and guests would lose their gateway whenever a VM comes or goes.
+    /// Creates a bridge in state down. The MAC is set in the same message: by default a bridge
+    /// takes the lowest MAC of its ports, and guests would lose their gateway whenever a VM is
+    /// added or removed.
     pub(crate) async fn add_bridge(&self, name: &str, mac: Mac) -> Result<()> {
         let message = LinkBridge::new(name)
             .down()
@@ -72,7 +73,7 @@ impl Links {
             .mcast_snooping(false)
             .build();
         let added = self.0.link().add(message).execute().await;
-        added.map_err(|error| failed(format!("make the bridge {name}"), error))
+        added.map_err(|error| failed(format!("create the bridge {name}"), error))
     }
 
     /// Sets the MAC of an interface.
@@ -84,16 +85,16 @@ impl Links {
             .await
     }
 
-    /// Sets an interface up.
+    /// Brings an interface up.
     pub(crate) async fn set_up(&self, link: &Link) -> Result<()> {
         let message = LinkUnspec::new_with_index(link.index).up().build();
-        self.change(message, format!("set {} up", link.name)).await
+        self.change(message, format!("bring {} up", link.name)).await
     }
 
-    /// Sets an interface down.
+    /// Brings an interface down.
     pub(crate) async fn set_down(&self, link: &Link) -> Result<()> {
         let message = LinkUnspec::new_with_index(link.index).down().build();
-        self.change(message, format!("set {} down", link.name)).await
+        self.change(message, format!("bring {} down", link.name)).await
     }
 
     /// Makes an interface a port of a bridge.
@@ -103,15 +104,15 @@ impl Links {
             .await
     }
 
-    /// Keeps a port from passing frames to other isolated ports of its bridge. Only the bridge
-    /// itself is left to talk to.
+    /// Isolates a bridge port: it can exchange frames only with the bridge itself, not with other
+    /// isolated ports.
     pub(crate) async fn isolate(&self, port: &Link) -> Result<()> {
         let message = LinkBridgePort::new(port.index).isolated(true).build();
         let set = self.0.link().set_port(message).execute().await;
         set.map_err(|error| failed(format!("isolate the bridge port {}", port.name), error))
     }
 
-    /// Deletes an interface; one that is gone already is as good.
+    /// Deletes an interface. Succeeds if it does not exist.
     pub(crate) async fn delete(&self, link: &Link) -> Result<()> {
         match self.0.link().del(link.index).execute().await {
             Err(error) if !is_missing(&error) => Err(failed(format!("delete the interface {}", link.name), error)),
@@ -119,7 +120,7 @@ impl Links {
         }
     }
 
-    /// The IPv4 addresses of all interfaces.
+    /// Returns the IPv4 addresses of all interfaces.
     pub(crate) async fn addresses(&self) -> Result<Vec<Address>> {
         let messages: Vec<AddressMessage> = self
             .0
@@ -132,7 +133,7 @@ impl Links {
         Ok(messages.into_iter().filter_map(Address::of).collect())
     }
 
-    /// Gives an address to an interface.
+    /// Adds an address to an interface.
     pub(crate) async fn add_address(&self, link: &Link, address: Ipv4Net) -> Result<()> {
         let request = self
             .0
@@ -141,13 +142,13 @@ impl Links {
         request
             .execute()
             .await
-            .map_err(|error| failed(format!("give {address} to {}", link.name), error))
+            .map_err(|error| failed(format!("add {address} to {}", link.name), error))
     }
 
-    /// Takes an address away.
+    /// Removes an address.
     pub(crate) async fn delete_address(&self, address: &Address) -> Result<()> {
         let deleted = self.0.address().del(address.message.clone()).execute().await;
-        deleted.map_err(|error| failed(format!("take the address {} away", address.net), error))
+        deleted.map_err(|error| failed(format!("remove the address {}", address.net), error))
     }
 
     async fn change(&self, message: LinkMessage, action: String) -> Result<()> {
@@ -165,7 +166,7 @@ impl Link {
         self.kind == Some(InfoKind::Bridge)
     }
 
-    /// A tun or a tap: the kernel has one kind for both.
+    /// Returns whether this is a tun or a tap device: the kernel has one kind for both.
     pub(crate) fn is_tap(&self) -> bool {
         self.kind == Some(InfoKind::Tun)
     }
@@ -201,8 +202,8 @@ impl From<LinkMessage> for Link {
 
 impl Address {
     fn of(message: AddressMessage) -> Option<Address> {
-        // Local is the interface's own; Address is the peer's on a point-to-point link, and the
-        // same on all others.
+        // `Local` is the interface's own address. `Address` is the peer's on a point-to-point link,
+        // and the same as `Local` otherwise.
         let own = message.attributes.iter().find_map(|attribute| match attribute {
             AddressAttribute::Local(IpAddr::V4(ip)) => Some(*ip),
             _ => None,
@@ -218,7 +219,7 @@ impl Address {
 
 fn failed(action: impl Into<String>, error: rtnetlink::Error) -> Error {
     let source = match error {
-        rtnetlink::Error::NetlinkError(refusal) => refusal.to_io(),
+        rtnetlink::Error::NetlinkError(rejection) => rejection.to_io(),
         other => io::Error::other(other),
     };
     Error::Netlink {
@@ -228,9 +229,12 @@ fn failed(action: impl Into<String>, error: rtnetlink::Error) -> Error {
 }
 
 fn is_missing(error: &rtnetlink::Error) -> bool {
-    let rtnetlink::Error::NetlinkError(refusal) = error else {
+    let rtnetlink::Error::NetlinkError(rejection) = error else {
         return false;
     };
-    let errno = refusal.to_io().raw_os_error().map(rustix::io::Errno::from_raw_os_error);
+    let errno = rejection
+        .to_io()
+        .raw_os_error()
+        .map(rustix::io::Errno::from_raw_os_error);
     errno == Some(rustix::io::Errno::NODEV)
 }

@@ -1,4 +1,5 @@
-//! The five operations. Each one looks at what is there, and changes what differs.
+//! The operations on the network. Each one compares actual and desired state, and changes the
+//! difference.
 
 use crate::config::NetConfig;
 use crate::endpoint::{Endpoint, Mac, is_tap_name};
@@ -14,48 +15,47 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 use tracing::{info, warn};
 
-/// A network that is there: its bridge is up and its rules are in force. A clone is the same
+/// The network of a host: its bridge is up and its rules are in force. Clones refer to the same
 /// network.
 ///
-/// Calls may run side by side; one changes the host at a time. A call that is cancelled leaves what
-/// [`reconcile`](Network::reconcile) puts right.
+/// Calls may run concurrently; they change the host one at a time. A cancelled call may leave
+/// partial changes, which [`reconcile`](Network::reconcile) repairs.
 #[derive(Clone)]
 pub struct Network {
-    shared: Arc<Shared>,
+    inner: Arc<Inner>,
 }
 
-struct Shared {
+struct Inner {
     config: NetConfig,
     links: Links,
     ruleset: Ruleset,
-    /// Held from looking to changing. An async mutex, because netlink and nft are waited for in
-    /// between.
+    /// Locked from reading the state to changing it. An async mutex, because netlink and nft are
+    /// awaited meanwhile.
     changing: Mutex<()>,
 }
 
-/// What [`Network::reconcile`] did, a line for the log each: taps by name, rules in words. All
-/// empty when all was well.
+/// The changes made by [`Network::reconcile`], one log line each: taps by name, rules as text. All
+/// empty if nothing had to change.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Reconciled {
-    /// What was missing.
+    /// Missing items that were added.
     pub added: Vec<String>,
-    /// What nobody wanted.
+    /// Orphaned items that were removed.
     pub removed: Vec<String>,
-    /// What is wanted and could not be had: the tap's name, and why. It keeps no other from being
-    /// put right.
+    /// Taps that could not be repaired, with the reason. They do not prevent the repair of others.
     pub failed: Vec<(String, String)>,
 }
 
 impl Network {
-    /// Makes the bridge, its address, the kernel settings and the tables, or repairs what of them
-    /// is there. Taps and forwards that exist are not touched. The netlink socket belongs to the
-    /// network namespace of the calling thread.
+    /// Creates or repairs the bridge, its address, the kernel settings and the tables. Existing
+    /// taps and forwards are not touched. The netlink socket belongs to the network namespace of
+    /// the calling thread.
     ///
     /// # Errors
     ///
-    /// [`Error::Foreign`] if the bridge's name is somebody else's, [`Error::Overlap`] if the subnet
-    /// is in use on this host (nothing was changed then); those of the tools otherwise. Repeat it
-    /// when the cause is gone.
+    /// [`Error::Foreign`] if another program owns an interface with the bridge's name,
+    /// [`Error::Overlap`] if the subnet is in use on this host (in both cases nothing was changed);
+    /// otherwise the errors of the tools. Can be repeated once the cause is gone.
     pub async fn ensure(config: NetConfig) -> Result<Network> {
         Network::ensure_guarded(config, Guard::PerTap).await
     }
@@ -64,14 +64,13 @@ impl Network {
         let links = Links::open()?;
         check_bridge(&links, &config).await?;
         check_overlap(&links, &config).await?;
-        // Rules before the bridge, forwarding last: at no moment does a guest have more than it
-        // should.
+        // Rules first, forwarding last: at no moment can a guest reach more than it should.
         let ruleset = ensure_tables(&config, guard).await?;
         ensure_bridge(&links, &config).await?;
         Sysctl::forwarding().ensure()?;
 
         let network = Network {
-            shared: Arc::new(Shared {
+            inner: Arc::new(Inner {
                 config,
                 links,
                 ruleset,
@@ -82,56 +81,59 @@ impl Network {
         Ok(network)
     }
 
-    /// Advice only: not to be able to give it stops nobody.
+    /// Logs warnings only: an error here is not fatal.
     async fn warn_of_firewall_drops(&self) {
         match self.firewall_drops().await {
             Ok(drops) => drops
                 .iter()
                 .for_each(|drop| warn!(table = drop.table, chain = drop.chain, "{drop}")),
-            Err(error) => warn!("cannot see whether a firewall of this host stands in the way: {error}"),
+            Err(error) => warn!("cannot check whether the host's firewall drops guests' packets: {error}"),
         }
     }
 
-    /// The settings it was made with.
+    /// Returns the settings of the network.
     pub fn config(&self) -> &NetConfig {
-        &self.shared.config
+        &self.inner.config
     }
 
-    /// Whether frames are checked tap by tap. Without (a kernel lacking `CONFIG_NF_TABLES_BRIDGE`;
-    /// logged as a warning by [`ensure`](Network::ensure)), a guest with root can take over the
-    /// address *and* MAC of another VM, and can answer the host's ARP requests in its place; a
-    /// source that is no VM's is dropped all the same.
+    /// Returns whether frames are checked per tap.
+    ///
+    /// This needs a kernel with `CONFIG_NF_TABLES_BRIDGE`; [`ensure`](Network::ensure) logs a
+    /// warning otherwise. Without the check, a guest with root can take over the address *and* MAC
+    /// of another VM, and can answer the host's ARP requests in its place. Packets whose source
+    /// belongs to no VM are dropped in any case.
     pub fn guards_taps(&self) -> bool {
-        self.shared.ruleset.guard() == Guard::PerTap
+        self.inner.ruleset.guard() == Guard::PerTap
     }
 
-    /// Firewall chains of the host that drop what guests send and receive; each says, by `Display`,
-    /// what to do about it.
+    /// Returns the host's firewall chains that drop guests' packets. The `Display` of each names
+    /// the remedy.
     ///
     /// # Errors
     ///
     /// Those of the program `nft`.
     pub async fn firewall_drops(&self) -> Result<Vec<FirewallDrop>> {
-        let Shared {
+        let Inner {
             config, links, ruleset, ..
-        } = &*self.shared;
+        } = &*self.inner;
         firewall::drops(config, &ruleset.table(), links).await
     }
 
-    /// Gives a VM its tap, its address, its forward and its rate. What of it is there already stays
-    /// as it is; another rate gives way to this one, and so this is also how a rate is changed.
+    /// Adds a VM's tap, address, forward and rate limit. Existing parts are kept, except for
+    /// another rate limit, which is replaced: this is also how a limit is changed.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::Foreign`] if an interface that is
-    /// not ours has the tap's name; those of the tools otherwise. What the call had done is undone.
+    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::Foreign`] if an interface of another
+    /// owner has the tap's name; otherwise the errors of the tools. The changes of a failed call
+    /// are undone.
     pub async fn attach(&self, endpoint: &Endpoint) -> Result<()> {
-        let Shared { config, ruleset, .. } = &*self.shared;
+        let Inner { config, ruleset, .. } = &*self.inner;
         config.check_guest(endpoint.guest_ip())?;
-        let _one_at_a_time = self.shared.changing.lock().await;
+        let _guard = self.inner.changing.lock().await;
         let bridge = self.bridge().await?;
 
-        // The tap's guard is there before the tap is.
+        // The tap's rules must exist before the tap.
         let present = ruleset.read().await?;
         present.elements.check_free(endpoint)?;
         let change = present.elements.adding(&ruleset.elements([endpoint]), endpoint);
@@ -145,7 +147,7 @@ impl Network {
             if let Err(undo) = ruleset.apply(&change.reversed()).await {
                 warn!(
                     tap = endpoint.tap(),
-                    "left for the next reconcile, because the tap was not made: {undo}"
+                    "cannot undo a failed attach; the next reconcile does: {undo}"
                 );
             }
             return Err(error);
@@ -153,16 +155,16 @@ impl Network {
         Ok(())
     }
 
-    /// Takes a VM's tap, address and forward away. What of it is gone already is as good.
+    /// Removes a VM's tap, address and forward. Succeeds if some of them do not exist.
     ///
     /// # Errors
     ///
-    /// [`Error::Foreign`] if an interface that is not ours has the tap's name; those of the tools
-    /// otherwise.
+    /// [`Error::Foreign`] if an interface of another owner has the tap's name; otherwise the errors
+    /// of the tools.
     pub async fn detach(&self, endpoint: &Endpoint) -> Result<()> {
-        let Shared { links, ruleset, .. } = &*self.shared;
-        let _one_at_a_time = self.shared.changing.lock().await;
-        // The tap first: its guard outlives it.
+        let Inner { links, ruleset, .. } = &*self.inner;
+        let _guard = self.inner.changing.lock().await;
+        // The tap first: its rules must outlive it.
         if let Some(tap) = links.find(endpoint.tap()).await? {
             let bridge = links.find(self.config().bridge()).await?;
             check_tap(&tap, bridge.as_ref())?;
@@ -173,29 +175,31 @@ impl Network {
         ruleset.apply(&present.removing(&unwanted, endpoint)).await
     }
 
-    /// Makes exactly these VMs have a network: what is ours and not wanted goes, what is missing
-    /// comes back, what is right is not touched, so that sessions through wanted forwards go on. A
-    /// bridge or tables that somebody swept away come back too. Ours are the taps on our bridge
-    /// with a name of our form, those that our own tables name, and what is in our tables.
+    /// Makes the network contain exactly these VMs.
+    ///
+    /// Removes our orphaned items and restores missing ones. Correct items are not touched, so
+    /// sessions through existing forwards continue. A deleted bridge or deleted tables are restored
+    /// too. Our items are the taps on our bridge whose name has our form, the taps that our tables
+    /// name, and the content of our tables.
     ///
     /// # Errors
     ///
-    /// [`Error::Taken`] for two endpoints that share a port, an address or a tap, and
-    /// [`Error::NotAGuestAddress`] for one of another subnet, before anything is changed; those of
-    /// the tools for what concerns all of them. What concerns one stands in [`Reconciled::failed`].
-    /// It may be repeated.
+    /// Before anything is changed: [`Error::Taken`] if two endpoints share a port, an address or a
+    /// tap, and [`Error::NotAGuestAddress`] for an address outside the subnet. Errors of the tools
+    /// if they affect all VMs; those of a single VM are in [`Reconciled::failed`]. Can be repeated.
     pub async fn reconcile(&self, wanted: &[Endpoint]) -> Result<Reconciled> {
-        let Shared {
+        let Inner {
             config, links, ruleset, ..
-        } = &*self.shared;
+        } = &*self.inner;
         check_distinct(config, wanted)?;
-        let _one_at_a_time = self.shared.changing.lock().await;
+        let _guard = self.inner.changing.lock().await;
         check_bridge(links, config).await?;
         let bridge = ensure_bridge(links, config).await?;
         let present = ruleset.read().await?.elements;
         let mut done = Reconciled::default();
 
-        // As in detach and attach: unwanted taps go before their guard, wanted ones come after it.
+        // The same order as in detach and attach: orphaned taps are removed before their rules,
+        // wanted ones are added after them.
         let names: BTreeSet<&str> = wanted.iter().map(Endpoint::tap).collect();
         for tap in taps_of(links, &bridge, &present).await? {
             if !names.contains(tap.name.as_str()) {
@@ -203,7 +207,7 @@ impl Network {
                 done.removed.push(tap.name);
             }
         }
-        let change = present.becoming(&ruleset.elements(wanted));
+        let change = present.change_to(&ruleset.elements(wanted));
         ruleset.apply_whole(&change).await?;
         done.removed.extend(change.removed.iter().map(ToString::to_string));
         done.added.extend(change.added.iter().map(ToString::to_string));
@@ -217,47 +221,50 @@ impl Network {
         Ok(done)
     }
 
-    /// Whether bridge and tables are there: one question to nft, one to the kernel. A `flush
-    /// ruleset` of somebody else, or a restart of a firewall's service, takes the tables away, and
-    /// with them what keeps guests from the host.
+    /// Returns whether the bridge and the tables exist, with one query to nft and one to the
+    /// kernel.
+    ///
+    /// Another program's `flush ruleset`, or the restart of a firewall service, removes the tables,
+    /// and with them the protection of the host from its guests.
     ///
     /// # Errors
     ///
     /// Those of the tools.
     pub async fn is_whole(&self) -> Result<bool> {
-        let Shared {
+        let Inner {
             config, links, ruleset, ..
-        } = &*self.shared;
+        } = &*self.inner;
         Ok(ruleset.is_there().await? && links.find(config.bridge()).await?.is_some())
     }
 
-    /// Brings back bridge and tables, with nothing in them that was not there: what VMs need is put
-    /// in by [`attach`](Network::attach), which may be repeated.
+    /// Restores the bridge and the tables, without the items of VMs: [`attach`](Network::attach)
+    /// restores those.
     ///
     /// # Errors
     ///
-    /// As [`ensure`](Network::ensure).
+    /// Those of [`ensure`](Network::ensure).
     pub async fn repair(&self) -> Result<()> {
-        let Shared {
+        let Inner {
             config, links, ruleset, ..
-        } = &*self.shared;
-        let _one_at_a_time = self.shared.changing.lock().await;
+        } = &*self.inner;
+        let _guard = self.inner.changing.lock().await;
         check_bridge(links, config).await?;
         ruleset.apply_whole(&Change::default()).await?;
         ensure_bridge(links, config).await.map(drop)
     }
 
-    /// Takes it all away: taps, bridge, tables. `net.ipv4.ip_forward` stays as it is, because
-    /// others may rely on it by now. Repeating it is no error; other clones are of no use any more.
+    /// Removes the taps, the bridge and the tables. `net.ipv4.ip_forward` stays set, because other
+    /// software may rely on it. Can be repeated. Other clones of this value must not be used
+    /// afterwards.
     ///
     /// # Errors
     ///
     /// Those of the tools.
     pub async fn teardown(&self) -> Result<()> {
-        let Shared {
+        let Inner {
             config, links, ruleset, ..
-        } = &*self.shared;
-        let _one_at_a_time = self.shared.changing.lock().await;
+        } = &*self.inner;
+        let _guard = self.inner.changing.lock().await;
         if let Some(bridge) = links.find(config.bridge()).await? {
             check_ours(&bridge)?;
             let present = ruleset.read().await?.elements;
@@ -272,7 +279,7 @@ impl Network {
     async fn bridge(&self) -> Result<Link> {
         let name = self.config().bridge();
         let bridge = self
-            .shared
+            .inner
             .links
             .find(name)
             .await?
@@ -281,27 +288,27 @@ impl Network {
         Ok(bridge)
     }
 
-    /// Makes the tap, or repairs the one that is there. Says whether it was made.
+    /// Creates the tap, or repairs an existing one. Returns whether it was created.
     async fn ensure_tap(&self, endpoint: &Endpoint, bridge: &Link) -> Result<bool> {
         let name = endpoint.tap();
-        let links = &self.shared.links;
+        let links = &self.inner.links;
         if let Some(tap) = links.find(name).await? {
             check_tap(&tap, Some(bridge))?;
             self.ensure_port(&tap, bridge).await?;
             return Ok(false);
         }
-        // The tap exists only as long as this value, until the last step: an early return or a
+        // Until the last step, the tap is deleted when this value is dropped: an early return or a
         // crash needs no undo.
-        let made = Tap::create(name, endpoint.owner())?;
+        let new_tap = Tap::create(name, endpoint.owner())?;
         let tap = links.find(name).await?.ok_or_else(|| Error::Gone(name.to_owned()))?;
         self.ensure_port(&tap, bridge).await?;
-        made.persist()?;
+        new_tap.persist()?;
         Ok(true)
     }
 
-    /// A tap carries frames only when it is a port, and isolated.
+    /// Makes the tap a port of the bridge, and isolates it before it can carry frames.
     async fn ensure_port(&self, tap: &Link, bridge: &Link) -> Result<()> {
-        let links = &self.shared.links;
+        let links = &self.inner.links;
         for sysctl in Sysctl::of_tap(&tap.name) {
             sysctl.ensure()?;
         }
@@ -314,15 +321,15 @@ impl Network {
     }
 }
 
-/// The rules, with taps guarded where the kernel can.
+/// Applies the rules, with per-tap checks if the kernel supports them.
 async fn ensure_tables(config: &NetConfig, guard: Guard) -> Result<Ruleset> {
     let ruleset = Ruleset::new(config, guard);
     match ruleset.apply_whole(&Change::default()).await {
         Ok(()) => Ok(ruleset),
         Err(Error::Nft { output, .. }) if guard == Guard::PerTap && lacks_the_bridge_family(&output) => {
             warn!(
-                "this kernel has no nftables bridge family (CONFIG_NF_TABLES_BRIDGE): a guest with root can pretend to be another VM of \
-                 this host; everything else stays closed to it: {output}"
+                "this kernel has no nftables bridge family (CONFIG_NF_TABLES_BRIDGE): a guest with root can impersonate another VM \
+                 of this host; all other restrictions still apply: {output}"
             );
             let ruleset = Ruleset::new(config, Guard::PerGuest);
             ruleset.apply_whole(&Change::default()).await?;
@@ -332,7 +339,8 @@ async fn ensure_tables(config: &NetConfig, guard: Guard) -> Result<Ruleset> {
     }
 }
 
-/// EAFNOSUPPORT or EOPNOTSUPP, as nft words them. What else is missing shows in the second attempt.
+/// nft's texts for EAFNOSUPPORT and EOPNOTSUPP. Any other missing feature also fails the second
+/// attempt.
 pub(crate) fn lacks_the_bridge_family(output: &str) -> bool {
     output.contains("not supported")
 }
@@ -343,7 +351,7 @@ async fn ensure_bridge(links: &Links, config: &NetConfig) -> Result<Link> {
         Some(bridge) => bridge,
         None => {
             links.add_bridge(config.bridge(), mac).await?;
-            info!(bridge = config.bridge(), subnet = %config.subnet(), "bridge made");
+            info!(bridge = config.bridge(), subnet = %config.subnet(), "bridge created");
             links
                 .find(config.bridge())
                 .await?
@@ -363,21 +371,22 @@ async fn ensure_bridge(links: &Links, config: &NetConfig) -> Result<Link> {
     Ok(bridge)
 }
 
-/// The gateway's address and no other: one of an earlier subnet would still be answered for.
+/// Makes the gateway the bridge's only address: the host would still respond on one of a previous
+/// subnet.
 async fn ensure_address(links: &Links, config: &NetConfig, bridge: &Link) -> Result<()> {
     let gateway = Ipv4Net::new_assert(config.gateway(), config.subnet().prefix_len());
-    let mut is_there = false;
+    let mut found = false;
     for address in links.addresses().await? {
         if address.index != bridge.index {
             continue;
         }
         if address.net == gateway {
-            is_there = true;
+            found = true;
         } else {
             links.delete_address(&address).await?;
         }
     }
-    if !is_there {
+    if !found {
         links.add_address(bridge, gateway).await?;
     }
     Ok(())
@@ -387,37 +396,37 @@ pub(crate) async fn check_bridge(links: &Links, config: &NetConfig) -> Result<()
     links.find(config.bridge()).await?.as_ref().map_or(Ok(()), check_ours)
 }
 
-/// A bridge is ours by its MAC, which it has from its first moment.
+/// Our bridges are recognised by their MAC, which they have from the moment of creation.
 fn check_ours(link: &Link) -> Result<()> {
     let why = if !link.is_bridge() {
-        "is no bridge"
-    } else if !Mac::is_ours(&link.mac) {
-        "is somebody else's bridge"
+        "is not a bridge"
+    } else if !Mac::has_our_prefix(&link.mac) {
+        "is a bridge that Scalebox did not create"
     } else {
         return Ok(());
     };
-    let way_out = "Set BRIDGE to a name that is free.";
+    let remedy = "Set BRIDGE to a free name.";
     Err(Error::Foreign {
         name: link.name.clone(),
         why: why.to_owned(),
-        way_out,
+        remedy,
     })
 }
 
-/// A tap is ours if it is a port of our bridge, or of none (its bridge was deleted under it).
+/// A tap is ours if it is a port of our bridge, or of no bridge (ours was deleted).
 fn check_tap(link: &Link, bridge: Option<&Link>) -> Result<()> {
     let why = if !link.is_tap() {
-        "is no tap"
+        "is not a tap"
     } else if link.controller.is_some() && link.controller != bridge.map(|bridge| bridge.index) {
         "is a port of another bridge"
     } else {
         return Ok(());
     };
-    let way_out = "Find out whose it is, and remove it (ip link delete).";
+    let remedy = "Find its owner, and remove it (ip link delete).";
     Err(Error::Foreign {
         name: link.name.clone(),
         why: why.to_owned(),
-        way_out,
+        remedy,
     })
 }
 
@@ -448,19 +457,19 @@ fn check_distinct(config: &NetConfig, wanted: &[Endpoint]) -> Result<()> {
     for endpoint in wanted {
         config.check_guest(endpoint.guest_ip())?;
         let tap = endpoint.tap();
-        let taken = |what: String, owner: Option<&str>| match owner {
+        let check_unused = |what: String, owner: Option<&str>| match owner {
             Some(owner) => Err(Error::Taken {
                 what,
                 owner: owner.to_owned(),
             }),
             None => Ok(()),
         };
-        taken(format!("tap {tap}"), taps.insert(tap, tap))?;
-        taken(
+        check_unused(format!("tap {tap}"), taps.insert(tap, tap))?;
+        check_unused(
             format!("address {}", endpoint.guest_ip()),
             ips.insert(endpoint.guest_ip(), tap),
         )?;
-        taken(
+        check_unused(
             format!("port {}", endpoint.ssh_port()),
             ports.insert(endpoint.ssh_port(), tap),
         )?;
@@ -468,8 +477,8 @@ fn check_distinct(config: &NetConfig, wanted: &[Endpoint]) -> Result<()> {
     Ok(())
 }
 
-/// Our taps: on our bridge with a name of our form; or named by our tables, and on no bridge at
-/// all.
+/// Returns our taps. These are ports of our bridge whose name has our form, and taps on no bridge
+/// that our tables name.
 async fn taps_of(links: &Links, bridge: &Link, present: &Elements) -> Result<Vec<Link>> {
     let named: BTreeSet<&str> = present.taps().collect();
     let mut taps = links.all().await?;
@@ -490,7 +499,7 @@ mod tests {
     use std::net::{Ipv4Addr, SocketAddrV4};
 
     #[test]
-    fn without_the_bridge_family_a_source_that_is_no_vms_is_still_dropped() {
+    fn packets_without_a_vm_s_source_are_dropped_even_without_the_bridge_family() {
         on_a_host(async || {
             let world = outside();
             let network = Network::ensure_guarded(config(), Guard::PerGuest)

@@ -1,6 +1,8 @@
-//! The one door to the program `nft`, and to `iptables-legacy-save`: a script on its standard
-//! input, or a question answered in JSON. By argument vector, never a shell; with a fixed `PATH`
-//! and locale. All that a failed one wrote stands in its error.
+//! Runs the programs `nft` and `iptables-legacy-save`. No other module does.
+//!
+//! Scripts are passed on standard input; listings are JSON. Programs are run with an argument
+//! vector, never a shell, and with a fixed `PATH` and locale. The error of a failed program
+//! contains its whole output.
 
 use crate::error::{Error, Result};
 use std::io;
@@ -8,33 +10,33 @@ use std::process::{Output, Stdio};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-/// Runs a script as one transaction: all of it, or nothing.
+/// Runs a script as one transaction.
 ///
 /// # Errors
 ///
-/// [`Error::NftMissing`], [`Error::NftStart`], [`Error::Nft`]. `action` says in them what was to be
-/// done: "add the forward …".
+/// [`Error::NftMissing`], [`Error::NftStart`], [`Error::Nft`]. Their messages contain `action`,
+/// such as "add the forward …".
 pub(crate) async fn run(action: &str, script: &str) -> Result<()> {
     let output = call(action, &["-f", "-"], script).await?;
     succeeded(action, output).map(drop)
 }
 
-/// Has the kernel check a script as [`run`] would run it, and changes nothing.
+/// Makes the kernel check a script, without changing anything.
 ///
 /// # Errors
 ///
-/// As [`run`].
+/// Those of [`run`].
 pub(crate) async fn check(action: &str, script: &str) -> Result<()> {
     let output = call(action, &["-c", "-f", "-"], script).await?;
     succeeded(action, output).map(drop)
 }
 
-/// Asks for something in JSON (`man libnftables-json`): the list under `nftables`, each item an
-/// object with one key.
+/// Lists objects as JSON (`man libnftables-json`): returns the items of `nftables`, each an object
+/// with one key.
 ///
 /// # Errors
 ///
-/// As [`run`].
+/// Those of [`run`].
 pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     let action = format!("list {}", what.join(" "));
     let mut arguments = vec!["-j", "list"];
@@ -54,19 +56,19 @@ pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     }
 }
 
-/// Whether what a failed `nft` wrote says that a table or another object is not there.
+/// Returns whether the output of a failed `nft` says that a table or another object does not exist.
 pub(crate) fn is_gone(output: &str) -> bool {
     output.contains("No such file or directory")
 }
 
-/// What the older iptables has in its table `filter`, in the form that its own programs read.
+/// Returns the `filter` table of iptables-legacy, in the format of its own programs.
 ///
 /// # Errors
 ///
-/// [`Error::NftStart`] also when its program is not installed, [`Error::Nft`].
+/// [`Error::NftStart`], also if the program is not installed; [`Error::Nft`].
 pub(crate) async fn save_legacy() -> Result<String> {
     let action = "list the rules of iptables-legacy";
-    // A distribution that has no other kind calls it by the shorter name.
+    // Distributions that have only the legacy variant use the shorter name.
     let mut saved = call_program("iptables-legacy-save", action, &["-t", "filter"], "").await;
     if let Err(Error::NftStart { source, .. }) = &saved
         && source.kind() == io::ErrorKind::NotFound
@@ -100,9 +102,9 @@ async fn call_program(program: &str, action: &str, arguments: &[&str], input: &s
         .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
-    // nft reads its whole input before it says anything longer than a line, so the two do not wait
-    // for each other. A pipe that closes early is the program's failure, which its status and
-    // output tell better.
+    // nft reads its whole input before it writes more than a line, so the two cannot block each
+    // other. A pipe that closes early means that the program failed; its status and output explain
+    // why.
     if let Some(mut stdin) = child.stdin.take() {
         match stdin.write_all(input.as_bytes()).await {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(failed(error)),

@@ -1,10 +1,10 @@
-//! The DNS servers that guests can use: the host's own, where they can be reached from a guest.
+//! Finds DNS servers that guests can use: the host's own, if guests can reach them.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
-/// What the host's programs read.
+/// The resolver configuration that the host's programs use.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The servers behind systemd-resolved's stub on 127.0.0.53 (`man systemd-resolved.service`,
 /// /etc/resolv.conf).
@@ -13,19 +13,19 @@ const RESOLVED_UPSTREAM: &str = "/run/systemd/resolve/resolv.conf";
 /// DNS servers, in the host's order of preference.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolvers {
-    /// IPv4 only: guests have nothing else. Empty when the host's servers are all its own (a
-    /// dnsmasq or unbound on loopback) or of IPv6, which guests cannot reach: then somebody must
-    /// name a server.
+    /// IPv4 only, because guests have no IPv6. Empty if all of the host's servers are on loopback
+    /// (dnsmasq, unbound) or use IPv6, so that guests cannot reach them; then a server must be
+    /// configured.
     pub servers: Vec<Ipv4Addr>,
-    /// The file they are from.
+    /// The file that lists them.
     pub source: PathBuf,
-    /// Why that file could not be read, where it is there and could not be.
+    /// The error, if the file exists but cannot be read.
     pub unreadable: Option<String>,
 }
 
-/// The host's DNS servers, without those on loopback. Where only systemd-resolved's stub is left,
-/// the servers behind it. Link-local ones (a cloud's at 169.254.169.254) count where there are no
-/// others.
+/// Returns the host's DNS servers, except for those on loopback. If only systemd-resolved's stub is
+/// left, returns the servers behind it. Link-local servers (some clouds use 169.254.169.254) are
+/// returned only if there are no others.
 pub fn host_resolvers() -> Resolvers {
     resolvers_of(Path::new(RESOLV_CONF), Path::new(RESOLVED_UPSTREAM))
 }
@@ -48,8 +48,8 @@ fn resolvers_of(resolv_conf: &Path, upstream: &Path) -> Resolvers {
     found.unwrap_or(own)
 }
 
-/// A file that is missing has no servers; neither has one that cannot be read, which is no reason
-/// not to start.
+/// Reads a file's servers. A missing or unreadable file has none, which does not prevent the daemon
+/// from starting.
 fn read(path: &Path) -> Resolvers {
     let (text, unreadable) = match std::fs::read(path) {
         // Comments may be in any encoding.
@@ -64,7 +64,8 @@ fn read(path: &Path) -> Resolvers {
     }
 }
 
-/// The `nameserver` lines (`man resolv.conf`) that name an IPv4 server elsewhere.
+/// Returns the IPv4 servers of the `nameserver` lines (`man resolv.conf`), except for unusable
+/// ones.
 fn parse(text: &str) -> Vec<Ipv4Addr> {
     let mut servers = Vec::new();
     for line in text.lines() {
@@ -82,12 +83,12 @@ fn parse(text: &str) -> Vec<Ipv4Addr> {
     servers
 }
 
-/// Why no guest can have this address as its resolver; `None` where one can.
+/// Returns why guests cannot use this address as their resolver; `None` if they can.
 pub fn unusable_resolver(server: Ipv4Addr) -> Option<&'static str> {
     if server.is_loopback() {
-        Some("a guest would ask itself there")
+        Some("loopback addresses refer to the guest itself")
     } else if server.is_unspecified() || server.octets()[0] == 0 {
-        Some("it is not the address of a machine")
+        Some("it is not a host address")
     } else if server.is_multicast() {
         Some("it is a multicast address")
     } else if server.octets()[0] >= 240 {
@@ -101,7 +102,8 @@ pub fn unusable_resolver(server: Ipv4Addr) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    /// The servers found, and the name of the file they are from. `None`: there is no such file.
+    /// Returns the servers found, and the name of the file that lists them. `None` means that the
+    /// file is missing.
     fn resolvers(resolv_conf: Option<&[u8]>, upstream: Option<&[u8]>) -> (Vec<String>, String) {
         let dir = tempfile::tempdir().expect("a directory");
         let path = |name: &str, content: Option<&[u8]>| {
@@ -118,11 +120,11 @@ mod tests {
     }
 
     #[test]
-    fn resolvers_are_found_in_all_usual_forms() {
+    fn resolvers_are_found_in_all_common_configurations() {
         const STUB: &[u8] = b"# This is /run/systemd/resolve/stub-resolv.conf\nnameserver 127.0.0.53\noptions edns0 trust-ad\nsearch .\n";
         for (what, own, upstream, servers, source) in [
             (
-                "the host's own, in order, each once",
+                "the host's own, in order, without duplicates",
                 Some(&b"# nameserver 9.9.9.9\nsearch example.org\nnameserver 192.0.2.53\nnameserver ::1\nnameserver 2001:db8::1\n\
                     nameserver\t198.51.100.53 # second\nnameserver 192.0.2.53\nnameserver not-an-address\n"[..]),
                 Some(&b"nameserver 203.0.113.1\n"[..]),
@@ -138,10 +140,10 @@ mod tests {
                 "resolv.conf",
             ),
             ("a comment in Latin-1", Some(b"# f\xfcr das B\xfcro\nnameserver 192.0.2.53\n"), None, &["192.0.2.53"], "resolv.conf"),
-            ("lines that end as in DOS", Some(b"nameserver 192.0.2.53\r\n"), None, &["192.0.2.53"], "resolv.conf"),
-            ("a server of the host's own", Some(b"nameserver 127.0.0.1\n"), None, &[], "resolv.conf"),
+            ("DOS line endings", Some(b"nameserver 192.0.2.53\r\n"), None, &["192.0.2.53"], "resolv.conf"),
+            ("a server on loopback", Some(b"nameserver 127.0.0.1\n"), None, &[], "resolv.conf"),
             (
-                "IPv6 with a scope, and nothing else",
+                "IPv6 only",
                 Some(b"nameserver fe80::1%eth0\nnameserver 2001:db8::1\n"),
                 None,
                 &[],
@@ -150,34 +152,34 @@ mod tests {
             ("an empty file", Some(b""), None, &[], "resolv.conf"),
             ("no file", None, None, &[], "resolv.conf"),
             (
-                "a cloud's, link-local, where there is no other",
+                "a cloud's link-local server as the only one",
                 Some(b"nameserver 169.254.169.254\n"),
                 None,
                 &["169.254.169.254"],
                 "resolv.conf",
             ),
             (
-                "a cloud's behind the stub",
+                "a cloud's link-local server behind the stub",
                 Some(STUB),
                 Some(b"nameserver 169.254.169.254\n"),
                 &["169.254.169.254"],
                 "upstream",
             ),
             (
-                "others before link-local ones",
+                "link-local servers are ignored if there are others",
                 Some(b"nameserver 169.254.1.1\nnameserver 192.0.2.53\n"),
                 None,
                 &["192.0.2.53"],
                 "resolv.conf",
             ),
-            ("addresses that are no machine's", Some(b"nameserver 0.0.0.0\nnameserver 224.0.0.1\nnameserver 255.255.255.255\n"), None, &[], "resolv.conf"),
+            ("addresses that are not host addresses", Some(b"nameserver 0.0.0.0\nnameserver 224.0.0.1\nnameserver 255.255.255.255\n"), None, &[], "resolv.conf"),
         ] {
             assert_eq!(resolvers(own, upstream), (servers.iter().map(ToString::to_string).collect(), source.to_owned()), "{what}");
         }
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_is_reported_and_a_link_to_nowhere_is_no_file() {
+    fn unreadable_files_are_reported_and_dangling_links_are_not() {
         let dir = tempfile::tempdir().expect("a directory");
         let found = resolvers_of(dir.path(), Path::new("/nonexistent"));
         assert!(found.servers.is_empty() && found.unreadable.is_some(), "{found:?}");

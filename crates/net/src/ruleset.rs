@@ -1,10 +1,10 @@
-//! The tables of a network: their rules, what they hold, and the difference between what is there
-//! and what should be.
+//! The nftables tables of a network: their rules, their elements, and the difference between actual
+//! and desired state.
 //!
-//! Rules are constant for a network; a VM is only an element of the maps and sets they look into.
-//! Adding and removing a VM therefore touches nothing of another one, and a script is one
-//! transaction: packets see the state before or after it. A connection keeps its translation in the
-//! kernel's connection table whatever happens to the rules.
+//! The rules of a network are constant; a VM is only an element of the maps and sets that the rules
+//! use. Adding or removing a VM therefore does not affect other VMs. A script is one transaction:
+//! packets see the state before or after it. An established connection keeps its translation in the
+//! kernel's connection table, whatever happens to the rules.
 //!
 //! Scripts are built from typed values only: names checked by [`NetConfig`] and [`Endpoint`],
 //! addresses, ports.
@@ -18,22 +18,22 @@ use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 use std::net::Ipv4Addr;
 
-/// The guest's port that forwards lead to.
-const SSH: u16 = 22;
+/// The guest port that forwards lead to.
+const SSH_PORT: u16 = 22;
 
-/// As the elements of a set.
+/// Formats items as the elements of a set.
 fn listed(items: &[impl ToString]) -> String {
     let items: Vec<String> = items.iter().map(ToString::to_string).collect();
     items.join(", ")
 }
 
-/// How closely a guest's frames are checked, by what the kernel can do.
+/// How strictly guests' frames are checked; depends on the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Guard {
-    /// Every frame, as it leaves the tap, against the MAC and address of that tap's VM.
+    /// Every frame that leaves a tap is checked against the MAC and address of the tap's VM.
     PerTap,
-    /// IPv4 packets that enter the host, against the pairs of MAC and address of all VMs: a kernel
-    /// without `CONFIG_NF_TABLES_BRIDGE`.
+    /// IPv4 packets that enter the host are checked against the MAC and address pairs of all VMs.
+    /// For kernels without `CONFIG_NF_TABLES_BRIDGE`.
     PerGuest,
 }
 
@@ -44,51 +44,50 @@ pub(crate) struct Ruleset {
     guard: Guard,
 }
 
-/// What the maps and sets hold: all that the tables know of VMs.
+/// The content of the maps and sets: everything that the tables know about VMs.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Elements(BTreeSet<Element>);
 
-/// What was found.
+/// The actual state of the tables.
 #[derive(Debug)]
 pub(crate) struct Present {
     pub(crate) elements: Elements,
-    /// Whether all tables are there; a `flush ruleset` of somebody else sweeps them away.
+    /// Whether all tables exist. Another program's `flush ruleset` deletes them.
     pub(crate) is_whole: bool,
 }
 
-/// Elements to take away and to put in.
+/// Elements to remove and to add.
 #[derive(Debug, Default)]
 pub(crate) struct Change {
     pub(crate) removed: Vec<Element>,
     pub(crate) added: Vec<Element>,
 }
 
-/// What may pass at once beyond what the rate gives in a second, in bytes. A guest's card and the
-/// kernel put up to 64 KiB into one packet, which must never be more than all that may pass.
-/// (nftables' limits hold a second's worth and this: `nft_limit_init` in
-/// `net/netfilter/nft_limit.c`.)
-const BURST: u64 = 64 << 10;
+/// Bytes that may pass at once beyond one second's worth. Guests and the kernel build packets of up
+/// to 64 KiB, and no packet may be larger than the whole allowance. (An nftables limit allows one
+/// second's worth plus this burst: `nft_limit_init` in `net/netfilter/nft_limit.c`.)
+const BURST_BYTES: u64 = 64 << 10;
 
-/// Seen from the guest.
+/// Direction of traffic, seen from the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Direction {
     Up,
     Down,
 }
 
-/// One element of one map or set.
+/// One element of a map or set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Element {
-    /// Host port → guest.
+    /// A forward from a host port to a guest.
     Forward(u16, Ipv4Addr),
-    /// Who may send packets through the bridge.
+    /// A MAC and address pair that may send packets through the bridge.
     Guest(Mac, Ipv4Addr),
-    /// Which bridge port is guarded.
+    /// A bridge port whose frames are checked.
     Tap(String),
-    /// Who may send frames out of which tap.
+    /// A MAC and address pair that may send frames out of a tap.
     Binding(String, Mac, Ipv4Addr),
-    /// How many bytes a second a guest may send, or receive: a limit of its own, and the element
-    /// that leads to it.
+    /// A rate limit for one guest and direction, in bytes per second. It consists of a limit object
+    /// and the element that refers to it.
     Rate(Direction, Ipv4Addr, u64),
 }
 
@@ -104,12 +103,12 @@ impl Ruleset {
         self.guard
     }
 
-    /// The name of our tables: one network's is never another's.
+    /// Returns the name of our tables, unique per network.
     pub(crate) fn table(&self) -> String {
         format!("scalebox_{}", self.config.bridge())
     }
 
-    /// What the tables hold.
+    /// Reads the content of the tables.
     ///
     /// # Errors
     ///
@@ -121,7 +120,7 @@ impl Ruleset {
         };
         for family in self.families() {
             match nft::list(&["table", family, &self.table()]).await {
-                Ok(items) => present.elements.take_in(family, &self.table(), &items)?,
+                Ok(items) => present.elements.add_listed(family, &self.table(), &items)?,
                 Err(Error::Nft { output, .. }) if nft::is_gone(&output) => present.is_whole = false,
                 Err(error) => return Err(error),
             }
@@ -129,7 +128,7 @@ impl Ruleset {
         Ok(present)
     }
 
-    /// Whether all tables are there, whatever they hold.
+    /// Returns whether all tables exist, whatever their content.
     ///
     /// # Errors
     ///
@@ -144,15 +143,15 @@ impl Ruleset {
         Ok(self.families().iter().all(has))
     }
 
-    /// Makes or repairs the rules, and changes elements, in one transaction. Elements that are in
-    /// no change stay untouched.
+    /// Creates or repairs the rules and applies `change`, in one transaction. Other elements are
+    /// not touched.
     pub(crate) async fn apply_whole(&self, change: &Change) -> Result<()> {
         let mut script = self.rules();
         self.write_change(&mut script, change);
         nft::run(&format!("set up the tables {}", self.table()), &script).await
     }
 
-    /// Changes elements, in one transaction. Nothing to change is nothing to do.
+    /// Applies `change` in one transaction. Does nothing if it is empty.
     pub(crate) async fn apply(&self, change: &Change) -> Result<()> {
         if change.is_empty() {
             return Ok(());
@@ -162,13 +161,13 @@ impl Ruleset {
         nft::run(&format!("change {change} in the tables {}", self.table()), &script).await
     }
 
-    /// Removes the tables; those that are not there are made first, because old versions of nft
-    /// cannot say "if it exists".
+    /// Removes the tables. Missing ones are created first, because old versions of nft have no "if
+    /// exists".
     pub(crate) async fn remove(&self) -> Result<()> {
         let table = self.table();
         let mut script = String::new();
         for family in self.families() {
-            put(
+            push_line(
                 &mut script,
                 format_args!("add table {family} {table}\ndelete table {family} {table}"),
             );
@@ -176,7 +175,7 @@ impl Ruleset {
         nft::run(&format!("remove the tables {table}"), &script).await
     }
 
-    /// The elements that these endpoints need.
+    /// Returns the elements that these endpoints need.
     pub(crate) fn elements<'a>(&self, endpoints: impl IntoIterator<Item = &'a Endpoint>) -> Elements {
         let mut elements = BTreeSet::new();
         for endpoint in endpoints {
@@ -201,9 +200,9 @@ impl Ruleset {
         }
     }
 
-    /// The tables as they should be. Rules are emptied and written again, so that those of an older
-    /// version, or half of them, do not survive; `flush table` leaves maps, sets and their elements
-    /// alone.
+    /// Returns the script for the rules. Existing rules are flushed first, so that no rule of an
+    /// older version or of an interrupted change remains. `flush table` keeps maps, sets and their
+    /// elements.
     fn rules(&self) -> String {
         match self.guard {
             Guard::PerTap => self.ip_rules() + &self.bridge_rules(),
@@ -211,14 +210,16 @@ impl Ruleset {
         }
     }
 
-    /// Priorities are numbers, because nft of Debian 12 does not know their names in every hook:
+    /// Returns the rules of the `ip` table.
+    ///
+    /// Priorities are numbers, because Debian 12's nft does not know their names in every hook:
     /// -300 is before connection tracking (raw), -100 dstnat, 0 filter, 100 srcnat. The policy is
-    /// to accept: what is not our bridge's is not our affair.
+    /// accept: traffic that does not involve our bridge is none of our business.
     fn ip_rules(&self) -> String {
         let table = self.table();
         let (bridge, subnet, gateway) = (self.config.bridge(), self.config.subnet(), self.config.gateway());
         let denied = listed(self.config.denied());
-        // A set cannot be empty, in a rule.
+        // A rule cannot contain an empty set.
         let resolvers = match self.config.resolvers() {
             [] => String::new(),
             some => format!(
@@ -235,15 +236,15 @@ table ip {table} {{
     map uploads {{ type ipv4_addr : limit; }}
     map downloads {{ type ipv4_addr : limit; }}
 
-    # Answers to a masqueraded client on 127.0.0.1 still carry the gateway's address here: what is addressed to
-    # 127/8 is a guest's own invention.
+    # Replies to a masqueraded client on 127.0.0.1 are still addressed to the gateway here, so a
+    # packet to 127/8 is forged by a guest.
     chain guard {{
         type filter hook prerouting priority -300; policy accept;
         iifname "{bridge}" ip daddr 127.0.0.0/8 counter drop
         iifname "{bridge}" ether saddr . ip saddr != @guests counter drop
     }}
 
-    # What a guest sends and receives beyond its limit, from and to wherever.
+    # Drops traffic of a guest beyond its limits, whatever the other end.
     chain upload {{
         type filter hook prerouting priority -290; policy accept;
         iifname "{bridge}" limit name ip saddr map @uploads counter drop
@@ -253,25 +254,25 @@ table ip {table} {{
         oifname "{bridge}" limit name ip daddr map @downloads counter drop
     }}
 
-    # The way in. Guests do not get it: a forward is a way to another guest.
+    # SSH forwards. Not for guests: a forward would let them reach another guest.
     chain prerouting {{
         type nat hook prerouting priority -100; policy accept;
-        iifname != "{bridge}" fib daddr type local dnat to tcp dport map @forwards:{SSH}
+        iifname != "{bridge}" fib daddr type local dnat to tcp dport map @forwards:{SSH_PORT}
     }}
     chain output {{
         type nat hook output priority -100; policy accept;
-        fib daddr type local dnat to tcp dport map @forwards:{SSH}
+        fib daddr type local dnat to tcp dport map @forwards:{SSH_PORT}
     }}
 
-    # For clients on 127.0.0.1 a source that a guest can answer; and the way out.
+    # Gives clients on 127.0.0.1 a source address that a guest can reply to; and internet access.
     chain postrouting {{
         type nat hook postrouting priority 100; policy accept;
         oifname "{bridge}" ip saddr 127.0.0.0/8 masquerade
         oifname != {{ "{bridge}", "lo" }} ip saddr {subnet} masquerade
     }}
 
-    # Packets that belong to no connection would leave with the guest's private address. What a guest answers goes to
-    # wherever it was asked from; what it begins, to the internet and the resolvers.
+    # Packets without a connection would leave with the guest's private address. Replies of a guest
+    # may go to any destination; new connections only to the internet and the resolvers.
     chain forward {{
         type filter hook forward priority 0; policy accept;
         iifname "{bridge}" oifname "{bridge}" counter drop
@@ -281,10 +282,10 @@ table ip {table} {{
         iifname "{bridge}" ip daddr {{ {denied} }} counter drop
         iifname "{bridge}" accept
         oifname "{bridge}" ct state established,related accept
-        oifname "{bridge}" ct status dnat tcp dport {SSH} accept
+        oifname "{bridge}" ct status dnat tcp dport {SSH_PORT} accept
         oifname "{bridge}" counter drop
     }}
-    # A resolver may be an address of this host: it is asked here, and nothing else is.
+    # A resolver may be an address of this host: guests may query it, but reach nothing else there.
     chain input {{
         type filter hook input priority 0; policy accept;
         iifname "{bridge}" ct state established,related accept
@@ -297,8 +298,10 @@ table ip {table} {{
         )
     }
 
-    /// Before the bridge learns where a MAC is: the sender of the frame and, in ARP, the sender
-    /// inside.
+    /// Returns the rules of the `bridge` table.
+    ///
+    /// They apply before the bridge learns where a MAC is, and check the sender of the frame and,
+    /// for ARP, the sender in the payload.
     fn bridge_rules(&self) -> String {
         let table = self.table();
         format!(
@@ -319,17 +322,18 @@ table bridge {table} {{
         )
     }
 
-    /// First what goes, so that a key may come back with another value.
+    /// Appends the commands of `change`. Removals come first, so that a key can be added again with
+    /// another value.
     fn write_change(&self, script: &mut String, change: &Change) {
         let table = self.table();
         for element in &change.removed {
             let (family, set) = element.place();
-            put(
+            push_line(
                 script,
                 format_args!("delete element {family} {table} {set} {{ {} }}", element.key()),
             );
             if let Element::Rate(..) = element {
-                put(
+                push_line(
                     script,
                     format_args!("delete limit {family} {table} {}", element.limit()),
                 );
@@ -339,14 +343,14 @@ table bridge {table} {{
             let (family, set) = element.place();
             if let Element::Rate(_, _, rate) = element {
                 let name = element.limit();
-                put(
+                push_line(
                     script,
                     format_args!(
-                        "add limit {family} {table} {name} {{ rate over {rate} bytes/second burst {BURST} bytes; }}"
+                        "add limit {family} {table} {name} {{ rate over {rate} bytes/second burst {BURST_BYTES} bytes; }}"
                     ),
                 );
             }
-            put(
+            push_line(
                 script,
                 format_args!(
                     "add element {family} {table} {set} {{ {}{} }}",
@@ -359,7 +363,7 @@ table bridge {table} {{
 }
 
 impl Element {
-    /// The family of the table, and the map or set.
+    /// Returns the family of the table, and the name of the map or set.
     fn place(&self) -> (&'static str, &'static str) {
         match self {
             Element::Forward(..) => ("ip", "forwards"),
@@ -371,7 +375,8 @@ impl Element {
         }
     }
 
-    /// The name of a rate's limit, which tells all of it: nothing else need be read back.
+    /// Returns the name of a rate's limit object. It encodes the whole rate, so that the object
+    /// itself need not be read.
     fn limit(&self) -> String {
         match self {
             Element::Rate(direction, ip, rate) => {
@@ -395,7 +400,7 @@ impl Element {
         }
     }
 
-    /// What the key leads to, with its colon: nothing in a set.
+    /// Returns the value that the key maps to, with its colon; an empty string for a set.
     fn value(&self) -> String {
         match self {
             Element::Forward(_, ip) => format!(" : {ip}"),
@@ -404,7 +409,7 @@ impl Element {
         }
     }
 
-    /// Reads one as nft lists it; `None` for what we never put there.
+    /// Parses an element as listed by nft; `None` if it is not of a form that we add.
     fn read(family: &str, set: &str, listed: &Value) -> Option<Element> {
         match (family, set) {
             ("ip", "forwards") => {
@@ -447,10 +452,10 @@ impl fmt::Display for Element {
         match self {
             Element::Forward(port, ip) => write!(f, "forward {port} to {ip}"),
             Element::Guest(mac, ip) => write!(f, "guest {mac} {ip}"),
-            Element::Tap(tap) => write!(f, "guarded tap {tap}"),
+            Element::Tap(tap) => write!(f, "checked tap {tap}"),
             Element::Binding(tap, mac, ip) => write!(f, "sender {mac} {ip} on {tap}"),
-            Element::Rate(Direction::Up, ip, rate) => write!(f, "{rate} bytes a second from {ip}"),
-            Element::Rate(Direction::Down, ip, rate) => write!(f, "{rate} bytes a second to {ip}"),
+            Element::Rate(Direction::Up, ip, rate) => write!(f, "{rate} bytes per second from {ip}"),
+            Element::Rate(Direction::Down, ip, rate) => write!(f, "{rate} bytes per second to {ip}"),
         }
     }
 }
@@ -468,7 +473,7 @@ impl Change {
         self.removed.is_empty() && self.added.is_empty()
     }
 
-    /// What undoes it.
+    /// Returns the change that undoes this one.
     pub(crate) fn reversed(self) -> Change {
         Change {
             removed: self.added,
@@ -478,7 +483,7 @@ impl Change {
 }
 
 impl Elements {
-    /// The names in the set of guarded taps.
+    /// Returns the names in the set of checked taps.
     pub(crate) fn taps(&self) -> impl Iterator<Item = &str> {
         self.0.iter().filter_map(|element| match element {
             Element::Tap(tap) => Some(tap.as_str()),
@@ -486,8 +491,8 @@ impl Elements {
         })
     }
 
-    /// Adds what is missing of `wanted`, what one endpoint needs; takes nothing away but another
-    /// rate of its own.
+    /// Returns the change that adds the missing elements of `wanted`, which belong to one endpoint.
+    /// Removes only another rate of that endpoint.
     pub(crate) fn adding(&self, wanted: &Elements, endpoint: &Endpoint) -> Change {
         let rates = self.rates_of(endpoint);
         Change {
@@ -496,8 +501,9 @@ impl Elements {
         }
     }
 
-    /// Takes away what is there of `unwanted`, what one endpoint needs, and whatever rate it has. A
-    /// forward of the same port to another guest is not it.
+    /// Returns the change that removes the elements of one endpoint. These are the existing
+    /// elements of `unwanted`, and any rate of the endpoint. A forward of the same port to another
+    /// guest is kept.
     pub(crate) fn removing(&self, unwanted: &Elements, endpoint: &Endpoint) -> Change {
         let rates: BTreeSet<Element> = self.rates_of(endpoint).cloned().collect();
         let removed: BTreeSet<Element> = self.0.intersection(&unwanted.0).cloned().collect();
@@ -514,15 +520,15 @@ impl Elements {
             .filter(move |element| matches!(element, Element::Rate(_, ip, _) if *ip == own))
     }
 
-    /// Makes `wanted` of these.
-    pub(crate) fn becoming(&self, wanted: &Elements) -> Change {
+    /// Returns the change from these elements to `wanted`.
+    pub(crate) fn change_to(&self, wanted: &Elements) -> Change {
         Change {
             removed: self.without(wanted),
             added: wanted.without(self),
         }
     }
 
-    /// Whether the port, the address or the tap of an endpoint is another VM's.
+    /// Checks that no other VM has the endpoint's port, address or tap.
     ///
     /// # Errors
     ///
@@ -554,8 +560,8 @@ impl Elements {
         self.0.difference(&others.0).cloned().collect()
     }
 
-    /// Reads the maps and sets of one of our tables, as nft lists them.
-    fn take_in(&mut self, family: &str, table: &str, items: &[Value]) -> Result<()> {
+    /// Adds the elements of one of our tables, as listed by nft.
+    fn add_listed(&mut self, family: &str, table: &str, items: &[Value]) -> Result<()> {
         for item in items {
             let Some(set) = item.get("map").or_else(|| item.get("set")) else {
                 continue;
@@ -573,12 +579,12 @@ impl Elements {
     }
 }
 
-/// The strings of `{"concat": [...]}`.
+/// Returns the strings of `{"concat": [...]}`.
 fn concatenated(element: &Value) -> Option<Vec<&str>> {
     element.get("concat")?.as_array()?.iter().map(Value::as_str).collect()
 }
 
-/// One line. Writing to a string cannot fail.
-fn put(script: &mut String, line: fmt::Arguments<'_>) {
+/// Appends one line. Writing to a string cannot fail.
+fn push_line(script: &mut String, line: fmt::Arguments<'_>) {
     let _infallible = writeln!(script, "{line}");
 }

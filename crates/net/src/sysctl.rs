@@ -1,19 +1,19 @@
-//! Kernel settings, by `/proc/sys`.
+//! Kernel settings, through `/proc/sys`.
 
 use crate::error::{Error, Result};
 use std::io;
 use std::path::PathBuf;
 
-/// One setting: its path below `/proc/sys`, and what it must be.
+/// A setting: its path below `/proc/sys`, and the required value.
 pub(crate) struct Sysctl {
     path: String,
     value: &'static str,
-    /// Whether a kernel without it (IPv6 switched off at boot) is as good.
+    /// Whether the setting may be missing (IPv6 disabled at boot).
     optional: bool,
 }
 
 impl Sysctl {
-    /// Lets the host pass packets on. The only setting that is not of our own interfaces.
+    /// Enables IP forwarding: the only setting that does not belong to our own interfaces.
     pub(crate) fn forwarding() -> Sysctl {
         Sysctl {
             path: "net/ipv4/ip_forward".to_owned(),
@@ -22,7 +22,7 @@ impl Sysctl {
         }
     }
 
-    /// What our bridge needs.
+    /// Returns the settings of our bridge.
     pub(crate) fn of_bridge(bridge: &str) -> Vec<Sysctl> {
         let v4 = |key: &str, value| Sysctl {
             path: format!("net/ipv4/conf/{bridge}/{key}"),
@@ -30,23 +30,23 @@ impl Sysctl {
             optional: false,
         };
         vec![
-            // A client on the host that connects to 127.0.0.1 keeps that source until it is
-            // masqueraded behind the routing.
+            // A connection from the host to 127.0.0.1 keeps that source address until it is
+            // masqueraded after routing.
             v4("route_localnet", "1"),
-            // Guests learn the gateway's MAC, not which other addresses the host has.
+            // ARP replies only reveal the gateway's MAC, not which other addresses the host has.
             v4("arp_ignore", "1"),
             v4("accept_redirects", "0"),
             without_ipv6(bridge),
         ]
     }
 
-    /// What a tap of ours needs.
+    /// Returns the settings of a tap.
     pub(crate) fn of_tap(tap: &str) -> Vec<Sysctl> {
         vec![without_ipv6(tap)]
     }
 
-    /// Makes it so; writes only what differs, so that a read-only `/proc/sys` that is right already
-    /// is no error.
+    /// Writes the setting if it differs, so that a correct setting in a read-only `/proc/sys` is
+    /// not an error.
     ///
     /// # Errors
     ///
@@ -67,8 +67,8 @@ impl Sysctl {
     }
 }
 
-/// No link-local address, no router advertisement believed, nothing accepted: on a switched-off
-/// interface the kernel drops IPv6.
+/// Disables IPv6 on an interface: no link-local address, no router advertisements, and all IPv6
+/// packets are dropped.
 fn without_ipv6(interface: &str) -> Sysctl {
     Sysctl {
         path: format!("net/ipv6/conf/{interface}/disable_ipv6"),

@@ -1,18 +1,18 @@
-//! Hosts with other programs' firewalls: what they do to a guest's packets, and what is said of it.
+//! Hosts with other firewalls: their effect on guests' packets, and the reports about them.
 //!
-//! The rules in `data/` are those of the programs themselves, on a host with one card: firewalld
-//! 1.3.3 and ufw 0.36.2 as Debian 12 has them, saved while they ran; Docker's as it makes them for
-//! its first bridge. What is said is held against what a guest reaches, before and after the advice
-//! was followed.
+//! The rules in `data/` were created by the firewalls themselves, on a host with one network
+//! interface: firewalld 1.3.3 and ufw 0.36.2 of Debian 12, saved while they ran; and Docker's, as
+//! it creates them for its first bridge. The tests compare each report with what a guest can reach,
+//! before and after following the advice.
 
-// The steps of a test are functions too, and what fails in them is the test.
+// Steps of a test are functions too; a failure in them fails the test.
 #![allow(clippy::expect_used, clippy::panic)]
 
 mod common;
 
 use common::{
-    Guest, HOST, NEVER, Namespace, OUTSIDE, Session, config, endpoint, greeting, nft, on_a_host, outside, run, serve,
-    unreachable,
+    Guest, HOST, Namespace, OUTSIDE, SILENCE_TIMEOUT, Session, config, endpoint, greeting, nft, on_a_host, outside,
+    run, serve, unreachable,
 };
 use scalebox_net::{Dropped, FirewallDrop, Network};
 use std::io::Write;
@@ -24,9 +24,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const DOCKER: &str = include_str!("data/docker.save");
 const UFW: &str = include_str!("data/ufw.save");
 const FIREWALLD: &str = include_str!("data/firewalld.nft");
-/// After the bridge was added to the zone `trusted`.
+/// firewalld after the bridge was added to the zone `trusted`.
 const FIREWALLD_TRUSTED: &str = include_str!("data/firewalld-trusted.nft");
-/// As distributions of the family of Red Hat had it before firewalld.
+/// As on Red Hat distributions before firewalld.
 const FINAL_REJECT: &str = "*filter
 :INPUT ACCEPT [0:0]
 :FORWARD ACCEPT [0:0]
@@ -37,7 +37,7 @@ const FINAL_REJECT: &str = "*filter
 COMMIT
 ";
 
-/// Feeds a program in the namespace of the calling thread.
+/// Runs a program in the calling thread's namespace, with input on stdin.
 fn feed(program: &str, arguments: &[&str], input: &str) {
     let mut child = Command::new(program)
         .args(arguments)
@@ -54,12 +54,12 @@ fn shell(command: &str) {
     run("sh", &["-c", command]).unwrap_or_else(|error| panic!("{command}: {error}"));
 }
 
-/// The rules with our bridge where another one is named.
+/// Loads rules, with our test bridge in place of the bridge they name.
 fn nft_file(rules: &str) {
     feed("nft", &["-f", "-"], &rules.replace("scalebox0", "sbtest0"));
 }
 
-/// A host with a guest, and a machine elsewhere that serves.
+/// A host with a guest, and a machine outside that runs a server.
 struct Bench {
     network: Network,
     guest: Guest,
@@ -74,13 +74,14 @@ impl Bench {
         let guest = Guest::boot(&endpoint(1));
         world.run(|| drop(serve(SocketAddrV4::new(OUTSIDE, 443), "internet".to_owned())));
         let bench = Bench { network, guest, world };
-        bench.reaches(true, true);
+        bench.assert_reachable(true, true);
         bench
     }
 
-    /// Whether the guest reaches the world, and the world the guest by its forward.
+    /// Asserts whether the guest reaches the outside, and whether the outside reaches the guest
+    /// through its forward.
     #[track_caller]
-    fn reaches(&self, sends: bool, receives: bool) {
+    fn assert_reachable(&self, sends: bool, receives: bool) {
         self.guest.inside.run(|| match sends {
             true => assert_eq!(greeting(OUTSIDE, 443), format!("internet to {HOST}")),
             false => unreachable(OUTSIDE, 443),
@@ -92,62 +93,65 @@ impl Bench {
     }
 
     async fn drops(&self) -> Vec<FirewallDrop> {
-        self.network.firewall_drops().await.expect("look")
+        self.network.firewall_drops().await.expect("check")
     }
 
-    /// The one chain that is in the way, which drops `dropped`; and the packets really do not pass.
+    /// Asserts that exactly one chain is reported, with `dropped`, and that the packets really do
+    /// not pass.
     #[track_caller]
-    fn is_reported(&self, drops: &[FirewallDrop], dropped: Dropped) -> FirewallDrop {
-        let [drop] = drops else { panic!("not one: {drops:?}") };
+    fn assert_reported(&self, drops: &[FirewallDrop], dropped: Dropped) -> FirewallDrop {
+        let [drop] = drops else {
+            panic!("expected one report: {drops:?}")
+        };
         assert_eq!(drop.dropped, dropped, "{drop}");
-        self.reaches(dropped == Dropped::Received, dropped == Dropped::Sent);
+        self.assert_reachable(dropped == Dropped::Received, dropped == Dropped::Sent);
         drop.clone()
     }
 }
 
-/// Has `rules` in force, looks for the finding, and follows the advice by `follow`, or by the
-/// advised commands themselves.
-fn a_firewall_is_named(rules: impl Fn() + Sync, dropped: Dropped, advice: &str, follow: Option<fn()>) {
+/// Loads `rules`, checks the report, and follows the advice by `follow`, or by running the reported
+/// commands.
+fn check_report(rules: impl Fn() + Sync, dropped: Dropped, advice: &str, follow: Option<fn()>) {
     on_a_host(async || {
         let bench = Bench::new().await;
         assert_eq!(bench.drops().await, []);
         rules();
-        let drop = bench.is_reported(&bench.drops().await, dropped);
+        let drop = bench.assert_reported(&bench.drops().await, dropped);
         assert!(drop.remedy().contains(advice), "{drop}");
         match follow {
             Some(follow) => follow(),
             None => shell(&drop.remedy()),
         }
-        bench.reaches(true, true);
+        bench.assert_reachable(true, true);
         assert_eq!(bench.drops().await, []);
     });
 }
 
 #[test]
-fn dockers_policy_is_named_with_its_own_chain_for_users() {
+fn dockers_policy_is_reported_with_its_user_chain() {
     let advice = "iptables -I DOCKER-USER -i sbtest0 -j ACCEPT";
-    a_firewall_is_named(|| feed("iptables-nft-restore", &[], DOCKER), Dropped::All, advice, None);
+    check_report(|| feed("iptables-nft-restore", &[], DOCKER), Dropped::All, advice, None);
 }
 
 #[test]
-fn dockers_policy_in_the_older_iptables_is_named() {
-    a_firewall_is_named(
+fn dockers_policy_in_iptables_legacy_is_reported() {
+    check_report(
         || feed("iptables-legacy-restore", &[], DOCKER),
         Dropped::All,
         "iptables -I DOCKER-USER -i sbtest0 -j ACCEPT",
-        // Where Docker uses the older kind, `iptables` is that.
+        // On hosts where Docker uses iptables-legacy, `iptables` is that variant.
         Some(|| shell("for way in -i -o; do iptables-legacy -I DOCKER-USER $way sbtest0 -j ACCEPT; done")),
     );
 }
 
 #[test]
-fn ufw_is_named_with_its_own_command() {
+fn ufw_is_reported_with_its_own_command() {
     for restore in ["iptables-nft-restore", "iptables-legacy-restore"] {
-        a_firewall_is_named(
+        check_report(
             || feed(restore, &[], UFW),
             Dropped::All,
             "ufw route allow in on sbtest0 && ufw route allow out on sbtest0",
-            // What these commands write.
+            // The rules that these commands create.
             Some(match restore {
                 "iptables-nft-restore" => {
                     || shell("for way in -i -o; do iptables-nft -A ufw-user-forward $way sbtest0 -j ACCEPT; done")
@@ -159,10 +163,10 @@ fn ufw_is_named_with_its_own_command() {
 }
 
 #[test]
-fn firewallds_final_reject_is_named_with_its_own_command() {
-    a_firewall_is_named(
+fn firewallds_final_reject_is_reported_with_its_own_command() {
+    check_report(
         || nft_file(FIREWALLD),
-        // What was forwarded by address it accepts by itself.
+        // firewalld itself accepts forwarded connections whose destination was translated.
         Dropped::Sent,
         "firewall-cmd --permanent --zone=trusted --add-interface=sbtest0",
         Some(|| {
@@ -173,16 +177,16 @@ fn firewallds_final_reject_is_named_with_its_own_command() {
 }
 
 #[test]
-fn a_final_reject_of_iptables_is_named() {
+fn a_final_reject_in_iptables_is_reported() {
     let advice = "iptables -I FORWARD -i sbtest0 -j ACCEPT";
-    a_firewall_is_named(
+    check_report(
         || feed("iptables-nft-restore", &[], FINAL_REJECT),
         Dropped::All,
         advice,
         None,
     );
     let advice = "iptables-legacy -I FORWARD -i sbtest0 -j ACCEPT";
-    a_firewall_is_named(
+    check_report(
         || feed("iptables-legacy-restore", &[], FINAL_REJECT),
         Dropped::All,
         advice,
@@ -191,7 +195,7 @@ fn a_final_reject_of_iptables_is_named() {
 }
 
 #[test]
-fn rules_of_nftables_written_by_hand_are_named_by_family_table_and_chain() {
+fn hand_written_nftables_rules_are_reported_by_family_table_and_chain() {
     for (rules, dropped) in [
         (
             "table inet filter { chain forward { type filter hook forward priority 0; policy drop; }; }",
@@ -223,12 +227,12 @@ fn rules_of_nftables_written_by_hand_are_named_by_family_table_and_chain() {
         let (family, table) = (words[1], words[2]);
         let chain = if table == "guard" { "passing" } else { "forward" };
         let advice = format!("nft insert rule {family} {table} {chain} iifname sbtest0 accept");
-        a_firewall_is_named(|| nft_file(rules), dropped, &advice, None);
+        check_report(|| nft_file(rules), dropped, &advice, None);
     }
 }
 
 #[test]
-fn a_firewall_that_lets_guests_through_is_not_complained_of() {
+fn firewalls_that_accept_guests_are_not_reported() {
     for rules in [
         // The bridge by name, by pattern, in a set, in a map; the subnet.
         "iifname \"sbtest0\" accept; oifname \"sbtest0\" accept;",
@@ -237,7 +241,7 @@ fn a_firewall_that_lets_guests_through_is_not_complained_of() {
         "iifname vmap { \"lo\" : accept, \"sbtest0\" : jump fine }; oifname \"sbtest0\" accept;",
         "ip saddr 10.77.0.0/16 accept; ip daddr 10.77.0.0-10.77.0.255 accept;",
         "iifname \"sbtest0\" ct state new,established limit rate 1000/second accept; oifname \"sbtest0\" accept;",
-        // What drops is about others.
+        // These drops concern other packets.
         "iifname \"up0\" ip saddr 203.0.113.0/24 drop; iifname \"docker0\" drop; ip6 daddr ::/0 drop; counter accept; drop;",
         "ip saddr != 10.77.0.0/24 ip daddr != 10.77.0.0/24 drop; accept;",
     ] {
@@ -252,14 +256,14 @@ fn a_firewall_that_lets_guests_through_is_not_complained_of() {
                 "table inet theirs {{ set bridges {{ type ifname; elements = {{ \"sbtest0\" }}; }}; chain fine {{ accept; }}; \
                  chain forward {{ type filter hook forward priority 0; policy {policy}; {rules} }}; }}"
             ));
-            bench.reaches(true, true);
+            bench.assert_reachable(true, true);
             assert_eq!(bench.drops().await, [], "{rules}");
         });
     }
 }
 
 #[test]
-fn a_firewall_that_keeps_guests_from_a_resolver_on_the_host_is_named() {
+fn firewalls_that_drop_dns_queries_to_the_host_are_reported() {
     let input = "chain input { type filter hook input priority 0; policy drop; \
                  ct state established,related accept; iifname \"lo\" accept; tcp dport 22 accept; };";
     for (rules, advice, follow) in [
@@ -281,23 +285,27 @@ fn a_firewall_that_keeps_guests_from_a_resolver_on_the_host_is_named() {
             network.attach(&endpoint(1)).await.expect("attach");
             let guest = Guest::boot(&endpoint(1));
             let _clients = serve(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 53), "host".to_owned());
-            let reached = || guest.inside.run(|| Session::open_within(HOST, 53, NEVER).is_ok());
+            let reached = || {
+                guest
+                    .inside
+                    .run(|| Session::open_within(HOST, 53, SILENCE_TIMEOUT).is_ok())
+            };
             assert!(reached());
             match &rules {
                 Some(rules) => nft_file(rules),
                 None => feed("iptables-nft-restore", &[], UFW),
             }
             assert!(!reached());
-            let mut drops = network.firewall_drops().await.expect("look");
-            drops.retain(|drop| matches!(drop.dropped, Dropped::Questions(_)));
+            let mut drops = network.firewall_drops().await.expect("check");
+            drops.retain(|drop| matches!(drop.dropped, Dropped::DnsQueries(_)));
             let [drop] = drops.as_slice() else { panic!("{drops:?}") };
-            assert_eq!(drop.dropped, Dropped::Questions(HOST));
+            assert_eq!(drop.dropped, Dropped::DnsQueries(HOST));
             assert!(drop.remedy().starts_with(advice), "{drop}");
             shell(follow.unwrap_or(&drop.remedy()));
             assert!(reached(), "{drop}");
-            let drops = network.firewall_drops().await.expect("look");
+            let drops = network.firewall_drops().await.expect("check");
             assert!(
-                drops.iter().all(|drop| !matches!(drop.dropped, Dropped::Questions(_))),
+                drops.iter().all(|drop| !matches!(drop.dropped, Dropped::DnsQueries(_))),
                 "{drops:?}"
             );
         });
@@ -305,11 +313,11 @@ fn a_firewall_that_keeps_guests_from_a_resolver_on_the_host_is_named() {
 }
 
 #[test]
-fn a_table_that_vanishes_while_it_is_looked_at_is_no_error() {
+fn a_table_that_disappears_during_the_check_is_not_an_error() {
     on_a_host(async || {
         let network = Network::ensure(config()).await.expect("a network");
         let (here, done) = (Namespace::current(), Arc::new(AtomicBool::new(false)));
-        // Another program's table comes and goes.
+        // Another program's table appears and disappears.
         let seen = Arc::clone(&done);
         let other = std::thread::spawn(move || {
             here.run(|| {

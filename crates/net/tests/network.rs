@@ -1,13 +1,13 @@
-//! The network as its users meet it: clients, guests, and a daemon that comes back after a crash.
+//! The network from the point of view of clients, guests, and a daemon that restarts after a crash.
 
-// The steps of a test are functions too, and what fails in them is the test.
+// Steps of a test are functions too; a failure in them fails the test.
 #![allow(clippy::expect_used, clippy::panic)]
 
 mod common;
 
 use common::{
-    GATEWAY, Guest, HOST, NEVER, Namespace, OUTSIDE, SOON, SUBNET, Session, answers_ping, config, endpoint, greeting,
-    ip, links, nft, on_a_host, open_tap, outside, rules, serve, sysctl, unreachable,
+    EVENT_TIMEOUT, GATEWAY, Guest, HOST, Namespace, OUTSIDE, SILENCE_TIMEOUT, SUBNET, Session, config, endpoint,
+    greeting, ip, links, nft, on_a_host, open_tap, outside, responds_to_ping, rules, serve, sysctl, unreachable,
 };
 use scalebox_net::{Endpoint, Error, Mac, Mbps, NetConfig, Network, Reconciled, port_is_free_on_host};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -21,7 +21,7 @@ async fn network() -> Network {
 }
 
 #[test]
-fn ensure_twice_makes_one_bridge() {
+fn ensure_can_be_repeated() {
     on_a_host(async || {
         network().await;
         let (before, addresses) = (rules(), ip("-o addr show dev sbtest0"));
@@ -42,7 +42,7 @@ fn ensure_twice_makes_one_bridge() {
 }
 
 #[test]
-fn ensure_repairs_what_is_half_there() {
+fn ensure_repairs_an_incomplete_network() {
     on_a_host(async || {
         let first = network().await;
         first.attach(&endpoint(1)).await.expect("attach");
@@ -57,7 +57,7 @@ fn ensure_repairs_what_is_half_there() {
         assert_eq!(
             sorted(&rules()),
             sorted(&whole),
-            "rules are back, elements were never gone"
+            "rules are restored, elements were kept"
         );
         let bridge = ip("addr show sbtest0");
         assert!(bridge.contains("10.77.0.1/24") && !bridge.contains("10.99"), "{bridge}");
@@ -72,7 +72,7 @@ fn ensure_repairs_what_is_half_there() {
     });
 }
 
-/// A chain that was made anew stands at the end of its table.
+/// Sorts the lines: a chain that was created again is at the end of its table.
 fn sorted(rules: &str) -> Vec<&str> {
     let mut lines: Vec<&str> = rules.lines().collect();
     lines.sort_unstable();
@@ -80,29 +80,30 @@ fn sorted(rules: &str) -> Vec<&str> {
 }
 
 #[test]
-fn a_bridge_that_is_not_ours_is_refused_and_left_alone() {
+fn foreign_interfaces_are_rejected_and_not_changed() {
     on_a_host(async || {
         ip("link add sbtest0 type bridge");
         let before = (ip("-d link"), rules());
         let error = Network::ensure(config())
             .await
             .err()
-            .expect("somebody else's")
+            .expect("a foreign bridge")
             .to_string();
         assert!(
-            error.contains("sbtest0 exists and is somebody else's bridge") && error.contains("Set BRIDGE"),
+            error.contains("sbtest0 exists and is a bridge that Scalebox did not create")
+                && error.contains("Set BRIDGE"),
             "{error}"
         );
         assert_eq!((ip("-d link"), rules()), before);
         ip("link delete sbtest0");
         ip("link add sbtest0 type veth peer name other");
-        let error = Network::ensure(config()).await.err().expect("no bridge").to_string();
-        assert!(error.contains("is no bridge"), "{error}");
+        let error = Network::ensure(config()).await.err().expect("not a bridge").to_string();
+        assert!(error.contains("is not a bridge"), "{error}");
     });
 }
 
 #[test]
-fn a_subnet_that_the_host_uses_is_refused() {
+fn a_subnet_in_use_on_the_host_is_rejected() {
     on_a_host(async || {
         ip("link add sbother type bridge");
         for address in ["10.77.0.200/32", "10.0.0.5/8", "10.77.0.3/24"] {
@@ -121,7 +122,7 @@ fn a_subnet_that_the_host_uses_is_refused() {
 }
 
 #[test]
-fn two_networks_live_side_by_side() {
+fn two_networks_coexist() {
     on_a_host(async || {
         let first = network().await;
         let config =
@@ -144,7 +145,7 @@ fn two_networks_live_side_by_side() {
 }
 
 #[test]
-fn a_forward_reaches_the_guest_from_loopback_and_from_outside() {
+fn a_forward_works_from_loopback_and_from_outside() {
     on_a_host(async || {
         let world = outside();
         let network = network().await;
@@ -152,8 +153,8 @@ fn a_forward_reaches_the_guest_from_loopback_and_from_outside() {
         network.attach(&endpoint(2)).await.expect("attach");
         let _guests = [Guest::boot(&endpoint(1)), Guest::boot(&endpoint(2))];
 
-        // As hosts differ: with Docker's br_netfilter or without, with strict checks of the way
-        // back or none.
+        // Configurations that occur on hosts: with and without Docker's br_netfilter, with and
+        // without strict reverse path checks.
         for (bridged_too, reverse_path) in [("1", "0"), ("0", "1"), ("1", "1")] {
             sysctl("bridge/bridge-nf-call-iptables", bridged_too);
             sysctl("ipv4/conf/all/rp_filter", reverse_path);
@@ -167,7 +168,7 @@ fn a_forward_reaches_the_guest_from_loopback_and_from_outside() {
 }
 
 #[test]
-fn a_forward_takes_nothing_from_the_hosts_other_ports() {
+fn a_forward_does_not_affect_other_host_ports() {
     on_a_host(async || {
         let world = outside();
         let network = network().await;
@@ -179,7 +180,7 @@ fn a_forward_takes_nothing_from_the_hosts_other_ports() {
 }
 
 #[test]
-fn nothing_else_comes_in_from_outside() {
+fn only_the_forward_is_reachable_from_outside() {
     on_a_host(async || {
         let world = outside();
         let network = network().await;
@@ -195,19 +196,19 @@ fn nothing_else_comes_in_from_outside() {
             assert_eq!(
                 greeting(HOST, 22002),
                 format!("guest 10.77.0.11 to {OUTSIDE}"),
-                "the forward, though, is open"
+                "the forward is open"
             );
         });
         assert_eq!(
             greeting(endpoint(1).guest_ip(), 80),
             format!("web to {GATEWAY}"),
-            "the host itself may"
+            "the host itself can connect"
         );
     });
 }
 
 #[test]
-fn a_guest_reaches_the_outside_from_the_hosts_address() {
+fn a_guest_reaches_the_internet_with_the_hosts_address() {
     on_a_host(async || {
         let world = outside();
         let network = network().await;
@@ -221,7 +222,7 @@ fn a_guest_reaches_the_outside_from_the_hosts_address() {
 }
 
 #[test]
-fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
+fn denied_networks_are_unreachable_except_for_resolvers() {
     const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
     const LAN: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 7);
     on_a_host(async || {
@@ -242,7 +243,7 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
                 .iter()
                 .map(|network| network.parse().expect("a network"))
                 .collect();
-            config().denying(&networks)
+            config().with_denied(&networks)
         };
         let reached = |guest: &Guest, address, port| {
             guest
@@ -251,15 +252,15 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
         };
         let not_reached = |guest: &Guest, address, port| guest.inside.run(|| unreachable(address, port));
 
-        // Whatever the settings say, not the cloud's credentials.
+        // The cloud's metadata address is denied whatever the settings.
         let network = Network::ensure(config()).await.expect("a network");
         network.attach(&endpoint(1)).await.expect("attach");
         let guest = Guest::boot(&endpoint(1));
         reached(&guest, LAN, 80);
         not_reached(&guest, METADATA, 80);
 
-        // Of a network that is denied, a resolver's questions are answered and nothing else; the
-        // internet is as it was.
+        // In a denied network, DNS queries to a resolver are allowed and nothing else; the internet
+        // stays reachable.
         let settings = denied(&["192.168.0.0/16", "192.168.7.0/24"]).with_resolvers(&[LAN]);
         Network::ensure(settings).await.expect("a network");
         not_reached(&guest, LAN, 80);
@@ -268,15 +269,15 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
         not_reached(&guest, METADATA, 80);
         not_reached(&guest, METADATA, 53);
 
-        // A cloud's resolver at the address of its metadata: questions are answered there, and
-        // nothing else.
+        // A cloud's resolver at its metadata address: DNS queries are allowed there, and nothing
+        // else.
         Network::ensure(config().with_resolvers(&[METADATA]))
             .await
             .expect("a network");
         reached(&guest, METADATA, 53);
         not_reached(&guest, METADATA, 80);
 
-        // Who asks the guest from there is answered.
+        // Clients in a denied network can still connect to the guest.
         Network::ensure(denied(&["198.51.100.0/24"])).await.expect("a network");
         not_reached(&guest, OUTSIDE, 443);
         world.run(|| assert!(greeting(HOST, endpoint(1).ssh_port()).starts_with("guest 10.77.0.11")));
@@ -284,7 +285,7 @@ fn a_guest_cannot_reach_what_is_denied_but_a_resolver_there() {
 }
 
 #[test]
-fn a_guest_asks_a_resolver_that_is_the_host_and_reaches_nothing_else_there() {
+fn a_guest_reaches_only_the_resolver_on_the_host() {
     on_a_host(async || {
         let _world = outside();
         let network = Network::ensure(config().with_resolvers(&[HOST]))
@@ -293,38 +294,41 @@ fn a_guest_asks_a_resolver_that_is_the_host_and_reaches_nothing_else_there() {
         network.attach(&endpoint(1)).await.expect("attach");
         let guest = Guest::boot(&endpoint(1));
         let _clients = [53, 80].map(|port| serve(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port), "host".to_owned()));
-        let questions = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 53)).expect("listen");
+        let server = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 53)).expect("listen");
         std::thread::spawn(move || {
-            let mut question = [0; 512];
-            while let Ok((length, from)) = questions.recv_from(&mut question) {
-                // A client that has gone hears nothing.
-                let _sent = questions.send_to(&question[..length], from);
+            let mut query = [0; 512];
+            while let Ok((length, from)) = server.recv_from(&mut query) {
+                // The client may have gone.
+                let _ignored = server.send_to(&query[..length], from);
             }
         });
-        let answered = |to: Ipv4Addr, limit: Duration| {
+        let responds = |to: Ipv4Addr, limit: Duration| {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
             socket.set_read_timeout(Some(limit)).expect("a deadline");
-            socket.send_to(b"question", (to, 53)).expect("send");
-            let mut answer = [0; 512];
+            socket.send_to(b"query", (to, 53)).expect("send");
+            let mut response = [0; 512];
             socket
-                .recv(&mut answer)
-                .is_ok_and(|length| answer[..length] == *b"question")
+                .recv(&mut response)
+                .is_ok_and(|length| response[..length] == *b"query")
         };
-        assert!(answered(HOST, SOON) && answered(GATEWAY, SOON), "the host itself");
+        assert!(
+            responds(HOST, EVENT_TIMEOUT) && responds(GATEWAY, EVENT_TIMEOUT),
+            "the host itself"
+        );
         guest.inside.run(|| {
             assert_eq!(greeting(HOST, 53), format!("host to {}", endpoint(1).guest_ip()));
-            assert!(answered(HOST, SOON));
+            assert!(responds(HOST, EVENT_TIMEOUT));
             unreachable(HOST, 80);
-            // Of the host's addresses, only the one that is the resolver.
+            // Only the address that is the resolver, not the host's other addresses.
             unreachable(GATEWAY, 53);
-            assert!(!answered(GATEWAY, NEVER));
-            assert!(!answers_ping(HOST));
+            assert!(!responds(GATEWAY, SILENCE_TIMEOUT));
+            assert!(!responds_to_ping(HOST));
         });
-        // It is the setting that opens the port.
+        // Without the setting the port is closed.
         Network::ensure(config()).await.expect("a network");
         guest.inside.run(|| {
             unreachable(HOST, 53);
-            assert!(!answered(HOST, NEVER));
+            assert!(!responds(HOST, SILENCE_TIMEOUT));
         });
     });
 }
@@ -341,17 +345,17 @@ fn a_guest_cannot_reach_another_guest() {
         assert_eq!(
             greeting(LOOPBACK, two.ssh_port()),
             "guest 10.77.0.12 to 10.77.0.1",
-            "it is there"
+            "the other guest is up"
         );
 
-        // The other one sends its answers by way of the gateway too.
+        // The other guest sends its replies through the gateway too.
         let accomplice = || {
             guests[1]
                 .inside
                 .run(|| drop(ip(&format!("route add {}/32 via {GATEWAY}", one.guest_ip()))))
         };
         guests[0].inside.run(|| {
-            // On the wire; then by way of the gateway; then through the other one's forward.
+            // Directly, then through the gateway, then through the other guest's forward.
             unreachable(two.guest_ip(), 22);
             let neighbours = ip("neigh show dev eth0");
             assert!(!neighbours.contains(&two.mac().to_string()), "{neighbours}");
@@ -381,14 +385,14 @@ fn a_guest_cannot_reach_a_service_of_the_host() {
         let everywhere = serve(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 8080), "api".to_owned());
         let on_loopback = serve(SocketAddrV4::new(LOOPBACK, 8081), "private".to_owned());
         assert_eq!(greeting(GATEWAY, 8080), format!("api to {GATEWAY}"));
-        everywhere.recv().expect("that was the host itself");
+        everywhere.recv().expect("the host's own connection");
 
         guest.inside.run(|| {
-            assert!(answers_ping(GATEWAY), "the one thing that the host answers");
-            assert!(!answers_ping(HOST));
+            assert!(responds_to_ping(GATEWAY), "pings are the only service of the host");
+            assert!(!responds_to_ping(HOST));
             unreachable(GATEWAY, 8080);
             unreachable(HOST, 8080);
-            // A guest whose kernel sends 127/8 out to the wire.
+            // Simulates a guest whose kernel sends 127/8 to the network.
             sysctl("ipv4/conf/all/route_localnet", "1");
             ip("link set lo down");
             ip("route flush table local dev lo");
@@ -399,12 +403,16 @@ fn a_guest_cannot_reach_a_service_of_the_host() {
             unreachable(LOOPBACK, 8080);
             unreachable(LOOPBACK, 8081);
         });
-        assert!(counted("ip", "127.0.0.0/8"), "those were really sent: {}", rules());
+        assert!(
+            counted("ip", "127.0.0.0/8"),
+            "the packets were really sent: {}",
+            rules()
+        );
         assert!(everywhere.try_recv().is_err() && on_loopback.try_recv().is_err());
     });
 }
 
-/// Whether a rule with this text has counted a packet.
+/// Returns whether the rule that contains this text has counted a packet.
 fn counted(family: &str, rule: &str) -> bool {
     let table = nft(&format!("list table {family} scalebox_sbtest0"));
     let line = table
@@ -416,7 +424,7 @@ fn counted(family: &str, rule: &str) -> bool {
 }
 
 #[test]
-fn a_spoofed_address_or_mac_does_not_leave_the_tap() {
+fn spoofed_addresses_and_macs_are_dropped_at_the_tap() {
     on_a_host(async || {
         let world = outside();
         let network = network().await;
@@ -426,7 +434,7 @@ fn a_spoofed_address_or_mac_does_not_leave_the_tap() {
         assert!(network.guards_taps(), "this kernel has the bridge family");
         let guest = Guest::boot(&own);
         let internet = world.run(|| serve(SocketAddrV4::new(OUTSIDE, 443), "internet".to_owned()));
-        let as_address = |source: Ipv4Addr| {
+        let connect_as = |source: Ipv4Addr| {
             ip(&format!("route replace {OUTSIDE} via {GATEWAY} src {source}"));
             unreachable(OUTSIDE, 443);
         };
@@ -434,8 +442,8 @@ fn a_spoofed_address_or_mac_does_not_leave_the_tap() {
         guest.inside.run(|| {
             assert_eq!(greeting(OUTSIDE, 443), format!("internet to {HOST}"));
 
-            // A free address, the other VM's, one of nobody's net: each with a gateway that needs
-            // no question.
+            // A free address, the other VM's, and one of a foreign network, each with a static ARP
+            // entry for the gateway.
             ip("neigh replace 10.77.0.1 lladdr 02:5b:0a:4d:00:01 dev eth0");
             for source in [
                 Ipv4Addr::new(10, 77, 0, 99),
@@ -443,39 +451,35 @@ fn a_spoofed_address_or_mac_does_not_leave_the_tap() {
                 Ipv4Addr::new(203, 0, 113, 7),
             ] {
                 ip(&format!("addr add {source}/32 dev eth0"));
-                as_address(source);
+                connect_as(source);
             }
-            // The own address with another MAC, then the other VM's address and MAC both.
+            // The guest's own address with another MAC, then the other VM's address and MAC.
             ip("link set eth0 address 02:00:00:00:00:07");
-            as_address(own.guest_ip());
+            connect_as(own.guest_ip());
             ip(&format!("link set eth0 address {}", other.mac()));
-            as_address(other.guest_ip());
+            connect_as(other.guest_ip());
             ip(&format!("link set eth0 address {}", own.mac()));
-            as_own(&own);
+            connect_as_own(&own);
         });
         assert!(counted("bridge", "@taps"));
-        assert_eq!(
-            internet.try_iter().count(),
-            2,
-            "the honest ones, at the beginning and at the end"
-        );
+        assert_eq!(internet.try_iter().count(), 2, "the two connections without spoofing");
     });
 }
 
-fn as_own(own: &Endpoint) {
+fn connect_as_own(own: &Endpoint) {
     ip(&format!("route replace {OUTSIDE} via {GATEWAY} src {}", own.guest_ip()));
     assert_eq!(greeting(OUTSIDE, 443), format!("internet to {HOST}"));
 }
 
 #[test]
-fn a_guest_cannot_answer_arp_for_another() {
+fn a_guest_cannot_respond_to_arp_for_another() {
     on_a_host(async || {
         let network = network().await;
         let (own, victim) = (endpoint(1), endpoint(2));
         network.attach(&own).await.expect("attach");
         network.attach(&victim).await.expect("attach");
         let thief = Guest::boot(&own);
-        // The victim is switched off; the thief takes its address and would answer for it.
+        // The victim is switched off; the thief takes its address and would respond in its place.
         thief.inside.run(|| {
             ip(&format!("addr add {}/24 dev eth0", victim.guest_ip()));
         });
@@ -500,7 +504,7 @@ fn a_guest_cannot_answer_arp_for_another() {
 }
 
 #[test]
-fn a_frame_is_checked_outside_and_inside() {
+fn frame_headers_and_arp_payloads_are_checked() {
     on_a_host(async || {
         let network = network().await;
         let (own, other) = (endpoint(1), endpoint(2));
@@ -509,7 +513,7 @@ fn a_frame_is_checked_outside_and_inside() {
         let mut tap = open_tap(own.tap());
         let (mac, ip) = (own.mac().octets(), own.guest_ip());
         let tagged = [&[0x81, 0x00, 0x00, 0x07][..], &arp_request(mac, mac, ip)[12..]].concat();
-        for (lie, frame) in [
+        for (spoofed, frame) in [
             ("the frame's MAC", arp_request(other.mac().octets(), mac, ip)),
             ("the MAC inside", arp_request(mac, other.mac().octets(), ip)),
             ("the address inside", arp_request(mac, mac, other.guest_ip())),
@@ -519,28 +523,28 @@ fn a_frame_is_checked_outside_and_inside() {
                 arp_request(other.mac().octets(), other.mac().octets(), other.guest_ip()),
             ),
         ] {
-            let dropped = dropped_at_the_taps();
+            let dropped = dropped_at_taps();
             tap.write_all(&frame).expect("send");
-            // A tap hands its frame on before the write returns.
-            assert_eq!(dropped_at_the_taps(), dropped + 1, "{lie}");
+            // The kernel has processed the frame before the write returns.
+            assert_eq!(dropped_at_taps(), dropped + 1, "{spoofed}");
         }
-        let dropped = dropped_at_the_taps();
+        let dropped = dropped_at_taps();
         tap.write_all(&arp_request(mac, mac, ip)).expect("send");
-        assert_eq!(dropped_at_the_taps(), dropped, "the truth");
-        let mut answer = [0; 64];
-        while answer[12..14] != [0x08, 0x06] {
-            let length = tap.read(&mut answer).expect("receive");
+        assert_eq!(dropped_at_taps(), dropped, "nothing is spoofed");
+        let mut reply = [0; 64];
+        while reply[12..14] != [0x08, 0x06] {
+            let length = tap.read(&mut reply).expect("receive");
             assert!(length > 14);
         }
         assert_eq!(
-            answer[22..32],
+            reply[22..32],
             [&Mac::from_ip(GATEWAY).octets()[..], &GATEWAY.octets()].concat()
         );
     });
 }
 
-/// A broadcast "who has the gateway's address?" (RFC 826), with the sender's MAC outside and
-/// inside.
+/// Returns a broadcast ARP request for the gateway's address (RFC 826). `outside` is the sender's
+/// MAC in the frame, `inside` the one in the payload.
 fn arp_request(outside: [u8; 6], inside: [u8; 6], ip: Ipv4Addr) -> Vec<u8> {
     let ethernet = [&[0xff; 6][..], &outside, &[0x08, 0x06]].concat();
     let ipv4_over_ethernet_request = [0, 1, 0x08, 0, 6, 4, 0, 1];
@@ -555,8 +559,8 @@ fn arp_request(outside: [u8; 6], inside: [u8; 6], ip: Ipv4Addr) -> Vec<u8> {
     .concat()
 }
 
-/// How many frames the guard of the taps has dropped.
-fn dropped_at_the_taps() -> u64 {
+/// Returns the number of frames dropped by the per-tap checks.
+fn dropped_at_taps() -> u64 {
     let table = nft("list table bridge scalebox_sbtest0");
     let (_, count) = table.split_once("@taps counter packets ").expect("the last rule");
     count
@@ -567,7 +571,7 @@ fn dropped_at_the_taps() -> u64 {
 }
 
 #[test]
-fn ipv6_does_not_leave_the_tap() {
+fn ipv6_is_dropped_at_the_tap() {
     on_a_host(async || {
         let network = network().await;
         network.attach(&endpoint(1)).await.expect("attach");
@@ -576,20 +580,20 @@ fn ipv6_does_not_leave_the_tap() {
             assert_eq!(ip(&format!("-6 addr show dev {link}")), "", "{link}");
         }
         let guest = Guest::boot(&endpoint(1));
-        // Even if somebody gives the bridge an address of IPv6.
+        // Even if an administrator gives the bridge an IPv6 address.
         sysctl("ipv6/conf/sbtest0/disable_ipv6", "0");
         ip("addr add fd77::1/64 dev sbtest0 nodad");
         let listener = std::net::TcpListener::bind("[fd77::1]:8080").expect("listen");
         let at = listener.local_addr().expect("an address");
         guest.inside.run(|| {
             ip("addr add fd77::2/64 dev eth0 nodad");
-            assert!(TcpStream::connect_timeout(&at, NEVER).is_err());
+            assert!(TcpStream::connect_timeout(&at, SILENCE_TIMEOUT).is_err());
         });
         assert!(counted("bridge", "@taps"));
         nft("delete table bridge scalebox_sbtest0");
-        guest
-            .inside
-            .run(|| drop(TcpStream::connect_timeout(&at, SOON).expect("it is the guard that dropped it")));
+        guest.inside.run(|| {
+            drop(TcpStream::connect_timeout(&at, EVENT_TIMEOUT).expect("without the table the connection works"))
+        });
     });
 }
 
@@ -605,22 +609,22 @@ fn a_session_survives_reconcile() {
         local.echo("before").expect("echo");
         drop(first);
 
-        // The daemon is back; beside the VM there are a leftover to remove and a VM to bring back.
+        // The daemon restarts. Besides the VM there are a leftover to remove and a VM to restore.
         let again = network().await;
         again.attach(&endpoint(2)).await.expect("attach");
         let done = again.reconcile(&[endpoint(1), endpoint(3)]).await.expect("reconcile");
         assert!(!done.added.is_empty() && !done.removed.is_empty());
-        local.echo("after").expect("the local session goes on");
-        remote.echo("after").expect("the remote session goes on");
+        local.echo("after").expect("the local session continues");
+        remote.echo("after").expect("the remote session continues");
         assert_eq!(
             again.reconcile(&[endpoint(1), endpoint(3)]).await.expect("reconcile"),
             Reconciled::default()
         );
-        local.echo("at last").expect("the local session goes on");
+        local.echo("at last").expect("the local session continues");
         assert_eq!(
             greeting(LOOPBACK, 22002),
             "guest 10.77.0.11 to 10.77.0.1",
-            "and a new one comes in"
+            "a new session can be opened"
         );
     });
 }
@@ -632,23 +636,23 @@ fn a_session_survives_a_flushed_ruleset() {
         first.attach(&endpoint(1)).await.expect("attach");
         let _guest = Guest::boot(&endpoint(1));
         let mut session = Session::open(LOOPBACK, 22002).expect("a session");
-        // What a restart of the distribution's firewall service does.
+        // As a restart of the distribution's firewall service does.
         nft("flush ruleset");
         unreachable(LOOPBACK, 22002);
         first.reconcile(&[endpoint(1)]).await.expect("reconcile");
         assert_eq!(greeting(LOOPBACK, 22002), "guest 10.77.0.11 to 10.77.0.1");
-        session.echo("still there").expect("the session goes on");
-        assert!(first.is_whole().await.expect("a look"));
+        session.echo("still there").expect("the session continues");
+        assert!(first.is_whole().await.expect("check"));
         nft("flush ruleset");
-        assert!(!first.is_whole().await.expect("a look"));
+        assert!(!first.is_whole().await.expect("check"));
         first.repair().await.expect("repair");
-        assert!(first.is_whole().await.expect("a look"));
+        assert!(first.is_whole().await.expect("check"));
         unreachable(LOOPBACK, 22002);
         nft("flush ruleset");
         first
             .attach(&endpoint(1))
             .await
-            .expect("attach alone brings the tables back too");
+            .expect("attach also restores the tables");
         assert_eq!(greeting(LOOPBACK, 22002), "guest 10.77.0.11 to 10.77.0.1");
     });
 }
@@ -662,8 +666,8 @@ fn a_session_survives_a_deleted_bridge() {
         let mut session = Session::open(LOOPBACK, 22002).expect("a session");
         ip("link delete sbtest0");
         let done = network.reconcile(&[endpoint(1)]).await.expect("reconcile");
-        assert_eq!(done, Reconciled::default(), "no VM's part was missing");
-        session.echo("still there").expect("the session goes on");
+        assert_eq!(done, Reconciled::default(), "no item of a VM was missing");
+        session.echo("still there").expect("the session continues");
         let port = ip("-d link show sb000000000001");
         assert!(
             port.contains("isolated on") && port.contains("master sbtest0"),
@@ -673,7 +677,7 @@ fn a_session_survives_a_deleted_bridge() {
 }
 
 #[test]
-fn attach_twice_is_attach_once() {
+fn attach_can_be_repeated() {
     on_a_host(async || {
         let network = network().await;
         network.attach(&endpoint(1)).await.expect("attach");
@@ -694,7 +698,7 @@ fn attach_twice_is_attach_once() {
 }
 
 #[test]
-fn a_tap_belongs_to_the_owner_asked_for() {
+fn a_tap_belongs_to_the_requested_owner() {
     on_a_host(async || {
         let network = network().await;
         network.attach(&endpoint(1).with_owner(65534)).await.expect("attach");
@@ -704,7 +708,7 @@ fn a_tap_belongs_to_the_owner_asked_for() {
 }
 
 #[test]
-fn attach_that_fails_leaves_nothing() {
+fn failed_attaches_leave_nothing() {
     on_a_host(async || {
         let network = network().await;
         ip("link add sb000000000001 type veth peer name other");
@@ -712,22 +716,22 @@ fn attach_that_fails_leaves_nothing() {
         let error = network
             .attach(&endpoint(1))
             .await
-            .expect_err("the name is taken")
+            .expect_err("the name is in use")
             .to_string();
-        assert!(error.contains("sb000000000001 exists and is no tap"), "{error}");
+        assert!(error.contains("sb000000000001 exists and is not a tap"), "{error}");
         assert_eq!((links(), rules()), before);
         let error = network
             .detach(&endpoint(1))
             .await
-            .expect_err("not ours to delete")
+            .expect_err("a foreign interface")
             .to_string();
-        assert!(error.contains("is no tap"), "{error}");
+        assert!(error.contains("is not a tap"), "{error}");
         assert_eq!((links(), rules()), before);
     });
 }
 
 #[test]
-fn a_taken_port_address_or_tap_is_refused() {
+fn ports_addresses_and_taps_in_use_are_rejected() {
     on_a_host(async || {
         let network = network().await;
         network.attach(&endpoint(1)).await.expect("attach");
@@ -740,18 +744,18 @@ fn a_taken_port_address_or_tap_is_refused() {
             ("000000000001", free_ip, 22050),
         ] {
             let other = Endpoint::new(key, ip, port).expect("valid");
-            let error = network.attach(&other).await.expect_err("taken");
+            let error = network.attach(&other).await.expect_err("in use");
             assert!(matches!(error, Error::Taken { .. }), "{error}");
-            let error = network.reconcile(&[endpoint(1), other]).await.expect_err("taken");
+            let error = network.reconcile(&[endpoint(1), other]).await.expect_err("in use");
             assert!(matches!(error, Error::Taken { .. }), "{error}");
         }
-        for nobodys in [
+        for reserved in [
             Ipv4Addr::new(10, 77, 0, 0),
             GATEWAY,
             Ipv4Addr::new(10, 77, 0, 255),
             Ipv4Addr::new(10, 78, 0, 5),
         ] {
-            let other = Endpoint::new("00000000000f", nobodys, 22050).expect("valid");
+            let other = Endpoint::new("00000000000f", reserved, 22050).expect("valid");
             assert!(matches!(
                 network.attach(&other).await,
                 Err(Error::NotAGuestAddress { .. })
@@ -761,24 +765,24 @@ fn a_taken_port_address_or_tap_is_refused() {
     });
 }
 
-/// Has a server far away repeat so many bytes, from the namespace of the calling thread; how long
-/// that takes.
-fn there_and_back(bytes: usize) -> Duration {
+/// Sends bytes to an echo server outside, from the calling thread's namespace. Returns the time
+/// until all are back.
+fn round_trip(bytes: usize) -> Duration {
     let mut there = TcpStream::connect((OUTSIDE, 443)).expect("connect");
-    there.set_read_timeout(Some(SOON)).expect("a deadline");
+    there.set_read_timeout(Some(EVENT_TIMEOUT)).expect("a deadline");
     let mut back = BufReader::new(there.try_clone().expect("another handle"));
     let mut greeting = String::new();
     back.read_line(&mut greeting).expect("a greeting");
-    let begun = Instant::now();
+    let start = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(move || there.write_all(&vec![7; bytes]).expect("send"));
         back.read_exact(&mut vec![0; bytes]).expect("receive");
     });
-    begun.elapsed()
+    start.elapsed()
 }
 
 #[test]
-fn every_rate_that_can_be_asked_for_is_attached_and_kept() {
+fn every_requested_rate_is_applied_and_kept() {
     on_a_host(async || {
         let network = network().await;
         for megabits in [1, 100_000, 147_573, 147_574, 200_000, 1_000_000, u32::MAX] {
@@ -792,7 +796,7 @@ fn every_rate_that_can_be_asked_for_is_attached_and_kept() {
 }
 
 #[test]
-fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they_can() {
+fn rates_limit_their_own_guest_and_no_other() {
     on_a_host(async || {
         const MEGABYTE: usize = 1_000_000;
         let world = outside();
@@ -803,31 +807,31 @@ fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they
         let _clients = world.run(|| serve(SocketAddrV4::new(OUTSIDE, 443), "internet".to_owned()));
         let (slow, fast) = (Guest::boot(&endpoint(1)), Guest::boot(&endpoint(2)));
 
-        // At 1 MB a second, less the second's worth that may pass at once.
-        let took = slow.inside.run(|| there_and_back(4 * MEGABYTE));
+        // At 1 MB per second, minus one second's worth that may pass at once.
+        let took = slow.inside.run(|| round_trip(4 * MEGABYTE));
         assert!(took > Duration::from_millis(2800), "{took:?}");
-        let free = fast.inside.run(|| there_and_back(4 * MEGABYTE));
+        let free = fast.inside.run(|| round_trip(4 * MEGABYTE));
         assert!(free < took, "{free:?} without a rate");
 
-        // From the host itself too, by the forward.
-        let begun = Instant::now();
+        // From the host itself too, through the forward.
+        let start = Instant::now();
         let mut session = TcpStream::connect((LOOPBACK, 22002)).expect("connect");
         let mut back = session.try_clone().expect("another handle");
         std::thread::scope(|scope| {
             scope.spawn(move || session.write_all(&vec![7; 3 * MEGABYTE]).expect("send"));
             back.read_exact(&mut vec![0; 3 * MEGABYTE]).expect("receive");
         });
-        assert!(begun.elapsed() > Duration::from_millis(1800), "{:?}", begun.elapsed());
+        assert!(start.elapsed() > Duration::from_millis(1800), "{:?}", start.elapsed());
 
-        // A rate is changed while the guest runs, without another attach's doing, and is not undone
-        // by a reconcile.
+        // The rate can be changed while the guest runs, without affecting other guests, and a
+        // reconcile keeps it.
         network.attach(&limited(80)).await.expect("another rate");
         let wanted = [limited(80), endpoint(2)];
         assert_eq!(
             network.reconcile(&wanted).await.expect("reconcile"),
             Reconciled::default()
         );
-        let faster = slow.inside.run(|| there_and_back(4 * MEGABYTE));
+        let faster = slow.inside.run(|| round_trip(4 * MEGABYTE));
         assert!(faster < took, "{faster:?} at ten times the rate");
         network.attach(&endpoint(1)).await.expect("no rate");
         assert!(
@@ -836,7 +840,7 @@ fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they
             rules()
         );
 
-        // What a crash left of another rate goes with the guest.
+        // Another rate, left by a crash, is removed with the guest.
         network.attach(&limited(8)).await.expect("attach");
         network.detach(&limited(16)).await.expect("detach");
         assert!(!rules().contains("10.77.0.11"), "{}", rules());
@@ -844,7 +848,7 @@ fn a_guest_sends_and_receives_no_faster_than_its_rate_and_others_as_fast_as_they
 }
 
 #[test]
-fn detach_leaves_nothing() {
+fn detach_leaves_nothing_behind() {
     on_a_host(async || {
         let network = network().await;
         network.attach(&endpoint(2)).await.expect("attach");
@@ -866,7 +870,7 @@ fn detach_leaves_nothing() {
 }
 
 #[test]
-fn sixteen_at_once_each_have_their_own() {
+fn sixteen_vms_can_be_attached_concurrently() {
     on_a_host(async || {
         let network = network().await;
         let endpoints: Vec<Endpoint> = (0..16).map(endpoint).collect();
@@ -884,22 +888,22 @@ fn sixteen_at_once_each_have_their_own() {
 }
 
 #[test]
-fn reconcile_removes_what_nobody_wants_and_leaves_the_foreign_alone() {
+fn reconcile_removes_orphaned_items_and_keeps_foreign_ones() {
     on_a_host(async || {
         let crashed = network().await;
         for n in 1..=3 {
             crashed.attach(&endpoint(n)).await.expect("attach");
         }
         drop(crashed);
-        // Ours: a forward without a tap, a tap without a forward, a tap whose bridge was deleted
-        // under it.
+        // Ours: a forward without a tap, a tap without a forward, a tap whose bridge was deleted.
         nft("add element ip scalebox_sbtest0 forwards { 22099 : 10.77.0.99 }");
         ip("tuntap add sbaaaaaaaaaaaa mode tap");
         ip("link set sbaaaaaaaaaaaa master sbtest0");
         ip("link set sb000000000003 nomaster");
-        // Not ours: a port of another name, taps of our form elsewhere or nowhere, another table.
-        ip("tuntap add tap-of-mine mode tap");
-        ip("link set tap-of-mine master sbtest0");
+        // Foreign: a port with another name, taps of our form on another bridge or on none, another
+        // table.
+        ip("tuntap add tap-foreign mode tap");
+        ip("link set tap-foreign master sbtest0");
         ip("tuntap add sbbbbbbbbbbbbb mode tap");
         ip("link add sbother type bridge");
         ip("tuntap add sbcccccccccccc mode tap");
@@ -907,23 +911,26 @@ fn reconcile_removes_what_nobody_wants_and_leaves_the_foreign_alone() {
         nft("add table ip theirs { chain c { type filter hook forward priority 0; policy accept; }; }");
         let theirs = nft("list table ip theirs");
 
-        // Wanted: 1, which is there; 2, with half of it missing; 4, which was never made.
+        // Wanted: 1, which exists; 2, half of which is missing; 4, which was never created.
         ip("link delete sb000000000002");
         let again = network().await;
         let done = again
             .reconcile(&[endpoint(1), endpoint(2), endpoint(4)])
             .await
             .expect("reconcile");
-        for gone in [
+        for orphaned in [
             "sbaaaaaaaaaaaa",
             "sb000000000003",
             "forward 22099 to 10.77.0.99",
             "forward 22004 to 10.77.0.13",
         ] {
-            assert!(done.removed.iter().any(|removed| removed == gone), "{gone}: {done:?}");
+            assert!(
+                done.removed.iter().any(|removed| removed == orphaned),
+                "{orphaned}: {done:?}"
+            );
         }
-        for back in ["sb000000000002", "sb000000000004", "forward 22005 to 10.77.0.14"] {
-            assert!(done.added.iter().any(|added| added == back), "{back}: {done:?}");
+        for restored in ["sb000000000002", "sb000000000004", "forward 22005 to 10.77.0.14"] {
+            assert!(done.added.iter().any(|added| added == restored), "{restored}: {done:?}");
         }
         assert!(
             !format!("{done:?}").contains("10.77.0.11"),
@@ -936,7 +943,7 @@ fn reconcile_removes_what_nobody_wants_and_leaves_the_foreign_alone() {
             "sbbbbbbbbbbbbb",
             "sbcccccccccccc",
         ];
-        assert_eq!(links(), [&left[..], &["sbother", "sbtest0", "tap-of-mine"]].concat());
+        assert_eq!(links(), [&left[..], &["sbother", "sbtest0", "tap-foreign"]].concat());
         assert_eq!(nft("list table ip theirs"), theirs);
         let _guests = [
             Guest::boot(&endpoint(1)),
@@ -957,7 +964,7 @@ fn reconcile_removes_what_nobody_wants_and_leaves_the_foreign_alone() {
 }
 
 #[test]
-fn reconcile_brings_everything_back_after_a_reboot() {
+fn reconcile_restores_everything_after_a_reboot() {
     on_a_host(async || {
         let network = network().await;
         let done = network.reconcile(&[endpoint(1)]).await.expect("reconcile");
@@ -971,7 +978,7 @@ fn reconcile_brings_everything_back_after_a_reboot() {
 }
 
 #[test]
-fn teardown_leaves_nothing() {
+fn teardown_leaves_nothing_behind() {
     on_a_host(async || {
         ip("tuntap add sbbbbbbbbbbbbb mode tap");
         nft("add table ip theirs");
@@ -996,13 +1003,13 @@ fn a_port_of_another_program_is_not_free() {
     on_a_host(async || {
         for address in [Ipv4Addr::UNSPECIFIED, LOOPBACK] {
             let listener = std::net::TcpListener::bind((address, 22010)).expect("listen");
-            assert!(!port_is_free_on_host(22010).expect("look"), "{address}");
+            assert!(!port_is_free_on_host(22010).expect("check"), "{address}");
             drop(listener);
-            assert!(port_is_free_on_host(22010).expect("look"), "{address}");
+            assert!(port_is_free_on_host(22010).expect("check"), "{address}");
         }
         let both = std::net::TcpListener::bind("[::]:22010").expect("listen");
         assert!(
-            !port_is_free_on_host(22010).expect("look"),
+            !port_is_free_on_host(22010).expect("check"),
             "[::] is every IPv4 address too"
         );
         drop(both);
@@ -1010,7 +1017,7 @@ fn a_port_of_another_program_is_not_free() {
 }
 
 #[test]
-fn a_vmm_that_is_gone_leaves_its_tap_for_the_next() {
+fn a_tap_survives_its_vmm() {
     on_a_host(async || {
         let network = network().await;
         network.attach(&endpoint(1)).await.expect("attach");
@@ -1022,10 +1029,10 @@ fn a_vmm_that_is_gone_leaves_its_tap_for_the_next() {
 }
 
 #[test]
-fn a_process_that_may_not_change_the_network_is_told_so() {
+fn a_missing_capability_is_reported() {
     let namespace = Namespace::new();
-    let refused = namespace.run(|| {
-        // Of this thread alone; it ends with the closure.
+    let error = namespace.run(|| {
+        // Affects only this thread, which ends with the closure.
         let mut capabilities = rustix::thread::capabilities(None).expect("capabilities");
         capabilities.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
         capabilities.permitted.remove(rustix::thread::CapabilitySet::NET_ADMIN);
@@ -1037,11 +1044,11 @@ fn a_process_that_may_not_change_the_network_is_told_so() {
         runtime
             .block_on(Network::ensure(config()))
             .err()
-            .expect("refused")
+            .expect("an error")
             .to_string()
     });
     assert!(
-        refused.contains("not permitted") && refused.contains("needs CAP_NET_ADMIN"),
-        "{refused}"
+        error.contains("not permitted") && error.contains("needs CAP_NET_ADMIN"),
+        "{error}"
     );
 }

@@ -1,8 +1,8 @@
-//! Whether KVM can run guests here, and why not.
+//! Detects whether KVM can run guests on this host, and why not.
 //!
-//! That `/dev/kvm` opens is not enough: inside a virtual machine without nested virtualisation the
-//! device may be there, a VM may even be created on it, and no guest ever runs. The processor has
-//! to offer `vmx` (Intel) or `svm` (AMD) as well.
+//! An openable `/dev/kvm` is not enough. Inside a virtual machine without nested virtualisation the
+//! device may exist, and KVM may even create a VM, but no guest ever runs. The processor must also
+//! offer `vmx` (Intel) or `svm` (AMD).
 
 use crate::{Error, Result};
 use std::fmt;
@@ -12,58 +12,58 @@ use std::str::FromStr;
 
 const DEVICE: &str = "/dev/kvm";
 
-/// What the setting `ACCEL` asks for.
+/// The setting `ACCEL`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AccelSetting {
-    /// KVM where it can run guests, else emulation.
+    /// KVM if it can run guests, otherwise emulation.
     #[default]
     Auto,
-    /// KVM, or an error.
+    /// KVM; an error if it is not available.
     Kvm,
-    /// Emulation, also where KVM would do.
+    /// Emulation, even if KVM is available.
     Tcg,
 }
 
-/// How guests' instructions are run.
+/// How the guest's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
-    /// By the processor, through `/dev/kvm`.
+    /// Directly by the processor, through `/dev/kvm`.
     Kvm,
     /// By translation (QEMU's TCG): works everywhere, an order of magnitude slower.
     Tcg,
 }
 
-/// The accelerator chosen, and the reason in a sentence for the log.
+/// The chosen accelerator, and the reason as a sentence for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccelChoice {
-    /// The choice.
+    /// The accelerator.
     pub accel: Accel,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
-/// What was found on the host: the inputs of [`choose`].
+/// Facts about the host: the inputs of [`choose`].
 #[derive(Debug, Clone)]
 pub struct KvmProbe {
-    /// Whether `/dev/kvm` opens for reading and writing; else what the kernel said.
+    /// `Ok` if `/dev/kvm` opens for reading and writing, otherwise the kernel's error.
     pub device: Result<(), String>,
-    /// The text of `/proc/cpuinfo`.
+    /// The content of `/proc/cpuinfo`.
     pub cpuinfo: String,
 }
 
-/// Looks at the host and chooses.
+/// Probes the host and chooses an accelerator.
 ///
 /// # Errors
-/// [`Error::NoKvm`] when KVM is demanded and `/dev/kvm` does not open.
+/// [`Error::NoKvm`] if `ACCEL=kvm` and `/dev/kvm` does not open.
 pub fn accelerator(setting: AccelSetting) -> Result<AccelChoice> {
     choose(setting, &probe())
 }
 
-/// Chooses by what was found. KVM that is demanded is taken at the operator's word as soon as the
-/// device opens.
+/// Chooses an accelerator from the facts in `host`. With `ACCEL=kvm` an openable device is enough;
+/// the processor flags are not checked.
 ///
 /// # Errors
-/// [`Error::NoKvm`] when KVM is demanded and the device does not open.
+/// [`Error::NoKvm`] if `ACCEL=kvm` and the device does not open.
 pub fn choose(setting: AccelSetting, host: &KvmProbe) -> Result<AccelChoice> {
     let choice = |accel, reason: String| Ok(AccelChoice { accel, reason });
     match (setting, &host.device, virtualisation_flag(&host.cpuinfo)) {
@@ -75,14 +75,14 @@ pub fn choose(setting: AccelSetting, host: &KvmProbe) -> Result<AccelChoice> {
         }
         (AccelSetting::Auto, Ok(()), None) => choice(
             Accel::Tcg,
-            "/dev/kvm opens, but the processor shows neither vmx nor svm: guests would not run on it".into(),
+            "/dev/kvm opens, but the processor has neither vmx nor svm: guests cannot run on it".into(),
         ),
         (AccelSetting::Auto, Err(why), _) => choice(Accel::Tcg, why.clone()),
     }
 }
 
-/// Whether the processor has KVM, and its device is not there: its module is not loaded, or not
-/// yet.
+/// Returns whether the processor supports KVM but `/dev/kvm` is missing: the module is not loaded,
+/// or not yet.
 pub fn kvm_is_missing() -> bool {
     virtualisation_flag(&cpuinfo()).is_some() && !Path::new(DEVICE).exists()
 }
@@ -92,12 +92,12 @@ fn probe() -> KvmProbe {
     KvmProbe {
         device: device
             .map(drop)
-            .map_err(|error| format!("{DEVICE} does not open: {error}")),
+            .map_err(|error| format!("cannot open {DEVICE}: {error}")),
         cpuinfo: cpuinfo(),
     }
 }
 
-/// A /proc that cannot be read shows no flag, and no flag means emulation: slow, never wrong.
+/// An unreadable /proc yields no flags, and no flags mean emulation: slow, but never wrong.
 fn cpuinfo() -> String {
     fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }
@@ -128,7 +128,7 @@ impl FromStr for AccelSetting {
             "auto" => Ok(AccelSetting::Auto),
             "kvm" => Ok(AccelSetting::Kvm),
             "tcg" => Ok(AccelSetting::Tcg),
-            _ => Err(format!("{text:?} is not an accelerator: write auto, kvm or tcg")),
+            _ => Err(format!("{text:?} is not an accelerator; use auto, kvm or tcg")),
         }
     }
 }
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn kvm_is_chosen_only_where_it_can_run_guests() {
-        let refused = || Err("/dev/kvm does not open: No such file or directory");
+        let refused = || Err("cannot open /dev/kvm: No such file or directory");
         for (device, flags, expected) in [
             (Ok(()), "vmx", Accel::Kvm),
             (Ok(()), "svm", Accel::Kvm),
@@ -163,25 +163,25 @@ mod tests {
     }
 
     #[test]
-    fn emulation_says_why_kvm_was_not_taken() {
+    fn the_reason_for_emulation_is_reported() {
         let reason = |device, flags| choose(AccelSetting::Auto, &host(device, flags)).unwrap().reason;
         assert!(reason(Ok(()), "").contains("neither vmx nor svm"));
-        assert!(reason(Err("/dev/kvm does not open: Permission denied"), "vmx").contains("Permission denied"));
+        assert!(reason(Err("cannot open /dev/kvm: Permission denied"), "vmx").contains("Permission denied"));
     }
 
     #[test]
-    fn a_demand_is_met_or_refused_with_the_way_out() {
+    fn an_explicit_setting_is_obeyed_or_rejected_with_the_remedy() {
         assert_eq!(
             choose(AccelSetting::Tcg, &host(Ok(()), "vmx")).unwrap().accel,
             Accel::Tcg
         );
         assert_eq!(choose(AccelSetting::Kvm, &host(Ok(()), "")).unwrap().accel, Accel::Kvm);
-        let refusal = choose(AccelSetting::Kvm, &host(Err("/dev/kvm does not open: gone"), "vmx")).unwrap_err();
-        assert!(refusal.to_string().contains("gone: load the kvm module"), "{refusal}");
+        let error = choose(AccelSetting::Kvm, &host(Err("cannot open /dev/kvm: gone"), "vmx")).unwrap_err();
+        assert!(error.to_string().contains("gone; load the kvm module"), "{error}");
     }
 
     #[test]
-    fn a_setting_that_does_not_parse_shows_what_would() {
+    fn an_invalid_setting_is_rejected_with_the_valid_values() {
         assert_eq!("kvm".parse(), Ok(AccelSetting::Kvm));
         assert!("KVM!".parse::<AccelSetting>().unwrap_err().contains("auto, kvm or tcg"));
     }

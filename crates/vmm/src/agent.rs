@@ -1,7 +1,7 @@
-//! The guest agent's own shutdown.
+//! Shutdown through the guest agent.
 //!
-//! The power button, and Ctrl+Alt+Del, need somebody in the guest who listens for them; the agent
-//! does without.
+//! The power button and Ctrl+Alt+Del need a program in the guest that reacts to them. The agent
+//! needs none.
 
 use crate::Result;
 use qapi::futures::QgaStreamTokio;
@@ -11,26 +11,26 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// The longest that one attempt lasts. An agent that obeys does not answer at all; one that is not
-/// there neither.
-const ATTEMPT: Duration = Duration::from_secs(1);
+/// Timeout of one attempt. An agent that obeys sends no response, and neither does a missing one.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What it may say meanwhile, in bytes: it is a guest's program, and an answer is read whole.
-const MOST_SAID: u64 = 64 << 10;
+/// Limit on what the agent may send during one attempt. It runs in the guest and is not trusted,
+/// and a response is buffered whole.
+const MAX_RESPONSE_BYTES: u64 = 64 << 10;
 
-/// Asks the agent to end the guest. Whether it obeys is seen by the machine's end only.
-pub(crate) async fn ask_to_shut_down(agent: impl Future<Output = Result<UnixStream>>, mode: GuestShutdownMode) {
+/// Asks the agent to shut the guest down. The only sign of success is the end of the machine.
+pub(crate) async fn request_shutdown(agent: impl Future<Output = Result<UnixStream>>, mode: GuestShutdownMode) {
     let attempt = async {
         let stream = agent.await.map_err(std::io::Error::other)?;
-        let (answers, questions) = tokio::io::split(stream);
-        let (service, events) = QgaStreamTokio::open_split(answers.take(MOST_SAID), questions).into_parts();
+        let (reader, writer) = tokio::io::split(stream);
+        let (service, events) = QgaStreamTokio::open_split(reader.take(MAX_RESPONSE_BYTES), writer).into_parts();
         let command = service.execute(guest_shutdown { mode: Some(mode) });
         tokio::select! {
-            answer = command => answer.map(drop).map_err(std::io::Error::from),
+            response = command => response.map(drop).map_err(std::io::Error::from),
             closed = events => closed,
         }
     };
-    if let Ok(Err(error)) = timeout(ATTEMPT, attempt).await {
-        tracing::debug!(%error, "the guest agent did not take the shutdown");
+    if let Ok(Err(error)) = timeout(ATTEMPT_TIMEOUT, attempt).await {
+        tracing::debug!(%error, "the guest agent did not accept the shutdown");
     }
 }

@@ -1,8 +1,8 @@
-//! A [`MachineSpec`] as QEMU's argument vector.
+//! Builds QEMU's argument vector from a [`MachineSpec`].
 //!
-//! Pure: what it says about the host (does the disk take direct I/O?) comes in as an argument.
-//! Devices and disks are written as JSON, so that no character of a path means anything; where QEMU
-//! has only `key=value`, commas are doubled.
+//! This is a pure function: facts about the host (does the disk support direct I/O?) are
+//! parameters. Devices and disks are written as JSON, so that no character of a path has a special
+//! meaning. Where QEMU accepts only `key=value`, commas are doubled.
 
 use crate::accel::Accel;
 use crate::machine::{MachineId, MachineSpec};
@@ -12,56 +12,56 @@ use scalebox_units::DiskLocation;
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// The name of the root disk's block node, by which it is resized.
+/// Name of the root disk's block node; `block_resize` refers to it.
 pub(crate) const ROOT_NODE: &str = "root";
 
-/// The name of the root disk's device, by which it is limited.
+/// Id of the root disk's device; the I/O throttle refers to it.
 pub(crate) const ROOT_DEVICE: &str = "root-device";
 
 /// The virtio-serial port on which `qemu-guest-agent` listens in the guest.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
-/// QEMU's cache of translated code. The default is an eighth of the host's memory, at most 1 GiB,
-/// for every machine.
+/// Size of QEMU's cache of translated code. QEMU's default is an eighth of the host's memory, up to
+/// 1 GiB, for every machine.
 pub(crate) const TRANSLATION_CACHE_MIB: u64 = 256;
 
-/// How the root disk's file is accessed.
+/// How QEMU accesses the root disk's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DiskIo {
-    /// Past the host's page cache, by Linux' asynchronous I/O.
+    /// Bypasses the host's page cache, with Linux native asynchronous I/O.
     Direct,
-    /// Through the page cache, by threads: on file systems without `O_DIRECT`. A guest's flush
-    /// still reaches the disk.
+    /// Through the page cache with a thread pool, for file systems without `O_DIRECT`. A guest's
+    /// flush still reaches the disk.
     Buffered,
 }
 
-/// The whole argument vector, without the program.
+/// Returns the complete argument vector, without the program.
 ///
-/// The machine starts stopped (`-S`): its first instruction runs when the control and console
-/// sockets are connected. On the guest's power-off QEMU stays (`-no-shutdown`) until it is told to
-/// quit, so that the reason is not lost when no daemon is there to hear it. The guest's reboot is a
-/// reset of the machine, as on hardware: there is no `-no-reboot`.
+/// The machine starts stopped (`-S`): the guest's first instruction runs once the control and
+/// console sockets are connected. QEMU stays alive after the guest powers off (`-no-shutdown`)
+/// until it receives `quit`. Without that, the reason would be lost whenever no daemon is
+/// connected. A guest reboot resets the machine as on hardware: there is no `-no-reboot`.
 pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: DiskIo) -> Result<Vec<String>> {
     let text = |what, path: &Path| utf8(&spec.id, what, path);
     let mut argv = Argv::default();
 
-    // First, where `ps` shows it. The process' own name holds 15 bytes: exactly an id.
-    argv.pair("-name", identity(&spec.id, dir)?[0].clone());
-    argv.many(&["-nodefaults", "-no-user-config", "-no-shutdown", "-S"]);
-    argv.many(&["-display", "none", "-rtc", "base=utc,clock=host"]);
+    // First, so that `ps` shows it. A process name holds 15 bytes: exactly one machine id.
+    argv.pair("-name", identifying_arguments(&spec.id, dir)?[0].clone());
+    argv.words(&["-nodefaults", "-no-user-config", "-no-shutdown", "-S"]);
+    argv.words(&["-display", "none", "-rtc", "base=utc,clock=host"]);
     match accel {
         Accel::Kvm => {
-            argv.many(&["-accel", "kvm", "-cpu", "host"]);
-            argv.many(&[
+            argv.words(&["-accel", "kvm", "-cpu", "host"]);
+            argv.words(&[
                 "-M",
                 "microvm,acpi=on,rtc=on,pit=off,pic=off,mem-merge=off,dump-guest-core=off",
             ]);
         }
-        // Without a PIT and a PIC an emulated guest cannot calibrate its clock.
+        // An emulated guest cannot calibrate its clock without a PIT and a PIC.
         Accel::Tcg => {
             argv.pair("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
-            argv.many(&["-cpu", "max"]);
-            argv.many(&[
+            argv.words(&["-cpu", "max"]);
+            argv.words(&[
                 "-M",
                 "microvm,acpi=on,rtc=on,pit=on,pic=on,mem-merge=off,dump-guest-core=off",
             ]);
@@ -76,8 +76,8 @@ pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: Disk
     }
     argv.pair("-append", spec.cmdline.clone());
 
-    // Modern virtio only: it is the one with a defined byte order and a working flush negotiation.
-    argv.many(&["-global", "virtio-mmio.force-legacy=false"]);
+    // Only modern virtio defines its byte order and negotiates flushes correctly.
+    argv.words(&["-global", "virtio-mmio.force-legacy=false"]);
     argv.json("-blockdev", root_node(spec, io)?);
     argv.json("-device", root_device());
     argv.json("-blockdev", seed_node(text("seed", &spec.seed)?));
@@ -95,37 +95,37 @@ pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: Disk
         json!({ "driver": "virtio-net-device", "netdev": "net", "mac": spec.nic.mac }),
     );
 
-    argv.many(&["-object", "rng-builtin,id=rng"]);
+    argv.words(&["-object", "rng-builtin,id=rng"]);
     argv.json("-device", json!({ "driver": "virtio-rng-device", "rng": "rng" }));
 
     argv.pair("-chardev", socket_chardev("agent", &text("run_dir", &dir.agent())?));
     argv.json("-device", json!({ "driver": "virtio-serial-device" }));
-    // Of a port without an id QEMU does not tell that the guest opened it.
+    // QEMU emits VSERPORT_CHANGE only for a port that has an id.
     argv.json(
         "-device",
         json!({ "driver": "virtserialport", "id": "agent-port", "chardev": "agent", "name": AGENT_PORT }),
     );
 
     argv.pair("-chardev", socket_chardev("console", &text("run_dir", &dir.console())?));
-    argv.many(&["-serial", "chardev:console"]);
-    argv.pair("-chardev", identity(&spec.id, dir)?[1].clone());
-    argv.many(&["-mon", "chardev=control,mode=control"]);
+    argv.words(&["-serial", "chardev:console"]);
+    argv.pair("-chardev", identifying_arguments(&spec.id, dir)?[1].clone());
+    argv.words(&["-mon", "chardev=control,mode=control"]);
 
     argv.confine(spec);
     Ok(argv.0)
 }
 
-/// The two arguments by which a machine's QEMU is told from every other process: its name and its
-/// control socket.
-pub(crate) fn identity(id: &MachineId, dir: &RunDir) -> Result<[String; 2]> {
+/// Returns the two arguments that identify a machine's QEMU process: its name and its control
+/// socket.
+pub(crate) fn identifying_arguments(id: &MachineId, dir: &RunDir) -> Result<[String; 2]> {
     Ok([
         format!("guest={id},process={id},debug-threads=on"),
         socket_chardev("control", &utf8(id, "run_dir", &dir.control())?),
     ])
 }
 
-/// A refused write or read stops the guest instead of failing its request (`werror`, `rerror`): it
-/// is repeated on resume. Not only for want of space, because what runs out of it below (a pool's
+/// On a host I/O error the guest is paused (`werror`, `rerror`) and the request is repeated on
+/// resume. This covers all errors, not only ENOSPC: a layer below that runs out of space (a pool
 /// image, a loop device) reports other errors.
 fn root_device() -> Value {
     json!({
@@ -155,40 +155,40 @@ fn seed_node(file: String) -> Value {
             "file": { "driver": "file", "filename": file, "read-only": true } })
 }
 
-/// The file that holds the root disk.
+/// Returns the file that holds the root disk.
 pub(crate) fn root_file(spec: &MachineSpec) -> Result<&Path> {
     match &spec.root {
         DiskLocation::File(path) => Ok(path),
         other => Err(Error::Spec {
             id: spec.id.clone(),
             what: "root",
-            why: format!("this driver takes files, not {other:?}"),
+            why: format!("this driver supports only files, not {other:?}"),
         }),
     }
 }
 
-/// QEMU listens, does not wait, and drops what nobody is connected to read.
+/// QEMU listens, does not wait for a client, and drops output while no client is connected.
 fn socket_chardev(id: &str, path: &str) -> String {
     format!("socket,id={id},path={},server=on,wait=off", path.replace(',', ",,"))
 }
 
 fn utf8(id: &MachineId, what: &'static str, path: &Path) -> Result<String> {
-    let wrong = |why| Error::Spec {
+    let invalid = |why| Error::Spec {
         id: id.clone(),
         what,
         why: format!("{path:?} {why}"),
     };
     if !path.is_absolute() {
-        return Err(wrong("is not an absolute path"));
+        return Err(invalid("is not an absolute path"));
     }
-    path.to_str().map(str::to_owned).ok_or_else(|| wrong("is not UTF-8"))
+    path.to_str().map(str::to_owned).ok_or_else(|| invalid("is not UTF-8"))
 }
 
 #[derive(Default)]
 struct Argv(Vec<String>);
 
 impl Argv {
-    fn many(&mut self, words: &[&str]) {
+    fn words(&mut self, words: &[&str]) {
         self.0.extend(words.iter().map(|&word| word.to_owned()));
     }
 
@@ -200,10 +200,11 @@ impl Argv {
         self.pair(flag, value.to_string());
     }
 
-    /// The seccomp filter: no new programs, no obsolete calls, no priorities. It is loaded before
-    /// QEMU drops its account, so changing accounts has to stay allowed where it does; afterwards
-    /// it is out of reach anyway, for the process holds no capability and, with any filter, has
-    /// `no_new_privs` set.
+    /// Adds the seccomp filter: no new programs, no obsolete calls, no priority changes.
+    ///
+    /// QEMU loads it before it drops its account, so changing accounts must stay allowed if
+    /// `run_as` is set. Afterwards the process cannot change accounts anyway: it holds no
+    /// capability, and every filter sets `no_new_privs`.
     fn confine(&mut self, spec: &MachineSpec) {
         let elevate = if spec.run_as.is_some() { "allow" } else { "deny" };
         self.pair(
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn no_character_of_a_path_becomes_an_option() {
+    fn special_characters_in_paths_do_not_become_options() {
         let argv = argv(&spec(), Accel::Tcg, DiskIo::Direct);
         let control = argv.iter().find(|word| word.starts_with("socket,id=control")).unwrap();
         assert!(control.starts_with("socket,id=control,path=/run/x,,y/"), "{control}");
@@ -261,20 +262,20 @@ mod tests {
     }
 
     #[test]
-    fn a_relative_path_is_refused() {
+    fn relative_paths_are_rejected() {
         let relative = MachineSpec {
             seed: "seed".into(),
             ..spec()
         };
         let dir = RunDir::at(&relative.run_dir);
-        let refusal = arguments(&relative, &dir, Accel::Tcg, DiskIo::Direct)
+        let error = arguments(&relative, &dir, Accel::Tcg, DiskIo::Direct)
             .unwrap_err()
             .to_string();
-        assert!(refusal.contains("seed: \"seed\" is not an absolute path"), "{refusal}");
+        assert!(error.contains("seed: \"seed\" is not an absolute path"), "{error}");
     }
 
     #[test]
-    fn without_direct_io_a_flush_still_reaches_the_disk() {
+    fn buffered_io_still_flushes_to_the_disk() {
         let argv = argv(&spec(), Accel::Tcg, DiskIo::Buffered);
         let root: Value = serde_json::from_str(value_after(&argv, "-blockdev")).unwrap();
         assert_eq!(root["file"]["aio"], "threads");
@@ -282,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn the_account_is_dropped_only_when_one_is_named() {
+    fn privileges_are_dropped_only_if_an_account_is_given() {
         let own = argv(&spec(), Accel::Kvm, DiskIo::Direct);
         assert!(value_after(&own, "-sandbox").contains("elevateprivileges=deny"));
         assert!(!own.contains(&"-runas".to_owned()));

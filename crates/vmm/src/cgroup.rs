@@ -1,10 +1,11 @@
-//! What a machine may take of the host's memory and processors: a control group of its own, where
-//! the host has some.
+//! Limits a machine's memory and CPU with a control group of its own, on hosts that have control
+//! groups.
 //!
-//! Version 2 where one hierarchy has both controllers (every current distribution), else the two of
-//! version 1; they differ in the names of files. Machines' groups lie below one named `scalebox`. A
-//! machine's process enters its group by itself, before it becomes the hypervisor, so that nothing
-//! of it is ever outside. (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ of the kernel.)
+//! Uses version 2 where one hierarchy has both controllers (every current distribution), otherwise
+//! the two hierarchies of version 1, whose files have other names. All groups of machines are below
+//! a group named `scalebox`. A machine's process joins its group itself, before it executes the
+//! hypervisor, so that no part of the hypervisor ever runs outside. See
+//! Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ in the kernel source.
 
 use scalebox_units::Bytes;
 use std::fs::{self, File};
@@ -12,71 +13,71 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// The group that holds those of all machines.
+/// The parent of the machines' groups.
 const PARENT: &str = "scalebox";
-/// The time in which the processors' share is counted, in microseconds: the kernel's default.
-const PERIOD: u64 = 100_000;
-/// An empty group younger than this may be one that a machine is about to enter.
-const YOUNG: Duration = Duration::from_secs(60);
+/// Period over which the CPU quota is counted: the kernel's default.
+const CPU_PERIOD_US: u64 = 100_000;
+/// Empty groups younger than this are not swept: a machine may be about to join one.
+const MIN_SWEEP_AGE: Duration = Duration::from_secs(60);
 
-/// The last of a process that has ended leaves its group a moment later: how often that is waited
-/// for, and how long.
-const LEAVING_TRIES: u32 = 20;
-const LEAVING: Duration = Duration::from_millis(10);
+/// A process that has ended leaves its group a moment later. Removal is retried this often, at this
+/// interval.
+const MAX_REMOVE_ATTEMPTS: u32 = 20;
+const REMOVE_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A hierarchy with a controller that machines are limited by.
+/// The controllers of a hierarchy, as far as they are used here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Controller {
-    /// Memory and processors, version 2.
+    /// Memory and CPU, version 2.
     Unified,
     /// Memory, version 1.
     Memory,
-    /// Processors, version 1.
+    /// CPU, version 1.
     Cpu,
-    /// None: the hierarchy by which systemd tells which processes belong to which service, where it
-    /// is none of those above.
+    /// No controller: the hierarchy in which systemd tracks the processes of services, if it is not
+    /// one of the above.
     Services,
 }
 
-/// Where the groups of machines are made.
+/// The hierarchies and folders in which machines get their groups.
 #[derive(Debug, Clone)]
 pub(crate) struct Cgroups {
     parents: Vec<(Controller, PathBuf)>,
 }
 
-/// The group of one machine, in each hierarchy, before its process is in it.
+/// The group of one machine in each hierarchy, before its process has joined.
 #[derive(Debug)]
 pub(crate) struct Group {
-    /// Its folders.
+    /// Folders of the group, one per hierarchy.
     folders: Vec<PathBuf>,
-    /// Writing a process' number into them moves it there; zero is the writer's own.
-    entrances: Vec<File>,
+    /// Open `cgroup.procs` files: writing a pid moves that process; zero means the writer itself.
+    procs_files: Vec<File>,
 }
 
-/// What a machine may take.
+/// Limits of one machine.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Share {
-    /// Of memory: the guest's and its hypervisor's.
+pub(crate) struct ResourceLimits {
+    /// Memory of the guest and its hypervisor together.
     pub(crate) memory: Bytes,
-    /// Of processors, in percent of one.
+    /// CPU time, in percent of one CPU.
     pub(crate) cpu_percent: u64,
 }
 
 impl Cgroups {
-    /// Looks for control groups on this host, makes the parent of the machines' groups, and removes
-    /// what machines that are gone left in it.
+    /// Looks for control groups on this host, creates the parent group, and removes leftover groups
+    /// of machines that are gone.
     ///
     /// # Errors
-    /// Why there are none that can be used.
+    /// The reason why control groups cannot be used.
     pub(crate) fn find() -> Result<Cgroups, String> {
         let mut found = Cgroups { parents: Vec::new() };
         for (controller, folder) in suitable()? {
             let parent = folder.join(PARENT);
             match make_parent(controller, &folder, &parent) {
                 Ok(()) => found.parents.push((controller, parent)),
-                // It limits nothing, and is not everybody's to write: a container's is not.
+                // This hierarchy limits nothing, and may be read-only, as in a container.
                 Err(error) if controller == Controller::Services => {
-                    tracing::debug!(%error, path = %parent.display(), "machines stay in the group of this service");
+                    tracing::debug!(%error, path = %parent.display(), "machines stay in the control group of this service");
                 }
                 Err(error) => return Err(format!("{}: {error}", parent.display())),
             }
@@ -85,16 +86,16 @@ impl Cgroups {
         Ok(found)
     }
 
-    /// Where the group of a machine is, made or not.
+    /// Returns the folders of a machine's group, whether they exist or not.
     pub(crate) fn folders(&self, id: &str) -> Vec<PathBuf> {
         self.parents.iter().map(|(_, parent)| parent.join(id)).collect()
     }
 
-    /// Makes the group of a machine. What an earlier one of its name left gives way.
-    pub(crate) fn make(&self, id: &str, share: Share) -> io::Result<Group> {
+    /// Creates a machine's group, or reuses a leftover group of the same name.
+    pub(crate) fn make(&self, id: &str, share: ResourceLimits) -> io::Result<Group> {
         let mut group = Group {
             folders: Vec::new(),
-            entrances: Vec::new(),
+            procs_files: Vec::new(),
         };
         for ((controller, _), folder) in self.parents.iter().zip(self.folders(id)) {
             let made = match fs::create_dir(&folder) {
@@ -108,7 +109,7 @@ impl Cgroups {
                 })
                 .and_then(|()| File::options().write(true).open(folder.join("cgroup.procs")));
             match made {
-                Ok(entrance) => group.entrances.push(entrance),
+                Ok(procs_file) => group.procs_files.push(procs_file),
                 Err(error) => {
                     remove(&group.folders);
                     return Err(error);
@@ -118,18 +119,19 @@ impl Cgroups {
         Ok(group)
     }
 
-    /// Removes the groups of machines that are gone. One with a process in it is not removed by the
-    /// kernel.
+    /// Removes the groups of machines that are gone. The kernel does not remove a group that has
+    /// processes.
     fn sweep(&self) {
         for (_, parent) in &self.parents {
             let Ok(entries) = fs::read_dir(parent) else { continue };
             for entry in entries.flatten() {
-                let old = entry
-                    .metadata()
-                    .and_then(|meta| meta.modified())
-                    .is_ok_and(|made| SystemTime::now().duration_since(made).is_ok_and(|age| age > YOUNG));
+                let old = entry.metadata().and_then(|meta| meta.modified()).is_ok_and(|made| {
+                    SystemTime::now()
+                        .duration_since(made)
+                        .is_ok_and(|age| age > MIN_SWEEP_AGE)
+                });
                 if old && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    // Busy is what a machine that runs is.
+                    // EBUSY: the machine is running.
                     let _in_use = fs::remove_dir(entry.path());
                 }
             }
@@ -138,20 +140,20 @@ impl Cgroups {
 }
 
 impl Group {
-    /// Moves the calling process into the group. For a child between fork and exec: system calls
-    /// alone.
+    /// Moves the calling process into the group. Safe in a child between fork and exec: makes
+    /// system calls only.
     pub(crate) fn enter(&self) -> rustix::io::Result<()> {
-        for entrance in &self.entrances {
-            rustix::io::write(entrance, b"0")?;
+        for procs_file in &self.procs_files {
+            rustix::io::write(procs_file, b"0")?;
         }
         Ok(())
     }
 }
 
-/// Where this host has control groups for memory and processors; changes nothing.
+/// Returns the hierarchies on this host that can limit memory and CPU. Changes nothing.
 ///
 /// # Errors
-/// Why there are none.
+/// The reason why there are none.
 pub(crate) fn usable() -> Result<Vec<(Controller, PathBuf)>, String> {
     let suitable = suitable()?;
     match suitable
@@ -159,13 +161,15 @@ pub(crate) fn usable() -> Result<Vec<(Controller, PathBuf)>, String> {
         .any(|(controller, _)| *controller != Controller::Services)
     {
         true => Ok(suitable),
-        false => Err("this host has no control groups for memory and processors".to_owned()),
+        false => Err("this host has no control groups for memory and CPU".to_owned()),
     }
 }
 
-/// The hierarchies in which a machine gets a group: those with controllers, and the one of
-/// systemd's services. A process that stayed in the daemon's group there would be killed with the
-/// service (`systemctl kill`).
+/// Returns the hierarchies in which a machine gets a group.
+///
+/// These are the ones with controllers, and the one in which systemd tracks services. A process
+/// that stayed in the daemon's group there would be killed together with the service (`systemctl
+/// kill`).
 fn suitable() -> Result<Vec<(Controller, PathBuf)>, String> {
     let read = |path: &str| fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
     let hierarchies = hierarchies(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
@@ -184,8 +188,8 @@ fn choose(
     {
         return vec![unified.clone()];
     }
-    // Version 2 without controllers is there for services alone; systemd uses its own of version 1
-    // where there is none.
+    // A version 2 hierarchy without controllers serves systemd only. Without one, systemd tracks
+    // services in a version 1 hierarchy of its own.
     let unified = hierarchies
         .iter()
         .find(is_unified)
@@ -198,27 +202,27 @@ fn choose(
     limited.chain(tracked).collect()
 }
 
-/// Removes a group that no process is in any more. One that cannot be removed is left for the next
-/// start's sweep.
+/// Removes a group without processes. A group that cannot be removed is left for the sweep at the
+/// next start.
 pub(crate) fn remove(folders: &[PathBuf]) {
     for folder in folders {
         let mut removed = fs::remove_dir(folder);
-        for _ in 0..LEAVING_TRIES {
+        for _ in 0..MAX_REMOVE_ATTEMPTS {
             if !matches!(&removed, Err(error) if error.kind() == io::ErrorKind::ResourceBusy) {
                 break;
             }
-            std::thread::sleep(LEAVING);
+            std::thread::sleep(REMOVE_RETRY_INTERVAL);
             removed = fs::remove_dir(folder);
         }
         if let Err(error) = removed
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::warn!(path = %folder.display(), %error, "a control group is left; a later start removes it");
+            tracing::warn!(path = %folder.display(), %error, "cannot remove a control group; the next start of the daemon removes it");
         }
     }
 }
 
-/// Memory that ran out in a group has its process killed: whether that has happened.
+/// Returns whether the kernel has killed a process because the group ran out of memory.
 pub(crate) fn ran_out_of_memory(folders: &[PathBuf]) -> bool {
     folders.iter().any(|folder| {
         let events = fs::read_to_string(folder.join("memory.events"))
@@ -231,20 +235,20 @@ pub(crate) fn ran_out_of_memory(folders: &[PathBuf]) -> bool {
     })
 }
 
-fn limit(controller: Controller, folder: &Path, share: Share) -> io::Result<()> {
+fn limit(controller: Controller, folder: &Path, share: ResourceLimits) -> io::Result<()> {
     let memory = share.memory.as_u64().to_string();
-    let quota = share.cpu_percent * PERIOD / 100;
+    let quota = share.cpu_percent * CPU_PERIOD_US / 100;
     let files: &[(&str, String)] = &match controller {
         Controller::Unified => vec![
             ("memory.max", memory),
-            // All of a machine, or nothing.
+            // Kill the whole group or nothing.
             ("memory.oom.group", "1".to_owned()),
-            ("cpu.max", format!("{quota} {PERIOD}")),
+            ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
         ],
         Controller::Memory => vec![("memory.limit_in_bytes", memory)],
         Controller::Services => vec![],
         Controller::Cpu => vec![
-            ("cpu.cfs_period_us", PERIOD.to_string()),
+            ("cpu.cfs_period_us", CPU_PERIOD_US.to_string()),
             ("cpu.cfs_quota_us", quota.to_string()),
         ],
     };
@@ -261,9 +265,9 @@ fn make_parent(controller: Controller, folder: &Path, parent: &Path) -> io::Resu
     };
     made?;
     if controller == Controller::Unified {
-        // A group has the controllers that the one above it hands down.
-        for handing_down in [folder, parent] {
-            fs::write(handing_down.join("cgroup.subtree_control"), "+memory +cpu")?;
+        // A group gets only the controllers that its parent enables.
+        for group in [folder, parent] {
+            fs::write(group.join("cgroup.subtree_control"), "+memory +cpu")?;
         }
     }
     Ok(())
@@ -276,11 +280,12 @@ fn has_controllers(folder: &Path) -> bool {
         .all(|wanted| controllers.split_whitespace().any(|controller| controller == *wanted))
 }
 
-/// The folders below which groups are made, from `/proc/self/mountinfo` and `/proc/self/cgroup`.
+/// Parses `/proc/self/mountinfo` and `/proc/self/cgroup`, and returns the folders below which
+/// groups are created.
 ///
-/// Of version 2 the top of the hierarchy: a group with processes in it, as the daemon's own has,
-/// hands no controllers down. Of version 1 the daemon's own group, whose bounds then hold for the
-/// machines too.
+/// For version 2 this is the top of the hierarchy: the daemon's own group contains processes, and
+/// such a group cannot enable controllers for its children. For version 1 it is the daemon's own
+/// group, whose limits then apply to the machines too.
 fn hierarchies(mountinfo: &str, own: &str) -> Vec<(Controller, PathBuf)> {
     let mut found = Vec::new();
     for line in mountinfo.lines() {
@@ -317,7 +322,7 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<(Controller, PathBuf)> {
     found
 }
 
-/// The group of this process in the hierarchy of version 1 with that controller:
+/// Returns this process' group in the version 1 hierarchy with that controller, from lines such as
 /// `4:memory:/user.slice`.
 fn own_group<'a>(own: &'a str, controller: &str) -> Option<&'a str> {
     own.lines().find_map(|line| {
@@ -334,7 +339,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn version_2_is_taken_at_its_top_and_version_1_below_one_s_own_group() {
+    fn version_2_uses_the_top_group_and_version_1_the_own_group() {
         let unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate";
         assert_eq!(
             hierarchies(unified, "0::/system.slice/scaleboxd.service"),
@@ -353,11 +358,11 @@ mod tests {
     }
 
     #[test]
-    fn without_controllers_of_version_2_a_machine_still_leaves_the_group_of_the_service() {
+    fn machines_leave_the_service_group_even_without_version_2_controllers() {
         let at = |controller, folder: &str| (controller, PathBuf::from(folder));
         let (memory, cpu) = (at(Controller::Memory, "/m/service"), at(Controller::Cpu, "/c/service"));
         let unified = at(Controller::Unified, "/u");
-        // Unified; hybrid; version 1 alone; version 2 without any controller.
+        // In order: unified; hybrid; version 1 only; version 2 without controllers.
         for (hierarchies, has_controllers, chosen) in [
             (vec![unified.clone()], true, vec![unified.clone()]),
             (
@@ -381,24 +386,24 @@ mod tests {
         }
     }
 
-    /// Runs a shell in a group, and returns how it ended.
-    fn in_group(cgroups: &Cgroups, id: &str, share: Share, script: &str) -> (Group, std::process::Output) {
+    /// Runs a shell script in a new group, and returns the group and the script's output.
+    fn in_group(cgroups: &Cgroups, id: &str, share: ResourceLimits, script: &str) -> (Group, std::process::Output) {
         let group = cgroups.make(id, share).unwrap();
-        let entrances: Vec<File> = group.entrances.iter().map(|file| file.try_clone().unwrap()).collect();
+        let procs_files: Vec<File> = group.procs_files.iter().map(|file| file.try_clone().unwrap()).collect();
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]).stdin(Stdio::null());
-        let entering = Group {
+        let joining = Group {
             folders: Vec::new(),
-            entrances,
+            procs_files,
         };
-        // SAFETY: system calls alone.
-        unsafe { command.pre_exec(move || Ok(entering.enter()?)) };
+        // SAFETY: the closure makes system calls only.
+        unsafe { command.pre_exec(move || Ok(joining.enter()?)) };
         let output = command.output().unwrap();
         (group, output)
     }
 
     #[test]
-    fn a_process_is_in_its_group_from_the_beginning_and_cannot_take_more() {
+    fn a_process_starts_in_its_group_and_cannot_exceed_its_limits() {
         let cgroups = match Cgroups::find() {
             Ok(cgroups) => cgroups,
             Err(why) => {
@@ -407,7 +412,7 @@ mod tests {
             }
         };
         let id = format!("vm-test{:08x}", std::process::id());
-        let share = Share {
+        let share = ResourceLimits {
             memory: Bytes::from_mib(64),
             cpu_percent: 50,
         };
@@ -424,7 +429,7 @@ mod tests {
             "exec head -c 200M /dev/zero | tail -c 150M | wc -c",
         );
         assert!(ran_out_of_memory(&group.folders), "{greedy:?}");
-        drop(group.entrances);
+        drop(group.procs_files);
         remove(&group.folders);
         assert!(group.folders.iter().all(|folder| !folder.exists()));
     }

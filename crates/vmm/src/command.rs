@@ -1,4 +1,4 @@
-//! The only door to the QEMU binary.
+//! Runs the QEMU binary. No other module does.
 
 use crate::confinement::Confined;
 use crate::{Error, Result};
@@ -9,13 +9,13 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// The program, as Debian names it.
+/// The program's name in Debian.
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
-/// The oldest QEMU whose `microvm` has what the driver uses.
-const OLDEST: (u32, u32) = (7, 2);
+/// The driver uses features of the `microvm` machine type that older versions lack.
+const MIN_VERSION: (u32, u32) = (7, 2);
 
-/// QEMU, as found on this host.
+/// The QEMU installed on this host.
 #[derive(Debug, Clone)]
 pub(crate) struct Qemu {
     program: PathBuf,
@@ -23,14 +23,14 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
-    /// Looks for QEMU on the `PATH` and asks it for its version.
+    /// Finds QEMU on the `PATH` and queries its version.
     pub(crate) fn find() -> Result<Qemu> {
         let program = on_path(PROGRAM).ok_or(Error::NotInstalled { program: PROGRAM })?;
-        let version = ask_version(&program)?;
+        let version = query_version(&program)?;
         Ok(Qemu { program, version })
     }
 
-    /// The binary.
+    /// Path of the binary.
     pub(crate) fn program(&self) -> &Path {
         &self.program
     }
@@ -40,18 +40,19 @@ impl Qemu {
         &self.version
     }
 
-    /// The argument vector of a process started with [`spawn`](Qemu::spawn), the program included.
+    /// Returns the full argument vector, including the program, of a process started with
+    /// [`spawn`](Qemu::spawn).
     pub(crate) fn argv(&self, arguments: &[String]) -> Vec<String> {
         std::iter::once(self.program.to_string_lossy().into_owned())
             .chain(arguments.iter().cloned())
             .collect()
     }
 
-    /// Starts a machine's process: out of reach of this process' terminal, with no environment and
-    /// no open file but `messages`, to which stdout and stderr go. It is not waited for, and lives
-    /// on when this process ends.
-    pub(crate) fn spawn(&self, arguments: &[String], mut confined: Confined, messages: File) -> std::io::Result<Child> {
-        let stdout = messages.try_clone()?;
+    /// Starts the process of a machine, detached from this process' terminal. It has no environment
+    /// and no open file except `stderr`, which receives stdout and stderr. It is not waited for,
+    /// and survives the end of this process.
+    pub(crate) fn spawn(&self, arguments: &[String], mut confined: Confined, stderr: File) -> std::io::Result<Child> {
+        let stdout = stderr.try_clone()?;
         let mut command = Command::new(&self.program);
         command
             .args(arguments)
@@ -60,15 +61,15 @@ impl Qemu {
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(stdout)
-            .stderr(messages);
-        // SAFETY: between fork and exec only system calls are made: nothing is allocated and no
-        // lock is taken.
+            .stderr(stderr);
+        // SAFETY: between fork and exec the closure makes system calls only: it allocates nothing
+        // and takes no lock.
         unsafe { command.pre_exec(move || confined.enter()) };
         command.spawn()
     }
 }
 
-/// The first of that name on the `PATH`.
+/// Returns the first executable of that name on the `PATH`.
 pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -81,7 +82,7 @@ pub(crate) fn is_executable(file: &Path) -> bool {
         .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
-fn ask_version(program: &Path) -> Result<String> {
+fn query_version(program: &Path) -> Result<String> {
     let unusable = |why| Error::Unusable {
         program: program.display().to_string(),
         why,
@@ -97,10 +98,10 @@ fn ask_version(program: &Path) -> Result<String> {
         let errors = String::from_utf8_lossy(&output.stderr);
         return Err(unusable(format!("--version: {}: {text}{errors}", output.status)));
     };
-    if major_minor(version).is_none_or(|found| found < OLDEST) {
-        let (major, minor) = OLDEST;
+    if major_minor(version).is_none_or(|found| found < MIN_VERSION) {
+        let (major, minor) = MIN_VERSION;
         return Err(unusable(format!(
-            "its version is {version}, at least {major}.{minor} is needed"
+            "version {version} is too old; {major}.{minor} or later is required"
         )));
     }
     Ok(version.to_owned())

@@ -1,39 +1,38 @@
-//! What keeps a machine's process to itself, beside its account and the hypervisor's own seccomp
-//! filter: a control group, and a fence around its files.
+//! Confines a machine's process with a control group and Landlock rules. Its account and the
+//! hypervisor's seccomp filter confine it further.
 
-use crate::cgroup::{self, Cgroups, Group, Share};
+use crate::cgroup::{self, Cgroups, Group, ResourceLimits};
+use crate::landlock::{self, AllowedFiles, Sandbox};
 use crate::machine::MachineSpec;
 use crate::process::Process;
 use crate::run_dir::RunDir;
-use crate::sandbox::{self, Needed, Sandbox};
 use crate::{Error, Result};
 use scalebox_units::Bytes;
 use std::io;
 
-/// The share of a processor, in percent of one, that a hypervisor has beside its guest's
-/// processors: for disk, network and console.
-const CPU_BESIDE_GUEST: u64 = 25;
+/// CPU time of a hypervisor for disk, network and console, in percent of one CPU. It is added to
+/// the guest's vCPUs.
+const CPU_OVERHEAD_PERCENT: u64 = 25;
 
-/// What keeps no machine to itself on this host, a sentence each; none where all is there. Changes
-/// nothing.
-pub fn unconfined() -> Vec<String> {
-    let landlock = (!sandbox::is_there()).then(|| {
-        "this kernel has no Landlock: a guest that breaks into its hypervisor sees the files that anybody may read"
+/// Returns one sentence for each kind of confinement that this host lacks. Changes nothing.
+pub fn missing_confinement() -> Vec<String> {
+    let no_landlock = (!landlock::is_available()).then(|| {
+        "this kernel has no Landlock: a guest that breaks into its hypervisor can read all world-readable files"
             .to_owned()
     });
     let groups = cgroup::usable()
         .err()
-        .map(|why| format!("{why}: machines are not bound in either"));
-    landlock.into_iter().chain(groups).collect()
+        .map(|why| format!("{why}: memory and CPU of machines are not limited"));
+    no_landlock.into_iter().chain(groups).collect()
 }
 
-/// What this host has for it.
+/// The means of confinement that this host offers.
 #[derive(Debug, Clone)]
 pub(crate) struct Confinement {
     cgroups: Option<Cgroups>,
 }
 
-/// What one process puts on before it becomes the hypervisor.
+/// Confinement that one process applies to itself before it executes the hypervisor.
 #[derive(Debug)]
 pub(crate) struct Confined {
     group: Option<Group>,
@@ -41,44 +40,45 @@ pub(crate) struct Confined {
 }
 
 impl Confinement {
-    /// Looks at the host; what it does not have is logged, once.
+    /// Probes the host, and logs what is missing once.
     pub(crate) fn find() -> Confinement {
-        for lack in unconfined() {
-            tracing::warn!("{lack}");
+        for gap in missing_confinement() {
+            tracing::warn!("{gap}");
         }
         let cgroups = Cgroups::find();
         if let Err(why) = &cgroups {
-            tracing::warn!(why, "machines have no control groups of their own");
+            tracing::warn!(why, "machines run without control groups");
         }
         Confinement { cgroups: cgroups.ok() }
     }
 
-    /// Prepares what a machine's process will put on. Its hypervisor may take `beside_guest` of
-    /// memory. It is not fenced in to files that are `needed` where something else sees to that.
+    /// Prepares the confinement of a machine's process. The hypervisor may use `overhead` of memory
+    /// on top of the guest's. With `allowed: None` there are no Landlock rules, because the driver
+    /// restricts file access in another way.
     ///
     /// # Errors
-    /// [`Error::Io`]; nothing is left then but what [`RunDir::clear`] removes.
+    /// [`Error::Io`]; [`RunDir::clear`] then removes everything that was created.
     pub(crate) fn prepare(
         &self,
         spec: &MachineSpec,
         dir: &RunDir,
-        needed: Option<&Needed>,
-        beside_guest: Bytes,
+        allowed: Option<&AllowedFiles>,
+        overhead: Bytes,
     ) -> Result<Confined> {
-        let sandbox = needed
-            .map(|needed| Sandbox::new(needed).map_err(Error::io("fence in", &needed.sockets)))
+        let sandbox = allowed
+            .map(|allowed| Sandbox::new(allowed).map_err(Error::io("restrict file access for", &allowed.sockets)))
             .transpose()?;
         let group = match &self.cgroups {
             None => None,
             Some(cgroups) => {
-                // Noted before it is made: whoever clears the folder removes it.
-                dir.note_groups(&cgroups.folders(spec.id.as_str()))?;
-                let share = Share {
-                    memory: Bytes::from_mib(spec.memory_mib) + beside_guest,
-                    cpu_percent: u64::from(spec.vcpus) * 100 + CPU_BESIDE_GUEST,
+                // Recorded before they are created, so that clearing the folder removes them.
+                dir.record_groups(&cgroups.folders(spec.id.as_str()))?;
+                let share = ResourceLimits {
+                    memory: Bytes::from_mib(spec.memory_mib) + overhead,
+                    cpu_percent: u64::from(spec.vcpus) * 100 + CPU_OVERHEAD_PERCENT,
                 };
                 let made = cgroups.make(spec.id.as_str(), share);
-                Some(made.map_err(Error::io("make the control group of", spec.id.as_str()))?)
+                Some(made.map_err(Error::io("create the control group of", spec.id.as_str()))?)
             }
         };
         Ok(Confined { group, sandbox })
@@ -86,7 +86,7 @@ impl Confinement {
 }
 
 impl Confined {
-    /// For a child between fork and exec, as its last step: system calls alone.
+    /// Runs in a child between fork and exec, as its last step: makes system calls only.
     pub(crate) fn enter(&mut self) -> io::Result<()> {
         Process::bound_self()?;
         if let Some(group) = &self.group {

@@ -1,9 +1,9 @@
-//! The console's log: bounded whatever the guest prints.
+//! Records a machine's console in a log of bounded size.
 //!
-//! QEMU offers the console on a socket and drops what nobody reads, so the guest never waits for
-//! it. Whoever holds the machine reads the socket into two files: the current one, and the one
-//! before it (`….1`). When the current one is full it takes the place of the older. Between two
-//! daemons nothing is recorded.
+//! QEMU offers the console on a socket and drops output while no client reads it, so the guest
+//! never blocks on it. The process that holds the machine copies the socket to two files: the
+//! current one, and the previous one (`….1`). A full current file replaces the previous one. While
+//! no daemon runs, nothing is recorded.
 
 use scalebox_units::Bytes;
 use std::ffi::OsString;
@@ -13,72 +13,72 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The most that one machine's console takes on the host: two files of half of it.
+/// Maximum disk space of one machine's console log: two files of half this size.
 pub const CONSOLE_LIMIT: Bytes = Bytes::from_mib(1);
 
-const FILE_LIMIT: u64 = CONSOLE_LIMIT.as_u64() / 2;
+const MAX_FILE_BYTES: u64 = CONSOLE_LIMIT.as_u64() / 2;
 
-/// One read of the socket.
-const CHUNK: usize = 16 << 10;
+/// Size of the read buffer.
+const READ_BYTES: usize = 16 << 10;
 
-/// The last `most` bytes of a console, as text for people: what is not UTF-8 is replaced, and
-/// control characters other than line feed and tab are left out, so that a guest cannot drive the
-/// terminal of who reads it. Empty when there is no log.
+/// Returns the last `max` bytes of a console log as text. Invalid UTF-8 is replaced, and control
+/// characters except line feed and tab are removed, so that a guest cannot send sequences to the
+/// reader's terminal. Returns an empty string if there is no log.
 ///
 /// # Errors
-/// What the file system says, other than that the files are missing.
-pub fn console_tail(log: &Path, most: Bytes) -> io::Result<String> {
+/// I/O errors, except for missing files.
+pub fn console_tail(log: &Path, max: Bytes) -> io::Result<String> {
     let mut tail = Vec::new();
-    for file in [older(log), log.to_owned()] {
+    for file in [previous(log), log.to_owned()] {
         match fs::read(file) {
             Ok(text) => tail.extend(text),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
-    let most = usize::try_from(most.as_u64()).unwrap_or(usize::MAX);
-    let tail = &tail[tail.len().saturating_sub(most)..];
-    let shown = |char: &char| !char.is_control() || matches!(char, '\n' | '\t');
-    Ok(String::from_utf8_lossy(tail).chars().filter(shown).collect())
+    let max = usize::try_from(max.as_u64()).unwrap_or(usize::MAX);
+    let tail = &tail[tail.len().saturating_sub(max)..];
+    let printable = |char: &char| !char.is_control() || matches!(char, '\n' | '\t');
+    Ok(String::from_utf8_lossy(tail).chars().filter(printable).collect())
 }
 
-/// Reads a console into its log until the machine has ended.
+/// Copies a console to its log until the machine has ended.
 pub(crate) async fn drain(mut console: impl AsyncRead + Unpin, log: PathBuf) {
     let mut log = ConsoleLog {
         path: log,
         failed: false,
     };
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = vec![0; READ_BYTES];
     loop {
         let read = match console.read(&mut buffer).await {
             Ok(0) => return,
             Ok(read) => read,
             Err(error) => {
-                // The machine's end may come as a reset connection.
+                // The end of the machine may appear as a reset connection.
                 tracing::debug!(%error, log = %log.path.display(), "console closed");
                 return;
             }
         };
-        // A disk may keep a write waiting; the other machines' sockets must not wait with it.
+        // In a blocking task: a slow disk must not delay the consoles of other machines.
         let written = tokio::task::spawn_blocking(move || {
             log.append(&buffer[..read]);
             (log, buffer)
         });
         match written.await {
             Ok(back) => (log, buffer) = back,
-            Err(error) => return tracing::warn!(%error, "console no longer recorded"),
+            Err(error) => return tracing::warn!(%error, "the console is no longer recorded"),
         }
     }
 }
 
 struct ConsoleLog {
     path: PathBuf,
-    /// Whether the last write failed, so that a full disk is reported once and not for every line.
+    /// Whether the last write failed: a full disk is logged once, not for every line.
     failed: bool,
 }
 
 impl ConsoleLog {
-    /// Never stops the draining: what cannot be written is lost.
+    /// Output that cannot be written is lost; reading continues.
     fn append(&mut self, text: &[u8]) {
         let result = self.try_append(text);
         if let (Err(error), false) = (&result, self.failed) {
@@ -87,13 +87,13 @@ impl ConsoleLog {
         self.failed = result.is_err();
     }
 
-    /// Opened anew each time: the log may have been removed or moved by an operator. A chunk is far
+    /// Reopens the file each time, because an operator may have removed or moved it. A chunk is far
     /// smaller than a file.
     fn try_append(&self, text: &[u8]) -> io::Result<()> {
         let mut file = self.open()?;
         let length = file.seek(SeekFrom::End(0))?;
-        if length + text.len() as u64 > FILE_LIMIT {
-            fs::rename(&self.path, older(&self.path))?;
+        if length + text.len() as u64 > MAX_FILE_BYTES {
+            fs::rename(&self.path, previous(&self.path))?;
             file = self.open()?;
         }
         file.write_all(text)
@@ -104,7 +104,7 @@ impl ConsoleLog {
     }
 }
 
-fn older(log: &Path) -> PathBuf {
+fn previous(log: &Path) -> PathBuf {
     let mut name = OsString::from(log);
     name.push(".1");
     name.into()
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_is_bounded_and_keeps_the_newest() {
+    fn the_log_is_bounded_and_keeps_the_newest_output() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console.log");
         let mut log = ConsoleLog {
@@ -129,7 +129,7 @@ mod tests {
         for number in 0..200_000 {
             log.append(format!("line {number}\n").as_bytes());
         }
-        let total = size(&path) + size(&older(&path));
+        let total = size(&path) + size(&previous(&path));
         assert!(
             total <= CONSOLE_LIMIT.as_u64() && total > CONSOLE_LIMIT.as_u64() / 2 - 100,
             "{total}"
@@ -139,11 +139,11 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_reaches_into_the_older_part_and_holds_no_control_sequences() {
+    fn the_tail_spans_both_files_and_has_no_control_characters() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console.log");
         assert_eq!(console_tail(&path, Bytes::from_kib(1)).unwrap(), "");
-        fs::write(older(&path), "old\r\n").unwrap();
+        fs::write(previous(&path), "old\r\n").unwrap();
         fs::write(&path, b"\x1b[31mred\xff\tnew\n").unwrap();
         assert_eq!(
             console_tail(&path, Bytes::from_kib(1)).unwrap(),

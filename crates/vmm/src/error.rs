@@ -1,116 +1,119 @@
-//! What can go wrong, and the way out.
+//! The errors of this crate.
 
 use crate::machine::{ExitReason, MachineId};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why a machine could not be launched, adopted or controlled.
+/// Why launching, adopting or controlling a machine failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The hypervisor is not installed.
-    #[error("{program} is not on the PATH: install it (Debian: apt-get install qemu-system-x86)")]
+    #[error("{program} is not on the PATH; install it (Debian: apt-get install qemu-system-x86)")]
     NotInstalled {
-        /// The program looked for.
+        /// The missing program.
         program: &'static str,
     },
-    /// `VMM=firecracker` without Firecracker.
-    #[error("{0} is not on the PATH: install a release of Firecracker there, or set VMM=auto or qemu")]
+    /// `VMM=firecracker`, but Firecracker is not installed.
+    #[error("{0} is not on the PATH; install a Firecracker release, or set VMM=auto or VMM=qemu")]
     NoFirecracker(&'static str),
-    /// Another driver launched the machine.
-    #[error("{id} runs under another hypervisor ({program}): set VMM back, stop it, then change VMM")]
+    /// The machine was launched by another driver.
+    #[error(
+        "{id} runs under another hypervisor ({program}); restore the old VMM setting and stop the VM before changing VMM"
+    )]
     Foreign {
         /// The machine.
         id: MachineId,
         /// The program that runs it.
         program: String,
     },
-    /// The hypervisor is there but cannot be used.
+    /// The installed hypervisor cannot be used.
     #[error("{program} cannot be used: {why}")]
     Unusable {
-        /// The program, with its path.
+        /// Path of the program.
         program: String,
-        /// What was found, what is needed, and the program's whole output where it failed.
+        /// The reason: what was found and what is required, or the whole output of a failed
+        /// program.
         why: String,
     },
-    /// `ACCEL=kvm` where KVM does not open.
-    #[error("ACCEL=kvm, but {why}: load the kvm module, or set ACCEL=auto or tcg")]
+    /// `ACCEL=kvm`, but `/dev/kvm` does not open.
+    #[error("ACCEL=kvm, but {why}; load the kvm module, or set ACCEL=auto or ACCEL=tcg")]
     NoKvm {
-        /// What opening `/dev/kvm` said.
+        /// The error from opening `/dev/kvm`.
         why: String,
     },
-    /// The request itself cannot be met, on any attempt.
+    /// The specification is invalid; a retry would fail too.
     #[error("{id}: {what}: {why}")]
     Spec {
         /// The machine.
         id: MachineId,
         /// The field of the [`MachineSpec`](crate::MachineSpec), or the argument.
         what: &'static str,
-        /// What was wrong with it and what would be right.
+        /// What is wrong with it, and what would be valid.
         why: String,
     },
-    /// Not the form of a machine's id.
-    #[error("{0:?} is not the id of a machine: it is vm- and 12 hex digits in lower case")]
+    /// A malformed machine id.
+    #[error("{0:?} is not a machine id; an id is vm- and 12 lower-case hex digits")]
     Id(String),
-    /// The machine runs already, or another daemon holds it.
-    #[error("{id} is running already{}: adopt it, or stop it first", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default())]
+    /// The machine is already running, or another process holds it.
+    #[error("{id} is already running{}; adopt it, or stop it first", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default())]
     Running {
         /// The machine.
         id: MachineId,
-        /// Its process, where it is known.
+        /// Its process, if known.
         pid: Option<i32>,
     },
-    /// The hypervisor did not start the machine; nothing of it is left.
-    #[error("{id} could not be launched: {why}{}", said(output))]
+    /// The launch failed; all its traces are removed.
+    #[error("cannot launch {id}: {why}{}", output_suffix(output))]
     Launch {
         /// The machine.
         id: MachineId,
-        /// The step that failed.
+        /// The cause.
         why: String,
-        /// All that the hypervisor wrote on stderr.
+        /// Everything that the hypervisor wrote to stderr.
         output: String,
     },
-    /// The hypervisor refused a command, or the line to it broke.
+    /// The hypervisor rejected a command, or the connection to it broke.
     #[error("{id}: {command}: {why}")]
     Control {
         /// The machine.
         id: MachineId,
-        /// The command, in the hypervisor's words.
+        /// The command, as the hypervisor names it.
         command: &'static str,
-        /// What it answered.
+        /// The hypervisor's response, or the error of the connection.
         why: String,
     },
     /// The guest agent cannot be reached.
-    #[error("{id}: the guest agent cannot be reached: {why}")]
+    #[error("{id}: cannot reach the guest agent: {why}")]
     Agent {
         /// The machine.
         id: MachineId,
-        /// What connecting to it said.
+        /// The error from connecting.
         why: String,
     },
-    /// The hypervisor did not answer in time: it hangs, or the host is badly overloaded. The
-    /// command may still take effect.
-    #[error("{id}: the hypervisor did not answer {command} within {after:?}: try again, or kill the machine")]
+    /// The hypervisor did not respond in time: it hangs, or the host is overloaded. The command may
+    /// still take effect.
+    #[error("{id}: the hypervisor did not respond to {command} within {after:?}; try again, or kill the machine")]
     Hung {
         /// The machine.
         id: MachineId,
-        /// The command, in the hypervisor's words.
+        /// The command, as the hypervisor names it.
         command: &'static str,
-        /// The deadline that passed.
+        /// The timeout.
         after: Duration,
     },
-    /// The process was killed and is still there: the kernel does not let go of it, most often
-    /// because of a disk request that the host's storage does not answer.
+    /// The process was killed but has not exited. The kernel keeps it, most often because of a disk
+    /// request that the host's storage does not complete.
     #[error(
-        "{id}: process {pid} was killed and has not ended within {after:?}: the host's storage may be stuck (dmesg); try again"
+        "{id}: process {pid} was killed but did not exit within {after:?}; the host's storage may be stuck (see dmesg); try again"
     )]
     Unkillable {
         /// The machine.
         id: MachineId,
         /// Its process.
         pid: i32,
-        /// The deadline that passed.
+        /// The timeout.
         after: Duration,
     },
     /// The machine has ended.
@@ -118,32 +121,32 @@ pub enum Error {
     Ended {
         /// The machine.
         id: MachineId,
-        /// How.
+        /// The reason.
         reason: ExitReason,
     },
-    /// The host's file system or kernel said no.
-    #[error("{what} {path}: {source}", path = path.display())]
+    /// A file operation or system call failed.
+    #[error("cannot {what} {path}: {source}", path = path.display())]
     Io {
-        /// What was tried, such as `create`.
+        /// The operation, such as `create`.
         what: &'static str,
-        /// On which file.
+        /// The file.
         path: PathBuf,
-        /// The kernel's word.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// For `map_err`: what was tried on which file.
+    /// For `map_err`: the operation and the file.
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { what, path, source }
     }
 }
 
-fn said(output: &str) -> String {
+fn output_suffix(output: &str) -> String {
     match output.trim() {
         "" => String::new(),
-        text => format!("; it said:\n{text}"),
+        text => format!("; hypervisor output:\n{text}"),
     }
 }

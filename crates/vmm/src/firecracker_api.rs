@@ -1,7 +1,7 @@
-//! Firecracker's API socket: HTTP, a connection for each request, every one with a deadline.
+//! Firecracker's API socket: HTTP, one connection per request; every request has a timeout.
 //!
-//! What is asked, and in which order, is here in one place; `tests/data/firecracker-*.json` holds
-//! the same requests with the answers of a real Firecracker, and a test compares them.
+//! All requests and their order are defined here. `tests/data/firecracker-*.json` holds the same
+//! requests with the responses of a real Firecracker, and a test compares them.
 
 use crate::jail;
 use crate::machine::{DiskLimits, MachineSpec};
@@ -15,27 +15,26 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// The longest that Firecracker may take to answer; it reads the kernel in `InstanceStart`.
-pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
-/// The most that an answer may hold, in bytes: the process is not trusted, for a guest may have
-/// broken into it.
-const ANSWER_LIMIT: usize = 256 << 10;
-/// The drive that holds the root disk.
+/// Timeout of one request. In `InstanceStart` Firecracker reads the kernel.
+pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The process is not trusted, because a guest may have broken into it.
+const MAX_RESPONSE_BYTES: usize = 256 << 10;
+/// Id of the drive that holds the root disk.
 const ROOT_DRIVE: &str = "root";
-/// The guest's address on its vsock: the first that is free for guests (vsock(7)). Each machine has
-/// a vsock of its own.
+/// The guest's vsock address: the first one available to guests (vsock(7)). Each machine has a
+/// vsock of its own.
 const GUEST_CID: u32 = 3;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ApiError {
-    #[error("no answer within {ANSWER_DEADLINE:?}")]
-    Hung,
+    #[error("no response within {RESPONSE_TIMEOUT:?}")]
+    TimedOut,
     #[error("{0}")]
     Refused(String),
 }
 
-/// The socket of one Firecracker.
+/// The API socket of one Firecracker process.
 #[derive(Debug, Clone)]
 pub(crate) struct Api {
     socket: PathBuf,
@@ -48,7 +47,7 @@ impl Api {
         }
     }
 
-    /// Describes the machine, one request for each of its parts.
+    /// Configures the machine, one request per part.
     pub(crate) async fn configure(&self, spec: &MachineSpec) -> Result<(), ApiError> {
         self.put(
             "/machine-config",
@@ -60,8 +59,8 @@ impl Api {
             boot["initrd_path"] = jail::INITRD.into();
         }
         self.put("/boot-source", boot).await?;
-        // Writeback: a guest's flush reaches the disk. Its default would swallow it. The
-        // synchronous engine is the one that every version supports for production.
+        // Writeback: a guest's flush reaches the disk; the default would ignore it. The synchronous
+        // engine is the only one that every version supports in production.
         let mut root = json!({
             "drive_id": ROOT_DRIVE, "path_on_host": jail::ROOT, "is_root_device": false, "is_read_only": false,
             "cache_type": "Writeback", "io_engine": "Sync",
@@ -82,21 +81,21 @@ impl Api {
         self.put("/entropy", json!({})).await
     }
 
-    /// Lets the guest run for the first time.
+    /// Starts the guest.
     pub(crate) async fn start(&self) -> Result<(), ApiError> {
         self.put("/actions", json!({ "action_type": "InstanceStart" })).await
     }
 
-    /// Presses the keys that a guest takes for the wish to restart.
+    /// Sends Ctrl+Alt+Del, which a guest treats as a request to reboot.
     pub(crate) async fn ctrl_alt_del(&self) -> Result<(), ApiError> {
         self.put("/actions", json!({ "action_type": "SendCtrlAltDel" })).await
     }
 
-    /// `Not started`, `Running` or `Paused`.
+    /// Returns `Not started`, `Running` or `Paused`.
     pub(crate) async fn state(&self) -> Result<String, ApiError> {
-        let info = self.ask(Method::GET, "/", None).await?;
+        let info = self.request(Method::GET, "/", None).await?;
         let state = info["state"].as_str().map(str::to_owned);
-        state.ok_or_else(|| ApiError::Refused(format!("it tells no state: {info}")))
+        state.ok_or_else(|| ApiError::Refused(format!("the response has no state: {info}")))
     }
 
     pub(crate) async fn pause(&self) -> Result<(), ApiError> {
@@ -107,8 +106,8 @@ impl Api {
         self.patch("/vm", json!({ "state": "Resumed" })).await
     }
 
-    /// Has the root disk looked at again; the guest hears of its new size.
-    pub(crate) async fn root_has_grown(&self) -> Result<(), ApiError> {
+    /// Makes Firecracker re-read the root disk's size and notify the guest.
+    pub(crate) async fn rescan_root(&self) -> Result<(), ApiError> {
         self.patch(
             "/drives/root",
             json!({ "drive_id": ROOT_DRIVE, "path_on_host": jail::ROOT }),
@@ -122,21 +121,21 @@ impl Api {
     }
 
     async fn put(&self, path: &str, body: Value) -> Result<(), ApiError> {
-        self.ask(Method::PUT, path, Some(body)).await.map(drop)
+        self.request(Method::PUT, path, Some(body)).await.map(drop)
     }
 
     async fn patch(&self, path: &str, body: Value) -> Result<(), ApiError> {
-        self.ask(Method::PATCH, path, Some(body)).await.map(drop)
+        self.request(Method::PATCH, path, Some(body)).await.map(drop)
     }
 
-    async fn ask(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, ApiError> {
-        match timeout(ANSWER_DEADLINE, self.exchange(method, path, body)).await {
-            Ok(answer) => answer.map_err(|why| ApiError::Refused(why.to_string())),
-            Err(_) => Err(ApiError::Hung),
+    async fn request(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, ApiError> {
+        match timeout(RESPONSE_TIMEOUT, self.send(method, path, body)).await {
+            Ok(response) => response.map_err(|why| ApiError::Refused(why.to_string())),
+            Err(_) => Err(ApiError::TimedOut),
         }
     }
 
-    async fn exchange(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, Failure> {
+    async fn send(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, SendError> {
         let stream = jail::connect(&self.socket).await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         let mut request = Request::builder()
@@ -148,22 +147,23 @@ impl Api {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
         let request = request.body(Full::new(Body::from(body)))?;
-        let answered = async {
-            let answer = sender.send_request(request).await?;
-            let status = answer.status();
-            let text = Limited::new(answer.into_body(), ANSWER_LIMIT)
+        let response = async {
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            let text = Limited::new(response.into_body(), MAX_RESPONSE_BYTES)
                 .collect()
                 .await?
                 .to_bytes();
-            Ok::<_, Failure>((status, text))
+            Ok::<_, SendError>((status, text))
         };
-        tokio::pin!(answered);
+        tokio::pin!(response);
         let (status, text) = tokio::select! {
-            answer = &mut answered => answer?,
-            // It is driven until it ends; what it has received by then is still to be had.
+            result = &mut response => result?,
+            // The connection is driven until it ends; a response received by then is still
+            // available.
             ended = connection => {
                 ended?;
-                answered.await?
+                response.await?
             }
         };
         let value = match text.as_ref() {
@@ -181,8 +181,8 @@ impl Api {
     }
 }
 
-/// A bucket of each kind, refilled once a second. An empty one is Firecracker's word for no limit;
-/// one that is left out would stay as it is.
+/// Returns token buckets that are refilled once a second. An empty bucket means no limit; an
+/// omitted bucket would keep its previous limit.
 fn rate_limiter(limits: DiskLimits) -> Value {
     let bucket = |size: Option<u64>| match size {
         Some(size) => json!({ "size": size, "refill_time": 1000 }),
@@ -191,10 +191,10 @@ fn rate_limiter(limits: DiskLimits) -> Value {
     json!({ "bandwidth": bucket(limits.bytes_per_second), "ops": bucket(limits.iops.map(u64::from)) })
 }
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+type SendError = Box<dyn std::error::Error + Send + Sync>;
 
-/// The guest's restart is the only end that Firecracker notices, and it notices it by the keyboard
-/// controller (`reboot=k`).
+/// The guest's reboot is the only end that Firecracker notices, and it notices a reset by the
+/// keyboard controller.
 fn cmdline(line: &str) -> String {
     format!("{line} reboot=k")
 }
@@ -208,7 +208,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};
 
-    /// Requests with the answers that a jailed Firecracker 1.17.0-dev gave to them, in order.
+    /// Requests and responses of a jailed Firecracker 1.17.0-dev, in order.
     const RECORDED: &str = include_str!("../tests/data/firecracker-1.17.0-dev.json");
 
     fn spec() -> MachineSpec {
@@ -232,7 +232,7 @@ mod tests {
         }
     }
 
-    /// Reads one request: its line, and its body by its length.
+    /// Reads one request; returns its request line and its body.
     async fn request(stream: &mut UnixStream) -> (String, String) {
         let mut read = Vec::new();
         loop {
@@ -261,7 +261,7 @@ mod tests {
         }
     }
 
-    /// Answers as recorded, and fails at the first request that is not the recorded one.
+    /// Replays the recorded responses; panics on a request that differs from the recorded one.
     async fn replay(listener: UnixListener, mut recorded: VecDeque<Value>) {
         while let Some(expected) = recorded.pop_front() {
             let (mut stream, _) = listener.accept().await.unwrap();
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_exchange_is_the_one_recorded_with_a_real_firecracker() {
+    async fn requests_match_those_recorded_with_a_real_firecracker() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("api.sock");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -304,7 +304,7 @@ mod tests {
         api.pause().await.unwrap();
         assert_eq!(api.state().await.unwrap(), "Paused");
         api.resume().await.unwrap();
-        api.root_has_grown().await.unwrap();
+        api.rescan_root().await.unwrap();
         api.limit_root(DiskLimits {
             iops: Some(100),
             bytes_per_second: None,
@@ -312,9 +312,9 @@ mod tests {
         .await
         .unwrap();
         api.ctrl_alt_del().await.unwrap();
-        // A refusal: the machine is started already.
-        let refusal = api.start().await.unwrap_err().to_string();
-        assert!(refusal.contains("not supported after starting"), "{refusal}");
+        // Rejected, because the machine is already started.
+        let error = api.start().await.unwrap_err().to_string();
+        assert!(error.contains("not supported after starting"), "{error}");
         server.await.unwrap();
     }
 }

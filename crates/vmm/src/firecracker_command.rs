@@ -1,10 +1,10 @@
-//! The only door to the Firecracker binary and its jailer.
+//! Runs the Firecracker binary and its jailer. No other module does.
 
 use crate::command::{is_executable, on_path};
 use crate::confinement::Confined;
 use crate::jail::{self, Jails};
 use crate::machine::{MachineSpec, RunAs};
-use crate::process::OPEN_FILES;
+use crate::process::MAX_OPEN_FILES;
 use crate::{Error, Result};
 use elf::ElfStream;
 use elf::abi::PT_INTERP;
@@ -14,16 +14,15 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// The programs, as they are installed from a release.
+/// Names of the programs in a Firecracker release.
 pub(crate) const PROGRAM: &str = "firecracker";
 const JAILER: &str = "jailer";
-/// The oldest that tells guests of their devices by ACPI: Debian's kernel takes them from nowhere
-/// else.
-const OLDEST: (u32, u32) = (1, 8);
-/// The first that boots a bzImage.
-const BOOTS_BZIMAGE: (u32, u32) = (1, 17);
+/// The first version that describes devices to guests by ACPI, on which Debian's kernel depends.
+const MIN_VERSION: (u32, u32) = (1, 8);
+/// The first version that boots a bzImage.
+const MIN_BZIMAGE_VERSION: (u32, u32) = (1, 17);
 
-/// Firecracker, as found on this host.
+/// The Firecracker installed on this host.
 #[derive(Debug, Clone)]
 pub(crate) struct Firecracker {
     /// The file itself, not a link to it: the jailer names a folder after it.
@@ -34,10 +33,10 @@ pub(crate) struct Firecracker {
 }
 
 impl Firecracker {
-    /// Looks for Firecracker and its jailer on the `PATH`, and asks it for its version.
+    /// Finds Firecracker and its jailer on the `PATH`, and queries the version.
     pub(crate) fn find() -> Result<Firecracker> {
         let named = on_path(PROGRAM).ok_or(Error::NoFirecracker(PROGRAM))?;
-        let program = named.canonicalize().map_err(Error::io("look at", &named))?;
+        let program = named.canonicalize().map_err(Error::io("resolve", &named))?;
         let jailer = find_jailer(&named).or_else(|_| find_jailer(&program))?;
         let unusable = |why| Error::Unusable {
             program: program.display().to_string(),
@@ -54,15 +53,15 @@ impl Firecracker {
             let errors = String::from_utf8_lossy(&output.stderr);
             return Err(unusable(format!("--version: {}: {text}{errors}", output.status)));
         };
-        if numbers < OLDEST {
-            let (major, minor) = OLDEST;
+        if numbers < MIN_VERSION {
+            let (major, minor) = MIN_VERSION;
             return Err(unusable(format!(
-                "its version is {version}, at least {major}.{minor} is needed"
+                "version {version} is too old; {major}.{minor} or later is required"
             )));
         }
         if is_dynamic(&program).map_err(|error| unusable(error.to_string()))? {
             return Err(unusable(
-                "it needs libraries, which its jail does not have: install a release, which does not".to_owned(),
+                "it is dynamically linked, and its jail has no libraries; install a static release build".to_owned(),
             ));
         }
         Ok(Firecracker {
@@ -73,7 +72,7 @@ impl Firecracker {
         })
     }
 
-    /// The jails of its machines, below `base`.
+    /// Returns the jails of this Firecracker's machines, below `base`.
     pub(crate) fn jails(&self, base: &Path) -> Jails {
         Jails::new(base, self.program.file_name().unwrap_or_default().to_owned())
     }
@@ -83,32 +82,32 @@ impl Firecracker {
         &self.version
     }
 
-    /// Whether this version boots the kernel image.
+    /// Checks that this version can boot the kernel image.
     pub(crate) fn check_kernel(&self, spec: &MachineSpec) -> Result<()> {
         use std::io::Read;
         let mut head = Vec::new();
         File::open(&spec.kernel)
             .and_then(|file| file.take(4).read_to_end(&mut head))
             .map_err(Error::io("read", &spec.kernel))?;
-        if head == b"\x7fELF" || self.numbers >= BOOTS_BZIMAGE {
+        if head == b"\x7fELF" || self.numbers >= MIN_BZIMAGE_VERSION {
             return Ok(());
         }
-        let (major, minor) = BOOTS_BZIMAGE;
+        let (major, minor) = MIN_BZIMAGE_VERSION;
         Err(Error::Spec {
             id: spec.id.clone(),
             what: "kernel",
             why: format!(
-                "{} is no ELF image, and Firecracker {} boots no other ({major}.{minor} does): build the template with a kernel \
-                 that is packed with LZ4",
+                "{} is not an ELF image, and Firecracker {} boots no other format ({major}.{minor} and later do); build the \
+                 template with a kernel that is compressed with LZ4",
                 spec.kernel.display(),
                 self.version
             ),
         })
     }
 
-    /// Starts a machine's process by way of the jailer, which it becomes Firecracker from: the pid
-    /// stays. It has no environment, and no open file but `console` (stdout) and `messages`
-    /// (stderr). It is not waited for, and lives on when this process ends.
+    /// Starts the process of a machine through the jailer, which replaces itself with Firecracker
+    /// and so keeps its pid. The process has no environment and no open file except `console`
+    /// (stdout) and `stderr`. It is not waited for, and survives the end of this process.
     pub(crate) fn spawn(
         &self,
         id: &str,
@@ -116,7 +115,7 @@ impl Firecracker {
         account: RunAs,
         mut confined: Confined,
         console: File,
-        messages: File,
+        stderr: File,
     ) -> std::io::Result<Child> {
         let mut command = Command::new(&self.jailer);
         command
@@ -126,43 +125,43 @@ impl Firecracker {
             .args(["--uid", &account.uid.to_string(), "--gid", &account.gid.to_string()])
             .arg("--chroot-base-dir")
             .arg(jails.base())
-            // Its default is more than it may set.
-            .args(["--resource-limit", &format!("no-file={OPEN_FILES}")])
+            // The jailer's default is above the hard limit of the process.
+            .args(["--resource-limit", &format!("no-file={MAX_OPEN_FILES}")])
             .args(["--", "--api-sock", jail::API])
-            .args(["--log-path", jail::MESSAGES, "--level", "Info"])
+            .args(["--log-path", jail::STDERR_PIPE, "--level", "Info"])
             .env_clear()
             .current_dir("/")
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(console)
-            .stderr(messages);
-        // SAFETY: between fork and exec only system calls are made: nothing is allocated and no
-        // lock is taken.
+            .stderr(stderr);
+        // SAFETY: between fork and exec the closure makes system calls only: it allocates nothing
+        // and takes no lock.
         unsafe { command.pre_exec(move || confined.enter()) };
         command.spawn()
     }
 }
 
-/// The arguments by which a machine's process is told from every other: the jailer has them, and
-/// hands them on.
-pub(crate) fn marks(id: &str) -> [String; 4] {
+/// Returns the arguments that identify a machine's process: the jailer has them too, and passes
+/// them on.
+pub(crate) fn identifying_arguments(id: &str) -> [String; 4] {
     ["--id", id, "--api-sock", jail::API].map(str::to_owned)
 }
 
-/// Where the jailer is: releases have it beside Firecracker.
+/// Finds the jailer, which releases install next to Firecracker.
 fn find_jailer(program: &Path) -> Result<PathBuf> {
-    let beside = program.parent().map(|folder| folder.join(JAILER));
-    let beside = beside.filter(|jailer| is_executable(jailer));
-    beside.or_else(|| on_path(JAILER)).ok_or(Error::NoFirecracker(JAILER))
+    let adjacent = program.parent().map(|folder| folder.join(JAILER));
+    let adjacent = adjacent.filter(|jailer| is_executable(jailer));
+    adjacent.or_else(|| on_path(JAILER)).ok_or(Error::NoFirecracker(JAILER))
 }
 
-/// Whether a program needs an interpreter, and with it libraries that no jail has.
+/// Returns whether a program needs an interpreter, and therefore libraries, which a jail lacks.
 fn is_dynamic(program: &Path) -> std::io::Result<bool> {
     let file = ElfStream::<AnyEndian, _>::open_stream(File::open(program)?).map_err(std::io::Error::other)?;
     Ok(file.segments().iter().any(|segment| segment.p_type == PT_INTERP))
 }
 
-/// The version in the first line of `firecracker --version`: `Firecracker v1.16.1`.
+/// Parses the version from the first line of `firecracker --version`: `Firecracker v1.16.1`.
 fn version(text: &str) -> Option<(String, (u32, u32))> {
     let version = text.lines().next()?.strip_prefix("Firecracker v")?.trim();
     let mut parts = version.split('.');
@@ -175,15 +174,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_that_needs_libraries_is_seen() {
+    fn dynamically_linked_programs_are_detected() {
         assert!(is_dynamic(Path::new("/bin/sh")).unwrap());
         assert!(is_dynamic(Path::new("/etc/passwd")).is_err());
     }
 
     #[test]
-    fn the_version_is_in_the_first_line() {
-        let said = "Firecracker v1.16.1\n\n2026-11-24T06:20:00.000 [anonymous-instance:main] exit_code=0\n";
-        assert_eq!(version(said), Some(("1.16.1".to_owned(), (1, 16))));
+    fn the_version_is_parsed_from_the_first_line() {
+        let output = "Firecracker v1.16.1\n\n2026-11-24T06:20:00.000 [anonymous-instance:main] exit_code=0\n";
+        assert_eq!(version(output), Some(("1.16.1".to_owned(), (1, 16))));
         assert_eq!(version("Firecracker v1.17.0-dev\n").unwrap().1, (1, 17));
         assert_eq!(version("QEMU emulator version 7.2.22"), None);
     }

@@ -1,19 +1,19 @@
-//! A machine that is one Firecracker process: the handle, and the attendant that notes how it ends
-//! and cleans up after it.
+//! A machine that runs in one Firecracker process: the handle, and the monitor task. The monitor
+//! records how the machine ends, and cleans up.
 //!
-//! Firecracker says nothing unasked: pauses are announced by who asked for them, and a disk request
-//! that the host refuses is an error that the guest gets. There is no [`MachineState::Stalled`]
-//! here.
+//! Firecracker emits no events: a pause is published by the call that caused it, and the guest
+//! receives an error for a disk request that fails on the host. [`MachineState::Stalled`] does not
+//! occur.
 
-use crate::firecracker_api::{ANSWER_DEADLINE, Api, ApiError};
+use crate::firecracker_api::{Api, ApiError, RESPONSE_TIMEOUT};
 use crate::jail::{self, Jail};
 use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
-use crate::messages::Messages;
 use crate::process::Process;
 use crate::qemu_machine::{
-    EVENTS_KEPT, Held, LAST_WORDS_DEADLINE, SHUTDOWN_INTERVAL, check_growth, crash, wait_for_end,
+    ClaimedProcess, DRAIN_TIMEOUT, MAX_BUFFERED_EVENTS, SHUTDOWN_INTERVAL, check_growth, crash_reason, wait_for_exit,
 };
 use crate::run_dir::{Lock, RunDir};
+use crate::stderr::StderrPipe;
 use crate::{Error, Result, agent, console, vsock};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
@@ -28,79 +28,85 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{sleep, timeout};
 
-/// What Firecracker logs when its guest has restarted: the one end that is not a fault.
-const GONE_WELL: &str = "exit_code=0";
+/// Firecracker logs this when the guest has rebooted: the only end that is not an error.
+const CLEAN_EXIT: &str = "exit_code=0";
 
-/// The port on which a guest's agent listens: the first that an ordinary program may take
+/// The vsock port of the guest's agent: the first one that an unprivileged program may use
 /// (vsock(7)).
 const AGENT_PORT: u32 = 1024;
 
-/// The handle. Dropping it lets go of the machine: another may adopt it.
+/// The handle. Dropping it releases the machine for another process to adopt.
 pub(crate) struct FirecrackerMachine {
-    shared: Arc<Shared>,
+    inner: Arc<Inner>,
     tasks: [AbortHandle; 2],
 }
 
-struct Shared {
+struct Inner {
     id: MachineId,
     dir: RunDir,
     process: Process,
-    messages: Messages,
+    stderr: StderrPipe,
     root: PathBuf,
     jail: Jail,
     api: Api,
-    /// Given back before the end is announced, so that who waited for the end can launch again.
+    /// Released before the end is published, so that a caller that waited for the end can launch
+    /// again.
     lock: Mutex<Option<Lock>>,
-    /// Set by a kill, before it is sent.
+    /// Set before the kill signal is sent.
     killed: Mutex<bool>,
-    /// The largest size that the root disk was asked to have; held while a request is under way.
-    asked: tokio::sync::Mutex<Bytes>,
+    /// The largest root disk size requested so far; locked during a request.
+    max_requested: tokio::sync::Mutex<Bytes>,
     events: broadcast::Sender<MachineEvent>,
     ended: watch::Sender<Option<ExitReason>>,
 }
 
 impl FirecrackerMachine {
-    pub(crate) fn new(held: Held, jail: Jail, api: Api, console: pipe::Receiver) -> Arc<FirecrackerMachine> {
-        let drain = tokio::spawn(console::drain(console, held.console_log));
+    pub(crate) fn new(
+        claimed: ClaimedProcess,
+        jail: Jail,
+        api: Api,
+        console: pipe::Receiver,
+    ) -> Arc<FirecrackerMachine> {
+        let drain = tokio::spawn(console::drain(console, claimed.console_log));
         let drain_handle = drain.abort_handle();
-        let shared = Arc::new(Shared {
-            id: held.id,
-            dir: held.dir,
-            process: held.process,
-            messages: held.messages,
-            root: held.root,
+        let inner = Arc::new(Inner {
+            id: claimed.id,
+            dir: claimed.dir,
+            process: claimed.process,
+            stderr: claimed.stderr,
+            root: claimed.root,
             jail,
             api,
-            lock: Mutex::new(Some(held.lock)),
+            lock: Mutex::new(Some(claimed.lock)),
             killed: Mutex::default(),
-            asked: tokio::sync::Mutex::new(Bytes::ZERO),
-            events: broadcast::Sender::new(EVENTS_KEPT),
+            max_requested: tokio::sync::Mutex::new(Bytes::ZERO),
+            events: broadcast::Sender::new(MAX_BUFFERED_EVENTS),
             ended: watch::Sender::new(None),
         });
-        let attendant = tokio::spawn(attend(shared.clone(), drain));
+        let monitor = tokio::spawn(monitor(inner.clone(), drain));
         Arc::new(FirecrackerMachine {
-            shared,
-            tasks: [attendant.abort_handle(), drain_handle],
+            inner,
+            tasks: [monitor.abort_handle(), drain_handle],
         })
     }
 
-    /// The word for a failed command: that the machine has ended, where it has.
-    async fn answered<T>(&self, command: &'static str, answer: Result<T, ApiError>) -> Result<T> {
-        let failure = match answer {
+    /// Converts the result of a request: if the machine has ended, the error is [`Error::Ended`].
+    async fn convert<T>(&self, command: &'static str, result: Result<T, ApiError>) -> Result<T> {
+        let error = match result {
             Ok(value) => return Ok(value),
-            Err(failure) => failure,
+            Err(error) => error,
         };
-        let id = self.shared.id.clone();
-        if !self.shared.process.lives() {
-            let reason = timeout(2 * LAST_WORDS_DEADLINE, self.exited()).await;
+        let id = self.inner.id.clone();
+        if !self.inner.process.is_alive() {
+            let reason = timeout(2 * DRAIN_TIMEOUT, self.exited()).await;
             let reason = reason.unwrap_or(ExitReason::Unknown);
             return Err(Error::Ended { id, reason });
         }
-        Err(match failure {
-            ApiError::Hung => Error::Hung {
+        Err(match error {
+            ApiError::TimedOut => Error::Hung {
                 id,
                 command,
-                after: ANSWER_DEADLINE,
+                after: RESPONSE_TIMEOUT,
             },
             ApiError::Refused(why) => Error::Control { id, command, why },
         })
@@ -112,23 +118,23 @@ impl Drop for FirecrackerMachine {
         for task in &self.tasks {
             task.abort();
         }
-        self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.inner.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
 #[async_trait]
 impl Machine for FirecrackerMachine {
     fn id(&self) -> &MachineId {
-        &self.shared.id
+        &self.inner.id
     }
 
     fn pid(&self) -> i32 {
-        self.shared.process.pid()
+        self.inner.process.pid()
     }
 
     async fn state(&self) -> Result<MachineState> {
-        let answer = self.shared.api.state().await;
-        match self.answered("GET /", answer).await {
+        let result = self.inner.api.state().await;
+        match self.convert("GET /", result).await {
             Ok(state) if state == "Running" => Ok(MachineState::Running),
             Ok(_) => Ok(MachineState::Paused),
             Err(Error::Ended { reason, .. }) => Ok(MachineState::Ended(reason)),
@@ -137,135 +143,136 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn pause(&self) -> Result<()> {
-        let answer = self.shared.api.pause().await;
-        self.answered("PATCH /vm Paused", answer).await?;
-        self.shared.announce(MachineEvent::Stopped);
+        let result = self.inner.api.pause().await;
+        self.convert("PATCH /vm Paused", result).await?;
+        self.inner.publish(MachineEvent::Stopped);
         Ok(())
     }
 
     async fn resume(&self) -> Result<()> {
-        let answer = self.shared.api.resume().await;
-        self.answered("PATCH /vm Resumed", answer).await?;
-        self.shared.announce(MachineEvent::Resumed);
+        let result = self.inner.api.resume().await;
+        self.convert("PATCH /vm Resumed", result).await?;
+        self.inner.publish(MachineEvent::Resumed);
         Ok(())
     }
 
     async fn resize_root(&self, size: Bytes) -> Result<()> {
-        let mut asked = self.shared.asked.lock().await;
-        check_growth(&self.shared.id, &self.shared.root, *asked, size)?;
-        *asked = size;
-        let file = File::options().write(true).open(&self.shared.root);
+        let mut max_requested = self.inner.max_requested.lock().await;
+        check_growth(&self.inner.id, &self.inner.root, *max_requested, size)?;
+        *max_requested = size;
+        let file = File::options().write(true).open(&self.inner.root);
         file.and_then(|file| file.set_len(size.as_u64()))
-            .map_err(Error::io("grow", &self.shared.root))?;
-        let answer = self.shared.api.root_has_grown().await;
-        self.answered("PATCH /drives/root", answer).await
+            .map_err(Error::io("grow", &self.inner.root))?;
+        let result = self.inner.api.rescan_root().await;
+        self.convert("PATCH /drives/root", result).await
     }
 
-    /// Its disks offer no discard, up to and including 1.17.
-    fn takes_discards(&self) -> bool {
+    /// Firecracker's disks do not support discard, up to and including 1.17.
+    fn supports_discard(&self) -> bool {
         false
     }
 
     async fn limit_disk(&self, limits: DiskLimits) -> Result<()> {
-        let answer = self.shared.api.limit_root(limits).await;
-        self.answered("PATCH /drives/root", answer).await
+        let result = self.inner.api.limit_root(limits).await;
+        self.convert("PATCH /drives/root", result).await
     }
 
     async fn stop(&self, grace: Duration) -> Result<ExitReason> {
-        let asking = async {
+        let requests = async {
             if let Err(error) = self.resume().await {
-                tracing::warn!(machine = %self.shared.id, %error, "not resumed for its shutdown");
+                tracing::warn!(machine = %self.inner.id, %error, "cannot resume the machine for its shutdown");
             }
             loop {
-                // The restart of the guest is the machine's end.
-                let asked = agent::ask_to_shut_down(self.agent(), GuestShutdownMode::Reboot);
-                let (pressed, ()) = futures::join!(self.shared.api.ctrl_alt_del(), asked);
-                if let Err(error) = pressed {
-                    tracing::debug!(machine = %self.shared.id, %error, "Ctrl+Alt+Del not pressed");
+                // A guest reboot ends the machine.
+                let agent = agent::request_shutdown(self.agent(), GuestShutdownMode::Reboot);
+                let (sent, ()) = futures::join!(self.inner.api.ctrl_alt_del(), agent);
+                if let Err(error) = sent {
+                    tracing::debug!(machine = %self.inner.id, %error, "cannot send Ctrl+Alt+Del");
                 }
                 sleep(SHUTDOWN_INTERVAL).await;
             }
         };
-        let obeyed = async {
+        let ended = async {
             tokio::select! {
                 biased;
                 reason = self.exited() => reason,
-                never = asking => never,
+                never = requests => never,
             }
         };
-        if let Ok(reason) = timeout(grace, obeyed).await {
+        if let Ok(reason) = timeout(grace, ended).await {
             return Ok(reason);
         }
-        tracing::warn!(machine = %self.shared.id, ?grace, "did not shut down in time: killed");
+        tracing::warn!(machine = %self.inner.id, ?grace, "the guest did not shut down in time; killing it");
         self.kill().await
     }
 
     async fn kill(&self) -> Result<ExitReason> {
-        if self.shared.process.lives() {
-            *self.shared.killed.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        if self.inner.process.is_alive() {
+            *self.inner.killed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         }
-        self.shared
+        self.inner
             .process
             .kill()
-            .map_err(Error::io("kill", format!("/proc/{}", self.shared.process.pid())))?;
+            .map_err(Error::io("kill", format!("/proc/{}", self.inner.process.pid())))?;
         Ok(self.exited().await)
     }
 
     async fn exited(&self) -> ExitReason {
-        wait_for_end(&self.shared.ended).await
+        wait_for_exit(&self.inner.ended).await
     }
 
     fn events(&self) -> broadcast::Receiver<MachineEvent> {
-        self.shared.events.subscribe()
+        self.inner.events.subscribe()
     }
 
     async fn agent(&self) -> Result<UnixStream> {
-        let stream = vsock::connect(&self.shared.jail.path(jail::AGENT), AGENT_PORT).await;
+        let stream = vsock::connect(&self.inner.jail.path(jail::AGENT), AGENT_PORT).await;
         stream.map_err(|error| Error::Agent {
-            id: self.shared.id.clone(),
+            id: self.inner.id.clone(),
             why: error.to_string(),
         })
     }
 }
 
-impl Shared {
-    fn announce(&self, event: MachineEvent) {
-        // Nobody listening is no fault.
+impl Inner {
+    fn publish(&self, event: MachineEvent) {
+        // Sending fails only if there are no receivers.
         let _ = self.events.send(event);
     }
 }
 
-/// The attendant: waits for the end of the process, then cleans up and announces it.
-async fn attend(shared: Arc<Shared>, drain: JoinHandle<()>) {
+/// The monitor task: waits until the process ends, then cleans up and publishes the end.
+async fn monitor(inner: Arc<Inner>, drain: JoinHandle<()>) {
     tokio::select! {
-        () = shared.process.exited() => {}
-        () = shared.messages.listen() => {}
+        () = inner.process.exited() => {}
+        () = inner.stderr.read_forever() => {}
     }
-    // Ends with the pipe. A drain that fell over has said so.
-    if timeout(LAST_WORDS_DEADLINE, drain).await.is_err() {
-        tracing::warn!(machine = %shared.id, "its last words may be lost");
+    // Ends when the pipe closes. A panic in the task has been logged already.
+    if timeout(DRAIN_TIMEOUT, drain).await.is_err() {
+        tracing::warn!(machine = %inner.id, "the end of the machine's console output may be lost");
     }
-    let status = shared.process.reap();
-    let said = shared.messages.text();
-    let killed = *shared.killed.lock().unwrap_or_else(PoisonError::into_inner);
-    let reason = how_it_ended(killed, status, &said, shared.dir.ran_out_of_memory());
+    let status = inner.process.reap();
+    let stderr = inner.stderr.text();
+    let killed = *inner.killed.lock().unwrap_or_else(PoisonError::into_inner);
+    let reason = exit_reason(killed, status, &stderr, inner.dir.ran_out_of_memory());
     if reason == ExitReason::GuestShutdown {
-        shared.announce(MachineEvent::GuestShutdown);
+        inner.publish(MachineEvent::GuestShutdown);
     }
-    shared.jail.remove();
-    shared.dir.clear();
-    shared.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
-    shared.announce(MachineEvent::Ended(reason.clone()));
-    shared.ended.send_replace(Some(reason));
+    inner.jail.remove();
+    inner.dir.clear();
+    inner.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+    inner.publish(MachineEvent::Ended(reason.clone()));
+    inner.ended.send_replace(Some(reason));
 }
 
-/// The exit status tells only its parent; the log tells whoever adopted the machine.
-fn how_it_ended(killed: bool, status: Option<String>, said: &str, out_of_memory: bool) -> ExitReason {
-    let well = said.contains(GONE_WELL) || status.as_deref() == Some("exit status 0");
-    match (killed, well) {
+/// Determines how the machine ended. Only the parent learns the exit status; after an adoption the
+/// log decides.
+fn exit_reason(killed: bool, status: Option<String>, stderr: &str, out_of_memory: bool) -> ExitReason {
+    let clean = stderr.contains(CLEAN_EXIT) || status.as_deref() == Some("exit status 0");
+    match (killed, clean) {
         (_, true) => ExitReason::GuestShutdown,
         (true, false) => ExitReason::Killed,
-        (false, false) => crash(status, said, out_of_memory),
+        (false, false) => crash_reason(status, stderr, out_of_memory),
     }
 }
 
@@ -274,20 +281,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_is_told_by_the_log_where_the_status_is_anothers_to_know() {
-        let restarted = "Firecracker exiting successfully. exit_code=0";
-        assert_eq!(how_it_ended(false, None, restarted, false), ExitReason::GuestShutdown);
+    fn the_log_decides_the_exit_reason_without_an_exit_status() {
+        let rebooted = "Firecracker exiting successfully. exit_code=0";
+        assert_eq!(exit_reason(false, None, rebooted, false), ExitReason::GuestShutdown);
         assert_eq!(
-            how_it_ended(false, Some("exit status 0".into()), "", false),
+            exit_reason(false, Some("exit status 0".into()), "", false),
             ExitReason::GuestShutdown
         );
         assert_eq!(
-            how_it_ended(true, Some("killed by signal 9".into()), "", false),
+            exit_reason(true, Some("killed by signal 9".into()), "", false),
             ExitReason::Killed
         );
-        let fault = how_it_ended(false, Some("exit status 148".into()), "exit_code=148", false);
-        let ExitReason::Crashed { detail } = fault else {
-            panic!("{fault:?}")
+        let failed = exit_reason(false, Some("exit status 148".into()), "exit_code=148", false);
+        let ExitReason::Crashed { detail } = failed else {
+            panic!("{failed:?}")
         };
         assert!(detail.contains("148"), "{detail}");
     }

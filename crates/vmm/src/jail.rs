@@ -1,19 +1,18 @@
-//! The folder that Firecracker's jailer locks a machine's process into: what lies in it, and how it
-//! goes.
+//! The folder to which Firecracker's jailer confines a machine's process: its content and removal.
 //!
 //! ```text
-//! BASE/firecracker/vm-0123456789ab/root     the process' `/`, its own
-//!     kernel initrd                         links to the files that all machines boot, which it can only read
-//!     seed                                  a copy of its own
-//!     disk                                  a link to its root disk, its own
-//!     messages.pipe                         what it says
-//!     api.sock agent.sock                   made by the process
-//!     firecracker dev/                      made by the jailer
+//! BASE/firecracker/vm-0123456789ab/root   the process' `/`, owned by its account
+//!     kernel initrd          hard links to files shared by all machines; read-only
+//!     seed                   a copy, owned by the process' account
+//!     disk                   a hard link to the root disk, owned by the process' account
+//!     messages.pipe          stderr
+//!     api.sock agent.sock    created by the process
+//!     firecracker dev/       created by the jailer
 //! ```
 //!
-//! The layout below BASE is the jailer's (docs/jailer.md of Firecracker). Links cost no memory and
-//! no time, which is why BASE lies on the disks' file system. The process may put whatever it likes
-//! under any name in its folder: nothing in there is opened through a symbolic link.
+//! The jailer defines the layout below BASE (docs/jailer.md of Firecracker). Hard links cost no
+//! memory and no time, which is why BASE is on the file system of the disks. The process can create
+//! any file under any name in its folder: nothing in it is opened through a symbolic link.
 
 use crate::machine::{MachineId, MachineSpec, RunAs};
 use crate::{Error, Result};
@@ -26,43 +25,44 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
 
-/// The names of the files, as the process sees them.
+/// Paths of the files, as seen by the process.
 pub(crate) const KERNEL: &str = "/kernel";
 pub(crate) const INITRD: &str = "/initrd";
 pub(crate) const ROOT: &str = "/disk";
 pub(crate) const SEED: &str = "/seed";
 pub(crate) const API: &str = "/api.sock";
 pub(crate) const AGENT: &str = "/agent.sock";
-pub(crate) const MESSAGES: &str = "/messages.pipe";
+pub(crate) const STDERR_PIPE: &str = "/messages.pipe";
 
-/// Where the jails of all machines are.
+/// The jails of all machines.
 #[derive(Debug, Clone)]
 pub(crate) struct Jails {
     base: PathBuf,
-    /// The name of the program's file, which the jailer makes a folder of.
+    /// Name of the program's file, after which the jailer names a folder.
     program: OsString,
 }
 
-/// One machine's.
+/// The jail of one machine.
 #[derive(Debug, Clone)]
 pub(crate) struct Jail(PathBuf);
 
-/// Removes the jails below `base` of machines that are not among `running`: what a host's crash
-/// leaves.
+/// Removes the jails below `base` of machines that are not in `running`, which remain after a host
+/// crash.
 ///
 /// # Errors
-/// [`Error::Io`] when they cannot be listed. One that cannot be removed is logged.
+/// [`Error::Io`] if the jails cannot be listed. A jail that cannot be removed is logged.
 pub fn sweep_jails(base: &Path, running: &[MachineId]) -> Result<()> {
     for (id, jail) in jails(base)? {
         if !running.contains(&id) {
-            tracing::info!(machine = %id, "removed the jail of a machine that is gone");
+            tracing::info!(machine = %id, "removing the jail of a machine that is gone");
             jail.remove();
         }
     }
     Ok(())
 }
 
-/// All that are there, whatever the name of their program. What does not have our form is not ours.
+/// Lists all jails, whatever the name of their program. Folders whose name is not a machine id are
+/// ignored.
 fn jails(base: &Path) -> Result<Vec<(MachineId, Jail)>> {
     let mut found = Vec::new();
     for program in folders(base)? {
@@ -100,29 +100,30 @@ impl Jails {
         &self.base
     }
 
-    /// The machine's, if there is one.
+    /// Returns the jail of a machine, if it exists.
     pub(crate) fn of(&self, id: &MachineId) -> Result<Option<Jail>> {
         Ok(jails(&self.base)?
             .into_iter()
             .find_map(|(found, jail)| (found == *id).then_some(jail)))
     }
 
-    /// Removes what there is of the machine, whose process is gone.
+    /// Removes the jail of a machine whose process is gone.
     pub(crate) fn remove(&self, id: &MachineId) {
         match jails(&self.base) {
             Ok(jails) => jails
                 .iter()
                 .filter(|(found, _)| found == id)
                 .for_each(|(_, jail)| jail.remove()),
-            Err(error) => tracing::warn!(machine = %id, %error, "its jail may be left; the next start removes it"),
+            Err(error) => {
+                tracing::warn!(machine = %id, %error, "cannot list the jails to remove a machine's; the next start removes it")
+            }
         }
     }
 
-    /// Makes the machine's, with its files in it, which belong to `account` from then on. What an
-    /// earlier one of its name left gives way.
+    /// Creates the jail of a machine, with its files owned by `account`. Replaces a leftover jail.
     ///
     /// # Errors
-    /// [`Error::Io`]; what was made by then is for [`Jails::remove`].
+    /// [`Error::Io`]; [`Jails::remove`] then removes what was created.
     pub(crate) fn make(&self, spec: &MachineSpec, disk: &Path, account: RunAs) -> Result<Jail> {
         self.remove(&spec.id);
         let jail = Jail(self.base.join(&self.program).join(spec.id.as_str()));
@@ -134,26 +135,26 @@ impl Jails {
             .map_err(Error::io("create", &root))?;
         self.check_mount()?;
         link(disk, &jail.path(ROOT))?;
-        give(&jail.path(ROOT), account)?;
-        lend(&spec.kernel, &jail.path(KERNEL), account)?;
+        change_owner(&jail.path(ROOT), account)?;
+        link_or_copy(&spec.kernel, &jail.path(KERNEL), account)?;
         if let Some(initrd) = &spec.initrd {
-            lend(initrd, &jail.path(INITRD), account)?;
+            link_or_copy(initrd, &jail.path(INITRD), account)?;
         }
         copy(&spec.seed, &jail.path(SEED), account)?;
         Ok(jail)
     }
 
-    /// The jailer makes device files and a program in it.
+    /// Checks the mount options: the jailer creates device files and a program in the jail.
     fn check_mount(&self) -> Result<()> {
         let flags = statvfs(&self.base)
             .map_err(io::Error::from)
-            .map_err(Error::io("look at", &self.base))?
+            .map_err(Error::io("read the metadata of", &self.base))?
             .f_flag;
         if flags.intersects(StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC) {
             return Err(Error::Unusable {
                 program: "jailer".to_owned(),
                 why: format!(
-                    "{} is mounted nodev or noexec: mount it without, or set VMM=qemu",
+                    "{} is mounted with nodev or noexec; mount it without them, or set VMM=qemu",
                     self.base.display()
                 ),
             });
@@ -163,64 +164,65 @@ impl Jails {
 }
 
 impl Jail {
-    /// The process' `/`.
+    /// Returns the process' `/`.
     fn root(&self) -> PathBuf {
         self.0.join("root")
     }
 
-    /// One of its files, as this process sees it.
+    /// Returns the path of one of the jail's files in the host's file system.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root().join(name.trim_start_matches('/'))
     }
 
-    /// Removes it, and whatever the process has made in it; a link is not followed. What cannot be
-    /// removed is logged: a later start tries again.
+    /// Removes the jail and all files that the process created in it, without following links. Logs
+    /// what cannot be removed; a later start tries again.
     pub(crate) fn remove(&self) {
         match fs::remove_dir_all(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(folder = %self.0.display(), %error, "jail of a machine not removed");
+                tracing::warn!(folder = %self.0.display(), %error, "cannot remove a machine's jail");
             }
             _ => {}
         }
     }
 }
 
-/// Connects to a socket in a jail: to that file, not to what a link in its place may point to, and
-/// however long its path is.
+/// Connects to a socket in a jail. Does not follow a symbolic link in its place, and accepts a path
+/// of any length.
 pub(crate) async fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     if FileType::from_raw_mode(fstat(&socket)?.st_mode) != FileType::Socket {
-        return Err(io::Error::other(format!("{} is no socket", path.display())));
+        return Err(io::Error::other(format!("{} is not a socket", path.display())));
     }
     UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
 }
 
 fn link(file: &Path, at: &Path) -> Result<()> {
-    fs::hard_link(file, at).map_err(Error::io("link to its jail", file))
+    fs::hard_link(file, at).map_err(Error::io("hard-link into the jail", file))
 }
 
-/// Lets the process read a file that stays the host's: a link where others may read it, else a
-/// copy.
-fn lend(file: &Path, at: &Path, account: RunAs) -> Result<()> {
-    let meta = file.metadata().map_err(Error::io("look at", file))?;
-    let for_all = meta.mode() & 0o004 != 0 && meta.uid() != account.uid;
-    match for_all.then(|| fs::hard_link(file, at)) {
+/// Makes a host file readable in the jail. Uses a hard link if other users may read the file,
+/// otherwise a copy.
+fn link_or_copy(file: &Path, at: &Path, account: RunAs) -> Result<()> {
+    let meta = file.metadata().map_err(Error::io("read the metadata of", file))?;
+    let world_readable = meta.mode() & 0o004 != 0 && meta.uid() != account.uid;
+    match world_readable.then(|| fs::hard_link(file, at)) {
         Some(Ok(())) => Ok(()),
         Some(Err(error)) if error.kind() != io::ErrorKind::CrossesDevices => {
-            Err(Error::io("link to its jail", file)(error))
+            Err(Error::io("hard-link into the jail", file)(error))
         }
         _ => copy(file, at, account),
     }
 }
 
-/// A copy that belongs to the process; shared with the file where the file system can.
+/// Copies a file into the jail, owned by the process' account. The copy is a reflink where the file
+/// system supports it.
 fn copy(file: &Path, at: &Path, account: RunAs) -> Result<()> {
-    fs::copy(file, at).map_err(Error::io("copy to its jail", file))?;
+    fs::copy(file, at).map_err(Error::io("copy into the jail", file))?;
     fs::set_permissions(at, Permissions::from_mode(0o400)).map_err(Error::io("set the mode of", at))?;
-    give(at, account)
+    change_owner(at, account)
 }
 
-pub(crate) fn give(file: &Path, account: RunAs) -> Result<()> {
+pub(crate) fn change_owner(file: &Path, account: RunAs) -> Result<()> {
     let opened = open(
         file,
         OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC,
@@ -230,7 +232,7 @@ pub(crate) fn give(file: &Path, account: RunAs) -> Result<()> {
     opened
         .map_err(io::Error::from)
         .and_then(file_of)
-        .map_err(Error::io("give away", file))
+        .map_err(Error::io("change the owner of", file))
 }
 
 #[cfg(test)]
@@ -238,7 +240,7 @@ mod tests {
     use super::*;
     use scalebox_units::DiskLocation;
 
-    const SOMEBODY: RunAs = RunAs {
+    const ACCOUNT: RunAs = RunAs {
         uid: 1_900_000_001,
         gid: 1_900_000_001,
     };
@@ -264,7 +266,7 @@ mod tests {
             },
             run_dir: folder.join("run"),
             console_log: folder.join("console"),
-            run_as: Some(SOMEBODY),
+            run_as: Some(ACCOUNT),
         }
     }
 
@@ -273,23 +275,29 @@ mod tests {
     }
 
     #[test]
-    fn a_jail_has_the_machine_s_files_and_its_process_can_write_its_disk_alone() {
+    fn a_jail_contains_the_machine_s_files_and_only_the_disk_is_writable() {
         let folder = tempfile::tempdir().unwrap();
         let (spec, jails) = (spec(folder.path()), jails_in(folder.path()));
-        let jail = jails.make(&spec, &folder.path().join("disk"), SOMEBODY).unwrap();
-        let about = |name: &str| fs::symlink_metadata(jail.path(name)).unwrap();
+        let jail = jails.make(&spec, &folder.path().join("disk"), ACCOUNT).unwrap();
+        let metadata = |name: &str| fs::symlink_metadata(jail.path(name)).unwrap();
         let inode = |name: &str| folder.path().join(name).metadata().unwrap().ino();
 
-        // Everybody's, shared: the page cache holds it once.
-        assert_eq!((about(KERNEL).ino(), about(KERNEL).uid()), (inode("kernel"), 0));
-        // Root's alone: a copy.
-        assert_ne!(about(INITRD).ino(), inode("initrd"));
+        // World-readable: shared, and cached only once.
+        assert_eq!((metadata(KERNEL).ino(), metadata(KERNEL).uid()), (inode("kernel"), 0));
+        // Readable by root only: a copy.
+        assert_ne!(metadata(INITRD).ino(), inode("initrd"));
         assert_eq!(
-            (about(INITRD).uid(), about(INITRD).mode() & 0o777),
-            (SOMEBODY.uid, 0o400)
+            (metadata(INITRD).uid(), metadata(INITRD).mode() & 0o777),
+            (ACCOUNT.uid, 0o400)
         );
-        assert_eq!((about(SEED).uid(), about(SEED).mode() & 0o777), (SOMEBODY.uid, 0o400));
-        assert_eq!((about(ROOT).ino(), about(ROOT).uid()), (inode("disk"), SOMEBODY.uid));
+        assert_eq!(
+            (metadata(SEED).uid(), metadata(SEED).mode() & 0o777),
+            (ACCOUNT.uid, 0o400)
+        );
+        assert_eq!(
+            (metadata(ROOT).ino(), metadata(ROOT).uid()),
+            (inode("disk"), ACCOUNT.uid)
+        );
         for (name, text) in [(KERNEL, "kernel"), (INITRD, "initrd"), (SEED, "seed"), (ROOT, "disk")] {
             assert_eq!(fs::read_to_string(jail.path(name)).unwrap(), text);
         }
@@ -307,14 +315,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_crash_left_is_swept_and_what_runs_or_is_not_ours_is_not() {
+    fn the_sweep_removes_leftover_jails_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let (spec, jails) = (spec(folder.path()), jails_in(folder.path()));
         let disk = folder.path().join("disk");
-        jails.make(&spec, &disk, SOMEBODY).unwrap();
-        // An older program's, and somebody else's.
+        jails.make(&spec, &disk, ACCOUNT).unwrap();
+        // One of an older program, and a folder of another origin.
         let older = jails.base().join("firecracker-v1.15/vm-aaaaaaaaaaaa/root");
-        let foreign = jails.base().join("firecracker-v1.15/somebody/root");
+        let foreign = jails.base().join("firecracker-v1.15/other/root");
         for folder in [&older, &foreign] {
             fs::create_dir_all(folder).unwrap();
         }
@@ -328,25 +336,25 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_on_another_file_system_is_an_error_that_names_it() {
+    fn a_disk_on_another_file_system_is_rejected_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let (spec, jails) = (spec(folder.path()), jails_in(folder.path()));
         let elsewhere = Path::new("/proc/self/status");
-        let error = jails.make(&spec, elsewhere, SOMEBODY).unwrap_err().to_string();
-        assert!(error.contains("link to its jail /proc/self/status"), "{error}");
+        let error = jails.make(&spec, elsewhere, ACCOUNT).unwrap_err().to_string();
+        assert!(error.contains("hard-link into the jail /proc/self/status"), "{error}");
     }
 
     #[tokio::test]
-    async fn a_link_in_the_place_of_a_socket_leads_nowhere() {
+    async fn connecting_does_not_follow_symbolic_links() {
         let folder = tempfile::tempdir().unwrap();
-        // Longer than a socket's path may be.
+        // Longer than the limit for a socket's path.
         let deep = folder.path().join("x".repeat(120));
         fs::create_dir(&deep).unwrap();
         let (other, link) = (folder.path().join("other.sock"), deep.join("api.sock"));
         let _listener = tokio::net::UnixListener::bind(&other).unwrap();
         std::os::unix::fs::symlink(&other, &link).unwrap();
-        let refused = connect(&link).await.unwrap_err().to_string();
-        assert!(refused.contains("is no socket"), "{refused}");
+        let error = connect(&link).await.unwrap_err().to_string();
+        assert!(error.contains("is not a socket"), "{error}");
         fs::remove_file(&link).unwrap();
         fs::hard_link(&other, &link).unwrap();
         connect(&link).await.unwrap();

@@ -1,34 +1,33 @@
-//! Starting, pausing, growing and stopping a machine.
+//! Launches, pauses, grows and stops machines.
 //!
-//! One trait pair, [`Vmm`] and [`Machine`], says what a hypervisor has to do for Scalebox and in
-//! which order it is asked; drivers stand under it. The crate knows nothing of templates, addresses
-//! or HTTP: a [`MachineSpec`] names a disk, a tap and a kernel that exist already, and what comes
-//! back is a running machine that outlives the process that launched it.
+//! The traits [`Vmm`] and [`Machine`] define the operations of a hypervisor driver and their order.
+//! The crate does not deal with templates, addresses or HTTP: a [`MachineSpec`] names an existing
+//! disk, tap and kernel, and launching it gives a running machine that outlives the process.
 //!
 //! # Layout
 //!
-//! | file | idea |
+//! | file | content |
 //! |---|---|
-//! | [`machine`] | the trait as a state machine; what a machine is made of, the states it is in, how it ends |
-//! | [`accel`] | whether KVM can run guests here, and why not |
-//! | [`console`] | the console's log: bounded whatever the guest prints |
-//! | [`error`] | what can go wrong, and the way out |
+//! | [`machine`] | the traits, as a state diagram; the specification, states, events and exit reasons of a machine |
+//! | [`accel`] | whether KVM can run guests on this host, and why not |
+//! | [`console`] | the console log, of bounded size |
+//! | [`error`] | the errors of this crate |
 //! | `qemu` | the QEMU `microvm` driver: launch and adopt, each step with its undo |
-//! | `qemu_machine` | a running machine: its commands, and the attendant that watches it and cleans up |
-//! | `arguments` | a [`MachineSpec`] as QEMU's argument vector (pure) |
-//! | `command` | the only door to the QEMU binary |
-//! | `qmp` | QEMU's control socket, every command with a deadline |
-//! | `agent` | the guest agent's own shutdown |
+//! | `qemu_machine` | a running QEMU machine: its commands, and the monitor task that cleans up after it |
+//! | `arguments` | QEMU's argument vector for a [`MachineSpec`] (pure) |
+//! | `command` | runs the QEMU binary |
+//! | `qmp` | QEMU's control socket; every command has a timeout |
+//! | `agent` | shutdown through the guest agent |
 //! | `firecracker` | the Firecracker driver: launch and adopt |
-//! | `firecracker_machine` | a running Firecracker machine, and its attendant |
+//! | `firecracker_machine` | a running Firecracker machine, and its monitor task |
 //! | `firecracker_api` | Firecracker's API socket: every request, in order |
-//! | `firecracker_command` | the only door to the Firecracker binary and its jailer |
-//! | `jail` | the folder that the jailer locks a process into |
-//! | `vsock` | a guest's vsock, as Firecracker shows it on the host |
-//! | `confinement`, `cgroup`, `sandbox` | what keeps a process to itself: a control group, and a fence around its files |
-//! | `process` | a process by pidfd and start time, never by pid alone |
-//! | `messages` | what a hypervisor says on stderr, bounded, also when nobody listens |
-//! | `run_dir` | the files of a running machine, who owns them, how they go |
+//! | `firecracker_command` | runs the Firecracker binary and its jailer |
+//! | `jail` | the folder to which the jailer confines a process |
+//! | `vsock` | connections to a guest's vsock under Firecracker |
+//! | `confinement`, `cgroup`, `landlock` | limits on memory, CPU and file access of a machine's process |
+//! | `process` | a process identified by pidfd and start time, never by pid alone |
+//! | `stderr` | the hypervisor's stderr, of bounded size, also while no process reads it |
+//! | `run_dir` | the files of a running machine: ownership and removal |
 
 pub mod accel;
 mod agent;
@@ -43,18 +42,18 @@ mod firecracker_api;
 mod firecracker_command;
 mod firecracker_machine;
 mod jail;
+mod landlock;
 pub mod machine;
-mod messages;
 mod process;
 mod qemu;
 mod qemu_machine;
 mod qmp;
 mod run_dir;
-mod sandbox;
+mod stderr;
 mod vsock;
 
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator, kvm_is_missing};
-pub use confinement::unconfined;
+pub use confinement::missing_confinement;
 pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;
 pub use firecracker::FirecrackerDriver;
@@ -64,5 +63,5 @@ pub use machine::{
 };
 pub use qemu::QemuDriver;
 
-/// What this crate's functions return.
+/// The result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

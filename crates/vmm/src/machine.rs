@@ -1,11 +1,11 @@
-//! What a driver has to do for a machine, and in which order it is asked.
+//! The interface of a hypervisor driver, and the life cycle of a machine.
 //!
 //! ```text
 //!             launch                     pause
 //!   (nothing) ──────▶ Running ◀────────────────────▶ Paused
 //!                      │  ▲               resume       │
-//!       host refuses   │  │ resume                     │
-//!       a disk request ▼  │ (the request is repeated)  │
+//!       host I/O error │  │ resume                     │
+//!       on the disk    ▼  │ (repeats the request)      │
 //!                     Stalled                          │
 //!                      │                               │
 //!                      └──────┬────────────────────────┘
@@ -14,15 +14,15 @@
 //!                       Ended(reason)      final: a new launch makes a new Machine
 //! ```
 //!
-//! A machine belongs to the host, not to the process that launched it: that process may die or be
-//! replaced at any moment, and the next one calls [`Vmm::adopt`]. A handle ([`Machine`]) is how one
-//! process holds a machine; there is one at a time. Dropping the last reference to it lets go of
-//! the machine, which runs on (its console is then not recorded).
+//! A machine does not belong to the process that launched it. That process may die or be replaced
+//! at any moment, and the next one calls [`Vmm::adopt`]. A process controls a machine through a
+//! handle ([`Machine`]); there is one handle at a time. Dropping the last reference to the handle
+//! releases the machine, which keeps running (its console is not recorded meanwhile).
 //!
-//! [`Vmm::put_down`] stands outside the picture: it leads from any state, and from a launch that
-//! was interrupted, to *(nothing)*. It takes no handle and asks the hypervisor nothing, so that it
-//! is the way out where [`Vmm::adopt`] fails with [`Error::Hung`]. Of a machine that somebody holds
-//! it keeps its hands off: that one is the holder's to [`kill`](Machine::kill).
+//! [`Vmm::force_stop`] is not in the diagram: it leads from any state, and from an interrupted
+//! launch, to *(nothing)*. It needs no handle and sends the hypervisor no command, so it works
+//! where [`Vmm::adopt`] fails with [`Error::Hung`]. It refuses a machine that has a holder; use
+//! [`kill`](Machine::kill) on the handle instead.
 
 use crate::{Error, Result};
 use async_trait::async_trait;
@@ -36,194 +36,193 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::broadcast;
 
-/// A hypervisor that can run machines: a driver.
+/// A driver: a hypervisor that can run machines.
 #[async_trait]
 pub trait Vmm: Send + Sync {
-    /// The driver's name, as in the setting `VMM`.
+    /// Returns the driver's name, as in the setting `VMM`.
     fn name(&self) -> &'static str;
 
-    /// The most processors that it gives to one machine.
+    /// Returns the maximum number of vCPUs of one machine.
     fn max_vcpus(&self) -> u32;
 
-    /// Whether it can launch machines. One whose program is missing adopts and ends those that were
-    /// launched before.
+    /// Returns whether the driver can launch machines. A driver whose program is missing can still
+    /// adopt and stop machines that were launched before.
     fn can_launch(&self) -> bool;
 
-    /// Starts a machine; its guest is running when this returns (not: has booted).
+    /// Starts a machine. When this returns, the guest is running, but has not booted yet.
     ///
     /// Before: the disk, seed drive, tap, kernel and initramfs exist. `run_dir` may be missing; its
     /// parent exists. After success: the machine is [`MachineState::Running`] and no longer depends
-    /// on this process. After an error: no process and no file of it is left; the disk and tap are
-    /// as they were.
+    /// on this process. After an error: the machine has no process and no files; the disk and the
+    /// tap are unchanged.
     ///
-    /// Cancellation: dropping the future undoes the launch in the background, as an error would.
+    /// Cancellation: dropping the future undoes the launch in the background, as an error does.
     ///
     /// # Errors
-    /// [`Error::Running`] when the machine runs already or another process holds it;
-    /// [`Error::Spec`] for a field that cannot be right; [`Error::Launch`] with everything that the
-    /// hypervisor said.
+    /// [`Error::Running`] if the machine already runs or another process holds it; [`Error::Spec`]
+    /// for an invalid field; [`Error::Launch`] with the hypervisor's whole output.
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
     /// Takes over a machine that an earlier process launched.
     ///
-    /// `Some`: it is there, in any state; also [`MachineState::Ended`] when the guest powered
-    /// itself off while nobody looked, in which case the reason is known. `None`: it is gone, how
-    /// is not known ([`ExitReason::Unknown`]), and its leftovers are removed. A launch that was
-    /// interrupted half-way is undone, which gives `None` too.
+    /// Returns `Some` if the machine exists, in any state. This includes [`MachineState::Ended`] if
+    /// the guest powered itself off while no process held the machine; the reason is then known.
+    /// Returns `None` if the machine is gone for an unknown reason ([`ExitReason::Unknown`]); its
+    /// leftovers are removed. An interrupted launch is undone and also gives `None`.
     ///
     /// Cancellation: nothing is lost; call it again.
     ///
     /// # Errors
-    /// [`Error::Running`] when a process (this one included) still holds the machine;
-    /// [`Error::Hung`] when the hypervisor is alive but does not answer: it is left as it is, held
-    /// by nobody, to be adopted later or [`put_down`](Vmm::put_down). [`Error::Unkillable`] as
-    /// there, where an interrupted launch cannot be undone.
+    /// [`Error::Running`] if a process (including this one) still holds the machine.
+    /// [`Error::Hung`] if the hypervisor is alive but does not respond: it is left unchanged and
+    /// without a holder, to be adopted later or [force-stopped](Vmm::force_stop).
+    /// [`Error::Unkillable`] if an interrupted launch cannot be undone.
     async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>>;
 
-    /// Ends whatever an earlier process left of a machine that nobody holds, without asking the
-    /// hypervisor anything: one that hangs or is stopped (SIGSTOP) goes like any other, and so does
-    /// a launch that was interrupted half-way. As pulling the plug: what the guest has not flushed
-    /// is lost.
+    /// Kills the process of a machine that has no holder, and removes its files.
     ///
-    /// It demands the same proof as [`adopt`](Vmm::adopt) that a process is the machine's (where
-    /// there is a record: pid, start time, boot and arguments), and kills through a pidfd; whoever
-    /// else has the pid by now is safe.
+    /// The hypervisor gets no command: this also works on a process that hangs or is stopped
+    /// (SIGSTOP), and on an interrupted launch. The effect is that of a power cut: data that the
+    /// guest has not flushed is lost.
     ///
-    /// Before: `run_dir` may be missing; its parent exists. After success: no process and no file
-    /// of the machine is left. `true`: there was a process. `false`: there was none.
+    /// A process must be proven to be the machine's in the same way as for [`adopt`](Vmm::adopt)
+    /// (if there is a record: by pid, start time, boot and arguments). It is killed through a
+    /// pidfd, so a process that has reused the pid is safe.
     ///
-    /// Cancellation: a kill that was sent is not taken back, the files may remain; call it again.
+    /// Before: `run_dir` may be missing; its parent exists. After success: the machine has no
+    /// process and no files. Returns whether there was a process.
+    ///
+    /// Cancellation: a kill that was sent is not undone, and files may remain; call it again.
     ///
     /// # Errors
-    /// [`Error::Running`] when a process (this one included) holds the machine;
-    /// [`Error::Unkillable`] when its process does not end within 10 s of being killed: its files
-    /// stay, for the next attempt.
-    async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool>;
+    /// [`Error::Running`] if a process (including this one) holds the machine;
+    /// [`Error::Unkillable`] if its process does not exit within 10 s of the kill: its files stay
+    /// for the next attempt.
+    async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool>;
 }
 
-/// A machine that was launched or adopted. Every method may be called at any time, by several
-/// callers at once.
+/// A handle to a launched or adopted machine. Every method may be called at any time and
+/// concurrently.
 ///
-/// Each command has a deadline: a hypervisor that hangs gives [`Error::Hung`], and
-/// [`kill`](Machine::kill) works all the same. On a machine that has ended, commands give
+/// Each command has a timeout: a hung hypervisor causes [`Error::Hung`], and
+/// [`kill`](Machine::kill) still works. After the machine has ended, commands return
 /// [`Error::Ended`], except [`stop`](Machine::stop), [`kill`](Machine::kill) and
-/// [`exited`](Machine::exited), which give the reason. A dropped future may or may not have had its
-/// effect, unless said otherwise.
+/// [`exited`](Machine::exited), which return the reason. Unless noted otherwise, a command whose
+/// future is dropped may or may not have taken effect.
 #[async_trait]
 pub trait Machine: Send + Sync {
-    /// The machine's id.
+    /// Returns the machine's id.
     fn id(&self) -> &MachineId;
 
-    /// The hypervisor's process. For eyes and for cgroups: by the time it is used, the process may
-    /// have ended.
+    /// Returns the hypervisor's pid, for display and for cgroups. The process may have ended by the
+    /// time the pid is used.
     fn pid(&self) -> i32;
 
-    /// What the machine is doing now, asked of the hypervisor.
+    /// Asks the hypervisor for the machine's state.
     async fn state(&self) -> Result<MachineState>;
 
-    /// Stops the guest's processors; its memory and disk stay. On a paused machine: nothing.
+    /// Stops the guest's vCPUs; memory and disk stay. Does nothing on a paused machine.
     async fn pause(&self) -> Result<()>;
 
-    /// Lets a paused or stalled guest go on; a stalled one repeats the disk request that the host
-    /// refused, and stalls again if that is refused again. On a running machine: nothing.
+    /// Resumes a paused or stalled guest. A stalled guest repeats the disk request that failed on
+    /// the host, and stalls again if it fails again. Does nothing on a running machine.
     async fn resume(&self) -> Result<()>;
 
-    /// Makes the root disk `size` large, seen by the running guest at once (its file system is the
-    /// guest's to grow). Calls are put in order; a disk never gets smaller.
+    /// Grows the root disk to `size`. The running guest sees the new size at once; growing the file
+    /// system is the guest's job. Calls are serialized; a disk never shrinks.
     ///
     /// # Errors
-    /// [`Error::Spec`] when `size` is below the disk's size, or below the largest size asked for
-    /// before, or not in sectors of 512 bytes.
+    /// [`Error::Spec`] if `size` is below the disk's size or below the largest size requested
+    /// before, or is not a multiple of 512 bytes.
     async fn resize_root(&self, size: Bytes) -> Result<()>;
 
-    /// Whether the guest can give back blocks of its root disk that it does not use: its discards
-    /// reach the disk's file.
-    fn takes_discards(&self) -> bool;
+    /// Returns whether discards by the guest reach the root disk's file.
+    fn supports_discard(&self) -> bool;
 
-    /// Limits what the guest may ask of its root disk from now on; no limit where there is none in
-    /// `limits`. What is beyond waits.
+    /// Limits the guest's I/O on its root disk from now on; `None` in `limits` means no limit.
+    /// Excess requests wait.
     async fn limit_disk(&self, limits: DiskLimits) -> Result<()>;
 
-    /// Asks the guest to shut down, again and again until `grace` has passed, then kills it. A
-    /// paused guest is resumed for it. Returns how the machine ended: [`ExitReason::GuestShutdown`]
-    /// when it obeyed, [`ExitReason::Killed`] when it had to be killed, something else when it
-    /// ended by itself in between.
+    /// Requests a guest shutdown repeatedly until `grace` has passed, then kills the machine.
+    /// Resumes a paused guest first. Returns how the machine ended: [`ExitReason::GuestShutdown`]
+    /// if the guest obeyed, [`ExitReason::Killed`] if it was killed, or another reason if the
+    /// machine ended by itself meanwhile.
     ///
-    /// Cancellation: a shutdown that was asked for is not taken back; the kill is no longer going
-    /// to happen.
+    /// Cancellation: a requested shutdown is not undone; the kill no longer happens.
     async fn stop(&self, grace: Duration) -> Result<ExitReason>;
 
-    /// Ends the machine now, as pulling the plug does: what the guest has not flushed is lost.
-    /// Returns how it ended. Works whatever the hypervisor is doing.
+    /// Kills the machine, as a power cut would: data that the guest has not flushed is lost.
+    /// Returns how the machine ended. Works whatever the hypervisor is doing.
     async fn kill(&self) -> Result<ExitReason>;
 
     /// Waits for the machine's end. May be awaited many times, also after the end. By then its
-    /// files in `run_dir` are gone and the console's last words are in the log.
+    /// files in `run_dir` are removed and the console log is complete.
     async fn exited(&self) -> ExitReason;
 
-    /// What happens to the machine from now on. A receiver that falls behind loses the oldest: ask
-    /// [`state`](Machine::state).
+    /// Subscribes to the machine's events from now on. A receiver that falls behind loses the
+    /// oldest events and should then ask for the [`state`](Machine::state).
     fn events(&self) -> broadcast::Receiver<MachineEvent>;
 
-    /// A new connection to the guest agent, whose protocol is spoken from its first byte on. Under
-    /// some hypervisors there is one client at a time: whoever connects second waits for its first
-    /// answer until the first has left.
+    /// Opens a connection to the guest agent, ready for the agent's protocol. Some hypervisors
+    /// serve one client at a time: a second client gets its first response once the first client
+    /// has disconnected.
     ///
     /// # Errors
-    /// [`Error::Agent`] when nobody can be reached; a guest that boots or has no agent may show by
-    /// its silence only.
+    /// [`Error::Agent`] if the agent cannot be reached. A guest that is booting or has no agent may
+    /// simply not respond.
     async fn agent(&self) -> Result<UnixStream>;
 }
 
-/// Everything a machine is made of. It names what exists; nothing is made but what is in `run_dir`.
+/// Everything a machine consists of. The files and devices it names must exist; only the content of
+/// `run_dir` is created.
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
     /// Unique on this host.
     pub id: MachineId,
     /// At least 1.
     pub vcpus: u32,
-    /// In MiB; at least [`MIN_MEMORY_MIB`].
+    /// At least [`MIN_MEMORY_MIB`].
     pub memory_mib: u64,
-    /// A kernel that the hypervisor boots directly.
+    /// A kernel that the hypervisor can boot directly.
     pub kernel: PathBuf,
-    /// Its initramfs, where it needs one.
+    /// The initramfs, if the kernel needs one.
     pub initrd: Option<PathBuf>,
     /// The kernel's command line, at most [`MAX_CMDLINE`] bytes. The console is `ttyS0`.
     pub cmdline: String,
-    /// The root disk, the guest's first: `/dev/vda`.
+    /// The root disk: the guest's first disk, `/dev/vda`.
     pub root: DiskLocation,
-    /// What the guest may ask of it.
+    /// I/O limits of the root disk.
     pub root_limits: DiskLimits,
-    /// The seed drive, read-only, the guest's second.
+    /// The seed drive: the guest's second disk, read-only.
     pub seed: PathBuf,
     /// The network interface.
     pub nic: Nic,
-    /// Sockets and the record by which the machine is found again. Made when missing, mode 0700,
-    /// belonging to the machine alone. Short: a socket's path has at most 107 bytes, of which this
-    /// crate needs [`SOCKET_NAME_MAX`].
+    /// Folder for sockets and for the record by which the machine is found again. It is created if
+    /// missing, with mode 0700, and is used by this machine alone. The path must be short: a
+    /// socket's path has at most 107 bytes, of which this crate needs [`MAX_SOCKET_NAME`].
     pub run_dir: PathBuf,
-    /// Where the console is recorded, with one older part next to it (`….1`); see
+    /// The console log; one previous part is kept next to it (`….1`). See
     /// [`CONSOLE_LIMIT`](crate::CONSOLE_LIMIT).
     pub console_log: PathBuf,
-    /// The account that the hypervisor runs as, once it has opened its files. `None`: the account
-    /// of this process.
+    /// The account that the hypervisor runs as after opening its files. `None`: the account of this
+    /// process.
     pub run_as: Option<RunAs>,
 }
 
-/// The least memory a machine gets, in MiB.
+/// Minimum memory of a machine.
 pub const MIN_MEMORY_MIB: u64 = 32;
-/// The longest kernel command line, in bytes: `COMMAND_LINE_SIZE` of the x86 kernel, less its final
-/// zero.
+/// Maximum length of the kernel command line, in bytes: `COMMAND_LINE_SIZE` of the x86 kernel,
+/// minus the terminating zero.
 pub const MAX_CMDLINE: usize = 2047;
-/// The longest path of a Unix socket, in bytes: `sun_path` less its final zero (unix(7)).
-const SOCKET_PATH_MAX: usize = 107;
-/// What this crate puts behind `run_dir` to name a socket, in bytes, at most.
-pub const SOCKET_NAME_MAX: usize = 16;
+/// Maximum path length of a Unix socket, in bytes: `sun_path` minus the terminating zero (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+/// Maximum number of bytes that this crate appends to `run_dir` to name a socket.
+pub const MAX_SOCKET_NAME: usize = 16;
 
 impl MachineSpec {
-    /// Finds what cannot be right before anything is made.
+    /// Rejects invalid fields before anything is created.
     pub(crate) fn check(&self) -> Result<()> {
-        let wrong = |what, why: String| {
+        let invalid = |what, why: String| {
             Err(Error::Spec {
                 id: self.id.clone(),
                 what,
@@ -231,47 +230,47 @@ impl MachineSpec {
             })
         };
         if self.vcpus == 0 {
-            return wrong("vcpus", "a machine needs at least 1".into());
+            return invalid("vcpus", "a machine needs at least 1".into());
         }
         if self.memory_mib < MIN_MEMORY_MIB {
-            return wrong(
+            return invalid(
                 "memory_mib",
-                format!("{} is too little, at least {MIN_MEMORY_MIB}", self.memory_mib),
+                format!("{} is too small, minimum {MIN_MEMORY_MIB}", self.memory_mib),
             );
         }
         if self.cmdline.len() > MAX_CMDLINE {
-            return wrong(
+            return invalid(
                 "cmdline",
-                format!("has {} bytes, at most {MAX_CMDLINE}", self.cmdline.len()),
+                format!("{} bytes is too long, maximum {MAX_CMDLINE}", self.cmdline.len()),
             );
         }
-        if self.run_dir.as_os_str().len() + SOCKET_NAME_MAX > SOCKET_PATH_MAX {
-            let most = SOCKET_PATH_MAX - SOCKET_NAME_MAX;
-            return wrong(
+        if self.run_dir.as_os_str().len() + MAX_SOCKET_NAME > MAX_SOCKET_PATH {
+            let max = MAX_SOCKET_PATH - MAX_SOCKET_NAME;
+            return invalid(
                 "run_dir",
                 format!(
-                    "{} is too long for sockets, at most {most} bytes",
+                    "{} is too long for sockets, maximum {max} bytes",
                     self.run_dir.display()
                 ),
             );
         }
         if !is_interface_name(&self.nic.tap) {
-            return wrong(
-                "nic.tap",
-                format!("{:?} is not the name of a network interface", self.nic.tap),
-            );
+            return invalid("nic.tap", format!("{:?} is not a network interface name", self.nic.tap));
         }
         if !is_unicast_mac(&self.nic.mac) {
-            return wrong(
+            return invalid(
                 "nic.mac",
-                format!("{:?} is not a unicast address such as 52:54:00:12:34:56", self.nic.mac),
+                format!(
+                    "{:?} is not a unicast MAC address such as 52:54:00:12:34:56",
+                    self.nic.mac
+                ),
             );
         }
         Ok(())
     }
 }
 
-/// At most 15 bytes (`IFNAMSIZ`), and nothing that means something in a hypervisor's option.
+/// At most 15 bytes (`IFNAMSIZ`), and no character with a meaning in a hypervisor's option.
 fn is_interface_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     (1..=15).contains(&name.len()) && name.bytes().all(plain) && name.bytes().any(|byte| byte != b'.')
@@ -289,39 +288,38 @@ fn is_unicast_mac(mac: &str) -> bool {
 /// A machine's network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nic {
-    /// The host's end: a tap that exists.
+    /// The host's end: an existing tap.
     pub tap: String,
-    /// The guest's address, `52:54:00:12:34:56`.
+    /// The guest's MAC address, such as `52:54:00:12:34:56`.
     pub mac: String,
 }
 
-/// How much a guest may ask of a disk, reading and writing together. A second's worth may come at
-/// once.
+/// Limits on a guest's reads and writes together. Bursts of up to one second's worth are allowed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskLimits {
-    /// Requests a second; at least 1.
+    /// Requests per second; at least 1.
     pub iops: Option<u32>,
-    /// Bytes a second.
+    /// Bytes per second.
     pub bytes_per_second: Option<u64>,
 }
 
-/// An account by its numbers.
+/// A Unix account, by numeric ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunAs {
-    /// User.
+    /// User id.
     pub uid: u32,
-    /// Group; the only one.
+    /// Group id; the process is in no other group.
     pub gid: u32,
 }
 
-/// A machine's id: `vm-` and 12 hex digits in lower case, so that it may stand in a path, an
-/// argument and a process' title.
+/// A machine's id: `vm-` and 12 lower-case hex digits. It is safe in paths, arguments and process
+/// names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MachineId(String);
 
 impl MachineId {
-    /// The id's text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -359,34 +357,34 @@ impl fmt::Display for MachineId {
     }
 }
 
-/// What a machine is doing.
+/// The state of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MachineState {
-    /// The guest runs.
+    /// The guest is running.
     Running,
-    /// The guest stands still because it was asked to.
+    /// The guest was paused by a command.
     Paused,
-    /// The guest stands still because the host refused a disk request (most often: no space). It
-    /// does not know; resuming repeats the request.
+    /// The guest is paused because a disk request failed on the host, most often for lack of space.
+    /// The guest does not notice; resuming repeats the request.
     Stalled,
-    /// The machine is gone.
+    /// The machine has ended.
     Ended(ExitReason),
 }
 
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitReason {
-    /// The guest powered itself off: its file systems are clean. Also when it rebooted, under a
-    /// hypervisor that cannot restart a guest in place.
+    /// The guest powered itself off: its file systems are clean. Also a reboot, under a hypervisor
+    /// that cannot restart a guest in place.
     GuestShutdown,
-    /// Killed on request, or told to end by a signal or command from outside.
+    /// Killed on request, or terminated from outside by a signal or command.
     Killed,
-    /// The hypervisor died by itself.
+    /// The hypervisor process died unexpectedly.
     Crashed {
-        /// How, and its last words.
+        /// Exit status and last output.
         detail: String,
     },
-    /// It ended while nobody was looking.
+    /// The machine ended while no process held it.
     Unknown,
 }
 
@@ -394,37 +392,37 @@ impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ExitReason::GuestShutdown => f.write_str("the guest shut down"),
-            ExitReason::Killed => f.write_str("it was killed"),
+            ExitReason::Killed => f.write_str("the machine was killed"),
             ExitReason::Crashed { detail } => write!(f, "the hypervisor died: {detail}"),
-            ExitReason::Unknown => f.write_str("it ended while nobody was looking"),
+            ExitReason::Unknown => f.write_str("the machine ended while the daemon was not running"),
         }
     }
 }
 
-/// Something that happened to a machine.
+/// An event of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MachineEvent {
-    /// The guest's processors stopped: a pause, a stall, or the end.
+    /// The guest's vCPUs stopped: a pause, a stall, or the end.
     Stopped,
-    /// They run again.
+    /// The vCPUs run again.
     Resumed,
-    /// The guest restarted itself. The machine goes on; a guest that does this every few seconds is
-    /// stuck in a loop.
+    /// The guest rebooted; the machine continues. A guest that reboots every few seconds is stuck
+    /// in a loop.
     GuestReboot,
-    /// A program in the guest listens at the agent's port: its system is up. Some hypervisors do
-    /// not tell.
+    /// A program in the guest opened the agent's port: the guest's system is up. Not every
+    /// hypervisor reports this.
     AgentUp,
     /// The guest powered itself off; [`MachineEvent::Ended`] follows.
     GuestShutdown,
-    /// The host refused a disk request and the guest now stands still ([`MachineState::Stalled`]).
+    /// A disk request failed on the host, and the guest is now paused ([`MachineState::Stalled`]).
     IoError {
-        /// For lack of space: resume when there is some.
+        /// The host was out of space: resume once there is space.
         nospace: bool,
-        /// The host's word.
+        /// The host's error.
         reason: String,
     },
-    /// The machine is gone.
+    /// The machine has ended.
     Ended(ExitReason),
 }
 
@@ -454,9 +452,9 @@ mod tests {
     }
 
     #[test]
-    fn an_id_has_one_form() {
+    fn malformed_ids_are_rejected() {
         assert!("vm-0123456789ab".parse::<MachineId>().is_ok());
-        for wrong in [
+        for text in [
             "",
             "vm-",
             "vm-0123456789a",
@@ -466,21 +464,20 @@ mod tests {
             "VM-0123456789ab",
         ] {
             assert!(
-                wrong
-                    .parse::<MachineId>()
+                text.parse::<MachineId>()
                     .unwrap_err()
                     .to_string()
-                    .contains("12 hex digits"),
-                "{wrong}"
+                    .contains("12 lower-case hex digits"),
+                "{text}"
             );
         }
     }
 
     #[test]
-    fn what_cannot_be_right_is_named_before_anything_is_made() {
+    fn invalid_fields_are_rejected_by_name() {
         spec().check().unwrap();
         type Break = fn(&mut MachineSpec);
-        let wrong: [(&str, Break); 8] = [
+        let invalid: [(&str, Break); 8] = [
             ("vcpus", |spec| spec.vcpus = 0),
             ("memory_mib", |spec| spec.memory_mib = 31),
             ("cmdline", |spec| spec.cmdline = "x".repeat(2048)),
@@ -490,7 +487,7 @@ mod tests {
             ("nic.mac", |spec| spec.nic.mac = "53:54:00:12:34:56".into()),
             ("nic.mac", |spec| spec.nic.mac = "52:54:00:12:34:5,".into()),
         ];
-        for (field, break_it) in wrong {
+        for (field, break_it) in invalid {
             let mut spec = spec();
             break_it(&mut spec);
             match spec.check() {

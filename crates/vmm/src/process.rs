@@ -1,9 +1,9 @@
-//! A process by pidfd and start time, never by pid alone.
+//! Identifies a process by pidfd and start time, never by pid alone.
 //!
-//! A pid is reused; a pidfd is not (pidfd_open(2)). To get from a recorded pid to a pidfd of the
-//! same process, the pidfd is opened first, then the start time and arguments of whoever has the
-//! pid are compared with the record, then the pidfd is asked whether its process still lives. If it
-//! does, it had the pid all along, and the comparison was about it.
+//! Pids are reused; pidfds are not (pidfd_open(2)). To get from a recorded pid to a pidfd of the
+//! same process: first open the pidfd, then compare the start time and arguments of the pid's
+//! current owner with the record, then check that the pidfd's process is still alive. If it is, it
+//! owned the pid all along, and the comparison was about that process.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -18,22 +18,22 @@ use std::process::Child;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// The most files a machine's process may hold open; it needs about 40.
-pub(crate) const OPEN_FILES: u64 = 256;
+/// Limit on open files of a machine's process, which needs about 40.
+pub(crate) const MAX_OPEN_FILES: u64 = 256;
 
-/// What tells a process from all others, also after it is gone: kept in the record of a machine.
+/// Identifies a process uniquely, even after its end. Part of a machine's record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     pub pid: i32,
-    /// Clock ticks from boot to the process' start: field 22 of `/proc/PID/stat` (proc(5)).
+    /// Start of the process in clock ticks since boot: field 22 of `/proc/PID/stat` (proc(5)).
     pub started: u64,
-    /// The kernel's boot, without which the ticks mean nothing.
+    /// Id of the kernel's boot, which the ticks refer to.
     pub boot_id: String,
-    /// The whole argument vector, as `/proc/PID/cmdline` shows it.
+    /// The whole argument vector, as in `/proc/PID/cmdline`.
     pub argv: Vec<String>,
 }
 
-/// A process that was there when this was made.
+/// A process that was alive when this value was created.
 #[derive(Debug)]
 pub(crate) struct Process {
     pid: Pid,
@@ -41,22 +41,22 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// A child that was not waited for, so that its pid is still its own.
+    /// Opens a child that has not been waited for, so that its pid cannot have been reused.
     pub(crate) fn of_child(child: &Child) -> io::Result<Process> {
         Process::open(Pid::from_child(child))
     }
 
-    /// The process that was recorded, if it lives.
+    /// Returns the recorded process if it is still alive.
     pub(crate) fn find(identity: &Identity) -> io::Result<Option<Process>> {
         let Some(process) = Process::open_raw(identity.pid)? else {
             return Ok(None);
         };
         let same = Identity::read(identity.pid).is_some_and(|found| found == *identity);
-        Ok((process.lives() && same).then_some(process))
+        Ok((process.is_alive() && same).then_some(process))
     }
 
-    /// A living process among whose arguments are all of `marks`, if there is one.
-    pub(crate) fn search(marks: &[String]) -> io::Result<Option<Process>> {
+    /// Returns a living process whose arguments include all of `arguments`, if there is one.
+    pub(crate) fn search(arguments: &[String]) -> io::Result<Option<Process>> {
         for entry in fs::read_dir("/proc")? {
             let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
                 continue;
@@ -64,8 +64,9 @@ impl Process {
             let Some(process) = Process::open_raw(pid)? else {
                 continue;
             };
-            let found = Identity::read(pid).is_some_and(|found| marks.iter().all(|mark| found.argv.contains(mark)));
-            if found && process.lives() {
+            let found =
+                Identity::read(pid).is_some_and(|found| arguments.iter().all(|argument| found.argv.contains(argument)));
+            if found && process.is_alive() {
                 return Ok(Some(process));
             }
         }
@@ -76,7 +77,7 @@ impl Process {
         let Some(pid) = Pid::from_raw(pid) else { return Ok(None) };
         match Process::open(pid) {
             Ok(process) => Ok(Some(process)),
-            // ESRCH: nobody has the pid. EINVAL: it is a thread's.
+            // ESRCH: there is no such process. EINVAL: the id belongs to a thread.
             Err(error)
                 if [Errno::SRCH, Errno::INVAL]
                     .iter()
@@ -90,8 +91,8 @@ impl Process {
 
     fn open(pid: Pid) -> io::Result<Process> {
         let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
-        // SAFETY: an `OwnedFd` names the same open file until it is dropped, and nothing takes it
-        // out of the `AsyncFd` before.
+        // SAFETY: an `OwnedFd` refers to the same open file until it is dropped, and nothing takes
+        // it out of the `AsyncFd` before.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
         Ok(Process { pid, pidfd })
     }
@@ -100,14 +101,14 @@ impl Process {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// Its argument vector, once it has executed its program.
+    /// Returns the argument vector, once the process has executed its program.
     pub(crate) fn arguments(&self) -> io::Result<Vec<String>> {
         let found = Identity::read(self.pid()).map(|identity| identity.argv);
-        found.ok_or_else(|| io::Error::other(format!("process {} shows no arguments", self.pid())))
+        found.ok_or_else(|| io::Error::other(format!("process {} has no arguments in /proc", self.pid())))
     }
 
-    /// The identity, for the record, of a process that was started with `argv`. It is not asked for
-    /// its arguments: right after its start the kernel has none to show.
+    /// Returns the identity, for the record, of a process started with `argv`. The arguments are
+    /// not read from /proc: right after the start the kernel does not show any.
     pub(crate) fn identity(&self, argv: Vec<String>) -> io::Result<Identity> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
         let started = start_time(&stat).ok_or_else(|| io::Error::other(format!("no start time in {stat:?}")))?;
@@ -119,30 +120,30 @@ impl Process {
         })
     }
 
-    /// Bounds what the calling process may open, and keeps its memory, a guest's, out of core
-    /// dumps. For a child between fork and exec, where it is safe: two system calls. From outside
-    /// it would race with the child's change of account, after which only `CAP_SYS_RESOURCE` may
-    /// set its limits.
+    /// Limits the open files of the calling process, and disables core dumps, which would contain
+    /// guest memory. Makes two system calls, so it is safe in a child between fork and exec.
+    /// Setting the limits from outside would race with the child's change of account, after which
+    /// only `CAP_SYS_RESOURCE` may set them.
     pub(crate) fn bound_self() -> rustix::io::Result<()> {
-        for (resource, most) in [(Resource::Nofile, OPEN_FILES), (Resource::Core, 0)] {
-            let both = Rlimit {
-                current: Some(most),
-                maximum: Some(most),
+        for (resource, limit) in [(Resource::Nofile, MAX_OPEN_FILES), (Resource::Core, 0)] {
+            let limits = Rlimit {
+                current: Some(limit),
+                maximum: Some(limit),
             };
-            setrlimit(resource, both)?;
+            setrlimit(resource, limits)?;
         }
         Ok(())
     }
 
-    /// Waits for the end. May be awaited by many at once, also after the end.
+    /// Waits for the end. May be awaited concurrently, and also after the end.
     pub(crate) async fn exited(&self) {
         if self.pidfd.readable().await.is_err() {
-            // Only when the runtime is going down, and this future with it.
+            // Happens only when the runtime shuts down, which drops this future.
             std::future::pending::<()>().await;
         }
     }
 
-    /// Sends SIGKILL. Nothing happens if the process has ended.
+    /// Sends SIGKILL. Does nothing if the process has ended.
     pub(crate) fn kill(&self) -> io::Result<()> {
         match pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL) {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
@@ -150,8 +151,8 @@ impl Process {
         }
     }
 
-    /// Takes the exit status of a child that has ended, in words. `None` where that is not for this
-    /// process to know: after an adoption the parent is another, or when it was taken before.
+    /// Collects the exit status of an ended child as text. Returns `None` if the status is not
+    /// available: the process is not a child of this one (after an adoption), or was reaped before.
     pub(crate) fn reap(&self) -> Option<String> {
         let status = waitid(
             WaitId::PidFd(self.pidfd.as_fd()),
@@ -165,21 +166,21 @@ impl Process {
         })
     }
 
-    /// Whether it has not ended yet.
-    pub(crate) fn lives(&self) -> bool {
+    /// Returns whether the process is still alive.
+    pub(crate) fn is_alive(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let lives = poll(&mut fds, Some(&now)) == Ok(0);
-        if !lives {
-            // A child of this process that nobody watched when it ended would stay as a zombie.
+        let alive = poll(&mut fds, Some(&now)) == Ok(0);
+        if !alive {
+            // Reap it, in case it is a child whose end went unnoticed: otherwise it stays a zombie.
             self.reap();
         }
-        lives
+        alive
     }
 }
 
 impl Identity {
-    /// Whoever has the pid now; `None` when nobody has, or a process that has ended.
+    /// Reads the identity of the pid's current owner; `None` if there is none, or it has ended.
     fn read(pid: i32) -> Option<Identity> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let cmdline = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
@@ -202,11 +203,11 @@ fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
-/// The second field is the process' name in parentheses and may hold anything, parentheses
-/// included: count from the last.
+/// The second field is the process name in parentheses. It may contain anything, including
+/// parentheses, so fields are counted from the last one.
 fn start_time(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
-    // The third field of the line is the first here; the start time is the 22nd.
+    // Here the first field is the third of the line; the start time is the 22nd.
     fields.split_whitespace().nth(22 - 3)?.parse().ok()
 }
 
@@ -215,7 +216,7 @@ mod tests {
     use super::*;
     use std::process::Command;
 
-    /// A child that ends when this is dropped.
+    /// A child that is killed on drop.
     struct Sleeper(Child);
 
     impl Sleeper {
@@ -228,8 +229,8 @@ mod tests {
             Process::of_child(&self.0).unwrap().identity(argv).unwrap()
         }
 
-        /// Waits until the kernel shows its arguments.
-        fn settle(&self) {
+        /// Waits until the kernel shows the child's arguments.
+        fn wait_for_arguments(&self) {
             while Identity::read(self.0.id() as i32).is_none() {
                 std::thread::yield_now();
             }
@@ -244,10 +245,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_recycled_pid_is_not_taken_for_the_machine() {
+    async fn a_reused_pid_is_not_the_recorded_process() {
         let sleeper = Sleeper::new();
         let recorded = sleeper.identity();
-        sleeper.settle();
+        sleeper.wait_for_arguments();
         assert!(Process::find(&recorded).unwrap().is_some());
 
         let earlier = Identity {
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_dead_process_is_not_found_and_its_end_can_be_awaited_twice() {
+    async fn a_dead_process_is_not_found_and_exited_resolves_repeatedly() {
         let mut sleeper = Sleeper::new();
         let process = Process::of_child(&sleeper.0).unwrap();
         let recorded = sleeper.identity();
@@ -282,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn the_start_time_is_found_behind_any_name() {
+    fn the_start_time_is_parsed_after_any_process_name() {
         let rest = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
         assert_eq!(start_time(&format!("12 (a) b (c)) {rest}")), Some(4711));
         assert_eq!(start_time("12 (a"), None);

@@ -1,18 +1,18 @@
 //! The QEMU `microvm` driver: launch and adopt.
 //!
-//! A machine is one QEMU process, controlled through the sockets in its [`RunDir`]; [`QemuMachine`]
-//! is how it is held.
+//! A machine is one QEMU process, controlled through the sockets in its [`RunDir`]. [`QemuMachine`]
+//! is the handle.
 
 use crate::accel::Accel;
-use crate::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identity, root_file};
+use crate::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identifying_arguments, root_file};
 use crate::command::{PROGRAM, Qemu};
 use crate::confinement::Confinement;
+use crate::landlock::AllowedFiles;
 use crate::machine::{DiskLimits, Machine, MachineId, MachineSpec, Vmm};
-use crate::messages::Messages;
 use crate::process::Process;
-use crate::qemu_machine::{Held, QemuMachine, Unreached};
+use crate::qemu_machine::{ClaimedProcess, ConnectError, QemuMachine};
 use crate::run_dir::{Lock, Record, RunDir};
-use crate::sandbox::Needed;
+use crate::stderr::StderrPipe;
 use crate::{Error, Result};
 use async_trait::async_trait;
 use qapi::qmp::{self, RunState};
@@ -26,37 +26,37 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// The memory that QEMU may take for itself: program, libraries, buffers of requests under way. It
-/// needs about 60 MiB.
-const BESIDE_GUEST: Bytes = Bytes::from_mib(256);
-/// The longest from QEMU's start to its control socket: it reads the kernel and initramfs before.
-const LAUNCH_DEADLINE: Duration = Duration::from_secs(30);
-/// The longest that a running QEMU may keep its adopter waiting.
-const ADOPT_DEADLINE: Duration = Duration::from_secs(10);
-/// The longest from SIGKILL to a process' end: it gives back its memory, and the kernel finishes
-/// its disk requests.
-const END_DEADLINE: Duration = Duration::from_secs(10);
+/// Memory that QEMU may use on top of the guest's, for program, libraries and I/O buffers. It needs
+/// about 60 MiB.
+const VMM_OVERHEAD: Bytes = Bytes::from_mib(256);
+/// Timeout from QEMU's start to its control socket. QEMU reads the kernel and the initramfs first.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout for connecting to a running QEMU.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout from SIGKILL to the exit of a process. In between the kernel frees its memory and
+/// completes its disk requests.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Machines as QEMU `microvm` processes.
+/// Runs machines as QEMU `microvm` processes.
 ///
-/// A guest's reboot restarts the machine in place: same process, same disk, same network
+/// A guest reboot restarts the machine in place, with the same process, disk and network
 /// ([`MachineEvent::GuestReboot`](crate::MachineEvent::GuestReboot)). So does a kernel panic with
-/// `panic=N` on the command line; without, a panicked guest stands still, and is there to be looked
-/// at.
+/// `panic=N` on the command line; without that parameter, a panicked guest stays as it is, for
+/// inspection.
 #[derive(Debug, Clone)]
 pub struct QemuDriver {
-    /// `None`: it is not installed.
+    /// `None`: QEMU is not installed.
     qemu: Option<Qemu>,
     accel: Accel,
     confinement: Confinement,
 }
 
 impl QemuDriver {
-    /// Looks for QEMU on this host. Runs it once, for its version; blocks for that long.
+    /// Finds QEMU on this host. Blocks while it runs QEMU once, for its version.
     ///
     /// # Errors
-    /// [`Error::NotInstalled`] with the package to install; [`Error::Unusable`] when it is too old
-    /// or does not run.
+    /// [`Error::NotInstalled`], which names the package; [`Error::Unusable`] if QEMU is too old or
+    /// does not run.
     pub fn find(accel: Accel) -> Result<QemuDriver> {
         Ok(QemuDriver {
             qemu: Some(Qemu::find()?),
@@ -65,8 +65,8 @@ impl QemuDriver {
         })
     }
 
-    /// The driver of machines that were launched before QEMU was removed from this host: it
-    /// launches none.
+    /// Returns a driver for machines that were launched before QEMU was removed from this host. It
+    /// cannot launch machines.
     pub fn without_program() -> QemuDriver {
         QemuDriver {
             qemu: None,
@@ -75,21 +75,21 @@ impl QemuDriver {
         }
     }
 
-    /// QEMU's version, such as `7.2.22`; `None` where it is not installed.
+    /// Returns QEMU's version, such as `7.2.22`; `None` if it is not installed.
     pub fn version(&self) -> Option<&str> {
         self.qemu.as_ref().map(Qemu::version)
     }
 
-    /// Launches; undoes what was done when a step fails.
-    async fn start(self, spec: MachineSpec) -> Result<Fresh> {
+    /// Launches a machine; undoes the previous steps if one fails.
+    async fn start(self, spec: MachineSpec) -> Result<LaunchGuard> {
         let qemu = self.qemu.as_ref().ok_or(Error::NotInstalled { program: PROGRAM })?;
         spec.check()?;
-        need_tap(&spec)?;
+        require_tap(&spec)?;
         let dir = RunDir::at(&spec.run_dir);
         let argv = arguments(&spec, &dir, self.accel, disk_io(root_file(&spec)?))?;
-        let lock = claim(&dir, &spec.id, &identity(&spec.id, &dir)?)?;
+        let lock = lock_for_launch(&dir, &spec.id, &identifying_arguments(&spec.id, &dir)?)?;
         match self.spawn(qemu, &spec, &dir, lock, &argv) {
-            Ok(held) => bring_up(held, qemu.argv(&argv), spec.root_limits).await,
+            Ok(claimed) => finish_launch(claimed, qemu.argv(&argv), spec.root_limits).await,
             Err(error) => {
                 dir.clear();
                 Err(error)
@@ -97,12 +97,19 @@ impl QemuDriver {
         }
     }
 
-    /// The process, on record; stopped before the guest's first instruction.
-    fn spawn(&self, qemu: &Qemu, spec: &MachineSpec, dir: &RunDir, lock: Lock, argv: &[String]) -> Result<Held> {
+    /// Spawns the process, stopped before the guest's first instruction.
+    fn spawn(
+        &self,
+        qemu: &Qemu,
+        spec: &MachineSpec,
+        dir: &RunDir,
+        lock: Lock,
+        argv: &[String],
+    ) -> Result<ClaimedProcess> {
         let root = root_file(spec)?.to_owned();
-        let theirs = Messages::create(&dir.messages())?;
-        let messages = Messages::open(&dir.messages())?;
-        let needed = Needed {
+        let child_stderr = StderrPipe::create(&dir.stderr_pipe())?;
+        let stderr = StderrPipe::open(&dir.stderr_pipe())?;
+        let allowed = AllowedFiles {
             program: qemu.program().to_owned(),
             read: [&spec.kernel, &spec.seed]
                 .into_iter()
@@ -112,31 +119,32 @@ impl QemuDriver {
             write: vec![root.clone()],
             sockets: spec.run_dir.clone(),
         };
-        let beside_guest = match self.accel {
-            Accel::Kvm => BESIDE_GUEST,
-            Accel::Tcg => BESIDE_GUEST + Bytes::from_mib(TRANSLATION_CACHE_MIB),
+        let overhead = match self.accel {
+            Accel::Kvm => VMM_OVERHEAD,
+            Accel::Tcg => VMM_OVERHEAD + Bytes::from_mib(TRANSLATION_CACHE_MIB),
         };
-        let confined = self.confinement.prepare(spec, dir, Some(&needed), beside_guest)?;
+        let confined = self.confinement.prepare(spec, dir, Some(&allowed), overhead)?;
         let mut child = qemu
-            .spawn(argv, confined, theirs)
-            .map_err(|error| failed(&spec.id, error, ""))?;
+            .spawn(argv, confined, child_stderr)
+            .map_err(|error| launch_error(&spec.id, error, ""))?;
         let process = match Process::of_child(&child) {
             Ok(process) => process,
             Err(error) => {
-                // Without a pidfd the pid will do: until it is waited for, it is nobody else's.
+                // Killing by pid is safe without a pidfd: a child's pid is not reused before the
+                // child is waited for.
                 if let Err(error) = child.kill().and_then(|()| child.wait()) {
-                    tracing::warn!(machine = %spec.id, %error, "QEMU not killed after a failed launch");
+                    tracing::warn!(machine = %spec.id, %error, "cannot kill QEMU after a failed launch");
                 }
-                return Err(failed(&spec.id, error, ""));
+                return Err(launch_error(&spec.id, error, ""));
             }
         };
         let console_log = spec.console_log.clone();
-        Ok(Held {
+        Ok(ClaimedProcess {
             id: spec.id.clone(),
             dir: dir.clone(),
             lock,
             process,
-            messages,
+            stderr,
             root,
             console_log,
         })
@@ -149,7 +157,7 @@ impl Vmm for QemuDriver {
         "qemu"
     }
 
-    /// Of its machine type `microvm`, since QEMU 4.2.
+    /// The limit of the machine type `microvm`, since QEMU 4.2.
     fn max_vcpus(&self) -> u32 {
         288
     }
@@ -159,116 +167,124 @@ impl Vmm for QemuDriver {
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
-        // In a task of its own, so that a caller who goes away leaves no half-launched machine.
+        // In a task of its own, so that a dropped future leaves no half-launched machine.
         match tokio::spawn(self.clone().start(spec.clone())).await {
             Ok(fresh) => Ok(fresh?.keep()),
-            Err(error) => Err(failed(&spec.id, error, "")),
+            Err(error) => Err(launch_error(&spec.id, error, "")),
         }
     }
 
     async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
         let dir = RunDir::at(run_dir);
         let Some(lock) = dir.lock(id)? else { return Ok(None) };
-        let Some((process, record)) = find(id, &dir, &identity(id, &dir)?).await? else {
+        let Some((process, record)) = find_recorded(id, &dir, &identifying_arguments(id, &dir)?).await? else {
             dir.clear();
             return Ok(None);
         };
-        let held = Held::again(process, record, &dir, lock, Messages::open(&dir.messages())?);
-        let machine = match held.connect(ADOPT_DEADLINE).await {
+        let claimed = ClaimedProcess::from_record(process, record, &dir, lock, StderrPipe::open(&dir.stderr_pipe())?);
+        let machine = match claimed.connect(ADOPT_TIMEOUT).await {
             Ok(machine) => machine,
-            Err((held, Unreached::Ended)) => {
-                held.process.reap();
+            Err((claimed, ConnectError::Ended)) => {
+                claimed.process.reap();
                 dir.clear();
                 return Ok(None);
             }
-            Err((_, Unreached::Late(why))) => {
-                tracing::warn!(machine = %id, why, "QEMU runs, but does not answer");
+            Err((_, ConnectError::TimedOut(why))) => {
+                tracing::warn!(machine = %id, why, "QEMU is running but does not respond");
                 return Err(Error::Hung {
                     id: id.clone(),
                     command: "a new connection",
-                    after: ADOPT_DEADLINE,
+                    after: ADOPT_TIMEOUT,
                 });
             }
         };
         match machine.execute("query-status", qmp::query_status {}).await?.status {
             RunState::prelaunch => {
-                tracing::info!(machine = %id, "its launch was interrupted: killed");
-                let (pid, after) = (machine.pid(), END_DEADLINE);
-                let unkillable = |_| Error::Unkillable {
+                tracing::info!(machine = %id, "killed a machine whose launch was interrupted");
+                let (pid, after) = (machine.pid(), EXIT_TIMEOUT);
+                let timed_out = |_| Error::Unkillable {
                     id: id.clone(),
                     pid,
                     after,
                 };
-                timeout(END_DEADLINE, machine.kill()).await.map_err(unkillable)??;
+                timeout(EXIT_TIMEOUT, machine.kill()).await.map_err(timed_out)??;
                 return Ok(None);
             }
-            RunState::shutdown => machine.guest_has_shut_down(),
+            RunState::shutdown => machine.on_guest_shutdown(),
             _ => {}
         }
         Ok(Some(machine))
     }
 
-    async fn put_down(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
+    async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
         let dir = RunDir::at(run_dir);
-        // Made where it is missing, for its process may live all the same: and nobody launches it
-        // meanwhile.
+        // The folder is created if it is missing: a process may still exist, and the lock prevents
+        // a launch meanwhile.
         let _lock = dir.create_locked(id)?;
-        let process = running(id, &dir, &identity(id, &dir)?)?;
+        let process = find_process(id, &dir, &identifying_arguments(id, &dir)?)?;
         if let Some(process) = &process {
-            end(id, process).await?;
-            tracing::info!(machine = %id, pid = process.pid(), "put down");
+            kill_and_wait(id, process).await?;
+            tracing::info!(machine = %id, pid = process.pid(), "killed the process of a machine without a holder");
         }
         dir.clear();
         Ok(process.is_some())
     }
 }
 
-/// Connects to a process just spawned, and lets the guest go; or kills the process and says why.
-async fn bring_up(held: Held, argv: Vec<String>, limits: DiskLimits) -> Result<Fresh> {
-    if let Err(error) = held.record(argv) {
-        return Err(undo(held, &error.to_string()).await);
+/// Connects to a newly spawned process and starts the guest. On an error, kills the process and
+/// returns the cause.
+async fn finish_launch(claimed: ClaimedProcess, argv: Vec<String>, limits: DiskLimits) -> Result<LaunchGuard> {
+    if let Err(error) = claimed.write_record(argv) {
+        return Err(abort_launch(claimed, &error.to_string()).await);
     }
-    let machine = match held.connect(LAUNCH_DEADLINE).await {
+    let machine = match claimed.connect(LAUNCH_TIMEOUT).await {
         Ok(machine) => machine,
-        Err((held, Unreached::Ended)) => return Err(undo(held, "QEMU ended at once").await),
-        Err((held, Unreached::Late(why))) => return Err(undo(held, &why).await),
+        Err((claimed, ConnectError::Ended)) => return Err(abort_launch(claimed, "QEMU exited immediately").await),
+        Err((claimed, ConnectError::TimedOut(why))) => return Err(abort_launch(claimed, &why).await),
     };
-    // The guest's first instruction comes after this.
-    let limited = match limits == DiskLimits::default() {
+    // The limits are set before the guest's first instruction.
+    let throttled = match limits == DiskLimits::default() {
         true => Ok(()),
         false => machine.limit_disk(limits).await,
     };
-    let started = match limited {
+    let started = match throttled {
         Ok(()) => machine.execute("cont", qmp::cont {}).await.map(drop),
         Err(error) => Err(error),
     };
     if let Err(error) = started {
-        let output = machine.messages();
+        let output = machine.stderr_text();
         machine.kill().await?;
-        return Err(failed(machine.id(), error, &output));
+        return Err(launch_error(machine.id(), error, &output));
     }
-    let warnings = machine.messages();
+    let warnings = machine.stderr_text();
     if !warnings.is_empty() {
         tracing::warn!(machine = %machine.id(), warnings, "QEMU started with warnings");
     }
-    Ok(Fresh::new(machine))
+    Ok(LaunchGuard::new(machine))
 }
 
-/// Undoes a launch: no process, no files. Returns what went wrong, with QEMU's words.
-async fn undo(held: Held, why: &str) -> Error {
-    let status = match end(&held.id, &held.process).await {
+/// Undoes a launch: kills the process and removes its files. Returns the launch error, with QEMU's
+/// output.
+async fn abort_launch(claimed: ClaimedProcess, why: &str) -> Error {
+    let status = match kill_and_wait(&claimed.id, &claimed.process).await {
         Ok(status) => status.unwrap_or_default(),
-        Err(error) => return failed(&held.id, format!("{why}; and {error}"), &held.messages.text()),
+        Err(error) => {
+            return launch_error(
+                &claimed.id,
+                format!("{why}; in addition, {error}"),
+                &claimed.stderr.text(),
+            );
+        }
     };
-    let output = held.messages.text();
-    held.dir.clear();
-    failed(&held.id, format!("{why} ({status})"), &output)
+    let output = claimed.stderr.text();
+    claimed.dir.clear();
+    launch_error(&claimed.id, format!("{why} ({status})"), &output)
 }
 
-/// Kills a process that is known to be the machine's and waits for its end. Returns its exit
-/// status, where that is ours to know.
-pub(crate) async fn end(id: &MachineId, process: &Process) -> Result<Option<String>> {
-    let (pid, after) = (process.pid(), END_DEADLINE);
+/// Kills a process that is known to be the machine's, and waits until it exits. Returns its exit
+/// status, if available.
+pub(crate) async fn kill_and_wait(id: &MachineId, process: &Process) -> Result<Option<String>> {
+    let (pid, after) = (process.pid(), EXIT_TIMEOUT);
     process.kill().map_err(Error::io("kill", format!("/proc/{pid}")))?;
     match timeout(after, process.exited()).await {
         Ok(()) => Ok(process.reap()),
@@ -280,7 +296,7 @@ pub(crate) async fn end(id: &MachineId, process: &Process) -> Result<Option<Stri
     }
 }
 
-pub(crate) fn failed(id: &MachineId, why: impl ToString, output: &str) -> Error {
+pub(crate) fn launch_error(id: &MachineId, why: impl ToString, output: &str) -> Error {
     Error::Launch {
         id: id.clone(),
         why: why.to_string(),
@@ -288,15 +304,15 @@ pub(crate) fn failed(id: &MachineId, why: impl ToString, output: &str) -> Error 
     }
 }
 
-/// A launched machine that nobody has taken yet: killed when dropped.
-struct Fresh {
+/// A launched machine that is killed on drop, unless it is kept.
+struct LaunchGuard {
     machine: Arc<QemuMachine>,
     kept: bool,
 }
 
-impl Fresh {
-    fn new(machine: Arc<QemuMachine>) -> Fresh {
-        Fresh { machine, kept: false }
+impl LaunchGuard {
+    fn new(machine: Arc<QemuMachine>) -> LaunchGuard {
+        LaunchGuard { machine, kept: false }
     }
 
     fn keep(mut self) -> Arc<QemuMachine> {
@@ -305,25 +321,25 @@ impl Fresh {
     }
 }
 
-impl Drop for Fresh {
+impl Drop for LaunchGuard {
     fn drop(&mut self) {
         if self.kept {
             return;
         }
         let machine = self.machine.clone();
-        tracing::info!(machine = %machine.id(), "launch cancelled: killed");
+        tracing::info!(machine = %machine.id(), "launch cancelled; killing the machine");
         tokio::spawn(async move {
             if let Err(error) = machine.kill().await {
-                tracing::warn!(machine = %machine.id(), %error, "not killed after a cancelled launch");
+                tracing::warn!(machine = %machine.id(), %error, "cannot kill a machine after a cancelled launch");
             }
         });
     }
 }
 
-/// Takes the folder for a launch, unless the machine runs. What a dead one left is removed.
-pub(crate) fn claim(dir: &RunDir, id: &MachineId, marks: &[String]) -> Result<Lock> {
+/// Locks the folder for a launch and removes leftover files. Fails if the machine is running.
+pub(crate) fn lock_for_launch(dir: &RunDir, id: &MachineId, arguments: &[String]) -> Result<Lock> {
     let lock = dir.create_locked(id)?;
-    if let Some(process) = running(id, dir, marks)? {
+    if let Some(process) = find_process(id, dir, arguments)? {
         return Err(Error::Running {
             id: id.clone(),
             pid: Some(process.pid()),
@@ -333,29 +349,32 @@ pub(crate) fn claim(dir: &RunDir, id: &MachineId, marks: &[String]) -> Result<Lo
     Ok(lock)
 }
 
-/// The machine's process, recorded or not, that an earlier holder left.
-pub(crate) fn running(id: &MachineId, dir: &RunDir, marks: &[String]) -> Result<Option<Process>> {
+/// Returns the machine's process, recorded or not, if it is alive.
+pub(crate) fn find_process(id: &MachineId, dir: &RunDir, arguments: &[String]) -> Result<Option<Process>> {
     let recorded = match dir.read(id)? {
         Some(record) => Process::find(&record.process),
-        None => Process::search(marks),
+        None => Process::search(arguments),
     };
     recorded.map_err(Error::io("read", "/proc"))
 }
 
-/// The machine's process that an earlier holder left, with its record. One that it did not get to
-/// put on record is killed.
-pub(crate) async fn find(id: &MachineId, dir: &RunDir, marks: &[String]) -> Result<Option<(Process, Record)>> {
-    let Some(process) = running(id, dir, marks)? else {
+/// Returns the machine's process and its record. Kills a process that was not recorded yet.
+pub(crate) async fn find_recorded(
+    id: &MachineId,
+    dir: &RunDir,
+    arguments: &[String],
+) -> Result<Option<(Process, Record)>> {
+    let Some(process) = find_process(id, dir, arguments)? else {
         return Ok(None);
     };
     let Some(record) = dir.read(id)? else {
-        tracing::info!(machine = %id, pid = process.pid(), "its launch was interrupted: killed");
-        end(id, &process).await?;
+        tracing::info!(machine = %id, pid = process.pid(), "killed a machine whose launch was interrupted");
+        kill_and_wait(id, &process).await?;
         return Ok(None);
     };
-    // Another driver's machine is neither adopted nor ended by mistake: `VMM` was changed while it
-    // ran.
-    if !marks.iter().all(|mark| record.process.argv.contains(mark)) {
+    // `VMM` was changed while the machine ran: a machine of another driver must neither be adopted
+    // nor count as dead.
+    if !arguments.iter().all(|argument| record.process.argv.contains(argument)) {
         return Err(Error::Foreign {
             id: id.clone(),
             program: record.process.argv.into_iter().next().unwrap_or_default(),
@@ -364,23 +383,23 @@ pub(crate) async fn find(id: &MachineId, dir: &RunDir, marks: &[String]) -> Resu
     Ok(Some((process, record)))
 }
 
-/// QEMU would make a tap that is missing, connected to nothing.
-pub(crate) fn need_tap(spec: &MachineSpec) -> Result<()> {
-    let any = socket(AddressFamily::INET, SocketType::DGRAM, None).map_err(std::io::Error::from);
-    let found = any.and_then(|any| Ok(name_to_index(any, &spec.nic.tap)?));
+/// Checks that the tap exists: QEMU would create a missing tap, connected to nothing.
+pub(crate) fn require_tap(spec: &MachineSpec) -> Result<()> {
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None).map_err(std::io::Error::from);
+    let found = socket.and_then(|socket| Ok(name_to_index(socket, &spec.nic.tap)?));
     found.map(drop).map_err(|error| Error::Spec {
         id: spec.id.clone(),
         what: "nic.tap",
-        why: format!("there is no interface {}: {error}", spec.nic.tap),
+        why: format!("no interface {}: {error}", spec.nic.tap),
     })
 }
 
-/// Direct, unless the file system cannot (some network and memory file systems). Any other fault is
-/// for QEMU to report.
+/// Returns direct I/O, unless the file system does not support it (some network and memory file
+/// systems). QEMU reports any other error.
 fn disk_io(file: &Path) -> DiskIo {
     match open(file, OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()) {
         Err(Errno::INVAL) => {
-            tracing::info!(file = %file.display(), "no direct I/O on this file system: the host's page cache is used");
+            tracing::info!(file = %file.display(), "this file system does not support direct I/O; using the host's page cache");
             DiskIo::Buffered
         }
         _ => DiskIo::Direct,

@@ -1,15 +1,15 @@
-//! A machine that is one QEMU process: the handle, and the attendant behind it.
+//! A machine that runs in one QEMU process: the handle, and the tasks behind it.
 //!
-//! Per machine there are two tasks in this process: the *attendant*, which hears what QEMU says,
-//! notes how the machine ends and cleans up after it, and the console's drain. Both end with the
-//! machine, or when the handle is dropped.
+//! Each machine has two tasks in this process. The *monitor* processes QEMU's events, records how
+//! the machine ends, and cleans up. The other task reads the console. Both end with the machine, or
+//! when the handle is dropped.
 
 use crate::arguments::{ROOT_DEVICE, ROOT_NODE};
 use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
-use crate::messages::Messages;
 use crate::process::Process;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::run_dir::{Lock, Record, RunDir};
+use crate::stderr::StderrPipe;
 use crate::{Error, Result, agent, console};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
@@ -24,62 +24,66 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, timeout};
 
-/// Between two attempts to connect: a socket that is not there yet announces itself in no other
-/// way.
+/// Interval between connection attempts: no event announces a new socket.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(5);
-/// The longest that a lost control connection is sought again, before the next attempt.
-const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
-/// Between two requests to shut down: one made while the guest boots is lost.
+/// Timeout for restoring a lost control connection, before a warning and the next attempt.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Interval between shutdown requests: a request during the guest's boot is lost.
 pub(crate) const SHUTDOWN_INTERVAL: Duration = Duration::from_secs(2);
-/// The longest from the guest's power-off to the process' end: QEMU flushes the disk in between.
-const QUIT_DEADLINE: Duration = Duration::from_secs(30);
-/// The longest that a dead machine's last events and console output are waited for.
-pub(crate) const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
-/// Events by which a slow receiver may lag behind.
-pub(crate) const EVENTS_KEPT: usize = 64;
-/// A disk's size is a multiple of this, in bytes: virtio counts in sectors (virtio 1.2, section
-/// 5.2.4).
-const SECTOR: u64 = 512;
+/// Timeout from the guest's power-off to the exit of the process. In between QEMU flushes the disk.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout for reading the last events and console output of an ended machine.
+pub(crate) const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// How many events a slow receiver may lag behind.
+pub(crate) const MAX_BUFFERED_EVENTS: usize = 64;
+/// Disk sizes are multiples of this: virtio counts in sectors (virtio 1.2, section 5.2.4).
+const SECTOR_BYTES: u64 = 512;
 
-/// A process that is ours to control, not connected to yet.
-pub(crate) struct Held {
+/// A process whose machine this process holds; not connected yet.
+pub(crate) struct ClaimedProcess {
     pub id: MachineId,
     pub dir: RunDir,
     pub lock: Lock,
     pub process: Process,
-    pub messages: Messages,
+    pub stderr: StderrPipe,
     pub root: PathBuf,
     pub console_log: PathBuf,
 }
 
-/// Why a process could not be connected to.
+/// Why connecting to a process failed.
 #[derive(Debug)]
-pub(crate) enum Unreached {
-    /// It has ended.
+pub(crate) enum ConnectError {
+    /// The process has ended.
     Ended,
-    /// It lives, and did not answer in time: what the last attempt said.
-    Late(String),
+    /// The process is alive but did not respond in time; holds the last attempt's error.
+    TimedOut(String),
 }
 
-impl Held {
-    /// A machine that was found again by its record.
-    pub(crate) fn again(process: Process, record: Record, dir: &RunDir, lock: Lock, messages: Messages) -> Held {
+impl ClaimedProcess {
+    /// Returns a machine's process that was found again by its record.
+    pub(crate) fn from_record(
+        process: Process,
+        record: Record,
+        dir: &RunDir,
+        lock: Lock,
+        stderr: StderrPipe,
+    ) -> ClaimedProcess {
         let Record {
             id, root, console_log, ..
         } = record;
-        Held {
+        ClaimedProcess {
             id,
             dir: dir.clone(),
             lock,
             process,
-            messages,
+            stderr,
             root,
             console_log,
         }
     }
 
-    /// Puts the machine on record, for whoever adopts it.
-    pub(crate) fn record(&self, argv: Vec<String>) -> io::Result<()> {
+    /// Writes the record from which another process can adopt the machine.
+    pub(crate) fn write_record(&self, argv: Vec<String>) -> io::Result<()> {
         let process = self.process.identity(argv)?;
         let (id, root, console_log) = (self.id.clone(), self.root.clone(), self.console_log.clone());
         self.dir
@@ -92,98 +96,100 @@ impl Held {
             .map_err(io::Error::other)
     }
 
-    /// Connects the control socket and the console, and sets the attendant to work.
-    pub(crate) async fn connect(self, within: Duration) -> Result<Arc<QemuMachine>, (Held, Unreached)> {
-        let reached = async {
-            let (qmp, events) = reach(&self.process, &self.dir, within).await?;
+    /// Connects to the control socket and the console, and starts the monitor task.
+    pub(crate) async fn connect(self, within: Duration) -> Result<Arc<QemuMachine>, (ClaimedProcess, ConnectError)> {
+        let connections = async {
+            let (qmp, events) = connect_qmp(&self.process, &self.dir, within).await?;
             let console = UnixStream::connect(self.dir.console()).await;
             Ok((
                 qmp,
                 events,
-                console.map_err(|error| Unreached::Late(format!("console: {error}")))?,
+                console.map_err(|error| ConnectError::TimedOut(format!("console: {error}")))?,
             ))
         };
-        match reached.await {
+        match connections.await {
             Ok((qmp, events, console)) => Ok(QemuMachine::new(self, qmp, events, console)),
             Err(why) => Err((self, why)),
         }
     }
 }
 
-/// Tries until QEMU answers, ends, or time is up.
-async fn reach(process: &Process, dir: &RunDir, within: Duration) -> Result<(Qmp, Events), Unreached> {
+/// Retries until QEMU responds, ends, or the time is up.
+async fn connect_qmp(process: &Process, dir: &RunDir, within: Duration) -> Result<(Qmp, Events), ConnectError> {
     let control = dir.control();
     let deadline = Instant::now() + within;
     loop {
         let why = tokio::select! {
-            () = process.exited() => return Err(Unreached::Ended),
+            () = process.exited() => return Err(ConnectError::Ended),
             attempt = Qmp::connect(&control) => match attempt {
-                Ok(reached) => return Ok(reached),
+                Ok(connected) => return Ok(connected),
                 Err(why) => why,
             }
         };
         if Instant::now() >= deadline {
-            return Err(Unreached::Late(format!("control socket: {why}")));
+            return Err(ConnectError::TimedOut(format!("control socket: {why}")));
         }
         sleep(CONNECT_INTERVAL).await;
     }
 }
 
-/// The handle. Dropping it lets go of the machine: another may adopt it.
+/// The handle. Dropping it releases the machine for another process to adopt.
 pub(crate) struct QemuMachine {
-    shared: Arc<Shared>,
+    inner: Arc<Inner>,
     tasks: [AbortHandle; 2],
 }
 
-struct Shared {
+struct Inner {
     id: MachineId,
     dir: RunDir,
     process: Process,
-    messages: Messages,
+    stderr: StderrPipe,
     root: PathBuf,
-    /// Given back before the end is announced, so that who waited for the end can launch again.
+    /// Released before the end is published, so that a caller that waited for the end can launch
+    /// again.
     lock: Mutex<Option<Lock>>,
-    /// Replaced when the connection breaks. A `std` mutex: held to clone it, never across an await.
+    /// Replaced when the connection breaks. A `std` mutex: locked only to clone the value, never
+    /// across an await.
     qmp: Mutex<Qmp>,
-    /// How the machine is about to end, as soon as that is known. The first to know is right.
+    /// How the machine is about to end, once known. The first cause that is set wins.
     cause: Mutex<Option<ExitReason>>,
-    /// The largest size that the root disk was asked to have. Held while a request is under way:
-    /// QEMU would carry out a smaller one that arrives late, and cut off the disk's end.
-    asked: tokio::sync::Mutex<Bytes>,
+    /// The largest root disk size requested so far; locked during a request. QEMU would also
+    /// execute a smaller, delayed request, and truncate the disk.
+    max_requested: tokio::sync::Mutex<Bytes>,
     events: broadcast::Sender<MachineEvent>,
     ended: watch::Sender<Option<ExitReason>>,
 }
 
 impl QemuMachine {
-    fn new(held: Held, qmp: Qmp, events: Events, console: UnixStream) -> Arc<QemuMachine> {
-        let Held {
+    fn new(claimed: ClaimedProcess, qmp: Qmp, events: Events, console: UnixStream) -> Arc<QemuMachine> {
+        let ClaimedProcess {
             id,
             dir,
             lock,
             process,
-            messages,
+            stderr,
             root,
             console_log,
-        } = held;
-        let shared = Arc::new(Shared {
+        } = claimed;
+        let inner = Arc::new(Inner {
             id,
             dir,
             process,
-            messages,
+            stderr,
             root,
             lock: Mutex::new(Some(lock)),
             qmp: Mutex::new(qmp),
             cause: Mutex::default(),
-            asked: tokio::sync::Mutex::new(Bytes::ZERO),
-            events: broadcast::Sender::new(EVENTS_KEPT),
+            max_requested: tokio::sync::Mutex::new(Bytes::ZERO),
+            events: broadcast::Sender::new(MAX_BUFFERED_EVENTS),
             ended: watch::Sender::new(None),
         });
         let drain = tokio::spawn(console::drain(console, console_log));
         let drain_handle = drain.abort_handle();
-        let attendant = tokio::spawn(attend(shared.clone(), events, drain));
+        let monitor = tokio::spawn(monitor(inner.clone(), events, drain));
         Arc::new(QemuMachine {
-            shared,
-            tasks: [attendant.abort_handle(), drain_handle],
+            inner,
+            tasks: [monitor.abort_handle(), drain_handle],
         })
     }
 
@@ -192,37 +198,37 @@ impl QemuMachine {
         C: QmpCommand + Send + 'static,
         C::Ok: Send,
     {
-        self.shared.execute(name, command).await
+        self.inner.execute(name, command).await
     }
 
-    /// What QEMU has said so far.
-    pub(crate) fn messages(&self) -> String {
-        self.shared.messages.text()
+    /// Returns QEMU's output so far.
+    pub(crate) fn stderr_text(&self) -> String {
+        self.inner.stderr.text()
     }
 
-    /// The guest powered itself off, and QEMU waits to be told to go.
-    pub(crate) fn guest_has_shut_down(&self) {
-        self.shared.note_guest_shutdown();
+    /// Handles that the guest has powered itself off, and that QEMU waits for `quit`.
+    pub(crate) fn on_guest_shutdown(&self) {
+        self.inner.on_guest_shutdown();
     }
 
-    /// A guest that stands still hears nothing.
-    async fn let_a_standing_guest_go(&self) {
+    /// A paused guest cannot react to a shutdown request.
+    async fn resume_if_paused(&self) {
         let resumed = match self.state().await {
             Ok(MachineState::Paused | MachineState::Stalled) => self.resume().await,
             other => other.map(drop),
         };
         if let Err(error) = resumed {
-            tracing::warn!(machine = %self.shared.id, %error, "not resumed for its shutdown");
+            tracing::warn!(machine = %self.inner.id, %error, "cannot resume the machine for its shutdown");
         }
     }
 
     /// Presses the power button and asks the agent; either may be enough.
-    async fn ask_to_shut_down(&self) {
-        let button = self.shared.execute("system_powerdown", qmp::system_powerdown {});
-        let agent = agent::ask_to_shut_down(self.agent(), GuestShutdownMode::Powerdown);
+    async fn request_shutdown(&self) {
+        let button = self.inner.execute("system_powerdown", qmp::system_powerdown {});
+        let agent = agent::request_shutdown(self.agent(), GuestShutdownMode::Powerdown);
         let (button, ()) = futures::join!(button, agent);
         if let Err(error) = button {
-            tracing::debug!(machine = %self.shared.id, %error, "power button not pressed");
+            tracing::debug!(machine = %self.inner.id, %error, "cannot press the power button");
         }
     }
 }
@@ -232,18 +238,18 @@ impl Drop for QemuMachine {
         for task in &self.tasks {
             task.abort();
         }
-        self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.inner.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
 #[async_trait]
 impl Machine for QemuMachine {
     fn id(&self) -> &MachineId {
-        &self.shared.id
+        &self.inner.id
     }
 
     fn pid(&self) -> i32 {
-        self.shared.process.pid()
+        self.inner.process.pid()
     }
 
     async fn state(&self) -> Result<MachineState> {
@@ -255,7 +261,7 @@ impl Machine for QemuMachine {
         Ok(match status {
             RunState::running => MachineState::Running,
             RunState::io_error => MachineState::Stalled,
-            // Powered off; the process is on its way out.
+            // Powered off; the process is about to exit.
             RunState::shutdown => MachineState::Ended(self.exited().await),
             _ => MachineState::Paused,
         })
@@ -270,10 +276,11 @@ impl Machine for QemuMachine {
     }
 
     async fn resize_root(&self, size: Bytes) -> Result<()> {
-        let mut asked = self.shared.asked.lock().await;
-        let bytes = check_growth(&self.shared.id, &self.shared.root, *asked, size)?;
-        // Before it is sent: whether it arrived is not known if this future is dropped.
-        *asked = size;
+        let mut max_requested = self.inner.max_requested.lock().await;
+        let bytes = check_growth(&self.inner.id, &self.inner.root, *max_requested, size)?;
+        // Updated before the request is sent: if this future is dropped, the request may still have
+        // arrived.
+        *max_requested = size;
         let node_name = Some(ROOT_NODE.to_owned());
         self.execute(
             "block_resize",
@@ -287,12 +294,12 @@ impl Machine for QemuMachine {
         .map(drop)
     }
 
-    fn takes_discards(&self) -> bool {
+    fn supports_discard(&self) -> bool {
         true
     }
 
     async fn limit_disk(&self, limits: DiskLimits) -> Result<()> {
-        // Zero is QEMU's word for no limit.
+        // Zero means no limit to QEMU.
         let throttle = qmp::BlockIOThrottle {
             id: Some(ROOT_DEVICE.to_owned()),
             iops: limits.iops.map_or(0, i64::from),
@@ -307,54 +314,54 @@ impl Machine for QemuMachine {
     }
 
     async fn stop(&self, grace: Duration) -> Result<ExitReason> {
-        let asking = async {
-            self.let_a_standing_guest_go().await;
+        let requests = async {
+            self.resume_if_paused().await;
             loop {
-                self.ask_to_shut_down().await;
+                self.request_shutdown().await;
                 sleep(SHUTDOWN_INTERVAL).await;
             }
         };
-        let obeyed = async {
+        let ended = async {
             tokio::select! {
                 biased;
                 reason = self.exited() => reason,
-                never = asking => never,
+                never = requests => never,
             }
         };
-        if let Ok(reason) = timeout(grace, obeyed).await {
+        if let Ok(reason) = timeout(grace, ended).await {
             return Ok(reason);
         }
-        if self.shared.cause().is_some() {
-            // Powered off in time, and busy flushing its disk; bounded by QUIT_DEADLINE.
+        if self.inner.cause().is_some() {
+            // Powered off in time, but still flushing its disk; bounded by QUIT_TIMEOUT.
             return Ok(self.exited().await);
         }
-        tracing::warn!(machine = %self.shared.id, ?grace, "did not shut down in time: killed");
+        tracing::warn!(machine = %self.inner.id, ?grace, "the guest did not shut down in time; killing it");
         self.kill().await
     }
 
     async fn kill(&self) -> Result<ExitReason> {
-        self.shared.kill(ExitReason::Killed)?;
+        self.inner.kill(ExitReason::Killed)?;
         Ok(self.exited().await)
     }
 
     async fn exited(&self) -> ExitReason {
-        wait_for_end(&self.shared.ended).await
+        wait_for_exit(&self.inner.ended).await
     }
 
     fn events(&self) -> broadcast::Receiver<MachineEvent> {
-        self.shared.events.subscribe()
+        self.inner.events.subscribe()
     }
 
     async fn agent(&self) -> Result<UnixStream> {
-        let stream = UnixStream::connect(self.shared.dir.agent()).await;
+        let stream = UnixStream::connect(self.inner.dir.agent()).await;
         stream.map_err(|error| Error::Agent {
-            id: self.shared.id.clone(),
+            id: self.inner.id.clone(),
             why: error.to_string(),
         })
     }
 }
 
-#[allow(deprecated, reason = "a field that is left empty has to be named all the same")]
+#[allow(deprecated, reason = "the initializer must name every field")]
 fn no_throttle() -> qmp::BlockIOThrottle {
     qmp::BlockIOThrottle {
         device: None,
@@ -382,38 +389,38 @@ fn no_throttle() -> qmp::BlockIOThrottle {
     }
 }
 
-impl Shared {
+impl Inner {
     async fn execute<C>(&self, name: &'static str, command: C) -> Result<C::Ok>
     where
         C: QmpCommand + Send + 'static,
         C::Ok: Send,
     {
         let qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let failure = match qmp.execute(command).await {
-            Ok(answer) => return Ok(answer),
-            Err(failure) => failure,
+        let error = match qmp.execute(command).await {
+            Ok(response) => return Ok(response),
+            Err(error) => error,
         };
-        if let Some(reason) = self.ended_by_now().await {
+        if let Some(reason) = self.exit_reason_if_ended().await {
             return Err(Error::Ended {
                 id: self.id.clone(),
                 reason,
             });
         }
         let (id, command) = (self.id.clone(), name);
-        Err(match failure {
-            QmpError::Hung(after) => Error::Hung { id, command, after },
+        Err(match error {
+            QmpError::TimedOut(after) => Error::Hung { id, command, after },
             QmpError::Refused(why) => Error::Control { id, command, why },
         })
     }
 
-    /// How the machine ended, if it has. A broken connection is often the first sign: the rest
-    /// follows in an instant.
-    async fn ended_by_now(&self) -> Option<ExitReason> {
+    /// Returns how the machine ended, if it has. A broken connection is often the first sign, and
+    /// the monitor follows at once.
+    async fn exit_reason_if_ended(&self) -> Option<ExitReason> {
         let mut ended = self.ended.subscribe();
-        if self.process.lives() {
+        if self.process.is_alive() {
             return None;
         }
-        let reason = timeout(2 * LAST_WORDS_DEADLINE, ended.wait_for(Option::is_some)).await;
+        let reason = timeout(2 * DRAIN_TIMEOUT, ended.wait_for(Option::is_some)).await;
         reason.ok()?.ok()?.clone()
     }
 
@@ -428,71 +435,72 @@ impl Shared {
             .map_err(Error::io("kill", format!("/proc/{}", self.process.pid())))
     }
 
-    fn announce(&self, event: MachineEvent) {
-        // Nobody listening is no fault.
+    fn publish(&self, event: MachineEvent) {
+        // Sending fails only if there are no receivers.
         let _ = self.events.send(event);
     }
 
-    fn note_guest_shutdown(self: &Arc<Self>) {
+    fn on_guest_shutdown(self: &Arc<Self>) {
         self.cause().get_or_insert(ExitReason::GuestShutdown);
-        self.announce(MachineEvent::GuestShutdown);
-        // Its own task: the answer comes in through the attendant, who called this.
-        let shared = self.clone();
+        self.publish(MachineEvent::GuestShutdown);
+        // In a task of its own: the response to `quit` arrives through the monitor, which calls
+        // this.
+        let inner = self.clone();
         tokio::spawn(async move {
-            let quit = shared.execute("quit", qmp::quit {}).await;
-            if timeout(QUIT_DEADLINE, shared.process.exited()).await.is_ok() {
+            let quit = inner.execute("quit", qmp::quit {}).await;
+            if timeout(QUIT_TIMEOUT, inner.process.exited()).await.is_ok() {
                 return;
             }
-            tracing::warn!(machine = %shared.id, ?quit, "QEMU did not go after its guest: killed");
-            if let Err(error) = shared.process.kill() {
-                tracing::warn!(machine = %shared.id, %error, "QEMU not killed");
+            tracing::warn!(machine = %inner.id, ?quit, "QEMU did not exit after the guest powered off; killing it");
+            if let Err(error) = inner.process.kill() {
+                tracing::warn!(machine = %inner.id, %error, "cannot kill QEMU");
             }
         });
     }
 
-    /// A stop that nobody asked for may be the hypervisor's own failure (KVM could not go on): that
-    /// machine never resumes.
-    fn look_why_it_stopped(self: &Arc<Self>) {
-        let shared = self.clone();
+    /// An unexpected stop may be a failure of the hypervisor itself (KVM could not continue). Such
+    /// a machine can never resume, so it is killed.
+    fn kill_after_internal_error(self: &Arc<Self>) {
+        let inner = self.clone();
         tokio::spawn(async move {
-            let status = shared
+            let status = inner
                 .execute("query-status", qmp::query_status {})
                 .await
                 .map(|answer| answer.status);
             if !matches!(status, Ok(RunState::internal_error)) {
                 return;
             }
-            let detail = format!("internal error; {}", shared.messages.text().trim());
-            if let Err(error) = shared.kill(ExitReason::Crashed { detail }) {
-                tracing::warn!(machine = %shared.id, %error, "broken QEMU not killed");
+            let detail = format!("internal error; {}", inner.stderr.text().trim());
+            if let Err(error) = inner.kill(ExitReason::Crashed { detail }) {
+                tracing::warn!(machine = %inner.id, %error, "cannot kill QEMU after its internal error");
             }
         });
     }
 
-    fn hear(self: &Arc<Self>, event: Event) {
+    fn on_event(self: &Arc<Self>, event: Event) {
         match event {
             Event::SHUTDOWN { data, .. } => match data.reason {
-                ShutdownCause::guest_shutdown => self.note_guest_shutdown(),
+                ShutdownCause::guest_shutdown => self.on_guest_shutdown(),
                 ShutdownCause::host_qmp_quit | ShutdownCause::host_signal | ShutdownCause::host_ui => {
                     self.cause().get_or_insert(ExitReason::Killed);
                 }
-                other => tracing::warn!(machine = %self.id, reason = ?other, "shut down"),
+                other => tracing::warn!(machine = %self.id, reason = ?other, "unexpected shutdown"),
             },
-            Event::RESET { data, .. } if data.guest => self.announce(MachineEvent::GuestReboot),
-            // The only such port is the agent's.
+            Event::RESET { data, .. } if data.guest => self.publish(MachineEvent::GuestReboot),
+            // The agent's port is the only one.
             Event::VSERPORT_CHANGE { data, .. } if data.open => {
-                tracing::debug!(machine = %self.id, "the guest's agent is up");
-                self.announce(MachineEvent::AgentUp);
+                tracing::debug!(machine = %self.id, "the guest opened its agent port");
+                self.publish(MachineEvent::AgentUp);
             }
             Event::STOP { .. } => {
-                self.announce(MachineEvent::Stopped);
-                self.look_why_it_stopped();
+                self.publish(MachineEvent::Stopped);
+                self.kill_after_internal_error();
             }
-            Event::RESUME { .. } => self.announce(MachineEvent::Resumed),
+            Event::RESUME { .. } => self.publish(MachineEvent::Resumed),
             Event::BLOCK_IO_ERROR { data, .. } if data.action == BlockErrorAction::stop => {
-                tracing::warn!(machine = %self.id, reason = %data.reason, "disk request refused by the host: guest stands still");
+                tracing::warn!(machine = %self.id, reason = %data.reason, "a disk request failed on the host; the guest is paused");
                 let nospace = data.nospace.unwrap_or(false);
-                self.announce(MachineEvent::IoError {
+                self.publish(MachineEvent::IoError {
                     nospace,
                     reason: data.reason,
                 });
@@ -502,94 +510,101 @@ impl Shared {
     }
 }
 
-/// The attendant: hears what QEMU says until the process has ended, then cleans up and announces
-/// the end.
-async fn attend(shared: Arc<Shared>, mut events: Events, drain: JoinHandle<()>) {
+/// The monitor task: processes QEMU's events until the process has ended, then cleans up and
+/// publishes the end.
+async fn monitor(inner: Arc<Inner>, mut events: Events, drain: JoinHandle<()>) {
     tokio::select! {
-        () = shared.process.exited() => {}
-        () = shared.messages.listen() => {}
-        () = hear_all(&shared, &mut events) => {}
+        () = inner.process.exited() => {}
+        () = inner.stderr.read_forever() => {}
+        () = process_events(&inner, &mut events) => {}
     }
-    let last_words = async {
+    let rest = async {
         while let Some(event) = events.next().await {
-            shared.hear(event);
+            inner.on_event(event);
         }
-        // Ends with the console's socket. A drain that fell over has said so.
+        // Ends when the console socket closes. A panic in the task has been logged already.
         drain.await.ok();
     };
-    if timeout(LAST_WORDS_DEADLINE, last_words).await.is_err() {
-        tracing::warn!(machine = %shared.id, "its last words may be lost");
+    if timeout(DRAIN_TIMEOUT, rest).await.is_err() {
+        tracing::warn!(machine = %inner.id, "the machine's last events or console output may be lost");
     }
-    let status = shared.process.reap();
-    let reason = shared
+    let status = inner.process.reap();
+    let reason = inner
         .cause()
         .take()
-        .unwrap_or_else(|| crash(status, &shared.messages.text(), shared.dir.ran_out_of_memory()));
-    shared.dir.clear();
-    shared.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
-    shared.announce(MachineEvent::Ended(reason.clone()));
-    shared.ended.send_replace(Some(reason));
+        .unwrap_or_else(|| crash_reason(status, &inner.stderr.text(), inner.dir.ran_out_of_memory()));
+    inner.dir.clear();
+    inner.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+    inner.publish(MachineEvent::Ended(reason.clone()));
+    inner.ended.send_replace(Some(reason));
 }
 
-/// Hears events for ever, over one connection after the other.
-async fn hear_all(shared: &Arc<Shared>, events: &mut Events) {
+/// Processes events and never returns; reconnects when the connection is lost.
+async fn process_events(inner: &Arc<Inner>, events: &mut Events) {
     loop {
         while let Some(event) = events.next().await {
-            shared.hear(event);
+            inner.on_event(event);
         }
-        match reach(&shared.process, &shared.dir, RECONNECT_DEADLINE).await {
+        match connect_qmp(&inner.process, &inner.dir, RECONNECT_TIMEOUT).await {
             Ok((qmp, again)) => {
-                tracing::info!(machine = %shared.id, "control connection restored");
-                *shared.qmp.lock().unwrap_or_else(PoisonError::into_inner) = qmp;
+                tracing::info!(machine = %inner.id, "reconnected to the control socket");
+                *inner.qmp.lock().unwrap_or_else(PoisonError::into_inner) = qmp;
                 *events = again;
             }
-            // The attendant sees the end by itself.
-            Err(Unreached::Ended) => std::future::pending().await,
-            Err(Unreached::Late(why)) => tracing::warn!(machine = %shared.id, why, "no control connection"),
+            // The monitor detects the end of the process itself.
+            Err(ConnectError::Ended) => std::future::pending().await,
+            Err(ConnectError::TimedOut(why)) => {
+                tracing::warn!(machine = %inner.id, why, "cannot connect to the control socket")
+            }
         }
     }
 }
 
-/// Waits for the attendant's word on how the machine ended.
-pub(crate) async fn wait_for_end(ended: &watch::Sender<Option<ExitReason>>) -> ExitReason {
+/// Waits until the monitor has determined how the machine ended.
+pub(crate) async fn wait_for_exit(ended: &watch::Sender<Option<ExitReason>>) -> ExitReason {
     let mut ended = ended.subscribe();
     let reason = ended.wait_for(Option::is_some).await;
-    // The sender lives as long as the machine's handle.
+    // The handle keeps the sender alive.
     reason
         .ok()
         .and_then(|reason| reason.clone())
         .unwrap_or(ExitReason::Unknown)
 }
 
-/// Refuses a size below the disk's, or below the largest asked for before, or not in sectors. Gives
-/// the size in bytes.
-pub(crate) fn check_growth(id: &MachineId, root: &Path, asked: Bytes, size: Bytes) -> Result<i64> {
-    let wrong = |why| Error::Spec {
+/// Checks the new size of a root disk, and returns it in bytes.
+///
+/// Rejects a size below the disk's or below the largest size requested so far, and a size that is
+/// not a multiple of the sector size.
+pub(crate) fn check_growth(id: &MachineId, root: &Path, max_requested: Bytes, size: Bytes) -> Result<i64> {
+    let invalid = |why| Error::Spec {
         id: id.clone(),
         what: "size",
         why,
     };
-    let length = root.metadata().map_err(Error::io("look at", root))?.len();
-    let least = Bytes::new(length).max(asked);
-    if size < least {
-        return Err(wrong(format!(
-            "{size} is less than the disk's {least}, and a disk does not get smaller"
+    let length = root.metadata().map_err(Error::io("read the metadata of", root))?.len();
+    let min = Bytes::new(length).max(max_requested);
+    if size < min {
+        return Err(invalid(format!(
+            "{size} is less than the disk's {min}; disks cannot shrink"
         )));
     }
     match i64::try_from(size.as_u64()) {
-        Ok(bytes) if size.as_u64().is_multiple_of(SECTOR) => Ok(bytes),
-        _ => Err(wrong(format!("{} bytes are not sectors of {SECTOR}", size.as_u64()))),
+        Ok(bytes) if size.as_u64().is_multiple_of(SECTOR_BYTES) => Ok(bytes),
+        _ => Err(invalid(format!(
+            "{} bytes is not a multiple of {SECTOR_BYTES}",
+            size.as_u64()
+        ))),
     }
 }
 
-pub(crate) fn crash(status: Option<String>, messages: &str, out_of_memory: bool) -> ExitReason {
-    let mut status = status.unwrap_or_else(|| "its process is gone".to_owned());
+pub(crate) fn crash_reason(status: Option<String>, stderr: &str, out_of_memory: bool) -> ExitReason {
+    let mut status = status.unwrap_or_else(|| "the process is gone".to_owned());
     if out_of_memory {
-        status += ", because it took more memory than its machine may have";
+        status += ", because it exceeded the memory limit of its machine";
     }
-    let detail = match messages.trim() {
+    let detail = match stderr.trim() {
         "" => status,
-        said => format!("{status}; it said: {said}"),
+        output => format!("{status}; output: {output}"),
     };
     ExitReason::Crashed { detail }
 }

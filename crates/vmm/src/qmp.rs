@@ -1,14 +1,14 @@
-//! QEMU's control socket (the QEMU Machine Protocol), every command with a deadline.
+//! QEMU's control socket (QEMU Machine Protocol); every command has a timeout.
 //!
-//! Commands go one at a time, and none is ever left half-way: crate `qapi` does not number them (it
-//! does not recognise the capability that it would take as the sign, `oob`), so an answer belongs
-//! to whoever waits. A caller who goes away leaves his command running; one that has no answer in
-//! time ends the connection, and the next one starts afresh. So does one that could not be sent:
-//! `qapi` goes on waiting for its answer, and takes the next command for a second one of the same
-//! number.
+//! Commands run one at a time, and a started command is never abandoned. The crate `qapi` does not
+//! number commands (it would on the capability `oob`, which it does not recognise), so a response
+//! belongs to whichever caller waits. If a caller's future is dropped, its command still runs to
+//! completion. A command that times out closes the connection, and the next command uses a new one.
+//! So does a command that could not be sent: `qapi` keeps waiting for its response, and would take
+//! the next command for a second one of the same number.
 //!
-//! An answer comes in through the event stream: as long as commands are sent, somebody has to poll
-//! the [`Events`].
+//! Responses arrive through the event stream: while commands are sent, some task must poll the
+//! [`Events`].
 
 use futures::StreamExt;
 use qapi::ExecuteError;
@@ -22,39 +22,39 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 
-/// The longest that QEMU may take to answer a command. It answers in milliseconds; a host that
-/// emulates many guests on few cores, in seconds.
-pub(crate) const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+/// QEMU usually responds within milliseconds; on a host that emulates many guests on few cores,
+/// within seconds.
+pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The longest that QEMU may take to greet. It is silent while another client is connected.
-const GREETING_DEADLINE: Duration = Duration::from_secs(2);
+/// Timeout for the greeting. QEMU is silent while another client is connected.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What QEMU says unasked.
+/// The events that QEMU emits.
 pub(crate) struct Events {
     stream: QapiEvents<QmpStreamTokio<ReadHalf<UnixStream>>>,
-    given_up: Arc<Notify>,
+    closed: Arc<Notify>,
 }
 
 /// A connected control socket.
 #[derive(Clone)]
 pub(crate) struct Qmp {
-    line: Arc<Mutex<Line>>,
-    given_up: Arc<Notify>,
+    connection: Arc<Mutex<Connection>>,
+    closed: Arc<Notify>,
 }
 
-enum Line {
+enum Connection {
     Open(QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>),
-    /// A command had no answer in time. Should it come yet, it would be taken for another's.
-    GivenUp,
-    /// The socket is broken: QEMU is gone, or about to be.
+    /// A command timed out. A late response would be taken for that of another command.
+    TimedOut,
+    /// The socket is broken: QEMU has ended, or is about to.
     Broken(String),
 }
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum QmpError {
-    #[error("no answer within {0:?}")]
-    Hung(Duration),
+    #[error("no response within {0:?}")]
+    TimedOut(Duration),
     #[error("{0}")]
     Refused(String),
 }
@@ -62,67 +62,68 @@ pub(crate) enum QmpError {
 impl Qmp {
     pub(crate) async fn connect(socket: &Path) -> Result<(Qmp, Events), QmpError> {
         let handshake = async { QmpStreamTokio::open_uds(socket).await?.negotiate().await };
-        let (service, stream) = match timeout(GREETING_DEADLINE, handshake).await {
+        let (service, stream) = match timeout(GREETING_TIMEOUT, handshake).await {
             Ok(Ok(connected)) => connected.into_parts(),
             Ok(Err(error)) => return Err(QmpError::Refused(error.to_string())),
-            Err(_) => return Err(QmpError::Hung(GREETING_DEADLINE)),
+            Err(_) => return Err(QmpError::TimedOut(GREETING_TIMEOUT)),
         };
-        let given_up = Arc::new(Notify::new());
+        let closed = Arc::new(Notify::new());
         let qmp = Qmp {
-            line: Arc::new(Mutex::new(Line::Open(service))),
-            given_up: given_up.clone(),
+            connection: Arc::new(Mutex::new(Connection::Open(service))),
+            closed: closed.clone(),
         };
-        Ok((qmp, Events { stream, given_up }))
+        Ok((qmp, Events { stream, closed }))
     }
 
-    /// Sends one command and waits for its answer. If the future is dropped, the command is carried
-    /// out all the same.
+    /// Sends one command and waits for the response. If the future is dropped, the command is still
+    /// executed.
     pub(crate) async fn execute<C>(&self, command: C) -> Result<C::Ok, QmpError>
     where
         C: QmpCommand + Send + 'static,
         C::Ok: Send,
     {
-        let answered = tokio::spawn(self.clone().carry_out(command)).await;
-        answered.unwrap_or_else(|error| Err(QmpError::Refused(error.to_string())))
+        let result = tokio::spawn(self.clone().run(command)).await;
+        result.unwrap_or_else(|error| Err(QmpError::Refused(error.to_string())))
     }
 
-    async fn carry_out<C: QmpCommand>(self, command: C) -> Result<C::Ok, QmpError> {
-        let mut line = self.line.lock().await;
-        let service = match &*line {
-            Line::Open(service) => service,
-            Line::GivenUp => return Err(QmpError::Hung(COMMAND_DEADLINE)),
-            Line::Broken(why) => return Err(QmpError::Refused(why.clone())),
+    async fn run<C: QmpCommand>(self, command: C) -> Result<C::Ok, QmpError> {
+        let mut connection = self.connection.lock().await;
+        let service = match &*connection {
+            Connection::Open(service) => service,
+            Connection::TimedOut => return Err(QmpError::TimedOut(COMMAND_TIMEOUT)),
+            Connection::Broken(why) => return Err(QmpError::Refused(why.clone())),
         };
-        match timeout(COMMAND_DEADLINE, service.execute(command)).await {
-            Ok(Ok(answer)) => Ok(answer),
+        match timeout(COMMAND_TIMEOUT, service.execute(command)).await {
+            Ok(Ok(response)) => Ok(response),
             Ok(Err(ExecuteError::Qapi(error))) => Err(QmpError::Refused(error.to_string())),
             Ok(Err(ExecuteError::Io(error))) => {
                 let why = error.to_string();
-                *line = Line::Broken(why.clone());
-                self.given_up.notify_one();
+                *connection = Connection::Broken(why.clone());
+                self.closed.notify_one();
                 Err(QmpError::Refused(why))
             }
             Err(_) => {
-                *line = Line::GivenUp;
-                self.given_up.notify_one();
-                Err(QmpError::Hung(COMMAND_DEADLINE))
+                *connection = Connection::TimedOut;
+                self.closed.notify_one();
+                Err(QmpError::TimedOut(COMMAND_TIMEOUT))
             }
         }
     }
 }
 
 impl Events {
-    /// The next event; `None` when the connection is over. Dropping the future loses nothing.
+    /// Returns the next event, or `None` once the connection is closed. Dropping the future loses
+    /// nothing.
     pub(crate) async fn next(&mut self) -> Option<Event> {
         loop {
             let message = tokio::select! {
                 message = self.stream.next() => message?,
-                () = self.given_up.notified() => return None,
+                () = self.closed.notified() => return None,
             };
             match message {
                 Ok(event) => return Some(event),
-                // Such as an event that only a newer QEMU has.
-                Err(error) => tracing::debug!(%error, "QMP message ignored"),
+                // For example an event that only a newer QEMU has.
+                Err(error) => tracing::debug!(%error, "ignoring a QMP message"),
             }
         }
     }
@@ -135,7 +136,7 @@ mod tests {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     use tokio::net::UnixListener;
 
-    /// Greets as QEMU does, and takes its capabilities' command.
+    /// Sends QEMU's greeting and accepts the client's capabilities command.
     async fn greet(listener: UnixListener) -> UnixStream {
         let (mut client, _) = listener.accept().await.unwrap();
         let greeting = r#"{"QMP":{"version":{"qemu":{"micro":0,"minor":2,"major":7},"package":""},"capabilities":[]}}"#;
@@ -147,13 +148,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn commands_on_a_broken_socket_are_refused_one_after_the_other() {
+    async fn every_command_on_a_broken_socket_fails() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("qmp");
         let server = tokio::spawn(greet(UnixListener::bind(&socket).unwrap()));
         let (qmp, mut events) = Qmp::connect(&socket).await.unwrap();
-        // Nobody polls the events, as when the machine's end was heard of otherwise: the commands
-        // find out by themselves.
+        // No task polls the events, as when the machine's end was detected otherwise: the commands
+        // detect the broken socket themselves.
         drop(server.await.unwrap());
         for _ in 0..3 {
             let outcome = qmp.execute(query_status {}).await;

@@ -1,8 +1,8 @@
-//! The files of a running machine: who owns them, and how they go.
+//! The files of a running machine: who owns them, and how they are removed.
 //!
-//! One folder a machine, mode 0700: whoever can enter it controls the machine. It is locked
-//! (flock(2)) by the process that holds the machine, so that neither a second daemon nor a second
-//! handle can get between; the kernel lets go of the lock when the holder dies, however it dies.
+//! Each machine has one folder with mode 0700: access to it is control of the machine. The process
+//! that holds the machine locks the folder (flock(2)), so that neither a second daemon nor a second
+//! handle can interfere. The kernel releases the lock when the holder dies, however it dies.
 
 use crate::cgroup;
 use crate::machine::MachineId;
@@ -17,25 +17,25 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// The folder's files, by name.
+/// The folder of one machine, and the names of its files.
 #[derive(Debug, Clone)]
 pub(crate) struct RunDir(PathBuf);
 
-/// Holding the machine: released when dropped.
+/// The lock on a machine's folder; released on drop.
 #[derive(Debug)]
 pub(crate) struct Lock(OwnedFd);
 
 impl Drop for Lock {
-    /// Closing would not do: a child that is just being spawned has a copy of the descriptor, and
-    /// with it the lock, until it executes its program.
+    /// Unlocks explicitly. Closing is not enough: a child that is being spawned has a copy of the
+    /// descriptor, and with it the lock, until it executes its program.
     fn drop(&mut self) {
         if let Err(error) = flock(&self.0, FlockOperation::Unlock) {
-            tracing::warn!(%error, "run folder of a machine not unlocked");
+            tracing::warn!(%error, "cannot unlock a machine's run folder");
         }
     }
 }
 
-/// What the next daemon needs to know of a machine.
+/// The facts by which another process adopts the machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
     pub id: MachineId,
@@ -64,17 +64,17 @@ impl RunDir {
         self.0.join("console.pipe")
     }
 
-    /// The guest agent's port.
+    /// The socket of the guest agent's port.
     pub(crate) fn agent(&self) -> PathBuf {
         self.0.join("agent.sock")
     }
 
-    /// The pipe to which QEMU's stderr goes.
-    pub(crate) fn messages(&self) -> PathBuf {
+    /// The pipe that receives QEMU's stderr.
+    pub(crate) fn stderr_pipe(&self) -> PathBuf {
         self.0.join("messages.pipe")
     }
 
-    /// Which control groups are the machine's, a path a line.
+    /// The list of the machine's control groups, one path per line.
     fn groups(&self) -> PathBuf {
         self.0.join("groups")
     }
@@ -87,7 +87,7 @@ impl RunDir {
         self.0.join("machine.json.part")
     }
 
-    /// Makes the folder where it is missing. Its parent must exist.
+    /// Creates the folder if it is missing. Its parent must exist.
     fn create(&self) -> Result<()> {
         match DirBuilder::new().mode(0o700).create(&self.0) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -98,18 +98,19 @@ impl RunDir {
         .map_err(Error::io("create", &self.0))
     }
 
-    /// Locks the folder, made where it is missing, or says that another holder is there.
+    /// Locks the folder, creating it if it is missing. Fails if another process holds the lock.
     pub(crate) fn create_locked(&self, id: &MachineId) -> Result<Lock> {
         loop {
             self.create()?;
-            // None: its last holder removed it in between.
+            // `None`: the last holder removed the folder in between.
             if let Some(lock) = self.lock(id)? {
                 return Ok(lock);
             }
         }
     }
 
-    /// Locks the folder, or says that another holder is there. `None`: there is no folder.
+    /// Locks the folder. Fails if another process holds the lock; returns `None` if there is no
+    /// folder.
     pub(crate) fn lock(&self, id: &MachineId) -> Result<Option<Lock>> {
         loop {
             let folder = match open(&self.0, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
@@ -118,8 +119,8 @@ impl RunDir {
                 Err(error) => return Err(Error::io("open", &self.0)(error.into())),
             };
             match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) if self.is(&folder) => return Ok(Some(Lock(folder))),
-                // The last holder removed it between the opening and the locking: look again.
+                Ok(()) if self.is_current(&folder) => return Ok(Some(Lock(folder))),
+                // The last holder removed it between opening and locking: try again.
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
                     let pid = self.read(id).ok().flatten().map(|record| record.process.pid);
@@ -130,11 +131,11 @@ impl RunDir {
         }
     }
 
-    fn is(&self, folder: &OwnedFd) -> bool {
+    fn is_current(&self, folder: &OwnedFd) -> bool {
         matches!((fstat(folder), stat(&self.0)), (Ok(open), Ok(named)) if open.st_ino == named.st_ino)
     }
 
-    /// Writes the record, whole or not at all.
+    /// Writes the record atomically.
     pub(crate) fn write(&self, record: &Record) -> Result<()> {
         let part = self.part();
         let text = serde_json::to_vec(record)
@@ -144,8 +145,8 @@ impl RunDir {
         fs::rename(&part, self.record()).map_err(Error::io("rename", &part))
     }
 
-    /// The record, if a launch got as far as writing one. One that cannot be understood is as good
-    /// as none; one of another machine is an error, for its files are not ours to remove.
+    /// Reads the record, if a launch wrote one. A record that cannot be parsed counts as none. A
+    /// record of another machine is an error, because its files must not be removed.
     pub(crate) fn read(&self, id: &MachineId) -> Result<Option<Record>> {
         let text = match fs::read(self.record()) {
             Ok(text) => text,
@@ -163,58 +164,58 @@ impl RunDir {
                 })
             }
             Err(error) => {
-                tracing::warn!(file = %self.record().display(), %error, "not a machine's record, ignored");
+                tracing::warn!(file = %self.record().display(), %error, "ignoring an invalid machine record");
                 Ok(None)
             }
         }
     }
 
-    /// Notes the control groups that are about to be made for the machine, so that they go with the
+    /// Records the control groups that are about to be created, so that they are removed with the
     /// folder.
-    pub(crate) fn note_groups(&self, folders: &[PathBuf]) -> Result<()> {
+    pub(crate) fn record_groups(&self, folders: &[PathBuf]) -> Result<()> {
         let lines: Vec<_> = folders.iter().map(|folder| folder.to_string_lossy()).collect();
         fs::write(self.groups(), lines.join("\n")).map_err(Error::io("write", self.groups()))
     }
 
-    /// Whether the kernel has killed the machine's process for taking more memory than its control
-    /// group may have.
+    /// Returns whether the kernel killed the machine's process because its control group ran out of
+    /// memory.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
-        cgroup::ran_out_of_memory(&self.noted_groups())
+        cgroup::ran_out_of_memory(&self.recorded_groups())
     }
 
-    fn noted_groups(&self) -> Vec<PathBuf> {
-        let noted = fs::read_to_string(self.groups()).unwrap_or_default();
-        noted.lines().map(PathBuf::from).collect()
+    fn recorded_groups(&self) -> Vec<PathBuf> {
+        let recorded = fs::read_to_string(self.groups()).unwrap_or_default();
+        recorded.lines().map(PathBuf::from).collect()
     }
 
-    /// Removes everything that a machine leaves, and the folder if nothing else is in it. What
-    /// cannot be removed is logged: the next launch tries again.
+    /// Removes all files of the machine, and the folder if nothing else is in it. Logs what cannot
+    /// be removed; the next launch tries again.
     pub(crate) fn clear(&self) {
         self.clear_files();
         match fs::remove_dir(&self.0) {
             Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
-                tracing::warn!(folder = %self.0.display(), %error, "run folder of a machine not removed");
+                tracing::warn!(folder = %self.0.display(), %error, "cannot remove a machine's run folder");
             }
             _ => {}
         }
     }
 
-    /// As [`clear`](RunDir::clear), but leaves the folder.
+    /// Like [`clear`](RunDir::clear), but keeps the folder.
     pub(crate) fn clear_files(&self) {
-        cgroup::remove(&self.noted_groups());
+        cgroup::remove(&self.recorded_groups());
         for file in [
             self.groups(),
             self.control(),
             self.console(),
             self.console_pipe(),
             self.agent(),
-            self.messages(),
+            self.stderr_pipe(),
             self.part(),
             self.record(),
         ] {
             match fs::remove_file(&file) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(file = %file.display(), %error, "leftover of a machine not removed");
+                    tracing::warn!(file = %file.display(), %error, "cannot remove a leftover file of a machine");
                 }
                 _ => {}
             }

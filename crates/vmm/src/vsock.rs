@@ -1,5 +1,7 @@
-//! A guest's vsock as Firecracker shows it on the host: a Unix socket on which one asks for a port
-//! of the guest (docs/vsock.md of Firecracker).
+//! Connects to a guest's vsock under Firecracker.
+//!
+//! Firecracker exposes the vsock on the host as a Unix socket, on which a client requests a guest
+//! port (docs/vsock.md of Firecracker).
 
 use crate::jail;
 use std::io;
@@ -9,44 +11,46 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// The longest that a guest takes to accept: one that boots never does.
-const DEADLINE: Duration = Duration::from_secs(1);
-/// The longest answer: `OK `, a number of ten digits, and the end of the line.
-const ANSWER_LIMIT: usize = 16;
+/// Timeout for the guest to accept. A guest that is booting never does.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The response is `OK `, a number of up to ten digits, and a newline.
+const MAX_RESPONSE_BYTES: usize = 16;
 
 /// Connects to a port of the guest.
 pub(crate) async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
-    let late = |_| {
+    let timed_out = |_| {
         io::Error::new(
             io::ErrorKind::TimedOut,
-            format!("the guest's port {port} does not answer"),
+            format!("the guest's port {port} does not respond"),
         )
     };
-    timeout(DEADLINE, ask(socket, port)).await.map_err(late)?
+    timeout(CONNECT_TIMEOUT, request_port(socket, port))
+        .await
+        .map_err(timed_out)?
 }
 
-async fn ask(socket: &Path, port: u32) -> io::Result<UnixStream> {
+async fn request_port(socket: &Path, port: u32) -> io::Result<UnixStream> {
     let mut stream = jail::connect(socket).await?;
-    // It is one message or none: Firecracker reads it once.
+    // In one write: Firecracker reads the request once.
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
-    let mut answer = Vec::new();
-    // What follows the line is the guest's.
-    while !answer.ends_with(b"\n") && answer.len() < ANSWER_LIMIT {
-        answer.push(match stream.read_u8().await {
+    let mut response = Vec::new();
+    // Read byte by byte: data after the line comes from the guest.
+    while !response.ends_with(b"\n") && response.len() < MAX_RESPONSE_BYTES {
+        response.push(match stream.read_u8().await {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 return Err(io::Error::new(
                     io::ErrorKind::ConnectionRefused,
-                    format!("nobody listens on the guest's port {port}"),
+                    format!("no program listens on the guest's port {port}"),
                 ));
             }
             other => other?,
         });
     }
-    match answer.starts_with(b"OK ") && answer.ends_with(b"\n") {
+    match response.starts_with(b"OK ") && response.ends_with(b"\n") {
         true => Ok(stream),
         false => Err(io::Error::other(format!(
-            "not an answer: {:?}",
-            String::from_utf8_lossy(&answer)
+            "unexpected response: {:?}",
+            String::from_utf8_lossy(&response)
         ))),
     }
 }
@@ -56,47 +60,47 @@ mod tests {
     use super::*;
     use tokio::net::UnixListener;
 
-    /// A Firecracker that gives one answer, then closes.
-    async fn answered_with(answer: &'static str) -> io::Result<String> {
+    /// Imitates a Firecracker that sends one response, then closes.
+    async fn connect_with_response(response: &'static str) -> io::Result<String> {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("agent.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let firecracker = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let mut asked = [0; 64];
-            let read = stream.read(&mut asked).await.unwrap();
-            assert_eq!(&asked[..read], b"CONNECT 1024\n", "in one piece");
-            stream.write_all(answer.as_bytes()).await.unwrap();
+            let mut request = [0; 64];
+            let read = stream.read(&mut request).await.unwrap();
+            assert_eq!(&request[..read], b"CONNECT 1024\n", "in one piece");
+            stream.write_all(response.as_bytes()).await.unwrap();
         });
         let connected = connect(&socket, 1024).await;
         firecracker.await.unwrap();
-        let mut said = String::new();
-        connected?.read_to_string(&mut said).await?;
-        Ok(said)
+        let mut received = String::new();
+        connected?.read_to_string(&mut received).await?;
+        Ok(received)
     }
 
     #[tokio::test]
-    async fn what_follows_the_answer_is_the_guest_s() {
-        assert_eq!(answered_with("OK 1073741824\nhello").await.unwrap(), "hello");
+    async fn data_after_the_response_comes_from_the_guest() {
+        assert_eq!(connect_with_response("OK 1073741824\nhello").await.unwrap(), "hello");
     }
 
     #[tokio::test]
-    async fn a_port_that_nobody_listens_on_is_told_from_nonsense() {
-        let closed = answered_with("").await.unwrap_err();
+    async fn closed_ports_and_invalid_responses_are_different_errors() {
+        let closed = connect_with_response("").await.unwrap_err();
         assert_eq!(closed.kind(), io::ErrorKind::ConnectionRefused, "{closed}");
-        let nonsense = answered_with("HTTP/1.1 400 Bad Request\n")
+        let invalid = connect_with_response("HTTP/1.1 400 Bad Request\n")
             .await
             .unwrap_err()
             .to_string();
-        assert!(nonsense.contains("HTTP/1.1 400"), "{nonsense}");
+        assert!(invalid.contains("HTTP/1.1 400"), "{invalid}");
     }
 
     #[tokio::test]
-    async fn a_guest_that_does_not_answer_is_not_waited_for_long() {
+    async fn connecting_to_a_silent_guest_times_out() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("agent.sock");
         let _listener = UnixListener::bind(&socket).unwrap();
-        let late = connect(&socket, 1024).await.unwrap_err();
-        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+        let error = connect(&socket, 1024).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

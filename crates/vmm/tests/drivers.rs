@@ -1,6 +1,7 @@
-//! One suite for every driver: what the traits promise, whatever the hypervisor. It prints a table
-//! that tells of each test and driver: passed, or why it could not run here. Needs root, for taps
-//! and jails.
+//! Checks the guarantees of the traits with every driver.
+//!
+//! Prints a table with the outcome of each test and driver: passed, failed, or the reason why it
+//! could not run here. Needs root, for taps and jails.
 
 #![allow(
     clippy::unwrap_used,
@@ -25,12 +26,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use support::guest::Guest;
-use support::{Lab, PATIENCE, processes_with, signal, status_line, until};
+use support::{Lab, TEST_TIMEOUT, processes_with, signal, status_line, until};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// A driver, a laboratory and a machine that has not been launched: each test's own.
+/// A driver, a lab and a machine that has not been launched, for one test.
 struct Bench {
     lab: Lab,
     vmm: Arc<dyn Vmm>,
@@ -38,65 +39,61 @@ struct Bench {
     spec: MachineSpec,
 }
 
-/// What a test needs of the driver beyond its control plane.
+/// What a test needs besides the hypervisor's control plane.
 #[derive(Clone, Copy, PartialEq)]
 enum Needs {
     Control,
-    /// A guest that runs.
+    /// Guests that actually run.
     Guest,
 }
 
 type Test = (&'static str, Needs, fn(Bench) -> BoxFuture<'static, ()>);
 
 const TESTS: &[Test] = &[
-    ("launched, killed, nothing left", Needs::Control, |bench| {
+    ("launch, kill, no leftovers", Needs::Control, |bench| {
         launched_and_killed(bench).boxed()
     }),
-    ("paused and resumed, twice each", Needs::Control, |bench| {
+    ("pause and resume, twice each", Needs::Control, |bench| {
         paused_and_resumed(bench).boxed()
     }),
-    ("disk grown live, never smaller", Needs::Control, |bench| {
+    ("disks grow live and never shrink", Needs::Control, |bench| {
         grown(bench).boxed()
     }),
-    ("disk limited live, and freed again", Needs::Control, |bench| {
-        limited(bench).boxed()
+    ("I/O limits change live", Needs::Control, |bench| limited(bench).boxed()),
+    ("adopt, then control", Needs::Control, |bench| adopted(bench).boxed()),
+    ("one holder at a time", Needs::Control, |bench| held_once(bench).boxed()),
+    ("force stop without a holder", Needs::Control, |bench| {
+        force_stopped(bench).boxed()
     }),
-    ("adopted, then controlled", Needs::Control, |bench| {
-        adopted(bench).boxed()
-    }),
-    ("held once at a time", Needs::Control, |bench| held_once(bench).boxed()),
-    ("put down when nobody holds it", Needs::Control, |bench| {
-        put_down(bench).boxed()
-    }),
-    ("failed launch leaves nothing", Needs::Control, |bench| {
+    ("a failed launch leaves nothing", Needs::Control, |bench| {
         failed_launch(bench).boxed()
     }),
     ("death of the process is a crash", Needs::Control, |bench| {
         crashed(bench).boxed()
     }),
-    ("deaf guest killed after its grace", Needs::Control, |bench| {
+    ("deaf guest is killed after grace", Needs::Control, |bench| {
         deaf_guest(bench).boxed()
     }),
-    ("interrupted launch undone", Needs::Control, |bench| {
+    ("an interrupted launch is undone", Needs::Control, |bench| {
         interrupted(bench).boxed()
     }),
-    ("console recorded", Needs::Guest, |bench| {
+    ("the console is recorded", Needs::Guest, |bench| {
         console_recorded(bench).boxed()
     }),
-    ("own account, without a capability", Needs::Control, |bench| {
+    ("own account, no capabilities", Needs::Control, |bench| {
         own_account(bench).boxed()
     }),
-    ("no agent, no waiting for one", Needs::Control, |bench| {
+    ("a missing agent blocks no one", Needs::Control, |bench| {
         no_agent(bench).boxed()
     }),
 ];
 
-/// A driver by name; or why it cannot be used here at all, or with guests.
+/// A driver, or the reason why it cannot be used on this host, with or without guests.
 struct Candidate {
     name: &'static str,
     driver: Result<Arc<dyn Vmm>, String>,
     guests: Result<(), String>,
-    /// On the file system of the laboratories' disks.
+    /// On the same file system as the lab's disks.
     jails: TempDir,
 }
 
@@ -108,8 +105,9 @@ fn candidates() -> [Candidate; 3] {
         Err(error) => Err(error.to_string()),
     };
     let jails = || tempfile::Builder::new().prefix("jails-").tempdir().unwrap();
-    let cells = jails();
-    let firecracker = kvm.and_then(|_| FirecrackerDriver::find(cells.path()).map_err(|error| error.to_string()));
+    let firecracker_jails = jails();
+    let firecracker =
+        kvm.and_then(|_| FirecrackerDriver::find(firecracker_jails.path()).map_err(|error| error.to_string()));
     [
         Candidate {
             name: "qemu tcg",
@@ -129,13 +127,13 @@ fn candidates() -> [Candidate; 3] {
             name: "firecracker",
             driver: firecracker.map(|driver| Arc::new(driver) as Arc<dyn Vmm>),
             guests,
-            jails: cells,
+            jails: firecracker_jails,
         },
     ]
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_driver_keeps_the_promises_of_the_traits() {
+async fn every_driver_keeps_the_guarantees_of_the_traits() {
     let (mut table, mut failed) = (Vec::new(), 0);
     for candidate in candidates() {
         for (name, needs, test) in TESTS {
@@ -181,16 +179,16 @@ fn bench(vmm: &Arc<dyn Vmm>, jails: &Path) -> Bench {
 }
 
 impl Bench {
-    fn nothing_is_left(&self) {
+    fn assert_no_leftovers(&self) {
         assert!(processes_with(self.spec.id.as_str()).is_empty());
         assert!(!self.spec.run_dir.exists());
         assert_eq!(jails_in(&self.jails), Vec::<PathBuf>::new());
-        // The tap and the disk are the caller's.
+        // The tap and the disk belong to the caller.
         assert!(self.lab.path("root").exists());
     }
 }
 
-/// The machines' folders, below those named after their program.
+/// Returns the machines' folders, which are below those named after their program.
 fn jails_in(base: &Path) -> Vec<PathBuf> {
     let entries = |of: &Path| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(of).unwrap();
@@ -207,7 +205,7 @@ async fn launched_and_killed(bench: Bench) {
     assert_eq!(machine.exited().await, ExitReason::Killed);
     assert_eq!(machine.state().await.unwrap(), MachineState::Ended(ExitReason::Killed));
     assert!(matches!(machine.pause().await, Err(Error::Ended { .. })));
-    bench.nothing_is_left();
+    bench.assert_no_leftovers();
 }
 
 async fn paused_and_resumed(bench: Bench) {
@@ -218,7 +216,7 @@ async fn paused_and_resumed(bench: Bench) {
         assert_eq!(machine.state().await.unwrap(), MachineState::Paused);
     }
     assert_eq!(
-        timeout(PATIENCE, events.recv()).await.unwrap().unwrap(),
+        timeout(TEST_TIMEOUT, events.recv()).await.unwrap().unwrap(),
         MachineEvent::Stopped
     );
     for _ in 0..2 {
@@ -237,8 +235,8 @@ async fn grown(bench: Bench) {
         machine.resize_root(size).await.unwrap();
         assert_eq!(disk.metadata().unwrap().len(), size.as_u64());
     }
-    let refusal = machine.resize_root(Bytes::from_mib(32)).await.unwrap_err();
-    assert!(matches!(refusal, Error::Spec { what: "size", .. }), "{refusal}");
+    let error = machine.resize_root(Bytes::from_mib(32)).await.unwrap_err();
+    assert!(matches!(error, Error::Spec { what: "size", .. }), "{error}");
     assert_eq!(disk.metadata().unwrap().len(), Bytes::from_mib(48).as_u64());
     machine.kill().await.unwrap();
 }
@@ -269,7 +267,7 @@ async fn limited(mut bench: Bench) {
         machine.limit_disk(DiskLimits::default()).await,
         Err(Error::Ended { .. })
     ));
-    bench.nothing_is_left();
+    bench.assert_no_leftovers();
 }
 
 async fn adopted(bench: Bench) {
@@ -290,7 +288,7 @@ async fn adopted(bench: Bench) {
     assert_eq!(machine.kill().await.unwrap(), ExitReason::Killed);
     drop(machine);
     assert!(adopt().await.unwrap().is_none());
-    bench.nothing_is_left();
+    bench.assert_no_leftovers();
 }
 
 async fn held_once(bench: Bench) {
@@ -299,39 +297,39 @@ async fn held_once(bench: Bench) {
     assert!(matches!(second, Error::Running { .. }), "{second}");
     let third = bench.vmm.adopt(&bench.spec.id, &bench.spec.run_dir).await.err();
     assert!(matches!(third, Some(Error::Running { .. })), "{third:?}");
-    let fourth = bench.vmm.put_down(&bench.spec.id, &bench.spec.run_dir).await.err();
+    let fourth = bench.vmm.force_stop(&bench.spec.id, &bench.spec.run_dir).await.err();
     assert!(matches!(fourth, Some(Error::Running { .. })), "{fourth:?}");
     assert_eq!(machine.state().await.unwrap(), MachineState::Running);
     machine.kill().await.unwrap();
 }
 
-async fn put_down(bench: Bench) {
+async fn force_stopped(bench: Bench) {
     let machine = bench.vmm.launch(&bench.spec).await.unwrap();
     signal(machine.pid(), Signal::STOP);
     drop(machine);
-    let put_down = || bench.vmm.put_down(&bench.spec.id, &bench.spec.run_dir);
-    assert!(put_down().await.unwrap());
-    bench.nothing_is_left();
-    assert!(!put_down().await.unwrap());
+    let force_stop = || bench.vmm.force_stop(&bench.spec.id, &bench.spec.run_dir);
+    assert!(force_stop().await.unwrap());
+    bench.assert_no_leftovers();
+    assert!(!force_stop().await.unwrap());
 }
 
 async fn failed_launch(bench: Bench) {
-    // The process is there when it finds out that its kernel is none.
+    // The process is already running when it detects that its kernel is invalid.
     std::fs::write(&bench.spec.kernel, b"\x7fELF and nothing else").unwrap();
-    let refusal = bench.vmm.launch(&bench.spec).await.err().expect("no kernel");
-    assert!(matches!(refusal, Error::Launch { .. }), "{refusal}");
-    bench.nothing_is_left();
+    let error = bench.vmm.launch(&bench.spec).await.err().expect("an invalid kernel");
+    assert!(matches!(error, Error::Launch { .. }), "{error}");
+    bench.assert_no_leftovers();
 }
 
 async fn crashed(bench: Bench) {
     let machine = bench.vmm.launch(&bench.spec).await.unwrap();
     signal(machine.pid(), Signal::KILL);
-    let reason = timeout(PATIENCE, machine.exited()).await.unwrap();
+    let reason = timeout(TEST_TIMEOUT, machine.exited()).await.unwrap();
     let ExitReason::Crashed { detail } = reason else {
         panic!("{reason:?}");
     };
     assert!(detail.contains("killed by signal 9"), "{detail}");
-    bench.nothing_is_left();
+    bench.assert_no_leftovers();
 }
 
 async fn deaf_guest(bench: Bench) {
@@ -339,7 +337,7 @@ async fn deaf_guest(bench: Bench) {
     machine.pause().await.unwrap();
     let reason = machine.stop(Duration::from_millis(200)).await.unwrap();
     assert_eq!(reason, ExitReason::Killed);
-    bench.nothing_is_left();
+    bench.assert_no_leftovers();
 }
 
 async fn interrupted(bench: Bench) {
@@ -349,12 +347,12 @@ async fn interrupted(bench: Bench) {
     std::fs::remove_file(bench.spec.run_dir.join("machine.json")).unwrap();
     let found = bench.vmm.adopt(&bench.spec.id, &bench.spec.run_dir).await.unwrap();
     assert!(found.is_none());
-    bench.nothing_is_left();
+    bench.assert_no_leftovers();
 }
 
 async fn console_recorded(bench: Bench) {
     let machine = bench.vmm.launch(&bench.spec).await.unwrap();
-    until("the guest's first words", || bench.lab.console().contains("up")).await;
+    until("the guest's first output", || bench.lab.console().contains("up")).await;
     machine.kill().await.unwrap();
     File::open(&bench.spec.console_log).unwrap();
 }
@@ -383,13 +381,13 @@ async fn own_account(mut bench: Bench) {
     drop(machine);
     let adopted = bench.vmm.adopt(&bench.spec.id, &bench.spec.run_dir).await.unwrap();
     adopted.expect("it runs").kill().await.unwrap();
-    bench.nothing_is_left();
+    bench.assert_no_leftovers();
 }
 
 async fn no_agent(bench: Bench) {
     let machine = bench.vmm.launch(&bench.spec).await.unwrap();
-    match timeout(PATIENCE, machine.agent()).await.unwrap() {
-        // A serial port takes every client, and nobody speaks there.
+    match timeout(TEST_TIMEOUT, machine.agent()).await.unwrap() {
+        // A serial port accepts every client, but no program responds.
         Ok(mut stream) => {
             stream.write_all(b"{\"execute\":\"guest-ping\"}\n").await.unwrap();
             let silence = timeout(Duration::from_millis(300), stream.read_u8()).await;
@@ -401,9 +399,9 @@ async fn no_agent(bench: Bench) {
     assert!(matches!(machine.agent().await, Err(Error::Agent { .. })));
 }
 
-/// A machine launched by one driver is neither adopted nor taken for dead by the other.
+/// A machine launched by one driver is neither adopted by the other nor taken for dead.
 #[tokio::test]
-async fn a_machine_of_another_driver_is_left_alone() {
+async fn machines_of_other_drivers_are_not_touched() {
     let [qemu, _, firecracker] = candidates();
     let jails = firecracker.jails;
     let (Ok(qemu), Ok(firecracker)) = (qemu.driver, &firecracker.driver) else {
@@ -414,8 +412,8 @@ async fn a_machine_of_another_driver_is_left_alone() {
     let machine = qemu.launch(&bench.spec).await.unwrap();
     let pid = machine.pid();
     drop(machine);
-    let refusal = firecracker.adopt(&bench.spec.id, &bench.spec.run_dir).await.err();
-    assert!(matches!(refusal, Some(Error::Foreign { .. })), "{refusal:?}");
+    let error = firecracker.adopt(&bench.spec.id, &bench.spec.run_dir).await.err();
+    assert!(matches!(error, Some(Error::Foreign { .. })), "{error:?}");
     let machine = qemu.adopt(&bench.spec.id, &bench.spec.run_dir).await.unwrap().unwrap();
     assert_eq!(machine.pid(), pid);
     machine.kill().await.unwrap();

@@ -1,5 +1,5 @@
-//! Real QEMU processes, emulated, with guests of a few dozen bytes (see `support/guest.rs`). Needs
-//! root, for taps and mounts.
+//! Tests with real, emulated QEMU processes, whose guests are a few dozen bytes long (see
+//! `support/guest.rs`). Needs root, for taps and mounts.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::guest::Guest;
-use support::{Lab, PATIENCE, die, processes_with, signal, status_line, until};
+use support::{Lab, TEST_TIMEOUT, die, processes_with, signal, status_line, until};
 use tokio::sync::broadcast::Receiver;
 use tokio::time::timeout;
 
@@ -29,8 +29,8 @@ async fn adopt(lab: &Lab, spec: &MachineSpec) -> Option<Arc<dyn Machine>> {
     lab.driver.adopt(&spec.id, &spec.run_dir).await.unwrap()
 }
 
-async fn heard(events: &mut Receiver<MachineEvent>, wanted: impl Fn(&MachineEvent) -> bool) -> MachineEvent {
-    let listening = async {
+async fn wait_for(events: &mut Receiver<MachineEvent>, wanted: impl Fn(&MachineEvent) -> bool) -> MachineEvent {
+    let receiving = async {
         loop {
             let event = events.recv().await.unwrap();
             if wanted(&event) {
@@ -38,15 +38,15 @@ async fn heard(events: &mut Receiver<MachineEvent>, wanted: impl Fn(&MachineEven
             }
         }
     };
-    timeout(PATIENCE, listening).await.unwrap()
+    timeout(TEST_TIMEOUT, receiving).await.unwrap()
 }
 
 #[tokio::test]
-async fn a_launched_machine_runs_until_its_guest_is_asked_to_shut_down() {
+async fn a_machine_runs_until_its_guest_is_asked_to_shut_down() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Obedient);
     let machine = lab.driver.launch(&spec).await.unwrap();
-    lab.console_says("up\n").await;
+    lab.wait_for_console("up\n").await;
     assert_eq!(machine.state().await.unwrap(), MachineState::Running);
     assert_eq!(
         status_line(&*machine, "Name"),
@@ -55,9 +55,9 @@ async fn a_launched_machine_runs_until_its_guest_is_asked_to_shut_down() {
     );
 
     let mut events = machine.events();
-    assert_eq!(machine.stop(PATIENCE).await.unwrap(), ExitReason::GuestShutdown);
-    heard(&mut events, |event| *event == MachineEvent::GuestShutdown).await;
-    heard(&mut events, |event| {
+    assert_eq!(machine.stop(TEST_TIMEOUT).await.unwrap(), ExitReason::GuestShutdown);
+    wait_for(&mut events, |event| *event == MachineEvent::GuestShutdown).await;
+    wait_for(&mut events, |event| {
         *event == MachineEvent::Ended(ExitReason::GuestShutdown)
     })
     .await;
@@ -66,7 +66,7 @@ async fn a_launched_machine_runs_until_its_guest_is_asked_to_shut_down() {
     assert_eq!(
         machine.kill().await.unwrap(),
         ExitReason::GuestShutdown,
-        "killing the dead changes nothing"
+        "killing an ended machine changes nothing"
     );
     assert_eq!(
         machine.state().await.unwrap(),
@@ -76,9 +76,9 @@ async fn a_launched_machine_runs_until_its_guest_is_asked_to_shut_down() {
     assert!(!spec.run_dir.exists());
 }
 
-/// Has a QEMU that nobody holds open a file, as a guest that has broken into it could; what it
-/// answers.
-fn has_opened(spec: &MachineSpec, node: &str, file: &std::path::Path) -> String {
+/// Makes a QEMU without a holder open a file, as a guest that has broken into it could. Returns
+/// QEMU's response.
+fn open_in_qemu(spec: &MachineSpec, node: &str, file: &std::path::Path) -> String {
     let mut control = BufReader::new(UnixStream::connect(spec.run_dir.join("control.sock")).unwrap());
     let open = format!(
         r#"{{"execute": "blockdev-add", "arguments": {{"driver": "file", "node-name": "{node}", "read-only": true, "filename": "{}"}}}}"#,
@@ -95,30 +95,30 @@ fn has_opened(spec: &MachineSpec, node: &str, file: &std::path::Path) -> String 
 }
 
 #[tokio::test]
-async fn a_machine_s_process_opens_its_own_files_and_nobody_else_s_though_it_is_root() {
+async fn a_root_hypervisor_can_open_only_its_own_files() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     fs::write(lab.path("another-disk"), "readable by all").unwrap();
-    // Nobody holds it, so that its control socket is free.
+    // Dropped, so that its control socket is free.
     drop(lab.driver.launch(&spec).await.unwrap());
     let ask = async |node: String, file: PathBuf| {
         let spec = spec.clone();
-        // Beside the runtime, which is still to close the connection that was dropped.
-        let asked = tokio::task::spawn_blocking(move || has_opened(&spec, &node, &file));
-        timeout(PATIENCE, asked).await.unwrap().unwrap()
+        // Off the runtime's thread, which still has to close the dropped connection.
+        let asked = tokio::task::spawn_blocking(move || open_in_qemu(&spec, &node, &file));
+        timeout(TEST_TIMEOUT, asked).await.unwrap().unwrap()
     };
     let own = ask("own".into(), spec.seed.clone()).await;
     assert!(own.contains("return"), "{own}");
     let others = [lab.path("another-disk"), "/etc/passwd".into(), "/proc/1/cmdline".into()];
     for (n, file) in others.into_iter().enumerate() {
-        let refused = ask(format!("other{n}"), file.clone()).await;
-        // A kernel without Landlock leaves it to the account; these machines have it.
-        assert!(refused.contains("Permission denied"), "{}: {refused}", file.display());
+        let denied = ask(format!("other{n}"), file.clone()).await;
+        // Depends on Landlock, which these machines have; without it the account decides.
+        assert!(denied.contains("Permission denied"), "{}: {denied}", file.display());
     }
-    assert!(lab.driver.put_down(&spec.id, &spec.run_dir).await.unwrap());
+    assert!(lab.driver.force_stop(&spec.id, &spec.run_dir).await.unwrap());
 }
 
-/// The control groups of a machine.
+/// Returns the control groups of a machine.
 fn groups(machine: &dyn Machine) -> Vec<PathBuf> {
     let listed = fs::read_to_string(format!("/proc/{}/cgroup", machine.pid())).unwrap();
     let of_machine = |line: &str| {
@@ -132,7 +132,7 @@ fn groups(machine: &dyn Machine) -> Vec<PathBuf> {
 }
 
 #[tokio::test]
-async fn a_machine_is_bound_in_memory_and_processors_and_its_groups_go_with_it() {
+async fn memory_and_cpu_are_limited_and_the_groups_are_removed() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let machine = lab.driver.launch(&spec).await.unwrap();
@@ -144,8 +144,8 @@ async fn a_machine_is_bound_in_memory_and_processors_and_its_groups_go_with_it()
             .find_map(|group| fs::read_to_string(group.join(file)).ok());
         found.map(|text| text.trim().to_owned())
     };
-    // The guest's 64 MiB, QEMU's 256 and the 256 of its cache of translated code; a processor and a
-    // quarter.
+    // The guest's 64 MiB, QEMU's 256 and 256 for its cache of translated code; one and a quarter
+    // CPUs.
     let memory = read("memory.max").or_else(|| read("memory.limit_in_bytes")).unwrap();
     assert_eq!(memory, (576u64 << 20).to_string());
     let cpu = read("cpu.max").or_else(|| read("cpu.cfs_quota_us")).unwrap();
@@ -153,16 +153,16 @@ async fn a_machine_is_bound_in_memory_and_processors_and_its_groups_go_with_it()
     machine.kill().await.unwrap();
     assert!(groups.iter().all(|group| !group.exists()), "{groups:?}");
 
-    // Those of a machine that nobody watched go with what else it left.
+    // The groups of a machine without a holder are removed with its other files.
     let machine = lab.driver.launch(&spec).await.unwrap();
     let groups = self::groups(&*machine);
     drop(machine);
-    assert!(lab.driver.put_down(&spec.id, &spec.run_dir).await.unwrap());
+    assert!(lab.driver.force_stop(&spec.id, &spec.run_dir).await.unwrap());
     assert!(groups.iter().all(|group| !group.exists()), "{groups:?}");
 }
 
 #[tokio::test]
-async fn a_machine_can_be_launched_again_as_soon_as_its_end_is_known() {
+async fn a_machine_can_be_relaunched_as_soon_as_its_end_is_known() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let first = lab.driver.launch(&spec).await.unwrap();
@@ -173,10 +173,10 @@ async fn a_machine_can_be_launched_again_as_soon_as_its_end_is_known() {
 }
 
 #[tokio::test]
-async fn a_guest_that_does_not_obey_is_killed_when_its_time_is_up() {
+async fn an_unresponsive_guest_is_killed_after_its_grace_period() {
     let lab = Lab::new();
     let machine = lab.driver.launch(&lab.spec(Guest::Deaf)).await.unwrap();
-    lab.console_says("up\n").await;
+    lab.wait_for_console("up\n").await;
     let grace = Duration::from_millis(300);
     let start = Instant::now();
     assert_eq!(machine.stop(grace).await.unwrap(), ExitReason::Killed);
@@ -188,11 +188,11 @@ async fn a_paused_guest_is_resumed_to_shut_down() {
     let lab = Lab::new();
     let machine = lab.driver.launch(&lab.spec(Guest::Obedient)).await.unwrap();
     machine.pause().await.unwrap();
-    assert_eq!(machine.stop(PATIENCE).await.unwrap(), ExitReason::GuestShutdown);
+    assert_eq!(machine.stop(TEST_TIMEOUT).await.unwrap(), ExitReason::GuestShutdown);
 }
 
 #[tokio::test]
-async fn pause_resume_and_grow_are_seen_by_qemu() {
+async fn qemu_executes_pause_resume_and_grow() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Chatty);
     let machine = lab.driver.launch(&spec).await.unwrap();
@@ -201,9 +201,9 @@ async fn pause_resume_and_grow_are_seen_by_qemu() {
     machine.pause().await.unwrap();
     machine.pause().await.unwrap();
     assert_eq!(machine.state().await.unwrap(), MachineState::Paused);
-    heard(&mut events, |event| *event == MachineEvent::Stopped).await;
+    wait_for(&mut events, |event| *event == MachineEvent::Stopped).await;
 
-    // As the pool does it: the file first, then the device; and the device alone.
+    // As the pool does it: first the file, then the device; then the device alone.
     fs::File::options()
         .write(true)
         .open(lab.path("root"))
@@ -217,22 +217,22 @@ async fn pause_resume_and_grow_are_seen_by_qemu() {
     machine.resume().await.unwrap();
     machine.resume().await.unwrap();
     assert_eq!(machine.state().await.unwrap(), MachineState::Running);
-    heard(&mut events, |event| *event == MachineEvent::Resumed).await;
+    wait_for(&mut events, |event| *event == MachineEvent::Resumed).await;
 
     for smaller in [Bytes::from_mib(63), Bytes::ZERO] {
-        let refusal = machine.resize_root(smaller).await.unwrap_err();
-        assert!(refusal.to_string().contains("does not get smaller"), "{refusal}");
+        let error = machine.resize_root(smaller).await.unwrap_err();
+        assert!(error.to_string().contains("cannot shrink"), "{error}");
     }
     assert!(
         machine.resize_root(Bytes::new((64 << 20) + 1)).await.is_err(),
-        "half a sector"
+        "not a multiple of the sector size"
     );
     assert_eq!(lab.path("root").metadata().unwrap().len(), 64 << 20);
     machine.kill().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn growing_from_ten_sides_at_once_ends_at_the_largest() {
+async fn ten_concurrent_growths_end_at_the_largest_size() {
     let lab = Lab::new();
     let machine = lab.driver.launch(&lab.spec(Guest::Deaf)).await.unwrap();
     let grown = (1..=10).map(|step| {
@@ -266,31 +266,31 @@ async fn a_machine_outlives_the_process_that_launched_it() {
     assert_eq!(machine.state().await.unwrap(), MachineState::Running);
     until("the console to be recorded again", || lab.console().len() > recorded).await;
     machine.resize_root(Bytes::from_mib(20)).await.unwrap();
-    assert_eq!(machine.stop(PATIENCE).await.unwrap(), ExitReason::GuestShutdown);
+    assert_eq!(machine.stop(TEST_TIMEOUT).await.unwrap(), ExitReason::GuestShutdown);
     assert!(!spec.run_dir.exists());
 }
 
 #[tokio::test]
-async fn a_guest_that_shuts_down_while_nobody_looks_is_known_to_have_done_so() {
+async fn a_guest_shutdown_without_a_holder_is_reported_later() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Obedient);
     let machine = lab.driver.launch(&spec).await.unwrap();
-    lab.console_says("up\n").await;
+    lab.wait_for_console("up\n").await;
     drop(machine);
     let pressed = spec.clone();
     tokio::task::spawn_blocking(move || power_button(&pressed))
         .await
         .unwrap();
 
-    let machine = adopt(&lab, &spec).await.expect("its process waits to be asked");
+    let machine = adopt(&lab, &spec).await.expect("its process waits for quit");
     assert_eq!(machine.exited().await, ExitReason::GuestShutdown);
     assert!(processes_with(spec.id.as_str()).is_empty());
 }
 
-/// Presses the button and waits until the guest has obeyed, past the crate.
+/// Presses the power button and waits until the guest has obeyed, bypassing the crate.
 fn power_button(spec: &MachineSpec) {
     let mut control = UnixStream::connect(spec.run_dir.join("control.sock")).unwrap();
-    control.set_read_timeout(Some(PATIENCE)).unwrap();
+    control.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
     control
         .write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"system_powerdown\"}")
         .unwrap();
@@ -311,11 +311,11 @@ async fn adopting_a_dead_machine_cleans_up() {
 
     assert!(adopt(&lab, &spec).await.is_none());
     assert!(!spec.run_dir.exists());
-    assert!(adopt(&lab, &spec).await.is_none(), "and again");
+    assert!(adopt(&lab, &spec).await.is_none(), "a second time");
 }
 
 #[tokio::test]
-async fn a_launch_that_was_interrupted_is_undone_by_adoption() {
+async fn adopting_undoes_an_interrupted_launch() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let machine = lab.driver.launch(&spec).await.unwrap();
@@ -329,7 +329,7 @@ async fn a_launch_that_was_interrupted_is_undone_by_adoption() {
 }
 
 #[tokio::test]
-async fn a_record_that_names_another_process_kills_nobody() {
+async fn a_record_with_another_pid_kills_no_process() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let machine = lab.driver.launch(&spec).await.unwrap();
@@ -345,11 +345,11 @@ async fn a_record_that_names_another_process_kills_nobody() {
     .unwrap();
 
     assert!(adopt(&lab, &spec).await.is_none());
-    assert!(bystander.lives());
+    assert!(bystander.is_alive());
 }
 
 #[tokio::test]
-async fn a_hung_machine_can_be_put_down() {
+async fn a_hung_machine_can_be_force_stopped() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let machine = lab.driver.launch(&spec).await.unwrap();
@@ -361,7 +361,7 @@ async fn a_hung_machine_can_be_put_down() {
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("adopted a process that is stopped"),
     }
-    // It was left as it was: had it only been slow, it could still be adopted.
+    // It was left unchanged: had it only been slow, it could still be adopted.
     signal(pid, Signal::CONT);
     let machine = adopt(&lab, &spec).await.expect("it runs again");
     assert_eq!(
@@ -371,22 +371,22 @@ async fn a_hung_machine_can_be_put_down() {
     drop(machine);
 
     signal(pid, Signal::STOP);
-    assert!(put_down(&lab, &spec).await);
+    assert!(force_stop(&lab, &spec).await);
     assert!(processes_with(spec.id.as_str()).is_empty());
     assert!(!spec.run_dir.exists());
-    assert!(!put_down(&lab, &spec).await, "there is nothing left");
+    assert!(!force_stop(&lab, &spec).await, "nothing is left");
     assert!(!spec.run_dir.exists());
 }
 
-/// Well within the 10 s that a command to the hypervisor would wait.
-async fn put_down(lab: &Lab, spec: &MachineSpec) -> bool {
-    let ended = timeout(Duration::from_secs(9), lab.driver.put_down(&spec.id, &spec.run_dir)).await;
-    // It asks the hypervisor nothing.
+/// Well within the 10 s timeout of a command to the hypervisor.
+async fn force_stop(lab: &Lab, spec: &MachineSpec) -> bool {
+    let ended = timeout(Duration::from_secs(9), lab.driver.force_stop(&spec.id, &spec.run_dir)).await;
+    // It sends the hypervisor no command.
     ended.unwrap().unwrap()
 }
 
 #[tokio::test]
-async fn an_interrupted_launch_or_a_lost_folder_does_not_save_a_machine_from_being_put_down() {
+async fn force_stop_works_without_a_record_or_folder() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     type Lose = fn(&MachineSpec);
@@ -401,14 +401,14 @@ async fn an_interrupted_launch_or_a_lost_folder_does_not_save_a_machine_from_bei
         drop(machine);
         signal(pid, Signal::STOP);
         lose(&spec);
-        assert!(put_down(&lab, &spec).await);
+        assert!(force_stop(&lab, &spec).await);
         assert!(processes_with(spec.id.as_str()).is_empty());
         assert!(!spec.run_dir.exists());
     }
 }
 
 #[tokio::test]
-async fn put_down_never_kills_a_recycled_pid() {
+async fn force_stop_never_kills_a_reused_pid() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let record = spec.run_dir.join("machine.json");
@@ -417,35 +417,35 @@ async fn put_down_never_kills_a_recycled_pid() {
     drop(machine);
     let text = fs::read_to_string(&record).unwrap();
 
-    // The machine's own process is the bystander here: everything about it is right but one thing.
-    let recycled: [(&str, &str, String); 3] = [
+    // The machine's own process is the bystander here: all facts but one match.
+    let mismatches: [(&str, &str, String); 3] = [
         ("start time", "\"started\":", "\"started\":1".into()),
         ("boot", "\"boot_id\":\"", "\"boot_id\":\"0".into()),
         ("arguments", "\"argv\":[", "\"argv\":[\"other\",".into()),
     ];
-    for (what, from, to) in &recycled {
+    for (what, from, to) in &mismatches {
         assert!(text.contains(from), "{what}: {text}");
         fs::write(&record, text.replace(from, to)).unwrap();
-        assert!(!put_down(&lab, &spec).await, "another {what}");
+        assert!(!force_stop(&lab, &spec).await, "another {what}");
         assert_eq!(processes_with(spec.id.as_str()), [pid], "another {what}");
         fs::create_dir(&spec.run_dir).unwrap();
     }
 
-    // And another's pid.
+    // A record with another process' pid.
     let bystander = Bystander::new();
     let other = text.replace(&format!("\"pid\":{pid}"), &format!("\"pid\":{}", bystander.0.id()));
     fs::write(&record, other).unwrap();
-    assert!(!put_down(&lab, &spec).await);
-    assert!(bystander.lives());
+    assert!(!force_stop(&lab, &spec).await);
+    assert!(bystander.is_alive());
     assert_eq!(processes_with(spec.id.as_str()), [pid]);
 
     fs::create_dir(&spec.run_dir).unwrap();
     fs::write(&record, text).unwrap();
-    assert!(put_down(&lab, &spec).await, "with the true record it goes");
+    assert!(force_stop(&lab, &spec).await, "the original record matches");
     assert!(processes_with(spec.id.as_str()).is_empty());
 }
 
-/// A process that is none of our business; gone when dropped.
+/// An unrelated process, killed on drop.
 struct Bystander(std::process::Child);
 
 impl Bystander {
@@ -453,7 +453,7 @@ impl Bystander {
         Bystander(std::process::Command::new("sleep").arg("600").spawn().unwrap())
     }
 
-    fn lives(&self) -> bool {
+    fn is_alive(&self) -> bool {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
         !stat.contains(") Z ")
     }
@@ -461,28 +461,28 @@ impl Bystander {
 
 impl Drop for Bystander {
     fn drop(&mut self) {
-        // One that has ended already is told by the test.
+        // Errors are ignored: a test checks whether the process has ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
 #[tokio::test]
-async fn a_machine_that_is_held_is_not_put_down() {
+async fn force_stop_refuses_a_machine_with_a_holder() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let machine = lab.driver.launch(&spec).await.unwrap();
-    match lab.driver.put_down(&spec.id, &spec.run_dir).await {
+    match lab.driver.force_stop(&spec.id, &spec.run_dir).await {
         Err(Error::Running { pid, .. }) => assert_eq!(pid, Some(machine.pid())),
         other => panic!("{other:?}"),
     }
     assert_eq!(machine.state().await.unwrap(), MachineState::Running);
     machine.kill().await.unwrap();
-    assert!(!put_down(&lab, &spec).await);
+    assert!(!force_stop(&lab, &spec).await);
 }
 
 #[tokio::test]
-async fn a_machine_that_runs_is_neither_launched_nor_adopted_twice() {
+async fn a_running_machine_is_neither_launched_nor_adopted_twice() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     let machine = lab.driver.launch(&spec).await.unwrap();
@@ -500,7 +500,7 @@ async fn a_machine_that_runs_is_neither_launched_nor_adopted_twice() {
     drop(machine);
     assert!(
         matches!(lab.driver.launch(&spec).await, Err(Error::Running { .. })),
-        "left behind, and running"
+        "running without a holder"
     );
     assert_eq!(
         adopt(&lab, &spec).await.unwrap().kill().await.unwrap(),
@@ -509,7 +509,7 @@ async fn a_machine_that_runs_is_neither_launched_nor_adopted_twice() {
 }
 
 #[tokio::test]
-async fn a_failed_launch_leaves_nothing_and_says_why() {
+async fn a_failed_launch_leaves_nothing_and_reports_why() {
     let lab = Lab::new();
     let good = lab.spec(Guest::Deaf);
     let missing = |name: &str| lab.path(name);
@@ -566,20 +566,20 @@ async fn a_failed_launch_leaves_nothing_and_says_why() {
 async fn a_cancelled_launch_leaves_nothing() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
-    for patience in [Duration::ZERO, Duration::from_millis(20)] {
-        // Whether the launch got through in time does not matter: who went away has no machine.
-        let _ = timeout(patience, lab.driver.launch(&spec)).await.map(drop);
+    for limit in [Duration::ZERO, Duration::from_millis(20)] {
+        // The launch may have succeeded in time; a caller that gave up has no machine either way.
+        let _ = timeout(limit, lab.driver.launch(&spec)).await.map(drop);
         let gone = || !spec.run_dir.exists() && processes_with(spec.id.as_str()).is_empty();
         until("the cancelled launch to be undone", gone).await;
     }
 }
 
 #[tokio::test]
-async fn a_crash_is_told_from_a_kill() {
+async fn a_crash_is_distinguished_from_a_kill() {
     let lab = Lab::new();
     let machine = lab.driver.launch(&lab.spec(Guest::Deaf)).await.unwrap();
     signal(machine.pid(), Signal::SEGV);
-    let reason = timeout(PATIENCE, machine.exited()).await.unwrap();
+    let reason = timeout(TEST_TIMEOUT, machine.exited()).await.unwrap();
     assert!(
         matches!(&reason, ExitReason::Crashed { detail } if detail.contains("signal 11")),
         "{reason:?}"
@@ -587,24 +587,27 @@ async fn a_crash_is_told_from_a_kill() {
 }
 
 #[tokio::test]
-async fn a_termination_from_outside_is_not_a_crash() {
+async fn termination_by_a_signal_from_outside_is_not_a_crash() {
     let lab = Lab::new();
     let machine = lab.driver.launch(&lab.spec(Guest::Deaf)).await.unwrap();
     signal(machine.pid(), Signal::TERM);
-    assert_eq!(timeout(PATIENCE, machine.exited()).await.unwrap(), ExitReason::Killed);
+    assert_eq!(
+        timeout(TEST_TIMEOUT, machine.exited()).await.unwrap(),
+        ExitReason::Killed
+    );
 }
 
 #[tokio::test]
-async fn a_hypervisor_that_hangs_holds_nobody_up() {
+async fn a_hung_hypervisor_does_not_block_callers() {
     let lab = Lab::new();
     let machine = lab.driver.launch(&lab.spec(Guest::Deaf)).await.unwrap();
     signal(machine.pid(), Signal::STOP);
     assert!(matches!(
-        timeout(PATIENCE, machine.pause()).await.unwrap(),
+        timeout(TEST_TIMEOUT, machine.pause()).await.unwrap(),
         Err(Error::Hung { .. })
     ));
     assert_eq!(
-        timeout(PATIENCE, machine.kill()).await.unwrap().unwrap(),
+        timeout(TEST_TIMEOUT, machine.kill()).await.unwrap().unwrap(),
         ExitReason::Killed
     );
 }
@@ -615,8 +618,8 @@ async fn a_reboot_restarts_the_guest_in_place() {
     let machine = lab.driver.launch(&lab.spec(Guest::Restless)).await.unwrap();
     let mut events = machine.events();
     let pid = machine.pid();
-    heard(&mut events, |event| *event == MachineEvent::GuestReboot).await;
-    lab.console_says("up\nup\n").await;
+    wait_for(&mut events, |event| *event == MachineEvent::GuestReboot).await;
+    lab.wait_for_console("up\nup\n").await;
     assert_eq!(
         (machine.state().await.unwrap(), machine.pid()),
         (MachineState::Running, pid)
@@ -630,26 +633,26 @@ async fn a_chatty_console_stays_bounded() {
     let machine = lab.driver.launch(&lab.spec(Guest::Chatty)).await.unwrap();
     let (log, older) = (lab.path("console.log"), lab.path("console.log.1"));
     let size = |file: &PathBuf| file.metadata().map_or(0, |meta| meta.len());
-    let mut turns = 0;
+    let mut rotations = 0;
     let mut last = 0;
     let start = Instant::now();
-    while turns < 3 {
-        assert!(start.elapsed() < PATIENCE, "{turns} turns");
+    while rotations < 3 {
+        assert!(start.elapsed() < TEST_TIMEOUT, "{rotations} rotations");
         let now = size(&log);
-        turns += u32::from(now < last);
+        rotations += u32::from(now < last);
         last = now;
         assert!(now + size(&older) <= CONSOLE_LIMIT.as_u64());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     assert_eq!(
-        machine.stop(PATIENCE).await.unwrap(),
+        machine.stop(TEST_TIMEOUT).await.unwrap(),
         ExitReason::GuestShutdown,
-        "the guest was never kept waiting"
+        "the guest never blocks on its console"
     );
 }
 
 #[tokio::test]
-async fn the_hypervisor_keeps_no_privilege_it_can_do_without() {
+async fn the_hypervisor_drops_all_unneeded_privileges() {
     let lab = Lab::new();
     let spec = MachineSpec {
         run_as: Some(RunAs {
@@ -672,20 +675,20 @@ async fn the_hypervisor_keeps_no_privilege_it_can_do_without() {
     use std::os::unix::fs::PermissionsExt;
     assert_eq!(spec.run_dir.metadata().unwrap().permissions().mode() & 0o777, 0o700);
 
-    // And it still does all that is asked of it.
-    lab.console_says("w").await;
+    // The machine still works fully.
+    lab.wait_for_console("w").await;
     machine.pause().await.unwrap();
     machine.resize_root(Bytes::from_mib(24)).await.unwrap();
     machine.resume().await.unwrap();
     drop(machine);
     let machine = adopt(&lab, &spec).await.unwrap();
-    assert_eq!(machine.stop(PATIENCE).await.unwrap(), ExitReason::GuestShutdown);
+    assert_eq!(machine.stop(TEST_TIMEOUT).await.unwrap(), ExitReason::GuestShutdown);
     assert!(!lab.console().contains('E'));
     assert!(!spec.run_dir.exists());
 }
 
 #[tokio::test]
-async fn a_host_without_space_stalls_the_guest_and_fails_none_of_its_writes() {
+async fn a_full_host_stalls_the_guest_without_failing_its_writes() {
     let lab = Lab::new();
     let pool = SmallPool::mount(lab.path("pool"), 4);
     let mut spec = lab.spec(Guest::Writer);
@@ -695,24 +698,24 @@ async fn a_host_without_space_stalls_the_guest_and_fails_none_of_its_writes() {
     let machine = lab.driver.launch(&spec).await.unwrap();
     let mut events = machine.events();
 
-    let event = heard(&mut events, |event| matches!(event, MachineEvent::IoError { .. })).await;
+    let event = wait_for(&mut events, |event| matches!(event, MachineEvent::IoError { .. })).await;
     assert!(
         matches!(event, MachineEvent::IoError { nospace: true, .. }),
         "{event:?}"
     );
-    heard(&mut events, |event| *event == MachineEvent::Stopped).await;
+    wait_for(&mut events, |event| *event == MachineEvent::Stopped).await;
     assert_eq!(machine.state().await.unwrap(), MachineState::Stalled);
     machine.resume().await.unwrap();
-    heard(&mut events, |event| matches!(event, MachineEvent::IoError { .. })).await;
+    wait_for(&mut events, |event| matches!(event, MachineEvent::IoError { .. })).await;
 
     pool.grow(32);
     machine.resume().await.unwrap();
-    lab.console_says("w.w").await;
+    lab.wait_for_console("w.w").await;
     assert!(!lab.console().contains('E'), "no write failed");
     machine.kill().await.unwrap();
 }
 
-/// A file system of a few MiB in memory.
+/// A small tmpfs.
 struct SmallPool(PathBuf);
 
 impl SmallPool {

@@ -1,11 +1,10 @@
-//! A host, its guests and the world outside, each in a network namespace of its own, on this
-//! machine.
+//! Simulates a host, its guests and the outside world, each in a network namespace of its own.
 //!
-//! A namespace lives as long as a thread, a file or a socket is in it: when a test ends, however it
-//! ends, the kernel takes away its links and tables. Nothing of the real host is touched, and tests
-//! do not see each other.
+//! A namespace exists as long as a thread, a file or a socket refers to it. However a test ends,
+//! the kernel then removes its links and tables. The real host is not touched, and tests do not
+//! affect each other.
 
-// Each test binary uses its part of this; and what fails here is the test.
+// Each test binary uses only some of this; a failure here fails the test.
 #![allow(dead_code, clippy::expect_used, clippy::panic)]
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -21,14 +20,14 @@ use std::process::Command;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// For what must come: long, because machines are slow.
-pub const SOON: Duration = Duration::from_secs(20);
-/// For what must not come: a dropped packet has no event to wait for.
-pub const NEVER: Duration = Duration::from_millis(400);
+/// Timeout for expected events; generous, because machines can be slow.
+pub const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long to wait to conclude that a packet was dropped, which causes no event.
+pub const SILENCE_TIMEOUT: Duration = Duration::from_millis(400);
 
 pub const SUBNET: &str = "10.77.0.0/24";
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-/// The host's own address on the link to the world outside, and a machine there.
+/// The host's address on the link to the outside, and the address of a machine there.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 
@@ -36,14 +35,14 @@ pub fn config() -> NetConfig {
     NetConfig::new("sbtest0", SUBNET.parse().expect("a subnet"), 22001..=22100).expect("a configuration")
 }
 
-/// The n-th VM: address `10.77.0.(10 + n)`, port `22001 + n`.
+/// Returns the endpoint of VM number `n`: address `10.77.0.(10 + n)`, port `22001 + n`.
 pub fn endpoint(n: u8) -> Endpoint {
     let ip = Ipv4Addr::new(10, 77, 0, 10 + n);
     Endpoint::new(&format!("vm-00000000000{n:x}"), ip, 22001 + u16::from(n)).expect("an endpoint")
 }
 
-/// Runs a test as a host of its own: its thread, the async runtime on it, and the programs it
-/// starts.
+/// Runs a test on a simulated host. The test's thread, its async runtime, and the programs it
+/// starts are in a new network namespace.
 pub fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     let namespace = Namespace::new();
     namespace.run(|| {
@@ -61,20 +60,20 @@ pub struct Namespace(File);
 
 impl Namespace {
     pub fn new() -> Namespace {
-        let made = std::thread::spawn(|| {
-            // SAFETY: of what threads share, only the network namespace is left, and nothing here
-            // relies on it being shared.
+        let thread = std::thread::spawn(|| {
+            // SAFETY: the only thing that threads stop sharing is the network namespace, and
+            // nothing here relies on sharing it.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace (tests run as root)");
             Namespace::current()
         });
-        made.join().expect("a namespace")
+        thread.join().expect("a namespace")
     }
 
     pub fn current() -> Namespace {
         Namespace(File::open("/proc/thread-self/ns/net").expect("the thread's namespace"))
     }
 
-    /// Runs `f` in there, on a thread of its own.
+    /// Runs `f` in the namespace, on a thread of its own.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -85,13 +84,13 @@ impl Namespace {
         })
     }
 
-    /// For programs that want a path.
+    /// Returns a path to the namespace, for programs.
     fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 }
 
-/// Runs a program in the namespace of the calling thread and returns what it wrote.
+/// Runs a program in the calling thread's namespace and returns its output.
 pub fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
     let output = Command::new(program)
         .args(arguments)
@@ -105,18 +104,18 @@ pub fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
     }
 }
 
-/// `ip` with these words, in the namespace of the calling thread.
+/// Runs `ip` in the calling thread's namespace.
 pub fn ip(words: &str) -> String {
     let arguments: Vec<&str> = words.split_whitespace().collect();
     run("ip", &arguments).unwrap_or_else(|error| panic!("ip {words}: {error}"))
 }
 
-/// `nft` with one command, in the namespace of the calling thread.
+/// Runs `nft` with one command in the calling thread's namespace.
 pub fn nft(command: &str) -> String {
     run("nft", &[command]).unwrap_or_else(|error| panic!("nft {command}: {error}"))
 }
 
-/// All rules and elements here, without what counters count.
+/// Returns all rules and elements of the namespace, without counter values.
 pub fn rules() -> String {
     run("nft", &["--stateless", "list", "ruleset"]).unwrap_or_else(|error| panic!("nft: {error}"))
 }
@@ -126,7 +125,7 @@ pub fn sysctl(path: &str, value: &str) {
     std::fs::write(format!("/proc/sys/net/{path}"), value).unwrap_or_else(|error| panic!("{path}: {error}"));
 }
 
-/// The names of the links here, `lo` and the kernel's own (ifb) left out.
+/// Returns the names of the namespace's links, except `lo` and the kernel's own (ifb).
 pub fn links() -> Vec<String> {
     let listed = ip("-o link");
     let names = listed.lines().filter_map(|line| line.split(": ").nth(1));
@@ -138,8 +137,8 @@ pub fn links() -> Vec<String> {
     names
 }
 
-/// A machine elsewhere, linked to the host by a cable. It has no route to the guests, unless a test
-/// gives it one.
+/// Creates a machine in the outside world, connected to the host by a veth pair. It has no route to
+/// the guests, unless a test adds one.
 pub fn outside() -> Namespace {
     let world = Namespace::new();
     ip(&format!("link add up0 type veth peer name eth0 netns {}", world.path()));
@@ -153,16 +152,16 @@ pub fn outside() -> Namespace {
     world
 }
 
-/// A machine behind a tap: a namespace with a card `eth0`, and a thread that carries frames between
-/// that card and the host's tap, which it opens by name as a VMM does. On its port 22 a server says
-/// `guest A.B.C.D` and then repeats what it hears.
+/// A simulated guest: a namespace with an interface `eth0`, connected to the host's tap. A thread
+/// copies frames between the two; it opens the tap by name as a VMM does. A server on the guest's
+/// port 22 sends `guest A.B.C.D` and then echoes.
 pub struct Guest {
     pub inside: Namespace,
     _power: UnixStream,
 }
 
 impl Guest {
-    /// Boots with the MAC and the address of the endpoint.
+    /// Starts a guest with the endpoint's MAC and address.
     pub fn boot(endpoint: &Endpoint) -> Guest {
         let host_side = open_tap(endpoint.tap());
         let inside = Namespace::new();
@@ -181,12 +180,12 @@ impl Guest {
             card
         });
         let (power, plug) = UnixStream::pair().expect("a pair");
-        std::thread::spawn(move || carry(host_side, card, plug));
+        std::thread::spawn(move || copy_frames(host_side, card, plug));
         Guest { inside, _power: power }
     }
 }
 
-/// Opens a tap of the calling thread's namespace, making it if there is none.
+/// Opens a tap in the calling thread's namespace; creates it if it does not exist.
 pub fn open_tap(name: &str) -> File {
     #[repr(C)]
     struct IfReq {
@@ -214,8 +213,8 @@ pub fn open_tap(name: &str) -> File {
     file
 }
 
-/// A wire between two taps, until the other end of `plug` is dropped.
-fn carry(a: File, b: File, plug: UnixStream) {
+/// Copies frames between two taps until the other end of `plug` is dropped.
+fn copy_frames(a: File, b: File, plug: UnixStream) {
     let mut frame = vec![0; 1 << 16];
     loop {
         let mut ready = [
@@ -224,41 +223,42 @@ fn carry(a: File, b: File, plug: UnixStream) {
             PollFd::new(&plug, PollFlags::IN),
         ];
         poll(&mut ready, None).expect("poll");
-        let [from_a, from_b, pulled] = ready.map(|fd| fd.revents());
-        if !pulled.is_empty() {
+        let [from_a, from_b, unplugged] = ready.map(|fd| fd.revents());
+        if !unplugged.is_empty() {
             return;
         }
         for (events, mut from, mut to) in [(from_a, &a, &b), (from_b, &b, &a)] {
-            // A tap that was deleted says so; the wire then hangs loose until the guest is dropped.
+            // The tap was deleted: stop copying.
             if events.contains(PollFlags::ERR) || events.contains(PollFlags::HUP) {
                 return;
             }
             if events.contains(PollFlags::IN) {
                 let length = from.read(&mut frame).unwrap_or(0);
-                // A card that is down or gone loses frames, as cards do.
+                // Frames to an interface that is down or gone are lost.
                 let _lost = to.write(&frame[..length]);
             }
         }
     }
 }
 
-/// Listens in the namespace of the calling thread: greets each client with a line that ends in the
-/// client's address, and repeats what it says. The clients' addresses come out of the channel too.
+/// Starts a server in the calling thread's namespace. It greets each client with a line that ends
+/// in the client's address, and then echoes. Also sends the clients' addresses to the returned
+/// channel.
 pub fn serve(at: SocketAddrV4, greeting: String) -> Receiver<SocketAddr> {
     let listener = TcpListener::bind(at).unwrap_or_else(|error| panic!("listen on {at}: {error}"));
     let (seen, clients) = channel();
     std::thread::spawn(move || {
         while let Ok((client, address)) = listener.accept() {
-            // The test may have dropped its end; the server goes on.
-            let _unheard = seen.send(address);
+            // The test may have dropped the receiver; the server continues.
+            let _ignored = seen.send(address);
             let greeting = greeting.clone();
-            std::thread::spawn(move || talk(client, &greeting, address));
+            std::thread::spawn(move || greet_and_echo(client, &greeting, address));
         }
     });
     clients
 }
 
-fn talk(mut client: TcpStream, greeting: &str, address: SocketAddr) -> io::Result<()> {
+fn greet_and_echo(mut client: TcpStream, greeting: &str, address: SocketAddr) -> io::Result<()> {
     writeln!(client, "{greeting} to {}", address.ip())?;
     io::copy(&mut client.try_clone()?, &mut client)?;
     Ok(())
@@ -267,14 +267,14 @@ fn talk(mut client: TcpStream, greeting: &str, address: SocketAddr) -> io::Resul
 /// A connection to one of those servers.
 pub struct Session {
     reader: BufReader<TcpStream>,
-    /// What the server said first.
+    /// The server's first line.
     pub greeting: String,
 }
 
 impl Session {
-    /// Connects, from the namespace of the calling thread.
+    /// Connects, from the calling thread's namespace.
     pub fn open(to: Ipv4Addr, port: u16) -> io::Result<Session> {
-        Session::open_within(to, port, SOON)
+        Session::open_within(to, port, EVENT_TIMEOUT)
     }
 
     pub fn open_within(to: Ipv4Addr, port: u16, limit: Duration) -> io::Result<Session> {
@@ -288,14 +288,14 @@ impl Session {
         Ok(session)
     }
 
-    /// Says a word and hears it again.
+    /// Sends a word and waits for its echo.
     pub fn echo(&mut self, word: &str) -> io::Result<()> {
         writeln!(self.reader.get_mut(), "{word}")?;
-        let heard = self.line()?;
-        if heard == word {
+        let received = self.line()?;
+        if received == word {
             Ok(())
         } else {
-            Err(io::Error::other(format!("said {word:?}, heard {heard:?}")))
+            Err(io::Error::other(format!("sent {word:?}, received {received:?}")))
         }
     }
 
@@ -306,42 +306,43 @@ impl Session {
     }
 }
 
-/// What the server at the other end says, or the reason why there is none.
+/// Returns the server's greeting, or the error from connecting.
 pub fn greeting(to: Ipv4Addr, port: u16) -> String {
     Session::open(to, port).map_or_else(|error| format!("{to}:{port}: {error}"), |session| session.greeting)
 }
 
-/// Nobody answers, and not because it takes long.
+/// Asserts that no server responds.
 #[track_caller]
 pub fn unreachable(to: Ipv4Addr, port: u16) {
-    if let Ok(session) = Session::open_within(to, port, NEVER) {
-        panic!("{to}:{port} answered {:?}", session.greeting);
+    if let Ok(session) = Session::open_within(to, port, SILENCE_TIMEOUT) {
+        panic!("{to}:{port} responded {:?}", session.greeting);
     }
 }
 
-/// Whether the machine answers a ping (RFC 792), from the namespace of the calling thread.
-pub fn answers_ping(to: Ipv4Addr) -> bool {
+/// Returns whether the machine responds to a ping (RFC 792), sent from the calling thread's
+/// namespace.
+pub fn responds_to_ping(to: Ipv4Addr) -> bool {
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, connect, ipproto, recv, send, socket, sockopt};
     const ECHO_REQUEST: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 1];
     const ECHO_REPLY: u8 = 0;
     sysctl("ipv4/ping_group_range", "0 0");
     let socket = socket(AddressFamily::INET, SocketType::DGRAM, Some(ipproto::ICMP)).expect("a ping socket");
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(NEVER)).expect("a deadline");
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(SILENCE_TIMEOUT)).expect("a deadline");
     connect(&socket, &SocketAddrV4::new(to, 0)).expect("connect");
     send(&socket, &ECHO_REQUEST, SendFlags::empty()).expect("send");
     let mut reply = [0; 64];
     recv(&socket, &mut reply[..], RecvFlags::empty()).is_ok() && reply[0] == ECHO_REPLY
 }
 
-/// Waits until `f` has something.
+/// Polls until `f` returns a value.
 #[track_caller]
 pub fn eventually<T>(what: &str, mut f: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + EVENT_TIMEOUT;
     loop {
         if let Some(found) = f() {
             return found;
         }
-        assert!(Instant::now() < deadline, "never: {what}");
+        assert!(Instant::now() < deadline, "timed out waiting for: {what}");
         std::thread::yield_now();
     }
 }

@@ -1,40 +1,40 @@
-//! Guests of a few dozen bytes, so that a machine starts in milliseconds and does one thing that a
-//! test can see.
+//! Guests of a few dozen bytes, so that a machine starts in milliseconds and does one observable
+//! thing.
 //!
-//! Each is an ELF file with a PVH entry (Xen's `PHYS32_ENTRY` note), which QEMU boots directly in
-//! 32-bit protected mode. They speak to `microvm`'s devices by address: the serial port at 0x3f8,
-//! the ACPI event device at 0xfea00000 (reading it shows a pressed power button as bit 1; its
-//! register block at +0x200 powers off and resets), virtio-mmio from 0xfeb00000 on.
+//! Each guest is an ELF file with a PVH entry (Xen's `PHYS32_ENTRY` note), which QEMU boots
+//! directly in 32-bit protected mode. It accesses `microvm`'s devices by address: the serial port
+//! at 0x3f8, the ACPI event device at 0xfea00000 (bit 1 of a read is a pressed power button; the
+//! register block at +0x200 powers off and resets), and virtio-mmio from 0xfeb00000 on.
 
 use std::arch::global_asm;
 use std::fs;
 use std::path::Path;
 
-/// What the guest does.
+/// The behaviour of the guest.
 #[derive(Debug, Clone, Copy)]
 pub enum Guest {
-    /// Says `up`, waits for the power button, obeys it.
+    /// Prints `up`, then waits for the power button and powers off.
     Obedient,
-    /// Says `up`, and hears nothing.
+    /// Prints `up`, then ignores everything.
     Deaf,
-    /// Fills the console without end; obeys the power button.
+    /// Prints endlessly; powers off on the power button.
     Chatty,
-    /// Says `up` and restarts the machine, without end.
+    /// Prints `up` and resets the machine, endlessly.
     Restless,
-    /// Writes the first writable disk over and over in pieces of 64 KiB: `w` for each, `E` where it
-    /// failed, `.` at the end.
+    /// Writes the first writable disk repeatedly in pieces of 64 KiB. Prints `w` for each write,
+    /// `E` for a failed one, `.` at the end of the disk.
     Writer,
 }
 
 impl Guest {
-    /// Writes the guest where a [`MachineSpec`](scalebox_vmm::MachineSpec) can name it as its
+    /// Writes the guest to a file that a [`MachineSpec`](scalebox_vmm::MachineSpec) can name as its
     /// kernel.
     pub fn write_to(self, file: &Path) {
         fs::write(file, elf(self.code())).unwrap();
     }
 
-    /// The same in a 64-bit file, the only kind that Firecracker loads. Devices lie elsewhere
-    /// there, but for the serial port.
+    /// Writes the guest as a 64-bit file, the only kind that Firecracker loads. Except for the
+    /// serial port, Firecracker's devices are at other addresses.
     pub fn write_64_to(self, file: &Path) {
         fs::write(file, elf_64(self.code())).unwrap();
     }
@@ -47,7 +47,7 @@ impl Guest {
             Guest::Restless => (&raw const guest_restless, &raw const guest_restless_end),
             Guest::Writer => (&raw const guest_writer, &raw const guest_writer_end),
         };
-        // SAFETY: both labels stand in the same read-only section below, the end behind the start.
+        // SAFETY: both labels are in the same read-only section below, the end after the start.
         unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
     }
 }
@@ -65,10 +65,10 @@ unsafe extern "C" {
     static guest_writer_end: u8;
 }
 
-/// Where the code is loaded and entered.
+/// Address at which the code is loaded and entered.
 const LOAD: u32 = 0x10_0000;
 
-/// A 32-bit ELF file of one loaded segment and one note.
+/// Builds a 32-bit ELF file with one loaded segment and one note.
 fn elf(code: &[u8]) -> Vec<u8> {
     const HEADERS: u32 = 52 + 2 * 32;
     let note: Vec<u8> = [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), LOAD]
@@ -91,7 +91,7 @@ fn elf(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A 64-bit ELF file of one loaded segment and the same note.
+/// Builds a 64-bit ELF file with one loaded segment and the same note.
 fn elf_64(code: &[u8]) -> Vec<u8> {
     const HEADERS: u64 = 64 + 2 * 56;
     let note: Vec<u8> = [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), LOAD]
@@ -124,8 +124,8 @@ global_asm!(
     .pushsection .rodata
     .code32
 
-    // Writes one character when the port has room for it.
-    .macro say char
+    // Writes one character once the port can accept it.
+    .macro print char
         mov dx, 0x3fd
     91: in al, dx
         test al, 0x20
@@ -135,13 +135,13 @@ global_asm!(
         out dx, al
     .endm
 
-    .macro say_up
-        say 'u'
-        say 'p'
-        say 10
+    .macro print_up
+        print 'u'
+        print 'p'
+        print 10
     .endm
 
-    // Powers off (sleep type 5) when the power button was pressed.
+    // Powers off (sleep type 5) if the power button was pressed.
     .macro obey_button
         test dword ptr [0xfea00000], 2
         jz 92f
@@ -151,7 +151,7 @@ global_asm!(
 
     .globl guest_obedient, guest_obedient_end
     guest_obedient:
-        say_up
+        print_up
     2:  obey_button
         pause
         jmp 2b
@@ -159,7 +159,7 @@ global_asm!(
 
     .globl guest_deaf, guest_deaf_end
     guest_deaf:
-        say_up
+        print_up
     2:  cli
         hlt
         jmp 2b
@@ -168,17 +168,17 @@ global_asm!(
     .globl guest_chatty, guest_chatty_end
     guest_chatty:
         mov ecx, 64
-    2:  say 'x'
+    2:  print 'x'
         dec ecx
         jnz 2b
-        say 10
+        print 10
         obey_button
         jmp guest_chatty
     guest_chatty_end:
 
     .globl guest_restless, guest_restless_end
     guest_restless:
-        say_up
+        print_up
         mov byte ptr [0xfea00202], 0x42
     2:  hlt
         jmp 2b
@@ -249,11 +249,11 @@ global_asm!(
         cmp byte ptr [0x203010], 0
         je 8f
         mov cl, 'E'
-    8:  say cl
+    8:  print cl
         add esi, 128
         cmp esi, dword ptr [ebx + 0x100]
         jb 6b
-        say '.'
+        print '.'
         jmp 5b
     guest_writer_end:
 

@@ -1,5 +1,5 @@
-//! A laboratory for machines: a folder, a tap, a disk, a driver; all of it gone in the end, also
-//! after a panic.
+//! A lab for machines: a folder, a tap, disks and a driver. All of them are removed at the end,
+//! even after a panic.
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
@@ -17,10 +17,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// The longest that any test waits for anything. Generous: emulation on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout for any single wait. Generous, for emulation on a busy machine.
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Everything that a machine needs but the machine.
+/// Everything that a machine needs to be launched.
 pub struct Lab {
     folder: PathBuf,
     tap: String,
@@ -42,7 +42,7 @@ impl Lab {
         }
     }
 
-    /// The same laboratory, seen from another process.
+    /// The same lab, used from another process.
     fn shared(folder: &str, tap: &str) -> Lab {
         Lab {
             folder: folder.into(),
@@ -56,7 +56,7 @@ impl Lab {
         self.folder.join(name)
     }
 
-    /// A machine that has not been launched, with disks of its own.
+    /// Returns the specification of a machine, with newly created disks.
     pub fn spec(&self, guest: Guest) -> MachineSpec {
         let id: MachineId = format!("vm-{}", unique(&self.folder)).parse().unwrap();
         guest.write_to(&self.path("kernel"));
@@ -83,17 +83,17 @@ impl Lab {
         }
     }
 
-    /// Everything on the console so far.
+    /// Returns the console output so far.
     pub fn console(&self) -> String {
         console_tail(&self.path("console.log"), Bytes::from_mib(8)).unwrap()
     }
 
-    pub async fn console_says(&self, text: &str) {
+    pub async fn wait_for_console(&self, text: &str) {
         until(&format!("{text:?} on the console"), || self.console().contains(text)).await;
     }
 
-    /// Runs the test `name` again in a process of its own, which finds the laboratory by
-    /// [`Lab::inherited`] and is expected to die by SIGKILL.
+    /// Re-runs the test `name` in a child process, which gets the lab by [`Lab::inherited`] and
+    /// must die by SIGKILL.
     pub fn in_a_process_that_dies(&self, name: &str) {
         let status = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", name, "--nocapture"])
@@ -120,7 +120,7 @@ impl Drop for Lab {
         if self.owned.is_none() {
             return;
         }
-        // By folder or by id: a jailed process names no folder.
+        // Searched by folder and by id, because a jailed process names no folder.
         let id = format!("vm-{}", unique(&self.folder));
         for pid in [self.folder.to_str().unwrap(), &id]
             .into_iter()
@@ -130,26 +130,26 @@ impl Drop for Lab {
         }
         let deleted = Command::new("ip").args(["link", "delete", &self.tap]).status();
         if !deleted.is_ok_and(|status| status.success()) {
-            eprintln!("tap {} not deleted", self.tap);
+            eprintln!("cannot delete tap {}", self.tap);
         }
     }
 }
 
-/// Dies as by `kill -9`, without a destructor.
+/// Kills this process with SIGKILL: no destructors run.
 pub fn die() -> ! {
     signal(std::process::id() as i32, Signal::KILL);
     unreachable!("SIGKILL")
 }
 
-/// Sends a signal to a process of the laboratory.
+/// Sends a signal to a process of the lab.
 pub fn signal(pid: i32, signal: Signal) {
     if let Ok(pidfd) = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()) {
-        // One that has ended in between is what was wanted.
+        // An error means that the process has already ended.
         let _ = pidfd_send_signal(pidfd, signal);
     }
 }
 
-/// The hypervisors' processes that have `text` in their arguments.
+/// Returns the hypervisor processes that have `text` in their arguments.
 pub fn processes_with(text: &str) -> Vec<i32> {
     let entries = fs::read_dir("/proc")
         .unwrap()
@@ -162,7 +162,7 @@ pub fn processes_with(text: &str) -> Vec<i32> {
     entries.filter(has).collect()
 }
 
-/// One line of `/proc/PID/status`.
+/// Returns one field of `/proc/PID/status`.
 pub fn status_line(machine: &dyn Machine, key: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap();
     let line = status
@@ -171,11 +171,11 @@ pub fn status_line(machine: &dyn Machine, key: &str) -> String {
     line.unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Waits until something is so, for which there is no event.
-pub async fn until(what: &str, so: impl Fn() -> bool) {
+/// Polls until `condition` holds, for states without an event.
+pub async fn until(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < PATIENCE, "still waiting for {what}");
+    while !condition() {
+        assert!(start.elapsed() < TEST_TIMEOUT, "still waiting for {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -185,7 +185,7 @@ pub fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
 }
 
-/// 12 hex digits that belong to a temporary folder.
+/// Derives 12 hex digits from a temporary folder's path.
 fn unique(folder: &Path) -> String {
     let mut hasher = DefaultHasher::new();
     folder.hash(&mut hasher);

@@ -1,15 +1,15 @@
-//! Making the installed Debian a guest: account, units, drivers, and nothing that belongs to one
-//! machine only.
+//! Turns the installed Debian into a guest: account, units, drivers, and no state of a single
+//! machine.
 
 use crate::command::{Program, run};
+use crate::embedded;
 use crate::error::Error;
-use crate::files;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-/// Units of ours, and of Debian's that are off by default, that start with a guest.
+/// Units that are enabled in a guest: our own, and Debian's that are disabled by default.
 const ENABLED_UNITS: [&str; 5] = [
     "scalebox-poweroff.service",
     "scalebox-seed.service",
@@ -18,21 +18,21 @@ const ENABLED_UNITS: [&str; 5] = [
     "ssh.service",
 ];
 
-/// What the build or its packages leave that would be the same in every clone, or is of no use in
-/// one.
-const REMOVED: [&str; 13] = [
-    // Made at the first boot.
+/// Files that the build or its packages leave, and that would be identical in every clone, or are
+/// useless there.
+const REMOVED_PATHS: [&str; 13] = [
+    // Created at the first boot.
     "etc/hostname",
     "var/lib/dbus/machine-id",
     "var/lib/systemd/random-seed",
-    // mmdebstrap's own; ours is beside it.
+    // mmdebstrap's own; ours is next to it.
     "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
     "etc/apt/apt.conf.d/99mmdebstrap",
     // Its presence makes the journal persistent.
     "var/log/journal",
-    // Points modules-load.d at the empty /etc/modules: a unit run for nothing at each boot.
+    // Makes modules-load.d read the empty /etc/modules: a useless unit at each boot.
     "etc/modules-load.d/modules.conf",
-    // The message of the day: programs run before each login's first prompt.
+    // The message of the day: runs programs before the first prompt of each login.
     "etc/motd",
     "etc/update-motd.d/10-uname",
     "var/log/apt",
@@ -41,15 +41,15 @@ const REMOVED: [&str; 13] = [
     "var/log/bootstrap.log",
 ];
 
-/// Turns the root below `root` into a guest's. `kernel` holds the unpacked kernel package with the
-/// modules of `version`.
-pub(crate) fn furnish(root: &Path, kernel: &Path, version: &str) -> Result<(), Error> {
+/// Turns the installation below `root` into a guest's root file system. `kernel` is the unpacked
+/// kernel package with the modules of `version`.
+pub(crate) fn customize(root: &Path, kernel: &Path, version: &str) -> Result<(), Error> {
     install_modules(root, kernel, version)?;
-    for file in files::IN_GUEST {
+    for file in embedded::GUEST_FILES {
         write(root, file.path, file.mode, file.content)?;
     }
     add_account(root)?;
-    for path in REMOVED {
+    for path in REMOVED_PATHS {
         remove(&root.join(path))?;
     }
     remove_host_keys(root)?;
@@ -57,8 +57,8 @@ pub(crate) fn furnish(root: &Path, kernel: &Path, version: &str) -> Result<(), E
     link("../run/scalebox/resolv.conf", &root.join("etc/resolv.conf"))?;
     make_dir(&root.join("var/lib/scalebox"))?;
     choose_units(root)?;
-    // systemd compares these with /usr and would run sysusers, ldconfig and others in every clone's
-    // first boot.
+    // systemd compares the time stamps of these files with /usr, and would run sysusers, ldconfig
+    // and others at the first boot of every clone.
     write(root, "etc/.updated", 0o644, "")?;
     write(root, "var/.updated", 0o644, "")
 }
@@ -79,11 +79,11 @@ fn install_modules(root: &Path, kernel: &Path, version: &str) -> Result<(), Erro
     )
 }
 
-/// The device nodes by which a module is loaded when they are opened (`/dev/fuse`, `/dev/net/tun`),
-/// as tmpfiles.d(5) lines: what `kmod static-nodes` prints for the kernel that runs, for the one
-/// that will. Lines of `modules.devname` are `MODULE NAME {c|b}MAJOR:MINOR`.
+/// Returns tmpfiles.d(5) lines for device nodes that load a module when opened (`/dev/fuse`,
+/// `/dev/net/tun`). `kmod static-nodes` prints them for the running kernel; this function does so
+/// for the guest's. Lines of `modules.devname` are `MODULE NAME {c|b}MAJOR:MINOR`.
 fn static_nodes(devname: &str) -> String {
-    let mut lines = String::from("# Made of modules.devname; stands in for kmod-static-nodes.service.\n");
+    let mut lines = String::from("# Generated from modules.devname; replaces kmod-static-nodes.service.\n");
     for line in devname.lines().filter(|line| !line.starts_with('#')) {
         let mut fields = line.split_whitespace().skip(1);
         let (Some(name), Some(numbers)) = (fields.next(), fields.next()) else {
@@ -98,8 +98,8 @@ fn static_nodes(devname: &str) -> String {
     lines
 }
 
-/// `user`: logs in by key alone (`*` is no password's hash, yet does not lock the account for PAM),
-/// may become root, may read the journal.
+/// Adds the account `user`. It logs in by key only (the password `*` matches no hash, but does not
+/// lock the account for PAM), may use sudo and may read the journal.
 fn add_account(root: &Path) -> Result<(), Error> {
     chroot(
         root,
@@ -128,15 +128,15 @@ fn remove_host_keys(root: &Path) -> Result<(), Error> {
 
 fn choose_units(root: &Path) -> Result<(), Error> {
     let units = root.join("etc/systemd/system");
-    for unit in files::entries(files::MASKED_UNITS) {
+    for unit in embedded::entries(embedded::MASKED_UNITS) {
         link("/dev/null", &units.join(unit))?;
     }
     let generators = root.join("etc/systemd/system-generators");
     make_dir(&generators)?;
-    for generator in files::entries(files::MASKED_GENERATORS) {
+    for generator in embedded::entries(embedded::MASKED_GENERATORS) {
         link("/dev/null", &generators.join(generator))?;
     }
-    // The package has enabled its own ssh.service, which ours replaces and wants elsewhere.
+    // The package enabled its own ssh.service for another target; ours replaces it.
     remove(&units.join("multi-user.target.wants/ssh.service"))?;
     let mut enable = vec!["systemctl", "--quiet", "enable"];
     enable.extend(ENABLED_UNITS);
@@ -150,7 +150,7 @@ fn chroot(root: &Path, argv: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-/// A folder of the guest, with those on the way to it: for everybody in the guest, whatever this
+/// Creates a folder of the guest and its parents, readable by all users of the guest, whatever this
 /// process' umask.
 fn make_dir(path: &Path) -> Result<(), Error> {
     if path.is_dir() {
@@ -168,7 +168,7 @@ fn write(root: &Path, path: &str, mode: u32, content: &str) -> Result<(), Error>
     if let Some(dir) = path.parent() {
         make_dir(dir)?;
     }
-    // A link there would be followed, and an absolute one leads out of the guest's root.
+    // Writing would follow a symbolic link, and an absolute one leads out of the guest's root.
     remove(&path)?;
     fs::write(&path, content).map_err(Error::io("write", &path))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(Error::io("set the mode of", &path))
@@ -179,10 +179,10 @@ fn link(target: &str, path: &Path) -> Result<(), Error> {
     symlink(target, path).map_err(Error::io("link", path))
 }
 
-/// Removes a file, link or directory of the guest's root; it need not be there.
+/// Removes a file, link or directory of the guest's root, if it exists.
 fn remove(path: &Path) -> Result<(), Error> {
     let removed = match fs::symlink_metadata(path) {
-        Ok(what) if what.is_dir() => fs::remove_dir_all(path),
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),
         Err(error) => Err(error),
     };
@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn static_nodes_are_those_that_kmod_would_print() {
+    fn static_nodes_match_the_output_of_kmod() {
         let devname = "# Device nodes to trigger on-demand module loading.\nfuse fuse c10:229\ntun net/tun c10:200\n";
         let lines: Vec<String> = static_nodes(devname).lines().skip(1).map(str::to_owned).collect();
         assert_eq!(

@@ -1,14 +1,14 @@
-//! Which archive a guest is made from: the one this host uses itself, where that is Debian's.
+//! Chooses the package archive of a guest: the host's own, if it is Debian's.
 
 use crate::command::{Program, run};
 use crate::recipe::Recipe;
 
-/// What `apt-get indextargets` is asked to print for each index of packages it knows; fields of
-/// apt's documentation in `acquire-additional-files.md`. A field that a source does not have is
-/// printed as it stands here.
+/// The format in which `apt-get indextargets` prints each package index it knows; fields are
+/// documented in apt's `acquire-additional-files.md`. A field that a source lacks is printed
+/// literally.
 const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(REPO_URI)|$(ORIGIN)";
 
-/// The arguments that tell mmdebstrap where to get packages from; none makes it use its default.
+/// Returns mmdebstrap's arguments for its package sources. None makes it use its default.
 pub(crate) fn mirrors(recipe: &Recipe) -> Vec<String> {
     if let Some(mirror) = &recipe.mirror {
         return vec![mirror.clone()];
@@ -19,14 +19,15 @@ pub(crate) fn mirrors(recipe: &Recipe) -> Vec<String> {
     ) {
         Ok(indexes) => sources(&indexes, &recipe.suite),
         Err(error) => {
-            tracing::warn!(%error, "this host's apt does not tell its sources: the bootstrap's default mirror is used");
+            tracing::warn!(%error, "cannot list the sources of this host's apt; using mmdebstrap's default mirror");
             Vec::new()
         }
     }
 }
 
-/// The lines of a sources.list for `suite` with its updates and security updates, as far as they
-/// are among `indexes`. Without the suite itself there are none: updates alone install nothing.
+/// Returns sources.list lines for `suite`, its updates and its security updates, as far as
+/// `indexes` contains them. Without the suite itself there are none: updates alone cannot be
+/// installed.
 fn sources(indexes: &str, suite: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     let mut has_suite = false;
@@ -40,12 +41,11 @@ fn sources(indexes: &str, suite: &str) -> Vec<String> {
         let wanted = release
             .strip_prefix(suite)
             .is_some_and(|rest| ["", "-updates", "-security"].contains(&rest));
-        // No origin: apt has not read the release yet. What comes from there must bear Debian's
-        // signature either way.
+        // No origin: apt has not read the release yet. Debian's signature is checked in any case.
         let debian = origin == "Debian" || origin == "$(ORIGIN)" || origin.is_empty();
-        // The guest has to reach it as well.
+        // The guest must be able to reach it too.
         let reachable = uri.starts_with("http://") || uri.starts_with("https://");
-        // Without a user name and password that would go into the template with it.
+        // Credentials in the URL would become part of the template.
         if !wanted || !debian || !reachable || component != "main" || uri.contains('@') {
             continue;
         }
@@ -74,7 +74,7 @@ trixie|main|http://mirror.example/debian/|Debian
 ";
 
     #[test]
-    fn a_debian_host_s_own_archive_is_used_with_its_updates() {
+    fn a_debian_host_s_archive_is_used_with_its_updates() {
         assert_eq!(
             sources(HOST, "bookworm"),
             [
@@ -90,7 +90,7 @@ trixie|main|http://mirror.example/debian/|Debian
     }
 
     #[test]
-    fn other_hosts_leave_the_choice_to_the_bootstrap() {
+    fn other_hosts_use_the_default_mirror() {
         assert!(sources(HOST, "noble").is_empty());
         assert!(sources("noble|main|http://mirror.example/ubuntu/|Ubuntu\n", "noble").is_empty());
         assert!(
