@@ -6,8 +6,8 @@ use crate::measure::timed;
 use crate::{Outcome, Setup};
 use rustix::fs::ioctl_ficlone;
 use scalebox_client::{Client, CreateVm, SshPublicKey};
-use scalebox_storage::{Backing, Bounds, Name, Pool};
-use scalebox_units::Gib;
+use scalebox_storage::{Backing, Bounds, Pool};
+use scalebox_units::{Gib, TemplateName, VmId};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ pub struct Workshop<'a> {
     setup: &'a Setup,
     daemon: &'a Daemon,
     pool: Pool,
-    template: Name,
+    template: TemplateName,
     key: SshPublicKey,
 }
 
@@ -76,7 +76,7 @@ impl<'a> Workshop<'a> {
 
     /// Makes a disk, tells how long that took, and what to give to [`Workshop::remove`].
     pub fn make(&self, way: Way, number: usize, size_gib: u64) -> Outcome<(Duration, String)> {
-        let id = format!("bench-{number:05}");
+        let id = format!("vm-{number:012x}");
         match way {
             Way::Seed => {
                 let mount_point = self.setup.scratch.join("mnt").join(&id);
@@ -107,7 +107,7 @@ impl<'a> Workshop<'a> {
                 Ok((time, id))
             }
             Way::Library => {
-                let name: Name = id.parse()?;
+                let name: VmId = id.parse()?;
                 let (time, ()) = timed(|| {
                     let admitted = self.pool.admit(Gib::new(size_gib).bytes())?;
                     self.pool.create_disk(&name, &self.template, &admitted)?;

@@ -8,8 +8,8 @@
 use crate::service::{Service, blocking};
 use crate::state::Record;
 use scalebox_client::StorageUsage;
-use scalebox_storage::{Name, PoolUsage, Template, Usage};
-use scalebox_units::{Bytes, Gib};
+use scalebox_storage::{PoolUsage, Template, Usage};
+use scalebox_units::{Bytes, Gib, VmId};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -52,7 +52,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What the last measurement says of a VM's disk.
 pub fn disk_usage(accounts: &PoolUsage, record: &Record) -> Option<StorageUsage> {
-    let usage = accounts.disks.get(&record.id.parse::<Name>().ok()?)?;
+    let usage = accounts.disks.get(&record.id.parse::<VmId>().ok()?)?;
     Some(told(usage, Gib::new(record.disk_size_gib).bytes(), accounts))
 }
 

@@ -8,7 +8,7 @@
 use crate::error::ServiceError;
 use crate::lifecycle::{endpoint, remove_dir};
 use crate::reclaim;
-use crate::service::{Service, blocking, disk_name};
+use crate::service::{Service, blocking, vm_id};
 use crate::state::Record;
 use crate::vms::Vacated;
 use scalebox_fault_points::crash_point;
@@ -190,7 +190,7 @@ impl Deleted {
     async fn proceed(&mut self, service: &Service, record: &Record) -> Result<(), ServiceError> {
         drop(self.vacated.take());
         if self.has_disk {
-            let (pool, disk) = (Arc::clone(&service.inner().pool), disk_name(record)?);
+            let (pool, disk) = (Arc::clone(&service.inner().pool), vm_id(&record.id)?);
             let unlinked = blocking(move || pool.unlink_disk(&disk)).await?;
             self.has_disk = false;
             reclaim::give_back(service, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));

@@ -24,8 +24,8 @@ use crate::snapshots;
 use crate::state::{Fact, State, StateError};
 use rustix::fs::{Mode, OFlags};
 use scalebox_net::Network;
-use scalebox_storage::{InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError};
-use scalebox_units::Bytes;
+use scalebox_storage::{InitEvent, InitOutcome, Pool, PoolPlan, StorageError};
+use scalebox_units::{Bytes, InvalidFormat, TemplateName};
 use sd_notify::NotifyState;
 use std::fs;
 use std::io;
@@ -56,6 +56,9 @@ pub enum CommandFailed {
     /// The hypervisor.
     #[error(transparent)]
     Vmm(#[from] scalebox_vmm::Error),
+    /// A malformed name of a template.
+    #[error("the template's name {0}")]
+    TemplateName(#[from] InvalidFormat),
     /// Building a template.
     #[error(transparent)]
     Guest(#[from] scalebox_guest::Error),
@@ -163,7 +166,7 @@ pub fn template_build(
     replace: bool,
     cache: Option<&Path>,
 ) -> Result<(), CommandFailed> {
-    let name: Name = name.parse()?;
+    let name: TemplateName = name.parse()?;
     let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     let kernel_there = pool.kernel_dir().join("vmlinuz").exists() && pool.kernel_dir().join("initrd.img").exists();
     if !replace && kernel_there && pool.template(&name).is_ok() {

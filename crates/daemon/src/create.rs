@@ -10,7 +10,7 @@ use crate::error::ServiceError;
 use crate::idempotency::Once;
 use crate::lifecycle::remove_dir;
 use crate::random::random_hex;
-use crate::service::{Service, blocking, disk_name, fault_point, rfc3339, template_name};
+use crate::service::{Service, blocking, fault_point, rfc3339, vm_id};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::Claim;
@@ -37,7 +37,7 @@ impl Service {
         let (record, reservation) = self.until_admitted(allot).await?;
 
         drop(in_use);
-        let disk = disk_name(&record)?;
+        let disk = vm_id(&record.id)?;
         let mut steps = Steps::new();
         let pool = Arc::clone(&inner.pool);
         steps.taken("clone the disk", async move {
@@ -87,7 +87,7 @@ impl Service {
     /// Admits what was asked for and makes its disk. Blocks; on a failure nothing is left.
     fn allot(&self, request: &CreateVm, name: String, lease: Lease) -> Result<(Record, Reservation), ServiceError> {
         let inner = self.inner();
-        let template = inner.pool.template(&template_name(request.template.as_str())?)?;
+        let template = inner.pool.template(&request.template)?;
         let asked = request.disk_size_gib.map(Gib::new);
         let disk_size = Pool::disk_size(&template, asked, inner.settings.default_disk_size)?;
         if disk_size > inner.settings.max_disk_size {
@@ -144,7 +144,7 @@ impl Service {
         fault_point("create: admitted")?;
         inner
             .pool
-            .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
+            .create_disk(&vm_id(&record.id)?, &template.name, &reservation)?;
         Ok((record, reservation))
     }
 

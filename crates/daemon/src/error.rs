@@ -179,9 +179,7 @@ impl From<StorageError> for ServiceError {
                 ServiceError::WrongState(text)
             }
             StorageError::PoolSize(_) => ServiceError::invalid_field("size_gib", text),
-            StorageError::ExistingFileSystem(_) | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
-                ServiceError::invalid(text)
-            }
+            StorageError::ExistingFileSystem(_) | StorageError::NotATemplate { .. } => ServiceError::invalid(text),
             StorageError::SmallerThanTemplate { .. } | StorageError::CannotGrow { .. } => {
                 ServiceError::invalid_field("disk_size_gib", text)
             }

@@ -4,7 +4,7 @@ use crate::cleanup::Cleanup;
 use crate::error::ServiceError;
 use crate::pool_watch;
 use crate::reboot_loop;
-use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name, fault_point};
+use crate::service::{BASE_TEMPLATE, Service, blocking, fault_point, vm_id};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::{CalledOff, Operation};
@@ -13,7 +13,7 @@ use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::{Endpoint, Mbps};
 use scalebox_units::Bytes;
-use scalebox_vmm::{DiskLimits, ExitReason, Machine, MachineId, MachineSpec, Nic, RunAs, console_tail};
+use scalebox_vmm::{DiskLimits, ExitReason, Machine, MachineSpec, Nic, RunAs, console_tail};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -50,7 +50,7 @@ impl Service {
     /// # Errors
     /// 409 when the VM's disk is gone, 500 when the host cannot tell.
     pub(crate) async fn require_disk(&self, record: &Record) -> Result<(), ServiceError> {
-        let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+        let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
         if !blocking(move || pool.has_disk(&disk)).await? {
             return Err(ServiceError::WrongState(format!(
                 "the disk of VM {} is gone from the pool: there is nothing left but to delete the VM",
@@ -103,7 +103,7 @@ impl Service {
             hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
             ssh_public_key: SshPublicKey::from_record(&record.ssh_public_key)
                 .map_err(|form| unusable(record, "ssh_public_key", form))?,
-            mac: endpoint.mac().octets(),
+            mac: endpoint.mac(),
             address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())
                 .map_err(|error| ServiceError::Internal(error.to_string()))?,
             gateway: inner.settings.net.gateway(),
@@ -165,18 +165,18 @@ impl Service {
             )));
         }
         Ok(MachineSpec {
-            id: machine_id(&record.id)?,
+            id: vm_id(&record.id)?,
             vcpus: record.vcpu_count,
             memory_mib: record.mem_size_mib,
             kernel,
             initrd: Some(initrd),
             cmdline: self.inner().cmdline.clone(),
-            root: self.inner().pool.disk_location(&disk_name(record)?),
+            root: self.inner().pool.disk_location(&vm_id(&record.id)?),
             root_limits: disk_limits(record.limits),
             seed,
             nic: Nic {
                 tap: endpoint.tap().to_owned(),
-                mac: endpoint.mac().to_string(),
+                mac: endpoint.mac(),
             },
             console_log: self.console_log(&record.id),
             run_dir,
@@ -273,7 +273,7 @@ impl Service {
     /// As [`Service::force_stop`], without trying again. Returns whether there was a process.
     pub(crate) async fn force_stop_once(&self, id: &str) -> Result<bool, ServiceError> {
         let run_dir = self.run_dir(id);
-        let ended = self.inner().vmm.force_stop(&machine_id(id)?, &run_dir).await?;
+        let ended = self.inner().vmm.force_stop(&vm_id(id)?, &run_dir).await?;
         blocking(move || remove_dir(&run_dir)).await?;
         Ok(ended)
     }
@@ -395,15 +395,11 @@ fn vmm_user(record: &Record) -> RunAs {
 }
 
 pub(crate) fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
-    let endpoint = Endpoint::new(&record.id, record.guest_ip, record.ssh_port)?;
+    let endpoint = Endpoint::new(&vm_id(&record.id)?, record.guest_ip, record.ssh_port);
     let rate = record.limits.net_mbps;
     Ok(endpoint
         .with_owner(vmm_user(record).uid)
         .with_rate(rate.map(|rate| Mbps::new(rate.try_into().unwrap_or(u32::MAX)))))
-}
-
-pub(crate) fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
-    Ok(id.parse()?)
 }
 
 /// A record that no version of this program writes: edited by hand, or damaged.

@@ -9,8 +9,7 @@
 
 use crate::service::{Service, blocking};
 use scalebox_client::{EventKind, VmStatus};
-use scalebox_storage::Name;
-use scalebox_units::Bytes;
+use scalebox_units::{Bytes, VmId};
 use scalebox_vmm::{Machine, MachineEvent, MachineState};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -106,7 +105,7 @@ async fn disk_sizes(service: &Service) -> HashMap<String, Bytes> {
     let ids: Vec<String> = service.inner().vms.running().into_iter().map(|(id, _)| id).collect();
     let read = blocking(move || {
         // A disk that cannot be read now was deleted a moment ago.
-        let used = |id: &String| pool.disk_used(&id.parse::<Name>().ok()?).ok();
+        let used = |id: &String| pool.disk_used(&id.parse::<VmId>().ok()?).ok();
         Ok::<_, crate::error::ServiceError>(ids.iter().filter_map(|id| Some((id.clone(), used(id)?))).collect())
     });
     read.await.unwrap_or_default()

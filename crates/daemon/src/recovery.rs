@@ -9,13 +9,13 @@
 
 use crate::error::ServiceError;
 use crate::host;
-use crate::lifecycle::{STOPPING, disk_limits, endpoint, machine_id, remove_dir};
-use crate::service::{Service, blocking};
+use crate::lifecycle::{STOPPING, disk_limits, endpoint, remove_dir};
+use crate::service::{Service, blocking, vm_id};
 use crate::state::{Fact, Record, State};
-use scalebox_client::{EventKind, VmStatus, is_vm_id};
-use scalebox_storage::{Name, jails_dir};
-use scalebox_units::Gib;
-use scalebox_vmm::{Machine, MachineId};
+use scalebox_client::{EventKind, VmStatus};
+use scalebox_storage::jails_dir;
+use scalebox_units::{Gib, VmId};
+use scalebox_vmm::Machine;
 use serde_json::json;
 use std::collections::HashSet;
 use std::fs;
@@ -51,9 +51,9 @@ pub struct Recovered {
 pub async fn recover(service: &Service) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&service.inner().state);
     let records = blocking(move || state.vms()).await?;
-    let known: HashSet<Name> = records
+    let known: HashSet<VmId> = records
         .iter()
-        .map(|record| record.id.parse())
+        .map(|record| vm_id(&record.id))
         .collect::<Result<_, _>>()?;
 
     // Strays first: a machine that nobody owns has its disk open.
@@ -338,7 +338,7 @@ async fn agree_on_disk_size(
     machine: Option<&Arc<dyn Machine>>,
 ) -> Result<(), ServiceError> {
     let recorded = Gib::new(record.disk_size_gib);
-    let disk = record.id.parse()?;
+    let disk = vm_id(&record.id)?;
     let mut found = service.inner().pool.provisioned(&disk)?;
     if found < recorded.bytes() {
         tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "carrying a growth of the disk through");
@@ -363,7 +363,7 @@ enum Found {
 
 async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError> {
     let run_dir = service.run_dir(&record.id);
-    let (vmm, id) = (&service.inner().vmm, machine_id(&record.id)?);
+    let (vmm, id) = (&service.inner().vmm, vm_id(&record.id)?);
     match vmm.adopt(&id, record.vmm.as_deref(), &run_dir).await {
         Ok(Some(machine)) => Ok(Found::Machine(machine)),
         Ok(None) => {
@@ -385,7 +385,7 @@ async fn adopt(service: &Service, record: &Record) -> Result<Found, ServiceError
 }
 
 /// Ends the machines, and removes the folders, of VMs that have no record.
-async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, ServiceError> {
+async fn end_strays(service: &Service, known: &HashSet<VmId>) -> Result<usize, ServiceError> {
     let stray = |id: &String| !known.iter().any(|name| name.as_str() == id);
     let mut ended = 0;
     for id in vm_folders(&service.inner().settings.run_dir.join("vms"))?
@@ -415,7 +415,7 @@ async fn end_strays(service: &Service, known: &HashSet<Name>) -> Result<usize, S
 /// many.
 async fn sweep_jails(service: &Service, with_process: &HashSet<String>) -> Result<(), ServiceError> {
     let jails = jails_dir(&service.inner().settings.data_dir);
-    let running: Vec<MachineId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
+    let running: Vec<VmId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
     blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
 }
 
@@ -436,7 +436,7 @@ fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
             ids.extend(
                 arguments
                     .get(at..at + VM_ID_LENGTH)
-                    .filter(|id| is_vm_id(id))
+                    .filter(|id| id.parse::<VmId>().is_ok())
                     .map(str::to_owned),
             );
         }
@@ -459,7 +459,11 @@ pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
     let mut ids = Vec::new();
     for entry in entries {
         let name = entry.map_err(failed)?.file_name();
-        ids.extend(name.to_str().filter(|name| is_vm_id(name)).map(str::to_owned));
+        ids.extend(
+            name.to_str()
+                .filter(|name| name.parse::<VmId>().is_ok())
+                .map(str::to_owned),
+        );
     }
     Ok(ids)
 }

@@ -24,7 +24,8 @@ use scalebox_client::{
     Cpu, CreateVm, EventKind, HostInfo, HostLimits, Limits, Memory, Template, Trimmed, UpdateVm, Vm, VmCounts, VmStatus,
 };
 use scalebox_net::Network;
-use scalebox_storage::{Name, Pool, PoolUsage};
+use scalebox_storage::{Pool, PoolUsage};
+use scalebox_units::{TemplateName, VmId};
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -428,13 +429,14 @@ fn did_not_end(error: &tokio::task::JoinError) -> ServiceError {
 }
 
 /// What has no name's form is no template either.
-pub(crate) fn template_name(name: &str) -> Result<Name, ServiceError> {
+pub(crate) fn template_name(name: &str) -> Result<TemplateName, ServiceError> {
     name.parse()
         .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
 }
 
-pub(crate) fn disk_name(record: &Record) -> Result<Name, ServiceError> {
-    Ok(record.id.parse()?)
+pub(crate) fn vm_id(id: &str) -> Result<VmId, ServiceError> {
+    id.parse()
+        .map_err(|form| ServiceError::Internal(format!("a recorded VM id, {id:?}, {form}")))
 }
 
 pub(crate) fn rfc3339(time: jiff::Timestamp) -> String {

@@ -6,12 +6,12 @@
 use crate::agent;
 use crate::error::ServiceError;
 use crate::recovery::vm_folders;
-use crate::service::{BASE_TEMPLATE, Service, blocking, disk_name};
+use crate::service::{BASE_TEMPLATE, Service, blocking, vm_id};
 use crate::state::Record;
 use crate::vms::Operation;
 use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
 use scalebox_guest::{Agent, AgentError};
-use scalebox_storage::{GuestIdentity, Name, PendingSnapshot};
+use scalebox_storage::{GuestIdentity, PendingSnapshot};
 use scalebox_vmm::{Machine, MachineState};
 use serde_json::json;
 use std::collections::HashMap;
@@ -106,7 +106,7 @@ impl Service {
                 "the template {BASE_TEMPLATE} is protected: choose another name"
             )));
         }
-        let (pool, name) = (Arc::clone(&self.inner().pool), template.parse::<Name>()?);
+        let (pool, name) = (Arc::clone(&self.inner().pool), request.template_name.clone());
         let clone = blocking(move || pool.begin_snapshot(&name)).await?;
         let operation = self.inner().vms.begin(reference, "being snapshotted")?;
         self.require_disk(&operation.record).await?;
@@ -156,7 +156,7 @@ impl Service {
         clone: PendingSnapshot,
     ) -> Result<(PendingSnapshot, Held), ServiceError> {
         let record = &operation.record;
-        let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+        let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
         blocking(move || pool.flush_disk(&disk)).await?;
         let machine = match &operation.machine {
             Some(machine) if record.status == VmStatus::Running => machine,
@@ -216,7 +216,7 @@ impl Service {
         record: &Record,
         mut clone: PendingSnapshot,
     ) -> Result<PendingSnapshot, ServiceError> {
-        let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+        let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
         blocking(move || pool.take_snapshot(&mut clone, &disk).map(|()| clone)).await
     }
 

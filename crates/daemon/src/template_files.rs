@@ -16,7 +16,6 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
 use scalebox_client::{EventKind, Template, TemplateName};
-use scalebox_storage::Name;
 use scalebox_units::Bytes;
 use serde::Deserialize;
 use serde_json::json;
@@ -281,7 +280,7 @@ impl Service {
             )));
         }
         let form = |form| ServiceError::invalid(format!("the template's name {form}"));
-        let parsed: Name = name.parse::<TemplateName>().map_err(form)?.as_str().parse()?;
+        let parsed: TemplateName = name.parse().map_err(form)?;
         let service = self.clone();
         let transfer = self.begin_transfer()?;
         self.detached(async move {

@@ -7,7 +7,7 @@ use crate::auto_extend;
 use crate::error::ServiceError;
 use crate::lifecycle::{disk_limits, endpoint};
 use crate::resize;
-use crate::service::{Service, blocking, disk_name, fault_point};
+use crate::service::{Service, blocking, fault_point, vm_id};
 use crate::state::{Record, VmLimits};
 use crate::undo::Steps;
 use crate::vms::Operation;
@@ -93,7 +93,7 @@ impl Service {
         self.enlarge(operation, admitted, json!({ "by": "request" })).await?;
         Ok(match &operation.machine {
             Some(machine) => {
-                let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(&operation.record)?);
+                let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&operation.record.id)?);
                 // Without an answer, the usual advice is given.
                 let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
                     .await
@@ -207,7 +207,7 @@ impl Service {
 
     async fn outcome_of_failed_growth(&self, record: &Record, size: Gib) -> FailedGrowth {
         let found = async {
-            let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+            let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
             blocking(move || pool.provisioned(&disk)).await
         };
         match found.await {
@@ -219,7 +219,7 @@ impl Service {
             }
         }
         let flushed = async {
-            let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+            let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
             blocking(move || pool.flush_disk(&disk)).await
         };
         match flushed.await {
@@ -244,11 +244,11 @@ impl Service {
                 machine.resize_root(size.bytes()).await?;
                 // The hypervisor does not: a power cut would make the disk smaller than it was said
                 // to be.
-                let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+                let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
                 blocking(move || pool.flush_disk(&disk)).await
             }
             None => {
-                let (pool, disk) = (Arc::clone(&self.inner().pool), disk_name(record)?);
+                let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
                 let grown = blocking(move || pool.grow_disk(&disk, size.bytes())).await;
                 // The disk that gave way is removed behind the step that counts.
                 self.inner().cleanups.sweep_soon();

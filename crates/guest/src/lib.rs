@@ -39,7 +39,7 @@
 //!     instance_id: "vm-0123456789ab".into(),
 //!     hostname: "very-silly-penguin".parse()?,
 //!     ssh_public_key: key.parse()?,
-//!     mac: [0x52, 0x54, 0x00, 0x12, 0x34, 0x56],
+//!     mac: "52:54:00:12:34:56".parse()?,
 //!     address: "172.16.0.2/16".parse()?,
 //!     gateway: "172.16.0.1".parse()?,
 //!     dns: vec!["172.16.0.1".parse()?],

@@ -3,10 +3,9 @@
 use crate::admission::Reservation;
 use crate::error::StorageError;
 use crate::files::{self, Folder};
-use crate::name::Name;
 use crate::pool::Pool;
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::{Bytes, DiskLocation};
+use scalebox_units::{Bytes, DiskLocation, TemplateName, VmId};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
@@ -18,7 +17,7 @@ pub struct SweepResult {
     /// Orphaned files that were removed.
     pub removed: Vec<PathBuf>,
     /// Disks that should exist but were not found.
-    pub missing: Vec<Name>,
+    pub missing: Vec<VmId>,
 }
 
 impl Pool {
@@ -28,7 +27,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`], [`StorageError::SmallerThanTemplate`], [`StorageError::Io`].
-    pub fn create_disk(&self, id: &Name, template: &Name, admitted: &Reservation) -> Result<(), StorageError> {
+    pub fn create_disk(&self, id: &VmId, template: &TemplateName, admitted: &Reservation) -> Result<(), StorageError> {
         let base_image = self.base_image(template, admitted.size())?;
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
@@ -66,7 +65,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`]; [`StorageError::FileSystem`] with e2fsck's message when the file
     /// system is damaged. The disk is not changed then.
-    pub fn grow_disk(&self, id: &Name, size: Bytes) -> Result<(), StorageError> {
+    pub fn grow_disk(&self, id: &VmId, size: Bytes) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         let disk = files::open_read(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
         let meta = disk
@@ -93,7 +92,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`] when it does not exist.
-    pub fn provisioned(&self, id: &Name) -> Result<Bytes, StorageError> {
+    pub fn provisioned(&self, id: &VmId) -> Result<Bytes, StorageError> {
         let path = self.disk_path(id);
         let meta = fs::metadata(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
         Ok(Bytes::new(meta.len()))
@@ -103,7 +102,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`] when the host cannot find out.
-    pub fn has_disk(&self, id: &Name) -> Result<bool, StorageError> {
+    pub fn has_disk(&self, id: &VmId) -> Result<bool, StorageError> {
         self.require_mounted()?;
         let path = self.disk_path(id);
         match fs::symlink_metadata(&path) {
@@ -114,7 +113,7 @@ impl Pool {
     }
 
     /// Returns the location of the disk `id`.
-    pub fn disk_location(&self, id: &Name) -> DiskLocation {
+    pub fn disk_location(&self, id: &VmId) -> DiskLocation {
         DiskLocation::File(self.disk_path(id))
     }
 
@@ -122,7 +121,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`] when it does not exist.
-    pub fn disk_used(&self, id: &Name) -> Result<Bytes, StorageError> {
+    pub fn disk_used(&self, id: &VmId) -> Result<Bytes, StorageError> {
         crate::space::allocated(&self.disk_path(id))
     }
 
@@ -130,7 +129,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn delete_disk(&self, id: &Name) -> Result<(), StorageError> {
+    pub fn delete_disk(&self, id: &VmId) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         match fs::remove_file(&path) {
             Ok(()) => files::sync_dir(&self.disks_dir()),
@@ -143,7 +142,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn disks(&self) -> Result<Vec<Name>, StorageError> {
+    pub fn disks(&self) -> Result<Vec<VmId>, StorageError> {
         // Other files are not disks.
         let disk = |(path, is_file): (PathBuf, bool)| {
             let id = path.file_name()?.to_str()?.strip_suffix(".ext4")?;
@@ -176,13 +175,13 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn sweep(&self, keep: &HashSet<Name>) -> Result<SweepResult, StorageError> {
+    pub fn sweep(&self, keep: &HashSet<VmId>) -> Result<SweepResult, StorageError> {
         self.log_foreign_entries()?;
         let mut swept = SweepResult {
             removed: self.sweep_partials()?,
             missing: Vec::new(),
         };
-        let found: HashSet<Name> = self.disks()?.into_iter().collect();
+        let found: HashSet<VmId> = self.disks()?.into_iter().collect();
         let mut strays: Vec<_> = found.difference(keep).map(|id| self.disk_path(id)).collect();
         strays.sort();
         for path in strays {

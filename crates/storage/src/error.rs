@@ -90,11 +90,6 @@ pub enum StorageError {
         /// The cause and the remedy.
         reason: String,
     },
-    /// A malformed name.
-    #[error(
-        "{0:?} is not a valid name: use at most 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
-    )]
-    Name(String),
     /// No pool is mounted.
     #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
     NotMounted(PathBuf),

@@ -6,7 +6,6 @@ use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};
 use crate::format;
-use crate::name::Name;
 use crate::pack::{self, UnpackError};
 use crate::pool::Pool;
 use crate::signature::probe;
@@ -14,7 +13,7 @@ use crate::space;
 use crate::template::{PARTIAL, Template};
 use rustix::fs::OFlags;
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::Bytes;
+use scalebox_units::{Bytes, TemplateName};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -25,7 +24,7 @@ const RESERVATION_STEP: Bytes = Bytes::from_mib(256);
 
 /// An unfinished import. Dropping it removes its file.
 struct PendingImport {
-    name: Name,
+    name: TemplateName,
     replace: bool,
     partial: PathBuf,
     file: File,
@@ -77,7 +76,7 @@ impl Pool {
     /// [`StorageError::TemplateBeingMade`], [`StorageError::Insufficient`], [`StorageError::Host`].
     pub fn import_template(
         &self,
-        name: &Name,
+        name: &TemplateName,
         source: &Path,
         max: Bytes,
         replace: bool,
@@ -115,7 +114,7 @@ impl Pool {
     /// Imports a whole block device that is not mounted.
     fn import_device(
         &self,
-        name: &Name,
+        name: &TemplateName,
         what: &str,
         source: &Path,
         max: Bytes,
@@ -144,7 +143,7 @@ impl Pool {
     /// The same; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.
     pub fn unpack_template(
         &self,
-        name: &Name,
+        name: &TemplateName,
         input: impl Read,
         max: Bytes,
         replace: bool,
@@ -156,7 +155,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn pack_template(&self, name: &Name) -> Result<TemplateExport, StorageError> {
+    pub fn pack_template(&self, name: &TemplateName) -> Result<TemplateExport, StorageError> {
         self.require_mounted()?;
         let (template, file) = self.open_template(name)?;
         Ok(TemplateExport {
@@ -167,7 +166,7 @@ impl Pool {
 
     fn unpack(
         &self,
-        name: &Name,
+        name: &TemplateName,
         what: &str,
         input: impl Read,
         max: Bytes,
@@ -194,7 +193,7 @@ impl Pool {
     }
 
     /// Reserves the name of a template to import.
-    fn begin_import(&self, name: &Name, replace: bool) -> Result<PendingImport, StorageError> {
+    fn begin_import(&self, name: &TemplateName, replace: bool) -> Result<PendingImport, StorageError> {
         self.require_mounted()?;
         if !replace && self.template_path(name).exists() {
             return Err(StorageError::TemplateExists(name.to_string()));
@@ -250,7 +249,7 @@ impl Pool {
 }
 
 /// Turns the error for a name in use into [`StorageError::TemplateExists`].
-pub(crate) fn exists(error: StorageError, name: &Name) -> StorageError {
+pub(crate) fn exists(error: StorageError, name: &TemplateName) -> StorageError {
     match error {
         StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
             StorageError::TemplateExists(name.to_string())

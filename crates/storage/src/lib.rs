@@ -74,7 +74,6 @@ mod init;
 mod live_growth;
 mod measurement;
 mod mounts;
-mod name;
 mod pack;
 mod pool;
 mod quota;
@@ -99,7 +98,6 @@ pub use fstab::{FstabError, registered_source};
 pub use group_sync::GroupSync;
 pub use import::TemplateExport;
 pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
-pub use name::Name;
 pub use pool::{Pool, jails_dir};
 pub use scrub::GuestIdentity;
 pub use sizing::{

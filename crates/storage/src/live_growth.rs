@@ -2,8 +2,8 @@
 
 use crate::error::StorageError;
 use crate::files;
-use crate::name::Name;
 use crate::pool::Pool;
+use scalebox_units::VmId;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -26,7 +26,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn obstacle_to_live_growth(&self, id: &Name) -> Result<Option<&'static str>, StorageError> {
+    pub fn obstacle_to_live_growth(&self, id: &VmId) -> Result<Option<&'static str>, StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| obstacle(&disk))

@@ -6,9 +6,8 @@ use crate::error::StorageError;
 use crate::files;
 use crate::group_sync::GroupSync;
 use crate::measurement::Measurements;
-use crate::name::Name;
 use crate::space::Space;
-use scalebox_units::{Bytes, Gib};
+use scalebox_units::{Bytes, Gib, VmId};
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write};
@@ -318,7 +317,7 @@ impl Pool {
         })
     }
 
-    pub(crate) fn disk_path(&self, id: &Name) -> PathBuf {
+    pub(crate) fn disk_path(&self, id: &VmId) -> PathBuf {
         self.disks_dir().join(format!("{id}.ext4"))
     }
 

@@ -10,13 +10,12 @@ use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};
 use crate::import;
-use crate::name::Name;
 use crate::pool::Pool;
 use crate::scrub::{self, GuestIdentity};
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::Bytes;
+use scalebox_units::{Bytes, TemplateName, VmId};
 use std::fs::File;
 use std::path::PathBuf;
 
@@ -28,7 +27,7 @@ const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
 #[derive(Debug)]
 #[must_use = "dropping an unfinished snapshot removes it"]
 pub struct PendingSnapshot {
-    name: Name,
+    name: TemplateName,
     partial: PathBuf,
     file: File,
     finished: bool,
@@ -49,7 +48,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
     /// [`StorageError::Insufficient`].
-    pub fn begin_snapshot(&self, name: &Name) -> Result<PendingSnapshot, StorageError> {
+    pub fn begin_snapshot(&self, name: &TemplateName) -> Result<PendingSnapshot, StorageError> {
         match self.template(name) {
             Ok(_) => return Err(StorageError::TemplateExists(name.to_string())),
             Err(StorageError::NoTemplate(_)) => {}
@@ -82,7 +81,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn flush_disk(&self, id: &Name) -> Result<(), StorageError> {
+    pub fn flush_disk(&self, id: &VmId) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| disk.sync_data())
@@ -100,7 +99,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`], [`StorageError::Insufficient`].
-    pub fn take_snapshot(&self, snapshot: &mut PendingSnapshot, id: &Name) -> Result<(), StorageError> {
+    pub fn take_snapshot(&self, snapshot: &mut PendingSnapshot, id: &VmId) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| files::reflink(&disk, &snapshot.file))

@@ -10,11 +10,10 @@ use crate::defragment::defragment;
 use crate::error::StorageError;
 use crate::ext4;
 use crate::files::{self, Folder};
-use crate::name::Name;
 use crate::pool::Pool;
 use rustix::fs::{FlockOperation, flock};
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::{Bytes, Gib};
+use scalebox_units::{Bytes, Gib, TemplateName};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -27,7 +26,7 @@ use std::time::SystemTime;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
     /// Its name.
-    pub name: Name,
+    pub name: TemplateName,
     /// The size of its image: disks made from it cannot be smaller.
     pub size: Bytes,
     /// The blocks it maps, shared or exclusive.
@@ -38,7 +37,7 @@ pub struct Template {
 }
 
 impl Template {
-    fn of(name: &Name, meta: &fs::Metadata) -> Template {
+    fn of(name: &TemplateName, meta: &fs::Metadata) -> Template {
         Template {
             name: name.clone(),
             size: Bytes::new(meta.len()),
@@ -51,7 +50,7 @@ impl Template {
         }
     }
 
-    pub(crate) fn of_file(name: &Name, file: &File) -> Result<Template, StorageError> {
+    pub(crate) fn of_file(name: &TemplateName, file: &File) -> Result<Template, StorageError> {
         let meta = file.metadata().map_err(|error| StorageError::io("read", name, error))?;
         Ok(Template::of(name, &meta))
     }
@@ -92,7 +91,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn template(&self, name: &Name) -> Result<Template, StorageError> {
+    pub fn template(&self, name: &TemplateName) -> Result<Template, StorageError> {
         let path = self.template_path(name);
         match fs::symlink_metadata(&path) {
             Ok(meta) if meta.is_file() => Ok(Template::of(name, &meta)),
@@ -111,7 +110,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn delete_template(&self, name: &Name) -> Result<(), StorageError> {
+    pub fn delete_template(&self, name: &TemplateName) -> Result<(), StorageError> {
         // Fails for anything that is not a template.
         let inode = self.template(name)?.inode;
         let (dir, path) = (self.templates_dir(), self.template_path(name));
@@ -150,7 +149,7 @@ impl Pool {
     /// Returns an open image of exactly `size` from which a disk of template `name` is cloned. It
     /// is the template itself, or its resized base image, which is made if necessary. The image can
     /// be cloned even if the template is deleted or replaced meanwhile.
-    pub(crate) fn base_image(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
+    pub(crate) fn base_image(&self, name: &TemplateName, size: Bytes) -> Result<File, StorageError> {
         let (template, original) = self.open_template(name)?;
         if size < template.size {
             let template_size = template.size.ceil_gib();
@@ -192,7 +191,7 @@ impl Pool {
     }
 
     /// Opens a template. Metadata and image belong to the same file, even during a replacement.
-    pub(crate) fn open_template(&self, name: &Name) -> Result<(Template, File), StorageError> {
+    pub(crate) fn open_template(&self, name: &TemplateName) -> Result<(Template, File), StorageError> {
         let path = self.template_path(name);
         let file = files::open_read(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
@@ -272,7 +271,7 @@ impl Pool {
 
     /// Removes the resized base images of a template, except those of the template file with inode
     /// `keep`. Images that cannot be removed are useless; the next start removes them.
-    pub(crate) fn prune_grown(&self, name: &Name, keep: Option<u64>) {
+    pub(crate) fn prune_grown(&self, name: &TemplateName, keep: Option<u64>) {
         let prefix = format!("{name}@");
         let clones = list(&self.grown_dir()).unwrap_or_else(|error| {
             tracing::warn!(template = %name, %error, "cannot list the template's resized base images; the next start removes them");
@@ -326,7 +325,7 @@ impl Pool {
         Ok(removed)
     }
 
-    pub(crate) fn template_path(&self, name: &Name) -> PathBuf {
+    pub(crate) fn template_path(&self, name: &TemplateName) -> PathBuf {
         self.templates_dir().join(format!("{name}{SUFFIX}"))
     }
 

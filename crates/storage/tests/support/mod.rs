@@ -8,9 +8,9 @@
 )]
 
 use scalebox_storage::{
-    Backing, Bounds, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
+    Backing, Bounds, InitEvent, InitOutcome, Pool, PoolPlan, StorageError, Template, init, unmount,
 };
-use scalebox_units::{Bytes, Gib};
+use scalebox_units::{Bytes, Gib, TemplateName, VmId};
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
@@ -201,9 +201,9 @@ pub struct Stocked {
 }
 
 impl Stocked {
-    /// Creates and commits a disk of `size` GiB from the template.
-    pub fn create(&self, id: &str, size: u64) -> Name {
-        let id = name(id);
+    /// Creates and commits the disk labelled `label`, of `size` GiB, from the template.
+    pub fn create(&self, label: &str, size: u64) -> VmId {
+        let id = vm_id(label);
         let admitted = self.pool.admit(Gib::new(size).bytes()).unwrap();
         self.pool.create_disk(&id, &self.template.name, &admitted).unwrap();
         admitted.commit();
@@ -224,8 +224,16 @@ impl Stocked {
     }
 }
 
-pub fn name(text: &str) -> Name {
+pub fn name(text: &str) -> TemplateName {
     text.parse().unwrap()
+}
+
+/// Returns the id that belongs to a label: tests tell disks apart by labels such as `vm-kept`.
+pub fn vm_id(label: &str) -> VmId {
+    let hash = label.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("vm-{:012x}", hash & 0xffff_ffff_ffff).parse().unwrap()
 }
 
 /// Creates a bare ext4 image with one file, `/marker`.
@@ -237,7 +245,7 @@ pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
     image
 }
 
-pub fn disk_path(pool: &Pool, id: &Name) -> PathBuf {
+pub fn disk_path(pool: &Pool, id: &VmId) -> PathBuf {
     match pool.disk_location(id) {
         scalebox_units::DiskLocation::File(path) => path,
         other => panic!("{other:?} is not a file"),
