@@ -5,7 +5,7 @@
 //! file; if the host crashes, the next mount drops files without a name. Nothing is left to sweep.
 
 use crate::error::StorageError;
-use crate::files;
+use crate::local::files;
 use crate::pool::Pool;
 use crate::space::allocated;
 use scalebox_fault_points::crash_point;

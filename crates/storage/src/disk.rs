@@ -2,7 +2,7 @@
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
-use crate::files::{self, Folder};
+use crate::local::files::{self, Folder};
 use crate::pool::Pool;
 use scalebox_fault_points::{crash_point, fault_point};
 use scalebox_units::{Bytes, DiskLocation, TemplateName, VmId};

@@ -1,8 +1,8 @@
 //! Errors of pools, templates and disks.
 
 use crate::command::CommandError;
-use crate::fstab::FstabError;
-use crate::sizing::TooLittleSpace;
+use crate::local::fstab::FstabError;
+use crate::local::sizing::TooLittleSpace;
 use scalebox_units::Gib;
 use std::fmt::Display;
 use std::io;

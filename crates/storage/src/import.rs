@@ -3,12 +3,12 @@
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
-use crate::ext4;
-use crate::files::{self, Folder};
-use crate::format;
-use crate::pack::{self, UnpackError};
+use crate::image::ext4;
+use crate::image::format;
+use crate::image::pack::{self, UnpackError};
+use crate::local::files::{self, Folder};
+use crate::local::signature::probe;
 use crate::pool::Pool;
-use crate::signature::probe;
 use crate::space;
 use crate::template::{PARTIAL, Template};
 use rustix::fs::OFlags;

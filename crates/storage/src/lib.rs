@@ -55,55 +55,37 @@
 //! ```
 
 mod admission;
-mod backing;
-mod btrfs;
 mod command;
-mod defragment;
 mod delete;
 mod disk;
 mod error;
-mod ext4;
-mod extents;
-mod fiemap;
-mod files;
-mod format;
-mod fstab;
-mod group_sync;
+mod image;
 mod import;
-mod init;
-mod live_growth;
+mod local;
 mod measurement;
-mod mounts;
-mod pack;
 mod pool;
-mod quota;
-mod resize;
-mod scrub;
-mod signature;
-mod sizing;
 mod snapshot;
 mod space;
 mod template;
-mod tree_search;
 mod usage;
 
 pub use admission::{Admission, Bounds, Promises, Reservation};
-pub use backing::{ActualBacking, Backing};
 pub use command::{CommandError, Program, require_programs};
 pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
 pub use error::StorageError;
-pub use files::try_lock_exclusive;
-pub use fstab::{FstabError, registered_source};
-pub use group_sync::GroupSync;
+pub use image::scrub::GuestIdentity;
 pub use import::TemplateExport;
-pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
-pub use pool::{Pool, jails_dir};
-pub use scrub::GuestIdentity;
-pub use sizing::{
+pub use local::backing::{ActualBacking, Backing};
+pub use local::files::try_lock_exclusive;
+pub use local::fstab::{FstabError, registered_source};
+pub use local::group_sync::GroupSync;
+pub use local::init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
+pub use local::sizing::{
     DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE, MIN_DEFAULT_SIZE, MIN_HOST_FREE, PoolSize, RequestedSize,
     RequestedSizeError, TooLittleSpace, pool_size,
 };
+pub use pool::{Pool, jails_dir};
 pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;

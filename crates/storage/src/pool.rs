@@ -1,10 +1,10 @@
 //! An open pool: the handle for creating templates and disks.
 
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
-use crate::backing::{self, ActualBacking, Backing, PoolFs};
 use crate::error::StorageError;
-use crate::files;
-use crate::group_sync::GroupSync;
+use crate::local::backing::{self, ActualBacking, Backing, PoolFs};
+use crate::local::files;
+use crate::local::group_sync::GroupSync;
 use crate::measurement::Measurements;
 use crate::space::Space;
 use scalebox_units::{Bytes, Gib, VmId};

@@ -7,11 +7,11 @@
 use crate::admission::Reservation;
 use crate::command::CommandError;
 use crate::error::StorageError;
-use crate::ext4;
-use crate::files::{self, Folder};
+use crate::image::ext4;
+use crate::image::scrub::{self, GuestIdentity};
 use crate::import;
+use crate::local::files::{self, Folder};
 use crate::pool::Pool;
-use crate::scrub::{self, GuestIdentity};
 use crate::space::allocated_of;
 use crate::template::{PARTIAL, Template};
 use scalebox_fault_points::{crash_point, fault_point};

@@ -1,9 +1,9 @@
 //! The writable space: the pool and the host disk under it, combined.
 
-use crate::backing::PoolFs;
-use crate::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::error::StorageError;
-use crate::quota::{Allowance, Quota};
+use crate::local::backing::PoolFs;
+use crate::local::btrfs::{ChunkSpace, PendingWrites, chunk_space};
+use crate::local::quota::{Allowance, Quota};
 use rustix::fs::{fstat, fstatvfs, statvfs};
 use scalebox_units::Bytes;
 use std::fs::File;

@@ -6,10 +6,10 @@
 //! from it. Its file name contains the template's inode number, so a base image of a replaced
 //! template is never used.
 
-use crate::defragment::defragment;
 use crate::error::StorageError;
-use crate::ext4;
-use crate::files::{self, Folder};
+use crate::image::defragment::defragment;
+use crate::image::ext4;
+use crate::local::files::{self, Folder};
 use crate::pool::Pool;
 use rustix::fs::{FlockOperation, flock};
 use scalebox_fault_points::{crash_point, fault_point};

@@ -15,11 +15,11 @@
 //! The walk costs about a microsecond per reference, and about 50 bytes of memory per distinct
 //! extent. Nothing waits for it.
 
-use crate::backing::{ActualBacking, PoolFs};
 use crate::error::StorageError;
-use crate::extents::{self, Reference};
-use crate::fiemap;
-use crate::files;
+use crate::local::backing::{ActualBacking, PoolFs};
+use crate::local::extents::{self, Reference};
+use crate::local::fiemap;
+use crate::local::files;
 use crate::measurement::{FolderTimes, Measurement, Measurements};
 use crate::pool::Pool;
 use scalebox_units::{Bytes, InvalidFormat, TemplateName, VmId};

@@ -10,12 +10,12 @@
 //! A pool on a device consists of the file system alone, which may be smaller than the device. The
 //! size of an existing file system is not changed.
 
-use crate::backing::{ActualBacking, PoolFs};
-use crate::btrfs::chunk_space;
 use crate::command::{self, Program};
 use crate::error::StorageError;
+use crate::local::backing::{ActualBacking, PoolFs};
+use crate::local::btrfs::chunk_space;
+use crate::local::sizing::{DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE};
 use crate::pool::Pool;
-use crate::sizing::{DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE};
 use crate::space::{allocated, available, device_size};
 use scalebox_fault_points::{crash_point, fault_point};
 use scalebox_units::{Bytes, Gib};

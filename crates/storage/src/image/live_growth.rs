@@ -1,7 +1,7 @@
 //! Whether a guest can grow the file system on its disk while it is mounted.
 
 use crate::error::StorageError;
-use crate::files;
+use crate::local::files;
 use crate::pool::Pool;
 use scalebox_units::VmId;
 use std::fs::File;

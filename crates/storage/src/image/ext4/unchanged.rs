@@ -10,7 +10,7 @@ use super::inode::Inode;
 use super::layout::{Layout, unreadable};
 use super::ranges::within;
 use crate::error::StorageError;
-use crate::fiemap;
+use crate::local::fiemap;
 use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;

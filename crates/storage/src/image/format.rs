@@ -1,7 +1,7 @@
 //! Recognizes common formats other than ext4, so that the error of a rejected import names the
 //! remedy.
 
-use crate::pack;
+use crate::image::pack;
 
 /// Bytes read from the start of a file: the signature of ISO 9660 is at 32 KiB.
 pub(crate) const HEAD: usize = 64 << 10;

@@ -4,7 +4,7 @@
 //! On XFS, unlike btrfs, blocks that no file maps are free. So the maps of all files together show
 //! the owner of each block.
 
-use crate::extents::Reference;
+use crate::local::extents::Reference;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};

@@ -8,8 +8,8 @@
 //! code here: `statfs` of a folder that passes its project on reports how much the project may
 //! still take.
 
-use crate::btrfs::{self, sysfs_folder};
-use crate::tree_search;
+use crate::local::btrfs::{self, sysfs_folder};
+use crate::local::tree_search;
 use rustix::fd::AsFd;
 use scalebox_units::Bytes;
 use std::fs;

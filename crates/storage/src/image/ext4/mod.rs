@@ -35,7 +35,7 @@ pub(crate) use unused::zero as zero_unused;
 
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
-use crate::files;
+use crate::local::files;
 use features::{Incompat, RoCompat};
 use layout::Layout;
 use scalebox_units::Bytes;

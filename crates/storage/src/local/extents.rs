@@ -7,7 +7,7 @@
 //! concurrent writes may or may not be included. Layouts: `include/uapi/linux/btrfs.h` and
 //! `btrfs_tree.h` of the kernel.
 
-use crate::tree_search::{self, FIRST, LAST, field};
+use crate::local::tree_search::{self, FIRST, LAST, field};
 use rustix::fd::AsFd;
 use rustix::io;
 

@@ -13,8 +13,8 @@
 
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
-use crate::ext4::{self, Stat, Tree, Work};
-use crate::files;
+use crate::image::ext4::{self, Stat, Tree, Work};
+use crate::local::files;
 use crate::template::PARTIAL;
 use std::collections::HashSet;
 use std::ffi::OsString;

@@ -1,7 +1,7 @@
 //! Files in the pool: cloning, sparse copying, and durable changes.
 
 use crate::error::StorageError;
-use crate::mounts;
+use crate::local::mounts;
 use rustix::fs::{
     FlockOperation, IFlags, Mode, OFlags, RenameFlags, SeekFrom, flock, ioctl_ficlone, ioctl_getflags, ioctl_setflags,
     renameat_with, seek,

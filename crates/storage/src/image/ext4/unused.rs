@@ -10,7 +10,7 @@ use super::directory::Directory;
 use super::inode::{Inode, RESIZE_INODE};
 use super::layout::{Layout, inconsistent, unreadable};
 use crate::error::StorageError;
-use crate::files;
+use crate::local::files;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 use scalebox_fault_points::fault_point;
 use std::cell::RefCell;

@@ -3,7 +3,7 @@
 //! Growing a file system writes single blocks all over its image. Each extent costs every clone
 //! some microseconds; filling a few holes removes a third of the extents.
 
-use crate::files;
+use crate::local::files;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 use std::fs::File;
 use std::io;

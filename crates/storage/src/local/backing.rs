@@ -1,9 +1,9 @@
 //! The backing of a pool: an image, a block device, or an existing file system.
 
-use crate::btrfs::{self, PendingWrites};
 use crate::error::StorageError;
-use crate::mounts::{self, MountEntry};
-use crate::quota::Quota;
+use crate::local::btrfs::{self, PendingWrites};
+use crate::local::mounts::{self, MountEntry};
+use crate::local::quota::Quota;
 use rustix::fs::{FileType, stat};
 use std::ffi::OsStr;
 use std::fs::{self, File};

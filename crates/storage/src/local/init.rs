@@ -6,15 +6,15 @@
 //! complete image or foreign, and is never formatted. A device with any known content is never
 //! formatted either. An existing file system is used as it is.
 
-use crate::backing::{self, ActualBacking, Backing, FsKind, PoolLocation};
-use crate::btrfs;
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
-use crate::files;
-use crate::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
-use crate::mounts;
-use crate::signature::{Signature, probe};
-use crate::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
+use crate::local::backing::{self, ActualBacking, Backing, FsKind, PoolLocation};
+use crate::local::btrfs;
+use crate::local::files;
+use crate::local::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
+use crate::local::mounts;
+use crate::local::signature::{Signature, probe};
+use crate::local::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
 use crate::space;
 use rustix::fs::{FlockOperation, flock};
 use scalebox_units::{Bytes, Gib};
