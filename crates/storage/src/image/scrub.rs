@@ -114,7 +114,7 @@ const COMMON_NAMES: [&str; 9] = [
 /// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image
 /// must then be discarded.
 pub(crate) fn remove(path: &Path, image: &File, source: &GuestIdentity) -> Result<(), StorageError> {
-    let before = files::unnamed_clone(ext4::parent(path), image)?;
+    let before = files::unnamed_clone(files::parent(path), image)?;
     let mut edit = Scrub::new(path, image, Mode::Edit)?;
     edit.all(source)?;
     if ext4::keeps_quotas(image)? {

@@ -331,6 +331,11 @@ pub fn try_lock_exclusive(file: impl AsFd) -> io::Result<bool> {
     }
 }
 
+/// Returns the folder of a file.
+pub(crate) fn parent(image: &Path) -> &Path {
+    image.parent().unwrap_or(Path::new("/"))
+}
+
 /// Removes a file while handling another error. A failure is only logged, because the caller
 /// reports the first error.
 pub(crate) fn discard(path: &Path) {

@@ -5,8 +5,9 @@
 //! leave it; Linux wipes it since 5.13.
 
 use super::crc32c::crc32c;
+use super::error::inconsistent;
 use super::inode::{Inode, Piece};
-use super::layout::{Layout, inconsistent};
+use super::layout::Layout;
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::collections::HashMap;

@@ -1,6 +1,7 @@
 //! Inodes, and the blocks that contain a file's data.
 
-use super::layout::{Layout, inconsistent};
+use super::error::inconsistent;
+use super::layout::Layout;
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::fs::File;

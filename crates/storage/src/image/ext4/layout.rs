@@ -5,6 +5,7 @@
 //! read outside the image.
 
 use super::crc32c::crc32c;
+use super::error::{inconsistent, unreadable};
 use super::features::{Compat, Incompat, RoCompat};
 use super::ranges::{normalize, without};
 use super::superblock::{Fields, Superblock};
@@ -35,14 +36,6 @@ struct Group {
 pub(crate) struct Layout {
     pub(crate) superblock: Superblock,
     groups: Vec<Group>,
-}
-
-pub(super) fn inconsistent(what: impl Into<String>) -> StorageError {
-    StorageError::FileSystem(format!("is inconsistent: {}", what.into()))
-}
-
-pub(super) fn unreadable(error: std::io::Error) -> StorageError {
-    StorageError::io("read", "an image", error)
 }
 
 impl Layout {

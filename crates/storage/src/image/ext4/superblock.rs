@@ -1,8 +1,8 @@
 //! The superblock of an ext4 file system (Documentation/filesystems/ext4/super.rst of the kernel).
 
 use super::crc32c::crc32c;
+use super::error::{inconsistent, unreadable};
 use super::features::{Compat, Incompat, RoCompat};
-use super::layout::{inconsistent, unreadable};
 use crate::error::StorageError;
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,8 +1,9 @@
 //! Finds and reads files by path. Symbolic links are followed within the file system.
 
 use super::directory::Directory;
+use super::error::inconsistent;
 use super::inode::Inode;
-use super::layout::{Layout, inconsistent};
+use super::layout::Layout;
 use super::superblock::Fields;
 use crate::error::StorageError;
 use std::collections::VecDeque;

@@ -4,10 +4,10 @@
 //! has other contents. So the result is compared with a clone made before. Blocks that both images
 //! share need not be read.
 
-use super::FRAGMENTED;
 use super::directory::Directory;
+use super::error::{FRAGMENTED, as_host_fault, unreadable};
 use super::inode::Inode;
-use super::layout::{Layout, unreadable};
+use super::layout::Layout;
 use super::ranges::within;
 use crate::error::StorageError;
 use crate::local::fiemap;
@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-pub(super) const DOING: &str = "work on a file system without changing its files";
+const DOING: &str = "work on a file system without changing its files";
 
 /// Bytes read at once from each image.
 const PIECE: u64 = 256 << 10;
@@ -39,13 +39,17 @@ pub(crate) enum Work<'w> {
     Edit(&'w HashSet<u64>),
 }
 
-/// Checks that each file in `before` is in `after` with the same contents. Both must be sound.
-/// Flushes `after`.
+/// Checks that each file in `before` is in `after` with the same contents. Both were sound before
+/// the operation. Flushes `after`.
 ///
 /// # Errors
-/// [`StorageError::Host`] names an inode that changed; [`StorageError::FileSystem`],
-/// [`StorageError::Io`].
-pub(super) fn require(before: &File, after: &File, work: &Work<'_>) -> Result<(), StorageError> {
+/// [`StorageError::Host`] names an inode that changed; [`StorageError::Io`];
+/// [`StorageError::FileSystem`] when it takes too long.
+pub(crate) fn require(before: &File, after: &File, work: &Work<'_>) -> Result<(), StorageError> {
+    compare(before, after, work).map_err(|error| as_host_fault(error, DOING))
+}
+
+fn compare(before: &File, after: &File, work: &Work<'_>) -> Result<(), StorageError> {
     let before = Side {
         image: before,
         layout: Layout::read(before)?,

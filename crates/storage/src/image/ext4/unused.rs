@@ -5,10 +5,10 @@
 //! short links, small files and attributes; remains of deleted names in folders; and the journal,
 //! whose blocks are copies of others. Then all of it is read again, and must contain only zeros.
 
-use super::FRAGMENTED;
 use super::directory::Directory;
+use super::error::{FRAGMENTED, inconsistent, unreadable};
 use super::inode::{Inode, RESIZE_INODE};
-use super::layout::{Layout, inconsistent, unreadable};
+use super::layout::Layout;
 use crate::error::StorageError;
 use crate::local::files;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
