@@ -201,6 +201,9 @@ impl<'syntax> Visit<'syntax> for Paths {
         visit::visit_path(self, path);
     }
 
+    /// The path in `pub(crate)` names who may use the item, not what it uses.
+    fn visit_vis_restricted(&mut self, _: &'syntax syn::VisRestricted) {}
+
     fn visit_item_mod(&mut self, item: &'syntax ItemMod) {
         if !is_test(&item.attrs) {
             visit::visit_item_mod(self, item);
