@@ -16,6 +16,7 @@
 //! | `mirrors` | chooses the package archive |
 //! | `bootstrap` | installs the packages into a directory, with mmdebstrap |
 //! | `customize`, `embedded` | turns the installation into a guest: own files, account, units |
+//! | `scrub` | [`scrub`]: what a disk contains of one machine only |
 //! | `kernel`, `lz4` | the kernel package: image and modules |
 //! | `initramfs`, `cpio` | the initramfs, which loads virtio drivers and mounts the root |
 //! | `mke2fs` | writes the ext4 image, in user space |
@@ -66,6 +67,7 @@ mod mke2fs;
 mod progress;
 mod recipe;
 mod scratch;
+pub mod scrub;
 mod seed;
 mod template;
 

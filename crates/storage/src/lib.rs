@@ -74,7 +74,7 @@ pub use command::{CommandError, Program, require_programs};
 pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
 pub use error::StorageError;
-pub use image::scrub::GuestIdentity;
+pub use image::scrub::{EditedFile, Scrub};
 pub use import::TemplateExport;
 pub use local::backing::{ActualBacking, Backing};
 pub use local::files::try_lock_exclusive;

@@ -8,7 +8,7 @@ use crate::admission::Reservation;
 use crate::command::CommandError;
 use crate::error::StorageError;
 use crate::image::ext4;
-use crate::image::scrub::{self, GuestIdentity};
+use crate::image::scrub::{self, Scrub};
 use crate::import;
 use crate::local::files::{self, Folder, PARTIAL};
 use crate::local::space::allocated_of;
@@ -113,23 +113,19 @@ impl Pool {
         Ok(())
     }
 
-    /// Turns the clone into a template. It replays the journal, removes the identity of the disk's
-    /// VM, zeroes unused blocks, and checks the file system. The template appears under its name
-    /// when it is complete and durable.
+    /// Turns the clone into a template. It replays the journal, removes what `scrub` names, zeroes
+    /// unused blocks, and checks the file system. The template appears under its name when it is
+    /// complete and durable.
     ///
     /// # Errors
     /// [`StorageError::UnfitDisk`] with the reason, [`StorageError::TemplateExists`],
     /// [`StorageError::Host`], [`StorageError::Command`].
-    pub fn finish_snapshot(
-        &self,
-        mut snapshot: PendingSnapshot,
-        source: &GuestIdentity,
-    ) -> Result<Template, StorageError> {
+    pub fn finish_snapshot(&self, mut snapshot: PendingSnapshot, scrub: &Scrub<'_>) -> Result<Template, StorageError> {
         let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
         // Replaying the journal after an edit would undo the edit.
         ext4::repair(partial).map_err(unfit)?;
         fault_point("snapshot: journal replayed").map_err(StorageError::step)?;
-        scrub::remove(partial, file, source).map_err(unfit)?;
+        scrub::remove(partial, file, scrub).map_err(unfit)?;
         fault_point("snapshot: identity removed").map_err(StorageError::step)?;
         file.sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;

@@ -10,7 +10,7 @@
 
 mod support;
 
-use scalebox_storage::{Backing, Bounds, GuestIdentity, Pool, StorageError};
+use scalebox_storage::{Backing, Bounds, Pool, StorageError};
 use scalebox_units::{Gib, TemplateName, VmId};
 use std::fmt::Write as _;
 use std::fs;
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
-use support::{HostDisk, MAX, Place, disk_path, found_in, name, run, text, vm_id};
+use support::{HostDisk, MAX, Place, disk_path, finish_snapshot, found_in, name, run, text, vm_id};
 use tempfile::TempDir;
 
 const MAX_SIZE: Gib = Gib::new(100);
@@ -316,14 +316,10 @@ impl Case<'_> {
     }
 
     fn snapshot_and_clone(&self, row: &mut Row, size: Gib) {
-        let source = GuestIdentity {
-            hostname: HOST_NAME.to_owned(),
-            ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
-        };
         let golden = self.name("golden");
         let snapshot = self.pool.begin_snapshot(&golden).and_then(|mut snapshot| {
             self.pool.take_snapshot(&mut snapshot, &self.disk("disk"))?;
-            self.pool.finish_snapshot(snapshot, &source)
+            finish_snapshot(self.pool, snapshot, HOST_NAME, &format!("ssh-ed25519 {SEEDED} me"))
         });
         if row.step(snapshot, "").is_none() {
             return;

@@ -8,7 +8,7 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, GuestIdentity, Pool, StorageError, Template};
+use scalebox_storage::{Bounds, Pool, StorageError, Template};
 use scalebox_units::{Bytes, Gib};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use support::{MAX, Place, Stocked, USUAL, disk_path, found_in, name, run, text, vm_id};
+use support::{MAX, Place, Stocked, USUAL, disk_path, finish_snapshot, found_in, name, run, text, vm_id};
 
 const HOST_KEY: &str = "b3BlbnNzaC1rZXktdjEAAAAA-the-private-host-key";
 const DELETED_KEY: &str = "a-key-that-the-guest-had-deleted";
@@ -98,14 +98,10 @@ fn give_a_used_disk(stocked: &Stocked) {
 }
 
 fn snapshot(pool: &Pool, template: &str) -> Result<Template, StorageError> {
-    let source = GuestIdentity {
-        hostname: HOST_NAME.to_owned(),
-        ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
-    };
     let mut snapshot = pool.begin_snapshot(&name(template))?;
     pool.flush_disk(&vm_id("vm-1"))?;
     pool.take_snapshot(&mut snapshot, &vm_id("vm-1"))?;
-    pool.finish_snapshot(snapshot, &source)
+    finish_snapshot(pool, snapshot, HOST_NAME, &format!("ssh-ed25519 {SEEDED} me"))
 }
 
 fn template_path(stocked: &Stocked, template: &str) -> PathBuf {
@@ -206,13 +202,9 @@ fn snapshots_work_in_a_pool_with_an_unusual_path() {
 #[test]
 fn a_guest_named_localhost_keeps_localhost_in_its_hosts_file() {
     let stocked = with_a_used_disk();
-    let source = GuestIdentity {
-        hostname: "localhost".to_owned(),
-        ..GuestIdentity::default()
-    };
     let mut snapshot = stocked.pool.begin_snapshot(&name("golden")).unwrap();
     stocked.pool.take_snapshot(&mut snapshot, &vm_id("vm-1")).unwrap();
-    stocked.pool.finish_snapshot(snapshot, &source).unwrap();
+    finish_snapshot(&stocked.pool, snapshot, "localhost", "").unwrap();
     let hosts = cat(&template_path(&stocked, "golden"), "/etc/hosts");
     assert!(hosts.starts_with("127.0.0.1 localhost\n"), "{hosts}");
 }

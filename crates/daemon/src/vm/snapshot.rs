@@ -11,8 +11,8 @@ use crate::host::{BASE_TEMPLATE, Service, blocking, vm_id};
 use crate::state::Record;
 use crate::vm::recovery::vm_folders;
 use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
-use scalebox_guest::{Agent, AgentError};
-use scalebox_storage::{GuestIdentity, PendingSnapshot};
+use scalebox_guest::{Agent, AgentError, scrub};
+use scalebox_storage::{EditedFile, PendingSnapshot, Pool, Scrub, StorageError, Template};
 use scalebox_vmm::{Machine, MachineState};
 use serde_json::json;
 use std::collections::HashMap;
@@ -118,8 +118,8 @@ impl Service {
         // Other operations on the VM are allowed from here on.
         drop(operation);
 
-        let (pool, source) = (Arc::clone(&self.inner().pool), identity(&record));
-        let made = blocking(move || pool.finish_snapshot(clone, &source)).await?;
+        let (pool, source) = (Arc::clone(&self.inner().pool), record.clone());
+        let made = blocking(move || finish(&pool, clone, &source)).await?;
         let (held, stood_still) = match quiesced {
             Quiesced::NotRunning => ("not_running", Duration::ZERO),
             Quiesced::Paused(time) => ("paused", time),
@@ -318,9 +318,22 @@ async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
     }
 }
 
-fn identity(record: &Record) -> GuestIdentity {
-    GuestIdentity {
-        hostname: record.name.clone(),
-        ssh_public_key: record.ssh_public_key.clone(),
-    }
+/// Makes a template of the clone, without the identity of the VM whose disk it is.
+fn finish(pool: &Pool, clone: PendingSnapshot, source: &Record) -> Result<Template, StorageError> {
+    let hosts = |line: &[u8]| scrub::without_host(line, source.name.as_bytes());
+    let keys = |line: &[u8]| scrub::without_key(line, &source.ssh_public_key);
+    let mut edited = vec![EditedFile {
+        path: scrub::HOSTS,
+        edit: &hosts,
+    }];
+    edited.extend(scrub::AUTHORIZED_KEYS.map(|path| EditedFile { path, edit: &keys }));
+    let identity = Scrub {
+        removed_files: &scrub::REMOVED_FILES,
+        emptied_files: &scrub::EMPTIED_FILES,
+        removed_by_prefix: &scrub::REMOVED_BY_PREFIX,
+        removed_trees: &scrub::REMOVED_TREES,
+        recreated_folders: &scrub::RECREATED_FOLDERS,
+        edited_files: &edited,
+    };
+    pool.finish_snapshot(clone, &identity)
 }

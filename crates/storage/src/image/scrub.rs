@@ -1,9 +1,9 @@
-//! Removes a guest's identity from its file system, in user space. The host never mounts a file
+//! Removes files and lines from a disk's file system, in user space. The host never mounts a file
 //! system that a guest has written.
 //!
-//! Paths are fixed, and names read from the image are used only if they are plain, so a guest
-//! cannot insert words into a debugfs script. A guest that hides its key on purpose keeps it, like
-//! any other file.
+//! The caller's paths are fixed, and names read from the image are used only if they are plain, so
+//! a guest cannot insert words into a debugfs script. A guest that hides its key on purpose keeps
+//! it, like any other file.
 //!
 //! The blocks of a deleted file still contain its data, folders keep deleted names, and the journal
 //! contains old copies of both. So unused space is zeroed afterwards ([`ext4::zero_unused`]).
@@ -21,68 +21,36 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// The identity of the guest whose disk an image was.
-#[derive(Debug, Clone, Default)]
-pub struct GuestIdentity {
-    /// The guest's host name. Lines of `/etc/hosts` with it are removed.
-    pub hostname: String,
-    /// The guest's public SSH key. Lines with it are removed from every `authorized_keys`; cloud
-    /// images write it there.
-    pub ssh_public_key: String,
+/// What is removed from a disk that becomes a template, such as keys and ids of one machine.
+///
+/// Paths are absolute, in the disk's file system, and consist of letters, digits and `._@+:,=~%-`.
+/// A path that does not exist is skipped. The lists are processed in the order of the fields.
+#[derive(Clone, Copy, Default)]
+pub struct Scrub<'s> {
+    /// Files to remove; a folder with this path stays.
+    pub removed_files: &'s [&'s str],
+    /// Files to truncate.
+    pub emptied_files: &'s [&'s str],
+    /// Files to remove, by their folder and the beginnings of their names.
+    pub removed_by_prefix: &'s [(&'s str, &'s [&'s str])],
+    /// Files to remove, or folders to remove with all their contents.
+    pub removed_trees: &'s [&'s str],
+    /// Folders to remove with all their contents and to create again, because their blocks contain
+    /// names.
+    pub recreated_folders: &'s [&'s str],
+    /// Text files of at most 1 MiB whose lines are changed.
+    pub edited_files: &'s [EditedFile<'s>],
 }
 
-/// Files to remove: the guest creates them again at its first boot or when needed.
-const REMOVED: [&str; 13] = [
-    "/etc/hostname",
-    "/etc/machine-info",
-    "/etc/mailname",
-    "/etc/hostid",
-    "/var/lib/dbus/machine-id",
-    "/var/lib/systemd/random-seed",
-    "/var/lib/systemd/credential.secret",
-    "/var/lib/scalebox/instance-id",
-    "/var/lib/NetworkManager/secret_key",
-    // Files that cloud-init created from the old seed.
-    "/etc/netplan/50-cloud-init.yaml",
-    "/etc/network/interfaces.d/50-cloud-init",
-    "/etc/systemd/network/10-cloud-init-eth0.network",
-    "/var/lib/urandom/random-seed",
-];
-
-/// Files to truncate. An empty machine id makes systemd generate a new one.
-const EMPTIED: [&str; 4] = ["/etc/machine-id", "/var/log/wtmp", "/var/log/btmp", "/var/log/lastlog"];
-
-/// Files to remove by folder and name prefix.
-const REMOVED_PREFIXES: [(&str, &[&str]); 2] = [
-    ("/etc/ssh", &["ssh_host_"]),
-    (
-        "/var/log",
-        &[
-            "syslog",
-            "messages",
-            "secure",
-            "auth.log",
-            "daemon.log",
-            "kern.log",
-            "user.log",
-            "cloud-init",
-            "dmesg",
-            "boot.log",
-        ],
-    ),
-];
-
-/// Folders to recreate empty, because their blocks contain names. The journal's are machine ids.
-const RECREATED: [&str; 5] = [
-    "/var/log/journal",
-    "/var/lib/dhcp",
-    "/var/lib/dhclient",
-    "/var/lib/cloud/instances",
-    "/var/lib/cloud/sem",
-];
-
-/// The rest of cloud-init's state, which would make it skip the setup of a new guest.
-const REMOVED_CLOUD_STATE: [&str; 2] = ["/var/lib/cloud/instance", "/var/lib/cloud/data"];
+/// A text file whose lines are changed.
+#[derive(Clone, Copy)]
+pub struct EditedFile<'s> {
+    /// Its path. A component `*` stands for every folder in that place.
+    pub path: &'s str,
+    /// Returns the new line, with its line break; `None` removes the line. A changed line stays as
+    /// it is when it is passed again.
+    pub edit: &'s dyn Fn(&[u8]) -> Option<Vec<u8>>,
+}
 
 /// Maximum size of a file whose lines are edited; it is read as a whole.
 const MAX_EDITED_SIZE: u64 = 1 << 20;
@@ -93,29 +61,16 @@ const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const KIND: u32 = 0o170_000;
 
-/// Names in `/etc/hosts` of every machine; a guest's own host name can be one of them.
-const COMMON_NAMES: [&str; 9] = [
-    "localhost",
-    "localhost4",
-    "localhost6",
-    "ip6-localhost",
-    "ip6-loopback",
-    "ip6-localnet",
-    "ip6-mcastprefix",
-    "ip6-allnodes",
-    "ip6-allrouters",
-];
-
-/// Removes the identity from the ext4 image `path`, open as `image`. Its journal was replayed, and
-/// nobody else uses it. Afterwards its file system is sound, and its unused space is zeroed.
+/// Removes the contents of `scrub` from the ext4 image `path`, open as `image`. Its journal was
+/// replayed, and nobody else uses it. Afterwards its file system is sound, and its unused space is zeroed.
 ///
 /// # Errors
 /// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image
 /// must then be discarded.
-pub(crate) fn remove(path: &Path, image: &File, source: &GuestIdentity) -> Result<(), StorageError> {
+pub(crate) fn remove(path: &Path, image: &File, scrub: &Scrub<'_>) -> Result<(), StorageError> {
     let before = files::unnamed_clone(files::parent(path), image)?;
-    let mut edit = Scrub::new(path, image, Mode::Edit)?;
-    edit.all(source)?;
+    let mut edit = Pass::new(path, image, Mode::Edit)?;
+    edit.all(scrub)?;
     if ext4::keeps_quotas(image)? {
         // The quota files still count the removed files.
         ext4::repair(path)?;
@@ -123,8 +78,8 @@ pub(crate) fn remove(path: &Path, image: &File, source: &GuestIdentity) -> Resul
     ext4::zero_unused(image)?;
     ext4::check_work(path, "edit a file system")?;
 
-    let mut verify = Scrub::new(path, image, Mode::Verify)?;
-    verify.all(source)?;
+    let mut verify = Pass::new(path, image, Mode::Verify)?;
+    verify.all(scrub)?;
     require_gone(&before, image, &edit.removed, &verify.kept)?;
     ext4::require_unchanged(&before, image, &Work::Edit(&edit.touched))
 }
@@ -149,37 +104,6 @@ fn still_exists(what: &str) -> StorageError {
     }
 }
 
-fn short_name(name: &[u8]) -> &[u8] {
-    name.split(|byte| *byte == b'.').next().unwrap_or_default()
-}
-
-/// Removes the host's names from a line of `/etc/hosts`; `None` if it has no other names.
-fn without_host(line: &[u8], host: &[u8]) -> Option<Vec<u8>> {
-    let is_common = COMMON_NAMES
-        .iter()
-        .any(|name| name.as_bytes().eq_ignore_ascii_case(host));
-    let is_host = |name: &[u8]| !host.is_empty() && !is_common && short_name(name).eq_ignore_ascii_case(host);
-    let (entry, comment) = match line.iter().position(|&byte| byte == b'#') {
-        Some(at) => line.split_at(at),
-        None => (line, &[][..]),
-    };
-    let words = |text: &'_ [u8]| -> Vec<Vec<u8>> {
-        let words = text.split(|byte| byte.is_ascii_whitespace() || *byte == b'#');
-        words.filter(|word| !word.is_empty()).map(<[u8]>::to_vec).collect()
-    };
-    let (names, remarks) = (words(entry), words(comment));
-    if !names.iter().skip(1).chain(&remarks).any(|word| is_host(word)) {
-        return Some(line.to_vec());
-    }
-    let left: Vec<Vec<u8>> = names
-        .into_iter()
-        .enumerate()
-        .filter(|(nth, name)| *nth == 0 || !is_host(name))
-        .map(|(_, name)| name)
-        .collect();
-    (left.len() > 1).then(|| [left.join(&b' '), b"\n".to_vec()].concat())
-}
-
 /// A file in the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct FileEntry {
@@ -199,7 +123,7 @@ impl FileEntry {
     }
 }
 
-/// The action of a [`Scrub`] on its findings.
+/// The action of a [`Pass`] on its findings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Edit,
@@ -208,7 +132,7 @@ enum Mode {
 }
 
 /// One pass over an image, which collects a debugfs script and runs it.
-struct Scrub<'i> {
+struct Pass<'i> {
     path: &'i Path,
     tree: Tree<'i>,
     mode: Mode,
@@ -224,9 +148,9 @@ struct Scrub<'i> {
     kept: HashSet<u64>,
 }
 
-impl<'i> Scrub<'i> {
-    fn new(path: &'i Path, image: &'i File, mode: Mode) -> Result<Scrub<'i>, StorageError> {
-        Ok(Scrub {
+impl<'i> Pass<'i> {
+    fn new(path: &'i Path, image: &'i File, mode: Mode) -> Result<Pass<'i>, StorageError> {
+        Ok(Pass {
             path,
             tree: Tree::open(image)?,
             mode,
@@ -239,16 +163,16 @@ impl<'i> Scrub<'i> {
         })
     }
 
-    /// Processes everything that belongs to the guest's identity.
-    fn all(&mut self, source: &GuestIdentity) -> Result<(), StorageError> {
-        for path in REMOVED {
+    /// Processes everything that `scrub` names.
+    fn all(&mut self, scrub: &Scrub<'_>) -> Result<(), StorageError> {
+        for path in scrub.removed_files {
             if let Some(entry) = self.find(path)?
                 && !entry.is(DIRECTORY)
             {
                 self.remove(path, &entry)?;
             }
         }
-        for path in EMPTIED {
+        for path in scrub.emptied_files {
             if let Some(entry) = self.find(path)?
                 && entry.is(REGULAR)
             {
@@ -258,7 +182,7 @@ impl<'i> Scrub<'i> {
                 }
             }
         }
-        for (folder, prefixes) in REMOVED_PREFIXES {
+        for (folder, prefixes) in scrub.removed_by_prefix {
             for entry in self.list(folder)? {
                 let named = prefixes.iter().any(|prefix| entry.name.starts_with(prefix));
                 if named && entry.is_plain() && !entry.is(DIRECTORY) {
@@ -266,18 +190,22 @@ impl<'i> Scrub<'i> {
                 }
             }
         }
-        self.folders()?;
-        self.lines(source)?;
+        self.folders(scrub)?;
+        for file in scrub.edited_files {
+            for path in self.paths_of(file.path)? {
+                self.edit_lines(&path, file.edit)?;
+            }
+        }
         self.run()
     }
 
-    fn folders(&mut self) -> Result<(), StorageError> {
-        for path in REMOVED_CLOUD_STATE {
+    fn folders(&mut self, scrub: &Scrub<'_>) -> Result<(), StorageError> {
+        for path in scrub.removed_trees {
             if let Some(entry) = self.find(path)? {
                 self.remove_tree(path, &entry)?;
             }
         }
-        for path in RECREATED {
+        for path in scrub.recreated_folders {
             if let Some(entry) = self.find(path)?
                 && entry.is(DIRECTORY)
             {
@@ -289,20 +217,6 @@ impl<'i> Scrub<'i> {
                 self.command(&["mkdir", path])?;
                 self.set_owner(path, &entry.stat)?;
             }
-        }
-        Ok(())
-    }
-
-    /// Removes lines from files.
-    fn lines(&mut self, source: &GuestIdentity) -> Result<(), StorageError> {
-        self.edit_lines("/etc", "hosts", |line| without_host(line, source.hostname.as_bytes()))?;
-        // Type and comment can be spelled differently; the key itself is the second word.
-        let key = source.ssh_public_key.split_whitespace().nth(1).unwrap_or_default();
-        for folder in self.ssh_folders()? {
-            self.edit_lines(&folder, "authorized_keys", |line| {
-                let held = !key.is_empty() && line.windows(key.len()).any(|window| window == key.as_bytes());
-                (!held).then(|| line.to_vec())
-            })?;
         }
         Ok(())
     }
@@ -384,33 +298,30 @@ impl<'i> Scrub<'i> {
         Ok(())
     }
 
-    /// Lists the `.ssh` folders of root and of the users in `/home`.
-    fn ssh_folders(&self) -> Result<Vec<String>, StorageError> {
-        let mut folders = vec!["/root/.ssh".to_owned()];
-        for home in self.list("/home")? {
-            if home.is(DIRECTORY) && home.is_plain() {
-                folders.push(format!("/home/{}/.ssh", home.name));
+    /// Returns the paths that a path with a component `*` stands for.
+    fn paths_of(&self, path: &str) -> Result<Vec<String>, StorageError> {
+        let Some((parent, rest)) = path.split_once("/*/") else {
+            return Ok(vec![path.to_owned()]);
+        };
+        let mut paths = Vec::new();
+        for folder in self.list(parent)? {
+            if folder.is(DIRECTORY) && folder.is_plain() {
+                paths.push(format!("{parent}/{}/{rest}", folder.name));
             }
         }
         // Each folder is read from the image separately.
-        if folders.len() > MAX_FOLDERS {
+        if paths.len() > MAX_FOLDERS {
             return Err(StorageError::UnfitDisk(format!(
-                "there are {} folders in /home, more than {MAX_FOLDERS}: remove some",
-                folders.len()
+                "there are {} folders in {parent}, more than {MAX_FOLDERS}: remove some",
+                paths.len()
             )));
         }
-        Ok(folders)
+        Ok(paths)
     }
 
     /// Replaces each line of a file by the result of `edited`; `None` removes the line.
-    fn edit_lines(
-        &mut self,
-        folder: &str,
-        name: &str,
-        edited: impl Fn(&[u8]) -> Option<Vec<u8>>,
-    ) -> Result<(), StorageError> {
-        let path = format!("{folder}/{name}");
-        let Some(entry) = self.find(&path)?.filter(|entry| entry.is(REGULAR)) else {
+    fn edit_lines(&mut self, path: &str, edited: impl Fn(&[u8]) -> Option<Vec<u8>>) -> Result<(), StorageError> {
+        let Some(entry) = self.find(path)?.filter(|entry| entry.is(REGULAR)) else {
             return Ok(());
         };
         self.kept.insert(entry.stat.inode);
@@ -425,7 +336,7 @@ impl<'i> Scrub<'i> {
         if left == content {
             return Ok(());
         }
-        self.rewrite(&path, &entry, &left)
+        self.rewrite(path, &entry, &left)
     }
 
     /// Replaces a file by a new one with `content`, so that `debugfs` allocates its blocks.
@@ -515,28 +426,6 @@ impl Drop for ScratchFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_guest_s_names_are_removed_from_hosts_and_common_names_stay() {
-        let left = |line: &str, host: &str| {
-            let left = without_host(line.as_bytes(), host.as_bytes());
-            left.map(|line| String::from_utf8(line).unwrap())
-        };
-        let same = |line: &str, host: &str| assert_eq!(left(line, host).as_deref(), Some(line), "{host}");
-        assert_eq!(left("127.0.1.1 box.lan box\n", "box"), None);
-        assert_eq!(left("127.0.1.1\tBox", "box"), None);
-        assert_eq!(left("# this is box\n", "box"), None);
-        assert_eq!(
-            left("127.0.0.1 localhost box box.lan # box\n", "box").unwrap(),
-            "127.0.0.1 localhost\n"
-        );
-        for host in ["localhost", "ip6-localhost", "LOCALHOST", ""] {
-            same("127.0.0.1 localhost\n", host);
-            same("::1\tlocalhost ip6-localhost  ip6-loopback # all\n", host);
-        }
-        same("192.0.2.9 boxes other\n", "box");
-        same("\n", "box");
-    }
 
     #[test]
     fn only_plain_names_are_used_in_a_script() {

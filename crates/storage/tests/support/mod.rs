@@ -7,8 +7,10 @@
     reason = "a failed step ends the test"
 )]
 
+use scalebox_guest::scrub;
 use scalebox_storage::{
-    Backing, Bounds, InitEvent, InitOutcome, Pool, PoolPlan, StorageError, Template, init, unmount,
+    Backing, Bounds, EditedFile, InitEvent, InitOutcome, PendingSnapshot, Pool, PoolPlan, Scrub, StorageError,
+    Template, init, unmount,
 };
 use scalebox_units::{Bytes, Gib, TemplateName, VmId};
 use std::fs::{self, File};
@@ -234,6 +236,31 @@ pub fn vm_id(label: &str) -> VmId {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
     format!("vm-{:012x}", hash & 0xffff_ffff_ffff).parse().unwrap()
+}
+
+/// Finishes a snapshot without the identity of its guest, as the daemon does.
+pub fn finish_snapshot(
+    pool: &Pool,
+    snapshot: PendingSnapshot,
+    host_name: &str,
+    ssh_public_key: &str,
+) -> Result<Template, StorageError> {
+    let hosts = |line: &[u8]| scrub::without_host(line, host_name.as_bytes());
+    let keys = |line: &[u8]| scrub::without_key(line, ssh_public_key);
+    let mut edited = vec![EditedFile {
+        path: scrub::HOSTS,
+        edit: &hosts,
+    }];
+    edited.extend(scrub::AUTHORIZED_KEYS.map(|path| EditedFile { path, edit: &keys }));
+    let identity = Scrub {
+        removed_files: &scrub::REMOVED_FILES,
+        emptied_files: &scrub::EMPTIED_FILES,
+        removed_by_prefix: &scrub::REMOVED_BY_PREFIX,
+        removed_trees: &scrub::REMOVED_TREES,
+        recreated_folders: &scrub::RECREATED_FOLDERS,
+        edited_files: &edited,
+    };
+    pool.finish_snapshot(snapshot, &identity)
 }
 
 /// Creates a bare ext4 image with one file, `/marker`.
