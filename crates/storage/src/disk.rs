@@ -33,7 +33,7 @@ impl Pool {
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
         let made = fault_point("create: disk's file made")
-            .and_then(|()| files::reflink(&base_image, &disk))
+            .and_then(|()| self.file_system.clone_file(&base_image, &disk))
             .and_then(|()| fault_point("create: disk cloned"))
             .and_then(|()| disk.sync_all())
             .map_err(|error| StorageError::io("clone", path.display(), error))

@@ -199,6 +199,13 @@ impl StorageError {
         }
     }
 
+    pub(crate) fn not_a_template(what: &str, reason: impl ToString) -> Self {
+        StorageError::NotATemplate {
+            what: what.to_owned(),
+            reason: reason.to_string(),
+        }
+    }
+
     /// The error of a step that a test makes fail.
     pub(crate) fn step(error: io::Error) -> Self {
         StorageError::io("finish", "a step", error)

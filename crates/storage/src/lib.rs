@@ -11,31 +11,46 @@
 //!
 //! # Layout
 //!
+//! What any pool does is in the crate's root:
+//!
+//! | file | contents |
+//! |---|---|
+//! | `pool` | [`Pool`]: the handle on a mounted pool |
+//! | `admission`, `space` | the decision that a disk fits, its ledger, and the numbers it rests on |
+//! | `usage`, `measurement` | disk usage: the owner of each extent |
+//! | `disk` | cloning, growing, deleting and sweeping disks |
+//! | `delete` | deleting a disk and returning its blocks to the pool and the host disk |
+//! | `template` | listing and deleting templates; resized base images |
+//! | `import` | template import and export |
+//! | `snapshot` | turning a disk into a template |
+//! | `command` | running outside programs |
+//! | `simulated` (feature `simulated`) | pools for tests of other crates |
+//!
+//! `local` is the pool on this host: its file system, the devices under it, and what the kernel
+//! reports of both.
+//!
 //! | file | contents |
 //! |---|---|
 //! | `sizing` | the size of a new pool, as a pure function |
 //! | `init` | creating, mounting and registering the pool |
-//! | `backing` | the image, device or existing file system under the pool, and differences between btrfs and XFS |
+//! | `resize` | growing, shrinking and trimming the pool |
+//! | `backing`, `pool_fs` | the image, device or existing file system under the pool; differences between btrfs and XFS |
 //! | `fstab`, `mounts` | entries in `/etc/fstab`, and the mount table of the kernel |
 //! | `signature` | detecting what a file or device holds |
-//! | `pool` | [`Pool`]: the handle on a mounted pool |
-//! | `resize` | growing, shrinking and trimming the pool |
 //! | `space`, `btrfs`, `quota` | the writable space, as the kernel reports it |
-//! | `admission` | the decision that a disk fits, and its ledger |
-//! | `usage`, `extents`, `fiemap`, `tree_search` | disk usage: the owner of each extent |
-//! | `measurement` | the last result of a usage measurement, for admission |
-//! | `template` | listing and deleting templates; resized base images |
-//! | `import`, `pack`, `format` | template import and export, compressed with zstd |
-//! | `snapshot` | turning a disk into a template |
-//! | `scrub` | removing host keys, machine id and logs from an image |
-//! | `disk` | cloning, growing, deleting and sweeping disks |
-//! | `defragment` | reducing the number of extents in a base image |
-//! | `ext4` | inspecting, checking, growing and zeroing the ext4 file system in an image |
+//! | `extents`, `fiemap`, `tree_search` | the extents of files |
+//! | `files`, `group_sync` | cloning, sparse copying, flushing; one flush shared by concurrent callers |
+//!
+//! `image` is work on one disk image:
+//!
+//! | file | contents |
+//! |---|---|
+//! | `images` | the operations that a pool needs |
+//! | `ext4` | inspecting, checking, growing and zeroing the ext4 file system |
 //! | `live_growth` | whether a guest can grow its file system while it is mounted |
-//! | `delete` | deleting a disk and returning its blocks to the pool and the host disk |
-//! | `files` | cloning, sparse copying, flushing |
-//! | `group_sync` | one flush shared by concurrent callers |
-//! | `command` | running outside programs |
+//! | `defragment` | reducing the number of extents in a base image |
+//! | `scrub` | removing files and lines from the file system |
+//! | `pack`, `format` | compression with zstd; recognizing other formats |
 //!
 //! # Example
 //!
@@ -64,6 +79,8 @@ mod import;
 mod local;
 mod measurement;
 mod pool;
+#[cfg(feature = "simulated")]
+mod simulated;
 mod snapshot;
 mod space;
 mod template;
@@ -81,6 +98,8 @@ pub use local::files::try_lock_exclusive;
 pub use local::fstab::{FstabError, registered_source};
 pub use local::group_sync::GroupSync;
 pub use local::init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
+#[cfg(feature = "simulated")]
+pub use local::simulated::SimulatedSpace;
 pub use local::sizing::{
     DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE, MIN_DEFAULT_SIZE, MIN_HOST_FREE, PoolSize, RequestedSize,
     RequestedSizeError, TooLittleSpace, pool_size,

@@ -7,8 +7,7 @@
 use crate::admission::Reservation;
 use crate::command::CommandError;
 use crate::error::StorageError;
-use crate::image::ext4;
-use crate::image::scrub::{self, Scrub};
+use crate::image::scrub::Scrub;
 use crate::import;
 use crate::local::files::{self, Folder, PARTIAL};
 use crate::local::space::allocated_of;
@@ -102,7 +101,7 @@ impl Pool {
     pub fn take_snapshot(&self, snapshot: &mut PendingSnapshot, id: &VmId) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
-            .and_then(|disk| files::reflink(&disk, &snapshot.file))
+            .and_then(|disk| self.file_system.clone_file(&disk, &snapshot.file))
             .map_err(|error| StorageError::io("clone", path.display(), error))?;
         fault_point("snapshot: disk cloned").map_err(StorageError::step)?;
         if self.backs_every_byte() {
@@ -123,9 +122,9 @@ impl Pool {
     pub fn finish_snapshot(&self, mut snapshot: PendingSnapshot, scrub: &Scrub<'_>) -> Result<Template, StorageError> {
         let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
         // Replaying the journal after an edit would undo the edit.
-        ext4::repair(partial).map_err(unfit)?;
+        self.images.repair(partial).map_err(unfit)?;
         fault_point("snapshot: journal replayed").map_err(StorageError::step)?;
-        scrub::remove(partial, file, scrub).map_err(unfit)?;
+        self.images.scrub(partial, file, scrub).map_err(unfit)?;
         fault_point("snapshot: identity removed").map_err(StorageError::step)?;
         file.sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;

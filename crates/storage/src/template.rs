@@ -7,8 +7,6 @@
 //! template is never used.
 
 use crate::error::StorageError;
-use crate::image::defragment::defragment;
-use crate::image::ext4;
 use crate::local::files::{self, Folder, PARTIAL};
 use crate::pool::Pool;
 use rustix::fs::{FlockOperation, flock};
@@ -157,7 +155,7 @@ impl Pool {
             });
         }
         // A file system that does not fill its image has to be grown in any case.
-        if size == template.size && ext4::fills(&original)? {
+        if size == template.size && self.images.fills(&original)? {
             return Ok(original);
         }
         let grown = self.grown_path(&template, size);
@@ -206,7 +204,8 @@ impl Pool {
         // Inside templates/, the folder inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
         // The name need not survive a power cut: the image would be made again.
-        self.replace_by_grown_clone(original, grown, size, defragment, |partial| {
+        let arrange = |clone: &File| self.images.defragment(clone);
+        self.replace_by_grown_clone(original, grown, size, arrange, |partial| {
             fs::rename(partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))?;
             crash_point("grown clone: in place");
             Ok(())
@@ -227,7 +226,7 @@ impl Pool {
         let mut partial = target.as_os_str().to_owned();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
-        if let Some(reason) = ext4::cannot_grow(original)? {
+        if let Some(reason) = self.images.cannot_grow(original)? {
             return Err(StorageError::CannotGrow {
                 what: "the disk".to_owned(),
                 size: size.ceil_gib(),
@@ -235,11 +234,40 @@ impl Pool {
             });
         }
         let clone = self.claim(&partial)?;
-        let made = make_grown(original, &partial, &clone, size, arrange).and_then(|()| place(&partial));
+        let made = self
+            .make_grown(original, &partial, &clone, size, arrange)
+            .and_then(|()| place(&partial));
         if made.is_err() {
             files::discard(&partial);
         }
         made.map(|()| clone)
+    }
+
+    /// Turns the unfinished file `clone` at `partial` into a flushed copy of `original`, grown to
+    /// `size`.
+    fn make_grown(
+        &self,
+        original: &File,
+        partial: &Path,
+        clone: &File,
+        size: Bytes,
+        arrange: impl FnOnce(&File) -> io::Result<()>,
+    ) -> Result<(), StorageError> {
+        fault_point("grown clone: file made").map_err(StorageError::step)?;
+        self.file_system
+            .clone_file(original, clone)
+            .map_err(|error| StorageError::io("clone", partial.display(), error))?;
+        fault_point("grown clone: cloned").map_err(StorageError::step)?;
+        let before = self.images.grow(partial, clone, size)?;
+        fault_point("grown clone: file system larger").map_err(StorageError::step)?;
+        arrange(clone).map_err(|error| StorageError::io("arrange", partial.display(), error))?;
+        fault_point("grown clone: arranged").map_err(StorageError::step)?;
+        self.images.finish_growth(partial, clone, before.as_ref())?;
+        drop(before);
+        clone
+            .sync_all()
+            .map_err(|error| StorageError::io("flush", partial.display(), error))?;
+        fault_point("grown clone: flushed").map_err(StorageError::step)
     }
 
     fn growing_lock(&self, grown: &Path) -> Arc<std::sync::Mutex<()>> {
@@ -331,30 +359,6 @@ impl Pool {
         let file = format!("{}@{}.{}{SUFFIX}", template.name, template.inode, size.as_u64());
         self.grown_dir().join(file)
     }
-}
-
-/// Turns the unfinished file `clone` at `partial` into a flushed copy of `original`, grown to
-/// `size`.
-fn make_grown(
-    original: &File,
-    partial: &Path,
-    clone: &File,
-    size: Bytes,
-    arrange: impl FnOnce(&File) -> io::Result<()>,
-) -> Result<(), StorageError> {
-    fault_point("grown clone: file made").map_err(StorageError::step)?;
-    files::reflink(original, clone).map_err(|error| StorageError::io("clone", partial.display(), error))?;
-    fault_point("grown clone: cloned").map_err(StorageError::step)?;
-    let before = ext4::grow(partial, clone, size)?;
-    fault_point("grown clone: file system larger").map_err(StorageError::step)?;
-    arrange(clone).map_err(|error| StorageError::io("arrange", partial.display(), error))?;
-    fault_point("grown clone: arranged").map_err(StorageError::step)?;
-    ext4::finish_growth(partial, clone, &before)?;
-    drop(before);
-    clone
-        .sync_all()
-        .map_err(|error| StorageError::io("flush", partial.display(), error))?;
-    fault_point("grown clone: flushed").map_err(StorageError::step)
 }
 
 /// Removes an unfinished file unless a running process has it locked.

@@ -16,16 +16,19 @@
 //! extent. Nothing waits for it.
 
 use crate::error::StorageError;
-use crate::local::backing::{ActualBacking, PoolFs};
+use crate::local::backing::ActualBacking;
 use crate::local::extents::{self, Reference};
 use crate::local::fiemap;
 use crate::local::files;
+use crate::local::pool_fs::PoolFs;
+#[cfg(feature = "simulated")]
+use crate::local::simulated;
 use crate::measurement::{FolderTimes, Measurement, Measurements};
 use crate::pool::Pool;
 use scalebox_units::{Bytes, InvalidFormat, TemplateName, VmId};
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::Path;
@@ -108,6 +111,10 @@ struct OwnerUsage {
     usage: Usage,
 }
 
+/// Adds the ranges that a file maps to a list, with its inode.
+type ReadMap = fn(&File, u64, &mut Vec<fiemap::Mapped>) -> rustix::io::Result<()>;
+
+/// Parses the name of a file, without its suffix.
 type ParseOwner = dyn Fn(&str) -> Result<OwnerName, InvalidFormat>;
 
 /// Collects references to extents.
@@ -200,9 +207,11 @@ impl Pool {
         let folders = self.folder_times();
         let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
-        match self.file_system {
+        match &self.file_system {
             PoolFs::Btrfs(..) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
-            PoolFs::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
+            PoolFs::Xfs => fiemap::cut(&self.map_files(fiemap::read)?, |piece| tally.take(piece)),
+            #[cfg(feature = "simulated")]
+            PoolFs::Simulated(_) => fiemap::cut(&self.map_files(simulated::map)?, |piece| tally.take(piece)),
         }
         let used = self.space()?.used;
         let accounts = tally.close(
@@ -259,14 +268,14 @@ impl Pool {
     }
 
     /// Reads the extent maps of all files in the pool.
-    fn map_files(&self) -> Result<Vec<fiemap::Mapped>, StorageError> {
+    fn map_files(&self, read: ReadMap) -> Result<Vec<fiemap::Mapped>, StorageError> {
         let mut mapped = Vec::new();
         for folder in [self.disks_dir(), self.templates_dir(), self.grown_dir()] {
             for (_, inode, path) in files_of(&folder)? {
                 let failed = |error| StorageError::io("read the extents of", path.display(), error);
                 match files::open_read(&path) {
                     Ok(file) if file.metadata().map_err(failed)?.is_file() => {
-                        fiemap::read(&file, inode, &mut mapped).map_err(|errno| failed(errno.into()))?;
+                        read(&file, inode, &mut mapped).map_err(|errno| failed(errno.into()))?;
                     }
                     Ok(_) => {}
                     // Deleted between the listing and now.

@@ -2,9 +2,12 @@
 //! remedy.
 
 use crate::image::pack;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
 /// Bytes read from the start of a file: the signature of ISO 9660 is at 32 KiB.
-pub(crate) const HEAD: usize = 64 << 10;
+const HEAD: usize = 64 << 10;
 
 /// A signature: its offset, its bytes, and the message about it.
 type Mark = (usize, &'static [u8], &'static str);
@@ -93,8 +96,30 @@ const MARKS: [Mark; 21] = [
     ),
 ];
 
+/// Returns the beginning of a file; shorter if the file is.
+pub(crate) fn head_of(file: &File) -> io::Result<Vec<u8>> {
+    let mut head = vec![0; HEAD];
+    let mut filled = 0;
+    while filled < head.len() {
+        match file.read_at(&mut head[filled..], filled as u64)? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    head.truncate(filled);
+    Ok(head)
+}
+
+/// Rejects a file that begins with `head` if that is a known format other than ext4.
+pub(crate) fn refuse_others(head: &[u8]) -> io::Result<()> {
+    match recognise(head) {
+        Some(other) => Err(io::Error::other(format!("it is {other}"))),
+        None => Ok(()),
+    }
+}
+
 /// Returns the format of a file that begins with `head`, if it is a known one other than ext4.
-pub(crate) fn recognise(head: &[u8]) -> Option<&'static str> {
+fn recognise(head: &[u8]) -> Option<&'static str> {
     if pack::is_packed(head) {
         return Some("compressed twice: decompress it once");
     }

@@ -1,12 +1,10 @@
 //! The backing of a pool: an image, a block device, or an existing file system.
 
 use crate::error::StorageError;
-use crate::local::btrfs::{self, PendingWrites};
 use crate::local::mounts::{self, MountEntry};
-use crate::local::quota::Quota;
 use rustix::fs::{FileType, stat};
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -70,55 +68,6 @@ impl FsKind {
         match self {
             FsKind::Btrfs => "btrfs",
             FsKind::Xfs => "xfs",
-        }
-    }
-}
-
-/// The pool's file system, for operations that differ between btrfs and XFS.
-#[derive(Debug)]
-pub(crate) enum PoolFs {
-    /// With the counters of uncommitted writes, and the quotas that apply to the pool's folder.
-    Btrfs(PendingWrites, Quota),
-    Xfs,
-}
-
-impl PoolFs {
-    pub(crate) fn open(kind: FsKind, dir: &File) -> io::Result<PoolFs> {
-        match kind {
-            FsKind::Btrfs => {
-                let quota = Quota::of(dir)?.ok_or_else(|| io::Error::other("not a btrfs file system anymore"))?;
-                Ok(PoolFs::Btrfs(PendingWrites::open(dir)?, quota))
-            }
-            FsKind::Xfs => Ok(PoolFs::Xfs),
-        }
-    }
-
-    pub(crate) fn kind(&self) -> FsKind {
-        match self {
-            PoolFs::Btrfs(..) => FsKind::Btrfs,
-            PoolFs::Xfs => FsKind::Xfs,
-        }
-    }
-
-    /// Returns whether flushing a new file also makes its name durable.
-    pub(crate) fn fsync_keeps_name(&self) -> bool {
-        matches!(self, PoolFs::Btrfs(..))
-    }
-
-    /// Makes freed space writable. btrfs does so when it commits its transaction, XFS immediately.
-    pub(crate) fn commit(&self, dir: &File) -> rustix::io::Result<()> {
-        match self {
-            PoolFs::Btrfs(..) => btrfs::commit(dir),
-            PoolFs::Xfs => Ok(()),
-        }
-    }
-
-    /// Frees the blocks of an unlinked file. When the file is only closed, XFS frees them later, in
-    /// the background.
-    pub(crate) fn free(&self, file: File) -> io::Result<()> {
-        match self {
-            PoolFs::Btrfs(..) => Ok(()),
-            PoolFs::Xfs => file.set_len(0),
         }
     }
 }

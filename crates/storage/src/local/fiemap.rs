@@ -8,6 +8,7 @@ use crate::local::extents::Reference;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use std::fs::File;
 use std::iter::Peekable;
 use std::ops::Range;
 
@@ -64,7 +65,7 @@ pub(crate) struct Mapped {
 ///
 /// # Errors
 /// `EOPNOTSUPP` where the file system does not report it.
-pub(crate) fn read(file: impl AsFd, inode: u64, mapped: &mut Vec<Mapped>) -> io::Result<()> {
+pub(crate) fn read(file: &File, inode: u64, mapped: &mut Vec<Mapped>) -> io::Result<()> {
     each(file, 0, |extent| {
         if extent.flags & NOWHERE == 0 {
             mapped.push(Mapped {

@@ -9,9 +9,12 @@ pub(crate) mod fstab;
 pub(crate) mod group_sync;
 pub(crate) mod init;
 pub(crate) mod mounts;
+pub(crate) mod pool_fs;
 pub(crate) mod quota;
 pub(crate) mod resize;
 pub(crate) mod signature;
+#[cfg(feature = "simulated")]
+pub(crate) mod simulated;
 pub(crate) mod sizing;
 pub(crate) mod space;
 pub(crate) mod tree_search;

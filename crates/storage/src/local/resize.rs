@@ -12,8 +12,9 @@
 
 use crate::command::{self, Program};
 use crate::error::StorageError;
-use crate::local::backing::{ActualBacking, PoolFs};
+use crate::local::backing::ActualBacking;
 use crate::local::btrfs::chunk_space;
+use crate::local::pool_fs::PoolFs;
 use crate::local::sizing::{DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE};
 use crate::local::space::{allocated, available, device_size};
 use crate::pool::Pool;
@@ -218,6 +219,10 @@ impl Pool {
     /// [`StorageError::Command`].
     pub fn trim(&self) -> Result<Bytes, StorageError> {
         self.require_mounted()?;
+        #[cfg(feature = "simulated")]
+        if let PoolFs::Simulated(_) = self.file_system {
+            return Ok(Bytes::ZERO);
+        }
         let output = command::run(Program::Fstrim, [OsStr::new("--verbose"), self.path().as_os_str()])?;
         // `/var/lib/scalebox: 1.2 GiB (1288490188 bytes) trimmed`
         let bytes = output
@@ -284,6 +289,8 @@ impl Pool {
                 Ok(space.device_size)
             }
             PoolFs::Xfs => Ok(self.space()?.capacity),
+            #[cfg(feature = "simulated")]
+            PoolFs::Simulated(_) => Ok(self.space()?.capacity),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Reads the writable space: the pool and the host disk under it, combined.
 
 use crate::error::StorageError;
-use crate::local::backing::PoolFs;
 use crate::local::btrfs::{ChunkSpace, PendingWrites, chunk_space};
+use crate::local::pool_fs::PoolFs;
 use crate::local::quota::{Allowance, Quota};
 use crate::space::Space;
 use rustix::fs::{fstat, fstatvfs, statvfs};
@@ -42,6 +42,8 @@ pub(crate) fn read(pool: &File, file_system: &PoolFs, image: Option<&Path>) -> R
             Ok(allowance.map_or(space, |allowance| within(space, allowance)))
         }
         PoolFs::Xfs => of_xfs(pool),
+        #[cfg(feature = "simulated")]
+        PoolFs::Simulated(space) => Ok(space.read()),
     }
 }
 
