@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# Sets up what the benchmark needs in a scratch folder, runs it, and takes everything down again, also when it fails or is interrupted.
+# Sets up a scratch folder, runs the benchmark, and cleans up, also after a failure or an
+# interruption.
 #
-#   make bench            a full run, ten minutes at most
-#   make bench QUICK=1    a small one
+#   make bench            a full run, at most ten minutes
+#   make bench QUICK=1    a small run
 #
-# The pool lies on a device of its own, which is a loop device over a sparse 4 TiB file: 32 disks of 100 GiB are admitted at once on a host
-# that has not that much. The disks are clones, and what is really written is less than 5 GB.
+# The pool has a device of its own, a loop device over a sparse 4 TiB file, so that 32 disks of 100
+# GiB are admitted at once on any host. The disks are clones; less than 5 GB are actually written.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 # shellcheck source=scripts/scratch.sh
 source scripts/scratch.sh
 
 scaleboxd=$PWD/target/release/scaleboxd
-[[ $EUID -eq 0 ]] || { echo "run it as root (sudo make bench)" >&2; exit 1; }
+[[ $EUID -eq 0 ]] || { echo "run.sh: needs root; run: sudo make bench" >&2; exit 1; }
 
 SCALEBOXD=$scaleboxd
 pool_loop='' ext4_loop=''
 
-# A loop device with direct I/O.
+# loop FILE: attaches a loop device with direct I/O and prints it.
 loop() {
 	losetup --find --show --direct-io=on "$1"
 }
@@ -32,7 +33,7 @@ down() {
 			sleep 0.1
 		done
 	fi
-	# What an interrupted seed.sh left mounted.
+	# Unmount what an interrupted seed.sh left mounted.
 	findmnt --raw --noheadings --output TARGET | grep -F -- "$SCRATCH/mnt/" | while read -r mounted; do umount -- "$mounted"; done || true
 	mountpoint -q "$BENCH_EXT4" && umount -- "$BENCH_EXT4"
 	mountpoint -q "$DATA_DIR" && { LOG_LEVEL=warn "$scaleboxd" --config /dev/null down >/dev/null || umount -- "$DATA_DIR"; }

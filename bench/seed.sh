@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the original did for a disk, command by command: a clone, grown with the tools and given a key through a mount. Nothing is flushed.
+# Creates a disk with the original's commands: clones it, grows it, mounts it and copies a key.
+# Flushes nothing.
 #
 #   bench/seed.sh TEMPLATE.ext4 DISK.ext4 SIZE_GIB MOUNT_POINT KEY_FILE
 set -euo pipefail

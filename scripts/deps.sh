@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that Scalebox needs; packages that are installed already stay as they are.
+# Installs the Debian packages that Scalebox needs. Installed packages are not changed.
 #
-#   scripts/deps.sh                  all of them
-#   scripts/deps.sh run build        those of these groups
-#   scripts/deps.sh --list run       prints them instead
+#   scripts/deps.sh                  installs all groups
+#   scripts/deps.sh run build        installs these groups
+#   scripts/deps.sh --list run       lists the packages of a group
 #
-# Groups: `build` compiles the programs, `run` is what a host needs, `test` is for the tests, the demo and the benchmark.
+# Groups: `build` to compile the programs, `run` for a host, `test` for the tests, the demo and the
+# benchmark.
 set -euo pipefail
 
-# A C compiler and linker for SQLite and the TLS library.
+# SQLite and the TLS library need a C compiler and linker.
 build=(gcc libc6-dev make pkg-config)
 run=(
 	btrfs-progs e2fsprogs util-linux mount nftables iproute2 qemu-system-x86
@@ -31,7 +32,7 @@ for group in "$@"; do
 	run) packages+=("${run[@]}") ;;
 	test) packages+=("${test[@]}") ;;
 	*)
-		echo "deps.sh: there is no group $group: write build, run or test" >&2
+		echo "deps.sh: unknown group $group; use build, run or test" >&2
 		exit 2
 		;;
 	esac
@@ -41,9 +42,8 @@ if $list; then
 	exit
 fi
 
-# Fails on a machine without apt with a sentence rather than with "command not found".
 command -v apt-get >/dev/null || {
-	echo "deps.sh: this script knows Debian and Ubuntu; install by hand: ${packages[*]}" >&2
+	echo "deps.sh: supports only Debian and Ubuntu; install these packages by hand: ${packages[*]}" >&2
 	exit 1
 }
 
@@ -54,8 +54,7 @@ done
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 
 if [[ $EUID -ne 0 ]]; then
-	echo "deps.sh: these packages are missing, and only root can install them: ${missing[*]}" >&2
-	echo "deps.sh: run: sudo apt-get install ${missing[*]}" >&2
+	echo "deps.sh: needs root to install missing packages; run: sudo apt-get install ${missing[*]}" >&2
 	exit 1
 fi
 echo "Installing ${missing[*]}..."

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes this Debian or Ubuntu server a Scalebox host: packages, programs, pool, template, token, service. Run again, it brings the
-# programs up to date and leaves the rest as it is.
+# Turns this Debian or Ubuntu server into a Scalebox host: packages, programs, pool, template,
+# token, services. Run again, it updates the programs and keeps everything else.
 #
 #   sudo scripts/install.sh
-#   sudo STORAGE_SIZE=100G scripts/install.sh        a pool of 100 GiB rather than 80 % of what is free
-#   sudo BIN_DIR=/path scripts/install.sh            programs that are built already, rather than building them here
-#   sudo SCALEBOX_CACHE=/path scripts/install.sh     the finished template from this folder, if it is there; else it is kept there
+#   sudo STORAGE_SIZE=100G scripts/install.sh      sets the pool size (80 % of the free space)
+#   sudo BIN_DIR=/path scripts/install.sh          installs programs that are already built
+#   sudo SCALEBOX_CACHE=/path scripts/install.sh   reads the template from there, or saves it there
 #
-# Settings in the environment (see the table in the README) are written to a new /etc/scaleboxd/config.
+# Settings in the environment (see the README) are written to a new /etc/scaleboxd/config.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 
@@ -25,12 +25,12 @@ die() {
 }
 
 require_host() {
-	[[ $EUID -eq 0 ]] || die "run it as root: sudo scripts/install.sh"
-	[[ $(uname -m) == x86_64 ]] || die "Scalebox runs on x86_64, this is $(uname -m)"
-	command -v apt-get >/dev/null || die "this script knows Debian and Ubuntu; see docs/install.md for what to do elsewhere"
+	[[ $EUID -eq 0 ]] || die "needs root; run: sudo scripts/install.sh"
+	[[ $(uname -m) == x86_64 ]] || die "Scalebox runs only on x86_64, and this machine is $(uname -m)"
+	command -v apt-get >/dev/null || die "supports only Debian and Ubuntu; docs/install.md lists the steps to run by hand"
 }
 
-# What the configuration says, or what a new one will.
+# Prints a setting from the configuration, or from the environment if there is no configuration yet.
 setting() {
 	if [[ -e $config ]]; then
 		sed -n "s/^[[:space:]]*$1[[:space:]]*=[[:space:]]*//p" "$config" | sed 's/[[:space:]]*$//; s/^"\(.*\)"$/\1/; s/^\x27\(.*\)\x27$/\1/' | tail -n 1
@@ -39,25 +39,26 @@ setting() {
 	fi
 }
 
-# The programs that are run here take settings from the environment, the service takes them from the configuration: both must be the same.
+# This script runs programs with settings from the environment, the service reads them from the
+# configuration: both must be the same.
 check_settings() {
 	local key dir
 	for key in API_TOKEN "${settings[@]}"; do
 		[[ -n ${!key:-} && -e $config ]] || continue
 		[[ ${!key} == "$(setting "$key")" ]] ||
-			die "$key is in the environment, and $config says otherwise: change it there, or unset it"
+			die "$key in the environment differs from $config: change it there, or unset it"
 	done
 	for key in DATA_DIR POOL_IMAGE STATE_DIR RUN_DIR; do
 		dir=$(setting "$key")
 		case $dir/ in
 			/home/* | /root/* | /tmp/* | /var/tmp/* | /run/user/*)
-				die "$key is $dir: the service does not see /home, /root, /run/user and the host's /tmp; choose another place, such as /srv"
+				die "$key is $dir, but the service cannot see /home, /root, /run/user and the host's /tmp; use another folder, such as /srv"
 				;;
 		esac
 	done
 }
 
-# Before anything is changed: the programs are there, or can be built.
+# Checks, before anything is changed, that the programs exist or can be built.
 require_programs() {
 	local program
 	if [[ -z ${BIN_DIR:-} ]]; then
@@ -65,7 +66,7 @@ require_programs() {
 		return
 	fi
 	for program in scaleboxd scalebox; do
-		[[ -x $BIN_DIR/$program ]] || die "$BIN_DIR/$program is not there"
+		[[ -x $BIN_DIR/$program ]] || die "$BIN_DIR/$program does not exist or is not executable"
 	done
 }
 
@@ -80,12 +81,12 @@ install_programs() {
 	local from=${BIN_DIR:-} program
 	if [[ -z $from ]]; then
 		say "Build the programs"
-		# As the person who called: what is built is theirs.
+		# Built as the user who called sudo, so that target/ belongs to them.
 		scripts/toolchain.sh run cargo build --locked --release --bin scaleboxd --bin scalebox
 		from=target/release
 	fi
 	for program in scaleboxd scalebox; do
-		# Beside and renamed: a program that runs is replaced for its next start.
+		# Renamed into place, because a running program cannot be overwritten.
 		install -m 0755 "$from/$program" "/usr/local/bin/.$program.new"
 		mv -f "/usr/local/bin/.$program.new" "/usr/local/bin/$program"
 	done
@@ -93,7 +94,7 @@ install_programs() {
 	/usr/local/bin/scalebox completions bash >/usr/share/bash-completion/completions/scalebox
 }
 
-# A new token is in $token; empty when there was a configuration already.
+# The new token; empty if a configuration already exists.
 token=
 write_config() {
 	install -d -m 0700 "$config_dir"
@@ -108,7 +109,7 @@ write_config() {
 	new=$(mktemp "$config_dir/.config.XXXXXX")
 	chmod 0600 "$new"
 	{
-		echo "# Scalebox's settings; the README lists them all. Restart scaleboxd after a change."
+		echo "# Scalebox settings; the README lists all of them. Restart scaleboxd after a change."
 		echo "API_TOKEN=$token"
 		for key in "${settings[@]}"; do
 			[[ -z ${!key:-} ]] || echo "$key=${!key}"
@@ -117,27 +118,27 @@ write_config() {
 	mv "$new" "$config"
 }
 
-# Guests reach the network through this host. Set before Docker starts: where Docker has to turn forwarding on itself, it drops what is
-# not its own.
+# Enables IP forwarding for guests, also before Docker starts: if Docker enables forwarding itself,
+# it drops packets of others.
 allow_forwarding() {
 	echo "net.ipv4.ip_forward = 1" >/etc/sysctl.d/60-scalebox.conf
 	sysctl -q -p /etc/sysctl.d/60-scalebox.conf
 }
 
-# Puts a unit in place, with the pool's mount point in it, wherever that is.
+# Installs a unit, with the mount unit of the pool's actual mount point.
 install_unit() {
 	local name=$1 data_dir mount
 	data_dir=$(setting DATA_DIR)
 	data_dir=${data_dir:-/var/lib/scalebox}
 	mount=$(systemd-escape --path --suffix=mount "$data_dir")
-	# Backslashes, as sed reads them.
+	# Backslashes are escaped for sed.
 	sed "s#var-lib-scalebox\.mount#${mount//\\/\\\\}#" "packaging/$name" >"$units/$name.new"
 	chmod 0644 "$units/$name.new"
 	mv "$units/$name.new" "$units/$name"
 }
 
-# Pauses that grow between failed starts, where systemd knows them.
-install_pauses() {
+# Installs growing pauses between failed starts, if systemd supports them.
+install_restart_pauses() {
 	local version
 	version=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
 	((version >= 254)) || return 0
@@ -151,20 +152,20 @@ install_service() {
 	install_unit scaleboxd.service
 	install_unit scalebox-guests.service
 	if [[ ! -d /run/systemd/system ]]; then
-		echo "systemd does not run here; start the daemon with: scaleboxd serve"
+		echo "systemd is not running; start the daemon with: scaleboxd serve"
 		return
 	fi
-	install_pauses
+	install_restart_pauses
 	systemctl daemon-reload
-	# Never restarted: its end is the end of the guests.
+	# Never restarted, because stopping it shuts the guests down.
 	systemctl enable --quiet --now scalebox-guests
 	systemctl enable --quiet scaleboxd
-	# Machines run on through a restart of the daemon. It has started when it answers.
+	# Machines keep running when the daemon restarts. `restart` returns when it accepts requests.
 	systemctl restart scaleboxd || failed_start
 	wait_for_health || failed_start
 }
 
-# As root without settings of its own, whose client asks the daemon of this host.
+# Waits until the daemon responds. Without settings of the user, scalebox takes the daemon's.
 wait_for_health() {
 	local tries
 	for ((tries = 0; tries < 50; tries++)); do
@@ -178,7 +179,7 @@ wait_for_health() {
 
 failed_start() {
 	journalctl --unit scaleboxd --identifier scaleboxd --no-pager --lines 5 --output cat >&2 || true
-	die "the daemon does not start; ask: scaleboxd doctor. Correct $config and run: systemctl restart scaleboxd"
+	die "the daemon does not start; run scaleboxd doctor, correct $config and run: systemctl restart scaleboxd"
 }
 
 require_host
@@ -197,14 +198,14 @@ install_service
 say "Scalebox is installed"
 cat <<TXT
 
-A user of this host is logged in by:
+To log in as a user of this host, run:
 
   (umask 077; mkdir -p ~/.config/scalebox; sudo scaleboxd client-config >~/.config/scalebox/config)
 
 TXT
 if [[ -n $token ]]; then
 	cat <<TXT
-The API's token, shown this once (it stands in $config, for root alone):
+The API token, shown only once (it is stored in $config, readable by root only):
 
   export SCALEBOX_TOKEN=$token
 

@@ -1,30 +1,32 @@
 #!/usr/bin/env bash
-# Runs every test, and then looks for what tests may have left on the host. Whatever is found is removed, also when the run was interrupted, and a
-# run that left something has failed.
+# Runs all tests, then removes what they left on the host, also after an interruption. The run fails
+# if anything was left.
 #
-# Arguments go to the test runner, such as a part of a test's name.
+# Arguments are passed to the test runner, such as a part of a test's name.
 set -uo pipefail
 cd -- "$(dirname -- "$0")/.." || exit 1
 
 if [[ $EUID -ne 0 ]]; then
-	echo "the tests make pools, bridges and machines: run them as root (sudo make test)" >&2
+	echo "run-tests.sh: needs root to create pools, bridges and machines; run: sudo make test" >&2
 	exit 1
 fi
 
 promtool=$(scripts/promtool.sh)
 PATH=$PATH${promtool:+:$promtool}
 
-# Every test's scratch folder lies in here, so that what belongs to them can be told from all else. Short: sockets' paths are limited.
+# All scratch folders of tests are in here, which identifies what belongs to them. The path is short
+# because the length of socket paths is limited.
 TMPDIR=$(mktemp -d /tmp/sbt.XXXXXX)
 export TMPDIR
 
-# What the tests make outside their folders has names of their own; see the tests' support files.
+# Outside their folders, tests use names of their own; see the tests' support files.
 links() { ip -o link show | sed -n 's/^[0-9]*: \(sbtest[0-9]*\)[@:].*/\1/p'; }
 taps() { ip -o link show | sed -n 's/^[0-9]*: \(sb[0-9a-f]\{12\}\)[@:].* master sbtest[0-9]* .*/\1/p'; }
 tables() { nft list tables | sed -n 's/^table \([a-z0-9]* scalebox_sbtest[0-9]*\)$/\1/p'; }
 mounts() { awk -v dir="$TMPDIR/" 'index($5, dir) == 1 { print $5 }' /proc/self/mountinfo | tac; }
 loops() { losetup -n -O NAME,BACK-FILE | awk -v dir="$TMPDIR/" 'index($2, dir) == 1 { print $1 }'; }
-# Control groups of machines that are gone: those of machines that run hold a process. What was there before belongs to somebody else.
+# Control groups without a process belong to machines that have ended. Groups that existed before
+# the run are not ours.
 all_groups() { find /sys/fs/cgroup -type d -path '*/scalebox/vm-*' 2>/dev/null; }
 groups_before=$(all_groups)
 groups() {
@@ -38,7 +40,8 @@ processes() {
 	for pid in $(pgrep -f -- "$TMPDIR/"); do
 		[[ $pid == "$$" ]] || echo "$pid"
 	done
-	# A jailed process names no folder; the pipe of its console lies in one.
+	# The arguments of a jailed process contain no path, but its standard output is a pipe in a
+	# scratch folder.
 	for pid in $(pgrep -f -- '^/firecracker --id vm-'); do
 		[[ $(readlink "/proc/$pid/fd/1") != "$TMPDIR"/* ]] || echo "$pid"
 	done
@@ -48,9 +51,9 @@ left=0
 remove() {
 	local kind=$1 what=$2
 	shift 2
-	echo "left by a test: $kind $what" >&2
+	echo "run-tests.sh: a test left a $kind: $what" >&2
 	left=1
-	"$@" || echo "and it could not be removed" >&2
+	"$@" || echo "run-tests.sh: cannot remove this $kind: $what" >&2
 }
 clean_up() {
 	local it
@@ -69,12 +72,12 @@ clean_up() {
 }
 trap 'clean_up; exit 130' INT TERM
 
-# The daemon of the tests ends itself where the crash test tells it to; what is released cannot.
+# Tests build a daemon that can end itself at fault points; a release has none.
 features=scaleboxd/fault-points
 status=0
 if cargo nextest --version >/dev/null 2>&1; then
 	cargo nextest run --locked --workspace --features "$features" "$@" || status=$?
-	# nextest does not run the examples of the documentation.
+	# nextest does not run documentation tests.
 	[[ $# -gt 0 ]] || cargo test --locked --workspace --features "$features" --doc --quiet || status=$?
 else
 	cargo test --locked --workspace --features "$features" --no-fail-fast "$@" || status=$?
@@ -82,7 +85,7 @@ fi
 
 clean_up
 if [[ $left -ne 0 && $status -eq 0 ]]; then
-	echo "all tests passed, but something was left behind" >&2
+	echo "run-tests.sh: all tests passed, but some left something on the host (see above)" >&2
 	status=1
 fi
 exit "$status"

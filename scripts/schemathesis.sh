@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Tests a running scaleboxd against the description that it serves, with schemathesis (https://schemathesis.readthedocs.io):
-# requests of the right form are taken, those of a wrong form refused, nothing is a 5xx, and answers are as they are described.
+# Tests a running scaleboxd against its OpenAPI document, with schemathesis
+# (https://schemathesis.readthedocs.io): valid requests are accepted, invalid ones are rejected,
+# nothing returns a 5xx, and responses match the document.
 #
-# The host is one for tests: VMs and templates are made and deleted on it. It has a template debian-base and no kernel, and
-# MAX_DISK_SIZE_GIB is small. SCALEBOX_URL and SCALEBOX_TOKEN name it; SECONDS_AT_MOST (120) bounds the run; SCALEBOX_TEST_SEED chooses
-# another one. More arguments go to schemathesis.
+# Use a host for tests only: VMs and templates are created and deleted on it. It needs a template
+# debian-base, no kernel, and a small MAX_DISK_SIZE_GIB. SCALEBOX_URL and SCALEBOX_TOKEN name it;
+# SECONDS_AT_MOST (120) limits the duration; SCALEBOX_TEST_SEED selects another sequence of
+# requests. Further arguments are passed to schemathesis.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 : "${SCALEBOX_URL:?the address of a scaleboxd for tests}" "${SCALEBOX_TOKEN:?its token}"
 
 venv=${SCHEMATHESIS_VENV:-target/schemathesis}
 wanted=scripts/schemathesis/requirements.txt
-# The list of what is installed goes in last: half an installation is made anew.
+# The list of packages is copied last, so that an incomplete installation is repeated.
 if ! cmp -s "$wanted" "$venv/requirements.txt"; then
 	rm -rf -- "$venv"
 	python3 -m venv "$venv"
@@ -19,7 +21,7 @@ if ! cmp -s "$wanted" "$venv/requirements.txt"; then
 	cp -- "$wanted" "$venv/requirements.txt"
 fi
 
-# Without a filter the path of the document itself would be left out.
+# Without a filter, schemathesis would skip the path of the document itself.
 export SCHEMATHESIS_HOOKS=hooks PYTHONPATH=scripts/schemathesis PYTHONDONTWRITEBYTECODE=1
 exec "$venv/bin/schemathesis" --config-file scripts/schemathesis/config.toml run "$SCALEBOX_URL/openapi.json" \
 	--include-path-regex "^/" --header "Authorization: Bearer $SCALEBOX_TOKEN" \

@@ -1,10 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the demo, the benchmark and the template cache: a Scalebox host in a scratch folder of its own, beside whatever else this
-# machine does. Sets the daemon's settings in the environment; scratch_down takes everything away again.
+# Sourced by the demo, the benchmark and the template cache: creates a Scalebox host in a scratch
+# folder, next to anything else on this machine. Exports the daemon's settings.
 #
-#   scratch_up NAME SLOT    NAME goes into the folder's name, SLOT (0-9) into the bridge, the subnet and the ports
-#   scratch_serve DAEMON    starts the daemon and waits until it answers; sets SCALEBOX_URL and SCALEBOX_TOKEN
-#   scratch_down DAEMON     ends the daemon and the machines, removes network, pool and folder
+#   scratch_up NAME SLOT    creates the folder, with NAME in its name; SLOT (0-9) selects bridge,
+#                           subnet and ports
+#   scratch_serve DAEMON    starts the daemon and waits until it is ready; sets SCALEBOX_URL and
+#                           SCALEBOX_TOKEN
+#   scratch_down DAEMON     stops the daemon and the machines; removes network, pool and folder
 
 scratch_up() {
 	local name=$1 slot=$2
@@ -19,7 +21,7 @@ scratch_up() {
 
 scratch_serve() {
 	local daemon=$1 log=$SCRATCH/daemon.log address tries
-	# Looked into at once: the daemon's own redirection may come a moment later.
+	# The loop reads the log immediately, perhaps before the daemon's redirection creates it.
 	: >>"$log"
 	"$daemon" --config /dev/null serve 2>>"$log" &
 	DAEMON_PID=$!
@@ -30,7 +32,7 @@ scratch_serve() {
 		sleep 0.1
 	done
 	if [[ -z $address ]]; then
-		echo "the daemon did not start:" >&2
+		echo "scratch.sh: the daemon did not start; its log:" >&2
 		cat "$log" >&2
 		return 1
 	fi
@@ -46,7 +48,7 @@ scratch_down() {
 	fi
 	[[ -n ${SCRATCH:-} && -d $SCRATCH ]] || return 0
 	if ! LOG_LEVEL=warn "$daemon" --config /dev/null down >/dev/null; then
-		echo "could not take everything down; it is left in $SCRATCH" >&2
+		echo "scratch.sh: scaleboxd down failed; the host is left in $SCRATCH" >&2
 		return 1
 	fi
 	rm -rf -- "$SCRATCH"

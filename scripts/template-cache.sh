@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fills SCALEBOX_CACHE with the finished Debian template and kernel, for the tests; does nothing when they are there.
+# Fills SCALEBOX_CACHE with the finished Debian template and kernel for the tests, unless they
+# exist.
 #
 #   scripts/template-cache.sh path/to/scaleboxd
 set -euo pipefail
@@ -8,7 +9,7 @@ cd -- "$(dirname -- "$0")/.."
 # shellcheck source=scripts/scratch.sh
 source scripts/scratch.sh
 
-: "${SCALEBOX_CACHE:?set it to the folder to keep the template in}"
+: "${SCALEBOX_CACHE:?set it to the folder for the template}"
 mkdir -p -- "$SCALEBOX_CACHE"
 scratch_up template 8
 trap 'scratch_down "$daemon"' EXIT

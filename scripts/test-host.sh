@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# An operator's day on a whole Debian server, as a test: the server is an emulated machine of this script's own (systemd, control groups, Landlock, KVM
-# inside), Scalebox is installed on it as the documentation says, and then restarted, killed, misconfigured, rebooted, upgraded and removed.
+# Tests Scalebox on a whole Debian server in an emulated machine with systemd, control groups,
+# Landlock and KVM. The cases install Scalebox as documented, then restart, kill, misconfigure,
+# reboot, upgrade and remove it.
 #
-#   scripts/test-host.sh               all cases, in order
-#   scripts/test-host.sh short         those that CI runs
-#   scripts/test-host.sh reboot port   these, after an installation
-#   scripts/test-host.sh --list        their names, with what each promises
+#   scripts/test-host.sh               runs all cases in order
+#   scripts/test-host.sh short         runs the cases of CI
+#   scripts/test-host.sh reboot port   runs these cases, after an installation
+#   scripts/test-host.sh --list        lists all cases, with what each checks
 #
-# Run it by `make test-host`, which builds the programs and the template first. Needs root (for the server's root disk) and about 6 GiB under target/.
-# KEEP=1 leaves the server running at the end, and says how to enter it.
+# Run it with `make test-host`, which first builds the programs and the template. It needs root (for
+# the server's root disk) and about 6 GiB in target/. KEEP=1 keeps the server running at the end,
+# and prints how to log in.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 # shellcheck source=scripts/test-host/root.sh
@@ -23,7 +25,7 @@ readonly artifacts=$PWD/target/test-host
 
 say() { printf '== %s\n' "$*"; }
 
-# In the order of the file: what a case does, in one sentence, is the comment above it.
+# Lists the cases in the order of the file. The comment above a case describes it.
 all_cases() { sed -n 's/^case_\([a-z_]*\)() {$/\1/p' scripts/test-host/cases.sh; }
 list_cases() { sed -n '/^# /{h;b};/^case_/{s/^case_\([a-z_]*\)() {$/\1/;G;s/\n# /\t/;p}' scripts/test-host/cases.sh | expand -t 20; }
 
@@ -36,7 +38,7 @@ choose_cases() {
 		[[ $1 == install ]] || echo install
 		for name in "$@"; do
 			all_cases | grep -qxF -- "$name" || {
-				echo "test-host.sh: there is no case $name; scripts/test-host.sh --list names them" >&2
+				echo "test-host.sh: unknown case $name; scripts/test-host.sh --list lists all cases" >&2
 				return 1
 			}
 			echo "$name"
@@ -48,28 +50,44 @@ choose_cases() {
 status_of_run=0
 table=()
 
-# Not as a condition: in one, bash does not stop at a case's first failure.
-run_case() {
-	local name=$1 begun=$SECONDS status outcome note
+# Runs a case once and sets case_status. It must not run inside a condition, because bash then
+# ignores `set -e`.
+try_case() {
 	: >"$WORK/note"
-	printf 'case: %s ...' "$name"
 	set +e
 	(
 		set -e
-		"case_$name"
+		"case_$1"
 	) >"$WORK/log" 2>&1
-	status=$?
+	case_status=$?
 	set -e
-	outcome=ok
-	[[ $status -eq 0 ]] || outcome=FAILED
-	printf ' %s (%s s)\n' "$outcome" $((SECONDS - begun))
-	note=$(paste -sd' ' "$WORK/note")
-	table+=("$(printf '%-18s %-7s %5s s   %s' "$name" "$outcome" $((SECONDS - begun)) "$note")")
-	[[ $status -eq 0 ]] || show_failure
 }
 
-# What a case leaves that failed half-way is not the next one's.
-tidy() {
+# How often a case is repeated that the server's own kernel did not survive. The table reports it.
+readonly breaks_allowed=2
+
+run_case() {
+	local name=$1 begun=$SECONDS outcome=ok note breaks=0
+	printf 'case: %s ...' "$name"
+	try_case "$name"
+	while ((case_status != 0 && breaks < breaks_allowed)) && { server_broke || ! server_answers; }; do
+		breaks=$((breaks + 1))
+		printf " the server's kernel broke down: again ..."
+		cp -- "$WORK/console" "$artifacts/server-console-$breaks.log"
+		server_cut
+		restore_server >"$WORK/log" 2>&1 || break
+		try_case "$name"
+	done
+	((case_status == 0)) || outcome=FAILED
+	printf ' %s (%s s)\n' "$outcome" $((SECONDS - begun))
+	((breaks == 0)) || note "repeated, because the server's own kernel broke down: $breaks"
+	note=$(paste -sd' ' "$WORK/note")
+	table+=("$(printf '%-18s %-7s %5s s   %s' "$name" "$outcome" $((SECONDS - begun)) "$note")")
+	[[ $outcome == ok ]] || show_failure
+}
+
+# Restores the server after a failed case.
+restore_server() {
 	server_runs || server_start
 	on <<-'SH'
 		sed -i '/^MAX_DISK_SIZE_GIB=lots$/d; s/^API_PORT=22$/API_PORT=8080/' /etc/scaleboxd/config
@@ -84,20 +102,21 @@ tidy() {
 
 show_failure() {
 	status_of_run=1
-	echo "---- what the case said ----"
+	echo "---- output of the case ----"
 	tail -n 60 "$WORK/log"
-	echo "---- the journal's end ----"
+	echo "---- last lines of the journal ----"
 	timeout 60 ssh "${ssh_options[@]}" root@127.0.0.1 journalctl --no-pager --lines 60 -t scaleboxd -t systemd -t kernel 2>/dev/null || tail -n 40 "$WORK/console"
 }
 
-# A line for the table: a figure, or why something could not run.
+# Adds a remark to the table: a figure, or why something was skipped.
 note() { printf '%s\n' "$*" >>"$WORK/note"; }
 
 clean_up() {
 	local status=$?
 	trap - EXIT INT TERM
 	if [[ ${KEEP:-0} == 1 && -n ${WORK:-} ]] && server_runs; then
-		echo "kept: ssh ${ssh_options[*]} root@127.0.0.1; to end it: kill $(server_pid) && rm -r $WORK"
+		echo "The server is running. To log in: ssh ${ssh_options[*]} root@127.0.0.1"
+		echo "To remove it: kill $(server_pid) && rm -r $WORK"
 		exit "$status"
 	fi
 	if [[ -n ${WORK:-} ]]; then
@@ -118,7 +137,7 @@ main() {
 	mapfile -t cases < <(choose_cases "$@")
 	[[ ${#cases[@]} -gt 0 ]] || return 2
 	[[ $EUID -eq 0 ]] || {
-		echo "test-host.sh: the server's root disk is made as root: sudo make test-host" >&2
+		echo "test-host.sh: needs root to build the server's root disk; run: sudo make test-host" >&2
 		return 1
 	}
 	trap clean_up EXIT
@@ -133,15 +152,15 @@ main() {
 	for name in "${cases[@]}"; do
 		run_case "$name"
 		if [[ $status_of_run -ne 0 ]]; then
-			# Without an installation there is nothing to try.
+			# The other cases need an installation.
 			[[ $name != install ]] || break
-			tidy >"$WORK/log" 2>&1 || {
+			restore_server >"$WORK/log" 2>&1 || {
 				cat "$WORK/log"
 				break
 			}
 		fi
 	done
-	printf '\n%s\n\nAll of it took %s s.\n' "$(printf '%s\n' "${table[@]}")" $((SECONDS - begun))
+	printf '\n%s\n\nThe run took %s s.\n' "$(printf '%s\n' "${table[@]}")" $((SECONDS - begun))
 	return "$status_of_run"
 }
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Finds and runs the Rust toolchain of the person who called, also under sudo, which hides what is in their home.
+# Finds and runs the Rust toolchain of the calling user; under sudo, of the user who called sudo.
 #
-#   scripts/toolchain.sh path          a PATH with that toolchain first
-#   scripts/toolchain.sh rustup-home   the RUSTUP_HOME that belongs to it (empty: rustup's own default)
-#   scripts/toolchain.sh check         fails, and says how to get one, where there is no toolchain or one that is too old
-#   scripts/toolchain.sh run CMD...    runs a command as the caller; target/ belongs to them afterwards
-#   scripts/toolchain.sh give-back     gives the caller what a build as root left in target/
+#   scripts/toolchain.sh path          prints a PATH with that toolchain first
+#   scripts/toolchain.sh rustup-home   prints its RUSTUP_HOME (empty: rustup's default)
+#   scripts/toolchain.sh check         fails if there is no toolchain or it is too old
+#   scripts/toolchain.sh run CMD...    runs a command as that user, who then owns target/
+#   scripts/toolchain.sh give-back     changes the owner of root's files in target/ to that user
 #
-# The answers depend on the caller alone, not on the PATH that a caller of this script may have changed already: make 4.4 and
-# later pass the variables of a Makefile to its `$(shell …)`, earlier ones do not.
+# The results must not depend on a PATH that a Makefile has already changed: make 4.4 and later pass
+# exported variables to `$(shell …)`, earlier versions do not.
 set -euo pipefail
 
 tree=$(cd -- "$(dirname -- "$0")/.." && pwd)
 
-# Under sudo, the account that called it; else empty.
+# The user who called sudo; empty without sudo.
 caller=
 if [[ $EUID -eq 0 && -n ${SUDO_USER:-} && $SUDO_USER != root ]] && getent passwd "$SUDO_USER" >/dev/null; then
 	caller=$SUDO_USER
@@ -21,7 +21,7 @@ fi
 home=$HOME
 [[ -z $caller ]] || home=$(getent passwd "$caller" | cut -d: -f6)
 
-# The folders of system programs are not on every user's PATH.
+# Not every user has the folders of system programs in their PATH.
 path="$home/.cargo/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
 rustup_home() {
@@ -32,7 +32,7 @@ rustup_home() {
 	fi
 }
 
-# A tree that the caller cannot write to is built by root.
+# Runs a command as the caller, or as root if the caller cannot write to the tree.
 as_caller() {
 	if [[ -z $caller ]] || ! runuser -u "$caller" -- test -w "$tree"; then
 		PATH=$path "$@"
@@ -51,7 +51,7 @@ check() {
 	needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$tree/Cargo.toml")
 	local advice="install it with rustup (https://rustup.rs):
   curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh
-or set BIN_DIR to a folder with scaleboxd and scalebox that were built elsewhere"
+or set BIN_DIR to a folder with the programs scaleboxd and scalebox"
 	if ! found=$(as_caller cargo --version 2>&1); then
 		[[ -z $found ]] || found=": $found"
 		printf 'no Rust toolchain works for %s%s\nRust %s or later is needed; %s\n' "${caller:-$(id -un)}" "$found" "$needed" "$advice" >&2

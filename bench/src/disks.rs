@@ -1,4 +1,4 @@
-//! The four ways to make a disk: the original's commands, two bare system calls, our library, our
+//! Four methods to create a disk: the original's commands, bare system calls, the library and the
 //! API.
 
 use crate::daemon::Daemon;
@@ -14,20 +14,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// The template all disks are made from.
+/// The template of all disks.
 pub const TEMPLATE: &str = "debian-base";
-/// A key nobody has.
+/// A public key whose private key does not exist.
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1v9rM4jKkZxV2x3y6wqg2m0m8m2k7n5qJY0u1b6J6R bench";
 
-/// A way to make a disk.
+/// A method to create a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Way {
+pub enum Method {
     /// `cp --reflink`, `truncate`, `e2fsck`, `resize2fs`, mount, key, umount: `bench/seed.sh`. Not
     /// durable.
     Seed,
-    /// `FICLONE` of the grown template, `fsync` of the file and of its folder: what durable costs
-    /// at least.
+    /// `FICLONE` of the resized base image, `fsync` of the file and of its folder: the minimum cost
+    /// of a durable disk.
     Bare,
     /// `Pool::admit` and `Pool::create_disk`.
     Library,
@@ -35,20 +35,20 @@ pub enum Way {
     Api,
 }
 
-impl Way {
-    /// For people.
+impl Method {
+    /// Returns the name of the method in tables.
     pub fn name(self) -> &'static str {
         match self {
-            Way::Seed => "seed's sequence",
-            Way::Bare => "FICLONE + 2 fsync",
-            Way::Library => "library",
-            Way::Api => "POST /vms",
+            Method::Seed => "seed's sequence",
+            Method::Bare => "FICLONE + 2 fsync",
+            Method::Library => "library",
+            Method::Api => "POST /vms",
         }
     }
 }
 
-/// Where disks are made.
-pub struct Workshop<'a> {
+/// Creates and removes disks with each method.
+pub struct DiskFactory<'a> {
     setup: &'a Setup,
     daemon: &'a Daemon,
     pool: Pool,
@@ -56,16 +56,16 @@ pub struct Workshop<'a> {
     key: SshPublicKey,
 }
 
-impl<'a> Workshop<'a> {
-    /// Opens the pool beside the daemon. Its books are its own, and empty: what it makes is removed
-    /// again.
-    pub fn open(setup: &'a Setup, daemon: &'a Daemon) -> Outcome<Workshop<'a>> {
+impl<'a> DiskFactory<'a> {
+    /// Opens the pool in this process, while the daemon also has it open. Admission here does not
+    /// know the daemon's disks, and the disks it admits are removed again.
+    pub fn open(setup: &'a Setup, daemon: &'a Daemon) -> Outcome<DiskFactory<'a>> {
         let bounds = Bounds {
             buffer: Gib::new(2),
             overcommit_ratio: 100.0,
         };
         fs::write(setup.scratch.join("key.pub"), KEY)?;
-        Ok(Workshop {
+        Ok(DiskFactory {
             setup,
             daemon,
             pool: Pool::open(&setup.pool, &Backing::Device(setup.device.clone()), bounds)?,
@@ -74,11 +74,11 @@ impl<'a> Workshop<'a> {
         })
     }
 
-    /// Makes a disk, tells how long that took, and what to give to [`Workshop::remove`].
-    pub fn make(&self, way: Way, number: usize, size_gib: u64) -> Outcome<(Duration, String)> {
+    /// Creates a disk. Returns the time it took and the id for [`DiskFactory::remove`].
+    pub fn create(&self, method: Method, number: usize, size_gib: u64) -> Outcome<(Duration, String)> {
         let id = format!("vm-{number:012x}");
-        match way {
-            Way::Seed => {
+        match method {
+            Method::Seed => {
                 let mount_point = self.setup.scratch.join("mnt").join(&id);
                 fs::create_dir_all(&mount_point)?;
                 let mut command = Command::new("bench/seed.sh");
@@ -96,8 +96,8 @@ impl<'a> Workshop<'a> {
                 }
                 Ok((time, id))
             }
-            Way::Bare => {
-                let source = File::open(self.grown(size_gib)?)?;
+            Method::Bare => {
+                let source = File::open(self.base_image(size_gib)?)?;
                 let (time, ()) = timed(|| {
                     let disk = File::create_new(self.path(&id))?;
                     ioctl_ficlone(&disk, &source)?;
@@ -106,17 +106,17 @@ impl<'a> Workshop<'a> {
                 })?;
                 Ok((time, id))
             }
-            Way::Library => {
+            Method::Library => {
                 let name: VmId = id.parse()?;
                 let (time, ()) = timed(|| {
-                    let admitted = self.pool.admit(Gib::new(size_gib).bytes())?;
-                    self.pool.create_disk(&name, &self.template, &admitted)?;
-                    admitted.commit();
+                    let reservation = self.pool.admit(Gib::new(size_gib).bytes())?;
+                    self.pool.create_disk(&name, &self.template, &reservation)?;
+                    reservation.commit();
                     Ok(())
                 })?;
                 Ok((time, id))
             }
-            Way::Api => {
+            Method::Api => {
                 let mut request = CreateVm::new(TEMPLATE.parse()?, self.key.clone());
                 (request.disk_size_gib, request.start) = (Some(size_gib), false);
                 let (time, vm) = timed(|| Ok(self.daemon.client().create_vm(&request)?))?;
@@ -125,12 +125,12 @@ impl<'a> Workshop<'a> {
         }
     }
 
-    /// Removes a disk that was made in this way, of that size.
-    pub fn remove(&self, way: Way, id: &str, size_gib: u64) -> Outcome<()> {
-        match way {
-            Way::Api => Ok(self.daemon.client().delete_vm(id)?),
-            Way::Seed | Way::Bare => Ok(fs::remove_file(self.path(id))?),
-            Way::Library => {
+    /// Removes a disk that was created with `method` and `size_gib`.
+    pub fn remove(&self, method: Method, id: &str, size_gib: u64) -> Outcome<()> {
+        match method {
+            Method::Api => Ok(self.daemon.client().delete_vm(id)?),
+            Method::Seed | Method::Bare => Ok(fs::remove_file(self.path(id))?),
+            Method::Library => {
                 fs::remove_file(self.path(id))?;
                 self.pool.release(Gib::new(size_gib).bytes());
                 Ok(())
@@ -138,17 +138,17 @@ impl<'a> Workshop<'a> {
         }
     }
 
-    /// The time of one admission decision alone.
+    /// Returns the time of one admission decision.
     pub fn admit(&self) -> Outcome<Duration> {
-        timed(|| Ok(self.pool.admit(Gib::new(10).bytes())?)).map(|(time, _admitted)| time)
+        timed(|| Ok(self.pool.admit(Gib::new(10).bytes())?)).map(|(time, _reservation)| time)
     }
 
-    /// A client of the daemon.
+    /// Returns a client of the daemon.
     pub fn client(&self) -> &Client {
         self.daemon.client()
     }
 
-    /// The key a guest is given.
+    /// Returns the public key for guests.
     pub fn key(&self) -> &SshPublicKey {
         &self.key
     }
@@ -157,8 +157,8 @@ impl<'a> Workshop<'a> {
         self.setup.pool.join("vms").join(format!("{id}.ext4"))
     }
 
-    /// The template, grown to a size that was asked for before.
-    fn grown(&self, size_gib: u64) -> Outcome<PathBuf> {
+    /// Returns the path of the template, or of its existing base image of this size.
+    fn base_image(&self, size_gib: u64) -> Outcome<PathBuf> {
         let templates = self.setup.pool.join("templates");
         let is_of_size = |path: &Path| fs::metadata(path).is_ok_and(|meta| meta.len() == size_gib << 30);
         let original = templates.join(format!("{TEMPLATE}.ext4"));
@@ -167,6 +167,6 @@ impl<'a> Workshop<'a> {
         }
         let mut clones = fs::read_dir(templates.join(".grown"))?;
         let found = clones.find_map(|entry| Some(entry.ok()?.path()).filter(|path| is_of_size(path)));
-        found.ok_or_else(|| format!("there is no template grown to {size_gib} GiB yet").into())
+        found.ok_or_else(|| format!("no base image of {size_gib} GiB exists yet").into())
     }
 }

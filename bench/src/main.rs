@@ -1,15 +1,15 @@
-//! Measures Scalebox against the sequence it began with, in one run on one pool; `bench/run.sh`
-//! sets up and takes down what it needs.
+//! Compares Scalebox with the original's sequence of commands, in one run on one pool.
+//! `bench/run.sh` sets up what it needs and cleans up.
 //!
 //! # Layout
 //!
 //! | file | job |
 //! |---|---|
-//! | `stages` | what is measured, in order |
-//! | `disks` | the four ways to make a disk |
+//! | `stages` | runs the measurements in order |
+//! | `disks` | four methods to create a disk |
 //! | `daemon` | the daemon under test |
-//! | `measure` | timing one at a time and side by side, and what the samples say |
-//! | `random_writes` | fio |
+//! | `measure` | measures operations, sequential or concurrent |
+//! | `random_writes` | random writes with fio |
 //! | `report` | the table, the JSON and the chart |
 
 mod daemon;
@@ -22,7 +22,7 @@ mod stages;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Whatever goes wrong ends the run: it is told once, at the end.
+/// The result of a step. An error ends the run and is reported at its end.
 pub type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
@@ -38,21 +38,21 @@ fn main() -> ExitCode {
     }
 }
 
-/// What `bench/run.sh` has prepared.
+/// The environment that `bench/run.sh` has prepared.
 pub struct Setup {
-    /// The daemon's program.
+    /// Path of the daemon's program.
     pub scaleboxd: PathBuf,
     /// A folder on the host disk, removed afterwards.
     pub scratch: PathBuf,
-    /// The mounted pool.
+    /// Mount point of the pool.
     pub pool: PathBuf,
-    /// The device it lies on.
+    /// Device of the pool.
     pub device: PathBuf,
     /// A folder on ext4 over a loop device like the pool's.
     pub ext4: PathBuf,
     /// The daemon's token.
     pub token: String,
-    /// A small run: fewer samples, fewer disks, one guest.
+    /// Whether to do a small run: fewer samples, fewer disks, one guest.
     pub quick: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Timing one at a time and side by side, and what the samples say.
+//! Measures the duration of operations, sequential or concurrent.
 
 use crate::Outcome;
 use serde::Serialize;
@@ -7,23 +7,23 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What a number of equal operations took.
+/// Statistics of a series of equal operations.
 #[derive(Debug, Clone, Serialize)]
 pub struct Samples {
-    /// How many.
+    /// Number of operations.
     pub count: usize,
-    /// Side by side.
+    /// Number of concurrent clients.
     pub clients: usize,
     /// Median, in milliseconds.
     pub p50_ms: f64,
     /// 99th percentile, in milliseconds.
     pub p99_ms: f64,
-    /// All of them over the time it took.
+    /// Throughput: operations divided by the elapsed time.
     pub per_second: f64,
 }
 
-/// Runs `operation` `count` times on `clients` threads. It is given its number, and tells how long
-/// the part took that counts.
+/// Runs `operation` `count` times on `clients` threads. It receives its number, and returns the
+/// duration of the part to measure.
 pub fn run(count: usize, clients: usize, operation: impl Fn(usize) -> Outcome<Duration> + Sync) -> Outcome<Samples> {
     let next = AtomicUsize::new(0);
     let times = Mutex::new(Vec::with_capacity(count));
@@ -58,18 +58,19 @@ pub fn run(count: usize, clients: usize, operation: impl Fn(usize) -> Outcome<Du
     })
 }
 
-/// The smallest sample that `percent` of them do not exceed (nearest rank); zero of none.
+/// Returns the smallest sample that `percent` of the samples do not exceed (nearest rank); zero
+/// without samples.
 fn percentile(sorted: &[Duration], percent: usize) -> Duration {
     let rank = (sorted.len() * percent).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or_default()
 }
 
-/// With its fractions.
+/// Converts to milliseconds, with fractions.
 pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// How long `work` took, and what it gave.
+/// Runs `work`; returns its duration and its result.
 pub fn timed<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<(Duration, T)> {
     let begun = Instant::now();
     let done = work()?;
@@ -90,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn every_operation_is_run_once_and_an_error_ends_the_run() {
+    fn every_operation_runs_once_and_an_error_ends_the_run() {
         let seen = Mutex::new(vec![0; 50]);
         let count = |number: usize| {
             seen.lock().unwrap_or_else(PoisonError::into_inner)[number] += 1;

@@ -1,4 +1,4 @@
-//! 4 KiB random writes by fio: every block of a file once, in three passes.
+//! Measures 4 KiB random writes with fio: each block of a file once per pass, in three passes.
 
 use crate::{Outcome, Setup};
 use rustix::fs::ioctl_ficlone;
@@ -7,21 +7,21 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// On what was written.
+/// The random write rates of a file.
 #[derive(Debug, Clone, Serialize)]
 pub struct Passes {
-    /// For people.
+    /// Description of the file in tables.
     pub on: &'static str,
-    /// Writes a second, pass by pass.
+    /// Writes per second of each pass.
     pub iops: Vec<f64>,
 }
 
-const MIB: usize = 256;
+const FILE_SIZE_MIB: usize = 256;
 const PASSES: usize = 3;
-/// No pass is longer, on a slow or busy disk; then it does not reach every block.
-const LONGEST_PASS_SECONDS: u32 = 12;
+/// On a slow or busy disk a pass ends after this time, without writing every block.
+const MAX_PASS_SECONDS: u32 = 12;
 
-/// Measures the four files, each written in full before; a clone shares all its blocks at first.
+/// Measures four files. Each is written completely before; a clone shares all its blocks at first.
 pub fn run(setup: &Setup) -> Outcome<Vec<Passes>> {
     let cow_folder = setup.pool.join("bench-cow");
     fs::create_dir(&cow_folder)?;
@@ -52,7 +52,7 @@ pub fn run(setup: &Setup) -> Outcome<Vec<Passes>> {
 }
 
 fn filled(path: PathBuf) -> Outcome<PathBuf> {
-    let size = format!("--size={MIB}M");
+    let size = format!("--size={FILE_SIZE_MIB}M");
     fio(&path, &["--rw=write", "--bs=1M", "--iodepth=4", "--end_fsync=1", &size])?;
     Ok(path)
 }
@@ -66,8 +66,9 @@ fn clone(source: &Path, target: PathBuf) -> Outcome<PathBuf> {
 }
 
 fn pass(path: &Path) -> Outcome<f64> {
-    let (size, longest) = (format!("--size={MIB}M"), format!("--runtime={LONGEST_PASS_SECONDS}"));
-    let report = fio(path, &["--rw=randwrite", "--bs=4k", "--iodepth=16", &size, &longest])?;
+    let size = format!("--size={FILE_SIZE_MIB}M");
+    let runtime = format!("--runtime={MAX_PASS_SECONDS}");
+    let report = fio(path, &["--rw=randwrite", "--bs=4k", "--iodepth=16", &size, &runtime])?;
     report["jobs"][0]["write"]["iops"]
         .as_f64()
         .ok_or_else(|| "fio's report has no IOPS".into())
@@ -84,9 +85,9 @@ fn fio(path: &Path, args: &[&str]) -> Outcome<serde_json::Value> {
         ])
         .args(args)
         .output()
-        .map_err(|error| format!("fio: {error}; scripts/deps.sh installs it"))?;
+        .map_err(|error| format!("cannot run fio: {error}; install it with scripts/deps.sh"))?;
     if !output.status.success() {
-        return Err(format!("fio: {}", String::from_utf8_lossy(&output.stderr)).into());
+        return Err(format!("fio failed: {}", String::from_utf8_lossy(&output.stderr)).into());
     }
     Ok(serde_json::from_slice(&output.stdout)?)
 }

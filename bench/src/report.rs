@@ -1,8 +1,8 @@
-//! The table, the JSON and the chart.
+//! Writes the table, the JSON and the chart.
 
 use crate::Outcome;
-use crate::disks::Way;
-use crate::stages::{MANY, Made, Results};
+use crate::disks::Method;
+use crate::stages::{CONCURRENT_CLIENTS, Results, Series};
 use comfy_table::{CellAlignment, Table, presets};
 use plotters::prelude::*;
 use rustix::system::uname;
@@ -10,14 +10,14 @@ use serde::Serialize;
 use std::fs;
 use std::path::Path;
 
-/// A figure that has to be reached.
+/// A figure and its goal.
 #[derive(Debug, Serialize)]
 struct Goal {
     figure: String,
     value: f64,
     unit: &'static str,
     goal: f64,
-    /// Whether less is better.
+    /// Whether the goal is a maximum rather than a minimum.
     at_most: bool,
     reached: bool,
 }
@@ -62,22 +62,22 @@ pub fn write(results: &Results) -> Outcome<()> {
 }
 
 impl Results {
-    fn find(&self, way: Way, size_gib: u64, disks: usize, clients: usize) -> Outcome<&Made> {
-        let found = self.made.iter().find(|made| {
-            (made.way, made.size_gib, made.disks, made.samples.clients) == (way, size_gib, disks, clients)
+    fn find(&self, method: Method, size_gib: u64, disks: usize, clients: usize) -> Outcome<&Series> {
+        let found = self.series.iter().find(|series| {
+            (series.method, series.size_gib, series.disks, series.samples.clients) == (method, size_gib, disks, clients)
         });
-        found.ok_or_else(|| format!("{way:?} of {size_gib} GiB among {disks} was not measured").into())
+        found.ok_or_else(|| format!("{method:?} of {size_gib} GiB among {disks} was not measured").into())
     }
 
-    fn most_disks(&self) -> usize {
-        self.made.iter().map(|made| made.disks).max().unwrap_or_default()
+    fn max_disks(&self) -> usize {
+        self.series.iter().map(|series| series.disks).max().unwrap_or_default()
     }
 }
 
 fn goals(results: &Results) -> Outcome<Vec<Goal>> {
-    let p50 = |way, size, disks| results.find(way, size, disks, 1).map(|made| made.samples.p50_ms);
-    let rate = results.find(Way::Api, 2, 10, MANY)?.samples.per_second;
-    let most = results.most_disks();
+    let p50 = |method, size, disks| results.find(method, size, disks, 1).map(|series| series.samples.p50_ms);
+    let rate = results.find(Method::Api, 2, 10, CONCURRENT_CLIENTS)?.samples.per_second;
+    let max_disks = results.max_disks();
     let last = |on: &str| {
         let passes = results.random_writes.iter().find(|passes| passes.on == on);
         passes
@@ -92,26 +92,26 @@ fn goals(results: &Results) -> Outcome<Vec<Goal>> {
     let mut goals = vec![
         Goal::at_most(
             "POST /vms, warm, durable, 10 GiB, p50",
-            p50(Way::Api, 10, 10)?,
+            p50(Method::Api, 10, 10)?,
             "ms",
             3.0,
         ),
         Goal::at_least(
             "the seed's sequence ÷ POST /vms, 10 GiB, p50",
-            p50(Way::Seed, 10, 10)? / p50(Way::Api, 10, 10)?,
+            p50(Method::Seed, 10, 10)? / p50(Method::Api, 10, 10)?,
             "×",
             35.0,
         ),
         Goal::at_least("POST /vms, 32 clients", rate, "disks/s", 300.0),
         Goal::at_most(
-            &format!("POST /vms, p50 with {most} disks ÷ with 10"),
-            p50(Way::Api, 2, most)? / p50(Way::Api, 2, 10)?,
+            &format!("POST /vms, p50 with {max_disks} disks ÷ with 10"),
+            p50(Method::Api, 2, max_disks)? / p50(Method::Api, 2, 10)?,
             "×",
             1.5,
         ),
         Goal::at_most(
             "POST /vms, p50 of 100 GiB ÷ of 2 GiB",
-            p50(Way::Api, 100, 10)? / p50(Way::Api, 2, 10)?,
+            p50(Method::Api, 100, 10)? / p50(Method::Api, 2, 10)?,
             "×",
             1.1,
         ),
@@ -137,7 +137,7 @@ fn goals(results: &Results) -> Outcome<Vec<Goal>> {
             1000.0,
         ),
     ];
-    // Without a goal in the table, told all the same: the goal is the figure itself.
+    // Reported without a goal.
     goals.push(Goal {
         figure: "POST /vms to SSH, median".to_owned(),
         value: results.to_ssh_s,
@@ -170,7 +170,7 @@ impl Goal {
     }
 }
 
-/// A table whose columns behind the first are numbers.
+/// Creates a table; all columns but the first are numbers.
 fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header);
@@ -184,36 +184,36 @@ fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table 
 }
 
 fn disks_table(results: &Results) -> Table {
-    let seed = |made: &Made| {
-        let same = results.find(Way::Seed, made.size_gib, made.disks, made.samples.clients);
+    let seed = |series: &Series| {
+        let same = results.find(Method::Seed, series.size_gib, series.disks, series.samples.clients);
         same.map_or_else(
             |_| "–".to_owned(),
-            |seed| format!("{:.1}×", seed.samples.p50_ms / made.samples.p50_ms),
+            |seed| format!("{:.1}×", seed.samples.p50_ms / series.samples.p50_ms),
         )
     };
-    let rows = results.made.iter().map(|made| {
-        let samples = &made.samples;
+    let rows = results.series.iter().map(|series| {
+        let samples = &series.samples;
         vec![
-            made.way.name().to_owned(),
-            made.size_gib.to_string(),
-            made.disks.to_string(),
+            series.method.name().to_owned(),
+            series.size_gib.to_string(),
+            series.disks.to_string(),
             samples.clients.to_string(),
             samples.count.to_string(),
             format!("{:.2}", samples.p50_ms),
             format!("{:.2}", samples.p99_ms),
             format!("{:.0}", samples.per_second),
-            seed(made),
+            seed(series),
         ]
     });
     let header = [
-        "a disk by",
+        "method",
         "GiB",
         "disks",
         "clients",
-        "made",
+        "created",
         "p50 ms",
         "p99 ms",
-        "a second",
+        "per second",
         "seed ÷ it",
     ];
     table(&header, rows)
@@ -225,7 +225,10 @@ fn writes_table(results: &Results) -> Table {
         row.extend(passes.iops.iter().map(|iops| format!("{iops:.0}")));
         row
     });
-    table(&["4 KiB random writes a second to", "pass 1", "pass 2", "pass 3"], rows)
+    table(
+        &["4 KiB random writes per second to", "pass 1", "pass 2", "pass 3"],
+        rows,
+    )
 }
 
 fn goals_table(goals: &[Goal]) -> Table {
@@ -263,21 +266,21 @@ fn number(value: f64, unit: &str) -> String {
     }
 }
 
-/// One bar a way and size, one client: the median on a logarithmic scale.
+/// Draws one bar per method and size with one client: the median on a logarithmic scale.
 fn draw(results: &Results, path: &Path) -> Outcome<()> {
     let bars: Vec<(String, f64, RGBColor)> = results
-        .made
+        .series
         .iter()
-        .filter(|made| made.samples.clients == 1 && made.disks == 10)
-        .map(|made| {
-            let colour = match made.way {
-                Way::Seed => RGBColor(0xb0, 0x4a, 0x3a),
-                Way::Bare => RGBColor(0x8a, 0x8a, 0x8a),
-                Way::Library => RGBColor(0x5b, 0x9b, 0xc4),
-                Way::Api => RGBColor(0x1f, 0x5f, 0x8b),
+        .filter(|series| series.samples.clients == 1 && series.disks == 10)
+        .map(|series| {
+            let colour = match series.method {
+                Method::Seed => RGBColor(0xb0, 0x4a, 0x3a),
+                Method::Bare => RGBColor(0x8a, 0x8a, 0x8a),
+                Method::Library => RGBColor(0x5b, 0x9b, 0xc4),
+                Method::Api => RGBColor(0x1f, 0x5f, 0x8b),
             };
-            let label = format!("{}, {} GiB", made.way.name(), made.size_gib);
-            (label, made.samples.p50_ms.max(0.02), colour)
+            let label = format!("{}, {} GiB", series.method.name(), series.size_gib);
+            (label, series.samples.p50_ms.max(0.02), colour)
         })
         .collect();
     let (width, bar) = (760, 26);
@@ -286,11 +289,11 @@ fn draw(results: &Results, path: &Path) -> Outcome<()> {
     area.fill(&WHITE)?;
     let font = |size: i32| ("sans-serif", size).into_font();
     area.draw(&Text::new(
-        "A disk, one at a time: median in milliseconds (logarithmic)",
+        "Creating one disk: median in milliseconds (logarithmic)",
         (12, 14),
         font(16),
     ))?;
-    // 0.1 ms to 1 s: four decades.
+    // The scale spans four decades, 0.1 ms to 1 s.
     let (left, right) = (190.0, 640.0);
     let x = |ms: f64| (left + (right - left) * ((ms.log10() + 1.0) / 4.0).clamp(0.0, 1.0)) as i32;
     for decade in [0.1, 1.0, 10.0, 100.0, 1000.0] {

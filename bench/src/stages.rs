@@ -1,7 +1,7 @@
-//! What is measured, in order.
+//! Runs all measurements in order.
 
 use crate::daemon::Daemon;
-use crate::disks::{TEMPLATE, Way, Workshop};
+use crate::disks::{DiskFactory, Method, TEMPLATE};
 use crate::measure::{self, Samples, milliseconds};
 use crate::random_writes::{self, Passes};
 use crate::{Outcome, Setup};
@@ -14,52 +14,52 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long is waited for a guest, and for anything else; an emulated Debian takes half a minute on
-/// a busy machine.
-const PATIENCE: Duration = Duration::from_secs(240);
-/// Clients when there are many.
-pub const MANY: usize = 32;
+/// Timeout of every wait; an emulated Debian boots in half a minute on a busy machine.
+const WAIT_TIMEOUT: Duration = Duration::from_secs(240);
+/// Number of clients in concurrent measurements.
+pub const CONCURRENT_CLIENTS: usize = 32;
 
-/// Disks made in one way.
+/// A series of disks created with one method.
 #[derive(Debug, Serialize)]
-pub struct Made {
-    /// How.
-    pub way: Way,
-    /// Of which size.
+pub struct Series {
+    /// Method of creation.
+    #[serde(rename = "way")]
+    pub method: Method,
+    /// Size of each disk, in GiB.
     pub size_gib: u64,
-    /// How many others there were.
+    /// Number of other disks in the pool.
     pub disks: usize,
-    /// How long it took.
+    /// Measured durations.
     pub samples: Samples,
 }
 
-/// Everything that was measured.
+/// The results of all measurements.
 #[derive(Debug, Default, Serialize)]
 pub struct Results {
-    /// Disks, way by way.
-    pub made: Vec<Made>,
-    /// One admission decision, in microseconds, the median.
+    /// One series per method, size and number of clients.
+    #[serde(rename = "made")]
+    pub series: Vec<Series>,
+    /// Median duration of an admission decision, in microseconds.
     pub admission_us: f64,
-    /// `GET /vms`.
+    /// Durations of `GET /vms`.
     pub list: Option<Samples>,
-    /// Stopped VMs there were then, and at the restart.
+    /// Number of stopped VMs in the measurements of the list and of the restart.
     pub list_stopped: usize,
-    /// And running ones, whose guests had booted.
+    /// Number of running VMs in these measurements; their guests had booted.
     pub list_running: usize,
-    /// From a restart of the daemon to its readiness.
+    /// Time from a restart of the daemon until it is ready.
     pub restart_ms: f64,
-    /// The daemon's memory, in bytes, and with how many stopped VMs.
+    /// Resident memory of the daemon, in bytes.
     pub resident_bytes: u64,
-    /// See [`Results::resident_bytes`].
+    /// Number of stopped VMs when the memory was measured.
     pub resident_vms: usize,
-    /// 4 KiB random writes.
+    /// Rates of 4 KiB random writes.
     pub random_writes: Vec<Passes>,
-    /// From `POST /vms` to an SSH banner, the median, in seconds.
+    /// Median time from `POST /vms` to an SSH banner, in seconds.
     pub to_ssh_s: f64,
-    /// `PATCH /vms/{id}` from 10 to 20 GiB of a running, idle guest, in seconds, and whether the
-    /// guest confirmed it.
+    /// Duration of `PATCH /vms/{id}` from 10 to 20 GiB with a running, idle guest, in seconds.
     pub live_grow_s: f64,
-    /// See [`Results::live_grow_s`].
+    /// Whether the guest confirmed that growth.
     pub live_grow_confirmed: bool,
 }
 
@@ -67,24 +67,24 @@ pub struct Results {
 pub fn run(setup: &Setup) -> Outcome<Results> {
     let mut results = Results::default();
     let (listed, running) = if setup.quick { (50, 2) } else { (200, 8) };
-    let (many, most) = if setup.quick { (200, 400) } else { (1000, 5000) };
+    let (many, max) = if setup.quick { (200, 400) } else { (1000, 5000) };
 
     let mut daemon = Daemon::start(setup)?;
     let guests = {
-        let shop = Workshop::open(setup, &daemon)?;
-        tell("disks of each size, one at a time and 32 at once");
-        fill(&shop, &daemon, 10)?;
+        let factory = DiskFactory::open(setup, &daemon)?;
+        report_stage("disks of each size, one at a time and 32 at once");
+        fill(&factory, &daemon, 10)?;
         for size_gib in [2, 10, 100] {
-            for way in [Way::Api, Way::Seed, Way::Bare, Way::Library] {
-                results.make(setup, &shop, way, size_gib, 10)?;
+            for method in [Method::Api, Method::Seed, Method::Bare, Method::Library] {
+                results.measure_disks(setup, &factory, method, size_gib, 10)?;
             }
         }
-        let admissions = measure::run(2000, 1, |_| shop.admit())?;
+        let admissions = measure::run(2000, 1, |_| factory.admit())?;
         results.admission_us = admissions.p50_ms * 1000.0;
 
-        tell("a list of VMs, and a restart");
-        fill(&shop, &daemon, listed)?;
-        let guests = boot(&shop, &daemon, running)?;
+        report_stage("list of VMs, and restart");
+        fill(&factory, &daemon, listed)?;
+        let guests = boot(&factory, &daemon, running)?;
         let list = || measure::timed(|| Ok(daemon.client().vms()?));
         results.list = Some(measure::run(300, 1, |_| list().map(|(time, _)| time))?);
         (results.list_stopped, results.list_running) = (listed, running);
@@ -97,41 +97,41 @@ pub fn run(setup: &Setup) -> Outcome<Results> {
         daemon.client().delete_vm(&id)?;
     }
 
-    let shop = Workshop::open(setup, &daemon)?;
-    for disks in [many, most] {
-        tell(&format!("with {disks} disks"));
-        fill(&shop, &daemon, disks)?;
+    let factory = DiskFactory::open(setup, &daemon)?;
+    for disks in [many, max] {
+        report_stage(&format!("with {disks} disks"));
+        fill(&factory, &daemon, disks)?;
         if disks == many {
             results.resident_bytes = daemon.resident_bytes()?;
             results.resident_vms = disks;
         }
-        for way in [Way::Bare, Way::Library, Way::Api] {
-            results.make(setup, &shop, way, 2, disks)?;
+        for method in [Method::Bare, Method::Library, Method::Api] {
+            results.measure_disks(setup, &factory, method, 2, disks)?;
         }
     }
-    tell("random writes");
+    report_stage("random writes");
     results.random_writes = random_writes::run(setup)?;
-    tell("a guest");
-    one_guest(setup, &shop, &daemon, &mut results)?;
+    report_stage("boot and live growth of a guest");
+    measure_guest(setup, &factory, &daemon, &mut results)?;
     Ok(results)
 }
 
-fn tell(stage: &str) {
+fn report_stage(stage: &str) {
     eprintln!("bench: {stage}");
 }
 
-/// Makes stopped VMs until there are `disks`.
-fn fill(shop: &Workshop<'_>, daemon: &Daemon, disks: usize) -> Outcome<()> {
-    let there = daemon.client().vms()?.len();
-    let make = |number| shop.make(Way::Api, number, 2).map(|(time, _)| time);
-    measure::run(disks.saturating_sub(there), MANY, make).map(drop)
+/// Creates stopped VMs until there are `disks`.
+fn fill(factory: &DiskFactory<'_>, daemon: &Daemon, disks: usize) -> Outcome<()> {
+    let existing = daemon.client().vms()?.len();
+    let create = |number| factory.create(Method::Api, number, 2).map(|(time, _)| time);
+    measure::run(disks.saturating_sub(existing), CONCURRENT_CLIENTS, create).map(drop)
 }
 
-/// Makes VMs and waits until their guests have booted.
-fn boot(shop: &Workshop<'_>, daemon: &Daemon, guests: usize) -> Outcome<Vec<String>> {
+/// Creates VMs and waits until their guests have booted.
+fn boot(factory: &DiskFactory<'_>, daemon: &Daemon, guests: usize) -> Outcome<Vec<String>> {
     let mut booted = Vec::new();
     for _ in 0..guests {
-        let request = CreateVm::new(TEMPLATE.parse()?, shop.key().clone());
+        let request = CreateVm::new(TEMPLATE.parse()?, factory.key().clone());
         booted.push(daemon.client().create_vm(&request)?);
     }
     for vm in &booted {
@@ -141,32 +141,39 @@ fn boot(shop: &Workshop<'_>, daemon: &Daemon, guests: usize) -> Outcome<Vec<Stri
 }
 
 impl Results {
-    /// One at a time, then many at once; what was made is removed.
-    fn make(&mut self, setup: &Setup, shop: &Workshop<'_>, way: Way, size_gib: u64, disks: usize) -> Outcome<()> {
-        // The grown clone is made by the first, which is not counted.
-        let (_, warm) = shop.make(way, 99_999, size_gib)?;
-        shop.remove(way, &warm, size_gib)?;
-        let (alone, together) = match (way, setup.quick) {
-            (Way::Seed, true) => (3, 8),
-            (Way::Seed, false) => (12, MANY),
+    /// Measures creations one at a time, then concurrent ones, and removes the disks.
+    fn measure_disks(
+        &mut self,
+        setup: &Setup,
+        factory: &DiskFactory<'_>,
+        method: Method,
+        size_gib: u64,
+        disks: usize,
+    ) -> Outcome<()> {
+        // The first disk creates the resized base image, so it is not measured.
+        let (_, first) = factory.create(method, 99_999, size_gib)?;
+        factory.remove(method, &first, size_gib)?;
+        let (sequential, concurrent) = match (method, setup.quick) {
+            (Method::Seed, true) => (3, 8),
+            (Method::Seed, false) => (12, CONCURRENT_CLIENTS),
             (_, true) => (30, 64),
-            (_, false) => (150, 10 * MANY),
+            (_, false) => (150, 10 * CONCURRENT_CLIENTS),
         };
-        for (count, clients) in [(alone, 1), (together, MANY)] {
-            settle(setup, shop.client())?;
-            let made = Mutex::new(Vec::new());
+        for (count, clients) in [(sequential, 1), (concurrent, CONCURRENT_CLIENTS)] {
+            flush(setup, factory.client())?;
+            let created = Mutex::new(Vec::new());
             let samples = measure::run(count, clients, |number| {
-                let (time, id) = shop.make(way, number, size_gib)?;
-                made.lock().unwrap_or_else(PoisonError::into_inner).push(id);
+                let (time, id) = factory.create(method, number, size_gib)?;
+                created.lock().unwrap_or_else(PoisonError::into_inner).push(id);
                 Ok(time)
             });
-            let made = made.into_inner().unwrap_or_else(PoisonError::into_inner);
-            measure::run(made.len(), clients, |number| {
-                shop.remove(way, &made[number], size_gib)?;
+            let created = created.into_inner().unwrap_or_else(PoisonError::into_inner);
+            measure::run(created.len(), clients, |number| {
+                factory.remove(method, &created[number], size_gib)?;
                 Ok(Duration::ZERO)
             })?;
-            self.made.push(Made {
-                way,
+            self.series.push(Series {
+                method,
                 size_gib,
                 disks,
                 samples: samples?,
@@ -176,22 +183,22 @@ impl Results {
     }
 }
 
-/// Waits until the blocks of what was deleted are back and everything is flushed, so that no row
-/// pays for the one before.
-fn settle(setup: &Setup, client: &Client) -> Outcome<()> {
-    until("the blocks of deleted disks", || {
+/// Waits until the blocks of deleted disks are free and everything is flushed, so that a series
+/// does not slow down the next one.
+fn flush(setup: &Setup, client: &Client) -> Outcome<()> {
+    wait_until("the blocks of deleted disks are free", || {
         let provisioned: u64 = client.vms()?.iter().map(|vm| vm.disk_size_gib << 30).sum();
         Ok(client.pool()?.committed_bytes == provisioned)
     })?;
     Ok(rustix::fs::syncfs(File::open(&setup.pool)?)?)
 }
 
-fn one_guest(setup: &Setup, shop: &Workshop<'_>, daemon: &Daemon, results: &mut Results) -> Outcome<()> {
+fn measure_guest(setup: &Setup, factory: &DiskFactory<'_>, daemon: &Daemon, results: &mut Results) -> Outcome<()> {
     let client = daemon.client();
     let runs = if setup.quick { 1 } else { 3 };
     let mut times = Vec::new();
     for run in 0..runs {
-        let mut request = CreateVm::new(TEMPLATE.parse()?, shop.key().clone());
+        let mut request = CreateVm::new(TEMPLATE.parse()?, factory.key().clone());
         request.disk_size_gib = Some(3);
         let begun = Instant::now();
         let vm = client.create_vm(&request)?;
@@ -211,9 +218,9 @@ fn one_guest(setup: &Setup, shop: &Workshop<'_>, daemon: &Daemon, results: &mut 
     Ok(())
 }
 
-/// An SSH server speaks first (RFC 4253, section 4.2).
+/// Waits for the banner, which an SSH server sends first (RFC 4253, section 4.2).
 fn wait_for_ssh(port: u16) -> Outcome<()> {
-    until("the guest's SSH", || {
+    wait_until("the guest answers SSH", || {
         let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
             return Ok(false);
         };
@@ -223,7 +230,8 @@ fn wait_for_ssh(port: u16) -> Outcome<()> {
     })
 }
 
-/// A growth that is confirmed tells that the guest's agent is up. Ends with a disk of 10 GiB.
+/// Grows the disk until the guest's agent confirms a growth, and so is running. Ends with a disk of
+/// 10 GiB.
 fn wait_for_agent(client: &Client, id: &str) -> Outcome<()> {
     for disk_size_gib in 4..=10 {
         let grown = client.update_vm(id, &UpdateVm::grow(disk_size_gib))?;
@@ -235,11 +243,12 @@ fn wait_for_agent(client: &Client, id: &str) -> Outcome<()> {
     Ok(())
 }
 
-fn until(what: &str, mut is_there: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_there()? {
+fn wait_until(description: &str, mut condition: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
+    let deadline = Instant::now() + WAIT_TIMEOUT;
+    while !condition()? {
         if Instant::now() > deadline {
-            return Err(format!("{what} did not come within {} s", PATIENCE.as_secs()).into());
+            let seconds = WAIT_TIMEOUT.as_secs();
+            return Err(format!("timed out after {seconds} s waiting until {description}").into());
         }
         thread::sleep(Duration::from_millis(20));
     }

@@ -1,8 +1,8 @@
-"""How the API's document is tested on a scratch host: no guest boots there, and what is made is removed again.
+"""Adapts schemathesis to a scratch host: boots no guests, and removes created VMs and templates.
 
-Failures are dropped for three reasons alone, each by the words of the answer: a request of the right form that does not go
-with what is there (a disk that would shrink), a host without a kernel for guests, and a pool that is full: other requests
-of the run make it smaller.
+Failures are ignored in three cases only, recognized by the error message: a valid request that the
+state of the host does not allow (a disk that would shrink), a host without a kernel for guests, and
+a full pool, which other requests of the run cause by shrinking it.
 """
 
 import base64
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 URL = os.environ["SCALEBOX_URL"]
 AUTHORIZATION = {"Authorization": "Bearer " + os.environ["SCALEBOX_TOKEN"]}
-# The template that the host was given; under a name that the API does not delete or replace.
+# The template of the scratch host. The API does not delete or replace a template of this name.
 TEMPLATE = "debian-base"
-# As many VMs and templates as there are at once; older ones are deleted.
+# The number of VMs and templates to keep; older ones are deleted.
 MAX_KEPT = 12
 
 
@@ -31,7 +31,7 @@ def key_line(kind, *parts):
 
 
 def rsa_modulus(size):
-    # An odd number with its highest bit set; the zero byte says that it is positive.
+    # An odd number with its highest bit set; the leading zero byte makes it positive.
     return b"\0\xff" + size + b"\x01"
 
 
@@ -58,7 +58,7 @@ def before_call(context, case, kwargs):
         case.body["start"] = False
         if isinstance(case.body.get("template"), str) and not case.body["template"].startswith("-"):
             case.body["template"] = TEMPLATE
-    # Followed, the stream does not end.
+    # With follow=true the stream does not end.
     if label == "GET /events" and (case.query or {}).get("follow") in (None, True, "true"):
         case.query = {**(case.query or {}), "follow": "false"}
 
@@ -78,11 +78,11 @@ def remove_old(kind, key):
         requests.delete(f"{URL}/{kind}/{one[key]}", headers=AUTHORIZATION, timeout=60)
 
 
-def is_about_what_is_there(label, status, error):
-    """Whether the request was understood, and refused for the state of the host."""
+def is_refused_for_state(label, status, error):
+    """Return whether a valid request was refused because of the host's state."""
     if label in ("PATCH /vms/{vm}", "POST /vms"):
-        there = ("disks do not shrink", ": the template ", "disk_auto_extend.limit_gib must be at least the size of the disk")
-        return (status == 400 and any(words in error for words in there)) or (
+        reasons = ("disks do not shrink", ": the template ", "disk_auto_extend.limit_gib must be at least the size of the disk")
+        return (status == 400 and any(reason in error for reason in reasons)) or (
             status == 422 and "was used for a different request" in error
         )
     if label in ("POST /pool/grow", "POST /pool/shrink"):
@@ -99,7 +99,7 @@ def filter_failure(context, failure, case, response):
     except (ValueError, KeyError, TypeError):
         return True
     if type(failure).__name__ == "RejectedPositiveData":
-        return not is_about_what_is_there(case.operation.label, response.status_code, error)
+        return not is_refused_for_state(case.operation.label, response.status_code, error)
     if type(failure).__name__ == "ServerError":
         no_kernel = response.status_code == 503 and "has no guest kernel" in error
         full = response.status_code == 507 and error.startswith("Insufficient storage: ")

@@ -1,16 +1,17 @@
 # shellcheck shell=bash
-# Sourced by scripts/test-host.sh: the cases, each a function that fails at its first command that does. The comment above one is what it promises.
-# They share the server; each leaves it with a daemon that answers and without VMs, whether or not it succeeded (see run_case).
+# Sourced by scripts/test-host.sh: the cases. Each is a function that fails at its first failing
+# command; the comment above it describes what it checks. All cases share the server. Each leaves it
+# with a running daemon and without VMs; after a failure, restore_server does that.
 
-# What CI runs.
+# The cases of CI.
 # shellcheck disable=SC2034 # read by scripts/test-host.sh
-short_cases=(install reboot restart configuration)
+short_cases=(install restart configuration)
 
-# An ordinary user with sudo and rustup in their home installs: built as them, answering at the end, one command from being logged in.
+# A user with sudo and their own rustup installs Scalebox and logs in with one command.
 case_install() {
 	on <<-'SH'
 		install -d -o ada -g ada /home/ada/.config
-		# What is there before, for the case that removes everything.
+		# For case_uninstall, which compares the files.
 		list_files >/root/files-before
 		cp -a /payload/tree /home/ada/scalebox
 		install -d /home/ada/.cargo/bin /home/ada/.rustup
@@ -19,22 +20,22 @@ case_install() {
 	SH
 	as_ada <<-'SH'
 		cd ~/scalebox
-		# Before anything is changed, and with the way out.
-		said=$(fails sudo scripts/install.sh 2>&1)
-		grep -q 'no Rust toolchain works for ada' <<<"$said"
-		grep -q 'sh.rustup.rs' <<<"$said"
+		# A missing or old toolchain is reported with the remedy, before anything is changed.
+		output=$(fails sudo scripts/install.sh 2>&1)
+		grep -q 'no Rust toolchain works for ada' <<<"$output"
+		grep -q 'sh.rustup.rs' <<<"$output"
 		echo 'version = "12"' >~/.rustup/settings.toml
-		said=$(fails sudo CARGO_STAND_IN_VERSION=1.63.0 scripts/install.sh 2>&1)
-		grep -q 'Rust 1.63.0 is too old' <<<"$said"
+		output=$(fails sudo CARGO_STAND_IN_VERSION=1.63.0 scripts/install.sh 2>&1)
+		grep -q 'Rust 1.63.0 is too old' <<<"$output"
 		[[ ! -e /etc/scaleboxd && ! -e /usr/local/bin/scaleboxd ]]
 
 		sudo SCALEBOX_CACHE=/payload/cache scripts/install.sh
 		[[ -z $(find target -not -user ada) ]]
-		# As make 4.4 calls it, which passes the PATH of a Makefile on; and what is built by sudo make.
+		# As make 4.4 calls it, with the PATH of a Makefile. A build by sudo make belongs to the user.
 		[[ $(sudo env PATH="$(sudo scripts/toolchain.sh path)" scripts/toolchain.sh rustup-home) == ~/.rustup ]]
 		sudo make --silent release
 		[[ -z $(find target -not -user ada) ]]
-		# The installer's words.
+		# The command that the installer prints.
 		(umask 077; mkdir -p ~/.config/scalebox; sudo scaleboxd client-config >~/.config/scalebox/config)
 		scalebox status
 		sudo scalebox status
@@ -46,7 +47,7 @@ case_install() {
 	SH
 }
 
-# The host reboots: guests shut down with it (nothing they wrote is lost, not even in a VM of three seconds) and come back with their keys.
+# A reboot of the host shuts guests down without data loss, and starts them again with their keys.
 case_reboot() {
 	on <<-'SH'
 		create old
@@ -71,7 +72,7 @@ case_reboot() {
 	SH
 }
 
-# The host loses its power: what guests flushed is there, also in a VM of three seconds, and they answer with their keys.
+# After a power cut of the host, guests have all flushed data and answer with their keys.
 case_power_cut() {
 	on <<-'SH'
 		create old
@@ -80,7 +81,7 @@ case_power_cut() {
 			vm $name 'echo synced >synced; sync'
 			host_key $name /root/key-$name
 		done
-		# What this case keeps on the server would be lost as well.
+		# The power cut would lose the files of this case as well.
 		sync /root/key-*
 	SH
 	server_cut
@@ -95,13 +96,13 @@ case_power_cut() {
 	SH
 }
 
-# A guest is killed 0, 1, 2, ... 20 s after its first SSH, as by the kernel when memory runs out: started again, it answers with the same host key.
+# A guest killed 0 to 20 s after its first SSH answers with the same host key when started again.
 case_early_kill() {
 	on <<-'SH'
 		kill_after() {
 			local seconds=$1 name=early-$1
 			new_vm $name
-			# The first SSH is what shows the key.
+			# Reading the key is the first SSH connection.
 			host_key $name /root/key-$name
 			sleep $seconds
 			kill -KILL "$(pid_of $name)"
@@ -114,7 +115,7 @@ case_early_kill() {
 			echo "ok: $seconds s"
 		}
 		is_failed() { [[ $(status_of $1) == failed ]]; }
-		# One beside the other: the server has two processors.
+		# Two at a time: while one waits, the other boots.
 		odd() { for seconds in $(seq 1 2 19); do kill_after $seconds; done; }
 		odd &
 		for seconds in $(seq 0 2 20); do kill_after $seconds; done
@@ -122,7 +123,7 @@ case_early_kill() {
 	SH
 }
 
-# `scaleboxd down` before a reboot, as its help says: the VMs that ran come back.
+# After `scaleboxd down`, VMs that were running start again, with and without a reboot.
 case_down() {
 	on <<-'SH'
 		create one
@@ -136,7 +137,7 @@ case_down() {
 	on <<-'SH'
 		back one
 		[[ $(status_of stopped) == stopped ]]
-		# Without a reboot as well.
+		# The same without a reboot.
 		systemctl stop scaleboxd
 		scaleboxd down
 		scaleboxd pool init
@@ -147,7 +148,7 @@ case_down() {
 	SH
 }
 
-# The daemon is restarted, stopped, killed, and killed with all that belongs to its service: an SSH session lives through all of it.
+# An SSH session survives restarting, stopping and killing the daemon and its whole service.
 case_restart() {
 	on <<-'SH'
 		create one
@@ -165,7 +166,7 @@ case_restart() {
 	SH
 }
 
-# A wrong setting: restart says so, the service has failed and is not tried again; guests run on; corrected, it starts.
+# An invalid setting makes the service fail without retries; guests keep running until it is fixed.
 case_configuration() {
 	on <<-'SH'
 		create one
@@ -184,22 +185,22 @@ case_configuration() {
 	SH
 }
 
-# Another program has the API's port: restart and installer say so; when the port is free, the daemon is there by itself.
+# Restart and installer report that the API's port is in use; once it is free, the daemon starts.
 case_port() {
 	on <<-'SH'
 		set_config API_PORT 22
 		fails systemctl restart scaleboxd
 		journalctl -u scaleboxd -p err --output cat | grep -F 'cannot listen on 127.0.0.1:22'
-		said=$(fails in_tree env BIN_DIR=/payload/programs SCALEBOX_CACHE=/payload/cache scripts/install.sh 2>&1)
-		grep -q 'the daemon does not start' <<<"$said"
-		fails grep -q 'Scalebox is installed' <<<"$said"
+		output=$(fails in_tree env BIN_DIR=/payload/programs SCALEBOX_CACHE=/payload/cache scripts/install.sh 2>&1)
+		grep -q 'the daemon does not start' <<<"$output"
+		fails grep -q 'Scalebox is installed' <<<"$output"
 		set_config API_PORT 8080
-		# The next of the service's own attempts.
+		# systemd restarts the service.
 		eventually 60 scalebox status >/dev/null
 	SH
 }
 
-# The pool is not mounted: the daemon makes no new one, says what is wrong, and is there as soon as the mount is.
+# Without the pool's mount, the daemon reports it, creates no new pool, and starts once it is back.
 case_pool() {
 	on <<-'SH'
 		create one
@@ -220,13 +221,13 @@ case_pool() {
 	SH
 }
 
-# A host whose own nftables rules drop what they do not know: doctor's advice lets guests out.
+# With a host firewall that drops forwarded packets, doctor's advice gives guests network access.
 case_firewall() {
 	on <<-'SH'
 		set_config GUEST_DENY none
 		systemctl restart scaleboxd
 		create one
-		# A way out that needs no internet: the port by which this server is entered from outside.
+		# A connection to the outside that needs no internet: this server's SSH port on QEMU's host.
 		out() { vm one "timeout 10 bash -c 'head -n 1 </dev/tcp/10.0.2.2/$OUTSIDE_PORT'" | grep -q SSH-2.0; }
 		out
 		nft -f - <<-NFT
@@ -248,17 +249,19 @@ case_firewall() {
 	SH
 }
 
-# A newer release over an older one whose units were others: guests and their SSH sessions are not disturbed.
+# An upgrade from a release with other units does not disturb guests and their SSH sessions.
 case_upgrade() {
 	on <<-'SH'
 		create one
 		session one
-		# As a release left it that knew one unit.
+		# The state that a release with a single unit left.
 		systemctl disable scalebox-guests
 		mv /etc/systemd/system/scalebox-guests.service /root/
 		sed -i 's/^Type=notify/Type=exec/; /^RestartPreventExitStatus/d; /^TimeoutStartSec/d' /etc/systemd/system/scaleboxd.service
 		systemctl daemon-reload
 		systemctl restart scaleboxd
+		# That unit does not wait until the daemon answers.
+		eventually 60 is_running one
 		before=$(pid_of one)
 		in_tree env BIN_DIR=/payload/programs SCALEBOX_CACHE=/payload/cache scripts/install.sh
 		[[ $(pid_of one) == "$before" ]]
@@ -269,7 +272,7 @@ case_upgrade() {
 	SH
 }
 
-# On control groups of version 1 a VM is not part of the daemon's service: killing all of that does not end it.
+# With control groups version 1, killing the daemon's whole service does not end VMs.
 case_legacy_groups() {
 	server_arguments='systemd.unified_cgroup_hierarchy=0' server_restart
 	on <<-'SH'
@@ -286,7 +289,7 @@ case_legacy_groups() {
 	server_restart
 }
 
-# The drivers' own suite under real KVM, for QEMU and for Firecracker, with no row left out.
+# The drivers' test suite passes with real KVM, for QEMU and for Firecracker, with no row skipped.
 case_drivers() {
 	on <<-'SH' | tee "$WORK/drivers"
 		PATH=/payload/firecracker:$PATH /payload/tests/drivers --nocapture --test-threads 1
@@ -296,16 +299,20 @@ case_drivers() {
 	fails_to_find 'not run' "$WORK/drivers"
 }
 
-# The service over Firecracker, with guests that boot.
+# The daemon's tests with Firecracker and booted guests pass.
 case_firecracker() {
 	needs_firecracker || return 0
-	# Where the test looks for the programs: beside itself, as it was built.
+	# The test expects the programs in the folder in which it was built.
 	on <<-SH | tee "$WORK/firecracker"
 		mkdir -p "$PWD/target"
 		ln -sfn /payload/programs "$PWD/target/debug"
 		systemctl stop scaleboxd
-		PATH=/payload/firecracker:\$PATH SCALEBOX_CACHE=/payload/cache /payload/tests/firecracker --nocapture --test-threads 1
+		outcome=0
+		PATH=/payload/firecracker:\$PATH SCALEBOX_CACHE=/payload/cache /payload/tests/firecracker --nocapture --test-threads 1 || outcome=\$?
+		rm "$PWD/target/debug"
+		rmdir -p --ignore-fail-on-non-empty "$PWD/target"
 		systemctl start scaleboxd
+		exit \$outcome
 	SH
 	fails_to_find 'not run' "$WORK/firecracker"
 	note "$(grep -E '^(POST|memory|growth|paused|power-off|stop)' "$WORK/firecracker" | paste -sd';')"
@@ -313,18 +320,18 @@ case_firecracker() {
 
 needs_firecracker() {
 	if ! command -v firecracker >/dev/null || ! command -v jailer >/dev/null; then
-		note "Firecracker NOT tried: there is no firecracker with its jailer on the PATH"
+		note "Firecracker NOT tested: firecracker and jailer are not on the PATH"
 		return 1
 	fi
 }
 fails_to_find() {
 	if grep -F -- "$1" "$2"; then
-		echo "there should be no \"$1\" in it" >&2
+		echo "the output contains \"$1\"" >&2
 		return 1
 	fi
 }
 
-# Removed by the commands of docs/install.md, nothing is left of it.
+# The commands in docs/install.md remove Scalebox completely.
 case_uninstall() {
 	on <<-'SH'
 		create one

@@ -1,19 +1,21 @@
 # shellcheck shell=bash
-# Sourced by scripts/test-host.sh: the root disk of the server, made once and kept under target/ for as long as it is made of the same.
+# Sourced by scripts/test-host.sh: builds the root disk of the server, and keeps it in target/ until
+# its ingredients change.
 #
-#   build_root FOLDER    sets ROOT to a folder in FOLDER with disk.img (sparse), vmlinuz and initrd.img
+#   build_root FOLDER    sets ROOT to a subfolder with disk.img (sparse), vmlinuz and initrd.img
 #
-# While it works, SCRATCH names a folder that the caller removes when it is interrupted.
+# During the build, SCRATCH names a folder that the caller removes after an interruption.
 
-# What a Debian server has, beside what Scalebox's own lists name.
+# Packages of a Debian server, in addition to those that Scalebox needs.
 server_packages=(
 	systemd-sysv dbus udev libpam-systemd openssh-server openssh-client curl iproute2 ca-certificates sudo procps
 	linux-image-amd64 initramfs-tools
 )
-# Large enough for the pool that the installer makes from 80 % of what is free.
+# Large enough for a pool of 80 % of the free space.
 readonly server_disk=46G
 
-# The parts that decide what the disk holds. Packages of an older day do no harm: remove the folder to get newer ones.
+# Prints a digest of the disk's ingredients. Package versions are not part of it: remove the folder
+# to get newer packages.
 root_key() {
 	{
 		printf '%s\n' "${server_packages[@]}" "$server_disk"
@@ -32,7 +34,7 @@ build_root() {
 	rm -rf -- "$folder"/root-*
 	SCRATCH=$(mktemp -d "$folder/root-$key.XXXXXX")
 	scratch=$SCRATCH
-	# Not as a condition: in one, bash does not stop at the first failure.
+	# Not inside a condition, where bash ignores `set -e`.
 	local status=0
 	set +e
 	(
@@ -66,13 +68,14 @@ install_debian() {
 		--dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*'
 		--include="$packages" bookworm "$root"
 	)
-	# The archive that this host is configured with, where that is Debian's.
+	# Use the archive of this host if it runs Debian.
 	[[ ! -e /etc/apt/sources.list.d/debian.sources ]] || arguments+=(/etc/apt/sources.list.d/debian.sources)
-	# It mounts /proc, /sys and /dev in the new root: in a mount namespace of its own they go with it.
+	# mmdebstrap mounts /proc, /sys and /dev in the new root; the mount namespace removes them.
 	unshare --mount -- mmdebstrap "${arguments[@]}"
 }
 
-# Nothing of a run is in it: keys, programs and the tree come on a second disk (see server.sh).
+# Configures the server. Keys, programs and the source tree of a run are on a second disk (see
+# server.sh).
 configure_server() {
 	local root=$1
 	echo server >"$root/etc/hostname"
@@ -88,7 +91,7 @@ configure_server() {
 		[Network]
 		DHCP=yes
 	TXT
-	# QEMU's own resolver.
+	# The resolver of QEMU's user network.
 	echo 'nameserver 10.0.2.3' >"$root/etc/resolv.conf"
 	cat >"$root/etc/ssh/sshd_config.d/test-host.conf" <<-TXT
 		AuthorizedKeysFile /payload/authorized_keys
@@ -97,7 +100,7 @@ configure_server() {
 	TXT
 	systemctl --root "$root" --quiet enable systemd-networkd ssh
 	systemctl --root "$root" --quiet mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer fstrim.timer dpkg-db-backup.timer
-	# An ordinary user with sudo.
+	# A user with sudo.
 	chroot "$root" useradd --create-home --shell /bin/bash --groups sudo ada
 	echo 'ada ALL=(ALL:ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/ada"
 }

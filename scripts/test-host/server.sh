@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# Sourced by scripts/test-host.sh: the server, an emulated machine whose processor offers KVM to what runs on it.
+# Sourced by scripts/test-host.sh: runs the server, an emulated machine that offers KVM.
 #
-#   server_prepare       makes the disks of a run in WORK, from ROOT
-#   server_start         boots it and waits for SSH; also after server_cut
-#   server_reboot        restarts it as an operator does, and waits
-#   server_restart       powers it off and boots it anew, with server_arguments on its kernel's command line
-#   server_cut           ends it as a power cut does
-#   on, as_ada           runs the shell script on standard input in it, as root or as its ordinary user, after inside.sh
+#   server_prepare       creates the disks of a run in WORK, from ROOT
+#   server_start         boots the server and waits for SSH; also after server_cut
+#   server_reboot        reboots the server and waits
+#   server_restart       powers off and boots with the kernel arguments server_arguments
+#   server_cut           kills the server, like a power cut
+#   on, as_ada           runs the script on standard input on the server, as root or as the user ada
 #
 # Needs WORK (of this run), ROOT (from build_root), SCALEBOX_CACHE.
 
 readonly server_memory=4096
-# Emulation on a busy machine: a boot takes 20 s on a quiet one.
-readonly server_patience=300
-# The longest script of a case, in seconds.
-readonly script_patience=3600
+# In seconds. A boot takes 20 s on a quiet machine.
+readonly server_timeout=300
+# Timeout of a case's script, in seconds.
+readonly script_timeout=3600
 
 server_prepare() {
 	mkdir -p "$WORK/payload"
@@ -28,7 +28,7 @@ server_prepare() {
 	server_port=$(free_port)
 }
 
-# What the server is given: the tree as git has it, the programs, the finished template, test binaries, keys.
+# Collects the server's second disk: files tracked by git, programs, template, test binaries, keys.
 payload() {
 	local to=$1 fingerprint program found
 	ssh-keygen -q -t ed25519 -N '' -C test-host -f "$WORK/key"
@@ -39,7 +39,7 @@ payload() {
 	for program in scaleboxd scalebox; do
 		strip -o "$to/programs/$program" "target/debug/$program"
 	done
-	# The entry that was used last.
+	# The most recently used entry of the cache.
 	fingerprint=$(find "$SCALEBOX_CACHE" -maxdepth 1 -name '*.lock' -printf '%T@ %f\n' | sort -n | tail -n 1 | cut -d' ' -f2)
 	cp -a --sparse=always "$SCALEBOX_CACHE/${fingerprint%.lock}" "$to/cache/"
 	for program in firecracker jailer; do
@@ -51,15 +51,15 @@ payload() {
 	chmod -R go+rX "$to"
 }
 
-# Those that need KVM or Firecracker, from the build that all tests share.
+# Copies the tests that need KVM or Firecracker, from the build that all tests share.
 test_binaries() {
-	local to=$1 test said
-	said=$(cargo test --locked --no-run --workspace --features scaleboxd/fault-points --test drivers --test firecracker 2>&1) || {
-		echo "$said" >&2
+	local to=$1 test output
+	output=$(cargo test --locked --no-run --workspace --features scaleboxd/fault-points --test drivers --test firecracker 2>&1) || {
+		echo "$output" >&2
 		return 1
 	}
 	for test in drivers firecracker; do
-		strip -o "$to/$test" "$(sed -n "s/.*Executable tests\/$test.rs (\(.*\))$/\1/p" <<<"$said")"
+		strip -o "$to/$test" "$(sed -n "s/.*Executable tests\/$test.rs (\(.*\))$/\1/p" <<<"$output")"
 	done
 }
 
@@ -72,9 +72,11 @@ free_port() {
 	echo "$port"
 }
 
+# One processor: with two, the emulation of SVM (QEMU 7.2) let the server's kernel panic or hang
+# under load. Without page tables of five levels, which emulation walks more slowly.
 server_start() {
 	nice -n 5 qemu-system-x86_64 -daemonize -pidfile "$WORK/qemu.pid" -display none \
-		-accel tcg,thread=multi,tb-size=512 -cpu max -M q35 -smp 2 -m "$server_memory" \
+		-accel tcg,thread=multi,tb-size=512 -cpu max,-la57 -M q35 -smp 1 -m "$server_memory" \
 		-kernel "$ROOT/vmlinuz" -initrd "$ROOT/initrd.img" \
 		-append "root=/dev/vda rw console=ttyS0 net.ifnames=0 tsc=reliable ${server_arguments:-}" \
 		-drive "file=$WORK/disk.img,if=virtio,format=raw,discard=unmap,cache=unsafe" \
@@ -84,29 +86,36 @@ server_start() {
 	server_wait ''
 }
 
-# A case runs in a shell of its own, so the process is known by its file.
+# Prints the process id from the pid file, because cases run in subshells.
 server_pid() { cat "$WORK/qemu.pid" 2>/dev/null; }
 server_runs() {
 	local pid
 	pid=$(server_pid) || return 1
-	# The last thread has ended when none is left but a leader that nobody waited for: then the port is free.
+	# All threads have ended when only a zombie leader is left: then the port is free.
 	[[ -d /proc/$pid/task/$pid ]] || return 1
 	[[ $(find "/proc/$pid/task" -mindepth 1 -maxdepth 1 2>/dev/null | wc -l) -gt 1 || $(sed -n 's/^State:\t//p' "/proc/$pid/status" 2>/dev/null) != Z* ]]
 }
 
-# Waits until a boot other than the given one answers.
+# server_broke: whether the server's own kernel has panicked or hung since its QEMU was started.
+# That is a fault of the emulation, not of Scalebox.
+server_broke() { grep -qE 'Kernel panic - not syncing|rcu: INFO: .* stall|soft lockup' "$WORK/console" 2>/dev/null; }
+
+# server_answers: whether SSH still works.
+server_answers() { timeout 120 ssh "${ssh_options[@]}" -o ConnectTimeout=60 root@127.0.0.1 true 2>/dev/null; }
+
+# server_wait BOOT_ID: waits until the server answers with another boot id.
 server_wait() {
-	local before=$1 deadline=$((SECONDS + server_patience)) boot
+	local before=$1 deadline=$((SECONDS + server_timeout)) boot
 	while :; do
 		server_runs || {
-			echo "the server's QEMU ended" >&2
+			echo "the server's QEMU process ended" >&2
 			return 1
 		}
 		boot=$(timeout 20 ssh "${ssh_options[@]}" root@127.0.0.1 cat /proc/sys/kernel/random/boot_id 2>/dev/null) || boot=
 		[[ -z $boot || $boot == "$before" ]] || return 0
 		if ((SECONDS >= deadline)); then
 			tail -n 40 "$WORK/console" >&2
-			echo "the server did not answer SSH within $server_patience s" >&2
+			echo "the server did not answer SSH within $server_timeout s" >&2
 			return 1
 		fi
 		sleep 0.5
@@ -116,15 +125,15 @@ server_wait() {
 server_reboot() {
 	local before
 	before=$(on <<<'cat /proc/sys/kernel/random/boot_id')
-	# The connection may be cut before the command has returned.
+	# The connection may close before the command returns.
 	on <<<'systemctl --no-block reboot' || true
 	server_wait "$before"
 }
 
-# With other kernel arguments: as an operator who edits the boot loader's configuration.
+# Boots with other kernel arguments, as after a change of the boot loader's configuration.
 server_restart() {
 	on <<<'systemctl --no-block poweroff' || true
-	local deadline=$((SECONDS + server_patience))
+	local deadline=$((SECONDS + server_timeout))
 	while server_runs; do
 		((SECONDS < deadline)) || return 1
 		sleep 0.2
@@ -139,7 +148,7 @@ server_cut() {
 	rm "$WORK/qemu.pid"
 }
 
-# Connections are short: each is one command. The host's key is the disk's own.
+# Each connection runs one command. Host keys are not checked: each run's disk has its own.
 server_ssh() {
 	ssh_options=(
 		-F none -p "$server_port" -i "$WORK/key" -o BatchMode=yes -o IdentitiesOnly=yes -o LogLevel=ERROR -o ConnectTimeout=10
@@ -152,5 +161,5 @@ as_ada() { on_as ada; }
 on_as() {
 	local script
 	script="set -euo pipefail; OUTSIDE_PORT=$server_port; source /payload/inside.sh; $(cat)"
-	timeout "$script_patience" ssh -n "${ssh_options[@]}" "$1@127.0.0.1" "bash -c $(printf %q "$script")"
+	timeout "$script_timeout" ssh -n "${ssh_options[@]}" "$1@127.0.0.1" "bash -c $(printf %q "$script")"
 }

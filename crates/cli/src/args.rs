@@ -1,4 +1,4 @@
-//! Every command, its arguments and its help.
+//! Defines every command, its arguments and its help text.
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
@@ -8,20 +8,20 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 const SETTINGS: &str = "\
-Where the server and its token come from, the first that has them:
-  1. --url and --token (other users of this machine see the arguments of a process: better not the token)
+The server's address and token are taken from the first source that has them:
+  1. --url and --token (avoid --token: other users of this machine can read it in the process list)
   2. SCALEBOX_URL and SCALEBOX_TOKEN in the environment
-  3. ~/.config/scalebox/config, lines such as SCALEBOX_TOKEN=...; chmod 600 it
+  3. ~/.config/scalebox/config, with lines such as SCALEBOX_TOKEN=... (mode 600)
   4. for root on a Scalebox host, the daemon's settings in /etc/scaleboxd/config
 
-Exit codes: 0 done, 1 the server said no or cannot be reached, 2 the command was not understood.
+Exit codes: 0 success; 1 the request failed or the server cannot be reached; 2 invalid usage or settings.
 
-Example, the first VM:
+Example, a first VM:
   scalebox vm create --disk 10 --name first --wait
   scalebox vm ssh first -- df -h /
   scalebox vm delete first";
 
-/// Disposable VMs on a Scalebox host.
+/// Manage disposable VMs on a Scalebox host.
 #[derive(Debug, Parser)]
 #[command(name = "scalebox", version, after_help = SETTINGS, max_term_width = 100)]
 pub struct Args {
@@ -31,72 +31,75 @@ pub struct Args {
     pub command: Command,
 }
 
-/// Whom to ask, and in which form to show the answer.
+/// Options of every command: the server, its token and the output format.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server and output")]
 pub struct Connection {
     /// Address of the server [default: http://127.0.0.1:8080]
     #[arg(long, global = true, value_name = "URL")]
     pub url: Option<String>,
-    /// Its API token; seen by others in the list of processes, so rather set SCALEBOX_TOKEN
+    /// API token; prefer SCALEBOX_TOKEN, because other users can read arguments in the process list
     #[arg(long, global = true, value_name = "TOKEN")]
     pub token: Option<String>,
-    /// Print the server's answer as JSON
+    /// Print the server's response as JSON
     #[arg(long, global = true)]
     pub json: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// What the host is, what it has and what is in use
+    /// Show the host's version, pool, memory and VM counts
     #[command(after_help = "Example:\n  scalebox status")]
     Status,
-    /// Make, list, reach and delete VMs
-    #[command(subcommand)]
+    /// Create, list, change, log in to and delete VMs
+    #[command(
+        subcommand,
+        after_help = "Example:\n  scalebox vm create --name box --disk 10 --wait && scalebox vm ssh box"
+    )]
     Vm(VmCommand),
     /// List, export, import and delete the templates that disks are cloned from
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  scalebox template list")]
     Template(TemplateCommand),
-    /// The storage that disks are made from
-    #[command(subcommand)]
+    /// Show, grow, shrink and trim the pool, which holds all disks and templates
+    #[command(subcommand, after_help = "Example:\n  scalebox pool show")]
     Pool(PoolCommand),
-    /// Show what happens on the host, as it happens
+    /// Follow the host's events
     #[command(
-        after_help = "One event a line, with --json as one JSON object a line. When the server is started anew, it goes on by itself; \
-        an event `missed` says that some were lost meanwhile.\n\n\
-        Examples:\n  scalebox events\n  scalebox events --no-follow    # what happened so far\n  \
+        after_help = "Prints one event per line; with --json, one JSON object per line. Reconnects after a restart of the server; \
+        the event `missed` reports that some were lost.\n\n\
+        Examples:\n  scalebox events\n  scalebox events --no-follow    # past events only\n  \
         scalebox events --json | jq --unbuffered -r 'select(.kind == \"failed\").vm.name'"
     )]
     Events {
-        /// Begin after this event, as far as the server still knows; 0 for all it knows [default:
-        /// from now on]
+        /// Start after this event; 0 starts with the oldest that the server has [default: new
+        /// events only]
         #[arg(long, value_name = "ID", value_parser = whole_number)]
         since: Option<u64>,
-        /// End with what happened so far instead of waiting for more
+        /// Print past events and exit
         #[arg(long)]
         no_follow: bool,
     },
-    /// Print a script that completes commands in your shell
+    /// Print a completion script for a shell
     #[command(after_help = "Examples:\n  source <(scalebox completions bash)\n  \
         scalebox completions fish > ~/.config/fish/completions/scalebox.fish")]
     Completions {
-        /// The shell
+        /// Shell to complete in
         shell: Shell,
     },
 }
 
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
-    /// Make a VM and start it
+    /// Create a VM and start it
     Create(Box<CreateArgs>),
-    /// List the VMs
+    /// List all VMs
     #[command(
         visible_alias = "ls",
-        after_help = "Example, the names of those that run:\n  \
+        after_help = "Example, the names of running VMs:\n  \
         scalebox vm list --json | jq -r '.vms[] | select(.status == \"running\").name'"
     )]
     List,
-    /// Show one VM
+    /// Show a VM's status, disk, limits and SSH command
     #[command(after_help = "Example:\n  scalebox vm get very-silly-penguin")]
     Get {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
@@ -108,28 +111,28 @@ pub enum VmCommand {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
     },
-    /// Shut a VM down; its disk stays
+    /// Shut a VM down and keep its disk
     #[command(after_help = "Example:\n  scalebox vm stop very-silly-penguin")]
     Stop {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
     },
-    /// Shut a VM down and start it again; one that does not run is started
+    /// Restart a VM, or start it if it is stopped
     #[command(after_help = "Example:\n  scalebox vm restart very-silly-penguin")]
     Restart {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
     },
-    /// Grow a VM's disk, live if it runs; disks do not shrink
+    /// Grow a VM's disk, also while it is running; disks cannot shrink
     #[command(after_help = "Example:\n  scalebox vm resize very-silly-penguin --disk 20")]
     Resize {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
-        /// New size of the disk
+        /// New size of the disk in GiB
         #[arg(long, value_name = "GIB", value_parser = whole_number)]
         disk: u64,
     },
-    /// Change how a VM is kept; what is not named stays as it is
+    /// Change a VM's settings; settings without a flag keep their values
     #[command(after_help = "Examples:\n  scalebox vm set very-silly-penguin --extend-to 50\n  \
         scalebox vm set very-silly-penguin --extend-to 50 --extend-by 10 --extend-at 90\n  \
         scalebox vm set very-silly-penguin --no-extend --disk-iops 500 --net-mbps none --autostart off")]
@@ -139,37 +142,37 @@ pub enum VmCommand {
         #[command(flatten)]
         changes: SetArgs,
     },
-    /// Have a guest give back the blocks of what it deleted
+    /// Discard the blocks of files deleted in the guest
     #[command(
-        after_help = "Guests do so by schedule too. It needs a guest agent in the guest.\n\n\
+        after_help = "The server also trims each running guest on a schedule. Needs a guest agent.\n\n\
         Example:\n  scalebox vm trim very-silly-penguin"
     )]
     Trim {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
     },
-    /// Make a template of a VM's disk, running or not
+    /// Create a template from the disk of a running or stopped VM
     #[command(
-        after_help = "VMs made from it have the files of the VM, and a name, host key and machine id of their own.\n\n\
-        Examples:\n  scalebox vm snapshot very-silly-penguin my-golden\n  scalebox vm create my-golden --wait"
+        after_help = "VMs created from the template have the files of this VM, but their own host name, SSH host key and machine id.\n\n\
+        Examples:\n  scalebox vm snapshot very-silly-penguin my-template\n  scalebox vm create my-template --wait"
     )]
     Snapshot {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
-        /// Name of the template to be made
+        /// Name of the new template
         #[arg(value_name = "TEMPLATE")]
         template: TemplateName,
     },
     /// Delete VMs and their disks
     #[command(
         visible_alias = "rm",
-        after_help = "Asks first on a terminal; goes on with the others when one cannot be deleted.\n\n\
+        after_help = "Asks for confirmation on a terminal. If one VM cannot be deleted, the others still are.\n\n\
         Example:\n  scalebox vm delete --yes very-silly-penguin so-calm-otter"
     )]
     Delete {
         #[arg(value_name = "NAME", help = VM, required = true, value_parser = NonEmptyStringValueParser::new())]
         vms: Vec<String>,
-        /// Do not ask
+        /// Delete without asking for confirmation
         #[arg(long, short)]
         yes: bool,
     },
@@ -182,101 +185,100 @@ pub enum VmCommand {
               value_parser = clap::value_parser!(u64).range(1..=86_400))]
         timeout: u64,
     },
-    /// Log in to a VM, or run a command in it
+    /// Log in to a VM over SSH, or run a command in it
     #[command(
-        after_help = "Ends with the exit code of ssh, which is that of COMMAND, or 255. Host keys are kept apart from \
-        yours, in ~/.local/state/scalebox/known_hosts: a new VM's is taken as it is, a changed one is refused.\n\n\
+        after_help = "Exits with the exit code of ssh: that of COMMAND, or 255. Host keys are stored separately from \
+        yours, in ~/.local/state/scalebox/known_hosts: a new VM's key is accepted, a changed key is rejected.\n\n\
         Examples:\n  scalebox vm ssh very-silly-penguin\n  scalebox vm ssh very-silly-penguin -- df -h /"
     )]
     Ssh {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
         vm: String,
-        /// Private key to log in with [default: what ssh tries by itself]
+        /// Private key to log in with [default: the keys that ssh tries]
         #[arg(long, short, value_name = "FILE")]
         identity: Option<PathBuf>,
-        /// What to run instead of a shell
+        /// Command to run instead of a login shell
         #[arg(value_name = "COMMAND", trailing_var_arg = true)]
         command: Vec<String>,
     },
 }
 
 const VM: &str = "Name or id of the VM";
-const TIMEOUT: &str = "Give up after this long";
+const TIMEOUT: &str = "Maximum time to wait";
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Prints the name and how to log in. The name is made up of three words unless given.\n\n\
+    after_help = "Prints the VM's name and how to log in. Without --name, the server generates a name of three words.\n\n\
     Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait"
 )]
 pub struct CreateArgs {
     /// Template to clone the disk from
     #[arg(value_name = "TEMPLATE", default_value = "debian-base")]
     pub template: TemplateName,
-    /// The same as TEMPLATE
+    /// Same as the argument TEMPLATE
     #[arg(long = "template", value_name = "TEMPLATE", conflicts_with = "template")]
     pub template_flag: Option<TemplateName>,
-    /// Name of the VM and of its guest: lower-case letters, digits and dashes
+    /// Name of the VM, also the guest's host name: lower-case letters, digits and dashes
     #[arg(long, value_name = "NAME")]
     pub name: Option<VmName>,
-    /// Size of the disk in GiB [default: the server's, or the template's if that is larger]
+    /// Size of the disk in GiB [default: the server's default, or the template's size if larger]
     #[arg(long, value_name = "GIB", value_parser = whole_number)]
     pub disk: Option<u64>,
-    /// Number of processors [default: the server's]
+    /// Number of virtual processors [default: the server's default]
     #[arg(long, value_name = "COUNT", value_parser = processor_count)]
     pub vcpus: Option<u32>,
-    /// Memory in MiB [default: the server's]
+    /// Memory in MiB [default: the server's default]
     #[arg(long, value_name = "MIB", value_parser = whole_number)]
     pub memory: Option<u64>,
     #[command(flatten)]
     pub extend: ExtendArgs,
-    /// Requests a second that it may make of its disk [default: no limit]
+    /// Limit disk requests per second [default: no limit]
     #[arg(long, value_name = "IOPS", value_parser = whole_number)]
     pub disk_iops: Option<u64>,
-    /// Megabytes a second that it may read and write [default: no limit]
+    /// Limit disk throughput in megabytes per second, reads and writes together [default: no limit]
     #[arg(long, value_name = "MB", value_parser = whole_number)]
     pub disk_mbps: Option<u64>,
-    /// Megabits a second that it may send, and receive [default: no limit]
+    /// Limit network throughput in megabits per second, in each direction [default: no limit]
     #[arg(long, value_name = "MBIT", value_parser = whole_number)]
     pub net_mbps: Option<u64>,
-    /// Do not start it again after a reboot of the host
+    /// Do not start the VM after a reboot of the host
     #[arg(long)]
     pub no_autostart: bool,
     /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub,
     /// id_rsa.pub, id_ed25519_sk.pub, id_ecdsa_sk.pub]
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
-    /// Make the VM and leave it stopped
+    /// Create the VM without starting it
     #[arg(long)]
     pub no_start: bool,
-    /// Make one VM however often this is run: while it exists, the same request with the same key
-    /// gives it again
+    /// Create at most one VM per key: repeating the same request returns the same VM while it
+    /// exists
     #[arg(long, value_name = "KEY")]
     pub idempotency_key: Option<IdempotencyKey>,
-    /// Wait until it answers SSH
+    /// Wait until the VM answers SSH
     #[arg(long, conflicts_with = "no_start")]
     pub wait: bool,
-    #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Give up --wait after this long",
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Maximum time to wait with --wait",
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub timeout: u64,
 }
 
-/// How a disk extends itself.
+/// Options that make a disk extend automatically.
 #[derive(Debug, clap::Args)]
 pub struct ExtendArgs {
-    /// Let the disk extend itself when the guest's root file system fills up, until it is this
-    /// large
+    /// Extend the disk automatically when the guest's root file system fills up, up to this size
     #[arg(long, value_name = "GIB", value_parser = whole_number)]
     pub extend_to: Option<u64>,
-    /// By how much at a time
+    /// GiB to add each time the disk extends
     #[arg(long, value_name = "GIB", requires = "extend_to", default_value_t = 5, value_parser = whole_number)]
     pub extend_by: u64,
-    /// When so much of it is in use
+    /// Extend the disk when this percentage of the file system is in use
     #[arg(long, value_name = "PERCENT", requires = "extend_to", default_value_t = 80, value_parser = whole_number)]
     pub extend_at: u64,
 }
 
 impl ExtendArgs {
-    /// In the API's words.
+    /// Returns the API's form of these options; `None` without `--extend-to`.
     pub fn policy(&self) -> Option<AutoExtend> {
         self.extend_to.map(|limit_gib| AutoExtend {
             threshold_percent: self.extend_at,
@@ -286,35 +288,34 @@ impl ExtendArgs {
     }
 }
 
-/// What `vm set` may change.
+/// Settings that `vm set` can change.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = true, args = ["extend_to", "no_extend", "disk_iops", "disk_mbps", "net_mbps", "autostart"])]
 pub struct SetArgs {
     #[command(flatten)]
     pub extend: ExtendArgs,
-    /// Leave the disk as large as it is
+    /// Stop extending the disk automatically
     #[arg(long, conflicts_with = "extend_to")]
     pub no_extend: bool,
-    /// Requests a second that it may make of its disk
+    /// Limit disk requests per second
     #[arg(long, value_name = "IOPS|none")]
     pub disk_iops: Option<Limit>,
-    /// Megabytes a second that it may read and write
+    /// Limit disk throughput in megabytes per second, reads and writes together
     #[arg(long, value_name = "MB|none")]
     pub disk_mbps: Option<Limit>,
-    /// Megabits a second that it may send, and receive
+    /// Limit network throughput in megabits per second, in each direction
     #[arg(long, value_name = "MBIT|none")]
     pub net_mbps: Option<Limit>,
-    /// Whether it is started again after a reboot of the host
+    /// Start the VM after a reboot of the host if it was running
     #[arg(long, value_name = "on|off")]
     pub autostart: Option<Switch>,
 }
 
-/// Digits alone: a unit behind them, a sign or a fraction would be read in another way than it was
-/// meant.
+/// Parses digits only. A unit, a sign or a fraction is rejected, because its meaning would be a
+/// guess.
 fn whole_number(text: &str) -> Result<u64, String> {
-    let wrong = || "write a whole number in digits alone, such as 10".to_owned();
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(wrong());
+        return Err("write a whole number without a unit, such as 10".to_owned());
     }
     text.parse().map_err(|_| "the number is too large".to_owned())
 }
@@ -325,7 +326,7 @@ fn processor_count(text: &str) -> Result<u32, String> {
         .map_err(|_| "the number is too large".to_owned())
 }
 
-/// A number, or no limit.
+/// A limit; `None` removes it.
 #[derive(Debug, Clone, Copy)]
 pub struct Limit(pub Option<u64>);
 
@@ -337,12 +338,12 @@ impl FromStr for Limit {
             "none" => Ok(Limit(None)),
             number => whole_number(number)
                 .map(|number| Limit(Some(number)))
-                .map_err(|why| format!("{why}; or none, for no limit")),
+                .map_err(|why| format!("{why}, or none to remove the limit")),
         }
     }
 }
 
-/// On or off.
+/// A setting that is on or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Switch {
     On,
@@ -351,51 +352,51 @@ pub enum Switch {
 
 #[derive(Debug, Subcommand)]
 pub enum TemplateCommand {
-    /// List the templates
+    /// List all templates
     #[command(visible_alias = "ls", after_help = "Example:\n  scalebox template list")]
     List,
-    /// Write a template to a file, packed with zstd
+    /// Write a template to a file, compressed with zstd
     #[command(
-        after_help = "What comes is checked while it is written, and the file gets its name when it is whole.\n\n\
-        Examples:\n  scalebox template export my-golden\n  scalebox template export my-golden - | ssh other-host scalebox template import my-golden -"
+        after_help = "The image is verified while it is written, and the file is renamed into place when it is complete.\n\n\
+        Examples:\n  scalebox template export my-template\n  scalebox template export my-template - | ssh other-host scalebox template import my-template -"
     )]
     Export {
         /// Name of the template
         #[arg(value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
         template: String,
-        /// File to write, or - for the standard output [default: NAME.ext4.zst]
+        /// File to write, or - for standard output [default: NAME.ext4.zst]
         #[arg(value_name = "FILE")]
         file: Option<PathBuf>,
-        /// Write over a file that is there
+        /// Overwrite an existing file
         #[arg(long)]
         force: bool,
     },
-    /// Make a template of a file: an ext4 image, bare or packed with zstd
+    /// Create a template from an ext4 image, uncompressed or compressed with zstd
     #[command(
-        after_help = "The image is checked on the server, and appears under its name when it is whole.\n\n\
-        Examples:\n  scalebox template import my-golden my-golden.ext4.zst\n  scalebox template import my-golden rootfs.ext4 --replace"
+        after_help = "The server checks the image; the template appears when the import is complete.\n\n\
+        Examples:\n  scalebox template import my-template my-template.ext4.zst\n  scalebox template import my-template rootfs.ext4 --replace"
     )]
     Import {
-        /// Name of the template to be made
+        /// Name of the new template
         #[arg(value_name = "NAME")]
         template: TemplateName,
-        /// File to read, or - for the standard input
+        /// File to read, or - for standard input
         #[arg(value_name = "FILE")]
         file: PathBuf,
-        /// Replace a template of that name; VMs made from it stay as they are
+        /// Replace an existing template of this name; VMs created from it are not changed
         #[arg(long)]
         replace: bool,
     },
-    /// Delete templates; the VMs made from them stay
+    /// Delete templates; VMs created from them are not changed
     #[command(
         visible_alias = "rm",
-        after_help = "Asks first on a terminal.\n\nExample:\n  scalebox template delete my-golden"
+        after_help = "Asks for confirmation on a terminal.\n\nExample:\n  scalebox template delete my-template"
     )]
     Delete {
         /// Name of the template
         #[arg(value_name = "NAME", required = true, value_parser = NonEmptyStringValueParser::new())]
         templates: Vec<String>,
-        /// Do not ask
+        /// Delete without asking for confirmation
         #[arg(long, short)]
         yes: bool,
     },
@@ -403,29 +404,29 @@ pub enum TemplateCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum PoolCommand {
-    /// Show what the pool holds, can still take, and has promised
+    /// Show the pool's used, free and committed space
     #[command(
         after_help = "Example, the bytes that can still be written:\n  scalebox pool show --json | jq .free_bytes"
     )]
     Show,
     /// Grow the pool while it is in use
     #[command(
-        after_help = "Examples:\n  scalebox pool grow                # 80 % of what the host disk can hold today\n  \
-        scalebox pool grow --size 200     # exactly 200 GiB"
+        after_help = "Examples:\n  scalebox pool grow                # to 80 % of what the host disk can hold today\n  \
+        scalebox pool grow --size 200     # to exactly 200 GiB"
     )]
     Grow {
-        /// New size of the pool
+        /// New size of the pool in GiB
         #[arg(long, value_name = "GIB", value_parser = whole_number)]
         size: Option<u64>,
     },
-    /// Shrink the pool while it is in use; what is in the way is moved, which can take minutes
+    /// Shrink the pool while it is in use; moving data can take minutes
     #[command(after_help = "Example:\n  scalebox pool shrink --size 40")]
     Shrink {
-        /// New size of the pool
+        /// New size of the pool in GiB
         #[arg(long, value_name = "GIB", value_parser = whole_number)]
         size: u64,
     },
-    /// Give the pool's free blocks back to the host disk
+    /// Discard the pool's free blocks, which returns them to the host disk
     #[command(after_help = "Example:\n  scalebox pool trim")]
     Trim,
 }

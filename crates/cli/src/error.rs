@@ -1,4 +1,4 @@
-//! What can go wrong, in words for a person at a terminal, and the exit code of each.
+//! The command line's errors: their messages, exit codes and JSON form.
 
 use crate::settings::{Server, Source};
 use scalebox_client::{ClientError, ErrorBody, ErrorCode, VmStatus};
@@ -7,41 +7,39 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// What ended the command.
+/// An error that ends the command.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The server's no, or none at all.
+    /// The server refused the request or could not be reached.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// 401: the server says no more, but we know where the token came from.
+    /// The server returned 401; the message names the source of the token.
     #[error(
-        "the server at {url} refused the token that {source_name} gave; set SCALEBOX_TOKEN to the API_TOKEN of the server \
+        "the server at {url} refused the token from {source_name}; set SCALEBOX_TOKEN to the API_TOKEN of the server \
          (in its /etc/scaleboxd/config)"
     )]
     TokenRefused { url: String, source_name: Source },
-    #[error("no API token: set SCALEBOX_TOKEN, or write SCALEBOX_TOKEN=... into {}, or give --token", file.display())]
+    #[error("no API token: set SCALEBOX_TOKEN, write SCALEBOX_TOKEN=... into {}, or pass --token", file.display())]
     NoToken { file: PathBuf },
     #[error("cannot read {}: {why}", path.display())]
     ConfigUnreadable { path: PathBuf, why: io::Error },
-    #[error("{}, line {line}: {why}; a line is SCALEBOX_URL=... or SCALEBOX_TOKEN=...", path.display())]
+    #[error("{}, line {line}: {why}; write SCALEBOX_URL=... or SCALEBOX_TOKEN=...", path.display())]
     ConfigLine { path: PathBuf, line: usize, why: String },
-    #[error("no SSH key found (looked for {looked_for}): name one with --key, or make one: ssh-keygen -t ed25519")]
+    #[error("no SSH public key found at {looked_for}: pass one with --key, or create one: ssh-keygen -t ed25519")]
     NoKey { looked_for: String },
     #[error("cannot read the SSH key {}: {why}", path.display())]
     KeyUnreadable { path: PathBuf, why: io::Error },
     #[error("{}: the SSH key {why}", path.display())]
     Key { path: PathBuf, why: String },
-    #[error("{name} is {status}{}; {way_out}", reason_of(reason))]
+    #[error("{name} is {status}{}; {remedy}", reason_of(reason))]
     NotRunning {
         name: String,
         status: VmStatus,
         reason: Option<String>,
-        way_out: String,
+        remedy: String,
     },
-    #[error(
-        "{name} did not answer SSH at {address} within {seconds} s ({last}); its console log on the server may tell why"
-    )]
-    Silent {
+    #[error("{name} did not answer SSH at {address} within {seconds} s ({last}); see its console log on the server")]
+    SshTimeout {
         name: String,
         address: String,
         seconds: u64,
@@ -49,20 +47,20 @@ pub enum Error {
     },
     #[error("cannot run ssh: {0}; is the OpenSSH client installed?")]
     Ssh(io::Error),
-    #[error("cannot keep host keys in {}: {why}", path.display())]
+    #[error("cannot create {} for SSH host keys: {why}", path.display())]
     KnownHosts { path: PathBuf, why: io::Error },
-    #[error("the server sent {0:?} as a VM's id; is it a scaleboxd?")]
-    StrangeId(String),
+    #[error("the server sent {0:?} as a VM's id; is it scaleboxd?")]
+    InvalidVmId(String),
     #[error("nothing was deleted")]
     Declined,
-    /// Each was reported when it happened.
+    /// Some deletions failed; each failure was reported as it occurred.
     #[error("{failed} of {all} could not be deleted")]
     SomeFailed { failed: usize, all: usize },
-    #[error("{} is there already: name another file, or write over it with --force", .0.display())]
+    #[error("{} already exists: choose another file, or overwrite it with --force", .0.display())]
     FileExists(PathBuf),
     #[error("{}: {why}", path.display())]
     File { path: PathBuf, why: io::Error },
-    #[error("the export broke off: {0}; nothing of it is kept, so try again")]
+    #[error("the export failed: {0}; try again")]
     Export(String),
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
@@ -82,16 +80,16 @@ impl Error {
         }
     }
 
-    /// 1 for a refusal or a failure, 2 for what the user has to put right first.
+    /// Returns 1 for a refusal or a failure, 2 for a mistake in arguments or local settings.
     pub fn exit_code(&self) -> ExitCode {
-        if self.is_the_users() {
+        if self.is_user_error() {
             ExitCode::from(2)
         } else {
             ExitCode::FAILURE
         }
     }
 
-    fn is_the_users(&self) -> bool {
+    fn is_user_error(&self) -> bool {
         use Error::*;
         matches!(
             self,
@@ -106,7 +104,7 @@ impl Error {
         )
     }
 
-    /// The error for programs, as the API would answer it.
+    /// Returns the error in the API's JSON form.
     pub fn body(&self) -> ErrorBody {
         let (code, field, details) = match self {
             Error::Client(ClientError::Refused { body, .. }) => {
@@ -117,9 +115,9 @@ impl Error {
             }
             Error::TokenRefused { .. } | Error::NoToken { .. } => (ErrorCode::Unauthorized, None, Map::new()),
             Error::NotRunning { .. } => (ErrorCode::WrongState, None, Map::new()),
-            Error::Silent { .. } => (ErrorCode::Timeout, None, Map::new()),
+            Error::SshTimeout { .. } => (ErrorCode::Timeout, None, Map::new()),
             Error::FileExists(_) => (ErrorCode::NameTaken, None, Map::new()),
-            _ if self.is_the_users() => (ErrorCode::InvalidRequest, None, Map::new()),
+            _ if self.is_user_error() => (ErrorCode::InvalidRequest, None, Map::new()),
             _ => (ErrorCode::Other("failed".to_owned()), None, Map::new()),
         };
         ErrorBody {
@@ -130,12 +128,12 @@ impl Error {
         }
     }
 
-    /// With what we know of the token where the server refused it.
-    pub fn about_token(self, server: &Server) -> Self {
+    /// Adds the source of the token to a 401; returns other errors unchanged.
+    pub fn with_token_source(self, server: &Server) -> Self {
         match self {
             Error::Client(error) if error.status() == Some(401) => Error::TokenRefused {
                 url: server.client.url().to_owned(),
-                source_name: server.token_from.clone(),
+                source_name: server.token_source.clone(),
             },
             other => other,
         }

@@ -1,4 +1,4 @@
-//! `scalebox events`.
+//! The command `scalebox events`.
 
 use crate::error::Error;
 use crate::output::Output;
@@ -6,12 +6,12 @@ use scalebox_client::{Client, ClientError, Event};
 use std::thread;
 use std::time::Duration;
 
-/// Between two attempts to reach a server that went away.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Time between two attempts to reconnect.
+const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Shows what happens; goes on where it was after the server was away.
+/// Prints events, and resumes after the last one when the connection is lost.
 pub fn events(client: &Client, since: Option<u64>, follow: bool, output: &Output) -> Result<(), Error> {
-    // All that is kept, where nothing is waited for.
+    // Without following, only past events are of use: start with the oldest.
     let mut since = since.or((!follow).then_some(0));
     let mut stream = client.events(since, follow)?;
     loop {
@@ -26,16 +26,16 @@ pub fn events(client: &Client, since: Option<u64>, follow: bool, output: &Output
             return Ok(());
         }
         since = stream.last_id().or(since);
-        output.hint("the server is away; waiting for it");
-        stream = reach(client, since)?;
-        output.hint("it is back");
+        output.hint("lost the connection to the server; reconnecting");
+        stream = reconnect(client, since)?;
+        output.hint("reconnected to the server");
     }
 }
 
-fn reach(client: &Client, since: Option<u64>) -> Result<scalebox_client::EventStream, ClientError> {
+fn reconnect(client: &Client, since: Option<u64>) -> Result<scalebox_client::EventStream, ClientError> {
     loop {
         match client.events(since, true) {
-            Err(ClientError::Unreachable { .. } | ClientError::Lost { .. }) => thread::sleep(AGAIN),
+            Err(ClientError::Unreachable { .. } | ClientError::Lost { .. }) => thread::sleep(RECONNECT_INTERVAL),
             other => return other,
         }
     }
@@ -53,7 +53,7 @@ fn show(event: &Event, output: &Output) -> Result<(), Error> {
             Some(text) if text.chars().all(|c| c.is_alphanumeric() || c.is_ascii_punctuation()) => {
                 format!("{field}={text}")
             }
-            // Quoted: what a guest has said must not look like a line of ours.
+            // Quoted as JSON: text from a guest must not be mistaken for our own output.
             _ => format!("{field}={value}"),
         })
         .collect();

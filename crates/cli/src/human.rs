@@ -1,8 +1,8 @@
-//! Sizes and ages as people say them.
+//! Formats sizes, ages and percentages for people.
 
 use jiff::Timestamp;
 
-/// `1.5 GiB`, `300 MiB`, `12 B`.
+/// Formats a size in bytes: `1.5 GiB`, `300 MiB`, `12 B`.
 pub fn bytes(n: u64) -> String {
     const UNITS: [(&str, u32); 5] = [("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
     for (unit, shift) in UNITS {
@@ -15,17 +15,17 @@ pub fn bytes(n: u64) -> String {
     format!("{n} B")
 }
 
-/// A size that may not have been measured yet.
+/// Formats a size in bytes; `-` if it has not been measured yet.
 pub fn measured(n: Option<u64>) -> String {
     n.map_or_else(|| "-".to_owned(), bytes)
 }
 
-/// A number of MiB, as a size.
+/// Formats a size in MiB.
 pub fn mib(n: u64) -> String {
     bytes(n.saturating_mul(1 << 20))
 }
 
-/// How long ago an RFC 3339 time was; the text itself where it is none.
+/// Formats the time since an RFC 3339 timestamp; returns text that is not one unchanged.
 pub fn age(created_at: &str, now: Timestamp) -> String {
     match created_at.parse::<Timestamp>() {
         Ok(then) => duration(u64::try_from(now.duration_since(then).as_secs()).unwrap_or(0)),
@@ -33,7 +33,7 @@ pub fn age(created_at: &str, now: Timestamp) -> String {
     }
 }
 
-/// The largest unit only: `42 s`, `5 min`, `3 h`, `12 d`.
+/// Formats a duration in its largest unit: `42 s`, `5 min`, `3 h`, `12 d`.
 pub fn duration(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
@@ -43,7 +43,7 @@ pub fn duration(seconds: u64) -> String {
     }
 }
 
-/// A share of a whole in percent, rounded down; of nothing, all.
+/// Returns `part` as a percentage of `whole`, rounded down; a `whole` of 0 counts as 1.
 pub fn percent(part: u64, whole: u64) -> u64 {
     u64::try_from(u128::from(part) * 100 / u128::from(whole.max(1))).unwrap_or(u64::MAX)
 }
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_have_one_digit_where_it_says_something() {
+    fn sizes_have_at_most_one_decimal() {
         for (n, shown) in [
             (0, "0 B"),
             (12, "12 B"),
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_never_divides_by_nothing() {
+    fn percentages_never_divide_by_zero() {
         assert_eq!(
             (percent(1, 3), percent(0, 0), percent(u64::MAX, u64::MAX)),
             (33, 0, 100)

@@ -1,33 +1,37 @@
-//! `scalebox`: what a person types. It asks the daemon over HTTP and shows the answer; it decides
-//! nothing itself.
+//! `scalebox`, the command line. It sends requests to the daemon over HTTP and prints the
+//! responses; all decisions are the daemon's.
 //!
 //! # Layout
 //!
-//! - `args`: every command and its help
-//! - `settings`: whom to ask, and with which token: flags, environment, file
-//! - `vm`: `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete`
-//! - `wait`: `scalebox vm wait`: until the guest answers SSH
+//! - `args`: every command, its arguments and its help text
+//! - `settings`: finds the server's address and token in flags, environment and files
+//! - `vm`: `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`
+//! - `wait`: waits until a guest answers SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
-//! - `host`: `scalebox status`, `template …`, `pool show`
+//! - `status`: `scalebox status`
+//! - `template`: `scalebox template list|delete`
 //! - `template_files`: `scalebox template export|import`
+//! - `pool`: `scalebox pool …`
 //! - `events`: `scalebox events`
-//! - `output`: tables and JSON, wide and narrow, to people and to pipes
-//! - `human`: sizes and ages as people say them
-//! - `error`: what can go wrong, and the exit code of each
+//! - `output`: prints tables, JSON, messages and progress
+//! - `human`: formats sizes and ages
+//! - `error`: errors, their messages and exit codes
 
 mod args;
 mod error;
 mod events;
-mod host;
 mod human;
 mod output;
+mod pool;
 mod settings;
 mod ssh;
+mod status;
+mod template;
 mod template_files;
 mod vm;
 mod wait;
 
-use args::{Args, Command, TemplateCommand, VmCommand};
+use args::{Args, Command, PoolCommand, TemplateCommand, VmCommand};
 use clap::{CommandFactory, Parser};
 use error::Error;
 use output::Output;
@@ -38,7 +42,7 @@ fn main() -> ExitCode {
     let output = Output::new(args.connection.json);
     match run(args, &output) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read us has seen enough: `scalebox vm list | head -1`.
+        // The reader closed the pipe, as in `scalebox vm list | head -1`.
         Err(Error::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
             output.error(&error);
@@ -53,8 +57,8 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
     }
     let server = settings::connect(&args.connection, output)?;
     let result = match args.command {
-        Command::Status => host::status(&server.client, output),
-        Command::Vm(VmCommand::Create(wish)) => vm::create(&server.client, &wish, output),
+        Command::Status => status::status(&server.client, output),
+        Command::Vm(VmCommand::Create(create)) => vm::create(&server.client, &create, output),
         Command::Vm(VmCommand::List) => vm::list(&server.client, output),
         Command::Vm(VmCommand::Get { vm }) => vm::get(&server.client, &vm, output),
         Command::Vm(VmCommand::Start { vm }) => vm::start(&server.client, &vm, output),
@@ -69,7 +73,7 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
         Command::Vm(VmCommand::Ssh { vm, identity, command }) => {
             ssh::connect(&server.client, &vm, identity.as_deref(), &command)
         }
-        Command::Template(TemplateCommand::List) => host::templates(&server.client, output),
+        Command::Template(TemplateCommand::List) => template::list(&server.client, output),
         Command::Template(TemplateCommand::Export { template, file, force }) => {
             template_files::export(&server.client, &template, file.as_deref(), force, output)
         }
@@ -79,14 +83,14 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
             replace,
         }) => template_files::import(&server.client, template.as_str(), &file, replace, output),
         Command::Template(TemplateCommand::Delete { templates, yes }) => {
-            host::delete_templates(&server.client, &templates, yes, output)
+            template::delete(&server.client, &templates, yes, output)
         }
-        Command::Pool(args::PoolCommand::Show) => host::pool(&server.client, output),
-        Command::Pool(args::PoolCommand::Grow { size }) => host::grow_pool(&server.client, size, output),
-        Command::Pool(args::PoolCommand::Shrink { size }) => host::shrink_pool(&server.client, size, output),
-        Command::Pool(args::PoolCommand::Trim) => host::trim_pool(&server.client, output),
+        Command::Pool(PoolCommand::Show) => pool::show(&server.client, output),
+        Command::Pool(PoolCommand::Grow { size }) => pool::grow(&server.client, size, output),
+        Command::Pool(PoolCommand::Shrink { size }) => pool::shrink(&server.client, size, output),
+        Command::Pool(PoolCommand::Trim) => pool::trim(&server.client, output),
         Command::Events { since, no_follow } => events::events(&server.client, since, !no_follow, output),
         Command::Completions { .. } => Ok(()),
     };
-    result.map_err(|error| error.about_token(&server))
+    result.map_err(|error| error.with_token_source(&server))
 }

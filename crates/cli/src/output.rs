@@ -1,6 +1,5 @@
-//! What is shown, and where: answers on the standard output, as tables for people or as JSON for
-//! programs; everything said about them (errors, warnings, questions, progress) on the standard
-//! error.
+//! Prints results to standard output, as tables for people or as JSON for programs. Errors,
+//! warnings, questions and progress go to standard error.
 
 use crate::error::Error;
 use clap_complete::{Shell, generate};
@@ -13,16 +12,16 @@ use std::env;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-/// Knows the form that was asked for and what the terminal can show.
+/// Prints in the requested format, with color where the terminal supports it.
 pub struct Output {
-    /// Answers as JSON.
+    /// Whether results are printed as JSON.
     pub json: bool,
     color: bool,
     error_color: bool,
 }
 
 impl Output {
-    /// Colors only for a terminal, and never against <https://no-color.org>.
+    /// Enables color for terminals only, and honors <https://no-color.org>.
     pub fn new(json: bool) -> Self {
         let wanted = env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
             && env::var_os("TERM").is_none_or(|term| term != "dumb");
@@ -33,79 +32,78 @@ impl Output {
         }
     }
 
-    /// The server's answer.
-    pub fn answer(&self, answer: &impl Serialize) -> Result<(), Error> {
-        let text = serde_json::to_string_pretty(answer).map_err(io::Error::from)?;
+    /// Prints a result as indented JSON.
+    pub fn json(&self, result: &impl Serialize) -> Result<(), Error> {
+        let text = serde_json::to_string_pretty(result).map_err(io::Error::from)?;
         print(&format!("{text}\n"))
     }
 
-    /// One of many answers, on a line of its own.
-    pub fn json_line(&self, answer: &impl Serialize) -> Result<(), Error> {
-        let text = serde_json::to_string(answer).map_err(io::Error::from)?;
+    /// Prints a result as JSON on a single line.
+    pub fn json_line(&self, result: &impl Serialize) -> Result<(), Error> {
+        let text = serde_json::to_string(result).map_err(io::Error::from)?;
         print(&format!("{text}\n"))
     }
 
-    /// A line for people.
+    /// Prints a line of text.
     pub fn line(&self, text: &str) -> Result<(), Error> {
         print(&format!("{}\n", printable(text)))
     }
 
-    /// Rows under a header, without the columns that the terminal has no room for.
+    /// Prints a table, without the columns that do not fit the terminal.
     pub fn table(&self, table: Table) -> Result<(), Error> {
         let width = comfy_table::Table::new().width();
         print(&table.render(width.map(usize::from), self.color))
     }
 
-    /// A thing's properties, one a line.
-    pub fn facts(&self, facts: &[(&str, String)]) -> Result<(), Error> {
-        let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-        let lines = facts
+    /// Prints an object's properties, one per line.
+    pub fn properties(&self, properties: &[(&str, String)]) -> Result<(), Error> {
+        let width = properties.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+        let lines = properties
             .iter()
             .map(|(name, value)| format!("{name:width$}  {}\n", printable(value)));
         print(&lines.collect::<String>())
     }
 
-    /// A script for `shell`.
+    /// Prints the completion script for `shell`.
     pub fn completions(&self, shell: Shell, mut command: clap::Command) -> Result<(), Error> {
         let mut script = Vec::new();
         generate(shell, &mut command, "scalebox", &mut script);
         print(&String::from_utf8_lossy(&script))
     }
 
-    /// What ended the command, or one part of it.
+    /// Reports an error that ended the command or a part of it.
     pub fn error(&self, error: &Error) {
         match serde_json::to_string(&error.body()) {
-            Ok(body) if self.json => say(&format!("{body}\n")),
-            _ => self.say("error", "31", &error.to_string()),
+            Ok(body) if self.json => print_to_stderr(&format!("{body}\n")),
+            _ => self.report("error", "31", &error.to_string()),
         }
     }
 
-    /// What is wrong and does not stop us.
+    /// Reports a problem that does not stop the command.
     pub fn warning(&self, text: &str) {
-        self.say("warning", "33", text);
+        self.report("warning", "33", text);
     }
 
-    /// What else might help, when nothing is wrong.
+    /// Prints a suggestion or a note to standard error.
     pub fn hint(&self, text: &str) {
-        say(&format!("{}\n", printable(text)));
+        print_to_stderr(&format!("{}\n", printable(text)));
     }
 
-    fn say(&self, kind: &str, color: &str, text: &str) {
+    fn report(&self, kind: &str, color: &str, text: &str) {
         let kind = if self.error_color {
             format!("\x1b[1;{color}m{kind}:\x1b[0m")
         } else {
             format!("{kind}:")
         };
-        say(&format!("{kind} {}\n", printable(text)));
+        print_to_stderr(&format!("{kind} {}\n", printable(text)));
     }
 
-    /// Asks before something that cannot be undone. Where nobody can answer, the command itself is
-    /// the yes.
+    /// Asks for confirmation. Without a terminal it does not ask, and the command proceeds.
     pub fn confirm(&self, question: &str) -> Result<(), Error> {
         if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
             return Ok(());
         }
-        say(&format!("{} [y/N] ", printable(question)));
+        print_to_stderr(&format!("{} [y/N] ", printable(question)));
         let mut answer = String::new();
         io::stdin().read_line(&mut answer)?;
         match answer.trim().to_lowercase().as_str() {
@@ -114,12 +112,13 @@ impl Output {
         }
     }
 
-    /// How much of something is done, gone when finished; nothing where no terminal is.
-    pub fn bar(&self, text: &str, whole: Option<u64>) -> ProgressBar {
-        let Some(whole) = whole else {
+    /// Shows a progress bar on a terminal; it disappears when finished. Without a known size, it
+    /// shows a spinner.
+    pub fn bar(&self, text: &str, total_bytes: Option<u64>) -> ProgressBar {
+        let Some(total_bytes) = total_bytes else {
             return self.progress(text);
         };
-        let bar = ProgressBar::new(whole).with_finish(ProgressFinish::AndClear);
+        let bar = ProgressBar::new(total_bytes).with_finish(ProgressFinish::AndClear);
         let style = "{msg}  {bar:30} {percent:>3}%  {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
         if let Ok(style) = ProgressStyle::with_template(style) {
             bar.set_style(style.progress_chars("━╸ "));
@@ -128,7 +127,7 @@ impl Output {
         bar
     }
 
-    /// A line that shows life and the time so far, gone when dropped; nothing where no terminal is.
+    /// Shows a spinner with the elapsed time on a terminal; it disappears when dropped.
     pub fn progress(&self, text: &str) -> ProgressBar {
         let style = ProgressStyle::with_template("{spinner} {elapsed}  {wide_msg}");
         let progress = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
@@ -147,13 +146,13 @@ fn print(text: &str) -> Result<(), Error> {
     Ok(stdout.flush()?)
 }
 
-/// With nobody at the other end of the standard error there is nobody left to tell.
-fn say(text: &str) {
+/// Prints to standard error. A failure is ignored: there is no other place to report it.
+fn print_to_stderr(text: &str) {
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
-/// A text from the server without what would drive the terminal: an escape sequence in a console's
-/// last words is not to repaint the screen of who reads them.
+/// Replaces control characters. Otherwise a server or a guest could send escape sequences to the
+/// terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| {
@@ -169,40 +168,41 @@ fn printable(text: &str) -> String {
 /// One column of a [`Table`].
 pub struct Column {
     title: &'static str,
-    right: bool,
-    /// The highest goes first when there is no room; 0 always stays.
-    spare: u8,
+    right_aligned: bool,
+    /// When the terminal is too narrow, the column with the highest drop order is left out first. A
+    /// column with 0 is always shown.
+    drop_order: u8,
 }
 
-/// A column of text.
-pub const fn text(title: &'static str, spare: u8) -> Column {
+/// Returns a left-aligned column.
+pub const fn text(title: &'static str, drop_order: u8) -> Column {
     Column {
         title,
-        right: false,
-        spare,
+        right_aligned: false,
+        drop_order,
     }
 }
 
-/// A column of numbers.
-pub const fn number(title: &'static str, spare: u8) -> Column {
+/// Returns a right-aligned column.
+pub const fn number(title: &'static str, drop_order: u8) -> Column {
     Column {
         title,
-        right: true,
-        spare,
+        right_aligned: true,
+        drop_order,
     }
 }
 
-/// What a list shows.
+/// Rows of text under column titles.
 pub struct Table {
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,
 }
 
-/// Spaces between two columns.
+/// Number of spaces between two columns.
 const GAP: usize = 2;
 
 impl Table {
-    /// Every row has as many cells as there are columns.
+    /// Creates a table. Every row must have one cell per column.
     pub fn new(columns: Vec<Column>, rows: Vec<Vec<String>>) -> Self {
         let rows = rows
             .into_iter()
@@ -224,21 +224,21 @@ impl Table {
         }
         for (column, &i) in table.column_iter_mut().zip(&shown) {
             column.set_padding((0, GAP as u16));
-            if self.columns[i].right {
+            if self.columns[i].right_aligned {
                 column.set_cell_alignment(CellAlignment::Right);
             }
         }
         table.trim_fmt() + "\n"
     }
 
-    /// Indices of the columns that fit, the most dispensable left out first.
+    /// Returns the indices of the columns that fit into `width`.
     fn columns_within(&self, width: Option<usize>) -> Vec<usize> {
         let mut shown: Vec<usize> = (0..self.columns.len()).collect();
         let Some(width) = width else { return shown };
         while shown.iter().map(|&i| self.width_of(i) + GAP).sum::<usize>() > width + GAP {
-            let spare = shown.iter().copied().max_by_key(|&i| self.columns[i].spare);
-            match spare.filter(|&i| self.columns[i].spare > 0) {
-                Some(spare) => shown.retain(|&i| i != spare),
+            let dropped = shown.iter().copied().max_by_key(|&i| self.columns[i].drop_order);
+            match dropped.filter(|&i| self.columns[i].drop_order > 0) {
+                Some(dropped) => shown.retain(|&i| i != dropped),
                 None => break,
             }
         }
@@ -251,7 +251,7 @@ impl Table {
     }
 }
 
-/// A status has the color that it has on every dashboard.
+/// Formats a cell, and colors it if it is a VM's status.
 fn cell(text: &str, title: &str, color: bool) -> Cell {
     let cell = Cell::new(text);
     if !(color && title == STATUS) {
@@ -264,7 +264,7 @@ fn cell(text: &str, title: &str, color: bool) -> Cell {
     }
 }
 
-/// The title of a column of statuses.
+/// Title of a column of VM statuses.
 pub const STATUS: &str = "STATUS";
 
 #[cfg(test)]
@@ -284,14 +284,14 @@ mod tests {
     }
 
     #[test]
-    fn columns_are_aligned_and_nothing_trails() {
+    fn columns_are_aligned_without_trailing_spaces() {
         let expected = "NAME          STATUS     DISK\ncalm-red-fox  running  10 GiB\nbox           failed    2 GiB\n";
         assert_eq!(table().render(None, false), expected);
         assert_eq!(table().render(Some(29), false), expected);
     }
 
     #[test]
-    fn a_narrow_terminal_has_fewer_columns_and_no_broken_lines() {
+    fn narrow_terminals_show_fewer_columns_and_no_broken_lines() {
         assert_eq!(
             table().render(Some(28), false),
             "NAME          STATUS\ncalm-red-fox  running\nbox           failed\n"
@@ -302,13 +302,13 @@ mod tests {
     }
 
     #[test]
-    fn a_server_cannot_drive_the_terminal() {
+    fn escape_sequences_from_the_server_are_replaced() {
         let hostile = Table::new(vec![text("NAME", 0)], vec![vec!["\x1b[2Jx".to_owned()]]);
         assert_eq!(hostile.render(None, false), "NAME\n\u{fffd}[2Jx\n");
     }
 
     #[test]
-    fn color_changes_no_width() {
+    fn color_does_not_change_column_widths() {
         let colored = table().render(None, true);
         assert!(colored.contains("\x1b["), "{colored:?}");
         let mut plain = String::new();

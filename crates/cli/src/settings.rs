@@ -1,5 +1,5 @@
-//! Whom to ask, and with which token: flags over environment over `~/.config/scalebox/config`; root
-//! also has the daemon's own settings.
+//! Finds the server's address and token. Flags take precedence over the environment, which takes
+//! precedence over `~/.config/scalebox/config`. For root, the daemon's settings come last.
 
 use crate::args::Connection;
 use crate::error::Error;
@@ -15,16 +15,16 @@ use std::path::{Path, PathBuf};
 
 const DEFAULT_URL: &str = "http://127.0.0.1:8080";
 
-/// The settings of this host's daemon, which root alone can read.
+/// Settings of this host's daemon, readable by root only.
 const DAEMON_CONFIG: &str = "/etc/scaleboxd/config";
 
-/// A server that was not asked anything yet.
+/// A client of the server, and where its token came from.
 pub struct Server {
     pub client: Client,
-    pub token_from: Source,
+    pub token_source: Source,
 }
 
-/// Where a setting came from, for a message.
+/// The place that a setting was read from.
 #[derive(Debug, Clone)]
 pub enum Source {
     Flag,
@@ -42,14 +42,14 @@ impl fmt::Display for Source {
     }
 }
 
-/// Finds address and token.
+/// Finds the address and the token, and creates the client. It does not send a request.
 pub fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
     let path = config_path();
     let url = flags.url.clone().or_else(|| variable("SCALEBOX_URL"));
     let token = flags.token.clone().map(|token| (token, Source::Flag));
     let token = token.or_else(|| variable("SCALEBOX_TOKEN").map(|token| (token, Source::Environment)));
     let file = match (&url, &token) {
-        // A broken file does not stand in the way of someone who does not need it.
+        // The file is not needed, so an error in it must not stop the command.
         (Some(_), Some(_)) => Config::default(),
         _ => Config::read(&path, output)?,
     };
@@ -63,43 +63,43 @@ pub fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
         .or(daemon.url)
         .unwrap_or_else(|| DEFAULT_URL.to_owned());
     let token = token.or_else(|| daemon.token.map(|token| (token, Source::File(DAEMON_CONFIG.into()))));
-    let (token, token_from) = token.ok_or(Error::NoToken { file: path })?;
+    let (token, token_source) = token.ok_or(Error::NoToken { file: path })?;
     Ok(Server {
-        // A secret that was read from a file often ends in a line break.
+        // A token read from a file often ends in a line break.
         client: Client::new(&url, token.trim())?,
-        token_from,
+        token_source,
     })
 }
 
-/// An empty variable is an unset one. One that is not UTF-8 is not passed over: what it is for says
-/// what is wrong with it.
+/// Reads an environment variable; an empty one counts as unset. Bytes that are not UTF-8 are
+/// replaced rather than ignored, so that the value is rejected where it is used.
 fn variable(name: &str) -> Option<String> {
     let value = env::var_os(name)?.to_string_lossy().into_owned();
     Some(value).filter(|value| !value.is_empty())
 }
 
-/// `$XDG_CONFIG_HOME/scalebox/config`, by default `~/.config/scalebox/config`.
+/// Returns `$XDG_CONFIG_HOME/scalebox/config`, by default `~/.config/scalebox/config`.
 fn config_path() -> PathBuf {
-    own_folder("XDG_CONFIG_HOME", ".config").join("config")
+    xdg_folder("XDG_CONFIG_HOME", ".config").join("config")
 }
 
-/// Our folder under one of the XDG base directories, which are ignored unless absolute (XDG Base
-/// Directory Specification).
-pub fn own_folder(variable_name: &str, under_home: &str) -> PathBuf {
+/// Returns the folder `scalebox` in an XDG base directory. Relative paths in the variable are
+/// ignored, as the XDG Base Directory Specification requires.
+pub fn xdg_folder(variable_name: &str, under_home: &str) -> PathBuf {
     let base = variable(variable_name)
         .map(PathBuf::from)
         .filter(|path| path.is_absolute());
     base.unwrap_or_else(|| home().join(under_home)).join("scalebox")
 }
 
-/// The home directory; a relative one, which no file is found in, where there is none.
+/// Returns the home directory. Without one, returns the relative path `~`, which holds no files.
 pub fn home() -> PathBuf {
     env::home_dir()
         .filter(|home| home.is_absolute())
         .unwrap_or_else(|| PathBuf::from("~"))
 }
 
-/// What the file says.
+/// The settings in a configuration file.
 #[derive(Debug, Default)]
 struct Config {
     url: Option<String>,
@@ -107,10 +107,10 @@ struct Config {
 }
 
 impl Config {
-    /// No file is an empty one.
+    /// Reads the user's configuration file; a missing file counts as empty.
     fn read(path: &Path, output: &Output) -> Result<Self, Error> {
-        /// In bytes; it holds two lines.
-        const LONGEST: u64 = 64 << 10;
+        /// Far more than the two lines that the file holds.
+        const MAX_CONFIG_BYTES: u64 = 64 << 10;
         let unreadable = |why| Error::ConfigUnreadable {
             path: path.to_owned(),
             why,
@@ -124,8 +124,8 @@ impl Config {
         };
         let metadata = file.metadata().map_err(unreadable)?;
         let mut text = Vec::new();
-        file.take(LONGEST).read_to_end(&mut text).map_err(unreadable)?;
-        // A comment may be in any encoding; settings are ASCII.
+        file.take(MAX_CONFIG_BYTES).read_to_end(&mut text).map_err(unreadable)?;
+        // Comments may be in any encoding; settings are ASCII.
         let text = String::from_utf8_lossy(&text);
         let config = Config::parse(text.trim_start_matches('\u{feff}')).map_err(|(line, why)| Error::ConfigLine {
             path: path.to_owned(),
@@ -135,14 +135,14 @@ impl Config {
         if config.token.is_some() && metadata.mode() & 0o077 != 0 {
             let path = path.display();
             output.warning(&format!(
-                "{path} holds a token and is open to other users; chmod 600 {path}"
+                "{path} holds a token and is readable or writable by other users; run: chmod 600 {path}"
             ));
         }
         Ok(config)
     }
 
-    /// What the daemon's settings say, to those who can read them; nothing else of them matters
-    /// here, nor whether they are right.
+    /// Reads address and token from the daemon's settings. An unreadable file counts as empty; the
+    /// other settings are not checked.
     fn of_daemon(path: &Path) -> Self {
         let text = fs::read_to_string(path).unwrap_or_default();
         let setting = |key: &str| {
@@ -162,8 +162,8 @@ impl Config {
         }
     }
 
-    /// Reads `KEY=VALUE` lines; blank ones and those that begin with `#` are comments. A value may
-    /// stand in quotes.
+    /// Parses lines of `KEY=VALUE`. Blank lines and lines that begin with `#` are skipped; values
+    /// may be quoted.
     fn parse(text: &str) -> Result<Self, (usize, String)> {
         let mut config = Config::default();
         for (number, line) in (1..).zip(text.lines()) {
@@ -171,12 +171,12 @@ impl Config {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let (key, value) = line.split_once('=').ok_or((number, "there is no = in it".to_owned()))?;
+            let (key, value) = line.split_once('=').ok_or((number, "the = is missing".to_owned()))?;
             let value = Some(unquoted(value.trim()).to_owned()).filter(|value| !value.is_empty());
             match key.trim() {
                 "SCALEBOX_URL" => config.url = value,
                 "SCALEBOX_TOKEN" => config.token = value,
-                other => return Err((number, format!("there is no setting {other:?}"))),
+                other => return Err((number, format!("unknown setting {other:?}"))),
             }
         }
         Ok(config)
@@ -190,7 +190,7 @@ fn unquoted(value: &str) -> &str {
         .unwrap_or(value)
 }
 
-/// Whether a file is there; one that cannot be looked at is not.
+/// Returns whether `path` is a regular file; `false` if that cannot be determined.
 pub fn is_file(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
 }
@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_config_is_lines_of_key_and_value() {
+    fn config_values_may_be_quoted_or_empty() {
         let text = "# mine\n\n SCALEBOX_URL = \"https://box.example\" \nSCALEBOX_TOKEN='a=b'\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn root_finds_address_and_token_in_the_daemons_settings() {
+    fn address_and_token_are_read_from_the_daemons_settings() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("config");
         for (text, url, token) in [
@@ -236,10 +236,10 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_not_understood_is_named() {
+    fn config_errors_name_the_line() {
         assert_eq!(
             Config::parse("\nSCALEBOX_TOKE=x").unwrap_err(),
-            (2, "there is no setting \"SCALEBOX_TOKE\"".into())
+            (2, "unknown setting \"SCALEBOX_TOKE\"".into())
         );
         assert_eq!(Config::parse("secret").unwrap_err().0, 1);
     }

@@ -1,8 +1,7 @@
-//! The system's own `ssh`, which is the only outside program here, and the public key that it will
-//! log in with.
+//! Runs the system's `ssh`, and finds the public key to give to a new VM.
 
 use crate::error::Error;
-use crate::settings::{home, is_file, own_folder};
+use crate::settings::{home, is_file, xdg_folder};
 use crate::vm::check_runs;
 use scalebox_client::{Client, InvalidFormat, SshPublicKey, Vm, VmId};
 use std::ffi::OsString;
@@ -13,12 +12,12 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Becomes `ssh`: returns only when it cannot.
+/// Replaces this process with `ssh`; returns only on failure.
 pub fn connect(client: &Client, vm: &str, identity: Option<&Path>, command: &[String]) -> Result<(), Error> {
     let vm = client.vm(vm)?;
     check_runs(&vm)?;
     if vm.id.parse::<VmId>().is_err() {
-        return Err(Error::StrangeId(vm.id));
+        return Err(Error::InvalidVmId(vm.id));
     }
     let known_hosts = known_hosts()?;
     Err(Error::Ssh(
@@ -28,14 +27,14 @@ pub fn connect(client: &Client, vm: &str, identity: Option<&Path>, command: &[St
     ))
 }
 
-/// A port of the host leads to one VM today and to another tomorrow, so that a host key belongs to
-/// the id, not to the address.
+/// Builds the arguments of `ssh`. Host keys are stored under the VM's id rather than its address,
+/// because a port of the host can belong to another VM later.
 fn arguments(vm: &Vm, identity: Option<&Path>, known_hosts: &Path, command: &[String]) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = vec!["-p".into(), vm.ssh_port.to_string().into()];
     let mut option = |option: OsString| arguments.extend(["-o".into(), option]);
     option(format!("HostKeyAlias={}", vm.id).into());
     option("StrictHostKeyChecking=accept-new".into());
-    // ssh would read a space as the next file and a % as a token (ssh_config(5)).
+    // ssh splits the value at spaces and expands % tokens (ssh_config(5)).
     option(
         format!(
             "UserKnownHostsFile=\"{}\"",
@@ -47,25 +46,25 @@ fn arguments(vm: &Vm, identity: Option<&Path>, known_hosts: &Path, command: &[St
         option("IdentitiesOnly=yes".into());
         arguments.extend(["-i".into(), identity.into()]);
     }
-    // After -- neither the address nor the command is read as an option.
+    // After --, ssh does not parse the address as an option.
     arguments.extend(["--".into(), format!("user@{}", vm.ip).into()]);
     arguments.extend(command.iter().map(OsString::from));
     arguments
 }
 
-/// The file of host keys, in a folder that is made when missing.
+/// Returns the path of the host key file, and creates its folder if it is missing.
 fn known_hosts() -> Result<PathBuf, Error> {
-    let folder = own_folder("XDG_STATE_HOME", ".local/state");
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-    made.map_err(|why| Error::KnownHosts {
+    let folder = xdg_folder("XDG_STATE_HOME", ".local/state");
+    let created = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+    created.map_err(|why| Error::KnownHosts {
         path: folder.clone(),
         why,
     })?;
     Ok(folder.join("known_hosts"))
 }
 
-/// The key in `file`, or the first of those that `ssh-keygen` makes by default; those on security
-/// keys, which have to be touched at each login, come last.
+/// Reads the key in `file`, or the first existing one of ssh-keygen's default files. Keys on
+/// security keys come last, because they must be touched at each login.
 pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
     const DEFAULTS: [&str; 5] = [
         "id_ed25519.pub",
@@ -89,25 +88,24 @@ pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
     if text.starts_with(b"\xff\xfe") || text.starts_with(b"\xfe\xff") {
         return Err(Error::Key {
             path: path.to_owned(),
-            why: "is in a file of UTF-16; write it as UTF-8 or ASCII".to_owned(),
+            why: "is encoded as UTF-16; save it as UTF-8 or ASCII".to_owned(),
         });
     }
     let text = String::from_utf8_lossy(&text);
     text.parse().map_err(|why: InvalidFormat| Error::Key {
         path: path.to_owned(),
-        why: match public_twin(path) {
-            Some(twin) => format!("{why}; did you mean {}?", twin.display()),
+        why: match matching_public_key(path) {
+            Some(public_key) => format!("{why}; did you mean {}?", public_key.display()),
             None => why.to_string(),
         },
     })
 }
 
-/// What the file holds. Only a plain one, and only so much: a device or a pipe may never come to an
-/// end.
+/// Reads a key file. Devices and pipes are rejected, and the size is limited, because they may be
+/// endless.
 fn read_key(path: &Path) -> Result<Vec<u8>, Error> {
-    /// In bytes; a public key of RSA with 16384 bits, the longest that `ssh-keygen` makes, has
-    /// under 3 KiB.
-    const LONGEST: u64 = 64 << 10;
+    /// The longest key of `ssh-keygen`, RSA with 16384 bits, is shorter than 3 KiB.
+    const MAX_KEY_BYTES: u64 = 64 << 10;
     let unreadable = |why| Error::KeyUnreadable {
         path: path.to_owned(),
         why,
@@ -116,24 +114,26 @@ fn read_key(path: &Path) -> Result<Vec<u8>, Error> {
         path: path.to_owned(),
         why: why.to_owned(),
     };
-    // Before it is opened: opening a pipe waits for its writer.
+    // Checked before opening: opening a pipe would block until it has a writer.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
-        return Err(wrong("is not in a plain file; name one such as ~/.ssh/id_ed25519.pub"));
+        return Err(wrong("is not a regular file; pass one such as ~/.ssh/id_ed25519.pub"));
     }
     let mut text = Vec::new();
     let file = File::open(path).map_err(unreadable)?;
-    file.take(LONGEST + 1).read_to_end(&mut text).map_err(unreadable)?;
-    if text.len() as u64 > LONGEST {
+    file.take(MAX_KEY_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(unreadable)?;
+    if text.len() as u64 > MAX_KEY_BYTES {
         return Err(wrong(
-            "is in a file of over 64 KiB; a public key is one line, such as in ~/.ssh/id_ed25519.pub",
+            "is longer than 64 KiB; pass a public key, which is one line, such as ~/.ssh/id_ed25519.pub",
         ));
     }
     Ok(text)
 }
 
-/// `KEY.pub` beside `KEY`.
-fn public_twin(path: &Path) -> Option<PathBuf> {
-    let mut twin = path.as_os_str().to_owned();
-    twin.push(".pub");
-    Some(PathBuf::from(twin)).filter(|twin| is_file(twin))
+/// Returns `KEY.pub` for `KEY`, if that file exists.
+fn matching_public_key(path: &Path) -> Option<PathBuf> {
+    let mut public_key = path.as_os_str().to_owned();
+    public_key.push(".pub");
+    Some(PathBuf::from(public_key)).filter(|public_key| is_file(public_key))
 }

@@ -1,4 +1,4 @@
-//! `scalebox template export|import`: a template to a file, and a file to a template.
+//! Template export and import: `scalebox template export|import`.
 
 use crate::error::Error;
 use crate::human::bytes;
@@ -11,17 +11,18 @@ use std::path::{Path, PathBuf};
 use zstd::stream::read::Encoder;
 use zstd::stream::write::Decoder;
 
-/// The first bytes of what is packed.
-const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// As the server packs.
-const LEVEL: i32 = 3;
-/// What stands for the standard input or output.
-const STANDARD: &str = "-";
+/// First bytes of a zstd frame (RFC 8878, section 3.1.1).
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// Compression level, the same as the server's.
+const ZSTD_LEVEL: i32 = 3;
+/// File name that means standard input or output.
+const STDIO: &str = "-";
 
-/// Writes a template to a file, packed with zstd; the file gets its name when it is whole.
+/// Writes a template to a file, compressed with zstd. The file is renamed into place when it is
+/// complete.
 pub fn export(client: &Client, name: &str, file: Option<&Path>, force: bool, output: &Output) -> Result<(), Error> {
     let file = file.map_or_else(|| PathBuf::from(format!("{name}.ext4.zst")), Path::to_owned);
-    if file == Path::new(STANDARD) {
+    if file == Path::new(STDIO) {
         let export = client.export_template(name)?;
         let bar = output.bar(&format!("exporting {name}"), Some(export.image_bytes));
         return copy(export, io::stdout().lock(), &bar).map(drop);
@@ -46,57 +47,57 @@ pub fn export(client: &Client, name: &str, file: Option<&Path>, force: bool, out
                 .map_err(|error| Error::file(&file, error))
         });
     bar.finish_and_clear();
-    let packed_bytes = written.inspect_err(|_| {
-        // The first error is the one to tell.
+    let compressed_bytes = written.inspect_err(|_| {
+        // Only the first error is reported.
         let _left = fs::remove_file(&partial);
     })?;
     if output.json {
         let file = file.display().to_string();
-        return output.answer(&serde_json::json!({
-            "template": name, "file": file, "image_bytes": image_bytes, "packed_bytes": packed_bytes,
+        return output.json(&serde_json::json!({
+            "template": name, "file": file, "image_bytes": image_bytes, "packed_bytes": compressed_bytes,
         }));
     }
     output.line(&format!(
-        "{} holds the template {name}: {} in {}",
+        "exported the template {name} to {}: {}, compressed to {}",
         file.display(),
         bytes(image_bytes),
-        bytes(packed_bytes)
+        bytes(compressed_bytes)
     ))
 }
 
-/// Copies what is packed, and unpacks it on the side: that tells how far it is, and whether it is
-/// whole. Returns how much it was.
+/// Copies the compressed image, and decompresses it meanwhile to show progress and to verify it.
+/// Returns the compressed size in bytes.
 fn copy(mut export: Export, mut out: impl Write, bar: &ProgressBar) -> Result<u64, Error> {
-    let mut unpacked = Decoder::new(Count(bar)).map_err(Error::Output)?;
-    let (mut piece, mut packed_bytes) = (vec![0; 64 << 10], 0);
+    let mut decoder = Decoder::new(Count(bar)).map_err(Error::Output)?;
+    let (mut buffer, mut compressed_bytes) = (vec![0; 64 << 10], 0);
     loop {
-        let read = match export.packed.read(&mut piece) {
+        let read = match export.compressed.read(&mut buffer) {
             Ok(0) => break,
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(Error::Export(error.to_string())),
         };
-        unpacked
-            .write_all(&piece[..read])
+        decoder
+            .write_all(&buffer[..read])
             .map_err(|error| Error::Export(error.to_string()))?;
-        out.write_all(&piece[..read]).map_err(Error::Output)?;
-        packed_bytes += read as u64;
+        out.write_all(&buffer[..read]).map_err(Error::Output)?;
+        compressed_bytes += read as u64;
     }
-    unpacked.flush().map_err(|error| Error::Export(error.to_string()))?;
+    decoder.flush().map_err(|error| Error::Export(error.to_string()))?;
     if bar.position() != export.image_bytes {
-        return Err(Error::Export("it ended early".to_owned()));
+        return Err(Error::Export("the image is incomplete".to_owned()));
     }
     out.flush().map_err(Error::Output)?;
-    Ok(packed_bytes)
+    Ok(compressed_bytes)
 }
 
-/// Counts bytes on a bar.
+/// A writer that advances a progress bar by the bytes written to it.
 struct Count<'b>(&'b ProgressBar);
 
 impl Write for Count<'_> {
-    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        self.0.inc(piece.len() as u64);
-        Ok(piece.len())
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.inc(bytes.len() as u64);
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -104,15 +105,15 @@ impl Write for Count<'_> {
     }
 }
 
-/// Makes a template of a file: an ext4 image, bare (it is packed on the way) or packed with zstd.
+/// Creates a template from an ext4 image. An uncompressed image is compressed for the upload.
 pub fn import(client: &Client, name: &str, file: &Path, replace: bool, output: &Output) -> Result<(), Error> {
-    let (input, size): (Box<dyn Read>, _) = if file == Path::new(STANDARD) {
+    let (input, size): (Box<dyn Read>, _) = if file == Path::new(STDIO) {
         (Box::new(io::stdin()), None)
     } else {
         let open = || {
             let meta = fs::metadata(file)?;
             if !meta.is_file() {
-                return Err(io::Error::other("it is not a plain file"));
+                return Err(io::Error::other("not a regular file"));
             }
             Ok((File::open(file)?, meta.len()))
         };
@@ -124,26 +125,26 @@ pub fn import(client: &Client, name: &str, file: &Path, replace: bool, output: &
     let mut head = Vec::new();
     input
         .by_ref()
-        .take(MAGIC.len() as u64)
+        .take(ZSTD_MAGIC.len() as u64)
         .read_to_end(&mut head)
         .map_err(|error| Error::file(file, error))?;
-    let packed = head == MAGIC;
-    let whole = io::Cursor::new(head).chain(input);
-    let made = if packed {
-        client.import_template(name, whole, replace)
+    let is_compressed = head == ZSTD_MAGIC;
+    let image = io::Cursor::new(head).chain(input);
+    let created = if is_compressed {
+        client.import_template(name, image, replace)
     } else {
-        let packing = Encoder::new(whole, LEVEL).map_err(|error| Error::file(file, error))?;
-        client.import_template(name, packing, replace)
+        let encoder = Encoder::new(image, ZSTD_LEVEL).map_err(|error| Error::file(file, error))?;
+        client.import_template(name, encoder, replace)
     };
     bar.finish_and_clear();
-    let made = made?;
+    let template = created?;
     if output.json {
-        return output.answer(&made);
+        return output.json(&template);
     }
     output.line(&format!(
-        "the template {} is made: {} large, {} on disk",
-        made.name,
-        bytes(made.size_bytes),
-        bytes(made.used_bytes)
+        "created the template {}: {}, of which {} are used",
+        template.name,
+        bytes(template.size_bytes),
+        bytes(template.used_bytes)
     ))
 }

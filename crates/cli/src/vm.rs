@@ -1,4 +1,4 @@
-//! `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`.
+//! The commands `scalebox vm …`, except `ssh`.
 
 use crate::args::{CreateArgs, Limit, SetArgs, Switch};
 use crate::error::Error;
@@ -10,26 +10,26 @@ use scalebox_client::{Client, ClientError, CreateVm, SnapshotVm, TemplateName, U
 use std::time::Duration;
 
 pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
-    let request = request_of(args)?;
-    let creating = output.progress("making the VM");
+    let request = create_request(args)?;
+    let creating = output.progress("creating the VM");
     let mut vm = client.create_vm(&request)?;
     drop(creating);
     let mut waited = None;
     if args.wait {
-        let (up, took) = wait::until_ssh(client, vm, Duration::from_secs(args.timeout), output)?;
-        (vm, waited) = (up, Some(took));
+        let (booted, took) = wait::until_ssh(client, vm, Duration::from_secs(args.timeout), output)?;
+        (vm, waited) = (booted, Some(took));
     }
     if output.json {
-        return output.answer(&vm);
+        return output.json(&vm);
     }
     output.line(&summary(&vm))?;
     if let Some(took) = waited {
-        output.line(&answers(&vm, took))?;
+        output.line(&ssh_ready(&vm, took))?;
     }
-    output.line(&way_in(&vm))
+    output.line(&next_step(&vm))
 }
 
-fn request_of(args: &CreateArgs) -> Result<CreateVm, Error> {
+fn create_request(args: &CreateArgs) -> Result<CreateVm, Error> {
     let template = args.template_flag.as_ref().unwrap_or(&args.template).clone();
     Ok(CreateVm {
         name: args.name.clone(),
@@ -50,10 +50,10 @@ fn request_of(args: &CreateArgs) -> Result<CreateVm, Error> {
 pub fn list(client: &Client, output: &Output) -> Result<(), Error> {
     let vms = client.vms()?;
     if output.json {
-        return output.answer(&VmList { vms });
+        return output.json(&VmList { vms });
     }
     if vms.is_empty() {
-        output.hint("no VMs; make one with: scalebox vm create");
+        output.hint("no VMs; create one with: scalebox vm create");
         return Ok(());
     }
     let columns = vec![
@@ -92,7 +92,7 @@ fn row(vm: &Vm, now: Timestamp) -> Vec<String> {
 pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let vm = client.vm(vm)?;
     if output.json {
-        return output.answer(&vm);
+        return output.json(&vm);
     }
     let status = match &vm.status_reason {
         Some(reason) => format!("{}: {reason}", vm.status),
@@ -107,8 +107,8 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
         ),
         None => format!("{} GiB", vm.disk_size_gib),
     };
-    let keeping = keeping(&vm);
-    let mut facts = vec![
+    let settings = settings(&vm);
+    let mut properties = vec![
         ("name", vm.name),
         ("id", vm.id),
         ("status", status),
@@ -126,30 +126,30 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
             ),
         ),
     ];
-    facts.extend(keeping);
-    facts.extend(vm.url.map(|url| ("url", url)));
-    output.facts(&facts)
+    properties.extend(settings);
+    properties.extend(vm.url.map(|url| ("url", url)));
+    output.properties(&properties)
 }
 
 pub fn start(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let starting = output.progress(&format!("starting {vm}"));
     let vm = client.start_vm(vm)?;
     drop(starting);
-    show_changed(&vm, output)
+    show_status(&vm, output)
 }
 
 pub fn stop(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let stopping = output.progress(&format!("shutting {vm} down"));
     let vm = client.stop_vm(vm)?;
     drop(stopping);
-    show_changed(&vm, output)
+    show_status(&vm, output)
 }
 
 pub fn restart(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let restarting = output.progress(&format!("restarting {vm}"));
     let vm = client.restart_vm(vm)?;
     drop(restarting);
-    show_changed(&vm, output)
+    show_status(&vm, output)
 }
 
 pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) -> Result<(), Error> {
@@ -157,9 +157,9 @@ pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) ->
     let vm = client.update_vm(vm, &UpdateVm::grow(disk_size_gib))?;
     drop(growing);
     if output.json {
-        return output.answer(&vm);
+        return output.json(&vm);
     }
-    output.line(&format!("the disk of {} is {} GiB large", vm.name, vm.disk_size_gib))?;
+    output.line(&format!("the disk of {} has {} GiB", vm.name, vm.disk_size_gib))?;
     match vm.disk.and_then(|disk| disk.note) {
         Some(note) => output.line(&note),
         None => Ok(()),
@@ -179,24 +179,24 @@ pub fn set(client: &Client, vm: &str, changes: &SetArgs, output: &Output) -> Res
     };
     let vm = client.update_vm(vm, &change)?;
     if output.json {
-        return output.answer(&vm);
+        return output.json(&vm);
     }
-    output.facts(&keeping(&vm))
+    output.properties(&settings(&vm))
 }
 
-/// How a VM is kept.
-fn keeping(vm: &Vm) -> [(&'static str, String); 3] {
+/// Formats the settings that `vm set` can change.
+fn settings(vm: &Vm) -> [(&'static str, String); 3] {
     let extends = match vm.disk_auto_extend {
         Some(extend) => format!(
-            "by {} GiB when {} % of the disk are used, up to {} GiB",
+            "by {} GiB at {} % usage, up to {} GiB",
             extend.increment_gib, extend.threshold_percent, extend.limit_gib
         ),
         None => "no".to_owned(),
     };
     let limits: Vec<String> = [
-        (vm.disk_iops, "disk requests/s"),
-        (vm.disk_mbps, "MB/s of disk"),
-        (vm.net_mbps, "Mbit/s of network"),
+        (vm.disk_iops, "disk IOPS"),
+        (vm.disk_mbps, "MB/s disk"),
+        (vm.net_mbps, "Mbit/s network"),
     ]
     .into_iter()
     .filter_map(|(limit, unit)| Some(format!("{} {unit}", limit?)))
@@ -206,7 +206,7 @@ fn keeping(vm: &Vm) -> [(&'static str, String); 3] {
         false => limits.join(", "),
     };
     let autostart = if vm.autostart {
-        "after a reboot of the host, if it ran"
+        "after a reboot of the host, if it was running"
     } else {
         "no"
     };
@@ -218,50 +218,50 @@ fn keeping(vm: &Vm) -> [(&'static str, String); 3] {
 }
 
 pub fn trim(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
-    let trimming = output.progress(&format!("{vm} gives free blocks back"));
+    let trimming = output.progress(&format!("trimming the disk of {vm}"));
     let trimmed = client.trim_vm(vm)?;
     drop(trimming);
     if output.json {
-        return output.answer(&trimmed);
+        return output.json(&trimmed);
     }
-    output.line(&format!("{vm} has given back {}", human::bytes(trimmed.trimmed_bytes)))
+    output.line(&format!("{vm} discarded {}", human::bytes(trimmed.trimmed_bytes)))
 }
 
 pub fn snapshot(client: &Client, vm: &str, template_name: TemplateName, output: &Output) -> Result<(), Error> {
-    let making = output.progress(&format!("making a template of {vm}"));
-    let made = client.snapshot_vm(vm, &SnapshotVm { template_name })?;
-    drop(making);
+    let creating = output.progress(&format!("creating a template from {vm}"));
+    let snapshot = client.snapshot_vm(vm, &SnapshotVm { template_name })?;
+    drop(creating);
     if output.json {
-        return output.answer(&made);
+        return output.json(&snapshot);
     }
-    let still = match made.held.as_str() {
+    let pause = match snapshot.held.as_str() {
         "not_running" => String::new(),
-        held => format!("; {vm} was {held} for {} ms", made.stood_still_ms),
+        held => format!("; {vm} was {held} for {} ms", snapshot.stood_still_ms),
     };
-    let size = human::bytes(made.size_bytes);
-    output.line(&format!("the template {} is made, {size} large{still}", made.template))
+    let size = human::bytes(snapshot.size_bytes);
+    output.line(&format!("created the template {} of {size}{pause}", snapshot.template))
 }
 
-fn show_changed(vm: &Vm, output: &Output) -> Result<(), Error> {
+fn show_status(vm: &Vm, output: &Output) -> Result<(), Error> {
     if output.json {
-        output.answer(vm)
+        output.json(vm)
     } else {
         output.line(&format!("{} is {}", vm.name, vm.status))
     }
 }
 
 pub fn delete(client: &Client, vms: &[String], yes: bool, output: &Output) -> Result<(), Error> {
-    let whose = if vms.len() == 1 { "its disk" } else { "their disks" };
+    let disks = if vms.len() == 1 { "its disk" } else { "their disks" };
     delete_all(
         vms,
-        &format!("Delete {} and {whose}?", vms.join(", ")),
+        &format!("Delete {} and {disks}?", vms.join(", ")),
         yes,
         output,
         |vm| client.delete_vm(vm),
     )
 }
 
-/// Deletes what can be deleted of `names`, after a yes.
+/// Asks for confirmation, then deletes each of `names`, also if some cannot be deleted.
 pub fn delete_all(
     names: &[String],
     question: &str,
@@ -281,11 +281,10 @@ pub fn delete_all(
             Ok(()) => {
                 deleted.push(name);
                 if !output.json {
-                    output.line(&format!("{name} is deleted"))?;
+                    output.line(&format!("deleted {name}"))?;
                 }
             }
-            // The answer of one is not that of the next, unless nobody answers or the token is
-            // wrong.
+            // The next one may succeed, unless the server is unreachable or refuses the token.
             Err(error) if names.len() > 1 && error.status().is_some_and(|status| status != 401) => {
                 output.error(&error.into());
             }
@@ -293,7 +292,7 @@ pub fn delete_all(
         }
     }
     if output.json {
-        output.answer(&serde_json::json!({ "deleted": deleted }))?;
+        output.json(&serde_json::json!({ "deleted": deleted }))?;
     }
     match names.len() - deleted.len() {
         0 => Ok(()),
@@ -308,13 +307,13 @@ pub fn wait(client: &Client, vm: &str, timeout: u64, output: &Output) -> Result<
     let vm = client.vm(vm)?;
     let (vm, took) = wait::until_ssh(client, vm, Duration::from_secs(timeout), output)?;
     if output.json {
-        output.answer(&vm)
+        output.json(&vm)
     } else {
-        output.line(&answers(&vm, took))
+        output.line(&ssh_ready(&vm, took))
     }
 }
 
-fn answers(vm: &Vm, took: Duration) -> String {
+fn ssh_ready(vm: &Vm, took: Duration) -> String {
     format!("{} answers SSH (waited {:.1} s)", vm.name, took.as_secs_f64())
 }
 
@@ -331,16 +330,16 @@ fn summary(vm: &Vm) -> String {
     )
 }
 
-fn way_in(vm: &Vm) -> String {
+fn next_step(vm: &Vm) -> String {
     match vm.status {
         VmStatus::Running => format!("log in with: scalebox vm ssh {}\n         or: {}", vm.name, vm.ssh),
         _ => format!("start it with: scalebox vm start {}", vm.name),
     }
 }
 
-/// Refuses a VM that nobody can log in to, with the way to change that.
+/// Returns an error with the remedy unless the VM is running.
 pub fn check_runs(vm: &Vm) -> Result<(), Error> {
-    let way_out = match vm.status {
+    let remedy = match vm.status {
         VmStatus::Running => return Ok(()),
         VmStatus::Stopped => format!("start it with: scalebox vm start {}", vm.name),
         VmStatus::Paused | VmStatus::Failed => format!("see: scalebox vm get {}", vm.name),
@@ -349,6 +348,6 @@ pub fn check_runs(vm: &Vm) -> Result<(), Error> {
         name: vm.name.clone(),
         status: vm.status,
         reason: vm.status_reason.clone(),
-        way_out,
+        remedy,
     })
 }

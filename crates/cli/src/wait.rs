@@ -1,4 +1,4 @@
-//! Waiting until a guest answers SSH: the moment from which a VM is of use.
+//! Waits until a guest answers SSH, which means that it has booted.
 
 use crate::error::Error;
 use crate::output::Output;
@@ -10,49 +10,51 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Between two tries. Short beside a boot, long beside a refused connection.
-const PAUSE: Duration = Duration::from_millis(250);
-/// Between two looks at the VM's status.
-const LOOK: Duration = Duration::from_secs(2);
-/// For a connection, and for a greeting over it.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time between two connection attempts: short compared with a boot, long compared with a refused
+/// connection.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+/// Time between two queries of the VM's status.
+const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+/// Maximum time to wait for a connection, and for the SSH banner on it.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Waits until `vm` greets as an SSH server; returns it as the server then describes it, and how
-/// long it took.
+/// Waits until `vm` sends an SSH banner. Returns the VM as the server describes it then, and the
+/// time it took.
 ///
 /// # Errors
-/// At once when the VM no longer runs, with its reason; else when `timeout` is over.
+/// Fails with the VM's status as soon as it stops running, and after `timeout`.
 pub fn until_ssh(client: &Client, vm: Vm, timeout: Duration, output: &Output) -> Result<(Vm, Duration), Error> {
     let progress = output.progress(&format!("waiting for SSH of {}", vm.name));
     let began = Instant::now();
-    let (mut vm, mut looked) = (vm, began);
+    let (mut vm, mut queried) = (vm, began);
     loop {
         check_runs(&vm)?;
         let left = timeout.saturating_sub(began.elapsed());
-        let silence = match greeting(&vm, left.clamp(PAUSE, PATIENCE)) {
-            Ok(()) => return Ok((look_again(client, vm)?, began.elapsed())),
-            Err(error) => said(&error),
+        let last_error = match read_ssh_banner(&vm, left.clamp(RETRY_INTERVAL, ATTEMPT_TIMEOUT)) {
+            Ok(()) => return Ok((refresh(client, vm)?, began.elapsed())),
+            Err(error) => describe(&error),
         };
-        show(&progress, &vm, &silence);
+        show(&progress, &vm, &last_error);
         if began.elapsed() >= timeout {
             let address = format!("{}:{}", vm.ip, vm.ssh_port);
-            return Err(Error::Silent {
+            return Err(Error::SshTimeout {
                 name: vm.name,
                 address,
                 seconds: timeout.as_secs(),
-                last: silence,
+                last: last_error,
             });
         }
-        thread::sleep(PAUSE);
-        if looked.elapsed() >= LOOK {
-            vm = look_again(client, vm)?;
-            looked = Instant::now();
+        thread::sleep(RETRY_INTERVAL);
+        if queried.elapsed() >= STATUS_INTERVAL {
+            vm = refresh(client, vm)?;
+            queried = Instant::now();
         }
     }
 }
 
-/// A daemon that is just being started anew does not end the wait: the guest boots on without it.
-fn look_again(client: &Client, vm: Vm) -> Result<Vm, Error> {
+/// Queries the VM again. An unreachable daemon does not end the wait: it may be restarting, and
+/// the guest boots without it.
+fn refresh(client: &Client, vm: Vm) -> Result<Vm, Error> {
     match client.vm(&vm.id) {
         Ok(vm) => Ok(vm),
         Err(ClientError::Unreachable { .. } | ClientError::Lost { .. }) => Ok(vm),
@@ -60,40 +62,40 @@ fn look_again(client: &Client, vm: Vm) -> Result<Vm, Error> {
     }
 }
 
-fn show(progress: &ProgressBar, vm: &Vm, silence: &str) {
+fn show(progress: &ProgressBar, vm: &Vm, last_error: &str) {
     progress.set_message(format!(
-        "waiting for SSH of {} at {}:{} ({silence})",
+        "waiting for SSH of {} at {}:{} ({last_error})",
         vm.name, vm.ip, vm.ssh_port
     ));
 }
 
-/// Connects and reads until the line that every SSH 2 server sends first, perhaps after others (RFC
-/// 4253, section 4.2). A port that is forwarded may accept long before the guest does, so that a
-/// connection alone says nothing.
-fn greeting(vm: &Vm, patience: Duration) -> io::Result<()> {
-    const LONGEST: usize = 4096;
+/// Connects and reads until the identification line of an SSH 2 server, which may come after other
+/// lines (RFC 4253, section 4.2). A connection alone proves nothing: the forwarded port may accept
+/// long before the guest does.
+fn read_ssh_banner(vm: &Vm, timeout: Duration) -> io::Result<()> {
+    const MAX_BANNER_BYTES: usize = 4096;
     let address = (vm.ip.as_str(), vm.ssh_port).to_socket_addrs()?.next();
     let address = address.ok_or_else(|| io::Error::other("no such address"))?;
-    let mut stream = TcpStream::connect_timeout(&address, patience)?;
-    stream.set_read_timeout(Some(patience))?;
-    let (mut heard, mut buffer) = (Vec::new(), [0; 256]);
-    while heard.len() < LONGEST {
-        if heard
+    let mut stream = TcpStream::connect_timeout(&address, timeout)?;
+    stream.set_read_timeout(Some(timeout))?;
+    let (mut received, mut buffer) = (Vec::new(), [0; 256]);
+    while received.len() < MAX_BANNER_BYTES {
+        if received
             .split(|&byte| byte == b'\n')
             .any(|line| line.starts_with(b"SSH-2.0-"))
         {
             return Ok(());
         }
         match stream.read(&mut buffer)? {
-            0 => return Err(io::Error::other("the connection ends without a greeting")),
-            n => heard.extend_from_slice(&buffer[..n]),
+            0 => return Err(io::Error::other("the connection closed without an SSH banner")),
+            n => received.extend_from_slice(&buffer[..n]),
         }
     }
-    Err(io::Error::other("what answers is not SSH"))
+    Err(io::Error::other("the reply is not SSH"))
 }
 
-/// The system's words for what is normal while a guest boots, without their numbers.
-fn said(error: &io::Error) -> String {
+/// Describes an error that is expected while a guest boots, without its error number.
+fn describe(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no answer".to_owned(),
         io::ErrorKind::Other => error.to_string(),

@@ -1,5 +1,5 @@
-//! `scalebox` as a person and a script meet it: what it asks, prints and exits with.
-#![allow(clippy::unwrap_used)] // in the server, too, which clippy takes for no test
+//! Tests `scalebox` from outside: its requests, its output and its exit codes.
+#![allow(clippy::unwrap_used)] // clippy does not count the helper modules as tests
 
 mod api;
 
@@ -26,7 +26,7 @@ fn two_vms() -> Value {
 }
 
 #[test]
-fn a_list_is_an_aligned_table_without_decoration_in_a_pipe() {
+fn lists_are_plain_aligned_tables_in_a_pipe() {
     let server = Server::new(vec![("GET /vms", 200, two_vms())]);
     let ran = run(&mut Home::new().scalebox(&server, &["vm", "list"]));
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
@@ -55,7 +55,7 @@ fn a_list_is_an_aligned_table_without_decoration_in_a_pipe() {
 }
 
 #[test]
-fn json_is_the_servers_answer() {
+fn json_output_is_the_servers_response() {
     let home = Home::new();
     home.file(".ssh/id_ed25519.pub", KEY, 0o644);
     let templates = json!({"templates": [{"name": "debian-base", "size_bytes": 2147483648u64, "used_bytes": 335544320,
@@ -106,7 +106,7 @@ fn info() -> Value {
 }
 
 #[test]
-fn status_and_pool_tell_what_is_left_in_sizes_that_people_read() {
+fn status_and_pool_show_sizes_in_readable_units() {
     let mut full = pool();
     full["free_bytes"] = json!(5u64 << 29);
     let server = Server::new(vec![
@@ -117,24 +117,24 @@ fn status_and_pool_tell_what_is_left_in_sizes_that_people_read() {
     let home = Home::new();
     let status = run(&mut home.scalebox(&server, &["status"]));
     for line in [
-        "server     scaleboxd 0.1.0 on big-iron (192.0.2.7)\n",
-        "up         2 h\n",
-        "VMs        3 (2 running, 1 failed)\n",
-        "pool       60 GiB free of 100 GiB, at /var/lib/scalebox\n",
-        "promised   120 GiB of at most 400 GiB\n",
-        "memory     1.5 GiB of 8 GiB available\n",
+        "server      scaleboxd 0.1.0 on big-iron (192.0.2.7)\n",
+        "up          2 h\n",
+        "VMs         3 (2 running, 1 failed)\n",
+        "pool        60 GiB free of 100 GiB, at /var/lib/scalebox\n",
+        "committed   120 GiB of at most 400 GiB\n",
+        "memory      1.5 GiB of 8 GiB available\n",
     ] {
         assert!(status.out.contains(line), "{line:?} in\n{}", status.out);
     }
     assert_eq!((status.code, status.err.as_str()), (0, ""));
     let fine = run(&mut home.scalebox(&server, &["pool", "show"]));
     for line in [
-        "used                    25 GiB (25 %)\n",
-        "  by one VM each        15 GiB\n",
-        "  by one template each  2 GiB\n",
-        "  shared                7 GiB\n",
-        "  by anything else      1 GiB\n",
-        "  will last             12.5 days at the rate of the last day\n",
+        "used                      25 GiB (25 %)\n",
+        "  exclusive to VMs        15 GiB\n",
+        "  exclusive to templates  2 GiB\n",
+        "  shared                  7 GiB\n",
+        "  other                   1 GiB\n",
+        "  will last               12.5 days at the rate of the last day\n",
     ] {
         assert!(fine.out.contains(line), "{line:?} in\n{}", fine.out);
     }
@@ -142,12 +142,12 @@ fn status_and_pool_tell_what_is_left_in_sizes_that_people_read() {
     let full = run(&mut home.scalebox(&server, &["pool", "show"]));
     assert_eq!(
         full.err,
-        "warning: the pool is full: the server refuses new VMs until space is given back\n"
+        "warning: the pool is full: the server refuses new VMs until space is freed\n"
     );
 }
 
 #[test]
-fn flags_win_over_the_environment_and_that_over_the_file() {
+fn flags_take_precedence_over_the_environment_and_the_file() {
     let server = Server::new(vec![("GET /vms", 200, json!({"vms": []}))]);
     let home = Home::new();
     let url = server.url();
@@ -170,7 +170,7 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
     for ran in &ran {
         assert_eq!(
             (ran.code, ran.out.as_str(), ran.err.as_str()),
-            (0, "", "no VMs; make one with: scalebox vm create\n")
+            (0, "", "no VMs; create one with: scalebox vm create\n")
         );
     }
     let tokens: Vec<String> = server
@@ -190,7 +190,7 @@ fn flags_win_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
-fn without_a_token_all_three_places_are_named() {
+fn a_missing_token_error_names_all_three_places() {
     let ran = run(&mut Home::new().bare(&["vm", "list"]));
     assert_eq!((ran.code, ran.out.as_str()), (2, ""));
     for place in ["SCALEBOX_TOKEN", ".config/scalebox/config", "--token"] {
@@ -203,27 +203,28 @@ fn without_a_token_all_three_places_are_named() {
 }
 
 #[test]
-fn a_token_file_that_others_can_read_is_warned_of_and_a_wrong_line_named() {
+fn config_file_problems_are_reported_with_path_and_line() {
     let server = Server::new(vec![("GET /vms", 200, json!({"vms": []}))]);
     let home = Home::new();
     let path = home.file(".config/scalebox/config", "SCALEBOX_TOKEN=x\n", 0o644);
     let ran = run(home.bare(&["vm", "list"]).env("SCALEBOX_URL", server.url()));
     let path = path.display();
-    let warning = format!("warning: {path} holds a token and is open to other users; chmod 600 {path}\n");
+    let warning =
+        format!("warning: {path} holds a token and is readable or writable by other users; run: chmod 600 {path}\n");
     assert!(ran.code == 0 && ran.err.starts_with(&warning), "{ran:?}");
     home.file(".config/scalebox/config", "\nSCALEBOX_TOKE=x\n", 0o600);
     let ran = run(home.bare(&["vm", "list"]).env("SCALEBOX_URL", server.url()));
     assert_eq!(ran.code, 2);
     assert!(
         ran.err
-            .starts_with(&format!("error: {path}, line 2: there is no setting \"SCALEBOX_TOKE\"")),
+            .starts_with(&format!("error: {path}, line 2: unknown setting \"SCALEBOX_TOKE\"")),
         "{}",
         ran.err
     );
 }
 
 #[test]
-fn the_servers_no_is_the_message_and_exit_code_1() {
+fn refusals_print_the_servers_message_and_exit_with_1() {
     let home = Home::new();
     home.file(".ssh/id_rsa.pub", &format!("{KEY}\n"), 0o644);
     let sentence = "Insufficient storage: 5GB available, need 12GB";
@@ -243,23 +244,26 @@ fn the_servers_no_is_the_message_and_exit_code_1() {
 }
 
 #[test]
-fn a_refused_token_is_told_with_the_place_it_came_from_and_never_shown() {
+fn a_refused_token_error_names_its_source_and_never_shows_it() {
     let server = Server::new(vec![("GET /vms", 401, json!({"error": "unauthorized"}))]);
     let home = Home::new();
     home.file(".config/scalebox/config", "SCALEBOX_TOKEN=file-secret\n", 0o600);
     let url = server.url();
     let in_file = run(&mut home.bare(&["vm", "list", "--url", &url]));
     assert!(in_file.err.contains(&format!(
-        "the server at {url} refused the token that {}",
+        "the server at {url} refused the token from {}",
         home.path().display()
     )));
     for (ran, place) in [
-        (run(&mut home.scalebox(&server, &["vm", "list"])), "SCALEBOX_TOKEN gave"),
+        (
+            run(&mut home.scalebox(&server, &["vm", "list"])),
+            "from SCALEBOX_TOKEN;",
+        ),
         (
             run(&mut home.scalebox(&server, &["vm", "list", "--token", "flag-secret"])),
-            "--token gave",
+            "from --token;",
         ),
-        (in_file, "config gave"),
+        (in_file, "config;"),
     ] {
         assert_eq!((ran.code, ran.out.as_str()), (1, ""));
         assert!(ran.err.contains(place), "{}", ran.err);
@@ -272,7 +276,7 @@ fn a_refused_token_is_told_with_the_place_it_came_from_and_never_shown() {
 }
 
 #[test]
-fn nobody_at_the_address_is_exit_code_1_with_the_way_out() {
+fn an_unreachable_server_exits_with_1_and_a_remedy() {
     let url = format!(
         "http://{}",
         TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
@@ -290,11 +294,15 @@ fn nobody_at_the_address_is_exit_code_1_with_the_way_out() {
 }
 
 #[test]
-fn the_address_and_the_token_may_be_written_as_people_and_secrets_do() {
+fn addresses_and_tokens_may_have_odd_case_and_white_space() {
     let server = Server::new(vec![("GET /vms", 200, json!({"vms": []}))]);
     let home = Home::new();
-    let shouted = server.url().replace("http", "HTTP");
-    for url in [shouted, format!(" {}/ ", server.url()), format!("{}\n", server.url())] {
+    let upper_case = server.url().replace("http", "HTTP");
+    for url in [
+        upper_case,
+        format!(" {}/ ", server.url()),
+        format!("{}\n", server.url()),
+    ] {
         let mut command = home.bare(&["vm", "list", "--json"]);
         let ran = run(command
             .env("SCALEBOX_URL", &url)
@@ -307,7 +315,7 @@ fn the_address_and_the_token_may_be_written_as_people_and_secrets_do() {
             .iter()
             .all(|request| request.authorization == format!("Bearer {TOKEN}"))
     );
-    // Of another system's editor, with a comment in an old encoding.
+    // As saved by an editor on Windows: a byte order mark, CRLF, and a comment in Latin-1.
     let config = home.file(".config/scalebox/config", "", 0o600);
     let text = format!(
         "\u{feff}SCALEBOX_URL={}\r\nSCALEBOX_TOKEN={TOKEN}\r\n# Schl\u{1}ssel\r\n",
@@ -326,7 +334,7 @@ fn the_address_and_the_token_may_be_written_as_people_and_secrets_do() {
 }
 
 #[test]
-fn a_path_in_the_address_is_named_when_the_server_does_not_know_it() {
+fn unknown_routes_behind_a_path_in_the_address_get_a_hint() {
     let error = json!({"error": "there is no route \"/api/vms\""});
     let server = Server::new(vec![("GET /api/vms", 404, error)]);
     let ran = run(Home::new()
@@ -335,14 +343,14 @@ fn a_path_in_the_address_is_named_when_the_server_does_not_know_it() {
     assert_eq!(ran.code, 1);
     assert!(
         ran.err
-            .contains("has the path /api: leave that out, unless a proxy takes it off"),
+            .contains("has the path /api: remove it unless a proxy strips it"),
         "{}",
         ran.err
     );
 }
 
 #[test]
-fn a_variable_that_is_not_utf8_is_not_passed_over() {
+fn a_variable_that_is_not_utf8_is_rejected() {
     use std::os::unix::ffi::OsStrExt;
     let odd = std::ffi::OsStr::from_bytes(b"http://caf\xe9:8080");
     let ran = run(Home::new()
@@ -356,7 +364,7 @@ fn a_variable_that_is_not_utf8_is_not_passed_over() {
 }
 
 #[test]
-fn flags_that_are_not_whole_numbers_are_refused_with_an_example() {
+fn number_flags_reject_other_text_with_an_example() {
     let server = Server::new(vec![]);
     let home = Home::new();
     for number in [
@@ -396,8 +404,8 @@ fn flags_that_are_not_whole_numbers_are_refused_with_an_example() {
 }
 
 #[test]
-fn keys_are_taken_as_ssh_keygen_writes_them_and_from_security_keys_too() {
-    // Made by `ssh-keygen -t ed25519-sk`, of a token that is gone.
+fn all_default_key_files_are_found_and_invalid_keys_are_rejected() {
+    // Generated by `ssh-keygen -t ed25519-sk`.
     const SK: &str = "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9SAAAABHNzaDo=";
     let server = Server::new(vec![("POST /vms", 201, vm(json!({"status": "stopped"})))]);
     let home = Home::new();
@@ -428,7 +436,7 @@ fn keys_are_taken_as_ssh_keygen_writes_them_and_from_security_keys_too() {
 }
 
 #[test]
-fn a_command_that_is_not_understood_is_exit_code_2_and_asks_nobody() {
+fn usage_errors_exit_with_2_without_a_request() {
     let server = Server::new(vec![]);
     let home = Home::new();
     for arguments in [
@@ -452,15 +460,15 @@ fn a_command_that_is_not_understood_is_exit_code_2_and_asks_nobody() {
 }
 
 #[test]
-fn a_creation_sends_what_was_asked_and_the_first_key_of_the_home_directory() {
+fn create_sends_its_flags_and_the_first_default_key() {
     let server = Server::new(vec![("POST /vms", 201, vm(json!({"status": "stopped"})))]);
     let home = Home::new();
     home.file(".ssh/id_rsa.pub", "not this one", 0o644);
     home.file(".ssh/id_ed25519.pub", &format!("{KEY}\n"), 0o644);
-    let asked = [
+    let arguments = [
         "vm",
         "create",
-        "golden",
+        "custom",
         "--name",
         "box",
         "--disk",
@@ -471,7 +479,7 @@ fn a_creation_sends_what_was_asked_and_the_first_key_of_the_home_directory() {
         "1024",
         "--no-start",
     ];
-    let ran = run(&mut home.scalebox(&server, &asked));
+    let ran = run(&mut home.scalebox(&server, &arguments));
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
     assert_eq!(
         ran.out,
@@ -484,14 +492,14 @@ fn a_creation_sends_what_was_asked_and_the_first_key_of_the_home_directory() {
         .iter()
         .map(|request| serde_json::from_str(&request.body).unwrap())
         .collect();
-    let everything = json!({"template": "golden", "ssh_public_key": KEY, "name": "box", "disk_size_gib": 10,
+    let everything = json!({"template": "custom", "ssh_public_key": KEY, "name": "box", "disk_size_gib": 10,
         "vcpu_count": 2, "mem_size_mib": 1024, "start": false});
     let nothing = json!({"template": "debian-base", "ssh_public_key": KEY, "start": true});
     assert_eq!(sent, [everything, nothing]);
 }
 
 #[test]
-fn a_key_that_cannot_be_used_is_told_before_anything_is_asked() {
+fn unusable_keys_are_reported_without_a_request() {
     let server = Server::new(vec![]);
     let home = Home::new();
     let none = run(&mut home.scalebox(&server, &["vm", "create"]));
@@ -513,7 +521,7 @@ fn a_key_that_cannot_be_used_is_told_before_anything_is_asked() {
 }
 
 #[test]
-fn a_key_without_end_is_refused_and_not_waited_for() {
+fn devices_pipes_and_large_files_are_rejected_as_keys() {
     let server = Server::new(vec![]);
     let home = Home::new();
     let large = home.file("large", &"x".repeat((64 << 10) + 1), 0o600);
@@ -522,11 +530,11 @@ fn a_key_without_end_is_refused_and_not_waited_for() {
     let link = large.with_file_name("link");
     symlink("/dev/zero", &link).unwrap();
     for (key, reason) in [
-        (Path::new("/dev/zero"), "not in a plain file"),
-        (&link, "not in a plain file"),
-        (&pipe, "not in a plain file"),
-        (large.parent().unwrap(), "not in a plain file"),
-        (&large, "over 64 KiB"),
+        (Path::new("/dev/zero"), "not a regular file"),
+        (&link, "not a regular file"),
+        (&pipe, "not a regular file"),
+        (large.parent().unwrap(), "not a regular file"),
+        (&large, "longer than 64 KiB"),
     ] {
         let (code, err) = run_with_a_deadline(home.scalebox(&server, &["vm", "create", "--key"]).arg(key));
         let named = format!("error: {}: the SSH key is ", key.display());
@@ -539,7 +547,7 @@ fn a_key_without_end_is_refused_and_not_waited_for() {
 }
 
 #[test]
-fn a_key_may_be_a_link_to_its_file() {
+fn a_key_may_be_a_symbolic_link() {
     let server = Server::new(vec![("POST /vms", 201, vm(json!({})))]);
     let home = Home::new();
     let key = home.file("key.pub", KEY, 0o644);
@@ -549,8 +557,8 @@ fn a_key_may_be_a_link_to_its_file() {
     assert_eq!(ran.code, 0, "{}", ran.err);
 }
 
-/// The exit code and what was written on stderr; a command that is not done in time is killed, and
-/// has no exit code.
+/// Runs a command and returns its exit code and standard error. Kills it after 20 s; then there is
+/// no exit code.
 fn run_with_a_deadline(command: &mut Command) -> (Option<i32>, String) {
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = child.stderr.take().unwrap();
@@ -566,8 +574,8 @@ fn run_with_a_deadline(command: &mut Command) -> (Option<i32>, String) {
     (child.wait().unwrap().code(), reader.join().unwrap())
 }
 
-/// A port that says `greetings`, one a connection, the last of them for ever; an empty one hangs
-/// up.
+/// Starts a server that sends one of `greetings` per connection, repeating the last one. An empty
+/// greeting closes the connection. Returns its port.
 fn guest(greetings: Vec<&'static str>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -583,7 +591,7 @@ fn guest(greetings: Vec<&'static str>) -> u16 {
 }
 
 #[test]
-fn waiting_ends_when_ssh_greets_and_not_when_the_port_merely_accepts() {
+fn wait_needs_an_ssh_banner_not_just_a_connection() {
     let port = guest(vec!["", "", "Welcome\r\nSSH-2.0-OpenSSH_9.2\r\n"]);
     let server = Server::new(vec![
         ("GET /vms/box", 200, vm(json!({"ssh_port": port}))),
@@ -594,7 +602,7 @@ fn waiting_ends_when_ssh_greets_and_not_when_the_port_merely_accepts() {
     assert_eq!(
         (ran.code, ran.err.as_str()),
         (0, ""),
-        "nothing but the answer in a pipe"
+        "in a pipe, only the result is printed"
     );
     assert!(
         ran.out.starts_with("calm-red-fox answers SSH (waited ") && ran.out.lines().count() == 1,
@@ -609,12 +617,12 @@ fn waiting_ends_when_ssh_greets_and_not_when_the_port_merely_accepts() {
 }
 
 #[test]
-fn a_creation_that_waits_says_how_to_log_in_when_one_can() {
+fn create_with_wait_prints_how_to_log_in() {
     let port = guest(vec!["SSH-2.0-x\r\n"]);
-    let made = vm(json!({"ssh_port": port}));
+    let created = vm(json!({"ssh_port": port}));
     let server = Server::new(vec![
-        ("POST /vms", 201, made.clone()),
-        ("GET /vms/vm-0123456789ab", 200, made),
+        ("POST /vms", 201, created.clone()),
+        ("GET /vms/vm-0123456789ab", 200, created),
     ]);
     let home = Home::new();
     let key = home.file("key.pub", KEY, 0o644);
@@ -628,7 +636,7 @@ fn a_creation_that_waits_says_how_to_log_in_when_one_can() {
 }
 
 #[test]
-fn waiting_ends_with_the_reason_when_the_vm_fails_meanwhile() {
+fn wait_fails_with_the_reason_when_the_vm_fails() {
     let port = guest(vec![""]);
     let failed = json!({"ssh_port": port, "status": "failed", "status_reason": "its process ended: out of memory"});
     let server = Server::new(vec![
@@ -647,7 +655,7 @@ fn waiting_ends_with_the_reason_when_the_vm_fails_meanwhile() {
 }
 
 #[test]
-fn waiting_has_an_end() {
+fn wait_times_out() {
     let port = guest(vec!["HTTP/1.1 400 Bad Request\r\n"]);
     let server = Server::new(vec![("GET /vms/box", 200, vm(json!({"ssh_port": port})))]);
     let ran = run(&mut Home::new().scalebox(&server, &["vm", "wait", "box", "--timeout", "1"]));
@@ -656,7 +664,7 @@ fn waiting_has_an_end() {
 }
 
 #[test]
-fn deleting_goes_on_after_a_no_and_ends_with_exit_code_1() {
+fn delete_continues_after_a_refusal_and_exits_with_1() {
     let server = Server::new(vec![
         ("DELETE /vms/a", 204, json!(null)),
         ("DELETE /vms/b", 404, json!({"error": "there is no VM b"})),
@@ -664,7 +672,7 @@ fn deleting_goes_on_after_a_no_and_ends_with_exit_code_1() {
     ]);
     let home = Home::new();
     let ran = run(&mut home.scalebox(&server, &["vm", "delete", "--yes", "a", "b", "c"]));
-    assert_eq!((ran.code, ran.out.as_str()), (1, "a is deleted\nc is deleted\n"));
+    assert_eq!((ran.code, ran.out.as_str()), (1, "deleted a\ndeleted c\n"));
     assert_eq!(ran.err, "error: there is no VM b\nerror: 1 of 3 could not be deleted\n");
     let json = run(&mut home.scalebox(&server, &["vm", "delete", "a", "c", "--json"]));
     assert_eq!(
@@ -680,7 +688,7 @@ fn deleting_goes_on_after_a_no_and_ends_with_exit_code_1() {
     );
 }
 
-/// A `ssh` that runs `script` instead, first in the search path.
+/// Puts a fake `ssh` that runs `script` first into the search path.
 fn with_ssh(home: &Home, command: &mut Command, script: &str) {
     home.file("bin/ssh", &format!("#!/bin/sh\n{script}\n"), 0o755);
     let path = std::env::var("PATH").unwrap();
@@ -688,7 +696,7 @@ fn with_ssh(home: &Home, command: &mut Command, script: &str) {
 }
 
 #[test]
-fn ssh_is_run_with_host_keys_that_belong_to_the_vm() {
+fn ssh_stores_host_keys_by_vm_id() {
     let server = Server::new(vec![("GET /vms/box", 200, vm(json!({})))]);
     let home = Home::new();
     let identity = home.file("my key", "", 0o600);
@@ -697,7 +705,7 @@ fn ssh_is_run_with_host_keys_that_belong_to_the_vm() {
     let real = run(Command::new("sh").args(["-c", "command -v ssh"])).out;
     with_ssh(&home, &mut command, &format!("exec {} -F none -G \"$@\"", real.trim()));
     let ran = run(&mut command);
-    assert_eq!(ran.code, 0, "the real ssh takes the options: {}", ran.err);
+    assert_eq!(ran.code, 0, "the real ssh accepts the options: {}", ran.err);
     let known_hosts = home.path().join(".local/state/scalebox/known_hosts");
     for line in [
         "user user\n",
@@ -715,7 +723,7 @@ fn ssh_is_run_with_host_keys_that_belong_to_the_vm() {
 }
 
 #[test]
-fn ssh_gets_the_command_as_it_is_and_its_exit_code_is_ours() {
+fn ssh_receives_the_command_unchanged_and_its_exit_code_is_returned() {
     let server = Server::new(vec![("GET /vms/box", 200, vm(json!({})))]);
     let home = Home::new();
     let script = "while [ \"$1\" != -- ]; do shift; done; printf '%s|' \"$@\"; exit 7";
@@ -737,60 +745,54 @@ fn ssh_gets_the_command_as_it_is_and_its_exit_code_is_ours() {
 }
 
 #[test]
-fn the_pool_s_size_is_changed_and_told() {
-    for (args, asked, said) in [
-        (
-            &["pool", "grow", "--size", "100"][..],
-            "POST /pool/grow",
-            "the pool is ",
-        ),
-        (&["pool", "grow"], "POST /pool/grow", "the pool is "),
-        (&["pool", "shrink", "--size", "40"], "POST /pool/shrink", "the pool is "),
+fn pool_commands_print_the_new_size_or_the_discarded_bytes() {
+    for (args, request) in [
+        (&["pool", "grow", "--size", "100"][..], "POST /pool/grow"),
+        (&["pool", "grow"], "POST /pool/grow"),
+        (&["pool", "shrink", "--size", "40"], "POST /pool/shrink"),
     ] {
-        let server = Server::new(vec![(asked, 200, pool())]);
+        let server = Server::new(vec![(request, 200, pool())]);
         let ran = run(&mut Home::new().scalebox(&server, args));
-        assert!(ran.code == 0 && ran.out.starts_with(said), "{}{}", ran.out, ran.err);
+        let expected = "the pool's capacity is 100 GiB, of which 60 GiB are free\n";
+        assert_eq!((ran.code, ran.out.as_str()), (0, expected), "{}", ran.err);
     }
     let server = Server::new(vec![("POST /pool/trim", 200, json!({"trimmed_bytes": 3u64 << 30}))]);
     let ran = run(&mut Home::new().scalebox(&server, &["pool", "trim"]));
-    assert_eq!(
-        (ran.code, ran.out.as_str()),
-        (0, "3 GiB are free on the host disk's side too\n")
-    );
+    assert_eq!((ran.code, ran.out.as_str()), (0, "discarded 3 GiB\n"));
     let trimmed = json!({"trimmed_bytes": 200u64 << 20});
     let server = Server::new(vec![("POST /vms/box/trim", 200, trimmed)]);
     let ran = run(&mut Home::new().scalebox(&server, &["vm", "trim", "box"]));
-    assert_eq!((ran.code, ran.out.as_str()), (0, "box has given back 200 MiB\n"));
+    assert_eq!((ran.code, ran.out.as_str()), (0, "box discarded 200 MiB\n"));
 }
 
 #[test]
-fn a_resize_says_how_large_the_disk_is_and_what_is_left_to_do() {
-    for (disk, said) in [
+fn resize_prints_the_new_size_and_the_servers_note() {
+    for (disk, expected) in [
         (
             json!({"confirmed": true, "guest_total_bytes": 1}),
-            "the disk of box is 20 GiB large\n",
+            "the disk of box has 20 GiB\n",
         ),
         (
             json!({"confirmed": false, "guest_total_bytes": null, "note": "run resize2fs in it"}),
-            "the disk of box is 20 GiB large\nrun resize2fs in it\n",
+            "the disk of box has 20 GiB\nrun resize2fs in it\n",
         ),
     ] {
         let grown = vm(json!({"name": "box", "disk_size_gib": 20, "disk": disk}));
         let server = Server::new(vec![("PATCH /vms/box", 200, grown)]);
         let ran = run(&mut Home::new().scalebox(&server, &["vm", "resize", "box", "--disk", "20"]));
-        assert_eq!((ran.code, ran.out.as_str()), (0, said), "{}", ran.err);
+        assert_eq!((ran.code, ran.out.as_str()), (0, expected), "{}", ran.err);
     }
 }
 
 #[test]
-fn what_is_set_is_sent_and_nothing_else() {
+fn set_sends_only_the_settings_that_were_given() {
     let policy = json!({"threshold_percent": 80, "increment_gib": 10, "limit_gib": 50});
-    for (args, sent, said) in [
+    for (args, sent, expected) in [
         (
             &["--extend-to", "50", "--extend-by", "10"][..],
             json!({"disk_auto_extend": policy}),
-            "extends    by 10 GiB when 80 % of the disk are used, up to 50 GiB\nlimits     none\n\
-             autostart  after a reboot of the host, if it ran\n",
+            "extends    by 10 GiB at 80 % usage, up to 50 GiB\nlimits     none\n\
+             autostart  after a reboot of the host, if it was running\n",
         ),
         (
             &[
@@ -803,7 +805,7 @@ fn what_is_set_is_sent_and_nothing_else() {
                 "off",
             ],
             json!({"disk_auto_extend": null, "disk_iops": 500, "net_mbps": null, "autostart": false}),
-            "extends    no\nlimits     500 disk requests/s\nautostart  no\n",
+            "extends    no\nlimits     500 disk IOPS\nautostart  no\n",
         ),
     ] {
         let mut answer = vm(json!({"name": "box"}));
@@ -812,7 +814,7 @@ fn what_is_set_is_sent_and_nothing_else() {
         }
         let server = Server::new(vec![("PATCH /vms/box", 200, answer)]);
         let ran = run(&mut Home::new().scalebox(&server, &[&["vm", "set", "box"], args].concat()));
-        assert_eq!((ran.code, ran.out.as_str()), (0, said), "{}", ran.err);
+        assert_eq!((ran.code, ran.out.as_str()), (0, expected), "{}", ran.err);
         let body: Value = serde_json::from_str(&server.requests()[0].body).unwrap();
         assert_eq!(body, sent);
     }
@@ -830,7 +832,7 @@ fn what_is_set_is_sent_and_nothing_else() {
 }
 
 #[test]
-fn ssh_to_a_stopped_vm_says_how_to_start_it() {
+fn ssh_to_a_stopped_vm_fails_with_the_command_to_start_it() {
     let server = Server::new(vec![(
         "GET /vms/box",
         200,
@@ -844,7 +846,7 @@ fn ssh_to_a_stopped_vm_says_how_to_start_it() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
+fn a_closed_pipe_is_not_an_error() {
     let many: Vec<Value> = (0..5000).map(|_| vm(json!({}))).collect();
     let server = Server::new(vec![("GET /vms", 200, json!({"vms": many}))]);
     let home = Home::new();
@@ -856,8 +858,12 @@ fn a_reader_that_has_seen_enough_is_no_error() {
             .spawn()
             .unwrap();
         drop(child.stdout.take());
-        let ended = child.wait_with_output().unwrap();
-        assert_eq!((ended.status.code(), ended.stderr), (Some(0), vec![]), "{arguments:?}");
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(
+            (output.status.code(), output.stderr),
+            (Some(0), vec![]),
+            "{arguments:?}"
+        );
     }
 }
 
@@ -889,7 +895,7 @@ fn every_command_has_an_example_in_its_help_and_a_completion() {
     }
 }
 
-/// Two events, as the server sends them.
+/// Returns two events in the server's stream format.
 fn stream() -> Value {
     let created = json!({"id": 1000000001u64, "at": "2026-01-02T03:04:05.678Z", "kind": "created",
                          "vm": {"id": "vm-0123456789ab", "name": "calm-red-fox"}, "details": {"disk_size_gib": 10, "template": "debian-base"}});
@@ -904,7 +910,7 @@ fn stream() -> Value {
 }
 
 #[test]
-fn events_are_a_line_each_for_people_and_for_programs() {
+fn events_are_printed_one_per_line() {
     let server = Server::new(vec![("GET /events?follow=false&since=0", 200, stream())]);
     let ran = run(&mut Home::new().scalebox(&server, &["events", "--no-follow"]));
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
@@ -926,12 +932,12 @@ fn events_are_a_line_each_for_people_and_for_programs() {
 }
 
 #[test]
-fn events_go_on_after_the_last_one_seen_when_the_server_was_away() {
+fn events_resume_after_the_last_one_when_the_connection_is_lost() {
     let server = Server::new(vec![
         ("GET /events?follow=true&since=7", 200, stream()),
         ("GET /events?follow=true&since=1000000002", 401, json!({"error": "no"})),
     ]);
     let ran = run(&mut Home::new().scalebox(&server, &["events", "--since", "7"]));
     assert_eq!((ran.code, ran.out.lines().count()), (1, 2), "{ran:?}");
-    assert!(ran.err.contains("waiting for it"), "{ran:?}");
+    assert!(ran.err.contains("reconnecting"), "{ran:?}");
 }

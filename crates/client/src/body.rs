@@ -1,9 +1,7 @@
-//! Reading a request's body: a JSON object whose fields are all known, each given once and none of
-//! them null.
+//! Parses request bodies: JSON objects in which every field is known, unique and not null.
 //!
-//! The fields are kept as text until the rule of each reads its own. So a number that no integer
-//! holds (`1e400`) is judged as what it is, a value out of range, and the sentence that refuses it
-//! names the field.
+//! Each value stays JSON text until its field is parsed. That way a number that fits no integer
+//! type (`1e400`) is rejected as out of range, and the message names the field.
 
 use scalebox_units::InvalidFormat;
 use serde::Deserialize;
@@ -14,22 +12,22 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-/// What is wrong with a request; the answer is a 400 with this sentence.
+/// An invalid request. The daemon responds with 400 and this message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
-    /// Nothing, or only white space.
+    /// The body is empty, or only white space.
     #[error("the request has no body: send a JSON object with {}", known.join(", "))]
     NoBody {
         /// The fields that the request may have.
         known: &'static [&'static str],
     },
-    /// Not JSON.
+    /// The body is not JSON.
     #[error("the body is not JSON: {why}")]
     NotJson {
-        /// The reader's words, with line and column.
+        /// The parser's error, with line and column.
         why: String,
     },
-    /// JSON, but an array or a bare value.
+    /// The body is JSON, but not an object.
     #[error("the body must be a JSON object with {}; this is {kind}", known.join(", "))]
     NotAnObject {
         /// `an array`, `a string` …
@@ -37,49 +35,48 @@ pub enum Invalid {
         /// The fields that the request may have.
         known: &'static [&'static str],
     },
-    /// A field twice: which of the two counts would be a guess.
+    /// A field occurs twice, so its value is ambiguous.
     #[error("the field {0:?} is given twice")]
     Duplicate(String),
-    /// Fields that no rule reads, all of them.
+    /// The body has fields that do not exist.
     #[error("{list}; the fields are {}", known.join(", "))]
     Unknown {
-        /// The names, each with the one that was perhaps meant.
+        /// The unknown names, each with a suggestion where there is one.
         list: String,
         /// The fields that the request may have.
         known: &'static [&'static str],
     },
-    /// A field that must be there.
+    /// A required field is missing.
     #[error("{field} is missing: {what}")]
     Missing {
         /// The field.
         field: &'static str,
-        /// What to send in it.
+        /// The value to send.
         what: &'static str,
     },
-    /// `disk_size_gib` outside its bounds, in the words of the seed document, whatever the value
-    /// was.
+    /// `disk_size_gib` is invalid. Scripts rely on the exact text of this message.
     #[error("disk_size_gib must be between 1 and {max}")]
     DiskSize {
         /// `MAX_DISK_SIZE_GIB`.
         max: u64,
     },
-    /// Another number outside its bounds, or no whole number.
-    #[error("{field} must be a whole number between {least} and {most}")]
+    /// Another number is out of range, or not a whole number.
+    #[error("{field} must be a whole number between {min} and {max}")]
     Number {
         /// The field.
         field: &'static str,
         /// The smallest value allowed.
-        least: u64,
+        min: u64,
         /// The largest value allowed.
-        most: u64,
+        max: u64,
     },
-    /// A change that changes nothing.
+    /// A change without any field.
     #[error("there is nothing to change: send at least one of {}", known.join(", "))]
     Nothing {
         /// The fields that the request may have.
         known: &'static [&'static str],
     },
-    /// A value of another type than the field's.
+    /// A value has the wrong JSON type.
     #[error("{field} must be {expected}, not {kind}")]
     Type {
         /// The field.
@@ -89,18 +86,18 @@ pub enum Invalid {
         /// `an array`, `null` …
         kind: &'static str,
     },
-    /// A string of the wrong form.
+    /// A string has the wrong form.
     #[error("{field} {form}")]
     Form {
         /// The field.
         field: &'static str,
-        /// What the form is.
+        /// The form that is required.
         form: InvalidFormat,
     },
 }
 
 impl Invalid {
-    /// The field that the error is about; `None` where it is about the body as a whole, or several
+    /// Returns the field that the error is about; `None` if it is about the whole body or several
     /// fields.
     pub fn field(&self) -> Option<&str> {
         match self {
@@ -119,14 +116,14 @@ impl Invalid {
     }
 }
 
-/// The fields of a body, each as the JSON text of its value.
+/// The fields of an object, each with the JSON text of its value.
 #[derive(Debug)]
 pub(crate) struct Fields<'a>(BTreeMap<String, &'a str>);
 
 impl<'a> Fields<'a> {
-    /// Reads an object that has no other fields than those in `known`.
+    /// Parses an object whose fields are all in `known`.
     pub(crate) fn read(body: &'a [u8], known: &'static [&'static str]) -> Result<Self, Invalid> {
-        let body = without_mark(body);
+        let body = without_byte_order_mark(body);
         if body.trim_ascii().is_empty() {
             return Err(Invalid::NoBody { known });
         }
@@ -140,7 +137,7 @@ impl<'a> Fields<'a> {
         Fields::of(value.get(), known, |name| name)
     }
 
-    /// The members of an object, called by what `path` makes of their names.
+    /// Parses the members of an object; `path` turns their names into those in `known`.
     fn of(object: &'a str, known: &'static [&'static str], path: impl Fn(String) -> String) -> Result<Self, Invalid> {
         let Pairs(pairs) = serde_json::from_str(object).map_err(not_json)?;
         let mut fields = BTreeMap::new();
@@ -151,21 +148,21 @@ impl<'a> Fields<'a> {
             }
             fields.insert(name, value.get());
         }
-        refuse_unknown(fields.keys(), known)?;
+        reject_unknown(fields.keys(), known)?;
         Ok(Fields(fields))
     }
 
-    /// The field's JSON text, which is there.
+    /// Returns the JSON text of a required field.
     fn required(&self, field: &'static str, what: &'static str) -> Result<&'a str, Invalid> {
         self.0.get(field).copied().ok_or(Invalid::Missing { field, what })
     }
 
-    /// Refuses a request without `field`; the value is not looked at.
+    /// Checks that `field` exists, without checking its value.
     pub(crate) fn require(&self, field: &'static str, what: &'static str) -> Result<(), Invalid> {
         self.required(field, what).map(drop)
     }
 
-    /// A string that must be there, in the form of `T`.
+    /// Parses a required string.
     pub(crate) fn text<T: FromStr<Err = InvalidFormat>>(
         &self,
         field: &'static str,
@@ -174,7 +171,7 @@ impl<'a> Fields<'a> {
         read_text(field, self.required(field, what)?)
     }
 
-    /// A string, if it is there, in the form of `T`.
+    /// Parses an optional string.
     pub(crate) fn optional_text<T: FromStr<Err = InvalidFormat>>(
         &self,
         field: &'static str,
@@ -182,7 +179,7 @@ impl<'a> Fields<'a> {
         self.0.get(field).map(|json| read_text(field, json)).transpose()
     }
 
-    /// A whole number that must be there.
+    /// Parses a required whole number.
     pub(crate) fn number(
         &self,
         field: &'static str,
@@ -193,7 +190,7 @@ impl<'a> Fields<'a> {
         number.ok_or(Invalid::Missing { field, what })
     }
 
-    /// A whole number, if it is there.
+    /// Parses an optional whole number.
     pub(crate) fn optional_number(
         &self,
         field: &'static str,
@@ -206,20 +203,19 @@ impl<'a> Fields<'a> {
             Some(number) if range.contains(&number) => Ok(Some(number)),
             _ => Err(Invalid::Number {
                 field,
-                least: *range.start(),
-                most: *range.end(),
+                min: *range.start(),
+                max: *range.end(),
             }),
         }
     }
 
-    /// `disk_size_gib`, if it is there.
+    /// Parses the optional field `disk_size_gib`.
     pub(crate) fn optional_disk_size(&self, max: u64) -> Result<Option<u64>, Invalid> {
         self.optional_number("disk_size_gib", 1..=max)
             .map_err(|_| Invalid::DiskSize { max })
     }
 
-    /// The fields of an object, if it is there. `known` names them with their path, `outer.inner`,
-    /// and so does every refusal.
+    /// Parses an optional object. Its fields have the name `outer.inner` in `known` and in errors.
     pub(crate) fn optional_object(
         &self,
         field: &'static str,
@@ -239,17 +235,17 @@ impl<'a> Fields<'a> {
         Fields::of(json, known, name).map(Some)
     }
 
-    /// Whether the field is there and null: in a change, that takes away what it names.
+    /// Returns whether the field is null, which removes a setting in a change.
     pub(crate) fn is_null(&self, field: &'static str) -> bool {
         self.0.get(field).is_some_and(|json| *json == "null")
     }
 
-    /// Whether there is no field at all.
+    /// Returns whether the object has no fields.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// True or false, if it is there.
+    /// Parses an optional boolean.
     pub(crate) fn optional_bool(&self, field: &'static str) -> Result<Option<bool>, Invalid> {
         match self.0.get(field).copied() {
             None => Ok(None),
@@ -264,12 +260,12 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// What follows a byte order mark, which RFC 8259, section 8.1, lets a reader ignore.
-pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
+/// Strips a byte order mark, as RFC 8259, section 8.1, allows.
+pub(crate) fn without_byte_order_mark(body: &[u8]) -> &[u8] {
     body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body)
 }
 
-/// The members of an object in their order, with those that come twice.
+/// The members of an object in their order, including duplicates.
 struct Pairs<'a>(Vec<(String, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Pairs<'de> {
@@ -306,15 +302,15 @@ fn read_text<T: FromStr<Err = InvalidFormat>>(field: &'static str, json: &str) -
             kind: kind(json),
         });
     }
-    // What is left to fail is half a surrogate pair (`"\ud800"`), which no Rust string holds.
-    let not_text = |_| InvalidFormat::new("must be a string of Unicode text");
+    // The only possible failure is a lone surrogate (`"\ud800"`), which a Rust string cannot hold.
+    let not_text = |_| InvalidFormat::new("must be a valid Unicode string");
     let form = serde_json::from_str(json)
         .map_err(not_text)
         .and_then(|text: String| text.parse());
     form.map_err(|form| Invalid::Form { field, form })
 }
 
-/// JSON does not tell `10` from `10.0` or `1e1` (RFC 8259, section 6): all three are ten.
+/// Parses a whole number in any JSON form: `10`, `10.0` and `1e1` are equal (RFC 8259, section 6).
 fn whole_number(json: &str) -> Option<u64> {
     if !json.starts_with(|c: char| c == '-' || c.is_ascii_digit()) {
         return None;
@@ -322,14 +318,13 @@ fn whole_number(json: &str) -> Option<u64> {
     if let Ok(number) = json.parse() {
         return Some(number);
     }
-    // Above 2⁵³ not every whole number has a float of its own, so that the nearest would be a
-    // guess.
-    const EXACT: f64 = (1u64 << 53) as f64;
+    // An f64 represents every whole number up to 2⁵³ exactly, but not beyond.
+    const MAX_EXACT_F64: f64 = (1u64 << 53) as f64;
     let number: f64 = json.parse().ok()?;
-    (number.fract() == 0.0 && (0.0..=EXACT).contains(&number)).then_some(number as u64)
+    (number.fract() == 0.0 && (0.0..=MAX_EXACT_F64).contains(&number)).then_some(number as u64)
 }
 
-/// What a JSON text is, for a sentence.
+/// Names the type of a JSON value, for an error message.
 fn kind(json: &str) -> &'static str {
     match json.bytes().next() {
         Some(b'{') => "an object",
@@ -341,9 +336,9 @@ fn kind(json: &str) -> &'static str {
     }
 }
 
-fn refuse_unknown<'n>(names: impl Iterator<Item = &'n String>, known: &'static [&'static str]) -> Result<(), Invalid> {
-    /// An answer names this many; a body of 1 MiB could hold a hundred thousand.
-    const NAMED: usize = 8;
+fn reject_unknown<'n>(names: impl Iterator<Item = &'n String>, known: &'static [&'static str]) -> Result<(), Invalid> {
+    /// Number of names in the message; a body of 1 MiB could have a hundred thousand.
+    const MAX_NAMES: usize = 8;
     let unknown: Vec<&String> = names.filter(|name| !known.contains(&name.as_str())).collect();
     if unknown.is_empty() {
         return Ok(());
@@ -353,31 +348,33 @@ fn refuse_unknown<'n>(names: impl Iterator<Item = &'n String>, known: &'static [
     } else {
         "unknown fields "
     });
-    for (i, name) in unknown.iter().take(NAMED).enumerate() {
+    for (i, name) in unknown.iter().take(MAX_NAMES).enumerate() {
         let comma = if i == 0 { "" } else { ", " };
-        list += &match meant(name, known) {
-            Some(meant) => format!("{comma}{:?} (did you mean {meant}?)", shortened(name)),
+        list += &match suggestion(name, known) {
+            Some(field) => format!("{comma}{:?} (did you mean {field}?)", shortened(name)),
             None => format!("{comma}{:?}", shortened(name)),
         };
     }
-    if unknown.len() > NAMED {
-        list += &format!(" and {} more", unknown.len() - NAMED);
+    if unknown.len() > MAX_NAMES {
+        list += &format!(" and {} more", unknown.len() - MAX_NAMES);
     }
     Err(Invalid::Unknown { list, known })
 }
 
-/// A client's own words in an answer, at a length that a log line bears.
+/// Shortens a client's text so that a message containing it stays readable in the log.
 fn shortened(name: &str) -> String {
-    const SHOWN: usize = 40;
-    match name.char_indices().nth(SHOWN) {
+    const MAX_CHARS: usize = 40;
+    match name.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}…", &name[..end]),
         None => name.to_owned(),
     }
 }
 
-/// The known field that a misspelt one stands for: the same but for case and punctuation
-/// (`diskSizeGib`), a few letters off (`disk_size_gb`), or words of it (`ssh_key`, `memory`).
-fn meant(name: &str, known: &'static [&'static str]) -> Option<&'static str> {
+/// Finds the known field that a misspelt one most resembles.
+///
+/// It differs only in case and punctuation (`diskSizeGib`), by a few letters (`disk_size_gb`), or
+/// contains the same words (`ssh_key`, `memory`).
+fn suggestion(name: &str, known: &'static [&'static str]) -> Option<&'static str> {
     if name.len() > 64 {
         return None;
     }
@@ -385,7 +382,9 @@ fn meant(name: &str, known: &'static [&'static str]) -> Option<&'static str> {
     let (letters, words) = (letters(name), words_of(&name.to_lowercase()));
     let within = |field: &&&'static str| {
         let all = words_of(field);
-        words.iter().all(|word| all.iter().any(|known| akin(word, known)))
+        words
+            .iter()
+            .all(|word| all.iter().any(|known| share_prefix(word, known)))
     };
     let nearest = known
         .iter()
@@ -397,12 +396,12 @@ fn meant(name: &str, known: &'static [&'static str]) -> Option<&'static str> {
     }
 }
 
-/// One begins with the other: `vcpus` and `vcpu`, `memory` and `mem`.
-fn akin(a: &str, b: &str) -> bool {
+/// Returns whether one word begins with the other: `vcpus` and `vcpu`, `memory` and `mem`.
+fn share_prefix(a: &str, b: &str) -> bool {
     a.len().min(b.len()) >= 3 && (a.starts_with(b) || b.starts_with(a))
 }
 
-/// In lower case, without punctuation.
+/// Returns the letters and digits of a name in lower case.
 fn letters(name: &str) -> Vec<char> {
     name.chars()
         .filter(|c| c.is_alphanumeric())
@@ -410,17 +409,16 @@ fn letters(name: &str) -> Vec<char> {
         .collect()
 }
 
-/// How many letters to add, drop or exchange to make one of the other (Levenshtein's distance, one
-/// row at a time).
+/// Computes the Levenshtein distance: the least number of letters to insert, delete or replace.
 fn distance(a: &[char], b: &[char]) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, from) in a.iter().enumerate() {
         let mut diagonal = row[0];
         row[0] = i + 1;
         for (j, to) in b.iter().enumerate() {
-            let exchanged = diagonal + usize::from(from != to);
+            let replaced = diagonal + usize::from(from != to);
             diagonal = row[j + 1];
-            row[j + 1] = exchanged.min(diagonal + 1).min(row[j] + 1);
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
         }
     }
     row[b.len()]

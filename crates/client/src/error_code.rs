@@ -1,10 +1,10 @@
-//! What a refused or failed request is answered: a sentence for people, and a code for programs.
+//! Error responses: a sentence for people, and a code for programs.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// The body of every answer with a status of 400 or above.
+/// The body of every response with a status of 400 or above.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {
@@ -12,7 +12,7 @@ pub struct ErrorBody {
     /// release.
     #[cfg_attr(feature = "openapi", schema(example = "there is no VM \"box\""))]
     pub error: String,
-    /// The reason, for programs; a word of [`ErrorCode`], to which newer servers add.
+    /// The reason, for programs; newer servers may send codes that are not listed.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(value_type = String, example = "not_found"))]
     pub code: ErrorCode,
@@ -20,33 +20,33 @@ pub struct ErrorBody {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = String, required = false, example = "disk_size_gib"))]
     pub field: Option<String>,
-    /// Numbers and names of the sentence, for programs; which ones, depends on the code.
+    /// The numbers and names in the sentence, for programs; they depend on the code.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     #[cfg_attr(feature = "openapi", schema(value_type = Object, required = false))]
     pub details: Map<String, Value>,
 }
 
 macro_rules! codes {
-    ($($(#[$doc:meta])+ $name:ident = $word:literal,)+) => {
+    ($($(#[$doc:meta])+ $name:ident = $text:literal,)+) => {
         /// Why a request was refused or failed.
         #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum ErrorCode {
-            $($(#[$doc])+ #[serde(rename = $word)] $name,)+
-            /// A code that a newer daemon knows, and this client does not; empty for a daemon that
+            $($(#[$doc])+ #[serde(rename = $text)] $name,)+
+            /// A code that a newer daemon sends and this client does not know; empty if the daemon
             /// sends none.
             #[serde(untagged)]
             Other(String),
         }
 
         impl ErrorCode {
-            /// The words of all codes.
-            pub const WORDS: &[&str] = &[$($word),+];
+            /// All known codes, as strings of the API.
+            pub const NAMES: &[&str] = &[$($text),+];
 
-            /// The word of the API.
+            /// Returns the API's string for the code.
             pub fn as_str(&self) -> &str {
                 match self {
-                    $(ErrorCode::$name => $word,)+
-                    ErrorCode::Other(word) => word,
+                    $(ErrorCode::$name => $text,)+
+                    ErrorCode::Other(text) => text,
                 }
             }
         }
@@ -54,36 +54,36 @@ macro_rules! codes {
 }
 
 codes! {
-    /// The request is malformed, or a value in it is out of bounds. `field` where it is about one.
+    /// The request is malformed, or a value is out of range; `field` names the field.
     InvalidRequest = "invalid_request",
-    /// No valid token.
+    /// The request has no valid token.
     Unauthorized = "unauthorized",
-    /// Allowed to nobody, such as the deletion of a protected template.
+    /// The request is never allowed, such as deleting a protected template.
     Forbidden = "forbidden",
-    /// No such VM, template or path.
+    /// The VM, template or path does not exist.
     NotFound = "not_found",
-    /// The path does not answer this method; the header `Allow` lists those that it does.
+    /// The path does not support this method; the header `Allow` lists the methods that it does.
     MethodNotAllowed = "method_not_allowed",
     /// Another VM or template has the name.
     NameTaken = "name_taken",
-    /// Another operation is running on the same thing. Try again when it has ended.
+    /// Another operation on the same object is running. Try again when it has ended.
     Busy = "busy",
-    /// The thing is in a state in which this cannot be done, such as a start of a VM that runs.
+    /// The object's state does not allow the request, such as starting a VM that is running.
     WrongState = "wrong_state",
-    /// It does not fit into the pool or on the host disk. `available_gib` and `need_gib` in
-    /// `details`.
+    /// The request does not fit into the pool or on the host disk. `details` has `available_gib`
+    /// and `need_gib`.
     InsufficientStorage = "insufficient_storage",
-    /// The host has not enough memory.
+    /// The host does not have enough memory.
     InsufficientMemory = "insufficient_memory",
-    /// A limit of the token.
+    /// The request exceeds a limit of the token.
     QuotaExceeded = "quota_exceeded",
-    /// The body is larger than what is read.
+    /// The body is too large.
     PayloadTooLarge = "payload_too_large",
-    /// The request did not arrive, or was not carried out, in time.
+    /// The request did not arrive, or was not completed, in time.
     Timeout = "timeout",
     /// The `Idempotency-Key` belongs to another request.
     IdempotencyMismatch = "idempotency_mismatch",
-    /// The host cannot do this yet or at the moment; its operator can change that.
+    /// The host cannot do this yet, or at the moment; its operator can change that.
     NotReady = "not_ready",
     /// The host of the VM cannot be reached.
     Unreachable = "unreachable",
@@ -109,7 +109,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn an_error_is_read_as_it_is_written_also_one_of_an_older_or_newer_daemon() {
+    fn errors_survive_a_round_trip_also_without_a_code_or_with_an_unknown_one() {
         for body in [
             json!({"error": "no", "code": "not_found"}),
             json!({"error": "no", "code": "weather", "field": "sky", "details": {"rain_mm": 3}}),
@@ -119,6 +119,6 @@ mod tests {
         }
         let old: ErrorBody = serde_json::from_value(json!({"error": "no"})).unwrap();
         assert_eq!(old.code, ErrorCode::default());
-        assert!(ErrorCode::WORDS.contains(&"insufficient_storage"));
+        assert!(ErrorCode::NAMES.contains(&"insufficient_storage"));
     }
 }

@@ -1,21 +1,21 @@
-//! Reading `GET /events`: server-sent events
-//! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>) off a response's body.
+//! Reads `GET /events`, a stream of server-sent events
+//! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>).
 
 use crate::event::Event;
 use crate::http::ClientError;
 use std::io::{BufRead, BufReader, Read};
 
-/// The events of a host as they happen; ends where the daemon ends the stream, with an error where
-/// the connection breaks off. To go on from there, ask again with the last event's id.
+/// An iterator over the events of a host. It ends when the daemon ends the stream, and returns an
+/// error when the connection is lost. To resume, request the events after [`EventStream::last_id`].
 pub struct EventStream {
     lines: BufReader<Box<dyn Read + Send>>,
-    /// `GET http://HOST:PORT/events`, for errors.
+    /// The request, `GET http://HOST:PORT/events`, for error messages.
     call: String,
     last_id: Option<u64>,
 }
 
-/// No event is longer than this many bytes.
-const LONGEST: u64 = 1 << 20;
+/// Maximum length of a line or an event.
+const MAX_EVENT_BYTES: u64 = 1 << 20;
 
 impl EventStream {
     pub(crate) fn new(body: impl Read + Send + 'static, call: String) -> Self {
@@ -26,28 +26,29 @@ impl EventStream {
         }
     }
 
-    /// The id to go on from after this stream: that of the last event read, or the daemon's last
-    /// before the first.
+    /// Returns the id after which to resume: that of the last event read, or, before the first one,
+    /// of the daemon's latest event.
     pub fn last_id(&self) -> Option<u64> {
         self.last_id
     }
 
-    /// The data of the next event; `None` at the stream's end. One that is cut off is not an event.
+    /// Returns the data of the next event; `None` at the end of the stream. An incomplete event is
+    /// dropped.
     fn data(&mut self) -> Result<Option<String>, ClientError> {
         let mut data = String::new();
         loop {
             let mut line = String::new();
-            let read = self.lines.by_ref().take(LONGEST).read_line(&mut line);
+            let read = self.lines.by_ref().take(MAX_EVENT_BYTES).read_line(&mut line);
             match read {
                 Ok(0) => return Ok(None),
                 Ok(_) if line.ends_with('\n') => {}
-                Ok(_) if line.len() as u64 == LONGEST => return Err(self.not_understood("an endless line")),
+                Ok(_) if line.len() as u64 == MAX_EVENT_BYTES => return Err(self.protocol("a line of over 1 MiB")),
                 Ok(_) => return Ok(None),
                 Err(error) => {
                     return Err(ClientError::Lost {
                         call: self.call.clone(),
                         why: error.to_string(),
-                        hint: "ask again for the events since the last",
+                        hint: "request the events after the last one",
                     });
                 }
             }
@@ -58,23 +59,24 @@ impl EventStream {
             if let Some(id) = line.strip_prefix("id:") {
                 self.last_id = id.trim().parse().ok().or(self.last_id);
             }
-            // The kind stands in the data too; a line that begins with a colon is a sign of life.
+            // The field `event` repeats the kind in the data; a line that begins with a colon is a
+            // keep-alive comment. Both are skipped.
             if let Some(value) = line.strip_prefix("data:") {
                 if !data.is_empty() {
                     data.push('\n');
                 }
                 data += value.strip_prefix(' ').unwrap_or(value);
             }
-            if data.len() as u64 > LONGEST {
-                return Err(self.not_understood("an endless event"));
+            if data.len() as u64 > MAX_EVENT_BYTES {
+                return Err(self.protocol("an event of over 1 MiB"));
             }
         }
     }
 
-    fn not_understood(&self, what: &str) -> ClientError {
+    fn protocol(&self, received: &str) -> ClientError {
         ClientError::Protocol {
             call: self.call.clone(),
-            why: what.to_owned(),
+            why: received.to_owned(),
         }
     }
 }
@@ -88,7 +90,7 @@ impl Iterator for EventStream {
             Err(error) => return Some(Err(error)),
         };
         let event = serde_json::from_str(&data);
-        Some(event.map_err(|error| self.not_understood(&format!("an event that is none ({error})"))))
+        Some(event.map_err(|error| self.protocol(&format!("an invalid event ({error})"))))
     }
 }
 
@@ -102,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_read_between_signs_of_life_and_one_cut_off_is_none() {
+    fn keep_alive_comments_and_incomplete_events_are_skipped() {
         let stream = "id: 6\n: here\n\nevent: created\r\nid: 7\r\ndata: {\"id\": 7, \"at\": \"now\", \"kind\": \"created\"}\r\n\r\n: alive\n\n\
             data:{\"id\":8,\"at\":\"now\",\ndata: \"kind\":\"deleted\",\"details\":{}}\n\nid: 9\ndata: {\"id\": 9";
         let read: Vec<_> = events(stream).into_iter().map(Result::unwrap).collect();
@@ -111,14 +113,14 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_without_events_tells_where_to_go_on() {
+    fn a_stream_without_events_has_an_id_to_resume_after() {
         let mut stream = EventStream::new(&b"id: 6\n: here\n\n"[..], String::new());
         assert!(stream.next().is_none());
         assert_eq!(stream.last_id(), Some(6));
     }
 
     #[test]
-    fn what_is_no_event_is_an_error() {
+    fn invalid_events_are_errors() {
         let read = events("data: hello\n\n");
         assert!(matches!(read[..], [Err(ClientError::Protocol { .. })]), "{read:?}");
     }

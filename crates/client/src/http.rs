@@ -1,4 +1,4 @@
-//! A blocking client: one method a call of the API, typed both ways.
+//! A blocking client of the API, with one method per call.
 
 use crate::error_code::{ErrorBody, ErrorCode};
 use crate::event_stream::EventStream;
@@ -14,71 +14,72 @@ use ureq::http::{Method, Request, Response, header, request};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body, SendBody, Timeout};
 
-/// Speaks to one daemon. Cheap to make; every call has a connection of its own, so that a daemon
-/// that was started anew between two calls is not noticed.
+/// A client of one daemon. It is cheap to create.
+///
+/// Each call opens a new connection, so that a restart of the daemon between two calls is harmless.
 pub struct Client {
     agent: Agent,
     base: String,
     authorization: String,
 }
 
-/// Why a call brought no answer.
+/// The error of a call.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The address is none.
+    /// The server's address is invalid.
     #[error("{url:?} is not the address of a server: {why}; write it as http://HOST:PORT or https://HOST")]
     Url {
-        /// As it was given.
+        /// The address as it was given.
         url: String,
-        /// What is wrong with it.
+        /// The reason.
         why: &'static str,
     },
-    /// The token cannot stand in a header line. It is not shown.
-    #[error("the token must be of printable ASCII characters without spaces, and not empty")]
+    /// The token cannot be sent in a header. The message does not show it.
+    #[error("the token must be printable ASCII without spaces, and not empty")]
     Token,
-    /// No connection came about: the daemon knows nothing of the request.
+    /// No connection could be opened: the daemon has not received the request.
     #[error("cannot reach scaleboxd at {url}: {why}; {hint}")]
     Unreachable {
         /// The daemon's address.
         url: String,
-        /// What the system said.
+        /// The system's error.
         why: String,
-        /// What to try.
+        /// The remedy.
         hint: &'static str,
     },
-    /// The connection ended without a whole answer: the daemon may or may not have carried out the
-    /// request.
-    #[error("no answer from {call}: {why}; {hint}")]
+    /// The connection ended without a complete response: the daemon may or may not have completed
+    /// the request.
+    #[error("no response from {call}: {why}; {hint}")]
     Lost {
         /// Method and address.
         call: String,
-        /// What happened.
+        /// The reason.
         why: String,
-        /// What to try.
+        /// The remedy.
         hint: &'static str,
     },
-    /// The daemon said no.
+    /// The daemon returned an error.
     #[error("{message}")]
     Refused {
-        /// The HTTP status, 400 and up.
+        /// The HTTP status, 400 or above.
         status: u16,
-        /// The daemon's sentence, and a hint where the address may be wrong.
+        /// The daemon's message, with a hint if the address may be wrong.
         message: String,
-        /// The answer, with its code.
+        /// The response, with its code.
         body: Box<ErrorBody>,
     },
-    /// Something answered that is no scaleboxd, or one that this client does not understand.
-    #[error("{call} answered {why}; is this the address of a scaleboxd?")]
+    /// The response is not from scaleboxd, or from a version that this client does not understand.
+    #[error("{call} returned {why}; is this the address of scaleboxd?")]
     Protocol {
         /// Method and address.
         call: String,
-        /// What is wrong with the answer.
+        /// What is wrong with the response.
         why: String,
     },
 }
 
 impl ClientError {
-    /// The HTTP status, where the daemon said no.
+    /// Returns the HTTP status, if the daemon returned an error.
     pub fn status(&self) -> Option<u16> {
         match self {
             ClientError::Refused { status, .. } => Some(*status),
@@ -86,7 +87,7 @@ impl ClientError {
         }
     }
 
-    /// The reason of a refusal, for programs.
+    /// Returns the error code, if the daemon returned an error.
     pub fn code(&self) -> Option<&ErrorCode> {
         match self {
             ClientError::Refused { body, .. } => Some(&body.code),
@@ -95,7 +96,7 @@ impl ClientError {
     }
 }
 
-/// The token is left out.
+/// Omits the token.
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
@@ -104,24 +105,24 @@ impl fmt::Debug for Client {
     }
 }
 
-/// To a connection, TLS included.
-const CONNECT: Duration = Duration::from_secs(10);
-/// For what a daemon answers from memory.
-const ASK: Duration = Duration::from_secs(30);
-/// For what it does to a VM. Above every deadline of its own (a guest's shutdown, the check of a
-/// template), because a client that gives up first does not learn how it ended.
-const WORK: Duration = Duration::from_secs(300);
-/// Between two signs of life on a stream of events; the daemon gives one every 15 seconds.
-const QUIET: Duration = Duration::from_secs(60);
-/// An answer is read up to this many bytes: some ten thousand VMs.
-const LONGEST_ANSWER: u64 = 16 << 20;
+/// Timeout to open a connection, including TLS.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of queries.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of operations. It exceeds every timeout of the daemon (a guest's shutdown, the check of
+/// a template), so that the client receives the result.
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(300);
+/// Maximum silence on a stream. On a stream of events, the daemon sends data every 15 seconds.
+const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum size of a response: some ten thousand VMs.
+const MAX_RESPONSE_BYTES: u64 = 16 << 20;
 
 impl Client {
-    /// A client of the daemon at `url` (`http://HOST:PORT`, `https://HOST`, perhaps with a path
-    /// that a proxy takes off).
+    /// Creates a client of the daemon at `url`: `http://HOST:PORT` or `https://HOST`, optionally
+    /// with a path that a proxy strips. Sends nothing yet.
     ///
     /// # Errors
-    /// An address or a token that no request could be made with. Nothing is sent yet.
+    /// Returns an error if the address or the token is invalid.
     pub fn new(url: &str, token: &str) -> Result<Self, ClientError> {
         let base = check_url(url)?;
         if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
@@ -129,14 +130,14 @@ impl Client {
         }
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            // A redirect is an answer of something else: it must not take the token along.
+            // A redirect does not come from scaleboxd: following it would disclose the token.
             .max_redirects(0)
             .max_redirects_will_error(false)
             .max_idle_connections(0)
-            .timeout_connect(Some(CONNECT))
+            .timeout_connect(Some(CONNECT_TIMEOUT))
             .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
             .user_agent(concat!("scalebox-client/", env!("CARGO_PKG_VERSION")));
-        // A proxy cannot reach this machine's own loopback, whatever the environment says.
+        // A proxy cannot reach this machine's loopback, so its environment variables are ignored.
         let config = if is_loopback(&base) { config.proxy(None) } else { config };
         Ok(Client {
             agent: config.build().new_agent(),
@@ -145,7 +146,7 @@ impl Client {
         })
     }
 
-    /// The daemon's address, without a slash at its end.
+    /// Returns the daemon's address, without a trailing slash.
     pub fn url(&self) -> &str {
         &self.base
     }
@@ -153,17 +154,17 @@ impl Client {
     /// `GET /health`.
     ///
     /// # Errors
-    /// As every call: see [`ClientError`].
+    /// See [`ClientError`].
     pub fn health(&self) -> Result<Health, ClientError> {
-        self.ask("/health")
+        self.get("/health")
     }
 
-    /// `POST /vms`: returns when the VM's machine was started; its guest is then still booting.
+    /// `POST /vms`: returns when the machine has started; its guest is then still booting.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn create_vm(&self, request: &CreateVm) -> Result<Vm, ClientError> {
-        let mut call = Call::new(self, Method::POST, "/vms", WORK);
+        let mut call = ApiRequest::new(self, Method::POST, "/vms", OPERATION_TIMEOUT);
         call.idempotency_key = request.idempotency_key.as_ref().map(|key| format!("\"{key}\""));
         let body = serde_json::to_vec(request).map_err(|error| call.protocol(error.to_string()))?;
         call.run(Some(body))?.json()
@@ -174,7 +175,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn vms(&self) -> Result<Vec<Vm>, ClientError> {
-        self.ask("/vms").map(|VmList { vms }| vms)
+        self.get("/vms").map(|VmList { vms }| vms)
     }
 
     /// `GET /vms/{id or name}`.
@@ -182,7 +183,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn vm(&self, id_or_name: &str) -> Result<Vm, ClientError> {
-        self.ask(&vm_path(id_or_name))
+        self.get(&vm_path(id_or_name))
     }
 
     /// `DELETE /vms/{id or name}`.
@@ -201,7 +202,7 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/start"))
     }
 
-    /// `POST /vms/{id or name}/stop`: the guest's own shutdown, and after its deadline a kill.
+    /// `POST /vms/{id or name}/stop`: shuts the guest down, and kills it after a timeout.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -209,8 +210,8 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/stop"))
     }
 
-    /// `POST /vms/{id or name}/restart`: stopped as by [`Client::stop_vm`], and started; one that
-    /// does not run is started.
+    /// `POST /vms/{id or name}/restart`: stops a running VM like [`Client::stop_vm`], and starts
+    /// it.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -223,7 +224,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn update_vm(&self, id_or_name: &str, request: &UpdateVm) -> Result<Vm, ClientError> {
-        self.send(Method::PATCH, &vm_path(id_or_name), request)
+        self.send_json(Method::PATCH, &vm_path(id_or_name), request)
     }
 
     /// `POST /vms/{id or name}/trim`.
@@ -234,12 +235,12 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/trim"))
     }
 
-    /// `POST /vms/{id or name}/snapshot`: returns when the template can be used.
+    /// `POST /vms/{id or name}/snapshot`: returns when the template is ready to use.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn snapshot_vm(&self, id_or_name: &str, request: &SnapshotVm) -> Result<Snapshot, ClientError> {
-        self.send(Method::POST, &(vm_path(id_or_name) + "/snapshot"), request)
+        self.send_json(Method::POST, &(vm_path(id_or_name) + "/snapshot"), request)
     }
 
     /// `GET /templates`.
@@ -247,7 +248,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn templates(&self) -> Result<Vec<Template>, ClientError> {
-        self.ask("/templates").map(|TemplateList { templates }| templates)
+        self.get("/templates").map(|TemplateList { templates }| templates)
     }
 
     /// `DELETE /templates/{name}`.
@@ -258,26 +259,26 @@ impl Client {
         self.delete(&template_path(name, ""))
     }
 
-    /// `GET /templates/{name}/export`: the template's image, packed with zstd.
+    /// `GET /templates/{name}/export`: returns the template's image, compressed with zstd.
     ///
     /// # Errors
-    /// See [`ClientError`]; what breaks off later is the reader's to tell.
+    /// See [`ClientError`]. The reader reports later failures.
     pub fn export_template(&self, name: &str) -> Result<Export, ClientError> {
-        let call = Call::new(self, Method::GET, &template_path(name, "/export"), ASK);
+        let call = ApiRequest::new(self, Method::GET, &template_path(name, "/export"), QUERY_TIMEOUT);
         let (response, call) = call.begin("application/zstd")?;
         let image_bytes = response
             .headers()
             .get("Scalebox-Image-Bytes")
             .and_then(|size| size.to_str().ok()?.parse().ok())
-            .ok_or_else(|| call.protocol("another file than was asked for".to_owned()))?;
+            .ok_or_else(|| call.protocol("a file without the header Scalebox-Image-Bytes".to_owned()))?;
         Ok(Export {
             image_bytes,
-            packed: Box::new(response.into_body().into_reader()),
+            compressed: Box::new(response.into_body().into_reader()),
         })
     }
 
-    /// `POST /templates/{name}/import`: makes a template of an ext4 image, packed with zstd or
-    /// bare. With `replace`, one of that name gives way to it.
+    /// `POST /templates/{name}/import`: creates a template from an ext4 image, uncompressed or
+    /// compressed with zstd. `replace` allows it to replace an existing one.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -288,7 +289,9 @@ impl Client {
         replace: bool,
     ) -> Result<Template, ClientError> {
         let path = template_path(name, &format!("/import?replace={replace}"));
-        Call::new(self, Method::POST, &path, WORK).upload(image)?.json()
+        ApiRequest::new(self, Method::POST, &path, OPERATION_TIMEOUT)
+            .upload(image)?
+            .json()
     }
 
     /// `GET /pool`.
@@ -296,15 +299,15 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn pool(&self) -> Result<PoolInfo, ClientError> {
-        self.ask("/pool")
+        self.get("/pool")
     }
 
-    /// `POST /pool/grow`; without a size, to 80 % of what the host disk can hold today.
+    /// `POST /pool/grow`: without a size, grows to 80 % of what the host disk can hold today.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn grow_pool(&self, size_gib: Option<u64>) -> Result<PoolInfo, ClientError> {
-        self.send(Method::POST, "/pool/grow", &ResizePool { size_gib })
+        self.send_json(Method::POST, "/pool/grow", &ResizePool { size_gib })
     }
 
     /// `POST /pool/shrink`.
@@ -312,7 +315,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn shrink_pool(&self, size_gib: u64) -> Result<PoolInfo, ClientError> {
-        self.send(
+        self.send_json(
             Method::POST,
             "/pool/shrink",
             &ResizePool {
@@ -326,19 +329,18 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn trim_pool(&self) -> Result<Trimmed, ClientError> {
-        self.send(Method::POST, "/pool/trim", &serde_json::json!({}))
+        self.send_json(Method::POST, "/pool/trim", &serde_json::json!({}))
     }
 
-    /// `GET /events`: what happens from now on, or after the event `since` where one is given (0:
-    /// all that the daemon still knows). Without `follow` the stream ends with what has happened so
-    /// far.
+    /// `GET /events`: returns new events, or those after the event `since` (0 starts with the
+    /// oldest that the daemon has). Without `follow`, the stream ends after the past events.
     ///
     /// # Errors
-    /// See [`ClientError`]; once it runs, the stream has its own.
+    /// See [`ClientError`]. The stream reports later failures.
     pub fn events(&self, since: Option<u64>, follow: bool) -> Result<EventStream, ClientError> {
         let since = since.map_or_else(String::new, |since| format!("&since={since}"));
         let path = format!("/events?follow={follow}{since}");
-        Call::new(self, Method::GET, &path, ASK).stream()
+        ApiRequest::new(self, Method::GET, &path, QUERY_TIMEOUT).stream()
     }
 
     /// `GET /info`.
@@ -346,74 +348,91 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn info(&self) -> Result<HostInfo, ClientError> {
-        self.ask("/info")
+        self.get("/info")
     }
 
-    fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        Call::new(self, Method::GET, path, ASK).run(None)?.json()
+    fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        ApiRequest::new(self, Method::GET, path, QUERY_TIMEOUT)
+            .run(None)?
+            .json()
     }
 
     fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        Call::new(self, Method::POST, path, WORK).run(None)?.json()
+        ApiRequest::new(self, Method::POST, path, OPERATION_TIMEOUT)
+            .run(None)?
+            .json()
     }
 
     fn delete(&self, path: &str) -> Result<(), ClientError> {
-        Call::new(self, Method::DELETE, path, WORK).run(None).map(drop)
+        ApiRequest::new(self, Method::DELETE, path, OPERATION_TIMEOUT)
+            .run(None)
+            .map(drop)
     }
 
-    fn send<T: DeserializeOwned>(&self, method: Method, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
-        let call = Call::new(self, method, path, WORK);
+    fn send_json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let call = ApiRequest::new(self, method, path, OPERATION_TIMEOUT);
         let body = serde_json::to_vec(body).map_err(|error| call.protocol(error.to_string()))?;
         call.run(Some(body))?.json()
     }
 }
 
-/// A template on its way out.
+/// The stream of a template's image.
 pub struct Export {
-    /// The size of its image.
+    /// Size of the uncompressed image.
     pub image_bytes: u64,
-    /// The image, packed with zstd. What comes is whole when it unpacks to [`Export::image_bytes`].
-    pub packed: Box<dyn Read + Send>,
+    /// The image, compressed with zstd. It is complete if it decompresses to
+    /// [`Export::image_bytes`].
+    pub compressed: Box<dyn Read + Send>,
 }
 
-/// One request on its way.
-struct Call<'c> {
+/// A request to the API.
+struct ApiRequest<'c> {
     client: &'c Client,
     method: Method,
     url: String,
-    patience: Duration,
-    /// As it stands in the header.
+    timeout: Duration,
+    /// The value of the header, with quotes.
     idempotency_key: Option<String>,
 }
 
-/// What came back with a status under 300.
-struct Answer<'c> {
-    call: Call<'c>,
+/// A response with a status under 300.
+struct ApiResponse<'c> {
+    request: ApiRequest<'c>,
     body: String,
 }
 
-impl<'c> Call<'c> {
-    fn new(client: &'c Client, method: Method, path: &str, patience: Duration) -> Self {
-        Call {
+impl<'c> ApiRequest<'c> {
+    fn new(client: &'c Client, method: Method, path: &str, timeout: Duration) -> Self {
+        ApiRequest {
             client,
             method,
             url: format!("{}{path}", client.base),
-            patience,
+            timeout,
             idempotency_key: None,
         }
     }
 
-    fn run(self, body: Option<Vec<u8>>) -> Result<Answer<'c>, ClientError> {
+    fn run(self, body: Option<Vec<u8>>) -> Result<ApiResponse<'c>, ClientError> {
         let response = self.transmit(body).map_err(|error| self.failed(error))?;
-        self.answer(response)
+        self.read(response)
     }
 
-    fn answer(self, mut response: Response<Body>) -> Result<Answer<'c>, ClientError> {
+    /// Reads the body; returns an error for an error status.
+    fn read(self, mut response: Response<Body>) -> Result<ApiResponse<'c>, ClientError> {
         let status = response.status();
-        let text = response.body_mut().with_config().limit(LONGEST_ANSWER).read_to_string();
+        let text = response
+            .body_mut()
+            .with_config()
+            .limit(MAX_RESPONSE_BYTES)
+            .read_to_string();
         let body = text.map_err(|error| self.failed(error))?;
         if status.is_success() {
-            return Ok(Answer { call: self, body });
+            return Ok(ApiResponse { request: self, body });
         }
         match serde_json::from_str::<ErrorBody>(&body) {
             Ok(refusal) if status.as_u16() >= 400 => Err(ClientError::Refused {
@@ -422,19 +441,22 @@ impl<'c> Call<'c> {
                 body: Box::new(refusal),
             }),
             _ => Err(self.protocol(match response.headers().get(header::LOCATION) {
-                Some(location) => format!("{status}, to {}", String::from_utf8_lossy(location.as_bytes())),
-                None => format!("{status} without saying why in the API's form"),
+                Some(location) => format!(
+                    "{status}, a redirect to {}",
+                    String::from_utf8_lossy(location.as_bytes())
+                ),
+                None => format!("{status} without an error of the API"),
             })),
         }
     }
 
-    /// The daemon has no idea that what stands before its routes came from the address.
+    /// Adds a hint to "no such route" errors if the address has a path, which may be the cause.
     fn with_hint(&self, error: String) -> String {
         let host = self.client.base.split_once("://").map_or("", |(_, rest)| rest);
         match host.split_once('/') {
             Some((_, path)) if error.starts_with("there is no route") => {
                 let base = &self.client.base;
-                format!("{error}; the address {base} has the path /{path}: leave that out, unless a proxy takes it off")
+                format!("{error}; the address {base} has the path /{path}: remove it unless a proxy strips it")
             }
             _ => error,
         }
@@ -447,52 +469,55 @@ impl<'c> Call<'c> {
             None => request,
         };
         let agent = &self.client.agent;
-        let patience = Some(self.patience);
-        // Without any body at all, ureq would announce the chunks of one for a POST.
+        let timeout = Some(self.timeout);
+        // For a POST without a body, ureq would announce a chunked one, so it gets an empty body.
         if body.is_none() && self.method != Method::POST {
             let request = request.body(())?;
-            return agent.run(agent.configure_request(request).timeout_global(patience).build());
+            return agent.run(agent.configure_request(request).timeout_global(timeout).build());
         }
         let request = match &body {
             Some(_) => request.header(header::CONTENT_TYPE, "application/json"),
             None => request,
         };
         let request = request.body(body.unwrap_or_default())?;
-        agent.run(agent.configure_request(request).timeout_global(patience).build())
+        agent.run(agent.configure_request(request).timeout_global(timeout).build())
     }
 
-    /// As [`Call::run`], for an answer that comes bit by bit and has no end in time.
+    /// Sends the request, and returns the response as a stream of events without a total timeout.
     fn stream(self) -> Result<EventStream, ClientError> {
-        let (response, call) = self.begin("text/event-stream")?;
-        Ok(EventStream::new(response.into_body().into_reader(), call.to_string()))
+        let (response, request) = self.begin("text/event-stream")?;
+        Ok(EventStream::new(
+            response.into_body().into_reader(),
+            request.to_string(),
+        ))
     }
 
-    /// The answer's head, and its body yet to be read; the server gives a sign of life at least
-    /// every [`QUIET`].
+    /// Sends the request, and returns the response before its body was read. Reading the body fails
+    /// after a silence of [`STREAM_IDLE_TIMEOUT`].
     fn begin(self, accept: &str) -> Result<(Response<Body>, Self), ClientError> {
         let request = self.request().header(header::ACCEPT, accept);
         let agent = &self.client.agent;
-        let answered = request.body(()).map_err(ureq::Error::from).and_then(|request| {
+        let result = request.body(()).map_err(ureq::Error::from).and_then(|request| {
             let request = agent.configure_request(request);
             agent.run(
                 request
-                    .timeout_recv_response(Some(self.patience))
-                    .timeout_per_read(Some(QUIET))
+                    .timeout_recv_response(Some(self.timeout))
+                    .timeout_per_read(Some(STREAM_IDLE_TIMEOUT))
                     .build(),
             )
         });
-        let response = answered.map_err(|error| self.failed(error))?;
+        let response = result.map_err(|error| self.failed(error))?;
         if !response.status().is_success() {
-            return match self.answer(response) {
-                Ok(answer) => Err(answer.call.protocol("another stream than was asked for".to_owned())),
+            return match self.read(response) {
+                Ok(response) => Err(response.request.protocol("an unexpected response".to_owned())),
                 Err(error) => Err(error),
             };
         }
         Ok((response, self))
     }
 
-    /// Sends a body of any length. The server says first whether it wants it.
-    fn upload(self, body: impl Read + 'static) -> Result<Answer<'c>, ClientError> {
+    /// Sends a body of any length, after the server has accepted the head (`100 Continue`).
+    fn upload(self, body: impl Read + 'static) -> Result<ApiResponse<'c>, ClientError> {
         let request = self
             .request()
             .header(header::ACCEPT, "application/json")
@@ -500,12 +525,12 @@ impl<'c> Call<'c> {
             .header(header::EXPECT, "100-continue");
         let agent = &self.client.agent;
         let body = SendBody::from_owned_reader(body);
-        let answered = request.body(body).map_err(ureq::Error::from).and_then(|request| {
+        let result = request.body(body).map_err(ureq::Error::from).and_then(|request| {
             let request = agent.configure_request(request);
-            agent.run(request.timeout_recv_response(Some(self.patience)).build())
+            agent.run(request.timeout_recv_response(Some(self.timeout)).build())
         });
-        let response = answered.map_err(|error| self.failed(error))?;
-        self.answer(response)
+        let response = result.map_err(|error| self.failed(error))?;
+        self.read(response)
     }
 
     fn request(&self) -> request::Builder {
@@ -517,18 +542,18 @@ impl<'c> Call<'c> {
 
     fn failed(&self, error: ureq::Error) -> ClientError {
         use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, InvalidData, NetworkUnreachable};
-        const RUNS: &str = "is it running? (systemctl status scaleboxd)";
-        const ADDRESS: &str = "is the address right?";
-        const TLS: &str = "https needs a server that speaks it, with a certificate that this system trusts";
+        const IS_RUNNING: &str = "is it running? (systemctl status scaleboxd)";
+        const ADDRESS: &str = "check the address";
+        const TLS: &str = "https needs a server with TLS and a certificate that this system trusts";
         match error {
             ureq::Error::Io(error) => match error.kind() {
-                kind @ ConnectionRefused => self.unreachable(kind.to_string(), RUNS),
+                kind @ ConnectionRefused => self.unreachable(kind.to_string(), IS_RUNNING),
                 kind @ (AddrNotAvailable | HostUnreachable | NetworkUnreachable) => {
                     self.unreachable(kind.to_string(), ADDRESS)
                 }
-                // rustls, in its handshake: no certificate, none that is trusted, or no TLS at all.
+                // rustls failed in the handshake: the server has no trusted certificate, or no TLS.
                 InvalidData if self.url.starts_with("https:") => self.unreachable(error.to_string(), TLS),
-                // The standard library has no kind for this, only the words.
+                // The standard library has no error kind for this, only the message.
                 _ if error.to_string().starts_with("failed to lookup address information") => {
                     self.unreachable("no such host".to_owned(), ADDRESS)
                 }
@@ -537,10 +562,10 @@ impl<'c> Call<'c> {
             ureq::Error::HostNotFound => self.unreachable("no such host".to_owned(), ADDRESS),
             ureq::Error::ConnectionFailed => self.unreachable("the connection failed".to_owned(), ADDRESS),
             ureq::Error::Timeout(Timeout::Resolve | Timeout::Connect) => {
-                let why = format!("no connection within {} s", CONNECT.as_secs());
-                self.unreachable(why, "is the address right, and does a firewall let it through?")
+                let why = format!("no connection within {} s", CONNECT_TIMEOUT.as_secs());
+                self.unreachable(why, "check the address and firewalls")
             }
-            ureq::Error::Timeout(_) => self.lost(format!("nothing within {} s", self.patience.as_secs())),
+            ureq::Error::Timeout(_) => self.lost(format!("timed out after {} s", self.timeout.as_secs())),
             error @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => self.unreachable(error.to_string(), TLS),
             error => self.protocol(format!("something that is not HTTP ({error})")),
         }
@@ -558,7 +583,7 @@ impl<'c> Call<'c> {
         let hint = if self.method == Method::GET {
             "try again"
         } else {
-            "it may have been carried out all the same: look before you repeat it"
+            "the request may have succeeded: check before you repeat it"
         };
         ClientError::Lost {
             call: self.to_string(),
@@ -575,53 +600,55 @@ impl<'c> Call<'c> {
     }
 }
 
-/// `GET http://HOST:PORT/vms`.
-impl fmt::Display for Call<'_> {
+/// Formats as `GET http://HOST:PORT/vms`.
+impl fmt::Display for ApiRequest<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.method, self.url)
     }
 }
 
-impl Answer<'_> {
+impl ApiResponse<'_> {
     fn json<T: DeserializeOwned>(self) -> Result<T, ClientError> {
         serde_json::from_str(&self.body).map_err(|error| {
-            self.call
-                .protocol(format!("something that this client does not understand ({error})"))
+            self.request
+                .protocol(format!("a body that this client does not understand ({error})"))
         })
     }
 }
 
-/// The address without white space around it and a slash at its end, its scheme in lower case (RFC
-/// 3986, section 3.1).
+/// Checks and normalizes the address: strips white space and trailing slashes, and puts the scheme
+/// into lower case (RFC 3986, section 3.1).
 fn check_url(url: &str) -> Result<String, ClientError> {
     let url = url.trim();
-    let refuse = |why| ClientError::Url {
+    let invalid = |why| ClientError::Url {
         url: url.to_owned(),
         why,
     };
     if url.contains('@') {
-        // Not repeated either: what stands before the @ may be a password.
+        // The address is not shown: the part before the @ may contain a password.
         return Err(ClientError::Url {
             url: "…@…".to_owned(),
-            why: "it names a user, and the API knows only tokens",
+            why: "it contains a user, but the API accepts only tokens",
         });
     }
     let (scheme, rest) = url.split_once("://").unwrap_or_default();
     let scheme = scheme.to_ascii_lowercase();
     if !matches!(scheme.as_str(), "http" | "https") {
-        return Err(refuse("it does not begin with http:// or https://"));
+        return Err(invalid("it does not begin with http:// or https://"));
     }
     let url = &format!("{scheme}://{rest}");
     if rest.contains(['?', '#']) {
-        return Err(refuse("it has a query or a fragment"));
+        return Err(invalid("it has a query or a fragment"));
     }
     let uri = url.parse::<ureq::http::Uri>().ok();
     let authority = uri.as_ref().and_then(|uri| uri.authority());
-    // A port over 65535 is none to this parser, and the one of the scheme would be taken.
-    let whole = |authority: &&Authority| authority.as_str() == authority.host() || authority.port_u16().is_some();
-    match authority.filter(|authority| !authority.host().is_empty()).filter(whole) {
+    // The parser ignores a port over 65535, and the default port would be used.
+    let has_valid_port =
+        |authority: &&Authority| authority.as_str() == authority.host() || authority.port_u16().is_some();
+    let is_valid = |authority: &&Authority| !authority.host().is_empty() && has_valid_port(authority);
+    match authority.filter(is_valid) {
         Some(_) => Ok(url.trim_end_matches('/').to_owned()),
-        None => Err(refuse("it names no host, or not in a form that is understood")),
+        None => Err(invalid("its host or port is missing or invalid")),
     }
 }
 
@@ -639,8 +666,8 @@ fn vm_path(id_or_name: &str) -> String {
     format!("/vms/{}", percent_encoded(id_or_name))
 }
 
-/// One segment of a path (RFC 3986, section 3.3): all but the unreserved characters encoded, so
-/// that nothing in it is a separator.
+/// Encodes a segment of a path: all but unreserved characters, so that it contains no separator
+/// (RFC 3986, section 3.3).
 fn percent_encoded(segment: &str) -> String {
     let mut encoded = String::with_capacity(segment.len());
     for byte in segment.bytes() {

@@ -1,17 +1,18 @@
-//! The form of an idempotency key: what makes a request that is sent again the same request.
+//! Idempotency keys, which make it safe to repeat a request.
 
 use scalebox_units::InvalidFormat;
 use std::fmt;
 use std::str::FromStr;
 
-/// The value of the header `Idempotency-Key`: 1 to 255 printable ASCII characters without spaces,
-/// such as a UUID, drawn anew for each VM. Quotes around it, which
-/// draft-ietf-httpapi-idempotency-key-header asks for, belong to the header and not to the key.
+/// The value of the header `Idempotency-Key`: 1 to 255 printable ASCII characters without spaces.
+///
+/// Clients use a new key, such as a UUID, for each VM. The quotes around it, which
+/// draft-ietf-httpapi-idempotency-key-header requires, belong to the header and not to the key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey(String);
 
 impl IdempotencyKey {
-    /// The key.
+    /// Returns the key without quotes.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -26,8 +27,8 @@ impl FromStr for IdempotencyKey {
             .strip_prefix('"')
             .and_then(|rest| rest.strip_suffix('"'))
             .unwrap_or(text);
-        let sane = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\');
-        if (1..=255).contains(&key.len()) && key.bytes().all(sane) {
+        let is_allowed = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\');
+        if (1..=255).contains(&key.len()) && key.bytes().all(is_allowed) {
             Ok(IdempotencyKey(key.to_owned()))
         } else {
             let form =
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_the_same_with_and_without_the_header_s_quotes() {
+    fn keys_are_equal_with_and_without_quotes() {
         for text in ["job-17", "\"job-17\"", " job-17 "] {
             assert_eq!(text.parse::<IdempotencyKey>().unwrap().as_str(), "job-17");
         }

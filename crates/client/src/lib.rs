@@ -1,21 +1,20 @@
-//! The Scalebox API as types: what a request may hold, what an answer holds, and (feature `http`) a
-//! blocking client.
+//! The Scalebox API as types: requests, responses and (feature `http`) a blocking client.
 //!
-//! The daemon, the command line and the tests share these, so that no two of them can disagree
-//! about a field. Requests are strict, because a misspelt `disk_size_gb` that is quietly ignored is
-//! a VM with the wrong disk; answers are read leniently, because a newer daemon may say more than
-//! an older client knows.
+//! The daemon, the command line and the tests share these types, so that they cannot disagree about
+//! a field. Requests are parsed strictly: if a misspelt `disk_size_gb` were ignored, the VM would
+//! have the wrong disk. Responses are parsed leniently, because a newer daemon may send fields that
+//! an older client does not know.
 //!
 //! # Layout
 //!
-//! - `types`: every answer of the API
-//! - `requests`: every request, and reading one from the bytes that a client sent
-//! - `body`: reading a JSON object field by field, and [`Invalid`], what is wrong with one
-//! - `idempotency`: the form of an idempotency key
-//! - `error_code`: what a refused or failed request is answered
-//! - `event`: what `GET /events` tells
-//! - `event_stream` (feature `http`): reading it as it happens
-//! - `http` (feature `http`): [`Client`], which speaks all of this to a daemon
+//! - `types`: every response of the API
+//! - `requests`: every request with a body, and its parser
+//! - `body`: parses a JSON object field by field; [`Invalid`] is the error of an invalid request
+//! - `idempotency`: idempotency keys
+//! - `error_code`: the body of error responses, and the error codes
+//! - `event`: the events of `GET /events`
+//! - `event_stream` (feature `http`): reads the stream of events
+//! - `http` (feature `http`): [`Client`], which sends requests to a daemon
 
 #![warn(missing_docs)]
 

@@ -1,46 +1,46 @@
-//! Every request that has a body. `parse` reads one from a client's bytes; what it returns holds in
-//! every field.
+//! Every request that has a body. The `parse` functions validate a client's body completely: each
+//! field of the value they return is valid.
 
-use crate::body::{Fields, Invalid, without_mark};
+use crate::body::{Fields, Invalid, without_byte_order_mark};
 use crate::types::AutoExtend;
 use crate::{IdempotencyKey, SshPublicKey, TemplateName, VmName};
 use serde::Serialize;
 use std::ops::RangeInclusive;
 
-/// What a host allows, from its settings and its size.
+/// Limits of a host, from its settings and its hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// `MAX_DISK_SIZE_GIB`; at least 1.
     pub max_disk_size_gib: u64,
-    /// Processors of the host.
+    /// Maximum number of processors of a guest.
     pub max_vcpus: u32,
-    /// The least memory, in MiB, with which a guest boots.
+    /// Minimum memory with which a guest boots, in MiB.
     pub min_mem_mib: u64,
-    /// The most memory, in MiB, that the host has for one guest.
+    /// Maximum memory of a guest, in MiB.
     pub max_mem_mib: u64,
 }
 
-/// What a limit on a disk or a network card may be; the largest is more than any has.
+/// Valid limits on a disk or a network card. The maximum is more than any device can do.
 const RATES: RangeInclusive<u64> = 1..=1_000_000;
 const DISK_IOPS: &str = "disk_iops";
 const DISK_MBPS: &str = "disk_mbps";
 const NET_MBPS: &str = "net_mbps";
 const AUTOSTART: &str = "autostart";
 
-/// `POST /vms`. What is left out is the host's choice.
+/// The body of `POST /vms`. The host chooses the value of an absent field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CreateVm {
-    /// What its disk is cloned from.
+    /// Template to clone the disk from.
     pub template: TemplateName,
-    /// What the account `user` of the guest accepts.
+    /// SSH public key that may log in to the guest's account `user`.
     pub ssh_public_key: SshPublicKey,
-    /// Otherwise three words.
+    /// Name of the VM; by default generated from three words.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub name: Option<VmName>,
-    /// Processors of the guest.
+    /// Number of processors of the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub vcpu_count: Option<u32>,
@@ -48,43 +48,43 @@ pub struct CreateVm {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub mem_size_mib: Option<u64>,
-    /// Size of its disk, in GiB; otherwise the larger of the host's default and the template.
+    /// Size of the disk, in GiB; by default the larger of the host's default and the template.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_size_gib: Option<u64>,
-    /// Extends the disk when the guest's root file system fills up; otherwise it stays as large as
-    /// it is.
+    /// Extends the disk automatically when the guest's root file system fills up; off by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_auto_extend: Option<AutoExtend>,
-    /// Requests a second that the guest may make of its disk; otherwise as many as it can.
+    /// Limit on disk requests per second, reads and writes together; no limit by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 1_000_000))]
     pub disk_iops: Option<u64>,
-    /// Megabytes (10⁶ bytes) a second that it may read and write.
+    /// Limit on disk throughput in megabytes (10⁶ bytes) per second, reads and writes together; no
+    /// limit by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 1_000_000))]
     pub disk_mbps: Option<u64>,
-    /// Megabits (10⁶ bits) a second that it may send, and that it may receive.
+    /// Limit on network throughput in megabits (10⁶ bits) per second, in each direction; no limit
+    /// by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 1_000_000))]
     pub net_mbps: Option<u64>,
-    /// Whether it is started again after a reboot of the host in which it ran.
+    /// Whether the VM starts again after a reboot of the host if it was running.
     #[serde(skip_serializing_if = "is_true")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub autostart: bool,
-    /// False makes the VM and leaves it stopped.
+    /// Whether to start the VM; false creates it stopped.
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub start: bool,
     /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same
-    /// key gives it again instead of another.
+    /// key returns it instead of creating another.
     #[serde(skip)]
     pub idempotency_key: Option<IdempotencyKey>,
 }
 
-/// What is left out: a field that every server knows from its silence. It also keeps the text of a
-/// request, and so the digest that goes with an idempotency key, what it was before there was such
-/// a field.
+/// Omits a field with its default value. The request then has the same text, and the same digest
+/// for its idempotency key, as before the field existed.
 fn is_true(value: &bool) -> bool {
     *value
 }
@@ -105,7 +105,7 @@ impl CreateVm {
         "start",
     ];
 
-    /// A request for a running VM with the host's choice of everything else.
+    /// Creates a request for a running VM; the host chooses everything else.
     pub fn new(template: TemplateName, ssh_public_key: SshPublicKey) -> Self {
         CreateVm {
             template,
@@ -124,13 +124,13 @@ impl CreateVm {
         }
     }
 
-    /// Reads a client's body. Whether the template exists, the name is free and the disk is large
-    /// enough for the template is for the caller to see.
+    /// Parses a client's body. The caller checks whether the template exists, the name is free and
+    /// the disk is large enough for the template.
     ///
     /// # Errors
-    /// The first thing wrong, as a sentence that names the field and what it may be.
+    /// Returns the first problem found, with the field and its valid values.
     pub fn parse(body: &[u8], limits: &Limits) -> Result<Self, Invalid> {
-        const TEMPLATE: &str = "name one of those that GET /templates lists";
+        const TEMPLATE: &str = "send the name of a template; GET /templates lists them";
         const KEY: &str = "send an OpenSSH public key, such as: ssh-ed25519 AAAAC3Nza... me@laptop";
         let fields = Fields::read(body, &Self::FIELDS)?;
         fields.require("template", TEMPLATE)?;
@@ -155,41 +155,43 @@ impl CreateVm {
     }
 }
 
-/// `PATCH /vms/{id or name}`. What is left out stays as it is.
+/// The body of `PATCH /vms/{id or name}`. Absent fields are not changed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[cfg_attr(feature = "openapi", schema(min_properties = 1))]
 #[serde(deny_unknown_fields)]
 pub struct UpdateVm {
-    // What can be null in JSON is `Some(None)` here.
-    /// The new size of its disk, in GiB; disks do not shrink.
+    // In fields of type `Option<Option<…>>`, `Some(None)` stands for null.
+    /// New size of the disk, in GiB; disks cannot shrink.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub disk_size_gib: Option<u64>,
-    /// Whether and how its disk extends itself from now on; null for not at all.
+    /// Automatic extension of the disk; null turns it off.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<AutoExtend>))]
     pub disk_auto_extend: Option<Option<AutoExtend>>,
-    /// Requests a second that the guest may make of its disk; null for no limit.
+    /// Limit on disk requests per second, reads and writes together; null removes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000))]
     pub disk_iops: Option<Option<u64>>,
-    /// Megabytes (10⁶ bytes) a second that it may read and write; null for no limit.
+    /// Limit on disk throughput in megabytes (10⁶ bytes) per second, reads and writes together;
+    /// null removes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000))]
     pub disk_mbps: Option<Option<u64>>,
-    /// Megabits (10⁶ bits) a second that it may send, and that it may receive; null for no limit.
+    /// Limit on network throughput in megabits (10⁶ bits) per second, in each direction; null
+    /// removes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000))]
     pub net_mbps: Option<Option<u64>>,
-    /// Whether it is started again after a reboot of the host in which it ran.
+    /// Whether the VM starts again after a reboot of the host if it was running.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub autostart: Option<bool>,
 }
 
 impl UpdateVm {
-    /// A change of the disk's size alone.
+    /// Creates a request that changes only the disk's size.
     pub fn grow(disk_size_gib: u64) -> Self {
         UpdateVm {
             disk_size_gib: Some(disk_size_gib),
@@ -206,10 +208,10 @@ impl UpdateVm {
         AUTOSTART,
     ];
 
-    /// Reads a client's body. Whether the disk would become smaller is for the caller to see.
+    /// Parses a client's body. The caller checks whether the disk would shrink.
     ///
     /// # Errors
-    /// The first thing wrong, as a sentence that names the field and what it may be.
+    /// Returns the first problem found, with the field and its valid values.
     pub fn parse(body: &[u8], limits: &Limits) -> Result<Self, Invalid> {
         let fields = Fields::read(body, &Self::FIELDS)?;
         if fields.is_empty() {
@@ -227,7 +229,7 @@ impl UpdateVm {
     }
 }
 
-/// `Some(None)` for null, else what `read` reads, if it is there.
+/// Returns `Some(None)` if the field is null, and otherwise what `read` returns.
 fn or_null<T>(
     fields: &Fields<'_>,
     field: &'static str,
@@ -251,50 +253,48 @@ impl AutoExtend {
             return Ok(None);
         };
         let sizes = 1..=limits.max_disk_size_gib;
-        let percent = "send the share of the guest's root file system that may be in use, in percent";
+        let threshold = "send the usage of the guest's root file system at which the disk grows, in percent";
+        let increment = "send the size to add each time, in GiB";
+        let limit = "send the maximum size of the disk, in GiB";
         Ok(Some(AutoExtend {
-            threshold_percent: fields.number(Self::THRESHOLD, 1..=99, percent)?,
-            increment_gib: fields.number(
-                Self::INCREMENT,
-                sizes.clone(),
-                "send by how much the disk grows, in GiB",
-            )?,
-            limit_gib: fields.number(Self::LIMIT, sizes, "send how large the disk may become, in GiB")?,
+            threshold_percent: fields.number(Self::THRESHOLD, 1..=99, threshold)?,
+            increment_gib: fields.number(Self::INCREMENT, sizes.clone(), increment)?,
+            limit_gib: fields.number(Self::LIMIT, sizes, limit)?,
         }))
     }
 }
 
-/// `POST /vms/{id or name}/snapshot`.
+/// The body of `POST /vms/{id or name}/snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotVm {
-    /// What the template is to be called; there must be none of that name.
+    /// Name of the new template; it must not exist yet.
     pub template_name: TemplateName,
 }
 
 impl SnapshotVm {
-    /// Reads a client's body. Whether the name is free is for the caller to see.
+    /// Parses a client's body. The caller checks whether the name is free.
     ///
     /// # Errors
-    /// The first thing wrong, as a sentence that names the field and what it may be.
+    /// Returns the first problem found, with the field and its valid values.
     pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
         let fields = Fields::read(body, &["template_name"])?;
         Ok(SnapshotVm {
-            template_name: fields.text("template_name", "send the name of the template to be made")?,
+            template_name: fields.text("template_name", "send the name of the new template")?,
         })
     }
 }
 
-/// The largest pool that is ever asked for, in GiB: 64 TiB.
-const LARGEST_POOL_GIB: u64 = 65_536;
+/// Maximum size of a pool in a request: 64 TiB.
+const MAX_POOL_SIZE_GIB: u64 = 65_536;
 
-/// `POST /pool/grow` and `POST /pool/shrink`.
+/// The body of `POST /pool/grow` and `POST /pool/shrink`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ResizePool {
-    /// The new size of the pool, in GiB. Growing without it takes 80 % of what the host disk can
+    /// New size of the pool, in GiB. Without it, the pool grows to 80 % of what the host disk can
     /// hold today.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 65_536))]
@@ -302,28 +302,28 @@ pub struct ResizePool {
 }
 
 impl ResizePool {
-    /// Reads the body of `POST /pool/grow`; none at all is as good as an empty object.
+    /// Parses the body of `POST /pool/grow`; an empty body counts as an empty object.
     ///
     /// # Errors
-    /// The first thing wrong, as a sentence that names the field and what it may be.
+    /// Returns the first problem found, with the field and its valid values.
     pub fn parse_grow(body: &[u8]) -> Result<Self, Invalid> {
-        let none = without_mark(body).is_empty();
-        let body = if none { b"{}" } else { body };
-        let size_gib = Fields::read(body, &["size_gib"])?.optional_number("size_gib", 1..=LARGEST_POOL_GIB)?;
+        let is_empty = without_byte_order_mark(body).is_empty();
+        let body = if is_empty { b"{}" } else { body };
+        let size_gib = Fields::read(body, &["size_gib"])?.optional_number("size_gib", 1..=MAX_POOL_SIZE_GIB)?;
         Ok(ResizePool { size_gib })
     }
 
-    /// Reads the body of `POST /pool/shrink`, and returns the size in GiB.
+    /// Parses the body of `POST /pool/shrink`, and returns the new size in GiB.
     ///
     /// # Errors
-    /// The first thing wrong, as a sentence that names the field and what it may be.
+    /// Returns the first problem found, with the field and its valid values.
     pub fn parse_shrink(body: &[u8]) -> Result<u64, Invalid> {
         let missing = Invalid::Missing {
             field: "size_gib",
             what: "send the new size of the pool in GiB",
         };
         Fields::read(body, &["size_gib"])?
-            .optional_number("size_gib", 1..=LARGEST_POOL_GIB)?
+            .optional_number("size_gib", 1..=MAX_POOL_SIZE_GIB)?
             .ok_or(missing)
     }
 }
@@ -333,9 +333,9 @@ mod pool_tests {
     use super::*;
 
     #[test]
-    fn a_snapshot_names_its_template_and_nothing_else() {
-        let named = SnapshotVm::parse(br#"{"template_name": "my-golden"}"#).unwrap();
-        assert_eq!(named.template_name.as_str(), "my-golden");
+    fn snapshot_requests_have_only_a_template_name() {
+        let named = SnapshotVm::parse(br#"{"template_name": "my-template"}"#).unwrap();
+        assert_eq!(named.template_name.as_str(), "my-template");
         for body in [
             &b"{}"[..],
             b"",
@@ -348,7 +348,7 @@ mod pool_tests {
     }
 
     #[test]
-    fn a_pool_is_grown_with_or_without_a_size_and_shrunk_with_one() {
+    fn the_size_is_optional_to_grow_and_required_to_shrink() {
         assert_eq!(ResizePool::parse_grow(b"").unwrap().size_gib, None);
         assert_eq!(ResizePool::parse_grow(b"{}").unwrap().size_gib, None);
         assert_eq!(

@@ -1,10 +1,10 @@
-//! Every answer of the API. Sizes are whole numbers; the field's name ends in their unit (`_bytes`,
-//! `_mib`, `_gib`).
+//! Every response of the API. Sizes are whole numbers, and the field's name ends in their unit
+//! (`_bytes`, `_mib`, `_gib`).
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A VM, as `POST /vms` and `GET /vms/{id or name}` answer.
+/// A VM, as `POST /vms` and `GET /vms/{id or name}` return it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Vm {
@@ -13,121 +13,122 @@ pub struct Vm {
     pub id: String,
     /// Unique among the VMs of the host; also the guest's host name.
     pub name: String,
-    /// The template that its disk was cloned from.
+    /// Template that the disk was cloned from.
     pub template: String,
-    /// The host's address (`HOST_IP`), at which `ssh_port` is reached.
+    /// Address of the host (`HOST_IP`), to use with `ssh_port`.
     pub ip: String,
-    /// The port of the host that leads to the guest's port 22.
+    /// Port of the host that is forwarded to the guest's port 22.
     pub ssh_port: u16,
-    /// The command to type: `ssh -p PORT user@HOST_IP`.
+    /// Command to log in: `ssh -p PORT user@HOST_IP`.
     pub ssh: String,
-    /// Always null so far: no HTTP service of a guest is published yet.
+    /// Always null; reserved for a guest's HTTP service.
     #[serde(default)]
     pub url: Option<String>,
-    /// What the machine does now.
+    /// Present status.
     pub status: VmStatus,
-    /// Why it is so, where that needs saying: the reason of a failure.
+    /// Reason for the status, such as the cause of a failure; absent if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status_reason: Option<String>,
-    /// RFC 3339, in UTC.
+    /// Time of creation: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// Processors of the guest.
+    /// Number of processors of the guest.
     pub vcpu_count: u32,
     /// Memory of the guest, in MiB.
     pub mem_size_mib: u64,
-    /// Size of its disk as promised to the guest, in GiB.
+    /// Provisioned size of the disk, in GiB.
     pub disk_size_gib: u64,
-    /// How its disk extends itself; not there where it does not.
+    /// Automatic extension of the disk; absent if it is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_auto_extend: Option<AutoExtend>,
-    /// Requests a second that the guest may make of its disk, reading and writing together; not
-    /// there where it has no such limit.
+    /// Limit on disk requests per second, reads and writes together; absent without a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_iops: Option<u64>,
-    /// Megabytes (10⁶ bytes) a second that it may read and write together.
+    /// Limit on disk throughput in megabytes (10⁶ bytes) per second, reads and writes together;
+    /// absent without a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_mbps: Option<u64>,
-    /// Megabits (10⁶ bits) a second that it may send, and that it may receive.
+    /// Limit on network throughput in megabits (10⁶ bits) per second, in each direction; absent
+    /// without a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_mbps: Option<u64>,
-    /// Whether it is started again after a reboot of the host in which it ran.
-    #[serde(default = "yes")]
+    /// Whether the VM starts again after a reboot of the host if it was running.
+    #[serde(default = "default_autostart")]
     pub autostart: bool,
-    /// What became of the guest's file system; only in the answer to a change of the disk.
+    /// Growth of the guest's file system; only in the response to a change of the disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
-    /// What its disk takes in the pool; not there until it was measured.
+    /// Disk usage in the pool; absent until measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
 }
 
-/// What servers did before they said so.
-fn yes() -> bool {
+/// The behavior of servers that do not send the field.
+fn default_autostart() -> bool {
     true
 }
 
-/// When a disk extends itself, by how much, and how far. It needs a guest agent in the guest.
+/// A policy to extend a disk automatically. It needs a guest agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AutoExtend {
-    /// The disk grows when this share of the guest's root file system is in use, as `df` in the
-    /// guest shows it: 1 to 99 %.
+    /// Usage of the guest's root file system at which the disk grows, as `df` in the guest shows
+    /// it: 1 to 99 %.
     pub threshold_percent: u64,
-    /// By this much, in GiB; by less where the limit or the pool allow no more.
+    /// Size to add each time, in GiB; less if the limit or the pool allow no more.
     pub increment_gib: u64,
-    /// Until it is this large, in GiB. It may be made larger by a request.
+    /// Maximum size, in GiB. A request may grow the disk beyond it.
     pub limit_gib: u64,
 }
 
-/// What a disk or a template takes in the pool, as last measured: at most a minute ago, or
-/// `ACCOUNTING_SECONDS`.
+/// Usage of a disk or a template in the pool, as last measured: at most `ACCOUNTING_SECONDS` ago,
+/// by default a minute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct StorageUsage {
-    /// The size promised to the guest; of a template, the size of its image.
+    /// Size that the guest sees; for a template, the size of its image.
     pub provisioned_bytes: u64,
-    /// The blocks that it maps, shared or not.
+    /// Size of the blocks that it maps, shared or not.
     pub used_bytes: u64,
-    /// What deleting it frees. Can be more than `used_bytes`: an extent overwritten in part stays
-    /// whole.
+    /// Space that deleting it frees. It can be more than `used_bytes`, because an extent that was
+    /// overwritten in part is kept whole.
     pub exclusive_bytes: u64,
-    /// RFC 3339, in UTC.
+    /// Time of the measurement: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub measured_at: String,
 }
 
-/// What became of a guest's root file system when its disk was grown.
+/// The growth of a guest's root file system after its disk has grown.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Disk {
     /// Whether the file system is known to have grown with the disk.
     pub confirmed: bool,
-    /// Size of the root file system as the guest's agent tells it, less what the file system keeps
-    /// for itself; null when there was no guest to ask.
+    /// Size of the root file system as the guest's agent reports it, without the file system's own
+    /// overhead; null if no agent responded.
     pub guest_total_bytes: Option<u64>,
-    /// Why it is not confirmed, and what to do.
+    /// Why the growth is not confirmed, and what to do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
 
-/// What a machine does.
+/// The status of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum VmStatus {
-    /// Its process runs, its processors too.
+    /// The machine's process exists and its processors run.
     Running,
-    /// There is a disk and no process.
+    /// The disk exists, but no process.
     Stopped,
-    /// Its process is there, its processors stand still.
+    /// The machine's process exists, but its processors are paused.
     Paused,
-    /// It ended or never began, against the will of its owner; `status_reason` tells why.
+    /// The machine ended unexpectedly or could not be started; see `status_reason`.
     Failed,
 }
 
 impl VmStatus {
-    /// The word of the API.
+    /// Returns the API's string for the status.
     pub const fn as_str(self) -> &'static str {
         match self {
             VmStatus::Running => "running",
@@ -144,7 +145,7 @@ impl fmt::Display for VmStatus {
     }
 }
 
-/// `GET /vms`.
+/// The response to `GET /vms`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VmList {
@@ -152,50 +153,51 @@ pub struct VmList {
     pub vms: Vec<Vm>,
 }
 
-/// A template, as `GET /templates` lists it.
+/// A template, as `GET /templates` returns it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Template {
-    /// What `POST /vms` calls it.
+    /// Name to use in `POST /vms`.
     pub name: String,
-    /// Its size as a guest sees it; a VM's disk is at least this large.
+    /// Size that a guest sees; a VM's disk is at least this large.
     pub size_bytes: u64,
-    /// The blocks that it maps.
+    /// Size of the blocks that it maps.
     pub used_bytes: u64,
-    /// RFC 3339, in UTC.
+    /// Time of creation: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// How many VMs were cloned from it and exist.
+    /// Number of existing VMs that were cloned from it.
     pub used_by: u64,
-    /// It cannot be deleted.
+    /// Whether the template is protected against deletion.
     pub protected: bool,
-    /// What it takes in the pool, the grown clones kept of it included in `exclusive_bytes`; not
-    /// there until it was measured.
+    /// Usage in the pool, with resized base images included in `exclusive_bytes`; absent until
+    /// measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
 }
 
-/// A template made of a VM's disk, as `POST /vms/{id}/snapshot` answers.
+/// A template created from a VM's disk, as `POST /vms/{id}/snapshot` returns it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Snapshot {
-    /// The template's name.
+    /// Name of the template.
     pub template: String,
-    /// The id of the VM whose disk it was.
+    /// Id of the VM that the disk belongs to.
     pub source_vm: String,
-    /// Its size as a guest sees it.
+    /// Size that a guest sees.
     pub size_bytes: u64,
-    /// RFC 3339, in UTC.
+    /// Time of creation: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// How long the guest could not write meanwhile, in milliseconds, the way to its agent and back
-    /// included; 0 for one that did not run.
+    /// Time during which the guest could not write, in milliseconds, including the round trips to
+    /// its agent; 0 if it was not running.
     pub stood_still_ms: u64,
-    /// How the guest was held still: `frozen` by its agent, `paused` by the host, or `not_running`.
+    /// How writes were prevented: the agent had `frozen` the guest, the host had `paused` it, or it
+    /// was `not_running`.
     pub held: String,
 }
 
-/// `GET /templates`.
+/// The response to `GET /templates`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TemplateList {
@@ -203,99 +205,99 @@ pub struct TemplateList {
     pub templates: Vec<Template>,
 }
 
-/// The pool, as `GET /pool` answers and as part of [`HostInfo`].
+/// The pool, as `GET /pool` and `GET /info` return it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolInfo {
-    /// Where the pool is mounted.
+    /// Mount point of the pool.
     pub path: String,
-    /// `btrfs` or `xfs`.
+    /// Type of the file system: `btrfs` or `xfs`.
     #[serde(default)]
     pub file_system: String,
-    /// The file behind it; null when the pool is not on an image.
+    /// Path of the pool image; null if the pool is not in an image.
     pub image: Option<String>,
-    /// What it is mounted from; the loop device, when it is on an image.
+    /// Device that is mounted; the loop device if the pool is in an image.
     #[serde(default)]
     pub device: String,
     /// Size of the pool's file system.
     pub capacity_bytes: u64,
-    /// What can really be written: bounded by the pool, by its metadata and by the host disk.
+    /// Space that can actually be written, limited by the pool, its metadata and the host disk.
     pub free_bytes: u64,
-    /// What is written.
+    /// Space in use.
     pub used_bytes: u64,
-    /// Sum of the sizes promised to guests.
+    /// Sum of the provisioned sizes of all disks.
     pub committed_bytes: u64,
-    /// What may be promised at most: `overcommit_ratio × capacity_bytes`.
+    /// Maximum of `committed_bytes`: `overcommit_ratio × capacity_bytes`.
     pub commitment_limit_bytes: u64,
-    /// `OVERCOMMIT_RATIO`: 1 means that every promised byte is backed.
+    /// `OVERCOMMIT_RATIO`: 1 backs every committed byte.
     pub overcommit_ratio: f64,
-    /// Admitted and not yet spent.
+    /// Space reserved for operations that are running.
     pub reserved_bytes: u64,
-    /// Always left free (`STORAGE_BUFFER_GIB`).
+    /// Space that is always kept free (`STORAGE_BUFFER_GIB`).
     pub buffer_bytes: u64,
-    /// What the pool alone could take, were the host disk endless.
+    /// Free space of the pool alone, without the limit of the host disk.
     pub pool_free_bytes: u64,
-    /// Free on the file system that the image lies on; null when the pool is not on an image.
+    /// Free space of the file system that contains the image; null if the pool is not in an image.
     pub host_free_bytes: Option<u64>,
-    /// Not yet given to either data or metadata by btrfs.
+    /// Space that btrfs has not yet allocated to data or metadata.
     pub unallocated_bytes: u64,
-    /// What btrfs has given to metadata; a part of it is the file system's own reserve.
+    /// Space that btrfs has allocated to metadata; a part of it is the file system's own reserve.
     pub metadata_bytes: u64,
-    /// Of `metadata_bytes`, what is in use.
+    /// Part of `metadata_bytes` that is in use.
     pub metadata_used_bytes: u64,
-    /// Blocks that belong to a single VM's disk. The four sums together are `used_bytes` at
-    /// `measured_at`, within 1 %; null until measured.
+    /// Space that belongs to a single VM's disk. The sum of the four values from here equals
+    /// `used_bytes` at `measured_at`, within 1 %; null until measured.
     #[serde(default)]
     pub vms_exclusive_bytes: Option<u64>,
-    /// Blocks that belong to a single template and the grown clones kept of it.
+    /// Space that belongs to a single template and its resized base images.
     #[serde(default)]
     pub templates_exclusive_bytes: Option<u64>,
-    /// Blocks that several disks or templates share, each counted once.
+    /// Space that several disks or templates share, each block counted once.
     #[serde(default)]
     pub shared_bytes: Option<u64>,
-    /// All other blocks: the guests' kernel, half-made files, deleted disks that are still open.
+    /// All other space: the guests' kernel, partial files, deleted disks that are still open.
     #[serde(default)]
     pub other_bytes: Option<u64>,
-    /// When the four sums were measured: RFC 3339, in UTC.
+    /// Time at which the four values were measured: RFC 3339, in UTC.
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub measured_at: Option<String>,
-    /// In how many days `free_bytes` are used up at the rate of the last day. Null with less than
-    /// an hour of history (a restart of the daemon begins it anew), when nothing grows, and beyond
-    /// ten years.
+    /// Days until `free_bytes` are used up at the rate of the last day. Null with less than an hour
+    /// of history (a restart of the daemon resets it), if usage does not grow, and beyond ten
+    /// years.
     #[serde(default)]
     pub days_left: Option<f64>,
-    /// Stopped and deleted VMs that left something on the host which cannot be removed yet, for an
-    /// error that the log names; it is tried again every few seconds. A deleted VM's disk stays
+    /// Number of stopped and deleted VMs whose resources could not be removed yet, for a reason
+    /// that the log names; removal is retried every few seconds. A deleted VM's disk stays
     /// committed until it is removed.
     #[serde(default)]
     pub cleanups_pending: u64,
 }
 
-/// `POST /pool/trim` and `POST /vms/{id}/trim`.
+/// The response to `POST /pool/trim` and `POST /vms/{id}/trim`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Trimmed {
-    /// What the pool, or the guest, told its disk to be free; what was free there already may be
-    /// included.
+    /// Space that the pool, or the guest, discarded; it may include blocks that were discarded
+    /// before.
     pub trimmed_bytes: u64,
 }
 
-/// `GET /info`.
+/// The response to `GET /info`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HostInfo {
-    /// The daemon's version.
+    /// Version of the daemon.
     pub version: String,
-    /// The host's name.
+    /// Name of the host.
     pub hostname: String,
-    /// The address shown to clients (`HOST_IP`).
+    /// Address shown to clients (`HOST_IP`).
     pub host_ip: String,
-    /// Since the daemon started.
+    /// Seconds since the daemon started.
     pub uptime_seconds: u64,
-    /// The driver in use: `qemu` or `firecracker`.
+    /// Hypervisor for new VMs: `qemu` or `firecracker`.
     pub vmm: String,
-    /// The acceleration in use: `kvm` or `tcg` (emulation).
+    /// Acceleration in use: `kvm` or `tcg` (emulation).
     pub accel: String,
     /// The pool.
     pub storage: PoolInfo,
@@ -303,11 +305,11 @@ pub struct HostInfo {
     pub memory: Memory,
     /// The host's processors.
     pub cpu: Cpu,
-    /// How many VMs there are.
+    /// Number of VMs.
     pub vms: VmCounts,
-    /// How many templates there are.
+    /// Number of templates.
     pub templates: u64,
-    /// What a VM gets unasked, and at most.
+    /// Default and maximum sizes of a VM.
     pub limits: HostLimits,
 }
 
@@ -315,9 +317,9 @@ pub struct HostInfo {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Memory {
-    /// What the host has.
+    /// Total memory.
     pub total_bytes: u64,
-    /// What the kernel could hand out without swapping (`MemAvailable` of `/proc/meminfo`).
+    /// Memory available without swapping (`MemAvailable` of `/proc/meminfo`).
     pub available_bytes: u64,
 }
 
@@ -325,29 +327,28 @@ pub struct Memory {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Cpu {
-    /// How many are online.
+    /// Number of processors that are online.
     pub count: u32,
-    /// As `/proc/cpuinfo` names them.
+    /// Model name in `/proc/cpuinfo`.
     pub model: String,
 }
 
-/// How many VMs there are, in all and by status.
+/// The number of VMs, in total and by status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VmCounts {
-    /// All of them.
+    /// All VMs.
     pub total: u64,
-    /// [`VmStatus::Running`].
+    /// VMs with status `running`.
     pub running: u64,
-    /// [`VmStatus::Stopped`].
+    /// VMs with status `stopped`.
     pub stopped: u64,
-    /// [`VmStatus::Paused`].
+    /// VMs with status `paused`.
     pub paused: u64,
-    /// [`VmStatus::Failed`].
+    /// VMs with status `failed`.
     pub failed: u64,
 }
 
-/// Counts by status.
 impl FromIterator<VmStatus> for VmCounts {
     fn from_iter<I: IntoIterator<Item = VmStatus>>(statuses: I) -> Self {
         let mut counts = VmCounts::default();
@@ -364,27 +365,27 @@ impl FromIterator<VmStatus> for VmCounts {
     }
 }
 
-/// What a VM gets when it names nothing, and at most.
+/// Default and maximum sizes of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HostLimits {
-    /// `DEFAULT_DISK_SIZE_GIB`; a larger template makes a larger disk.
+    /// `DEFAULT_DISK_SIZE_GIB`; a larger template has a larger default.
     pub default_disk_size_gib: u64,
     /// `MAX_DISK_SIZE_GIB`.
     pub max_disk_size_gib: u64,
     /// `DEFAULT_VCPU_COUNT`.
     pub default_vcpu_count: u32,
-    /// The host's processors.
+    /// Limited by the host's processors and by the hypervisor.
     pub max_vcpu_count: u32,
     /// `DEFAULT_MEM_SIZE_MIB`.
     pub default_mem_size_mib: u64,
-    /// The least with which a guest boots.
+    /// Minimum with which a guest boots.
     pub min_mem_size_mib: u64,
-    /// Bounded by the host's memory.
+    /// Limited by the host's memory.
     pub max_mem_size_mib: u64,
 }
 
-/// `GET /health`.
+/// The response to `GET /health`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Health {
@@ -393,7 +394,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// The answer of a daemon that serves.
+    /// Returns the response of a working daemon.
     pub fn ok() -> Self {
         Health {
             status: "ok".to_owned(),
@@ -432,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_has_exactly_the_fields_of_the_contract_and_a_null_url() {
+    fn a_vm_serializes_to_exactly_the_documented_fields() {
         let expected = json!({
             "id": "vm-0123456789ab", "name": "very-silly-penguin", "template": "debian-base", "ip": "192.0.2.7",
             "ssh_port": 22001, "ssh": "ssh -p 22001 user@192.0.2.7", "url": null, "status": "running",
@@ -444,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_vm_tells_why() {
+    fn a_failed_vm_has_a_reason() {
         let failed = Vm {
             status: VmStatus::Failed,
             status_reason: Some("the process ended".into()),
@@ -458,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_with_more_than_we_know_is_still_read() {
+    fn unknown_fields_of_a_response_are_ignored() {
         let mut json = serde_json::to_value(vm()).unwrap();
         json["colour"] = json!("blue");
         assert_eq!(serde_json::from_value::<Vm>(json).unwrap(), vm());

@@ -1,6 +1,6 @@
-//! The client against a server that answers from a list and keeps what it was sent.
+//! Tests the client against a fake server that records the request.
 #![cfg(feature = "http")]
-#![allow(clippy::unwrap_used)] // in the server, too, which clippy takes for no test
+#![allow(clippy::unwrap_used)] // clippy does not count helper functions as tests
 
 use scalebox_client::{Client, ClientError, CreateVm};
 use std::io::{Read, Write};
@@ -13,25 +13,25 @@ const VM: &str = r#"{"id":"vm-0123456789ab","name":"calm-red-fox","template":"de
     "ssh":"ssh -p 22001 user@192.0.2.7","url":null,"status":"running","created_at":"2026-01-02T03:04:05Z","vcpu_count":1,
     "mem_size_mib":512,"disk_size_gib":10}"#;
 
-/// Answers one connection with `answer`, as it is, and returns what the client sent.
-fn serve_once(answer: String) -> (SocketAddr, JoinHandle<String>) {
+/// Sends `response` unchanged on one connection; the thread returns the request.
+fn serve_once(response: String) -> (SocketAddr, JoinHandle<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let server = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let (mut request, mut buffer) = (Vec::new(), [0; 4096]);
-        while !is_whole(&request) {
+        while !is_complete(&request) {
             let n = stream.read(&mut buffer).unwrap();
-            assert_ne!(n, 0, "the client hung up");
+            assert_ne!(n, 0, "the client closed the connection");
             request.extend_from_slice(&buffer[..n]);
         }
-        stream.write_all(answer.as_bytes()).unwrap();
+        stream.write_all(response.as_bytes()).unwrap();
         String::from_utf8(request).unwrap()
     });
     (address, server)
 }
 
-fn is_whole(request: &[u8]) -> bool {
+fn is_complete(request: &[u8]) -> bool {
     let text = String::from_utf8_lossy(request).to_lowercase();
     let Some((head, body)) = text.split_once("\r\n\r\n") else {
         return false;
@@ -40,7 +40,7 @@ fn is_whole(request: &[u8]) -> bool {
     body.len() >= length.map_or(0, |length| length.parse().unwrap())
 }
 
-fn answer(status: &str, body: &str) -> String {
+fn response(status: &str, body: &str) -> String {
     format!(
         "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
         body.len()
@@ -52,8 +52,8 @@ fn client(address: SocketAddr) -> Client {
 }
 
 #[test]
-fn a_creation_carries_the_token_and_the_request_and_returns_the_vm() {
-    let (address, server) = serve_once(answer("201 Created", VM));
+fn create_sends_the_token_and_the_request_and_returns_the_vm() {
+    let (address, server) = serve_once(response("201 Created", VM));
     let mut request = CreateVm::new("debian-base".parse().unwrap(), KEY.parse().unwrap());
     request.disk_size_gib = Some(10);
     let vm = client(address).create_vm(&request).unwrap();
@@ -77,8 +77,8 @@ fn a_creation_carries_the_token_and_the_request_and_returns_the_vm() {
 }
 
 #[test]
-fn a_name_cannot_leave_its_place_in_the_path() {
-    let (address, server) = serve_once(answer("204 No Content", ""));
+fn names_are_percent_encoded_in_paths() {
+    let (address, server) = serve_once(response("204 No Content", ""));
     client(address).delete_vm("../pool?x=1#/ ü%").unwrap();
     let sent = server.join().unwrap();
     assert!(
@@ -88,8 +88,8 @@ fn a_name_cannot_leave_its_place_in_the_path() {
 }
 
 #[test]
-fn a_call_without_a_body_says_so() {
-    let (address, server) = serve_once(answer("200 OK", VM));
+fn calls_without_a_body_send_a_content_length_of_zero() {
+    let (address, server) = serve_once(response("200 OK", VM));
     client(address).stop_vm("calm-red-fox").unwrap();
     let sent = server.join().unwrap();
     assert!(sent.starts_with("POST /vms/calm-red-fox/stop HTTP/1.1\r\n"), "{sent}");
@@ -98,9 +98,9 @@ fn a_call_without_a_body_says_so() {
 }
 
 #[test]
-fn a_refusal_is_the_daemons_sentence() {
+fn refusals_have_the_daemons_message() {
     let sentence = "Insufficient storage: 5GB available, need 12GB";
-    let (address, server) = serve_once(answer(
+    let (address, server) = serve_once(response(
         "507 Insufficient Storage",
         &format!(r#"{{"error":"{sentence}"}}"#),
     ));
@@ -110,17 +110,17 @@ fn a_refusal_is_the_daemons_sentence() {
 }
 
 #[test]
-fn a_stranger_is_told_from_a_daemon() {
+fn responses_of_other_servers_are_protocol_errors() {
     for (reply, why) in [
         (
-            answer("502 Bad Gateway", "<html>"),
-            "502 Bad Gateway without saying why",
+            response("502 Bad Gateway", "<html>"),
+            "502 Bad Gateway without an error",
         ),
         (
-            answer("200 OK", "<html>"),
-            "something that this client does not understand",
+            response("200 OK", "<html>"),
+            "a body that this client does not understand",
         ),
-        (answer("200 OK", "{}"), "missing field"),
+        (response("200 OK", "{}"), "missing field"),
         ("SSH-2.0-OpenSSH_9.2\r\n".to_owned(), "not HTTP"),
     ] {
         let (address, server) = serve_once(reply);
@@ -128,7 +128,7 @@ fn a_stranger_is_told_from_a_daemon() {
         assert!(matches!(error, ClientError::Protocol { .. }), "{error:?}");
         let shown = error.to_string();
         assert!(
-            shown.starts_with(&format!("GET http://{address}/info answered ")),
+            shown.starts_with(&format!("GET http://{address}/info returned ")),
             "{shown}"
         );
         assert!(shown.contains(why), "{shown}");
@@ -137,30 +137,33 @@ fn a_stranger_is_told_from_a_daemon() {
 }
 
 #[test]
-fn the_token_follows_no_redirect() {
+fn redirects_are_not_followed() {
     let elsewhere = TcpListener::bind("127.0.0.1:0").unwrap();
     elsewhere.set_nonblocking(true).unwrap();
     let location = format!("http://{}/info", elsewhere.local_addr().unwrap());
     let redirect = format!("HTTP/1.1 302 Found\r\nlocation: {location}\r\ncontent-length: 0\r\n\r\n");
     let (address, server) = serve_once(redirect);
     let error = client(address).info().unwrap_err().to_string();
-    assert!(error.contains(&format!("302 Found, to {location}")), "{error}");
-    assert!(elsewhere.accept().is_err(), "nobody came");
+    assert!(
+        error.contains(&format!("302 Found, a redirect to {location}")),
+        "{error}"
+    );
+    assert!(elsewhere.accept().is_err(), "the client followed the redirect");
     server.join().unwrap();
 }
 
 #[test]
-fn an_answer_that_breaks_off_tells_what_may_have_happened() {
+fn an_incomplete_response_warns_that_the_request_may_have_succeeded() {
     let cut = "HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{\"id\":";
     let (address, server) = serve_once(cut.to_owned());
     let error = client(address).start_vm("calm-red-fox").unwrap_err();
     assert!(matches!(error, ClientError::Lost { .. }), "{error:?}");
-    assert!(error.to_string().contains("look before you repeat it"), "{error}");
+    assert!(error.to_string().contains("check before you repeat it"), "{error}");
     server.join().unwrap();
 }
 
 #[test]
-fn nobody_at_home_is_said_with_the_address_and_the_way_out() {
+fn unreachable_servers_are_reported_with_address_and_remedy() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let error = client(address).vms().unwrap_err();
     let expected = format!(
@@ -182,8 +185,8 @@ fn https_to_a_plain_server_fails_without_sending_the_token() {
         let (mut stream, _) = listener.accept().unwrap();
         let mut hello = [0; 4096];
         let n = stream.read(&mut hello).unwrap();
-        // Where the system trusts nobody, the client has already gone.
-        let _ = stream.write_all(answer("400 Bad Request", "").as_bytes());
+        // If the system has no root certificates, the client has already disconnected.
+        let _ = stream.write_all(response("400 Bad Request", "").as_bytes());
         hello[..n].to_vec()
     });
     let error = Client::new(&format!("https://{address}"), TOKEN)
@@ -191,15 +194,12 @@ fn https_to_a_plain_server_fails_without_sending_the_token() {
         .info()
         .unwrap_err();
     assert!(matches!(error, ClientError::Unreachable { .. }), "{error:?}");
-    assert!(
-        error.to_string().contains("https needs a server that speaks it"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("https needs a server with TLS"), "{error}");
     assert!(!String::from_utf8_lossy(&server.join().unwrap()).contains(TOKEN));
 }
 
 #[test]
-fn an_address_or_token_that_cannot_work_is_refused_at_once() {
+fn invalid_addresses_and_tokens_are_rejected_without_a_request() {
     for url in [
         "",
         "localhost:8080",
@@ -226,7 +226,7 @@ fn an_address_or_token_that_cannot_work_is_refused_at_once() {
 }
 
 #[test]
-fn an_address_is_taken_in_any_case_and_with_white_space_around_it() {
+fn addresses_are_normalized() {
     for (url, base) in [
         ("HTTP://127.0.0.1:8080", "http://127.0.0.1:8080"),
         (" http://127.0.0.1:8080/\n", "http://127.0.0.1:8080"),
@@ -238,7 +238,7 @@ fn an_address_is_taken_in_any_case_and_with_white_space_around_it() {
 }
 
 #[test]
-fn the_token_is_in_no_debug_output() {
+fn debug_output_omits_the_token() {
     let client = Client::new("https://[::1]:8080/scalebox/", TOKEN).unwrap();
     let shown = format!("{client:?}");
     assert!(

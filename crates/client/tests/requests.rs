@@ -1,4 +1,4 @@
-//! What a request may hold, and the sentence that each bad one gets.
+//! Tests which requests are valid, and the message for each invalid one.
 
 use proptest::prelude::*;
 use scalebox_client::{AutoExtend, CreateVm, Invalid, Limits, SshPublicKey, UpdateVm};
@@ -25,7 +25,7 @@ fn parse(body: &str) -> Result<CreateVm, Invalid> {
     CreateVm::parse(body.as_bytes(), &LIMITS)
 }
 
-/// A good request, with `field` set to the JSON text `value`.
+/// Parses a valid request in which `field` is set to the JSON text `value`.
 fn with(field: &str, value: &str) -> Result<CreateVm, Invalid> {
     let others: Vec<String> = [("template", json!("debian-base")), ("ssh_public_key", json!(KEY))]
         .iter()
@@ -35,7 +35,7 @@ fn with(field: &str, value: &str) -> Result<CreateVm, Invalid> {
     parse(&format!("{{{}{field:?}: {value}}}", others.concat()))
 }
 
-/// The sentence that refuses `result`.
+/// Returns the error message of `result`.
 fn refusal(result: Result<CreateVm, Invalid>) -> String {
     result.map_or_else(
         |invalid| invalid.to_string(),
@@ -44,7 +44,7 @@ fn refusal(result: Result<CreateVm, Invalid>) -> String {
 }
 
 #[test]
-fn a_request_with_two_fields_starts_a_vm_of_the_hosts_choice() {
+fn template_and_key_are_enough_and_the_vm_is_started() {
     let request = parse(&json!({"template": "debian-base", "ssh_public_key": KEY}).to_string()).unwrap();
     assert_eq!(
         request,
@@ -54,7 +54,7 @@ fn a_request_with_two_fields_starts_a_vm_of_the_hosts_choice() {
 }
 
 #[test]
-fn what_the_client_writes_the_daemon_reads() {
+fn the_daemon_parses_what_the_client_serializes() {
     let request = CreateVm {
         name: Some("build-7".parse().unwrap()),
         vcpu_count: Some(2),
@@ -94,7 +94,7 @@ fn what_the_client_writes_the_daemon_reads() {
 }
 
 #[test]
-fn a_body_that_is_no_object_is_told_so() {
+fn bodies_that_are_not_objects_are_rejected() {
     for (body, sentence) in [
         ("", format!("the request has no body: send a JSON object with {FIELDS}")),
         (
@@ -142,13 +142,13 @@ fn a_body_that_is_no_object_is_told_so() {
         assert!(refusal(parse(body)).starts_with("the body is not JSON: "), "{body:?}");
     }
     let marked = format!("\u{feff}{}", json!({"template": "debian-base", "ssh_public_key": KEY}));
-    assert!(parse(&marked).is_ok(), "one byte order mark is passed over");
+    assert!(parse(&marked).is_ok(), "one byte order mark is ignored");
     let not_utf8 = CreateVm::parse(b"{\"name\": \"\xff\"}", &LIMITS).unwrap_err();
     assert!(not_utf8.to_string().starts_with("the body is not JSON: "), "{not_utf8}");
 }
 
 #[test]
-fn unknown_fields_are_all_named_each_with_what_was_perhaps_meant() {
+fn unknown_fields_are_listed_with_suggestions() {
     for (field, meant) in [
         ("disk_size_gb", "disk_size_gib"),
         ("diskSizeGib", "disk_size_gib"),
@@ -165,7 +165,7 @@ fn unknown_fields_are_all_named_each_with_what_was_perhaps_meant() {
         ("names", "name"),
     ] {
         let sentence = format!("unknown field {field:?} (did you mean {meant}?); the fields are {FIELDS}");
-        // Not a single check of what is known comes before.
+        // Unknown fields are reported before any problem with a known one.
         let missing_the_rest = parse(&json!({field: 1}).to_string());
         for result in [with(field, "1"), missing_the_rest] {
             assert_eq!(refusal(result), sentence);
@@ -182,7 +182,7 @@ fn unknown_fields_are_all_named_each_with_what_was_perhaps_meant() {
 }
 
 #[test]
-fn a_hundred_thousand_unknown_fields_get_a_short_answer() {
+fn the_list_of_unknown_fields_is_limited() {
     let many: Vec<String> = (0..100_000).map(|i| format!("\"x{i}\":1")).collect();
     let sentence = refusal(parse(&format!("{{{}}}", many.join(","))));
     assert!(sentence.contains("and 99992 more"), "{sentence}");
@@ -192,17 +192,17 @@ fn a_hundred_thousand_unknown_fields_get_a_short_answer() {
 }
 
 #[test]
-fn a_field_given_twice_is_refused() {
+fn duplicate_fields_are_rejected() {
     let body = r#"{"disk_size_gib": 1, "template": "a", "disk_size_gib": 10}"#;
     assert_eq!(refusal(parse(body)), "the field \"disk_size_gib\" is given twice");
 }
 
 #[test]
-fn template_and_key_must_be_there() {
+fn template_and_key_are_required() {
     let no_template = json!({"ssh_public_key": KEY}).to_string();
     assert_eq!(
         refusal(parse(&no_template)),
-        "template is missing: name one of those that GET /templates lists"
+        "template is missing: send the name of a template; GET /templates lists them"
     );
     let no_key = json!({"template": "debian-base"}).to_string();
     assert!(
@@ -212,7 +212,7 @@ fn template_and_key_must_be_there() {
 }
 
 #[test]
-fn a_disk_outside_its_bounds_gets_the_words_of_the_seed() {
+fn every_invalid_disk_size_gets_the_documented_message() {
     for value in [
         "0",
         "-1",
@@ -248,7 +248,7 @@ fn a_disk_outside_its_bounds_gets_the_words_of_the_seed() {
 }
 
 #[test]
-fn a_whole_number_is_one_however_it_is_written() {
+fn whole_numbers_may_have_any_json_form() {
     for (value, gib) in [
         ("1", 1),
         ("10", 10),
@@ -263,7 +263,7 @@ fn a_whole_number_is_one_however_it_is_written() {
 }
 
 #[test]
-fn processors_and_memory_are_bounded_by_the_host() {
+fn processors_and_memory_are_limited_by_the_host() {
     for value in [
         "0",
         "-1",
@@ -298,7 +298,7 @@ fn start_is_true_or_false() {
 }
 
 #[test]
-fn a_name_of_the_wrong_form_is_told_the_right_one() {
+fn errors_of_invalid_names_state_the_required_form() {
     for (field, value) in [
         ("template", "\"../x\""),
         ("template", "\"\""),
@@ -337,7 +337,7 @@ fn a_name_of_the_wrong_form_is_told_the_right_one() {
         );
         assert_eq!(
             refusal(with(field, "\"\\ud800\"")),
-            format!("{field} must be a string of Unicode text")
+            format!("{field} must be a valid Unicode string")
         );
     }
     let nothing = UpdateVm::parse(b"{}", &LIMITS).unwrap_err().to_string();
@@ -348,7 +348,7 @@ fn a_name_of_the_wrong_form_is_told_the_right_one() {
 }
 
 #[test]
-fn a_disk_that_extends_itself_has_a_threshold_an_increment_and_a_limit_within_their_bounds() {
+fn automatic_extension_needs_a_valid_threshold_increment_and_limit() {
     const ALL: &str = "disk_auto_extend.threshold_percent, disk_auto_extend.increment_gib, disk_auto_extend.limit_gib";
     let good = r#"{"threshold_percent": 80, "increment_gib": 5, "limit_gib": 50}"#;
     assert_eq!(with("disk_auto_extend", good).unwrap().disk_auto_extend, Some(EXTEND));
@@ -357,13 +357,13 @@ fn a_disk_that_extends_itself_has_a_threshold_an_increment_and_a_limit_within_th
         ("null", "disk_auto_extend must be an object, not null".to_owned()),
         (
             "{}",
-            "disk_auto_extend.threshold_percent is missing: send the share of the guest's root file system that may be in use, in \
-             percent"
+            "disk_auto_extend.threshold_percent is missing: send the usage of the guest's root file system at which the disk \
+             grows, in percent"
                 .to_owned(),
         ),
         (
             r#"{"threshold_percent": 80, "increment_gib": 5}"#,
-            "disk_auto_extend.limit_gib is missing: send how large the disk may become, in GiB".to_owned(),
+            "disk_auto_extend.limit_gib is missing: send the maximum size of the disk, in GiB".to_owned(),
         ),
         (
             r#"{"threshold_percent": 100, "increment_gib": 5, "limit_gib": 50}"#,
@@ -393,7 +393,7 @@ fn a_disk_that_extends_itself_has_a_threshold_an_increment_and_a_limit_within_th
 }
 
 #[test]
-fn a_limit_is_a_whole_number_and_is_taken_away_by_null_in_a_change_alone() {
+fn limits_are_whole_numbers_and_null_removes_them_in_a_change_only() {
     for field in ["disk_iops", "disk_mbps", "net_mbps"] {
         let sentence = format!("{field} must be a whole number between 1 and 1000000");
         for value in ["0", "-1", "1000001", "\"10\"", "1.5", "null", "{}"] {
@@ -417,7 +417,7 @@ const ECDSA_256: &str = "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAA
 const ECDSA_521: &str = "ecdsa-sha2-nistp521 AAAAE2VjZHNhLXNoYTItbmlzdHA1MjEAAAAIbmlzdHA1MjEAAACFBAFNK50a+5EzO7D5NdAQ+SLcWC02KRyxC4qN+otGYX1O46D/6Uyd/7F6bwioKSMbUNaZmbYLTj2P4feoYozPQ4dUkgHVCqqTGBEQ7fVN34FP5OoXIhQRBXJ3sR1M6hx3T6JLIPLg+wCpmXh9HdUukcIfp7o7jZA/EXHSBpZ4IzgDw9xAkA== e";
 
 #[test]
-fn the_keys_that_sshd_takes_are_taken() {
+fn keys_that_sshd_accepts_are_accepted() {
     for key in [KEY, RSA_2048, ECDSA_256, ECDSA_521] {
         assert_eq!(key.parse::<SshPublicKey>().expect(key).as_str(), key);
     }
@@ -428,7 +428,7 @@ fn the_keys_that_sshd_takes_are_taken() {
 }
 
 #[test]
-fn a_key_that_opens_more_or_nothing_is_refused_with_the_reason() {
+fn other_keys_are_rejected_with_the_reason() {
     let data = KEY.split(' ').nth(1).unwrap();
     let cases = [
         ("", "such as: ssh-ed25519"),
@@ -465,20 +465,20 @@ fn a_key_that_opens_more_or_nothing_is_refused_with_the_reason() {
         );
         assert!(
             !sentence.contains("b3BlbnNz"),
-            "a private key is not repeated: {sentence}"
+            "the message shows a private key: {sentence}"
         );
     }
 }
 
 #[test]
-fn a_field_of_any_depth_is_refused_not_followed() {
+fn deeply_nested_values_are_rejected() {
     let deep = format!("{}{}", "[".repeat(400_000), "]".repeat(400_000));
     assert_eq!(refusal(with("disk_size_gib", &deep)), DISK);
     assert_eq!(refusal(with("name", &deep)), "name must be a string, not an array");
     assert!(refusal(parse(&"{\"a\":".repeat(200_000))).starts_with("the body is not JSON: "));
 }
 
-/// JSON of any shape under the names of real fields.
+/// Generates any JSON value, sometimes one that is valid for a field.
 fn any_value() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -496,13 +496,13 @@ fn any_value() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn bytes_of_any_kind_are_read_or_refused(body in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn parsing_never_panics(body in prop::collection::vec(any::<u8>(), 0..400)) {
         let _ = CreateVm::parse(&body, &LIMITS);
         let _ = UpdateVm::parse(&body, &LIMITS);
     }
 
     #[test]
-    fn what_is_accepted_keeps_every_bound(
+    fn accepted_requests_are_within_all_limits(
         fields in prop::collection::btree_map(
             prop::sample::select(vec!["template", "ssh_public_key", "name", "vcpu_count", "mem_size_mib", "disk_size_gib", "disk_auto_extend", "start"]),
             any_value(),
@@ -524,7 +524,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_key_is_never_more_than_one_plain_line(at in 0usize..600, with in any::<char>(), key in 0usize..4) {
+    fn accepted_keys_are_single_lines_without_control_characters(at in 0usize..600, with in any::<char>(), key in 0usize..4) {
         let mut text: Vec<char> = [KEY, RSA_2048, ECDSA_256, ECDSA_521][key].chars().collect();
         let at = at % text.len();
         text[at] = with;

@@ -22,11 +22,14 @@ mod http;
 mod pool;
 mod settings;
 mod state;
+mod templates;
 mod vm;
 mod watch;
 
 use clap::{Parser, Subcommand};
-use commands::{doctor, log};
+use commands::failed::CommandFailed;
+use commands::pool::init as pool_init;
+use commands::{client_config, doctor, down, log, serve, template};
 use rustix::fs::Mode;
 use rustix::process::{Signal, umask};
 use settings::Settings;
@@ -162,7 +165,7 @@ fn survive_file_size_limit() -> std::io::Result<()> {
     signal_hook::flag::register(Signal::XFSZ.as_raw(), received).map(drop)
 }
 
-fn run(arguments: Arguments) -> Result<ExitCode, commands::CommandFailed> {
+fn run(arguments: Arguments) -> Result<ExitCode, CommandFailed> {
     // `doctor` reports unusable settings as a finding.
     if let Command::Doctor { json } = arguments.command {
         return doctor::run(arguments.config.as_deref(), json);
@@ -170,16 +173,16 @@ fn run(arguments: Arguments) -> Result<ExitCode, commands::CommandFailed> {
     let settings = Settings::load(arguments.config.as_deref())?;
     log::start(&settings)?;
     match arguments.command {
-        Command::Serve => commands::serve(settings),
-        Command::Pool(PoolCommand::Init) => commands::pool_init(&settings),
+        Command::Serve => serve::serve(settings),
+        Command::Pool(PoolCommand::Init) => pool_init(&settings),
         Command::Template(TemplateCommand::Build { name, replace, cache }) => {
-            commands::template_build(&settings, &name, replace, cache.as_deref())
+            template::build(&settings, &name, replace, cache.as_deref())
         }
         Command::Template(TemplateCommand::Import { name, file, replace }) => {
-            commands::template_import(&settings, &name, &file, replace)
+            template::import(&settings, &name, &file, replace)
         }
-        Command::Down => commands::down(settings),
-        Command::ClientConfig => commands::client_config(&settings),
+        Command::Down => down::down(settings),
+        Command::ClientConfig => client_config::client_config(&settings),
         Command::Doctor { json } => return doctor::run(arguments.config.as_deref(), json),
     }
     .map(|()| ExitCode::SUCCESS)

@@ -29,8 +29,8 @@ fn measured(host: &Host) -> PoolInfo {
             (pool.measured_at.is_some() && pool.measured_at != before).then_some(pool)
         })
     };
-    let under_way = next(before).measured_at;
-    next(under_way)
+    let in_progress = next(before).measured_at;
+    next(in_progress)
 }
 
 #[test]

@@ -28,7 +28,7 @@ fn error_of(body: &str) -> String {
         "{body}"
     );
     let code = body["code"].as_str().unwrap_or_else(|| panic!("no code: {body}"));
-    assert!(ErrorCode::WORDS.contains(&code), "{body}");
+    assert!(ErrorCode::NAMES.contains(&code), "{body}");
     body["error"].as_str().expect("an error").to_owned()
 }
 
@@ -536,7 +536,7 @@ fn a_pool_grows_automatically_up_to_80_percent_of_its_host_disk() {
         ..Options::default()
     });
     let capacity = |host: &Host| host.client().pool().unwrap().capacity_bytes >> 30;
-    let by_the_rule = 75..=80;
+    let expected = 75..=80;
 
     // Several concurrent requests make it grow instead of being rejected.
     std::thread::scope(|scope| {
@@ -544,7 +544,7 @@ fn a_pool_grows_automatically_up_to_80_percent_of_its_host_disk() {
             scope.spawn(|| host.create_stopped("tiny", Some(15)));
         }
     });
-    assert!(by_the_rule.contains(&capacity(&host)), "{} GiB", capacity(&host));
+    assert!(expected.contains(&capacity(&host)), "{} GiB", capacity(&host));
     let too_much = CreateVm {
         disk_size_gib: Some(60),
         ..host.stopped("tiny")
@@ -562,9 +562,7 @@ fn a_pool_grows_automatically_up_to_80_percent_of_its_host_disk() {
     assert_eq!(capacity(&host), 40);
     let ballast = host.folder.join("pool/vms/ballast");
     run("fallocate", &["-l", "20G", text(&ballast)]);
-    eventually("the pool to grow", || {
-        by_the_rule.contains(&capacity(&host)).then_some(())
-    });
+    eventually("the pool to grow", || expected.contains(&capacity(&host)).then_some(()));
     assert!(host.log().contains("pool grown automatically"));
 }
 

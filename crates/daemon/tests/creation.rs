@@ -128,8 +128,8 @@ fn deleting_a_vm_during_its_creation_undoes_it() {
             disk_size_gib: Some(size),
             ..host.stopped("tiny")
         };
-        let called_off = thread::scope(|scope| {
-            let making = scope.spawn(|| host.client().create_vm(&request));
+        let is_cancelled = thread::scope(|scope| {
+            let creation = scope.spawn(|| host.client().create_vm(&request));
             eventually("the deletion", || match host.client().delete_vm("unwanted") {
                 Ok(()) => Some(()),
                 Err(error) => {
@@ -137,7 +137,7 @@ fn deleting_a_vm_during_its_creation_undoes_it() {
                     None
                 }
             });
-            match making.join().unwrap() {
+            match creation.join().unwrap() {
                 Ok(_) => false,
                 Err(error) => {
                     let (status, message) = rejection(error);
@@ -149,7 +149,7 @@ fn deleting_a_vm_during_its_creation_undoes_it() {
         });
         assert_eq!(host.client().vms().unwrap(), []);
         assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
-        called_off.then_some(())
+        is_cancelled.then_some(())
     });
     assert_eq!(host.leftovers(), Vec::<String>::new());
     let (status, _) = host.send("GET", "/vms/unwanted", b"");

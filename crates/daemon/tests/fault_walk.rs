@@ -41,7 +41,7 @@ enum Mode {
 }
 
 impl Mode {
-    fn word(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Mode::End => "end",
             Mode::Once => "once",
@@ -130,7 +130,7 @@ struct Walker(Scene);
 
 impl Walker {
     fn arm(&self, mode: Mode, step: &Step) {
-        let fault = format!("{} {} {}", mode.word(), step.nth, step.name);
+        let fault = format!("{} {} {}", mode.name(), step.nth, step.name);
         self.0.host.arm(Some(&fault));
     }
 

@@ -64,7 +64,7 @@ fn a_guest_restores_files_damaged_by_a_power_cut() {
     wait_for_ssh(&vm);
     let shown = host_key(&vm);
     // As with delayed allocation: the files exist, but their content is lost.
-    let ruin = |paths: &[&str]| {
+    let damage = |paths: &[&str]| {
         host.client().stop_vm("healed").unwrap();
         for path in paths {
             let nothing = host.folder.join("nothing");
@@ -78,13 +78,13 @@ fn a_guest_restores_files_damaged_by_a_power_cut() {
         assert_eq!(key.run(&vm, "hostname; cat /etc/hostname"), "healed\nhealed");
         host_key(&vm)
     };
-    assert_eq!(ruin(&["/etc/hostname"]), shown, "its key was sound");
-    let renewed = ruin(&[
+    assert_eq!(damage(&["/etc/hostname"]), shown, "its key was sound");
+    let renewed = damage(&[
         "/etc/ssh/ssh_host_ed25519_key",
         "/etc/ssh/ssh_host_ed25519_key.pub",
         "/etc/hostname",
         "/var/lib/scalebox/instance-id",
     ]);
     assert_ne!(renewed, shown);
-    assert_eq!(ruin(&["/etc/hostname"]), renewed, "it keeps the new one");
+    assert_eq!(damage(&["/etc/hostname"]), renewed, "it keeps the new one");
 }

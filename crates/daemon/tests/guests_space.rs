@@ -11,11 +11,11 @@ mod support;
 
 use scalebox_client::{Vm, VmStatus};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use support::guest::{Key, wait_for_ssh};
-use support::{Host, HostDisk, Options, eventually, output_of, run, text};
+use support::{Host, HostDisk, Options, eventually, output_of, promise, run, text};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -113,108 +113,151 @@ fn saw_no_error(key: &Key, vm: &Vm) {
     );
 }
 
+/// Three booted guests on a pool of 60 GiB, most of which is taken by `ballast`.
+struct Elastic {
+    // Dropped before the disk: the pool's image must be closed before the disk can be unmounted.
+    host: Host,
+    disk: HostDisk,
+    /// A file in the pool that takes space.
+    ballast: PathBuf,
+    key: Key,
+    vms: Vec<Vm>,
+}
+
 #[test]
 fn a_pool_shrinks_grows_and_runs_full_under_writing_guests_and_deleted_blocks_return_to_the_host() {
-    let disk = HostDisk::ext4("100G");
-    let mut host = Host::new(&Options {
-        pool_size: "60G",
-        image_dir: Some(&disk.folder),
-        ..Options::default()
-    });
-    host.import_debian();
-    host.serve();
-    let client = host.client();
-    // New writes are placed beyond the future end of the pool, so shrinking must move them while
-    // guests write.
-    let ballast = host.folder.join("pool/ballast");
-    run("fallocate", &["-l", "42G", text(&ballast)]);
-    let key = Key::new(&host, "key");
-    let vms: Vec<Vm> = ["one", "two", "three"]
-        .iter()
-        .map(|name| client.create_vm(&key.request(name)).unwrap())
-        .collect();
-    vms.iter().for_each(wait_for_ssh);
-    let writers = start_writers(&key, &vms);
-    wait_for_writes(&key, &vms, 5);
-    fs::remove_file(&ballast).unwrap();
-    // Its blocks are free once btrfs has committed the deletion.
-    run("btrfs", &["filesystem", "sync", text(&host.folder.join("pool"))]);
+    let mut elastic = Elastic::boot();
+    promise(&mut elastic, Elastic::a_pool_shrinks_and_grows_under_writing_guests);
+    promise(&mut elastic, Elastic::deleted_blocks_return_to_the_host);
+    promise(&mut elastic, Elastic::a_full_pool_pauses_only_the_guest_that_fills_it);
+    promise(&mut elastic, Elastic::a_stopped_vm_is_not_trimmed_and_its_disk_is_sound);
+}
 
-    let begun = Instant::now();
-    assert_eq!(client.shrink_pool(40).unwrap().capacity_bytes, 40 * GIB);
-    eprintln!("shrunk from 60 to 40 GiB in {:.1} s", begun.elapsed().as_secs_f64());
-    assert_eq!(fs::metadata(disk.folder.join("pool.img")).unwrap().len(), 40 * GIB);
-    wait_for_writes(&key, &vms, 5);
-    let begun = Instant::now();
-    assert_eq!(client.grow_pool(Some(80)).unwrap().capacity_bytes, 80 * GIB);
-    eprintln!("grown from 40 to 80 GiB in {:.1} s", begun.elapsed().as_secs_f64());
-    wait_for_writes(&key, &vms, 5);
-
-    stop_writers(&key, &vms, writers);
-
-    // Writes and deletes 200 MiB: the guest keeps the blocks until it trims.
-    let guest = &vms[0];
-    client.trim_vm("one").unwrap();
-    client.trim_pool().unwrap();
-    let before = free(&disk.folder);
-    key.run(guest, "yes 0123456789abcdef | head -c 200M > big && sync");
-    let full = free(&disk.folder);
-    assert!(full < before - 150 * MIB, "{before} before, {full} with the file");
-    key.run(guest, "rm big && sync");
-    let trimmed = client.trim_vm("one").unwrap().trimmed_bytes;
-    let begun = Instant::now();
-    assert!(trimmed >= 200 * MIB, "{trimmed}");
-    while free(&disk.folder) < before - 20 * MIB {
-        let waited = begun.elapsed();
-        assert!(
-            waited < Duration::from_secs(60),
-            "{before} before, {} now",
-            free(&disk.folder)
-        );
-        std::thread::park_timeout(Duration::from_millis(50));
+impl Elastic {
+    fn boot() -> Elastic {
+        let disk = HostDisk::ext4("100G");
+        let mut host = Host::new(&Options {
+            pool_size: "60G",
+            image_dir: Some(&disk.folder),
+            ..Options::default()
+        });
+        host.import_debian();
+        host.serve();
+        // New writes are placed beyond the future end of the pool, so shrinking must move them
+        // while guests write.
+        let ballast = host.folder.join("pool/ballast");
+        run("fallocate", &["-l", "42G", text(&ballast)]);
+        let key = Key::new(&host, "key");
+        let client = host.client();
+        let vms: Vec<Vm> = ["one", "two", "three"]
+            .iter()
+            .map(|name| client.create_vm(&key.request(name)).unwrap())
+            .collect();
+        vms.iter().for_each(wait_for_ssh);
+        Elastic {
+            host,
+            disk,
+            ballast,
+            key,
+            vms,
+        }
     }
-    eprintln!(
-        "of {trimmed} bytes trimmed, 200 MiB were returned to the host disk after {:.1} s",
-        begun.elapsed().as_secs_f64()
-    );
 
-    // One guest fills the pool while two others write. It is paused before the last block is used,
-    // the others continue, and it resumes when there is space.
-    let free_bytes = client.pool().unwrap().free_bytes;
-    run(
-        "fallocate",
-        &["-l", &(free_bytes - 1150 * MIB).to_string(), text(&ballast)],
-    );
-    let workers = start_writers(&key, &vms[1..]);
-    wait_for_writes(&key, &vms[1..], 3);
-    let mut filler = key.ssh(&vms[0], &perl(FILLER));
-    let filler = filler.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let paused = eventually("the filler to be paused", || {
-        let vm = client.vm("one").unwrap();
-        (vm.status == VmStatus::Paused).then_some(vm)
-    });
-    assert_eq!(paused.status_reason.as_deref(), Some("storage_full"));
-    let left = client.pool().unwrap().free_bytes;
-    assert!(left > 0);
-    wait_for_writes(&key, &vms[1..], 5);
-    for name in ["two", "three"] {
-        assert_eq!(
-            client.vm(name).unwrap().status,
-            VmStatus::Running,
-            "{name} writes within its files"
+    fn a_pool_shrinks_and_grows_under_writing_guests(&mut self) {
+        let Elastic { disk, key, vms, .. } = self;
+        let client = self.host.client();
+        let writers = start_writers(key, vms);
+        wait_for_writes(key, vms, 5);
+        fs::remove_file(&self.ballast).unwrap();
+        // Its blocks are free once btrfs has committed the deletion.
+        run("btrfs", &["filesystem", "sync", text(&self.host.folder.join("pool"))]);
+
+        let begun = Instant::now();
+        assert_eq!(client.shrink_pool(40).unwrap().capacity_bytes, 40 * GIB);
+        eprintln!("shrunk from 60 to 40 GiB in {:.1} s", begun.elapsed().as_secs_f64());
+        assert_eq!(fs::metadata(disk.folder.join("pool.img")).unwrap().len(), 40 * GIB);
+        wait_for_writes(key, vms, 5);
+        let begun = Instant::now();
+        assert_eq!(client.grow_pool(Some(80)).unwrap().capacity_bytes, 80 * GIB);
+        eprintln!("grown from 40 to 80 GiB in {:.1} s", begun.elapsed().as_secs_f64());
+        wait_for_writes(key, vms, 5);
+
+        stop_writers(key, vms, writers);
+    }
+
+    /// A guest writes and deletes 200 MiB. It keeps the blocks until it trims.
+    fn deleted_blocks_return_to_the_host(&mut self) {
+        let (client, folder) = (self.host.client(), &self.disk.folder);
+        let guest = &self.vms[0];
+        client.trim_vm("one").unwrap();
+        client.trim_pool().unwrap();
+        let before = free(folder);
+        self.key.run(guest, "yes 0123456789abcdef | head -c 200M > big && sync");
+        let full = free(folder);
+        assert!(full < before - 150 * MIB, "{before} before, {full} with the file");
+        self.key.run(guest, "rm big && sync");
+        let trimmed = client.trim_vm("one").unwrap().trimmed_bytes;
+        let begun = Instant::now();
+        assert!(trimmed >= 200 * MIB, "{trimmed}");
+        while free(folder) < before - 20 * MIB {
+            let waited = begun.elapsed();
+            assert!(
+                waited < Duration::from_secs(60),
+                "{before} before, {} now",
+                free(folder)
+            );
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+        eprintln!(
+            "of {trimmed} bytes trimmed, 200 MiB were returned to the host disk after {:.1} s",
+            begun.elapsed().as_secs_f64()
         );
     }
-    eprintln!("paused with {} MiB left, while the others continue", left / MIB);
-    assert_eq!(client.grow_pool(Some(85)).unwrap().capacity_bytes, 85 * GIB);
-    let filled = filler.wait_with_output().unwrap();
-    assert!(filled.status.success(), "{}", output_of(&filled));
-    stop_writers(&key, &vms[1..], workers);
-    assert_eq!(key.run(&vms[0], &format!("{DROP_CACHES}{}", perl(VERIFY_FILL))), "250");
-    saw_no_error(&key, &vms[0]);
 
-    client.stop_vm("three").unwrap();
-    let (status, refusal) = host.send("POST", "/vms/three/trim", b"");
-    assert!(status == 409 && refusal.contains("VM three is stopped"), "{refusal}");
-    assert_eq!(fs::metadata(host.disk(&vms[2])).unwrap().len(), 2 * GIB);
-    run("e2fsck", &["-fn", text(&host.disk(&vms[2]))]);
+    /// One guest fills the pool while two others write. It is paused before the last block is used,
+    /// the others continue, and it resumes when there is space.
+    fn a_full_pool_pauses_only_the_guest_that_fills_it(&mut self) {
+        let Elastic { key, vms, .. } = self;
+        let client = self.host.client();
+        let free_bytes = client.pool().unwrap().free_bytes;
+        run(
+            "fallocate",
+            &["-l", &(free_bytes - 1150 * MIB).to_string(), text(&self.ballast)],
+        );
+        let workers = start_writers(key, &vms[1..]);
+        wait_for_writes(key, &vms[1..], 3);
+        let mut filler = key.ssh(&vms[0], &perl(FILLER));
+        let filler = filler.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let paused = eventually("the filler to be paused", || {
+            let vm = client.vm("one").unwrap();
+            (vm.status == VmStatus::Paused).then_some(vm)
+        });
+        assert_eq!(paused.status_reason.as_deref(), Some("storage_full"));
+        let left = client.pool().unwrap().free_bytes;
+        assert!(left > 0);
+        wait_for_writes(key, &vms[1..], 5);
+        for name in ["two", "three"] {
+            assert_eq!(
+                client.vm(name).unwrap().status,
+                VmStatus::Running,
+                "{name} writes within its files"
+            );
+        }
+        eprintln!("paused with {} MiB left, while the others continue", left / MIB);
+        assert_eq!(client.grow_pool(Some(85)).unwrap().capacity_bytes, 85 * GIB);
+        let filled = filler.wait_with_output().unwrap();
+        assert!(filled.status.success(), "{}", output_of(&filled));
+        stop_writers(key, &vms[1..], workers);
+        assert_eq!(key.run(&vms[0], &format!("{DROP_CACHES}{}", perl(VERIFY_FILL))), "250");
+        saw_no_error(key, &vms[0]);
+    }
+
+    fn a_stopped_vm_is_not_trimmed_and_its_disk_is_sound(&mut self) {
+        let Elastic { host, vms, .. } = self;
+        host.client().stop_vm("three").unwrap();
+        let (status, refusal) = host.send("POST", "/vms/three/trim", b"");
+        assert!(status == 409 && refusal.contains("VM three is stopped"), "{refusal}");
+        assert_eq!(fs::metadata(host.disk(&vms[2])).unwrap().len(), 2 * GIB);
+        run("e2fsck", &["-fn", text(&host.disk(&vms[2]))]);
+    }
 }

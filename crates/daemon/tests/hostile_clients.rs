@@ -58,11 +58,11 @@ fn unauthenticated_connections_close_after_their_first_response() {
 fn connections_of_a_client_that_does_not_read_are_closed() {
     let host = Host::with_tiny_template(&Options::default());
     let before = sockets(&host);
-    let mut held: Vec<_> = (0..8).map(|_| connect(&host)).collect();
-    for stream in &mut held {
+    let mut connections: Vec<_> = (0..8).map(|_| connect(&host)).collect();
+    for stream in &mut connections {
         fill(stream, "/openapi.json");
     }
-    assert!(sockets(&host) >= before + held.len());
+    assert!(sockets(&host) >= before + connections.len());
     eventually("them to be closed", || (sockets(&host) <= before).then_some(()));
     assert!(host.client().vms().is_ok());
 }
@@ -91,14 +91,14 @@ fn unread_exports_delay_neither_other_requests_nor_the_shutdown() {
     host.scaleboxd_ok(&["template", "import", "noise", text(&image)]);
     host.serve();
 
-    let mut held = Vec::new();
+    let mut connections = Vec::new();
     for _ in 0..8 {
         let mut stream = connect(&host);
         stream.write_all(request("/templates/noise/export").as_bytes()).unwrap();
         let mut head = [0; 12];
         stream.read_exact(&mut head).unwrap();
         assert_eq!(&head, b"HTTP/1.1 200");
-        held.push(stream);
+        connections.push(stream);
     }
     let (status, body) = host.send("GET", "/templates/noise/export", b"");
     assert_eq!(status, 503, "{body}");
@@ -114,5 +114,5 @@ fn unread_exports_delay_neither_other_requests_nor_the_shutdown() {
         "after {:?}",
         signalled.elapsed()
     );
-    drop(held);
+    drop(connections);
 }

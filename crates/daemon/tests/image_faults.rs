@@ -148,12 +148,12 @@ impl Failing {
             .unwrap();
         eventually("strace to be attached to every thread of the daemon", || {
             let mut threads = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
-            let held = |thread: std::io::Result<fs::DirEntry>| {
+            let is_traced = |thread: std::io::Result<fs::DirEntry>| {
                 // The thread may have just ended.
                 let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap_or_default();
                 !status.contains("TracerPid:\t0\n")
             };
-            threads.all(held).then_some(())
+            threads.all(is_traced).then_some(())
         });
         Failing { strace, trace }
     }
@@ -259,7 +259,7 @@ fn a_growth_with_failed_writes_is_rejected_or_leaves_every_file_unchanged() {
         );
         fs::read(&dump).is_ok_and(|bytes| bytes == noise)
     };
-    let forget = |vm: Option<Vm>| {
+    let delete = |vm: Option<Vm>| {
         if let Some(vm) = vm {
             host.client().delete_vm(&vm.id).unwrap();
         }
@@ -270,7 +270,7 @@ fn a_growth_with_failed_writes_is_rejected_or_leaves_every_file_unchanged() {
     let vm = create(&host, "full", 1).unwrap();
     assert!(holds_the_file(&vm));
     let faults = stand_ins.faults("resize2fs");
-    forget(Some(vm));
+    delete(Some(vm));
     let (mut reached, mut refused, mut right) = (0, 0, 0);
     for fault in &faults {
         stand_ins.fail(fault);
@@ -296,7 +296,7 @@ fn a_growth_with_failed_writes_is_rejected_or_leaves_every_file_unchanged() {
                 refused += 1;
             }
         }
-        forget(made.ok());
+        delete(made.ok());
     }
     println!(
         "growth: {} calls of resize2fs failed; {refused} rejected, {right} correct",
@@ -373,9 +373,9 @@ fn snapshot(host: &Host, vm: &Vm, fault: &str) -> bool {
     let (status, answer) = host.send(
         "POST",
         &format!("/vms/{}/snapshot", vm.id),
-        br#"{"template_name": "golden"}"#,
+        br#"{"template_name": "derived"}"#,
     );
-    let template = host.folder.join("pool/templates/golden.ext4");
+    let template = host.folder.join("pool/templates/derived.ext4");
     if status == 201 {
         assert_eq!(secrets_in(&template), Vec::<String>::new(), "{fault}");
         run("e2fsck", &["-fn", text(&template)]);
@@ -384,7 +384,7 @@ fn snapshot(host: &Host, vm: &Vm, fault: &str) -> bool {
             "kept\n",
             "{fault}"
         );
-        host.client().delete_template("golden").unwrap();
+        host.client().delete_template("derived").unwrap();
         return true;
     }
     assert_eq!(status, 500, "{fault}: {answer}");
@@ -423,7 +423,7 @@ fn a_snapshot_with_failed_calls_contains_no_secrets_or_fails() {
     stand_ins.disable();
 
     // Faults in the daemon's own calls on the clone.
-    let partial = host.folder.join("pool/templates/.golden.partial");
+    let partial = host.folder.join("pool/templates/.derived.partial");
     let (mut calls, mut failed) = (0, 0);
     for (call, places) in [
         ("fallocate", &[1, 2, 3, 5, 8, 13, 21, 34][..]),
@@ -463,7 +463,7 @@ fn a_program_that_fails_to_read_or_is_killed_is_not_reported_as_damage() {
         (
             "POST",
             &snapshot,
-            br#"{"template_name": "golden"}"#,
+            br#"{"template_name": "derived"}"#,
             &["e2fsck", "debugfs"],
         ),
     ];

@@ -134,20 +134,24 @@ fn failed_logins_are_logged_with_their_peer_and_rate_limited() {
     assert!(failed[0].contains("peer=127.0.0.1 attempts=1"), "{failed:?}");
     // A slow machine needs more than one interval for the requests.
     assert!(failed.len() < 10, "{failed:?}");
-    let loud = |line: &&str| line.contains("GET") && !line.contains("DEBUG") && !line.contains("failed login");
-    assert_eq!(log.lines().find(loud), None, "neither they nor what was answered");
+    let is_unexpected = |line: &&str| line.contains("GET") && !line.contains("DEBUG") && !line.contains("failed login");
+    assert_eq!(
+        log.lines().find(is_unexpected),
+        None,
+        "requests are logged at DEBUG only"
+    );
 }
 
 #[test]
 fn running_vms_are_started_again_after_down() {
     let mut host = host_with_kernel(&Options::default());
-    let (one, off) = (create_running(&host), create_running(&host));
+    let (one, other) = (create_running(&host), create_running(&host));
     let stopped = host.create_stopped("tiny", None);
-    let keep_down = UpdateVm {
+    let no_autostart = UpdateVm {
         autostart: Some(false),
         ..UpdateVm::default()
     };
-    host.client().update_vm(&off.id, &keep_down).unwrap();
+    host.client().update_vm(&other.id, &no_autostart).unwrap();
     assert!(host.terminate().success());
     host.scaleboxd_ok(&["down"]);
     assert_eq!(machines(&host), Vec::<String>::new());
@@ -160,9 +164,9 @@ fn running_vms_are_started_again_after_down() {
     eventually("the VM that ran", || {
         (host.client().vm(&one.id).unwrap().status == VmStatus::Running).then_some(())
     });
-    let off = host.client().vm(&off.id).unwrap();
-    assert_eq!(off.status, VmStatus::Stopped);
-    assert!(off.status_reason.unwrap().contains("autostart is off"));
+    let other = host.client().vm(&other.id).unwrap();
+    assert_eq!(other.status, VmStatus::Stopped);
+    assert!(other.status_reason.unwrap().contains("autostart is off"));
     assert_eq!(host.client().vm(&stopped.id).unwrap().status, VmStatus::Stopped);
 
     // A VM that is stopped afterwards stays stopped.

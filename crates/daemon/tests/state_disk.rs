@@ -207,8 +207,8 @@ fn a_deletion_that_cannot_be_recorded_changes_nothing() {
     fs::remove_file(disk.folder.join("ballast")).unwrap();
     host.crash();
     host.serve();
-    let behind = host.client().vm("kept").unwrap();
-    assert_eq!((behind.disk_iops, behind.status), (before.disk_iops, before.status));
+    let after = host.client().vm("kept").unwrap();
+    assert_eq!((after.disk_iops, after.status), (before.disk_iops, before.status));
     host.client().delete_vm("kept").unwrap();
     assert!(!host.disk(&vm).exists());
 }

@@ -58,7 +58,7 @@ fn an_exported_template_is_imported_unchanged() {
     let mut packed = Vec::new();
     let mut export = client.export_template("tiny").unwrap();
     assert_eq!(export.image_bytes, 64 << 20);
-    export.packed.read_to_end(&mut packed).unwrap();
+    export.compressed.read_to_end(&mut packed).unwrap();
     assert!(packed.len() < 1 << 20, "{} bytes", packed.len());
 
     // Any zstd can decompress it, to the same image.
@@ -236,14 +236,14 @@ fn the_command_line_exports_a_complete_file_and_imports_it() {
     };
     let (code, printed) = cli(&["template", "export", "tiny", text(&file)]);
     assert!(
-        code == 0 && printed.contains("holds the template tiny: 64 MiB in "),
+        code == 0 && printed.contains("exported the template tiny to ") && printed.contains(": 64 MiB, compressed to "),
         "{printed}"
     );
     let (code, printed) = cli(&["template", "export", "tiny", text(&file)]);
-    assert!(code == 2 && printed.contains("is there already"), "{printed}");
+    assert!(code == 2 && printed.contains("already exists"), "{printed}");
     let (code, printed) = cli(&["template", "import", "copy", text(&file)]);
     assert!(
-        code == 0 && printed.contains("the template copy is made: 64 MiB large"),
+        code == 0 && printed.contains("created the template copy: 64 MiB,"),
         "{printed}"
     );
     run("e2fsck", &["-fn", text(&template(&host, "copy"))]);

@@ -40,7 +40,7 @@ impl Device {
         }
     }
 
-    fn enlarge(&self, size: &str) {
+    fn grow(&self, size: &str) {
         run("truncate", &["-s", size, text(&self.file)]);
         run("losetup", &["--set-capacity", text(&self.path)]);
     }
@@ -173,7 +173,7 @@ fn a_pool_on_a_device_grows_and_shrinks() {
     assert_eq!(capacity(), 30, "STORAGE_SIZE limits the pool on the device");
     pool.grow(None).unwrap();
     assert_eq!(capacity(), 40);
-    device.enlarge("60G");
+    device.grow("60G");
     pool.grow(Some(Gib::new(50))).unwrap();
     assert_eq!(capacity(), 50);
     assert!(pool.extend().unwrap());

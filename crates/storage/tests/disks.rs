@@ -219,55 +219,60 @@ fn free_blocks_of_the_image_count_on_a_full_host_disk() {
     assert!(space.free < Bytes::from_mib(1400), "{space:?}");
 }
 
-/// Makes files that cannot become templates. `sound` is an image that can.
-fn make_unfit_files(folder: &Path, sound: &Path) {
-    let at = |name: &str| folder.join(name);
+/// Writes files and folders that are not templates, named after their kind.
+fn write_rejected_sources(folder: &Path, sound: &Path) {
+    let file = |name: &str| folder.join(name);
     let sparse = |path: &Path, mib: u64| File::create_new(path).unwrap().set_len(mib << 20).unwrap();
 
-    fs::copy(sound, at("cut")).unwrap();
+    fs::copy(sound, file("cut")).unwrap();
     File::options()
         .write(true)
-        .open(at("cut"))
+        .open(file("cut"))
         .unwrap()
         .set_len(20 << 20)
         .unwrap();
-    sparse(&at("xfs"), 512);
-    run("mkfs.xfs", &["-q", text(&at("xfs"))]);
-    sparse(&at("empty"), 64);
-    sparse(&at("nothing"), 0);
-    fs::write(at("packed.gz"), [0x1f, 0x8b, 8, 0]).unwrap();
+    sparse(&file("xfs"), 512);
+    run("mkfs.xfs", &["-q", text(&file("xfs"))]);
+    sparse(&file("empty"), 64);
+    sparse(&file("nothing"), 0);
+    fs::write(file("packed.gz"), [0x1f, 0x8b, 8, 0]).unwrap();
     fs::write(
-        at("form"),
+        file("form"),
         "--1234\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\n",
     )
     .unwrap();
-    run("tar", &["-cf", text(&at("tar")), "-C", text(folder), "packed.gz"]);
+    run("tar", &["-cf", text(&file("tar")), "-C", text(folder), "packed.gz"]);
     fs::write(
-        at("twice"),
+        file("twice"),
         zstd::encode_all(&zstd::encode_all(&b"x"[..], 1).unwrap()[..], 1).unwrap(),
     )
     .unwrap();
     let unknown = |name: &str, feature: &str| {
-        fs::copy(sound, at(name)).unwrap();
-        run("debugfs", &["-w", "-R", &format!("feature {feature}"), text(&at(name))]);
+        fs::copy(sound, file(name)).unwrap();
+        run(
+            "debugfs",
+            &["-w", "-R", &format!("feature {feature}"), text(&file(name))],
+        );
     };
     unknown("unknown", "FEATURE_I31");
     unknown("shared", "shared_blocks");
-    fs::write(at("qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    fs::write(file("qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
     let mut table = vec![0; 1 << 20];
     table[446..462].copy_from_slice(&[0x80, 0, 2, 0, 0x83, 0, 2, 0, 1, 0, 0, 0, 0xff, 7, 0, 0]);
     table[510..512].copy_from_slice(&[0x55, 0xaa]);
-    fs::write(at("disk"), &table).unwrap();
-    fs::create_dir(at("folder")).unwrap();
-    run("mkfifo", &[text(&at("fifo"))]);
+    fs::write(file("disk"), &table).unwrap();
+    fs::create_dir(file("folder")).unwrap();
+    run("mkfifo", &[text(&file("fifo"))]);
 }
 
 #[test]
 fn only_a_sound_bare_ext4_image_is_imported() {
     let stocked = Stocked::new("30G", USUAL);
     let scratch = tempfile::tempdir().unwrap();
+    let sound = ext4_image(scratch.path(), "64M");
+    write_rejected_sources(scratch.path(), &sound);
     let file = |name: &str| scratch.path().join(name);
-    make_unfit_files(scratch.path(), &ext4_image(scratch.path(), "64M"));
+
     for (source, reason) in [
         ("cut", "its file system is damaged"),
         ("xfs", "it contains xfs"),
@@ -370,7 +375,7 @@ fn a_disk_with_an_unknown_feature_is_rejected_and_not_changed() {
     // As root in the guest can do.
     run("debugfs", &["-w", "-R", "feature FEATURE_I31 FEATURE_R29", text(&path)]);
     let grown = pool.grow_disk(&disk, Gib::new(2).bytes()).unwrap_err();
-    let snapshot = pool.begin_snapshot(&name("golden")).and_then(|mut snapshot| {
+    let snapshot = pool.begin_snapshot(&name("derived")).and_then(|mut snapshot| {
         pool.take_snapshot(&mut snapshot, &disk)?;
         pool.finish_snapshot(snapshot, &Default::default())
     });

@@ -254,9 +254,9 @@ impl Row {
         made
     }
 
-    fn require(&mut self, holds: bool, what: &str) {
+    fn require(&mut self, holds: bool, problem: &str) {
         if !holds {
-            self.wrong.push(what.to_owned());
+            self.wrong.push(problem.to_owned());
         }
     }
 }
@@ -316,19 +316,19 @@ impl Case<'_> {
     }
 
     fn snapshot_and_clone(&self, row: &mut Row, size: Gib) {
-        let golden = self.name("golden");
-        let snapshot = self.pool.begin_snapshot(&golden).and_then(|mut snapshot| {
+        let derived = self.name("derived");
+        let snapshot = self.pool.begin_snapshot(&derived).and_then(|mut snapshot| {
             self.pool.take_snapshot(&mut snapshot, &self.disk("disk"))?;
             finish_snapshot(self.pool, snapshot, HOST_NAME, &format!("ssh-ed25519 {SEEDED} me"))
         });
         if row.step(snapshot, "").is_none() {
             return;
         }
-        let template = self.place.plan.data_dir.join(format!("templates/{golden}.ext4"));
+        let template = self.place.plan.data_dir.join(format!("templates/{derived}.ext4"));
         for secret in found_in(&template, &SECRETS) {
             row.wrong.push(format!("the template contains {secret}"));
         }
-        if row.step(self.create("clone", "golden", size), "").is_some() {
+        if row.step(self.create("clone", "derived", size), "").is_some() {
             let clone = disk_path(self.pool, &self.disk("clone"));
             let checked = Command::new("e2fsck").args(["-fn", text(&clone)]).output().unwrap();
             row.require(checked.status.success(), "e2fsck has findings");
@@ -346,7 +346,7 @@ impl Case<'_> {
             }
             self.same_tree(row, &clone, "cloned");
         }
-        self.pool.delete_template(&golden).unwrap();
+        self.pool.delete_template(&derived).unwrap();
     }
 
     fn same_tree(&self, row: &mut Row, image: &Path, when: &str) {

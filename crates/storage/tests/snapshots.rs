@@ -83,11 +83,11 @@ fn cat(image: &Path, path: &str) -> String {
 /// Creates a pool with the disk `vm-1`, cloned from a template with a guest's files.
 fn with_a_used_disk() -> Stocked {
     let stocked = Stocked::new("20G", USUAL);
-    give_a_used_disk(&stocked);
+    add_used_disk(&stocked);
     stocked
 }
 
-fn give_a_used_disk(stocked: &Stocked) {
+fn add_used_disk(stocked: &Stocked) {
     let scratch = tempfile::tempdir().unwrap();
     let pool = &stocked.pool;
     pool.import_template(&name("used"), &used_guest(scratch.path()), MAX, false)
@@ -118,9 +118,9 @@ fn a_snapshot_keeps_the_files_and_removes_the_identity() {
     }
     let before = fs::read(&disk).unwrap();
 
-    let made = snapshot(&stocked.pool, "golden").unwrap();
+    let made = snapshot(&stocked.pool, "derived").unwrap();
     assert_eq!(made.size, Bytes::from_mib(64));
-    let image = template_path(&stocked, "golden");
+    let image = template_path(&stocked, "derived");
     for secret in secrets {
         assert!(!contains(&image, secret), "the template contains {secret}");
     }
@@ -172,15 +172,15 @@ fn with_a_ratio_of_one_a_snapshot_is_admitted_for_the_shared_blocks() {
     run("fallocate", &["-l", "5G", text(&disk)]);
     pool.measure().unwrap();
     let before = pool.promises();
-    let refused = snapshot(pool, "golden").unwrap_err();
+    let refused = snapshot(pool, "derived").unwrap_err();
     assert!(matches!(refused, StorageError::Insufficient { .. }), "{refused}");
     assert_eq!(pool.promises(), before);
-    assert!(!template_path(&stocked, ".golden").with_extension("partial").exists());
+    assert!(!template_path(&stocked, ".derived").with_extension("partial").exists());
 
     pool.delete_disk(&vm_id("vm-2")).unwrap();
     pool.release(Gib::new(7).bytes());
     pool.measure().unwrap();
-    snapshot(pool, "golden").unwrap();
+    snapshot(pool, "derived").unwrap();
     assert_eq!(pool.promises().reserved, Bytes::ZERO);
     // The shared blocks are no longer promised.
     pool.measure().unwrap();
@@ -193,19 +193,19 @@ fn snapshots_work_in_a_pool_with_an_unusual_path() {
     let folder = scratch.path().join("an \"odd\" path's \\ name");
     fs::create_dir(&folder).unwrap();
     let stocked = Stocked::in_place(Place::at(&folder, Some("20G")), USUAL);
-    give_a_used_disk(&stocked);
-    snapshot(&stocked.pool, "golden").unwrap();
-    let image = template_path(&stocked, "golden");
+    add_used_disk(&stocked);
+    snapshot(&stocked.pool, "derived").unwrap();
+    let image = template_path(&stocked, "derived");
     assert_eq!(found_in(&image, &[HOST_KEY, SEEDED]), Vec::<&str>::new());
 }
 
 #[test]
 fn a_guest_named_localhost_keeps_localhost_in_its_hosts_file() {
     let stocked = with_a_used_disk();
-    let mut snapshot = stocked.pool.begin_snapshot(&name("golden")).unwrap();
+    let mut snapshot = stocked.pool.begin_snapshot(&name("derived")).unwrap();
     stocked.pool.take_snapshot(&mut snapshot, &vm_id("vm-1")).unwrap();
     finish_snapshot(&stocked.pool, snapshot, "localhost", "").unwrap();
-    let hosts = cat(&template_path(&stocked, "golden"), "/etc/hosts");
+    let hosts = cat(&template_path(&stocked, "derived"), "/etc/hosts");
     assert!(hosts.starts_with("127.0.0.1 localhost\n"), "{hosts}");
 }
 
@@ -240,9 +240,9 @@ fn one_of_many_concurrent_snapshots_holds_a_name() {
 fn a_template_name_is_used_once_and_failures_leave_nothing_behind() {
     let stocked = with_a_used_disk();
     let pool = &stocked.pool;
-    let held = pool.begin_snapshot(&name("golden")).unwrap();
+    let held = pool.begin_snapshot(&name("derived")).unwrap();
     assert!(matches!(
-        snapshot(pool, "golden"),
+        snapshot(pool, "derived"),
         Err(StorageError::TemplateBeingMade(_))
     ));
     assert!(matches!(snapshot(pool, "tiny"), Err(StorageError::TemplateExists(_))));
@@ -263,13 +263,13 @@ fn a_template_name_is_used_once_and_failures_leave_nothing_behind() {
             "status=none",
         ],
     );
-    let refused = snapshot(pool, "golden").unwrap_err();
+    let refused = snapshot(pool, "derived").unwrap_err();
     assert!(matches!(refused, StorageError::UnfitDisk(_)), "{refused}");
-    assert!(pool.template(&name("golden")).is_err());
-    let templates = template_path(&stocked, "golden");
+    assert!(pool.template(&name("derived")).is_err());
+    let templates = template_path(&stocked, "derived");
     let left = fs::read_dir(templates.parent().unwrap()).unwrap().filter(|entry| {
         let name = entry.as_ref().unwrap().file_name();
-        name.to_string_lossy().contains("golden")
+        name.to_string_lossy().contains("derived")
     });
     assert_eq!(left.count(), 0);
 }

@@ -1,5 +1,5 @@
-//! A server on loopback that answers by a list, and a way to run `scalebox` against it in a home of
-//! its own.
+//! A fake API server on loopback with canned responses, and `scalebox` in a home directory of its
+//! own.
 
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 pub const TOKEN: &str = "s3cret-token";
 
-/// What the server was asked.
+/// A request that the server received.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// `GET /vms`
@@ -21,18 +21,17 @@ pub struct Request {
     pub body: String,
 }
 
-/// Ends with the test's process: its thread waits for a connection that no longer comes.
+/// A server with canned responses. Its thread runs until the test process ends.
 pub struct Server {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Server {
-    /// Answers each request by the first of `answers` whose line is the request's (an answer may
-    /// stand there several times: the last of them is given for ever), and everything else with a
-    /// 404.
-    pub fn new(answers: Vec<(&str, u16, Value)>) -> Self {
-        let mut answers: Vec<(String, u16, Value)> = answers
+    /// Starts a server. Each response is given by request line, status and body. Several responses
+    /// to the same line are sent in order, and the last one is repeated. Other requests get a 404.
+    pub fn new(responses: Vec<(&str, u16, Value)>) -> Self {
+        let mut responses: Vec<(String, u16, Value)> = responses
             .into_iter()
             .map(|(line, status, body)| (line.to_owned(), status, body))
             .collect();
@@ -42,9 +41,9 @@ impl Server {
         let seen = requests.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                // A client may hang up at any point: that is its test's affair.
+                // Some tests close the connection early.
                 let Ok(request) = read(&stream) else { continue };
-                let (status, body) = next_answer(&mut answers, &request.line);
+                let (status, body) = next_response(&mut responses, &request.line);
                 seen.lock().unwrap().push(request);
                 let _ = write(&stream, status, &body);
             }
@@ -61,13 +60,13 @@ impl Server {
     }
 }
 
-fn next_answer(answers: &mut Vec<(String, u16, Value)>, line: &str) -> (u16, Value) {
-    let of_line: Vec<usize> = (0..answers.len()).filter(|&i| answers[i].0 == line).collect();
-    match of_line[..] {
+fn next_response(responses: &mut Vec<(String, u16, Value)>, line: &str) -> (u16, Value) {
+    let matching: Vec<usize> = (0..responses.len()).filter(|&i| responses[i].0 == line).collect();
+    match matching[..] {
         [] => (404, json!({"error": format!("nothing at {line}")})),
-        [only] => (answers[only].1, answers[only].2.clone()),
+        [only] => (responses[only].1, responses[only].2.clone()),
         [first, ..] => {
-            let (_, status, body) = answers.remove(first);
+            let (_, status, body) = responses.remove(first);
             (status, body)
         }
     }
@@ -101,7 +100,7 @@ fn read(stream: &TcpStream) -> std::io::Result<Request> {
 fn write(mut stream: &TcpStream, status: u16, body: &Value) -> std::io::Result<()> {
     let body = match body {
         _ if status == 204 => String::new(),
-        // Not JSON: as it is.
+        // Sent unchanged, for responses that are not JSON.
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };
@@ -112,7 +111,7 @@ fn write(mut stream: &TcpStream, status: u16, body: &Value) -> std::io::Result<(
     )
 }
 
-/// A home directory, and `scalebox` in it with nothing else of this machine's environment.
+/// An empty home directory in which `scalebox` runs, without this machine's environment.
 pub struct Home(TempDir);
 
 impl Home {
@@ -134,14 +133,14 @@ impl Home {
         path
     }
 
-    /// `scalebox` without any settings.
+    /// Returns a `scalebox` command without any settings.
     pub fn bare(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_scalebox"));
         command.args(arguments).env_clear().env("HOME", self.path());
         command
     }
 
-    /// `scalebox` with the server's address and the token in its environment.
+    /// Returns a `scalebox` command with the server's address and token in its environment.
     pub fn scalebox(&self, server: &Server, arguments: &[&str]) -> Command {
         let mut command = self.bare(arguments);
         command.env("SCALEBOX_URL", server.url()).env("SCALEBOX_TOKEN", TOKEN);
@@ -149,7 +148,7 @@ impl Home {
     }
 }
 
-/// What a command printed and its exit code.
+/// A command's exit code and output.
 #[derive(Debug)]
 pub struct Ran {
     pub code: i32,
@@ -166,7 +165,7 @@ pub fn run(command: &mut Command) -> Ran {
     }
 }
 
-/// A VM as the API answers, with `changes` over it.
+/// Returns a VM in the API's form, with the fields in `changes` replaced.
 pub fn vm(changes: Value) -> Value {
     let mut vm = json!({
         "id": "vm-0123456789ab", "name": "calm-red-fox", "template": "debian-base", "ip": "127.0.0.1", "ssh_port": 22001,
@@ -179,7 +178,7 @@ pub fn vm(changes: Value) -> Value {
     vm
 }
 
-/// `GET /pool`: 100 GiB, 60 of them free.
+/// Returns a response to `GET /pool`: 100 GiB, of which 60 GiB are free.
 pub fn pool() -> Value {
     const GIB: u64 = 1 << 30;
     json!({

@@ -3,11 +3,11 @@
 //! It changes nothing and takes no lock, so that it works before anything is set up and while the
 //! daemon runs.
 
-use crate::commands::{self, CommandFailed};
+use crate::commands::failed::CommandFailed;
+use crate::commands::{log, open};
 use crate::host::BASE_TEMPLATE;
 use crate::host::drivers::Drivers;
-use crate::settings::contradictions;
-use crate::settings::{Settings, VmmChoice};
+use crate::settings::{Settings, VmmChoice, contradictions};
 use crate::state::{Fact, State};
 use scalebox_net::Inspection;
 use scalebox_storage::{Backing, Pool, Program, StorageError, pool_size, registered_source};
@@ -93,7 +93,7 @@ pub fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, CommandFailed>
             setting_values(&mut found, &settings);
             hypervisor(&mut found, &settings);
             storage(&mut found, &settings);
-            let runtime = commands::runtime()?;
+            let runtime = open::runtime()?;
             runtime.block_on(network(&mut found, &settings));
             api_port(&mut found, &settings);
         }
@@ -248,7 +248,7 @@ fn clock(found: &mut Findings) {
 }
 
 fn setting_values(found: &mut Findings, settings: &Settings) {
-    match commands::log_filter(settings) {
+    match log::filter(settings) {
         Ok(_) => found.ok("settings", "all settings are valid"),
         Err(error) => found.problem("settings", error, "correct LOG_LEVEL"),
     }

@@ -5,28 +5,68 @@
 //! as running and records that the host went down. That is the same as after a power cut, so
 //! recovery handles one case, not two.
 
-use crate::commands::CommandFailed;
+use crate::commands::failed::CommandFailed;
+use crate::commands::open::{open_host, runtime};
+use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
-use crate::host::{Service, blocking};
-use crate::vm::lifecycle::{STOP_TIMEOUT, remove_dir};
+use crate::host::files::{self, remove_dir};
+use crate::host::{Host, blocking};
+use crate::settings::Settings;
+use crate::state::State;
+use crate::vm::lifecycle::STOP_TIMEOUT;
 use crate::vm::recovery::{self, Recovered};
+use crate::vm::transition::{Transition, transition};
 use scalebox_client::VmStatus;
+use scalebox_net::Network;
+use scalebox_storage::StorageError;
 use std::sync::Arc;
+
+/// Runs `scaleboxd down`.
+pub fn down(settings: Settings) -> Result<(), CommandFailed> {
+    let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
+    runtime()?.block_on(async {
+        match open_host(settings.clone(), State::open(&settings.state_dir, &settings.run_dir)?).await {
+            Ok((host, recovered)) => shut_all_down(&host, &recovered).await,
+            // Machines and network may exist without the pool.
+            Err(CommandFailed::Storage(StorageError::NotMounted(_)) | CommandFailed::PoolMissing { .. }) => {
+                down_without_pool(&settings).await
+            }
+            Err(error) => Err(error),
+        }
+    })?;
+    if scalebox_storage::unmount(&data_dir, &backing)? {
+        println!("Unmounted {}.", data_dir.display());
+    }
+    println!(
+        "Everything is stopped; VMs and their disks are kept. `scaleboxd pool init` and `scaleboxd serve` start them again."
+    );
+    Ok(())
+}
+
+async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
+    recovery::record_host_down(&State::open(&settings.state_dir, &settings.run_dir)?)?;
+    let (vmm, _) = Drivers::find(settings)?;
+    let machines = settings.run_dir.join("vms");
+    for id in files::vm_folders(&machines)? {
+        vmm.force_stop(&id.parse()?, &machines.join(&id)).await?;
+    }
+    Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
+}
 
 /// Shuts down all machines, then removes the network. VMs and their disks are kept.
 ///
 /// # Errors
 /// The error of the first machine that did not stop, after all were tried. The network is kept
 /// then.
-pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(), CommandFailed> {
+pub async fn shut_all_down(host: &Host, recovered: &Recovered) -> Result<(), CommandFailed> {
     // Recorded first: after a crash in the middle, the machines already shut down are started again
     // too.
-    let state = Arc::clone(&service.inner().state);
+    let state = Arc::clone(&host.state);
     blocking(move || recovery::record_host_down(&state)).await?;
-    let running = service.inner().vms.all().into_iter();
+    let running = host.vms.all().into_iter();
     let stops: Vec<_> = running
         .filter(|vm| matches!(vm.status, VmStatus::Running | VmStatus::Paused))
-        .map(|vm| tokio::spawn(shut_down(service.clone(), vm.id)))
+        .map(|vm| tokio::spawn(shut_down(host.clone(), vm.id)))
         .collect();
     let (mut ended, mut first_error) = (0, None);
     for stop in stops {
@@ -48,24 +88,24 @@ pub async fn shut_all_down(service: &Service, recovered: &Recovered) -> Result<(
     );
     match first_error {
         Some(error) => Err(error.into()),
-        None => Ok(service.inner().network.teardown().await?),
+        None => Ok(host.network.teardown().await?),
     }
 }
 
 /// Shuts one machine down without changing the VM's recorded status.
-async fn shut_down(service: Service, id: String) -> Result<(), ServiceError> {
-    let operation = service.inner().vms.begin(&id, "being stopped")?;
+async fn shut_down(host: Host, id: String) -> Result<(), ServiceError> {
+    let operation = host.vms.begin(&id, "being stopped")?;
     let Some(machine) = &operation.machine else {
         return Ok(());
     };
     let outcome = machine.stop(STOP_TIMEOUT).await?;
-    service.inner().vms.set(&id, VmStatus::Stopped, None, None);
+    transition(&host, &operation.record, Transition::ShutDownWithHost).await?;
     tracing::info!(
         vm = id,
         name = operation.record.name,
         ?outcome,
         "VM shut down with the host"
     );
-    let run_dir = service.run_dir(&id);
+    let run_dir = host.run_dir(&id);
     blocking(move || remove_dir(&run_dir)).await
 }

@@ -4,12 +4,19 @@
 //! prefix every line has priority 6, and `journalctl -p err` shows nothing. The journal adds its
 //! own timestamps.
 
-use crate::commands::{CommandFailed, log_filter};
+use crate::commands::failed::CommandFailed;
 use crate::settings::{LogFormat, Settings};
 use std::env;
 use std::io::{self, IsTerminal, Stderr, Write};
 use tracing::{Level, Metadata};
+use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+
+/// Parses `LOG_LEVEL`.
+pub fn filter(settings: &Settings) -> Result<EnvFilter, CommandFailed> {
+    let level = &settings.log_level;
+    EnvFilter::try_new(level).map_err(|_| CommandFailed::LogLevel(level.clone()))
+}
 
 /// Starts logging according to the settings.
 ///
@@ -18,7 +25,7 @@ use tracing_subscriber::fmt::MakeWriter;
 pub fn start(settings: &Settings) -> Result<(), CommandFailed> {
     let journal = Journal { is_there: is_journal() };
     let log = tracing_subscriber::fmt()
-        .with_env_filter(log_filter(settings)?)
+        .with_env_filter(filter(settings)?)
         .with_writer(journal)
         .with_ansi(io::stderr().is_terminal());
     match (settings.log_format, journal.is_there) {

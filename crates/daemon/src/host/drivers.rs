@@ -4,18 +4,25 @@
 //! restart of the daemon, even if `VMM` has changed. A VM that is started again keeps its driver
 //! with `VMM=auto`; a `VMM` that names a driver moves it there.
 
-use crate::commands::CommandFailed;
-use crate::host::error::ServiceError;
 use crate::host::system;
-use crate::host::{Service, blocking};
 use crate::settings::{AccelChoice, Settings, SettingsError, VmmChoice};
-use crate::state::Record;
 use scalebox_storage::jails_dir;
 use scalebox_units::VmId;
 use scalebox_vmm::{Accel, AccelSetting, Error, FirecrackerDriver, Machine, QemuDriver, Vmm};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Why the hypervisors cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DriversError {
+    /// Two settings contradict each other.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// The hypervisor for new VMs cannot be used.
+    #[error(transparent)]
+    Vmm(#[from] Error),
+}
 
 /// All drivers that a machine on this host may have.
 pub struct Drivers {
@@ -31,7 +38,7 @@ impl Drivers {
     ///
     /// # Errors
     /// If the driver for new VMs cannot be used.
-    pub fn find(settings: &Settings) -> Result<(Drivers, String), CommandFailed> {
+    pub fn find(settings: &Settings) -> Result<(Drivers, String), DriversError> {
         let accel = accelerator(settings)?;
         let jails = jails_dir(&settings.data_dir);
         let firecracker = match (settings.vmm, accel.accel) {
@@ -120,26 +127,6 @@ impl Drivers {
     }
 }
 
-impl Service {
-    /// Selects the driver for a VM that is about to be started. Records it and returns the new
-    /// record.
-    pub(crate) async fn assign_driver(&self, record: &Record) -> Result<Record, ServiceError> {
-        let name = self.inner().vmm.to_start(record.vmm.as_deref()).name();
-        if record.vmm.as_deref() == Some(name) {
-            return Ok(record.clone());
-        }
-        let (state, id) = (Arc::clone(&self.inner().state), record.id.clone());
-        blocking(move || state.set_vmm(&id, name)).await?;
-        self.inner()
-            .vms
-            .change(&record.id, |record| record.vmm = Some(name.to_owned()));
-        Ok(Record {
-            vmm: Some(name.to_owned()),
-            ..record.clone()
-        })
-    }
-}
-
 /// How long after booting a host may take to load the KVM module. udev loads it in the background,
 /// and services do not wait for it.
 const KVM_LOAD_TIMEOUT: Duration = Duration::from_secs(90);
@@ -158,7 +145,7 @@ pub async fn wait_for_kvm(settings: &Settings) {
     }
 }
 
-fn accelerator(settings: &Settings) -> Result<scalebox_vmm::AccelChoice, CommandFailed> {
+fn accelerator(settings: &Settings) -> Result<scalebox_vmm::AccelChoice, DriversError> {
     let setting = match (settings.vmm, settings.accel) {
         (VmmChoice::Firecracker, AccelChoice::Tcg) => {
             return Err(SettingsError::Value {

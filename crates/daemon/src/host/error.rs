@@ -1,13 +1,9 @@
-//! Errors of the service, and the HTTP status and error code that each one maps to.
+//! Why an operation was refused or failed. [`http::error`](crate::http::error) gives each a status.
 
 use crate::state::StateError;
-use axum::Json;
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
-use scalebox_client::{ErrorBody, ErrorCode, Invalid};
+use scalebox_client::Invalid;
 use scalebox_storage::StorageError;
 use scalebox_units::Gib;
-use serde_json::{Map, Value, json};
 
 /// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
 #[derive(Debug, thiserror::Error)]
@@ -90,48 +86,9 @@ impl ServiceError {
         }
     }
 
-    /// Returns the API's error code and the HTTP status that goes with it.
-    fn code_and_status(&self) -> (ErrorCode, StatusCode) {
-        match self {
-            ServiceError::Invalid { .. } => (ErrorCode::InvalidRequest, StatusCode::BAD_REQUEST),
-            ServiceError::Unauthorized => (ErrorCode::Unauthorized, StatusCode::UNAUTHORIZED),
-            ServiceError::Forbidden(_) => (ErrorCode::Forbidden, StatusCode::FORBIDDEN),
-            ServiceError::NotFound(_) => (ErrorCode::NotFound, StatusCode::NOT_FOUND),
-            ServiceError::MethodNotAllowed(_) => (ErrorCode::MethodNotAllowed, StatusCode::METHOD_NOT_ALLOWED),
-            ServiceError::Timeout(_) => (ErrorCode::Timeout, StatusCode::REQUEST_TIMEOUT),
-            ServiceError::NameTaken(_) => (ErrorCode::NameTaken, StatusCode::CONFLICT),
-            ServiceError::Busy(_) => (ErrorCode::Busy, StatusCode::CONFLICT),
-            ServiceError::WrongState(_) => (ErrorCode::WrongState, StatusCode::CONFLICT),
-            ServiceError::TooLarge(_) => (ErrorCode::PayloadTooLarge, StatusCode::PAYLOAD_TOO_LARGE),
-            ServiceError::Unsupported(_) => (ErrorCode::InvalidRequest, StatusCode::UNSUPPORTED_MEDIA_TYPE),
-            ServiceError::IdempotencyMismatch(_) => (ErrorCode::IdempotencyMismatch, StatusCode::UNPROCESSABLE_ENTITY),
-            ServiceError::NotReady(_) => (ErrorCode::NotReady, StatusCode::SERVICE_UNAVAILABLE),
-            ServiceError::Insufficient { .. } | ServiceError::StateFull(_) => {
-                (ErrorCode::InsufficientStorage, StatusCode::INSUFFICIENT_STORAGE)
-            }
-            ServiceError::Internal(_) => (ErrorCode::Internal, StatusCode::INTERNAL_SERVER_ERROR),
-        }
-    }
-
-    /// Returns the response body.
-    pub fn body(&self) -> ErrorBody {
-        let (field, details) = match self {
-            ServiceError::Invalid { field, .. } => (field.clone(), json!({})),
-            ServiceError::Insufficient { available, need } => (
-                None,
-                json!({ "available_gib": available.as_u64(), "need_gib": need.as_u64() }),
-            ),
-            _ => (None, json!({})),
-        };
-        ErrorBody {
-            error: self.to_string(),
-            code: self.code_and_status().0,
-            field,
-            details: match details {
-                Value::Object(details) => details,
-                _ => Map::new(),
-            },
-        }
+    /// Whether an admission was refused for lack of space.
+    pub fn is_insufficient(&self) -> bool {
+        matches!(self, ServiceError::Insufficient { .. })
     }
 }
 
@@ -141,19 +98,6 @@ pub fn quoted(text: &str) -> String {
     match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
-    }
-}
-
-impl IntoResponse for ServiceError {
-    fn into_response(self) -> Response {
-        let (_, status) = self.code_and_status();
-        match self {
-            ServiceError::Internal(_) => tracing::error!(status = status.as_u16(), error = %self, "request failed"),
-            // `logins` logs these, with the peer and rate-limited.
-            ServiceError::Unauthorized => {}
-            _ => tracing::info!(status = status.as_u16(), error = %self, "request rejected"),
-        }
-        (status, Json(self.body())).into_response()
     }
 }
 

@@ -7,7 +7,7 @@
 //! events first receives `missed`. An event is published after its change is durable, and a crash
 //! at that moment may lose it: the state is authoritative, events announce that it changed.
 //!
-//! To publish an event: `service.inner().events.publish(EventKind::Grown, Some(&record),
+//! To publish an event: `service.events.publish(EventKind::Grown, Some(&record),
 //! json!({"to_gib": 8}))`. A new kind is one line in `crates/client/src/event.rs`, with the names
 //! of its details.
 

@@ -7,6 +7,7 @@
 //! while its request is being answered.
 
 use crate::host::error::ServiceError;
+use crate::http::error;
 use axum::body::Body;
 use axum::http::Response;
 use hyper::body::{Bytes, Frame, SizeHint};
@@ -193,7 +194,7 @@ fn with_body(written: &[u8]) -> Option<Vec<u8>> {
     if !ends_here || find_last(head, b"x-request-id:").is_some() {
         return None;
     }
-    let body = serde_json::to_vec(&ServiceError::invalid(message).body()).ok()?;
+    let body = serde_json::to_vec(&error::body(&ServiceError::invalid(message))).ok()?;
     let mut instead = written[..at + length].to_vec();
     instead.extend(format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len()).into_bytes());
     instead.extend(&head[length + NO_BODY.len()..]);

@@ -1,7 +1,7 @@
 //! `GET /events`: the host's events as server-sent events
 //! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>).
 
-use crate::host::Service;
+use crate::host::Host;
 use crate::host::error::ServiceError;
 use crate::host::events::Subscription;
 use crate::http::openapi::MAX_EVENT_ID;
@@ -44,7 +44,7 @@ pub struct EventsQuery {
     )
 )]
 pub async fn events(
-    State(service): State<Service>,
+    State(host): State<Host>,
     headers: HeaderMap,
     query: Result<Query<EventsQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<impl IntoResponse, ServiceError> {
@@ -67,7 +67,7 @@ pub async fn events(
         })
     });
     let since = last.transpose()?.or(since);
-    let subscription = service.inner().events.subscribe(since, query.follow.unwrap_or(true));
+    let subscription = host.events.subscribe(since, query.follow.unwrap_or(true));
     Ok(sse(subscription))
 }
 

@@ -5,8 +5,10 @@
 //! outcomes. Current values (VMs, the pool) are read for each scrape. The number of label values is
 //! limited to the API's routes and statuses, whatever clients send.
 
-use crate::host::Service;
+use crate::host::Host;
 use crate::host::error::ServiceError;
+use crate::pool;
+use axum::Extension;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode};
@@ -16,6 +18,7 @@ use prometheus::{
     Encoder, Gauge, HistogramOpts, HistogramVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use scalebox_client::VmStatus;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Upper bounds in seconds. A response from memory takes less than the first; a stop that the guest
@@ -76,11 +79,11 @@ impl Metrics {
         })
     }
 
-    fn text(&self, service: &Service) -> Result<Vec<u8>, ServiceError> {
-        let pool = service.pool()?;
+    fn text(&self, host: &Host) -> Result<Vec<u8>, ServiceError> {
+        let pool = pool::figures(host)?;
         let failed = |error: prometheus::Error| ServiceError::Internal(format!("cannot collect the metrics: {error}"));
         let mut families = self.registry.gather();
-        families.extend(current(service, &pool).map_err(failed)?.gather());
+        families.extend(current(host, &pool).map_err(failed)?.gather());
         let mut text = Vec::new();
         TextEncoder::new().encode(&families, &mut text).map_err(failed)?;
         Ok(text)
@@ -88,13 +91,13 @@ impl Metrics {
 }
 
 /// Reads the current values.
-fn current(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Registry, prometheus::Error> {
+fn current(host: &Host, pool: &scalebox_client::PoolInfo) -> Result<Registry, prometheus::Error> {
     let registry = Registry::new();
     let vms = IntGaugeVec::new(Opts::new("scalebox_vms", "VMs on the host, by status."), &["status"])?;
     for status in [VmStatus::Running, VmStatus::Stopped, VmStatus::Paused, VmStatus::Failed] {
         vms.with_label_values(&[status.as_str()]).set(0);
     }
-    for status in service.inner().vms.statuses() {
+    for status in host.vms.statuses() {
         vms.with_label_values(&[status.as_str()]).inc();
     }
     registry.register(Box::new(vms))?;
@@ -102,7 +105,7 @@ fn current(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Regist
         "scalebox_events_total",
         "Events published by GET /events since the start.",
     )?;
-    events.inc_by(service.inner().events.count());
+    events.inc_by(host.events.count());
     registry.register(Box::new(events))?;
     let cleanups = IntGauge::new(
         "scalebox_cleanups_pending",
@@ -152,13 +155,16 @@ fn current(service: &Service, pool: &scalebox_client::PoolInfo) -> Result<Regist
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-pub async fn metrics(State(service): State<Service>) -> Result<impl IntoResponse, ServiceError> {
-    let text = service.inner().metrics.text(&service)?;
+pub async fn metrics(
+    State(host): State<Host>,
+    Extension(metrics): Extension<Arc<Metrics>>,
+) -> Result<impl IntoResponse, ServiceError> {
+    let text = metrics.text(&host)?;
     Ok(([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text))
 }
 
 /// Counts each request with its duration and outcome.
-pub async fn count(State(service): State<Service>, request: Request, next: Next) -> Response {
+pub async fn count(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let method = match *request.method() {
         Method::GET => "GET",
@@ -170,7 +176,6 @@ pub async fn count(State(service): State<Service>, request: Request, next: Next)
     };
     let path = request.extensions().get::<MatchedPath>().cloned();
     let response = next.run(request).await;
-    let metrics = &service.inner().metrics;
     if response.status() == StatusCode::INSUFFICIENT_STORAGE {
         metrics.refusals.inc();
     }

@@ -78,7 +78,7 @@ pub fn complete(document: &Document, limits: &Limits) -> Value {
     document["paths"]["/pool/grow"]["post"]["requestBody"] =
         json!({ "content": json_body("ResizePool"), "required": false });
     document["paths"]["/pool/shrink"]["post"]["requestBody"]["content"] = json_body("ShrinkPool");
-    document["components"]["schemas"]["ErrorBody"]["properties"]["code"]["enum"] = json!(ErrorCode::WORDS);
+    document["components"]["schemas"]["ErrorBody"]["properties"]["code"]["enum"] = json!(ErrorCode::NAMES);
     bound_requests(&mut document["components"]["schemas"], limits);
     without_links(&mut document);
     document

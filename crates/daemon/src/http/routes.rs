@@ -1,54 +1,36 @@
 //! The HTTP API: routes, authentication, limits on a request, and the request id in every log line.
 
-use crate::host::Service;
+use crate::host::Host;
 use crate::host::error::{ServiceError, quoted};
-use crate::host::random::random_hex;
-use crate::http::event_stream;
-use crate::http::logins::{FailedLogins, Peer};
-use crate::http::metrics;
-use crate::http::openapi;
-use crate::http::transfers;
+use crate::http::auth::{CLOSE_AFTER_RESPONSE, Guard, require_token};
+use crate::http::extract::{RawBody, Segment};
+use crate::http::metrics::{self, Metrics};
+use crate::http::request_id::with_request_id;
+use crate::http::{event_stream, info, openapi, transfers};
 use crate::settings::Token;
-use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::{FromRequest, FromRequestParts, Path, Request, State};
-use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HOST, WWW_AUTHENTICATE};
-use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
-use axum::middleware::{Next, from_fn, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use crate::vm::{self, snapshot, view};
+use crate::{pool, templates};
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::IntoResponse;
 use axum::{Extension, Json, Router};
 use scalebox_client::{
     CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList,
     Trimmed, UpdateVm, Vm, VmList,
 };
 use scalebox_units::Gib;
-use sha2::{Digest, Sha256};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use subtle::ConstantTimeEq;
-use tracing::Instrument;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-/// The largest body that is read; a request with the longest SSH key is a hundredth of it.
-const MAX_BODY_BYTES: usize = 1 << 20;
-/// Time limit for a body to arrive, or for the next piece of one that is streamed.
-pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// Closes the connection of an unauthenticated client after this response. Further responses might
-/// not fit into the socket's buffer, and the server would have to wait for the client.
-const CLOSE_AFTER_RESPONSE: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
 
 /// Returns all routes; every route except `/health` requires the token.
-pub fn router(service: Service, token: &Token) -> Router {
-    let token = Arc::new(Guard {
-        token: TokenDigest::new(token),
-        failed: FailedLogins::default(),
-    });
+pub fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router {
+    let guard = Arc::new(Guard::new(token));
     let guarded = OpenApiRouter::new()
         .routes(routes!(list_vms, create_vm))
         .routes(routes!(get_vm, update_vm, delete_vm))
@@ -69,21 +51,22 @@ pub fn router(service: Service, token: &Token) -> Router {
         .routes(routes!(event_stream::events))
         .routes(routes!(metrics::metrics))
         .routes(routes!(openapi::openapi))
-        .with_state(service.clone());
+        .with_state(host.clone());
     let (guarded, described) = guarded.split_for_parts();
     let (open, mut document) = OpenApiRouter::with_openapi(openapi::Api::openapi())
         .routes(routes!(health))
         .split_for_parts();
     document.merge(described);
-    let document = openapi::Served::new(&openapi::complete(&document, service.limits()));
+    let document = openapi::Served::new(&openapi::complete(&document, host.limits()));
     let guarded = guarded
         .fallback(no_such_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(document))
-        .layer(from_fn_with_state(token, require_token));
+        .layer(Extension(Arc::clone(&metrics)))
+        .layer(from_fn_with_state(guard, require_token));
     open.method_not_allowed_fallback(method_not_allowed)
         .merge(guarded)
-        .layer(from_fn_with_state(service, metrics::count))
+        .layer(from_fn_with_state(metrics, metrics::count))
         .layer(from_fn(with_request_id))
 }
 
@@ -110,13 +93,13 @@ async fn health() -> impl IntoResponse {
     )
 )]
 async fn create_vm(
-    State(service): State<Service>,
+    State(host): State<Host>,
     headers: HeaderMap,
     RawBody(body): RawBody,
 ) -> Result<impl IntoResponse, ServiceError> {
-    let mut request = CreateVm::parse(&body, service.limits())?;
+    let mut request = CreateVm::parse(&body, host.limits())?;
     request.idempotency_key = idempotency_key(&headers)?;
-    let (vm, replayed) = service.create(request).await?;
+    let (vm, replayed) = vm::create(&host, request).await?;
     // A replay has the same status as the first response, as
     // draft-ietf-httpapi-idempotency-key-header requires; the header marks it.
     let mark = replayed.then_some([(IDEMPOTENT_REPLAYED, "true")]);
@@ -139,14 +122,14 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Servic
 
 /// Lists all VMs, oldest first.
 #[utoipa::path(get, path = "/vms", tag = "VMs", responses((status = 200, body = VmList)))]
-async fn list_vms(State(service): State<Service>) -> Json<VmList> {
-    Json(VmList { vms: service.list() })
+async fn list_vms(State(host): State<Host>) -> Json<VmList> {
+    Json(VmList { vms: view::list(&host) })
 }
 
 /// Returns one VM.
 #[utoipa::path(get, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")), responses((status = 200, body = Vm), (status = 404, description = "No such VM.")))]
-async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.get(&vm).map(Json)
+async fn get_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    view::get(&host, &vm).map(Json)
 }
 
 /// Deletes a VM, running or not, with its disk.
@@ -154,8 +137,8 @@ async fn get_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<
     delete, path = "/vms/{vm}", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 204), (status = 404, description = "No such VM."), (status = 409, description = "Another operation is running on the VM."))
 )]
-async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
-    service.delete(vm).await.map(|()| StatusCode::NO_CONTENT)
+async fn delete_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<StatusCode, ServiceError> {
+    vm::delete(&host, vm).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 /// Changes a VM. The disk of a running VM grows live.
@@ -171,12 +154,12 @@ async fn delete_vm(State(service): State<Service>, Segment(vm): Segment) -> Resu
     )
 )]
 async fn update_vm(
-    State(service): State<Service>,
+    State(host): State<Host>,
     Segment(vm): Segment,
     RawBody(body): RawBody,
 ) -> Result<Json<Vm>, ServiceError> {
-    let request = UpdateVm::parse(&body, service.limits())?;
-    service.update(vm, request).await.map(Json)
+    let request = UpdateVm::parse(&body, host.limits())?;
+    vm::update(&host, vm, request).await.map(Json)
 }
 
 /// Starts a stopped VM.
@@ -184,8 +167,8 @@ async fn update_vm(
     post, path = "/vms/{vm}/start", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "The VM is already running, or another operation is running on it."), (status = 503, description = "The host is not ready: it has no guest kernel, or the pool is not mounted."))
 )]
-async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.start(vm).await.map(Json)
+async fn start_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    vm::start(&host, vm).await.map(Json)
 }
 
 /// Shuts a VM down and starts it again. A stopped VM is started.
@@ -193,8 +176,8 @@ async fn start_vm(State(service): State<Service>, Segment(vm): Segment) -> Resul
     post, path = "/vms/{vm}/restart", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "Another operation is running on the VM."), (status = 503, description = "The host is not ready: it has no guest kernel, or the pool is not mounted."))
 )]
-async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.restart(vm).await.map(Json)
+async fn restart_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    vm::restart(&host, vm).await.map(Json)
 }
 
 /// Shuts a VM down. A guest that has not shut down after a minute is killed.
@@ -202,8 +185,8 @@ async fn restart_vm(State(service): State<Service>, Segment(vm): Segment) -> Res
     post, path = "/vms/{vm}/stop", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Vm), (status = 404, description = "No such VM."), (status = 409, description = "The VM is not running, or another operation is running on it."))
 )]
-async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
-    service.stop(vm).await.map(Json)
+async fn stop_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Vm>, ServiceError> {
+    vm::stop(&host, vm).await.map(Json)
 }
 
 /// Discards the blocks of deleted files in the guest, which returns their space to the pool.
@@ -211,8 +194,8 @@ async fn stop_vm(State(service): State<Service>, Segment(vm): Segment) -> Result
     post, path = "/vms/{vm}/trim", tag = "VMs", params(("vm" = String, Path, description = "Id or name of the VM.")),
     responses((status = 200, body = Trimmed), (status = 404, description = "No such VM."), (status = 409, description = "The VM is not running, or its guest agent does not respond."))
 )]
-async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result<Json<Trimmed>, ServiceError> {
-    service.trim_vm(vm).await.map(Json)
+async fn trim_vm(State(host): State<Host>, Segment(vm): Segment) -> Result<Json<Trimmed>, ServiceError> {
+    vm::trim_vm(&host, vm).await.map(Json)
 }
 
 /// Creates a template from a VM's disk. The VM may be running.
@@ -229,19 +212,19 @@ async fn trim_vm(State(service): State<Service>, Segment(vm): Segment) -> Result
     )
 )]
 async fn snapshot_vm(
-    State(service): State<Service>,
+    State(host): State<Host>,
     Segment(vm): Segment,
     RawBody(body): RawBody,
 ) -> Result<(StatusCode, Json<Snapshot>), ServiceError> {
     let request = SnapshotVm::parse(&body)?;
-    Ok((StatusCode::CREATED, Json(service.snapshot(vm, request).await?)))
+    Ok((StatusCode::CREATED, Json(snapshot::snapshot(&host, vm, request).await?)))
 }
 
 /// Lists all templates.
 #[utoipa::path(get, path = "/templates", tag = "Templates", responses((status = 200, body = TemplateList), (status = 503, description = "The pool is not mounted.")))]
-async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateList>, ServiceError> {
+async fn list_templates(State(host): State<Host>) -> Result<Json<TemplateList>, ServiceError> {
     Ok(Json(TemplateList {
-        templates: service.templates().await?,
+        templates: templates::list(&host).await?,
     }))
 }
 
@@ -250,8 +233,8 @@ async fn list_templates(State(service): State<Service>) -> Result<Json<TemplateL
     get, path = "/templates/{name}", tag = "Templates", params(("name" = String, Path, description = "Name of the template.")),
     responses((status = 200, body = Template), (status = 404, description = "No such template."), (status = 503, description = "The pool is not mounted."))
 )]
-async fn get_template(State(service): State<Service>, Segment(name): Segment) -> Result<Json<Template>, ServiceError> {
-    service.template(name).await.map(Json)
+async fn get_template(State(host): State<Host>, Segment(name): Segment) -> Result<Json<Template>, ServiceError> {
+    templates::get(&host, name).await.map(Json)
 }
 
 /// Deletes a template. VMs created from it are kept.
@@ -265,14 +248,14 @@ async fn get_template(State(service): State<Service>, Segment(name): Segment) ->
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-async fn delete_template(State(service): State<Service>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
-    service.delete_template(name).await.map(|()| StatusCode::NO_CONTENT)
+async fn delete_template(State(host): State<Host>, Segment(name): Segment) -> Result<StatusCode, ServiceError> {
+    templates::delete(&host, name).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 /// Returns the pool's capacity, free space and commitments.
 #[utoipa::path(get, path = "/pool", tag = "Pool", responses((status = 200, body = PoolInfo), (status = 503, description = "The pool is not mounted.")))]
-async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceError> {
-    service.pool().map(Json)
+async fn pool(State(host): State<Host>) -> Result<Json<PoolInfo>, ServiceError> {
+    pool::figures(&host).map(Json)
 }
 
 /// Grows the pool while it is in use. Without a size, it grows to 80 % of the space on the host
@@ -286,9 +269,9 @@ async fn pool(State(service): State<Service>) -> Result<Json<PoolInfo>, ServiceE
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
+async fn grow_pool(State(host): State<Host>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
     let request = ResizePool::parse_grow(&body)?;
-    service.grow_pool(request.size_gib.map(Gib::new)).await.map(Json)
+    pool::grow(&host, request.size_gib.map(Gib::new)).await.map(Json)
 }
 
 /// Shrinks the pool while it is in use.
@@ -301,21 +284,21 @@ async fn grow_pool(State(service): State<Service>, RawBody(body): RawBody) -> Re
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-async fn shrink_pool(State(service): State<Service>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
+async fn shrink_pool(State(host): State<Host>, RawBody(body): RawBody) -> Result<Json<PoolInfo>, ServiceError> {
     let size = ResizePool::parse_shrink(&body)?;
-    service.shrink_pool(Gib::new(size)).await.map(Json)
+    pool::shrink(&host, Gib::new(size)).await.map(Json)
 }
 
 /// Discards the pool's free blocks, which returns their space to the host disk.
 #[utoipa::path(post, path = "/pool/trim", tag = "Pool", responses((status = 200, body = Trimmed), (status = 409, description = "The pool is being resized."), (status = 503, description = "The pool is not mounted.")))]
-async fn trim_pool(State(service): State<Service>) -> Result<Json<Trimmed>, ServiceError> {
-    service.trim_pool().await.map(Json)
+async fn trim_pool(State(host): State<Host>) -> Result<Json<Trimmed>, ServiceError> {
+    pool::trim(&host).await.map(Json)
 }
 
 /// Returns information about the host, its VMs and its limits.
 #[utoipa::path(get, path = "/info", tag = "Host", responses((status = 200, body = HostInfo), (status = 503, description = "The pool is not mounted.")))]
-async fn info(State(service): State<Service>) -> Result<Json<HostInfo>, ServiceError> {
-    service.info().await.map(Json)
+async fn info(State(host): State<Host>) -> Result<Json<HostInfo>, ServiceError> {
+    info::info(&host).await.map(Json)
 }
 
 async fn no_such_route(uri: Uri) -> ServiceError {
@@ -330,244 +313,4 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ServiceError {
     ServiceError::MethodNotAllowed(format!(
         "{path} does not support {method}: the header Allow lists the methods"
     ))
-}
-
-/// The variable segment of a route's path, percent-decoded.
-pub(crate) struct Segment(pub(crate) String);
-
-impl<S: Send + Sync> FromRequestParts<S> for Segment {
-    type Rejection = ServiceError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ServiceError> {
-        match Path::<String>::from_request_parts(parts, state).await {
-            Ok(Path(segment)) => Ok(Segment(segment)),
-            Err(_) => Err(ServiceError::invalid(format!(
-                "the path {} does not decode to UTF-8: send the id or name as the API lists it",
-                quoted(parts.uri.path())
-            ))),
-        }
-    }
-}
-
-/// A body as raw bytes, whatever its content type, within the limits of size and time.
-struct RawBody(Bytes);
-
-impl<S: Send + Sync> FromRequest<S> for RawBody {
-    type Rejection = ServiceError;
-
-    async fn from_request(request: Request, _: &S) -> Result<Self, ServiceError> {
-        let too_large = || ServiceError::TooLarge(format!("the body is larger than {MAX_BODY_BYTES} bytes"));
-        let announced = request
-            .headers()
-            .get(CONTENT_LENGTH)
-            .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-        if announced.is_some_and(|length| length > MAX_BODY_BYTES as u64) {
-            return Err(too_large());
-        }
-        require_supported_encoding(request.headers(), &[])?;
-        let body = request.into_body();
-        match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY_BYTES)).await {
-            Ok(Ok(bytes)) => Ok(RawBody(bytes)),
-            Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
-            Ok(Err(error)) => Err(ServiceError::invalid(format!(
-                "cannot read the body: {}; send all of it, with Content-Length or in chunks",
-                root_cause(&error)
-            ))),
-            Err(_) => Err(ServiceError::Timeout(format!(
-                "the body did not arrive within {} s",
-                BODY_TIMEOUT.as_secs()
-            ))),
-        }
-    }
-}
-
-/// Rejects a body with a `Content-Encoding` (RFC 9110, section 8.4) other than those in
-/// `supported`.
-pub(crate) fn require_supported_encoding(headers: &HeaderMap, supported: &[&str]) -> Result<(), ServiceError> {
-    let encodings = headers.get_all(CONTENT_ENCODING).iter();
-    let encodings: Vec<String> = encodings
-        .flat_map(|value| {
-            String::from_utf8_lossy(value.as_bytes())
-                .split(',')
-                .map(str::to_owned)
-                .collect::<Vec<_>>()
-        })
-        .map(|encoding| encoding.trim().to_ascii_lowercase())
-        .filter(|encoding| !encoding.is_empty() && encoding != "identity" && !supported.contains(&encoding.as_str()))
-        .collect();
-    match encodings.first() {
-        None => Ok(()),
-        Some(encoding) => Err(ServiceError::Unsupported(format!(
-            "the Content-Encoding {} is not supported: send the body uncompressed, without this header",
-            quoted(encoding)
-        ))),
-    }
-}
-
-/// Removes a trailing slash from the request's path: clients that join paths by hand send `/vms/`
-/// for `/vms`.
-pub(crate) fn without_trailing_slash(mut request: Request) -> Request {
-    let uri = request.uri();
-    let Some(path) = uri.path().strip_suffix('/').filter(|path| !path.is_empty()) else {
-        return request;
-    };
-    let target = match uri.query() {
-        Some(query) => format!("{path}?{query}"),
-        None => path.to_owned(),
-    };
-    let mut parts = uri.clone().into_parts();
-    if let Ok(target) = target.parse() {
-        parts.path_and_query = Some(target);
-        if let Ok(uri) = Uri::from_parts(parts) {
-            *request.uri_mut() = uri;
-        }
-    }
-    request
-}
-
-/// Returns the innermost cause; the outer errors only report that reading a body failed.
-pub(crate) fn root_cause(error: &axum::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
-}
-
-fn is_length_limit(error: &axum::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        if error.is::<http_body_util::LengthLimitError>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
-}
-
-/// The token's SHA-256 digest. Comparing digests takes the same time for every token, so its
-/// duration reveals nothing, not even the token's length.
-struct TokenDigest([u8; 32]);
-
-impl TokenDigest {
-    fn new(token: &Token) -> Self {
-        TokenDigest(Sha256::digest(token.secret()).into())
-    }
-
-    fn matches(&self, offered: &[u8]) -> bool {
-        let offered: [u8; 32] = Sha256::digest(offered).into();
-        self.0.ct_eq(&offered).into()
-    }
-}
-
-/// Authentication for all routes except `/health`.
-struct Guard {
-    token: TokenDigest,
-    failed: FailedLogins,
-}
-
-async fn require_token(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    let offered = request
-        .headers()
-        .get(AUTHORIZATION)
-        .map(HeaderValue::as_bytes)
-        .and_then(bearer);
-    if offered.is_some_and(|offered| guard.token.matches(offered)) {
-        return next.run(request).await;
-    }
-    guard.failed.record(request.extensions().get::<Peer>().copied());
-    let mut response = ServiceError::Unauthorized.into_response();
-    response
-        .headers_mut()
-        .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-    response.headers_mut().extend(CLOSE_AFTER_RESPONSE);
-    response
-}
-
-/// Returns the token of `Bearer TOKEN`. The scheme is case-insensitive (RFC 9110, section 11.1).
-fn bearer(header: &[u8]) -> Option<&[u8]> {
-    let (scheme, token) = header.split_at_checked(7)?;
-    scheme.eq_ignore_ascii_case(b"bearer ").then_some(token.trim_ascii())
-}
-
-/// Gives each request an id and logs its end. A valid id sent by the client is kept. The id is in
-/// every log line of the request and in the response.
-async fn with_request_id(request: Request<Body>, next: Next) -> Response {
-    let id = request
-        .headers()
-        .get(REQUEST_ID)
-        .and_then(|id| valid_id(id.as_bytes()))
-        .unwrap_or_else(random_id);
-    let reads = request.method() == Method::GET || request.method() == Method::HEAD;
-    let path = request.uri().path().to_owned();
-    // Cut to a length that suits a log line.
-    let (method, shown) = (shortened(request.method().as_str()), shortened(&path));
-    let span = tracing::info_span!("request", id, method, path = shown);
-    async move {
-        let begun = Instant::now();
-        let mut response = match request.headers().get_all(HOST).iter().count() {
-            0 | 1 => next.run(request).await,
-            // RFC 9112, section 3.2. A proxy in front of us may have used the other one.
-            _ => ServiceError::invalid("the header Host was sent more than once: send it once".to_owned())
-                .into_response(),
-        };
-        let (status, ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
-        // Successful reads change nothing, and failed logins are already logged.
-        let expected = (reads && response.status().is_success()) || response.status() == StatusCode::UNAUTHORIZED;
-        if expected {
-            tracing::debug!(status, ms, "request finished");
-        } else {
-            tracing::info!(status, ms, "request finished");
-        }
-        if let Ok(id) = HeaderValue::from_str(&id) {
-            response.headers_mut().insert(REQUEST_ID, id);
-        }
-        response
-    }
-    .instrument(span)
-    .await
-}
-
-fn shortened(text: &str) -> String {
-    const MAX_BYTES: usize = 200;
-    // A method and a path are ASCII, so every index is a character boundary.
-    match text.get(..MAX_BYTES).filter(|start| start.len() < text.len()) {
-        Some(start) => format!("{start}…"),
-        None => text.to_owned(),
-    }
-}
-
-fn valid_id(id: &[u8]) -> Option<String> {
-    let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    let id = (1..=64).contains(&id.len()).then_some(id)?;
-    id.iter().all(allowed).then(|| String::from_utf8_lossy(id).into_owned())
-}
-
-fn random_id() -> String {
-    random_hex(8).unwrap_or_else(|error| {
-        tracing::warn!(%error, "cannot draw a random request id");
-        "none".to_owned()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_bearer_scheme_is_case_insensitive() {
-        assert_eq!(bearer(b"Bearer abc"), Some(&b"abc"[..]));
-        assert_eq!(bearer(b"bearer abc "), Some(&b"abc"[..]));
-        for header in [&b"abc"[..], b"Basic abc", b"Bearer", b""] {
-            assert_eq!(bearer(header), None);
-        }
-    }
-
-    #[test]
-    fn request_ids_that_could_break_a_log_line_are_replaced() {
-        assert_eq!(valid_id(b"build-17.a_b"), Some("build-17.a_b".to_owned()));
-        for id in [&b""[..], b"a b", b"a\nb", &[b'a'; 65]] {
-            assert_eq!(valid_id(id), None);
-        }
-    }
 }

@@ -4,13 +4,12 @@
 //! and responses have deadlines, and an unauthenticated connection is closed after its first
 //! response (see [`api`](crate::http::routes)).
 
-use crate::host::Service;
+use crate::host::Host;
 use crate::http::error_bodies::{ErrorBodies, RequestsInProgress};
 use crate::http::logins::Peer;
-use crate::http::routes::without_trailing_slash;
 use axum::Router;
 use axum::body::Body;
-use axum::http::{Request, Response};
+use axum::http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
@@ -49,7 +48,7 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// If the signal handlers cannot be installed.
-pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io::Result<()> {
+pub async fn run(listener: TcpListener, router: Router, host: &Host) -> io::Result<()> {
     let mut signals = Signals {
         terminate: signal(SignalKind::terminate())?,
         interrupt: signal(SignalKind::interrupt())?,
@@ -100,9 +99,9 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
     }
 
     drop(listener);
-    service.inner().closing.cancel();
+    host.closing.cancel();
     tokio::select! {
-        ended = tokio::time::timeout(SHUTDOWN_TIMEOUT, finish(graceful, service)) => if ended.is_err() {
+        ended = tokio::time::timeout(SHUTDOWN_TIMEOUT, finish(graceful, host)) => if ended.is_err() {
             tracing::warn!(seconds = SHUTDOWN_TIMEOUT.as_secs(), "some operations did not end in time; the next start completes or undoes them");
         },
         name = signals.next() => tracing::warn!("{name} received again: stopping now; the next start completes or undoes the operations in progress"),
@@ -111,11 +110,11 @@ pub async fn run(listener: TcpListener, router: Router, service: &Service) -> io
 }
 
 /// Waits for the operations in progress, and then briefly for clients to read their responses.
-async fn finish(graceful: GracefulShutdown, service: &Service) {
+async fn finish(graceful: GracefulShutdown, host: &Host) {
     // Clients of the event stream receive the events of these operations; then their streams end.
     let last_events = async {
-        service.finish().await;
-        service.inner().events.end();
+        host.finish().await;
+        host.events.end();
     };
     let (mut responses, mut last_events) = (pin!(graceful.shutdown()), pin!(last_events));
     let all_sent = tokio::select! {
@@ -130,7 +129,7 @@ async fn finish(graceful: GracefulShutdown, service: &Service) {
         );
     }
     // A request that was still arriving may have begun another operation.
-    service.finish().await;
+    host.finish().await;
 }
 
 /// Wraps the router as a connection's service. Each request carries its peer's address.
@@ -205,6 +204,27 @@ impl Signals {
             _ = self.interrupt.recv() => "SIGINT",
         }
     }
+}
+
+/// Removes a trailing slash from the request's path: clients that join paths by hand send `/vms/`
+/// for `/vms`.
+fn without_trailing_slash(mut request: axum::extract::Request) -> axum::extract::Request {
+    let uri = request.uri();
+    let Some(path) = uri.path().strip_suffix('/').filter(|path| !path.is_empty()) else {
+        return request;
+    };
+    let target = match uri.query() {
+        Some(query) => format!("{path}?{query}"),
+        None => path.to_owned(),
+    };
+    let mut parts = uri.clone().into_parts();
+    if let Ok(target) = target.parse() {
+        parts.path_and_query = Some(target);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
 }
 
 #[cfg(test)]

@@ -5,8 +5,10 @@
 //! deadline.
 
 use crate::host::error::ServiceError;
-use crate::host::{BASE_TEMPLATE, Service, blocking, template_name};
-use crate::http::routes::{BODY_TIMEOUT, Segment, require_supported_encoding, root_cause};
+use crate::host::handle::MAX_TRANSFERS;
+use crate::host::{BASE_TEMPLATE, Host, blocking, template_name};
+use crate::http::extract::{BODY_TIMEOUT, Segment, require_supported_encoding, root_cause};
+use crate::templates;
 use axum::Json;
 use axum::body::{self, Body};
 use axum::extract::{Query, State};
@@ -33,8 +35,6 @@ const IMAGE_BYTES: HeaderName = HeaderName::from_static("scalebox-image-bytes");
 /// Limit on the compressed chunks of an export that the network has not taken yet.
 const MAX_BUFFERED_CHUNKS: usize = 8;
 const CHUNK_BYTES: usize = 64 << 10;
-/// Limit on concurrent exports and imports.
-pub(crate) const MAX_TRANSFERS: usize = 8;
 /// Time limit for a client to read the next chunk of an export.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(120);
 /// Time limit for reading the rest of an import that has already failed.
@@ -59,20 +59,20 @@ pub struct ImportQuery {
     )
 )]
 pub async fn export(
-    State(service): State<Service>,
+    State(host): State<Host>,
     method: Method,
     Segment(name): Segment,
 ) -> Result<Response, ServiceError> {
     let parsed = template_name(&name)?;
     if method == Method::HEAD {
-        let pool = Arc::clone(&service.inner().pool);
+        let pool = Arc::clone(&host.pool);
         let template = blocking(move || pool.template(&parsed)).await?;
         // The length of the compressed image is unknown, so the response has no `Content-Length`.
         let body = Body::from_stream(stream::empty::<io::Result<body::Bytes>>());
         return Ok((export_head(&name, template.size)?, body).into_response());
     }
-    let transfer = service.begin_transfer()?;
-    let pool = Arc::clone(&service.inner().pool);
+    let transfer = begin_transfer(&host)?;
+    let pool = Arc::clone(&host.pool);
     let packing = blocking(move || pool.pack_template(&parsed)).await?;
     let size = packing.size();
     let (sender, receiver) = mpsc::channel(MAX_BUFFERED_CHUNKS);
@@ -96,7 +96,7 @@ pub async fn export(
         // The client may have disconnected.
         let _disconnected = chunks.send(last);
     });
-    let body = Body::from_stream(export_chunks(receiver, service.inner().closing.clone()));
+    let body = Body::from_stream(export_chunks(receiver, host.closing.clone()));
     Ok((export_head(&name, size)?, body).into_response())
 }
 
@@ -128,7 +128,7 @@ fn export_head(name: &str, size: Bytes) -> Result<[(HeaderName, HeaderValue); 3]
     )
 )]
 pub async fn import(
-    State(service): State<Service>,
+    State(host): State<Host>,
     Segment(name): Segment,
     query: Result<Query<ImportQuery>, axum::extract::rejection::QueryRejection>,
     headers: HeaderMap,
@@ -144,9 +144,7 @@ pub async fn import(
         is_sending: !headers.contains_key(EXPECT),
         stalled: false,
     };
-    let template = service
-        .import_template(name, input, query.replace.unwrap_or(false))
-        .await?;
+    let template = import_template(&host, name, input, query.replace.unwrap_or(false)).await?;
     Ok((StatusCode::CREATED, Json(template)))
 }
 
@@ -257,67 +255,61 @@ impl<R: Read> ImportBody<R> {
     }
 }
 
-impl Service {
-    /// Reserves one of the [`MAX_TRANSFERS`] concurrent exports and imports.
-    fn begin_transfer(&self) -> Result<OwnedSemaphorePermit, ServiceError> {
-        Arc::clone(&self.inner().transfers).try_acquire_owned().map_err(|_| {
-            ServiceError::NotReady(format!(
-                "{MAX_TRANSFERS} templates are already being exported or imported: try again later"
-            ))
-        })
-    }
+/// Reserves one of the [`MAX_TRANSFERS`] concurrent exports and imports.
+fn begin_transfer(host: &Host) -> Result<OwnedSemaphorePermit, ServiceError> {
+    Arc::clone(&host.transfers).try_acquire_owned().map_err(|_| {
+        ServiceError::NotReady(format!(
+            "{MAX_TRANSFERS} templates are already being exported or imported: try again later"
+        ))
+    })
+}
 
-    /// Creates a template from an image that arrives as a stream.
-    ///
-    /// # Errors
-    /// 400 if it is not a template image; 408 if it stops arriving; 403 for [`BASE_TEMPLATE`]; 409
-    /// if the name is in use or the template is already being created; 507 if it does not fit.
-    /// Nothing is left behind then.
-    async fn import_template(
-        &self,
-        name: String,
-        mut input: ImportBody<impl Read + Send + 'static>,
-        replace: bool,
-    ) -> Result<Template, ServiceError> {
-        if name == BASE_TEMPLATE {
-            return Err(ServiceError::Forbidden(format!(
-                "the template {BASE_TEMPLATE} is protected: choose another name"
-            )));
-        }
-        let form = |form| ServiceError::invalid(format!("the template name {form}"));
-        let parsed: TemplateName = name.parse().map_err(form)?;
-        let service = self.clone();
-        let transfer = self.begin_transfer()?;
-        self.detached(async move {
-            let _transfer = transfer;
-            if replace {
-                service.inner().templates_in_use.require_idle(&name)?;
-            }
-            let (pool, max_size) = (
-                Arc::clone(&service.inner().pool),
-                service.inner().settings.max_disk_size.bytes(),
-            );
-            let made = blocking(move || {
-                let made = pool.unpack_template(&parsed, &mut input, max_size, replace);
-                match made {
-                    Err(_) if input.stalled => Err(ServiceError::Timeout(format!(
-                        "the image is incomplete: no data received for {} s; send it again",
-                        BODY_TIMEOUT.as_secs()
-                    ))),
-                    Err(error) => {
-                        input.drain();
-                        Err(error.into())
-                    }
-                    Ok(made) => Ok(made),
-                }
-            })
-            .await?;
-            service.inner().cleanups.sweep_soon();
-            tracing::info!(template = name, size_bytes = made.size.as_u64(), "template imported");
-            let events = &service.inner().events;
-            events.publish(EventKind::TemplateCreated, None, json!({ "template": name }));
-            Ok(service.describe_template(made))
-        })
-        .await
+/// Creates a template from an image that arrives as a stream.
+///
+/// # Errors
+/// 400 if it is not a template image; 408 if it stops arriving; 403 for [`BASE_TEMPLATE`]; 409
+/// if the name is in use or the template is already being created; 507 if it does not fit.
+/// Nothing is left behind then.
+async fn import_template(
+    host: &Host,
+    name: String,
+    mut input: ImportBody<impl Read + Send + 'static>,
+    replace: bool,
+) -> Result<Template, ServiceError> {
+    if name == BASE_TEMPLATE {
+        return Err(ServiceError::Forbidden(format!(
+            "the template {BASE_TEMPLATE} is protected: choose another name"
+        )));
     }
+    let form = |form| ServiceError::invalid(format!("the template name {form}"));
+    let parsed: TemplateName = name.parse().map_err(form)?;
+    let transfer = begin_transfer(host)?;
+    host.detached(|host| async move {
+        let _transfer = transfer;
+        if replace {
+            host.templates_in_use.require_idle(&name)?;
+        }
+        let (pool, max_size) = (Arc::clone(&host.pool), host.settings.max_disk_size.bytes());
+        let made = blocking(move || {
+            let made = pool.unpack_template(&parsed, &mut input, max_size, replace);
+            match made {
+                Err(_) if input.stalled => Err(ServiceError::Timeout(format!(
+                    "the image is incomplete: no data received for {} s; send it again",
+                    BODY_TIMEOUT.as_secs()
+                ))),
+                Err(error) => {
+                    input.drain();
+                    Err(error.into())
+                }
+                Ok(made) => Ok(made),
+            }
+        })
+        .await?;
+        host.cleanups.sweep_soon();
+        tracing::info!(template = name, size_bytes = made.size.as_u64(), "template imported");
+        let events = &host.events;
+        events.publish(EventKind::TemplateCreated, None, json!({ "template": name }));
+        Ok(templates::describe(&host, made))
+    })
+    .await
 }

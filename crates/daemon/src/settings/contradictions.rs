@@ -3,7 +3,7 @@
 //! Settings that cannot work stop the command. Settings that work but may mislead are caveats,
 //! which `serve` logs and `doctor` lists.
 
-use crate::settings::{Settings, SettingsError};
+use crate::settings::values::{Settings, SettingsError};
 use scalebox_storage::Backing;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};

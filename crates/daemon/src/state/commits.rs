@@ -12,9 +12,10 @@
 //! and the file is replaced by a copy, before the client gets its response. While that fails, every
 //! change is rejected.
 
-use super::renewal;
-use super::reserve::Reserve;
-use super::{StateError, connect, failed};
+use crate::state::connection::connect;
+use crate::state::error::{StateError, failed};
+use crate::state::renewal;
+use crate::state::reserve::Reserve;
 use rusqlite::Connection;
 use scalebox_fault_points::{crash_point, fault_point};
 use std::collections::HashMap;

@@ -5,13 +5,19 @@
 //! restart. All methods block.
 
 mod commits;
+mod connection;
+mod error;
+mod keyed_request;
 mod renewal;
 mod reserve;
 
-use crate::vm::idempotency::KeyedRequest;
 use commits::Commits;
+use connection::connect;
+pub use error::StateError;
+use error::failed;
+pub use keyed_request::KeyedRequest;
 use reserve::Reserve;
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use scalebox_client::{AutoExtend, IdempotencyKey, VmStatus};
 use std::fs::{self, File};
@@ -90,106 +96,6 @@ impl Fact {
         }
     }
 }
-
-/// Why the state cannot be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum StateError {
-    /// SQLite or the disk failed.
-    #[error("the state file {}: {source}", path.display())]
-    Database {
-        /// The state file.
-        path: PathBuf,
-        /// The error from SQLite.
-        source: Arc<rusqlite::Error>,
-    },
-    /// One failure of several changes that were committed together.
-    #[error(transparent)]
-    Shared(Arc<StateError>),
-    /// A thread that was working on the state file panicked.
-    #[error("internal error: a thread panicked while changing the state file")]
-    Panicked,
-    /// The disk of `STATE_DIR` is full.
-    #[error("the disk of STATE_DIR ({}) is full: free some space there, then try again", .0.display())]
-    Full(PathBuf),
-    /// The file system of `STATE_DIR` was read-only when the daemon started.
-    #[error(
-        "STATE_DIR ({}) was read-only when scaleboxd started: make it writable and restart scaleboxd; nothing can be changed until then",
-        .0.display()
-    )]
-    ReadOnly(PathBuf),
-    /// The VM to be changed is not in the state file.
-    #[error("the state file {} has no VM {id}: nothing was changed", path.display())]
-    NoSuchVm {
-        /// The state file.
-        path: PathBuf,
-        /// The id of the VM.
-        id: String,
-    },
-    /// The state folder or its lock cannot be used.
-    #[error("cannot use the state folder {}: {source}", path.display())]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// Another daemon uses the state.
-    #[error("another scaleboxd uses {}: stop it first, or set STATE_DIR to another folder", .0.display())]
-    Locked(PathBuf),
-    /// The state was written by a later release.
-    #[error("{} was written by a later release (schema {found}, but this release supports up to {known}): install that release again", path.display())]
-    LaterSchema {
-        /// The state file.
-        path: PathBuf,
-        /// The schema of the file.
-        found: usize,
-        /// The latest supported schema.
-        known: usize,
-    },
-}
-
-impl StateError {
-    /// Returns the underlying error of a shared one.
-    pub fn root(&self) -> &StateError {
-        match self {
-            StateError::Shared(shared) => shared.root(),
-            other => other,
-        }
-    }
-}
-
-/// The steps that migrate a state file to the current schema, one per schema version. The version
-/// is the number of completed steps, in `PRAGMA user_version`. Steps are only ever appended.
-const MIGRATIONS: [&str; 6] = [
-    "CREATE TABLE vms (
-        id TEXT PRIMARY KEY,
-        name TEXT NOT NULL UNIQUE,
-        template TEXT NOT NULL,
-        ssh_public_key TEXT NOT NULL,
-        created_at TEXT NOT NULL,
-        vcpu_count INTEGER NOT NULL,
-        mem_size_mib INTEGER NOT NULL,
-        disk_size_gib INTEGER NOT NULL,
-        guest_ip TEXT NOT NULL UNIQUE,
-        ssh_port INTEGER NOT NULL UNIQUE,
-        status TEXT NOT NULL,
-        status_reason TEXT
-    ) STRICT;
-    CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
-    "CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, digest TEXT NOT NULL, vm TEXT NOT NULL) STRICT;
-    CREATE TRIGGER forget_key AFTER DELETE ON vms BEGIN DELETE FROM idempotency_keys WHERE vm = OLD.id; END",
-    // The three columns are set together or not at all.
-    "ALTER TABLE vms ADD COLUMN extend_threshold_percent INTEGER;
-    ALTER TABLE vms ADD COLUMN extend_increment_gib INTEGER;
-    ALTER TABLE vms ADD COLUMN extend_limit_gib INTEGER",
-    "ALTER TABLE vms ADD COLUMN disk_iops INTEGER;
-    ALTER TABLE vms ADD COLUMN disk_mbps INTEGER;
-    ALTER TABLE vms ADD COLUMN net_mbps INTEGER;
-    ALTER TABLE vms ADD COLUMN autostart INTEGER NOT NULL DEFAULT 1",
-    // Earlier releases wrote keys before their VMs; a crash in between left keys without a VM.
-    "DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)",
-    "ALTER TABLE vms ADD COLUMN vmm TEXT",
-];
 
 /// The open state file. Only one process can open it at a time.
 #[derive(Debug)]
@@ -486,16 +392,6 @@ impl State {
     }
 }
 
-fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
-    if source.sqlite_error_code() == Some(ErrorCode::DiskFull) {
-        return StateError::Full(path.parent().unwrap_or(path).to_owned());
-    }
-    StateError::Database {
-        path: path.to_owned(),
-        source,
-    }
-}
-
 /// Opens the lock file, creating it if missing. On a read-only or full file system, opens the
 /// folder instead.
 fn lock_file(folder: &Path) -> io::Result<File> {
@@ -530,18 +426,6 @@ fn copy_to(folder: &Path, scratch: &Path) -> io::Result<PathBuf> {
     Ok(copy)
 }
 
-fn connect(path: &Path) -> Result<Connection, StateError> {
-    let database = |error| failed(path, Arc::new(error));
-    let mut connection = Connection::open(path).map_err(database)?;
-    connection
-        .execute_batch(
-            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0; PRAGMA temp_store=MEMORY;",
-        )
-        .map_err(database)?;
-    migrate(&mut connection, path)?;
-    Ok(connection)
-}
-
 fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
     connection
         .prepare_cached(
@@ -573,29 +457,6 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             vm.autostart,
             vm.vmm,
         ])
-}
-
-fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StateError> {
-    let database = |error| failed(path, Arc::new(error));
-    let done: usize = connection
-        .query_row("PRAGMA user_version", [], |row| row.get(0))
-        .map_err(database)?;
-    if done > MIGRATIONS.len() {
-        return Err(StateError::LaterSchema {
-            path: path.to_owned(),
-            found: done,
-            known: MIGRATIONS.len(),
-        });
-    }
-    for (step, sql) in MIGRATIONS.iter().enumerate().skip(done) {
-        let transaction = connection.transaction().map_err(database)?;
-        transaction.execute_batch(sql).map_err(database)?;
-        transaction
-            .pragma_update(None, "user_version", step + 1)
-            .map_err(database)?;
-        transaction.commit().map_err(database)?;
-    }
-    Ok(())
 }
 
 fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
@@ -647,30 +508,33 @@ fn malformed(column: &str, value: &str) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, problem.into())
 }
 
+/// A record for tests, with names and addresses that differ by `n`.
+#[cfg(test)]
+pub fn example_record(n: u16) -> Record {
+    Record {
+        id: format!("vm-{n:012x}"),
+        name: format!("vm-{n}"),
+        template: "debian-base".into(),
+        ssh_public_key: "ssh-ed25519 AAAA".into(),
+        created_at: format!("2026-01-02T03:04:{n:02}Z"),
+        vcpu_count: 1,
+        mem_size_mib: 512,
+        disk_size_gib: 10,
+        auto_extend: None,
+        limits: VmLimits::default(),
+        autostart: true,
+        vmm: None,
+        guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
+        ssh_port: 22001 + n,
+        status: VmStatus::Running,
+        status_reason: None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::example_record as vm;
     use super::*;
-
-    fn vm(n: u16) -> Record {
-        Record {
-            id: format!("vm-{n:012x}"),
-            name: format!("vm-{n}"),
-            template: "debian-base".into(),
-            ssh_public_key: "ssh-ed25519 AAAA".into(),
-            created_at: format!("2026-01-02T03:04:{n:02}Z"),
-            vcpu_count: 1,
-            mem_size_mib: 512,
-            disk_size_gib: 10,
-            auto_extend: None,
-            limits: VmLimits::default(),
-            autostart: true,
-            vmm: None,
-            guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
-            ssh_port: 22001 + n,
-            status: VmStatus::Running,
-            status_reason: None,
-        }
-    }
 
     #[test]
     fn changes_are_there_after_reopening() {

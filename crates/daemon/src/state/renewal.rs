@@ -8,7 +8,8 @@
 //! The copy is valid from the moment it is named [`REPLACEMENT`]. After a crash from then on, the
 //! next start completes the replacement with [`finish`].
 
-use super::{StateError, connect, failed};
+use crate::state::connection::connect;
+use crate::state::error::{StateError, failed};
 use rusqlite::Connection;
 use std::fs::{self, File};
 use std::io;

@@ -5,105 +5,59 @@
 //! program that does not start, it is logged and retried until it succeeds. If the daemon ends
 //! before that, the next start removes what is left.
 
+use crate::host::cleanups::{Cleanup, Deleted};
 use crate::host::error::ServiceError;
+use crate::host::files::remove_dir;
 use crate::host::vms::LeaseGuard;
-use crate::host::{Service, blocking, vm_id};
+use crate::host::{Host, blocking, vm_id};
 use crate::pool::reclaim;
 use crate::state::Record;
-use crate::vm::lifecycle::{endpoint, remove_dir};
+use crate::vm::lifecycle;
+use crate::vm::spec::endpoint;
 use scalebox_fault_points::crash_point;
-use scalebox_net::Endpoint;
 use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use std::convert::Infallible;
 use std::mem;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Retry interval for failed removals.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-
-/// The cleanups that failed and are retried.
-#[derive(Default)]
-pub struct Cleanups {
-    failed: Mutex<Vec<Cleanup>>,
-    /// Whether partial or deleted files may be left in the pool.
-    sweep: AtomicBool,
-}
-
-impl Cleanups {
-    /// Counts the VMs that still have something to remove on the host.
-    pub fn pending(&self) -> usize {
-        self.lock().len()
-    }
-
-    /// Requests a sweep of the pool, after an operation that failed or left files to remove.
-    pub fn sweep_soon(&self) {
-        self.sweep.store(true, Ordering::Relaxed);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Cleanup>> {
-        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Everything a VM has left on the host. Each part is cleared once it is removed.
-pub struct Cleanup {
-    record: Record,
-    /// A machine to kill; `None` if it has ended or was not adopted.
-    machine: Option<Arc<dyn Machine>>,
-    /// Whether a process may exist that was not adopted, for example one that does not respond.
-    may_run: bool,
-    /// Tap and forward.
-    endpoint: Option<Endpoint>,
-    /// Seed drive, sockets and pid file.
-    run_dir: Option<PathBuf>,
-    /// The parts that only a deleted VM leaves.
-    deleted: Option<Deleted>,
-}
-
-struct Deleted {
-    /// The address and port, reserved while tap and forward exist.
-    lease: Option<LeaseGuard>,
-    /// Whether the disk still has its name and is still committed.
-    has_disk: bool,
-    console_dir: PathBuf,
-}
 
 impl Cleanup {
     /// Cleans up after a machine that has ended; the VM is kept.
     ///
     /// # Errors
     /// If the record has no valid address.
-    pub fn of_stopped(service: &Service, record: &Record) -> Result<Cleanup, ServiceError> {
+    pub fn of_stopped(host: &Host, record: &Record) -> Result<Cleanup, ServiceError> {
         Ok(Cleanup {
             record: record.clone(),
             machine: None,
             may_run: false,
             endpoint: Some(endpoint(record)?),
-            run_dir: Some(service.run_dir(&record.id)),
+            run_dir: Some(host.run_dir(&record.id)),
             deleted: None,
         })
     }
 
     /// Cleans up after a machine that was not adopted and could not be killed. Its folder may also
     /// be what could not be removed.
-    pub fn of_unadopted(service: &Service, record: &Record) -> Cleanup {
+    pub fn of_unadopted(host: &Host, record: &Record) -> Cleanup {
         Cleanup {
             record: record.clone(),
             machine: None,
             may_run: true,
             endpoint: endpoint(record).ok(),
-            run_dir: Some(service.run_dir(&record.id)),
+            run_dir: Some(host.run_dir(&record.id)),
             deleted: None,
         }
     }
 
     /// Cleans up after a VM whose record is gone.
     pub fn of_deleted(
-        service: &Service,
+        host: &Host,
         record: &Record,
         machine: Option<Arc<dyn Machine>>,
         lease: Option<LeaseGuard>,
@@ -113,41 +67,41 @@ impl Cleanup {
             machine,
             // A record without a valid address never had a tap.
             endpoint: endpoint(record).ok(),
-            run_dir: Some(service.run_dir(&record.id)),
+            run_dir: Some(host.run_dir(&record.id)),
             deleted: Some(Deleted {
                 lease,
                 has_disk: true,
-                console_dir: service.console_dir(&record.id),
+                console_dir: host.console_dir(&record.id),
             }),
             record: record.clone(),
         }
     }
 
     /// Tries once now, and leaves the rest to [`run`].
-    pub async fn begin(mut self, service: &Service) {
-        if let Err(error) = self.proceed(service).await {
-            self.begin_later(service, &error);
+    pub async fn begin(mut self, host: &Host) {
+        if let Err(error) = self.proceed(host).await {
+            self.begin_later(host, &error);
         }
     }
 
     /// Leaves all of it to [`run`].
-    pub fn begin_later(self, service: &Service, error: &ServiceError) {
+    pub fn begin_later(self, host: &Host, error: &ServiceError) {
         tracing::warn!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
-        service.inner().cleanups.lock().push(self);
+        host.cleanups.lock().push(self);
     }
 
     /// Removes each remaining part, once. Can be called again after an error.
-    async fn proceed(&mut self, service: &Service) -> Result<(), ServiceError> {
+    async fn proceed(&mut self, host: &Host) -> Result<(), ServiceError> {
         if let Some(machine) = &self.machine {
             machine.kill().await?;
             self.machine = None;
         } else if self.may_run {
-            service.force_stop_once(&self.record.id).await?;
+            lifecycle::force_stop_once(host, &self.record.id).await?;
             self.may_run = false;
         }
         crash_point("clean up: machine ended");
         if let Some(endpoint) = &self.endpoint {
-            service.inner().network.detach(endpoint).await?;
+            host.network.detach(endpoint).await?;
             self.endpoint = None;
         }
         crash_point("clean up: tap and forward gone");
@@ -156,24 +110,21 @@ impl Cleanup {
             self.run_dir = None;
         }
         match &mut self.deleted {
-            Some(deleted) => deleted.proceed(service, &self.record).await,
+            Some(deleted) => deleted.proceed(host, &self.record).await,
             None => Ok(()),
         }
     }
 
     /// Retries. Returns whether nothing is left.
-    async fn retry(&mut self, service: &Service) -> bool {
+    async fn retry(&mut self, host: &Host) -> bool {
         // A start or a deletion in the meantime cleans up by itself.
-        let _operation = match (
-            &self.deleted,
-            service.inner().vms.begin(&self.record.id, "being cleaned up"),
-        ) {
+        let _operation = match (&self.deleted, host.vms.begin(&self.record.id, "being cleaned up")) {
             (Some(_), _) => None,
             (None, Ok(operation)) if operation.machine.is_none() => Some(operation),
             (None, Ok(_) | Err(ServiceError::NotFound(_))) => return true,
             (None, Err(_)) => return false,
         };
-        match self.proceed(service).await {
+        match self.proceed(host).await {
             Ok(()) => {
                 tracing::info!(vm = self.record.id, "cleaned up after the VM");
                 true
@@ -187,13 +138,13 @@ impl Cleanup {
 }
 
 impl Deleted {
-    async fn proceed(&mut self, service: &Service, record: &Record) -> Result<(), ServiceError> {
+    async fn proceed(&mut self, host: &Host, record: &Record) -> Result<(), ServiceError> {
         drop(self.lease.take());
         if self.has_disk {
-            let (pool, disk) = (Arc::clone(&service.inner().pool), vm_id(&record.id)?);
+            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
             let unlinked = blocking(move || pool.unlink_disk(&disk)).await?;
             self.has_disk = false;
-            reclaim::free_blocks(service, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));
+            reclaim::free_blocks(host, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));
         }
         let console = self.console_dir.clone();
         blocking(move || remove_dir(&console)).await
@@ -202,12 +153,12 @@ impl Deleted {
 
 /// Removes the files that failed operations left in the pool, if a sweep was requested. Files of
 /// operations in progress are not touched.
-async fn sweep_when_due(service: &Service) {
-    let cleanups = &service.inner().cleanups;
+async fn sweep_when_due(host: &Host) {
+    let cleanups = &host.cleanups;
     if !cleanups.sweep.swap(false, Ordering::Relaxed) {
         return;
     }
-    let pool = Arc::clone(&service.inner().pool);
+    let pool = Arc::clone(&host.pool);
     match blocking(move || pool.sweep_partials()).await {
         Ok(removed) => {
             for path in removed {
@@ -222,17 +173,16 @@ async fn sweep_when_due(service: &Service) {
 }
 
 /// Retries failed cleanups for as long as it is polled.
-pub async fn run(service: Service) -> Infallible {
+pub async fn run(host: Host) -> Infallible {
     loop {
         tokio::time::sleep(RETRY_INTERVAL).await;
-        sweep_when_due(&service).await;
-        let pending = mem::take(&mut *service.inner().cleanups.lock());
+        sweep_when_due(&host).await;
+        let pending = mem::take(&mut *host.cleanups.lock());
         for mut cleanup in pending {
-            let one = service.clone();
-            let tried = service.detached(async move {
-                let is_done = cleanup.retry(&one).await;
+            let tried = host.detached(|host| async move {
+                let is_done = cleanup.retry(&host).await;
                 if !is_done {
-                    one.inner().cleanups.lock().push(cleanup);
+                    host.cleanups.lock().push(cleanup);
                 }
                 Ok(())
             });

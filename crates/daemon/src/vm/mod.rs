@@ -1,12 +1,97 @@
-//! Operations on one VM: creation, start and stop, change, snapshot, deletion, and recovery at start.
+//! Operations on one VM: creation, start and stop, change, snapshot, deletion, and recovery at
+//! start.
+//!
+//! The functions here run in tasks of their own: they complete even if the caller stops waiting.
 
+pub mod auto_extend;
 pub mod change;
 pub mod cleanup;
 pub mod create;
 pub mod guest_fs;
 pub mod idempotency;
 pub mod lifecycle;
+pub mod pause;
 pub mod reboot_loop;
 pub mod recovery;
-pub mod restart;
 pub mod snapshot;
+pub mod spec;
+pub mod transition;
+pub mod trim;
+pub mod view;
+
+use crate::host::Host;
+use crate::host::error::ServiceError;
+use scalebox_client::{CreateVm, Trimmed, UpdateVm, Vm};
+
+/// Creates a VM. Completes even if the caller stops waiting.
+///
+/// If an earlier request with the same idempotency key created a VM, returns that VM; the
+/// second value reports which case it is.
+///
+/// # Errors
+/// 404 if there is no such template, 400 if the disk is smaller than the template, 409 if the
+/// name is in use, 507 if the disk does not fit, 503 if the host is not ready. Nothing is left
+/// behind.
+pub async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
+    host.detached(|host| async move { idempotency::create(&host, request).await })
+        .await
+}
+
+/// Starts a stopped VM.
+///
+/// # Errors
+/// 404; 409 if the VM is running or another operation is running on it.
+pub async fn start(host: &Host, reference: String) -> Result<Vm, ServiceError> {
+    host.detached(|host| async move { lifecycle::start_now(&host, &reference).await })
+        .await
+}
+
+/// Shuts a VM down; kills the guest if it has not shut down after [`STOP_TIMEOUT`].
+///
+/// # Errors
+/// 404; 409 if the VM is not running or another operation is running on it.
+pub async fn stop(host: &Host, reference: String) -> Result<Vm, ServiceError> {
+    host.detached(|host| async move { lifecycle::stop_now(&host, &reference).await })
+        .await
+}
+
+/// Changes a VM. Grows its disk and the file system on it: live if the VM runs, otherwise
+/// offline.
+///
+/// Waits for the operation in progress on the VM, so that the largest size wins when several
+/// requests arrive at once.
+///
+/// # Errors
+/// 404; 400 if the disk would become smaller; 507 if it does not fit. Nothing is changed then.
+pub async fn update(host: &Host, reference: String, request: UpdateVm) -> Result<Vm, ServiceError> {
+    host.detached(|host| async move { change::update_now(&host, &reference, request).await })
+        .await
+}
+
+/// Discards the free blocks of a guest's file systems.
+///
+/// # Errors
+/// 404; 409 if the VM is not running or its agent does not respond.
+pub async fn trim_vm(host: &Host, reference: String) -> Result<Trimmed, ServiceError> {
+    host.detached(|host| async move { trim::on_demand(&host, &reference).await })
+        .await
+}
+
+/// Deletes a VM, running or not, with its disk. Cancels and undoes the creation of a VM of this
+/// name.
+///
+/// # Errors
+/// 404; 409 if another operation is running on the VM.
+pub async fn delete(host: &Host, reference: String) -> Result<(), ServiceError> {
+    host.detached(|host| async move { lifecycle::delete_now(&host, &reference).await })
+        .await
+}
+
+/// Shuts a VM down as [`stop`] does, and starts it. A stopped VM is started.
+///
+/// # Errors
+/// 404; 409 if another operation is running on the VM.
+pub async fn restart(host: &Host, reference: String) -> Result<Vm, ServiceError> {
+    host.detached(|host| async move { lifecycle::restart_now(&host, &reference).await })
+        .await
+}

@@ -7,10 +7,10 @@
 //! until it succeeds.
 
 use crate::host::error::ServiceError;
-use crate::host::{Service, blocking};
+use crate::host::{Host, blocking};
+use crate::pool::admission;
 use crate::state::Record;
-use crate::vm::create::is_insufficient;
-use crate::vm::guest_fs;
+use crate::vm::{change, guest_fs};
 use futures::stream::{self, StreamExt};
 use scalebox_client::{AutoExtend, EventKind};
 use scalebox_guest::FsUsage;
@@ -38,39 +38,25 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(600);
 /// growing the disk again would not help.
 const MIN_FILE_SYSTEM_SHARE: f64 = 0.8;
 
-/// Rejects a limit below the current size of the disk.
-///
-/// # Errors
-/// 400.
-pub fn check(extend: AutoExtend, size: Gib) -> Result<(), ServiceError> {
-    if extend.limit_gib < size.as_u64() {
-        return Err(ServiceError::invalid_field(
-            "disk_auto_extend.limit_gib",
-            format!("disk_auto_extend.limit_gib must be at least the size of the disk, which is {size} GiB"),
-        ));
-    }
-    Ok(())
-}
-
 /// Extends disks for as long as it is polled.
-pub async fn run(service: Service) -> Infallible {
+pub async fn run(host: Host) -> Infallible {
     let schedule = Schedule::default();
     loop {
         tokio::time::sleep(SHORT_INTERVAL).await;
         let now = Instant::now();
-        let extending = service.inner().vms.extending();
+        let extending = host.vms.extending();
         schedule.retain(&extending);
         let due = extending.into_iter().filter(|(vm, _)| schedule.is_due(&vm.id, now));
         stream::iter(due)
             .for_each_concurrent(MAX_CONCURRENT_QUERIES, |(vm, machine)| {
-                check_guest(&service, &schedule, vm, machine)
+                check_guest(&host, &schedule, vm, machine)
             })
             .await;
     }
 }
 
 /// Queries one guest, and extends its disk if needed.
-async fn check_guest(service: &Service, schedule: &Schedule, vm: Record, machine: Arc<dyn Machine>) {
+async fn check_guest(host: &Host, schedule: &Schedule, vm: Record, machine: Arc<dyn Machine>) {
     let Some(extend) = vm.auto_extend else { return };
     // The usage is unknown without an agent, or while the guest boots.
     let Some(root) = guest_fs::root_file_system(&machine).await else {
@@ -87,7 +73,7 @@ async fn check_guest(service: &Service, schedule: &Schedule, vm: Record, machine
     let reason = if root.total < Gib::new(vm.disk_size_gib).bytes().scaled(MIN_FILE_SYSTEM_SHARE) {
         "the guest's file system has not grown since its disk last grew: run resize2fs in the guest".to_owned()
     } else {
-        match extend_disk(service, &vm, extend, used).await {
+        match extend_disk(host, &vm, extend, used).await {
             // The guest needs a moment to grow its file system.
             Ok(()) => {
                 schedule.clear_failure(&vm.id);
@@ -108,10 +94,7 @@ async fn check_guest(service: &Service, schedule: &Schedule, vm: Record, machine
             "cannot auto-extend the VM's disk"
         );
         let details = json!({ "reason": reason, "used_percent": used });
-        service
-            .inner()
-            .events
-            .publish(EventKind::NotExtended, Some(&vm), details);
+        host.events.publish(EventKind::NotExtended, Some(&vm), details);
     }
 }
 
@@ -123,29 +106,29 @@ fn used_percent(root: &FsUsage) -> u64 {
 }
 
 /// Extends a VM's disk once.
-async fn extend_disk(service: &Service, vm: &Record, extend: AutoExtend, used: u64) -> Result<(), ServiceError> {
+async fn extend_disk(host: &Host, vm: &Record, extend: AutoExtend, used: u64) -> Result<(), ServiceError> {
     let max_growth = extend
         .increment_gib
         .min(extend.limit_gib.saturating_sub(vm.disk_size_gib));
     // Admission may wait for deleted disks, so it comes first: no operation on the VM waits for it.
-    let admitted = admit(service, Gib::new(max_growth)).await?;
-    let operation = service.inner().vms.begin(&vm.id, "being extended")?;
+    let admitted = admit(host, Gib::new(max_growth)).await?;
+    let operation = host.vms.begin(&vm.id, "being extended")?;
     let now = &operation.record;
     if (now.disk_size_gib, now.auto_extend) != (vm.disk_size_gib, vm.auto_extend) || operation.machine.is_none() {
         // The VM was changed in the meantime; the next query decides again.
         return Ok(());
     }
     let cause = json!({ "by": "auto_extend", "used_percent": used });
-    service.grow_and_publish(&operation, admitted, cause).await
+    change::grow_and_publish(host, &operation, admitted, cause).await
 }
 
 /// Admits as much as fits, at most `max` and at least 1 GiB.
-async fn admit(service: &Service, max: Gib) -> Result<Reservation, ServiceError> {
-    let rejected = match service.admit(max.bytes()).await {
-        Err(error) if is_insufficient(&error) => error,
+async fn admit(host: &Host, max: Gib) -> Result<Reservation, ServiceError> {
+    let rejected = match admission::admit(host, max.bytes()).await {
+        Err(error) if error.is_insufficient() => error,
         other => return other,
     };
-    let pool = Arc::clone(&service.inner().pool);
+    let pool = Arc::clone(&host.pool);
     let less = blocking(move || {
         let smaller = (1..max.as_u64()).rev().map(|size| Gib::new(size).bytes());
         Ok::<_, ServiceError>(smaller.map(|size| pool.admit(size)).find_map(Result::ok))

@@ -2,6 +2,23 @@
 
 pub mod extend;
 pub mod network;
+pub mod reclaim;
 pub mod space;
 pub mod trim;
 pub mod usage;
+
+use crate::host::Host;
+use crate::pool::growth;
+use crate::vm::cleanup;
+
+/// Starts all background loops. `unconnected` are the VMs that recovery could not connect.
+pub fn start(host: &Host, unconnected: Vec<String>) {
+    tokio::spawn(space::run(host.clone()));
+    tokio::spawn(reclaim::run(host.clone()));
+    tokio::spawn(cleanup::run(host.clone()));
+    tokio::spawn(usage::run(host.clone()));
+    tokio::spawn(network::run(host.clone(), unconnected));
+    tokio::spawn(trim::run(host.clone()));
+    tokio::spawn(extend::run(host.clone()));
+    tokio::spawn(growth::reconcile(host.clone()));
+}

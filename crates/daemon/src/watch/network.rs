@@ -6,9 +6,9 @@
 //! VM, so that no VM is reconnected while it is being deleted, and retries until no part is
 //! missing.
 
-use crate::host::Service;
+use crate::host::Host;
 use crate::host::error::ServiceError;
-use crate::vm::lifecycle::endpoint;
+use crate::vm::spec::endpoint;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -16,25 +16,25 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Watches the network for as long as it is polled. `missing` lists the VMs that could not be
 /// connected at start.
-pub async fn run(service: Service, mut missing: Vec<String>) -> Infallible {
+pub async fn run(host: Host, mut missing: Vec<String>) -> Infallible {
     loop {
         tokio::time::sleep(INTERVAL).await;
-        match service.inner().network.is_whole().await {
+        match host.network.is_whole().await {
             Ok(true) if missing.is_empty() => {}
             Ok(true) => {
-                missing = connect(&service, missing, false).await;
+                missing = connect(&host, missing, false).await;
                 if missing.is_empty() {
                     tracing::info!("all VMs are connected to the network again");
                 }
             }
             Ok(false) => {
                 tracing::warn!("another program has removed the bridge or nftables tables: restoring them");
-                if let Err(error) = service.inner().network.repair().await {
+                if let Err(error) = host.network.repair().await {
                     tracing::error!(%error, "cannot restore the network; retrying");
                     continue;
                 }
-                let all = service.inner().vms.all().into_iter().map(|record| record.id).collect();
-                missing = connect(&service, all, true).await;
+                let all = host.vms.all().into_iter().map(|record| record.id).collect();
+                missing = connect(&host, all, true).await;
                 tracing::info!(missing = missing.len(), "network restored");
             }
             Err(error) => tracing::warn!(%error, "cannot check the network"),
@@ -44,8 +44,8 @@ pub async fn run(service: Service, mut missing: Vec<String>) -> Infallible {
 
 /// Attaches tap and forward of each VM. Returns the VMs to retry: those that fail, and those with
 /// an operation in progress. `log_failures` is false on retries.
-async fn connect(service: &Service, vms: Vec<String>, log_failures: bool) -> Vec<String> {
-    let inner = service.inner();
+async fn connect(host: &Host, vms: Vec<String>, log_failures: bool) -> Vec<String> {
+    let inner = host;
     let mut missing = Vec::new();
     for id in vms {
         let operation = match inner.vms.begin(&id, "being connected again") {

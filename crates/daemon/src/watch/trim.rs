@@ -4,78 +4,33 @@
 //! punches holes in the disk, the pool frees the blocks, and the host disk gets them back (see
 //! [`reclaim`](crate::pool::reclaim)).
 
-use crate::host::Service;
-use crate::host::agent::{self, AgentFailed};
-use crate::host::error::ServiceError;
-use scalebox_client::{Trimmed, VmStatus};
-use scalebox_guest::AgentError;
-use scalebox_units::Bytes;
-use scalebox_vmm::Machine;
+use crate::host::Host;
+use crate::vm::trim;
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// How often to check which guests are due.
 const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Trims the file systems of a running guest, and requests a trim of the pool.
-///
-/// # Errors
-/// 404; 409 if the VM is not running, or its agent does not respond or cannot trim.
-pub async fn on_demand(service: &Service, reference: &str) -> Result<Trimmed, ServiceError> {
-    let (record, machine) = service.inner().vms.find_with_machine(reference)?;
-    let name = record.name;
-    let (VmStatus::Running, Some(machine)) = (record.status, machine) else {
-        return Err(ServiceError::WrongState(format!(
-            "VM {name} is {}: only a running guest can be trimmed",
-            record.status
-        )));
-    };
-    if !machine.supports_discard() {
-        return Err(ServiceError::WrongState(format!(
-            "cannot trim VM {name}: its hypervisor does not support discard, so blocks are freed only when the VM is deleted"
-        )));
-    }
-    let trimmed = trim(service, &machine).await.map_err(|why| {
-        let advice = match why {
-            AgentFailed::Unreachable(_) | AgentFailed::Rejected(AgentError::Timeout) => {
-                "; if the guest has no agent, run `fstrim /` in it"
-            }
-            AgentFailed::Rejected(_) => "",
-        };
-        ServiceError::WrongState(format!("cannot trim VM {name}: {why}{advice}"))
-    })?;
-    Ok(Trimmed {
-        trimmed_bytes: trimmed.as_u64(),
-    })
-}
-
-async fn trim(service: &Service, machine: &Arc<dyn Machine>) -> Result<Bytes, AgentFailed> {
-    let trimmed = agent::reach(machine).await?.trim().await?;
-    service.inner().reclaim.freed();
-    tracing::info!(vm = %machine.id(), trimmed_bytes = trimmed.as_u64(), "guest trimmed");
-    Ok(trimmed)
-}
-
 /// Trims each guest once per interval, for as long as it is polled.
-pub async fn run(service: Service) -> Infallible {
-    let interval = service.inner().settings.guest_trim_interval;
+pub async fn run(host: Host) -> Infallible {
+    let interval = host.settings.guest_trim_interval;
     if interval.is_zero() {
         return std::future::pending().await;
     }
     let mut schedule = Schedule::default();
     loop {
         tokio::time::sleep(CHECK_INTERVAL.min(interval)).await;
-        let running = service.inner().vms.running();
+        let running = host.vms.running();
         let ids: Vec<&str> = running.iter().map(|(id, _)| id.as_str()).collect();
         let due = schedule.due(&ids, interval, Instant::now());
         for (id, machine) in running.iter().filter(|(id, _)| due.contains(id)) {
             if !machine.supports_discard() {
                 continue;
             }
-            if let Err(why) = trim(&service, machine).await {
+            if let Err(why) = trim::trim(&host, machine).await {
                 tracing::info!(
                     vm = id,
                     %why,

@@ -32,15 +32,22 @@ pub const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0n
 const WAIT_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Waits until `probe` returns a value.
-pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+pub fn eventually<T>(event: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
         if let Some(found) = probe() {
             return found;
         }
-        assert!(begun.elapsed() < WAIT_TIMEOUT, "timed out waiting for {what}");
+        assert!(begun.elapsed() < WAIT_TIMEOUT, "timed out waiting for {event}");
         std::thread::park_timeout(Duration::from_millis(20));
     }
+}
+
+/// Checks one promise of `subject`, and first prints the name of the function that checks it: the
+/// last name printed is the promise that failed.
+pub fn promise<T>(subject: &mut T, check: impl FnOnce(&mut T)) {
+    eprintln!("promise: {}", std::any::type_name_of_val(&check));
+    check(subject);
 }
 
 pub fn run(program: &str, args: &[&str]) -> String {

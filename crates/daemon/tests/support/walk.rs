@@ -250,71 +250,22 @@ impl Scene {
     }
 
     fn check_once(&self, operation: &Operation, reported: &Reported) -> Findings {
-        let mut findings = Findings::default();
-        let Findings { lost, leaked } = &mut findings;
         let vms = self.host.client().vms().unwrap();
-        for before in &reported.vms {
-            let may_end = operation.ends && before.name == MADE;
-            match vms.iter().find(|vm| vm.id == before.id) {
-                None if may_end => {}
-                None => lost.push(format!("VM {} is missing", before.name)),
-                Some(vm) if vm.disk_size_gib < before.disk_size_gib => {
-                    lost.push(format!("the disk of {} became smaller", vm.name))
-                }
-                Some(vm) if before.status == VmStatus::Running && vm.status != before.status && !may_end => {
-                    lost.push(format!("VM {} was running, and is {}", vm.name, vm.status));
-                }
-                Some(_) => {}
-            }
-        }
         let templates = self.templates();
-        for template in &reported.templates {
-            let may_end = operation.ends && template == MADE;
-            if !may_end && !templates.contains(template) {
-                lost.push(format!("the template {template} is missing"));
-            }
-        }
-        for vm in &vms {
-            lost.extend(self.wrong_with_disk(vm));
-        }
-        let kept = vms.iter().find(|vm| vm.name == KEPT).map(|vm| self.host.disk(vm));
-        if kept.is_none_or(|disk| run("debugfs", &["-R", "cat /content", text(&disk)]) != CONTENT) {
-            lost.push(format!("the file in {KEPT} has changed"));
-        }
-
-        let running: Vec<&Vm> = vms.iter().filter(|vm| vm.status == VmStatus::Running).collect();
-        let disks: BTreeSet<String> = vms.iter().map(|vm| format!("{}.ext4", vm.id)).collect();
-        let ids: BTreeSet<String> = vms.iter().map(|vm| vm.id.clone()).collect();
-        let running_ids: BTreeSet<String> = running.iter().map(|vm| vm.id.clone()).collect();
-        let mut orphans = |what: &str, folder: &str, known: &BTreeSet<String>| {
-            for name in names_in(&self.host.folder.join(folder)) {
-                if !known.contains(&name) {
-                    leaked.push(format!("{what} {name}"));
-                }
-            }
+        let mut findings = Findings {
+            lost: self.lost(operation, reported, &vms, &templates),
+            leaked: self.orphans(&vms, &templates),
         };
-        orphans("the disk", "pool/vms", &disks);
-        orphans("the machine's folder", "run/vms", &running_ids);
-        orphans("the console's folder", "state/console", &ids);
-        let images = templates
-            .iter()
-            .map(|name| format!("{name}.ext4"))
-            .chain([".grown".to_owned()]);
-        orphans("the template", "pool/templates", &images.collect());
-        for clone in names_in(&self.host.folder.join("pool/templates/.grown")) {
-            let of = clone.split_once('@').map_or("", |(template, _)| template);
-            if !templates.contains(of) || clone.ends_with(".partial") {
-                leaked.push(format!("the base image {clone}"));
-            }
-        }
-        let mut count = |what: &str, found: usize, right: usize| {
+        let Findings { lost, leaked } = &mut findings;
+        let running = vms.iter().filter(|vm| vm.status == VmStatus::Running).count();
+        let mut count = |kind: &str, found: usize, right: usize| {
             if found != right {
-                leaked.push(format!("{found} {what} instead of {right}"));
+                leaked.push(format!("{found} {kind} instead of {right}"));
             }
         };
-        count("taps", self.host.taps().len(), running.len());
-        count("forwards", self.forwards(), running.len());
-        count("machines", self.machines(), running.len());
+        count("taps", self.host.taps().len(), running);
+        count("forwards", self.forwards(), running);
+        count("machines", self.machines(), running);
         count("loop devices", self.loop_devices().len(), 1);
         let sizes: u64 = vms.iter().map(|vm| vm.disk_size_gib << 30).sum();
         let pool = self.host.client().pool().unwrap();
@@ -330,6 +281,76 @@ impl Scene {
             ));
         }
         findings
+    }
+
+    /// Lists the reported VMs and templates that are missing or changed, and damaged disks.
+    fn lost(
+        &self,
+        operation: &Operation,
+        reported: &Reported,
+        vms: &[Vm],
+        templates: &BTreeSet<String>,
+    ) -> Vec<String> {
+        let mut lost = Vec::new();
+        for before in &reported.vms {
+            let may_end = operation.ends && before.name == MADE;
+            match vms.iter().find(|vm| vm.id == before.id) {
+                None if may_end => {}
+                None => lost.push(format!("VM {} is missing", before.name)),
+                Some(vm) if vm.disk_size_gib < before.disk_size_gib => {
+                    lost.push(format!("the disk of {} became smaller", vm.name))
+                }
+                Some(vm) if before.status == VmStatus::Running && vm.status != before.status && !may_end => {
+                    lost.push(format!("VM {} was running, and is {}", vm.name, vm.status));
+                }
+                Some(_) => {}
+            }
+        }
+        for template in &reported.templates {
+            let may_end = operation.ends && template == MADE;
+            if !may_end && !templates.contains(template) {
+                lost.push(format!("the template {template} is missing"));
+            }
+        }
+        for vm in vms {
+            lost.extend(self.wrong_with_disk(vm));
+        }
+        let kept = vms.iter().find(|vm| vm.name == KEPT).map(|vm| self.host.disk(vm));
+        if kept.is_none_or(|disk| run("debugfs", &["-R", "cat /content", text(&disk)]) != CONTENT) {
+            lost.push(format!("the file in {KEPT} has changed"));
+        }
+        lost
+    }
+
+    /// Lists the files and folders that belong to no VM and no template.
+    fn orphans(&self, vms: &[Vm], templates: &BTreeSet<String>) -> Vec<String> {
+        let mut leaked = Vec::new();
+        let disks: BTreeSet<String> = vms.iter().map(|vm| format!("{}.ext4", vm.id)).collect();
+        let ids: BTreeSet<String> = vms.iter().map(|vm| vm.id.clone()).collect();
+        let running = vms.iter().filter(|vm| vm.status == VmStatus::Running);
+        let running_ids: BTreeSet<String> = running.map(|vm| vm.id.clone()).collect();
+        let mut orphans = |kind: &str, folder: &str, known: &BTreeSet<String>| {
+            for name in names_in(&self.host.folder.join(folder)) {
+                if !known.contains(&name) {
+                    leaked.push(format!("{kind} {name}"));
+                }
+            }
+        };
+        orphans("the disk", "pool/vms", &disks);
+        orphans("the machine's folder", "run/vms", &running_ids);
+        orphans("the console's folder", "state/console", &ids);
+        let images = templates
+            .iter()
+            .map(|name| format!("{name}.ext4"))
+            .chain([".grown".to_owned()]);
+        orphans("the template", "pool/templates", &images.collect());
+        for base_image in names_in(&self.host.folder.join("pool/templates/.grown")) {
+            let of = base_image.split_once('@').map_or("", |(template, _)| template);
+            if !templates.contains(of) || base_image.ends_with(".partial") {
+                leaked.push(format!("the base image {base_image}"));
+            }
+        }
+        leaked
     }
 
     /// Checks a disk. Record, file and file system must agree in size, and the file system must be

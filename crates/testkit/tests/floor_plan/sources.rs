@@ -199,8 +199,8 @@ impl<'syntax> Visit<'syntax> for Paths {
         visit::visit_path(self, path);
     }
 
-    /// The path in `pub(crate)` names who may use the item, not what it uses.
-    fn visit_vis_restricted(&mut self, _: &'syntax syn::VisRestricted) {}
+    // `pub(crate)` uses nothing.
+    fn visit_visibility(&mut self, _: &'syntax syn::Visibility) {}
 
     fn visit_item_mod(&mut self, item: &'syntax ItemMod) {
         if !is_test(&item.attrs) {

@@ -17,15 +17,15 @@ use support::{Host, HostDisk, Options, eventually, run, text};
 const GIB: u64 = 1 << 30;
 
 /// Creates, grows, snapshots and deletes VMs.
-fn serves(host: &mut Host) {
+fn check_vm_operations(host: &mut Host) {
     let client = host.client();
     let vm = host.create_stopped("tiny", Some(2));
     let grown = client.update_vm(&vm.id, &UpdateVm::grow(3)).unwrap();
     assert!(grown.disk_size_gib == 3 && grown.disk.unwrap().confirmed);
     run("e2fsck", &["-fn", text(&host.disk(&vm))]);
-    let template_name = "golden".parse().unwrap();
+    let template_name = "derived".parse().unwrap();
     client.snapshot_vm(&vm.id, &SnapshotVm { template_name }).unwrap();
-    let copy = host.create_stopped("golden", None);
+    let copy = host.create_stopped("derived", None);
     run("e2fsck", &["-fn", text(&host.disk(&copy))]);
     eventually("the disk usage", || {
         let pool = client.pool().unwrap();
@@ -45,7 +45,7 @@ fn serves(host: &mut Host) {
     for vm in [&vm, &copy] {
         client.delete_vm(&vm.id).unwrap();
     }
-    client.delete_template("golden").unwrap();
+    client.delete_template("derived").unwrap();
     eventually("the commitments to be released", || {
         let pool = client.pool().unwrap();
         (pool.committed_bytes == 0 && pool.reserved_bytes == 0).then_some(())
@@ -69,7 +69,7 @@ fn a_pool_in_a_folder_on_xfs_works_and_does_not_manage_the_file_system() {
     std::os::unix::fs::symlink(&pool, host.folder.join("pool")).unwrap();
     host.import_tiny("tiny");
     host.serve();
-    serves(&mut host);
+    check_vm_operations(&mut host);
     let info = host.client().pool().unwrap();
     assert_eq!(
         (info.file_system.as_str(), info.image, info.host_free_bytes),
@@ -109,7 +109,7 @@ fn a_pool_on_a_separate_device_works_and_is_unmounted() {
         });
         host.import_tiny("tiny");
         host.serve();
-        serves(&mut host);
+        check_vm_operations(&mut host);
         let info = host.client().pool().unwrap();
         assert_eq!(
             (info.file_system.as_str(), info.image, &info.device),

@@ -1,0 +1,18 @@
+//! The machines that are paused because storage is full.
+
+use scalebox_vmm::Machine;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The machines that are paused because storage is full, by VM id.
+#[derive(Default)]
+pub struct PausedVms {
+    machines: Mutex<HashMap<String, Arc<dyn Machine>>>,
+}
+
+impl PausedVms {
+    /// Locks the table. Held for look-ups only, never across an await.
+    pub fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<dyn Machine>>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,15 @@
+//! What automatic growth of the pool remembers.
+
+use std::sync::atomic::AtomicBool;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+/// The state of automatic growth. The lock makes growths sequential: a waiting caller finds the
+/// pool grown.
+#[derive(Default)]
+pub struct PoolGrowth {
+    /// The time of the last growth, if it failed.
+    pub failed: Mutex<Option<Instant>>,
+    /// Whether `pool::growth::reconcile` is running.
+    pub reconciling: AtomicBool,
+}

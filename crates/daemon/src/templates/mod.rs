@@ -1,0 +1,65 @@
+//! The list of templates, and their deletion. Export and import are in [`http`](crate::http).
+
+use crate::host::error::ServiceError;
+use crate::host::{BASE_TEMPLATE, Host, blocking, rfc3339, template_name, usage_tracker};
+use scalebox_client::{EventKind, Template};
+use serde_json::json;
+use std::sync::Arc;
+
+/// Lists all templates.
+///
+/// # Errors
+/// 500 if the pool cannot be read.
+pub async fn list(host: &Host) -> Result<Vec<Template>, ServiceError> {
+    let pool = Arc::clone(&host.pool);
+    let templates = blocking(move || pool.templates()).await?;
+    Ok(templates.into_iter().map(|template| describe(host, template)).collect())
+}
+
+/// Finds a template.
+///
+/// # Errors
+/// 404.
+pub async fn get(host: &Host, name: String) -> Result<Template, ServiceError> {
+    let parsed = template_name(&name)?;
+    let pool = Arc::clone(&host.pool);
+    let template = blocking(move || pool.template(&parsed)).await?;
+    Ok(describe(host, template))
+}
+
+/// Describes a template, with the latest measurement of its blocks.
+pub fn describe(host: &Host, template: scalebox_storage::Template) -> Template {
+    let accounts = host.usage.latest();
+    Template {
+        storage: accounts
+            .as_deref()
+            .and_then(|accounts| usage_tracker::template_usage(accounts, &template)),
+        size_bytes: template.size.as_u64(),
+        used_bytes: template.used.as_u64(),
+        created_at: rfc3339(template.created_at.try_into().unwrap_or(jiff::Timestamp::UNIX_EPOCH)),
+        used_by: host.vms.count_from_template(template.name.as_str()),
+        protected: template.name.as_str() == BASE_TEMPLATE,
+        name: template.name.to_string(),
+    }
+}
+
+/// Deletes a template. VMs created from it are kept.
+///
+/// # Errors
+/// 403 for [`BASE_TEMPLATE`]; 404; 409 while a VM is being created from it.
+pub async fn delete(host: &Host, name: String) -> Result<(), ServiceError> {
+    if name == BASE_TEMPLATE {
+        return Err(ServiceError::Forbidden(format!(
+            "the template {BASE_TEMPLATE} is protected and cannot be deleted"
+        )));
+    }
+    let parsed = template_name(&name)?;
+    host.templates_in_use.require_idle(&name)?;
+    let pool = Arc::clone(&host.pool);
+    blocking(move || pool.delete_template(&parsed)).await?;
+    host.cleanups.sweep_soon();
+    tracing::info!(template = name, "template deleted");
+    host.events
+        .publish(EventKind::TemplateDeleted, None, json!({ "template": name }));
+    Ok(())
+}
