@@ -6,7 +6,8 @@ use crate::measure::timed;
 use crate::{Outcome, Setup};
 use rustix::fs::ioctl_ficlone;
 use scalebox_client::{Client, CreateVm, SshPublicKey};
-use scalebox_storage::{Backing, Bounds, Gib, Name, Pool};
+use scalebox_storage::{Backing, Bounds, Pool};
+use scalebox_units::{Gib, TemplateName, VmId};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -51,7 +52,7 @@ pub struct DiskFactory<'a> {
     setup: &'a Setup,
     daemon: &'a Daemon,
     pool: Pool,
-    template: Name,
+    template: TemplateName,
     key: SshPublicKey,
 }
 
@@ -75,7 +76,7 @@ impl<'a> DiskFactory<'a> {
 
     /// Creates a disk. Returns the time it took and the id for [`DiskFactory::remove`].
     pub fn create(&self, method: Method, number: usize, size_gib: u64) -> Outcome<(Duration, String)> {
-        let id = format!("bench-{number:05}");
+        let id = format!("vm-{number:012x}");
         match method {
             Method::Seed => {
                 let mount_point = self.setup.scratch.join("mnt").join(&id);
@@ -106,7 +107,7 @@ impl<'a> DiskFactory<'a> {
                 Ok((time, id))
             }
             Method::Library => {
-                let name: Name = id.parse()?;
+                let name: VmId = id.parse()?;
                 let (time, ()) = timed(|| {
                     let reservation = self.pool.admit(Gib::new(size_gib).bytes())?;
                     self.pool.create_disk(&name, &self.template, &reservation)?;

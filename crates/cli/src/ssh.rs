@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::settings::{home, is_file, xdg_folder};
 use crate::vm::check_runs;
-use scalebox_client::{Client, InvalidFormat, SshPublicKey, Vm, is_vm_id};
+use scalebox_client::{Client, InvalidFormat, SshPublicKey, Vm, VmId};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::Read;
@@ -16,7 +16,7 @@ use std::process::Command;
 pub fn connect(client: &Client, vm: &str, identity: Option<&Path>, command: &[String]) -> Result<(), Error> {
     let vm = client.vm(vm)?;
     check_runs(&vm)?;
-    if !is_vm_id(&vm.id) {
+    if vm.id.parse::<VmId>().is_err() {
         return Err(Error::InvalidVmId(vm.id));
     }
     let known_hosts = known_hosts()?;

@@ -38,7 +38,7 @@ pub use event_stream::EventStream;
 pub use http::{Client, ClientError, Export};
 pub use idempotency::IdempotencyKey;
 pub use requests::{CreateVm, Limits, ResizePool, SnapshotVm, UpdateVm};
-pub use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmName, is_vm_id};
+pub use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};
 pub use types::{
     AutoExtend, Cpu, Disk, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
     TemplateList, Trimmed, Vm, VmCounts, VmList, VmStatus,

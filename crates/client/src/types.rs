@@ -8,7 +8,7 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Vm {
-    /// `vm-` and twelve lower-case hex digits; see [`is_vm_id`](crate::is_vm_id).
+    /// `vm-` and twelve lower-case hex digits; see [`VmId`](crate::VmId).
     #[cfg_attr(feature = "openapi", schema(pattern = "^vm-[0-9a-f]{12}$"))]
     pub id: String,
     /// Unique among the VMs of the host; also the guest's host name.

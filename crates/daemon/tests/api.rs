@@ -256,7 +256,7 @@ fn a_vm_is_created_found_listed_and_deleted() {
         })
         .unwrap();
     let vm = unmeasured([vm]).remove(0);
-    assert!(scalebox_client::is_vm_id(&vm.id), "{}", vm.id);
+    assert!(vm.id.parse::<scalebox_units::VmId>().is_ok(), "{}", vm.id);
     assert_eq!(
         (vm.name.as_str(), vm.template.as_str(), vm.status),
         ("my-box", "tiny", VmStatus::Stopped)

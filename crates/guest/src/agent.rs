@@ -7,7 +7,7 @@
 
 use qapi::futures::{QapiService, QgaStreamTokio};
 use qapi::qga;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::io;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, WriteHalf};

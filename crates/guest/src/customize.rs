@@ -4,10 +4,11 @@
 use crate::command::{Program, run};
 use crate::embedded;
 use crate::error::Error;
+use crate::scrub;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Units that are enabled in a guest: our own, and Debian's that are disabled by default.
 const ENABLED_UNITS: [&str; 5] = [
@@ -18,13 +19,9 @@ const ENABLED_UNITS: [&str; 5] = [
     "ssh.service",
 ];
 
-/// Files that the build or its packages leave, and that would be identical in every clone, or are
-/// useless there.
-const REMOVED_PATHS: [&str; 13] = [
-    // Created at the first boot.
-    "etc/hostname",
-    "var/lib/dbus/machine-id",
-    "var/lib/systemd/random-seed",
+/// Files that the build or its packages leave, and that are useless in a guest. Those of one machine
+/// only are in [`scrub`].
+const REMOVED_PATHS: [&str; 10] = [
     // mmdebstrap's own; ours is next to it.
     "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
     "etc/apt/apt.conf.d/99mmdebstrap",
@@ -52,7 +49,7 @@ pub(crate) fn customize(root: &Path, kernel: &Path, version: &str) -> Result<(),
     for path in REMOVED_PATHS {
         remove(&root.join(path))?;
     }
-    remove_host_keys(root)?;
+    remove_identity(root)?;
     write(root, "etc/machine-id", 0o444, "")?;
     link("../run/scalebox/resolv.conf", &root.join("etc/resolv.conf"))?;
     make_dir(&root.join("var/lib/scalebox"))?;
@@ -115,15 +112,27 @@ fn add_account(root: &Path) -> Result<(), Error> {
     )
 }
 
-fn remove_host_keys(root: &Path) -> Result<(), Error> {
-    let dir = root.join("etc/ssh");
-    for entry in fs::read_dir(&dir).map_err(Error::io("read", &dir))? {
-        let entry = entry.map_err(Error::io("read", &dir))?;
-        if entry.file_name().to_string_lossy().starts_with("ssh_host_") {
-            remove(&entry.path())?;
+/// Removes what belongs to one machine only, and would be identical in every clone.
+fn remove_identity(root: &Path) -> Result<(), Error> {
+    for path in scrub::REMOVED_FILES {
+        remove(&inside(root, path))?;
+    }
+    for (folder, prefixes) in scrub::REMOVED_BY_PREFIX {
+        let dir = inside(root, folder);
+        for entry in fs::read_dir(&dir).map_err(Error::io("read", &dir))? {
+            let entry = entry.map_err(Error::io("read", &dir))?;
+            let name = entry.file_name();
+            if prefixes.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+                remove(&entry.path())?;
+            }
         }
     }
     Ok(())
+}
+
+/// Returns the path below `root` of an absolute path in the guest.
+fn inside(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
 }
 
 fn choose_units(root: &Path) -> Result<(), Error> {

@@ -16,6 +16,7 @@
 //! | `mirrors` | chooses the package archive |
 //! | `bootstrap` | installs the packages into a directory, with mmdebstrap |
 //! | `customize`, `embedded` | turns the installation into a guest: own files, account, units |
+//! | `scrub` | [`scrub`]: what a disk contains of one machine only |
 //! | `kernel`, `lz4` | the kernel package: image and modules |
 //! | `initramfs`, `cpio` | the initramfs, which loads virtio drivers and mounts the root |
 //! | `mke2fs` | writes the ext4 image, in user space |
@@ -39,7 +40,7 @@
 //!     instance_id: "vm-0123456789ab".into(),
 //!     hostname: "very-silly-penguin".parse()?,
 //!     ssh_public_key: key.parse()?,
-//!     mac: [0x52, 0x54, 0x00, 0x12, 0x34, 0x56],
+//!     mac: "52:54:00:12:34:56".parse()?,
 //!     address: "172.16.0.2/16".parse()?,
 //!     gateway: "172.16.0.1".parse()?,
 //!     dns: vec!["172.16.0.1".parse()?],
@@ -66,6 +67,7 @@ mod mke2fs;
 mod progress;
 mod recipe;
 mod scratch;
+pub mod scrub;
 mod seed;
 mod template;
 

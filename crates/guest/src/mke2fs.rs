@@ -3,7 +3,7 @@
 use crate::command::{Program, run};
 use crate::error::Error;
 use crate::progress::{self, Progress};
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::fs::File;
 use std::path::Path;
 

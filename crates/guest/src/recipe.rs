@@ -2,7 +2,7 @@
 
 use crate::embedded;
 use crate::error::Error;
-use scalebox_storage::{Bytes, Gib};
+use scalebox_units::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
 /// Incremented when a code change affects the result of a build. Cached templates of older code are

@@ -9,7 +9,7 @@
 use crate::error::Error;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 use ipnet::Ipv4Net;
-use scalebox_units::{SshPublicKey, VmName};
+use scalebox_units::{Mac, SshPublicKey, VmName};
 use serde_json::{Value, json};
 use std::fmt::Display;
 use std::io::{self, Cursor, Write};
@@ -34,7 +34,7 @@ pub struct SeedDrive {
     /// The key that the account `user` accepts.
     pub ssh_public_key: SshPublicKey,
     /// MAC of the network interface that gets the address, in transmission order.
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// The guest's address, with the prefix length of its network.
     pub address: Ipv4Net,
     /// The default route: another address of the same network.
@@ -105,17 +105,12 @@ impl SeedDrive {
 
     fn network_config(&self) -> String {
         let interface: Value = json!({
-            "match": { "macaddress": self.mac() },
+            "match": { "macaddress": self.mac.to_string() },
             "addresses": [self.address.to_string()],
             "routes": [{ "to": "0.0.0.0/0", "via": self.gateway }],
             "nameservers": { "addresses": self.dns },
         });
         json!({ "version": 2, "ethernets": { "eth0": interface } }).to_string()
-    }
-
-    /// Formats the MAC as `02:5b:ac:10:00:02`.
-    fn mac(&self) -> String {
-        self.mac.map(|byte| format!("{byte:02x}")).join(":")
     }
 
     fn facts(&self) -> String {
@@ -126,7 +121,7 @@ impl SeedDrive {
         fact("instance-id", &self.instance_id);
         fact("hostname", &self.hostname);
         fact("ssh-key", &self.ssh_public_key);
-        fact("mac", &self.mac());
+        fact("mac", &self.mac);
         fact("address", &self.address);
         fact("gateway", &self.gateway);
         for server in &self.dns {
@@ -186,7 +181,7 @@ mod tests {
             instance_id: "vm-0123456789ab".into(),
             hostname: "very-silly-penguin".parse().unwrap(),
             ssh_public_key: format!("{KEY} some: \"one\" # 'here' $(x) `y`").parse().unwrap(),
-            mac: [0x52, 0x54, 0x00, 0xab, 0xcd, 0x01],
+            mac: Mac::new([0x52, 0x54, 0x00, 0xab, 0xcd, 0x01]),
             address: "172.16.3.4/16".parse().unwrap(),
             gateway: Ipv4Addr::new(172, 16, 0, 1),
             dns: vec![Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)],

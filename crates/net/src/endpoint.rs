@@ -1,74 +1,25 @@
 //! The tap, MAC, address and host port of one VM.
 
-use crate::error::{Error, Result};
-use std::fmt;
+use scalebox_units::{Mac, VmId};
 use std::net::Ipv4Addr;
-use std::str::FromStr;
 
 /// Prefix of our taps' names. Twelve hex digits follow: 14 bytes of the 15 that a name may have.
 const TAP_PREFIX: &str = "sb";
 
-/// Number of hex digits in a VM's key.
-const KEY_DIGITS: usize = 12;
+/// Prefix of this crate's MACs: locally administered and unicast (the two low bits of the first
+/// byte). A bridge with this prefix was created by this crate.
+const MAC_PREFIX: [u8; 2] = [0x02, 0x5b];
 
-/// A MAC address, formatted and parsed as `02:5b:ac:10:00:02`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Mac([u8; 6]);
-
-impl Mac {
-    /// Prefix of this crate's MACs: locally administered and unicast (the two low bits of the first
-    /// byte). A bridge with this prefix was created by this crate.
-    const PREFIX: [u8; 2] = [0x02, 0x5b];
-
-    /// Derives the MAC of the machine with this address. It is unique wherever the address is, and
-    /// nothing has to be stored.
-    pub fn from_ip(ip: Ipv4Addr) -> Mac {
-        let [a, b, c, d] = ip.octets();
-        Mac([Mac::PREFIX[0], Mac::PREFIX[1], a, b, c, d])
-    }
-
-    /// Returns the six bytes, in transmission order.
-    pub fn octets(self) -> [u8; 6] {
-        self.0
-    }
-
-    /// Returns whether the address has this crate's prefix.
-    pub(crate) fn has_our_prefix(address: &[u8]) -> bool {
-        address.starts_with(&Mac::PREFIX)
-    }
+/// Derives the MAC of the machine with this address. It is unique wherever the address is, and
+/// nothing has to be stored.
+pub fn mac_from_ip(ip: Ipv4Addr) -> Mac {
+    let [a, b, c, d] = ip.octets();
+    Mac::new([MAC_PREFIX[0], MAC_PREFIX[1], a, b, c, d])
 }
 
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-/// The error for a text that is not a MAC address.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a MAC address; write six bytes such as 02:5b:ac:10:00:02")]
-pub struct ParseMacError(String);
-
-impl FromStr for Mac {
-    type Err = ParseMacError;
-
-    fn from_str(text: &str) -> std::result::Result<Mac, ParseMacError> {
-        let bytes: Option<Vec<u8>> = text
-            .split(':')
-            .map(|byte| {
-                if byte.len() == 2 {
-                    u8::from_str_radix(byte, 16).ok()
-                } else {
-                    None
-                }
-            })
-            .collect();
-        bytes
-            .and_then(|bytes| bytes.try_into().ok())
-            .map(Mac)
-            .ok_or_else(|| ParseMacError(text.to_owned()))
-    }
+/// Returns whether a link's address has this crate's prefix.
+pub(crate) fn has_our_prefix(address: &[u8]) -> bool {
+    address.starts_with(&MAC_PREFIX)
 }
 
 /// A rate limit per direction, in megabits (10⁶ bits) per second.
@@ -93,7 +44,7 @@ impl Mbps {
 }
 
 /// The network identity of one VM, with the owner of its tap and its rate limit. Everything but
-/// owner and rate is derived from the VM's key, address and port, and is therefore the same after a
+/// owner and rate is derived from the VM's id, address and port, and is therefore the same after a
 /// restart.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Endpoint {
@@ -105,32 +56,23 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Creates the endpoint of the VM with the id `vm_key`: 12 lower-case hex digits, with or
-    /// without the prefix `vm-`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::VmKey`] for a malformed key.
+    /// Creates the endpoint of the VM `id`.
     ///
     /// ```
     /// use scalebox_net::Endpoint;
-    /// let endpoint = Endpoint::new("vm-0123456789ab", "172.16.0.2".parse()?, 22001)?;
+    /// let endpoint = Endpoint::new(&"vm-0123456789ab".parse()?, "172.16.0.2".parse()?, 22001);
     /// assert_eq!(endpoint.tap(), "sb0123456789ab");
     /// assert_eq!(endpoint.mac().to_string(), "02:5b:ac:10:00:02");
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn new(vm_key: &str, guest_ip: Ipv4Addr, ssh_port: u16) -> Result<Endpoint> {
-        let digits = vm_key.strip_prefix("vm-").unwrap_or(vm_key);
-        if !is_key(digits) {
-            return Err(Error::VmKey(vm_key.to_owned()));
-        }
-        Ok(Endpoint {
-            tap: format!("{TAP_PREFIX}{digits}"),
+    pub fn new(id: &VmId, guest_ip: Ipv4Addr, ssh_port: u16) -> Endpoint {
+        Endpoint {
+            tap: format!("{TAP_PREFIX}{}", id.digits()),
             guest_ip,
             ssh_port,
             owner: 0,
             rate: None,
-        })
+        }
     }
 
     /// Sets the user that may open the tap besides root, for a VMM that runs as that user. Takes
@@ -158,7 +100,7 @@ impl Endpoint {
 
     /// Returns the MAC of the guest's interface; frames with another source are dropped.
     pub fn mac(&self) -> Mac {
-        Mac::from_ip(self.guest_ip)
+        mac_from_ip(self.guest_ip)
     }
 
     /// Returns the guest's address; packets with another source are dropped.
@@ -179,11 +121,7 @@ impl Endpoint {
 
 /// Returns whether an interface name has the form of our taps.
 pub(crate) fn is_tap_name(name: &str) -> bool {
-    name.strip_prefix(TAP_PREFIX).is_some_and(is_key)
-}
-
-fn is_key(digits: &str) -> bool {
-    digits.len() == KEY_DIGITS && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    name.strip_prefix(TAP_PREFIX).is_some_and(VmId::are_digits)
 }
 
 #[cfg(test)]
@@ -191,39 +129,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn malformed_keys_are_rejected() {
-        let ip = Ipv4Addr::new(10, 0, 0, 2);
-        for key in [
-            "",
-            "vm-",
-            "vm-0123456789a",
-            "vm-0123456789abc",
-            "vm-0123456789AB",
-            "vm-01234567 9ab",
-            "vm-vm-0123456789ab",
-            "../../etc/pass",
-        ] {
-            assert!(matches!(Endpoint::new(key, ip, 1), Err(Error::VmKey(_))), "{key:?}");
-        }
-        assert_eq!(
-            Endpoint::new("0123456789ab", ip, 1).expect("bare"),
-            Endpoint::new("vm-0123456789ab", ip, 1).expect("with vm-")
-        );
+    fn macs_are_local_unicast() {
+        let mac = mac_from_ip(Ipv4Addr::new(172, 16, 255, 254));
+        assert_eq!(mac.octets()[0] & 0b11, 0b10);
+        assert!(mac.is_unicast() && has_our_prefix(&mac.octets()));
     }
 
     #[test]
-    fn macs_are_local_unicast_and_round_trip() {
-        let mac = Mac::from_ip(Ipv4Addr::new(172, 16, 255, 254));
-        assert_eq!(mac.octets()[0] & 0b11, 0b10);
-        assert_eq!(mac.to_string().parse(), Ok(mac));
-        for text in [
-            "",
-            "02:5b:ac:10:00",
-            "02:5b:ac:10:00:02:03",
-            "2:5b:ac:10:0:2",
-            "zz:5b:ac:10:00:02",
-        ] {
-            assert!(text.parse::<Mac>().is_err(), "{text:?}");
+    fn taps_are_recognized_by_their_names() {
+        assert!(is_tap_name("sb0123456789ab"));
+        for name in ["sbtest0", "sb0123456789a", "sb0123456789AB", "0123456789ab", "tap0"] {
+            assert!(!is_tap_name(name), "{name}");
         }
     }
 }

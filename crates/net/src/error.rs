@@ -31,9 +31,6 @@ pub enum Error {
         /// The last port.
         max: u16,
     },
-    /// A malformed VM key.
-    #[error("{0:?} is not a VM key; a key is 12 lower-case hex digits, with or without the prefix vm-")]
-    VmKey(String),
     /// An address that a guest cannot have.
     #[error(
         "{ip} is not a guest address in {subnet}; the gateway has the first address, and the network and broadcast addresses are reserved"

@@ -84,7 +84,7 @@ mod tap;
 
 pub use addresses::{Addresses, Lease};
 pub use config::{NetConfig, PRIVATE_NETWORKS};
-pub use endpoint::{Endpoint, Mac, Mbps, ParseMacError};
+pub use endpoint::{Endpoint, Mbps, mac_from_ip};
 pub use error::{Error, Result};
 pub use firewall::{Dropped, FirewallDrop};
 pub use host_port::port_is_free_on_host;

@@ -1,12 +1,12 @@
 //! Interfaces, bridge ports and addresses, by netlink. No other module uses the crate `rtnetlink`.
 
-use crate::endpoint::Mac;
 use crate::error::{Error, Result};
 use futures::TryStreamExt;
 use ipnet::Ipv4Net;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{BridgeStpState, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkUnspec};
+use scalebox_units::Mac;
 use std::io;
 use std::net::IpAddr;
 

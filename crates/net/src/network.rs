@@ -2,7 +2,7 @@
 //! difference.
 
 use crate::config::NetConfig;
-use crate::endpoint::{Endpoint, Mac, is_tap_name};
+use crate::endpoint::{Endpoint, has_our_prefix, is_tap_name, mac_from_ip};
 use crate::error::{Error, Result};
 use crate::firewall::{self, FirewallDrop};
 use crate::links::{Link, Links};
@@ -346,7 +346,7 @@ pub(crate) fn lacks_the_bridge_family(output: &str) -> bool {
 }
 
 async fn ensure_bridge(links: &Links, config: &NetConfig) -> Result<Link> {
-    let mac = Mac::from_ip(config.gateway());
+    let mac = mac_from_ip(config.gateway());
     let bridge = match links.find(config.bridge()).await? {
         Some(bridge) => bridge,
         None => {
@@ -400,7 +400,7 @@ pub(crate) async fn check_bridge(links: &Links, config: &NetConfig) -> Result<()
 fn check_ours(link: &Link) -> Result<()> {
     let why = if !link.is_bridge() {
         "is not a bridge"
-    } else if !Mac::has_our_prefix(&link.mac) {
+    } else if !has_our_prefix(&link.mac) {
         "is a bridge that Scalebox did not create"
     } else {
         return Ok(());

@@ -10,9 +10,10 @@
 //! addresses, ports.
 
 use crate::config::NetConfig;
-use crate::endpoint::{Endpoint, Mac, Mbps};
+use crate::endpoint::{Endpoint, Mbps};
 use crate::error::{Error, Result};
 use crate::nft;
+use scalebox_units::Mac;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};

@@ -7,9 +7,9 @@ mod common;
 
 use common::{
     EVENT_TIMEOUT, GATEWAY, Guest, HOST, Namespace, OUTSIDE, SILENCE_TIMEOUT, SUBNET, Session, config, endpoint,
-    greeting, ip, links, nft, on_a_host, open_tap, outside, responds_to_ping, rules, serve, sysctl, unreachable,
+    greeting, id, ip, links, nft, on_a_host, open_tap, outside, responds_to_ping, rules, serve, sysctl, unreachable,
 };
-use scalebox_net::{Endpoint, Error, Mac, Mbps, NetConfig, Network, Reconciled, port_is_free_on_host};
+use scalebox_net::{Endpoint, Error, Mbps, NetConfig, Network, Reconciled, mac_from_ip, port_is_free_on_host};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
@@ -128,8 +128,8 @@ fn two_networks_coexist() {
         let config =
             NetConfig::new("sbtest1", "10.78.0.0/24".parse().expect("a subnet"), 23001..=23100).expect("valid");
         let second = Network::ensure(config).await.expect("a second network");
-        let here = Endpoint::new("vm-00000000000a", Ipv4Addr::new(10, 77, 0, 10), 22001).expect("valid");
-        let there = Endpoint::new("vm-00000000000b", Ipv4Addr::new(10, 78, 0, 10), 23001).expect("valid");
+        let here = Endpoint::new(&id("vm-00000000000a"), Ipv4Addr::new(10, 77, 0, 10), 22001);
+        let there = Endpoint::new(&id("vm-00000000000b"), Ipv4Addr::new(10, 78, 0, 10), 23001);
         first.attach(&here).await.expect("attach");
         second.attach(&there).await.expect("attach");
         let first_guest = Guest::boot(&here);
@@ -538,7 +538,7 @@ fn frame_headers_and_arp_payloads_are_checked() {
         }
         assert_eq!(
             reply[22..32],
-            [&Mac::from_ip(GATEWAY).octets()[..], &GATEWAY.octets()].concat()
+            [&mac_from_ip(GATEWAY).octets()[..], &GATEWAY.octets()].concat()
         );
     });
 }
@@ -737,13 +737,13 @@ fn ports_addresses_and_taps_in_use_are_rejected() {
         network.attach(&endpoint(1)).await.expect("attach");
         let before = (links(), rules());
         let (free_ip, taken_ip) = (Ipv4Addr::new(10, 77, 0, 50), endpoint(1).guest_ip());
-        for (key, ip, port) in [
-            ("00000000000f", free_ip, 22002),
-            ("00000000000f", taken_ip, 22050),
-            ("00000000000f", taken_ip, 22002),
-            ("000000000001", free_ip, 22050),
+        for (text, ip, port) in [
+            ("vm-00000000000f", free_ip, 22002),
+            ("vm-00000000000f", taken_ip, 22050),
+            ("vm-00000000000f", taken_ip, 22002),
+            ("vm-000000000001", free_ip, 22050),
         ] {
-            let other = Endpoint::new(key, ip, port).expect("valid");
+            let other = Endpoint::new(&id(text), ip, port);
             let error = network.attach(&other).await.expect_err("in use");
             assert!(matches!(error, Error::Taken { .. }), "{error}");
             let error = network.reconcile(&[endpoint(1), other]).await.expect_err("in use");
@@ -755,7 +755,7 @@ fn ports_addresses_and_taps_in_use_are_rejected() {
             Ipv4Addr::new(10, 77, 0, 255),
             Ipv4Addr::new(10, 78, 0, 5),
         ] {
-            let other = Endpoint::new("00000000000f", reserved, 22050).expect("valid");
+            let other = Endpoint::new(&id("vm-00000000000f"), reserved, 22050);
             assert!(matches!(
                 network.attach(&other).await,
                 Err(Error::NotAGuestAddress { .. })

@@ -42,8 +42,8 @@
 //! the space. Exactly one of the two happens, because the guard is consumed.
 
 use crate::error::StorageError;
-use crate::size::{Bytes, Gib};
 use crate::space::Space;
+use scalebox_units::{Bytes, Gib};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The limits that admission enforces.

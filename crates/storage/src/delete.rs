@@ -5,12 +5,11 @@
 //! file; if the host crashes, the next mount drops files without a name. Nothing is left to sweep.
 
 use crate::error::StorageError;
-use crate::files;
-use crate::name::Name;
+use crate::local::files;
+use crate::local::space::allocated;
 use crate::pool::Pool;
-use crate::size::Bytes;
-use crate::space::allocated;
 use scalebox_fault_points::crash_point;
+use scalebox_units::{Bytes, VmId};
 use std::fs::{self, File};
 use std::io;
 
@@ -27,7 +26,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn unlink_disk(&self, id: &Name) -> Result<Option<UnlinkedDisk>, StorageError> {
+    pub fn unlink_disk(&self, id: &VmId) -> Result<Option<UnlinkedDisk>, StorageError> {
         let path = self.disk_path(id);
         // Opened for writing, because on XFS the file is truncated later.
         let unlinked = files::open_write(&path).and_then(|disk| fs::remove_file(&path).map(|()| disk));

@@ -1,13 +1,12 @@
 //! Disks: each VM's own clone of a template.
 
-use crate::DiskLocation;
 use crate::admission::Reservation;
 use crate::error::StorageError;
-use crate::files::{self, Folder};
-use crate::name::Name;
+use crate::image::live_growth;
+use crate::local::files::{self, Folder};
 use crate::pool::Pool;
-use crate::size::Bytes;
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_units::{Bytes, DiskLocation, TemplateName, VmId};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
@@ -19,7 +18,7 @@ pub struct SweepResult {
     /// Orphaned files that were removed.
     pub removed: Vec<PathBuf>,
     /// Disks that should exist but were not found.
-    pub missing: Vec<Name>,
+    pub missing: Vec<VmId>,
 }
 
 impl Pool {
@@ -29,12 +28,12 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`], [`StorageError::SmallerThanTemplate`], [`StorageError::Io`].
-    pub fn create_disk(&self, id: &Name, template: &Name, admitted: &Reservation) -> Result<(), StorageError> {
+    pub fn create_disk(&self, id: &VmId, template: &TemplateName, admitted: &Reservation) -> Result<(), StorageError> {
         let base_image = self.base_image(template, admitted.size())?;
         let path = self.disk_path(id);
         let disk = files::create_new(&path)?;
         let made = fault_point("create: disk's file made")
-            .and_then(|()| files::reflink(&base_image, &disk))
+            .and_then(|()| self.file_system.clone_file(&base_image, &disk))
             .and_then(|()| fault_point("create: disk cloned"))
             .and_then(|()| disk.sync_all())
             .map_err(|error| StorageError::io("clone", path.display(), error))
@@ -67,7 +66,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`]; [`StorageError::FileSystem`] with e2fsck's message when the file
     /// system is damaged. The disk is not changed then.
-    pub fn grow_disk(&self, id: &Name, size: Bytes) -> Result<(), StorageError> {
+    pub fn grow_disk(&self, id: &VmId, size: Bytes) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         let disk = files::open_read(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
         let meta = disk
@@ -94,7 +93,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`] when it does not exist.
-    pub fn provisioned(&self, id: &Name) -> Result<Bytes, StorageError> {
+    pub fn provisioned(&self, id: &VmId) -> Result<Bytes, StorageError> {
         let path = self.disk_path(id);
         let meta = fs::metadata(&path).map_err(|error| StorageError::io("read", path.display(), error))?;
         Ok(Bytes::new(meta.len()))
@@ -104,7 +103,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`] when the host cannot find out.
-    pub fn has_disk(&self, id: &Name) -> Result<bool, StorageError> {
+    pub fn has_disk(&self, id: &VmId) -> Result<bool, StorageError> {
         self.require_mounted()?;
         let path = self.disk_path(id);
         match fs::symlink_metadata(&path) {
@@ -115,7 +114,7 @@ impl Pool {
     }
 
     /// Returns the location of the disk `id`.
-    pub fn disk_location(&self, id: &Name) -> DiskLocation {
+    pub fn disk_location(&self, id: &VmId) -> DiskLocation {
         DiskLocation::File(self.disk_path(id))
     }
 
@@ -123,15 +122,27 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`] when it does not exist.
-    pub fn disk_used(&self, id: &Name) -> Result<Bytes, StorageError> {
-        crate::space::allocated(&self.disk_path(id))
+    pub fn disk_used(&self, id: &VmId) -> Result<Bytes, StorageError> {
+        crate::local::space::allocated(&self.disk_path(id))
+    }
+
+    /// Returns why a guest's kernel may be unable to grow the mounted file system on the disk `id`.
+    /// Returns `None` without a known obstacle.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn obstacle_to_live_growth(&self, id: &VmId) -> Result<Option<&'static str>, StorageError> {
+        let path = self.disk_path(id);
+        files::open_read(&path)
+            .and_then(|disk| live_growth::obstacle(&disk))
+            .map_err(|error| StorageError::io("read", path.display(), error))
     }
 
     /// Durably deletes the disk `id`. Succeeds if it does not exist.
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn delete_disk(&self, id: &Name) -> Result<(), StorageError> {
+    pub fn delete_disk(&self, id: &VmId) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         match fs::remove_file(&path) {
             Ok(()) => files::sync_dir(&self.disks_dir()),
@@ -144,7 +155,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn disks(&self) -> Result<Vec<Name>, StorageError> {
+    pub fn disks(&self) -> Result<Vec<VmId>, StorageError> {
         // Other files are not disks.
         let disk = |(path, is_file): (PathBuf, bool)| {
             let id = path.file_name()?.to_str()?.strip_suffix(".ext4")?;
@@ -177,13 +188,13 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn sweep(&self, keep: &HashSet<Name>) -> Result<SweepResult, StorageError> {
+    pub fn sweep(&self, keep: &HashSet<VmId>) -> Result<SweepResult, StorageError> {
         self.log_foreign_entries()?;
         let mut swept = SweepResult {
             removed: self.sweep_partials()?,
             missing: Vec::new(),
         };
-        let found: HashSet<Name> = self.disks()?.into_iter().collect();
+        let found: HashSet<VmId> = self.disks()?.into_iter().collect();
         let mut strays: Vec<_> = found.difference(keep).map(|id| self.disk_path(id)).collect();
         strays.sort();
         for path in strays {

@@ -1,9 +1,9 @@
 //! Errors of pools, templates and disks.
 
 use crate::command::CommandError;
-use crate::fstab::FstabError;
-use crate::size::Gib;
-use crate::sizing::TooLittleSpace;
+use crate::local::fstab::FstabError;
+use crate::local::sizing::TooLittleSpace;
+use scalebox_units::Gib;
 use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
@@ -90,11 +90,6 @@ pub enum StorageError {
         /// The cause and the remedy.
         reason: String,
     },
-    /// A malformed name.
-    #[error(
-        "{0:?} is not a valid name: use at most 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
-    )]
-    Name(String),
     /// No pool is mounted.
     #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
     NotMounted(PathBuf),
@@ -201,6 +196,13 @@ impl StorageError {
             doing,
             what: what.to_string(),
             source,
+        }
+    }
+
+    pub(crate) fn not_a_template(what: &str, reason: impl ToString) -> Self {
+        StorageError::NotATemplate {
+            what: what.to_owned(),
+            reason: reason.to_string(),
         }
     }
 

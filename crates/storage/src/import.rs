@@ -3,21 +3,18 @@
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
-use crate::ext4;
-use crate::files::{self, Folder};
-use crate::format;
-use crate::name::Name;
-use crate::pack::{self, UnpackError};
+use crate::image::format;
+use crate::image::pack::{self, UnpackError};
+use crate::local::files::{self, Folder, PARTIAL};
+use crate::local::space;
 use crate::pool::Pool;
-use crate::signature::probe;
-use crate::size::Bytes;
-use crate::space;
-use crate::template::{PARTIAL, Template};
+use crate::template::Template;
 use rustix::fs::OFlags;
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_units::{Bytes, TemplateName};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Space admitted at a time while the total size of the data is unknown.
@@ -25,7 +22,7 @@ const RESERVATION_STEP: Bytes = Bytes::from_mib(256);
 
 /// An unfinished import. Dropping it removes its file.
 struct PendingImport {
-    name: Name,
+    name: TemplateName,
     replace: bool,
     partial: PathBuf,
     file: File,
@@ -77,7 +74,7 @@ impl Pool {
     /// [`StorageError::TemplateBeingMade`], [`StorageError::Insufficient`], [`StorageError::Host`].
     pub fn import_template(
         &self,
-        name: &Name,
+        name: &TemplateName,
         source: &Path,
         max: Bytes,
         replace: bool,
@@ -90,17 +87,20 @@ impl Pool {
             return self.import_device(name, &what, source, max, replace);
         }
         if !kind.is_file() {
-            return Err(not_a_template(&what, "it is neither a regular file nor a block device"));
+            return Err(StorageError::not_a_template(
+                &what,
+                "it is neither a regular file nor a block device",
+            ));
         }
         let file = File::open(source).map_err(failed)?;
-        let head = head_of(&file).map_err(failed)?;
+        let head = format::head_of(&file).map_err(failed)?;
         if pack::is_packed(&head) {
             return self.unpack(name, &what, file, max, replace);
         }
-        refuse_other_formats(&head).map_err(|reason| not_a_template(&what, reason))?;
-        require_bare_ext4(&what, source)?;
+        format::refuse_others(&head).map_err(|reason| StorageError::not_a_template(&what, reason))?;
+        self.images.require_template(&what, source)?;
         if file.metadata().map_err(failed)?.len() > max.as_u64() {
-            return Err(not_a_template(&what, too_large(max)));
+            return Err(StorageError::not_a_template(&what, too_large(max)));
         }
         let mut pending = self.begin_import(name, replace)?;
         let data = space::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
@@ -115,7 +115,7 @@ impl Pool {
     /// Imports a whole block device that is not mounted.
     fn import_device(
         &self,
-        name: &Name,
+        name: &TemplateName,
         what: &str,
         source: &Path,
         max: Bytes,
@@ -125,14 +125,14 @@ impl Pool {
         let exclusive = OFlags::EXCL.bits() as i32;
         let device = File::options().read(true).custom_flags(exclusive).open(source);
         let mut device = device.map_err(|error| match error.kind() {
-            io::ErrorKind::ResourceBusy => not_a_template(what, "the device is in use: unmount it first"),
+            io::ErrorKind::ResourceBusy => StorageError::not_a_template(what, "the device is in use: unmount it first"),
             _ => StorageError::io("read", what, error),
         })?;
         let sized = device
             .seek(SeekFrom::End(0))
             .and_then(|size| device.rewind().map(|()| size));
         if sized.map_err(|error| StorageError::io("read", what, error))? > max.as_u64() {
-            return Err(not_a_template(what, too_large(max)));
+            return Err(StorageError::not_a_template(what, too_large(max)));
         }
         self.unpack(name, what, device, max, replace)
     }
@@ -144,7 +144,7 @@ impl Pool {
     /// The same; [`StorageError::NotATemplate`] also when the stream is damaged or ends early.
     pub fn unpack_template(
         &self,
-        name: &Name,
+        name: &TemplateName,
         input: impl Read,
         max: Bytes,
         replace: bool,
@@ -156,7 +156,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn pack_template(&self, name: &Name) -> Result<TemplateExport, StorageError> {
+    pub fn pack_template(&self, name: &TemplateName) -> Result<TemplateExport, StorageError> {
         self.require_mounted()?;
         let (template, file) = self.open_template(name)?;
         Ok(TemplateExport {
@@ -167,7 +167,7 @@ impl Pool {
 
     fn unpack(
         &self,
-        name: &Name,
+        name: &TemplateName,
         what: &str,
         input: impl Read,
         max: Bytes,
@@ -184,17 +184,17 @@ impl Pool {
             left = left - more;
             Ok::<_, StorageError>(())
         };
-        pack::unpack(input, file, max, refuse_other_formats, ask).map_err(|why| match why {
-            UnpackError::Input(error) => not_a_template(what, error),
+        pack::unpack(input, file, max, format::refuse_others, ask).map_err(|why| match why {
+            UnpackError::Input(error) => StorageError::not_a_template(what, error),
             UnpackError::Output(error) => StorageError::io("unpack", what, error),
             UnpackError::Room(error) => error,
         })?;
-        require_bare_ext4(what, &pending.partial)?;
+        self.images.require_template(what, &pending.partial)?;
         self.finish_import(pending, what)
     }
 
     /// Reserves the name of a template to import.
-    fn begin_import(&self, name: &Name, replace: bool) -> Result<PendingImport, StorageError> {
+    fn begin_import(&self, name: &TemplateName, replace: bool) -> Result<PendingImport, StorageError> {
         self.require_mounted()?;
         if !replace && self.template_path(name).exists() {
             return Err(StorageError::TemplateExists(name.to_string()));
@@ -220,14 +220,14 @@ impl Pool {
     fn finish_import(&self, mut pending: PendingImport, what: &str) -> Result<Template, StorageError> {
         let (partial, name) = (pending.partial.as_path(), &pending.name);
         let refused = |error| match error {
-            StorageError::FileSystem(_) => not_a_template(what, error),
+            StorageError::FileSystem(_) => StorageError::not_a_template(what, error),
             other => other,
         };
         fault_point("import: copied").map_err(StorageError::step)?;
-        ext4::repair(partial).map_err(refused)?;
+        self.images.repair(partial).map_err(refused)?;
         fault_point("import: repaired").map_err(StorageError::step)?;
         // A repair can fail to write and report success.
-        ext4::check(partial).map_err(refused)?;
+        self.images.check(partial).map_err(refused)?;
         pending
             .file
             .sync_all()
@@ -250,7 +250,7 @@ impl Pool {
 }
 
 /// Turns the error for a name in use into [`StorageError::TemplateExists`].
-pub(crate) fn exists(error: StorageError, name: &Name) -> StorageError {
+pub(crate) fn exists(error: StorageError, name: &TemplateName) -> StorageError {
     match error {
         StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
             StorageError::TemplateExists(name.to_string())
@@ -259,47 +259,6 @@ pub(crate) fn exists(error: StorageError, name: &Name) -> StorageError {
     }
 }
 
-fn not_a_template(what: &str, reason: impl ToString) -> StorageError {
-    StorageError::NotATemplate {
-        what: what.to_owned(),
-        reason: reason.to_string(),
-    }
-}
-
 fn too_large(max: Bytes) -> String {
     format!("it is larger than the maximum disk size of {max}")
-}
-
-/// Returns the beginning of a file; shorter if the file is.
-fn head_of(file: &File) -> io::Result<Vec<u8>> {
-    let mut head = vec![0; format::HEAD];
-    let mut filled = 0;
-    while filled < head.len() {
-        match file.read_at(&mut head[filled..], filled as u64)? {
-            0 => break,
-            read => filled += read,
-        }
-    }
-    head.truncate(filled);
-    Ok(head)
-}
-
-/// Rejects a file that begins with `head` if that is a known format other than ext4.
-fn refuse_other_formats(head: &[u8]) -> io::Result<()> {
-    match format::recognise(head) {
-        Some(other) => Err(io::Error::other(format!("it is {other}"))),
-        None => Ok(()),
-    }
-}
-
-fn require_bare_ext4(what: &str, path: &Path) -> Result<(), StorageError> {
-    let reason = match probe(path)?.map(|found| found.kind).as_deref() {
-        Some("ext4" | "ext3" | "ext2") => return Ok(()),
-        Some(table) if table.contains("partition table") => format!(
-            "it is a whole disk with {table}: extract its root partition, which must be ext4, to a separate file"
-        ),
-        Some(kind) => format!("it contains {kind}: a template is a bare ext4 file system"),
-        None => "it contains no file system: a template is a bare ext4 file system".to_owned(),
-    };
-    Err(not_a_template(what, reason))
 }

@@ -11,37 +11,52 @@
 //!
 //! # Layout
 //!
+//! What any pool does is in the crate's root:
+//!
 //! | file | contents |
 //! |---|---|
-//! | `size` | [`Bytes`] and [`Gib`]: sizes as types, and their rounding |
+//! | `pool` | [`Pool`]: the handle on a mounted pool |
+//! | `admission`, `space` | the decision that a disk fits, its ledger, and the numbers it rests on |
+//! | `usage`, `measurement` | disk usage: the owner of each extent |
+//! | `disk` | cloning, growing, deleting and sweeping disks |
+//! | `delete` | deleting a disk and returning its blocks to the pool and the host disk |
+//! | `template` | listing and deleting templates; resized base images |
+//! | `import` | template import and export |
+//! | `snapshot` | turning a disk into a template |
+//! | `command` | running outside programs |
+//! | `simulated` (feature `simulated`) | pools for tests of other crates |
+//!
+//! `local` is the pool on this host: its file system, the devices under it, and what the kernel
+//! reports of both.
+//!
+//! | file | contents |
+//! |---|---|
 //! | `sizing` | the size of a new pool, as a pure function |
 //! | `init` | creating, mounting and registering the pool |
-//! | `backing` | the image, device or existing file system under the pool, and differences between btrfs and XFS |
+//! | `resize` | growing, shrinking and trimming the pool |
+//! | `backing`, `pool_fs` | the image, device or existing file system under the pool; differences between btrfs and XFS |
 //! | `fstab`, `mounts` | entries in `/etc/fstab`, and the mount table of the kernel |
 //! | `signature` | detecting what a file or device holds |
-//! | `pool` | [`Pool`]: the handle on a mounted pool |
-//! | `resize` | growing, shrinking and trimming the pool |
 //! | `space`, `btrfs`, `quota` | the writable space, as the kernel reports it |
-//! | `admission` | the decision that a disk fits, and its ledger |
-//! | `usage`, `extents`, `fiemap`, `tree_search` | disk usage: the owner of each extent |
-//! | `measurement` | the last result of a usage measurement, for admission |
-//! | `template` | listing and deleting templates; resized base images |
-//! | `import`, `pack`, `format` | template import and export, compressed with zstd |
-//! | `snapshot` | turning a disk into a template |
-//! | `scrub` | removing host keys, machine id and logs from an image |
-//! | `disk` | cloning, growing, deleting and sweeping disks |
-//! | `defragment` | reducing the number of extents in a base image |
-//! | `ext4` | inspecting, checking, growing and zeroing the ext4 file system in an image |
+//! | `extents`, `fiemap`, `tree_search` | the extents of files |
+//! | `files`, `group_sync` | cloning, sparse copying, flushing; one flush shared by concurrent callers |
+//!
+//! `image` is work on one disk image:
+//!
+//! | file | contents |
+//! |---|---|
+//! | `images` | the operations that a pool needs |
+//! | `ext4` | inspecting, checking, growing and zeroing the ext4 file system |
 //! | `live_growth` | whether a guest can grow its file system while it is mounted |
-//! | `delete` | deleting a disk and returning its blocks to the pool and the host disk |
-//! | `files` | cloning, sparse copying, flushing |
-//! | `group_sync` | one flush shared by concurrent callers |
-//! | `command` | running outside programs |
+//! | `defragment` | reducing the number of extents in a base image |
+//! | `scrub` | removing files and lines from the file system |
+//! | `pack`, `format` | compression with zstd; recognizing other formats |
 //!
 //! # Example
 //!
 //! ```no_run
-//! use scalebox_storage::{Backing, Bounds, Gib, Pool};
+//! use scalebox_storage::{Backing, Bounds, Pool};
+//! use scalebox_units::Gib;
 //! # fn main() -> Result<(), scalebox_storage::StorageError> {
 //! let bounds = Bounds { buffer: Gib::new(2), overcommit_ratio: 4.0 };
 //! let image = Backing::Image("/var/lib/scalebox.img".into());
@@ -55,70 +70,42 @@
 //! ```
 
 mod admission;
-mod backing;
-mod btrfs;
 mod command;
-mod defragment;
 mod delete;
 mod disk;
 mod error;
-mod ext4;
-mod extents;
-mod fiemap;
-mod files;
-mod format;
-mod fstab;
-mod group_sync;
+mod image;
 mod import;
-mod init;
-mod live_growth;
+mod local;
 mod measurement;
-mod mounts;
-mod name;
-mod pack;
 mod pool;
-mod quota;
-mod resize;
-mod scrub;
-mod signature;
-mod size;
-mod sizing;
+#[cfg(feature = "simulated")]
+mod simulated;
 mod snapshot;
 mod space;
 mod template;
-mod tree_search;
 mod usage;
 
 pub use admission::{Admission, Bounds, Promises, Reservation};
-pub use backing::{ActualBacking, Backing};
 pub use command::{CommandError, Program, require_programs};
 pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
 pub use error::StorageError;
-pub use files::try_lock_exclusive;
-pub use fstab::{FstabError, registered_source};
-pub use group_sync::GroupSync;
+pub use image::scrub::{EditedFile, Scrub};
 pub use import::TemplateExport;
-pub use init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
-pub use name::Name;
-pub use pool::{Pool, jails_dir};
-pub use scrub::GuestIdentity;
-pub use size::{Bytes, Gib, ParseSizeError};
-pub use sizing::{
+pub use local::backing::{ActualBacking, Backing};
+pub use local::files::try_lock_exclusive;
+pub use local::fstab::{FstabError, registered_source};
+pub use local::group_sync::GroupSync;
+pub use local::init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
+#[cfg(feature = "simulated")]
+pub use local::simulated::SimulatedSpace;
+pub use local::sizing::{
     DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE, MIN_DEFAULT_SIZE, MIN_HOST_FREE, PoolSize, RequestedSize,
     RequestedSizeError, TooLittleSpace, pool_size,
 };
+pub use pool::{Pool, jails_dir};
 pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;
 pub use usage::{PoolUsage, Usage};
-
-use std::path::PathBuf;
-
-/// The location of a disk. Hypervisor drivers match on the variant.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DiskLocation {
-    /// A raw image file on the host.
-    File(PathBuf),
-}

@@ -1,6 +1,6 @@
 //! The last measurement of the pool's usage, as the pool keeps it.
 
-use crate::size::Bytes;
+use scalebox_units::Bytes;
 
 /// The result of a measurement that admission uses.
 #[derive(Debug, Clone, Copy)]

@@ -1,14 +1,16 @@
 //! An open pool: the handle for creating templates and disks.
 
 use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
-use crate::backing::{self, ActualBacking, Backing, PoolFs};
 use crate::error::StorageError;
-use crate::files;
-use crate::group_sync::GroupSync;
+use crate::image::images::Images;
+use crate::local::backing::{self, ActualBacking, Backing};
+use crate::local::files;
+use crate::local::group_sync::GroupSync;
+use crate::local::pool_fs::PoolFs;
+use crate::local::space;
 use crate::measurement::Measurements;
-use crate::name::Name;
-use crate::size::{Bytes, Gib};
 use crate::space::Space;
+use scalebox_units::{Bytes, Gib, VmId};
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write};
@@ -40,6 +42,7 @@ pub struct Pool {
     /// cannot be unmounted while it is open.
     pub(crate) dir: File,
     pub(crate) file_system: PoolFs,
+    pub(crate) images: Images,
     admission: Admission,
     /// The unreclaimable usage found by the last measurement.
     pub(crate) measurements: Mutex<Measurements>,
@@ -68,22 +71,36 @@ impl Pool {
             io::ErrorKind::NotFound => StorageError::NoSysfs(data_dir.to_owned()),
             _ => StorageError::io("read the uncommitted writes of", data_dir.display(), error),
         })?;
-        let pool = Pool {
-            root: data_dir.to_owned(),
-            backing: place.backing,
-            device: place.device,
+        let pool = Pool::new(data_dir, dir, file_system, (place.backing, place.device), bounds);
+        pool.require_folders()?;
+        files::require_reflink(&pool.templates_dir(), &pool.disks_dir())?;
+        Ok(pool)
+    }
+
+    /// Creates the handle, with an empty ledger, on the folder `root`, open as `dir`. `place` is the
+    /// pool's backing and the device it is mounted from.
+    pub(crate) fn new(
+        root: &Path,
+        dir: File,
+        file_system: PoolFs,
+        place: (ActualBacking, PathBuf),
+        bounds: Bounds,
+    ) -> Pool {
+        let (backing, device) = place;
+        Pool {
+            root: root.to_owned(),
+            backing,
+            device,
             dir,
             file_system,
+            images: Images::Ext4,
             admission: Admission::new(bounds),
             measurements: Mutex::default(),
             resizing: Mutex::default(),
             undo_to: Mutex::default(),
             growing: Mutex::default(),
             disks_sync: GroupSync::default(),
-        };
-        pool.require_folders()?;
-        files::require_reflink(&pool.templates_dir(), &pool.disks_dir())?;
-        Ok(pool)
+        }
     }
 
     /// Locks the pool for this program, as the only one that creates and removes disks, until the
@@ -164,7 +181,7 @@ impl Pool {
 
     /// Returns the name of the pool's file system: `btrfs` or `xfs`.
     pub fn file_system(&self) -> &'static str {
-        self.file_system.kind().name()
+        self.file_system.name()
     }
 
     /// Returns whether the pool's loop device bypasses the host's page cache. `None` when the
@@ -214,7 +231,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`] when the kernel does not report it.
     pub fn space(&self) -> Result<Space, StorageError> {
-        let space = Space::read(&self.dir, &self.file_system, self.image())?;
+        let space = space::read(&self.dir, &self.file_system, self.image())?;
         Ok(match self.measured_unreclaimable() {
             // Deletions since the measurement lower `used`.
             Some(unreclaimable) => Space {
@@ -318,7 +335,7 @@ impl Pool {
         })
     }
 
-    pub(crate) fn disk_path(&self, id: &Name) -> PathBuf {
+    pub(crate) fn disk_path(&self, id: &VmId) -> PathBuf {
         self.disks_dir().join(format!("{id}.ext4"))
     }
 

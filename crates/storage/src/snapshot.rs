@@ -7,16 +7,14 @@
 use crate::admission::Reservation;
 use crate::command::CommandError;
 use crate::error::StorageError;
-use crate::ext4;
-use crate::files::{self, Folder};
+use crate::image::scrub::Scrub;
 use crate::import;
-use crate::name::Name;
+use crate::local::files::{self, Folder, PARTIAL};
+use crate::local::space::allocated_of;
 use crate::pool::Pool;
-use crate::scrub::{self, GuestIdentity};
-use crate::size::Bytes;
-use crate::space::allocated_of;
-use crate::template::{PARTIAL, Template};
+use crate::template::Template;
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_units::{Bytes, TemplateName, VmId};
 use std::fs::File;
 use std::path::PathBuf;
 
@@ -28,7 +26,7 @@ const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
 #[derive(Debug)]
 #[must_use = "dropping an unfinished snapshot removes it"]
 pub struct PendingSnapshot {
-    name: Name,
+    name: TemplateName,
     partial: PathBuf,
     file: File,
     finished: bool,
@@ -49,7 +47,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
     /// [`StorageError::Insufficient`].
-    pub fn begin_snapshot(&self, name: &Name) -> Result<PendingSnapshot, StorageError> {
+    pub fn begin_snapshot(&self, name: &TemplateName) -> Result<PendingSnapshot, StorageError> {
         match self.template(name) {
             Ok(_) => return Err(StorageError::TemplateExists(name.to_string())),
             Err(StorageError::NoTemplate(_)) => {}
@@ -82,7 +80,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`].
-    pub fn flush_disk(&self, id: &Name) -> Result<(), StorageError> {
+    pub fn flush_disk(&self, id: &VmId) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
             .and_then(|disk| disk.sync_data())
@@ -100,10 +98,10 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::Io`], [`StorageError::Insufficient`].
-    pub fn take_snapshot(&self, snapshot: &mut PendingSnapshot, id: &Name) -> Result<(), StorageError> {
+    pub fn take_snapshot(&self, snapshot: &mut PendingSnapshot, id: &VmId) -> Result<(), StorageError> {
         let path = self.disk_path(id);
         files::open_read(&path)
-            .and_then(|disk| files::reflink(&disk, &snapshot.file))
+            .and_then(|disk| self.file_system.clone_file(&disk, &snapshot.file))
             .map_err(|error| StorageError::io("clone", path.display(), error))?;
         fault_point("snapshot: disk cloned").map_err(StorageError::step)?;
         if self.backs_every_byte() {
@@ -114,23 +112,19 @@ impl Pool {
         Ok(())
     }
 
-    /// Turns the clone into a template. It replays the journal, removes the identity of the disk's
-    /// VM, zeroes unused blocks, and checks the file system. The template appears under its name
-    /// when it is complete and durable.
+    /// Turns the clone into a template. It replays the journal, removes what `scrub` names, zeroes
+    /// unused blocks, and checks the file system. The template appears under its name when it is
+    /// complete and durable.
     ///
     /// # Errors
     /// [`StorageError::UnfitDisk`] with the reason, [`StorageError::TemplateExists`],
     /// [`StorageError::Host`], [`StorageError::Command`].
-    pub fn finish_snapshot(
-        &self,
-        mut snapshot: PendingSnapshot,
-        source: &GuestIdentity,
-    ) -> Result<Template, StorageError> {
+    pub fn finish_snapshot(&self, mut snapshot: PendingSnapshot, scrub: &Scrub<'_>) -> Result<Template, StorageError> {
         let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
         // Replaying the journal after an edit would undo the edit.
-        ext4::repair(partial).map_err(unfit)?;
+        self.images.repair(partial).map_err(unfit)?;
         fault_point("snapshot: journal replayed").map_err(StorageError::step)?;
-        scrub::remove(partial, file, source).map_err(unfit)?;
+        self.images.scrub(partial, file, scrub).map_err(unfit)?;
         fault_point("snapshot: identity removed").map_err(StorageError::step)?;
         file.sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;

@@ -6,15 +6,12 @@
 //! from it. Its file name contains the template's inode number, so a base image of a replaced
 //! template is never used.
 
-use crate::defragment::defragment;
 use crate::error::StorageError;
-use crate::ext4;
-use crate::files::{self, Folder};
-use crate::name::Name;
+use crate::local::files::{self, Folder, PARTIAL};
 use crate::pool::Pool;
-use crate::size::{Bytes, Gib};
 use rustix::fs::{FlockOperation, flock};
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_units::{Bytes, Gib, TemplateName};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -27,7 +24,7 @@ use std::time::SystemTime;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
     /// Its name.
-    pub name: Name,
+    pub name: TemplateName,
     /// The size of its image: disks made from it cannot be smaller.
     pub size: Bytes,
     /// The blocks it maps, shared or exclusive.
@@ -38,7 +35,7 @@ pub struct Template {
 }
 
 impl Template {
-    fn of(name: &Name, meta: &fs::Metadata) -> Template {
+    fn of(name: &TemplateName, meta: &fs::Metadata) -> Template {
         Template {
             name: name.clone(),
             size: Bytes::new(meta.len()),
@@ -51,15 +48,13 @@ impl Template {
         }
     }
 
-    pub(crate) fn of_file(name: &Name, file: &File) -> Result<Template, StorageError> {
+    pub(crate) fn of_file(name: &TemplateName, file: &File) -> Result<Template, StorageError> {
         let meta = file.metadata().map_err(|error| StorageError::io("read", name, error))?;
         Ok(Template::of(name, &meta))
     }
 }
 
 const SUFFIX: &str = ".ext4";
-/// Suffix of unfinished files. The next start removes those of interrupted operations.
-pub(crate) const PARTIAL: &str = ".partial";
 /// How often an unfinished file is created again after a concurrent sweep removed it.
 const MAX_CLAIM_ATTEMPTS: u32 = 16;
 
@@ -92,7 +87,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn template(&self, name: &Name) -> Result<Template, StorageError> {
+    pub fn template(&self, name: &TemplateName) -> Result<Template, StorageError> {
         let path = self.template_path(name);
         match fs::symlink_metadata(&path) {
             Ok(meta) if meta.is_file() => Ok(Template::of(name, &meta)),
@@ -111,7 +106,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::NoTemplate`].
-    pub fn delete_template(&self, name: &Name) -> Result<(), StorageError> {
+    pub fn delete_template(&self, name: &TemplateName) -> Result<(), StorageError> {
         // Fails for anything that is not a template.
         let inode = self.template(name)?.inode;
         let (dir, path) = (self.templates_dir(), self.template_path(name));
@@ -150,7 +145,7 @@ impl Pool {
     /// Returns an open image of exactly `size` from which a disk of template `name` is cloned. It
     /// is the template itself, or its resized base image, which is made if necessary. The image can
     /// be cloned even if the template is deleted or replaced meanwhile.
-    pub(crate) fn base_image(&self, name: &Name, size: Bytes) -> Result<File, StorageError> {
+    pub(crate) fn base_image(&self, name: &TemplateName, size: Bytes) -> Result<File, StorageError> {
         let (template, original) = self.open_template(name)?;
         if size < template.size {
             let template_size = template.size.ceil_gib();
@@ -160,7 +155,7 @@ impl Pool {
             });
         }
         // A file system that does not fill its image has to be grown in any case.
-        if size == template.size && ext4::fills(&original)? {
+        if size == template.size && self.images.fills(&original)? {
             return Ok(original);
         }
         let grown = self.grown_path(&template, size);
@@ -192,7 +187,7 @@ impl Pool {
     }
 
     /// Opens a template. Metadata and image belong to the same file, even during a replacement.
-    pub(crate) fn open_template(&self, name: &Name) -> Result<(Template, File), StorageError> {
+    pub(crate) fn open_template(&self, name: &TemplateName) -> Result<(Template, File), StorageError> {
         let path = self.template_path(name);
         let file = files::open_read(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
@@ -209,7 +204,8 @@ impl Pool {
         // Inside templates/, the folder inherits NOCOW.
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
         // The name need not survive a power cut: the image would be made again.
-        self.replace_by_grown_clone(original, grown, size, defragment, |partial| {
+        let arrange = |clone: &File| self.images.defragment(clone);
+        self.replace_by_grown_clone(original, grown, size, arrange, |partial| {
             fs::rename(partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))?;
             crash_point("grown clone: in place");
             Ok(())
@@ -230,7 +226,7 @@ impl Pool {
         let mut partial = target.as_os_str().to_owned();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
-        if let Some(reason) = ext4::cannot_grow(original)? {
+        if let Some(reason) = self.images.cannot_grow(original)? {
             return Err(StorageError::CannotGrow {
                 what: "the disk".to_owned(),
                 size: size.ceil_gib(),
@@ -238,11 +234,40 @@ impl Pool {
             });
         }
         let clone = self.claim(&partial)?;
-        let made = make_grown(original, &partial, &clone, size, arrange).and_then(|()| place(&partial));
+        let made = self
+            .make_grown(original, &partial, &clone, size, arrange)
+            .and_then(|()| place(&partial));
         if made.is_err() {
             files::discard(&partial);
         }
         made.map(|()| clone)
+    }
+
+    /// Turns the unfinished file `clone` at `partial` into a flushed copy of `original`, grown to
+    /// `size`.
+    fn make_grown(
+        &self,
+        original: &File,
+        partial: &Path,
+        clone: &File,
+        size: Bytes,
+        arrange: impl FnOnce(&File) -> io::Result<()>,
+    ) -> Result<(), StorageError> {
+        fault_point("grown clone: file made").map_err(StorageError::step)?;
+        self.file_system
+            .clone_file(original, clone)
+            .map_err(|error| StorageError::io("clone", partial.display(), error))?;
+        fault_point("grown clone: cloned").map_err(StorageError::step)?;
+        let before = self.images.grow(partial, clone, size)?;
+        fault_point("grown clone: file system larger").map_err(StorageError::step)?;
+        arrange(clone).map_err(|error| StorageError::io("arrange", partial.display(), error))?;
+        fault_point("grown clone: arranged").map_err(StorageError::step)?;
+        self.images.finish_growth(partial, clone, before.as_ref())?;
+        drop(before);
+        clone
+            .sync_all()
+            .map_err(|error| StorageError::io("flush", partial.display(), error))?;
+        fault_point("grown clone: flushed").map_err(StorageError::step)
     }
 
     fn growing_lock(&self, grown: &Path) -> Arc<std::sync::Mutex<()>> {
@@ -272,7 +297,7 @@ impl Pool {
 
     /// Removes the resized base images of a template, except those of the template file with inode
     /// `keep`. Images that cannot be removed are useless; the next start removes them.
-    pub(crate) fn prune_grown(&self, name: &Name, keep: Option<u64>) {
+    pub(crate) fn prune_grown(&self, name: &TemplateName, keep: Option<u64>) {
         let prefix = format!("{name}@");
         let clones = list(&self.grown_dir()).unwrap_or_else(|error| {
             tracing::warn!(template = %name, %error, "cannot list the template's resized base images; the next start removes them");
@@ -326,7 +351,7 @@ impl Pool {
         Ok(removed)
     }
 
-    pub(crate) fn template_path(&self, name: &Name) -> PathBuf {
+    pub(crate) fn template_path(&self, name: &TemplateName) -> PathBuf {
         self.templates_dir().join(format!("{name}{SUFFIX}"))
     }
 
@@ -334,30 +359,6 @@ impl Pool {
         let file = format!("{}@{}.{}{SUFFIX}", template.name, template.inode, size.as_u64());
         self.grown_dir().join(file)
     }
-}
-
-/// Turns the unfinished file `clone` at `partial` into a flushed copy of `original`, grown to
-/// `size`.
-fn make_grown(
-    original: &File,
-    partial: &Path,
-    clone: &File,
-    size: Bytes,
-    arrange: impl FnOnce(&File) -> io::Result<()>,
-) -> Result<(), StorageError> {
-    fault_point("grown clone: file made").map_err(StorageError::step)?;
-    files::reflink(original, clone).map_err(|error| StorageError::io("clone", partial.display(), error))?;
-    fault_point("grown clone: cloned").map_err(StorageError::step)?;
-    let before = ext4::grow(partial, clone, size)?;
-    fault_point("grown clone: file system larger").map_err(StorageError::step)?;
-    arrange(clone).map_err(|error| StorageError::io("arrange", partial.display(), error))?;
-    fault_point("grown clone: arranged").map_err(StorageError::step)?;
-    ext4::finish_growth(partial, clone, &before)?;
-    drop(before);
-    clone
-        .sync_all()
-        .map_err(|error| StorageError::io("flush", partial.display(), error))?;
-    fault_point("grown clone: flushed").map_err(StorageError::step)
 }
 
 /// Removes an unfinished file unless a running process has it locked.

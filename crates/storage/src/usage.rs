@@ -15,18 +15,20 @@
 //! The walk costs about a microsecond per reference, and about 50 bytes of memory per distinct
 //! extent. Nothing waits for it.
 
-use crate::backing::{ActualBacking, PoolFs};
 use crate::error::StorageError;
-use crate::extents::{self, Reference};
-use crate::fiemap;
-use crate::files;
+use crate::local::backing::ActualBacking;
+use crate::local::extents::{self, Reference};
+use crate::local::fiemap;
+use crate::local::files;
+use crate::local::pool_fs::PoolFs;
+#[cfg(feature = "simulated")]
+use crate::local::simulated;
 use crate::measurement::{FolderTimes, Measurement, Measurements};
-use crate::name::Name;
 use crate::pool::Pool;
-use crate::size::Bytes;
+use scalebox_units::{Bytes, InvalidFormat, TemplateName, VmId};
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::Path;
@@ -53,9 +55,9 @@ pub struct PoolUsage {
     /// Duration of the walk.
     pub took: Duration,
     /// Usage of each disk.
-    pub disks: HashMap<Name, Usage>,
+    pub disks: HashMap<VmId, Usage>,
     /// Usage of each template; its exclusive space includes its resized base images.
-    pub templates: HashMap<Name, Usage>,
+    pub templates: HashMap<TemplateName, Usage>,
     /// Sum of the space exclusive to disks.
     pub disks_exclusive: Bytes,
     /// Sum of the space exclusive to templates.
@@ -95,14 +97,25 @@ struct ExtentUsage {
     mapped: u64,
 }
 
+/// The disk or template that files belong to.
+enum OwnerName {
+    Disk(VmId),
+    Template(TemplateName),
+}
+
 /// An owner and its usage so far.
 struct OwnerUsage {
-    name: Name,
-    disk: bool,
+    name: OwnerName,
     /// The inode of the disk or template itself; resized base images have others.
     inode: u64,
     usage: Usage,
 }
+
+/// Adds the ranges that a file maps to a list, with its inode.
+type ReadMap = fn(&File, u64, &mut Vec<fiemap::Mapped>) -> rustix::io::Result<()>;
+
+/// Parses the name of a file, without its suffix.
+type ParseOwner = dyn Fn(&str) -> Result<OwnerName, InvalidFormat>;
 
 /// Collects references to extents.
 struct Tally {
@@ -139,7 +152,7 @@ impl Tally {
         for extent in self.extents.values() {
             let size = Bytes::new(extent.size);
             match self.owners.get_mut(extent.owner as usize) {
-                Some(owner) if owner.disk => {
+                Some(owner) if matches!(owner.name, OwnerName::Disk(_)) => {
                     owner.usage.exclusive += size;
                     disks_exclusive += size;
                     covered += size.min(Bytes::new(extent.mapped));
@@ -155,14 +168,19 @@ impl Tally {
         if other_is_rest {
             other = used - (disks_exclusive + templates_exclusive + shared);
         }
-        let (disks, templates): (Vec<_>, Vec<_>) = self.owners.into_iter().partition(|owner| owner.disk);
-        let by_name = |owners: Vec<OwnerUsage>| owners.into_iter().map(|owner| (owner.name, owner.usage)).collect();
+        let (mut disks, mut templates) = (HashMap::new(), HashMap::new());
+        for owner in self.owners {
+            match owner.name {
+                OwnerName::Disk(id) => drop(disks.insert(id, owner.usage)),
+                OwnerName::Template(name) => drop(templates.insert(name, owner.usage)),
+            }
+        }
         let total = disks_exclusive + templates_exclusive + shared + other;
         PoolUsage {
             measured_at,
             took,
-            disks: by_name(disks),
-            templates: by_name(templates),
+            disks,
+            templates,
             disks_exclusive,
             templates_exclusive,
             shared,
@@ -189,9 +207,11 @@ impl Pool {
         let folders = self.folder_times();
         let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
-        match self.file_system {
+        match &self.file_system {
             PoolFs::Btrfs(..) => extents::walk(&self.dir, |reference| tally.take(reference)).map_err(failed)?,
-            PoolFs::Xfs => fiemap::cut(&self.map_files()?, |piece| tally.take(piece)),
+            PoolFs::Xfs => fiemap::cut(&self.map_files(fiemap::read)?, |piece| tally.take(piece)),
+            #[cfg(feature = "simulated")]
+            PoolFs::Simulated(_) => fiemap::cut(&self.map_files(simulated::map)?, |piece| tally.take(piece)),
         }
         let used = self.space()?.used;
         let accounts = tally.close(
@@ -248,14 +268,14 @@ impl Pool {
     }
 
     /// Reads the extent maps of all files in the pool.
-    fn map_files(&self) -> Result<Vec<fiemap::Mapped>, StorageError> {
+    fn map_files(&self, read: ReadMap) -> Result<Vec<fiemap::Mapped>, StorageError> {
         let mut mapped = Vec::new();
         for folder in [self.disks_dir(), self.templates_dir(), self.grown_dir()] {
             for (_, inode, path) in files_of(&folder)? {
                 let failed = |error| StorageError::io("read the extents of", path.display(), error);
                 match files::open_read(&path) {
                     Ok(file) if file.metadata().map_err(failed)?.is_file() => {
-                        fiemap::read(&file, inode, &mut mapped).map_err(|errno| failed(errno.into()))?;
+                        read(&file, inode, &mut mapped).map_err(|errno| failed(errno.into()))?;
                     }
                     Ok(_) => {}
                     // Deleted between the listing and now.
@@ -274,9 +294,12 @@ impl Pool {
             by_inode: HashMap::new(),
             extents: HashMap::new(),
         };
-        for (folder, disk) in [(self.disks_dir(), true), (self.templates_dir(), false)] {
+        let disk = |text: &str| text.parse().map(OwnerName::Disk);
+        let template = |text: &str| text.parse().map(OwnerName::Template);
+        let folders: [(_, &ParseOwner); 2] = [(self.disks_dir(), &disk), (self.templates_dir(), &template)];
+        for (folder, parse) in folders {
             for (file, inode, path) in files_of(&folder)? {
-                let Some(Ok(name)) = file.strip_suffix(".ext4").map(str::parse::<Name>) else {
+                let Some(Ok(name)) = file.strip_suffix(".ext4").map(parse) else {
                     continue;
                 };
                 let provisioned = match fs::symlink_metadata(&path) {
@@ -288,7 +311,6 @@ impl Pool {
                 tally.by_inode.insert(inode, tally.owners.len() as Owner);
                 tally.owners.push(OwnerUsage {
                     name,
-                    disk,
                     inode,
                     usage: Usage {
                         provisioned,
@@ -302,7 +324,7 @@ impl Pool {
             let owner = tally
                 .owners
                 .iter()
-                .position(|owner| !owner.disk && Some(owner.name.as_str()) == template);
+                .position(|owner| matches!(&owner.name, OwnerName::Template(name) if Some(name.as_str()) == template));
             if let Some(owner) = owner {
                 tally.by_inode.insert(inode, owner as Owner);
             }
@@ -345,14 +367,15 @@ mod tests {
     const KERNEL: u64 = 303;
 
     fn tally() -> Tally {
-        let owner = |name: &str, disk, inode| OwnerUsage {
-            name: name.parse().unwrap(),
-            disk,
+        let owner = |name, inode| OwnerUsage {
+            name,
             inode,
             usage: Usage::default(),
         };
+        let disk = OwnerName::Disk("vm-000000000001".parse().unwrap());
+        let template = OwnerName::Template("tiny".parse().unwrap());
         Tally {
-            owners: vec![owner("vm-1", true, DISK), owner("tiny", false, TEMPLATE)],
+            owners: vec![owner(disk, DISK), owner(template, TEMPLATE)],
             by_inode: HashMap::from([(DISK, 0), (TEMPLATE, 1), (GROWN, 1)]),
             extents: HashMap::new(),
         }
@@ -392,7 +415,7 @@ mod tests {
             exclusive: Bytes::new(exclusive),
             ..Usage::default()
         };
-        assert_eq!(accounts.disks[&"vm-1".parse().unwrap()], usage(60, 70));
+        assert_eq!(accounts.disks[&"vm-000000000001".parse().unwrap()], usage(60, 70));
         assert_eq!(accounts.templates[&"tiny".parse().unwrap()], usage(150, 110));
         let sums = [
             accounts.disks_exclusive,

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use proptest::prelude::*;
-use scalebox_storage::{Admission, Bounds, Bytes, Gib, Promises, Reservation, Space};
+use scalebox_storage::{Admission, Bounds, Promises, Reservation, Space};
+use scalebox_units::{Bytes, Gib};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 fn gib(n: u64) -> Bytes {

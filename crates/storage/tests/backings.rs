@@ -9,7 +9,8 @@
 
 mod support;
 
-use scalebox_storage::{ActualBacking, Backing, Bytes, Gib, InitOutcome, StorageError, unmount};
+use scalebox_storage::{ActualBacking, Backing, InitOutcome, StorageError, unmount};
+use scalebox_units::{Bytes, Gib};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -4,13 +4,14 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, StorageError};
+use scalebox_storage::{Bounds, StorageError};
+use scalebox_units::{Bytes, Gib};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Barrier;
-use support::{HostDisk, MAX, Place, Stocked, USUAL, disk_path, ext4_image, fill, name, run, text};
+use support::{HostDisk, MAX, Place, Stocked, USUAL, disk_path, ext4_image, fill, name, run, text, vm_id};
 
 fn file_system_size(image: &std::path::Path) -> Bytes {
     let header = run("dumpe2fs", &["-h", text(image)]);
@@ -32,9 +33,9 @@ fn a_disk_is_a_sound_clone_of_the_requested_size() {
     let pool = &stocked.pool;
     for (id, size) in [("vm-1", 1), ("vm-10", 10), ("vm-10-again", 10)] {
         let admitted = pool.admit(Gib::new(size).bytes()).unwrap();
-        pool.create_disk(&name(id), &stocked.template.name, &admitted).unwrap();
+        pool.create_disk(&vm_id(id), &stocked.template.name, &admitted).unwrap();
         admitted.commit();
-        let path = disk_path(pool, &name(id));
+        let path = disk_path(pool, &vm_id(id));
         assert_eq!(file_system_size(&path), Gib::new(size).bytes());
         assert_eq!(fs::metadata(&path).unwrap().len(), size << 30);
         run("e2fsck", &["-fn", text(&path)]);
@@ -53,7 +54,7 @@ fn a_created_disk_survives_a_power_cut() {
     let stocked = Stocked::new("30G", USUAL);
     let make = |id: &str, size: u64| {
         let admitted = stocked.pool.admit(Gib::new(size).bytes()).unwrap();
-        let made = stocked.pool.create_disk(&name(id), &stocked.template.name, &admitted);
+        let made = stocked.pool.create_disk(&vm_id(id), &stocked.template.name, &admitted);
         made.unwrap();
         admitted.commit();
     };
@@ -64,7 +65,7 @@ fn a_created_disk_survives_a_power_cut() {
     make("vm-2", 3);
 
     let cut = HostDisk::after_power_cut(stocked.pool.image().unwrap());
-    let disk = disk_path(&stocked.pool, &name("vm-1"));
+    let disk = disk_path(&stocked.pool, &vm_id("vm-1"));
     let vms = disk
         .parent()
         .unwrap()
@@ -74,7 +75,7 @@ fn a_created_disk_survives_a_power_cut() {
     drop(stocked);
     let host = cut();
     for id in ["vm-before", "vm-1", "vm-2"] {
-        let disk = host.folder.join(&vms).join(format!("{id}.ext4"));
+        let disk = host.folder.join(&vms).join(format!("{}.ext4", vm_id(id)));
         assert_eq!(file_system_size(&disk), Gib::new(3).bytes());
         run("e2fsck", &["-fn", text(&disk)]);
         assert_eq!(run("debugfs", &["-R", "cat /marker", text(&disk)]), "here\n");
@@ -88,14 +89,14 @@ fn disks_of_one_template_are_independent() {
         let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
         stocked
             .pool
-            .create_disk(&name(id), &stocked.template.name, &admitted)
+            .create_disk(&vm_id(id), &stocked.template.name, &admitted)
             .unwrap();
     }
     let open = |id| {
         File::options()
             .read(true)
             .write(true)
-            .open(disk_path(&stocked.pool, &name(id)))
+            .open(disk_path(&stocked.pool, &vm_id(id)))
             .unwrap()
     };
     open("vm-a").write_all_at(b"written by a", 1 << 30).unwrap();
@@ -127,10 +128,10 @@ fn a_disk_smaller_than_its_template_is_rejected() {
     assert!(
         stocked
             .pool
-            .create_disk(&name("vm-small"), &large.name, &admitted)
+            .create_disk(&vm_id("vm-small"), &large.name, &admitted)
             .is_err()
     );
-    assert!(!disk_path(&stocked.pool, &name("vm-small")).exists());
+    assert!(!disk_path(&stocked.pool, &vm_id("vm-small")).exists());
 }
 
 #[test]
@@ -147,7 +148,7 @@ fn eight_concurrent_requests_never_exceed_a_bound() {
     let attempt = |id: usize| {
         start.wait();
         let admitted = pool.admit(Gib::new(20).bytes())?;
-        pool.create_disk(&name(&format!("vm-{id}")), &template.name, &admitted)?;
+        pool.create_disk(&vm_id(&format!("vm-{id}")), &template.name, &admitted)?;
         admitted.commit();
         Ok::<_, StorageError>(())
     };
@@ -353,8 +354,8 @@ fn a_file_system_smaller_than_its_image_is_grown_in_its_clones() {
     assert_eq!(template.size, Gib::new(2).bytes());
     for (id, size) in [("vm-a", 2), ("vm-b", 2), ("vm-c", 3)] {
         let admitted = stocked.pool.admit(Gib::new(size).bytes()).unwrap();
-        stocked.pool.create_disk(&name(id), &template.name, &admitted).unwrap();
-        let disk = disk_path(&stocked.pool, &name(id));
+        stocked.pool.create_disk(&vm_id(id), &template.name, &admitted).unwrap();
+        let disk = disk_path(&stocked.pool, &vm_id(id));
         assert_eq!(file_system_size(&disk), Gib::new(size).bytes());
         run("e2fsck", &["-fn", text(&disk)]);
         assert_eq!(run("debugfs", &["-R", "cat /marker", text(&disk)]), "here\n");
@@ -421,8 +422,8 @@ fn templates_are_replaced_only_on_request_and_used_for_new_disks() {
     let create = |id: &str| {
         let admitted = pool.admit(Gib::new(4).bytes()).unwrap();
         let template = pool.template(&name("tiny")).unwrap();
-        pool.create_disk(&name(id), &template.name, &admitted).unwrap();
-        disk_path(pool, &name(id))
+        pool.create_disk(&vm_id(id), &template.name, &admitted).unwrap();
+        disk_path(pool, &vm_id(id))
     };
     let old = create("vm-old");
     let scratch = tempfile::tempdir().unwrap();
@@ -459,7 +460,7 @@ fn replacing_or_deleting_a_template_leaves_no_base_image() {
             scope.spawn(move || {
                 for n in 0..6 {
                     let admitted = pool.admit(Gib::new(2 + n % 3).bytes()).unwrap();
-                    match pool.create_disk(&name(&format!("vm-{worker}-{n}")), &name("tiny"), &admitted) {
+                    match pool.create_disk(&vm_id(&format!("vm-{worker}-{n}")), &name("tiny"), &admitted) {
                         Ok(()) | Err(StorageError::NoTemplate(_)) => {}
                         Err(error) => panic!("{error}"),
                     }
@@ -487,11 +488,11 @@ fn failed_creations_leave_nothing_behind() {
     pool.delete_template(&name("tiny")).unwrap();
     let admitted = pool.admit(Gib::new(4).bytes()).unwrap();
     assert!(matches!(
-        pool.create_disk(&name("vm-a"), &stocked.template.name, &admitted),
+        pool.create_disk(&vm_id("vm-a"), &stocked.template.name, &admitted),
         Err(StorageError::NoTemplate(_))
     ));
     drop(admitted);
-    assert!(!disk_path(pool, &name("vm-a")).exists());
+    assert!(!disk_path(pool, &vm_id("vm-a")).exists());
     assert_eq!(pool.promises(), Default::default());
 }
 
@@ -501,28 +502,32 @@ fn a_sweep_removes_only_orphaned_files() {
     let pool = &stocked.pool;
     for id in ["vm-kept", "vm-stray"] {
         let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
-        pool.create_disk(&name(id), &stocked.template.name, &admitted).unwrap();
+        pool.create_disk(&vm_id(id), &stocked.template.name, &admitted).unwrap();
     }
     let half = pool.path().join("templates/.half.partial");
     fs::write(&half, "half").unwrap();
     let half_grown = pool.path().join("vms/vm-kept.ext4.partial");
     fs::write(&half_grown, "half").unwrap();
-    fs::write(pool.path().join("vms/notes.txt"), "the operator's").unwrap();
+    let foreign = ["notes.txt", "backup.ext4"].map(|file| pool.path().join("vms").join(file));
+    for file in &foreign {
+        fs::write(file, "the operator's").unwrap();
+    }
     let stale = pool.path().join("templates/.grown/gone@1.4294967296.ext4");
     fs::write(&stale, "of a deleted template").unwrap();
-    let keep: HashSet<_> = [name("vm-kept"), name("vm-lost")].into();
+    let keep: HashSet<_> = [vm_id("vm-kept"), vm_id("vm-lost")].into();
     let swept = pool.sweep(&keep).unwrap();
-    assert_eq!(swept.missing, [name("vm-lost")]);
+    assert_eq!(swept.missing, [vm_id("vm-lost")]);
     assert_eq!(
         swept.removed,
         [
             half.clone(),
             half_grown.clone(),
             stale.clone(),
-            disk_path(pool, &name("vm-stray"))
+            disk_path(pool, &vm_id("vm-stray"))
         ]
     );
-    assert!(disk_path(pool, &name("vm-kept")).exists() && pool.path().join("vms/notes.txt").exists());
+    assert!(disk_path(pool, &vm_id("vm-kept")).exists());
+    assert!(foreign.iter().all(|file| file.exists()));
     assert!(!half.exists() && !half_grown.exists() && !stale.exists());
     assert!(pool.template(&name("tiny")).is_ok());
 }
@@ -530,7 +535,7 @@ fn a_sweep_removes_only_orphaned_files() {
 #[test]
 fn growing_a_disk_grows_its_file_system_and_keeps_its_files() {
     let stocked = Stocked::new("30G", USUAL);
-    let (pool, disk) = (&stocked.pool, name("vm-a"));
+    let (pool, disk) = (&stocked.pool, vm_id("vm-a"));
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
     pool.create_disk(&disk, &stocked.template.name, &admitted).unwrap();
     pool.grow_disk(&disk, Gib::new(5).bytes()).unwrap();
@@ -558,12 +563,12 @@ fn a_base_image_has_fewer_extents_than_a_grown_disk() {
     let pool = &stocked.pool;
     let make = |id: &str, size: u64| {
         let admitted = pool.admit(Gib::new(size).bytes()).unwrap();
-        pool.create_disk(&name(id), &stocked.template.name, &admitted).unwrap();
-        disk_path(pool, &name(id))
+        pool.create_disk(&vm_id(id), &stocked.template.name, &admitted).unwrap();
+        disk_path(pool, &vm_id(id))
     };
     let cloned = make("vm-cloned", 20);
     let grown = make("vm-grown", 1);
-    pool.grow_disk(&name("vm-grown"), Gib::new(20).bytes()).unwrap();
+    pool.grow_disk(&vm_id("vm-grown"), Gib::new(20).bytes()).unwrap();
     assert!(
         extents(&cloned) < extents(&grown),
         "{} and {}",
@@ -578,7 +583,7 @@ fn a_base_image_has_fewer_extents_than_a_grown_disk() {
 #[test]
 fn a_damaged_disk_is_neither_grown_nor_changed() {
     let stocked = Stocked::new("30G", USUAL);
-    let (pool, disk) = (&stocked.pool, name("vm-a"));
+    let (pool, disk) = (&stocked.pool, vm_id("vm-a"));
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
     pool.create_disk(&disk, &stocked.template.name, &admitted).unwrap();
     let path = disk_path(pool, &disk);
@@ -614,9 +619,9 @@ fn deleting_a_disk_twice_succeeds() {
     let admitted = stocked.pool.admit(Gib::new(2).bytes()).unwrap();
     stocked
         .pool
-        .create_disk(&name("vm-a"), &stocked.template.name, &admitted)
+        .create_disk(&vm_id("vm-a"), &stocked.template.name, &admitted)
         .unwrap();
-    stocked.pool.delete_disk(&name("vm-a")).unwrap();
-    stocked.pool.delete_disk(&name("vm-a")).unwrap();
-    assert!(!disk_path(&stocked.pool, &name("vm-a")).exists());
+    stocked.pool.delete_disk(&vm_id("vm-a")).unwrap();
+    stocked.pool.delete_disk(&vm_id("vm-a")).unwrap();
+    assert!(!disk_path(&stocked.pool, &vm_id("vm-a")).exists());
 }

@@ -4,11 +4,12 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, Pool, StorageError};
+use scalebox_storage::{Bounds, Pool, StorageError};
+use scalebox_units::{Bytes, Gib};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use support::{MAX, Place, disk_path, fill, name, run, text};
+use support::{MAX, Place, disk_path, fill, name, run, text, vm_id};
 
 /// No buffer, and practically unlimited promises.
 const UNLIMITED: Bounds = Bounds {
@@ -101,7 +102,7 @@ fn admission_refuses_before_exhausted_metadata_makes_the_pool_read_only() {
     let refusal = loop {
         match pool.admit(Bytes::from_mib(64)) {
             Ok(admitted) => {
-                let id = name(&format!("vm-{}", clones.len()));
+                let id = vm_id(&format!("vm-{}", clones.len()));
                 pool.create_disk(&id, &template.name, &admitted).unwrap();
                 admitted.commit();
                 clones.push(id);

@@ -10,7 +10,8 @@
 
 mod support;
 
-use scalebox_storage::{Backing, Bounds, Gib, GuestIdentity, Name, Pool, StorageError};
+use scalebox_storage::{Backing, Bounds, Pool, StorageError};
+use scalebox_units::{Gib, TemplateName, VmId};
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
-use support::{HostDisk, MAX, Place, disk_path, found_in, name, run, text};
+use support::{HostDisk, MAX, Place, disk_path, finish_snapshot, found_in, name, run, text, vm_id};
 use tempfile::TempDir;
 
 const MAX_SIZE: Gib = Gib::new(100);
@@ -270,13 +271,17 @@ struct Case<'c> {
 }
 
 impl Case<'_> {
-    fn name(&self, kind: &str) -> Name {
+    fn name(&self, kind: &str) -> TemplateName {
         name(&format!("{kind}-{}", self.nth))
+    }
+
+    fn disk(&self, kind: &str) -> VmId {
+        vm_id(&format!("{kind}-{}", self.nth))
     }
 
     fn create(&self, disk: &str, template: &str, size: Gib) -> Result<(), StorageError> {
         let admitted = self.pool.admit(size.bytes())?;
-        self.pool.create_disk(&self.name(disk), &self.name(template), &admitted)
+        self.pool.create_disk(&self.disk(disk), &self.name(template), &admitted)
     }
 
     /// Runs all steps.
@@ -296,7 +301,7 @@ impl Case<'_> {
         } else {
             ("", MAX_SIZE)
         };
-        let disk = self.name("disk");
+        let disk = self.disk("disk");
         let grown = self
             .create("disk", "first", Gib::new(1))
             .and_then(|()| self.pool.grow_disk(&disk, MAX_SIZE.bytes()));
@@ -306,19 +311,15 @@ impl Case<'_> {
         }
         self.pool.delete_template(&first).unwrap();
         for disk in ["disk", "clone"] {
-            self.pool.delete_disk(&self.name(disk)).unwrap();
+            self.pool.delete_disk(&self.disk(disk)).unwrap();
         }
     }
 
     fn snapshot_and_clone(&self, row: &mut Row, size: Gib) {
-        let source = GuestIdentity {
-            hostname: HOST_NAME.to_owned(),
-            ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
-        };
         let derived = self.name("derived");
         let snapshot = self.pool.begin_snapshot(&derived).and_then(|mut snapshot| {
-            self.pool.take_snapshot(&mut snapshot, &self.name("disk"))?;
-            self.pool.finish_snapshot(snapshot, &source)
+            self.pool.take_snapshot(&mut snapshot, &self.disk("disk"))?;
+            finish_snapshot(self.pool, snapshot, HOST_NAME, &format!("ssh-ed25519 {SEEDED} me"))
         });
         if row.step(snapshot, "").is_none() {
             return;
@@ -328,7 +329,7 @@ impl Case<'_> {
             row.wrong.push(format!("the template contains {secret}"));
         }
         if row.step(self.create("clone", "derived", size), "").is_some() {
-            let clone = disk_path(self.pool, &self.name("clone"));
+            let clone = disk_path(self.pool, &self.disk("clone"));
             let checked = Command::new("e2fsck").args(["-fn", text(&clone)]).output().unwrap();
             row.require(checked.status.success(), "e2fsck has findings");
             row.steps.push("clean".to_owned());
@@ -423,8 +424,8 @@ fn growth_too_large_for_one_step_is_done_in_several() {
     let source = image(scratch.path(), &root, "-b 4096").unwrap();
     pool.import_template(&name("small"), &source, MAX, false).unwrap();
     let admitted = pool.admit(MAX_SIZE.bytes()).unwrap();
-    pool.create_disk(&name("vm"), &name("small"), &admitted).unwrap();
-    let disk = disk_path(&pool, &name("vm"));
+    pool.create_disk(&vm_id("vm"), &name("small"), &admitted).unwrap();
+    let disk = disk_path(&pool, &vm_id("vm"));
     assert!(run("dumpe2fs", &["-h", text(&disk)]).contains("Block count:              26214400\n"));
     run("e2fsck", &["-fn", text(&disk)]);
     let mut row = Row::default();

@@ -10,7 +10,8 @@
 mod support;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use scalebox_storage::{Backing, Bytes, Gib, InitOutcome, Pool, StorageError, registered_source, unmount};
+use scalebox_storage::{Backing, InitOutcome, Pool, StorageError, registered_source, unmount};
+use scalebox_units::{Bytes, Gib};
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};

@@ -2,7 +2,8 @@
 
 mod support;
 
-use scalebox_storage::{Backing, Bytes, Gib, InitOutcome, Pool, StorageError, unmount};
+use scalebox_storage::{Backing, InitOutcome, Pool, StorageError, unmount};
+use scalebox_units::{Bytes, Gib};
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;

@@ -8,14 +8,15 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, GuestIdentity, Pool, StorageError, Template};
+use scalebox_storage::{Bounds, Pool, StorageError, Template};
+use scalebox_units::{Bytes, Gib};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use support::{MAX, Place, Stocked, USUAL, disk_path, found_in, name, run, text};
+use support::{MAX, Place, Stocked, USUAL, disk_path, finish_snapshot, found_in, name, run, text, vm_id};
 
 const HOST_KEY: &str = "b3BlbnNzaC1rZXktdjEAAAAA-the-private-host-key";
 const DELETED_KEY: &str = "a-key-that-the-guest-had-deleted";
@@ -92,19 +93,15 @@ fn add_used_disk(stocked: &Stocked) {
     pool.import_template(&name("used"), &used_guest(scratch.path()), MAX, false)
         .unwrap();
     let admitted = pool.admit(Bytes::from_mib(64)).unwrap();
-    pool.create_disk(&name("vm-1"), &name("used"), &admitted).unwrap();
+    pool.create_disk(&vm_id("vm-1"), &name("used"), &admitted).unwrap();
     admitted.commit();
 }
 
 fn snapshot(pool: &Pool, template: &str) -> Result<Template, StorageError> {
-    let source = GuestIdentity {
-        hostname: HOST_NAME.to_owned(),
-        ssh_public_key: format!("ssh-ed25519 {SEEDED} me"),
-    };
     let mut snapshot = pool.begin_snapshot(&name(template))?;
-    pool.flush_disk(&name("vm-1"))?;
-    pool.take_snapshot(&mut snapshot, &name("vm-1"))?;
-    pool.finish_snapshot(snapshot, &source)
+    pool.flush_disk(&vm_id("vm-1"))?;
+    pool.take_snapshot(&mut snapshot, &vm_id("vm-1"))?;
+    finish_snapshot(pool, snapshot, HOST_NAME, &format!("ssh-ed25519 {SEEDED} me"))
 }
 
 fn template_path(stocked: &Stocked, template: &str) -> PathBuf {
@@ -114,7 +111,7 @@ fn template_path(stocked: &Stocked, template: &str) -> PathBuf {
 #[test]
 fn a_snapshot_keeps_the_files_and_removes_the_identity() {
     let stocked = with_a_used_disk();
-    let disk = disk_path(&stocked.pool, &name("vm-1"));
+    let disk = disk_path(&stocked.pool, &vm_id("vm-1"));
     let secrets = [HOST_KEY, DELETED_KEY, MACHINE_ID, HOST_NAME, SEEDED, "vm-0123456789ab"];
     for secret in secrets {
         assert!(contains(&disk, secret), "the disk lacks {secret}");
@@ -171,7 +168,7 @@ fn with_a_ratio_of_one_a_snapshot_is_admitted_for_the_shared_blocks() {
     stocked.create("vm-1", 6);
     stocked.create("vm-2", 7);
     // Represents 5 GiB written by a guest, which it may overwrite again.
-    let disk = disk_path(pool, &name("vm-1"));
+    let disk = disk_path(pool, &vm_id("vm-1"));
     run("fallocate", &["-l", "5G", text(&disk)]);
     pool.measure().unwrap();
     let before = pool.promises();
@@ -180,7 +177,7 @@ fn with_a_ratio_of_one_a_snapshot_is_admitted_for_the_shared_blocks() {
     assert_eq!(pool.promises(), before);
     assert!(!template_path(&stocked, ".derived").with_extension("partial").exists());
 
-    pool.delete_disk(&name("vm-2")).unwrap();
+    pool.delete_disk(&vm_id("vm-2")).unwrap();
     pool.release(Gib::new(7).bytes());
     pool.measure().unwrap();
     snapshot(pool, "derived").unwrap();
@@ -205,13 +202,9 @@ fn snapshots_work_in_a_pool_with_an_unusual_path() {
 #[test]
 fn a_guest_named_localhost_keeps_localhost_in_its_hosts_file() {
     let stocked = with_a_used_disk();
-    let source = GuestIdentity {
-        hostname: "localhost".to_owned(),
-        ..GuestIdentity::default()
-    };
     let mut snapshot = stocked.pool.begin_snapshot(&name("derived")).unwrap();
-    stocked.pool.take_snapshot(&mut snapshot, &name("vm-1")).unwrap();
-    stocked.pool.finish_snapshot(snapshot, &source).unwrap();
+    stocked.pool.take_snapshot(&mut snapshot, &vm_id("vm-1")).unwrap();
+    finish_snapshot(&stocked.pool, snapshot, "localhost", "").unwrap();
     let hosts = cat(&template_path(&stocked, "derived"), "/etc/hosts");
     assert!(hosts.starts_with("127.0.0.1 localhost\n"), "{hosts}");
 }
@@ -258,7 +251,7 @@ fn a_template_name_is_used_once_and_failures_leave_nothing_behind() {
     assert!(pool.promises().reserved < reserved, "the reservation is released");
 
     // A disk without a file system.
-    let disk = disk_path(pool, &name("vm-1"));
+    let disk = disk_path(pool, &vm_id("vm-1"));
     run(
         "dd",
         &[

@@ -4,10 +4,11 @@
 
 mod support;
 
-use scalebox_storage::{Bounds, Bytes, Gib, Pool, PoolUsage};
+use scalebox_storage::{Bounds, Pool, PoolUsage};
+use scalebox_units::{Bytes, Gib};
 use std::fs::{self, File};
 use std::path::Path;
-use support::{MAX, Stocked, USUAL, disk_path, name, run, text, write};
+use support::{MAX, Stocked, USUAL, disk_path, name, run, text, vm_id, write};
 
 const MIB: u64 = 1 << 20;
 
@@ -122,7 +123,7 @@ fn blocks_of_a_deleted_template_belong_to_its_clones() {
     let template = pool.path().join("templates/big.ext4");
     write(&template, 100 * MIB, 64 * MIB);
     let admitted = pool.admit(Gib::new(1).bytes()).unwrap();
-    let (a, b) = (name("vm-a"), name("vm-b"));
+    let (a, b) = (vm_id("vm-a"), vm_id("vm-b"));
     for id in [&a, &b] {
         pool.create_disk(id, &big.name, &admitted).unwrap();
     }
@@ -194,7 +195,7 @@ fn a_measurement_is_valid_until_templates_change() {
     stocked.create("vm-b", 1);
     assert!(!pool.needs_measuring());
     let admitted = pool.admit(Gib::new(2).bytes()).unwrap();
-    pool.create_disk(&name("vm-c"), &stocked.template.name, &admitted)
+    pool.create_disk(&vm_id("vm-c"), &stocked.template.name, &admitted)
         .unwrap();
     assert!(pool.needs_measuring());
     pool.measure().unwrap();

@@ -1,6 +1,6 @@
 //! SSH public keys: one line of `authorized_keys` without options.
 
-use crate::names::{InvalidFormat, text_newtype};
+use crate::format::{InvalidFormat, text_newtype};
 use serde::{Deserialize, Serialize};
 use ssh_key::PublicKey;
 use ssh_key::public::KeyData;

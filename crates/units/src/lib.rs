@@ -1,20 +1,38 @@
-//! Types for names and keys that clients send. Each type has one parser, and all later code takes
-//! the type. So a value that the API accepted is not rejected when a VM starts with it.
+//! The words that all crates of Scalebox share: sizes, ids, names and addresses, each a type with
+//! one parser.
+//!
+//! All later code takes the type. So a value that the API accepted is not rejected when a VM starts
+//! with it. The crate does no I/O.
 //!
 //! # Layout
 //!
 //! | file | contents |
 //! |---|---|
-//! | `names` | [`TemplateName`], [`VmName`], VM ids; [`InvalidFormat`], the parse error |
+//! | `size` | [`Bytes`] and [`Gib`]: sizes, and their rounding |
+//! | `vm_id` | [`VmId`] |
+//! | `names` | [`TemplateName`] and [`VmName`] |
 //! | `key` | [`SshPublicKey`] |
+//! | `mac` | [`Mac`] |
+//! | `disk_location` | [`DiskLocation`] |
+//! | `format` | [`InvalidFormat`]: the error of the parsers |
 //! | `schema` (feature `openapi`) | the JSON schema of each type |
 
 #![warn(missing_docs)]
 
+mod disk_location;
+mod format;
 mod key;
+mod mac;
 mod names;
 #[cfg(feature = "openapi")]
 mod schema;
+mod size;
+mod vm_id;
 
+pub use disk_location::DiskLocation;
+pub use format::InvalidFormat;
 pub use key::SshPublicKey;
-pub use names::{InvalidFormat, TemplateName, VmName, is_vm_id};
+pub use mac::Mac;
+pub use names::{TemplateName, VmName};
+pub use size::{Bytes, Gib, ParseSizeError};
+pub use vm_id::VmId;

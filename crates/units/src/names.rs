@@ -1,22 +1,11 @@
 //! Names of templates and VMs. Both become parts of file names, and a VM's name is also its guest's
 //! host name. The types here are checked on creation, so their users need no further checks.
 
+use crate::format::{InvalidFormat, text_newtype};
+use crate::vm_id::VmId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
-
-/// A text has the wrong form. The message continues after the name of the field: `must be …`.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct InvalidFormat(String);
-
-impl InvalidFormat {
-    /// Creates the error. `form` describes the right form and continues after the name of the
-    /// field: `must be …`.
-    pub fn new(form: impl Into<String>) -> Self {
-        InvalidFormat(form.into())
-    }
-}
 
 /// A template's name: 1 to 63 ASCII letters, digits, dashes, dots and underscores, beginning with a
 /// letter or a digit. File names in the pool have the same form, so every template can be requested
@@ -51,12 +40,6 @@ const TEMPLATE_FORM: &str =
 const VM_FORM: &str = "must be 1 to 63 lower-case letters, digits or dashes and neither begin nor end with a dash";
 const VM_NOT_ID: &str = "must not have the form of a VM's id (vm- and 12 hex digits)";
 
-/// Returns whether `text` has the form of a VM id: `vm-` and twelve lower-case hex digits.
-pub fn is_vm_id(text: &str) -> bool {
-    text.strip_prefix("vm-")
-        .is_some_and(|hex| hex.len() == 12 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
-}
-
 impl FromStr for TemplateName {
     type Err = InvalidFormat;
 
@@ -81,51 +64,13 @@ impl FromStr for VmName {
         let ends = !text.starts_with('-') && !text.ends_with('-');
         if !(letters && ends && (1..=MAX_LENGTH).contains(&text.len())) {
             Err(InvalidFormat::new(VM_FORM))
-        } else if is_vm_id(text) {
+        } else if text.parse::<VmId>().is_ok() {
             Err(InvalidFormat::new(VM_NOT_ID))
         } else {
             Ok(VmName(text.to_owned()))
         }
     }
 }
-
-macro_rules! text_newtype {
-    ($name:ident) => {
-        impl $name {
-            /// Returns the text.
-            pub fn as_str(&self) -> &str {
-                &self.0
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(&self.0)
-            }
-        }
-
-        impl AsRef<str> for $name {
-            fn as_ref(&self) -> &str {
-                &self.0
-            }
-        }
-
-        impl TryFrom<String> for $name {
-            type Error = InvalidFormat;
-
-            fn try_from(text: String) -> Result<Self, InvalidFormat> {
-                text.parse()
-            }
-        }
-
-        impl From<$name> for String {
-            fn from(value: $name) -> String {
-                value.0
-            }
-        }
-    };
-}
-pub(crate) use text_newtype;
 
 text_newtype!(TemplateName);
 text_newtype!(VmName);
@@ -201,15 +146,5 @@ mod tests {
     #[test]
     fn vm_names_never_look_like_ids() {
         assert_eq!("vm-0123456789ab".parse::<VmName>(), Err(InvalidFormat::new(VM_NOT_ID)));
-        assert!(is_vm_id("vm-0123456789ab"));
-        for text in [
-            "vm-0123456789AB",
-            "vm-0123456789abc",
-            "vm-",
-            "0123456789ab",
-            "vm-0123456789g0",
-        ] {
-            assert!(!is_vm_id(text), "{text}");
-        }
     }
 }

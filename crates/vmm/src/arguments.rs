@@ -5,10 +5,10 @@
 //! meaning. Where QEMU accepts only `key=value`, commas are doubled.
 
 use crate::accel::Accel;
-use crate::machine::{MachineId, MachineSpec};
+use crate::machine::MachineSpec;
 use crate::run_dir::RunDir;
 use crate::{Error, Result};
-use scalebox_storage::DiskLocation;
+use scalebox_units::{DiskLocation, VmId};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -92,7 +92,7 @@ pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: Disk
     );
     argv.json(
         "-device",
-        json!({ "driver": "virtio-net-device", "netdev": "net", "mac": spec.nic.mac }),
+        json!({ "driver": "virtio-net-device", "netdev": "net", "mac": spec.nic.mac.to_string() }),
     );
 
     argv.words(&["-object", "rng-builtin,id=rng"]);
@@ -117,7 +117,7 @@ pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: Disk
 
 /// Returns the two arguments that identify a machine's QEMU process: its name and its control
 /// socket.
-pub(crate) fn identifying_arguments(id: &MachineId, dir: &RunDir) -> Result<[String; 2]> {
+pub(crate) fn identifying_arguments(id: &VmId, dir: &RunDir) -> Result<[String; 2]> {
     Ok([
         format!("guest={id},process={id},debug-threads=on"),
         socket_chardev("control", &utf8(id, "run_dir", &dir.control())?),
@@ -172,7 +172,7 @@ fn socket_chardev(id: &str, path: &str) -> String {
     format!("socket,id={id},path={},server=on,wait=off", path.replace(',', ",,"))
 }
 
-fn utf8(id: &MachineId, what: &'static str, path: &Path) -> Result<String> {
+fn utf8(id: &VmId, what: &'static str, path: &Path) -> Result<String> {
     let invalid = |why| Error::Spec {
         id: id.clone(),
         what,
@@ -235,7 +235,7 @@ mod tests {
             seed: "/seed".into(),
             nic: Nic {
                 tap: "tap0".into(),
-                mac: "52:54:00:12:34:56".into(),
+                mac: "52:54:00:12:34:56".parse().unwrap(),
             },
             run_dir: "/run/x,y".into(),
             console_log: "/log".into(),

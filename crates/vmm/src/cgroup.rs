@@ -7,7 +7,7 @@
 //! hypervisor, so that no part of the hypervisor ever runs outside. See
 //! Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ in the kernel source.
 
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};

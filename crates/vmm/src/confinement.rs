@@ -7,7 +7,7 @@ use crate::machine::MachineSpec;
 use crate::process::Process;
 use crate::run_dir::RunDir;
 use crate::{Error, Result};
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::io;
 
 /// CPU time of a hypervisor for disk, network and console, in percent of one CPU. It is added to

@@ -5,7 +5,7 @@
 //! current one, and the previous one (`….1`). A full current file replaces the previous one. While
 //! no daemon runs, nothing is recorded.
 
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};

@@ -1,6 +1,7 @@
 //! The errors of this crate.
 
-use crate::machine::{ExitReason, MachineId};
+use crate::machine::ExitReason;
+use scalebox_units::VmId;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,7 +25,7 @@ pub enum Error {
     )]
     Foreign {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// The program that runs it.
         program: String,
     },
@@ -47,20 +48,17 @@ pub enum Error {
     #[error("{id}: {what}: {why}")]
     Spec {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// The field of the [`MachineSpec`](crate::MachineSpec), or the argument.
         what: &'static str,
         /// What is wrong with it, and what would be valid.
         why: String,
     },
-    /// A malformed machine id.
-    #[error("{0:?} is not a machine id; an id is vm- and 12 lower-case hex digits")]
-    Id(String),
     /// The machine is already running, or another process holds it.
     #[error("{id} is already running{}; adopt it, or stop it first", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default())]
     Running {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// Its process, if known.
         pid: Option<i32>,
     },
@@ -68,7 +66,7 @@ pub enum Error {
     #[error("cannot launch {id}: {why}{}", output_suffix(output))]
     Launch {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// The cause.
         why: String,
         /// Everything that the hypervisor wrote to stderr.
@@ -78,7 +76,7 @@ pub enum Error {
     #[error("{id}: {command}: {why}")]
     Control {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// The command, as the hypervisor names it.
         command: &'static str,
         /// The hypervisor's response, or the error of the connection.
@@ -88,7 +86,7 @@ pub enum Error {
     #[error("{id}: cannot reach the guest agent: {why}")]
     Agent {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// The error from connecting.
         why: String,
     },
@@ -97,7 +95,7 @@ pub enum Error {
     #[error("{id}: the hypervisor did not respond to {command} within {after:?}; try again, or kill the machine")]
     Hung {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// The command, as the hypervisor names it.
         command: &'static str,
         /// The timeout.
@@ -110,7 +108,7 @@ pub enum Error {
     )]
     Unkillable {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// Its process.
         pid: i32,
         /// The timeout.
@@ -120,7 +118,7 @@ pub enum Error {
     #[error("{id} has ended: {reason}")]
     Ended {
         /// The machine.
-        id: MachineId,
+        id: VmId,
         /// The reason.
         reason: ExitReason,
     },

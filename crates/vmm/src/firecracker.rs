@@ -10,7 +10,7 @@ use crate::firecracker_api::{Api, ApiError, RESPONSE_TIMEOUT};
 use crate::firecracker_command::{Firecracker, PROGRAM, identifying_arguments};
 use crate::firecracker_machine::FirecrackerMachine;
 use crate::jail::{self, Jail, Jails, change_owner};
-use crate::machine::{Machine, MachineId, MachineSpec, RunAs, Vmm};
+use crate::machine::{Machine, MachineSpec, RunAs, Vmm};
 use crate::process::Process;
 use crate::qemu::{find_process, find_recorded, kill_and_wait, launch_error, lock_for_launch, require_tap};
 use crate::qemu_machine::ClaimedProcess;
@@ -18,7 +18,7 @@ use crate::run_dir::{Lock, RunDir};
 use crate::stderr::StderrPipe;
 use crate::{Error, Result};
 use async_trait::async_trait;
-use scalebox_storage::Bytes;
+use scalebox_units::{Bytes, VmId};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -160,7 +160,7 @@ impl FirecrackerDriver {
     }
 
     /// Removes all files of a machine whose process is gone.
-    fn remove_files(&self, id: &MachineId, dir: &RunDir) {
+    fn remove_files(&self, id: &VmId, dir: &RunDir) {
         self.jails.remove(id);
         dir.clear();
     }
@@ -189,7 +189,7 @@ impl Vmm for FirecrackerDriver {
         }
     }
 
-    async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
+    async fn adopt(&self, id: &VmId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
         let dir = RunDir::at(run_dir);
         let Some(lock) = dir.lock(id)? else { return Ok(None) };
         let Some((process, record)) = find_recorded(id, &dir, &identifying_arguments(id.as_str())).await? else {
@@ -222,7 +222,7 @@ impl Vmm for FirecrackerDriver {
         Ok(Some(FirecrackerMachine::new(claimed, jail, api, console)))
     }
 
-    async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
+    async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool> {
         let dir = RunDir::at(run_dir);
         // The folder is created if it is missing: a process may still exist, and the lock prevents
         // a launch meanwhile.
@@ -269,7 +269,7 @@ async fn finish_launch(
     })
 }
 
-fn hung(id: &MachineId) -> Error {
+fn hung(id: &VmId) -> Error {
     Error::Hung {
         id: id.clone(),
         command: "a new connection",

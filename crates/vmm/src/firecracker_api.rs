@@ -74,7 +74,7 @@ impl Api {
             "cache_type": "Unsafe", "io_engine": "Sync",
         });
         self.put("/drives/seed", seed).await?;
-        let nic = json!({ "iface_id": "net", "host_dev_name": spec.nic.tap, "guest_mac": spec.nic.mac });
+        let nic = json!({ "iface_id": "net", "host_dev_name": spec.nic.tap, "guest_mac": spec.nic.mac.to_string() });
         self.put("/network-interfaces/net", nic).await?;
         let agent = json!({ "guest_cid": GUEST_CID, "uds_path": jail::AGENT });
         self.put("/vsock", agent).await?;
@@ -203,7 +203,7 @@ fn cmdline(line: &str) -> String {
 mod tests {
     use super::*;
     use crate::machine::Nic;
-    use scalebox_storage::DiskLocation;
+    use scalebox_units::DiskLocation;
     use std::collections::VecDeque;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};
@@ -224,7 +224,7 @@ mod tests {
             seed: "/seed".into(),
             nic: Nic {
                 tap: "fcrec0".into(),
-                mac: "52:54:00:12:34:56".into(),
+                mac: "52:54:00:12:34:56".parse().unwrap(),
             },
             run_dir: "/run".into(),
             console_log: "/console".into(),

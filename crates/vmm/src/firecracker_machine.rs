@@ -7,7 +7,7 @@
 
 use crate::firecracker_api::{Api, ApiError, RESPONSE_TIMEOUT};
 use crate::jail::{self, Jail};
-use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
+use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineState};
 use crate::process::Process;
 use crate::qemu_machine::{
     ClaimedProcess, DRAIN_TIMEOUT, MAX_BUFFERED_EVENTS, SHUTDOWN_INTERVAL, check_growth, crash_reason, wait_for_exit,
@@ -17,7 +17,7 @@ use crate::stderr::StderrPipe;
 use crate::{Error, Result, agent, console, vsock};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
-use scalebox_storage::Bytes;
+use scalebox_units::{Bytes, VmId};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -42,7 +42,7 @@ pub(crate) struct FirecrackerMachine {
 }
 
 struct Inner {
-    id: MachineId,
+    id: VmId,
     dir: RunDir,
     process: Process,
     stderr: StderrPipe,
@@ -124,7 +124,7 @@ impl Drop for FirecrackerMachine {
 
 #[async_trait]
 impl Machine for FirecrackerMachine {
-    fn id(&self) -> &MachineId {
+    fn id(&self) -> &VmId {
         &self.inner.id
     }
 

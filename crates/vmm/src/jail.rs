@@ -14,9 +14,10 @@
 //! memory and no time, which is why BASE is on the file system of the disks. The process can create
 //! any file under any name in its folder: nothing in it is opened through a symbolic link.
 
-use crate::machine::{MachineId, MachineSpec, RunAs};
+use crate::machine::{MachineSpec, RunAs};
 use crate::{Error, Result};
 use rustix::fs::{FileType, Mode, OFlags, StatVfsMountFlags, fstat, open, statvfs};
+use scalebox_units::VmId;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -51,7 +52,7 @@ pub(crate) struct Jail(PathBuf);
 ///
 /// # Errors
 /// [`Error::Io`] if the jails cannot be listed. A jail that cannot be removed is logged.
-pub fn sweep_jails(base: &Path, running: &[MachineId]) -> Result<()> {
+pub fn sweep_jails(base: &Path, running: &[VmId]) -> Result<()> {
     for (id, jail) in jails(base)? {
         if !running.contains(&id) {
             tracing::info!(machine = %id, "removing the jail of a machine that is gone");
@@ -63,7 +64,7 @@ pub fn sweep_jails(base: &Path, running: &[MachineId]) -> Result<()> {
 
 /// Lists all jails, whatever the name of their program. Folders whose name is not a machine id are
 /// ignored.
-fn jails(base: &Path) -> Result<Vec<(MachineId, Jail)>> {
+fn jails(base: &Path) -> Result<Vec<(VmId, Jail)>> {
     let mut found = Vec::new();
     for program in folders(base)? {
         for folder in folders(&program)? {
@@ -101,14 +102,14 @@ impl Jails {
     }
 
     /// Returns the jail of a machine, if it exists.
-    pub(crate) fn of(&self, id: &MachineId) -> Result<Option<Jail>> {
+    pub(crate) fn of(&self, id: &VmId) -> Result<Option<Jail>> {
         Ok(jails(&self.base)?
             .into_iter()
             .find_map(|(found, jail)| (found == *id).then_some(jail)))
     }
 
     /// Removes the jail of a machine whose process is gone.
-    pub(crate) fn remove(&self, id: &MachineId) {
+    pub(crate) fn remove(&self, id: &VmId) {
         match jails(&self.base) {
             Ok(jails) => jails
                 .iter()
@@ -238,7 +239,7 @@ pub(crate) fn change_owner(file: &Path, account: RunAs) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scalebox_storage::DiskLocation;
+    use scalebox_units::DiskLocation;
 
     const ACCOUNT: RunAs = RunAs {
         uid: 1_900_000_001,
@@ -262,7 +263,7 @@ mod tests {
             seed: folder.join("seed"),
             nic: crate::Nic {
                 tap: "tap0".into(),
-                mac: "52:54:00:12:34:56".into(),
+                mac: "52:54:00:12:34:56".parse().unwrap(),
             },
             run_dir: folder.join("run"),
             console_log: folder.join("console"),

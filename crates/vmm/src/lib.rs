@@ -58,9 +58,7 @@ pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::Error;
 pub use firecracker::FirecrackerDriver;
 pub use jail::sweep_jails;
-pub use machine::{
-    DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineSpec, MachineState, Nic, RunAs, Vmm,
-};
+pub use machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineSpec, MachineState, Nic, RunAs, Vmm};
 pub use qemu::QemuDriver;
 
 /// The result of this crate's functions.

@@ -26,11 +26,9 @@
 
 use crate::{Error, Result};
 use async_trait::async_trait;
-use scalebox_storage::{Bytes, DiskLocation};
-use serde::{Deserialize, Serialize};
+use scalebox_units::{Bytes, DiskLocation, Mac, VmId};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -77,7 +75,7 @@ pub trait Vmm: Send + Sync {
     /// [`Error::Hung`] if the hypervisor is alive but does not respond: it is left unchanged and
     /// without a holder, to be adopted later or [force-stopped](Vmm::force_stop).
     /// [`Error::Unkillable`] if an interrupted launch cannot be undone.
-    async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>>;
+    async fn adopt(&self, id: &VmId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>>;
 
     /// Kills the process of a machine that has no holder, and removes its files.
     ///
@@ -98,7 +96,7 @@ pub trait Vmm: Send + Sync {
     /// [`Error::Running`] if a process (including this one) holds the machine;
     /// [`Error::Unkillable`] if its process does not exit within 10 s of the kill: its files stay
     /// for the next attempt.
-    async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool>;
+    async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool>;
 }
 
 /// A handle to a launched or adopted machine. Every method may be called at any time and
@@ -112,7 +110,7 @@ pub trait Vmm: Send + Sync {
 #[async_trait]
 pub trait Machine: Send + Sync {
     /// Returns the machine's id.
-    fn id(&self) -> &MachineId;
+    fn id(&self) -> &VmId;
 
     /// Returns the hypervisor's pid, for display and for cgroups. The process may have ended by the
     /// time the pid is used.
@@ -178,7 +176,7 @@ pub trait Machine: Send + Sync {
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
     /// Unique on this host.
-    pub id: MachineId,
+    pub id: VmId,
     /// At least 1.
     pub vcpus: u32,
     /// At least [`MIN_MEMORY_MIB`].
@@ -257,11 +255,11 @@ impl MachineSpec {
         if !is_interface_name(&self.nic.tap) {
             return invalid("nic.tap", format!("{:?} is not a network interface name", self.nic.tap));
         }
-        if !is_unicast_mac(&self.nic.mac) {
+        if !self.nic.mac.is_unicast() {
             return invalid(
                 "nic.mac",
                 format!(
-                    "{:?} is not a unicast MAC address such as 52:54:00:12:34:56",
+                    "{} is not a unicast MAC address such as 52:54:00:12:34:56",
                     self.nic.mac
                 ),
             );
@@ -276,22 +274,13 @@ fn is_interface_name(name: &str) -> bool {
     (1..=15).contains(&name.len()) && name.bytes().all(plain) && name.bytes().any(|byte| byte != b'.')
 }
 
-fn is_unicast_mac(mac: &str) -> bool {
-    let bytes: Vec<&str> = mac.split(':').collect();
-    let hex = |byte: &&str| byte.len() == 2 && byte.bytes().all(|digit| digit.is_ascii_hexdigit());
-    bytes.len() == 6
-        && bytes.iter().all(hex)
-        && u8::from_str_radix(bytes[0], 16).is_ok_and(|first| first & 1 == 0)
-        && mac != "00:00:00:00:00:00"
-}
-
 /// A machine's network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nic {
     /// The host's end: an existing tap.
     pub tap: String,
-    /// The guest's MAC address, such as `52:54:00:12:34:56`.
-    pub mac: String,
+    /// The guest's MAC address.
+    pub mac: Mac,
 }
 
 /// Limits on a guest's reads and writes together. Bursts of up to one second's worth are allowed.
@@ -310,51 +299,6 @@ pub struct RunAs {
     pub uid: u32,
     /// Group id; the process is in no other group.
     pub gid: u32,
-}
-
-/// A machine's id: `vm-` and 12 lower-case hex digits. It is safe in paths, arguments and process
-/// names.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct MachineId(String);
-
-impl MachineId {
-    /// Returns the id as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for MachineId {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let hex = |digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
-        match text.strip_prefix("vm-") {
-            Some(digits) if digits.len() == 12 && digits.bytes().all(hex) => Ok(MachineId(text.to_owned())),
-            _ => Err(Error::Id(text.to_owned())),
-        }
-    }
-}
-
-impl TryFrom<String> for MachineId {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
-impl From<MachineId> for String {
-    fn from(id: MachineId) -> String {
-        id.0
-    }
-}
-
-impl fmt::Display for MachineId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&self.0)
-    }
 }
 
 /// The state of a machine.
@@ -443,7 +387,7 @@ mod tests {
             seed: "/s".into(),
             nic: Nic {
                 tap: "tap0".into(),
-                mac: "52:54:00:12:34:56".into(),
+                mac: "52:54:00:12:34:56".parse().unwrap(),
             },
             run_dir: "/run/scaleboxd/vms/vm-0123456789ab".into(),
             console_log: "/c".into(),
@@ -452,40 +396,17 @@ mod tests {
     }
 
     #[test]
-    fn malformed_ids_are_rejected() {
-        assert!("vm-0123456789ab".parse::<MachineId>().is_ok());
-        for text in [
-            "",
-            "vm-",
-            "vm-0123456789a",
-            "vm-0123456789abc",
-            "vm-0123456789AB",
-            "vm-../456789ab",
-            "VM-0123456789ab",
-        ] {
-            assert!(
-                text.parse::<MachineId>()
-                    .unwrap_err()
-                    .to_string()
-                    .contains("12 lower-case hex digits"),
-                "{text}"
-            );
-        }
-    }
-
-    #[test]
     fn invalid_fields_are_rejected_by_name() {
         spec().check().unwrap();
         type Break = fn(&mut MachineSpec);
-        let invalid: [(&str, Break); 8] = [
+        let invalid: [(&str, Break); 7] = [
             ("vcpus", |spec| spec.vcpus = 0),
             ("memory_mib", |spec| spec.memory_mib = 31),
             ("cmdline", |spec| spec.cmdline = "x".repeat(2048)),
             ("run_dir", |spec| spec.run_dir = "/x".repeat(46).into()),
             ("nic.tap", |spec| spec.nic.tap = "tap0,script=/x".into()),
             ("nic.tap", |spec| spec.nic.tap = "a-name-too-long-".into()),
-            ("nic.mac", |spec| spec.nic.mac = "53:54:00:12:34:56".into()),
-            ("nic.mac", |spec| spec.nic.mac = "52:54:00:12:34:5,".into()),
+            ("nic.mac", |spec| spec.nic.mac = "53:54:00:12:34:56".parse().unwrap()),
         ];
         for (field, break_it) in invalid {
             let mut spec = spec();

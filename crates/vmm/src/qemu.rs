@@ -8,7 +8,7 @@ use crate::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identifying_arg
 use crate::command::{PROGRAM, Qemu};
 use crate::confinement::Confinement;
 use crate::landlock::AllowedFiles;
-use crate::machine::{DiskLimits, Machine, MachineId, MachineSpec, Vmm};
+use crate::machine::{DiskLimits, Machine, MachineSpec, Vmm};
 use crate::process::Process;
 use crate::qemu_machine::{ClaimedProcess, ConnectError, QemuMachine};
 use crate::run_dir::{Lock, Record, RunDir};
@@ -20,7 +20,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
-use scalebox_storage::Bytes;
+use scalebox_units::{Bytes, VmId};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -174,7 +174,7 @@ impl Vmm for QemuDriver {
         }
     }
 
-    async fn adopt(&self, id: &MachineId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
+    async fn adopt(&self, id: &VmId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
         let dir = RunDir::at(run_dir);
         let Some(lock) = dir.lock(id)? else { return Ok(None) };
         let Some((process, record)) = find_recorded(id, &dir, &identifying_arguments(id, &dir)?).await? else {
@@ -216,7 +216,7 @@ impl Vmm for QemuDriver {
         Ok(Some(machine))
     }
 
-    async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool> {
+    async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool> {
         let dir = RunDir::at(run_dir);
         // The folder is created if it is missing: a process may still exist, and the lock prevents
         // a launch meanwhile.
@@ -283,7 +283,7 @@ async fn abort_launch(claimed: ClaimedProcess, why: &str) -> Error {
 
 /// Kills a process that is known to be the machine's, and waits until it exits. Returns its exit
 /// status, if available.
-pub(crate) async fn kill_and_wait(id: &MachineId, process: &Process) -> Result<Option<String>> {
+pub(crate) async fn kill_and_wait(id: &VmId, process: &Process) -> Result<Option<String>> {
     let (pid, after) = (process.pid(), EXIT_TIMEOUT);
     process.kill().map_err(Error::io("kill", format!("/proc/{pid}")))?;
     match timeout(after, process.exited()).await {
@@ -296,7 +296,7 @@ pub(crate) async fn kill_and_wait(id: &MachineId, process: &Process) -> Result<O
     }
 }
 
-pub(crate) fn launch_error(id: &MachineId, why: impl ToString, output: &str) -> Error {
+pub(crate) fn launch_error(id: &VmId, why: impl ToString, output: &str) -> Error {
     Error::Launch {
         id: id.clone(),
         why: why.to_string(),
@@ -337,7 +337,7 @@ impl Drop for LaunchGuard {
 }
 
 /// Locks the folder for a launch and removes leftover files. Fails if the machine is running.
-pub(crate) fn lock_for_launch(dir: &RunDir, id: &MachineId, arguments: &[String]) -> Result<Lock> {
+pub(crate) fn lock_for_launch(dir: &RunDir, id: &VmId, arguments: &[String]) -> Result<Lock> {
     let lock = dir.create_locked(id)?;
     if let Some(process) = find_process(id, dir, arguments)? {
         return Err(Error::Running {
@@ -350,7 +350,7 @@ pub(crate) fn lock_for_launch(dir: &RunDir, id: &MachineId, arguments: &[String]
 }
 
 /// Returns the machine's process, recorded or not, if it is alive.
-pub(crate) fn find_process(id: &MachineId, dir: &RunDir, arguments: &[String]) -> Result<Option<Process>> {
+pub(crate) fn find_process(id: &VmId, dir: &RunDir, arguments: &[String]) -> Result<Option<Process>> {
     let recorded = match dir.read(id)? {
         Some(record) => Process::find(&record.process),
         None => Process::search(arguments),
@@ -359,11 +359,7 @@ pub(crate) fn find_process(id: &MachineId, dir: &RunDir, arguments: &[String]) -
 }
 
 /// Returns the machine's process and its record. Kills a process that was not recorded yet.
-pub(crate) async fn find_recorded(
-    id: &MachineId,
-    dir: &RunDir,
-    arguments: &[String],
-) -> Result<Option<(Process, Record)>> {
+pub(crate) async fn find_recorded(id: &VmId, dir: &RunDir, arguments: &[String]) -> Result<Option<(Process, Record)>> {
     let Some(process) = find_process(id, dir, arguments)? else {
         return Ok(None);
     };

@@ -5,7 +5,7 @@
 //! when the handle is dropped.
 
 use crate::arguments::{ROOT_DEVICE, ROOT_NODE};
-use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineId, MachineState};
+use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineState};
 use crate::process::Process;
 use crate::qmp::{Events, Qmp, QmpError};
 use crate::run_dir::{Lock, Record, RunDir};
@@ -14,7 +14,7 @@ use crate::{Error, Result, agent, console};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
 use qapi::qmp::{self, BlockErrorAction, Event, QmpCommand, RunState, ShutdownCause};
-use scalebox_storage::Bytes;
+use scalebox_units::{Bytes, VmId};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,7 +41,7 @@ const SECTOR_BYTES: u64 = 512;
 
 /// A process whose machine this process holds; not connected yet.
 pub(crate) struct ClaimedProcess {
-    pub id: MachineId,
+    pub id: VmId,
     pub dir: RunDir,
     pub lock: Lock,
     pub process: Process,
@@ -140,7 +140,7 @@ pub(crate) struct QemuMachine {
 }
 
 struct Inner {
-    id: MachineId,
+    id: VmId,
     dir: RunDir,
     process: Process,
     stderr: StderrPipe,
@@ -244,7 +244,7 @@ impl Drop for QemuMachine {
 
 #[async_trait]
 impl Machine for QemuMachine {
-    fn id(&self) -> &MachineId {
+    fn id(&self) -> &VmId {
         &self.inner.id
     }
 
@@ -575,7 +575,7 @@ pub(crate) async fn wait_for_exit(ended: &watch::Sender<Option<ExitReason>>) -> 
 ///
 /// Rejects a size below the disk's or below the largest size requested so far, and a size that is
 /// not a multiple of the sector size.
-pub(crate) fn check_growth(id: &MachineId, root: &Path, max_requested: Bytes, size: Bytes) -> Result<i64> {
+pub(crate) fn check_growth(id: &VmId, root: &Path, max_requested: Bytes, size: Bytes) -> Result<i64> {
     let invalid = |why| Error::Spec {
         id: id.clone(),
         what: "size",

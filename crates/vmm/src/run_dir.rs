@@ -5,11 +5,11 @@
 //! handle can interfere. The kernel releases the lock when the holder dies, however it dies.
 
 use crate::cgroup;
-use crate::machine::MachineId;
 use crate::process::Identity;
 use crate::{Error, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
 use rustix::io::Errno;
+use scalebox_units::VmId;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -38,7 +38,7 @@ impl Drop for Lock {
 /// The facts by which another process adopts the machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
-    pub id: MachineId,
+    pub id: VmId,
     pub process: Identity,
     pub root: PathBuf,
     pub console_log: PathBuf,
@@ -99,7 +99,7 @@ impl RunDir {
     }
 
     /// Locks the folder, creating it if it is missing. Fails if another process holds the lock.
-    pub(crate) fn create_locked(&self, id: &MachineId) -> Result<Lock> {
+    pub(crate) fn create_locked(&self, id: &VmId) -> Result<Lock> {
         loop {
             self.create()?;
             // `None`: the last holder removed the folder in between.
@@ -111,7 +111,7 @@ impl RunDir {
 
     /// Locks the folder. Fails if another process holds the lock; returns `None` if there is no
     /// folder.
-    pub(crate) fn lock(&self, id: &MachineId) -> Result<Option<Lock>> {
+    pub(crate) fn lock(&self, id: &VmId) -> Result<Option<Lock>> {
         loop {
             let folder = match open(&self.0, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
                 Ok(folder) => folder,
@@ -147,7 +147,7 @@ impl RunDir {
 
     /// Reads the record, if a launch wrote one. A record that cannot be parsed counts as none. A
     /// record of another machine is an error, because its files must not be removed.
-    pub(crate) fn read(&self, id: &MachineId) -> Result<Option<Record>> {
+    pub(crate) fn read(&self, id: &VmId) -> Result<Option<Record>> {
         let text = match fs::read(self.record()) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -15,7 +15,7 @@ mod support;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use rustix::process::Signal;
-use scalebox_storage::{Bytes, DiskLocation};
+use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{
     Accel, AccelSetting, DiskLimits, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec, MachineState,
     QemuDriver, RunAs, Vmm, accelerator,

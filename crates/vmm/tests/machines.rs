@@ -11,7 +11,7 @@ mod support;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use rustix::process::Signal;
-use scalebox_storage::{Bytes, DiskLocation};
+use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{CONSOLE_LIMIT, Error, ExitReason, Machine, MachineEvent, MachineSpec, MachineState, RunAs, Vmm};
 use std::ffi::CString;
 use std::fs;

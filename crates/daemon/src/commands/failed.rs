@@ -5,6 +5,7 @@ use crate::host::error::ServiceError;
 use crate::settings::SettingsError;
 use crate::state::StateError;
 use scalebox_storage::StorageError;
+use scalebox_units::InvalidFormat;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -27,6 +28,9 @@ pub enum CommandFailed {
     /// The hypervisor cannot be used.
     #[error(transparent)]
     Vmm(#[from] scalebox_vmm::Error),
+    /// A malformed name of a template.
+    #[error("the template's name {0}")]
+    TemplateName(#[from] InvalidFormat),
     /// The template cannot be built.
     #[error(transparent)]
     Guest(#[from] scalebox_guest::Error),

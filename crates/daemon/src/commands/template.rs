@@ -3,12 +3,13 @@
 use crate::commands::failed::CommandFailed;
 use crate::commands::progress;
 use crate::settings::Settings;
-use scalebox_storage::{Bytes, Name, Pool, StorageError};
+use scalebox_storage::{Pool, StorageError};
+use scalebox_units::{Bytes, TemplateName};
 use std::path::Path;
 
 /// Runs `scaleboxd template build`.
 pub fn build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path>) -> Result<(), CommandFailed> {
-    let name: Name = name.parse()?;
+    let name: TemplateName = name.parse()?;
     let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     let kernel_there = pool.kernel_dir().join("vmlinuz").exists() && pool.kernel_dir().join("initrd.img").exists();
     if !replace && kernel_there && pool.template(&name).is_ok() {

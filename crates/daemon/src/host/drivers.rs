@@ -7,7 +7,8 @@
 use crate::host::system;
 use crate::settings::{AccelChoice, Settings, SettingsError, VmmChoice};
 use scalebox_storage::jails_dir;
-use scalebox_vmm::{Accel, AccelSetting, Error, FirecrackerDriver, Machine, MachineId, QemuDriver, Vmm};
+use scalebox_units::VmId;
+use scalebox_vmm::{Accel, AccelSetting, Error, FirecrackerDriver, Machine, QemuDriver, Vmm};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,7 +98,7 @@ impl Drivers {
     /// Those of [`Vmm::adopt`].
     pub async fn adopt(
         &self,
-        id: &MachineId,
+        id: &VmId,
         recorded: Option<&str>,
         run_dir: &Path,
     ) -> Result<Option<Arc<dyn Machine>>, Error> {
@@ -117,7 +118,7 @@ impl Drivers {
     ///
     /// # Errors
     /// Those of [`Vmm::force_stop`].
-    pub async fn force_stop(&self, id: &MachineId, run_dir: &Path) -> Result<bool, Error> {
+    pub async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool, Error> {
         let mut killed = false;
         for driver in &self.drivers {
             killed |= driver.force_stop(id, run_dir).await?;

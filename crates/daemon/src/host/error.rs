@@ -2,7 +2,8 @@
 
 use crate::state::StateError;
 use scalebox_client::Invalid;
-use scalebox_storage::{Gib, StorageError};
+use scalebox_storage::StorageError;
+use scalebox_units::Gib;
 
 /// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
 #[derive(Debug, thiserror::Error)]
@@ -121,9 +122,7 @@ impl From<StorageError> for ServiceError {
                 ServiceError::WrongState(text)
             }
             StorageError::PoolSize(_) => ServiceError::invalid_field("size_gib", text),
-            StorageError::ExistingFileSystem(_) | StorageError::NotATemplate { .. } | StorageError::Name(_) => {
-                ServiceError::invalid(text)
-            }
+            StorageError::ExistingFileSystem(_) | StorageError::NotATemplate { .. } => ServiceError::invalid(text),
             StorageError::SmallerThanTemplate { .. } | StorageError::CannotGrow { .. } => {
                 ServiceError::invalid_field("disk_size_gib", text)
             }

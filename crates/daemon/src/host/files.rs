@@ -1,7 +1,7 @@
 //! Folders that the daemon keeps beside the pool.
 
 use crate::host::error::ServiceError;
-use scalebox_client::is_vm_id;
+use scalebox_units::VmId;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -38,7 +38,11 @@ pub fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
     let mut ids = Vec::new();
     for entry in entries {
         let name = entry.map_err(failed)?.file_name();
-        ids.extend(name.to_str().filter(|name| is_vm_id(name)).map(str::to_owned));
+        ids.extend(
+            name.to_str()
+                .filter(|name| name.parse::<VmId>().is_ok())
+                .map(str::to_owned),
+        );
     }
     Ok(ids)
 }

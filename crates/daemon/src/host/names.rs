@@ -1,24 +1,24 @@
 //! Names and times, in the forms that other crates and the API use.
 
 use crate::host::error::{ServiceError, quoted};
-use crate::state::Record;
-use scalebox_storage::Name;
+use scalebox_units::{TemplateName, VmId};
 
 /// Parses a template name. A malformed name cannot belong to a template.
 ///
 /// # Errors
 /// 404.
-pub fn template_name(name: &str) -> Result<Name, ServiceError> {
+pub fn template_name(name: &str) -> Result<TemplateName, ServiceError> {
     name.parse()
         .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
 }
 
-/// Returns the name of a VM's disk in the pool.
+/// Parses the id of a record, which is also the id of the VM's disk and machine.
 ///
 /// # Errors
 /// If the record was damaged outside the daemon.
-pub fn disk_name(record: &Record) -> Result<Name, ServiceError> {
-    Ok(record.id.parse()?)
+pub fn vm_id(id: &str) -> Result<VmId, ServiceError> {
+    id.parse()
+        .map_err(|form| ServiceError::Internal(format!("a recorded VM id, {id:?}, {form}")))
 }
 
 /// Formats a time in UTC, to the millisecond.

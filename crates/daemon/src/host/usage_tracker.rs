@@ -2,7 +2,8 @@
 
 use crate::state::Record;
 use scalebox_client::StorageUsage;
-use scalebox_storage::{Bytes, Gib, Name, PoolUsage, Template, Usage};
+use scalebox_storage::{PoolUsage, Template, Usage};
+use scalebox_units::{Bytes, Gib, VmId};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -40,7 +41,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Returns the usage of a VM's disk in the latest measurement.
 pub fn disk_usage(accounts: &PoolUsage, record: &Record) -> Option<StorageUsage> {
-    let usage = accounts.disks.get(&record.id.parse::<Name>().ok()?)?;
+    let usage = accounts.disks.get(&record.id.parse::<VmId>().ok()?)?;
     Some(storage_usage(usage, Gib::new(record.disk_size_gib).bytes(), accounts))
 }
 

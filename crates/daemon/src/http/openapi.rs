@@ -258,10 +258,10 @@ mod tests {
     #[test]
     fn descriptions_contain_no_rustdoc_links() {
         let mut document = json!({ "a": [{
-            "description": "See [`is_vm_id`](crate::is_vm_id), [`Vm`] and [`x`] (y).", "summary": "plain",
+            "description": "See [`VmId`](crate::VmId), [`Vm`] and [`x`] (y).", "summary": "plain",
         }]});
         without_links(&mut document);
-        assert_eq!(document["a"][0]["description"], "See `is_vm_id`, `Vm` and `x` (y).");
+        assert_eq!(document["a"][0]["description"], "See `VmId`, `Vm` and `x` (y).");
         assert_eq!(document["a"][0]["summary"], "plain");
     }
 }

@@ -19,7 +19,7 @@ use scalebox_client::{
     CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList,
     Trimmed, UpdateVm, Vm, VmList,
 };
-use scalebox_storage::Gib;
+use scalebox_units::Gib;
 use std::sync::Arc;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;

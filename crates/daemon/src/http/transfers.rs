@@ -17,7 +17,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
 use scalebox_client::{EventKind, Template, TemplateName};
-use scalebox_storage::{Bytes, Name};
+use scalebox_units::Bytes;
 use serde::Deserialize;
 use serde_json::json;
 use std::io::{self, BufWriter, Read, Write};
@@ -282,7 +282,7 @@ async fn import_template(
         )));
     }
     let form = |form| ServiceError::invalid(format!("the template name {form}"));
-    let parsed: Name = name.parse::<TemplateName>().map_err(form)?.as_str().parse()?;
+    let parsed: TemplateName = name.parse().map_err(form)?;
     let transfer = begin_transfer(host)?;
     host.detached(|host| async move {
         let _transfer = transfer;

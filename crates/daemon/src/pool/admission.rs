@@ -3,7 +3,8 @@
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
 use crate::pool::growth;
-use scalebox_storage::{Bytes, Reservation};
+use scalebox_storage::Reservation;
+use scalebox_units::Bytes;
 use std::sync::Arc;
 
 /// Admits `size` bytes, waiting for deleted disks and growing the pool where that helps.

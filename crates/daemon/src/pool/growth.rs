@@ -7,7 +7,8 @@
 
 use crate::host::{Host, blocking};
 use scalebox_client::EventKind;
-use scalebox_storage::{Bytes, StorageError};
+use scalebox_storage::StorageError;
+use scalebox_units::Bytes;
 use serde_json::json;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -7,7 +7,8 @@ pub mod reclaim;
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking, usage_tracker};
 use scalebox_client::{EventKind, PoolInfo, Trimmed};
-use scalebox_storage::{Bytes, Gib, Pool, PoolUsage, StorageError};
+use scalebox_storage::{Pool, PoolUsage, StorageError};
+use scalebox_units::{Bytes, Gib};
 use serde_json::json;
 use std::sync::Arc;
 

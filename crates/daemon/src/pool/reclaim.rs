@@ -7,7 +7,8 @@
 
 use crate::host::{Host, blocking};
 use scalebox_fault_points::crash_point;
-use scalebox_storage::{Gib, UnlinkedDisk};
+use scalebox_storage::UnlinkedDisk;
+use scalebox_units::Gib;
 use std::sync::Arc;
 
 /// Frees the blocks of a deleted VM's disk, then its commitment. Runs in a task that a shutdown

@@ -101,7 +101,8 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scalebox_storage::{Backing, Gib};
+    use scalebox_storage::Backing;
+    use scalebox_units::Gib;
 
     fn settings(pairs: &[(&'static str, &str)]) -> Result<Settings, String> {
         Settings::of(pairs).map_err(|error| error.to_string())

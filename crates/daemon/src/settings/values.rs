@@ -3,7 +3,8 @@
 use ipnet::Ipv4Net;
 use scalebox_client::Limits;
 use scalebox_net::{NetConfig, PRIVATE_NETWORKS, unusable_resolver};
-use scalebox_storage::{Backing, Bounds, Gib, PoolPlan, RequestedSize};
+use scalebox_storage::{Backing, Bounds, PoolPlan, RequestedSize};
+use scalebox_units::Gib;
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

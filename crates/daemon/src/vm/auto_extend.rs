@@ -2,7 +2,7 @@
 
 use crate::host::error::ServiceError;
 use scalebox_client::AutoExtend;
-use scalebox_storage::Gib;
+use scalebox_units::Gib;
 
 /// Rejects a limit below the current size of the disk.
 ///

@@ -6,14 +6,15 @@
 use crate::host::error::ServiceError;
 use crate::host::undo::Steps;
 use crate::host::vms::Operation;
-use crate::host::{Host, blocking, disk_name, fault_point};
+use crate::host::{Host, blocking, fault_point, vm_id};
 use crate::pool::admission;
 use crate::state::{Record, VmLimits};
 use crate::vm::spec::{disk_limits, endpoint};
 use crate::vm::{auto_extend, guest_fs, lifecycle, view};
 use scalebox_client::{AutoExtend, Disk, EventKind, UpdateVm, Vm};
 use scalebox_fault_points::crash_point;
-use scalebox_storage::{Gib, Reservation};
+use scalebox_storage::Reservation;
+use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -91,7 +92,7 @@ async fn grow_and_confirm(host: &Host, operation: &Operation, admitted: Reservat
     grow_and_publish(host, operation, admitted, json!({ "by": "request" })).await?;
     Ok(match &operation.machine {
         Some(machine) => {
-            let (pool, disk) = (Arc::clone(&host.pool), disk_name(&operation.record)?);
+            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&operation.record.id)?);
             // On an error, the general advice is given.
             let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
                 .await
@@ -205,7 +206,7 @@ pub async fn grow_and_publish(
 
 async fn outcome_of_failed_growth(host: &Host, record: &Record, size: Gib) -> FailedGrowth {
     let found = async {
-        let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+        let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
         blocking(move || pool.provisioned(&disk)).await
     };
     match found.await {
@@ -217,7 +218,7 @@ async fn outcome_of_failed_growth(host: &Host, record: &Record, size: Gib) -> Fa
         }
     }
     let flushed = async {
-        let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+        let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
         blocking(move || pool.flush_disk(&disk)).await
     };
     match flushed.await {
@@ -242,11 +243,11 @@ pub async fn grow(
             machine.resize_root(size.bytes()).await?;
             // The hypervisor does not flush the new size: a power cut could revert it after it
             // was reported.
-            let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
             blocking(move || pool.flush_disk(&disk)).await
         }
         None => {
-            let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
             let grown = blocking(move || pool.grow_disk(&disk, size.bytes())).await;
             // The old disk is unlinked only after the new one is durable, and may be left
             // behind.

@@ -9,13 +9,13 @@ use crate::host::cleanups::{Cleanup, Deleted};
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
 use crate::host::vms::LeaseGuard;
-use crate::host::{Host, blocking, disk_name};
+use crate::host::{Host, blocking, vm_id};
 use crate::pool::reclaim;
 use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::spec::endpoint;
 use scalebox_fault_points::crash_point;
-use scalebox_storage::Gib;
+use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use std::convert::Infallible;
 use std::mem;
@@ -141,7 +141,7 @@ impl Deleted {
     async fn proceed(&mut self, host: &Host, record: &Record) -> Result<(), ServiceError> {
         drop(self.lease.take());
         if self.has_disk {
-            let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
             let unlinked = blocking(move || pool.unlink_disk(&disk)).await?;
             self.has_disk = false;
             reclaim::free_blocks(host, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));

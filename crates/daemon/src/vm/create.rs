@@ -11,14 +11,15 @@ use crate::host::files::remove_dir;
 use crate::host::random::random_hex;
 use crate::host::undo::Steps;
 use crate::host::vms::Claim;
-use crate::host::{Host, blocking, disk_name, fault_point, rfc3339, template_name};
+use crate::host::{Host, blocking, fault_point, rfc3339, vm_id};
 use crate::pool::admission;
 use crate::state::{KeyedRequest, Record, VmLimits};
 use crate::vm::{auto_extend, lifecycle, view};
 use scalebox_client::{CreateVm, EventKind, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_net::Lease;
-use scalebox_storage::{Gib, Pool, Reservation};
+use scalebox_storage::{Pool, Reservation};
+use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -36,7 +37,7 @@ pub async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, ServiceErr
     let (record, reservation) = admission::until_admitted(host, admit_and_clone).await?;
 
     drop(in_use);
-    let disk = disk_name(&record)?;
+    let disk = vm_id(&record.id)?;
     let mut steps = Steps::new();
     let pool = Arc::clone(&inner.pool);
     steps.taken("clone the disk", async move {
@@ -91,7 +92,7 @@ fn admit_and_clone(
     lease: Lease,
 ) -> Result<(Record, Reservation), ServiceError> {
     let inner = host;
-    let template = inner.pool.template(&template_name(request.template.as_str())?)?;
+    let template = inner.pool.template(&request.template)?;
     let requested = request.disk_size_gib.map(Gib::new);
     let disk_size = Pool::disk_size(&template, requested, inner.settings.default_disk_size)?;
     if disk_size > inner.settings.max_disk_size {
@@ -121,7 +122,7 @@ fn admit_and_clone(
     fault_point("create: admitted")?;
     inner
         .pool
-        .create_disk(&disk_name(&record)?, &template.name, &reservation)?;
+        .create_disk(&vm_id(&record.id)?, &template.name, &reservation)?;
     Ok((record, reservation))
 }
 

@@ -5,7 +5,7 @@
 use crate::host::agent::{self, AgentFailed};
 use scalebox_client::Disk;
 use scalebox_guest::FsUsage;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

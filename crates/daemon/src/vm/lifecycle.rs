@@ -5,16 +5,16 @@ use crate::host::error::ServiceError;
 use crate::host::files::{make_private_dir, remove_dir};
 use crate::host::undo::Steps;
 use crate::host::vms::{Cancellation, Operation};
-use crate::host::{BASE_TEMPLATE, Host, blocking, disk_name, fault_point};
+use crate::host::{BASE_TEMPLATE, Host, blocking, fault_point, vm_id};
 use crate::state::Record;
-use crate::vm::spec::{disk_limits, endpoint, machine_id, vmm_user};
+use crate::vm::spec::{disk_limits, endpoint, vmm_user};
 use crate::vm::transition::{Transition, record_later, transition};
 use crate::vm::{pause, reboot_loop, view};
 use scalebox_client::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::Endpoint;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use scalebox_vmm::{ExitReason, Machine, MachineSpec, Nic, console_tail};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ pub async fn start_now(host: &Host, reference: &str) -> Result<Vm, ServiceError>
 /// # Errors
 /// 409 if the disk is gone; 500 if the pool cannot be read.
 pub async fn require_disk(host: &Host, record: &Record) -> Result<(), ServiceError> {
-    let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+    let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
     if !blocking(move || pool.has_disk(&disk)).await? {
         return Err(ServiceError::WrongState(format!(
             "the disk of VM {} is missing from the pool: delete the VM",
@@ -108,7 +108,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
         hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
         ssh_public_key: SshPublicKey::from_record(&record.ssh_public_key)
             .map_err(|form| unusable(record, "ssh_public_key", form))?,
-        mac: endpoint.mac().octets(),
+        mac: endpoint.mac(),
         address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())
             .map_err(|error| ServiceError::Internal(error.to_string()))?,
         gateway: inner.settings.net.gateway(),
@@ -170,18 +170,18 @@ fn spec(
         )));
     }
     Ok(MachineSpec {
-        id: machine_id(&record.id)?,
+        id: vm_id(&record.id)?,
         vcpus: record.vcpu_count,
         memory_mib: record.mem_size_mib,
         kernel,
         initrd: Some(initrd),
         cmdline: host.cmdline.clone(),
-        root: host.pool.disk_location(&disk_name(record)?),
+        root: host.pool.disk_location(&vm_id(&record.id)?),
         root_limits: disk_limits(record.limits),
         seed,
         nic: Nic {
             tap: endpoint.tap().to_owned(),
-            mac: endpoint.mac().to_string(),
+            mac: endpoint.mac(),
         },
         console_log: host.console_log(&record.id),
         run_dir,
@@ -282,7 +282,7 @@ pub async fn force_stop(host: &Host, record: &Record) -> Result<(), ServiceError
 /// Like [`Host::force_stop`], without retries. Returns whether there was a process.
 pub async fn force_stop_once(host: &Host, id: &str) -> Result<bool, ServiceError> {
     let run_dir = host.run_dir(id);
-    let ended = host.vmm.force_stop(&machine_id(id)?, &run_dir).await?;
+    let ended = host.vmm.force_stop(&vm_id(id)?, &run_dir).await?;
     blocking(move || remove_dir(&run_dir)).await?;
     Ok(ended)
 }

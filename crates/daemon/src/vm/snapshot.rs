@@ -7,12 +7,12 @@
 use crate::host::error::ServiceError;
 use crate::host::files::vm_folders;
 use crate::host::vms::Operation;
-use crate::host::{BASE_TEMPLATE, Host, agent, blocking, disk_name};
+use crate::host::{BASE_TEMPLATE, Host, agent, blocking, vm_id};
 use crate::state::Record;
 use crate::vm::lifecycle;
 use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
-use scalebox_guest::{Agent, AgentError};
-use scalebox_storage::{GuestIdentity, Name, PendingSnapshot};
+use scalebox_guest::{Agent, AgentError, scrub};
+use scalebox_storage::{EditedFile, PendingSnapshot, Pool, Scrub, StorageError, Template};
 use scalebox_vmm::{Machine, MachineState};
 use serde_json::json;
 use std::fs;
@@ -56,7 +56,7 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
             "the template {BASE_TEMPLATE} is protected: choose another name"
         )));
     }
-    let (pool, name) = (Arc::clone(&host.pool), template.parse::<Name>()?);
+    let (pool, name) = (Arc::clone(&host.pool), request.template_name.clone());
     let clone = blocking(move || pool.begin_snapshot(&name)).await?;
     let operation = host.vms.begin(reference, "being snapshotted")?;
     lifecycle::require_disk(host, &operation.record).await?;
@@ -65,8 +65,8 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
     // Other operations on the VM are allowed from here on.
     drop(operation);
 
-    let (pool, source) = (Arc::clone(&host.pool), identity(&record));
-    let made = blocking(move || pool.finish_snapshot(clone, &source)).await?;
+    let (pool, source) = (Arc::clone(&host.pool), record.clone());
+    let made = blocking(move || finish(&pool, clone, &source)).await?;
     let (held, stood_still) = match quiesced {
         Quiesced::NotRunning => ("not_running", Duration::ZERO),
         Quiesced::Paused(time) => ("paused", time),
@@ -105,7 +105,7 @@ async fn clone_quiesced(
     clone: PendingSnapshot,
 ) -> Result<(PendingSnapshot, Quiesced), ServiceError> {
     let record = &operation.record;
-    let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+    let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
     blocking(move || pool.flush_disk(&disk)).await?;
     let machine = match &operation.machine {
         Some(machine) if record.status == VmStatus::Running => machine,
@@ -165,7 +165,7 @@ async fn clone_disk_now(
     record: &Record,
     mut clone: PendingSnapshot,
 ) -> Result<PendingSnapshot, ServiceError> {
-    let (pool, disk) = (Arc::clone(&host.pool), disk_name(record)?);
+    let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
     blocking(move || pool.take_snapshot(&mut clone, &disk).map(|()| clone)).await
 }
 
@@ -262,9 +262,22 @@ async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
     }
 }
 
-fn identity(record: &Record) -> GuestIdentity {
-    GuestIdentity {
-        hostname: record.name.clone(),
-        ssh_public_key: record.ssh_public_key.clone(),
-    }
+/// Makes a template of the clone, without the identity of the VM whose disk it is.
+fn finish(pool: &Pool, clone: PendingSnapshot, source: &Record) -> Result<Template, StorageError> {
+    let hosts = |line: &[u8]| scrub::without_host(line, source.name.as_bytes());
+    let keys = |line: &[u8]| scrub::without_key(line, &source.ssh_public_key);
+    let mut edited = vec![EditedFile {
+        path: scrub::HOSTS,
+        edit: &hosts,
+    }];
+    edited.extend(scrub::AUTHORIZED_KEYS.map(|path| EditedFile { path, edit: &keys }));
+    let identity = Scrub {
+        removed_files: &scrub::REMOVED_FILES,
+        emptied_files: &scrub::EMPTIED_FILES,
+        removed_by_prefix: &scrub::REMOVED_BY_PREFIX,
+        removed_trees: &scrub::REMOVED_TREES,
+        recreated_folders: &scrub::RECREATED_FOLDERS,
+        edited_files: &edited,
+    };
+    pool.finish_snapshot(clone, &identity)
 }

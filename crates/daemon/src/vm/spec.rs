@@ -1,9 +1,10 @@
 //! A VM's record as its machine and its network need it.
 
 use crate::host::error::ServiceError;
+use crate::host::vm_id;
 use crate::state::{Record, VmLimits};
 use scalebox_net::{Endpoint, Mbps};
-use scalebox_vmm::{DiskLimits, MachineId, RunAs};
+use scalebox_vmm::{DiskLimits, RunAs};
 
 pub fn disk_limits(limits: VmLimits) -> DiskLimits {
     DiskLimits {
@@ -23,13 +24,9 @@ pub fn vmm_user(record: &Record) -> RunAs {
 }
 
 pub fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
-    let endpoint = Endpoint::new(&record.id, record.guest_ip, record.ssh_port)?;
+    let endpoint = Endpoint::new(&vm_id(&record.id)?, record.guest_ip, record.ssh_port);
     let rate = record.limits.net_mbps;
     Ok(endpoint
         .with_owner(vmm_user(record).uid)
         .with_rate(rate.map(|rate| Mbps::new(rate.try_into().unwrap_or(u32::MAX)))))
-}
-
-pub fn machine_id(id: &str) -> Result<MachineId, ServiceError> {
-    Ok(id.parse()?)
 }

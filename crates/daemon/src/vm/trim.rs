@@ -5,7 +5,7 @@ use crate::host::agent::{self, AgentFailed};
 use crate::host::error::ServiceError;
 use scalebox_client::{Trimmed, VmStatus};
 use scalebox_guest::AgentError;
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 

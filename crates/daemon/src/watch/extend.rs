@@ -14,7 +14,8 @@ use crate::vm::{change, guest_fs};
 use futures::stream::{self, StreamExt};
 use scalebox_client::{AutoExtend, EventKind};
 use scalebox_guest::FsUsage;
-use scalebox_storage::{Gib, Reservation};
+use scalebox_storage::Reservation;
+use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use serde_json::json;
 use std::collections::HashMap;
@@ -187,7 +188,7 @@ impl Schedule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use scalebox_storage::Bytes;
+    use scalebox_units::Bytes;
 
     #[test]
     fn the_usage_in_percent_matches_df_in_the_guest() {

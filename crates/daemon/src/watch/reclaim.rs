@@ -1,7 +1,7 @@
 //! Returns freed blocks to the host disk.
 
 use crate::host::{Host, blocking};
-use scalebox_storage::Bytes;
+use scalebox_units::Bytes;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;

@@ -10,7 +10,7 @@
 use crate::host::{Host, blocking};
 use crate::pool::growth;
 use crate::vm::pause;
-use scalebox_storage::{Bytes, Name};
+use scalebox_units::{Bytes, VmId};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -90,7 +90,7 @@ async fn disk_sizes(host: &Host) -> HashMap<String, Bytes> {
     let ids: Vec<String> = host.vms.running().into_iter().map(|(id, _)| id).collect();
     let read = blocking(move || {
         // A disk that cannot be read has just been deleted.
-        let used = |id: &String| pool.disk_used(&id.parse::<Name>().ok()?).ok();
+        let used = |id: &String| pool.disk_used(&id.parse::<VmId>().ok()?).ok();
         Ok::<_, crate::host::error::ServiceError>(ids.iter().filter_map(|id| Some((id.clone(), used(id)?))).collect())
     });
     read.await.unwrap_or_default()

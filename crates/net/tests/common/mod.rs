@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::ioctl::{Setter, ioctl, opcode};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use scalebox_net::{Endpoint, NetConfig};
+use scalebox_units::VmId;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
@@ -38,7 +39,11 @@ pub fn config() -> NetConfig {
 /// Returns the endpoint of VM number `n`: address `10.77.0.(10 + n)`, port `22001 + n`.
 pub fn endpoint(n: u8) -> Endpoint {
     let ip = Ipv4Addr::new(10, 77, 0, 10 + n);
-    Endpoint::new(&format!("vm-00000000000{n:x}"), ip, 22001 + u16::from(n)).expect("an endpoint")
+    Endpoint::new(&id(&format!("vm-00000000000{n:x}")), ip, 22001 + u16::from(n))
+}
+
+pub fn id(text: &str) -> VmId {
+    text.parse().expect("a VM id")
 }
 
 /// Runs a test on a simulated host. The test's thread, its async runtime, and the programs it

@@ -7,9 +7,12 @@
     reason = "a failed step ends the test"
 )]
 
+use scalebox_guest::scrub;
 use scalebox_storage::{
-    Backing, Bounds, Bytes, Gib, InitEvent, InitOutcome, Name, Pool, PoolPlan, StorageError, Template, init, unmount,
+    Backing, Bounds, EditedFile, InitEvent, InitOutcome, PendingSnapshot, Pool, PoolPlan, Scrub, StorageError,
+    Template, init, unmount,
 };
+use scalebox_units::{Bytes, Gib, TemplateName, VmId};
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
@@ -200,9 +203,9 @@ pub struct Stocked {
 }
 
 impl Stocked {
-    /// Creates and commits a disk of `size` GiB from the template.
-    pub fn create(&self, id: &str, size: u64) -> Name {
-        let id = name(id);
+    /// Creates and commits the disk labelled `label`, of `size` GiB, from the template.
+    pub fn create(&self, label: &str, size: u64) -> VmId {
+        let id = vm_id(label);
         let admitted = self.pool.admit(Gib::new(size).bytes()).unwrap();
         self.pool.create_disk(&id, &self.template.name, &admitted).unwrap();
         admitted.commit();
@@ -223,8 +226,41 @@ impl Stocked {
     }
 }
 
-pub fn name(text: &str) -> Name {
+pub fn name(text: &str) -> TemplateName {
     text.parse().unwrap()
+}
+
+/// Returns the id that belongs to a label: tests tell disks apart by labels such as `vm-kept`.
+pub fn vm_id(label: &str) -> VmId {
+    let hash = label.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("vm-{:012x}", hash & 0xffff_ffff_ffff).parse().unwrap()
+}
+
+/// Finishes a snapshot without the identity of its guest, as the daemon does.
+pub fn finish_snapshot(
+    pool: &Pool,
+    snapshot: PendingSnapshot,
+    host_name: &str,
+    ssh_public_key: &str,
+) -> Result<Template, StorageError> {
+    let hosts = |line: &[u8]| scrub::without_host(line, host_name.as_bytes());
+    let keys = |line: &[u8]| scrub::without_key(line, ssh_public_key);
+    let mut edited = vec![EditedFile {
+        path: scrub::HOSTS,
+        edit: &hosts,
+    }];
+    edited.extend(scrub::AUTHORIZED_KEYS.map(|path| EditedFile { path, edit: &keys }));
+    let identity = Scrub {
+        removed_files: &scrub::REMOVED_FILES,
+        emptied_files: &scrub::EMPTIED_FILES,
+        removed_by_prefix: &scrub::REMOVED_BY_PREFIX,
+        removed_trees: &scrub::REMOVED_TREES,
+        recreated_folders: &scrub::RECREATED_FOLDERS,
+        edited_files: &edited,
+    };
+    pool.finish_snapshot(snapshot, &identity)
 }
 
 /// Creates a bare ext4 image with one file, `/marker`.
@@ -236,9 +272,9 @@ pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
     image
 }
 
-pub fn disk_path(pool: &Pool, id: &Name) -> PathBuf {
+pub fn disk_path(pool: &Pool, id: &VmId) -> PathBuf {
     match pool.disk_location(id) {
-        scalebox_storage::DiskLocation::File(path) => path,
+        scalebox_units::DiskLocation::File(path) => path,
         other => panic!("{other:?} is not a file"),
     }
 }

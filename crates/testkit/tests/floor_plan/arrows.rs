@@ -115,7 +115,9 @@ fn a_ring_is_found_also_through_a_name_that_the_root_passes_on() {
             ("size.rs", "pub struct Size;"),
         ])
     };
-    assert_eq!(rings(&files("pub struct Error;")), Vec::<Vec<String>>::new());
+    for unused in ["pub struct Error;", "pub(crate) struct Error;"] {
+        assert_eq!(rings(&files(unused)), Vec::<Vec<String>>::new(), "{unused}");
+    }
     for used in ["use crate::Client;", "use crate::http::Client;"] {
         assert_eq!(rings(&files(used)), [["error", "http"]], "{used}");
     }

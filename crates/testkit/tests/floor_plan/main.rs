@@ -47,7 +47,6 @@ const KNOWN_RINGS: &[(&str, usize)] = &[
     ("bench/src", 1),
     ("crates/cli/src", 2),
     ("crates/client/src", 1),
-    ("crates/storage/src", 3),
     ("crates/vmm/src", 1),
 ];
 

@@ -7,8 +7,8 @@ pub mod guest;
 
 use guest::Guest;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use scalebox_storage::{Bytes, DiskLocation};
-use scalebox_vmm::{Accel, DiskLimits, Machine, MachineId, MachineSpec, Nic, QemuDriver, console_tail};
+use scalebox_units::{Bytes, DiskLocation, VmId};
+use scalebox_vmm::{Accel, DiskLimits, Machine, MachineSpec, Nic, QemuDriver, console_tail};
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::process::CommandExt;
@@ -58,7 +58,7 @@ impl Lab {
 
     /// Returns the specification of a machine, with newly created disks.
     pub fn spec(&self, guest: Guest) -> MachineSpec {
-        let id: MachineId = format!("vm-{}", unique(&self.folder)).parse().unwrap();
+        let id: VmId = format!("vm-{}", unique(&self.folder)).parse().unwrap();
         guest.write_to(&self.path("kernel"));
         for (disk, size) in [("root", Bytes::from_mib(16)), ("seed", Bytes::from_mib(1))] {
             File::create(self.path(disk)).unwrap().set_len(size.as_u64()).unwrap();
@@ -75,7 +75,7 @@ impl Lab {
             seed: self.path("seed"),
             nic: Nic {
                 tap: self.tap.clone(),
-                mac: "52:54:00:12:34:56".into(),
+                mac: "52:54:00:12:34:56".parse().unwrap(),
             },
             run_dir: self.path("run"),
             console_log: self.path("console.log"),

@@ -1,7 +1,7 @@
 //! Carries out what was decided about a VM.
 
-use crate::host::Host;
 use crate::host::error::ServiceError;
+use crate::host::{Host, vm_id};
 use crate::state::Record;
 use crate::vm::change;
 use crate::vm::lifecycle;
@@ -10,7 +10,7 @@ use crate::vm::recovery::reboot::WAITING;
 use crate::vm::spec::disk_limits;
 use crate::vm::transition::{Transition, transition};
 use scalebox_client::VmStatus;
-use scalebox_storage::Gib;
+use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 
@@ -87,7 +87,7 @@ async fn reconcile_disk_size(
     machine: Option<&Arc<dyn Machine>>,
 ) -> Result<(), ServiceError> {
     let recorded = Gib::new(record.disk_size_gib);
-    let disk = record.id.parse()?;
+    let disk = vm_id(&record.id)?;
     let mut found = host.pool.provisioned(&disk)?;
     if found < recorded.bytes() {
         tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "completing an interrupted growth of the VM's disk");

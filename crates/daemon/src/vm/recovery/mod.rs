@@ -20,14 +20,14 @@ mod reboot;
 pub use reboot::{record_host_down, start_after_reboot};
 
 use crate::host::error::ServiceError;
-use crate::host::{Host, blocking};
+use crate::host::{Host, blocking, vm_id};
 use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::spec::endpoint;
 use decide::{Found, Observed, Verdict, decide};
 use orphans::{kill_orphans, sweep_jails, vms_with_process};
 use reboot::is_another_boot;
-use scalebox_storage::{Gib, Name};
+use scalebox_units::{Gib, VmId};
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -58,9 +58,9 @@ pub struct Recovered {
 pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&host.state);
     let records = blocking(move || state.vms()).await?;
-    let known: HashSet<Name> = records
+    let known: HashSet<VmId> = records
         .iter()
-        .map(|record| record.id.parse())
+        .map(|record| vm_id(&record.id))
         .collect::<Result<_, _>>()?;
 
     // Orphaned machines first, because they may have an orphaned disk open.

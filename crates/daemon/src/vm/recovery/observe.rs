@@ -2,11 +2,10 @@
 
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
-use crate::host::{Host, blocking};
+use crate::host::{Host, blocking, vm_id};
 use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::recovery::decide::Found;
-use crate::vm::spec::machine_id;
 use crate::vm::transition::STOPPING;
 use scalebox_client::VmStatus;
 use scalebox_vmm::Machine;
@@ -58,7 +57,7 @@ async fn kill_leftover(host: &Host, record: &Record) -> Found {
 
 async fn adopt(host: &Host, record: &Record) -> Result<(Found, Option<Arc<dyn Machine>>), ServiceError> {
     let run_dir = host.run_dir(&record.id);
-    let (vmm, id) = (&host.vmm, machine_id(&record.id)?);
+    let (vmm, id) = (&host.vmm, vm_id(&record.id)?);
     match vmm.adopt(&id, record.vmm.as_deref(), &run_dir).await {
         Ok(Some(machine)) => Ok((Found::Adopted, Some(machine))),
         Ok(None) => {

@@ -4,15 +4,14 @@ use crate::host::error::ServiceError;
 use crate::host::files::{remove_dir, vm_folders};
 use crate::host::{Host, blocking};
 use crate::vm::lifecycle;
-use scalebox_client::is_vm_id;
-use scalebox_storage::{Name, jails_dir};
-use scalebox_vmm::MachineId;
+use scalebox_storage::jails_dir;
+use scalebox_units::VmId;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
 
 /// Kills machines, and removes folders, of VMs that have no record.
-pub async fn kill_orphans(host: &Host, known: &HashSet<Name>) -> Result<usize, ServiceError> {
+pub async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, ServiceError> {
     let stray = |id: &String| !known.iter().any(|name| name.as_str() == id);
     let mut ended = 0;
     for id in vm_folders(&host.settings.run_dir.join("vms"))?
@@ -42,7 +41,7 @@ pub async fn kill_orphans(host: &Host, known: &HashSet<Name>) -> Result<usize, S
 /// many.
 pub async fn sweep_jails(host: &Host, with_process: &HashSet<String>) -> Result<(), ServiceError> {
     let jails = jails_dir(&host.settings.data_dir);
-    let running: Vec<MachineId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
+    let running: Vec<VmId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
     blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
 }
 
@@ -64,7 +63,7 @@ pub fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
             ids.extend(
                 arguments
                     .get(at..at + VM_ID_LENGTH)
-                    .filter(|id| is_vm_id(id))
+                    .filter(|id| id.parse::<VmId>().is_ok())
                     .map(str::to_owned),
             );
         }
