@@ -141,7 +141,7 @@ impl Agent {
                 .into_iter()
                 .filter_map(|path| Some(format!("{}: {}", path.path, path.error?)))
                 .collect();
-            return Err(refused(format!("no file system was trimmed. {}", errors.join(", "))));
+            return Err(refused(format!("no file system was trimmed: {}", errors.join(", "))));
         }
         // The guest's numbers are not trusted: saturate instead of overflowing.
         Ok(Bytes::new(sizes.into_iter().fold(0, u64::saturating_add)))

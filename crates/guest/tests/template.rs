@@ -47,9 +47,9 @@ impl Image<'_> {
 fn template() -> Artifacts {
     // As scaleboxd does: permissions in the guest must not depend on the umask.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let beside = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-    let cache = env::var_os("SCALEBOX_CACHE").map_or(beside.join("scalebox-cache"), PathBuf::from);
-    let work = tempfile::tempdir_in(&beside).unwrap();
+    let target_tmp = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let cache = env::var_os("SCALEBOX_CACHE").map_or(target_tmp.join("scalebox-cache"), PathBuf::from);
+    let work = tempfile::tempdir_in(&target_tmp).unwrap();
     let made = build(&Recipe::default(), work.path(), Some(&cache), &mut ()).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(
         fs::read_dir(work.path()).unwrap().count(),

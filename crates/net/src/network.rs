@@ -111,7 +111,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// Those of the program `nft`.
+    /// The errors of the program `nft`.
     pub async fn firewall_drops(&self) -> Result<Vec<FirewallDrop>> {
         let Inner {
             config, links, ruleset, ..
@@ -229,7 +229,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// Those of the tools.
+    /// The errors of the tools.
     pub async fn is_whole(&self) -> Result<bool> {
         let Inner {
             config, links, ruleset, ..
@@ -242,7 +242,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// Those of [`ensure`](Network::ensure).
+    /// The errors of [`ensure`](Network::ensure).
     pub async fn repair(&self) -> Result<()> {
         let Inner {
             config, links, ruleset, ..
@@ -259,7 +259,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// Those of the tools.
+    /// The errors of the tools.
     pub async fn teardown(&self) -> Result<()> {
         let Inner {
             config, links, ruleset, ..

@@ -25,7 +25,7 @@ pub(crate) async fn run(action: &str, script: &str) -> Result<()> {
 ///
 /// # Errors
 ///
-/// Those of [`run`].
+/// The errors of [`run`].
 pub(crate) async fn check(action: &str, script: &str) -> Result<()> {
     let output = call(action, &["-c", "-f", "-"], script).await?;
     succeeded(action, output).map(drop)
@@ -36,7 +36,7 @@ pub(crate) async fn check(action: &str, script: &str) -> Result<()> {
 ///
 /// # Errors
 ///
-/// Those of [`run`].
+/// The errors of [`run`].
 pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     let action = format!("list {}", what.join(" "));
     let mut arguments = vec!["-j", "list"];

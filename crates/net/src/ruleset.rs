@@ -113,7 +113,7 @@ impl Ruleset {
     ///
     /// # Errors
     ///
-    /// Those of [`nft::list`], and [`Error::ForeignElement`].
+    /// The errors of [`nft::list`], and [`Error::ForeignElement`].
     pub(crate) async fn read(&self) -> Result<Present> {
         let mut present = Present {
             elements: Elements::default(),
@@ -133,7 +133,7 @@ impl Ruleset {
     ///
     /// # Errors
     ///
-    /// Those of [`nft::list`].
+    /// The errors of [`nft::list`].
     pub(crate) async fn is_there(&self) -> Result<bool> {
         let (ours, listed) = (self.table(), nft::list(&["tables"]).await?);
         let has = |family: &&str| {

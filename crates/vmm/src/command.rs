@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 /// The program's name in Debian.
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
-/// The driver uses features of the `microvm` machine type that older versions lack.
+/// Minimum version of QEMU: the driver uses features of `microvm` that older versions lack.
 const MIN_VERSION: (u32, u32) = (7, 2);
 
 /// The QEMU installed on this host.

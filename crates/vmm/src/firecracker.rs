@@ -107,7 +107,7 @@ impl FirecrackerDriver {
         }
     }
 
-    /// Creates the jail and spawns the process in it. Returns the process, its jail and its console.
+    /// Creates the jail and spawns the process in it. Returns process, jail and console.
     fn spawn(
         &self,
         firecracker: &Firecracker,
@@ -204,7 +204,7 @@ impl Vmm for FirecrackerDriver {
         match api.state().await {
             Ok(state) if state != NOT_STARTED => {}
             Ok(_) => {
-                tracing::info!(machine = %id, "killed a machine whose launch was interrupted");
+                tracing::info!(machine = %id, "killing a machine whose launch was interrupted");
                 kill_and_wait(id, &claimed.process).await?;
                 self.remove_files(id, &dir);
                 return Ok(None);

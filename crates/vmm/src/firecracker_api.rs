@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 /// Timeout of one request. In `InstanceStart` Firecracker reads the kernel.
 pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The process is not trusted, because a guest may have broken into it.
+/// Maximum size of a response. The process is not trusted, because a guest may have broken into it.
 const MAX_RESPONSE_BYTES: usize = 256 << 10;
 /// Id of the drive that holds the root disk.
 const ROOT_DRIVE: &str = "root";

@@ -116,7 +116,7 @@ impl Jails {
                 .filter(|(found, _)| found == id)
                 .for_each(|(_, jail)| jail.remove()),
             Err(error) => {
-                tracing::warn!(machine = %id, %error, "cannot list the jails to remove a machine's; the next start removes it")
+                tracing::warn!(machine = %id, %error, "cannot list jails; the next start removes the jail of this machine")
             }
         }
     }

@@ -200,7 +200,7 @@ impl Vmm for QemuDriver {
         };
         match machine.execute("query-status", qmp::query_status {}).await?.status {
             RunState::prelaunch => {
-                tracing::info!(machine = %id, "killed a machine whose launch was interrupted");
+                tracing::info!(machine = %id, "killing a machine whose launch was interrupted");
                 let (pid, after) = (machine.pid(), EXIT_TIMEOUT);
                 let timed_out = |_| Error::Unkillable {
                     id: id.clone(),
@@ -364,7 +364,7 @@ pub(crate) async fn find_recorded(id: &VmId, dir: &RunDir, arguments: &[String])
         return Ok(None);
     };
     let Some(record) = dir.read(id)? else {
-        tracing::info!(machine = %id, pid = process.pid(), "killed a machine whose launch was interrupted");
+        tracing::info!(machine = %id, pid = process.pid(), "killing a machine whose launch was interrupted");
         kill_and_wait(id, &process).await?;
         return Ok(None);
     };

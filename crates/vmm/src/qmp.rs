@@ -22,8 +22,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 
-/// QEMU usually responds within milliseconds; on a host that emulates many guests on few cores,
-/// within seconds.
+/// Timeout of one command. QEMU usually responds within milliseconds, but within seconds on a host
+/// that emulates many guests on few cores.
 pub(crate) const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Timeout for the greeting. QEMU is silent while another client is connected.

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use tokio::net::unix::pipe;
 
-/// The last bytes of output that are kept.
+/// Maximum size of the output that is kept: the newest bytes.
 const MAX_KEPT_BYTES: usize = 64 << 10;
 
 /// Size of one read. This many reads fit into [`MAX_KEPT_BYTES`] and empty a full pipe.
