@@ -1,10 +1,10 @@
 //! Runs the Firecracker binary and its jailer. No other module does.
 
-use crate::command::{is_executable, on_path};
-use crate::confinement::Confined;
-use crate::jail::{self, Jails};
+use crate::confine::Confined;
+use crate::firecracker::jail::{self, Jails};
 use crate::machine::{MachineSpec, RunAs};
 use crate::process::MAX_OPEN_FILES;
+use crate::qemu::binary::{is_executable, on_path};
 use crate::{Error, Result};
 use elf::ElfStream;
 use elf::abi::PT_INTERP;

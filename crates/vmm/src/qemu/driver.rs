@@ -4,13 +4,13 @@
 //! is the handle.
 
 use crate::accel::Accel;
-use crate::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identifying_arguments, root_file};
-use crate::command::{PROGRAM, Qemu};
-use crate::confinement::Confinement;
-use crate::landlock::AllowedFiles;
+use crate::confine::AllowedFiles;
+use crate::confine::Confinement;
 use crate::machine::{DiskLimits, Machine, MachineSpec, Vmm};
 use crate::process::Process;
-use crate::qemu_machine::{ClaimedProcess, ConnectError, QemuMachine};
+use crate::qemu::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identifying_arguments, root_file};
+use crate::qemu::binary::{PROGRAM, Qemu};
+use crate::qemu::machine::{ClaimedProcess, ConnectError, QemuMachine};
 use crate::run_dir::{Lock, Record, RunDir};
 use crate::stderr::StderrPipe;
 use crate::{Error, Result};

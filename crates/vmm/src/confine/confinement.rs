@@ -1,8 +1,8 @@
 //! Confines a machine's process with a control group and Landlock rules. Its account and the
 //! hypervisor's seccomp filter confine it further.
 
-use crate::cgroup::{self, Cgroups, Group, ResourceLimits};
-use crate::landlock::{self, AllowedFiles, Sandbox};
+use crate::confine::cgroup::{self, Cgroups, Group, ResourceLimits};
+use crate::confine::landlock::{self, AllowedFiles, Sandbox};
 use crate::machine::MachineSpec;
 use crate::process::Process;
 use crate::run_dir::RunDir;

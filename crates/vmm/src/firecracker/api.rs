@@ -3,7 +3,7 @@
 //! All requests and their order are defined here. `tests/data/firecracker-*.json` holds the same
 //! requests with the responses of a real Firecracker, and a test compares them.
 
-use crate::jail;
+use crate::firecracker::jail;
 use crate::machine::{DiskLimits, MachineSpec};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes as Body;
@@ -209,7 +209,7 @@ mod tests {
     use tokio::net::{UnixListener, UnixStream};
 
     /// Requests and responses of a jailed Firecracker 1.17.0-dev, in order.
-    const RECORDED: &str = include_str!("../tests/data/firecracker-1.17.0-dev.json");
+    const RECORDED: &str = include_str!("../../tests/data/firecracker-1.17.0-dev.json");
 
     fn spec() -> MachineSpec {
         MachineSpec {

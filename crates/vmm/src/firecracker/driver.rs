@@ -4,16 +4,16 @@
 //! through the API socket there. [`FirecrackerMachine`] is the handle. `docs/firecracker.md` lists
 //! what this driver cannot guarantee, compared to QEMU.
 
-use crate::arguments::root_file;
-use crate::confinement::Confinement;
-use crate::firecracker_api::{Api, ApiError, RESPONSE_TIMEOUT};
-use crate::firecracker_command::{Firecracker, PROGRAM, identifying_arguments};
-use crate::firecracker_machine::FirecrackerMachine;
-use crate::jail::{self, Jail, Jails, change_owner};
+use crate::confine::Confinement;
+use crate::firecracker::api::{Api, ApiError, RESPONSE_TIMEOUT};
+use crate::firecracker::binary::{Firecracker, PROGRAM, identifying_arguments};
+use crate::firecracker::jail::{self, Jail, Jails, change_owner};
+use crate::firecracker::machine::FirecrackerMachine;
 use crate::machine::{Machine, MachineSpec, RunAs, Vmm};
 use crate::process::Process;
-use crate::qemu::{find_process, find_recorded, kill_and_wait, launch_error, lock_for_launch, require_tap};
-use crate::qemu_machine::ClaimedProcess;
+use crate::qemu::arguments::root_file;
+use crate::qemu::driver::{find_process, find_recorded, kill_and_wait, launch_error, lock_for_launch, require_tap};
+use crate::qemu::machine::ClaimedProcess;
 use crate::run_dir::{Lock, RunDir};
 use crate::stderr::StderrPipe;
 use crate::{Error, Result};

@@ -1,6 +1,6 @@
 //! Runs the QEMU binary. No other module does.
 
-use crate::confinement::Confined;
+use crate::confine::Confined;
 use crate::{Error, Result};
 use std::env;
 use std::fs::File;

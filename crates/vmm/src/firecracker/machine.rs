@@ -5,16 +5,18 @@
 //! receives an error for a disk request that fails on the host. [`MachineState::Stalled`] does not
 //! occur.
 
-use crate::firecracker_api::{Api, ApiError, RESPONSE_TIMEOUT};
-use crate::jail::{self, Jail};
+use crate::firecracker::api::{Api, ApiError, RESPONSE_TIMEOUT};
+use crate::firecracker::jail::{self, Jail};
+use crate::firecracker::vsock;
 use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineState};
 use crate::process::Process;
-use crate::qemu_machine::{
+use crate::qemu::machine::{
     ClaimedProcess, DRAIN_TIMEOUT, MAX_BUFFERED_EVENTS, SHUTDOWN_INTERVAL, check_growth, crash_reason, wait_for_exit,
 };
 use crate::run_dir::{Lock, RunDir};
 use crate::stderr::StderrPipe;
-use crate::{Error, Result, agent, console, vsock};
+use crate::supervise::agent;
+use crate::{Error, Result, console};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
 use scalebox_units::{Bytes, VmId};

@@ -4,13 +4,14 @@
 //! the machine ends, and cleans up. The other task reads the console. Both end with the machine, or
 //! when the handle is dropped.
 
-use crate::arguments::{ROOT_DEVICE, ROOT_NODE};
 use crate::machine::{DiskLimits, ExitReason, Machine, MachineEvent, MachineState};
 use crate::process::Process;
-use crate::qmp::{Events, Qmp, QmpError};
+use crate::qemu::arguments::{ROOT_DEVICE, ROOT_NODE};
+use crate::qemu::qmp::{Events, Qmp, QmpError};
 use crate::run_dir::{Lock, Record, RunDir};
 use crate::stderr::StderrPipe;
-use crate::{Error, Result, agent, console};
+use crate::supervise::agent;
+use crate::{Error, Result, console};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
 use qapi::qmp::{self, BlockErrorAction, Event, QmpCommand, RunState, ShutdownCause};

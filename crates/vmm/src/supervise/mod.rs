@@ -1,0 +1,3 @@
+//! What the drivers share: the supervision of a machine's process.
+
+pub(crate) mod agent;
