@@ -308,7 +308,7 @@ case_firecracker() {
 		systemctl start scaleboxd
 	SH
 	fails_to_find 'not run' "$WORK/firecracker"
-	note "$(grep -E '^(POST|memory|growth|stood|power-off|stop)' "$WORK/firecracker" | paste -sd';')"
+	note "$(grep -E '^(POST|memory|growth|paused|power-off|stop)' "$WORK/firecracker" | paste -sd';')"
 }
 
 needs_firecracker() {

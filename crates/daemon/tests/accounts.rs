@@ -1,6 +1,6 @@
-//! Honest numbers, through the API: whose the pool's blocks are, and what is promised under a ratio
-//! of 1.
-#![allow(clippy::unwrap_used, reason = "a test stops where it cannot go on")]
+//! Disk usage and commitments through the API: every block has an owner, and a ratio of 1
+//! overcommits nothing.
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 mod support;
 
@@ -18,11 +18,11 @@ fn write(disk: &Path, offset: u64, length: u64) {
     file.sync_all().unwrap();
 }
 
-/// The pool's numbers, measured after now and with everything written counted.
+/// Returns the pool's figures, measured after now, with all writes included.
 fn measured(host: &Host) -> PoolInfo {
     run("btrfs", &["filesystem", "sync", text(&host.folder.join("pool"))]);
     let before = host.client().pool().unwrap().measured_at;
-    // The measurement under way now may have begun before the writes; the one after it has not.
+    // The measurement in progress may have begun before the writes; the one after it has not.
     let next = |before: Option<String>| {
         eventually("a measurement", || {
             let pool = host.client().pool().unwrap();
@@ -34,7 +34,7 @@ fn measured(host: &Host) -> PoolInfo {
 }
 
 #[test]
-fn every_block_of_the_pool_is_told_for_who_holds_it_and_the_sums_agree_with_btrfs() {
+fn disk_usage_covers_every_block_and_agrees_with_btrfs() {
     let host = Host::with_tiny_template(&Options {
         env: &[("ACCOUNTING_SECONDS", "1")],
         ..Options::default()
@@ -82,7 +82,7 @@ fn every_block_of_the_pool_is_told_for_who_holds_it_and_the_sums_agree_with_btrf
 }
 
 #[test]
-fn with_a_ratio_of_one_what_a_disk_has_written_is_not_counted_twice() {
+fn with_a_ratio_of_one_written_blocks_are_not_counted_twice() {
     let host = Host::with_tiny_template(&Options {
         env: &[("OVERCOMMIT_RATIO", "1"), ("ACCOUNTING_SECONDS", "1")],
         ..Options::default()
@@ -93,9 +93,9 @@ fn with_a_ratio_of_one_what_a_disk_has_written_is_not_counted_twice() {
         disk_size_gib: Some(10),
         ..host.stopped("tiny")
     };
-    // 6 GiB written, 20 promised, 2 kept free: as a sum, they would not fit into the 26 that a pool
-    // of 30 can back.
-    eventually("the measurement that shows whose the blocks are", || {
+    // 6 GiB written, 20 committed, 2 kept free: added up, they would exceed the 26 GiB that a
+    // pool of 30 GiB can back.
+    eventually("the measurement of disk usage", || {
         host.client().create_vm(&request).ok()
     });
     let pool = host.client().pool().unwrap();

@@ -1,12 +1,12 @@
-//! Random bytes and damaged requests, thrown at a daemon: it lives, answers nothing with a 5xx but
-//! 503 and 507, and makes nothing that it does not list. A seeded run; `SCALEBOX_TEST_SEED` chooses
-//! another one.
+//! Sends random bytes and damaged requests to a daemon. It keeps running, responds with no 5xx but
+//! 503 and 507, and creates nothing that it does not list. The seed is fixed; `SCALEBOX_TEST_SEED`
+//! chooses another one.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -19,16 +19,16 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 use support::{Host, KEY, Options, TOKEN, eventually};
 
-const REQUESTS: usize = 1500;
-/// The run ends early on a slow machine.
-const TIME: Duration = Duration::from_secs(60);
-/// A silence after which the client sends no more: the daemon waits for the rest of a request, or
-/// is at work on one.
-const SILENCE: Duration = Duration::from_millis(60);
-/// How long an answer is waited for then.
-const PATIENCE: Duration = Duration::from_secs(10);
+const MAX_REQUESTS: usize = 1500;
+/// On a slow machine, the run ends after this time.
+const MAX_RUN_TIME: Duration = Duration::from_secs(60);
+/// A pause after which the client stops sending: the daemon waits for the rest of a request, or is
+/// processing one.
+const IDLE_TIMEOUT: Duration = Duration::from_millis(60);
+/// Time limit for the response after that.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// xorshift64*: enough to choose what to damage.
+/// xorshift64*: sufficient to choose the damage.
 struct Random(u64);
 
 impl Random {
@@ -60,7 +60,7 @@ fn request(method: &str, path: &str, headers: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// A good request of each kind; VMs are left stopped.
+/// Returns a valid request of each kind; VMs stay stopped.
 fn good(random: &mut Random) -> Vec<u8> {
     let vm = random.one_of(&["one", "two", "three", "four"]);
     let template = random.one_of(&["tiny", "made", "other"]);
@@ -108,7 +108,7 @@ fn good(random: &mut Random) -> Vec<u8> {
     }
 }
 
-/// What a byte, a number or a piece is replaced by.
+/// Replacements for a byte, a number or a fragment.
 const ODDITIES: [&[u8]; 24] = [
     b"\0",
     b"\r\n",
@@ -159,12 +159,12 @@ fn damage(mut bytes: Vec<u8>, random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-/// Sends the bytes and returns what is answered until the end, or for as long as it is waited for.
-fn answers(host: &Host, bytes: &[u8]) -> Vec<u8> {
+/// Sends the bytes and returns the response, up to its end or the time limit.
+fn responses(host: &Host, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(host.url.strip_prefix("http://").unwrap()).expect("the daemon accepts");
-    stream.set_read_timeout(Some(SILENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
-    // It may refuse before all is sent.
+    stream.set_read_timeout(Some(IDLE_TIMEOUT)).unwrap();
+    stream.set_write_timeout(Some(RESPONSE_TIMEOUT)).unwrap();
+    // The daemon may reject the request before all of it is sent.
     let _sent = stream.write_all(bytes);
     let (mut answers, mut piece) = (Vec::new(), vec![0; 1 << 16]);
     let mut closing = false;
@@ -173,7 +173,8 @@ fn answers(host: &Host, bytes: &[u8]) -> Vec<u8> {
             Ok(0) => return answers,
             Ok(read) => {
                 answers.extend(&piece[..read]);
-                // Most are whole by now, and the connection is kept for another request.
+                // Most responses are complete by now, and the connection is kept open for another
+                // request.
                 answers.ends_with(b"}") || answers.ends_with(b"\r\n\r\n")
             }
             Err(error) => !closing && matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut),
@@ -182,7 +183,7 @@ fn answers(host: &Host, bytes: &[u8]) -> Vec<u8> {
             (true, false) => {
                 closing = true;
                 let _gone = stream.shutdown(Shutdown::Write);
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.set_read_timeout(Some(RESPONSE_TIMEOUT)).unwrap();
             }
             (false, true) => return answers,
             _ => {}
@@ -190,8 +191,7 @@ fn answers(host: &Host, bytes: &[u8]) -> Vec<u8> {
     }
 }
 
-/// The statuses of what was answered. A status line stands at the beginning, or right behind a
-/// body.
+/// Extracts the statuses of the responses. A status line is at the start, or directly after a body.
 fn statuses(answers: &[u8]) -> Vec<u16> {
     let text = String::from_utf8_lossy(answers);
     let lines = text
@@ -200,17 +200,17 @@ fn statuses(answers: &[u8]) -> Vec<u16> {
     lines.collect()
 }
 
-/// Nothing lies in the pool that is not listed, and nothing is promised for what is not there.
-fn look(host: &Host) {
+/// Checks that the pool has no unlisted files and no commitments for missing VMs.
+fn check_pool(host: &Host) {
     let client = host.client();
-    let vms = eventually("deleted disks to be given back", || {
+    let vms = eventually("deleted disks to be freed", || {
         let (vms, pool) = (client.vms().unwrap(), client.pool().unwrap());
-        let promised: u64 = vms.iter().map(|vm| vm.disk_size_gib << 30).sum();
-        (pool.committed_bytes == promised && pool.reserved_bytes == 0).then_some(vms)
+        let committed: u64 = vms.iter().map(|vm| vm.disk_size_gib << 30).sum();
+        (pool.committed_bytes == committed && pool.reserved_bytes == 0).then_some(vms)
     });
     let mut disks: Vec<String> = vms.iter().map(|vm| format!("{}.ext4", vm.id)).collect();
     let mut found = host.leftovers();
-    // A console's folder is made by a start, and kept.
+    // A console folder is created by a start, and kept.
     found.retain(|name| !vms.iter().any(|vm| vm.id == *name));
     disks.sort();
     found.sort();
@@ -230,7 +230,7 @@ fn look(host: &Host) {
 }
 
 #[test]
-fn whatever_is_sent_the_daemon_lives_and_makes_nothing_that_it_does_not_list() {
+fn damaged_requests_neither_stop_the_daemon_nor_create_unlisted_objects() {
     let mut host = Host::with_tiny_template(&Options {
         env: &[("MAX_DISK_SIZE_GIB", "4")],
         ..Options::default()
@@ -239,8 +239,8 @@ fn whatever_is_sent_the_daemon_lives_and_makes_nothing_that_it_does_not_list() {
     println!("SCALEBOX_TEST_SEED={seed}");
     let mut random = Random(seed | 1);
     let (begun, mut counts) = (Instant::now(), BTreeMap::<u16, usize>::new());
-    for number in 0..REQUESTS {
-        if begun.elapsed() > TIME {
+    for number in 0..MAX_REQUESTS {
+        if begun.elapsed() > MAX_RUN_TIME {
             break;
         }
         let bytes = match random.below(12) {
@@ -248,11 +248,11 @@ fn whatever_is_sent_the_daemon_lives_and_makes_nothing_that_it_does_not_list() {
             1 => good(&mut random),
             _ => damage(good(&mut random), &mut random),
         };
-        for status in statuses(&answers(&host, &bytes)) {
+        for status in statuses(&responses(&host, &bytes)) {
             *counts.entry(status).or_default() += 1;
             assert!(
                 status < 500 || matches!(status, 503 | 507),
-                "request {number} of seed {seed} was answered {status}: {:?}",
+                "request {number} of seed {seed} got {status}: {:?}",
                 String::from_utf8_lossy(&bytes)
             );
         }
@@ -263,15 +263,12 @@ fn whatever_is_sent_the_daemon_lives_and_makes_nothing_that_it_does_not_list() {
         "{counts:?}"
     );
     assert!(!host.log().contains("panicked"), "a task panicked");
-    look(&host);
-    // And after a restart nothing comes to light that was lost sight of.
+    check_pool(&host);
+    // A restart must not reveal anything that was not listed.
     let before = support::unmeasured(host.client().vms().unwrap());
     assert_eq!(host.terminate().code(), Some(0));
     host.serve();
     assert_eq!(support::unmeasured(host.client().vms().unwrap()), before);
-    assert!(
-        host.log().contains("files_removed=0"),
-        "the start found files that belong to nobody"
-    );
-    look(&host);
+    assert!(host.log().contains("files_removed=0"), "the start found orphaned files");
+    check_pool(&host);
 }

@@ -1,10 +1,10 @@
-//! The HTTP contract, through a real socket to a real daemon on a real pool. No guest is booted.
+//! The HTTP API, through a real socket, with a real daemon and a real pool. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -32,7 +32,7 @@ fn error_of(body: &str) -> String {
     body["error"].as_str().expect("an error").to_owned()
 }
 
-fn refused(error: ClientError) -> (u16, String) {
+fn rejection(error: ClientError) -> (u16, String) {
     match error {
         ClientError::Refused { status, message, .. } => (status, message),
         other => panic!("{other}"),
@@ -40,7 +40,7 @@ fn refused(error: ClientError) -> (u16, String) {
 }
 
 #[test]
-fn bad_input_gets_a_400_that_names_the_field_and_makes_nothing() {
+fn invalid_input_gets_a_400_that_names_the_field_and_creates_nothing() {
     let host = Host::with_tiny_template(&Options::default());
     let with = |field: &str, value: Value| {
         let mut body = json!({"template": "tiny", "ssh_public_key": KEY, "start": false});
@@ -111,7 +111,7 @@ fn bad_input_gets_a_400_that_names_the_field_and_makes_nothing() {
 }
 
 #[test]
-fn refusals_of_every_kind_are_the_same_json_and_never_a_500() {
+fn rejections_of_every_kind_have_the_same_json_body_and_are_never_a_500() {
     let host = Host::with_tiny_template(&Options::default());
     let body = json!({"template": "absent", "ssh_public_key": KEY}).to_string();
     for (method, path, body, status) in [
@@ -142,7 +142,7 @@ fn refusals_of_every_kind_are_the_same_json_and_never_a_500() {
 }
 
 #[test]
-fn a_body_of_unknown_length_is_cut_off_at_one_mebibyte() {
+fn a_body_of_unknown_length_is_limited_to_one_mebibyte() {
     let host = Host::with_tiny_template(&Options::default());
     let mut request = format!(
         "POST /vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -159,7 +159,7 @@ fn a_body_of_unknown_length_is_cut_off_at_one_mebibyte() {
 }
 
 #[test]
-fn without_the_token_nothing_is_told_but_health() {
+fn only_health_responds_without_a_token() {
     let host = Host::with_tiny_template(&Options::default());
     let longer = format!("Bearer {TOKEN}x");
     let shorter = format!("Bearer {}", &TOKEN[..TOKEN.len() - 1]);
@@ -179,13 +179,13 @@ fn without_the_token_nothing_is_told_but_health() {
         }
     }
     answers.dedup();
-    assert_eq!(answers.len(), 1, "an answer that differs is a hint: {answers:?}");
+    assert_eq!(answers.len(), 1, "responses must not differ: {answers:?}");
     let (status, answer) = host.raw(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     assert_eq!((status, answer.as_str()), (200, r#"{"status":"ok"}"#));
 }
 
 #[test]
-fn a_vm_has_the_disk_it_asked_for_or_the_default() {
+fn a_vm_gets_the_requested_disk_size_or_the_default() {
     let host = Host::with_tiny_template(&Options::default());
     for (asked, expected) in [(None, 2), (Some(1), 1), (Some(10), 10)] {
         let vm = host.create_stopped("tiny", asked);
@@ -212,14 +212,14 @@ fn a_vm_has_the_disk_it_asked_for_or_the_default() {
         })
         .unwrap_err();
     assert_eq!(
-        refused(error),
+        rejection(error),
         (400, "disk_size_gib must be between 1 and 100".to_owned())
     );
     assert_eq!(host.client().pool().unwrap().committed_bytes, 13 << 30);
 }
 
 #[test]
-fn a_disk_smaller_than_its_template_is_a_400_that_names_the_template_s_size() {
+fn a_disk_smaller_than_its_template_is_a_400_with_the_size_of_the_template() {
     let host = Host::with_tiny_template(&Options::default());
     let image = host.folder.join("large.image");
     run("mke2fs", &["-q", "-t", "ext4", text(&image), "3G"]);
@@ -232,7 +232,7 @@ fn a_disk_smaller_than_its_template_is_a_400_that_names_the_template_s_size() {
         })
         .unwrap_err();
     assert_eq!(
-        refused(error),
+        rejection(error),
         (
             400,
             "disk_size_gib must be at least 3: the template large has 3 GiB".to_owned()
@@ -241,12 +241,12 @@ fn a_disk_smaller_than_its_template_is_a_400_that_names_the_template_s_size() {
     assert_eq!(
         host.create_stopped("large", None).disk_size_gib,
         3,
-        "the default gives way to the template"
+        "the template is larger than the default"
     );
 }
 
 #[test]
-fn a_vm_is_made_found_listed_and_deleted() {
+fn a_vm_is_created_found_listed_and_deleted() {
     let host = Host::with_tiny_template(&Options::default());
     let client = host.client();
     let vm = client
@@ -279,7 +279,7 @@ fn a_vm_is_made_found_listed_and_deleted() {
         name: Some("my-box".parse().unwrap()),
         ..host.stopped("tiny")
     });
-    let (status, message) = refused(taken.unwrap_err());
+    let (status, message) = rejection(taken.unwrap_err());
     assert!(status == 409 && message.contains("my-box"), "{message}");
 
     let templates = client.templates().unwrap();
@@ -297,14 +297,14 @@ fn a_vm_is_made_found_listed_and_deleted() {
 
     client.delete_vm("my-box").unwrap();
     client.delete_vm(&unnamed.id).unwrap();
-    assert_eq!(refused(client.delete_vm("my-box").unwrap_err()).0, 404);
+    assert_eq!(rejection(client.delete_vm("my-box").unwrap_err()).0, 404);
     assert_eq!(host.leftovers(), Vec::<String>::new());
     client.delete_template("tiny").unwrap();
     assert_eq!(client.templates().unwrap(), []);
 }
 
 #[test]
-fn the_pool_s_numbers_are_those_of_the_pool() {
+fn the_pool_figures_match_the_pool() {
     let host = Host::with_tiny_template(&Options {
         pool_size: "100G",
         ..Options::default()
@@ -315,7 +315,7 @@ fn the_pool_s_numbers_are_those_of_the_pool() {
     assert_eq!(pool.committed_bytes, 10 << 30);
     assert_eq!(pool.commitment_limit_bytes, 400 << 30);
     assert_eq!((pool.reserved_bytes, pool.buffer_bytes), (0, 2 << 30));
-    let host_free = pool.host_free_bytes.expect("an image lies on a host disk");
+    let host_free = pool.host_free_bytes.expect("an image has a host disk");
     assert!(
         pool.free_bytes <= 100 << 30 && pool.free_bytes <= host_free + (1 << 30),
         "{pool:?}"
@@ -337,23 +337,23 @@ fn a_stopped_vm_s_disk_grows_with_its_file_system_and_never_shrinks() {
     let resize = |size: u64| host.client().update_vm(&vm.id, &UpdateVm::grow(size));
     let grown = resize(8).unwrap();
     assert_eq!(grown.disk_size_gib, 8);
-    assert!(grown.disk.expect("what became of the file system").confirmed);
+    assert!(grown.disk.expect("the state of the file system").confirmed);
     assert_eq!(fs::metadata(host.disk(&vm)).unwrap().len(), 8 << 30);
     run("e2fsck", &["-fn", text(&host.disk(&vm))]);
     assert_eq!(host.client().pool().unwrap().committed_bytes, 8 << 30);
-    assert_eq!(resize(8).unwrap().disk_size_gib, 8, "as large as it is already");
+    assert_eq!(resize(8).unwrap().disk_size_gib, 8, "the same size changes nothing");
 
-    let (status, message) = refused(resize(5).unwrap_err());
+    let (status, message) = rejection(resize(5).unwrap_err());
     assert!(
         status == 400 && message.contains("at least 8") && message.contains("do not shrink"),
         "{message}"
     );
     assert_eq!(
-        refused(resize(101).unwrap_err()),
+        rejection(resize(101).unwrap_err()),
         (400, "disk_size_gib must be between 1 and 100".to_owned())
     );
     assert_eq!(
-        refused(resize(60).unwrap_err()),
+        rejection(resize(60).unwrap_err()),
         (507, "Insufficient storage: 18GB available, need 54GB".to_owned())
     );
     for (body, expected) in [
@@ -367,13 +367,13 @@ fn a_stopped_vm_s_disk_grows_with_its_file_system_and_never_shrinks() {
     let pool = host.client().pool().unwrap();
     assert_eq!((pool.committed_bytes, pool.reserved_bytes), (8 << 30, 0));
     host.client().delete_vm(&vm.id).unwrap();
-    eventually("the deleted disk's promise to be taken back", || {
+    eventually("the deleted disk's commitment to be released", || {
         (host.client().pool().unwrap().committed_bytes == 0).then_some(())
     });
 }
 
 #[test]
-fn how_a_disk_extends_itself_is_set_changed_kept_and_taken_away() {
+fn auto_extend_policies_are_set_changed_kept_and_removed() {
     let mut host = Host::with_tiny_template(&Options::default());
     let policy = |limit_gib| AutoExtend {
         threshold_percent: 80,
@@ -387,7 +387,7 @@ fn how_a_disk_extends_itself_is_set_changed_kept_and_taken_away() {
     };
     let too_small = "disk_auto_extend.limit_gib must be at least the size of the disk, which is 10 GiB";
     assert_eq!(
-        refused(host.client().create_vm(&request(9)).unwrap_err()),
+        rejection(host.client().create_vm(&request(9)).unwrap_err()),
         (400, too_small.to_owned())
     );
     assert_eq!(host.client().pool().unwrap().committed_bytes, 0);
@@ -404,7 +404,7 @@ fn how_a_disk_extends_itself_is_set_changed_kept_and_taken_away() {
         )
     };
     assert_eq!(
-        refused(set(&host, Some(policy(9))).unwrap_err()),
+        rejection(set(&host, Some(policy(9))).unwrap_err()),
         (400, too_small.to_owned())
     );
     let changed = set(&host, Some(policy(30))).unwrap();
@@ -416,7 +416,7 @@ fn how_a_disk_extends_itself_is_set_changed_kept_and_taken_away() {
 }
 
 #[test]
-fn ten_clients_that_grow_the_same_disk_end_at_the_largest_size() {
+fn the_largest_size_wins_when_ten_clients_grow_the_same_disk() {
     let host = Host::with_tiny_template(&Options {
         pool_size: "100G",
         ..Options::default()
@@ -428,9 +428,9 @@ fn ten_clients_that_grow_the_same_disk_end_at_the_largest_size() {
             let (host, vm, start) = (&host, &vm, &start);
             scope.spawn(move || {
                 start.wait();
-                // A larger one may have come first: then this one would shrink the disk.
+                // A larger size may have come first; then this one is rejected as shrinking.
                 if let Err(error) = host.client().update_vm(&vm.id, &UpdateVm::grow(size)) {
-                    assert_eq!(refused(error).0, 400);
+                    assert_eq!(rejection(error).0, 400);
                 }
             });
         }
@@ -443,7 +443,7 @@ fn ten_clients_that_grow_the_same_disk_end_at_the_largest_size() {
 }
 
 #[test]
-fn the_pool_grows_shrinks_and_is_trimmed_while_it_is_in_use() {
+fn the_pool_grows_shrinks_and_is_trimmed_while_in_use() {
     let disk = HostDisk::ext4("100G");
     let host = Host::with_tiny_template(&Options {
         image_dir: Some(&disk.folder),
@@ -456,11 +456,11 @@ fn the_pool_grows_shrinks_and_is_trimmed_while_it_is_in_use() {
         disk_size_gib: Some(20),
         ..host.stopped("tiny")
     };
-    assert_eq!(refused(client.create_vm(&request).unwrap_err()).0, 507);
+    assert_eq!(rejection(client.create_vm(&request).unwrap_err()).0, 507);
     assert_eq!(client.grow_pool(Some(60)).unwrap().capacity_bytes, 60 << 30);
     let second = client.create_vm(&request).unwrap();
 
-    let (status, message) = refused(client.shrink_pool(35).unwrap_err());
+    let (status, message) = rejection(client.shrink_pool(35).unwrap_err());
     assert!(status == 400 && message.contains("promised 40 GiB"), "{message}");
     client.delete_vm(&second.id).unwrap();
     assert_eq!(client.shrink_pool(40).unwrap().capacity_bytes, 40 << 30);
@@ -486,7 +486,7 @@ fn the_pool_grows_shrinks_and_is_trimmed_while_it_is_in_use() {
 }
 
 #[test]
-fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_there_again() {
+fn eight_concurrent_creations_share_the_space_for_one_vm_and_a_delete_frees_it() {
     let host = Host::with_tiny_template(&Options {
         env: &[("OVERCOMMIT_RATIO", "1")],
         ..Options::default()
@@ -508,7 +508,7 @@ fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_th
     let (made, refusals): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
     assert_eq!((made.len(), refusals.len()), (1, 7));
     for refusal in refusals {
-        let (status, message) = refused(refusal.unwrap_err());
+        let (status, message) = rejection(refusal.unwrap_err());
         assert_eq!(status, 507);
         assert!(
             message.starts_with("Insufficient storage: ") && message.ends_with("GB available, need 22GB"),
@@ -524,7 +524,7 @@ fn eight_creations_at_once_get_exactly_one_vm_and_after_a_delete_the_space_is_th
 }
 
 #[test]
-fn a_pool_that_may_grows_by_itself_up_to_80_percent_of_its_host_disk() {
+fn a_pool_grows_automatically_up_to_80_percent_of_its_host_disk() {
     let disk = HostDisk::ext4("100G");
     let mut host = Host::with_tiny_template(&Options {
         image_dir: Some(&disk.folder),
@@ -538,7 +538,7 @@ fn a_pool_that_may_grows_by_itself_up_to_80_percent_of_its_host_disk() {
     let capacity = |host: &Host| host.client().pool().unwrap().capacity_bytes >> 30;
     let by_the_rule = 75..=80;
 
-    // Rather than refuse a request, of which several come at once.
+    // Several concurrent requests make it grow instead of being rejected.
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| host.create_stopped("tiny", Some(15)));
@@ -549,9 +549,9 @@ fn a_pool_that_may_grows_by_itself_up_to_80_percent_of_its_host_disk() {
         disk_size_gib: Some(60),
         ..host.stopped("tiny")
     };
-    assert_eq!(refused(host.client().create_vm(&too_much).unwrap_err()).0, 507);
+    assert_eq!(rejection(host.client().create_vm(&too_much).unwrap_err()).0, 507);
 
-    // When the mark is passed, and not before.
+    // It also grows at the low-water mark, and not before.
     for vm in host.client().vms().unwrap() {
         host.client().delete_vm(&vm.id).unwrap();
     }
@@ -565,11 +565,11 @@ fn a_pool_that_may_grows_by_itself_up_to_80_percent_of_its_host_disk() {
     eventually("the pool to grow", || {
         by_the_rule.contains(&capacity(&host)).then_some(())
     });
-    assert!(host.log().contains("the pool has grown by itself"));
+    assert!(host.log().contains("pool grown automatically"));
 }
 
 #[test]
-fn a_pool_near_its_end_gives_507_and_makes_nothing() {
+fn a_nearly_full_pool_gives_507_and_creates_nothing() {
     let host = Host::with_tiny_template(&Options::default());
     let free = host.client().pool().unwrap().free_bytes;
     let left = (5 << 30) + (512 << 20);
@@ -589,7 +589,7 @@ fn a_pool_near_its_end_gives_507_and_makes_nothing() {
         })
         .unwrap_err();
     assert_eq!(
-        refused(error),
+        rejection(error),
         (507, "Insufficient storage: 5GB available, need 12GB".to_owned())
     );
     assert_eq!(host.leftovers(), Vec::<String>::new());
@@ -597,7 +597,7 @@ fn a_pool_near_its_end_gives_507_and_makes_nothing() {
 }
 
 #[test]
-fn a_host_disk_that_fills_up_behind_the_pool_gives_507() {
+fn a_host_disk_that_fills_up_under_the_pool_gives_507() {
     let disk = HostDisk::ext4("60G");
     let host = Host::with_tiny_template(&Options {
         image_dir: Some(&disk.folder),
@@ -613,13 +613,13 @@ fn a_host_disk_that_fills_up_behind_the_pool_gives_507() {
         .pool()
         .unwrap()
         .host_free_bytes
-        .expect("an image lies on a host disk");
+        .expect("an image has a host disk");
     let left = (4 << 30) + (512 << 20);
     run(
         "fallocate",
         &["-l", &(free - left).to_string(), text(&disk.folder.join("ballast"))],
     );
-    let (status, message) = refused(host.client().create_vm(&request).unwrap_err());
+    let (status, message) = rejection(host.client().create_vm(&request).unwrap_err());
     assert_eq!(
         (status, message.as_str()),
         (507, "Insufficient storage: 4GB available, need 12GB")
@@ -630,10 +630,10 @@ fn a_host_disk_that_fills_up_behind_the_pool_gives_507() {
 }
 
 #[test]
-fn a_start_that_fails_takes_back_every_step() {
-    // There is a template but no kernel: the failure comes after disk, seed drive and tap.
+fn a_failed_start_undoes_every_step() {
+    // There is a template but no kernel, so the failure comes after disk, seed drive and tap.
     let host = Host::with_tiny_template(&Options::default());
-    let (status, message) = refused(
+    let (status, message) = rejection(
         host.client()
             .create_vm(&CreateVm {
                 start: true,
@@ -651,17 +651,17 @@ fn a_start_that_fails_takes_back_every_step() {
     assert_eq!((pool.reserved_bytes, pool.committed_bytes), (0, 0));
 
     let vm = host.create_stopped("tiny", None);
-    assert_eq!(refused(host.client().start_vm(&vm.id).unwrap_err()).0, 503);
+    assert_eq!(rejection(host.client().start_vm(&vm.id).unwrap_err()).0, 503);
     assert_eq!(
         unmeasured([host.client().vm(&vm.id).unwrap()]),
         std::slice::from_ref(&vm)
     );
-    assert_eq!(refused(host.client().stop_vm(&vm.id).unwrap_err()).0, 409);
+    assert_eq!(rejection(host.client().stop_vm(&vm.id).unwrap_err()).0, 409);
     assert_eq!(host.taps(), Vec::<String>::new());
 }
 
 #[test]
-fn every_answer_carries_a_request_id_that_stands_in_the_log() {
+fn every_response_has_a_request_id_that_is_in_the_log() {
     let host = Host::with_tiny_template(&Options::default());
     let body = json!({"template": "tiny", "ssh_public_key": KEY, "start": false}).to_string();
     let request = format!(
@@ -671,14 +671,14 @@ fn every_answer_carries_a_request_id_that_stands_in_the_log() {
     assert_eq!(host.raw(request.as_bytes()).0, 201);
     let log = host.log();
     let lines: Vec<_> = log.lines().filter(|line| line.contains("build-17")).collect();
-    for step in ["admitted", "created", "answered"] {
+    for step in ["VM admitted", "VM created", "request finished"] {
         assert!(lines.iter().any(|line| line.contains(step)), "{step}: {lines:#?}");
     }
-    assert!(!log.contains(TOKEN), "the token stands in the log");
+    assert!(!log.contains(TOKEN), "the token is in the log");
 }
 
 #[test]
-fn each_refusal_has_a_code_and_the_field_it_is_about() {
+fn each_rejection_has_a_code_and_the_field_with_the_error() {
     let host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", Some(3));
     let (vm, name) = (format!("/vms/{}", vm.id), vm.name);

@@ -1,10 +1,10 @@
-//! Creations that are asked for twice, and creations that are called off. No guest is booted.
+//! Repeated creation requests, and cancelled creations. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -15,7 +15,7 @@ use std::sync::Barrier;
 use std::thread;
 use support::{Host, KEY, Options, TOKEN, eventually, unmeasured};
 
-fn refused(error: ClientError) -> (u16, String) {
+fn rejection(error: ClientError) -> (u16, String) {
     match error {
         ClientError::Refused { status, message, .. } => (status, message),
         other => panic!("{other}"),
@@ -23,7 +23,7 @@ fn refused(error: ClientError) -> (u16, String) {
 }
 
 #[test]
-fn the_same_request_with_the_same_key_gives_the_same_vm_also_after_a_restart() {
+fn repeating_a_request_with_its_key_returns_the_same_vm_even_after_a_restart() {
     let mut host = Host::with_tiny_template(&Options::default());
     let request = CreateVm {
         idempotency_key: Some("job-17".parse().unwrap()),
@@ -38,8 +38,8 @@ fn the_same_request_with_the_same_key_gives_the_same_vm_also_after_a_restart() {
     assert_eq!(again, std::slice::from_ref(&vm));
     assert_eq!(unmeasured(host.client().vms().unwrap()), std::slice::from_ref(&vm));
 
-    // In the client's own words: other spaces and another order are the same request, and the
-    // answer says that it is not the first.
+    // Other spaces and another order of fields are the same request, and the response is marked as
+    // replayed.
     let raw = |key: &str, body: &str| {
         let request = format!(
             "POST /vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nIdempotency-Key: {key}\r\nContent-Length: {}\r\n\r\n{body}",
@@ -57,22 +57,22 @@ fn the_same_request_with_the_same_key_gives_the_same_vm_also_after_a_restart() {
         disk_size_gib: Some(3),
         ..request.clone()
     };
-    let (status, message) = refused(host.client().create_vm(&other).unwrap_err());
+    let (status, message) = rejection(host.client().create_vm(&other).unwrap_err());
     assert!(
         status == 422 && message.contains("job-17") && message.contains(&vm.id),
         "{status} {message}"
     );
     host.client().delete_vm(&vm.id).unwrap();
     let next = host.client().create_vm(&other).unwrap();
-    assert_ne!(next.id, vm.id, "the key went with its VM");
+    assert_ne!(next.id, vm.id, "the key was deleted with its VM");
 
-    // A creation that fails leaves its key free.
+    // A failed creation releases its key.
     let failing = CreateVm {
         start: true,
         idempotency_key: Some("job-18".parse().unwrap()),
         ..host.stopped("tiny")
     };
-    assert_eq!(refused(host.client().create_vm(&failing).unwrap_err()).0, 503);
+    assert_eq!(rejection(host.client().create_vm(&failing).unwrap_err()).0, 503);
     let corrected = CreateVm {
         start: false,
         ..failing
@@ -81,7 +81,7 @@ fn the_same_request_with_the_same_key_gives_the_same_vm_also_after_a_restart() {
 }
 
 #[test]
-fn requests_with_one_key_at_once_make_one_vm() {
+fn concurrent_requests_with_one_key_create_one_vm() {
     let host = Host::with_tiny_template(&Options::default());
     let request = CreateVm {
         idempotency_key: Some("at-once".parse().unwrap()),
@@ -102,9 +102,9 @@ fn requests_with_one_key_at_once_make_one_vm() {
         match answer {
             Ok(vm) => assert_eq!(unmeasured([vm]), unmeasured([made[0].clone()])),
             Err(error) => {
-                let (status, message) = refused(error);
+                let (status, message) = rejection(error);
                 assert!(
-                    status == 409 && message.contains("still being carried out"),
+                    status == 409 && message.contains("is still in progress"),
                     "{status} {message}"
                 );
             }
@@ -113,15 +113,15 @@ fn requests_with_one_key_at_once_make_one_vm() {
 }
 
 #[test]
-fn a_vm_that_is_deleted_while_it_is_made_is_undone() {
+fn deleting_a_vm_during_its_creation_undoes_it() {
     let host = Host::with_tiny_template(&Options {
         pool_size: "100G",
         ..Options::default()
     });
     let mut size = 2;
-    // Which comes first is chance: the first clone of a size takes long enough for a deletion to
-    // come in between, soon.
-    eventually("a creation that was called off", || {
+    // Which request is first is chance. The first clone of a size takes long enough for the
+    // deletion to arrive during it, sooner or later.
+    eventually("a cancelled creation", || {
         size = size % 99 + 1;
         let request = CreateVm {
             name: Some("unwanted".parse().unwrap()),
@@ -133,15 +133,15 @@ fn a_vm_that_is_deleted_while_it_is_made_is_undone() {
             eventually("the deletion", || match host.client().delete_vm("unwanted") {
                 Ok(()) => Some(()),
                 Err(error) => {
-                    assert_eq!(refused(error).0, 404);
+                    assert_eq!(rejection(error).0, 404);
                     None
                 }
             });
             match making.join().unwrap() {
                 Ok(_) => false,
                 Err(error) => {
-                    let (status, message) = refused(error);
-                    let expected = "VM unwanted was deleted while it was being made";
+                    let (status, message) = rejection(error);
+                    let expected = "VM unwanted was deleted while it was being created";
                     assert_eq!((status, message.as_str()), (409, expected));
                     true
                 }
@@ -156,7 +156,7 @@ fn a_vm_that_is_deleted_while_it_is_made_is_undone() {
     assert_eq!(status, 404);
     assert_eq!(host.send("POST", "/vms/unwanted/restart", b"").0, 404);
     let vm = host.create_stopped("tiny", None);
-    // One that is stopped is started, which needs a kernel that this host has not.
+    // A stopped VM would be started, but this host has no kernel.
     assert_eq!(host.send("POST", &format!("/vms/{}/restart", vm.id), b"").0, 503);
     let answer: serde_json::Value = serde_json::from_str(&host.send("GET", &format!("/vms/{}", vm.id), b"").1).unwrap();
     assert_eq!(answer["status"], json!("stopped"));

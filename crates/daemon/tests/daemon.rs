@@ -1,4 +1,4 @@
-//! The daemon as a process: its settings, its end, and what a crash leaves.
+//! The daemon as a process: its settings, its shutdown, and recovery after a crash.
 
 mod support;
 
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use support::{Host, Options, eventually, run, text, unmeasured};
 
 #[test]
-fn a_setting_that_does_not_parse_stops_the_daemon_with_its_name_its_value_and_what_would_be_right() {
+fn an_invalid_setting_stops_the_daemon_with_its_name_its_value_and_the_expected_form() {
     let mut host = Host::new(&Options::default());
     for (key, value, right) in [
         ("MAX_DISK_SIZE_GIB", "lots", "whole number"),
@@ -21,68 +21,68 @@ fn a_setting_that_does_not_parse_stops_the_daemon_with_its_name_its_value_and_wh
         ("LOG_LEVEL", "=/=", "info"),
     ] {
         host.set(key, value);
-        let said = host.scaleboxd_fails(&["serve"]);
+        let printed = host.scaleboxd_fails(&["serve"]);
         assert!(
-            said.contains(&format!("{key}=\"{value}\"")) && said.contains(right),
-            "{said}"
+            printed.contains(&format!("{key}=\"{value}\"")) && printed.contains(right),
+            "{printed}"
         );
         host.set(key, "");
     }
     host.set("API_TOKEN", "");
-    let said = host.scaleboxd_fails(&["serve"]);
+    let printed = host.scaleboxd_fails(&["serve"]);
     assert!(
-        said.contains("API_TOKEN is not set") && said.contains("no default"),
-        "{said}"
+        printed.contains("API_TOKEN is not set") && printed.contains("no default"),
+        "{printed}"
     );
 }
 
 #[test]
-fn a_file_of_settings_is_read_and_the_environment_goes_over_it() {
+fn the_environment_overrides_the_settings_file() {
     let host = Host::new(&Options::default());
     let file = host.folder.join("config");
     fs::write(&file, "MAX_DISK_SIZE_GIB=lots\n").unwrap();
     let serve = |env: &[(&str, &str)]| {
         let mut command = host.scaleboxd(&["template", "import", "x", "/nonexistent"]);
         command.args(["--config", text(&file)]).envs(env.iter().copied());
-        support::said(&command.output().unwrap())
+        support::output_of(&command.output().unwrap())
     };
-    // `--config` may be given once; the harness gives its own.
+    // `--config` is allowed only once, and the harness passes one too.
     assert!(serve(&[]).contains("cannot be used multiple times"));
-    let said = support::said(
+    let printed = support::output_of(
         &std::process::Command::new(env!("CARGO_BIN_EXE_scaleboxd"))
             .args(["pool", "init", "--config", text(&file)])
             .env_clear()
             .output()
             .unwrap(),
     );
-    assert!(said.contains("MAX_DISK_SIZE_GIB=\"lots\""), "{said}");
+    assert!(printed.contains("MAX_DISK_SIZE_GIB=\"lots\""), "{printed}");
 }
 
 #[test]
-fn a_pool_that_is_not_there_a_second_daemon_and_a_taken_port_are_clear_errors() {
+fn a_missing_pool_a_second_daemon_and_a_used_port_are_reported_clearly() {
     let mut host = Host::new(&Options::default());
     host.serve();
-    let said = host.scaleboxd_fails(&["serve"]);
-    assert!(said.contains("another scaleboxd uses"), "{said}");
+    let printed = host.scaleboxd_fails(&["serve"]);
+    assert!(printed.contains("another scaleboxd uses"), "{printed}");
     assert!(host.scaleboxd_fails(&["down"]).contains("another scaleboxd uses"));
     assert!(host.terminate().success());
 
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     host.set("API_PORT", &taken.local_addr().unwrap().port().to_string());
-    let said = host.scaleboxd_fails(&["serve"]);
+    let printed = host.scaleboxd_fails(&["serve"]);
     assert!(
-        said.contains("cannot listen on 127.0.0.1") && said.contains("API_PORT"),
-        "{said}"
+        printed.contains("cannot listen on 127.0.0.1") && printed.contains("API_PORT"),
+        "{printed}"
     );
 
     host.set("API_PORT", "0");
     host.scaleboxd_ok(&["down"]);
-    let said = host.scaleboxd_fails(&["serve"]);
-    assert!(said.contains("scaleboxd pool init"), "{said}");
+    let printed = host.scaleboxd_fails(&["serve"]);
+    assert!(printed.contains("scaleboxd pool init"), "{printed}");
 }
 
 #[test]
-fn pool_init_speaks_as_the_seed_does_and_says_nothing_to_do_the_second_time() {
+fn pool_init_prints_the_fixed_messages_and_does_nothing_the_second_time() {
     let host = Host::new(&Options {
         pool_size: "100G",
         ..Options::default()
@@ -92,9 +92,9 @@ fn pool_init_speaks_as_the_seed_does_and_says_nothing_to_do_the_second_time() {
         fs::metadata(host.folder.join("pool.img")).unwrap().mode() & 0o777,
         0o600
     );
-    let said = host.scaleboxd_ok(&["pool", "init"]);
+    let printed = host.scaleboxd_ok(&["pool", "init"]);
     assert_eq!(
-        said,
+        printed,
         format!(
             "Storage already mounted at {}\nNothing to do.\n",
             host.folder.join("pool").display()
@@ -103,14 +103,14 @@ fn pool_init_speaks_as_the_seed_does_and_says_nothing_to_do_the_second_time() {
 }
 
 #[test]
-fn sigterm_answers_the_requests_under_way_and_exits_0() {
+fn sigterm_finishes_the_requests_in_progress_and_exits_with_0() {
     let mut host = Host::with_tiny_template(&Options::default());
     let client = host.client();
     let stopping = AtomicBool::new(false);
     let request = host.stopped("tiny");
     std::thread::scope(|scope| {
-        // Creations one after another until the daemon takes no more; every one that was begun is
-        // answered.
+        // Creates VMs until the daemon accepts no more requests. Every creation that was begun gets
+        // a response.
         let worker = scope.spawn(|| {
             let mut made = 0;
             loop {
@@ -119,7 +119,7 @@ fn sigterm_answers_the_requests_under_way_and_exits_0() {
                     Err(error) => {
                         assert!(
                             stopping.load(Ordering::SeqCst),
-                            "refused before the daemon was told to stop: {error}"
+                            "rejected before the daemon received SIGTERM: {error}"
                         );
                         assert_eq!(error.status(), None, "{error}");
                         return made;
@@ -131,22 +131,22 @@ fn sigterm_answers_the_requests_under_way_and_exits_0() {
         stopping.store(true, Ordering::SeqCst);
         assert_eq!(host.terminate().code(), Some(0));
         let made = worker.join().unwrap();
-        // Nothing was made whose client got no answer.
+        // Nothing was created without a response to its client.
         host.serve();
         assert_eq!(host.client().vms().unwrap().len(), made);
     });
 }
 
 #[test]
-fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_nothing_else() {
+fn after_a_crash_during_creations_every_reported_vm_exists_and_nothing_else() {
     let mut host = Host::with_tiny_template(&Options {
         env: &[("OVERCOMMIT_RATIO", "1000")],
         ..Options::default()
     });
-    let mut told: HashSet<String> = HashSet::new();
+    let mut reported: HashSet<String> = HashSet::new();
     for round in 0..5 {
         let client = host.client();
-        // A new size each round: the crash also falls into the making of a grown clone.
+        // A new size in each round, so that crashes also hit the creation of a base image.
         let request = CreateVm {
             disk_size_gib: Some(2 + round),
             ..host.stopped("tiny")
@@ -155,38 +155,38 @@ fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_
             let workers: Vec<_> = (0..8)
                 .map(|_| {
                     scope.spawn(|| {
-                        let mut told = Vec::new();
+                        let mut reported = Vec::new();
                         while let Ok(vm) = client.create_vm(&request) {
-                            told.push(vm.id);
+                            reported.push(vm.id);
                         }
-                        told
+                        reported
                     })
                 })
                 .collect();
-            let before = told.len();
+            let before = reported.len();
             eventually("some VMs", || {
                 (host.client().vms().unwrap().len() >= before + 4 + round as usize).then_some(())
             });
             host.crash();
-            told.extend(workers.into_iter().flat_map(|worker| worker.join().unwrap()));
+            reported.extend(workers.into_iter().flat_map(|worker| worker.join().unwrap()));
         });
         host.serve();
 
         let listed = host.client().vms().unwrap();
         let ids: HashSet<String> = listed.iter().map(|vm| vm.id.clone()).collect();
-        assert!(told.is_subset(&ids), "lost: {:?}", told.difference(&ids));
+        assert!(reported.is_subset(&ids), "lost: {:?}", reported.difference(&ids));
         let disks: HashSet<String> = host.leftovers().into_iter().collect();
         let expected: HashSet<String> = ids.iter().map(|id| format!("{id}.ext4")).collect();
-        assert_eq!(disks, expected, "each VM has its disk, and no disk is nobody's");
+        assert_eq!(disks, expected, "each VM has its disk, and no disk is orphaned");
         let pool = host.client().pool().unwrap();
         assert_eq!(pool.reserved_bytes, 0);
         assert_eq!(
             pool.committed_bytes,
             listed.iter().map(|vm| vm.disk_size_gib << 30).sum::<u64>()
         );
-        // A VM that was recorded when the crash came before the answer is there too: it can be seen
-        // and deleted.
-        told = ids;
+        // A VM recorded before the crash but not yet reported exists too: it can be seen and
+        // deleted.
+        reported = ids;
     }
     let vm = host.client().vms().unwrap().pop().unwrap();
     run("e2fsck", &["-fn", text(&host.disk(&vm))]);
@@ -194,23 +194,23 @@ fn after_a_crash_during_creations_every_vm_a_client_was_told_about_is_there_and_
 }
 
 #[test]
-fn disks_are_kept_from_a_daemon_whose_state_knows_nothing_of_them() {
+fn a_daemon_rejects_a_pool_with_disks_that_are_not_in_its_state() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     let right = text(&host.folder.join("state")).to_owned();
     let wrong = text(&host.folder.join("other")).to_owned();
 
-    // Beside the daemon that has the pool.
+    // Next to the daemon that uses the pool.
     host.set("STATE_DIR", &wrong);
-    let said = host.scaleboxd_fails(&["serve"]);
-    assert!(said.contains("in use by another scaleboxd"), "{said}");
-    // In its place.
+    let printed = host.scaleboxd_fails(&["serve"]);
+    assert!(printed.contains("in use by another scaleboxd"), "{printed}");
+    // Instead of that daemon.
     assert!(host.terminate().success());
     for command in ["serve", "down"] {
-        let said = host.scaleboxd_fails(&[command]);
+        let printed = host.scaleboxd_fails(&[command]);
         assert!(
-            said.contains("holds 1 disks") && said.contains("STATE_DIR"),
-            "{command}: {said}"
+            printed.contains("has 1 disks") && printed.contains("STATE_DIR"),
+            "{command}: {printed}"
         );
         assert!(host.disk(&vm).exists());
     }
@@ -218,7 +218,7 @@ fn disks_are_kept_from_a_daemon_whose_state_knows_nothing_of_them() {
     host.serve();
     assert_eq!(unmeasured(host.client().vms().unwrap()), std::slice::from_ref(&vm));
 
-    // An empty pool is anybody's.
+    // An empty pool can be claimed by any daemon.
     host.client().delete_vm(&vm.id).unwrap();
     assert!(host.terminate().success());
     host.set("STATE_DIR", &wrong);
@@ -228,17 +228,17 @@ fn disks_are_kept_from_a_daemon_whose_state_knows_nothing_of_them() {
 }
 
 #[test]
-fn a_run_dir_that_is_too_long_for_sockets_is_told_at_start() {
+fn a_run_dir_that_is_too_long_for_sockets_is_rejected_at_start() {
     let mut host = Host::new(&Options::default());
     let long = host.folder.join("x".repeat(90));
     host.set("RUN_DIR", text(&long));
-    let said = host.scaleboxd_fails(&["serve"]);
-    assert!(said.contains("RUN_DIR") && said.contains("shorter"), "{said}");
+    let printed = host.scaleboxd_fails(&["serve"]);
+    assert!(printed.contains("RUN_DIR") && printed.contains("shorter"), "{printed}");
     host.set("RUN_DIR", text(&host.folder.join("run").clone()));
 }
 
 #[test]
-fn a_client_that_never_finishes_its_request_does_not_hold_up_the_end() {
+fn a_client_that_never_finishes_its_request_does_not_delay_the_shutdown() {
     let mut host = Host::with_tiny_template(&Options::default());
     let mut slow = std::net::TcpStream::connect(host.url.strip_prefix("http://").unwrap()).unwrap();
     std::io::Write::write_all(&mut slow, b"GET /health HTTP/1.1\r\n").unwrap();
@@ -247,11 +247,11 @@ fn a_client_that_never_finishes_its_request_does_not_hold_up_the_end() {
 }
 
 #[test]
-fn a_growth_that_a_crash_interrupted_is_carried_through() {
+fn a_growth_interrupted_by_a_crash_is_completed() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     host.crash();
-    // What the state says when the crash comes after the intent and before the disk.
+    // The state after a crash between recording the intent and growing the disk.
     let state = rusqlite::Connection::open(host.folder.join("state/state.db")).unwrap();
     state.execute("UPDATE vms SET disk_size_gib = 7", []).unwrap();
     drop(state);
@@ -263,7 +263,7 @@ fn a_growth_that_a_crash_interrupted_is_carried_through() {
 }
 
 #[test]
-fn a_disk_that_vanished_is_told_and_the_vm_can_be_deleted() {
+fn a_missing_disk_is_reported_and_the_vm_can_be_deleted() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     assert!(host.terminate().success());
@@ -276,7 +276,7 @@ fn a_disk_that_vanished_is_told_and_the_vm_can_be_deleted() {
 }
 
 #[test]
-fn down_leaves_no_mount_no_bridge_no_table_and_keeps_the_vms() {
+fn down_removes_mount_bridge_and_tables_and_keeps_the_vms() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", Some(5));
     assert!(host.terminate().success());
@@ -297,7 +297,7 @@ fn down_leaves_no_mount_no_bridge_no_table_and_keeps_the_vms() {
 }
 
 #[test]
-fn a_limit_on_the_size_of_files_fails_a_request_and_ends_nothing() {
+fn a_file_size_limit_fails_the_request_but_does_not_stop_the_daemon() {
     let host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", Some(1));
     let pid = host.daemon_pid().to_string();

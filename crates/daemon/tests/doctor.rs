@@ -1,20 +1,20 @@
-//! `scaleboxd doctor`: what it says of a host that is well, and of ones that are not.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+//! `scaleboxd doctor`: its findings on healthy hosts and on hosts with problems.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 
 use serde_json::Value;
 use std::fs;
 use std::net::TcpListener;
-use support::{Host, Options, run, said, text};
+use support::{Host, Options, output_of, run, text};
 
-/// The findings with `settings` over those of the host, after a look that the exit code fits them
-/// and each of them has its four fields.
+/// Returns the findings with `settings` over those of the host. Checks that the exit code matches
+/// them and that each has its four fields.
 fn examine(host: &Host, settings: &[(&str, &str)]) -> Vec<Value> {
     let mut command = host.scaleboxd(&["doctor", "--json"]);
     let output = command.envs(settings.iter().copied()).output().unwrap();
     let findings: Vec<Value> =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", output_of(&output)));
     for finding in &findings {
         assert_eq!(finding.as_object().unwrap().len(), 4, "{finding}");
         assert!(
@@ -24,17 +24,17 @@ fn examine(host: &Host, settings: &[(&str, &str)]) -> Vec<Value> {
         assert_eq!(finding["fix"].is_null(), finding["level"] == "ok", "{finding}");
     }
     let expected = i32::from(findings.iter().any(|finding| finding["level"] == "problem"));
-    assert_eq!(output.status.code(), Some(expected), "{}", said(&output));
+    assert_eq!(output.status.code(), Some(expected), "{}", output_of(&output));
     findings
 }
 
-/// Problems but those of the firewall that the machine of the tests may have.
+/// Returns the problems, except those of a firewall on the test machine.
 fn problems(findings: &[Value]) -> Vec<&Value> {
     let ours = |finding: &&Value| finding["level"] == "problem" && finding["check"] != "firewall";
     findings.iter().filter(ours).collect()
 }
 
-/// The one problem there is, as check, finding and fix.
+/// Returns check, finding and fix of the only problem.
 fn the_problem(host: &Host, settings: &[(&str, &str)]) -> (String, String, String) {
     let findings = examine(host, settings);
     let [problem] = problems(&findings)[..] else {
@@ -52,13 +52,16 @@ fn finding<'a>(findings: &'a [Value], check: &str) -> &'a str {
 }
 
 #[test]
-fn a_healthy_host_has_no_problem_with_and_without_its_daemon() {
+fn a_healthy_host_has_no_problem_with_and_without_a_daemon() {
     let mut host = Host::new(&Options::default());
     let findings = examine(&host, &[]);
     assert_eq!(problems(&findings), Vec::<&Value>::new());
-    assert!(finding(&findings, "owner").contains("nobody's"), "{findings:#?}");
-    assert!(finding(&findings, "api").contains("no daemon runs"), "{findings:#?}");
-    assert!(!host.folder.join("state").exists(), "it makes no state");
+    assert!(finding(&findings, "owner").contains("no owner yet"), "{findings:#?}");
+    assert!(
+        finding(&findings, "api").contains("no daemon is running"),
+        "{findings:#?}"
+    );
+    assert!(!host.folder.join("state").exists(), "doctor creates no state");
 
     host.import_tiny("tiny");
     host.serve();
@@ -70,19 +73,22 @@ fn a_healthy_host_has_no_problem_with_and_without_its_daemon() {
         finding(&findings, "owner").contains("belongs to the state"),
         "{findings:#?}"
     );
-    assert!(finding(&findings, "api").contains("a daemon runs"), "{findings:#?}");
+    assert!(
+        finding(&findings, "api").contains("a daemon is running"),
+        "{findings:#?}"
+    );
     assert_eq!(host.client().vm(&vm.id).unwrap().id, vm.id);
 
     assert!(host.terminate().success());
-    let table = said(&host.scaleboxd(&["doctor"]).output().unwrap());
+    let table = output_of(&host.scaleboxd(&["doctor"]).output().unwrap());
     assert!(table.contains("ok       pool") && table.contains("Notes: "), "{table}");
     assert!(table.contains("-> scaleboxd template build debian-base"), "{table}");
-    // It left the state to the daemon.
+    // Doctor did not lock the state.
     host.serve();
 }
 
 #[test]
-fn a_pool_that_is_missing_or_not_mounted_is_named_with_the_command_that_mends_it() {
+fn a_missing_or_unmounted_pool_is_reported_with_the_command_that_fixes_it() {
     let host = Host::new(&Options::default());
     host.scaleboxd_ok(&["down"]);
     let (check, finding, fix) = the_problem(&host, &[]);
@@ -96,11 +102,11 @@ fn a_pool_that_is_missing_or_not_mounted_is_named_with_the_command_that_mends_it
     let (check, finding, fix) = the_problem(&host, &[]);
     assert_eq!((check.as_str(), fix.as_str()), ("pool", "scaleboxd pool init"));
     assert!(finding.contains(text(&host.folder.join("pool"))), "{finding}");
-    assert!(!host.folder.join("pool.img").exists(), "it only looks");
+    assert!(!host.folder.join("pool.img").exists(), "doctor changes nothing");
 }
 
 #[test]
-fn the_disks_of_another_state_are_told_before_the_daemon_refuses_them() {
+fn disks_of_another_state_are_reported() {
     let mut host = Host::with_tiny_template(&Options::default());
     host.create_stopped("tiny", None);
     assert!(host.terminate().success());
@@ -115,7 +121,7 @@ fn the_disks_of_another_state_are_told_before_the_daemon_refuses_them() {
 }
 
 #[test]
-fn bad_settings_a_missing_token_and_taken_ports_are_named() {
+fn invalid_settings_a_missing_token_and_used_ports_are_reported() {
     let host = Host::new(&Options::default());
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = &taken.local_addr().unwrap().port().to_string();
@@ -146,16 +152,16 @@ fn bad_settings_a_missing_token_and_taken_ports_are_named() {
             "PORT_MIN",
         ),
     ] {
-        let told = the_problem(&host, settings);
+        let problem = the_problem(&host, settings);
         assert!(
-            told.0 == check && told.1.contains(finding) && told.2.contains(fix),
-            "{settings:?}: {told:?}"
+            problem.0 == check && problem.1.contains(finding) && problem.2.contains(fix),
+            "{settings:?}: {problem:?}"
         );
     }
 }
 
 #[test]
-fn a_subnet_that_is_in_use_on_the_host_is_named() {
+fn a_subnet_that_is_in_use_on_the_host_is_reported() {
     let mut neighbour = Host::new(&Options::default());
     neighbour.serve();
     let host = Host::new(&Options::default());
@@ -169,7 +175,7 @@ fn a_subnet_that_is_in_use_on_the_host_is_named() {
 }
 
 #[test]
-fn a_pool_that_holds_vms_and_is_not_mounted_is_not_to_be_made_anew() {
+fn doctor_advises_against_a_new_pool_while_the_state_has_vms() {
     let mut host = Host::with_tiny_template(&Options::default());
     host.create_stopped("tiny", None);
     assert!(host.terminate().success());
@@ -178,19 +184,19 @@ fn a_pool_that_holds_vms_and_is_not_mounted_is_not_to_be_made_anew() {
     let (check, finding, fix) = the_problem(&host, &[]);
     assert_eq!(check, "pool");
     assert!(
-        finding.contains(&format!("mounts {} there", text(&image))) && finding.contains("the state knows 1 VMs"),
+        finding.contains(&format!("mounts {} there", text(&image))) && finding.contains("the state has 1 VMs"),
         "{finding}"
     );
     assert!(fix.starts_with(&format!("mount {}", text(&pool))), "{fix}");
 
-    // The disk that it lies on is gone.
+    // The disk under the pool is missing too.
     let away = host.folder.join("away.img");
     fs::rename(&image, &away).unwrap();
     let (_, finding, fix) = the_problem(&host, &[]);
     assert!(
-        finding.contains("the state knows 1 VMs")
-            && fix.contains("bring back the disk")
-            && fix.contains("do not make a new pool"),
+        finding.contains("the state has 1 VMs")
+            && fix.contains("restore the disk")
+            && fix.contains("do not create a new pool"),
         "{finding}: {fix}"
     );
     fs::rename(&away, &image).unwrap();
@@ -199,7 +205,7 @@ fn a_pool_that_holds_vms_and_is_not_mounted_is_not_to_be_made_anew() {
 }
 
 #[test]
-fn a_kernel_that_shows_nothing_of_btrfs_is_distinguished_from_a_pool_that_is_missing() {
+fn a_missing_sysfs_is_distinguished_from_a_missing_pool() {
     let host = Host::new(&Options::default());
     let daemon = host.scaleboxd(&["doctor", "--json"]);
     let mut command = std::process::Command::new("unshare");
@@ -215,7 +221,7 @@ fn a_kernel_that_shows_nothing_of_btrfs_is_distinguished_from_a_pool_that_is_mis
     command.envs(daemon.get_envs().filter_map(|(key, value)| Some((key, value?))));
     let output = command.output().unwrap();
     let findings: Vec<Value> =
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", output_of(&output)));
     let [problem] = problems(&findings)[..] else {
         panic!("not one problem: {findings:#?}");
     };
@@ -231,19 +237,19 @@ fn a_kernel_that_shows_nothing_of_btrfs_is_distinguished_from_a_pool_that_is_mis
 }
 
 #[test]
-fn an_api_that_listens_beyond_the_host_is_noted() {
+fn an_exposed_api_is_noted() {
     let host = Host::new(&Options::default());
     let findings = examine(&host, &[("API_BIND", "0.0.0.0")]);
     let note = findings
         .iter()
         .find(|finding| finding["check"] == "settings" && finding["level"] == "note");
     let note = note.unwrap_or_else(|| panic!("{findings:#?}"));
-    assert!(note["finding"].as_str().unwrap().contains("in the clear"), "{note}");
+    assert!(note["finding"].as_str().unwrap().contains("unencrypted"), "{note}");
     assert!(note["fix"].as_str().unwrap().contains("TLS proxy"), "{note}");
 }
 
 #[test]
-fn other_programs_firewalls_are_named_with_the_command_that_helps() {
+fn firewalls_of_other_programs_are_reported_with_the_command_that_fixes_them() {
     let host = Host::new(&Options::default());
     let bridge = &host.bridge;
     let data = concat!(env!("CARGO_MANIFEST_DIR"), "/../net/tests/data");
@@ -284,7 +290,7 @@ fn other_programs_firewalls_are_named_with_the_command_that_helps() {
         command.envs(daemon.get_envs().filter_map(|(key, value)| Some((key, value?))));
         let output = command.output().unwrap();
         let findings: Vec<Value> =
-            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", said(&output)));
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", output_of(&output)));
         let named = findings.iter().any(|finding| {
             finding["check"] == "firewall"
                 && finding["level"] == "problem"

@@ -1,10 +1,10 @@
-//! `GET /events`: what happens on a host, told as it happens. No guest is booted.
+//! `GET /events`: the events of a host as they happen. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -23,7 +23,7 @@ fn so_far(host: &Host, since: u64) -> Vec<Event> {
 }
 
 #[test]
-fn a_follower_is_told_of_each_change_and_who_comes_back_of_what_it_missed() {
+fn followers_receive_every_change_and_reconnecting_clients_what_they_missed() {
     let disk = HostDisk::ext4("100G");
     let host = Host::with_tiny_template(&Options {
         image_dir: Some(&disk.folder),
@@ -48,29 +48,29 @@ fn a_follower_is_told_of_each_change_and_who_comes_back_of_what_it_missed() {
     client.delete_vm(&vm.id).unwrap();
     client.delete_template("tiny").unwrap();
     let after = ["grown", "pool_grown", "pool_shrunk", "deleted", "template_deleted"];
-    let told: Vec<_> = following.take(after.len()).collect::<Result<_, _>>().unwrap();
-    assert_eq!(kinds(&told), after);
-    assert!(told.windows(2).all(|pair| pair[0].id < pair[1].id));
+    let received: Vec<_> = following.take(after.len()).collect::<Result<_, _>>().unwrap();
+    assert_eq!(kinds(&received), after);
+    assert!(received.windows(2).all(|pair| pair[0].id < pair[1].id));
     assert_eq!(
-        serde_json::to_value(&told[0].details).unwrap(),
+        serde_json::to_value(&received[0].details).unwrap(),
         json!({"from_gib": 2, "to_gib": 3, "by": "request"})
     );
-    assert_eq!(told[1].details["capacity_bytes"], json!(50u64 << 30));
+    assert_eq!(received[1].details["capacity_bytes"], json!(50u64 << 30));
 
-    assert_eq!(so_far(&host, created.id), told);
+    assert_eq!(so_far(&host, created.id), received);
     assert_eq!(kinds(&so_far(&host, 0)), [&["created"], &after[..]].concat());
-    assert_eq!(kinds(&so_far(&host, told[4].id)), Vec::<&str>::new());
-    // The header of a browser that reconnects goes over the query it repeats.
+    assert_eq!(kinds(&so_far(&host, received[4].id)), Vec::<&str>::new());
+    // The `Last-Event-ID` of a browser that reconnects takes precedence over the query it repeats.
     let request = format!(
         "GET /events?follow=false&since=0 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nLast-Event-ID: {}\r\n\r\n",
-        told[3].id
+        received[3].id
     );
     let (status, body) = host.raw(request.as_bytes());
     assert!(
         status == 200 && body.contains("event: template_deleted\n") && !body.contains("event: deleted\n"),
         "{status} {body}"
     );
-    assert!(body.contains(&format!("id: {}\n", told[4].id)), "{body}");
+    assert!(body.contains(&format!("id: {}\n", received[4].id)), "{body}");
     for query in ["since=now", "since=-1", "follow=maybe", "until=7"] {
         let (status, answer) = host.send("GET", &format!("/events?{query}"), b"");
         assert!(
@@ -81,7 +81,7 @@ fn a_follower_is_told_of_each_change_and_who_comes_back_of_what_it_missed() {
 }
 
 #[test]
-fn the_end_of_the_daemon_ends_the_streams_and_ids_go_on_growing_after_it() {
+fn streams_end_with_the_daemon_and_ids_keep_increasing_afterwards() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     let [created] = &so_far(&host, 0)[..] else {
@@ -90,24 +90,27 @@ fn the_end_of_the_daemon_ends_the_streams_and_ids_go_on_growing_after_it() {
     let streams: Vec<_> = (0..8).map(|_| host.client().events(Some(0), true).unwrap()).collect();
     let mut daemon = host.begin_terminating();
     for stream in streams {
-        let told: Vec<_> = stream.collect::<Result<_, _>>().unwrap();
-        assert_eq!(told, std::slice::from_ref(created));
+        let received: Vec<_> = stream.collect::<Result<_, _>>().unwrap();
+        assert_eq!(received, std::slice::from_ref(created));
     }
     assert!(eventually("the daemon to end", || daemon.try_wait().unwrap()).success());
     let log = host.log();
-    assert!(!log.contains("some requests did not end"), "{log}");
+    assert!(!log.contains("some operations did not end in time"), "{log}");
 
     host.serve();
     host.client().delete_vm(&vm.id).unwrap();
-    let told = so_far(&host, created.id);
-    assert_eq!(kinds(&told), ["missed", "deleted"]);
-    assert!(created.id < told[0].id && told[0].id < told[1].id, "{told:?}");
-    assert_eq!(kinds(&so_far(&host, told[0].id)), ["deleted"]);
-    // After a crash as after a graceful end.
+    let received = so_far(&host, created.id);
+    assert_eq!(kinds(&received), ["missed", "deleted"]);
+    assert!(
+        created.id < received[0].id && received[0].id < received[1].id,
+        "{received:?}"
+    );
+    assert_eq!(kinds(&so_far(&host, received[0].id)), ["deleted"]);
+    // After a crash, just as after a graceful shutdown.
     host.crash();
     host.serve();
     host.client().delete_template("tiny").unwrap();
-    let later = so_far(&host, told[1].id);
+    let later = so_far(&host, received[1].id);
     assert_eq!(kinds(&later), ["missed", "template_deleted"]);
-    assert!(told[1].id < later[0].id, "{later:?}");
+    assert!(received[1].id < later[0].id, "{later:?}");
 }

@@ -1,21 +1,22 @@
-//! Every step of every operation that changes something durable: the daemon ends there, as by `kill
-//! -9`, or the step returns an error, once or each time. Then the host is compared with what
-//! clients were told, at once and after a restart.
+//! Faults at every step of every operation that changes something durable: the daemon is killed
+//! there, or the step returns an error, once or every time. Afterwards the host is compared with
+//! the state reported to clients, at once and after a restart.
 //!
-//! Built with the feature `fault-points` alone. The steps of an operation are those that a trace of
-//! it shows. All together must be those in the sources: a step that no operation here reaches fails
+//! This test is built only with the feature `fault-points`. The steps of an operation are found by
+//! tracing it. Together they must be all steps in the sources: a step that no operation reaches
+//! fails the test.
 //! the test.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
 #[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, clippy::unwrap_used, reason = "the hypervisor's tests use the others")]
+#[allow(dead_code, clippy::unwrap_used, reason = "the tests of the hypervisor use the rest")]
 mod tiny_guest;
 #[path = "support/walk.rs"]
 mod walk;
@@ -26,16 +27,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use support::run;
 use support::text;
-use walk::{DISKS, Findings, LIVE, MACHINES, Operation, POOLS, Promised, Scene, names_in};
+use walk::{DISKS, Findings, LIVE, MACHINES, Operation, POOLS, Reported, Scene, names_in};
 
-/// What happens at a step.
+/// The kind of fault at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    /// The process ends.
+    /// The process is killed.
     End,
-    /// The step returns an error.
+    /// The step returns an error once.
     Once,
-    /// The step returns an error, each time.
+    /// The step returns an error every time.
     Lasting,
 }
 
@@ -49,15 +50,15 @@ impl Mode {
     }
 }
 
-/// A step of an operation, which may reach it several times.
+/// A step of an operation, which may reach it more than once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Step {
     name: String,
-    /// Counted from 1.
+    /// The number of the occurrence, starting at 1.
     nth: usize,
 }
 
-/// A step of an operation, how often each mode was tried there, and what was found.
+/// A step of an operation, the number of faults of each mode, and the findings.
 struct Row {
     operation: &'static str,
     step: Step,
@@ -68,7 +69,7 @@ struct Row {
 }
 
 #[test]
-fn an_end_or_an_error_at_any_step_loses_nothing_promised_and_leaves_nothing_behind() {
+fn a_kill_or_an_error_at_any_step_loses_nothing_reported_and_leaves_nothing_behind() {
     let sources = Sources::read();
     let rows: Vec<Row> = std::thread::scope(|scope| {
         let workers = [DISKS, MACHINES, POOLS, LIVE].map(|operations| scope.spawn(|| walk(operations, &sources)));
@@ -85,14 +86,14 @@ fn an_end_or_an_error_at_any_step_loses_nothing_promised_and_leaves_nothing_behi
     }
     let reached: BTreeSet<_> = rows.iter().map(|row| row.step.name.clone()).collect();
     let all: BTreeSet<_> = sources.crash_points.union(&sources.fault_points).cloned().collect();
-    assert_eq!(reached, all, "walked, and in the sources");
+    assert_eq!(reached, all, "steps reached, and steps in the sources");
     assert!(
         rows.iter()
             .all(|row| row.findings.lost.is_empty() && row.findings.leaked.is_empty())
     );
 }
 
-/// Walks all steps of these operations, on a host of their own, whose pool is checked at the end.
+/// Tests all steps of these operations on one host, whose pool is checked at the end.
 fn walk(operations: &[Operation], sources: &Sources) -> Vec<Row> {
     let mut walker = Walker(Scene::new());
     let mut rows = Vec::new();
@@ -146,14 +147,14 @@ impl Walker {
         self.0.host.serve();
     }
 
-    /// The steps of an operation, in the order in which they are reached first.
+    /// Returns the steps of an operation, in the order in which they are first reached.
     fn trace(&mut self, operation: &Operation) -> Vec<Step> {
         (operation.prepare)(&self.0);
-        // What a preparation does behind its answers is not the operation's.
+        // Background work of the preparation is not part of the operation.
         self.restart();
         fs::write(self.trace_file(), "").unwrap();
         (operation.perform)(&self.0).unwrap_or_else(|error| panic!("{}: {error}", operation.name));
-        // What it does behind its answer belongs to it.
+        // Background work after the response is part of the operation.
         assert!(self.0.host.terminate().success());
         let mut steps: Vec<Step> = Vec::new();
         for name in fs::read_to_string(self.trace_file()).unwrap().lines() {
@@ -170,14 +171,14 @@ impl Walker {
         steps
     }
 
-    /// Ends the daemon at a step of the operation, starts it again, looks at the host, and does the
-    /// operation again.
+    /// Kills the daemon at a step of the operation, restarts it, checks the host, and repeats the
+    /// operation.
     fn end_at(&mut self, operation: &Operation, step: &Step, findings: &mut Findings) {
         (operation.prepare)(&self.0);
-        let promised = self.0.promised();
+        let reported = self.0.reported();
         self.restart();
         self.arm(Mode::End, step);
-        // The step may come behind the answer: then what was answered holds.
+        // If the step comes after the response, the reported result must hold.
         let answered = (operation.perform)(&self.0).is_ok();
         if operation.command {
             self.disarm();
@@ -187,57 +188,57 @@ impl Walker {
             self.disarm();
             self.0.host.serve();
         }
-        self.0.look(operation, &promised, findings);
+        self.0.check(operation, &reported, findings);
         let reached = (operation.reached)(&self.0);
         if answered && !reached {
-            findings.lost.push("what was answered is not so".to_owned());
+            findings.lost.push("the reported result does not hold".to_owned());
         }
-        self.do_again(operation, promised, reached, findings);
+        self.repeat(operation, reported, reached, findings);
     }
 
-    /// Lets a step of the operation fail, looks at the host at once and after a restart, and does
-    /// the operation again.
+    /// Makes a step of the operation fail, checks the host at once and after a restart, and repeats
+    /// the operation.
     fn fail_at(&mut self, operation: &Operation, step: &Step, mode: Mode, findings: &mut Findings) {
         (operation.prepare)(&self.0);
-        let promised = self.0.promised();
+        let reported = self.0.reported();
         self.arm(mode, step);
         let answer = (operation.perform)(&self.0);
         let reached = (operation.reached)(&self.0);
         if answer.is_ok() != reached {
             findings
                 .lost
-                .push(format!("the answer was {answer:?}, and done: {reached}"));
+                .push(format!("the response was {answer:?}, but completed: {reached}"));
         }
-        self.0.look(operation, &promised, findings);
+        self.0.check(operation, &reported, findings);
         self.disarm();
         if mode == Mode::Once {
-            self.do_again(operation, promised, reached, findings);
+            self.repeat(operation, reported, reached, findings);
             return;
         }
         self.restart();
-        self.0.look(operation, &promised, findings);
+        self.0.check(operation, &reported, findings);
         if (operation.reached)(&self.0) != reached {
             findings.lost.push(format!(
-                "before the restart it was done: {reached}, behind it: {}",
+                "completed before the restart: {reached}, after it: {}",
                 !reached
             ));
         }
-        self.do_again(operation, promised, reached, findings);
+        self.repeat(operation, reported, reached, findings);
     }
 
-    fn do_again(&mut self, operation: &Operation, mut promised: Promised, reached: bool, findings: &mut Findings) {
+    fn repeat(&mut self, operation: &Operation, mut reported: Reported, reached: bool, findings: &mut Findings) {
         if reached {
             self.0.reset();
             (operation.prepare)(&self.0);
-            promised = self.0.promised();
+            reported = self.0.reported();
         }
         if let Err(error) = (operation.perform)(&self.0) {
-            findings.lost.push(format!("cannot be done again: {error}"));
+            findings.lost.push(format!("cannot be repeated: {error}"));
         }
         if !(operation.reached)(&self.0) {
-            findings.lost.push("done again, it is not done".to_owned());
+            findings.lost.push("not completed after being repeated".to_owned());
         }
-        self.0.look(operation, &promised, findings);
+        self.0.check(operation, &reported, findings);
         self.0.reset();
     }
 }
@@ -285,7 +286,7 @@ impl Sources {
 
 fn table(rows: &[Row]) -> String {
     let mut table = String::from(
-        "| operation | step | ended | failed once | failed each time | lost | leaked |\n|---|---|---|---|---|---|---|\n",
+        "| operation | step | killed | failed once | failed every time | lost | leaked |\n|---|---|---|---|---|---|---|\n",
     );
     for row in rows {
         let Row {

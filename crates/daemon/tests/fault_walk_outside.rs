@@ -1,22 +1,22 @@
-//! Every system call that an operation makes on the pool and the state fails once, in the daemon
-//! and in the programs that it starts: `strace` injects the error. Then the host is compared with
-//! what clients were told, at once and after a restart.
+//! Faults in every system call that an operation makes on the pool and the state, in the daemon and
+//! in the programs it starts. `strace` injects each error once. Afterwards the host is compared
+//! with the state reported to clients, at once and after a restart.
 //!
-//! Under `make test` the first few calls of each kind fail, under `make test-faults` all.
+//! With `make test` the first few calls of each kind fail, with `make test-faults` all of them.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
 #[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, clippy::unwrap_used, reason = "the hypervisor's tests use the others")]
+#[allow(dead_code, clippy::unwrap_used, reason = "the tests of the hypervisor use the rest")]
 mod tiny_guest;
 #[path = "support/walk.rs"]
-#[allow(dead_code, reason = "the walk of the named steps uses the others")]
+#[allow(dead_code, reason = "fault_walk uses the rest")]
 mod walk;
 
 use std::fmt::Write as _;
@@ -26,7 +26,7 @@ use std::process::{Child, Command};
 use support::{eventually, run, text};
 use walk::{DISKS, Findings, Operation, POOLS, Scene};
 
-/// System calls, comma-separated as `strace` takes them, and the error that each returns.
+/// System calls, separated by commas as `strace` expects them, and the error that each returns.
 const FAULTS: &[(&str, &str)] = &[
     ("fsync", "EIO"),
     ("fdatasync", "EIO"),
@@ -40,10 +40,10 @@ const FAULTS: &[(&str, &str)] = &[
     ("openat", "EMFILE"),
     ("statx", "EIO"),
 ];
-/// How many calls of each kind fail, one in each round, under `make test`.
-const BOUNDED: usize = 5;
-/// More calls of a kind than any operation makes.
-const ALL: usize = 2000;
+/// How many calls of each kind fail with `make test`, one per round.
+const DEFAULT_LIMIT: usize = 5;
+/// More calls of one kind than any operation makes.
+const NO_LIMIT: usize = 2000;
 
 struct Row {
     operation: &'static str,
@@ -54,10 +54,10 @@ struct Row {
 }
 
 #[test]
-fn a_failing_system_call_loses_nothing_promised_and_leaves_nothing_behind() {
+fn a_failed_system_call_loses_nothing_reported_and_leaves_nothing_behind() {
     let limit = match std::env::var_os("SCALEBOX_ALL_FAULTS") {
-        Some(_) => ALL,
-        None => BOUNDED,
+        Some(_) => NO_LIMIT,
+        None => DEFAULT_LIMIT,
     };
     let rows: Vec<Row> = std::thread::scope(|scope| {
         let workers = [DISKS, POOLS].map(|operations| scope.spawn(move || walk_all(operations, limit)));
@@ -72,7 +72,7 @@ fn a_failing_system_call_loses_nothing_promised_and_leaves_nothing_behind() {
             println!("{}, {} {}: {problem}", row.operation, row.call, row.error);
         }
     }
-    // A walk that injects nothing proves nothing.
+    // A run that injects no faults proves nothing.
     assert!(rows.iter().map(|row| row.failed).sum::<usize>() > rows.len());
     assert!(
         rows.iter()
@@ -115,7 +115,7 @@ struct Walker {
 impl Walker {
     fn new() -> Walker {
         let mut scene = Scene::new();
-        // `strace` counts the calls of each thread: with one of each kind, a fault happens once.
+        // `strace` counts calls per thread: with one thread of each kind, a fault happens once.
         scene.host.set("SCALEBOX_THREADS", "1");
         scene.host.set("SCALEBOX_FAULTS", "");
         scene.host.crash();
@@ -123,12 +123,12 @@ impl Walker {
         Walker { scene }
     }
 
-    /// Does the operation with a fault, and looks at the host. Returns whether there was a call to
+    /// Performs the operation with a fault and checks the host. Returns whether there was a call to
     /// fail.
     fn fail(&mut self, operation: &Operation, fault: &str, findings: &mut Findings) -> bool {
         let scene = &self.scene;
         (operation.prepare)(scene);
-        let promised = scene.promised();
+        let reported = scene.reported();
         let (answer, injected) = if operation.command {
             self.perform_command(operation, fault)
         } else {
@@ -145,31 +145,31 @@ impl Walker {
         if let Err(error) = &answer
             && error.contains("delete the VM")
         {
-            findings.lost.push(format!("advises to destroy what is sound: {error}"));
+            findings.lost.push(format!("advises to delete a sound VM: {error}"));
         }
         if answer.is_ok() != reached {
             findings
                 .lost
-                .push(format!("the answer was {answer:?}, and done: {reached}"));
+                .push(format!("the response was {answer:?}, but completed: {reached}"));
         }
-        scene.look(operation, &promised, findings);
+        scene.check(operation, &reported, findings);
         scene.host.crash();
         scene.host.serve();
-        scene.look(operation, &promised, findings);
+        scene.check(operation, &reported, findings);
         if (operation.reached)(scene) != reached {
             findings.lost.push(format!(
-                "before the restart it was done: {reached}, behind it: {}",
+                "completed before the restart: {reached}, after it: {}",
                 !reached
             ));
         }
         scene.reset();
         if findings.lost.len() + findings.leaked.len() > before {
-            findings.lost.push(format!("that was {fault}"));
+            findings.lost.push(format!("caused by {fault}"));
         }
         injected
     }
 
-    /// As a command of its own, which is traced from its start.
+    /// Runs as a separate command, which is traced from its start.
     fn perform_command(&mut self, operation: &Operation, fault: &str) -> (Result<(), String>, bool) {
         let log = self.scene.host.folder.join("strace");
         let tracer = ["strace", "-f", "-o", text(&log), "-e", &format!("inject={fault}")].map(str::to_owned);
@@ -190,15 +190,15 @@ impl Tracer {
     fn attach(scene: &Scene, fault: &str) -> Tracer {
         let log = scene.host.folder.join("strace");
         let calls = fault.split(':').next().unwrap();
-        let said = scene.host.folder.join("strace.said");
+        let printed = scene.host.folder.join("strace.output");
         let process = Command::new("strace")
             .args(["-f", "-p", &scene.host.daemon_pid().to_string(), "-o", text(&log)])
             .args(["-e", &format!("trace={calls}"), "-e", &format!("inject={fault}")])
-            .stderr(File::create(&said).unwrap())
+            .stderr(File::create(&printed).unwrap())
             .spawn()
             .expect("strace");
         eventually("strace to be attached to the daemon", || {
-            fs::read_to_string(&said).unwrap().contains("attached").then_some(())
+            fs::read_to_string(&printed).unwrap().contains("attached").then_some(())
         });
         Tracer { process, log }
     }

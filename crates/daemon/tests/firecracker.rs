@@ -1,6 +1,6 @@
-//! The service over Firecracker, with guests where KVM runs them, else on the host's side alone. It
-//! says what could not run, and why.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+//! The service with Firecracker. Guests run if KVM is available; otherwise only the host's side is
+//! tested. The output says which parts did not run, and why.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 
@@ -12,16 +12,16 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use support::guest::{Key, machines, wait_for_ssh};
-use support::{Host, Options, eventually, said};
+use support::{Host, Options, eventually, output_of};
 
-/// Why it cannot run here, if it cannot.
+/// Returns why Firecracker cannot run on this machine, if so.
 fn missing() -> Option<String> {
     let kvm = accelerator(AccelSetting::Kvm).map_err(|error| error.to_string());
     let found = kvm.and_then(|_| FirecrackerDriver::find(Path::new("/nonexistent")).map_err(|error| error.to_string()));
     found.err()
 }
 
-/// Why no guest runs here, if none does.
+/// Returns why no guest can run on this machine, if so.
 fn no_guests() -> Option<String> {
     match accelerator(AccelSetting::Auto) {
         Ok(choice) if choice.accel == Accel::Kvm => None,
@@ -30,7 +30,7 @@ fn no_guests() -> Option<String> {
     }
 }
 
-/// The process of a VM, if there is one.
+/// Returns the process of a VM, if there is one.
 fn process_of(vm: &Vm) -> Option<Pid> {
     let processes = fs::read_dir("/proc")
         .unwrap()
@@ -51,7 +51,7 @@ fn jails(host: &Host) -> Vec<PathBuf> {
         .collect()
 }
 
-/// It runs as its own user, among its own files.
+/// Checks that the machine runs as its own user and sees only its own files.
 fn is_jailed(host: &Host, vm: &Vm) {
     let pid = process_of(vm).unwrap();
     let process = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
@@ -63,8 +63,8 @@ fn is_jailed(host: &Host, vm: &Vm) {
     let disk = host.disk(vm).metadata().unwrap();
     assert_eq!(process.join("root/disk").metadata().unwrap().ino(), disk.ino());
 
-    // The kernel is linked into its jail: the host's page cache holds it once, however many VMs
-    // there are.
+    // The kernel is hard-linked into the jail, so that the host's page cache holds it once for all
+    // VMs.
     for file in ["vmlinuz", "initrd.img"] {
         let file = host.folder.join("pool/kernel").join(file).metadata().unwrap();
         assert_eq!((file.nlink(), file.mode() & 0o777), (2, 0o644));
@@ -72,7 +72,7 @@ fn is_jailed(host: &Host, vm: &Vm) {
 }
 
 #[test]
-fn machines_are_jailed_grown_limited_copied_adopted_and_leave_nothing() {
+fn machines_are_jailed_grown_limited_copied_adopted_and_cleaned_up() {
     if let Some(why) = missing() {
         println!("not run: {why}");
         return;
@@ -90,12 +90,12 @@ fn machines_are_jailed_grown_limited_copied_adopted_and_leave_nothing() {
 
     let pid = process_of(&vm).unwrap();
     is_jailed(&host, &vm);
-    // The host's side of every change, whether or not the guest has booted.
+    // The host's side of every change, independent of whether the guest has booted.
     let grown = host.client().update_vm("one", &UpdateVm::grow(5)).unwrap();
     assert_eq!(grown.disk_size_gib, 5);
     assert_eq!(host.disk(&vm).metadata().unwrap().len(), 5 << 30);
     let refused = host.client().trim_vm("one").unwrap_err().to_string();
-    assert!(refused.contains("no discard"), "{refused}");
+    assert!(refused.contains("not support discard"), "{refused}");
     let limited = UpdateVm {
         disk_iops: Some(Some(100)),
         ..UpdateVm::default()
@@ -104,22 +104,22 @@ fn machines_are_jailed_grown_limited_copied_adopted_and_leave_nothing() {
     let template_name = "copy".parse().unwrap();
     host.client().snapshot_vm("one", &SnapshotVm { template_name }).unwrap();
 
-    // The next daemon has it again.
+    // The next daemon adopts it.
     host.crash();
     host.serve();
     let found = host.client().vm("one").unwrap();
     assert_eq!((found.status, process_of(&vm)), (VmStatus::Running, Some(pid)));
 
-    // It can die, and be started again.
+    // A machine that died can be started again.
     kill_process(pid, Signal::KILL).unwrap();
     eventually("the failure to be seen", || {
         (host.client().vm("one").unwrap().status == VmStatus::Failed).then_some(())
     });
     assert_eq!(jails(&host), Vec::<PathBuf>::new());
-    let started = eventually("its end to be noted", || host.client().start_vm("one").ok());
+    let started = eventually("its end to be recorded", || host.client().start_vm("one").ok());
     assert_eq!(started.status, VmStatus::Running);
 
-    // What is left when machine and daemon die together, as when the host does, is removed.
+    // After machine and daemon die together, as in a crash of the host, the leftovers are removed.
     host.crash();
     kill_process(process_of(&vm).unwrap(), Signal::KILL).unwrap();
     eventually("its end", || process_of(&vm).is_none().then_some(()));
@@ -134,9 +134,9 @@ fn machines_are_jailed_grown_limited_copied_adopted_and_leave_nothing() {
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
-/// What a guest sees and does under Firecracker.
+/// The behaviour of guests under Firecracker.
 #[test]
-fn guests_boot_grow_are_copied_power_off_and_live_through_a_restart_of_the_daemon() {
+fn guests_boot_grow_are_copied_power_off_and_survive_a_daemon_restart() {
     if let Some(why) = missing().or_else(no_guests) {
         println!("not run: {why}");
         return;
@@ -156,7 +156,7 @@ fn guests_boot_grow_are_copied_power_off_and_live_through_a_restart_of_the_daemo
     println!("memory of its process: {} MB", resident_mb(process_of(&vm).unwrap()));
 
     let begun = Instant::now();
-    let grown = eventually("the agent, which starts behind sshd", || {
+    let grown = eventually("the agent, which starts after sshd", || {
         let grown = host.client().update_vm("one", &UpdateVm::grow(12)).unwrap();
         grown.disk.filter(|disk| disk.confirmed)
     });
@@ -168,13 +168,13 @@ fn guests_boot_grow_are_copied_power_off_and_live_through_a_restart_of_the_daemo
     let template_name = "copy".parse().unwrap();
     let snapshot = host.client().snapshot_vm("one", &SnapshotVm { template_name }).unwrap();
     assert_eq!(snapshot.held, "frozen");
-    println!("stood still for the snapshot: {} ms", snapshot.stood_still_ms);
+    println!("paused for the snapshot: {} ms", snapshot.stood_still_ms);
 
     host.crash();
     host.serve();
     key.run(&vm, "true");
 
-    // Its power-off is the machine's end, and not after a minute.
+    // A guest's power-off ends its machine at once, not after the time limit.
     let begun = Instant::now();
     let _cut = key.ssh(&vm, "sudo systemctl poweroff").output().unwrap();
     eventually("the power-off", || {
@@ -198,9 +198,9 @@ fn resident_mb(pid: Pid) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1000
 }
 
-/// `auto` decides for new VMs; those that are there keep what they have.
+/// `auto` selects the hypervisor for new VMs; existing VMs keep theirs.
 #[test]
-fn vms_keep_their_hypervisor_when_another_becomes_the_one_for_new_vms() {
+fn existing_vms_keep_their_hypervisor_when_new_vms_get_another() {
     if let Some(why) = missing() {
         println!("not run: {why}");
         return;
@@ -223,10 +223,10 @@ fn vms_keep_their_hypervisor_when_another_becomes_the_one_for_new_vms() {
     assert_eq!(machines(&host), before);
     let new = host.client().create_vm(&key.request("new")).unwrap();
     assert!(process_of(&new).is_some() && process_of(&old).is_none());
-    let doctor = said(&host.scaleboxd(&["doctor"]).output().unwrap());
-    assert!(doctor.contains("1 VMs have qemu, new ones get firecracker"), "{doctor}");
+    let doctor = output_of(&host.scaleboxd(&["doctor"]).output().unwrap());
+    assert!(doctor.contains("1 VMs use qemu, new VMs use firecracker"), "{doctor}");
 
-    // And back: Firecracker's machine is adopted too.
+    // And back: the machine under Firecracker is adopted too.
     assert!(host.terminate().success());
     host.set("VMM", "qemu");
     host.serve();

@@ -1,7 +1,7 @@
-//! One parser for each thing a client sends: whatever the API's parser takes, every later stage
-//! takes. Nothing is started.
+//! One parser for each value that clients send: every later stage accepts what the API's parser
+//! accepts. Nothing is started.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 use proptest::prelude::*;
 use scalebox_client::{CreateVm, IdempotencyKey, Limits, UpdateVm, VmName};
@@ -10,7 +10,7 @@ use scalebox_units::{Gib, Mac, VmId};
 use std::net::Ipv4Addr;
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0nVq0Z9m2hJb5p0nS9QmVb1cD";
-/// The largest that the settings allow.
+/// The maximum limits that the settings allow.
 const LIMITS: Limits = Limits {
     max_disk_size_gib: 65_536,
     max_vcpus: 288,
@@ -18,7 +18,7 @@ const LIMITS: Limits = Limits {
     max_mem_mib: 1 << 24,
 };
 
-/// Texts near the forms of names and ids, and any others.
+/// Generates texts similar to names and ids, and arbitrary ones.
 fn texts() -> impl Strategy<Value = String> {
     prop_oneof![
         "[A-Za-z0-9._-]{0,66}",
@@ -30,7 +30,7 @@ fn texts() -> impl Strategy<Value = String> {
 }
 
 #[test]
-fn every_name_that_is_made_up_is_a_vm_s_name() {
+fn every_generated_name_is_a_valid_vm_name() {
     let words = petname::Petnames::default();
     let longest = |list: &[&str]| list.iter().map(|word| word.len()).max().unwrap_or(0);
     for word in words
@@ -46,19 +46,19 @@ fn every_name_that_is_made_up_is_a_vm_s_name() {
 
 proptest! {
     #[test]
-    fn a_vm_s_name_is_never_taken_for_an_id(text in texts()) {
+    fn a_vm_name_never_looks_like_an_id(text in texts()) {
         prop_assert!(text.parse::<VmId>().is_err() || text.parse::<VmName>().is_err(), "{:?}", text);
     }
 
     #[test]
-    fn every_guest_s_mac_is_a_unicast_address(ip in any::<u32>()) {
+    fn every_guest_has_a_unicast_mac_address(ip in any::<u32>()) {
         let mac = mac_from_ip(Ipv4Addr::from(ip));
         prop_assert!(mac.is_unicast());
         prop_assert_eq!(mac.to_string().parse::<Mac>().unwrap(), mac);
     }
 
     #[test]
-    fn an_idempotency_key_is_the_same_when_it_is_sent_again(text in "[!-~]{0,260}|\"?[a-z0-9-]{1,9}\"?|.{0,6}") {
+    fn an_idempotency_key_is_the_same_after_a_round_trip(text in "[!-~]{0,260}|\"?[a-z0-9-]{1,9}\"?|.{0,6}") {
         if let Ok(key) = text.parse::<IdempotencyKey>() {
             prop_assert!((1..=255).contains(&key.as_str().len()));
             prop_assert_eq!(&format!("\"{key}\"").parse::<IdempotencyKey>().unwrap(), &key);
@@ -67,7 +67,7 @@ proptest! {
     }
 
     #[test]
-    fn every_number_that_is_taken_fits_where_it_goes(numbers in prop::array::uniform6(prop_oneof![
+    fn every_accepted_number_fits_where_it_is_used(numbers in prop::array::uniform6(prop_oneof![
         0u64..5, 99_990u64..100_010, 999_990u64..1_000_010, 65_530u64..65_540, any::<u64>(),
     ])) {
         let [disk, vcpus, memory, iops, disk_mbps, net_mbps] = numbers;
@@ -77,11 +77,11 @@ proptest! {
         );
         if let Ok(request) = CreateVm::parse(body.as_bytes(), &LIMITS) {
             let size = Gib::new(request.disk_size_gib.unwrap()).bytes().as_u64();
-            prop_assert_eq!(size, disk * (1 << 30), "no size is cut off");
+            prop_assert_eq!(size, disk * (1 << 30), "no size overflows");
             prop_assert!(i64::try_from(size).is_ok(), "files are no larger");
             prop_assert!(u32::try_from(request.disk_iops.unwrap()).is_ok());
             prop_assert!(u32::try_from(request.net_mbps.unwrap()).is_ok());
-            // The bound of QEMU's throttle groups.
+            // The limit of QEMU's throttle groups.
             prop_assert!(request.disk_mbps.unwrap() * 1_000_000 <= 1_000_000_000_000_000);
         }
         let change = format!(r#"{{"disk_size_gib": {disk}}}"#);

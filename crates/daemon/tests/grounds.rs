@@ -1,11 +1,10 @@
-//! A daemon whose pool has no image: on a device of its own, and in a folder on an XFS. No guest is
-//! booted.
+//! Pools without an image: on a separate device, and in a folder on an XFS. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -17,7 +16,7 @@ use support::{Host, HostDisk, Options, eventually, run, text};
 
 const GIB: u64 = 1 << 30;
 
-/// Makes, grows, snapshots and deletes VMs.
+/// Creates, grows, snapshots and deletes VMs.
 fn serves(host: &mut Host) {
     let client = host.client();
     let vm = host.create_stopped("tiny", Some(2));
@@ -28,7 +27,7 @@ fn serves(host: &mut Host) {
     client.snapshot_vm(&vm.id, &SnapshotVm { template_name }).unwrap();
     let copy = host.create_stopped("golden", None);
     run("e2fsck", &["-fn", text(&host.disk(&copy))]);
-    eventually("the accounts", || {
+    eventually("the disk usage", || {
         let pool = client.pool().unwrap();
         let parts = [
             pool.vms_exclusive_bytes?,
@@ -47,7 +46,7 @@ fn serves(host: &mut Host) {
         client.delete_vm(&vm.id).unwrap();
     }
     client.delete_template("golden").unwrap();
-    eventually("the promises to be taken back", || {
+    eventually("the commitments to be released", || {
         let pool = client.pool().unwrap();
         (pool.committed_bytes == 0 && pool.reserved_bytes == 0).then_some(())
     });
@@ -55,7 +54,7 @@ fn serves(host: &mut Host) {
 }
 
 #[test]
-fn a_daemon_serves_from_a_folder_on_xfs_and_leaves_the_file_system_to_its_owner() {
+fn a_pool_in_a_folder_on_xfs_works_and_does_not_manage_the_file_system() {
     let disk = HostDisk::made("30G", "mkfs.xfs", &["-q"]);
     let pool = disk.folder.join("pool");
     let mut host = Host::new(&Options {
@@ -66,14 +65,14 @@ fn a_daemon_serves_from_a_folder_on_xfs_and_leaves_the_file_system_to_its_owner(
         ],
         ..Options::default()
     });
-    // Where the tests look for disks.
+    // Other tests expect disks at this path.
     std::os::unix::fs::symlink(&pool, host.folder.join("pool")).unwrap();
     host.import_tiny("tiny");
     host.serve();
     serves(&mut host);
-    let told = host.client().pool().unwrap();
+    let info = host.client().pool().unwrap();
     assert_eq!(
-        (told.file_system.as_str(), told.image, told.host_free_bytes),
+        (info.file_system.as_str(), info.image, info.host_free_bytes),
         ("xfs", None, None)
     );
     for (path, body) in [("/pool/grow", &b""[..]), ("/pool/shrink", br#"{"size_gib": 20}"#)] {
@@ -84,15 +83,15 @@ fn a_daemon_serves_from_a_folder_on_xfs_and_leaves_the_file_system_to_its_owner(
         );
     }
     let doctor = host.scaleboxd(&["doctor"]).output().unwrap();
-    let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
-    assert!(said.contains("on xfs, and clones files"), "{said}");
+    let printed = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(printed.contains("on xfs, which supports reflinks"), "{printed}");
     host.terminate();
     host.scaleboxd_ok(&["down"]);
     assert!(pool.join("vms").is_dir(), "the file system stays mounted");
 }
 
 #[test]
-fn a_daemon_serves_from_a_device_of_its_own_and_takes_it_down() {
+fn a_pool_on_a_separate_device_works_and_is_unmounted() {
     let scratch = tempfile::tempdir().unwrap();
     let file = scratch.path().join("disk");
     run("truncate", &["-s", "30G", text(&file)]);
@@ -111,14 +110,14 @@ fn a_daemon_serves_from_a_device_of_its_own_and_takes_it_down() {
         host.import_tiny("tiny");
         host.serve();
         serves(&mut host);
-        let told = host.client().pool().unwrap();
+        let info = host.client().pool().unwrap();
         assert_eq!(
-            (told.file_system.as_str(), told.image, &told.device),
+            (info.file_system.as_str(), info.image, &info.device),
             ("btrfs", None, &device)
         );
-        assert_eq!(told.capacity_bytes, 25 * GIB);
+        assert_eq!(info.capacity_bytes, 25 * GIB);
 
-        // A request that does not fit is what the rest of the device is for.
+        // A request that does not fit makes the pool grow to the rest of the device.
         let vm = host.create_stopped("tiny", Some(26));
         assert_eq!(host.client().pool().unwrap().capacity_bytes, 30 * GIB);
         host.client().delete_vm(&vm.id).unwrap();

@@ -1,12 +1,13 @@
-//! The main job with real guests: a Debian booted by QEMU, reached over SSH through the forward.
+//! The main features with real guests: Debian booted by QEMU and reached over SSH through the
+//! forward.
 //!
 //! Guests are emulated on most machines and take many seconds to boot, so few are booted, and each
-//! answers for several promises.
+//! one tests several features.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -17,7 +18,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 use support::guest::{Key, machine_of, machines, scalebox, wait_for_ssh};
-use support::{Host, Options, eventually, run, said, text};
+use support::{Host, Options, eventually, output_of, run, text};
 
 fn root_size_gib(key: &Key, vm: &Vm) -> f64 {
     let bytes: f64 = key.run(vm, "df --output=size -B1 / | tail -n 1").parse().unwrap();
@@ -25,13 +26,13 @@ fn root_size_gib(key: &Key, vm: &Vm) -> f64 {
 }
 
 #[test]
-fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
+fn guests_have_their_own_disks_names_and_keys_and_survive_the_daemon() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
     host.serve();
     let (anna, ben) = (Key::new(&host, "anna"), Key::new(&host, "ben"));
 
-    // Both boot at once.
+    // Both guests boot at the same time.
     let first = host.client().create_vm(&anna.request("first")).unwrap();
     let second = host
         .client()
@@ -45,9 +46,9 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         (VmStatus::Running, 2, 10)
     );
     let waited = scalebox(&host, &["vm", "wait", "second", "--timeout", "300"]);
-    assert!(waited.status.success(), "{}", said(&waited));
+    assert!(waited.status.success(), "{}", output_of(&waited));
     wait_for_ssh(&first);
-    // Seen by the hypervisor: a guest that came up may restart as often as it likes.
+    // Reported by the hypervisor: a guest that has booted may reboot as often as it likes.
     eventually("its agent", || {
         host.log().contains("the guest's agent is up").then_some(())
     });
@@ -58,7 +59,7 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     ben.is_refused_by(&first);
     let (small, large) = (root_size_gib(&anna, &first), root_size_gib(&ben, &second));
     assert!((1.8..=2.0).contains(&small), "the default: {small} GiB");
-    assert!((9.5..=10.0).contains(&large), "what was asked for: {large} GiB");
+    assert!((9.5..=10.0).contains(&large), "the requested size: {large} GiB");
     assert_eq!(ben.run(&second, "id -un; id -u; sudo -n id -u"), "user\n1000\n0");
     assert_eq!(
         ben.run(&second, "sudo findmnt -n -o FSTYPE --target /run/scalebox"),
@@ -82,20 +83,20 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
             "through the CLI",
         ],
     );
-    assert!(said(&by_cli).contains("through the CLI"), "{}", said(&by_cli));
+    assert!(output_of(&by_cli).contains("through the CLI"), "{}", output_of(&by_cli));
 
-    // A disk grows live, and the answer says so only when the guest's file system has grown.
+    // A disk grows live, and the response confirms it only when the guest's file system has grown.
     let grown = host.client().update_vm("first", &UpdateVm::grow(6)).unwrap();
-    let disk = grown.disk.expect("what became of the file system");
+    let disk = grown.disk.expect("the state of the file system");
     assert!(disk.confirmed, "{disk:?}");
-    let told = disk.guest_total_bytes.expect("the agent's word") as f64 / f64::from(1 << 30);
+    let reported = disk.guest_total_bytes.expect("the size reported by the agent") as f64 / f64::from(1 << 30);
     let seen = root_size_gib(&anna, &first);
     assert!(
-        (5.5..=6.0).contains(&told) && (5.5..=6.0).contains(&seen),
-        "told {told}, seen {seen}"
+        (5.5..=6.0).contains(&reported) && (5.5..=6.0).contains(&seen),
+        "reported {reported}, seen {seen}"
     );
 
-    // Limits hold, seen from inside, from the moment they are set and until they are taken away.
+    // Limits apply from the moment they are set until they are removed, as seen in the guest.
     let limit = |disk_iops, disk_mbps| {
         let change = UpdateVm {
             disk_iops: Some(disk_iops),
@@ -104,16 +105,16 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         };
         host.client().update_vm("first", &change).unwrap();
     };
-    // How long so many writes of that size take the guest, in seconds, past its cache.
+    // Returns how long the guest takes for these writes, in seconds, bypassing its cache.
     let write = |size: &str, count: u32| -> f64 {
         let dd = format!("dd if=/dev/zero of=w bs={size} count={count} oflag=direct conv=notrunc 2>&1 | tail -n 1");
-        let said = anna.run(&first, &dd);
-        let seconds = said.split(", ").nth(2).and_then(|part| part.strip_suffix(" s"));
-        seconds.unwrap_or_else(|| panic!("{said}")).parse().unwrap()
+        let printed = anna.run(&first, &dd);
+        let seconds = printed.split(", ").nth(2).and_then(|part| part.strip_suffix(" s"));
+        seconds.unwrap_or_else(|| panic!("{printed}")).parse().unwrap()
     };
     let free = write("4k", 400);
     limit(Some(100), None);
-    // Four seconds' worth, of which one may come at once.
+    // Four seconds' worth, of which one second's worth may pass at once.
     let by_requests = write("4k", 400);
     limit(None, Some(4));
     let by_bytes = write("1M", 16);
@@ -122,8 +123,7 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert!(by_requests > 2.9 && by_bytes > 2.9, "{by_requests} {by_bytes}");
     assert!(write("4k", 400) < by_requests);
 
-    // A disk extends itself before its guest is full, by its increment and no further than its
-    // limit.
+    // A disk extends itself before its guest is full, by its increment and up to its limit.
     let extend = AutoExtend {
         threshold_percent: 60,
         increment_gib: 2,
@@ -138,7 +138,7 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         Some(extend)
     );
     for (file, size, grown) in [("one", "3600M", 8), ("two", "1500M", 9)] {
-        // Takes room in the guest's file system and none on the host.
+        // Uses space in the guest's file system, and none on the host.
         anna.run(&first, &format!("fallocate -l {size} {file}"));
         eventually(&format!("the disk to extend itself to {grown} GiB"), || {
             (host.client().vm("first").unwrap().disk_size_gib == grown).then_some(())
@@ -147,7 +147,7 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
             (root_size_gib(&anna, &first) > grown as f64 - 0.5).then_some(())
         });
     }
-    let told: Vec<_> = host
+    let reported: Vec<_> = host
         .client()
         .events(Some(0), false)
         .unwrap()
@@ -156,7 +156,7 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
         .map(|event| (event.details["by"].clone(), event.details["to_gib"].clone()))
         .collect();
     assert_eq!(
-        told,
+        reported,
         [
             ("request".into(), 6.into()),
             ("auto_extend".into(), 8.into()),
@@ -165,10 +165,10 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     );
     anna.run(&first, "rm one two");
 
-    agent_answers_on_a_vsock(&anna, &first);
+    agent_responds_on_a_vsock(&anna, &first);
 
-    // The daemon dies with three VMs running and an SSH session open: machines and session go on,
-    // and the next daemon has them again.
+    // The daemon is killed with three VMs running and an SSH session open. Machines and session
+    // continue, and the next daemon adopts them.
     let third = host.client().create_vm(&ben.request("third")).unwrap();
     let mut session = anna
         .ssh(&first, "cat")
@@ -194,9 +194,9 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert_eq!(machines(&host), before);
     let statuses: Vec<_> = host.client().vms().unwrap().into_iter().map(|vm| vm.status).collect();
     assert_eq!(statuses, [VmStatus::Running; 3]);
-    // It controls all three; the second is stopped below.
+    // The daemon controls all three; the second is stopped below.
     let grown = host.client().update_vm("first", &UpdateVm::grow(10)).unwrap();
-    assert!(grown.disk.expect("what became of the file system").confirmed);
+    assert!(grown.disk.expect("the state of the file system").confirmed);
     host.client().delete_vm(&third.id).unwrap();
     let before = machines(&host);
     assert_eq!(before.len(), 2);
@@ -204,12 +204,12 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     drop(to_guest);
     session.wait().unwrap();
 
-    // SIGTERM leaves them running too.
+    // SIGTERM does not stop them either.
     assert!(host.terminate().success());
     assert_eq!(machines(&host), before);
     host.serve();
 
-    // A stop is the guest's own shutdown; the disk is as the guest left it, and so is the port.
+    // Stopping a VM shuts its guest down cleanly; its disk and its port are kept.
     ben.run(&second, "echo kept > note && sync");
     let stopped = host.client().stop_vm("second").unwrap();
     assert_eq!((stopped.status, stopped.ssh_port), (VmStatus::Stopped, second.ssh_port));
@@ -218,11 +218,11 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     let console = fs::read_to_string(host.console(&second)).unwrap();
     assert!(
         console.contains("Power down"),
-        "the console's log has the guest's last words: {console:?}"
+        "the console log has the guest's last output: {console:?}"
     );
     assert_eq!(machines(&host).len(), 1);
 
-    // A guest that powers itself off becomes stopped.
+    // A VM whose guest powers itself off is stopped.
     let _connection_ends = anna.ssh(&first, "sudo systemctl poweroff").output().unwrap();
     eventually("the guest's own shutdown", || {
         (host.client().vm("first").unwrap().status == VmStatus::Stopped).then_some(())
@@ -234,14 +234,14 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     wait_for_ssh(&second);
     assert_eq!(ben.run(&second, "cat note; hostname"), "kept\nsecond");
 
-    // A machine whose process dies is a failed VM that says so and can be deleted.
+    // A VM whose process dies is failed, with a reason, and can be deleted.
     rustix::process::kill_process(machine_of(&host, &second), rustix::process::Signal::KILL).unwrap();
     let failed = eventually("the failure", || {
         let vm = host.client().vm("second").unwrap();
         (vm.status == VmStatus::Failed).then_some(vm)
     });
     let reason = failed.status_reason.expect("why it failed");
-    assert!(reason.contains("its console's last words:"), "{reason}");
+    assert!(reason.contains("last console output:"), "{reason}");
 
     host.client().delete_vm("first").unwrap();
     host.client().delete_vm("second").unwrap();
@@ -249,14 +249,14 @@ fn guests_have_their_own_disks_names_and_keys_and_outlive_the_daemon() {
     assert_eq!(machines(&host), Vec::<String>::new());
 }
 
-/// The agent's other way in, which QEMU has no host's end for here: the guest talks to itself,
-/// through the one transport that it refuses to load.
-fn agent_answers_on_a_vsock(key: &Key, vm: &Vm) {
+/// The agent's other transport, which QEMU has no host end for here. The guest connects to itself,
+/// through a loopback transport that it refuses to load.
+fn agent_responds_on_a_vsock(key: &Key, vm: &Vm) {
     let refused = key.ssh(vm, "sudo modprobe vsock_loopback").output().unwrap();
     assert!(
         !refused.status.success(),
-        "any user could ask the agent: {}",
-        said(&refused)
+        "any user could reach the agent: {}",
+        output_of(&refused)
     );
     let load = "cd /usr/lib/modules/$(uname -r)/kernel/net/vmw_vsock && sudo modprobe vsock \
                 && for name in vmw_vsock_virtio_transport_common vsock_loopback; do sudo insmod $name.ko; done";
@@ -271,13 +271,13 @@ fn agent_answers_on_a_vsock(key: &Key, vm: &Vm) {
 }
 
 #[test]
-fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_machine() {
+fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_orphaned_machine() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
     host.serve();
     let key = Key::new(&host, "key");
     let client = host.client();
-    let told: HashSet<String> = std::thread::scope(|scope| {
+    let reported: HashSet<String> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..8)
             .map(|n| {
                 let (client, request) = (
@@ -301,18 +301,17 @@ fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_machine() {
 
     let listed = host.client().vms().unwrap();
     let ids: HashSet<String> = listed.iter().map(|vm| vm.id.clone()).collect();
-    assert!(told.is_subset(&ids), "lost: {:?}", told.difference(&ids));
+    assert!(reported.is_subset(&ids), "lost: {:?}", reported.difference(&ids));
     for vm in &listed {
         assert_eq!(vm.status, VmStatus::Running, "{vm:?}");
     }
-    assert_eq!(machines(&host).len(), listed.len(), "no machine is nobody's");
+    assert_eq!(machines(&host).len(), listed.len(), "no machine is orphaned");
     assert_eq!(host.taps().len(), listed.len());
     let disks = fs::read_dir(host.folder.join("pool/vms")).unwrap().count();
     assert_eq!(disks, listed.len());
     assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
 
-    // Two more of a crash's leftovers: a machine whose start was not recorded any more, and one
-    // that hangs.
+    // Two other leftovers of a crash: a machine whose start was not recorded, and one that hangs.
     let [kept, unrecorded, hung, ..] = listed.as_slice() else {
         panic!("{} VMs are too few", listed.len())
     };
@@ -328,19 +327,24 @@ fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_machine() {
     assert_eq!(host.client().vm(&unrecorded.id).unwrap().status, VmStatus::Stopped);
     let found = host.client().vm(&hung.id).unwrap();
     assert_eq!(found.status, VmStatus::Failed);
-    assert!(found.status_reason.unwrap().contains("does not answer"));
-    assert_eq!(machines(&host).len(), listed.len() - 1, "the unrecorded one was ended");
+    assert!(found.status_reason.unwrap().contains("does not respond"));
+    assert_eq!(machines(&host).len(), listed.len() - 1, "the unrecorded one was killed");
     host.client().delete_vm(&hung.id).unwrap();
-    assert_eq!(machines(&host).len(), listed.len() - 2, "the hung one went with its VM");
+    assert_eq!(
+        machines(&host).len(),
+        listed.len() - 2,
+        "the hung one was killed with its VM"
+    );
 
-    // One is looked at from inside; the others make room for it to boot.
+    // One guest is checked over SSH; the others are deleted so that it can boot.
     for vm in listed.iter().filter(|vm| vm.id != kept.id && vm.id != hung.id) {
         host.client().delete_vm(&vm.id).unwrap();
     }
     wait_for_ssh(kept);
     assert_eq!(key.run(kept, "hostname"), kept.name);
 
-    // The host reboots: no machine is left, and another boot has another id. What ran runs again.
+    // The host reboots: all machines are gone and the boot id differs. VMs that were running are
+    // started.
     host.crash();
     rustix::process::kill_process(machine_of(&host, kept), rustix::process::Signal::KILL).unwrap();
     let state = rusqlite::Connection::open(host.folder.join("state/state.db")).unwrap();

@@ -1,5 +1,5 @@
-//! A guest that floods its serial console does harm to nobody, itself included.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+//! A guest that floods its serial console harms neither the host nor itself.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 
@@ -11,7 +11,7 @@ use support::{Host, Options, eventually};
 const MEGABYTES: u64 = 10;
 
 #[test]
-fn a_guest_that_floods_its_console_stays_well() {
+fn a_guest_that_floods_its_console_keeps_working() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
     host.serve();
@@ -27,7 +27,7 @@ fn a_guest_that_floods_its_console_stays_well() {
             .contains("line of a log")
             .then_some(())
     });
-    // Meanwhile and behind it.
+    // During the flood and after it.
     assert_eq!(key.run(&vm, "echo well"), "well");
     let done = eventually("the flood's end", || flooding.try_wait().unwrap());
     assert!(done.success(), "{done}");
@@ -41,6 +41,6 @@ fn a_guest_that_floods_its_console_stays_well() {
     host.client().stop_vm("loud").unwrap();
     assert!(
         begun.elapsed() < Duration::from_secs(55),
-        "it was killed after its minute"
+        "the guest was killed after the time limit"
     );
 }

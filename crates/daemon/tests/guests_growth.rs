@@ -1,10 +1,9 @@
-//! A guest whose file system cannot grow while it is mounted: what the answer to a growth advises,
-//! works.
+//! A guest whose file system cannot grow while mounted: the advice in the response works.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -16,13 +15,13 @@ use std::process::Command;
 use support::guest::{Key, wait_for_ssh};
 use support::{Host, Options, run, text};
 
-/// Of the guest's root file system, in GiB.
+/// Returns the size of the guest's root file system in GiB.
 fn size(key: &Key, vm: &scalebox_client::Vm) -> f64 {
     let bytes: f64 = key.run(vm, "df --output=size -B1 / | tail -1").trim().parse().unwrap();
     bytes / f64::from(1 << 30)
 }
 
-/// A template's file system, to be read.
+/// A template's file system, mounted read-only.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -44,10 +43,10 @@ impl Drop for Mounted {
 }
 
 #[test]
-fn a_file_system_that_does_not_grow_while_mounted_grows_as_the_answer_says() {
+fn a_file_system_that_cannot_grow_while_mounted_grows_as_advised() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
-    // The same system in a file system of a kind that Linux does not grow while it is mounted.
+    // The same Debian in a file system with a feature that Linux does not grow while mounted.
     let (base, root) = (
         host.folder.join("pool/templates/debian-base.ext4"),
         host.folder.join("root"),
@@ -84,9 +83,9 @@ fn a_file_system_that_does_not_grow_while_mounted_grows_as_the_answer_says() {
         .unwrap();
     wait_for_ssh(&vm);
     let grown = client.update_vm(&vm.id, &UpdateVm::grow(12)).unwrap();
-    let disk = grown.disk.expect("what became of the file system");
+    let disk = grown.disk.expect("the state of the file system");
     assert!(!disk.confirmed, "{disk:?}");
-    let note = disk.note.expect("what to do");
+    let note = disk.note.expect("the advice");
     assert!(note.contains("sparse_super2") && note.contains("Stop the VM"), "{note}");
     assert!(size(&key, &vm) < 2.0);
 

@@ -1,10 +1,10 @@
-//! What a guest cannot reach: each attempt is made from inside a real guest, beside one that works,
-//! so that a refusal means something.
+//! Isolation of guests. Each attempt is made from inside a real guest, together with one that must
+//! succeed, so that a rejection is meaningful.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -14,25 +14,25 @@ use std::net::TcpListener;
 use support::guest::{Key, wait_for_ssh};
 use support::{Host, Options, eventually, run};
 
-/// Tells of one attempt from inside `vm`: whether it got through.
+/// Makes one attempt from inside `vm` and returns whether it succeeded.
 fn gets_through(key: &Key, vm: &Vm, attempt: &str) -> bool {
-    let said = key.run(
+    let printed = key.run(
         vm,
         &format!("{{ {attempt}; }} >/dev/null 2>&1 && echo through || echo refused"),
     );
-    match said.as_str() {
+    match printed.as_str() {
         "through" => true,
         "refused" => false,
         other => panic!("{attempt}: {other}"),
     }
 }
 
-/// A TCP connection, by the shell of the guest.
+/// Returns a shell command that opens a TCP connection.
 fn connect(address: &str, port: u16) -> String {
     format!("timeout 5 bash -c ': < /dev/tcp/{address}/{port}'")
 }
 
-/// The frames that the guard of the bridge has dropped.
+/// Returns how many frames the bridge's rules have dropped.
 fn dropped_frames(host: &Host) -> u64 {
     let table = run(
         "nft",
@@ -45,8 +45,8 @@ fn dropped_frames(host: &Host) -> u64 {
 }
 
 #[test]
-fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_lie_about_who_it_is() {
-    // The worst case: the API and another service listen on every address of the host.
+fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_spoof_its_address() {
+    // The worst case: the API and another service listen on all addresses of the host.
     let mut host = Host::new(&Options {
         env: &[("API_BIND", "0.0.0.0")],
         ..Options::default()
@@ -67,13 +67,13 @@ fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_lie_about_who_it_i
     let gateway = key.run(&inside, "ip -4 route show default | cut -d' ' -f3");
     let device = key.run(&inside, "ip -4 route show default | cut -d' ' -f5");
     let host_address = run("hostname", &["-I"]).split(' ').next().unwrap().trim().to_owned();
-    // In the subnet, and nobody's.
-    let nobodys = own.rsplit_once('.').map(|(net, _)| format!("{net}.250")).unwrap();
+    // An unused address in the subnet.
+    let unused = own.rsplit_once('.').map(|(net, _)| format!("{net}.250")).unwrap();
 
     let spoofed = |source: &str| {
         format!(
             "sudo ip address add {source}/32 dev {device} && ping -c 2 -W 2 -I {source} {gateway}; \
-             said=$?; sudo ip address del {source}/32 dev {device}; test $said = 0"
+             printed=$?; sudo ip address del {source}/32 dev {device}; test $printed = 0"
         )
     };
     let attempts = [
@@ -115,7 +115,7 @@ fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_lie_about_who_it_i
             false,
             format!("curl -m 5 -s http://{host_address}:{api_port}/health"),
         ),
-        ("a spoofed source, nobody's", false, spoofed(&nobodys)),
+        ("a spoofed source, unused", false, spoofed(&unused)),
         ("a spoofed source, the other guest's", false, spoofed(&others)),
     ];
     let before = dropped_frames(&host);
@@ -135,15 +135,15 @@ fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_lie_about_who_it_i
     );
     assert_eq!(key.run(&other, "hostname"), "other", "the other guest kept its address");
 
-    // Somebody sweeps our tables away, as a firewall's restart does: they come back by themselves,
-    // and close what stood open.
+    // Removes our tables, as a restart of a firewall does: they are restored, and the guest is
+    // isolated again.
     for family in ["ip", "bridge"] {
         run(
             "nft",
             &["delete", "table", family, &format!("scalebox_{}", host.bridge)],
         );
     }
-    eventually("the way in to come back", || {
+    eventually("the forward to be restored", || {
         key.ssh(&inside, "true")
             .output()
             .unwrap()
@@ -153,7 +153,8 @@ fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_lie_about_who_it_i
     });
     assert!(!gets_through(&key, &inside, &connect(&gateway, service_port)));
 
-    // Another MAC cuts the guest's own connection too, so it tries alone and tells afterwards.
+    // Another MAC also cuts the guest's own connection, so the guest tries by itself and reports
+    // later.
     let mac = key.run(&inside, &format!("cat /sys/class/net/{device}/address"));
     let attempt = format!(
         "ip link set {device} address 02:00:00:00:00:99; ping -c 2 -W 2 {gateway} > /dev/null; echo $? > /run/attempt; \
@@ -163,12 +164,12 @@ fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_lie_about_who_it_i
         &inside,
         &format!("sudo systemd-run -q --unit attempt sh -c '{attempt}'"),
     );
-    let said = eventually("the attempt with another MAC", || {
-        let said = key.ssh(&inside, "cat /run/attempt").output().unwrap();
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
-        (said.lines().count() == 2).then_some(said)
+    let printed = eventually("the attempt with another MAC", || {
+        let printed = key.ssh(&inside, "cat /run/attempt").output().unwrap();
+        let printed = String::from_utf8_lossy(&printed.stdout).into_owned();
+        (printed.lines().count() == 2).then_some(printed)
     });
-    assert_eq!(said, "1\n0\n", "refused with another MAC, answered with its own");
+    assert_eq!(printed, "1\n0\n", "rejected with another MAC, accepted with its own");
     println!("| a spoofed MAC | refused |");
 
     for vm in [&inside, &other] {

@@ -1,6 +1,6 @@
-//! Guests that lose their power: what they showed to clients is there after the next boot, and what
-//! a power cut ruined is made anew.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+//! Guests after a power cut: what they showed to clients is there after the next boot, and damaged
+//! files are restored.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 
@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 use support::guest::{Key, machine_of, wait_for_ssh};
 use support::{Host, Options, eventually, run, text};
 
-/// How long after their first SSH guests are killed; `make test-host` tries every second up to 20.
+/// How many seconds after their first SSH connection guests are killed; `make test-host` tries
+/// every second up to 20.
 const MOMENTS: [u64; 3] = [0, 1, 8];
 
-/// The host key that a guest shows.
+/// Returns the SSH host key that a guest presents.
 fn host_key(vm: &Vm) -> String {
     eventually("the host key", || {
         let output = Command::new("ssh-keyscan")
@@ -28,7 +29,7 @@ fn host_key(vm: &Vm) -> String {
 }
 
 #[test]
-fn a_guest_killed_soon_after_its_first_ssh_answers_again_with_the_same_host_key() {
+fn a_guest_killed_soon_after_its_first_ssh_keeps_its_host_key() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
     host.serve();
@@ -54,7 +55,7 @@ fn a_guest_killed_soon_after_its_first_ssh_answers_again_with_the_same_host_key(
 }
 
 #[test]
-fn a_guest_heals_the_files_that_a_power_cut_ruined() {
+fn a_guest_restores_files_damaged_by_a_power_cut() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
     host.serve();
@@ -62,7 +63,7 @@ fn a_guest_heals_the_files_that_a_power_cut_ruined() {
     let vm = host.client().create_vm(&key.request("healed")).unwrap();
     wait_for_ssh(&vm);
     let shown = host_key(&vm);
-    // Delayed allocation: the names are there, the bytes are not.
+    // As with delayed allocation: the files exist, but their content is lost.
     let ruin = |paths: &[&str]| {
         host.client().stop_vm("healed").unwrap();
         for path in paths {

@@ -1,9 +1,9 @@
-//! A snapshot of a real guest that writes, and a guest made from it.
+//! A snapshot of a real guest that is writing, and a guest created from it.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -11,13 +11,13 @@ mod support;
 use scalebox_client::{CreateVm, SnapshotVm};
 use std::process::{Command, Stdio};
 use support::guest::{Key, scalebox, wait_for_ssh};
-use support::{Host, Options, eventually, run, said, text};
+use support::{Host, Options, eventually, output_of, run, text};
 
 const IDENTITY: &str = "cat /etc/machine-id; cat /etc/ssh/ssh_host_ed25519_key.pub; hostname";
 const SOURCE: &str = "unmistakable-source";
 
 #[test]
-fn a_guest_that_writes_is_snapshotted_and_its_copy_is_somebody_else() {
+fn a_snapshot_of_a_writing_guest_is_consistent_and_its_copy_has_its_own_identity() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
     host.serve();
@@ -39,7 +39,7 @@ fn a_guest_that_writes_is_snapshotted_and_its_copy_is_somebody_else() {
         .unwrap();
     let rounds = || -> usize { key.run(&source, "cat rounds 2>/dev/null | wc -l").parse().unwrap() };
     eventually("the guest to write", || (rounds() > 0).then_some(()));
-    // The agent starts later than SSH.
+    // The agent starts later than sshd.
     eventually("the agent", || {
         (key.run(&source, "systemctl is-active qemu-guest-agent || true") == "active").then_some(())
     });
@@ -101,13 +101,13 @@ fn a_guest_that_writes_is_snapshotted_and_its_copy_is_somebody_else() {
     }
     assert_eq!(theirs.lines().nth(2), Some("copy"));
 
-    // A stopped VM, by the command line.
+    // A stopped VM, snapshotted by the command line.
     host.client().stop_vm("copy").unwrap();
     let made = scalebox(&host, &["vm", "snapshot", "copy", "second"]);
     assert!(
-        made.status.success() && said(&made).contains("the template second is made"),
+        made.status.success() && output_of(&made).contains("the template second is made"),
         "{}",
-        said(&made)
+        output_of(&made)
     );
     host.client().delete_vm("copy").unwrap();
     for template in ["golden", "second"] {
@@ -117,7 +117,7 @@ fn a_guest_that_writes_is_snapshotted_and_its_copy_is_somebody_else() {
 }
 
 #[test]
-fn a_guest_whose_file_system_keeps_quotas_boots_and_is_snapshotted() {
+fn a_guest_whose_file_system_has_quotas_boots_and_is_snapshotted() {
     let mut host = Host::new(&Options::default());
     host.import_debian();
     let image = host.folder.join("quotas");
@@ -133,7 +133,7 @@ fn a_guest_whose_file_system_keeps_quotas_boots_and_is_snapshotted() {
     };
     let vm = host.client().create_vm(&request("counted", "quotas")).unwrap();
     wait_for_ssh(&vm);
-    // It is mounted for writing, and counts.
+    // It is mounted read-write, with quotas enabled.
     let mounted = key.run(&vm, "echo kept > note && sync && grep ' / ' /proc/mounts");
     assert!(mounted.contains(" rw,"), "{mounted}");
     let snapshot = SnapshotVm {

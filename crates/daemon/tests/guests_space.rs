@@ -1,10 +1,10 @@
-//! Elastic storage under guests that write: nothing they wrote is lost, and what they delete comes
-//! back.
+//! Elastic storage with guests that write: no written data is lost, and deleted blocks are
+//! returned.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -15,37 +15,37 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use support::guest::{Key, wait_for_ssh};
-use support::{Host, HostDisk, Options, eventually, run, said, text};
+use support::{Host, HostDisk, Options, eventually, output_of, run, text};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// For the guests' Perl, because starting a program costs an emulated processor more than writing a
-/// block. A block is 1 MiB that no other number gives.
+/// Perl for the guests, because starting a program costs an emulated processor more than writing a
+/// block. A block is 1 MiB, and its content is unique to its number.
 const BLOCK: &str = "use strict; use Fcntl; use IO::Handle; \
     sub block { my $line = qq(number $_[0]\n); substr($line x (1 + (1 << 20) / length $line), 0, 1 << 20) } \
     sub put { my ($file, $n) = @_; sysopen(my $f, $file, O_RDWR | O_CREAT) or die qq($file: $!); \
         syswrite($f, block($n)) == 1 << 20 or die qq($file: $!); $f->sync or die qq($file: $!); } \
     sub check { my ($file, $n) = @_; open(my $f, q(<), $file) or die qq($file: $!); local $/; <$f> eq block($n) or die qq($file differs); }";
 
-/// Writes blocks over and over in 40 files until told to stop, and keeps the number of each outside
-/// the disk once it is flushed.
+/// Writes blocks to 40 files in turn until stopped, and keeps the number of each block outside the
+/// disk once it is flushed.
 const WRITER: &str = "my ($n, @last) = 0; mkdir q(data); until (-e q(/dev/shm/stop)) { put(q(data/) . $n % 40, $n); \
     $last[$n % 40] = $n; $n++; open(my $f, q(>), q(/dev/shm/written.new)); print $f qq($n @last\n); close $f; \
     rename q(/dev/shm/written.new), q(/dev/shm/written); }";
 
-/// Writes 250 files of a block each, each flushed.
+/// Writes 250 files of one block each, and flushes each of them.
 const FILLER: &str = "mkdir q(fill); put(qq(fill/$_), $_) for 0 .. 249;";
 
-/// Compares what the writer wrote; tells how many files that is.
+/// Verifies the blocks of the writer; prints the number of files.
 const VERIFY: &str = "open(my $f, q(<), q(/dev/shm/written)); my (undef, @last) = split q( ), <$f>; \
     check(qq(data/$_), $last[$_]) for 0 .. $#last; print scalar @last;";
 
-/// The same of what the filler wrote.
+/// Verifies the blocks of the filler.
 const VERIFY_FILL: &str = "check(qq(fill/$_), $_) for 0 .. 249; print 250;";
 
-/// From here on, the guest reads what is on its disk, and not in its memory.
-const FORGET: &str = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'; ";
+/// Drops the caches, so that the guest reads from its disk and not from memory.
+const DROP_CACHES: &str = "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'; ";
 
 fn perl(script: &str) -> String {
     format!("perl -e '{BLOCK} {script}'")
@@ -56,24 +56,24 @@ fn free(folder: &Path) -> u64 {
     stat.f_bavail * stat.f_frsize
 }
 
-/// How many blocks the guest has written.
+/// Returns how many blocks the guest has written.
 fn written(key: &Key, vm: &Vm) -> u64 {
     key.run(vm, "cut -d ' ' -f 1 /dev/shm/written 2>/dev/null || echo 0")
         .parse()
         .unwrap()
 }
 
-/// Waits until each guest has written `more` blocks after now.
+/// Waits until each guest has written `more` further blocks.
 fn wait_for_writes(key: &Key, vms: &[Vm], more: u64) {
     let now: Vec<u64> = vms.iter().map(|vm| written(key, vm)).collect();
     for (vm, now) in vms.iter().zip(now) {
-        eventually(&format!("{} to write on", vm.name), || {
+        eventually(&format!("{} to write more", vm.name), || {
             (written(key, vm) >= now + more).then_some(())
         });
     }
 }
 
-/// Starts the writer in each guest, anew.
+/// Starts the writer in each guest again.
 fn start_writers(key: &Key, vms: &[Vm]) -> Vec<Child> {
     vms.iter()
         .map(|vm| {
@@ -84,18 +84,18 @@ fn start_writers(key: &Key, vms: &[Vm]) -> Vec<Child> {
         .collect()
 }
 
-/// Stops the writers; what they wrote must be on their disks, and their kernels must have seen no
-/// error.
+/// Stops the writers. All they wrote must be on their disks, and their kernels must not have seen
+/// an error.
 fn stop_writers(key: &Key, vms: &[Vm], writers: Vec<Child>) {
     for vm in vms {
         key.run(vm, "touch /dev/shm/stop");
     }
     for (vm, writer) in vms.iter().zip(writers) {
         let ended = writer.wait_with_output().unwrap();
-        assert!(ended.status.success(), "{}: {}", vm.name, said(&ended));
+        assert!(ended.status.success(), "{}: {}", vm.name, output_of(&ended));
         let blocks = written(key, vm);
         assert_eq!(
-            key.run(vm, &format!("{FORGET}{}", perl(VERIFY))),
+            key.run(vm, &format!("{DROP_CACHES}{}", perl(VERIFY))),
             blocks.min(40).to_string(),
             "all of {}",
             vm.name
@@ -114,7 +114,7 @@ fn saw_no_error(key: &Key, vm: &Vm) {
 }
 
 #[test]
-fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_delete_comes_back_to_the_host() {
+fn a_pool_shrinks_grows_and_runs_full_under_writing_guests_and_deleted_blocks_return_to_the_host() {
     let disk = HostDisk::ext4("100G");
     let mut host = Host::new(&Options {
         pool_size: "60G",
@@ -124,8 +124,8 @@ fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_d
     host.import_debian();
     host.serve();
     let client = host.client();
-    // What guests write now lies behind the end that the pool will have: it must be moved while
-    // they go on.
+    // New writes are placed beyond the future end of the pool, so shrinking must move them while
+    // guests write.
     let ballast = host.folder.join("pool/ballast");
     run("fallocate", &["-l", "42G", text(&ballast)]);
     let key = Key::new(&host, "key");
@@ -137,7 +137,7 @@ fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_d
     let writers = start_writers(&key, &vms);
     wait_for_writes(&key, &vms, 5);
     fs::remove_file(&ballast).unwrap();
-    // Its blocks are free when btrfs has committed that.
+    // Its blocks are free once btrfs has committed the deletion.
     run("btrfs", &["filesystem", "sync", text(&host.folder.join("pool"))]);
 
     let begun = Instant::now();
@@ -152,7 +152,7 @@ fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_d
 
     stop_writers(&key, &vms, writers);
 
-    // 200 MiB, written and deleted: the guest keeps the blocks until it trims.
+    // Writes and deletes 200 MiB: the guest keeps the blocks until it trims.
     let guest = &vms[0];
     client.trim_vm("one").unwrap();
     client.trim_pool().unwrap();
@@ -174,12 +174,12 @@ fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_d
         std::thread::park_timeout(Duration::from_millis(50));
     }
     eprintln!(
-        "of {trimmed} bytes trimmed, 200 MiB were back on the host disk after {:.1} s",
+        "of {trimmed} bytes trimmed, 200 MiB were returned to the host disk after {:.1} s",
         begun.elapsed().as_secs_f64()
     );
 
-    // One guest fills the pool while two others work: it stands still before the last block is
-    // taken, they go on, and so does it when there is room.
+    // One guest fills the pool while two others write. It is paused before the last block is used,
+    // the others continue, and it resumes when there is space.
     let free_bytes = client.pool().unwrap().free_bytes;
     run(
         "fallocate",
@@ -198,14 +198,18 @@ fn a_pool_shrinks_grows_and_runs_full_under_three_writing_guests_and_what_they_d
     assert!(left > 0);
     wait_for_writes(&key, &vms[1..], 5);
     for name in ["two", "three"] {
-        assert_eq!(client.vm(name).unwrap().status, VmStatus::Running, "{name} only works");
+        assert_eq!(
+            client.vm(name).unwrap().status,
+            VmStatus::Running,
+            "{name} writes within its files"
+        );
     }
-    eprintln!("paused with {} MiB left, while the others write on", left / MIB);
+    eprintln!("paused with {} MiB left, while the others continue", left / MIB);
     assert_eq!(client.grow_pool(Some(85)).unwrap().capacity_bytes, 85 * GIB);
     let filled = filler.wait_with_output().unwrap();
-    assert!(filled.status.success(), "{}", said(&filled));
+    assert!(filled.status.success(), "{}", output_of(&filled));
     stop_writers(&key, &vms[1..], workers);
-    assert_eq!(key.run(&vms[0], &format!("{FORGET}{}", perl(VERIFY_FILL))), "250");
+    assert_eq!(key.run(&vms[0], &format!("{DROP_CACHES}{}", perl(VERIFY_FILL))), "250");
     saw_no_error(&key, &vms[0]);
 
     client.stop_vm("three").unwrap();

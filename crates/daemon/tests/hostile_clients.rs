@@ -1,7 +1,6 @@
-//! Clients that hold on to what they are given: they open connections and do not read. Others are
-//! served all the same.
+//! Clients that open connections and do not read do not affect other clients.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops where it cannot go on")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
 
@@ -21,7 +20,7 @@ fn request(path: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n")
 }
 
-/// Sends until the daemon takes no more, and reads nothing.
+/// Sends until the daemon accepts no more, and reads nothing.
 fn fill(stream: &mut TcpStream, path: &str) {
     stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
     let requests = request(path).repeat(1000);
@@ -38,7 +37,7 @@ fn sockets(host: &Host) -> usize {
 }
 
 #[test]
-fn a_connection_that_shows_no_token_ends_behind_its_first_answer() {
+fn unauthenticated_connections_close_after_their_first_response() {
     let host = Host::with_tiny_template(&Options::default());
     for (request, status) in [
         ("GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "200"),
@@ -47,7 +46,7 @@ fn a_connection_that_shows_no_token_ends_behind_its_first_answer() {
         let mut stream = connect(&host);
         stream.write_all(request.repeat(3).as_bytes()).unwrap();
         let mut answers = Vec::new();
-        // What it did not read of the others makes the kernel cut the connection.
+        // Unread further requests make the kernel reset the connection.
         let _cut = stream.read_to_end(&mut answers);
         let answers = String::from_utf8_lossy(&answers);
         assert_eq!(answers.matches(&format!("HTTP/1.1 {status}")).count(), 1, "{answers}");
@@ -56,7 +55,7 @@ fn a_connection_that_shows_no_token_ends_behind_its_first_answer() {
 }
 
 #[test]
-fn connections_of_a_client_that_does_not_read_are_given_up() {
+fn connections_of_a_client_that_does_not_read_are_closed() {
     let host = Host::with_tiny_template(&Options::default());
     let before = sockets(&host);
     let mut held: Vec<_> = (0..8).map(|_| connect(&host)).collect();
@@ -64,14 +63,14 @@ fn connections_of_a_client_that_does_not_read_are_given_up() {
         fill(stream, "/openapi.json");
     }
     assert!(sockets(&host) >= before + held.len());
-    eventually("them to be given up", || (sockets(&host) <= before).then_some(()));
+    eventually("them to be closed", || (sockets(&host) <= before).then_some(()));
     assert!(host.client().vms().is_ok());
 }
 
 #[test]
-fn exports_that_nobody_reads_hold_up_neither_other_requests_nor_the_end() {
+fn unread_exports_delay_neither_other_requests_nor_the_shutdown() {
     let mut host = Host::new(&Options::default());
-    // So much data that it fits into no buffer.
+    // More data than fits into any buffer.
     let (folder, image) = (host.folder.join("root"), host.folder.join("image"));
     fs::create_dir(&folder).unwrap();
     let noise = folder.join("noise");
@@ -103,17 +102,17 @@ fn exports_that_nobody_reads_hold_up_neither_other_requests_nor_the_end() {
     }
     let (status, body) = host.send("GET", "/templates/noise/export", b"");
     assert_eq!(status, 503, "{body}");
-    assert!(body.contains("try again when one is done"), "{body}");
-    // Nothing is packed for its head alone.
+    assert!(body.contains("try again later"), "{body}");
+    // HEAD compresses nothing.
     assert_eq!(host.send("HEAD", "/templates/noise/export", b"").0, 200);
     assert_eq!(host.client().templates().unwrap().len(), 1);
-    // Not after the time that requests under way are given.
-    let told = std::time::Instant::now();
+    // Sooner than the time limit for operations in progress.
+    let signalled = std::time::Instant::now();
     assert_eq!(host.terminate().code(), Some(0));
     assert!(
-        !host.log().contains("some requests did not end"),
+        !host.log().contains("some operations did not end in time"),
         "after {:?}",
-        told.elapsed()
+        signalled.elapsed()
     );
     drop(held);
 }

@@ -1,15 +1,15 @@
-//! System calls that fail while an image is worked on: those of e2fsprogs and those of the daemon
-//! itself. A template never holds what was deleted or a key, a disk never has other bytes than it
-//! should, and a failure changes nothing.
+//! System calls that fail during work on an image, in e2fsprogs and in the daemon itself. A
+//! template never contains deleted data or keys, a disk never has wrong content, and a failure
+//! changes nothing.
 //!
-//! The calls fail by `strace`. Programs of e2fsprogs are run by stand-ins that put it before them,
-//! for which the daemon must be built with the feature `fault-points`.
+//! `strace` injects the errors. Wrapper scripts run the programs of e2fsprogs under it, for which
+//! the daemon must be built with the feature `fault-points`.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -23,18 +23,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use support::{Host, Options, eventually, run, text};
 
-/// The calls by which a program changes a file.
+/// The calls that change a file.
 const CALLS: &str = "pwrite64,write,fallocate,ftruncate,fsync,fdatasync";
-/// The calls by which it reads one.
-const READS: &str = "pread64,read";
+/// The calls that read a file.
+const READ_CALLS: &str = "pread64,read";
 
-/// Programs that the daemon runs under `strace`, and which of their calls fail.
+/// Wrappers that run programs under `strace`, and make some of their calls fail.
 struct StandIns {
     folder: PathBuf,
 }
 
-/// A call of a program that is to fail: the `nth` of its kind. A failed `pwrite64` is tried again
-/// as `write`, which fails too.
+/// A call of a program to fail: the `nth` of its kind. A failed `pwrite64` is retried as `write`,
+/// which fails too.
 #[derive(Debug, Clone)]
 struct Fault {
     program: &'static str,
@@ -50,7 +50,7 @@ impl StandIns {
                 "#!/bin/bash\n\
                  here=$(dirname \"$0\") PATH=${{PATH#*:}} image=$PWD/${{@: -1}}\n\
                  [ -e \"$here/off\" ] && exec {program} \"$@\"\n\
-                 exec strace -f -qq -o \"$here/{program}.$$.trace\" -P \"${{image/.\\//}}\" -e trace={CALLS},{READS} \
+                 exec strace -f -qq -o \"$here/{program}.$$.trace\" -P \"${{image/.\\//}}\" -e trace={CALLS},{READ_CALLS} \
                  $(cat \"$here/{program}.inject\" 2>/dev/null) {program} \"$@\"\n"
             );
             let path = folder.join(program);
@@ -60,7 +60,7 @@ impl StandIns {
         StandIns { folder }
     }
 
-    /// Removes what the last operation was to fail with, and its traces.
+    /// Removes the faults and traces of the last operation.
     fn clear(&self) {
         for entry in fs::read_dir(&self.folder).unwrap() {
             let path = entry.unwrap().path();
@@ -70,9 +70,9 @@ impl StandIns {
         }
     }
 
-    /// Runs the programs without `strace` from now on: one that traces the daemon holds them
-    /// already.
-    fn step_aside(&self) {
+    /// Runs the programs without `strace` from now on, because the daemon is traced and can have
+    /// only one tracer.
+    fn disable(&self) {
         self.clear();
         fs::write(self.folder.join("off"), "").unwrap();
     }
@@ -82,7 +82,7 @@ impl StandIns {
         fs::write(self.folder.join(format!("{}.inject", fault.program)), &fault.inject).unwrap();
     }
 
-    /// How many calls have failed since the last fault was set.
+    /// Returns how many calls have failed since the last fault was set.
     fn failed(&self) -> usize {
         let traces = self.traces("");
         traces.iter().map(|trace| trace.matches("(INJECTED)").count()).sum()
@@ -100,7 +100,7 @@ impl StandIns {
             .collect()
     }
 
-    /// Each call of `program` in the run of it that was longest, made to fail.
+    /// Returns a fault for each call of `program`, taken from its longest run.
     fn faults(&self, program: &'static str) -> Vec<Fault> {
         let longest = self
             .traces(program)
@@ -109,7 +109,7 @@ impl StandIns {
             .unwrap_or_default();
         let (mut counts, mut faults) = (BTreeMap::<&str, usize>::new(), Vec::new());
         for line in longest.lines() {
-            // `12345 pwrite64(4, …`
+            // Like `12345 pwrite64(4, …`.
             let Some(call) = line.split_whitespace().nth(1).and_then(|word| word.split('(').next()) else {
                 continue;
             };
@@ -128,7 +128,7 @@ impl StandIns {
     }
 }
 
-/// Calls of the daemon itself that fail, on one path, until this is dropped.
+/// Makes calls of the daemon itself fail, on one path, until it is dropped.
 struct Failing {
     strace: Child,
     trace: PathBuf,
@@ -146,10 +146,10 @@ impl Failing {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        eventually("strace to hold every thread of the daemon", || {
+        eventually("strace to be attached to every thread of the daemon", || {
             let mut threads = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
             let held = |thread: std::io::Result<fs::DirEntry>| {
-                // A thread may just have ended.
+                // The thread may have just ended.
                 let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap_or_default();
                 !status.contains("TracerPid:\t0\n")
             };
@@ -158,7 +158,7 @@ impl Failing {
         Failing { strace, trace }
     }
 
-    /// Lets all calls succeed again, and returns how many failed.
+    /// Stops injecting faults, and returns how many calls failed.
     fn end(mut self) -> usize {
         self.detach();
         fs::read_to_string(&self.trace).unwrap().matches("(INJECTED)").count()
@@ -178,7 +178,7 @@ impl Drop for Failing {
     }
 }
 
-/// An ext4 image that holds the files of `root`.
+/// Creates an ext4 image with the files of `root`.
 fn image(host: &Host, name: &str, options: &[&str], fill: impl FnOnce(&Path)) -> PathBuf {
     let (root, image) = (host.folder.join(format!("{name}.root")), host.folder.join(name));
     fs::create_dir(&root).unwrap();
@@ -200,13 +200,13 @@ fn base_images(host: &Host) -> Vec<PathBuf> {
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// The superblock is written in as many pieces as have changed, so a run may have a call or two
-/// less than the one that was traced.
+/// Only the changed parts of the superblock are written, so a run may make one or two calls fewer
+/// than the traced one.
 fn assert_reached(reached: usize, faults: usize) {
     assert!(reached + 3 >= faults, "{reached} of {faults} faults were reached");
 }
 
-/// What stands anywhere in an image, holes left out.
+/// Returns all data in an image, without holes.
 fn data_of(image: &Path) -> Vec<u8> {
     let mut file = File::open(image).unwrap();
     let size = file.metadata().unwrap().len();
@@ -230,13 +230,14 @@ fn create(host: &Host, template: &str, size: u64) -> Result<Vm, (u16, String)> {
     made.map_err(|error| (error.status().unwrap_or_default(), error.to_string()))
 }
 
-/// A host with a template, of which a growth moves the file `/data`, whose bytes are returned.
+/// Creates a host with a template whose growth moves the file `/data`. Returns the content of the
+/// file.
 fn host_with_a_file_that_is_moved() -> (Host, StandIns, Vec<u8>) {
     let mut host = Host::new(&Options::default());
     let stand_ins = StandIns::new(&host, &["resize2fs"]);
     let noise = (0..10_000_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes());
     let noise: Vec<u8> = noise.collect();
-    // Blocks of the file lie where the descriptors of further groups must go.
+    // Blocks of the file are where the descriptors of new groups must go.
     let options = ["-b", "1024", "-O", "^resize_inode,^64bit"];
     let image = image(&host, "image", &options, |root| {
         fs::write(root.join("data"), &noise).unwrap()
@@ -247,7 +248,7 @@ fn host_with_a_file_that_is_moved() -> (Host, StandIns, Vec<u8>) {
 }
 
 #[test]
-fn growth_whose_writes_fail_is_refused_or_leaves_every_file_as_it_was() {
+fn a_growth_with_failed_writes_is_rejected_or_leaves_every_file_unchanged() {
     let (host, stand_ins, noise) = host_with_a_file_that_is_moved();
     let dump = host.folder.join("dump");
     let holds_the_file = |vm: &Vm| {
@@ -277,7 +278,7 @@ fn growth_whose_writes_fail_is_refused_or_leaves_every_file_as_it_was() {
         reached += usize::from(stand_ins.failed() > 0);
         match &made {
             Ok(vm) => {
-                assert!(holds_the_file(vm), "{fault:?}: the file has other bytes");
+                assert!(holds_the_file(vm), "{fault:?}: the content of the file has changed");
                 run("e2fsck", &["-fn", text(&host.disk(vm))]);
                 right += 1;
             }
@@ -298,7 +299,7 @@ fn growth_whose_writes_fail_is_refused_or_leaves_every_file_as_it_was() {
         forget(made.ok());
     }
     println!(
-        "growth: {} calls of resize2fs failed; {refused} refused, {right} right",
+        "growth: {} calls of resize2fs failed; {refused} rejected, {right} correct",
         faults.len()
     );
     assert!(faults.len() > 50 && refused > 0 && right > 0);
@@ -306,23 +307,22 @@ fn growth_whose_writes_fail_is_refused_or_leaves_every_file_as_it_was() {
     stand_ins.clear();
     assert!(
         holds_the_file(&create(&host, "full", 1).unwrap()),
-        "and without a fault it works"
+        "without a fault it works"
     );
 }
 
-/// 200 lines of private keys, and files that are deleted.
+/// Lines of private keys, and as many files that are deleted.
 const KEYS: usize = 200;
 
 fn key_line(nth: usize) -> String {
     format!("{:064}-private-key", nth.wrapping_mul(2_654_435_761))
 }
 
-/// Which of the secrets stand in an image.
+/// Returns the secrets that are found in an image.
 fn secrets_in(image: &Path) -> Vec<String> {
     let data = data_of(image);
     let found = |needle: &String| data.windows(needle.len()).any(|window| window == needle.as_bytes());
-    // All of them have one word in common, so one look over the bytes is enough where there is
-    // none.
+    // All secrets have one word in common, so one search is enough if there is none.
     if !found(&"-private-key".to_owned()) {
         return Vec::new();
     }
@@ -360,7 +360,7 @@ fn host_with_keys(programs: &[&str]) -> (Host, StandIns, Vm) {
     assert_eq!(
         secrets_in(&image).len(),
         KEYS + 3,
-        "they are there, the deleted ones too"
+        "all secrets are found, the deleted ones too"
     );
     host.scaleboxd_ok(&["template", "import", "used", text(&image)]);
     host.serve();
@@ -368,10 +368,9 @@ fn host_with_keys(programs: &[&str]) -> (Host, StandIns, Vm) {
     (host, stand_ins, vm)
 }
 
-/// Takes a snapshot, and looks at what came of it. Returns whether there is a template now, which
-/// is removed.
+/// Takes a snapshot and checks the outcome. Returns whether there is a template, which is removed.
 fn snapshot(host: &Host, vm: &Vm, fault: &str) -> bool {
-    let (status, said) = host.send(
+    let (status, answer) = host.send(
         "POST",
         &format!("/vms/{}/snapshot", vm.id),
         br#"{"template_name": "golden"}"#,
@@ -388,14 +387,17 @@ fn snapshot(host: &Host, vm: &Vm, fault: &str) -> bool {
         host.client().delete_template("golden").unwrap();
         return true;
     }
-    assert_eq!(status, 500, "{fault}: {said}");
-    assert!(!template.exists(), "{fault}: a snapshot that failed is not there");
-    assert!(!said.contains("e2fsck -") && !said.contains("./."), "{fault}: {said}");
+    assert_eq!(status, 500, "{fault}: {answer}");
+    assert!(!template.exists(), "{fault}: a failed snapshot does not exist");
+    assert!(
+        !answer.contains("e2fsck -") && !answer.contains("./."),
+        "{fault}: {answer}"
+    );
     false
 }
 
 #[test]
-fn a_snapshot_under_any_failing_call_holds_no_key_and_nothing_deleted_or_fails() {
+fn a_snapshot_with_failed_calls_contains_no_secrets_or_fails() {
     let programs = ["debugfs", "e2fsck"];
     let (host, stand_ins, vm) = host_with_keys(&programs);
     assert!(snapshot(&host, &vm, "none"));
@@ -413,14 +415,14 @@ fn a_snapshot_under_any_failing_call_holds_no_key_and_nothing_deleted_or_fails()
         reached += usize::from(stand_ins.failed() > 0);
     }
     println!(
-        "snapshot: {} calls of {programs:?} failed; {failed} refused, {made} made",
+        "snapshot: {} calls of {programs:?} failed; {failed} failed, {made} created",
         faults.len()
     );
     assert!(faults.len() > 15 && failed > 0);
     assert_reached(reached, faults.len());
-    stand_ins.step_aside();
+    stand_ins.disable();
 
-    // What the daemon does itself, to the clone.
+    // Faults in the daemon's own calls on the clone.
     let partial = host.folder.join("pool/templates/.golden.partial");
     let (mut calls, mut failed) = (0, 0);
     for (call, places) in [
@@ -435,17 +437,20 @@ fn a_snapshot_under_any_failing_call_holds_no_key_and_nothing_deleted_or_fails()
             let made = snapshot(&host, &vm, &fault);
             let reached = failing.end();
             assert!(*nth > 3 || reached > 0, "{fault} was not reached: {reached} {made}");
-            assert!(reached == 0 || !made, "{fault}: it failed, and the snapshot did not");
+            assert!(
+                reached == 0 || !made,
+                "{fault}: the call failed, but the snapshot did not"
+            );
             calls += reached;
             failed += usize::from(!made);
         }
     }
-    println!("snapshot: {calls} calls of the daemon failed; {failed} refused");
+    println!("snapshot: {calls} calls of the daemon failed; {failed} failed");
     assert!(snapshot(&host, &vm, "none any more"));
 }
 
 #[test]
-fn a_program_that_cannot_read_or_is_killed_is_a_fault_of_the_host_and_never_damage() {
+fn a_program_that_fails_to_read_or_is_killed_is_not_reported_as_damage() {
     let programs = ["e2fsck", "resize2fs", "debugfs"];
     let (host, stand_ins, vm) = host_with_keys(&programs);
     let image = fs::read(host.folder.join("image")).unwrap();
@@ -481,14 +486,20 @@ fn a_program_that_cannot_read_or_is_killed_is_a_fault_of_the_host_and_never_dama
                     inject: format!("-e inject={inject}"),
                 };
                 stand_ins.fail(&fault);
-                let (status, said) = host.send(method, path, body);
+                let (status, answer) = host.send(method, path, body);
                 assert!(
                     stand_ins.failed() > 0 || inject.contains("signal"),
                     "{fault:?} was not reached"
                 );
-                assert_eq!(status, 500, "{method} {path}, {fault:?}: {said}");
-                assert!(said.contains("the host cannot"), "{method} {path}, {fault:?}: {said}");
-                assert!(!said.contains(text(&host.folder)), "{method} {path}, {fault:?}: {said}");
+                assert_eq!(status, 500, "{method} {path}, {fault:?}: {answer}");
+                assert!(
+                    answer.contains("the host cannot"),
+                    "{method} {path}, {fault:?}: {answer}"
+                );
+                assert!(
+                    !answer.contains(text(&host.folder)),
+                    "{method} {path}, {fault:?}: {answer}"
+                );
             }
         }
     }
@@ -497,17 +508,17 @@ fn a_program_that_cannot_read_or_is_killed_is_a_fault_of_the_host_and_never_dama
     assert_eq!(
         (vms.len(), vms[0].disk_size_gib),
         (1, 1),
-        "nothing was made, nothing was lost"
+        "nothing was created, nothing was lost"
     );
     for (method, path, body, _) in operations {
         let body = if path == "/vms" { create.as_bytes() } else { body };
-        let (status, said) = host.send(method, path, body);
-        assert!(status < 300, "{method} {path}: {status} {said}");
+        let (status, answer) = host.send(method, path, body);
+        assert!(status < 300, "{method} {path}: {status} {answer}");
     }
 }
 
 #[test]
-fn a_templates_folder_that_cannot_be_flushed_changes_nothing() {
+fn a_failed_flush_of_the_templates_folder_changes_nothing() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", Some(1));
     let (templates, image) = (host.folder.join("pool/templates"), host.folder.join("tiny.image"));
@@ -527,16 +538,16 @@ fn a_templates_folder_that_cannot_be_flushed_changes_nothing() {
         let templates = host.client().templates().unwrap();
         templates.into_iter().map(|template| template.name).collect()
     };
-    // The flush fails, and the opening before it.
+    // Makes the flush fail, and the opening before it.
     for fault in ["fsync:error=EIO", "openat:error=EMFILE"] {
         for (method, path, body) in operations {
             let failing = Failing::of(&host, &templates, fault);
-            let (status, said) = host.send(method, path, body);
+            let (status, answer) = host.send(method, path, body);
             assert!(
                 failing.end() > 0,
-                "{fault}: {method} {path} did not reach it: {status} {said}"
+                "{fault}: {method} {path} did not reach it: {status} {answer}"
             );
-            assert_eq!(status, 500, "{fault}: {method} {path}: {said}");
+            assert_eq!(status, 500, "{fault}: {method} {path}: {answer}");
             for restarted in [false, true] {
                 if restarted {
                     host.crash();
@@ -556,10 +567,10 @@ fn a_templates_folder_that_cannot_be_flushed_changes_nothing() {
         }
     }
     for (method, path, body) in operations {
-        let (status, said) = host.send(method, path, body);
+        let (status, answer) = host.send(method, path, body);
         assert!(
-            status < 300 || said.contains("new exists already"),
-            "{method} {path}: {status} {said}"
+            status < 300 || answer.contains("new exists already"),
+            "{method} {path}: {status} {answer}"
         );
     }
     assert_eq!(names(&host), ["new"]);

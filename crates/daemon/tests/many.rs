@@ -4,7 +4,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -22,7 +22,7 @@ const LISTINGS: usize = 200;
 fn two_hundred_stopped_vms_are_all_there_after_a_crash() {
     let mut host = Host::with_tiny_template(&Options {
         pool_size: "100G",
-        // Ports that no other test has: theirs end at 28999.
+        // Ports that no other test uses: theirs end at 28999.
         env: &[
             ("PORT_MIN", "29100"),
             ("PORT_MAX", "29399"),
@@ -49,7 +49,7 @@ fn two_hundred_stopped_vms_are_all_there_after_a_crash() {
     let begun = Instant::now();
     host.serve();
     let ready = begun.elapsed();
-    // What a disk takes is measured again, whenever that is.
+    // Disk usage is measured at any time, so it is not compared.
     assert_eq!(unmeasured(host.client().vms().unwrap()), unmeasured(before));
 
     let mut took: Vec<Duration> = (0..LISTINGS)
@@ -60,7 +60,7 @@ fn two_hundred_stopped_vms_are_all_there_after_a_crash() {
         })
         .collect();
     took.sort();
-    // Told, not judged: the machines are shared.
+    // Only printed, not checked: test machines are shared.
     let p99 = took[LISTINGS * 99 / 100];
     println!("{VMS} stopped VMs: ready {ready:?} after a crash; GET /vms p99 {p99:?}, a connection each");
 }

@@ -1,21 +1,21 @@
-//! `GET /metrics`: true numbers, in a form that Prometheus takes without a complaint. No guest is
-//! booted.
+//! `GET /metrics`: correct values, in a format that Prometheus accepts without warnings. No guest
+//! is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
 
 use std::io::{ErrorKind, Write};
 use std::process::{Command, Stdio};
-use support::{Host, Options, TOKEN, said};
+use support::{Host, Options, TOKEN, output_of};
 
 #[test]
-fn the_metrics_are_the_host_s_numbers_and_promtool_has_nothing_to_say() {
+fn metrics_match_the_host_and_promtool_accepts_them() {
     let host = Host::with_tiny_template(&Options::default());
     host.create_stopped("tiny", Some(5));
     let second = host.create_stopped("tiny", None);
@@ -73,8 +73,8 @@ fn the_metrics_are_the_host_s_numbers_and_promtool_has_nothing_to_say() {
     promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
     let checked = promtool.wait_with_output().unwrap();
     assert!(
-        checked.status.success() && said(&checked).is_empty(),
+        checked.status.success() && output_of(&checked).is_empty(),
         "{}",
-        said(&checked)
+        output_of(&checked)
     );
 }

@@ -1,11 +1,11 @@
-//! The daemon on hosts that are not like most: system files in other encodings, a read-only `/etc`,
-//! a pool that is not there, odd entries in it.
+//! The daemon on unusual hosts: system files in other encodings, a read-only `/etc`, an unmounted
+//! pool, foreign files in the pool.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -16,10 +16,10 @@ use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use support::{Host, Options, eventually, run, said, text};
+use support::{Host, Options, eventually, output_of, run, text};
 
-/// `scaleboxd` in a mount namespace of its own, which `script` makes odd first; what it is given as
-/// `$0` is `argument`.
+/// Returns `scaleboxd` in its own mount namespace, which `script` prepares first with `argument` as
+/// `$0`.
 fn in_namespace(host: &Host, script: &str, argument: &Path, args: &[&str]) -> Command {
     let daemon = host.scaleboxd(args);
     let mut command = Command::new("unshare");
@@ -43,19 +43,19 @@ fn in_namespace(host: &Host, script: &str, argument: &Path, args: &[&str]) -> Co
     command
 }
 
-/// Waits until a daemon is ready, and returns its log so far.
+/// Waits until a daemon is ready, and returns its log.
 fn ready(daemon: &mut Child, log: &Path) -> String {
     eventually("the daemon", || {
-        let said = String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned();
+        let printed = String::from_utf8_lossy(&fs::read(log).unwrap()).into_owned();
         if let Some(status) = daemon.try_wait().unwrap() {
-            panic!("the daemon ended with {status}:\n{said}");
+            panic!("the daemon ended with {status}:\n{printed}");
         }
-        said.lines().any(|line| line.contains(" ready ")).then_some(said)
+        printed.lines().any(|line| line.contains(" ready ")).then_some(printed)
     })
 }
 
 #[test]
-fn a_daemon_starts_whatever_the_hosts_resolv_conf_holds() {
+fn a_daemon_starts_with_any_content_of_resolv_conf() {
     let host = Host::new(&Options::default());
     for (content, warned) in [
         (&b"# f\xfcr das B\xfcro\nnameserver 192.0.2.53\n"[..], false),
@@ -66,7 +66,7 @@ fn a_daemon_starts_whatever_the_hosts_resolv_conf_holds() {
         let file = host.folder.join("resolv.conf");
         fs::write(&file, content).unwrap();
         let log = host.folder.join("odd.log");
-        // Without systemd-resolved's file, too.
+        // Hides the file of systemd-resolved too.
         let script = "mount --bind \"$0\" /etc/resolv.conf; mount -t tmpfs none /run/systemd 2>/dev/null || true";
         let mut daemon = in_namespace(&host, script, &file, &["serve"])
             .stderr(fs::File::create(&log).unwrap())
@@ -74,7 +74,7 @@ fn a_daemon_starts_whatever_the_hosts_resolv_conf_holds() {
             .unwrap();
         let logged = ready(&mut daemon, &log);
         assert_eq!(
-            logged.contains("names no resolver that guests can reach"),
+            logged.contains("has no resolver that guests can reach"),
             warned,
             "{:?}: {logged}",
             String::from_utf8_lossy(content)
@@ -85,54 +85,54 @@ fn a_daemon_starts_whatever_the_hosts_resolv_conf_holds() {
 }
 
 #[test]
-fn a_read_only_etc_costs_a_warning_and_no_pool() {
+fn pool_init_only_warns_if_etc_is_read_only() {
     let mut host = Host::new(&Options::default());
     host.scaleboxd_ok(&["down"]);
     host.set("FSTAB", "/etc/fstab");
     let before = fs::read("/etc/fstab").ok();
-    // In the namespace: the pool is mounted, used, and unmounted again.
+    // The pool is mounted, used and unmounted inside the namespace.
     let script = "mount --bind /etc /etc; mount -o remount,bind,ro /etc; \"$@\"; set -- \"$1\" down --config /dev/null";
     let output = in_namespace(&host, script, &host.folder, &["pool", "init"])
         .output()
         .unwrap();
-    let told = said(&output);
-    assert!(output.status.success(), "{told}");
+    let printed = output_of(&output);
+    assert!(output.status.success(), "{printed}");
     let line = format!(
         "{} {} btrfs",
         text(&host.folder.join("pool.img")),
         text(&host.folder.join("pool"))
     );
     assert!(
-        told.contains("The pool is ready at")
-            && told.contains("warning: cannot register the pool in /etc/fstab")
-            && told.contains(&line),
-        "{told}"
+        printed.contains("The pool is ready at")
+            && printed.contains("warning: cannot register the pool in /etc/fstab")
+            && printed.contains(&line),
+        "{printed}"
     );
     assert_eq!(fs::read("/etc/fstab").ok(), before);
     let script = "mount --bind /etc /etc; mount -o remount,bind,ro /etc; \"$1\" pool init --config /dev/null 2>&1";
     let output = in_namespace(&host, script, &host.folder, &["doctor"]).output().unwrap();
-    let told = said(&output);
-    assert!(told.contains("ok       pool"), "{told}");
+    let printed = output_of(&output);
+    assert!(printed.contains("ok       pool"), "{printed}");
 }
 
 #[test]
-fn settings_that_contradict_each_other_are_refused_by_all_commands() {
+fn contradictory_settings_are_rejected_by_all_commands() {
     let host = Host::new(&Options::default());
     let image = host.folder.join("pool/pool.img");
-    // 78: systemd does not start a service again whose configuration is wrong.
+    // 78: systemd does not restart a service whose configuration is wrong.
     for (args, status) in [(&["pool", "init"][..], 1), (&["serve"], 78), (&["doctor"], 1)] {
         let output = host.scaleboxd(args).env("POOL_IMAGE", &image).output().unwrap();
-        let told = said(&output);
-        assert_eq!(output.status.code(), Some(status), "{args:?}: {told}");
+        let printed = output_of(&output);
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {printed}");
         assert!(
-            told.contains("POOL_IMAGE=") && told.contains("it must not lie in DATA_DIR"),
-            "{args:?}: {told}"
+            printed.contains("POOL_IMAGE=") && printed.contains("must not be in DATA_DIR"),
+            "{args:?}: {printed}"
         );
     }
 }
 
 #[test]
-fn a_pool_that_is_not_mounted_is_waited_for_and_not_made_anew() {
+fn an_unmounted_pool_is_not_replaced_by_a_new_one() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     assert!(host.terminate().success());
@@ -144,16 +144,16 @@ fn a_pool_that_is_not_mounted_is_waited_for_and_not_made_anew() {
     run("umount", &[text(&pool)]);
     fs::rename(&image, &away).unwrap();
 
-    // A status that systemd takes for one that may pass.
-    let told = host.scaleboxd_fails(&["serve"]);
+    // An exit status after which systemd restarts the daemon.
+    let printed = host.scaleboxd_fails(&["serve"]);
     assert!(
-        told.contains("the state knows 1 VMs")
-            && told.contains("do not make a new one")
-            && told.contains("as soon as it is mounted"),
-        "{told}"
+        printed.contains("the state has 1 VMs")
+            && printed.contains("do not create a new one")
+            && printed.contains("once it is mounted"),
+        "{printed}"
     );
-    let told = host.scaleboxd_fails(&["pool", "init"]);
-    assert!(told.contains("1 VM disks should be in it"), "{told}");
+    let printed = host.scaleboxd_fails(&["pool", "init"]);
+    assert!(printed.contains("1 VM disks should be in it"), "{printed}");
     assert!(!image.exists());
 
     fs::rename(&away, &image).unwrap();
@@ -163,7 +163,7 @@ fn a_pool_that_is_not_mounted_is_waited_for_and_not_made_anew() {
 }
 
 #[test]
-fn requests_below_an_unmounted_pool_are_answered_503() {
+fn requests_to_an_unmounted_pool_get_503() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     let pool = host.folder.join("pool");
@@ -189,7 +189,7 @@ fn requests_below_an_unmounted_pool_are_answered_503() {
         );
     }
     assert_eq!(host.send("GET", "/health", b"").0, 200);
-    // As it was mounted: the daemon that comes next finds it so.
+    // Mounts it again, so that the next daemon finds it.
     assert!(host.terminate().success());
     host.scaleboxd_ok(&["pool", "init"]);
     host.serve();
@@ -198,7 +198,7 @@ fn requests_below_an_unmounted_pool_are_answered_503() {
 }
 
 #[test]
-fn a_daemon_starts_with_odd_entries_in_its_pool_and_leaves_them() {
+fn a_daemon_ignores_foreign_files_in_its_pool() {
     let mut host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     assert!(host.terminate().success());

@@ -1,11 +1,11 @@
-//! Requests that are odd: as people, proxies and other programs send them by mistake. None ends in
-//! a 500, each refusal says in JSON what is wrong. No guest is booted.
+//! Unusual requests, as people, proxies and other programs send them by mistake. None causes a 500,
+//! and each rejection has a JSON body with the cause. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -19,7 +19,7 @@ fn error_of(answer: &str) -> String {
     body["error"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
 }
 
-/// A request's head with the right token, and more lines.
+/// Returns a request head with the right token and more lines.
 fn head(line: &str, more: &str) -> String {
     format!("{line}\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\n{more}\r\n")
 }
@@ -38,7 +38,7 @@ fn create(more: &Value) -> Vec<u8> {
 }
 
 #[test]
-fn a_vm_whose_key_was_sent_as_its_file_holds_it_can_be_started() {
+fn an_ssh_key_is_accepted_with_the_white_space_of_its_file() {
     let host = Host::with_tiny_template(&Options::default());
     for odd in ["\n", "\r\n", "\t", "\u{a0}", " \u{3000}\n\n", "\u{feff}"] {
         let key = match odd {
@@ -48,10 +48,10 @@ fn a_vm_whose_key_was_sent_as_its_file_holds_it_can_be_started() {
         let (status, answer) = host.send("POST", "/vms", &create(&json!({ "ssh_public_key": key })));
         assert_eq!(status, 201, "{odd:?}: {answer}");
         let vm: Value = serde_json::from_str(&answer).unwrap();
-        // The seed drive is written before it is seen that this host has no kernel.
+        // The seed drive is written before the missing kernel is noticed.
         let (status, answer) = host.send("POST", &format!("/vms/{}/start", vm["id"].as_str().unwrap()), b"");
         assert!(
-            status == 503 && error_of(&answer).contains("no kernel"),
+            status == 503 && error_of(&answer).contains("no guest kernel"),
             "{odd:?}: {status} {answer}"
         );
     }
@@ -64,19 +64,19 @@ fn a_vm_whose_key_was_sent_as_its_file_holds_it_can_be_started() {
 }
 
 #[test]
-fn heads_that_cannot_be_read_are_refused_in_json() {
+fn malformed_heads_are_rejected_with_a_json_body() {
     let host = Host::with_tiny_template(&Options::default());
     let tls = [&[0x16, 0x03, 0x01, 0x02, 0x00, 0x01][..], &[b'x'; 200], b"\r\n\r\n"].concat();
     let many: String = (0..150).map(|number| format!("X-{number}: a\r\n")).collect();
     for (request, status, expected) in [
-        (b"hello\r\n\r\n".to_vec(), 400, "well-formed HTTP/1.1"),
-        (tls, 400, "well-formed HTTP/1.1"),
-        (b"GET /vms HTTP/3.0\r\n\r\n".to_vec(), 400, "well-formed HTTP/1.1"),
-        (head("GE\0T /vms HTTP/1.1", "").into(), 400, "well-formed HTTP/1.1"),
+        (b"hello\r\n\r\n".to_vec(), 400, "malformed HTTP/1.1"),
+        (tls, 400, "malformed HTTP/1.1"),
+        (b"GET /vms HTTP/3.0\r\n\r\n".to_vec(), 400, "malformed HTTP/1.1"),
+        (head("GE\0T /vms HTTP/1.1", "").into(), 400, "malformed HTTP/1.1"),
         (
             head("GET /vms HTTP/1.1", "no colon\r\n").into(),
             400,
-            "well-formed HTTP/1.1",
+            "malformed HTTP/1.1",
         ),
         (
             head("POST /vms HTTP/1.1", "Content-Length: 2\r\nContent-Length: 3\r\n").into(),
@@ -110,19 +110,19 @@ fn heads_that_cannot_be_read_are_refused_in_json() {
         assert_eq!(found, status, "{shown:?}: {answer}");
         assert!(error_of(&answer).contains(expected), "{shown:?}: {answer}");
     }
-    // Also behind a request that was answered on the same connection.
+    // Also after another response on the same connection.
     let first = format!("GET /vms HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n");
     let (status, answers) = host.raw(format!("{first}nonsense\r\n\r\n").as_bytes());
     assert_eq!(status, 200);
     assert!(answers.starts_with("{\"vms\":[]}HTTP/1.1 400 "), "{answers}");
     assert!(
-        answers.contains("for its body\",\"code\":\"invalid_request\"}"),
+        answers.contains("for the body\",\"code\":\"invalid_request\"}"),
         "{answers}"
     );
 }
 
 #[test]
-fn a_slash_at_the_end_of_a_path_changes_nothing() {
+fn a_trailing_slash_in_a_path_is_ignored() {
     let host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", None);
     for path in [
@@ -152,14 +152,14 @@ fn a_slash_at_the_end_of_a_path_changes_nothing() {
         201
     );
     assert_eq!(host.send("DELETE", "/vms/slashed/", b"").0, 204);
-    // A name that was left out is not taken for all of them.
+    // A missing name does not mean all VMs.
     assert_eq!(host.send("DELETE", "/vms/", b"").0, 405);
     assert_eq!(host.send("GET", "//vms", b"").0, 404);
     assert_eq!(host.send("GET", "/", b"").0, 404);
 }
 
 #[test]
-fn a_body_may_begin_with_a_byte_order_mark_and_numbers_may_be_written_in_any_way() {
+fn a_byte_order_mark_and_all_json_number_formats_are_accepted() {
     let host = Host::with_tiny_template(&Options::default());
     let marked = [b"\xef\xbb\xbf".as_slice(), &create(&json!({ "name": "marked" }))].concat();
     let (status, answer) = host.send("POST", "/vms", &marked);
@@ -205,7 +205,7 @@ fn a_body_may_begin_with_a_byte_order_mark_and_numbers_may_be_written_in_any_way
 }
 
 #[test]
-fn bodies_in_a_form_that_is_not_read_are_refused_by_name() {
+fn unsupported_body_formats_are_rejected_by_name() {
     let host = Host::with_tiny_template(&Options::default());
     let packed = [0x1f, 0x8b, 8, 0];
     for (line, encoding) in [
@@ -251,7 +251,7 @@ fn bodies_in_a_form_that_is_not_read_are_refused_by_name() {
             "{expected}: {status} {answer}"
         );
     }
-    // A content type is not asked for: `curl -d` sends one of its own.
+    // The content type is ignored, because `curl -d` sends a wrong one.
     for kind in [
         "text/plain",
         "application/x-www-form-urlencoded",
@@ -268,7 +268,7 @@ fn bodies_in_a_form_that_is_not_read_are_refused_by_name() {
 }
 
 #[test]
-fn bodies_in_chunks_are_read_with_trailers_and_refused_when_they_break_off() {
+fn chunked_bodies_are_read_with_trailers_and_rejected_if_incomplete() {
     let host = Host::with_tiny_template(&Options::default());
     let body = String::from_utf8(create(&json!({ "name": "chunked" }))).unwrap();
     let (first, second) = body.split_at(9);
@@ -290,7 +290,7 @@ fn bodies_in_chunks_are_read_with_trailers_and_refused_when_they_break_off() {
     ] {
         let (status, answer) = chunked(broken);
         assert!(
-            status == 400 && error_of(&answer).starts_with("the body could not be read: "),
+            status == 400 && error_of(&answer).starts_with("cannot read the body: "),
             "{broken:?}: {status} {answer}"
         );
     }
@@ -304,13 +304,13 @@ fn bodies_in_chunks_are_read_with_trailers_and_refused_when_they_break_off() {
 }
 
 #[test]
-fn an_image_that_stops_arriving_is_a_408_and_leaves_nothing() {
+fn an_image_that_stops_arriving_is_a_408_and_leaves_nothing_behind() {
     let host = Host::with_tiny_template(&Options::default());
     let request = head("POST /templates/new/import HTTP/1.1", "Content-Length: 1000000\r\n");
-    // The connection stays open, and nothing more comes.
+    // The connection stays open, but no more data arrives.
     let (status, answer) = host.raw(format!("{request}the beginning").as_bytes());
     assert!(
-        status == 408 && error_of(&answer).contains("nothing came for 30 s"),
+        status == 408 && error_of(&answer).contains("no data received for 30 s"),
         "{status} {answer}"
     );
     assert_eq!(host.client().templates().unwrap().len(), 1);
@@ -323,25 +323,25 @@ fn an_image_that_stops_arriving_is_a_408_and_leaves_nothing() {
 }
 
 #[test]
-fn a_header_that_decides_is_given_once() {
+fn duplicate_decisive_headers_are_rejected() {
     let host = Host::with_tiny_template(&Options::default());
     let body = create(&json!({}));
     let twice = "Idempotency-Key: one\r\nIdempotency-Key: two\r\n";
     let (status, answer) = host.raw(&with_body("POST /vms HTTP/1.1", twice, &body));
     assert!(
-        status == 400 && error_of(&answer).contains("Idempotency-Key is given several times"),
+        status == 400 && error_of(&answer).contains("Idempotency-Key was sent more than once"),
         "{answer}"
     );
     let (status, answer) = host.raw(&with_body("POST /vms HTTP/1.1", "Host: y\r\n", &body));
     assert!(
-        status == 400 && error_of(&answer).contains("Host is given several times"),
+        status == 400 && error_of(&answer).contains("Host was sent more than once"),
         "{answer}"
     );
     assert_eq!(host.client().vms().unwrap(), []);
 }
 
 #[test]
-fn targets_in_every_form_are_understood_or_refused() {
+fn request_targets_in_every_form_are_accepted_or_rejected() {
     let host = Host::with_tiny_template(&Options::default());
     for (line, status) in [
         ("GET http://elsewhere.example/vms HTTP/1.1", 200),
@@ -375,7 +375,7 @@ fn targets_in_every_form_are_understood_or_refused() {
 }
 
 #[test]
-fn long_names_are_cut_short_in_answers_and_in_the_log() {
+fn long_names_are_truncated_in_responses_and_in_the_log() {
     let host = Host::with_tiny_template(&Options::default());
     let long = "a".repeat(60_000);
     for (method, path) in [
@@ -398,7 +398,7 @@ fn long_names_are_cut_short_in_answers_and_in_the_log() {
 }
 
 #[test]
-fn the_head_of_an_export_is_answered_without_packing_it() {
+fn a_head_request_for_an_export_does_not_compress_the_image() {
     let host = Host::with_tiny_template(&Options::default());
     let request = head("HEAD /templates/tiny/export HTTP/1.1", "");
     let answer = run(
@@ -421,10 +421,7 @@ fn the_head_of_an_export_is_answered_without_packing_it() {
     }
     assert!(!answer.contains("content-length: 0"), "{answer}");
     assert_eq!(host.raw(request.as_bytes()), (200, String::new()));
-    assert!(
-        !host.log().contains("an export ended early"),
-        "it was packed, for nobody"
-    );
+    assert!(!host.log().contains("export ended early"), "the image was compressed");
     assert_eq!(
         host.raw(head("HEAD /templates/none/export HTTP/1.1", "").as_bytes()).0,
         404
@@ -432,7 +429,7 @@ fn the_head_of_an_export_is_answered_without_packing_it() {
 }
 
 #[test]
-fn an_image_that_is_sent_as_packed_with_zstd_is_imported() {
+fn an_image_with_content_encoding_zstd_is_imported() {
     let host = Host::with_tiny_template(&Options::default());
     let packed = host.folder.join("packed");
     run(

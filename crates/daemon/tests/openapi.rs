@@ -1,11 +1,11 @@
-//! `GET /openapi.json`: every route is in it, and what it says of the VM that a client gets is so.
-//! No guest is booted.
+//! `GET /openapi.json`: it describes every route, and the VMs that clients receive match it. No
+//! guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use support::{Host, Options, TOKEN, said};
+use support::{Host, Options, TOKEN, output_of};
 
 const METHODS: [&str; 5] = ["get", "post", "patch", "put", "delete"];
 
@@ -25,7 +25,7 @@ fn document(host: &Host) -> Value {
     serde_json::from_str(&body).unwrap()
 }
 
-/// `POST /vms/{vm}/start` and the like.
+/// Returns the routes, such as `POST /vms/{vm}/start`.
 fn routes(document: &Value) -> BTreeSet<String> {
     let paths = document["paths"].as_object().unwrap();
     let of_path = |(path, item): (&String, &Value)| -> Vec<String> {
@@ -38,20 +38,20 @@ fn routes(document: &Value) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_route_is_described_and_everything_described_is_a_route() {
+fn every_route_is_described_and_every_described_route_exists() {
     let host = Host::with_tiny_template(&Options::default());
     let document = document(&host);
     assert!(document["openapi"].as_str().unwrap().starts_with("3.1"), "{document}");
     let described = routes(&document);
 
-    // The routes are registered with their descriptions: by nothing else.
+    // Routes are registered only together with their descriptions.
     let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api.rs")).unwrap();
     assert!(!source.contains(".route(\""), "a route without a description");
     let registered = source.matches(".routes(routes!(").count();
     let paths: BTreeSet<&str> = described.iter().map(|route| route.split_once(' ').unwrap().1).collect();
     assert_eq!(paths.len(), registered);
 
-    // Each answers, and not that it is not there.
+    // Each route responds with something other than "not found".
     for route in &described {
         let (method, path) = route.split_once(' ').unwrap();
         let path = path.replace("{vm}", "nobody").replace("{name}", "nothing");
@@ -67,23 +67,23 @@ fn every_route_is_described_and_everything_described_is_a_route() {
         );
     }
 
-    // The README tells of the same.
+    // The README lists the same routes.
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md")).unwrap();
     for route in &described {
         let (method, path) = route.split_once(' ').unwrap();
         let path = path.replace("{vm}", "{id or name}");
         let last = path.rsplit('/').next().unwrap();
-        let told = readme.lines().any(|line| {
+        let listed = readme.lines().any(|line| {
             line.starts_with('|')
                 && line.contains(&format!("{method} "))
                 && (line.contains(&path) || line.contains(&format!("/{last}`")))
         });
-        assert!(told, "{route} is not in the README's table");
+        assert!(listed, "{route} is not in the README's table");
     }
 }
 
 #[test]
-fn answers_have_the_fields_that_their_schemas_name() {
+fn responses_have_the_fields_of_their_schemas() {
     let host = Host::with_tiny_template(&Options::default());
     let document = document(&host);
     let schema = |name: &str| document["components"]["schemas"][name].clone();
@@ -111,7 +111,7 @@ fn answers_have_the_fields_that_their_schemas_name() {
             );
         }
     }
-    // What the contract names is there, with its type.
+    // The documented fields are there, with their types.
     let create = schema("CreateVm");
     assert_eq!(create["required"], json!(["template", "ssh_public_key"]));
     assert_eq!(
@@ -122,16 +122,16 @@ fn answers_have_the_fields_that_their_schemas_name() {
     assert_eq!(status, 401);
 }
 
-/// Requests made of the document, good and bad ones, and answers compared with it; see
+/// Generates valid and invalid requests from the document, and compares the responses with it; see
 /// scripts/schemathesis.sh.
 #[test]
-fn the_document_is_true_for_every_request_that_can_be_made_of_it() {
+fn responses_to_generated_requests_match_the_document() {
     let mut host = Host::new(&Options {
-        // Growth to the largest disk is often asked for.
+        // Many generated requests grow a disk to the maximum.
         env: &[("MAX_DISK_SIZE_GIB", "4")],
         ..Options::default()
     });
-    // Under a name that the API neither deletes nor replaces.
+    // A name that the API neither deletes nor replaces.
     host.import_tiny("debian-base");
     host.serve();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/schemathesis.sh");
@@ -141,12 +141,16 @@ fn the_document_is_true_for_every_request_that_can_be_made_of_it() {
         .env("SECONDS_AT_MOST", "60")
         .output()
         .expect("scripts/schemathesis.sh");
-    assert!(run.status.success(), "{}", said(&run));
+    assert!(run.status.success(), "{}", output_of(&run));
     let routes = routes(&document(&host)).len();
-    assert!(said(&run).contains(&format!("Tested: {routes}\n")), "{}", said(&run));
+    assert!(
+        output_of(&run).contains(&format!("Tested: {routes}\n")),
+        "{}",
+        output_of(&run)
+    );
     assert!(!host.log().contains("panicked"), "a task panicked");
 
-    // What it left can be removed, and then nothing is left.
+    // The leftovers can be removed, and then nothing is left.
     let client = host.client();
     for vm in client.vms().unwrap() {
         client.delete_vm(&vm.id).unwrap();
@@ -156,7 +160,7 @@ fn the_document_is_true_for_every_request_that_can_be_made_of_it() {
 }
 
 #[test]
-fn bounds_in_the_document_are_those_of_the_host() {
+fn bounds_in_the_document_match_the_host() {
     let host = Host::with_tiny_template(&Options {
         env: &[("MAX_DISK_SIZE_GIB", "7"), ("DEFAULT_DISK_SIZE_GIB", "1")],
         ..Options::default()

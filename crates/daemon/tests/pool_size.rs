@@ -1,12 +1,12 @@
-//! A growth of the pool by itself that fails has not happened, and the pool can be grown at once.
+//! A failed automatic growth changes nothing, and the pool can be grown right afterwards.
 //!
-//! Built with the feature `fault-points` alone.
+//! This test is built only with the feature `fault-points`.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -16,7 +16,7 @@ use support::{Host, HostDisk, Options, eventually, run, text};
 
 const GIB: u64 = 1 << 30;
 
-/// Image, loop device and file system, in GiB.
+/// Returns the sizes of image, loop device and file system, in GiB.
 fn layers(host: &Host, disk: &HostDisk) -> [u64; 3] {
     let image = disk.folder.join("pool.img");
     let device = run("losetup", &["-n", "-O", "NAME", "-j", text(&image)]);
@@ -26,7 +26,7 @@ fn layers(host: &Host, disk: &HostDisk) -> [u64; 3] {
 }
 
 #[test]
-fn a_growth_by_itself_that_fails_has_not_happened() {
+fn a_failed_automatic_growth_changes_nothing() {
     let disk = HostDisk::ext4("100G");
     let mut host = Host::new(&Options {
         pool_size: "20G",
@@ -43,7 +43,7 @@ fn a_growth_by_itself_that_fails_has_not_happened() {
     let (status, answer) = host.send("POST", "/vms", body.as_bytes());
     assert_eq!(status, 507, "{answer}");
     eventually("the failure in the log", || {
-        host.log().contains("the pool did not grow by itself").then_some(())
+        host.log().contains("cannot grow the pool automatically").then_some(())
     });
     assert_eq!(layers(&host, &disk), [20; 3]);
     host.client().grow_pool(Some(22)).unwrap();

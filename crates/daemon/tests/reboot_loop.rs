@@ -1,14 +1,13 @@
-//! A guest that cannot boot: a kernel of a few bytes stands for it, which restarts the machine at
-//! once.
+//! A guest that cannot boot. Its kernel is a few bytes that reboot the machine at once.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 #[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, reason = "one of its guests is needed")]
+#[allow(dead_code, reason = "only one of its guests is used")]
 mod bare_guest;
 mod support;
 
@@ -18,7 +17,7 @@ use std::fs;
 use support::{Host, Options, eventually};
 
 #[test]
-fn a_guest_that_cannot_boot_fails_says_so_and_takes_no_processor_any_more() {
+fn a_guest_that_cannot_boot_fails_with_a_reason_and_is_killed() {
     let host = Host::with_tiny_template(&Options::default());
     let kernel = host.folder.join("pool/kernel");
     Guest::Restless.write_to(&kernel.join("vmlinuz"));
@@ -34,14 +33,14 @@ fn a_guest_that_cannot_boot_fails_says_so_and_takes_no_processor_any_more() {
     });
     let reason = failed.status_reason.unwrap();
     assert!(
-        reason.contains("restarted itself 6 times") && reason.contains("last words: up"),
+        reason.contains("rebooted 6 times") && reason.contains("last console output: up"),
         "{reason}"
     );
-    assert_eq!(host.taps(), Vec::<String>::new(), "its machine is gone");
+    assert_eq!(host.taps(), Vec::<String>::new(), "the machine was killed");
     let events = host.client().events(Some(0), false).unwrap();
     assert_eq!(events.last().unwrap().unwrap().kind, EventKind::Failed);
 
-    // It can be started again, as after a repair of its disk.
+    // It can be started again, for example after its disk was repaired.
     assert_eq!(host.client().start_vm(&vm.id).unwrap().status, VmStatus::Running);
     host.client().delete_vm(&vm.id).unwrap();
     assert_eq!(host.leftovers(), Vec::<String>::new());

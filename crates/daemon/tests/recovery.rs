@@ -1,14 +1,14 @@
-//! One VM in trouble keeps no other from being served: not at start, not after a reboot of the
-//! host, not when the network is swept away. Guests of a few bytes stand for real ones.
+//! One VM in trouble does not affect the others: at start, after a reboot of the host, or when the
+//! network tables are removed. The guests are a few bytes of code.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 #[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, reason = "one of its guests is needed")]
+#[allow(dead_code, reason = "only one of its guests is used")]
 mod bare_guest;
 mod support;
 
@@ -18,7 +18,7 @@ use std::fs;
 use support::guest::{machine_of, machines};
 use support::{Host, Options, eventually, run, text};
 
-/// A host of which the VMs run a guest that does nothing and hears the power button.
+/// Creates a host whose guests do nothing but respond to the power button.
 fn host_with_kernel() -> Host {
     let host = Host::with_tiny_template(&Options::default());
     let kernel = host.folder.join("pool/kernel");
@@ -41,15 +41,15 @@ fn change_state(host: &Host, sql: &str) {
 }
 
 #[test]
-fn a_growth_that_cannot_be_carried_through_is_taken_back_and_the_others_are_served() {
+fn an_interrupted_growth_that_fails_is_rolled_back_and_other_vms_are_served() {
     let mut host = Host::with_tiny_template(&Options::default());
     let (broken, sound) = (
         host.create_stopped("tiny", Some(1)),
         host.create_stopped("tiny", Some(1)),
     );
     host.crash();
-    // What the state says when the crash comes behind the intent; and a file system that e2fsck
-    // would wait for, for hours.
+    // The state after a crash that followed the recorded intent, and a file system on which e2fsck
+    // would wait for hours.
     change_state(&host, "UPDATE vms SET disk_size_gib = 3");
     run(
         "tune2fs",
@@ -59,29 +59,29 @@ fn a_growth_that_cannot_be_carried_through_is_taken_back_and_the_others_are_serv
     assert_eq!(host.client().vm(&sound.id).unwrap().disk_size_gib, 3);
     assert_eq!(host.client().vm(&broken.id).unwrap().disk_size_gib, 1);
     assert_eq!(host.client().pool().unwrap().committed_bytes, 4 << 30);
-    assert!(host.log().contains("is taken back"));
+    assert!(host.log().contains("rolling it back"));
 
-    // Asked for, it is refused in words that tell the way out.
-    let (status, said) = host.send("PATCH", &format!("/vms/{}", broken.id), br#"{"disk_size_gib": 3}"#);
-    assert_eq!(status, 409, "{said}");
-    assert!(said.contains("tune2fs -O ^mmp"), "{said}");
-    let (status, said) = host.send(
+    // A request to grow it is rejected with the remedy.
+    let (status, answer) = host.send("PATCH", &format!("/vms/{}", broken.id), br#"{"disk_size_gib": 3}"#);
+    assert_eq!(status, 409, "{answer}");
+    assert!(answer.contains("tune2fs -O ^mmp"), "{answer}");
+    let (status, answer) = host.send(
         "POST",
         &format!("/vms/{}/snapshot", broken.id),
         br#"{"template_name": "x"}"#,
     );
-    assert_eq!(status, 409, "{said}");
-    assert!(said.contains("tune2fs -O ^mmp"), "{said}");
-    // One whose disk is gone too.
+    assert_eq!(status, 409, "{answer}");
+    assert!(answer.contains("tune2fs -O ^mmp"), "{answer}");
+    // A VM whose disk is missing too.
     fs::remove_file(host.disk(&sound)).unwrap();
     for (method, path, body) in [
         ("PATCH", "", r#"{"disk_size_gib": 5}"#),
         ("POST", "/snapshot", r#"{"template_name": "x"}"#),
         ("POST", "/start", ""),
     ] {
-        let (status, said) = host.send(method, &format!("/vms/{}{path}", sound.id), body.as_bytes());
-        assert_eq!(status, 409, "{method} {path}: {said}");
-        assert!(said.contains("is gone from the pool"), "{said}");
+        let (status, answer) = host.send(method, &format!("/vms/{}{path}", sound.id), body.as_bytes());
+        assert_eq!(status, 409, "{method} {path}: {answer}");
+        assert!(answer.contains("is missing from the pool"), "{answer}");
     }
     host.client().delete_vm(&broken.id).unwrap();
     host.client().delete_vm(&sound.id).unwrap();
@@ -89,7 +89,7 @@ fn a_growth_that_cannot_be_carried_through_is_taken_back_and_the_others_are_serv
 }
 
 #[test]
-fn a_vm_that_somebody_starts_while_it_waits_for_its_turn_after_a_reboot_runs() {
+fn a_vm_started_by_a_client_while_it_waits_after_a_reboot_keeps_running() {
     let mut host = host_with_kernel();
     let vms: Vec<Vm> = (0..6).map(|_| create_running(&host)).collect();
     host.crash();
@@ -98,7 +98,7 @@ fn a_vm_that_somebody_starts_while_it_waits_for_its_turn_after_a_reboot_runs() {
     }
     change_state(&host, "UPDATE facts SET value = 'another' WHERE key = 'boot_id'");
     host.serve();
-    // The last first: its turn comes while it is being started, or runs.
+    // In reverse order: the daemon reaches each VM while it is being started, or runs.
     for vm in vms.iter().rev() {
         match host.client().start_vm(&vm.id) {
             Ok(_) | Err(ClientError::Refused { status: 409, .. }) => {}
@@ -110,7 +110,7 @@ fn a_vm_that_somebody_starts_while_it_waits_for_its_turn_after_a_reboot_runs() {
         listed.iter().all(|vm| vm.status == VmStatus::Running).then_some(())
     });
     assert_eq!(machines(&host).len(), vms.len());
-    // They are what the next daemon finds.
+    // The next daemon finds them running.
     host.crash();
     host.serve();
     assert!(
@@ -128,7 +128,7 @@ fn a_vm_that_somebody_starts_while_it_waits_for_its_turn_after_a_reboot_runs() {
 }
 
 #[test]
-fn a_vm_whose_tap_somebody_took_keeps_no_other_from_its_network() {
+fn a_vm_whose_tap_is_unusable_does_not_keep_others_from_the_network() {
     let mut host = host_with_kernel();
     let (taken, other) = (create_running(&host), create_running(&host));
     let (tap, foreign) = (tap_of(&taken), format!("{}00", host.bridge));
@@ -140,14 +140,14 @@ fn a_vm_whose_tap_somebody_took_keeps_no_other_from_its_network() {
     host.serve();
     assert!(host.log().contains("is a port of another bridge"));
     assert_eq!(machines(&host).len(), 2);
-    // And when all is swept away.
+    // After the tables are removed.
     sweep(&host);
     eventually("the other's forward to be back", || {
         has_forward(&host, &other).then_some(())
     });
     assert!(!has_forward(&host, &taken));
 
-    // Given back, it is connected without anybody's doing.
+    // Once the tap is usable again, it is reconnected automatically.
     run("ip", &["link", "set", &tap, "nomaster"]);
     run("ip", &["link", "del", &foreign]);
     eventually("its forward to be back", || has_forward(&host, &taken).then_some(()));
@@ -159,22 +159,25 @@ fn a_vm_whose_tap_somebody_took_keeps_no_other_from_its_network() {
 }
 
 #[test]
-fn a_machine_that_does_not_answer_at_one_start_is_taken_over_by_a_later_one() {
+fn a_machine_that_does_not_respond_at_one_start_is_adopted_by_a_later_one() {
     use rustix::process::{Signal, kill_process};
     let mut host = host_with_kernel();
     let vm = create_running(&host);
     let machine = machine_of(&host, &vm);
-    // Not before: what stands still when its parent dies is sent SIGHUP.
+    // Not earlier: a stopped process whose parent dies receives SIGHUP.
     host.crash();
     kill_process(machine, Signal::STOP).unwrap();
     host.serve();
     let found = host.client().vm(&vm.id).unwrap();
     assert_eq!(found.status, VmStatus::Failed);
-    assert!(found.status_reason.unwrap().contains("does not answer"));
-    // Its guest may run as well as ever: what it has stays.
+    assert!(found.status_reason.unwrap().contains("does not respond"));
+    // The guest may be running normally, so its network is kept.
     assert!(has_forward(&host, &vm) && host.taps().contains(&tap_of(&vm)));
-    let (status, said) = host.send("PATCH", &format!("/vms/{}", vm.id), br#"{"disk_size_gib": 5}"#);
-    assert!(status == 409 && said.contains("does not answer"), "{status}: {said}");
+    let (status, answer) = host.send("PATCH", &format!("/vms/{}", vm.id), br#"{"disk_size_gib": 5}"#);
+    assert!(
+        status == 409 && answer.contains("does not respond"),
+        "{status}: {answer}"
+    );
     assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
 
     kill_process(machine, Signal::CONT).unwrap();

@@ -1,14 +1,14 @@
-//! The daemon as a service: what the service manager and the journal are told, and what is kept for
-//! whom.
+//! The daemon as a service: notifications to the service manager, the journal, logins, and restarts
+//! of VMs.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 #[path = "../../vmm/tests/support/guest.rs"]
-#[allow(dead_code, reason = "one of its guests is needed")]
+#[allow(dead_code, reason = "only one of its guests is used")]
 mod bare_guest;
 mod support;
 
@@ -21,9 +21,9 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::time::Duration;
 use support::guest::machines;
-use support::{Host, Options, TOKEN, eventually, said, text};
+use support::{Host, Options, TOKEN, eventually, output_of, text};
 
-/// A host of which the VMs run a guest that does nothing and hears the power button.
+/// Creates a host whose guests do nothing but respond to the power button.
 fn host_with_kernel(options: &Options) -> Host {
     let host = Host::with_tiny_template(options);
     let kernel = host.folder.join("pool/kernel");
@@ -52,7 +52,7 @@ fn driver_of(host: &Host, vm: &Vm) -> Option<String> {
 }
 
 #[test]
-fn the_service_manager_is_told_when_the_daemon_answers() {
+fn the_service_manager_is_notified_when_the_daemon_responds() {
     let mut host = Host::new(&Options::default());
     let socket = host.folder.join("notify");
     let manager = UnixDatagram::bind(&socket).unwrap();
@@ -66,20 +66,20 @@ fn the_service_manager_is_told_when_the_daemon_answers() {
 }
 
 #[test]
-fn a_wrong_configuration_has_an_exit_status_of_its_own() {
+fn an_invalid_configuration_has_its_own_exit_status() {
     let mut host = Host::new(&Options::default());
     let status = |host: &Host| host.scaleboxd(&["serve"]).output().unwrap().status.code();
     host.set("MAX_DISK_SIZE_GIB", "lots");
     assert_eq!(status(&host), Some(78));
     host.set("MAX_DISK_SIZE_GIB", "");
-    // Another program may let go of the port.
+    // A port used by another program may become free, so it is not a wrong configuration.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     host.set("API_PORT", &taken.local_addr().unwrap().port().to_string());
     assert_eq!(status(&host), Some(1));
 }
 
 #[test]
-fn lines_for_the_journal_have_priorities_and_no_clock() {
+fn journal_lines_have_priorities_and_no_timestamps() {
     let mut host = Host::new(&Options::default());
     File::create(host.log_path()).unwrap();
     let log = fs::metadata(host.log_path()).unwrap();
@@ -98,7 +98,7 @@ fn lines_for_the_journal_have_priorities_and_no_clock() {
     assert!(with(" ready ").starts_with("<6> INFO"), "{lines}");
     assert!(with("failed login").starts_with("<4> WARN"), "{lines}");
 
-    // The end of a daemon that could not start, as systemd would see it; another stream has none.
+    // A daemon that fails to start, as systemd sees it. Other streams get no priority.
     host.set("API_TOKEN", "");
     let failing = host
         .scaleboxd(&["serve"])
@@ -110,10 +110,10 @@ fn lines_for_the_journal_have_priorities_and_no_clock() {
         "{}",
         host.log()
     );
-    assert!(said(&host.scaleboxd(&["serve"]).output().unwrap()).starts_with("error: API_TOKEN"));
+    assert!(output_of(&host.scaleboxd(&["serve"]).output().unwrap()).starts_with("error: API_TOKEN"));
 }
 
-/// The status of a request with that header.
+/// Returns the status of a request with this header.
 fn ureq_status(host: &Host, authorization: &str) -> u16 {
     let request =
         format!("GET /vms HTTP/1.1\r\nHost: x\r\nAuthorization: {authorization}\r\nConnection: close\r\n\r\n");
@@ -121,7 +121,7 @@ fn ureq_status(host: &Host, authorization: &str) -> u16 {
 }
 
 #[test]
-fn failed_logins_are_logged_with_their_peer_and_not_each_time() {
+fn failed_logins_are_logged_with_their_peer_and_rate_limited() {
     let host = Host::new(&Options::default());
     let mut host = host;
     host.serve();
@@ -132,14 +132,14 @@ fn failed_logins_are_logged_with_their_peer_and_not_each_time() {
     let log = host.log();
     let failed: Vec<_> = log.lines().filter(|line| line.contains("failed login")).collect();
     assert!(failed[0].contains("peer=127.0.0.1 attempts=1"), "{failed:?}");
-    // A slow machine takes more than one interval for them.
+    // A slow machine needs more than one interval for the requests.
     assert!(failed.len() < 10, "{failed:?}");
     let loud = |line: &&str| line.contains("GET") && !line.contains("DEBUG") && !line.contains("failed login");
     assert_eq!(log.lines().find(loud), None, "neither they nor what was answered");
 }
 
 #[test]
-fn vms_that_ran_come_back_after_down() {
+fn running_vms_are_started_again_after_down() {
     let mut host = host_with_kernel(&Options::default());
     let (one, off) = (create_running(&host), create_running(&host));
     let stopped = host.create_stopped("tiny", None);
@@ -151,7 +151,7 @@ fn vms_that_ran_come_back_after_down() {
     assert!(host.terminate().success());
     host.scaleboxd_ok(&["down"]);
     assert_eq!(machines(&host), Vec::<String>::new());
-    // Twice is as good as once.
+    // Running it twice makes no difference.
     host.scaleboxd_ok(&["pool", "init"]);
     host.scaleboxd_ok(&["down"]);
 
@@ -165,7 +165,7 @@ fn vms_that_ran_come_back_after_down() {
     assert!(off.status_reason.unwrap().contains("autostart is off"));
     assert_eq!(host.client().vm(&stopped.id).unwrap().status, VmStatus::Stopped);
 
-    // One that is stopped from then on stays so.
+    // A VM that is stopped afterwards stays stopped.
     host.client().stop_vm(&one.id).unwrap();
     assert!(host.terminate().success());
     host.serve();
@@ -175,12 +175,12 @@ fn vms_that_ran_come_back_after_down() {
 #[test]
 fn a_machine_is_adopted_by_the_driver_that_launched_it() {
     let mut host = host_with_kernel(&Options::default());
-    // What a Firecracker that was removed since has left.
+    // Left by a Firecracker that was removed since.
     fs::create_dir(host.folder.join("pool/jails")).unwrap();
     let vm = create_running(&host);
     assert_eq!(driver_of(&host, &vm).as_deref(), Some("qemu"));
     let before = machines(&host);
-    // As an earlier release left the state; and as a crash in the middle of a change would.
+    // As an earlier release recorded it, and as after a crash during a change.
     for recorded in ["NULL", "'firecracker'"] {
         host.crash();
         change_state(&host, &format!("UPDATE vms SET vmm = {recorded}"));
@@ -192,23 +192,23 @@ fn a_machine_is_adopted_by_the_driver_that_launched_it() {
         );
         assert_eq!(machines(&host), before, "{recorded}");
     }
-    assert!(doctor(&host).contains("1 VMs have firecracker, new ones get qemu"));
+    assert!(doctor(&host).contains("1 VMs use firecracker, new VMs use qemu"));
 
-    // A VM whose driver is not there any more gets the one that is.
+    // A VM whose driver is missing is started with an available one.
     host.client().stop_vm(&vm.id).unwrap();
     host.client().start_vm(&vm.id).unwrap();
     assert_eq!(driver_of(&host, &vm).as_deref(), Some("qemu"));
-    assert!(!doctor(&host).contains("VMs have"));
+    assert!(!doctor(&host).contains("VMs use"));
     host.client().delete_vm(&vm.id).unwrap();
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
 fn doctor(host: &Host) -> String {
-    said(&host.scaleboxd(&["doctor"]).output().unwrap())
+    output_of(&host.scaleboxd(&["doctor"]).output().unwrap())
 }
 
 #[test]
-fn a_user_is_logged_in_by_what_the_daemon_prints() {
+fn client_config_prints_settings_that_log_a_user_in() {
     let mut host = Host::new(&Options::default());
     host.set("API_BIND", "0.0.0.0");
     host.set("API_PORT", "8099");
@@ -231,5 +231,5 @@ fn a_user_is_logged_in_by_what_the_daemon_prints() {
         .env("HOME", host.folder.join("home"))
         .output()
         .unwrap();
-    assert!(output.status.success(), "{}", said(&output));
+    assert!(output.status.success(), "{}", output_of(&output));
 }

@@ -1,9 +1,9 @@
-//! What `POST /vms/{id}/snapshot` answers, with VMs that do not run.
+//! Responses to `POST /vms/{id}/snapshot`, for stopped VMs.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -11,7 +11,7 @@ mod support;
 use support::{Host, Options};
 
 #[test]
-fn a_stopped_vm_s_disk_becomes_a_template_and_what_cannot_is_refused() {
+fn a_stopped_vm_s_disk_becomes_a_template_and_invalid_requests_are_rejected() {
     let host = Host::with_tiny_template(&Options::default());
     let vm = host.create_stopped("tiny", Some(3));
     let snapshot = |of: &str, body: &str| host.send("POST", &format!("/vms/{of}/snapshot"), body.as_bytes());
@@ -36,8 +36,8 @@ fn a_stopped_vm_s_disk_becomes_a_template_and_what_cannot_is_refused() {
         (&vm.name, "{}", 400, "template_name"),
         ("nobody", r#"{"template_name": "x"}"#, 404, "nobody"),
     ] {
-        let (found, said) = snapshot(of, body);
-        assert!(found == status && said.contains(words), "{body}: {found} {said}");
+        let (found, answer) = snapshot(of, body);
+        assert!(found == status && answer.contains(words), "{body}: {found} {answer}");
     }
 
     let names = || -> Vec<String> {
@@ -45,10 +45,10 @@ fn a_stopped_vm_s_disk_becomes_a_template_and_what_cannot_is_refused() {
         templates.into_iter().map(|template| template.name).collect()
     };
     assert_eq!(names(), ["golden", "tiny"]);
-    let (status, said) = host.send("GET", "/templates/golden", b"");
-    let one: scalebox_client::Template = serde_json::from_str(&said).unwrap();
-    assert_eq!((status, one.name.as_str(), one.used_by), (200, "golden", 0), "{said}");
-    // It outlives its source, and VMs are made from it.
+    let (status, answer) = host.send("GET", "/templates/golden", b"");
+    let one: scalebox_client::Template = serde_json::from_str(&answer).unwrap();
+    assert_eq!((status, one.name.as_str(), one.used_by), (200, "golden", 0), "{answer}");
+    // The template outlives its source, and VMs can be created from it.
     host.client().delete_vm(&vm.id).unwrap();
     let copy = host.create_stopped("golden", None);
     assert_eq!(copy.disk_size_gib, 3);

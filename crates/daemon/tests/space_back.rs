@@ -1,10 +1,10 @@
-//! Blocks that nobody needs any more are the host disk's again. No guest is booted.
+//! Freed blocks are returned to the host disk. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -23,7 +23,7 @@ fn free(folder: &Path) -> u64 {
 }
 
 #[test]
-fn a_deleted_vm_s_blocks_come_back_to_the_host_disk_and_stay_promised_until_they_are_free() {
+fn a_deleted_vm_s_blocks_return_to_the_host_disk_and_stay_committed_until_they_are_free() {
     let disk = HostDisk::ext4("60G");
     let mut host = Host::with_tiny_template(&Options {
         image_dir: Some(&disk.folder),
@@ -33,27 +33,30 @@ fn a_deleted_vm_s_blocks_come_back_to_the_host_disk_and_stay_promised_until_they
     let vm = host.create_stopped("tiny", Some(20));
     let (empty, path) = (free(&disk.folder), host.disk(&vm));
     let mut written = File::options().write(true).open(&path).unwrap();
-    // In many pieces: that is what takes the kernel time to free.
+    // In many extents, which take the kernel time to free.
     for _ in 0..300 {
         written.write_all(&[7; MIB as usize]).unwrap();
         written.sync_data().unwrap();
     }
     drop(written);
-    assert!(free(&disk.folder) < empty - 250 * MIB, "it lies on the host disk");
+    assert!(
+        free(&disk.folder) < empty - 250 * MIB,
+        "the disk uses space on the host disk"
+    );
 
     host.client().delete_vm(&vm.id).unwrap();
     let answered = Instant::now();
-    // Its promise is the only room that there is, and it is never refused.
+    // The space committed to it is all there is, but the request is not rejected.
     let next = host.create_stopped("tiny", Some(20));
     eventually("the host disk's free space", || {
         (free(&disk.folder) > empty - 20 * MIB).then_some(())
     });
     eprintln!(
-        "300 MiB were back on the host disk {:.1} s after the answer",
+        "300 MiB were returned to the host disk {:.1} s after the response",
         answered.elapsed().as_secs_f64()
     );
 
-    // A daemon that ends with a deletion under way has its blocks back too.
+    // A daemon that ends during a deletion frees its blocks too.
     host.client().delete_vm(&next.id).unwrap();
     assert!(host.terminate().success());
     assert_eq!(host.leftovers(), Vec::<String>::new());

@@ -1,9 +1,9 @@
-//! The disk under `STATE_DIR` in trouble: it loses writes, is full, or is read-only.
+//! Problems of the disk under `STATE_DIR`: it loses writes, is full, or is read-only.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use support::{Host, HostDisk, Options, run, text};
 use tempfile::TempDir;
 
-/// An ext4 file system on a device that holds what is written to it only while there is room behind
-/// it, as a thin volume does. A write for which there is none fails.
+/// An ext4 file system on a device that accepts writes only while its backing store has space, like
+/// a thin volume. Other writes fail.
 struct ThinDisk {
     store: PathBuf,
     folder: PathBuf,
@@ -40,10 +40,9 @@ impl ThinDisk {
             "mke2fs",
             &["-q", "-t", "ext4", "-b", "4096", "-J", "size=4", text(&disk.image())],
         );
-        // All blocks exist, the journal's and the tables' too; then those of free space are given
-        // back.
+        // Allocates all blocks, including journal and tables; then discards those that are free.
         run("fallocate", &["-l", "64M", text(&disk.image())]);
-        // Nothing is committed but what is flushed.
+        // Only flushed data is committed.
         run(
             "mount",
             &["-o", "loop,commit=600", text(&disk.image()), text(&disk.folder)],
@@ -53,8 +52,8 @@ impl ThinDisk {
         disk
     }
 
-    /// A loop device reports success for a request of which it could write a part, so each is one
-    /// block of the store.
+    /// A loop device reports success for a request that it has written in part, so requests are
+    /// limited to one block of the store.
     fn refuse_whole_requests(&self) {
         let device = run("findmnt", &["-n", "-o", "SOURCE", text(&self.folder)]);
         let name = device.trim().trim_start_matches("/dev/");
@@ -65,7 +64,7 @@ impl ThinDisk {
         self.store.join("image")
     }
 
-    /// Takes all room that is left behind the device.
+    /// Uses up the space that is left in the store.
     fn exhaust(&self) {
         let ballast = File::create(self.store.join("ballast")).unwrap();
         for size in [1 << 20, 4096] {
@@ -80,7 +79,7 @@ impl ThinDisk {
         fs::remove_file(self.store.join("ballast")).unwrap();
     }
 
-    /// The names of the VMs in the state file, if the power were cut now.
+    /// Returns the names of the VMs in the state file if the power were cut now.
     fn vms_after_a_power_cut(&self) -> BTreeSet<String> {
         let scratch = tempfile::tempdir().unwrap();
         let (copy, folder) = (scratch.path().join("image"), scratch.path().join("disk"));
@@ -134,32 +133,32 @@ fn host_with_state_in(folder: &Path) -> Host {
 }
 
 #[test]
-fn answers_hold_after_a_power_cut_of_a_disk_that_loses_writes() {
+fn reported_changes_survive_a_power_cut_on_a_disk_that_loses_writes() {
     let disk = ThinDisk::new();
     let host = host_with_state_in(&disk.folder);
-    let mut told = BTreeSet::new();
-    let create = |name: &str, told: &mut BTreeSet<String>| {
+    let mut reported = BTreeSet::new();
+    let create = |name: &str, reported: &mut BTreeSet<String>| {
         let created = host.client().create_vm(&named(&host, name));
         if created.is_ok() {
-            told.insert(name.to_owned());
+            reported.insert(name.to_owned());
         }
         assert_eq!(
             disk.vms_after_a_power_cut(),
-            *told,
-            "behind the answer to {name}: {created:?}"
+            *reported,
+            "after the response to {name}: {created:?}"
         );
         created
     };
     for n in 0..4 {
-        create(&format!("before-{n}"), &mut told).unwrap();
+        create(&format!("before-{n}"), &mut reported).unwrap();
     }
     disk.exhaust();
-    // The log may have some blocks left.
-    let refusal = (0..64).find_map(|n| create(&format!("during-{n}"), &mut told).err());
+    // The log may have some allocated blocks left.
+    let refusal = (0..64).find_map(|n| create(&format!("during-{n}"), &mut reported).err());
     assert_eq!(status(&refusal.expect("a write that is lost")), 500);
     let deleted = host.client().delete_vm("before-0");
     assert_eq!(status(&deleted.unwrap_err()), 500);
-    assert_eq!(disk.vms_after_a_power_cut(), told);
+    assert_eq!(disk.vms_after_a_power_cut(), reported);
     assert!(
         host.client().vm("before-0").is_ok(),
         "a VM that could not be deleted is there"
@@ -167,16 +166,16 @@ fn answers_hold_after_a_power_cut_of_a_disk_that_loses_writes() {
 
     disk.refill();
     for n in 0..4 {
-        create(&format!("behind-{n}"), &mut told).unwrap();
+        create(&format!("after-{n}"), &mut reported).unwrap();
     }
     host.client().delete_vm("before-0").unwrap();
-    told.remove("before-0");
-    assert_eq!(disk.vms_after_a_power_cut(), told);
+    reported.remove("before-0");
+    assert_eq!(disk.vms_after_a_power_cut(), reported);
     let listed: BTreeSet<_> = host.client().vms().unwrap().into_iter().map(|vm| vm.name).collect();
-    assert_eq!(listed, told);
+    assert_eq!(listed, reported);
 }
 
-/// Leaves no room on the file system of `folder`, in any size of blocks.
+/// Fills the file system of `folder`, down to the smallest blocks.
 fn fill(folder: &Path) {
     let ballast = File::create(folder.join("ballast")).unwrap();
     for size in [1 << 20, 4096] {
@@ -189,13 +188,13 @@ fn fill(folder: &Path) {
 
 #[test]
 fn a_deletion_that_cannot_be_recorded_changes_nothing() {
-    // Too small for a reserve.
+    // The file system is too small for a reserve.
     let disk = HostDisk::ext4("40M");
     let mut host = host_with_state_in(&disk.folder);
     host.create_stopped("tiny", Some(1));
     let vm = host.client().create_vm(&named(&host, "kept")).unwrap();
     fill(&disk.folder);
-    // Changes are written until the log needs another block.
+    // Makes changes until the log needs another block.
     let refusal = (2..200).find_map(|size| host.client().update_vm("kept", &limit(size)).err());
     let refusal = refusal.expect("a full disk");
     assert_eq!(status(&refusal), 507, "{refusal}");
@@ -222,7 +221,7 @@ fn limit(iops: u64) -> UpdateVm {
 }
 
 #[test]
-fn vms_can_be_deleted_on_a_full_state_disk_also_when_the_daemon_starts_on_it() {
+fn vms_can_be_deleted_on_a_full_state_disk_even_after_a_restart() {
     let disk = HostDisk::ext4("200M");
     let mut host = host_with_state_in(&disk.folder);
     for name in ["one", "two", "three"] {
@@ -233,7 +232,7 @@ fn vms_can_be_deleted_on_a_full_state_disk_also_when_the_daemon_starts_on_it() {
     host.serve();
     host.client().delete_vm("one").unwrap();
     for iops in 1..100 {
-        // Uses the room up again.
+        // Uses up the space again.
         let _until_full = host.client().update_vm("three", &limit(iops));
     }
     host.client().delete_vm("two").unwrap();
@@ -241,15 +240,15 @@ fn vms_can_be_deleted_on_a_full_state_disk_also_when_the_daemon_starts_on_it() {
     host.serve();
     let left: Vec<_> = host.client().vms().unwrap().into_iter().map(|vm| vm.name).collect();
     assert_eq!(left, ["three"]);
-    assert!(host.log().contains("the room reserved for that is used up now"));
+    assert!(host.log().contains("the reserved space is now in use"));
 }
 
 #[test]
-fn a_daemon_whose_state_is_read_only_serves_what_there_is_and_changes_nothing() {
+fn a_daemon_with_a_read_only_state_serves_reads_and_rejects_changes() {
     let disk = HostDisk::ext4("200M");
     let mut host = host_with_state_in(&disk.folder);
     host.client().create_vm(&named(&host, "kept")).unwrap();
-    // A log that is not in the file itself yet.
+    // Leaves a log that is not yet written to the file.
     host.crash();
     run("mount", &["-o", "remount,ro", text(&disk.folder)]);
     host.serve();
@@ -265,9 +264,9 @@ fn a_daemon_whose_state_is_read_only_serves_what_there_is_and_changes_nothing() 
             &format!(r#"{{"ssh_public_key": "{}", "#, support::KEY),
             usize::from(path == "/vms"),
         );
-        let (status, said) = host.send(method, path, body.as_bytes());
-        assert_eq!(status, 503, "{method} {path}: {said}");
-        assert!(said.contains("read-only"), "{method} {path}: {said}");
+        let (status, answer) = host.send(method, path, body.as_bytes());
+        assert_eq!(status, 503, "{method} {path}: {answer}");
+        assert!(answer.contains("read-only"), "{method} {path}: {answer}");
     }
     let vm = host.client().vm("kept").unwrap();
     assert_eq!((vm.disk_size_gib, vm.autostart), (2, true));

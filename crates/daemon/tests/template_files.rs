@@ -1,10 +1,10 @@
-//! Templates to files and back: over the API, and by the command line. No guest is booted.
+//! Template export and import, over the API and by the command line. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 mod support;
@@ -15,9 +15,9 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use support::guest::scalebox;
-use support::{Host, KEY, Options, TOKEN, eventually, run, said, text};
+use support::{Host, KEY, Options, TOKEN, eventually, output_of, run, text};
 
-/// An ext4 image with data in it that does not pack well.
+/// Creates an ext4 image that contains incompressible data.
 fn image(folder: &Path, name: &str, size: &str, data_mib: usize) -> PathBuf {
     let (root, image) = (folder.join(format!("{name}.root")), folder.join(name));
     fs::create_dir(&root).unwrap();
@@ -32,8 +32,8 @@ fn template(host: &Host, name: &str) -> PathBuf {
     host.folder.join(format!("pool/templates/{name}.ext4"))
 }
 
-/// What lies in the templates' folder beside the templates: half-made files.
-fn half_made(host: &Host) -> usize {
+/// Counts the partial files in the templates folder.
+fn partial_files(host: &Host) -> usize {
     let entries = fs::read_dir(host.folder.join("pool/templates")).unwrap();
     entries
         .filter(|entry| {
@@ -47,12 +47,12 @@ fn half_made(host: &Host) -> usize {
         .count()
 }
 
-fn refused(error: ClientError) -> (u16, String) {
+fn rejection(error: ClientError) -> (u16, String) {
     (error.status().unwrap_or_else(|| panic!("{error}")), error.to_string())
 }
 
 #[test]
-fn a_template_goes_out_and_comes_in_again_as_it_was() {
+fn an_exported_template_is_imported_unchanged() {
     let host = Host::with_tiny_template(&Options::default());
     let client = host.client();
     let mut packed = Vec::new();
@@ -61,7 +61,7 @@ fn a_template_goes_out_and_comes_in_again_as_it_was() {
     export.packed.read_to_end(&mut packed).unwrap();
     assert!(packed.len() < 1 << 20, "{} bytes", packed.len());
 
-    // Any zstd unpacks it, to the same image.
+    // Any zstd can decompress it, to the same image.
     let (file, unpacked) = (host.folder.join("tiny.zst"), host.folder.join("unpacked"));
     fs::write(&file, &packed).unwrap();
     run("zstd", &["-q", "-d", text(&file), "-o", text(&unpacked)]);
@@ -73,21 +73,21 @@ fn a_template_goes_out_and_comes_in_again_as_it_was() {
     assert_eq!((made.name.as_str(), made.size_bytes), ("second", 64 << 20));
     assert!(made.used_bytes < 8 << 20, "holes stay holes: {made:?}");
     run("e2fsck", &["-fn", text(&template(&host, "second"))]);
-    // A bare image will do too, and one that is there is replaced only when that is asked for.
+    // An uncompressed image works too, and an existing template is replaced only on request.
     let bare = || File::open(&unpacked).unwrap();
-    let (status, message) = refused(client.import_template("second", bare(), false).unwrap_err());
+    let (status, message) = rejection(client.import_template("second", bare(), false).unwrap_err());
     assert!(status == 409 && message.contains("exists already"), "{message}");
     client.import_template("second", bare(), true).unwrap();
     let vm = host.create_stopped("second", Some(1));
     run("e2fsck", &["-fn", text(&host.disk(&vm))]);
-    assert_eq!(half_made(&host), 0);
+    assert_eq!(partial_files(&host), 0);
 
-    assert_eq!(refused(client.export_template("nothing").err().unwrap()).0, 404);
-    assert_eq!(refused(client.export_template("../state").err().unwrap()).0, 404);
+    assert_eq!(rejection(client.export_template("nothing").err().unwrap()).0, 404);
+    assert_eq!(rejection(client.export_template("../state").err().unwrap()).0, 404);
 }
 
 #[test]
-fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
+fn failed_imports_leave_nothing_behind() {
     let host = Host::with_tiny_template(&Options {
         env: &[("MAX_DISK_SIZE_GIB", "2")],
         ..Options::default()
@@ -95,7 +95,7 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
     let client = host.client();
     let import = |name: &str, bytes: Vec<u8>| {
         let made = client.import_template(name, std::io::Cursor::new(bytes), false);
-        refused(made.unwrap_err())
+        rejection(made.unwrap_err())
     };
     let image = image(&host.folder, "image", "100M", 40);
     let bytes = fs::read(&image).unwrap();
@@ -113,7 +113,7 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
     }
     assert_eq!(import("../x", b"x".to_vec()).0, 400);
 
-    // A stream of zeros packs to next to nothing, and unpacks to more than the largest disk.
+    // Zeros compress to almost nothing, and decompress to more than the maximum disk size.
     let bomb = host.folder.join("bomb");
     run("truncate", &["-s", "3G", text(&bomb)]);
     let packed = host.folder.join("bomb.zst");
@@ -124,7 +124,7 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
         "{message}"
     );
 
-    // The pool is nearly full: it is refused by the same words as a VM.
+    // The pool is nearly full: the import is rejected with the same message as a VM.
     let ballast = host.folder.join("pool/vms/ballast");
     let free = client.pool().unwrap().free_bytes;
     run("fallocate", &["-l", &(free - (2200 << 20)).to_string(), text(&ballast)]);
@@ -136,7 +136,7 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
     fs::remove_file(&ballast).unwrap();
     run("btrfs", &["filesystem", "sync", text(&host.folder.join("pool"))]);
 
-    // A client that hangs up in the middle.
+    // A client that disconnects in the middle.
     let mut stream = TcpStream::connect(host.url.strip_prefix("http://").unwrap()).unwrap();
     let head = format!(
         "POST /templates/cut/import HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {}\r\n\r\n",
@@ -144,9 +144,11 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
     );
     stream.write_all(head.as_bytes()).unwrap();
     stream.write_all(&bytes[..20 << 20]).unwrap();
-    eventually("the import to have begun", || (half_made(&host) == 1).then_some(()));
+    eventually("the import to begin", || (partial_files(&host) == 1).then_some(()));
     drop(stream);
-    eventually("the half-made file to go", || (half_made(&host) == 0).then_some(()));
+    eventually("the partial file to be removed", || {
+        (partial_files(&host) == 0).then_some(())
+    });
 
     let names: Vec<_> = client
         .templates()
@@ -162,7 +164,7 @@ fn what_is_no_template_does_not_fit_or_breaks_off_leaves_nothing() {
 }
 
 #[test]
-fn both_ways_to_import_know_one_maximum_and_name_what_they_refuse() {
+fn both_kinds_of_import_have_the_same_maximum_and_name_the_rejected_format() {
     let host = Host::with_tiny_template(&Options {
         env: &[("MAX_DISK_SIZE_GIB", "2")],
         ..Options::default()
@@ -172,16 +174,19 @@ fn both_ways_to_import_know_one_maximum_and_name_what_they_refuse() {
     let packed = host.folder.join("large.zst");
     run("zstd", &["-q", text(&image), "-o", text(&packed)]);
     for file in [&image, &packed] {
-        let said = host.scaleboxd_fails(&["template", "import", "large", text(file)]);
-        assert!(said.contains("larger than the maximum disk size of 2 GiB"), "{said}");
+        let printed = host.scaleboxd_fails(&["template", "import", "large", text(file)]);
+        assert!(
+            printed.contains("larger than the maximum disk size of 2 GiB"),
+            "{printed}"
+        );
         let sent = host.client().import_template("large", File::open(file).unwrap(), false);
-        let (status, message) = refused(sent.unwrap_err());
+        let (status, message) = rejection(sent.unwrap_err());
         assert!(
             status == 400 && message.contains("larger than the maximum disk size of 2 GiB"),
             "{message}"
         );
     }
-    // What curl -F sends, and what tar makes.
+    // The bodies of curl -F and of tar.
     let form = b"--x1\r\nContent-Disposition: form-data; name=\"f\"\r\n\r\n";
     let (status, message) = host.send("POST", "/templates/form/import", form);
     assert!(
@@ -192,11 +197,11 @@ fn both_ways_to_import_know_one_maximum_and_name_what_they_refuse() {
     tar[257..262].copy_from_slice(b"ustar");
     let (status, message) = host.send("POST", "/templates/tar/import", &tar);
     assert!(status == 400 && message.contains("a tar archive"), "{message}");
-    assert_eq!(half_made(&host), 0);
+    assert_eq!(partial_files(&host), 0);
 }
 
 #[test]
-fn a_growth_that_ext4_cannot_do_is_refused_with_the_reason_and_leaves_nothing() {
+fn a_growth_that_ext4_does_not_support_is_rejected_with_the_reason() {
     let host = Host::with_tiny_template(&Options::default());
     let image = host.folder.join("clusters");
     run("mke2fs", &["-q", "-t", "ext4", "-O", "bigalloc", text(&image), "1G"]);
@@ -209,10 +214,10 @@ fn a_growth_that_ext4_cannot_do_is_refused_with_the_reason_and_leaves_nothing() 
         ("POST", "/vms".to_owned(), create.as_str()),
         ("PATCH", format!("/vms/{}", vm.id), r#"{"disk_size_gib": 2}"#),
     ] {
-        let (status, said) = host.send(method, &path, body.as_bytes());
+        let (status, printed) = host.send(method, &path, body.as_bytes());
         assert!(
-            status == 400 && said.contains("disk_size_gib cannot be 2") && said.contains("bigalloc"),
-            "{status} {said}"
+            status == 400 && printed.contains("disk_size_gib cannot be 2") && printed.contains("bigalloc"),
+            "{status} {printed}"
         );
     }
     let vms = host.client().vms().unwrap();
@@ -222,31 +227,31 @@ fn a_growth_that_ext4_cannot_do_is_refused_with_the_reason_and_leaves_nothing() 
 }
 
 #[test]
-fn the_command_line_exports_to_a_file_that_is_whole_and_imports_it() {
+fn the_command_line_exports_a_complete_file_and_imports_it() {
     let host = Host::with_tiny_template(&Options::default());
     let file = host.folder.join("tiny.ext4.zst");
     let cli = |args: &[&str]| {
         let output = scalebox(&host, args);
-        (output.status.code().unwrap(), said(&output))
+        (output.status.code().unwrap(), output_of(&output))
     };
-    let (code, said) = cli(&["template", "export", "tiny", text(&file)]);
+    let (code, printed) = cli(&["template", "export", "tiny", text(&file)]);
     assert!(
-        code == 0 && said.contains("holds the template tiny: 64 MiB in "),
-        "{said}"
+        code == 0 && printed.contains("holds the template tiny: 64 MiB in "),
+        "{printed}"
     );
-    let (code, said) = cli(&["template", "export", "tiny", text(&file)]);
-    assert!(code == 2 && said.contains("is there already"), "{said}");
-    let (code, said) = cli(&["template", "import", "copy", text(&file)]);
+    let (code, printed) = cli(&["template", "export", "tiny", text(&file)]);
+    assert!(code == 2 && printed.contains("is there already"), "{printed}");
+    let (code, printed) = cli(&["template", "import", "copy", text(&file)]);
     assert!(
-        code == 0 && said.contains("the template copy is made: 64 MiB large"),
-        "{said}"
+        code == 0 && printed.contains("the template copy is made: 64 MiB large"),
+        "{printed}"
     );
     run("e2fsck", &["-fn", text(&template(&host, "copy"))]);
-    let (code, said) = cli(&["template", "import", "copy", text(&file)]);
-    assert!(code == 1 && said.contains("exists already"), "{said}");
-    let (code, said) = cli(&["template", "import", "copy", text(&file), "--replace", "--json"]);
-    assert!(code == 0 && said.contains("\"size_bytes\": 67108864"), "{said}");
-    // The daemon's own command takes what is packed too.
+    let (code, printed) = cli(&["template", "import", "copy", text(&file)]);
+    assert!(code == 1 && printed.contains("exists already"), "{printed}");
+    let (code, printed) = cli(&["template", "import", "copy", text(&file), "--replace", "--json"]);
+    assert!(code == 0 && printed.contains("\"size_bytes\": 67108864"), "{printed}");
+    // The daemon's own command accepts compressed images too.
     host.scaleboxd_ok(&["template", "import", "third", text(&file)]);
     assert!(!host.folder.join("tiny.ext4.zst.partial").exists());
 }

@@ -6,8 +6,8 @@
 
 use crate::error::StorageError;
 use crate::local::files;
+use crate::local::space::allocated;
 use crate::pool::Pool;
-use crate::space::allocated;
 use scalebox_fault_points::crash_point;
 use scalebox_units::{Bytes, VmId};
 use std::fs::{self, File};

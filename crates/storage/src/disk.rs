@@ -2,6 +2,7 @@
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
+use crate::image::live_growth;
 use crate::local::files::{self, Folder};
 use crate::pool::Pool;
 use scalebox_fault_points::{crash_point, fault_point};
@@ -122,7 +123,19 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`] when it does not exist.
     pub fn disk_used(&self, id: &VmId) -> Result<Bytes, StorageError> {
-        crate::space::allocated(&self.disk_path(id))
+        crate::local::space::allocated(&self.disk_path(id))
+    }
+
+    /// Returns why a guest's kernel may be unable to grow the mounted file system on the disk `id`.
+    /// Returns `None` without a known obstacle.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`].
+    pub fn obstacle_to_live_growth(&self, id: &VmId) -> Result<Option<&'static str>, StorageError> {
+        let path = self.disk_path(id);
+        files::open_read(&path)
+            .and_then(|disk| live_growth::obstacle(&disk))
+            .map_err(|error| StorageError::io("read", path.display(), error))
     }
 
     /// Durably deletes the disk `id`. Succeeds if it does not exist.

@@ -5,6 +5,7 @@ use crate::error::StorageError;
 use crate::local::backing::{self, ActualBacking, Backing, PoolFs};
 use crate::local::files;
 use crate::local::group_sync::GroupSync;
+use crate::local::space;
 use crate::measurement::Measurements;
 use crate::space::Space;
 use scalebox_units::{Bytes, Gib, VmId};
@@ -213,7 +214,7 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`] when the kernel does not report it.
     pub fn space(&self) -> Result<Space, StorageError> {
-        let space = Space::read(&self.dir, &self.file_system, self.image())?;
+        let space = space::read(&self.dir, &self.file_system, self.image())?;
         Ok(match self.measured_unreclaimable() {
             // Deletions since the measurement lower `used`.
             Some(unreclaimable) => Space {

@@ -9,7 +9,7 @@
 use crate::error::StorageError;
 use crate::image::defragment::defragment;
 use crate::image::ext4;
-use crate::local::files::{self, Folder};
+use crate::local::files::{self, Folder, PARTIAL};
 use crate::pool::Pool;
 use rustix::fs::{FlockOperation, flock};
 use scalebox_fault_points::{crash_point, fault_point};
@@ -57,8 +57,6 @@ impl Template {
 }
 
 const SUFFIX: &str = ".ext4";
-/// Suffix of unfinished files. The next start removes those of interrupted operations.
-pub(crate) const PARTIAL: &str = ".partial";
 /// How often an unfinished file is created again after a concurrent sweep removed it.
 const MAX_CLAIM_ATTEMPTS: u32 = 16;
 

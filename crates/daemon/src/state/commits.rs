@@ -1,16 +1,16 @@
-//! The connection to the state file, and one durable commit for all changes that wait.
+//! The connection to the state file, with one durable commit for all waiting changes.
 //!
 //! A change is committed with `synchronous=FULL`: SQLite flushes its write-ahead log before the
 //! commit returns, so a change that succeeded survives a power cut
 //! (<https://www.sqlite.org/pragma.html#pragma_synchronous>). A flush costs a round trip to the
-//! device whatever it carries. Changes that arrive while a commit is under way therefore share the
-//! next one, each in a savepoint of its own: a change that fails takes no other with it.
+//! device, however much it writes. Therefore the changes that arrive during a commit share the next
+//! one. Each has its own savepoint, so that a change that fails does not affect the others.
 //!
-//! A commit that failed is rolled back, but its frames may lie complete in the log, where a later
-//! start would take them for committed; and blocks that refused a write cannot be trusted with the
-//! next ([`renewal`](super::renewal)). So the frames are overwritten by an empty change, and the
-//! file is replaced by a fresh copy, before the client is answered. While that fails, every change
-//! is refused.
+//! A failed commit is rolled back, but its frames may be complete in the log, where a later start
+//! would treat them as committed; and blocks whose write failed cannot be trusted with the next
+//! write ([`renewal`](super::renewal)). Therefore the frames are overwritten by an empty change,
+//! and the file is replaced by a copy, before the client gets its response. While that fails, every
+//! change is rejected.
 
 use super::renewal;
 use super::reserve::Reserve;
@@ -22,14 +22,13 @@ use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// After so many commits the log is written to the state file, and begins anew.
+/// After this many commits, the log is written to the state file and restarted.
 const COMMITS_PER_CHECKPOINT: u32 = 128;
 
-/// A change of the state: some statements, which return how many rows they changed. It may run
-/// twice.
+/// A change of the state: statements that return how many rows they changed. It may run twice.
 pub(super) type Change = Box<dyn Fn(&Connection) -> rusqlite::Result<usize> + Send>;
 
-/// Why a change was not made. Several changes share one.
+/// Why a change was not made. Changes that were committed together share it.
 pub(super) type Failure = Arc<StateError>;
 
 /// The only writer of the state file.
@@ -55,7 +54,7 @@ struct Writer {
     folder: PathBuf,
     /// `None` while the state file is being replaced.
     connection: Option<Connection>,
-    /// A write has failed, and the file is not replaced yet.
+    /// Whether a write has failed since the file was last replaced.
     is_suspect: bool,
     commits_since_checkpoint: u32,
 }
@@ -75,8 +74,8 @@ impl Commits {
         }
     }
 
-    /// Makes a change durable and returns how many rows it changed. Blocks for about one flush of
-    /// the log, two if a commit is under way.
+    /// Makes a change durable and returns how many rows it changed. Blocks for one flush of the
+    /// log, or two if a commit is in progress.
     ///
     /// # Errors
     /// The failure of the change or of its commit. The change was not made then, now and after a
@@ -97,19 +96,19 @@ impl Commits {
             queue.committing = true;
             let (tickets, changes): (Vec<_>, Vec<_>) = mem::take(&mut queue.waiting).into_iter().unzip();
             drop(queue);
-            let mut turn = Turn {
+            let mut batch = Batch {
                 commits: self,
                 tickets,
                 outcomes: Vec::new(),
             };
-            turn.outcomes = self.lock_writer().commit(&changes, &self.reserve);
-            drop(turn);
+            batch.outcomes = self.lock_writer().commit(&changes, &self.reserve);
+            drop(batch);
             self.lock_writer().checkpoint_when_due();
             queue = self.lock_queue();
         }
     }
 
-    /// Runs a query. It sees committed changes only.
+    /// Runs a query, which sees only committed changes.
     pub(super) fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
         let mut writer = self.lock_writer();
         let path = writer.path();
@@ -122,7 +121,7 @@ impl Commits {
 
     fn lock_writer(&self) -> MutexGuard<'_, Writer> {
         // SQLite rolls back the transaction of a statement that panicked, so the connection is
-        // whole.
+        // consistent.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -133,14 +132,15 @@ impl std::fmt::Debug for Queue {
     }
 }
 
-/// One thread's turn to commit for all. Dropped, also by a panic, it hands out the outcomes.
-struct Turn<'c> {
+/// The changes that one thread commits for all. Dropping it, even in a panic, distributes the
+/// outcomes.
+struct Batch<'c> {
     commits: &'c Commits,
     tickets: Vec<u64>,
     outcomes: Vec<Result<usize, Failure>>,
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Batch<'_> {
     fn drop(&mut self) {
         let panicked = || Err(Arc::new(StateError::Panicked));
         let outcomes = mem::take(&mut self.outcomes)
@@ -176,25 +176,25 @@ impl Writer {
             },
             Err(error) => error,
         };
-        // At once, so that it is done before any client is told of the failure.
-        if let Err(error) = self.mend() {
-            tracing::error!(%error, "the state file cannot be written: changes are refused until it can");
+        // Before any client learns of the failure.
+        if let Err(error) = self.repair() {
+            tracing::error!(%error, "cannot write the state file: rejecting all changes until that succeeds");
         }
         let failure = Arc::new(failure);
         changes.iter().map(|_| Err(Arc::clone(&failure))).collect()
     }
 
     /// # Errors
-    /// When nothing of any change was made.
+    /// If no change was made.
     fn try_commit(&mut self, changes: &[Change]) -> Result<Vec<Result<usize, Failure>>, StateError> {
-        self.mend()?;
+        self.repair()?;
         let outcomes = self.transact(changes)?;
         self.commits_since_checkpoint += 1;
         Ok(outcomes)
     }
 
-    /// Makes the state file one to be trusted again, after a write of it has failed.
-    fn mend(&mut self) -> Result<(), StateError> {
+    /// Replaces the state file by a copy, if a write of it has failed.
+    fn repair(&mut self) -> Result<(), StateError> {
         if !self.is_suspect {
             return Ok(());
         }
@@ -205,9 +205,9 @@ impl Writer {
                 [],
             )
         });
-        // Its frames take the place of the failed commit's, also where they cannot be flushed.
+        // Overwrites the frames of the failed commit, even if it cannot be flushed.
         let overwritten = self.transact(&[empty]).map(drop);
-        tracing::debug!(?overwritten, "what the failed commit left in the log");
+        tracing::debug!(?overwritten, "overwrote the failed commit in the log");
         let folder = self.folder.clone();
         renewal::renew(&folder, self.connection()?)?;
         if let Some(old) = self.connection.take() {
@@ -216,9 +216,7 @@ impl Writer {
         self.connection()?;
         self.is_suspect = false;
         self.commits_since_checkpoint = 0;
-        tracing::warn!(
-            "a write of the state file had failed: the file was replaced by a fresh copy and can be written again"
-        );
+        tracing::warn!("replaced the state file by a copy after a failed write: it can be written again");
         Ok(())
     }
 
@@ -240,7 +238,7 @@ impl Writer {
                 if !connection.is_autocommit()
                     && let Err(error) = run(connection, "ROLLBACK")
                 {
-                    tracing::error!(%error, "a failed transaction of the state file cannot be rolled back");
+                    tracing::error!(%error, "cannot roll back a failed transaction of the state file");
                 }
                 self.is_suspect = true;
                 Err(failed(&path, Arc::new(error)))
@@ -248,8 +246,8 @@ impl Writer {
         }
     }
 
-    /// Writes the log to the state file. What fails here is in the log, and is written to a fresh
-    /// file with the next change.
+    /// Writes the log to the state file. If that fails, the log is kept, and the next change writes
+    /// its content to a new file.
     fn checkpoint_when_due(&mut self) {
         if self.commits_since_checkpoint < COMMITS_PER_CHECKPOINT || self.is_suspect {
             return;
@@ -258,7 +256,7 @@ impl Writer {
         let Some(connection) = &self.connection else { return };
         let written = connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
         if let Err(error) = written {
-            tracing::error!(%error, "the log of the state file cannot be written to it; trying again");
+            tracing::error!(%error, "cannot write the log to the state file; retrying");
             self.is_suspect = true;
         }
     }
@@ -266,11 +264,11 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Closing would hide a failure; what stays in the log is read at the next start.
+        // Closing would hide a failure. What stays in the log is read at the next start.
         if let Some(connection) = self.connection.take() {
             let written = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
             if let Err(error) = written {
-                tracing::warn!(%error, "the log of the state file stays beside it");
+                tracing::warn!(%error, "cannot write the log to the state file; the next start reads it");
                 renewal::close(connection);
             }
         }
@@ -278,7 +276,7 @@ impl Drop for Writer {
 }
 
 fn begin(connection: &Connection) -> rusqlite::Result<()> {
-    // What an earlier rollback could not end.
+    // An earlier rollback may have failed.
     if !connection.is_autocommit() {
         run(connection, "ROLLBACK")?;
     }
@@ -286,7 +284,7 @@ fn begin(connection: &Connection) -> rusqlite::Result<()> {
 }
 
 /// # Errors
-/// When SQLite has rolled the whole transaction back, as after an I/O error.
+/// If SQLite has rolled back the whole transaction, for example after an I/O error.
 fn savepoints(
     connection: &Connection,
     path: &Path,
@@ -329,7 +327,7 @@ mod tests {
         Commits::new(folder, connection, Reserve::at(folder))
     }
 
-    fn note(key: &str) -> Change {
+    fn insert(key: &str) -> Change {
         let key = key.to_owned();
         Box::new(move |connection| connection.execute("INSERT INTO facts VALUES (?, '')", [&key]))
     }
@@ -343,11 +341,11 @@ mod tests {
     }
 
     #[test]
-    fn a_change_that_fails_takes_no_other_with_it() {
+    fn a_failed_change_does_not_affect_the_others() {
         let folder = tempfile::tempdir().unwrap();
         let commits = commits(folder.path());
-        commits.commit(note("taken")).unwrap();
-        let changes = [note("one"), note("taken"), note("two")];
+        commits.commit(insert("taken")).unwrap();
+        let changes = [insert("one"), insert("taken"), insert("two")];
         let outcomes = commits.lock_writer().commit(&changes, &commits.reserve);
         assert_eq!(
             outcomes.iter().map(Result::is_ok).collect::<Vec<_>>(),
@@ -357,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_of_many_threads_are_all_made() {
+    fn concurrent_changes_are_all_made() {
         let folder = tempfile::tempdir().unwrap();
         let commits = commits(folder.path());
         let begin = Barrier::new(8);
@@ -367,7 +365,7 @@ mod tests {
                 scope.spawn(move || {
                     begin.wait();
                     for n in 0..20 {
-                        assert_eq!(commits.commit(note(&format!("{thread}-{n}"))).unwrap(), 1);
+                        assert_eq!(commits.commit(insert(&format!("{thread}-{n}"))).unwrap(), 1);
                     }
                 });
             }
@@ -376,46 +374,46 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_left_open_is_replaced_by_a_whole_copy() {
+    fn a_file_that_was_not_closed_is_replaced_by_a_complete_copy() {
         let folder = tempfile::tempdir().unwrap();
         let first = commits(folder.path());
-        first.commit(note("kept")).unwrap();
-        // As a process that is killed: nothing is closed.
+        first.commit(insert("kept")).unwrap();
+        // Like a killed process: nothing is closed.
         std::mem::forget(first);
-        assert!(renewal::was_left_open(folder.path()));
+        assert!(renewal::was_not_closed(folder.path()));
         let before = std::fs::metadata(folder.path().join("state.db")).unwrap();
         let connection = renewal::open(folder.path()).unwrap();
-        let behind = std::fs::metadata(folder.path().join("state.db")).unwrap();
+        let after = std::fs::metadata(folder.path().join("state.db")).unwrap();
         assert_ne!(
             std::os::unix::fs::MetadataExt::ino(&before),
-            std::os::unix::fs::MetadataExt::ino(&behind)
+            std::os::unix::fs::MetadataExt::ino(&after)
         );
-        let again = Commits::new(folder.path(), connection, Reserve::at(folder.path()));
-        assert_eq!(keys(&again), ["kept"]);
-        again.commit(note("more")).unwrap();
+        let reopened = Commits::new(folder.path(), connection, Reserve::at(folder.path()));
+        assert_eq!(keys(&reopened), ["kept"]);
+        reopened.commit(insert("more")).unwrap();
     }
 
     #[test]
-    fn a_replacement_that_a_crash_interrupted_is_put_in_place() {
+    fn a_replacement_interrupted_by_a_crash_is_completed() {
         let folder = tempfile::tempdir().unwrap();
         let first = commits(folder.path());
-        first.commit(note("kept")).unwrap();
+        first.commit(insert("kept")).unwrap();
         renewal::renew(folder.path(), first.lock_writer().connection().unwrap()).unwrap();
-        // Written to the file that counts no more.
-        first.commit(note("late")).unwrap();
+        // Written to the old file, which no longer counts.
+        first.commit(insert("late")).unwrap();
         std::mem::forget(first);
         let connection = renewal::open(folder.path()).unwrap();
-        let again = Commits::new(folder.path(), connection, Reserve::at(folder.path()));
-        assert_eq!(keys(&again), ["kept"]);
+        let reopened = Commits::new(folder.path(), connection, Reserve::at(folder.path()));
+        assert_eq!(keys(&reopened), ["kept"]);
     }
 
     #[test]
     fn a_suspect_file_is_replaced_before_the_next_change() {
         let folder = tempfile::tempdir().unwrap();
         let commits = commits(folder.path());
-        commits.commit(note("kept")).unwrap();
+        commits.commit(insert("kept")).unwrap();
         commits.lock_writer().is_suspect = true;
-        commits.commit(note("next")).unwrap();
+        commits.commit(insert("next")).unwrap();
         assert!(!commits.lock_writer().is_suspect);
         assert_eq!(keys(&commits), ["failed_commits", "kept", "next"]);
     }

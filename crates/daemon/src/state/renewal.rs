@@ -1,12 +1,12 @@
-//! Replacing the state file by a fresh copy of itself.
+//! Replaces the state file by a copy of itself.
 //!
-//! When a disk refuses a write, the kernel may keep the page, call it clean, and lose it later; and
-//! ext4 may lose what is written to the same blocks afterwards, although it reports success. So a
-//! file that has seen a failed write is given up: its committed content is copied to a new file,
-//! which is flushed and takes its place, without a log.
+//! After a failed write, the kernel may keep the page, consider it clean, and lose it later; and
+//! ext4 may lose later writes to the same blocks although it reports success. Therefore a file with
+//! a failed write is abandoned: its committed content is copied to a new file, which is flushed and
+//! takes its place, without a log.
 //!
-//! The copy counts from the moment in which it has the name [`REPLACEMENT`]. A crash behind that is
-//! finished by [`finish`] at the next start.
+//! The copy is valid from the moment it is named [`REPLACEMENT`]. After a crash from then on, the
+//! next start completes the replacement with [`finish`].
 
 use super::{StateError, connect, failed};
 use rusqlite::Connection;
@@ -16,14 +16,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 const COPY: &str = "state.copy";
-/// A whole and flushed copy, which counts in place of the state file and its log.
+/// A complete, flushed copy that replaces the state file and its log.
 const REPLACEMENT: &str = "state.replacement";
 
-/// Copies what is committed in `connection`'s file to a new file that takes its place. The
-/// connection is of no use then.
+/// Copies the committed content of `connection`'s file to a new file that takes its place. The
+/// connection must not be used afterwards.
 ///
 /// # Errors
-/// When the disk still refuses to be written. The old file is as it was, or [`finish`] has to be
+/// If writing to the disk still fails. Either the old file is unchanged, or [`finish`] has to be
 /// called.
 pub(super) fn renew(folder: &Path, connection: &Connection) -> Result<(), StateError> {
     let copy = folder.join(COPY);
@@ -39,16 +39,16 @@ pub(super) fn renew(folder: &Path, connection: &Connection) -> Result<(), StateE
         .map_err(in_folder)
 }
 
-/// Puts a copy that counts in place, if there is one.
+/// Moves a complete copy into place, if there is one.
 ///
 /// # Errors
-/// [`StateError::Folder`]; it may be called again.
+/// [`StateError::Folder`]; can be called again.
 pub(super) fn finish(folder: &Path) -> Result<(), StateError> {
     let replacement = folder.join(REPLACEMENT);
     let finished = match fs::symlink_metadata(&replacement) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
-        // The log first: it must never lie beside a file to which it does not belong.
+        // The log first: it must never be next to a file that it does not belong to.
         Ok(_) => remove(&folder.join("state.db-wal"))
             .and_then(|()| remove(&folder.join("state.db-shm")))
             .and_then(|()| sync(folder))
@@ -58,23 +58,23 @@ pub(super) fn finish(folder: &Path) -> Result<(), StateError> {
     finished.map_err(in_folder(folder))
 }
 
-/// Whether an earlier program ended without closing the state file.
-pub(super) fn was_left_open(folder: &Path) -> bool {
+/// Returns whether an earlier process ended without closing the state file.
+pub(super) fn was_not_closed(folder: &Path) -> bool {
     fs::metadata(folder.join("state.db-wal")).is_ok_and(|log| log.len() > 0)
 }
 
-/// Opens the state file, replaced by a fresh copy if an earlier program left it open: a write of it
-/// may have failed.
+/// Opens the state file. Replaces it by a copy if it was not closed, because a write may have
+/// failed.
 pub(super) fn open(folder: &Path) -> Result<Connection, StateError> {
     finish(folder)?;
     let path = folder.join("state.db");
-    let left_open = was_left_open(folder);
+    let not_closed = was_not_closed(folder);
     let connection = connect(&path)?;
-    if !left_open {
+    if !not_closed {
         return Ok(connection);
     }
     if let Err(error) = renew(folder, &connection) {
-        tracing::warn!(%error, "the state file was not closed, and cannot be copied to a fresh one");
+        tracing::warn!(%error, "the state file was not closed, and cannot be replaced by a copy");
         return Ok(connection);
     }
     close(connection);
@@ -82,11 +82,11 @@ pub(super) fn open(folder: &Path) -> Result<Connection, StateError> {
     connect(&path)
 }
 
-/// Closes a file that was replaced, without writing to it any more.
+/// Closes a replaced file without writing to it again.
 pub(super) fn close(connection: Connection) {
     let config = rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
     if let Err(error) = connection.set_db_config(config, true) {
-        tracing::debug!(%error, "the old state file is written to once more");
+        tracing::debug!(%error, "cannot prevent a last write to the old state file");
     }
     drop(connection);
 }

@@ -1,36 +1,36 @@
-//! Room kept for the moment in which the disk of `STATE_DIR` is full.
+//! Space reserved for the moment when the disk of `STATE_DIR` is full.
 //!
-//! A deletion has to be written down before it makes room. So some blocks are held by a file of no
-//! content, and given up when a change cannot be written for lack of space.
+//! A deletion has to be recorded before it frees space. Therefore a file without content holds some
+//! blocks, which are released when a change does not fit on the disk.
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The size of the file: some thousand deletions.
+/// The size of the reserve: some thousand deletions.
 const RESERVE_BYTES: u64 = 8 << 20;
-/// With less than this free, no reserve is made: it would cause the shortage that it is for.
+/// With less free space than this, no reserve is created: it would cause the shortage it is for.
 const MIN_FREE_BYTES: u64 = 8 * RESERVE_BYTES;
 
-/// The file that holds the room, present or released.
+/// The file that holds the reserved space, present or released.
 #[derive(Debug)]
 pub(super) struct Reserve {
     path: PathBuf,
 }
 
 impl Reserve {
-    /// The reserve in `folder`.
+    /// Creates a handle on the reserve in `folder`.
     pub(super) fn at(folder: &Path) -> Reserve {
         Reserve {
             path: folder.join("reserve"),
         }
     }
 
-    /// Makes the reserve unless it is there, if the disk has room for it.
+    /// Creates the reserve if it is missing and the disk has space for it.
     pub(super) fn ensure(&self) {
         if let Err(error) = self.make() {
-            tracing::warn!(path = %self.path.display(), %error, "no room is reserved for the case that the disk of STATE_DIR is full");
+            tracing::warn!(path = %self.path.display(), %error, "cannot reserve space on the disk of STATE_DIR for when it is full");
         }
     }
 
@@ -46,18 +46,18 @@ impl Reserve {
         let made =
             File::create(&self.path).and_then(|file| Ok(fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES)?));
         made.inspect_err(|_| {
-            // A smaller one is made whole at the next start.
+            // A partial reserve is removed; the next start creates a complete one.
             let _absent = fs::remove_file(&self.path);
         })
     }
 
-    /// Gives the room up. Returns whether there was any.
+    /// Releases the reserved space. Returns whether there was any.
     pub(super) fn release(&self) -> bool {
         let released = fs::remove_file(&self.path).is_ok();
         if released {
             tracing::error!(
                 path = %self.path.display(),
-                "the disk of STATE_DIR is full: the room reserved for that is used up now; delete VMs or files there"
+                "the disk of STATE_DIR is full, and the reserved space is now in use: delete VMs or files there"
             );
         }
         released

@@ -1,6 +1,6 @@
-//! Guests as their users have them: keys, SSH through the forward, the processes that run them.
+//! Guests as their users access them: keys, SSH through the forward, and the hypervisor processes.
 
-use super::{Host, TOKEN, eventually, run, said, text};
+use super::{Host, TOKEN, eventually, output_of, run, text};
 use scalebox_client::{CreateVm, Vm};
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-/// A key pair of a user.
+/// A user's key pair.
 pub struct Key {
     pub private: PathBuf,
     pub public: String,
@@ -54,19 +54,24 @@ impl Key {
         ssh
     }
 
-    /// What `command` says in the guest.
+    /// Returns the output of `command` in the guest.
     pub fn run(&self, vm: &Vm, command: &str) -> String {
         let output = self.ssh(vm, command).output().unwrap();
-        assert!(output.status.success(), "{command:?} in {}: {}", vm.name, said(&output));
+        assert!(
+            output.status.success(),
+            "{command:?} in {}: {}",
+            vm.name,
+            output_of(&output)
+        );
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
     pub fn is_refused_by(&self, vm: &Vm) {
         let output = self.ssh(vm, "true").output().unwrap();
         assert!(
-            !output.status.success() && said(&output).contains("Permission denied"),
+            !output.status.success() && output_of(&output).contains("Permission denied"),
             "{}",
-            said(&output)
+            output_of(&output)
         );
     }
 }
@@ -74,7 +79,7 @@ impl Key {
 pub fn wait_for_ssh(vm: &Vm) {
     eventually(&format!("the SSH banner of {}", vm.name), || {
         let stream = TcpStream::connect((vm.ip.as_str(), vm.ssh_port)).ok()?;
-        // One connection is held: each that is dropped early costs the guest's sshd a process.
+        // One connection is kept open: each one dropped early costs the guest's sshd a process.
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut banner = String::new();
         BufReader::new(stream).read_line(&mut banner).ok()?;
@@ -95,7 +100,7 @@ pub fn scalebox(host: &Host, args: &[&str]) -> Output {
     })
 }
 
-/// The processes that run machines of this host.
+/// Lists the hypervisor processes of this host.
 pub fn machines(host: &Host) -> Vec<String> {
     let folder = host.folder.join("run/vms");
     let ours = |pid: &str| {

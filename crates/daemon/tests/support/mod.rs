@@ -1,13 +1,13 @@
-//! A whole Scalebox host for a test: a pool, a network and a daemon of its own, through the
-//! programs and the socket that users have.
+//! A complete Scalebox host for a test: its own pool, network and daemon, used through the same
+//! programs and socket as by users.
 //!
-//! Everything lies in one scratch folder and goes with the [`Host`], also when the test fails.
-#![allow(dead_code, reason = "each test file uses its part")]
+//! Everything is in one scratch folder and is removed with the [`Host`], even when the test fails.
+#![allow(dead_code, reason = "each test uses only a part of it")]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test stops where it cannot go on"
+    reason = "a failed step fails the test"
 )]
 
 pub mod guest;
@@ -24,21 +24,21 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 pub const TOKEN: &str = "a-token-for-tests-0123456789";
-/// A public key whose private half nobody has.
+/// A public key whose private key is unknown.
 pub const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0nVq0Z9m2hJb5p0nS9QmVb1cD";
 
-/// How long anything may take before a test gives up; generous, because the machines are small and
+/// Time limit for everything a test waits for; generous, because test machines are small and
 /// shared.
-const PATIENCE: Duration = Duration::from_secs(300);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Waits until `probe` gives something.
+/// Waits until `probe` returns a value.
 pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
         if let Some(found) = probe() {
             return found;
         }
-        assert!(begun.elapsed() < PATIENCE, "gave up waiting for {what}");
+        assert!(begun.elapsed() < WAIT_TIMEOUT, "timed out waiting for {what}");
         std::thread::park_timeout(Duration::from_millis(20));
     }
 }
@@ -49,11 +49,11 @@ pub fn run(program: &str, args: &[&str]) -> String {
         .env("LC_ALL", "C")
         .output()
         .expect(program);
-    assert!(output.status.success(), "{program} {args:?}: {}", said(&output));
+    assert!(output.status.success(), "{program} {args:?}: {}", output_of(&output));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-pub fn said(output: &Output) -> String {
+pub fn output_of(output: &Output) -> String {
     format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),
@@ -65,7 +65,7 @@ pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A bridge, a subnet and a range of ports that no other test has at the same time.
+/// A bridge, a subnet and a range of ports that no other running test uses.
 struct NetworkSlot {
     number: u16,
     _lock: File,
@@ -73,7 +73,7 @@ struct NetworkSlot {
 
 impl NetworkSlot {
     fn take() -> NetworkSlot {
-        // Not in TMPDIR: two runs at once must see each other.
+        // Not in TMPDIR: concurrent test runs must see each other's locks.
         let folder = Path::new("/run/lock/scalebox-test-networks");
         fs::create_dir_all(folder).unwrap();
         let free = (0..60).find_map(|number| {
@@ -86,13 +86,13 @@ impl NetworkSlot {
     }
 }
 
-/// How a host differs from the usual one.
+/// Deviations from the default host.
 pub struct Options<'a> {
     /// `STORAGE_SIZE` of its pool.
     pub pool_size: &'a str,
-    /// Where the pool image is to lie; in the scratch folder if not said.
+    /// The folder of the pool image; the scratch folder if `None`.
     pub image_dir: Option<&'a Path>,
-    /// More settings.
+    /// Additional settings.
     pub env: &'a [(&'a str, &'a str)],
 }
 
@@ -110,7 +110,7 @@ pub struct Host {
     pub folder: PathBuf,
     env: Vec<(String, String)>,
     daemon: Option<Child>,
-    /// A program and its arguments, under which commands run.
+    /// A program with its arguments that runs the commands.
     runner: Vec<String>,
     pub url: String,
     pub bridge: String,
@@ -119,7 +119,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host with an empty pool, its daemon not running.
+    /// Creates a host with an empty pool, whose daemon is not running.
     pub fn new(options: &Options) -> Host {
         let slot = NetworkSlot::take();
         let scratch = tempfile::tempdir().unwrap();
@@ -167,7 +167,7 @@ impl Host {
         host
     }
 
-    /// A host with the small template `tiny`, its daemon running.
+    /// Creates a host with the small template `tiny`, and starts its daemon.
     pub fn with_tiny_template(options: &Options) -> Host {
         let mut host = Host::new(options);
         host.import_tiny("tiny");
@@ -175,7 +175,7 @@ impl Host {
         host
     }
 
-    /// Adds a template of 64 MiB that boots nothing.
+    /// Adds a template of 64 MiB that does not boot.
     pub fn import_tiny(&self, name: &str) {
         let image = self.folder.join(format!("{name}.image"));
         run("mke2fs", &["-q", "-t", "ext4", text(&image), "64M"]);
@@ -208,22 +208,22 @@ impl Host {
 
     pub fn scaleboxd_ok(&self, args: &[&str]) -> String {
         let output = self.scaleboxd(args).output().unwrap();
-        assert!(output.status.success(), "scaleboxd {args:?}: {}", said(&output));
-        said(&output)
+        assert!(output.status.success(), "scaleboxd {args:?}: {}", output_of(&output));
+        output_of(&output)
     }
 
     pub fn scaleboxd_fails(&self, args: &[&str]) -> String {
         let output = self.scaleboxd(args).output().unwrap();
-        // 78: `serve` with a wrong configuration.
+        // 78 is the exit status of `serve` with an invalid configuration.
         assert!(
             matches!(output.status.code(), Some(1 | 78)),
             "scaleboxd {args:?}: {}",
-            said(&output)
+            output_of(&output)
         );
-        said(&output)
+        output_of(&output)
     }
 
-    /// Runs the commands that follow under this program.
+    /// Runs all further commands under this program.
     pub fn run_under(&mut self, runner: Option<Vec<String>>) {
         self.runner = runner.unwrap_or_default();
     }
@@ -233,11 +233,12 @@ impl Host {
         self.env.push((key.to_owned(), value.to_owned()));
     }
 
-    /// Lets a step fail or end the daemon, as crates/fault-points describes; `None` for no step.
+    /// Makes a step fail or kill the daemon, as described in crates/fault-points; `None` for no
+    /// step.
     pub fn arm(&self, fault: Option<&str>) {
         let folder = self.faults();
         match fault {
-            // Renamed into place, so that no step reads a half-written one.
+            // Renamed into place, so that no step reads a partial file.
             Some(fault) => fs::write(folder.join("new"), fault)
                 .and_then(|()| fs::rename(folder.join("new"), folder.join("fault")))
                 .unwrap(),
@@ -245,14 +246,14 @@ impl Host {
         }
     }
 
-    /// The folder from which the daemon takes the faults to inject.
+    /// Returns the folder from which the daemon reads the faults to inject.
     pub fn faults(&self) -> PathBuf {
         let folder = self.folder.join("faults");
         fs::create_dir_all(&folder).unwrap();
         folder
     }
 
-    /// Starts the daemon and waits until it answers.
+    /// Starts the daemon and waits until it responds.
     pub fn serve(&mut self) {
         let log_path = self.log_path();
         let log = File::options().create(true).append(true).open(&log_path).unwrap();
@@ -288,28 +289,28 @@ impl Host {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
-    /// `kill -9`, as a crash.
+    /// Kills the daemon with `kill -9`, like a crash.
     pub fn crash(&mut self) {
         let mut daemon = self.daemon.take().expect("a running daemon");
         daemon.kill().unwrap();
         assert_eq!(daemon.wait().unwrap().signal(), Some(9));
     }
 
-    /// Waits until the daemon has ended itself at a crash point.
+    /// Waits until the daemon has exited at a crash point.
     pub fn wait_for_crash(&mut self) {
         let mut daemon = self.daemon.take().expect("a running daemon");
         let status = eventually("the daemon to crash", || daemon.try_wait().unwrap());
         assert_eq!(status.signal(), Some(9), "{status}");
     }
 
-    /// SIGTERM, and the daemon's exit status.
+    /// Sends SIGTERM, and returns the daemon's exit status.
     pub fn terminate(&mut self) -> ExitStatus {
         let mut daemon = self.daemon.take().expect("a running daemon");
         send_sigterm(&daemon);
         eventually("the daemon to end", || daemon.try_wait().unwrap())
     }
 
-    /// SIGTERM, without waiting.
+    /// Sends SIGTERM without waiting.
     pub fn begin_terminating(&mut self) -> Child {
         let daemon = self.daemon.take().expect("a running daemon");
         send_sigterm(&daemon);
@@ -320,7 +321,7 @@ impl Host {
         Client::new(&self.url, TOKEN).unwrap()
     }
 
-    /// A request for a VM from `template` with a key that nobody has, which is not started.
+    /// Returns a request for a stopped VM from `template`.
     pub fn stopped(&self, template: &str) -> CreateVm {
         CreateVm {
             start: false,
@@ -336,16 +337,16 @@ impl Host {
                 ..self.stopped(template)
             })
             .unwrap();
-        // On a busy machine its disk may have been measured before the answer.
+        // On a busy machine its disk may be measured before the response is sent.
         Vm { storage: None, ..vm }
     }
 
-    /// Sends bytes as they are and returns status and body. The connection is closed after one
-    /// answer.
+    /// Sends raw bytes and returns status and body. The connection is closed after one response.
     pub fn raw(&self, request: &[u8]) -> (u16, String) {
         let mut stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        // A server that refuses early may close before all is sent.
+        stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
+        // A server that rejects the request early may close the connection before all of it is
+        // sent.
         let _sent = stream.write_all(request);
         let mut reader = BufReader::new(stream);
         let mut status = String::new();
@@ -367,7 +368,7 @@ impl Host {
         )
     }
 
-    /// One request with the right token.
+    /// Sends one request with the right token.
     pub fn send(&self, method: &str, path: &str, body: &[u8]) -> (u16, String) {
         let mut request = format!(
             "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {}\r\n\r\n",
@@ -378,7 +379,7 @@ impl Host {
         self.raw(&request)
     }
 
-    /// What is left of VMs on the host: disks, taps, forwards, folders of machines.
+    /// Lists what VMs left on the host: disks, taps, forwards, folders of machines.
     pub fn leftovers(&self) -> Vec<String> {
         let mut found = names_in(&self.folder.join("pool/vms"));
         found.extend(names_in(&self.folder.join("run/vms")));
@@ -387,7 +388,7 @@ impl Host {
         found
     }
 
-    /// The taps on this host's bridge.
+    /// Lists the taps on this host's bridge.
     pub fn taps(&self) -> Vec<String> {
         names_in(&Path::new("/sys/class/net").join(&self.bridge).join("brif"))
     }
@@ -401,7 +402,7 @@ impl Host {
     }
 }
 
-/// VMs without what is measured of their disks in the background, at any time.
+/// Removes the disk usage from VMs, which is measured in the background.
 pub fn unmeasured(vms: impl IntoIterator<Item = Vm>) -> Vec<Vm> {
     vms.into_iter().map(|vm| Vm { storage: None, ..vm }).collect()
 }
@@ -436,13 +437,13 @@ impl Drop for Host {
         }
         match self.scaleboxd(&["down"]).output() {
             Ok(output) if output.status.success() => {}
-            Ok(output) => eprintln!("the test's host is not down: {}", said(&output)),
-            Err(error) => eprintln!("the test's host is not down: {error}"),
+            Ok(output) => eprintln!("cannot stop the test's host: {}", output_of(&output)),
+            Err(error) => eprintln!("cannot stop the test's host: {error}"),
         }
     }
 }
 
-/// Where `make test` keeps the finished Debian template.
+/// Returns the folder where `make test` keeps the finished Debian template.
 pub fn template_cache() -> PathBuf {
     match std::env::var_os("SCALEBOX_CACHE") {
         Some(folder) => folder.into(),
@@ -450,7 +451,7 @@ pub fn template_cache() -> PathBuf {
     }
 }
 
-/// A file system of `size` in a sparse file, mounted: stands for a host's disk.
+/// A mounted file system of `size` in a sparse file, used as a host's disk.
 pub struct HostDisk {
     pub folder: PathBuf,
     _scratch: TempDir,
@@ -461,7 +462,7 @@ impl HostDisk {
         HostDisk::made(size, "mke2fs", &["-q", "-t", "ext4", "-m", "0"])
     }
 
-    /// Formatted by a program of one's choice.
+    /// Creates one with the given program.
     pub fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));

@@ -1,7 +1,7 @@
-//! Operations that change something durable on a host, and what must hold on it after each,
-//! whatever failed.
+//! Operations that durably change a host, and the conditions that must hold after each, whatever
+//! failed.
 
-use crate::support::{Host, Options, eventually, run, said, text};
+use crate::support::{Host, Options, eventually, output_of, run, text};
 use crate::tiny_guest;
 use scalebox_client::{CreateVm, SnapshotVm, UpdateVm, Vm, VmStatus};
 use std::collections::BTreeSet;
@@ -12,27 +12,27 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// The size of the pools, in GiB: the smallest that there is.
+/// The size of the pools, in GiB: the minimum.
 const POOL: u64 = 20;
-/// The VM that an operation is about.
+/// The name of the VM that operations create and change.
 const MADE: &str = "made";
-/// A VM that is there from the first to the last, and in it a file.
+/// The name of a VM that exists throughout, with a file in it.
 const KEPT: &str = "kept";
-const PROMISE: &str = "what was promised\n";
+const CONTENT: &str = "kept content\n";
 
-/// Something that is done to a host. Each returns why it did not work.
+/// An operation on a host. `perform` returns why it failed.
 pub struct Operation {
     pub name: &'static str,
-    /// How often it is crashed at each of its steps.
+    /// How many times it is crashed at each of its steps.
     pub times: usize,
     pub prepare: fn(&Scene),
     pub perform: fn(&Scene) -> Result<(), String>,
-    /// Whether the host is where the operation leads.
+    /// Returns whether the operation has taken effect.
     pub reached: fn(&Scene) -> bool,
-    /// Whether it ends a VM's machine, or takes the VM or the template away: from its begin on,
-    /// these are promised no more.
+    /// Whether it ends a VM's machine, or deletes the VM or the template: from its begin on, these
+    /// need not exist any more.
     pub ends: bool,
-    /// Whether it is a command of its own and not a request to the daemon.
+    /// Whether it is a command rather than a request to the daemon.
     pub command: bool,
 }
 
@@ -49,7 +49,7 @@ const OPERATION: Operation = Operation {
 pub const DISKS: &[Operation] = &[
     Operation {
         name: "create, stopped",
-        perform: |scene| scene.create("told", 1, false),
+        perform: |scene| scene.create("base", 1, false),
         reached: |scene| scene.made().is_some(),
         ..OPERATION
     },
@@ -62,14 +62,14 @@ pub const DISKS: &[Operation] = &[
     },
     Operation {
         name: "grow, stopped",
-        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        prepare: |scene| scene.create("base", 1, false).unwrap(),
         perform: |scene| scene.grow(3),
         reached: |scene| scene.made().is_some_and(|vm| vm.disk_size_gib == 3),
         ..OPERATION
     },
     Operation {
         name: "delete, stopped",
-        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        prepare: |scene| scene.create("base", 1, false).unwrap(),
         perform: Scene::delete,
         reached: |scene| scene.made().is_none(),
         ends: true,
@@ -80,20 +80,20 @@ pub const DISKS: &[Operation] = &[
 pub const MACHINES: &[Operation] = &[
     Operation {
         name: "create, started",
-        perform: |scene| scene.create("told", 1, true),
+        perform: |scene| scene.create("base", 1, true),
         reached: |scene| scene.made().is_some(),
         ..OPERATION
     },
     Operation {
         name: "start",
-        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        prepare: |scene| scene.create("base", 1, false).unwrap(),
         perform: |scene| done(scene.host.client().start_vm(MADE)),
         reached: |scene| scene.made().is_some_and(|vm| vm.status == VmStatus::Running),
         ..OPERATION
     },
     Operation {
         name: "limit, running",
-        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        prepare: |scene| scene.create("base", 1, true).unwrap(),
         perform: |scene| {
             let limits = UpdateVm {
                 disk_iops: Some(Some(500)),
@@ -111,7 +111,7 @@ pub const MACHINES: &[Operation] = &[
     },
     Operation {
         name: "stop",
-        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        prepare: |scene| scene.create("base", 1, true).unwrap(),
         perform: Scene::stop,
         reached: |scene| scene.made().is_some_and(|vm| vm.status == VmStatus::Stopped),
         ends: true,
@@ -119,7 +119,7 @@ pub const MACHINES: &[Operation] = &[
     },
     Operation {
         name: "delete, running",
-        prepare: |scene| scene.create("told", 1, true).unwrap(),
+        prepare: |scene| scene.create("base", 1, true).unwrap(),
         perform: Scene::delete,
         reached: |scene| scene.made().is_none(),
         ends: true,
@@ -150,7 +150,7 @@ pub const POOLS: &[Operation] = &[
     },
     Operation {
         name: "snapshot, stopped",
-        prepare: |scene| scene.create("told", 1, false).unwrap(),
+        prepare: |scene| scene.create("base", 1, false).unwrap(),
         perform: |scene| {
             let request = SnapshotVm {
                 template_name: MADE.parse().unwrap(),
@@ -164,7 +164,7 @@ pub const POOLS: &[Operation] = &[
         name: "template delete",
         prepare: |scene| {
             scene.import("made", false).unwrap();
-            // A clone that is kept of it, too.
+            // Includes a base image that was kept for a size of it.
             scene.create("made", 2, false).unwrap();
             scene.delete().unwrap();
         },
@@ -175,12 +175,12 @@ pub const POOLS: &[Operation] = &[
     },
 ];
 
-/// The guest has no agent, which the daemon asks for seconds: once a step must do, beside the
-/// others.
+/// The guest has no agent, and the daemon waits seconds for one; therefore this runs only once per
+/// step.
 pub const LIVE: &[Operation] = &[Operation {
     name: "grow, running",
     times: 1,
-    prepare: |scene| scene.create("told", 1, true).unwrap(),
+    prepare: |scene| scene.create("base", 1, true).unwrap(),
     perform: |scene| scene.grow(3),
     reached: |scene| scene.made().is_some_and(|vm| vm.disk_size_gib == 3),
     ..OPERATION
@@ -196,8 +196,8 @@ pub struct Findings {
     pub leaked: Vec<String>,
 }
 
-/// What was there before an operation: what clients were told.
-pub struct Promised {
+/// The state of a host before an operation, as reported to clients.
+pub struct Reported {
     vms: Vec<Vm>,
     templates: BTreeSet<String>,
 }
@@ -213,35 +213,35 @@ impl Scene {
             pool_size: &format!("{POOL}G"),
             ..Options::default()
         });
-        let (image, files) = (host.folder.join("told.image"), host.folder.join("files"));
+        let (image, files) = (host.folder.join("base.image"), host.folder.join("files"));
         fs::create_dir(&files).unwrap();
-        fs::write(files.join("promise"), PROMISE).unwrap();
+        fs::write(files.join("content"), CONTENT).unwrap();
         run("mke2fs", &["-q", "-t", "ext4", "-d", text(&files), text(&image), "64M"]);
         tiny_guest::Guest::Obedient.write_to(&host.folder.join("pool/kernel/vmlinuz"));
         fs::write(host.folder.join("pool/kernel/initrd.img"), "none").unwrap();
-        host.scaleboxd_ok(&["template", "import", "told", text(&image)]);
+        host.scaleboxd_ok(&["template", "import", "base", text(&image)]);
         host.serve();
         let scene = Scene {
             image: host.folder.join("pool.img"),
             host,
         };
-        scene.create_named(KEPT, "told", 1, false).unwrap();
+        scene.create_named(KEPT, "base", 1, false).unwrap();
         scene
     }
 
-    pub fn promised(&self) -> Promised {
-        Promised {
+    pub fn reported(&self) -> Reported {
+        Reported {
             vms: self.host.client().vms().unwrap(),
             templates: self.templates(),
         }
     }
 
-    /// Compares the host with what was promised, and each layer with the others, until nothing is
-    /// wrong or time is up: what could not be removed at once is removed later.
-    pub fn look(&self, operation: &Operation, promised: &Promised, findings: &mut Findings) {
+    /// Compares the host with the reported state, and its layers with each other, until all match
+    /// or time is up: some removals happen in the background.
+    pub fn check(&self, operation: &Operation, reported: &Reported, findings: &mut Findings) {
         let begun = Instant::now();
-        let found = eventually("a host that is as it should be", || {
-            let found = self.look_once(operation, promised);
+        let found = eventually("a consistent host", || {
+            let found = self.check_once(operation, reported);
             let is_right = found.lost.is_empty() && found.leaked.is_empty();
             (is_right || begun.elapsed() > Duration::from_secs(30)).then_some(found)
         });
@@ -249,67 +249,67 @@ impl Scene {
         findings.leaked.extend(found.leaked);
     }
 
-    fn look_once(&self, operation: &Operation, promised: &Promised) -> Findings {
+    fn check_once(&self, operation: &Operation, reported: &Reported) -> Findings {
         let mut findings = Findings::default();
         let Findings { lost, leaked } = &mut findings;
         let vms = self.host.client().vms().unwrap();
-        for before in &promised.vms {
+        for before in &reported.vms {
             let may_end = operation.ends && before.name == MADE;
             match vms.iter().find(|vm| vm.id == before.id) {
                 None if may_end => {}
-                None => lost.push(format!("VM {} is gone", before.name)),
+                None => lost.push(format!("VM {} is missing", before.name)),
                 Some(vm) if vm.disk_size_gib < before.disk_size_gib => {
                     lost.push(format!("the disk of {} became smaller", vm.name))
                 }
                 Some(vm) if before.status == VmStatus::Running && vm.status != before.status && !may_end => {
-                    lost.push(format!("VM {} ran, and is {}", vm.name, vm.status));
+                    lost.push(format!("VM {} was running, and is {}", vm.name, vm.status));
                 }
                 Some(_) => {}
             }
         }
         let templates = self.templates();
-        for template in &promised.templates {
+        for template in &reported.templates {
             let may_end = operation.ends && template == MADE;
             if !may_end && !templates.contains(template) {
-                lost.push(format!("the template {template} is gone"));
+                lost.push(format!("the template {template} is missing"));
             }
         }
         for vm in &vms {
             lost.extend(self.wrong_with_disk(vm));
         }
         let kept = vms.iter().find(|vm| vm.name == KEPT).map(|vm| self.host.disk(vm));
-        if kept.is_none_or(|disk| run("debugfs", &["-R", "cat /promise", text(&disk)]) != PROMISE) {
-            lost.push(format!("the file in {KEPT} is not what it was"));
+        if kept.is_none_or(|disk| run("debugfs", &["-R", "cat /content", text(&disk)]) != CONTENT) {
+            lost.push(format!("the file in {KEPT} has changed"));
         }
 
         let running: Vec<&Vm> = vms.iter().filter(|vm| vm.status == VmStatus::Running).collect();
         let disks: BTreeSet<String> = vms.iter().map(|vm| format!("{}.ext4", vm.id)).collect();
         let ids: BTreeSet<String> = vms.iter().map(|vm| vm.id.clone()).collect();
         let running_ids: BTreeSet<String> = running.iter().map(|vm| vm.id.clone()).collect();
-        let mut strays = |what: &str, folder: &str, known: &BTreeSet<String>| {
+        let mut orphans = |what: &str, folder: &str, known: &BTreeSet<String>| {
             for name in names_in(&self.host.folder.join(folder)) {
                 if !known.contains(&name) {
                     leaked.push(format!("{what} {name}"));
                 }
             }
         };
-        strays("the disk", "pool/vms", &disks);
-        strays("the machine's folder", "run/vms", &running_ids);
-        strays("the console's folder", "state/console", &ids);
+        orphans("the disk", "pool/vms", &disks);
+        orphans("the machine's folder", "run/vms", &running_ids);
+        orphans("the console's folder", "state/console", &ids);
         let images = templates
             .iter()
             .map(|name| format!("{name}.ext4"))
             .chain([".grown".to_owned()]);
-        strays("the template", "pool/templates", &images.collect());
+        orphans("the template", "pool/templates", &images.collect());
         for clone in names_in(&self.host.folder.join("pool/templates/.grown")) {
             let of = clone.split_once('@').map_or("", |(template, _)| template);
             if !templates.contains(of) || clone.ends_with(".partial") {
-                leaked.push(format!("the kept clone {clone}"));
+                leaked.push(format!("the base image {clone}"));
             }
         }
         let mut count = |what: &str, found: usize, right: usize| {
             if found != right {
-                leaked.push(format!("{found} {what}, and {right} would be right"));
+                leaked.push(format!("{found} {what} instead of {right}"));
             }
         };
         count("taps", self.host.taps().len(), running.len());
@@ -332,13 +332,12 @@ impl Scene {
         findings
     }
 
-    /// The pool's numbers when a deleted disk's promise is given back, which follows the answer; or
-    /// as they stay without that. Record, file and file system must agree in size, and the file
-    /// system must be sound. What runs grows its own.
+    /// Checks a disk. Record, file and file system must agree in size, and the file system must be
+    /// sound. A running guest grows its own file system.
     fn wrong_with_disk(&self, vm: &Vm) -> Option<String> {
         let disk = self.host.disk(vm);
         let Ok(meta) = fs::metadata(&disk) else {
-            return Some(format!("the disk of {} is gone", vm.name));
+            return Some(format!("the disk of {} is missing", vm.name));
         };
         let recorded = vm.disk_size_gib << 30;
         if meta.len() != recorded {
@@ -364,10 +363,10 @@ impl Scene {
             ));
         }
         let checked = Command::new("e2fsck").args(["-fn", text(&disk)]).output().unwrap();
-        (!checked.status.success()).then(|| format!("the file system of {}: {}", vm.name, said(&checked)))
+        (!checked.status.success()).then(|| format!("the file system of {}: {}", vm.name, output_of(&checked)))
     }
 
-    /// Takes away what operations made.
+    /// Removes everything that operations created.
     pub fn reset(&self) {
         if self.made().is_some() {
             self.delete().unwrap();
@@ -397,7 +396,7 @@ impl Scene {
         done(self.host.client().update_vm(MADE, &UpdateVm::grow(disk_size_gib)))
     }
 
-    /// A stop that a crash interrupted may be under way, or just done.
+    /// A stop that a crash interrupted may be in progress, or just completed.
     fn stop(&self) -> Result<(), String> {
         eventually("no other operation", || {
             let Err(error) = self.host.client().stop_vm(MADE) else {
@@ -405,7 +404,7 @@ impl Scene {
             };
             let error = error.to_string();
             let is_done = error.contains("already") && self.made().is_some_and(|vm| vm.status == VmStatus::Stopped);
-            (!error.contains("try again when that is done")).then_some(if is_done { Ok(()) } else { Err(error) })
+            (!error.contains("try again later")).then_some(if is_done { Ok(()) } else { Err(error) })
         })
     }
 
@@ -413,9 +412,9 @@ impl Scene {
         done(self.host.client().delete_vm(MADE))
     }
 
-    /// By the command, which ends by itself where it is told to.
+    /// Runs as a separate command, which fault points end like the daemon.
     fn import(&self, name: &str, replace: bool) -> Result<(), String> {
-        let image = self.host.folder.join("told.image");
+        let image = self.host.folder.join("base.image");
         let mut command = self.host.scaleboxd(&["template", "import", name, text(&image)]);
         if replace {
             command.arg("--replace");
@@ -427,9 +426,9 @@ impl Scene {
         assert!(
             output.status.signal().is_none_or(|signal| signal == 9),
             "{}",
-            said(&output)
+            output_of(&output)
         );
-        Err(said(&output))
+        Err(output_of(&output))
     }
 
     fn made(&self) -> Option<Vm> {

@@ -1,9 +1,5 @@
 //! Whether a guest can grow the file system on its disk while it is mounted.
 
-use crate::error::StorageError;
-use crate::local::files;
-use crate::pool::Pool;
-use scalebox_units::VmId;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -20,21 +16,9 @@ const RESIZE_INODE: u32 = 0x10;
 const SPARSE_SUPER2: u32 = 0x200;
 const META_BG: u32 = 0x10;
 
-impl Pool {
-    /// Returns why a guest's kernel may be unable to grow the mounted file system on the disk `id`.
-    /// Returns `None` without a known obstacle.
-    ///
-    /// # Errors
-    /// [`StorageError::Io`].
-    pub fn obstacle_to_live_growth(&self, id: &VmId) -> Result<Option<&'static str>, StorageError> {
-        let path = self.disk_path(id);
-        files::open_read(&path)
-            .and_then(|disk| obstacle(&disk))
-            .map_err(|error| StorageError::io("read", path.display(), error))
-    }
-}
-
-fn obstacle(disk: &File) -> io::Result<Option<&'static str>> {
+/// Returns why a guest's kernel may be unable to grow the mounted file system on `disk`. Returns
+/// `None` without a known obstacle.
+pub(crate) fn obstacle(disk: &File) -> io::Result<Option<&'static str>> {
     let mut block = [0; LENGTH];
     disk.read_exact_at(&mut block, SUPERBLOCK)?;
     let word = |at: usize| {

@@ -14,8 +14,7 @@
 use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
 use crate::image::ext4::{self, Stat, Tree, Work};
-use crate::local::files;
-use crate::template::PARTIAL;
+use crate::local::files::{self, PARTIAL};
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::File;

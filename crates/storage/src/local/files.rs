@@ -19,6 +19,9 @@ use std::time::{Duration, Instant};
 /// Images contain guests' data: only root may read them.
 const IMAGE_MODE: u32 = 0o600;
 
+/// Suffix of unfinished files. The next start removes those of interrupted operations.
+pub(crate) const PARTIAL: &str = ".partial";
+
 /// Creates a file for reading and writing; fails if the path exists. Never follows a link.
 pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
     OpenOptions::new()
@@ -371,7 +374,7 @@ mod tests {
             .read_to_end(&mut found)
             .unwrap();
         assert!(expected == found);
-        assert!(crate::space::allocated_of(&target).unwrap() < scalebox_units::Bytes::from_mib(1));
+        assert!(crate::local::space::allocated_of(&target).unwrap() < scalebox_units::Bytes::from_mib(1));
     }
 
     /// A folder with the files `old` and `new`; each contains its own name.

@@ -15,7 +15,7 @@ use crate::local::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
 use crate::local::mounts;
 use crate::local::signature::{Signature, probe};
 use crate::local::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
-use crate::space;
+use crate::local::space;
 use rustix::fs::{FlockOperation, flock};
 use scalebox_units::{Bytes, Gib};
 use std::ffi::OsStr;

@@ -13,4 +13,5 @@ pub(crate) mod quota;
 pub(crate) mod resize;
 pub(crate) mod signature;
 pub(crate) mod sizing;
+pub(crate) mod space;
 pub(crate) mod tree_search;

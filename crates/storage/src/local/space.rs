@@ -1,9 +1,10 @@
-//! The writable space: the pool and the host disk under it, combined.
+//! Reads the writable space: the pool and the host disk under it, combined.
 
 use crate::error::StorageError;
 use crate::local::backing::PoolFs;
 use crate::local::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::local::quota::{Allowance, Quota};
+use crate::space::Space;
 use rustix::fs::{fstat, fstatvfs, statvfs};
 use scalebox_units::Bytes;
 use std::fs::File;
@@ -31,133 +32,100 @@ const XFS_METADATA_PER_BLOCK: f64 = 104.0;
 /// to fit.
 const METADATA_FLOOR: Bytes = Bytes::from_mib(32);
 
-/// The pool's space at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Space {
-    /// Size of the pool.
-    pub capacity: Bytes,
-    /// Data in use, each shared block counted once.
-    pub used: Bytes,
-    /// Space that can be written: the smaller of the pool's and the host disk's.
-    pub free: Bytes,
-    /// Space that the pool alone could take.
-    pub pool_free: Bytes,
-    /// Free space of the host disk under the pool image; `None` for a pool without an image.
-    pub host_free: Option<Bytes>,
-    /// Pool space not allocated to a chunk yet. Zero on XFS, which has no chunks.
-    pub unallocated: Bytes,
-    /// Size of the metadata chunks. Part of their free space is btrfs' own reserve. Zero on XFS,
-    /// which allocates metadata from the same space as data.
-    pub metadata_total: Bytes,
-    /// The used part of [`Space::metadata_total`].
-    pub metadata_used: Bytes,
-    /// The worst-case capacity: the data that pool and host disk can hold in total, present data
-    /// included. It assumes that every block becomes an extent of its own.
-    pub worst_case_capacity: Bytes,
-    /// Upper bound of the unreclaimable usage, the part of `used` that disks do not map in extents
-    /// of their own. It consists of templates, shared extents, and extents that a disk maps only in
-    /// part. Equal to `used` without a current measurement.
-    pub unreclaimable: Bytes,
+/// Reads the space of the pool whose root folder is `pool`. `image` is the backing file of its
+/// loop device, if it has one.
+pub(crate) fn read(pool: &File, file_system: &PoolFs, image: Option<&Path>) -> Result<Space, StorageError> {
+    match file_system {
+        PoolFs::Btrfs(pending, quota) => {
+            let space = of_btrfs(pool, pending, image)?;
+            let allowance = quota.allowance(pool).map_err(unread_quota)?;
+            Ok(allowance.map_or(space, |allowance| within(space, allowance)))
+        }
+        PoolFs::Xfs => of_xfs(pool),
+    }
 }
 
-impl Space {
-    /// Reads the space of the pool whose root folder is `pool`. `image` is the backing file of its
-    /// loop device, if it has one.
-    pub(crate) fn read(pool: &File, file_system: &PoolFs, image: Option<&Path>) -> Result<Space, StorageError> {
-        match file_system {
-            PoolFs::Btrfs(pending, quota) => {
-                let space = Space::of_btrfs(pool, pending, image)?;
-                let allowance = quota.allowance(pool).map_err(unread_quota)?;
-                Ok(allowance.map_or(space, |allowance| space.within(allowance)))
-            }
-            PoolFs::Xfs => Space::of_xfs(pool),
-        }
+/// Applies a quota on the pool's folder. The limit is then the capacity, and other data on the
+/// same file system no longer counts.
+fn within(space: Space, allowance: Allowance) -> Space {
+    let free = space.free.min(allowance.left);
+    if allowance.limit >= space.capacity {
+        return Space { free, ..space };
     }
-
-    /// Applies a quota on the pool's folder. The limit is then the capacity, and other data on the
-    /// same file system no longer counts.
-    fn within(self, allowance: Allowance) -> Space {
-        let free = self.free.min(allowance.left);
-        if allowance.limit >= self.capacity {
-            return Space { free, ..self };
-        }
-        let used = self.used.min(allowance.limit - allowance.left);
-        Space {
-            capacity: allowance.limit,
-            used,
-            free,
-            pool_free: self.pool_free.min(allowance.left),
-            worst_case_capacity: self.worst_case_capacity.min(used + free),
-            unreclaimable: self.unreclaimable.min(used),
-            ..self
-        }
+    let used = space.used.min(allowance.limit - allowance.left);
+    Space {
+        capacity: allowance.limit,
+        used,
+        free,
+        pool_free: space.pool_free.min(allowance.left),
+        worst_case_capacity: space.worst_case_capacity.min(used + free),
+        unreclaimable: space.unreclaimable.min(used),
+        ..space
     }
+}
 
-    /// XFS updates its free space at once and has no second limit.
-    fn of_xfs(pool: &File) -> Result<Space, StorageError> {
+/// XFS updates its free space at once and has no second limit.
+fn of_xfs(pool: &File) -> Result<Space, StorageError> {
+    let stat = fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
+    let blocks = |count| Bytes::from_blocks(count, stat.f_frsize);
+    let (capacity, free) = (blocks(stat.f_blocks), blocks(stat.f_bavail));
+    let used = capacity - blocks(stat.f_bfree);
+    Ok(Space {
+        capacity,
+        used,
+        free,
+        pool_free: free,
+        host_free: None,
+        unallocated: Bytes::ZERO,
+        metadata_total: Bytes::ZERO,
+        metadata_used: Bytes::ZERO,
+        worst_case_capacity: (used + free).scaled(1.0 / (1.0 + XFS_METADATA_PER_BLOCK / 4096.0)),
+        unreclaimable: used,
+    })
+}
+
+/// Reads the space of a btrfs. `free = min(pool free, host free + blocks the image owns and the
+/// pool does not use)`: a block that the image already owns can be rewritten without taking
+/// space on the host disk.
+fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
+    let chunks = chunk_space(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
+    // Data that btrfs accepted but does not count before its next commit, within 30 s, is no
+    // longer free.
+    let unread = |error| StorageError::io("read the uncommitted writes of", "the pool", error);
+    let mut pool_free = writable(&chunks, pending.metadata().map_err(unread)?);
+    let pending = pending.data().map_err(unread)?;
+    pool_free = pool_free - pending;
+    if chunks.devices > 1 {
+        // Only btrfs knows how much of it can be placed on several devices at once.
         let stat = fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
-        let blocks = |count| Bytes::from_blocks(count, stat.f_frsize);
-        let (capacity, free) = (blocks(stat.f_blocks), blocks(stat.f_bavail));
-        let used = capacity - blocks(stat.f_bfree);
-        Ok(Space {
-            capacity,
-            used,
-            free,
-            pool_free: free,
-            host_free: None,
-            unallocated: Bytes::ZERO,
-            metadata_total: Bytes::ZERO,
-            metadata_used: Bytes::ZERO,
-            worst_case_capacity: (used + free).scaled(1.0 / (1.0 + XFS_METADATA_PER_BLOCK / 4096.0)),
-            unreclaimable: used,
-        })
+        pool_free = pool_free.min(Bytes::from_blocks(stat.f_bavail, stat.f_frsize));
     }
-
-    /// Reads the space of a btrfs. `free = min(pool free, host free + blocks the image owns and the
-    /// pool does not use)`: a block that the image already owns can be rewritten without taking
-    /// space on the host disk.
-    fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Result<Space, StorageError> {
-        let chunks =
-            chunk_space(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
-        // Data that btrfs accepted but does not count before its next commit, within 30 s, is no
-        // longer free.
-        let unread = |error| StorageError::io("read the uncommitted writes of", "the pool", error);
-        let mut pool_free = writable(&chunks, pending.metadata().map_err(unread)?);
-        let pending = pending.data().map_err(unread)?;
-        pool_free = pool_free - pending;
-        if chunks.devices > 1 {
-            // Only btrfs knows how much of it can be placed on several devices at once.
-            let stat =
-                fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
-            pool_free = pool_free.min(Bytes::from_blocks(stat.f_bavail, stat.f_frsize));
+    // The capacity does not depend on the transaction in progress.
+    let holdable = writable(&chunks, Bytes::ZERO) + chunks.data_used;
+    let (host_free, free, holdable) = match image {
+        None => (None, pool_free, holdable),
+        Some(image) => {
+            let host_free = available(image)?;
+            let owned = allocated(image)?;
+            (
+                Some(host_free),
+                pool_free.min(host_free + (owned - chunks.raw_used - pending)),
+                holdable.min(host_free + owned - (chunks.raw_used - chunks.data_used)),
+            )
         }
-        // The capacity does not depend on the transaction in progress.
-        let holdable = writable(&chunks, Bytes::ZERO) + chunks.data_used;
-        let (host_free, free, holdable) = match image {
-            None => (None, pool_free, holdable),
-            Some(image) => {
-                let host_free = available(image)?;
-                let owned = allocated(image)?;
-                (
-                    Some(host_free),
-                    pool_free.min(host_free + (owned - chunks.raw_used - pending)),
-                    holdable.min(host_free + owned - (chunks.raw_used - chunks.data_used)),
-                )
-            }
-        };
-        Ok(Space {
-            capacity: chunks.device_size.scaled(1.0 / chunks.data_copies as f64),
-            used: chunks.data_used,
-            free,
-            pool_free,
-            host_free,
-            unallocated: chunks.unallocated,
-            metadata_total: chunks.metadata_total,
-            metadata_used: chunks.metadata_used,
-            worst_case_capacity: worst_case_capacity(holdable, &chunks),
-            unreclaimable: chunks.data_used,
-        })
-    }
+    };
+    Ok(Space {
+        capacity: chunks.device_size.scaled(1.0 / chunks.data_copies as f64),
+        used: chunks.data_used,
+        free,
+        pool_free,
+        host_free,
+        unallocated: chunks.unallocated,
+        metadata_total: chunks.metadata_total,
+        metadata_used: chunks.metadata_used,
+        worst_case_capacity: worst_case_capacity(holdable, &chunks),
+        unreclaimable: chunks.data_used,
+    })
 }
 
 /// Returns the data bytes that btrfs can still take. They are the free space in its data chunks,

@@ -1,0 +1,24 @@
+//! Connects to a guest's agent, independent of the hypervisor.
+
+use scalebox_guest::{Agent, AgentError};
+use scalebox_vmm::Machine;
+use std::sync::Arc;
+
+/// Why a request to a guest agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentFailed {
+    /// The connection to the agent failed.
+    #[error(transparent)]
+    Unreachable(#[from] scalebox_vmm::Error),
+    /// The agent does not respond, or reports an error.
+    #[error(transparent)]
+    Rejected(#[from] AgentError),
+}
+
+/// Connects to the agent of a machine's guest and waits for its response.
+///
+/// # Errors
+/// [`AgentFailed`] if the guest is still booting, hangs or has no agent.
+pub async fn reach(machine: &Arc<dyn Machine>) -> Result<Agent, AgentFailed> {
+    Ok(Agent::connect(machine.agent().await?).await?)
+}

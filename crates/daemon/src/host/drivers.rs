@@ -1,0 +1,177 @@
+//! The hypervisor drivers of this host: the one for new VMs, and those of existing VMs.
+//!
+//! A VM's record names the driver that launched its machine. That driver adopts the machine after a
+//! restart of the daemon, even if `VMM` has changed. A VM that is started again keeps its driver
+//! with `VMM=auto`; a `VMM` that names a driver moves it there.
+
+use crate::commands::CommandFailed;
+use crate::host::error::ServiceError;
+use crate::host::system;
+use crate::host::{Service, blocking};
+use crate::settings::{AccelChoice, Settings, SettingsError, VmmChoice};
+use crate::state::Record;
+use scalebox_storage::jails_dir;
+use scalebox_units::VmId;
+use scalebox_vmm::{Accel, AccelSetting, Error, FirecrackerDriver, Machine, QemuDriver, Vmm};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// All drivers that a machine on this host may have.
+pub struct Drivers {
+    /// The first driver is used for new VMs.
+    drivers: Vec<Arc<dyn Vmm>>,
+    /// Whether a VM that is started keeps its recorded driver.
+    keep_recorded: bool,
+}
+
+impl Drivers {
+    /// Finds the hypervisors that the settings allow. The second value is the accelerator: `kvm` or
+    /// `tcg`.
+    ///
+    /// # Errors
+    /// If the driver for new VMs cannot be used.
+    pub fn find(settings: &Settings) -> Result<(Drivers, String), CommandFailed> {
+        let accel = accelerator(settings)?;
+        let jails = jails_dir(&settings.data_dir);
+        let firecracker = match (settings.vmm, accel.accel) {
+            (VmmChoice::Qemu, _) | (_, Accel::Tcg) => None,
+            (VmmChoice::Firecracker, Accel::Kvm) => Some(FirecrackerDriver::find(&jails)?),
+            (VmmChoice::Auto, Accel::Kvm) => FirecrackerDriver::find(&jails)
+                .inspect_err(|error| tracing::info!(%error, "not using Firecracker"))
+                .ok(),
+        };
+        let mut drivers: Vec<Arc<dyn Vmm>> = Vec::new();
+        match firecracker {
+            Some(firecracker) => {
+                let version = firecracker.version().unwrap_or_default();
+                tracing::info!(version, reason = accel.reason, "hypervisor: firecracker");
+                drivers.push(Arc::new(firecracker));
+                let qemu = QemuDriver::find(accel.accel).unwrap_or_else(|_| QemuDriver::without_program());
+                drivers.push(Arc::new(qemu));
+            }
+            None => {
+                tracing::info!(accel = %accel.accel, reason = accel.reason, "hypervisor: qemu");
+                drivers.push(Arc::new(QemuDriver::find(accel.accel)?));
+                // For machines that Firecracker launched before `VMM` was changed or its program
+                // was removed.
+                if jails.exists() {
+                    let firecracker = match accel.accel {
+                        Accel::Kvm => FirecrackerDriver::find(&jails).ok(),
+                        Accel::Tcg => None,
+                    };
+                    drivers.push(Arc::new(
+                        firecracker.unwrap_or_else(|| FirecrackerDriver::without_program(&jails)),
+                    ));
+                }
+            }
+        }
+        let keep_recorded = settings.vmm == VmmChoice::Auto;
+        Ok((Drivers { drivers, keep_recorded }, accel.accel.to_string()))
+    }
+
+    /// Returns the driver for new VMs.
+    pub fn for_new(&self) -> &Arc<dyn Vmm> {
+        &self.drivers[0]
+    }
+
+    /// Returns the driver to start a VM with, given its recorded driver.
+    pub fn to_start(&self, recorded: Option<&str>) -> &Arc<dyn Vmm> {
+        let kept = self.keep_recorded.then(|| self.by_name(recorded)).flatten();
+        kept.filter(|driver| driver.can_launch()).unwrap_or(self.for_new())
+    }
+
+    fn by_name(&self, name: Option<&str>) -> Option<&Arc<dyn Vmm>> {
+        self.drivers.iter().find(|driver| Some(driver.name()) == name)
+    }
+
+    /// Like [`Vmm::adopt`], by the recorded driver first, then by the others.
+    ///
+    /// # Errors
+    /// Those of [`Vmm::adopt`].
+    pub async fn adopt(
+        &self,
+        id: &VmId,
+        recorded: Option<&str>,
+        run_dir: &Path,
+    ) -> Result<Option<Arc<dyn Machine>>, Error> {
+        let first = self.by_name(recorded).unwrap_or(self.for_new());
+        let others = self.drivers.iter().filter(|driver| driver.name() != first.name());
+        let mut adopted = first.adopt(id, run_dir).await;
+        for driver in others {
+            if !matches!(adopted, Err(Error::Foreign { .. })) {
+                break;
+            }
+            adopted = driver.adopt(id, run_dir).await;
+        }
+        adopted
+    }
+
+    /// Like [`Vmm::force_stop`], by all drivers.
+    ///
+    /// # Errors
+    /// Those of [`Vmm::force_stop`].
+    pub async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool, Error> {
+        let mut killed = false;
+        for driver in &self.drivers {
+            killed |= driver.force_stop(id, run_dir).await?;
+        }
+        Ok(killed)
+    }
+}
+
+impl Service {
+    /// Selects the driver for a VM that is about to be started. Records it and returns the new
+    /// record.
+    pub(crate) async fn assign_driver(&self, record: &Record) -> Result<Record, ServiceError> {
+        let name = self.inner().vmm.to_start(record.vmm.as_deref()).name();
+        if record.vmm.as_deref() == Some(name) {
+            return Ok(record.clone());
+        }
+        let (state, id) = (Arc::clone(&self.inner().state), record.id.clone());
+        blocking(move || state.set_vmm(&id, name)).await?;
+        self.inner()
+            .vms
+            .change(&record.id, |record| record.vmm = Some(name.to_owned()));
+        Ok(Record {
+            vmm: Some(name.to_owned()),
+            ..record.clone()
+        })
+    }
+}
+
+/// How long after booting a host may take to load the KVM module. udev loads it in the background,
+/// and services do not wait for it.
+const KVM_LOAD_TIMEOUT: Duration = Duration::from_secs(90);
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Waits for KVM on a host that has just booted. Without this wait, a fast daemon would emulate its
+/// guests until its next start.
+pub async fn wait_for_kvm(settings: &Settings) {
+    let mut logged = false;
+    while settings.accel != AccelChoice::Tcg && scalebox_vmm::kvm_is_missing() && system::uptime() < KVM_LOAD_TIMEOUT {
+        if !logged {
+            tracing::info!("the host has just booted and the KVM module is not loaded yet: waiting for it");
+            logged = true;
+        }
+        tokio::time::sleep(CHECK_INTERVAL).await;
+    }
+}
+
+fn accelerator(settings: &Settings) -> Result<scalebox_vmm::AccelChoice, CommandFailed> {
+    let setting = match (settings.vmm, settings.accel) {
+        (VmmChoice::Firecracker, AccelChoice::Tcg) => {
+            return Err(SettingsError::Value {
+                key: "ACCEL",
+                value: "tcg".to_owned(),
+                expected: "Firecracker does not support emulation: set ACCEL=auto or VMM=qemu".to_owned(),
+            }
+            .into());
+        }
+        // Firecracker has no emulation, so KVM is not probed, as with ACCEL=kvm.
+        (VmmChoice::Firecracker, _) | (_, AccelChoice::Kvm) => AccelSetting::Kvm,
+        (_, AccelChoice::Auto) => AccelSetting::Auto,
+        (_, AccelChoice::Tcg) => AccelSetting::Tcg,
+    };
+    Ok(scalebox_vmm::accelerator(setting)?)
+}

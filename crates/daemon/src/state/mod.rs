@@ -1,0 +1,796 @@
+//! The state file: everything the daemon must remember after a crash, in SQLite under `STATE_DIR`.
+//!
+//! The state is outside the pool, so that a full pool does not stop the daemon. A change has two
+//! outcomes: it succeeded and survives a power cut, or it failed and was not made, now and after a
+//! restart. All methods block.
+
+mod commits;
+mod renewal;
+mod reserve;
+
+use crate::vm::idempotency::KeyedRequest;
+use commits::Commits;
+use reserve::Reserve;
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
+use rustix::fs::{StatVfsMountFlags, statvfs};
+use scalebox_client::{AutoExtend, IdempotencyKey, VmStatus};
+use std::fs::{self, File};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A VM as recorded in the state file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// `vm-` and twelve hex digits.
+    pub id: String,
+    /// The name; unique.
+    pub name: String,
+    /// The template its disk was cloned from.
+    pub template: String,
+    /// The SSH key of the guest's account.
+    pub ssh_public_key: String,
+    /// The time of creation: RFC 3339, UTC.
+    pub created_at: String,
+    /// The number of processors.
+    pub vcpu_count: u32,
+    /// The memory in MiB.
+    pub mem_size_mib: u64,
+    /// The provisioned size of the disk in GiB.
+    pub disk_size_gib: u64,
+    /// The auto-extend policy of the disk, if enabled.
+    pub auto_extend: Option<AutoExtend>,
+    /// The limits on disk and network.
+    pub limits: VmLimits,
+    /// Whether the VM is started again after a reboot of the host.
+    pub autostart: bool,
+    /// The driver of the VM's machine, as in the setting `VMM`. `None` for VMs of releases that did
+    /// not record it.
+    pub vmm: Option<String>,
+    /// The guest's address in `SUBNET`; unique.
+    pub guest_ip: Ipv4Addr,
+    /// The host port that is forwarded to port 22 of the guest; unique.
+    pub ssh_port: u16,
+    /// The last known status.
+    pub status: VmStatus,
+    /// The reason for the status, if there is one.
+    pub status_reason: Option<String>,
+}
+
+/// Limits on a VM's disk and network; `None` for no limit. Units as in the API.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct VmLimits {
+    /// Requests per second.
+    pub disk_iops: Option<u64>,
+    /// Megabytes per second.
+    pub disk_mbps: Option<u64>,
+    /// Megabits per second.
+    pub net_mbps: Option<u64>,
+}
+
+/// Facts that the state records about its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fact {
+    /// The owner mark of the pool that belongs to this state.
+    PoolOwner,
+    /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which the VMs were last started.
+    BootId,
+    /// The number of daemon starts with this state.
+    Starts,
+}
+
+impl Fact {
+    fn key(self) -> &'static str {
+        match self {
+            Fact::PoolOwner => "pool_owner",
+            Fact::BootId => "boot_id",
+            Fact::Starts => "starts",
+        }
+    }
+}
+
+/// Why the state cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// SQLite or the disk failed.
+    #[error("the state file {}: {source}", path.display())]
+    Database {
+        /// The state file.
+        path: PathBuf,
+        /// The error from SQLite.
+        source: Arc<rusqlite::Error>,
+    },
+    /// One failure of several changes that were committed together.
+    #[error(transparent)]
+    Shared(Arc<StateError>),
+    /// A thread that was working on the state file panicked.
+    #[error("internal error: a thread panicked while changing the state file")]
+    Panicked,
+    /// The disk of `STATE_DIR` is full.
+    #[error("the disk of STATE_DIR ({}) is full: free some space there, then try again", .0.display())]
+    Full(PathBuf),
+    /// The file system of `STATE_DIR` was read-only when the daemon started.
+    #[error(
+        "STATE_DIR ({}) was read-only when scaleboxd started: make it writable and restart scaleboxd; nothing can be changed until then",
+        .0.display()
+    )]
+    ReadOnly(PathBuf),
+    /// The VM to be changed is not in the state file.
+    #[error("the state file {} has no VM {id}: nothing was changed", path.display())]
+    NoSuchVm {
+        /// The state file.
+        path: PathBuf,
+        /// The id of the VM.
+        id: String,
+    },
+    /// The state folder or its lock cannot be used.
+    #[error("cannot use the state folder {}: {source}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Another daemon uses the state.
+    #[error("another scaleboxd uses {}: stop it first, or set STATE_DIR to another folder", .0.display())]
+    Locked(PathBuf),
+    /// The state was written by a later release.
+    #[error("{} was written by a later release (schema {found}, but this release supports up to {known}): install that release again", path.display())]
+    LaterSchema {
+        /// The state file.
+        path: PathBuf,
+        /// The schema of the file.
+        found: usize,
+        /// The latest supported schema.
+        known: usize,
+    },
+}
+
+impl StateError {
+    /// Returns the underlying error of a shared one.
+    pub fn root(&self) -> &StateError {
+        match self {
+            StateError::Shared(shared) => shared.root(),
+            other => other,
+        }
+    }
+}
+
+/// The steps that migrate a state file to the current schema, one per schema version. The version
+/// is the number of completed steps, in `PRAGMA user_version`. Steps are only ever appended.
+const MIGRATIONS: [&str; 6] = [
+    "CREATE TABLE vms (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        template TEXT NOT NULL,
+        ssh_public_key TEXT NOT NULL,
+        created_at TEXT NOT NULL,
+        vcpu_count INTEGER NOT NULL,
+        mem_size_mib INTEGER NOT NULL,
+        disk_size_gib INTEGER NOT NULL,
+        guest_ip TEXT NOT NULL UNIQUE,
+        ssh_port INTEGER NOT NULL UNIQUE,
+        status TEXT NOT NULL,
+        status_reason TEXT
+    ) STRICT;
+    CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+    "CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, digest TEXT NOT NULL, vm TEXT NOT NULL) STRICT;
+    CREATE TRIGGER forget_key AFTER DELETE ON vms BEGIN DELETE FROM idempotency_keys WHERE vm = OLD.id; END",
+    // The three columns are set together or not at all.
+    "ALTER TABLE vms ADD COLUMN extend_threshold_percent INTEGER;
+    ALTER TABLE vms ADD COLUMN extend_increment_gib INTEGER;
+    ALTER TABLE vms ADD COLUMN extend_limit_gib INTEGER",
+    "ALTER TABLE vms ADD COLUMN disk_iops INTEGER;
+    ALTER TABLE vms ADD COLUMN disk_mbps INTEGER;
+    ALTER TABLE vms ADD COLUMN net_mbps INTEGER;
+    ALTER TABLE vms ADD COLUMN autostart INTEGER NOT NULL DEFAULT 1",
+    // Earlier releases wrote keys before their VMs; a crash in between left keys without a VM.
+    "DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)",
+    "ALTER TABLE vms ADD COLUMN vmm TEXT",
+];
+
+/// The open state file. Only one process can open it at a time.
+#[derive(Debug)]
+pub struct State {
+    folder: PathBuf,
+    path: PathBuf,
+    commits: Commits,
+    is_read_only: bool,
+    _lock: File,
+}
+
+impl State {
+    /// Opens the state in `folder`, creates it if missing, and migrates it to the current schema.
+    ///
+    /// On a read-only file system it reads a copy in `scratch` instead, which must be writable, and
+    /// every change fails.
+    ///
+    /// # Errors
+    /// [`StateError::Locked`] while another process uses it.
+    pub fn open(folder: &Path, scratch: &Path) -> Result<State, StateError> {
+        let in_folder = |source| StateError::Folder {
+            path: folder.to_owned(),
+            source,
+        };
+        let make = |dir: &Path| fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        make(folder).map_err(in_folder)?;
+        let lock = lock_file(folder).map_err(in_folder)?;
+        if !scalebox_storage::try_lock_exclusive(&lock).map_err(in_folder)? {
+            return Err(StateError::Locked(folder.to_owned()));
+        }
+        let is_read_only = is_on_read_only_file_system(folder).map_err(in_folder)?;
+        let reserve = Reserve::at(folder);
+        let path = folder.join("state.db");
+        let opened = if is_read_only {
+            let copy = make(scratch)
+                .and_then(|()| copy_to(folder, scratch))
+                .map_err(in_folder)?;
+            connect(&copy)
+        } else {
+            match renewal::open(folder) {
+                Err(StateError::Full(_)) if reserve.release() => renewal::open(folder),
+                other => other,
+            }
+        };
+        if !is_read_only {
+            reserve.ensure();
+            // The name of the new file must survive a power cut too.
+            File::open(folder)
+                .and_then(|folder| folder.sync_all())
+                .map_err(in_folder)?;
+        }
+        Ok(State {
+            folder: folder.to_owned(),
+            path,
+            commits: Commits::new(folder, opened?, reserve),
+            is_read_only,
+            _lock: lock,
+        })
+    }
+
+    /// Returns whether every change fails because `STATE_DIR` was read-only at start.
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    /// Reads a fact without taking the lock, even while a daemon runs; `None` if there is no state
+    /// yet.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn peek(folder: &Path, fact: Fact) -> Result<Option<String>, StateError> {
+        State::peek_with(folder, |connection| {
+            let query = "SELECT value FROM facts WHERE key = ?";
+            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
+        })
+    }
+
+    /// Counts the VMs without taking the lock; 0 if there is no state.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn peek_vms(folder: &Path) -> Result<u64, StateError> {
+        let count = State::peek_with(folder, |connection| {
+            connection
+                .query_row("SELECT count(*) FROM vms", [], |row| row.get(0))
+                .map(Some)
+        });
+        count.map(Option::unwrap_or_default)
+    }
+
+    fn peek_with<T>(
+        folder: &Path,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<Option<T>>,
+    ) -> Result<Option<T>, StateError> {
+        let path = folder.join("state.db");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let connection = Connection::open_with_flags(&path, OpenFlags::SQLITE_OPEN_READ_ONLY);
+        connection
+            .and_then(|connection| read(&connection))
+            .map_err(|error| failed(&path, Arc::new(error)))
+    }
+
+    /// Counts the VMs of each driver without taking the lock; empty if there is no state.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], also if the state was written before drivers were recorded.
+    pub fn peek_drivers(folder: &Path) -> Result<Vec<(String, u64)>, StateError> {
+        let query = "SELECT vmm, count(*) FROM vms WHERE vmm IS NOT NULL GROUP BY vmm ORDER BY vmm";
+        let counts = State::peek_with(folder, |state| {
+            let mut query = state.prepare(query)?;
+            let counts = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            counts.collect::<rusqlite::Result<_>>().map(Some)
+        })?;
+        Ok(counts.unwrap_or_default())
+    }
+
+    /// Lists all VMs, oldest first.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn vms(&self) -> Result<Vec<Record>, StateError> {
+        self.read(|connection| {
+            let mut query = connection.prepare("SELECT * FROM vms ORDER BY created_at, id")?;
+            query.query_map([], record)?.collect()
+        })
+    }
+
+    /// Adds a VM, together with its idempotency key if it has one.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], also if the id, name, address or port is in use.
+    pub fn insert(&self, vm: &Record, keyed: Option<&KeyedRequest>) -> Result<(), StateError> {
+        let (vm, keyed) = (vm.clone(), keyed.cloned());
+        self.commit(move |connection| {
+            if let Some(keyed) = &keyed {
+                connection
+                    .prepare_cached("INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?)")?
+                    .execute(params![keyed.key.as_str(), keyed.digest, vm.id])?;
+            }
+            insert(connection, &vm)
+        })
+        .map(drop)
+    }
+
+    /// Returns the id of the VM created with a key, and the digest of the request that created it.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn created_by(&self, key: &IdempotencyKey) -> Result<Option<(String, String)>, StateError> {
+        self.read(|connection| {
+            let query = "SELECT vm, digest FROM idempotency_keys WHERE key = ? AND vm IN (SELECT id FROM vms)";
+            connection
+                .query_row(query, [key.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+                .optional()
+        })
+    }
+
+    /// Changes a VM's status.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn set_status(&self, id: &str, status: VmStatus, reason: Option<&str>) -> Result<(), StateError> {
+        let (vm, reason) = (id.to_owned(), reason.map(str::to_owned));
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached("UPDATE vms SET status = ?2, status_reason = ?3 WHERE id = ?1")?
+                .execute(params![vm, status.as_str(), reason])
+        })
+    }
+
+    /// Changes the size of a VM's disk, before or after the disk itself is changed.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) -> Result<(), StateError> {
+        let vm = id.to_owned();
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached("UPDATE vms SET disk_size_gib = ?2 WHERE id = ?1")?
+                .execute(params![vm, disk_size_gib])
+        })
+    }
+
+    /// Changes a VM's settings: auto-extend, limits and autostart.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn set_settings(
+        &self,
+        id: &str,
+        extend: Option<AutoExtend>,
+        limits: VmLimits,
+        autostart: bool,
+    ) -> Result<(), StateError> {
+        let vm = id.to_owned();
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached(
+                    "UPDATE vms SET extend_threshold_percent = ?2, extend_increment_gib = ?3, extend_limit_gib = ?4,
+                        disk_iops = ?5, disk_mbps = ?6, net_mbps = ?7, autostart = ?8
+                    WHERE id = ?1",
+                )?
+                .execute(params![
+                    vm,
+                    extend.map(|extend| extend.threshold_percent),
+                    extend.map(|extend| extend.increment_gib),
+                    extend.map(|extend| extend.limit_gib),
+                    limits.disk_iops,
+                    limits.disk_mbps,
+                    limits.net_mbps,
+                    autostart,
+                ])
+        })
+    }
+
+    /// Changes the driver of a VM's machine.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn set_vmm(&self, id: &str, vmm: &str) -> Result<(), StateError> {
+        let (vm, vmm) = (id.to_owned(), vmm.to_owned());
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached("UPDATE vms SET vmm = ?2 WHERE id = ?1")?
+                .execute(params![vm, vmm])
+        })
+    }
+
+    /// Returns a recorded fact; `None` if it was never recorded.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn fact(&self, fact: Fact) -> Result<Option<String>, StateError> {
+        self.read(|connection| {
+            let query = "SELECT value FROM facts WHERE key = ?";
+            connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
+        })
+    }
+
+    /// Records a fact.
+    ///
+    /// # Errors
+    /// [`StateError::Database`].
+    pub fn set_fact(&self, fact: Fact, value: &str) -> Result<(), StateError> {
+        let value = value.to_owned();
+        self.commit(move |connection| {
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [fact.key(), &value])
+        })
+        .map(drop)
+    }
+
+    /// Removes a VM.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn delete(&self, id: &str) -> Result<(), StateError> {
+        let vm = id.to_owned();
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached("DELETE FROM vms WHERE id = ?")?
+                .execute([&vm])
+        })
+    }
+
+    /// Changes one VM's row.
+    fn change(
+        &self,
+        id: &str,
+        change: impl Fn(&Connection) -> rusqlite::Result<usize> + Send + 'static,
+    ) -> Result<(), StateError> {
+        match self.commit(change)? {
+            0 => Err(StateError::NoSuchVm {
+                path: self.path.clone(),
+                id: id.to_owned(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn commit(
+        &self,
+        change: impl Fn(&Connection) -> rusqlite::Result<usize> + Send + 'static,
+    ) -> Result<usize, StateError> {
+        if self.is_read_only {
+            return Err(StateError::ReadOnly(self.folder.clone()));
+        }
+        self.commits.commit(Box::new(change)).map_err(StateError::Shared)
+    }
+
+    fn read<T>(&self, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StateError> {
+        self.commits.read(query)
+    }
+}
+
+fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
+    if source.sqlite_error_code() == Some(ErrorCode::DiskFull) {
+        return StateError::Full(path.parent().unwrap_or(path).to_owned());
+    }
+    StateError::Database {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Opens the lock file, creating it if missing. On a read-only or full file system, opens the
+/// folder instead.
+fn lock_file(folder: &Path) -> io::Result<File> {
+    let path = folder.join("lock");
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .or_else(|_| File::open(&path))
+        .or_else(|_| File::open(folder))
+}
+
+fn is_on_read_only_file_system(folder: &Path) -> io::Result<bool> {
+    Ok(statvfs(folder)?.f_flag.contains(StatVfsMountFlags::RDONLY))
+}
+
+/// Copies the state file and its log: SQLite cannot read a log in a folder that it cannot write to.
+fn copy_to(folder: &Path, scratch: &Path) -> io::Result<PathBuf> {
+    let copy = scratch.join("state-copy.db");
+    for suffix in ["", "-wal"] {
+        let (from, to) = (format!("state.db{suffix}"), format!("state-copy.db{suffix}"));
+        match fs::copy(folder.join(from), scratch.join(&to)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // The copy of an earlier start belongs to another state.
+                let _absent = fs::remove_file(scratch.join(to));
+            }
+            other => drop(other?),
+        }
+    }
+    Ok(copy)
+}
+
+fn connect(path: &Path) -> Result<Connection, StateError> {
+    let database = |error| failed(path, Arc::new(error));
+    let mut connection = Connection::open(path).map_err(database)?;
+    connection
+        .execute_batch(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0; PRAGMA temp_store=MEMORY;",
+        )
+        .map_err(database)?;
+    migrate(&mut connection, path)?;
+    Ok(connection)
+}
+
+fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
+    connection
+        .prepare_cached(
+            "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
+                guest_ip, ssh_port, status, status_reason,
+                extend_threshold_percent, extend_increment_gib, extend_limit_gib,
+                disk_iops, disk_mbps, net_mbps, autostart, vmm)
+            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        )?
+        .execute(params![
+            vm.id,
+            vm.name,
+            vm.template,
+            vm.ssh_public_key,
+            vm.created_at,
+            vm.vcpu_count,
+            vm.mem_size_mib,
+            vm.disk_size_gib,
+            vm.guest_ip.to_string(),
+            vm.ssh_port,
+            vm.status.as_str(),
+            vm.status_reason,
+            vm.auto_extend.map(|extend| extend.threshold_percent),
+            vm.auto_extend.map(|extend| extend.increment_gib),
+            vm.auto_extend.map(|extend| extend.limit_gib),
+            vm.limits.disk_iops,
+            vm.limits.disk_mbps,
+            vm.limits.net_mbps,
+            vm.autostart,
+            vm.vmm,
+        ])
+}
+
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StateError> {
+    let database = |error| failed(path, Arc::new(error));
+    let done: usize = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(database)?;
+    if done > MIGRATIONS.len() {
+        return Err(StateError::LaterSchema {
+            path: path.to_owned(),
+            found: done,
+            known: MIGRATIONS.len(),
+        });
+    }
+    for (step, sql) in MIGRATIONS.iter().enumerate().skip(done) {
+        let transaction = connection.transaction().map_err(database)?;
+        transaction.execute_batch(sql).map_err(database)?;
+        transaction
+            .pragma_update(None, "user_version", step + 1)
+            .map_err(database)?;
+        transaction.commit().map_err(database)?;
+    }
+    Ok(())
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
+    let ip: String = row.get("guest_ip")?;
+    let status: String = row.get("status")?;
+    Ok(Record {
+        id: row.get("id")?,
+        name: row.get("name")?,
+        template: row.get("template")?,
+        ssh_public_key: row.get("ssh_public_key")?,
+        created_at: row.get("created_at")?,
+        vcpu_count: row.get("vcpu_count")?,
+        mem_size_mib: row.get("mem_size_mib")?,
+        disk_size_gib: row.get("disk_size_gib")?,
+        auto_extend: auto_extend(row)?,
+        limits: VmLimits {
+            disk_iops: row.get("disk_iops")?,
+            disk_mbps: row.get("disk_mbps")?,
+            net_mbps: row.get("net_mbps")?,
+        },
+        autostart: row.get("autostart")?,
+        vmm: row.get("vmm")?,
+        guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
+        ssh_port: row.get("ssh_port")?,
+        status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
+        status_reason: row.get("status_reason")?,
+    })
+}
+
+fn auto_extend(row: &Row<'_>) -> rusqlite::Result<Option<AutoExtend>> {
+    let Some(threshold_percent) = row.get("extend_threshold_percent")? else {
+        return Ok(None);
+    };
+    Ok(Some(AutoExtend {
+        threshold_percent,
+        increment_gib: row.get("extend_increment_gib")?,
+        limit_gib: row.get("extend_limit_gib")?,
+    }))
+}
+
+fn status_of(word: &str) -> Option<VmStatus> {
+    [VmStatus::Running, VmStatus::Stopped, VmStatus::Paused, VmStatus::Failed]
+        .into_iter()
+        .find(|status| status.as_str() == word)
+}
+
+fn malformed(column: &str, value: &str) -> rusqlite::Error {
+    let problem = format!("{value:?} in column {column} is not a valid value");
+    rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, problem.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm(n: u16) -> Record {
+        Record {
+            id: format!("vm-{n:012x}"),
+            name: format!("vm-{n}"),
+            template: "debian-base".into(),
+            ssh_public_key: "ssh-ed25519 AAAA".into(),
+            created_at: format!("2026-01-02T03:04:{n:02}Z"),
+            vcpu_count: 1,
+            mem_size_mib: 512,
+            disk_size_gib: 10,
+            auto_extend: None,
+            limits: VmLimits::default(),
+            autostart: true,
+            vmm: None,
+            guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
+            ssh_port: 22001 + n,
+            status: VmStatus::Running,
+            status_reason: None,
+        }
+    }
+
+    #[test]
+    fn changes_are_there_after_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path(), folder.path()).unwrap();
+        let extend = Some(AutoExtend {
+            threshold_percent: 80,
+            increment_gib: 5,
+            limit_gib: 50,
+        });
+        let limits = VmLimits {
+            disk_iops: Some(500),
+            disk_mbps: None,
+            net_mbps: Some(100),
+        };
+        let extending = Record {
+            auto_extend: extend,
+            limits,
+            autostart: false,
+            vmm: Some("firecracker".into()),
+            ..vm(3)
+        };
+        state.insert(&vm(1), None).unwrap();
+        state.insert(&vm(2), None).unwrap();
+        state.insert(&extending, None).unwrap();
+        state
+            .set_status(&vm(2).id, VmStatus::Failed, Some("its process ended"))
+            .unwrap();
+        state.delete(&vm(1).id).unwrap();
+        drop(state);
+
+        let failed = Record {
+            status: VmStatus::Failed,
+            status_reason: Some("its process ended".into()),
+            ..vm(2)
+        };
+        let state = State::open(folder.path(), folder.path()).unwrap();
+        assert_eq!(state.vms().unwrap(), [failed, extending]);
+        state.set_vmm(&vm(2).id, "qemu").unwrap();
+        let drivers = State::peek_drivers(folder.path()).unwrap();
+        assert_eq!(drivers, [("firecracker".to_owned(), 1), ("qemu".to_owned(), 1)]);
+        state.set_settings(&vm(2).id, extend, limits, false).unwrap();
+        state.set_settings(&vm(3).id, None, VmLimits::default(), true).unwrap();
+        drop(state);
+        let vms = State::open(folder.path(), folder.path()).unwrap().vms().unwrap();
+        let settings = |vm: &Record| (vm.auto_extend, vm.limits, vm.autostart);
+        assert_eq!(settings(&vms[0]), (extend, limits, false));
+        assert_eq!(settings(&vms[1]), (None, VmLimits::default(), true));
+    }
+
+    #[test]
+    fn names_addresses_and_ports_are_unique() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path(), folder.path()).unwrap();
+        state.insert(&vm(1), None).unwrap();
+        for twin in [
+            Record {
+                name: vm(1).name,
+                ..vm(2)
+            },
+            Record {
+                guest_ip: vm(1).guest_ip,
+                ..vm(2)
+            },
+            Record {
+                ssh_port: vm(1).ssh_port,
+                ..vm(2)
+            },
+            Record { id: vm(1).id, ..vm(2) },
+        ] {
+            assert!(state.insert(&twin, None).is_err());
+        }
+    }
+
+    #[test]
+    fn only_one_process_can_open_the_state() {
+        let folder = tempfile::tempdir().unwrap();
+        let _first = State::open(folder.path(), folder.path()).unwrap();
+        assert!(matches!(
+            State::open(folder.path(), folder.path()),
+            Err(StateError::Locked(_))
+        ));
+    }
+
+    #[test]
+    fn a_state_of_the_first_release_is_migrated_with_all_its_vms() {
+        let folder = tempfile::tempdir().unwrap();
+        // Exactly as that release wrote it: the first migration must never change.
+        let written = Connection::open(folder.path().join("state.db")).unwrap();
+        written
+            .execute_batch(include_str!("../../tests/data/state-schema-1.sql"))
+            .unwrap();
+        drop(written);
+        let vms = State::open(folder.path(), folder.path()).unwrap().vms().unwrap();
+        let failed = Record {
+            status: VmStatus::Failed,
+            status_reason: Some("its process ended".into()),
+            ..vm(2)
+        };
+        assert_eq!(vms, [vm(1), failed]);
+        let state = State::open(folder.path(), folder.path()).unwrap();
+        assert_eq!(
+            state.fact(Fact::PoolOwner).unwrap().as_deref(),
+            Some("0123456789abcdef")
+        );
+        state.insert(&vm(3), None).unwrap();
+        state.delete(&vm(1).id).unwrap();
+        assert_eq!(state.vms().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_state_of_a_later_release_is_rejected() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(State::open(folder.path(), folder.path()).unwrap());
+        let connection = Connection::open(folder.path().join("state.db")).unwrap();
+        connection.pragma_update(None, "user_version", 99).unwrap();
+        drop(connection);
+        assert!(matches!(
+            State::open(folder.path(), folder.path()),
+            Err(StateError::LaterSchema { found: 99, .. })
+        ));
+    }
+}

@@ -1,0 +1,244 @@
+//! Cleans up on the host after stopped and deleted VMs.
+//!
+//! A stop has succeeded once the machine has ended, and a deletion once the record is gone; the
+//! remaining removals cannot change that. If one of them fails, because of an I/O error or a
+//! program that does not start, it is logged and retried until it succeeds. If the daemon ends
+//! before that, the next start removes what is left.
+
+use crate::host::error::ServiceError;
+use crate::host::vms::LeaseGuard;
+use crate::host::{Service, blocking, vm_id};
+use crate::pool::reclaim;
+use crate::state::Record;
+use crate::vm::lifecycle::{endpoint, remove_dir};
+use scalebox_fault_points::crash_point;
+use scalebox_net::Endpoint;
+use scalebox_units::Gib;
+use scalebox_vmm::Machine;
+use std::convert::Infallible;
+use std::mem;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Retry interval for failed removals.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The cleanups that failed and are retried.
+#[derive(Default)]
+pub struct Cleanups {
+    failed: Mutex<Vec<Cleanup>>,
+    /// Whether partial or deleted files may be left in the pool.
+    sweep: AtomicBool,
+}
+
+impl Cleanups {
+    /// Counts the VMs that still have something to remove on the host.
+    pub fn pending(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Requests a sweep of the pool, after an operation that failed or left files to remove.
+    pub fn sweep_soon(&self) {
+        self.sweep.store(true, Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Cleanup>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Everything a VM has left on the host. Each part is cleared once it is removed.
+pub struct Cleanup {
+    record: Record,
+    /// A machine to kill; `None` if it has ended or was not adopted.
+    machine: Option<Arc<dyn Machine>>,
+    /// Whether a process may exist that was not adopted, for example one that does not respond.
+    may_run: bool,
+    /// Tap and forward.
+    endpoint: Option<Endpoint>,
+    /// Seed drive, sockets and pid file.
+    run_dir: Option<PathBuf>,
+    /// The parts that only a deleted VM leaves.
+    deleted: Option<Deleted>,
+}
+
+struct Deleted {
+    /// The address and port, reserved while tap and forward exist.
+    lease: Option<LeaseGuard>,
+    /// Whether the disk still has its name and is still committed.
+    has_disk: bool,
+    console_dir: PathBuf,
+}
+
+impl Cleanup {
+    /// Cleans up after a machine that has ended; the VM is kept.
+    ///
+    /// # Errors
+    /// If the record has no valid address.
+    pub fn of_stopped(service: &Service, record: &Record) -> Result<Cleanup, ServiceError> {
+        Ok(Cleanup {
+            record: record.clone(),
+            machine: None,
+            may_run: false,
+            endpoint: Some(endpoint(record)?),
+            run_dir: Some(service.run_dir(&record.id)),
+            deleted: None,
+        })
+    }
+
+    /// Cleans up after a machine that was not adopted and could not be killed. Its folder may also
+    /// be what could not be removed.
+    pub fn of_unadopted(service: &Service, record: &Record) -> Cleanup {
+        Cleanup {
+            record: record.clone(),
+            machine: None,
+            may_run: true,
+            endpoint: endpoint(record).ok(),
+            run_dir: Some(service.run_dir(&record.id)),
+            deleted: None,
+        }
+    }
+
+    /// Cleans up after a VM whose record is gone.
+    pub fn of_deleted(
+        service: &Service,
+        record: &Record,
+        machine: Option<Arc<dyn Machine>>,
+        lease: Option<LeaseGuard>,
+    ) -> Cleanup {
+        Cleanup {
+            may_run: machine.is_none(),
+            machine,
+            // A record without a valid address never had a tap.
+            endpoint: endpoint(record).ok(),
+            run_dir: Some(service.run_dir(&record.id)),
+            deleted: Some(Deleted {
+                lease,
+                has_disk: true,
+                console_dir: service.console_dir(&record.id),
+            }),
+            record: record.clone(),
+        }
+    }
+
+    /// Tries once now, and leaves the rest to [`run`].
+    pub async fn begin(mut self, service: &Service) {
+        if let Err(error) = self.proceed(service).await {
+            self.begin_later(service, &error);
+        }
+    }
+
+    /// Leaves all of it to [`run`].
+    pub fn begin_later(self, service: &Service, error: &ServiceError) {
+        tracing::warn!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
+        service.inner().cleanups.lock().push(self);
+    }
+
+    /// Removes each remaining part, once. Can be called again after an error.
+    async fn proceed(&mut self, service: &Service) -> Result<(), ServiceError> {
+        if let Some(machine) = &self.machine {
+            machine.kill().await?;
+            self.machine = None;
+        } else if self.may_run {
+            service.force_stop_once(&self.record.id).await?;
+            self.may_run = false;
+        }
+        crash_point("clean up: machine ended");
+        if let Some(endpoint) = &self.endpoint {
+            service.inner().network.detach(endpoint).await?;
+            self.endpoint = None;
+        }
+        crash_point("clean up: tap and forward gone");
+        if let Some(run_dir) = self.run_dir.clone() {
+            blocking(move || remove_dir(&run_dir)).await?;
+            self.run_dir = None;
+        }
+        match &mut self.deleted {
+            Some(deleted) => deleted.proceed(service, &self.record).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Retries. Returns whether nothing is left.
+    async fn retry(&mut self, service: &Service) -> bool {
+        // A start or a deletion in the meantime cleans up by itself.
+        let _operation = match (
+            &self.deleted,
+            service.inner().vms.begin(&self.record.id, "being cleaned up"),
+        ) {
+            (Some(_), _) => None,
+            (None, Ok(operation)) if operation.machine.is_none() => Some(operation),
+            (None, Ok(_) | Err(ServiceError::NotFound(_))) => return true,
+            (None, Err(_)) => return false,
+        };
+        match self.proceed(service).await {
+            Ok(()) => {
+                tracing::info!(vm = self.record.id, "cleaned up after the VM");
+                true
+            }
+            Err(error) => {
+                tracing::debug!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
+                false
+            }
+        }
+    }
+}
+
+impl Deleted {
+    async fn proceed(&mut self, service: &Service, record: &Record) -> Result<(), ServiceError> {
+        drop(self.lease.take());
+        if self.has_disk {
+            let (pool, disk) = (Arc::clone(&service.inner().pool), vm_id(&record.id)?);
+            let unlinked = blocking(move || pool.unlink_disk(&disk)).await?;
+            self.has_disk = false;
+            reclaim::free_blocks(service, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));
+        }
+        let console = self.console_dir.clone();
+        blocking(move || remove_dir(&console)).await
+    }
+}
+
+/// Removes the files that failed operations left in the pool, if a sweep was requested. Files of
+/// operations in progress are not touched.
+async fn sweep_when_due(service: &Service) {
+    let cleanups = &service.inner().cleanups;
+    if !cleanups.sweep.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    let pool = Arc::clone(&service.inner().pool);
+    match blocking(move || pool.sweep_partials()).await {
+        Ok(removed) => {
+            for path in removed {
+                tracing::info!(path = %path.display(), "removed a file left by a failed operation");
+            }
+        }
+        Err(error) => {
+            tracing::debug!(%error, "cannot remove the files of failed operations; retrying");
+            cleanups.sweep_soon();
+        }
+    }
+}
+
+/// Retries failed cleanups for as long as it is polled.
+pub async fn run(service: Service) -> Infallible {
+    loop {
+        tokio::time::sleep(RETRY_INTERVAL).await;
+        sweep_when_due(&service).await;
+        let pending = mem::take(&mut *service.inner().cleanups.lock());
+        for mut cleanup in pending {
+            let one = service.clone();
+            let tried = service.detached(async move {
+                let is_done = cleanup.retry(&one).await;
+                if !is_done {
+                    one.inner().cleanups.lock().push(cleanup);
+                }
+                Ok(())
+            });
+            if let Err(error) = tried.await {
+                tracing::error!(%error, "a cleanup panicked; the next start completes it");
+            }
+        }
+    }
+}

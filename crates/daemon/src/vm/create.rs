@@ -1,0 +1,226 @@
+//! Creating a VM, step by step.
+//!
+//! Claim a name, an address and a port → admit → clone the disk → (seed drive → tap and forward →
+//! launch) → record. A VM becomes visible when it is recorded, and only then does the client get a
+//! response. A crash at any point leaves either a recorded VM or leftovers that
+//! [`recovery`](crate::vm::recovery) removes at the next start. Creations run concurrently; the only
+//! lock they share is held for microseconds.
+
+use crate::host::error::ServiceError;
+use crate::host::random::random_hex;
+use crate::host::undo::Steps;
+use crate::host::vms::Claim;
+use crate::host::{Service, blocking, fault_point, rfc3339, vm_id};
+use crate::state::{Record, VmLimits};
+use crate::vm::idempotency::KeyedRequest;
+use crate::vm::lifecycle::remove_dir;
+use crate::watch::extend;
+use scalebox_client::{CreateVm, EventKind, Vm, VmStatus};
+use scalebox_fault_points::crash_point;
+use scalebox_net::Lease;
+use scalebox_storage::{Pool, Reservation};
+use scalebox_units::{Bytes, Gib};
+use scalebox_vmm::Machine;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+impl Service {
+    pub(crate) async fn create_now(&self, request: CreateVm) -> Result<Vm, ServiceError> {
+        let inner = self.inner();
+        let claim = inner.vms.claim(request.name.as_ref().map(|name| name.as_str()))?;
+        let in_use = inner.templates_in_use.hold(request.template.as_str());
+        let request = Arc::new(request);
+        let admit_and_clone = || {
+            let (service, request, name, lease) = (self.clone(), Arc::clone(&request), claim.name.clone(), claim.lease);
+            // One blocking task for both: a second thread hop costs as much as the clone.
+            blocking(move || service.admit_and_clone(&request, name, lease))
+        };
+        let (record, reservation) = self.until_admitted(admit_and_clone).await?;
+
+        drop(in_use);
+        let disk = vm_id(&record.id)?;
+        let mut steps = Steps::new();
+        let pool = Arc::clone(&inner.pool);
+        steps.taken("clone the disk", async move {
+            blocking(move || pool.delete_disk(&disk)).await
+        });
+        let console = self.console_dir(&record.id);
+        steps.taken("create the console directory", async move {
+            blocking(move || remove_dir(&console)).await
+        });
+
+        let keyed = KeyedRequest::of(&request);
+        match self.complete(&record, &claim, keyed, &mut steps).await {
+            Ok(machine) => {
+                reservation.commit();
+                claim.publish(record.clone(), machine.clone());
+                self.publish_created(&record);
+                if let Some(machine) = machine {
+                    self.watch(record.id.clone(), machine);
+                }
+                tracing::info!(
+                    vm = record.id,
+                    name = record.name,
+                    status = record.status.as_str(),
+                    "VM created"
+                );
+                Ok(self.describe(&record))
+            }
+            Err(error) => {
+                steps.undo_all().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn publish_created(&self, record: &Record) {
+        let events = &self.inner().events;
+        let details = json!({
+            "template": record.template, "status": record.status,
+            "disk_size_gib": record.disk_size_gib, "ssh_port": record.ssh_port,
+        });
+        events.publish(EventKind::Created, Some(record), details);
+        if record.status == VmStatus::Running {
+            events.publish(EventKind::Started, Some(record), Value::Null);
+        }
+    }
+
+    /// Admits the request and clones the disk. Blocks. Leaves nothing behind on failure.
+    fn admit_and_clone(
+        &self,
+        request: &CreateVm,
+        name: String,
+        lease: Lease,
+    ) -> Result<(Record, Reservation), ServiceError> {
+        let inner = self.inner();
+        let template = inner.pool.template(&request.template)?;
+        let requested = request.disk_size_gib.map(Gib::new);
+        let disk_size = Pool::disk_size(&template, requested, inner.settings.default_disk_size)?;
+        if disk_size > inner.settings.max_disk_size {
+            let (size, max) = (disk_size, inner.settings.max_disk_size);
+            return Err(ServiceError::invalid_field(
+                "disk_size_gib",
+                format!(
+                    "the template {} needs a disk of {size} GiB, which is over MAX_DISK_SIZE_GIB ({max})",
+                    template.name
+                ),
+            ));
+        }
+        if let Some(extend) = request.disk_auto_extend {
+            extend::check(extend, disk_size)?;
+        }
+        let reservation = inner.pool.admit(disk_size.bytes())?;
+
+        let record = self.new_record(request, name, lease, disk_size)?;
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            template = record.template,
+            disk_size_gib = record.disk_size_gib,
+            "VM admitted"
+        );
+
+        fault_point("create: admitted")?;
+        inner
+            .pool
+            .create_disk(&vm_id(&record.id)?, &template.name, &reservation)?;
+        Ok((record, reservation))
+    }
+
+    fn new_record(
+        &self,
+        request: &CreateVm,
+        name: String,
+        lease: Lease,
+        disk_size: Gib,
+    ) -> Result<Record, ServiceError> {
+        let inner = self.inner();
+        Ok(Record {
+            id: new_id()?,
+            name,
+            template: request.template.as_str().to_owned(),
+            ssh_public_key: request.ssh_public_key.as_str().to_owned(),
+            created_at: rfc3339(jiff::Timestamp::now()),
+            vcpu_count: request
+                .vcpu_count
+                .unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
+            mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
+            disk_size_gib: disk_size.as_u64(),
+            vmm: Some(inner.vmm.for_new().name().to_owned()),
+            auto_extend: request.disk_auto_extend,
+            limits: VmLimits {
+                disk_iops: request.disk_iops,
+                disk_mbps: request.disk_mbps,
+                net_mbps: request.net_mbps,
+            },
+            autostart: request.autostart,
+            guest_ip: lease.guest_ip,
+            ssh_port: lease.ssh_port,
+            status: if request.start {
+                VmStatus::Running
+            } else {
+                VmStatus::Stopped
+            },
+            status_reason: None,
+        })
+    }
+
+    /// Starts the machine, if the VM is to run, and writes the record.
+    async fn complete(
+        &self,
+        record: &Record,
+        claim: &Claim,
+        keyed: Option<KeyedRequest>,
+        steps: &mut Steps,
+    ) -> Result<Option<Arc<dyn Machine>>, ServiceError> {
+        fault_point("create: disk durable")?;
+        claim.require_not_cancelled()?;
+        let machine = match record.status {
+            VmStatus::Running => Some(self.launch(record, steps).await?),
+            _ => None,
+        };
+        claim.require_not_cancelled()?;
+        let (state, row) = (Arc::clone(&self.inner().state), record.clone());
+        blocking(move || state.insert(&row, keyed.as_ref())).await?;
+        crash_point("create: recorded");
+        Ok(machine)
+    }
+
+    pub(crate) async fn admit(&self, size: Bytes) -> Result<Reservation, ServiceError> {
+        let admit = || {
+            let pool = Arc::clone(&self.inner().pool);
+            blocking(move || pool.admit(size))
+        };
+        self.until_admitted(admit).await
+    }
+
+    /// Retries a rejected admission while deleted disks are being freed, and once more after trying
+    /// to grow the pool.
+    async fn until_admitted<T, F>(&self, attempt: impl Fn() -> F) -> Result<T, ServiceError>
+    where
+        F: Future<Output = Result<T, ServiceError>>,
+    {
+        let result = self
+            .inner()
+            .reclaim
+            .retry_while_freeing(is_insufficient, &attempt)
+            .await;
+        if result.as_ref().is_err_and(is_insufficient) && self.low_water().is_some() {
+            // Retries regardless of the outcome: another request may have grown the pool in the
+            // meantime.
+            self.extend_pool().await;
+            return attempt().await;
+        }
+        result
+    }
+}
+
+pub(crate) fn is_insufficient(error: &ServiceError) -> bool {
+    matches!(error, ServiceError::Insufficient { .. })
+}
+
+/// Makes a new id: `vm-` and 48 random bits in hex.
+fn new_id() -> Result<String, ServiceError> {
+    let bits = random_hex(6).map_err(|error| ServiceError::Internal(format!("cannot draw a random VM id: {error}")))?;
+    Ok(format!("vm-{bits}"))
+}

@@ -1,0 +1,326 @@
+//! Snapshots: creates a template from a VM's disk.
+//!
+//! The guest is stopped from writing only while its disk is cloned, which copies nothing: its agent
+//! freezes the file systems, or the VM is paused if no agent responds. All other steps work on the
+//! clone, when other operations on the VM are allowed again.
+
+use crate::host::agent;
+use crate::host::error::ServiceError;
+use crate::host::vms::Operation;
+use crate::host::{BASE_TEMPLATE, Service, blocking, vm_id};
+use crate::state::Record;
+use crate::vm::recovery::vm_folders;
+use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
+use scalebox_guest::{Agent, AgentError};
+use scalebox_storage::{GuestIdentity, PendingSnapshot};
+use scalebox_vmm::{Machine, MachineState};
+use serde_json::json;
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Time limit for a guest to flush its caches before its file systems are frozen.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(20);
+/// Limit on attempts to thaw or resume a guest; then the daemon's next start tries again. Each
+/// attempt has its own deadline.
+const MAX_ATTEMPTS: u32 = 20;
+/// Pause between two attempts.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The templates that disks are being cloned from; these cannot be deleted.
+#[derive(Default)]
+pub struct TemplatesInUse {
+    counts: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+/// Keeps a template from being deleted until it is dropped.
+pub struct TemplateInUse {
+    counts: Arc<Mutex<HashMap<String, usize>>>,
+    template: String,
+}
+
+impl TemplatesInUse {
+    /// Keeps a template from being deleted.
+    pub fn hold(&self, template: &str) -> TemplateInUse {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry(template.to_owned()).or_default() += 1;
+        TemplateInUse {
+            counts: Arc::clone(&self.counts),
+            template: template.to_owned(),
+        }
+    }
+
+    /// Checks that the template can be deleted.
+    ///
+    /// # Errors
+    /// 409 while a disk is being cloned from it.
+    pub fn require_idle(&self, template: &str) -> Result<(), ServiceError> {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.contains_key(template) {
+            return Err(ServiceError::Busy(format!(
+                "a VM is being created from the template {template}: try again later"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for TemplateInUse {
+    fn drop(&mut self) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.template) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.template);
+            }
+        }
+    }
+}
+
+/// How a guest was kept from writing while its disk was cloned, and for how long.
+enum Quiesced {
+    NotRunning,
+    Paused(Duration),
+    Frozen(Duration),
+}
+
+impl Service {
+    /// Creates a template from a VM's disk, running or not. Completes even if the caller stops
+    /// waiting.
+    ///
+    /// # Errors
+    /// 403 for [`BASE_TEMPLATE`]; 404; 409 if the template name is in use, the disk's file system
+    /// is damaged, or another operation is running on the VM; 507 if the template does not fit.
+    /// Nothing is left behind then, and the guest continues to run.
+    pub async fn snapshot(&self, reference: String, request: SnapshotVm) -> Result<Snapshot, ServiceError> {
+        let service = self.clone();
+        self.detached(async move { service.snapshot_now(&reference, &request).await })
+            .await
+    }
+
+    async fn snapshot_now(&self, reference: &str, request: &SnapshotVm) -> Result<Snapshot, ServiceError> {
+        let template = request.template_name.as_str();
+        self.inner().vms.find(reference)?;
+        if template == BASE_TEMPLATE {
+            return Err(ServiceError::Forbidden(format!(
+                "the template {BASE_TEMPLATE} is protected: choose another name"
+            )));
+        }
+        let (pool, name) = (Arc::clone(&self.inner().pool), request.template_name.clone());
+        let clone = blocking(move || pool.begin_snapshot(&name)).await?;
+        let operation = self.inner().vms.begin(reference, "being snapshotted")?;
+        self.require_disk(&operation.record).await?;
+        let (clone, quiesced) = self.clone_quiesced(&operation, clone).await?;
+        let record = operation.record.clone();
+        // Other operations on the VM are allowed from here on.
+        drop(operation);
+
+        let (pool, source) = (Arc::clone(&self.inner().pool), identity(&record));
+        let made = blocking(move || pool.finish_snapshot(clone, &source)).await?;
+        let (held, stood_still) = match quiesced {
+            Quiesced::NotRunning => ("not_running", Duration::ZERO),
+            Quiesced::Paused(time) => ("paused", time),
+            Quiesced::Frozen(time) => ("frozen", time),
+        };
+        let stood_still_ms = stood_still.as_millis() as u64;
+        tracing::info!(
+            vm = record.id,
+            name = record.name,
+            template,
+            held,
+            stood_still_ms,
+            "snapshot of the VM created"
+        );
+        self.inner().events.publish(
+            EventKind::Snapshotted,
+            Some(&record),
+            json!({ "template": template, "stood_still_ms": stood_still_ms }),
+        );
+        self.inner()
+            .events
+            .publish(EventKind::TemplateCreated, None, json!({ "template": template }));
+        Ok(Snapshot {
+            template: made.name.to_string(),
+            source_vm: record.id,
+            size_bytes: made.size.as_u64(),
+            created_at: crate::host::rfc3339(made.created_at.try_into().unwrap_or(jiff::Timestamp::UNIX_EPOCH)),
+            stood_still_ms,
+            held: held.to_owned(),
+        })
+    }
+
+    /// Clones a VM's disk while its guest writes nothing. The guest continues in every case.
+    async fn clone_quiesced(
+        &self,
+        operation: &Operation,
+        clone: PendingSnapshot,
+    ) -> Result<(PendingSnapshot, Quiesced), ServiceError> {
+        let record = &operation.record;
+        let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
+        blocking(move || pool.flush_disk(&disk)).await?;
+        let machine = match &operation.machine {
+            Some(machine) if record.status == VmStatus::Running => machine,
+            // The guest of a paused VM does not run; it is not resumed, because another task has
+            // paused it.
+            _ => return Ok((self.clone_disk_now(record, clone).await?, Quiesced::NotRunning)),
+        };
+        let agent = agent_of(machine).await;
+        if let Some(agent) = &agent {
+            if let Err(error) = agent.flush(FLUSH_TIMEOUT).await {
+                tracing::debug!(vm = record.id, %error, "cannot flush the guest before freezing it");
+            }
+            self.mark_frozen(&record.id)?;
+            let begun = Instant::now();
+            let cloned = match agent.freeze().await {
+                Ok(()) => Ok(self.clone_disk_now(record, clone).await),
+                Err(error) => Err((clone, error)),
+            };
+            // Also after an error: the guest may have frozen after the time limit.
+            self.thaw(&record.id, machine, Some(agent)).await;
+            let stood_still = begun.elapsed();
+            return match cloned {
+                Ok(cloned) => Ok((cloned?, Quiesced::Frozen(stood_still))),
+                Err((clone, error)) => {
+                    tracing::info!(vm = record.id, %error, "cannot freeze the guest; pausing the VM instead");
+                    self.clone_paused(record, machine, clone).await
+                }
+            };
+        }
+        self.clone_paused(record, machine, clone).await
+    }
+
+    async fn clone_paused(
+        &self,
+        record: &Record,
+        machine: &Arc<dyn Machine>,
+        clone: PendingSnapshot,
+    ) -> Result<(PendingSnapshot, Quiesced), ServiceError> {
+        let begun = Instant::now();
+        let cloned = match machine.pause().await {
+            Ok(()) => self.clone_disk_now(record, clone).await,
+            Err(error) => Err(error.into()),
+        };
+        // If the pool ran full in the meantime, the pool watch resumes the VM.
+        let paused_by_watch = self
+            .inner()
+            .vms
+            .find(&record.id)
+            .is_ok_and(|now| now.status == VmStatus::Paused);
+        if !paused_by_watch {
+            resume(machine).await?;
+        }
+        Ok((cloned?, Quiesced::Paused(begun.elapsed())))
+    }
+
+    async fn clone_disk_now(
+        &self,
+        record: &Record,
+        mut clone: PendingSnapshot,
+    ) -> Result<PendingSnapshot, ServiceError> {
+        let (pool, disk) = (Arc::clone(&self.inner().pool), vm_id(&record.id)?);
+        blocking(move || pool.take_snapshot(&mut clone, &disk).map(|()| clone)).await
+    }
+
+    /// Thaws a guest, with retries. The next start retries a guest that is still frozen then.
+    async fn thaw(&self, id: &str, machine: &Arc<dyn Machine>, first: Option<&Agent>) {
+        let mut last: Result<(), AgentError> = match first {
+            Some(agent) => agent.thaw().await,
+            None => Err(AgentError::Timeout),
+        };
+        for _ in 0..MAX_ATTEMPTS {
+            if last.is_ok() || matches!(machine.state().await, Ok(MachineState::Ended(_))) {
+                self.unmark_frozen(id);
+                return;
+            }
+            tokio::time::sleep(RETRY_INTERVAL).await;
+            if let Some(agent) = agent_of(machine).await {
+                last = agent.thaw().await;
+            }
+        }
+        tracing::error!(
+            vm = id,
+            "the guest's file systems may still be frozen: restart scaleboxd, or stop and start the VM"
+        );
+    }
+
+    /// Outside the VM's own folder, where its hypervisor can write.
+    fn frozen_dir(&self) -> PathBuf {
+        self.inner().settings.run_dir.join("frozen")
+    }
+
+    fn mark_frozen(&self, id: &str) -> Result<(), ServiceError> {
+        let mark = self.frozen_dir().join(id);
+        fs::create_dir_all(self.frozen_dir())
+            .and_then(|()| fs::write(&mark, ""))
+            .map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", mark.display())))
+    }
+
+    fn unmark_frozen(&self, id: &str) {
+        let mark = self.frozen_dir().join(id);
+        remove_mark(&mark);
+    }
+}
+
+/// Thaws the guests that were frozen when the daemon ended.
+pub async fn thaw_left_frozen(service: Service) {
+    let frozen = match vm_folders(&service.frozen_dir()) {
+        Ok(frozen) => frozen,
+        Err(error) => {
+            tracing::error!(%error, "cannot list the guests that are still frozen; they are not thawed");
+            return;
+        }
+    };
+    for id in frozen {
+        // Prevents another snapshot from freezing the guest in the meantime.
+        let operation = service.inner().vms.begin_when_idle(&id, "being thawed").await;
+        match operation.as_ref().map(|operation| &operation.machine) {
+            Ok(Some(machine)) => {
+                tracing::info!(vm = id, "thawing a guest that was frozen when scaleboxd ended");
+                service.thaw(&id, machine, None).await;
+            }
+            _ => service.unmark_frozen(&id),
+        }
+    }
+}
+
+fn remove_mark(mark: &Path) {
+    if let Err(error) = fs::remove_file(mark)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %mark.display(), %error, "cannot remove the mark of a frozen guest; the next start does");
+    }
+}
+
+async fn resume(machine: &Arc<dyn Machine>) -> Result<(), ServiceError> {
+    let mut last = machine.resume().await;
+    for _ in 0..MAX_ATTEMPTS {
+        match last {
+            Ok(()) | Err(scalebox_vmm::Error::Ended { .. }) => return Ok(()),
+            Err(_) => {
+                tokio::time::sleep(RETRY_INTERVAL).await;
+                last = machine.resume().await;
+            }
+        }
+    }
+    Ok(last?)
+}
+
+async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
+    match agent::reach(machine).await {
+        Ok(agent) => Some(agent),
+        Err(error) => {
+            tracing::debug!(vm = %machine.id(), %error, "the guest agent does not respond");
+            None
+        }
+    }
+}
+
+fn identity(record: &Record) -> GuestIdentity {
+    GuestIdentity {
+        hostname: record.name.clone(),
+        ssh_public_key: record.ssh_public_key.clone(),
+    }
+}
