@@ -5,8 +5,8 @@
 //! handle can interfere. The kernel releases the lock when the holder dies, however it dies.
 
 use crate::confine::cgroup;
+use crate::error::{Error, Result};
 use crate::process::Identity;
-use crate::{Error, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
 use rustix::io::Errno;
 use scalebox_units::VmId;

@@ -3,10 +3,10 @@
 
 use crate::confine::cgroup::{self, Cgroups, Group, ResourceLimits};
 use crate::confine::landlock::{self, AllowedFiles, Sandbox};
-use crate::machine::MachineSpec;
+use crate::error::{Error, Result};
 use crate::process::Process;
 use crate::run_dir::RunDir;
-use crate::{Error, Result};
+use crate::spec::MachineSpec;
 use scalebox_units::Bytes;
 use std::io;
 

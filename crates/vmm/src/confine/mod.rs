@@ -1,4 +1,10 @@
-//! Confinement of a machine's process: control groups and Landlock.
+//! Confines a machine's process: its memory, its CPU time and the files that it can reach.
+//!
+//! | file | content |
+//! |---|---|
+//! | `confinement` | both together, for one process |
+//! | `cgroup` | limits memory and CPU with a control group |
+//! | `landlock` | restricts files with Landlock rules |
 
 pub(crate) mod cgroup;
 mod confinement;

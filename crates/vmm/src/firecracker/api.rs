@@ -4,7 +4,7 @@
 //! requests with the responses of a real Firecracker, and a test compares them.
 
 use crate::firecracker::jail;
-use crate::machine::{DiskLimits, MachineSpec};
+use crate::spec::{DiskLimits, MachineSpec};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes as Body;
 use hyper::client::conn::http1;
@@ -202,7 +202,7 @@ fn cmdline(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Nic;
+    use crate::spec::Nic;
     use scalebox_units::DiskLocation;
     use std::collections::VecDeque;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

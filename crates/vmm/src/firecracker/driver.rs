@@ -4,22 +4,24 @@
 //! through the API socket there. [`FirecrackerMachine`] is the handle. `docs/firecracker.md` lists
 //! what this driver cannot guarantee, compared to QEMU.
 
+use crate::blocking::blocking;
 use crate::confine::Confinement;
+use crate::error::{Error, Result};
 use crate::firecracker::api::{Api, ApiError, RESPONSE_TIMEOUT};
 use crate::firecracker::binary::{Firecracker, PROGRAM, identifying_arguments};
 use crate::firecracker::jail::{self, Jail, Jails, change_owner};
 use crate::firecracker::machine::FirecrackerMachine;
-use crate::machine::{Machine, MachineSpec, RunAs, Vmm};
+use crate::machine::{Machine, Vmm};
 use crate::process::Process;
-use crate::qemu::arguments::root_file;
-use crate::qemu::driver::{find_process, find_recorded, kill_and_wait, launch_error, lock_for_launch, require_tap};
-use crate::qemu::machine::ClaimedProcess;
-use crate::run_dir::{Lock, RunDir};
+use crate::run_dir::RunDir;
+use crate::spec::{MachineSpec, RunAs};
 use crate::stderr::StderrPipe;
-use crate::{Error, Result};
+use crate::supervise::{
+    self, CONNECT_INTERVAL, ClaimedProcess, Driver, LaunchGuard, kill_and_wait, require_tap, start_claimed, undo_launch,
+};
 use async_trait::async_trait;
 use scalebox_units::{Bytes, VmId};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::unix::pipe;
@@ -30,8 +32,6 @@ use tokio::time::{Instant, sleep};
 const VMM_OVERHEAD: Bytes = Bytes::from_mib(128);
 /// Timeout from the process' start to its first response.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(10);
-/// Interval between connection attempts: no event announces a new socket.
-const CONNECT_INTERVAL: Duration = Duration::from_millis(5);
 /// The state that Firecracker reports for a machine that is configured but not started.
 const NOT_STARTED: &str = "Not started";
 
@@ -83,41 +83,42 @@ impl FirecrackerDriver {
     }
 
     /// Launches a machine; undoes the previous steps if one fails.
-    async fn start(self, spec: MachineSpec) -> Result<LaunchGuard> {
-        let firecracker = self.firecracker.as_ref().ok_or(Error::NoFirecracker(PROGRAM))?;
-        spec.check()?;
-        require_tap(&spec)?;
-        firecracker.check_kernel(&spec)?;
-        let dir = RunDir::at(&spec.run_dir);
-        let lock = lock_for_launch(&dir, &spec.id, &identifying_arguments(spec.id.as_str()))?;
-        let launched = match self.spawn(firecracker, &spec, &dir, lock) {
-            Ok((claimed, jail, console)) => finish_launch(&spec, claimed, jail, console).await,
-            Err(error) => Err(error),
-        };
-        match launched {
-            Ok(guard) => Ok(guard),
-            Err(error) => {
-                // A process that could not be killed keeps its files, by which it is found again.
-                if !matches!(error, Error::Unkillable { .. }) {
-                    self.jails.remove(&spec.id);
-                    dir.clear();
-                }
-                Err(error)
+    async fn start(self, spec: MachineSpec) -> Result<LaunchGuard<FirecrackerMachine>> {
+        let (driver, of) = (self.clone(), spec.clone());
+        let (claimed, (jail, console)) = blocking(move || driver.start_process(&of)).await?;
+        let api = Api::at(&jail.path(jail::API));
+        let (claimed, started) = start_guest(&spec, claimed, &api).await;
+        match started {
+            Ok(()) => {
+                let machine = FirecrackerMachine::new(claimed, jail, api, console);
+                Ok(LaunchGuard::new(machine))
             }
+            Err(why) => Err(undo_launch(&self, claimed, &why).await),
         }
     }
 
-    /// Creates the jail and spawns the process in it. Returns process, jail and console.
+    /// Creates the jail and starts the process in it. Returns process, jail and console. Blocks.
+    fn start_process(&self, spec: &MachineSpec) -> Result<(ClaimedProcess, (Jail, pipe::Receiver))> {
+        let firecracker = self.firecracker.as_ref().ok_or(Error::NoFirecracker(PROGRAM))?;
+        spec.check()?;
+        require_tap(spec)?;
+        firecracker.check_kernel(spec)?;
+        start_claimed(self, spec, |dir| {
+            let account = spec.run_as.unwrap_or_else(own_account);
+            let jail = self.jails.make(spec, spec.root_file()?, account)?;
+            let (process, stderr, console) = self.spawn(firecracker, spec, dir, &jail, account)?;
+            Ok((process, stderr, (jail, console)))
+        })
+    }
+
     fn spawn(
         &self,
         firecracker: &Firecracker,
         spec: &MachineSpec,
         dir: &RunDir,
-        lock: Lock,
-    ) -> Result<(ClaimedProcess, Jail, pipe::Receiver)> {
-        let root = root_file(spec)?.to_owned();
-        let account = spec.run_as.unwrap_or_else(own_account);
-        let jail = self.jails.make(spec, &root, account)?;
+        jail: &Jail,
+        account: RunAs,
+    ) -> Result<(Process, StderrPipe, pipe::Receiver)> {
         let child_stderr = StderrPipe::create(&jail.path(jail::STDERR_PIPE))?;
         change_owner(&jail.path(jail::STDERR_PIPE), account)?;
         let stderr = StderrPipe::open(&jail.path(jail::STDERR_PIPE))?;
@@ -126,43 +127,35 @@ impl FirecrackerDriver {
         // No Landlock rules, unlike for QEMU: they would forbid the mounts that create a jail. And
         // inside the jail there are no other files.
         let confined = self.confinement.prepare(spec, dir, None, VMM_OVERHEAD)?;
-        let mut child = firecracker
-            .spawn(
-                spec.id.as_str(),
-                &self.jails,
-                account,
-                confined,
-                console_end,
-                child_stderr,
-            )
-            .map_err(|error| launch_error(&spec.id, error, ""))?;
-        let process = match Process::of_child(&child) {
-            Ok(process) => process,
-            Err(error) => {
-                // Killing by pid is safe without a pidfd: a child's pid is not reused before the
-                // child is waited for.
-                if let Err(error) = child.kill().and_then(|()| child.wait()) {
-                    tracing::warn!(machine = %spec.id, %error, "cannot kill Firecracker after a failed launch");
-                }
-                return Err(launch_error(&spec.id, error, ""));
-            }
-        };
-        let claimed = ClaimedProcess {
-            id: spec.id.clone(),
-            dir: dir.clone(),
-            lock,
-            process,
-            stderr,
-            root,
-            console_log: spec.console_log.clone(),
-        };
-        Ok((claimed, jail, console))
+        let command = firecracker.command(spec.id.as_str(), &self.jails, account);
+        let process = supervise::spawn(&spec.id, command, confined, console_end, child_stderr)?;
+        Ok((process, stderr, console))
+    }
+}
+
+impl FirecrackerDriver {
+    /// Returns the jail of a machine whose process is running. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Hung`] if the jail was removed: the process can no longer be reached.
+    fn jail_of_running(&self, id: &VmId) -> Result<Jail> {
+        self.jails
+            .of(id)?
+            .ok_or_else(|| Error::unreachable(id, RESPONSE_TIMEOUT))
+    }
+}
+
+impl Driver for FirecrackerDriver {
+    fn identifying_arguments(&self, id: &VmId, _dir: &RunDir) -> Result<Vec<String>> {
+        Ok(identifying_arguments(id.as_str()).to_vec())
     }
 
-    /// Removes all files of a machine whose process is gone.
-    fn remove_files(&self, id: &VmId, dir: &RunDir) {
+    fn stderr_pipe(&self, id: &VmId, _dir: &RunDir) -> Result<PathBuf> {
+        Ok(self.jail_of_running(id)?.path(jail::STDERR_PIPE))
+    }
+
+    fn remove_other_files(&self, id: &VmId) {
         self.jails.remove(id);
-        dir.clear();
     }
 }
 
@@ -182,99 +175,63 @@ impl Vmm for FirecrackerDriver {
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
-        // In a task of its own, so that a dropped future leaves no half-launched machine.
-        match tokio::spawn(self.clone().start(spec.clone())).await {
-            Ok(fresh) => Ok(fresh?.keep()),
-            Err(error) => Err(launch_error(&spec.id, error, "")),
-        }
+        supervise::launch(&spec.id, self.clone().start(spec.clone())).await
     }
 
     async fn adopt(&self, id: &VmId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
-        let dir = RunDir::at(run_dir);
-        let Some(lock) = dir.lock(id)? else { return Ok(None) };
-        let Some((process, record)) = find_recorded(id, &dir, &identifying_arguments(id.as_str())).await? else {
-            self.remove_files(id, &dir);
+        let Some(claimed) = supervise::claim(self, id, run_dir).await? else {
             return Ok(None);
         };
-        // The jail of a running process was removed: the process can no longer be reached.
-        let jail = self.jails.of(id)?.ok_or_else(|| hung(id))?;
-        let stderr = StderrPipe::open(&jail.path(jail::STDERR_PIPE))?;
-        let claimed = ClaimedProcess::from_record(process, record, &dir, lock, stderr);
+        let (driver, machine) = (self.clone(), id.clone());
+        let jail = blocking(move || driver.jail_of_running(&machine)).await?;
         let api = Api::at(&jail.path(jail::API));
         match api.state().await {
             Ok(state) if state != NOT_STARTED => {}
             Ok(_) => {
                 tracing::info!(machine = %id, "killing a machine whose launch was interrupted");
                 kill_and_wait(id, &claimed.process).await?;
-                self.remove_files(id, &dir);
+                claimed.remove_files(self).await;
                 return Ok(None);
             }
             Err(error) if claimed.process.is_alive() => {
                 tracing::warn!(machine = %id, %error, "Firecracker is running but does not respond");
-                return Err(hung(id));
+                return Err(Error::unreachable(id, RESPONSE_TIMEOUT));
             }
             Err(_) => {
-                self.remove_files(id, &dir);
+                claimed.remove_files(self).await;
                 return Ok(None);
             }
         }
-        let console = open_console(&dir)?;
+        let dir = claimed.dir.clone();
+        let console = blocking(move || open_console(&dir)).await?;
         Ok(Some(FirecrackerMachine::new(claimed, jail, api, console)))
     }
 
     async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool> {
-        let dir = RunDir::at(run_dir);
-        // The folder is created if it is missing: a process may still exist, and the lock prevents
-        // a launch meanwhile.
-        let _lock = dir.create_locked(id)?;
-        let process = find_process(id, &dir, &identifying_arguments(id.as_str()))?;
-        if let Some(process) = &process {
-            kill_and_wait(id, process).await?;
-            tracing::info!(machine = %id, pid = process.pid(), "killed the process of a machine without a holder");
-        }
-        self.remove_files(id, &dir);
-        Ok(process.is_some())
+        supervise::force_stop(self, id, run_dir).await
     }
 }
 
-/// Configures the machine through the API and starts the guest. On an error, kills the process and
-/// returns the cause.
-async fn finish_launch(
-    spec: &MachineSpec,
-    claimed: ClaimedProcess,
-    jail: Jail,
-    console: pipe::Receiver,
-) -> Result<LaunchGuard> {
-    let api = Api::at(&jail.path(jail::API));
-    let steps = async {
-        wait_until_responsive(&claimed.process, &api).await?;
+/// Waits for a newly started process, writes its record, configures the machine and starts the
+/// guest. Returns the process, and why it must be killed.
+async fn start_guest(spec: &MachineSpec, claimed: ClaimedProcess, api: &Api) -> (ClaimedProcess, Result<(), String>) {
+    if let Err(why) = wait_until_responsive(&claimed.process, api).await {
+        return (claimed, Err(why));
+    }
+    let record = move || {
         // From the first response on, the process' arguments are Firecracker's.
-        let recorded = claimed.process.arguments().and_then(|argv| claimed.write_record(argv));
+        let argv = claimed.process.arguments();
+        let recorded = argv.and_then(|argv| claimed.write_record(argv));
+        (claimed, recorded)
+    };
+    let (claimed, recorded) = blocking(record).await;
+    let steps = async {
         recorded.map_err(|error| error.to_string())?;
         api.configure(spec).await.map_err(|error| error.to_string())?;
         api.start().await.map_err(|error| error.to_string())
     };
-    let result: Result<(), String> = steps.await;
-    if let Err(why) = result {
-        let status = kill_and_wait(&claimed.id, &claimed.process).await?.unwrap_or_default();
-        return Err(launch_error(
-            &claimed.id,
-            format!("{why} ({status})"),
-            &claimed.stderr.text(),
-        ));
-    }
-    Ok(LaunchGuard {
-        machine: FirecrackerMachine::new(claimed, jail, api, console),
-        kept: false,
-    })
-}
-
-fn hung(id: &VmId) -> Error {
-    Error::Hung {
-        id: id.clone(),
-        command: "a new connection",
-        after: RESPONSE_TIMEOUT,
-    }
+    let started = steps.await;
+    (claimed, started)
 }
 
 /// Returns the account of this process, for machines that have none of their own.
@@ -309,32 +266,4 @@ fn open_console(dir: &RunDir) -> Result<pipe::Receiver> {
     pipe::OpenOptions::new()
         .open_receiver(&path)
         .map_err(Error::io("open", path))
-}
-
-/// A launched machine that is killed on drop, unless it is kept.
-struct LaunchGuard {
-    machine: Arc<FirecrackerMachine>,
-    kept: bool,
-}
-
-impl LaunchGuard {
-    fn keep(mut self) -> Arc<FirecrackerMachine> {
-        self.kept = true;
-        self.machine.clone()
-    }
-}
-
-impl Drop for LaunchGuard {
-    fn drop(&mut self) {
-        if self.kept {
-            return;
-        }
-        let machine = self.machine.clone();
-        tracing::info!(machine = %machine.id(), "launch cancelled; killing the machine");
-        tokio::spawn(async move {
-            if let Err(error) = machine.kill().await {
-                tracing::warn!(machine = %machine.id(), %error, "cannot kill a machine after a cancelled launch");
-            }
-        });
-    }
 }

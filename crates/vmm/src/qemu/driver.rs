@@ -4,27 +4,29 @@
 //! is the handle.
 
 use crate::accel::Accel;
-use crate::confine::AllowedFiles;
-use crate::confine::Confinement;
-use crate::machine::{DiskLimits, Machine, MachineSpec, Vmm};
+use crate::blocking::blocking;
+use crate::confine::{AllowedFiles, Confinement};
+use crate::error::{Error, Result};
+use crate::machine::{Machine, Vmm};
 use crate::process::Process;
-use crate::qemu::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identifying_arguments, root_file};
+use crate::qemu::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identifying_arguments};
 use crate::qemu::binary::{PROGRAM, Qemu};
-use crate::qemu::machine::{ClaimedProcess, ConnectError, QemuMachine};
-use crate::run_dir::{Lock, Record, RunDir};
+use crate::qemu::machine::{ConnectError, QemuMachine, connect};
+use crate::run_dir::RunDir;
+use crate::spec::{DiskLimits, MachineSpec};
 use crate::stderr::StderrPipe;
-use crate::{Error, Result};
+use crate::supervise::{
+    self, ClaimedProcess, Driver, LaunchGuard, require_tap, start_claimed, undo_launch, within_exit_timeout,
+};
 use async_trait::async_trait;
 use qapi::qmp::{self, RunState};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use rustix::net::netdevice::name_to_index;
-use rustix::net::{AddressFamily, SocketType, socket};
 use scalebox_units::{Bytes, VmId};
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::timeout;
 
 /// Memory that QEMU may use on top of the guest's, for program, libraries and I/O buffers. It needs
 /// about 60 MiB.
@@ -33,9 +35,6 @@ const VMM_OVERHEAD: Bytes = Bytes::from_mib(256);
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout for connecting to a running QEMU.
 const ADOPT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout from SIGKILL to the exit of a process. In between the kernel frees its memory and
-/// completes its disk requests.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs machines as QEMU `microvm` processes.
 ///
@@ -81,33 +80,35 @@ impl QemuDriver {
     }
 
     /// Launches a machine; undoes the previous steps if one fails.
-    async fn start(self, spec: MachineSpec) -> Result<LaunchGuard> {
-        let qemu = self.qemu.as_ref().ok_or(Error::NotInstalled { program: PROGRAM })?;
-        spec.check()?;
-        require_tap(&spec)?;
-        let dir = RunDir::at(&spec.run_dir);
-        let argv = arguments(&spec, &dir, self.accel, disk_io(root_file(&spec)?))?;
-        let lock = lock_for_launch(&dir, &spec.id, &identifying_arguments(&spec.id, &dir)?)?;
-        match self.spawn(qemu, &spec, &dir, lock, &argv) {
-            Ok(claimed) => finish_launch(claimed, qemu.argv(&argv), spec.root_limits).await,
-            Err(error) => {
-                dir.clear();
-                Err(error)
-            }
+    async fn start(self, spec: MachineSpec) -> Result<LaunchGuard<QemuMachine>> {
+        let (driver, limits) = (self.clone(), spec.root_limits);
+        let (claimed, recorded) = blocking(move || driver.start_process(&spec)).await?;
+        match recorded {
+            Ok(()) => self.finish_launch(claimed, limits).await,
+            Err(error) => Err(undo_launch(&self, claimed, &error.to_string()).await),
         }
     }
 
-    /// Spawns the process, stopped before the guest's first instruction.
-    fn spawn(
-        &self,
-        qemu: &Qemu,
-        spec: &MachineSpec,
-        dir: &RunDir,
-        lock: Lock,
-        argv: &[String],
-    ) -> Result<ClaimedProcess> {
-        let root = root_file(spec)?.to_owned();
+    /// Starts the process, stopped before the guest's first instruction, and writes its record.
+    /// Returns the result of the latter separately, because the process must be killed if it
+    /// failed. Blocks.
+    fn start_process(&self, spec: &MachineSpec) -> Result<(ClaimedProcess, io::Result<()>)> {
+        let qemu = self.qemu.as_ref().ok_or(Error::NotInstalled { program: PROGRAM })?;
+        spec.check()?;
+        require_tap(spec)?;
+        let io = disk_io(spec.root_file()?);
+        let argv = arguments(spec, &RunDir::at(&spec.run_dir), self.accel, io)?;
+        let (claimed, ()) = start_claimed(self, spec, |dir| {
+            let (process, stderr) = self.spawn(qemu, spec, dir, &argv)?;
+            Ok((process, stderr, ()))
+        })?;
+        let recorded = claimed.write_record(qemu.argv(&argv));
+        Ok((claimed, recorded))
+    }
+
+    fn spawn(&self, qemu: &Qemu, spec: &MachineSpec, dir: &RunDir, argv: &[String]) -> Result<(Process, StderrPipe)> {
         let child_stderr = StderrPipe::create(&dir.stderr_pipe())?;
+        let child_stdout = child_stderr.try_clone().map_err(Error::io("open", dir.stderr_pipe()))?;
         let stderr = StderrPipe::open(&dir.stderr_pipe())?;
         let allowed = AllowedFiles {
             program: qemu.program().to_owned(),
@@ -116,7 +117,7 @@ impl QemuDriver {
                 .chain(&spec.initrd)
                 .cloned()
                 .collect(),
-            write: vec![root.clone()],
+            write: vec![spec.root_file()?.to_owned()],
             sockets: spec.run_dir.clone(),
         };
         let overhead = match self.accel {
@@ -124,30 +125,52 @@ impl QemuDriver {
             Accel::Tcg => VMM_OVERHEAD + Bytes::from_mib(TRANSLATION_CACHE_MIB),
         };
         let confined = self.confinement.prepare(spec, dir, Some(&allowed), overhead)?;
-        let mut child = qemu
-            .spawn(argv, confined, child_stderr)
-            .map_err(|error| launch_error(&spec.id, error, ""))?;
-        let process = match Process::of_child(&child) {
-            Ok(process) => process,
-            Err(error) => {
-                // Killing by pid is safe without a pidfd: a child's pid is not reused before the
-                // child is waited for.
-                if let Err(error) = child.kill().and_then(|()| child.wait()) {
-                    tracing::warn!(machine = %spec.id, %error, "cannot kill QEMU after a failed launch");
-                }
-                return Err(launch_error(&spec.id, error, ""));
+        let process = supervise::spawn(&spec.id, qemu.command(argv), confined, child_stdout, child_stderr)?;
+        Ok((process, stderr))
+    }
+
+    /// Connects to a newly started process and starts the guest. On an error, kills the process and
+    /// returns the cause.
+    async fn finish_launch(&self, claimed: ClaimedProcess, limits: DiskLimits) -> Result<LaunchGuard<QemuMachine>> {
+        let machine = match connect(claimed, LAUNCH_TIMEOUT).await {
+            Ok(machine) => machine,
+            Err((claimed, why)) => {
+                let why = match why {
+                    ConnectError::Ended => "QEMU exited immediately".to_owned(),
+                    ConnectError::TimedOut(why) => why,
+                };
+                return Err(undo_launch(self, claimed, &why).await);
             }
         };
-        let console_log = spec.console_log.clone();
-        Ok(ClaimedProcess {
-            id: spec.id.clone(),
-            dir: dir.clone(),
-            lock,
-            process,
-            stderr,
-            root,
-            console_log,
-        })
+        // The limits are set before the guest's first instruction.
+        let throttled = match limits == DiskLimits::default() {
+            true => Ok(()),
+            false => machine.limit_disk(limits).await,
+        };
+        let started = match throttled {
+            Ok(()) => machine.execute("cont", qmp::cont {}).await.map(drop),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = started {
+            let output = machine.stderr_text();
+            machine.kill().await?;
+            return Err(Error::launch(machine.id(), error, &output));
+        }
+        let warnings = machine.stderr_text();
+        if !warnings.is_empty() {
+            tracing::warn!(machine = %machine.id(), warnings, "QEMU started with warnings");
+        }
+        Ok(LaunchGuard::new(machine))
+    }
+}
+
+impl Driver for QemuDriver {
+    fn identifying_arguments(&self, id: &VmId, dir: &RunDir) -> Result<Vec<String>> {
+        Ok(identifying_arguments(id, dir)?.to_vec())
+    }
+
+    fn stderr_pipe(&self, _id: &VmId, dir: &RunDir) -> Result<PathBuf> {
+        Ok(dir.stderr_pipe())
     }
 }
 
@@ -167,47 +190,29 @@ impl Vmm for QemuDriver {
     }
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
-        // In a task of its own, so that a dropped future leaves no half-launched machine.
-        match tokio::spawn(self.clone().start(spec.clone())).await {
-            Ok(fresh) => Ok(fresh?.keep()),
-            Err(error) => Err(launch_error(&spec.id, error, "")),
-        }
+        supervise::launch(&spec.id, self.clone().start(spec.clone())).await
     }
 
     async fn adopt(&self, id: &VmId, run_dir: &Path) -> Result<Option<Arc<dyn Machine>>> {
-        let dir = RunDir::at(run_dir);
-        let Some(lock) = dir.lock(id)? else { return Ok(None) };
-        let Some((process, record)) = find_recorded(id, &dir, &identifying_arguments(id, &dir)?).await? else {
-            dir.clear();
+        let Some(claimed) = supervise::claim(self, id, run_dir).await? else {
             return Ok(None);
         };
-        let claimed = ClaimedProcess::from_record(process, record, &dir, lock, StderrPipe::open(&dir.stderr_pipe())?);
-        let machine = match claimed.connect(ADOPT_TIMEOUT).await {
+        let machine = match connect(claimed, ADOPT_TIMEOUT).await {
             Ok(machine) => machine,
             Err((claimed, ConnectError::Ended)) => {
                 claimed.process.reap();
-                dir.clear();
+                claimed.remove_files(self).await;
                 return Ok(None);
             }
             Err((_, ConnectError::TimedOut(why))) => {
                 tracing::warn!(machine = %id, why, "QEMU is running but does not respond");
-                return Err(Error::Hung {
-                    id: id.clone(),
-                    command: "a new connection",
-                    after: ADOPT_TIMEOUT,
-                });
+                return Err(Error::unreachable(id, ADOPT_TIMEOUT));
             }
         };
         match machine.execute("query-status", qmp::query_status {}).await?.status {
             RunState::prelaunch => {
                 tracing::info!(machine = %id, "killing a machine whose launch was interrupted");
-                let (pid, after) = (machine.pid(), EXIT_TIMEOUT);
-                let timed_out = |_| Error::Unkillable {
-                    id: id.clone(),
-                    pid,
-                    after,
-                };
-                timeout(EXIT_TIMEOUT, machine.kill()).await.map_err(timed_out)??;
+                within_exit_timeout(id, machine.pid(), machine.kill()).await??;
                 return Ok(None);
             }
             RunState::shutdown => machine.on_guest_shutdown(),
@@ -217,177 +222,8 @@ impl Vmm for QemuDriver {
     }
 
     async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool> {
-        let dir = RunDir::at(run_dir);
-        // The folder is created if it is missing: a process may still exist, and the lock prevents
-        // a launch meanwhile.
-        let _lock = dir.create_locked(id)?;
-        let process = find_process(id, &dir, &identifying_arguments(id, &dir)?)?;
-        if let Some(process) = &process {
-            kill_and_wait(id, process).await?;
-            tracing::info!(machine = %id, pid = process.pid(), "killed the process of a machine without a holder");
-        }
-        dir.clear();
-        Ok(process.is_some())
+        supervise::force_stop(self, id, run_dir).await
     }
-}
-
-/// Connects to a newly spawned process and starts the guest. On an error, kills the process and
-/// returns the cause.
-async fn finish_launch(claimed: ClaimedProcess, argv: Vec<String>, limits: DiskLimits) -> Result<LaunchGuard> {
-    if let Err(error) = claimed.write_record(argv) {
-        return Err(abort_launch(claimed, &error.to_string()).await);
-    }
-    let machine = match claimed.connect(LAUNCH_TIMEOUT).await {
-        Ok(machine) => machine,
-        Err((claimed, ConnectError::Ended)) => return Err(abort_launch(claimed, "QEMU exited immediately").await),
-        Err((claimed, ConnectError::TimedOut(why))) => return Err(abort_launch(claimed, &why).await),
-    };
-    // The limits are set before the guest's first instruction.
-    let throttled = match limits == DiskLimits::default() {
-        true => Ok(()),
-        false => machine.limit_disk(limits).await,
-    };
-    let started = match throttled {
-        Ok(()) => machine.execute("cont", qmp::cont {}).await.map(drop),
-        Err(error) => Err(error),
-    };
-    if let Err(error) = started {
-        let output = machine.stderr_text();
-        machine.kill().await?;
-        return Err(launch_error(machine.id(), error, &output));
-    }
-    let warnings = machine.stderr_text();
-    if !warnings.is_empty() {
-        tracing::warn!(machine = %machine.id(), warnings, "QEMU started with warnings");
-    }
-    Ok(LaunchGuard::new(machine))
-}
-
-/// Undoes a launch: kills the process and removes its files. Returns the launch error, with QEMU's
-/// output.
-async fn abort_launch(claimed: ClaimedProcess, why: &str) -> Error {
-    let status = match kill_and_wait(&claimed.id, &claimed.process).await {
-        Ok(status) => status.unwrap_or_default(),
-        Err(error) => {
-            return launch_error(
-                &claimed.id,
-                format!("{why}; in addition, {error}"),
-                &claimed.stderr.text(),
-            );
-        }
-    };
-    let output = claimed.stderr.text();
-    claimed.dir.clear();
-    launch_error(&claimed.id, format!("{why} ({status})"), &output)
-}
-
-/// Kills a process that is known to be the machine's, and waits until it exits. Returns its exit
-/// status, if available.
-pub(crate) async fn kill_and_wait(id: &VmId, process: &Process) -> Result<Option<String>> {
-    let (pid, after) = (process.pid(), EXIT_TIMEOUT);
-    process.kill().map_err(Error::io("kill", format!("/proc/{pid}")))?;
-    match timeout(after, process.exited()).await {
-        Ok(()) => Ok(process.reap()),
-        Err(_) => Err(Error::Unkillable {
-            id: id.clone(),
-            pid,
-            after,
-        }),
-    }
-}
-
-pub(crate) fn launch_error(id: &VmId, why: impl ToString, output: &str) -> Error {
-    Error::Launch {
-        id: id.clone(),
-        why: why.to_string(),
-        output: output.to_owned(),
-    }
-}
-
-/// A launched machine that is killed on drop, unless it is kept.
-struct LaunchGuard {
-    machine: Arc<QemuMachine>,
-    kept: bool,
-}
-
-impl LaunchGuard {
-    fn new(machine: Arc<QemuMachine>) -> LaunchGuard {
-        LaunchGuard { machine, kept: false }
-    }
-
-    fn keep(mut self) -> Arc<QemuMachine> {
-        self.kept = true;
-        self.machine.clone()
-    }
-}
-
-impl Drop for LaunchGuard {
-    fn drop(&mut self) {
-        if self.kept {
-            return;
-        }
-        let machine = self.machine.clone();
-        tracing::info!(machine = %machine.id(), "launch cancelled; killing the machine");
-        tokio::spawn(async move {
-            if let Err(error) = machine.kill().await {
-                tracing::warn!(machine = %machine.id(), %error, "cannot kill a machine after a cancelled launch");
-            }
-        });
-    }
-}
-
-/// Locks the folder for a launch and removes leftover files. Fails if the machine is running.
-pub(crate) fn lock_for_launch(dir: &RunDir, id: &VmId, arguments: &[String]) -> Result<Lock> {
-    let lock = dir.create_locked(id)?;
-    if let Some(process) = find_process(id, dir, arguments)? {
-        return Err(Error::Running {
-            id: id.clone(),
-            pid: Some(process.pid()),
-        });
-    }
-    dir.clear_files();
-    Ok(lock)
-}
-
-/// Returns the machine's process, recorded or not, if it is alive.
-pub(crate) fn find_process(id: &VmId, dir: &RunDir, arguments: &[String]) -> Result<Option<Process>> {
-    let recorded = match dir.read(id)? {
-        Some(record) => Process::find(&record.process),
-        None => Process::search(arguments),
-    };
-    recorded.map_err(Error::io("read", "/proc"))
-}
-
-/// Returns the machine's process and its record. Kills a process that was not recorded yet.
-pub(crate) async fn find_recorded(id: &VmId, dir: &RunDir, arguments: &[String]) -> Result<Option<(Process, Record)>> {
-    let Some(process) = find_process(id, dir, arguments)? else {
-        return Ok(None);
-    };
-    let Some(record) = dir.read(id)? else {
-        tracing::info!(machine = %id, pid = process.pid(), "killing a machine whose launch was interrupted");
-        kill_and_wait(id, &process).await?;
-        return Ok(None);
-    };
-    // `VMM` was changed while the machine ran: a machine of another driver must neither be adopted
-    // nor count as dead.
-    if !arguments.iter().all(|argument| record.process.argv.contains(argument)) {
-        return Err(Error::Foreign {
-            id: id.clone(),
-            program: record.process.argv.into_iter().next().unwrap_or_default(),
-        });
-    }
-    Ok(Some((process, record)))
-}
-
-/// Checks that the tap exists: QEMU would create a missing tap, connected to nothing.
-pub(crate) fn require_tap(spec: &MachineSpec) -> Result<()> {
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None).map_err(std::io::Error::from);
-    let found = socket.and_then(|socket| Ok(name_to_index(socket, &spec.nic.tap)?));
-    found.map(drop).map_err(|error| Error::Spec {
-        id: spec.id.clone(),
-        what: "nic.tap",
-        why: format!("no interface {}: {error}", spec.nic.tap),
-    })
 }
 
 /// Returns direct I/O, unless the file system does not support it (some network and memory file
