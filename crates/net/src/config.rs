@@ -1,7 +1,9 @@
 //! The settings of a network: bridge, subnet and ports. They are checked here once.
 
+use crate::endpoint::Endpoint;
 use crate::error::{Error, Result};
 use ipnet::Ipv4Net;
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
@@ -131,6 +133,33 @@ impl NetConfig {
                 subnet: self.subnet,
             })
         }
+    }
+
+    /// Checks that guests can have these addresses, and that no two endpoints share a tap, an
+    /// address or a port.
+    pub(crate) fn check_endpoints<'a>(&self, wanted: impl IntoIterator<Item = &'a Endpoint>) -> Result<()> {
+        let (mut taps, mut ips, mut ports) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        for endpoint in wanted {
+            self.check_guest(endpoint.guest_ip())?;
+            let tap = endpoint.tap();
+            let check_unused = |what: String, owner: Option<&str>| match owner {
+                Some(owner) => Err(Error::Taken {
+                    what,
+                    owner: owner.to_owned(),
+                }),
+                None => Ok(()),
+            };
+            check_unused(format!("tap {tap}"), taps.insert(tap, tap))?;
+            check_unused(
+                format!("address {}", endpoint.guest_ip()),
+                ips.insert(endpoint.guest_ip(), tap),
+            )?;
+            check_unused(
+                format!("port {}", endpoint.ssh_port()),
+                ports.insert(endpoint.ssh_port(), tap),
+            )?;
+        }
+        Ok(())
     }
 }
 

@@ -59,6 +59,18 @@ enum FirewallTool {
 }
 
 impl FirewallDrop {
+    /// Returns the finding on a host on which Docker drops guests' packets.
+    #[cfg(any(test, feature = "simulated"))]
+    pub(crate) fn of_docker(bridge: &str, dropped: Dropped) -> FirewallDrop {
+        FirewallDrop {
+            table: "nftables table ip filter".to_owned(),
+            chain: "FORWARD".to_owned(),
+            bridge: bridge.to_owned(),
+            dropped,
+            tool: FirewallTool::Docker,
+        }
+    }
+
     /// Describes what does not work.
     pub fn finding(&self) -> String {
         let what = match self.dropped {

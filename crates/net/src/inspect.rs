@@ -3,8 +3,8 @@
 use crate::config::NetConfig;
 use crate::error::{Error, Result};
 use crate::firewall::{self, FirewallDrop};
+use crate::host_network::{check_bridge, check_overlap, lacks_the_bridge_family};
 use crate::links::Links;
-use crate::network::{check_bridge, check_overlap, lacks_the_bridge_family};
 use crate::nft;
 use crate::ruleset::{Guard, Ruleset};
 

@@ -48,7 +48,10 @@
 //! * [`host_port`](port_is_free_on_host): whether another program uses a port
 //! * [`inspect`](inspect()): checks a host without changing it
 //! * [`resolvers`](host_resolvers): the DNS servers that guests can use
-//! * [`network`](Network): the operations, as steps with their undo
+//! * [`network`](Network): the network of a host, or its simulation
+//! * `host_network`: the operations on a host, as steps with their undo
+//! * `simulated`: the same operations in memory, for tests (feature `simulated`)
+//! * [`reconciled`](Reconciled): the report of a repair
 //! * `links`: bridge, ports and addresses, by netlink
 //! * `tap`: creates a tap, the only step that netlink cannot do
 //! * `ruleset`: the nftables tables, and the difference between actual and desired state
@@ -72,13 +75,17 @@ mod config;
 mod endpoint;
 mod error;
 mod firewall;
+mod host_network;
 mod host_port;
 mod inspect;
 mod links;
 mod network;
 mod nft;
+mod reconciled;
 mod resolvers;
 mod ruleset;
+#[cfg(any(test, feature = "simulated"))]
+mod simulated;
 mod sysctl;
 mod tap;
 
@@ -89,5 +96,8 @@ pub use error::{Error, Result};
 pub use firewall::{Dropped, FirewallDrop};
 pub use host_port::port_is_free_on_host;
 pub use inspect::{Inspection, inspect};
-pub use network::{Network, Reconciled};
+pub use network::Network;
+pub use reconciled::Reconciled;
 pub use resolvers::{Resolvers, host_resolvers, unusable_resolver};
+#[cfg(any(test, feature = "simulated"))]
+pub use simulated::{NetworkCall, Simulation};

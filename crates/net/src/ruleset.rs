@@ -218,16 +218,7 @@ impl Ruleset {
     /// accept: traffic that does not involve our bridge is none of our business.
     fn ip_rules(&self) -> String {
         let table = self.table();
-        let (bridge, subnet, gateway) = (self.config.bridge(), self.config.subnet(), self.config.gateway());
-        let denied = listed(self.config.denied());
-        // A rule cannot contain an empty set.
-        let resolvers = match self.config.resolvers() {
-            [] => String::new(),
-            some => format!(
-                r#"iifname "{bridge}" ip daddr {{ {} }} meta l4proto {{ tcp, udp }} th dport 53 accept"#,
-                listed(some)
-            ),
-        };
+        let (guards, forwards, filters) = (self.guard_chains(), self.forward_chains(), self.filter_chains());
         format!(
             r#"add table ip {table}
 flush table ip {table}
@@ -236,7 +227,16 @@ table ip {table} {{
     set guests {{ type ether_addr . ipv4_addr; }}
     map uploads {{ type ipv4_addr : limit; }}
     map downloads {{ type ipv4_addr : limit; }}
+{guards}{forwards}{filters}}}
+"#
+        )
+    }
 
+    /// Returns the chains that check the sources of packets and limit rates.
+    fn guard_chains(&self) -> String {
+        let bridge = self.config.bridge();
+        format!(
+            r#"
     # Replies to a masqueraded client on 127.0.0.1 are still addressed to the gateway here, so a
     # packet to 127/8 is forged by a guest.
     chain guard {{
@@ -254,7 +254,15 @@ table ip {table} {{
         type filter hook postrouting priority 300; policy accept;
         oifname "{bridge}" limit name ip daddr map @downloads counter drop
     }}
+"#
+        )
+    }
 
+    /// Returns the chains of the SSH forwards and of internet access.
+    fn forward_chains(&self) -> String {
+        let (bridge, subnet) = (self.config.bridge(), self.config.subnet());
+        format!(
+            r#"
     # SSH forwards. Not for guests: a forward would let them reach another guest.
     chain prerouting {{
         type nat hook prerouting priority -100; policy accept;
@@ -271,7 +279,24 @@ table ip {table} {{
         oifname "{bridge}" ip saddr 127.0.0.0/8 masquerade
         oifname != {{ "{bridge}", "lo" }} ip saddr {subnet} masquerade
     }}
+"#
+        )
+    }
 
+    /// Returns the chains that decide what guests can reach.
+    fn filter_chains(&self) -> String {
+        let (bridge, gateway) = (self.config.bridge(), self.config.gateway());
+        let denied = listed(self.config.denied());
+        // A rule cannot contain an empty set.
+        let resolvers = match self.config.resolvers() {
+            [] => String::new(),
+            some => format!(
+                r#"iifname "{bridge}" ip daddr {{ {} }} meta l4proto {{ tcp, udp }} th dport 53 accept"#,
+                listed(some)
+            ),
+        };
+        format!(
+            r#"
     # Packets without a connection would leave with the guest's private address. Replies of a guest
     # may go to any destination; new connections only to the internet and the resolvers.
     chain forward {{
@@ -294,7 +319,6 @@ table ip {table} {{
         iifname "{bridge}" ip daddr {gateway} icmp type echo-request accept
         iifname "{bridge}" counter drop
     }}
-}}
 "#
         )
     }

@@ -4,7 +4,7 @@
 //! device may exist, and KVM may even create a VM, but no guest ever runs. The processor must also
 //! offer `vmx` (Intel) or `svm` (AMD).
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 use std::fmt;
 use std::fs::{self, File};
 use std::path::Path;
@@ -44,11 +44,11 @@ pub struct AccelChoice {
 
 /// Facts about the host: the inputs of [`choose`].
 #[derive(Debug, Clone)]
-pub struct KvmProbe {
+struct KvmProbe {
     /// `Ok` if `/dev/kvm` opens for reading and writing, otherwise the kernel's error.
-    pub device: Result<(), String>,
+    device: Result<(), String>,
     /// The content of `/proc/cpuinfo`.
-    pub cpuinfo: String,
+    cpuinfo: String,
 }
 
 /// Probes the host and chooses an accelerator.
@@ -61,10 +61,7 @@ pub fn accelerator(setting: AccelSetting) -> Result<AccelChoice> {
 
 /// Chooses an accelerator from the facts in `host`. With `ACCEL=kvm` an openable device is enough;
 /// the processor flags are not checked.
-///
-/// # Errors
-/// [`Error::NoKvm`] if `ACCEL=kvm` and the device does not open.
-pub fn choose(setting: AccelSetting, host: &KvmProbe) -> Result<AccelChoice> {
+fn choose(setting: AccelSetting, host: &KvmProbe) -> Result<AccelChoice> {
     let choice = |accel, reason: String| Ok(AccelChoice { accel, reason });
     match (setting, &host.device, virtualisation_flag(&host.cpuinfo)) {
         (AccelSetting::Tcg, _, _) => choice(Accel::Tcg, "ACCEL=tcg".into()),

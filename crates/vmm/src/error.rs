@@ -1,10 +1,13 @@
 //! The errors of this crate.
 
-use crate::machine::ExitReason;
+use crate::state::ExitReason;
 use scalebox_units::VmId;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// The result of this crate's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why launching, adopting or controlling a machine failed.
 #[derive(Debug, thiserror::Error)]
@@ -139,6 +142,24 @@ impl Error {
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { what, path, source }
+    }
+
+    /// Returns the error of a running hypervisor that accepts no connection.
+    pub(crate) fn unreachable(id: &VmId, after: Duration) -> Error {
+        Error::Hung {
+            id: id.clone(),
+            command: "a new connection",
+            after,
+        }
+    }
+
+    /// Returns the error of a failed launch, with the hypervisor's output.
+    pub(crate) fn launch(id: &VmId, why: impl ToString, output: &str) -> Error {
+        Error::Launch {
+            id: id.clone(),
+            why: why.to_string(),
+            output: output.to_owned(),
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Child;
+use std::sync::OnceLock;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -38,6 +39,8 @@ pub(crate) struct Identity {
 pub(crate) struct Process {
     pid: Pid,
     pidfd: AsyncFd<OwnedFd>,
+    /// The exit status, once it was collected.
+    status: OnceLock<String>,
 }
 
 impl Process {
@@ -94,7 +97,11 @@ impl Process {
         // SAFETY: an `OwnedFd` refers to the same open file until it is dropped, and nothing takes
         // it out of the `AsyncFd` before.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
-        Ok(Process { pid, pidfd })
+        Ok(Process {
+            pid,
+            pidfd,
+            status: OnceLock::new(),
+        })
     }
 
     pub(crate) fn pid(&self) -> i32 {
@@ -152,18 +159,19 @@ impl Process {
     }
 
     /// Collects the exit status of an ended child as text. Returns `None` if the status is not
-    /// available: the process is not a child of this one (after an adoption), or was reaped before.
+    /// available: the process is not a child of this one (after an adoption).
     pub(crate) fn reap(&self) -> Option<String> {
-        let status = waitid(
-            WaitId::PidFd(self.pidfd.as_fd()),
-            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-        )
-        .ok()??;
-        Some(match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => format!("exit status {code}"),
-            (_, Some(signal)) => format!("killed by signal {signal}"),
-            _ => "ended".to_owned(),
-        })
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        // An error means that the process is not a child, or was reaped before.
+        if let Ok(Some(status)) = waitid(WaitId::PidFd(self.pidfd.as_fd()), options) {
+            self.status
+                .get_or_init(|| match (status.exit_status(), status.terminating_signal()) {
+                    (Some(code), _) => format!("exit status {code}"),
+                    (_, Some(signal)) => format!("killed by signal {signal}"),
+                    _ => "ended".to_owned(),
+                });
+        }
+        self.status.get().cloned()
     }
 
     /// Returns whether the process is still alive.

@@ -4,9 +4,9 @@
 //! that holds the machine locks the folder (flock(2)), so that neither a second daemon nor a second
 //! handle can interfere. The kernel releases the lock when the holder dies, however it dies.
 
-use crate::cgroup;
+use crate::confine::cgroup;
+use crate::error::{Error, Result};
 use crate::process::Identity;
-use crate::{Error, Result};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
 use rustix::io::Errno;
 use scalebox_units::VmId;

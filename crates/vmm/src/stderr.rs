@@ -5,7 +5,7 @@
 //! itself holds open at both ends, in non-blocking mode. It never breaks, holds at most 64 KiB
 //! (pipe(7)), drops what does not fit, and can be reopened by a process that adopts the machine.
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 use rustix::fs::{CWD, Mode, OFlags, mkfifoat, open};
 use rustix::io::Errno;
 use std::collections::VecDeque;

@@ -1,7 +1,7 @@
 //! Checks the guarantees of the traits with every driver.
 //!
 //! Prints a table with the outcome of each test and driver: passed, failed, or the reason why it
-//! could not run here. Needs root, for taps and jails.
+//! could not run here. Needs root, for taps and jails, except for the simulated driver.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,6 +15,7 @@ mod support;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use rustix::process::Signal;
+use scalebox_testkit::{SimAgent, SimVmm};
 use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{
     Accel, AccelSetting, DiskLimits, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec, MachineState,
@@ -39,10 +40,13 @@ struct Bench {
     spec: MachineSpec,
 }
 
-/// What a test needs besides the hypervisor's control plane.
+/// What a test needs besides the traits.
 #[derive(Clone, Copy, PartialEq)]
 enum Needs {
-    Control,
+    /// Nothing: the test uses the traits only, so that it also runs with the simulated driver.
+    Traits,
+    /// A process of the host.
+    Process,
     /// Guests that actually run.
     Guest,
 }
@@ -50,40 +54,40 @@ enum Needs {
 type Test = (&'static str, Needs, fn(Bench) -> BoxFuture<'static, ()>);
 
 const TESTS: &[Test] = &[
-    ("launch, kill, no leftovers", Needs::Control, |bench| {
+    ("launch, kill, no leftovers", Needs::Process, |bench| {
         launched_and_killed(bench).boxed()
     }),
-    ("pause and resume, twice each", Needs::Control, |bench| {
+    ("pause and resume, twice each", Needs::Traits, |bench| {
         paused_and_resumed(bench).boxed()
     }),
-    ("disks grow live and never shrink", Needs::Control, |bench| {
+    ("disks grow live and never shrink", Needs::Traits, |bench| {
         grown(bench).boxed()
     }),
-    ("I/O limits change live", Needs::Control, |bench| limited(bench).boxed()),
-    ("adopt, then control", Needs::Control, |bench| adopted(bench).boxed()),
-    ("one holder at a time", Needs::Control, |bench| held_once(bench).boxed()),
-    ("force stop without a holder", Needs::Control, |bench| {
+    ("I/O limits change live", Needs::Traits, |bench| limited(bench).boxed()),
+    ("adopt, then control", Needs::Traits, |bench| adopted(bench).boxed()),
+    ("one holder at a time", Needs::Traits, |bench| held_once(bench).boxed()),
+    ("force stop without a holder", Needs::Process, |bench| {
         force_stopped(bench).boxed()
     }),
-    ("a failed launch leaves nothing", Needs::Control, |bench| {
+    ("a failed launch leaves nothing", Needs::Process, |bench| {
         failed_launch(bench).boxed()
     }),
-    ("death of the process is a crash", Needs::Control, |bench| {
+    ("death of the process is a crash", Needs::Process, |bench| {
         crashed(bench).boxed()
     }),
-    ("deaf guest is killed after grace", Needs::Control, |bench| {
+    ("deaf guest is killed after grace", Needs::Traits, |bench| {
         deaf_guest(bench).boxed()
     }),
-    ("an interrupted launch is undone", Needs::Control, |bench| {
+    ("an interrupted launch is undone", Needs::Process, |bench| {
         interrupted(bench).boxed()
     }),
     ("the console is recorded", Needs::Guest, |bench| {
         console_recorded(bench).boxed()
     }),
-    ("own account, no capabilities", Needs::Control, |bench| {
+    ("own account, no capabilities", Needs::Process, |bench| {
         own_account(bench).boxed()
     }),
-    ("a missing agent blocks no one", Needs::Control, |bench| {
+    ("a missing agent blocks no one", Needs::Traits, |bench| {
         no_agent(bench).boxed()
     }),
 ];
@@ -138,7 +142,7 @@ async fn every_driver_keeps_the_guarantees_of_the_traits() {
     for candidate in candidates() {
         for (name, needs, test) in TESTS {
             let possible = match needs {
-                Needs::Control => &Ok(()),
+                Needs::Traits | Needs::Process => &Ok(()),
                 Needs::Guest => &candidate.guests,
             };
             let outcome = match (&candidate.driver, possible) {
@@ -161,8 +165,25 @@ async fn every_driver_keeps_the_guarantees_of_the_traits() {
     assert_eq!(failed, 0, "\n{}", table.join("\n"));
 }
 
+/// Runs without root.
+#[tokio::test]
+async fn the_simulated_driver_keeps_them_as_well() {
+    let sim = SimVmm::new();
+    sim.set_guest(|guest| (guest.shutdown_time, guest.agent) = (None, SimAgent::Silent));
+    let vmm: Arc<dyn Vmm> = Arc::new(sim);
+    let tests = TESTS.iter().filter(|(_, needs, _)| *needs == Needs::Traits);
+    for (name, _, test) in tests {
+        println!("{name}");
+        let (lab, jails) = (Lab::without_tap(), tempfile::tempdir().unwrap());
+        test(bench_in(lab, &vmm, jails.path())).await;
+    }
+}
+
 fn bench(vmm: &Arc<dyn Vmm>, jails: &Path) -> Bench {
-    let lab = Lab::new();
+    bench_in(Lab::new(), vmm, jails)
+}
+
+fn bench_in(lab: Lab, vmm: &Arc<dyn Vmm>, jails: &Path) -> Bench {
     let mut spec = lab.spec(Guest::Deaf);
     if vmm.name() == "firecracker" {
         Guest::Deaf.write_64_to(&spec.kernel);

@@ -25,6 +25,7 @@ pub struct Lab {
     folder: PathBuf,
     tap: String,
     owned: Option<TempDir>,
+    has_tap: bool,
     pub driver: QemuDriver,
 }
 
@@ -38,7 +39,20 @@ impl Lab {
             folder,
             tap,
             owned: Some(owned),
+            has_tap: true,
             driver: QemuDriver::find(Accel::Tcg).unwrap(),
+        }
+    }
+
+    /// A lab for the simulated driver, which needs no tap and so no root.
+    pub fn without_tap() -> Lab {
+        let owned = tempfile::Builder::new().prefix("vmm-").tempdir().unwrap();
+        Lab {
+            folder: owned.path().to_owned(),
+            tap: "simulated0".to_owned(),
+            owned: Some(owned),
+            has_tap: false,
+            driver: QemuDriver::without_program(),
         }
     }
 
@@ -48,6 +62,7 @@ impl Lab {
             folder: folder.into(),
             tap: tap.into(),
             owned: None,
+            has_tap: true,
             driver: QemuDriver::find(Accel::Tcg).unwrap(),
         }
     }
@@ -127,6 +142,9 @@ impl Drop for Lab {
             .flat_map(processes_with)
         {
             signal(pid, Signal::KILL);
+        }
+        if !self.has_tap {
+            return;
         }
         let deleted = Command::new("ip").args(["link", "delete", &self.tap]).status();
         if !deleted.is_ok_and(|status| status.success()) {

@@ -1,12 +1,12 @@
 //! Confines a machine's process with a control group and Landlock rules. Its account and the
 //! hypervisor's seccomp filter confine it further.
 
-use crate::cgroup::{self, Cgroups, Group, ResourceLimits};
-use crate::landlock::{self, AllowedFiles, Sandbox};
-use crate::machine::MachineSpec;
+use crate::confine::cgroup::{self, Cgroups, Group, ResourceLimits};
+use crate::confine::landlock::{self, AllowedFiles, Sandbox};
+use crate::error::{Error, Result};
 use crate::process::Process;
 use crate::run_dir::RunDir;
-use crate::{Error, Result};
+use crate::spec::MachineSpec;
 use scalebox_units::Bytes;
 use std::io;
 

@@ -3,7 +3,7 @@
 //! The power button and Ctrl+Alt+Del need a program in the guest that reacts to them. The agent
 //! needs none.
 
-use crate::Result;
+use crate::error::Result;
 use qapi::futures::QgaStreamTokio;
 use qapi::qga::{GuestShutdownMode, guest_shutdown};
 use std::time::Duration;

@@ -14,8 +14,9 @@
 //! memory and no time, which is why BASE is on the file system of the disks. The process can create
 //! any file under any name in its folder: nothing in it is opened through a symbolic link.
 
-use crate::machine::{MachineSpec, RunAs};
-use crate::{Error, Result};
+use crate::blocking::blocking;
+use crate::error::{Error, Result};
+use crate::spec::{MachineSpec, RunAs};
 use rustix::fs::{FileType, Mode, OFlags, StatVfsMountFlags, fstat, open, statvfs};
 use scalebox_units::VmId;
 use std::ffi::OsString;
@@ -44,7 +45,7 @@ pub(crate) struct Jails {
 }
 
 /// The jail of one machine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Jail(PathBuf);
 
 /// Removes the jails below `base` of machines that are not in `running`, which remain after a host
@@ -190,11 +191,17 @@ impl Jail {
 /// Connects to a socket in a jail. Does not follow a symbolic link in its place, and accepts a path
 /// of any length.
 pub(crate) async fn connect(path: &Path) -> io::Result<UnixStream> {
-    let socket = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    if FileType::from_raw_mode(fstat(&socket)?.st_mode) != FileType::Socket {
-        return Err(io::Error::other(format!("{} is not a socket", path.display())));
-    }
+    let path = path.to_owned();
+    let socket = blocking(move || open_socket(&path)).await?;
     UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await
+}
+
+fn open_socket(path: &Path) -> io::Result<OwnedFd> {
+    let socket = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    match FileType::from_raw_mode(fstat(&socket)?.st_mode) {
+        FileType::Socket => Ok(socket),
+        _ => Err(io::Error::other(format!("{} is not a socket", path.display()))),
+    }
 }
 
 fn link(file: &Path, at: &Path) -> Result<()> {
@@ -259,9 +266,9 @@ mod tests {
             initrd: Some(folder.join("initrd")),
             cmdline: String::new(),
             root: DiskLocation::File(folder.join("disk")),
-            root_limits: crate::DiskLimits::default(),
+            root_limits: crate::spec::DiskLimits::default(),
             seed: folder.join("seed"),
-            nic: crate::Nic {
+            nic: crate::spec::Nic {
                 tap: "tap0".into(),
                 mac: "52:54:00:12:34:56".parse().unwrap(),
             },

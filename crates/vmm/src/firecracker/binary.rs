@@ -1,26 +1,24 @@
-//! Runs the Firecracker binary and its jailer. No other module does.
+//! Finds the Firecracker binary and its jailer, and builds their command. No other module names them.
 
-use crate::command::{is_executable, on_path};
-use crate::confinement::Confined;
-use crate::jail::{self, Jails};
-use crate::machine::{MachineSpec, RunAs};
+use crate::error::{Error, Result};
+use crate::firecracker::jail::{self, Jails};
 use crate::process::MAX_OPEN_FILES;
-use crate::{Error, Result};
+use crate::program::{Version, is_executable, on_path, query_version, unusable};
+use crate::spec::{MachineSpec, RunAs};
 use elf::ElfStream;
 use elf::abi::PT_INTERP;
 use elf::endian::AnyEndian;
 use std::fs::File;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 /// Names of the programs in a Firecracker release.
 pub(crate) const PROGRAM: &str = "firecracker";
 const JAILER: &str = "jailer";
 /// The first version that describes devices to guests by ACPI, on which Debian's kernel depends.
-const MIN_VERSION: (u32, u32) = (1, 8);
+const MIN_VERSION: Version = (1, 8);
 /// The first version that boots a bzImage.
-const MIN_BZIMAGE_VERSION: (u32, u32) = (1, 17);
+const MIN_BZIMAGE_VERSION: Version = (1, 17);
 
 /// The Firecracker installed on this host.
 #[derive(Debug, Clone)]
@@ -29,7 +27,7 @@ pub(crate) struct Firecracker {
     program: PathBuf,
     jailer: PathBuf,
     version: String,
-    numbers: (u32, u32),
+    numbers: Version,
 }
 
 impl Firecracker {
@@ -38,30 +36,11 @@ impl Firecracker {
         let named = on_path(PROGRAM).ok_or(Error::NoFirecracker(PROGRAM))?;
         let program = named.canonicalize().map_err(Error::io("resolve", &named))?;
         let jailer = find_jailer(&named).or_else(|_| find_jailer(&program))?;
-        let unusable = |why| Error::Unusable {
-            program: program.display().to_string(),
-            why,
-        };
-        let output = Command::new(&program)
-            .arg("--version")
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|error| unusable(error.to_string()))?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let found = version(&text).filter(|_| output.status.success());
-        let Some((version, numbers)) = found else {
-            let errors = String::from_utf8_lossy(&output.stderr);
-            return Err(unusable(format!("--version: {}: {text}{errors}", output.status)));
-        };
-        if numbers < MIN_VERSION {
-            let (major, minor) = MIN_VERSION;
-            return Err(unusable(format!(
-                "version {version} is too old; {major}.{minor} or later is required"
-            )));
-        }
-        if is_dynamic(&program).map_err(|error| unusable(error.to_string()))? {
+        let (version, numbers) = query_version(&program, MIN_VERSION, version)?;
+        if is_dynamic(&program).map_err(|error| unusable(&program, error))? {
             return Err(unusable(
-                "it is dynamically linked, and its jail has no libraries; install a static release build".to_owned(),
+                &program,
+                "it is dynamically linked, and its jail has no libraries; install a static release build",
             ));
         }
         Ok(Firecracker {
@@ -105,18 +84,9 @@ impl Firecracker {
         })
     }
 
-    /// Starts the process of a machine through the jailer, which replaces itself with Firecracker
-    /// and so keeps its pid. The process has no environment and no open file except `console`
-    /// (stdout) and `stderr`. It is not waited for, and survives the end of this process.
-    pub(crate) fn spawn(
-        &self,
-        id: &str,
-        jails: &Jails,
-        account: RunAs,
-        mut confined: Confined,
-        console: File,
-        stderr: File,
-    ) -> std::io::Result<Child> {
+    /// Returns the command of a machine's process. It is the jailer, which replaces itself with
+    /// Firecracker and so keeps its pid.
+    pub(crate) fn command(&self, id: &str, jails: &Jails, account: RunAs) -> Command {
         let mut command = Command::new(&self.jailer);
         command
             .args(["--id", id])
@@ -128,17 +98,8 @@ impl Firecracker {
             // The jailer's default is above the hard limit of the process.
             .args(["--resource-limit", &format!("no-file={MAX_OPEN_FILES}")])
             .args(["--", "--api-sock", jail::API])
-            .args(["--log-path", jail::STDERR_PIPE, "--level", "Info"])
-            .env_clear()
-            .current_dir("/")
-            .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(console)
-            .stderr(stderr);
-        // SAFETY: between fork and exec the closure makes system calls only: it allocates nothing
-        // and takes no lock.
-        unsafe { command.pre_exec(move || confined.enter()) };
-        command.spawn()
+            .args(["--log-path", jail::STDERR_PIPE, "--level", "Info"]);
+        command
     }
 }
 
@@ -161,12 +122,9 @@ fn is_dynamic(program: &Path) -> std::io::Result<bool> {
     Ok(file.segments().iter().any(|segment| segment.p_type == PT_INTERP))
 }
 
-/// Parses the version from the first line of `firecracker --version`: `Firecracker v1.16.1`.
-fn version(text: &str) -> Option<(String, (u32, u32))> {
-    let version = text.lines().next()?.strip_prefix("Firecracker v")?.trim();
-    let mut parts = version.split('.');
-    let numbers = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-    Some((version.to_owned(), numbers))
+/// Finds the version in the first line of `firecracker --version`: `Firecracker v1.16.1`.
+fn version(text: &str) -> Option<&str> {
+    Some(text.lines().next()?.strip_prefix("Firecracker v")?.trim())
 }
 
 #[cfg(test)]
@@ -180,10 +138,10 @@ mod tests {
     }
 
     #[test]
-    fn the_version_is_parsed_from_the_first_line() {
+    fn the_version_is_found_in_the_first_line() {
         let output = "Firecracker v1.16.1\n\n2026-11-24T06:20:00.000 [anonymous-instance:main] exit_code=0\n";
-        assert_eq!(version(output), Some(("1.16.1".to_owned(), (1, 16))));
-        assert_eq!(version("Firecracker v1.17.0-dev\n").unwrap().1, (1, 17));
+        assert_eq!(version(output), Some("1.16.1"));
+        assert_eq!(version("Firecracker v1.17.0-dev\n"), Some("1.17.0-dev"));
         assert_eq!(version("QEMU emulator version 7.2.22"), None);
     }
 }

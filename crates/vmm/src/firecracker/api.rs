@@ -3,8 +3,8 @@
 //! All requests and their order are defined here. `tests/data/firecracker-*.json` holds the same
 //! requests with the responses of a real Firecracker, and a test compares them.
 
-use crate::jail;
-use crate::machine::{DiskLimits, MachineSpec};
+use crate::firecracker::jail;
+use crate::spec::{DiskLimits, MachineSpec};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes as Body;
 use hyper::client::conn::http1;
@@ -202,14 +202,14 @@ fn cmdline(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Nic;
+    use crate::spec::Nic;
     use scalebox_units::DiskLocation;
     use std::collections::VecDeque;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};
 
     /// Requests and responses of a jailed Firecracker 1.17.0-dev, in order.
-    const RECORDED: &str = include_str!("../tests/data/firecracker-1.17.0-dev.json");
+    const RECORDED: &str = include_str!("../../tests/data/firecracker-1.17.0-dev.json");
 
     fn spec() -> MachineSpec {
         MachineSpec {

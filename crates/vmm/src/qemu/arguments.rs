@@ -5,10 +5,10 @@
 //! meaning. Where QEMU accepts only `key=value`, commas are doubled.
 
 use crate::accel::Accel;
-use crate::machine::MachineSpec;
+use crate::error::{Error, Result};
 use crate::run_dir::RunDir;
-use crate::{Error, Result};
-use scalebox_units::{DiskLocation, VmId};
+use crate::spec::MachineSpec;
+use scalebox_units::VmId;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -42,75 +42,24 @@ pub(crate) enum DiskIo {
 /// until it receives `quit`. Without that, the reason would be lost whenever no daemon is
 /// connected. A guest reboot resets the machine as on hardware: there is no `-no-reboot`.
 pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: DiskIo) -> Result<Vec<String>> {
-    let text = |what, path: &Path| utf8(&spec.id, what, path);
+    let [name, control] = identifying_arguments(&spec.id, dir)?;
     let mut argv = Argv::default();
-
     // First, so that `ps` shows it. A process name holds 15 bytes: exactly one machine id.
-    argv.pair("-name", identifying_arguments(&spec.id, dir)?[0].clone());
+    argv.pair("-name", name);
     argv.words(&["-nodefaults", "-no-user-config", "-no-shutdown", "-S"]);
     argv.words(&["-display", "none", "-rtc", "base=utc,clock=host"]);
-    match accel {
-        Accel::Kvm => {
-            argv.words(&["-accel", "kvm", "-cpu", "host"]);
-            argv.words(&[
-                "-M",
-                "microvm,acpi=on,rtc=on,pit=off,pic=off,mem-merge=off,dump-guest-core=off",
-            ]);
-        }
-        // An emulated guest cannot calibrate its clock without a PIT and a PIC.
-        Accel::Tcg => {
-            argv.pair("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
-            argv.words(&["-cpu", "max"]);
-            argv.words(&[
-                "-M",
-                "microvm,acpi=on,rtc=on,pit=on,pic=on,mem-merge=off,dump-guest-core=off",
-            ]);
-        }
-    }
+    argv.processor(accel);
     argv.pair("-smp", spec.vcpus.to_string());
     argv.pair("-m", format!("{}M", spec.memory_mib));
-
-    argv.pair("-kernel", text("kernel", &spec.kernel)?);
-    if let Some(initrd) = &spec.initrd {
-        argv.pair("-initrd", text("initrd", initrd)?);
-    }
-    argv.pair("-append", spec.cmdline.clone());
-
-    // Only modern virtio defines its byte order and negotiates flushes correctly.
-    argv.words(&["-global", "virtio-mmio.force-legacy=false"]);
-    argv.json("-blockdev", root_node(spec, io)?);
-    argv.json("-device", root_device());
-    argv.json("-blockdev", seed_node(text("seed", &spec.seed)?));
-    argv.json(
-        "-device",
-        json!({ "driver": "virtio-blk-device", "drive": "seed", "serial": "seed" }),
-    );
-
-    argv.pair(
-        "-netdev",
-        format!("tap,id=net,ifname={},script=no,downscript=no", spec.nic.tap),
-    );
-    argv.json(
-        "-device",
-        json!({ "driver": "virtio-net-device", "netdev": "net", "mac": spec.nic.mac.to_string() }),
-    );
-
+    argv.boot(spec)?;
+    argv.disks(spec, io)?;
+    argv.network(spec);
     argv.words(&["-object", "rng-builtin,id=rng"]);
     argv.json("-device", json!({ "driver": "virtio-rng-device", "rng": "rng" }));
-
-    argv.pair("-chardev", socket_chardev("agent", &text("run_dir", &dir.agent())?));
-    argv.json("-device", json!({ "driver": "virtio-serial-device" }));
-    // QEMU emits VSERPORT_CHANGE only for a port that has an id.
-    argv.json(
-        "-device",
-        json!({ "driver": "virtserialport", "id": "agent-port", "chardev": "agent", "name": AGENT_PORT }),
-    );
-
-    argv.pair("-chardev", socket_chardev("console", &text("run_dir", &dir.console())?));
-    argv.words(&["-serial", "chardev:console"]);
-    argv.pair("-chardev", identifying_arguments(&spec.id, dir)?[1].clone());
+    argv.agent_port(&utf8(&spec.id, "run_dir", &dir.agent())?);
+    argv.console(&utf8(&spec.id, "run_dir", &dir.console())?);
+    argv.pair("-chardev", control);
     argv.words(&["-mon", "chardev=control,mode=control"]);
-
     argv.confine(spec);
     Ok(argv.0)
 }
@@ -136,7 +85,7 @@ fn root_device() -> Value {
 }
 
 fn root_node(spec: &MachineSpec, io: DiskIo) -> Result<Value> {
-    let file = utf8(&spec.id, "root", root_file(spec)?)?;
+    let file = utf8(&spec.id, "root", spec.root_file()?)?;
     let (direct, aio) = match io {
         DiskIo::Direct => (true, "native"),
         DiskIo::Buffered => (false, "threads"),
@@ -153,18 +102,6 @@ fn root_node(spec: &MachineSpec, io: DiskIo) -> Result<Value> {
 fn seed_node(file: String) -> Value {
     json!({ "node-name": "seed", "driver": "raw", "read-only": true,
             "file": { "driver": "file", "filename": file, "read-only": true } })
-}
-
-/// Returns the file that holds the root disk.
-pub(crate) fn root_file(spec: &MachineSpec) -> Result<&Path> {
-    match &spec.root {
-        DiskLocation::File(path) => Ok(path),
-        other => Err(Error::Spec {
-            id: spec.id.clone(),
-            what: "root",
-            why: format!("this driver supports only files, not {other:?}"),
-        }),
-    }
 }
 
 /// QEMU listens, does not wait for a client, and drops output while no client is connected.
@@ -200,6 +137,68 @@ impl Argv {
         self.pair(flag, value.to_string());
     }
 
+    fn processor(&mut self, accel: Accel) {
+        let machine = |clock| format!("microvm,acpi=on,rtc=on,{clock},mem-merge=off,dump-guest-core=off");
+        match accel {
+            Accel::Kvm => {
+                self.words(&["-accel", "kvm", "-cpu", "host"]);
+                self.pair("-M", machine("pit=off,pic=off"));
+            }
+            // An emulated guest cannot calibrate its clock without a PIT and a PIC.
+            Accel::Tcg => {
+                self.pair("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
+                self.words(&["-cpu", "max"]);
+                self.pair("-M", machine("pit=on,pic=on"));
+            }
+        }
+    }
+
+    fn boot(&mut self, spec: &MachineSpec) -> Result<()> {
+        self.pair("-kernel", utf8(&spec.id, "kernel", &spec.kernel)?);
+        if let Some(initrd) = &spec.initrd {
+            self.pair("-initrd", utf8(&spec.id, "initrd", initrd)?);
+        }
+        self.pair("-append", spec.cmdline.clone());
+        Ok(())
+    }
+
+    fn disks(&mut self, spec: &MachineSpec, io: DiskIo) -> Result<()> {
+        // Only modern virtio defines its byte order and negotiates flushes correctly.
+        self.words(&["-global", "virtio-mmio.force-legacy=false"]);
+        self.json("-blockdev", root_node(spec, io)?);
+        self.json("-device", root_device());
+        self.json("-blockdev", seed_node(utf8(&spec.id, "seed", &spec.seed)?));
+        self.json(
+            "-device",
+            json!({ "driver": "virtio-blk-device", "drive": "seed", "serial": "seed" }),
+        );
+        Ok(())
+    }
+
+    fn network(&mut self, spec: &MachineSpec) {
+        let netdev = format!("tap,id=net,ifname={},script=no,downscript=no", spec.nic.tap);
+        self.pair("-netdev", netdev);
+        self.json(
+            "-device",
+            json!({ "driver": "virtio-net-device", "netdev": "net", "mac": spec.nic.mac.to_string() }),
+        );
+    }
+
+    fn agent_port(&mut self, socket: &str) {
+        self.pair("-chardev", socket_chardev("agent", socket));
+        self.json("-device", json!({ "driver": "virtio-serial-device" }));
+        // QEMU emits VSERPORT_CHANGE only for a port that has an id.
+        self.json(
+            "-device",
+            json!({ "driver": "virtserialport", "id": "agent-port", "chardev": "agent", "name": AGENT_PORT }),
+        );
+    }
+
+    fn console(&mut self, socket: &str) {
+        self.pair("-chardev", socket_chardev("console", socket));
+        self.words(&["-serial", "chardev:console"]);
+    }
+
     /// Adds the seccomp filter: no new programs, no obsolete calls, no priority changes.
     ///
     /// QEMU loads it before it drops its account, so changing accounts must stay allowed if
@@ -220,7 +219,8 @@ impl Argv {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{DiskLimits, Nic, RunAs};
+    use crate::spec::{DiskLimits, Nic, RunAs};
+    use scalebox_units::DiskLocation;
 
     fn spec() -> MachineSpec {
         MachineSpec {

@@ -3,7 +3,7 @@
 //! Firecracker exposes the vsock on the host as a Unix socket, on which a client requests a guest
 //! port (docs/vsock.md of Firecracker).
 
-use crate::jail;
+use crate::firecracker::jail;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
