@@ -3,7 +3,8 @@
 
 use crate::daemon::Daemon;
 use crate::measure::timed;
-use crate::{Outcome, Setup};
+use crate::outcome::Outcome;
+use crate::setup::Setup;
 use rustix::fs::ioctl_ficlone;
 use scalebox_client::{Client, CreateVm, SshPublicKey};
 use scalebox_storage::{Backing, Bounds, Gib, Name, Pool};

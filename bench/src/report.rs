@@ -1,7 +1,7 @@
 //! Writes the table, the JSON and the chart.
 
-use crate::Outcome;
 use crate::disks::Method;
+use crate::outcome::Outcome;
 use crate::stages::{CONCURRENT_CLIENTS, Results, Series};
 use comfy_table::{CellAlignment, Table, presets};
 use plotters::prelude::*;

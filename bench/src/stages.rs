@@ -3,8 +3,9 @@
 use crate::daemon::Daemon;
 use crate::disks::{DiskFactory, Method, TEMPLATE};
 use crate::measure::{self, Samples, milliseconds};
+use crate::outcome::Outcome;
 use crate::random_writes::{self, Passes};
-use crate::{Outcome, Setup};
+use crate::setup::Setup;
 use scalebox_client::{Client, CreateVm, UpdateVm};
 use serde::Serialize;
 use std::fs::File;
