@@ -1,8 +1,8 @@
 //! Runs the system's `ssh`, and finds the public key to give to a new VM.
 
 use crate::error::Error;
+use crate::running::check_runs;
 use crate::settings::{home, is_file, xdg_folder};
-use crate::vm::check_runs;
 use scalebox_client::{Client, InvalidFormat, SshPublicKey, Vm, is_vm_id};
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};

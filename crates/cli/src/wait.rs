@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::output::Output;
-use crate::vm::check_runs;
+use crate::running::check_runs;
 use indicatif::ProgressBar;
 use scalebox_client::{Client, ClientError, Vm};
 use std::io::{self, Read};
