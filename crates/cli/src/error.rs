@@ -1,7 +1,8 @@
 //! The command line's errors: their messages, exit codes and JSON form.
 
 use crate::source::Source;
-use scalebox_client::{ClientError, ErrorBody, ErrorCode, VmStatus};
+use scalebox_api::{ErrorBody, ErrorCode, VmStatus};
+use scalebox_client::ClientError;
 use serde_json::Map;
 use std::io;
 use std::path::PathBuf;

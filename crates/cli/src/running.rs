@@ -1,7 +1,7 @@
 //! Refuses commands that need a running VM.
 
 use crate::error::Error;
-use scalebox_client::{Vm, VmStatus};
+use scalebox_api::{Vm, VmStatus};
 
 /// Returns an error with the remedy unless the VM is running.
 pub fn check_runs(vm: &Vm) -> Result<(), Error> {

@@ -3,7 +3,8 @@
 use crate::error::Error;
 use crate::running::check_runs;
 use crate::settings::{home, is_file, xdg_folder};
-use scalebox_client::{Client, InvalidFormat, SshPublicKey, Vm, is_vm_id};
+use scalebox_api::{InvalidFormat, SshPublicKey, Vm, is_vm_id};
+use scalebox_client::Client;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::Read;

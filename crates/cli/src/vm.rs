@@ -6,7 +6,8 @@ use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
 use crate::{ssh, wait};
 use jiff::Timestamp;
-use scalebox_client::{Client, ClientError, CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
+use scalebox_api::{CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
+use scalebox_client::{Client, ClientError};
 use std::time::Duration;
 
 pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {

@@ -9,7 +9,8 @@
 
 mod support;
 
-use scalebox_client::{AutoExtend, ClientError, CreateVm, ErrorCode, UpdateVm, VmStatus};
+use scalebox_api::{AutoExtend, CreateVm, ErrorCode, UpdateVm, VmStatus};
+use scalebox_client::ClientError;
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -256,7 +257,7 @@ fn a_vm_is_created_found_listed_and_deleted() {
         })
         .unwrap();
     let vm = unmeasured([vm]).remove(0);
-    assert!(scalebox_client::is_vm_id(&vm.id), "{}", vm.id);
+    assert!(scalebox_api::is_vm_id(&vm.id), "{}", vm.id);
     assert_eq!(
         (vm.name.as_str(), vm.template.as_str(), vm.status),
         ("my-box", "tiny", VmStatus::Stopped)

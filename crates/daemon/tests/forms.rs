@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 use proptest::prelude::*;
-use scalebox_client::{CreateVm, IdempotencyKey, Limits, TemplateName, UpdateVm, VmName, is_vm_id};
+use scalebox_api::{CreateVm, IdempotencyKey, Limits, TemplateName, UpdateVm, VmName, is_vm_id};
 use scalebox_net::{Endpoint, Mac};
 use scalebox_storage::{Gib, Name};
 use scalebox_vmm::MachineId;

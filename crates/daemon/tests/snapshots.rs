@@ -46,7 +46,7 @@ fn a_stopped_vm_s_disk_becomes_a_template_and_invalid_requests_are_rejected() {
     };
     assert_eq!(names(), ["golden", "tiny"]);
     let (status, answer) = host.send("GET", "/templates/golden", b"");
-    let one: scalebox_client::Template = serde_json::from_str(&answer).unwrap();
+    let one: scalebox_api::Template = serde_json::from_str(&answer).unwrap();
     assert_eq!((status, one.name.as_str(), one.used_by), (200, "golden", 0), "{answer}");
     // The template outlives its source, and VMs can be created from it.
     host.client().delete_vm(&vm.id).unwrap();

@@ -1,7 +1,7 @@
 //! Folders that the daemon keeps beside the pool.
 
 use crate::host::error::ServiceError;
-use scalebox_client::is_vm_id;
+use scalebox_api::is_vm_id;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;

@@ -1,7 +1,7 @@
 //! The latest measurement of disk usage, and the history of the space used.
 
 use crate::state::Record;
-use scalebox_client::StorageUsage;
+use scalebox_api::StorageUsage;
 use scalebox_storage::{Bytes, Gib, Name, PoolUsage, Template, Usage};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -6,7 +6,7 @@ pub mod reclaim;
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking, usage_tracker};
-use scalebox_client::{EventKind, PoolInfo, Trimmed};
+use scalebox_api::{EventKind, PoolInfo, Trimmed};
 use scalebox_storage::{Bytes, Gib, Pool, PoolUsage, StorageError};
 use serde_json::json;
 use std::sync::Arc;

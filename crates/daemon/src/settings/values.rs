@@ -1,7 +1,7 @@
 //! The settings, parsed from their values as text.
 
 use ipnet::Ipv4Net;
-use scalebox_client::Limits;
+use scalebox_api::Limits;
 use scalebox_net::{NetConfig, PRIVATE_NETWORKS, unusable_resolver};
 use scalebox_storage::{Backing, Bounds, Gib, PoolPlan, RequestedSize};
 use std::collections::HashMap;

@@ -9,7 +9,7 @@ use crate::host::{BASE_TEMPLATE, Host, blocking, disk_name, fault_point};
 use crate::state::Record;
 use crate::vm::spec::{disk_limits, endpoint, machine_id, vmm_user};
 use crate::vm::{pause, reboot_loop, view};
-use scalebox_client::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
+use scalebox_api::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::Endpoint;

@@ -4,7 +4,7 @@
 //! is found paused when it is adopted.
 
 use crate::host::Host;
-use scalebox_client::{EventKind, VmStatus};
+use scalebox_api::{EventKind, VmStatus};
 use scalebox_vmm::{Machine, MachineEvent, MachineState};
 use serde_json::{Value, json};
 use std::convert::Infallible;

@@ -10,7 +10,7 @@ use crate::host::vms::Operation;
 use crate::host::{BASE_TEMPLATE, Host, agent, blocking, disk_name};
 use crate::state::Record;
 use crate::vm::lifecycle;
-use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
+use scalebox_api::{EventKind, Snapshot, SnapshotVm, VmStatus};
 use scalebox_guest::{Agent, AgentError};
 use scalebox_storage::{GuestIdentity, Name, PendingSnapshot};
 use scalebox_vmm::{Machine, MachineState};

@@ -14,7 +14,7 @@ use crate::state::{Fact, Record, State};
 use crate::vm::change;
 use crate::vm::lifecycle::{self, STOPPING};
 use crate::vm::spec::{disk_limits, endpoint, machine_id};
-use scalebox_client::{EventKind, VmStatus, is_vm_id};
+use scalebox_api::{EventKind, VmStatus, is_vm_id};
 use scalebox_storage::{Gib, Name, jails_dir};
 use scalebox_vmm::{Machine, MachineId};
 use serde_json::json;

@@ -2,8 +2,9 @@
 //! field of the value they return is valid.
 
 use crate::body::{Fields, Invalid, without_byte_order_mark};
+use crate::idempotency::IdempotencyKey;
 use crate::types::AutoExtend;
-use crate::{IdempotencyKey, SshPublicKey, TemplateName, VmName};
+use scalebox_units::{SshPublicKey, TemplateName, VmName};
 use serde::Serialize;
 use std::ops::RangeInclusive;
 
