@@ -7,29 +7,37 @@
 //!
 //! # Layout
 //!
-//! - `types`: every response of the API
-//! - `requests`: every request with a body, and its parser
-//! - `body`: parses a JSON object field by field; [`Invalid`] is the error of an invalid request
-//! - `idempotency`: idempotency keys
-//! - `error`: the body of error responses, and the error codes
-//! - `events`: the events of `GET /events`
+//! | file | contents |
+//! |---|---|
+//! | `vms` | VMs, and the requests that create and change them |
+//! | `templates` | templates and snapshots |
+//! | `pool` | the pool, its size, and the usage of disks |
+//! | `host` | the host's hardware, limits and counts |
+//! | `events` | the events of `GET /events` |
+//! | `error` | the body of error responses, and the error codes |
+//! | `idempotency` | idempotency keys |
+//! | `limits` | the limits of a host that requests are checked against |
+//! | `body` | parses a JSON object field by field; [`Invalid`] is the error of an invalid request |
 
 #![warn(missing_docs)]
 
 mod body;
 mod error;
 mod events;
+mod host;
 mod idempotency;
-mod requests;
-mod types;
+mod limits;
+mod pool;
+mod templates;
+mod vms;
 
 pub use body::Invalid;
 pub use error::{ErrorBody, ErrorCode};
 pub use events::{Event, EventKind, EventVm};
+pub use host::{Cpu, Health, HostInfo, HostLimits, Memory, VmCounts};
 pub use idempotency::IdempotencyKey;
-pub use requests::{CreateVm, Limits, ResizePool, SnapshotVm, UpdateVm};
+pub use limits::Limits;
+pub use pool::{PoolInfo, ResizePool, StorageUsage, Trimmed};
 pub use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmName, is_vm_id};
-pub use types::{
-    AutoExtend, Cpu, Disk, Health, HostInfo, HostLimits, Memory, PoolInfo, Snapshot, StorageUsage, Template,
-    TemplateList, Trimmed, Vm, VmCounts, VmList, VmStatus,
-};
+pub use templates::{Snapshot, SnapshotVm, Template, TemplateList};
+pub use vms::{AutoExtend, CreateVm, Disk, UpdateVm, Vm, VmList, VmStatus};
