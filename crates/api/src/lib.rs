@@ -18,6 +18,7 @@
 //! | `idempotency` | idempotency keys |
 //! | `limits` | the limits of a host that requests are checked against |
 //! | `body` | parses a JSON object field by field; [`Invalid`] is the error of an invalid request |
+//! | `suggestion` | guesses which field a client meant |
 
 #![warn(missing_docs)]
 
@@ -28,6 +29,7 @@ mod host;
 mod idempotency;
 mod limits;
 mod pool;
+mod suggestion;
 mod templates;
 mod vms;
 

@@ -2,6 +2,7 @@
 
 use crate::error::ClientError;
 use crate::event_stream::EventStream;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use scalebox_api::{
     CreateVm, ErrorBody, Health, HostInfo, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList, Trimmed,
     UpdateVm, Vm, VmList,
@@ -594,16 +595,10 @@ fn vm_path(id_or_name: &str) -> String {
     format!("/vms/{}", percent_encoded(id_or_name))
 }
 
-/// Encodes a segment of a path: all but unreserved characters, so that it contains no separator
-/// (RFC 3986, section 3.3).
-fn percent_encoded(segment: &str) -> String {
-    let mut encoded = String::with_capacity(segment.len());
-    for byte in segment.bytes() {
-        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~' | b'.') {
-            encoded.push(byte as char);
-        } else {
-            encoded += &format!("%{byte:02X}");
-        }
-    }
-    encoded
+/// Unreserved characters stay; all others are encoded, so that a segment of a path contains no
+/// separator (RFC 3986, section 3.3).
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'~').remove(b'.');
+
+fn percent_encoded(segment: &str) -> PercentEncode<'_> {
+    utf8_percent_encode(segment, ENCODED)
 }
