@@ -15,6 +15,9 @@
 //! | `load` | reads the environment and the file |
 //! | `listing` | the settings in effect, for people and programs |
 //! | `error` | why settings are rejected |
+//!
+//! To add a setting: an entry in `table`, a field in `values`, and the README's table, which a test
+//! in `table` prints.
 
 pub mod contradictions;
 mod error;
