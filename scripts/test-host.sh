@@ -50,24 +50,40 @@ choose_cases() {
 status_of_run=0
 table=()
 
-# Runs a case. It must not run inside a condition, because bash then ignores `set -e`.
-run_case() {
-	local name=$1 begun=$SECONDS status outcome note
+# Runs a case once and sets case_status. It must not run inside a condition, because bash then
+# ignores `set -e`.
+try_case() {
 	: >"$WORK/note"
-	printf 'case: %s ...' "$name"
 	set +e
 	(
 		set -e
-		"case_$name"
+		"case_$1"
 	) >"$WORK/log" 2>&1
-	status=$?
+	case_status=$?
 	set -e
-	outcome=ok
-	[[ $status -eq 0 ]] || outcome=FAILED
+}
+
+# How often a case is repeated that the server's own kernel did not survive. The table reports it.
+readonly breaks_allowed=2
+
+run_case() {
+	local name=$1 begun=$SECONDS outcome=ok note breaks=0
+	printf 'case: %s ...' "$name"
+	try_case "$name"
+	while ((case_status != 0 && breaks < breaks_allowed)) && server_broke; do
+		breaks=$((breaks + 1))
+		printf " the server's kernel broke down: again ..."
+		cp -- "$WORK/console" "$artifacts/server-console-$breaks.log"
+		server_cut
+		restore_server >"$WORK/log" 2>&1 || break
+		try_case "$name"
+	done
+	((case_status == 0)) || outcome=FAILED
 	printf ' %s (%s s)\n' "$outcome" $((SECONDS - begun))
+	((breaks == 0)) || note "repeated, because the server's own kernel broke down: $breaks"
 	note=$(paste -sd' ' "$WORK/note")
 	table+=("$(printf '%-18s %-7s %5s s   %s' "$name" "$outcome" $((SECONDS - begun)) "$note")")
-	[[ $status -eq 0 ]] || show_failure
+	[[ $outcome == ok ]] || show_failure
 }
 
 # Restores the server after a failed case.

@@ -260,6 +260,8 @@ case_upgrade() {
 		sed -i 's/^Type=notify/Type=exec/; /^RestartPreventExitStatus/d; /^TimeoutStartSec/d' /etc/systemd/system/scaleboxd.service
 		systemctl daemon-reload
 		systemctl restart scaleboxd
+		# That unit does not wait until the daemon answers.
+		eventually 60 is_running one
 		before=$(pid_of one)
 		in_tree env BIN_DIR=/payload/programs SCALEBOX_CACHE=/payload/cache scripts/install.sh
 		[[ $(pid_of one) == "$before" ]]

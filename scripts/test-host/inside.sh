@@ -29,7 +29,11 @@ create() {
 new_vm() {
 	local name=$1
 	shift
-	[[ -e $vm_key ]] || ssh-keygen -q -t ed25519 -N '' -C vm -f "$vm_key"
+	# Several VMs may be created at the same time.
+	(
+		flock 9
+		[[ -e $vm_key ]] || ssh-keygen -q -t ed25519 -N '' -C vm -f "$vm_key"
+	) 9>"$vm_key.lock"
 	scalebox vm create debian-base --name "$name" --key "$vm_key.pub" "$@" >/dev/null
 }
 
@@ -52,7 +56,12 @@ has_key() {
 }
 
 # pid_of NAME: prints the process id of a VM's hypervisor.
-pid_of() { pgrep -f -- "$(field "$1" id)" | head -n 1; }
+pid_of() {
+	local id
+	id=$(field "$1" id)
+	# Without an id, every process would match.
+	[[ -n $id ]] && pgrep -f -- "$id" | head -n 1
+}
 
 # eventually SECONDS COMMAND...: repeats a command until it succeeds.
 eventually() {

@@ -72,9 +72,11 @@ free_port() {
 	echo "$port"
 }
 
+# Without page tables of five levels, which emulation walks more slowly, and without virtual GIF:
+# with it, the server's kernel panicked or hung under load (QEMU 7.2).
 server_start() {
 	nice -n 5 qemu-system-x86_64 -daemonize -pidfile "$WORK/qemu.pid" -display none \
-		-accel tcg,thread=multi,tb-size=512 -cpu max -M q35 -smp 2 -m "$server_memory" \
+		-accel tcg,thread=multi,tb-size=512 -cpu max,-la57,-vgif -M q35 -smp 2 -m "$server_memory" \
 		-kernel "$ROOT/vmlinuz" -initrd "$ROOT/initrd.img" \
 		-append "root=/dev/vda rw console=ttyS0 net.ifnames=0 tsc=reliable ${server_arguments:-}" \
 		-drive "file=$WORK/disk.img,if=virtio,format=raw,discard=unmap,cache=unsafe" \
@@ -93,6 +95,10 @@ server_runs() {
 	[[ -d /proc/$pid/task/$pid ]] || return 1
 	[[ $(find "/proc/$pid/task" -mindepth 1 -maxdepth 1 2>/dev/null | wc -l) -gt 1 || $(sed -n 's/^State:\t//p' "/proc/$pid/status" 2>/dev/null) != Z* ]]
 }
+
+# server_broke: whether the server's own kernel has panicked or hung since its QEMU was started.
+# That is a fault of the emulation, not of Scalebox.
+server_broke() { grep -qE 'Kernel panic - not syncing|rcu: INFO: .* stall|soft lockup' "$WORK/console" 2>/dev/null; }
 
 # server_wait BOOT_ID: waits until the server answers with another boot id.
 server_wait() {

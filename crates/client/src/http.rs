@@ -140,7 +140,8 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/stop"))
     }
 
-    /// `POST /vms/{id or name}/restart`: stops a running VM like [`Client::stop_vm`], and starts it.
+    /// `POST /vms/{id or name}/restart`: stops a running VM like [`Client::stop_vm`], and starts
+    /// it.
     ///
     /// # Errors
     /// See [`ClientError`].

@@ -15,6 +15,7 @@ use crate::settings::Settings;
 use crate::state::State;
 use crate::vm::lifecycle::STOP_TIMEOUT;
 use crate::vm::recovery::{self, Recovered};
+use crate::vm::transition::{Transition, transition};
 use scalebox_api::VmStatus;
 use scalebox_net::Network;
 use scalebox_storage::StorageError;
@@ -98,7 +99,7 @@ async fn shut_down(host: Host, id: String) -> Result<(), ServiceError> {
         return Ok(());
     };
     let outcome = machine.stop(STOP_TIMEOUT).await?;
-    host.vms.set(&id, VmStatus::Stopped, None, None);
+    transition(&host, &operation.record, Transition::ShutDownWithHost).await?;
     tracing::info!(
         vm = id,
         name = operation.record.name,

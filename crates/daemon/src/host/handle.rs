@@ -9,13 +9,13 @@ use crate::host::paused_vms::PausedVms;
 use crate::host::pool_growth::PoolGrowth;
 use crate::host::reclaim::Reclaim;
 use crate::host::system;
-use crate::host::tasks::{blocking, task_failed};
+use crate::host::tasks::task_failed;
 use crate::host::templates_in_use::TemplatesInUse;
 use crate::host::usage_tracker::UsageTracker;
 use crate::host::vms::Vms;
 use crate::settings::Settings;
 use crate::state::State;
-use scalebox_api::{Limits, VmStatus};
+use scalebox_api::Limits;
 use scalebox_net::Network;
 use scalebox_storage::Pool;
 use std::net::{IpAddr, Ipv4Addr};
@@ -152,11 +152,6 @@ impl Host {
     pub async fn finish(&self) {
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
-    }
-
-    pub async fn persist(&self, id: &str, status: VmStatus, reason: Option<&str>) -> Result<(), ServiceError> {
-        let (state, id, reason) = (Arc::clone(&self.inner.state), id.to_owned(), reason.map(str::to_owned));
-        blocking(move || state.set_status(&id, status, reason.as_deref())).await
     }
 
     /// Returns the folder for the sockets, pid file and seed drive of a VM's machine.

@@ -222,26 +222,24 @@ impl Vms {
     }
 
     /// Sets a VM's status, if `machine` is still its machine: otherwise the operation in progress
-    /// sets it. Returns the VM if its status changed.
+    /// sets it. Returns whether its status changed.
     pub fn set_if_current(
         &self,
         id: &str,
         machine: &Arc<dyn Machine>,
         status: VmStatus,
-        reason: Option<&str>,
-    ) -> Option<Record> {
-        if let Some(entry) = self.lock().by_id.get_mut(id)
-            && entry
-                .machine
-                .as_ref()
-                .is_some_and(|current| Arc::ptr_eq(current, machine))
-        {
-            let changed = entry.record.status != status;
-            entry.record.status = status;
-            entry.record.status_reason = reason.map(str::to_owned);
-            return changed.then(|| entry.record.clone());
-        }
-        None
+        reason: Option<String>,
+    ) -> bool {
+        let mut table = self.lock();
+        let entry = table.by_id.get_mut(id).filter(|entry| {
+            let current = entry.machine.as_ref();
+            current.is_some_and(|current| Arc::ptr_eq(current, machine))
+        });
+        let Some(entry) = entry else { return false };
+        let changed = entry.record.status != status;
+        entry.record.status = status;
+        entry.record.status_reason = reason;
+        changed
     }
 
     /// Lists the running VMs with no operation in progress, with their machines.

@@ -209,7 +209,7 @@ mod tests {
             ("PORT_MIN", "40000", "32000"),
             ("GUEST_DNS", "one", "IPv4 addresses"),
             ("GUEST_DNS", "127.0.0.1", "loopback addresses refer to the guest itself"),
-            ("GUEST_DNS", "192.0.2.53, 0.0.0.0", "not the address of a machine"),
+            ("GUEST_DNS", "192.0.2.53, 0.0.0.0", "not a host address"),
             ("GUEST_DNS", "224.0.0.251", "a multicast address"),
             ("GUEST_DNS", "255.255.255.255", "reserved"),
             ("GUEST_DENY", "10.0.0.0/8,lan", "private, none, or networks"),

@@ -508,30 +508,33 @@ fn malformed(column: &str, value: &str) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, problem.into())
 }
 
+/// A record for tests, with names and addresses that differ by `n`.
+#[cfg(test)]
+pub fn example_record(n: u16) -> Record {
+    Record {
+        id: format!("vm-{n:012x}"),
+        name: format!("vm-{n}"),
+        template: "debian-base".into(),
+        ssh_public_key: "ssh-ed25519 AAAA".into(),
+        created_at: format!("2026-01-02T03:04:{n:02}Z"),
+        vcpu_count: 1,
+        mem_size_mib: 512,
+        disk_size_gib: 10,
+        auto_extend: None,
+        limits: VmLimits::default(),
+        autostart: true,
+        vmm: None,
+        guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
+        ssh_port: 22001 + n,
+        status: VmStatus::Running,
+        status_reason: None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::example_record as vm;
     use super::*;
-
-    fn vm(n: u16) -> Record {
-        Record {
-            id: format!("vm-{n:012x}"),
-            name: format!("vm-{n}"),
-            template: "debian-base".into(),
-            ssh_public_key: "ssh-ed25519 AAAA".into(),
-            created_at: format!("2026-01-02T03:04:{n:02}Z"),
-            vcpu_count: 1,
-            mem_size_mib: 512,
-            disk_size_gib: 10,
-            auto_extend: None,
-            limits: VmLimits::default(),
-            autostart: true,
-            vmm: None,
-            guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
-            ssh_port: 22001 + n,
-            status: VmStatus::Running,
-            status_reason: None,
-        }
-    }
 
     #[test]
     fn changes_are_there_after_reopening() {

@@ -3,8 +3,8 @@
 //! Claim a name, an address and a port → admit → clone the disk → (seed drive → tap and forward →
 //! launch) → record. A VM becomes visible when it is recorded, and only then does the client get a
 //! response. A crash at any point leaves either a recorded VM or leftovers that
-//! [`recovery`](crate::vm::recovery) removes at the next start. Creations run concurrently; the only
-//! lock they share is held for microseconds.
+//! [`recovery`](crate::vm::recovery) removes at the next start. Creations run concurrently; the
+//! only lock they share is held for microseconds.
 
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;

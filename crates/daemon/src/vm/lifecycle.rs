@@ -8,6 +8,7 @@ use crate::host::vms::{Cancellation, Operation};
 use crate::host::{BASE_TEMPLATE, Host, blocking, disk_name, fault_point};
 use crate::state::Record;
 use crate::vm::spec::{disk_limits, endpoint, machine_id, vmm_user};
+use crate::vm::transition::{Transition, record_later, transition};
 use crate::vm::{pause, reboot_loop, view};
 use scalebox_api::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
@@ -15,19 +16,13 @@ use scalebox_guest::SeedDrive;
 use scalebox_net::Endpoint;
 use scalebox_storage::Bytes;
 use scalebox_vmm::{ExitReason, Machine, MachineSpec, Nic, console_tail};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Time limit for a guest to shut down before it is killed. An emulated Debian takes about 8 s.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Retry interval for recording the end of a machine while the state cannot be written.
-const PERSIST_RETRY_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Recorded reason of a stopped VM whose machine may still be shutting down.
-pub(crate) const STOPPING: &str = "being stopped";
 
 /// How much console output is added to the reason of a failure: a few lines.
 const MAX_CONSOLE_TAIL: Bytes = Bytes::new(512);
@@ -67,17 +62,14 @@ pub async fn boot(host: &Host, record: &Record) -> Result<Vm, ServiceError> {
     let mut steps = Steps::new();
     let started = async {
         let machine = launch(host, record, &mut steps).await?;
-        host.persist(&record.id, VmStatus::Running, None).await?;
+        transition(host, record, Transition::Started(Arc::clone(&machine))).await?;
         crash_point("start: recorded");
         Ok(machine)
     };
     match started.await {
         Ok(machine) => {
-            host.vms
-                .set(&record.id, VmStatus::Running, None, Some(Arc::clone(&machine)));
             watch(host, record.id.clone(), machine);
             tracing::info!(vm = record.id, name = record.name, "VM started");
-            host.events.publish(EventKind::Started, Some(record), Value::Null);
             view::get(host, &record.id)
         }
         Err(error) => {
@@ -215,7 +207,7 @@ pub async fn stop_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> 
 /// machine has ended, the VM is stopped, whatever else fails; after a crash in between, the
 /// next start completes the stop.
 pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>) -> Result<Vm, ServiceError> {
-    host.persist(&record.id, VmStatus::Stopped, Some(STOPPING)).await?;
+    transition(host, record, Transition::Stopping).await?;
     let ended = async {
         fault_point("stop: intent recorded")?;
         Ok::<_, ServiceError>(machine.stop(STOP_TIMEOUT).await?)
@@ -223,23 +215,21 @@ pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>)
     let outcome = match ended.await {
         Ok(outcome) => outcome,
         Err(error) => {
-            let reason = record.status_reason.as_deref();
-            if let Err(undo) = host.persist(&record.id, record.status, reason).await {
+            if let Err(undo) = transition(host, record, Transition::StopFailed).await {
                 tracing::error!(vm = record.id, error = %undo, "cannot withdraw the recorded intent to stop the VM; the next start stops it");
             }
             return Err(error);
         }
     };
     crash_point("stop: machine ended");
-    host.vms.set(&record.id, VmStatus::Stopped, None, None);
-    Cleanup::of_stopped(host, record)?.begin(host).await;
-    if let Err(error) = host.persist(&record.id, VmStatus::Stopped, None).await {
-        tracing::warn!(vm = record.id, %error, "VM stopped, but still recorded as being stopped");
+    let stopped = Transition::Stopped { by: "request" };
+    if let Err(error) = transition(host, record, stopped.clone()).await {
+        tracing::warn!(vm = record.id, %error, "the VM has stopped, but is recorded as being stopped; retrying");
+        record_later(host, record, stopped);
     }
     crash_point("stop: recorded");
+    Cleanup::of_stopped(host, record)?.begin(host).await;
     tracing::info!(vm = record.id, name = record.name, ?outcome, "VM stopped");
-    host.events
-        .publish(EventKind::Stopped, Some(record), json!({ "by": "request" }));
     view::get(host, &record.id)
 }
 
@@ -334,52 +324,29 @@ async fn handle_exit(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: 
         ExitReason::GuestShutdown => failure,
         other => Some(failure.unwrap_or_else(|| other.to_string())),
     };
-    let (status, reason) = match failure {
-        None => (VmStatus::Stopped, None),
-        Some(failure) => (VmStatus::Failed, Some(failure + &last_console_output(host, id).await)),
+    let ended = match failure {
+        None => Transition::Stopped { by: "guest" },
+        Some(failure) => Transition::Failed {
+            reason: failure + &last_console_output(host, id).await,
+            machine: None,
+        },
     };
-    tracing::info!(vm = id, status = status.as_str(), reason, "machine ended");
-    match Cleanup::of_stopped(host, &operation.record) {
+    let record = &operation.record;
+    let effect = ended.effect(record);
+    tracing::info!(
+        vm = id,
+        status = effect.status.as_str(),
+        reason = effect.reason,
+        "machine ended"
+    );
+    if let Err(error) = transition(host, record, ended.clone()).await {
+        tracing::error!(vm = id, %error, "cannot record the end of the VM's machine; retrying");
+        record_later(host, record, ended);
+    }
+    match Cleanup::of_stopped(host, record) {
         Ok(cleanup) => cleanup.begin(host).await,
         Err(error) => {
             tracing::error!(vm = id, %error, "cannot remove the VM's tap and forward; the next start does")
-        }
-    }
-    let persisted = host.persist(id, status, reason.as_deref()).await;
-    host.vms.set(id, status, reason.clone(), None);
-    let record = operation.record.clone();
-    drop(operation);
-    match persisted {
-        Ok(()) => publish_exit(host, &record, reason),
-        Err(error) => {
-            tracing::error!(vm = id, %error, "cannot record the end of the VM's machine; retrying");
-            persist_exit_later(host, &record, status, reason).await;
-        }
-    }
-}
-
-fn publish_exit(host: &Host, record: &Record, failure: Option<String>) {
-    let (kind, details) = match failure {
-        None => (EventKind::Stopped, json!({ "by": "guest" })),
-        Some(reason) => (EventKind::Failed, json!({ "reason": reason })),
-    };
-    host.events.publish(kind, Some(record), details);
-}
-
-/// Records the end of a machine once the state can be written. Gives up if the VM was started
-/// or deleted in the meantime.
-async fn persist_exit_later(host: &Host, record: &Record, status: VmStatus, failure: Option<String>) {
-    loop {
-        tokio::time::sleep(PERSIST_RETRY_INTERVAL).await;
-        let Ok(operation) = host.vms.begin_when_idle(&record.id, "ending").await else {
-            return;
-        };
-        if operation.machine.is_some() || operation.record.status != status {
-            return;
-        }
-        if host.persist(&record.id, status, failure.as_deref()).await.is_ok() {
-            publish_exit(host, record, failure);
-            return;
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Operations on one VM: creation, start and stop, change, snapshot, deletion, and recovery at start.
+//! Operations on one VM: creation, start and stop, change, snapshot, deletion, and recovery at
+//! start.
 //!
 //! The functions here run in tasks of their own: they complete even if the caller stops waiting.
 
@@ -14,6 +15,7 @@ pub mod reboot_loop;
 pub mod recovery;
 pub mod snapshot;
 pub mod spec;
+pub mod transition;
 pub mod trim;
 pub mod view;
 

@@ -4,9 +4,8 @@
 //! is found paused when it is adopted.
 
 use crate::host::Host;
-use scalebox_api::{EventKind, VmStatus};
+use crate::vm::transition::{Transition, transition};
 use scalebox_vmm::{Machine, MachineEvent, MachineState};
-use serde_json::{Value, json};
 use std::convert::Infallible;
 use std::sync::Arc;
 use tokio::sync::broadcast::error::RecvError;
@@ -14,25 +13,38 @@ use tokio::sync::broadcast::error::RecvError;
 /// The reason of a VM that is paused because the pool or its host disk is full.
 pub const STORAGE_FULL: &str = "storage_full";
 
-/// Marks a VM as paused, for as long as the machine is the one that it has.
-pub fn mark_paused(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: &str) {
+/// Marks a VM as paused, if the machine is still the one that it has.
+pub async fn mark_paused(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: &str) {
     tracing::warn!(vm = id, reason, "VM paused");
-    if let Some(vm) = host.vms.set_if_current(id, machine, VmStatus::Paused, Some(reason)) {
-        let details = json!({ "reason": reason });
-        host.events.publish(EventKind::Paused, Some(&vm), details);
-    }
+    change(
+        host,
+        id,
+        Transition::Paused {
+            machine: Arc::clone(machine),
+            reason: reason.to_owned(),
+        },
+    )
+    .await;
     host.paused.lock().insert(id.to_owned(), Arc::clone(machine));
 }
 
-/// Resumes the VMs that were paused because storage was full. Failures are retried by the next call.
+/// Makes a transition that is not recorded, and therefore does not fail.
+async fn change(host: &Host, id: &str, to: Transition) {
+    // A VM that was deleted in the meantime has no status.
+    let Ok(record) = host.vms.find(id) else { return };
+    if let Err(error) = transition(host, &record, to).await {
+        tracing::error!(vm = id, %error, "cannot change the VM's status");
+    }
+}
+
+/// Resumes the VMs that were paused because storage was full. Failures are retried by the next
+/// call.
 pub async fn resume_paused(host: &Host) {
     let paused: Vec<_> = host.paused.lock().drain().collect();
     for (id, machine) in paused {
         match machine.resume().await {
             Ok(()) => {
-                if let Some(vm) = host.vms.set_if_current(&id, &machine, VmStatus::Running, None) {
-                    host.events.publish(EventKind::Resumed, Some(&vm), Value::Null);
-                }
+                change(host, &id, Transition::Resumed(machine)).await;
                 tracing::info!(vm = id, "VM resumed: the pool has free space again");
             }
             // The VM was stopped or deleted in the meantime.
@@ -53,11 +65,11 @@ pub async fn follow(host: &Host, id: &str, machine: &Arc<dyn Machine>) -> Infall
     mark_if_paused(host, id, machine).await;
     loop {
         match events.recv().await {
-            Ok(MachineEvent::IoError { nospace: true, .. }) => mark_paused(host, id, machine, STORAGE_FULL),
+            Ok(MachineEvent::IoError { nospace: true, .. }) => mark_paused(host, id, machine, STORAGE_FULL).await,
             // A layer below the pool may report a full disk as another error. If there is enough
             // space, the VM is resumed at once.
             Ok(MachineEvent::IoError { nospace: false, reason }) => {
-                mark_paused(host, id, machine, &format!("disk_error: {reason}"));
+                mark_paused(host, id, machine, &format!("disk_error: {reason}")).await;
             }
             Ok(_) => {}
             Err(RecvError::Lagged(_)) => mark_if_paused(host, id, machine).await,
@@ -69,6 +81,6 @@ pub async fn follow(host: &Host, id: &str, machine: &Arc<dyn Machine>) -> Infall
 
 async fn mark_if_paused(host: &Host, id: &str, machine: &Arc<dyn Machine>) {
     if matches!(machine.state().await, Ok(MachineState::Stalled | MachineState::Paused)) {
-        mark_paused(host, id, machine, STORAGE_FULL);
+        mark_paused(host, id, machine, STORAGE_FULL).await;
     }
 }

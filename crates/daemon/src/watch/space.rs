@@ -105,7 +105,7 @@ async fn pause_growing(host: &Host, before: &HashMap<String, Bytes>, now: &HashM
             continue;
         }
         match machine.pause().await {
-            Ok(()) => pause::mark_paused(host, &id, &machine, pause::STORAGE_FULL),
+            Ok(()) => pause::mark_paused(host, &id, &machine, pause::STORAGE_FULL).await,
             Err(error) => tracing::warn!(vm = id, %error, "cannot pause the VM although the pool is nearly full"),
         }
     }

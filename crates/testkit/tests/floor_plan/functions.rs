@@ -5,7 +5,8 @@ use std::path::Path;
 use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 
-/// The functions with more than `max` lines, tests those with more than `max_in_tests`; a line each.
+/// The functions with more than `max` lines, tests those with more than `max_in_tests`; a line
+/// each.
 ///
 /// Counted are the lines from the signature to the closing brace.
 pub fn longer_than(read: &Crate, max: usize, max_in_tests: usize) -> Vec<String> {
