@@ -45,7 +45,7 @@ fn every_route_is_described_and_every_described_route_exists() {
     let described = routes(&document);
 
     // Routes are registered only together with their descriptions.
-    let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api.rs")).unwrap();
+    let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/http/routes.rs")).unwrap();
     assert!(!source.contains(".route(\""), "a route without a description");
     let registered = source.matches(".routes(routes!(").count();
     let paths: BTreeSet<&str> = described.iter().map(|route| route.split_once(' ').unwrap().1).collect();
