@@ -49,7 +49,7 @@ fn table(listed: &[SettingInEffect], file: &Path) -> String {
             Origin::Default => "default".to_owned(),
         };
         let value = match (&setting.value, setting.source) {
-            (Some(value), _) => value,
+            (Some(value), _) => value.as_str(),
             (None, Origin::Default) => "-",
             // The token.
             (None, _) => "…",
