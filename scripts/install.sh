@@ -12,11 +12,8 @@ set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 
 readonly config_dir=/etc/scaleboxd config=/etc/scaleboxd/config units=/etc/systemd/system
-readonly settings=(
-	STORAGE_SIZE POOL_AUTO_GROW POOL_LOW_WATER_GIB DEFAULT_DISK_SIZE_GIB MAX_DISK_SIZE_GIB STORAGE_BUFFER_GIB OVERCOMMIT_RATIO ACCOUNTING_SECONDS DATA_DIR POOL_IMAGE POOL_DEVICE STATE_DIR RUN_DIR
-	FSTAB API_BIND API_PORT HOST_IP BRIDGE SUBNET PORT_MIN PORT_MAX GUEST_DNS GUEST_DENY VMM ACCEL DEFAULT_VCPU_COUNT DEFAULT_MEM_SIZE_MIB
-	GUEST_TRIM_INTERVAL_MINUTES LOG_FORMAT LOG_LEVEL
-)
+# The programs to install.
+readonly programs=${BIN_DIR:-target/release}
 
 say() { printf '== %s\n' "$*"; }
 die() {
@@ -39,15 +36,9 @@ setting() {
 	fi
 }
 
-# This script runs programs with settings from the environment, the service reads them from the
-# configuration: both must be the same.
-check_settings() {
+# Checks, before anything is changed, that the service can reach the folders in the settings.
+check_folders() {
 	local key dir
-	for key in API_TOKEN "${settings[@]}"; do
-		[[ -n ${!key:-} && -e $config ]] || continue
-		[[ ${!key} == "$(setting "$key")" ]] ||
-			die "$key in the environment differs from $config: change it there, or unset it"
-	done
 	for key in DATA_DIR POOL_IMAGE STATE_DIR RUN_DIR; do
 		dir=$(setting "$key")
 		case $dir/ in
@@ -77,17 +68,37 @@ install_packages() {
 	scripts/deps.sh "${groups[@]}"
 }
 
+build_programs() {
+	[[ -z ${BIN_DIR:-} ]] || return 0
+	say "Build the programs"
+	# Built as the user who called sudo, so that target/ belongs to them.
+	scripts/toolchain.sh run cargo build --locked --release --bin scaleboxd --bin scalebox
+}
+
+# The names of all settings.
+settings=()
+list_settings() {
+	local keys
+	keys=$("$programs/scaleboxd" settings --keys) || die "$programs/scaleboxd does not list its settings; are the programs and this script of one version?"
+	mapfile -t settings <<<"$keys"
+}
+
+# This script runs programs with settings from the environment, the service reads them from the
+# configuration: both must be the same.
+check_settings() {
+	local key
+	[[ -e $config ]] || return 0
+	for key in "${settings[@]}"; do
+		[[ -z ${!key:-} || ${!key} == "$(setting "$key")" ]] ||
+			die "$key in the environment differs from $config: change it there, or unset it"
+	done
+}
+
 install_programs() {
-	local from=${BIN_DIR:-} program
-	if [[ -z $from ]]; then
-		say "Build the programs"
-		# Built as the user who called sudo, so that target/ belongs to them.
-		scripts/toolchain.sh run cargo build --locked --release --bin scaleboxd --bin scalebox
-		from=target/release
-	fi
+	local program
 	for program in scaleboxd scalebox; do
 		# Renamed into place, because a running program cannot be overwritten.
-		install -m 0755 "$from/$program" "/usr/local/bin/.$program.new"
+		install -m 0755 "$programs/$program" "/usr/local/bin/.$program.new"
 		mv -f "/usr/local/bin/.$program.new" "/usr/local/bin/$program"
 	done
 	install -d /usr/share/bash-completion/completions
@@ -112,7 +123,7 @@ write_config() {
 		echo "# Scalebox settings; the README lists all of them. Restart scaleboxd after a change."
 		echo "API_TOKEN=$token"
 		for key in "${settings[@]}"; do
-			[[ -z ${!key:-} ]] || echo "$key=${!key}"
+			[[ $key == API_TOKEN || -z ${!key:-} ]] || echo "$key=${!key}"
 		done
 	} >"$new"
 	mv "$new" "$config"
@@ -183,9 +194,12 @@ failed_start() {
 }
 
 require_host
-check_settings
+check_folders
 require_programs
 install_packages
+build_programs
+list_settings
+check_settings
 install_programs
 write_config
 allow_forwarding

@@ -1,6 +1,7 @@
 //! The daemon under test.
 
-use crate::{Outcome, Setup};
+use crate::outcome::Outcome;
+use crate::setup::Setup;
 use rustix::process::{Pid, Signal, kill_process};
 use scalebox_client::Client;
 use std::fs::{self, File};

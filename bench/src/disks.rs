@@ -3,9 +3,11 @@
 
 use crate::daemon::Daemon;
 use crate::measure::timed;
-use crate::{Outcome, Setup};
+use crate::outcome::Outcome;
+use crate::setup::Setup;
 use rustix::fs::ioctl_ficlone;
-use scalebox_client::{Client, CreateVm, SshPublicKey};
+use scalebox_api::{CreateVm, SshPublicKey};
+use scalebox_client::Client;
 use scalebox_storage::{Backing, Bounds, Pool};
 use scalebox_units::{Gib, TemplateName, VmId};
 use serde::Serialize;

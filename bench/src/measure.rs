@@ -1,6 +1,6 @@
 //! Measures the duration of operations, sequential or concurrent.
 
-use crate::Outcome;
+use crate::outcome::Outcome;
 use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};

@@ -1,6 +1,7 @@
 //! Measures 4 KiB random writes with fio: each block of a file once per pass, in three passes.
 
-use crate::{Outcome, Setup};
+use crate::outcome::Outcome;
+use crate::setup::Setup;
 use rustix::fs::ioctl_ficlone;
 use serde::Serialize;
 use std::fs::{self, File};

@@ -1,7 +1,7 @@
 //! Writes the table, the JSON and the chart.
 
-use crate::Outcome;
 use crate::disks::Method;
+use crate::outcome::Outcome;
 use crate::stages::{CONCURRENT_CLIENTS, Results, Series};
 use comfy_table::{CellAlignment, Table, presets};
 use plotters::prelude::*;
@@ -74,22 +74,22 @@ impl Results {
     }
 }
 
+/// Returns all figures with their goals, and at the end those that have none.
 fn goals(results: &Results) -> Outcome<Vec<Goal>> {
+    let mut goals = creation_goals(results)?;
+    goals.push(memory_goal(results));
+    goals.push(random_write_goal(results)?);
+    goals.extend(running_goals(results));
+    goals.push(Goal::none("POST /vms to SSH, median", results.to_ssh_s, "s"));
+    Ok(goals)
+}
+
+/// The goals of `POST /vms`.
+fn creation_goals(results: &Results) -> Outcome<Vec<Goal>> {
     let p50 = |method, size, disks| results.find(method, size, disks, 1).map(|series| series.samples.p50_ms);
     let rate = results.find(Method::Api, 2, 10, CONCURRENT_CLIENTS)?.samples.per_second;
     let max_disks = results.max_disks();
-    let last = |on: &str| {
-        let passes = results.random_writes.iter().find(|passes| passes.on == on);
-        passes
-            .and_then(|passes| passes.iops.last().copied())
-            .ok_or_else(|| format!("no writes to {on} were measured"))
-    };
-    let vms = format!(
-        "{} stopped and {} running VMs",
-        results.list_stopped, results.list_running
-    );
-    let list = results.list.as_ref().map_or(f64::NAN, |list| list.p99_ms);
-    let mut goals = vec![
+    Ok(vec![
         Goal::at_most(
             "POST /vms, warm, durable, 10 GiB, p50",
             p50(Method::Api, 10, 10)?,
@@ -116,18 +116,17 @@ fn goals(results: &Results) -> Outcome<Vec<Goal>> {
             1.1,
         ),
         Goal::at_most("admission decision, p50", results.admission_us, "µs", 50.0),
-        Goal::at_most(
-            &format!("the daemon's memory with {} stopped VMs", results.resident_vms),
-            results.resident_bytes as f64 / f64::from(1 << 20),
-            "MiB",
-            40.0,
-        ),
-        Goal::at_least(
-            "4 KiB random writes, third pass: clone ÷ ext4 on a loop device",
-            last("a clone in the pool")? / last("ext4 on a loop device")?,
-            "×",
-            0.6,
-        ),
+    ])
+}
+
+/// The goals of a running guest, and of a daemon with many VMs.
+fn running_goals(results: &Results) -> Vec<Goal> {
+    let vms = format!(
+        "{} stopped and {} running VMs",
+        results.list_stopped, results.list_running
+    );
+    let list = results.list.as_ref().map_or(f64::NAN, |list| list.p99_ms);
+    vec![
         Goal::at_most("live grow 10 → 20 GiB, idle guest", results.live_grow_s, "s", 2.0),
         Goal::at_most(&format!("GET /vms with {vms}, p99"), list, "ms", 10.0),
         Goal::at_most(
@@ -136,17 +135,31 @@ fn goals(results: &Results) -> Outcome<Vec<Goal>> {
             "ms",
             1000.0,
         ),
-    ];
-    // Reported without a goal.
-    goals.push(Goal {
-        figure: "POST /vms to SSH, median".to_owned(),
-        value: results.to_ssh_s,
-        unit: "s",
-        goal: f64::NAN,
-        at_most: true,
-        reached: true,
-    });
-    Ok(goals)
+    ]
+}
+
+fn memory_goal(results: &Results) -> Goal {
+    Goal::at_most(
+        &format!("the daemon's memory with {} stopped VMs", results.resident_vms),
+        results.resident_bytes as f64 / f64::from(1 << 20),
+        "MiB",
+        40.0,
+    )
+}
+
+fn random_write_goal(results: &Results) -> Outcome<Goal> {
+    let last = |on: &str| {
+        let passes = results.random_writes.iter().find(|passes| passes.on == on);
+        passes
+            .and_then(|passes| passes.iops.last().copied())
+            .ok_or_else(|| format!("no writes to {on} were measured"))
+    };
+    Ok(Goal::at_least(
+        "4 KiB random writes, third pass: clone ÷ ext4 on a loop device",
+        last("a clone in the pool")? / last("ext4 on a loop device")?,
+        "×",
+        0.6,
+    ))
 }
 
 impl Goal {
@@ -158,6 +171,14 @@ impl Goal {
             goal,
             at_most: true,
             reached: value <= goal,
+        }
+    }
+
+    /// A figure that is reported without a goal.
+    fn none(figure: &str, value: f64, unit: &'static str) -> Goal {
+        Goal {
+            reached: true,
+            ..Goal::at_most(figure, value, unit, f64::NAN)
         }
     }
 

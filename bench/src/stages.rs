@@ -3,9 +3,11 @@
 use crate::daemon::Daemon;
 use crate::disks::{DiskFactory, Method, TEMPLATE};
 use crate::measure::{self, Samples, milliseconds};
+use crate::outcome::Outcome;
 use crate::random_writes::{self, Passes};
-use crate::{Outcome, Setup};
-use scalebox_client::{Client, CreateVm, UpdateVm};
+use crate::setup::Setup;
+use scalebox_api::{CreateVm, UpdateVm};
+use scalebox_client::Client;
 use serde::Serialize;
 use std::fs::File;
 use std::io::Read;

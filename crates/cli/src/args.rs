@@ -3,7 +3,7 @@
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
-use scalebox_client::{AutoExtend, IdempotencyKey, TemplateName, VmName};
+use scalebox_api::{AutoExtend, IdempotencyKey, TemplateName, VmName};
 use std::path::PathBuf;
 use std::str::FromStr;
 

@@ -1,7 +1,8 @@
 //! The command line's errors: their messages, exit codes and JSON form.
 
-use crate::settings::{Server, Source};
-use scalebox_client::{ClientError, ErrorBody, ErrorCode, VmStatus};
+use crate::source::Source;
+use scalebox_api::{ErrorBody, ErrorCode, VmStatus};
+use scalebox_client::ClientError;
 use serde_json::Map;
 use std::io;
 use std::path::PathBuf;
@@ -129,11 +130,11 @@ impl Error {
     }
 
     /// Adds the source of the token to a 401; returns other errors unchanged.
-    pub fn with_token_source(self, server: &Server) -> Self {
+    pub fn with_token_source(self, url: &str, source: &Source) -> Self {
         match self {
             Error::Client(error) if error.status() == Some(401) => Error::TokenRefused {
-                url: server.client.url().to_owned(),
-                source_name: server.token_source.clone(),
+                url: url.to_owned(),
+                source_name: source.clone(),
             },
             other => other,
         }

@@ -2,7 +2,8 @@
 
 use crate::error::Error;
 use crate::output::Output;
-use scalebox_client::{Client, ClientError, Event};
+use scalebox_api::Event;
+use scalebox_client::{Client, ClientError};
 use std::thread;
 use std::time::Duration;
 

@@ -5,7 +5,9 @@
 //!
 //! - `args`: every command, its arguments and its help text
 //! - `settings`: finds the server's address and token in flags, environment and files
+//! - `source`: where a setting comes from, for messages
 //! - `vm`: `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`
+//! - `running`: refuses commands that need a running VM
 //! - `wait`: waits until a guest answers SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `status`: `scalebox status`
@@ -23,7 +25,9 @@ mod events;
 mod human;
 mod output;
 mod pool;
+mod running;
 mod settings;
+mod source;
 mod ssh;
 mod status;
 mod template;
@@ -92,5 +96,5 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
         Command::Events { since, no_follow } => events::events(&server.client, since, !no_follow, output),
         Command::Completions { .. } => Ok(()),
     };
-    result.map_err(|error| error.with_token_source(&server))
+    result.map_err(|error| error.with_token_source(server.client.url(), &server.token_source))
 }

@@ -6,7 +6,7 @@ use clap_complete::{Shell, generate};
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Color};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
-use scalebox_client::VmStatus;
+use scalebox_api::VmStatus;
 use serde::Serialize;
 use std::env;
 use std::io::{self, IsTerminal, Write};

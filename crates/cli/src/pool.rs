@@ -3,7 +3,8 @@
 use crate::error::Error;
 use crate::human::{self, bytes, percent};
 use crate::output::Output;
-use scalebox_client::{Client, PoolInfo};
+use scalebox_api::PoolInfo;
+use scalebox_client::Client;
 
 pub fn show(client: &Client, output: &Output) -> Result<(), Error> {
     let pool = client.pool()?;

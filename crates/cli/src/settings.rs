@@ -4,9 +4,9 @@
 use crate::args::Connection;
 use crate::error::Error;
 use crate::output::Output;
+use crate::source::Source;
 use scalebox_client::Client;
 use std::env;
-use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,24 +22,6 @@ const DAEMON_CONFIG: &str = "/etc/scaleboxd/config";
 pub struct Server {
     pub client: Client,
     pub token_source: Source,
-}
-
-/// The place that a setting was read from.
-#[derive(Debug, Clone)]
-pub enum Source {
-    Flag,
-    Environment,
-    File(PathBuf),
-}
-
-impl fmt::Display for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Source::Flag => f.write_str("--token"),
-            Source::Environment => f.write_str("SCALEBOX_TOKEN"),
-            Source::File(path) => path.display().fmt(f),
-        }
-    }
 }
 
 /// Finds the address and the token, and creates the client. It does not send a request.

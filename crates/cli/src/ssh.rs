@@ -1,9 +1,10 @@
 //! Runs the system's `ssh`, and finds the public key to give to a new VM.
 
 use crate::error::Error;
+use crate::running::check_runs;
 use crate::settings::{home, is_file, xdg_folder};
-use crate::vm::check_runs;
-use scalebox_client::{Client, InvalidFormat, SshPublicKey, Vm, VmId};
+use scalebox_api::{InvalidFormat, SshPublicKey, Vm, VmId};
+use scalebox_client::Client;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::Read;

@@ -4,7 +4,8 @@ use crate::error::Error;
 use crate::human::{self, bytes};
 use crate::output::Output;
 use crate::pool;
-use scalebox_client::{Client, HostInfo, VmCounts};
+use scalebox_api::{HostInfo, VmCounts};
+use scalebox_client::Client;
 
 pub fn status(client: &Client, output: &Output) -> Result<(), Error> {
     let info = client.info()?;

@@ -5,7 +5,8 @@ use crate::human::{self, bytes};
 use crate::output::{Output, Table, number, text};
 use crate::vm::delete_all;
 use jiff::Timestamp;
-use scalebox_client::{Client, Template, TemplateList};
+use scalebox_api::{Template, TemplateList};
+use scalebox_client::Client;
 
 pub fn list(client: &Client, output: &Output) -> Result<(), Error> {
     let templates = client.templates()?;

@@ -6,7 +6,8 @@ use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
 use crate::{ssh, wait};
 use jiff::Timestamp;
-use scalebox_client::{Client, ClientError, CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
+use scalebox_api::{CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
+use scalebox_client::{Client, ClientError};
 use std::time::Duration;
 
 pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
@@ -335,19 +336,4 @@ fn next_step(vm: &Vm) -> String {
         VmStatus::Running => format!("log in with: scalebox vm ssh {}\n         or: {}", vm.name, vm.ssh),
         _ => format!("start it with: scalebox vm start {}", vm.name),
     }
-}
-
-/// Returns an error with the remedy unless the VM is running.
-pub fn check_runs(vm: &Vm) -> Result<(), Error> {
-    let remedy = match vm.status {
-        VmStatus::Running => return Ok(()),
-        VmStatus::Stopped => format!("start it with: scalebox vm start {}", vm.name),
-        VmStatus::Paused | VmStatus::Failed => format!("see: scalebox vm get {}", vm.name),
-    };
-    Err(Error::NotRunning {
-        name: vm.name.clone(),
-        status: vm.status,
-        reason: vm.status_reason.clone(),
-        remedy,
-    })
 }

@@ -2,9 +2,10 @@
 
 use crate::error::Error;
 use crate::output::Output;
-use crate::vm::check_runs;
+use crate::running::check_runs;
 use indicatif::ProgressBar;
-use scalebox_client::{Client, ClientError, Vm};
+use scalebox_api::Vm;
+use scalebox_client::{Client, ClientError};
 use std::io::{self, Read};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::thread;

@@ -1,8 +1,8 @@
 //! Reads `GET /events`, a stream of server-sent events
 //! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>).
 
-use crate::event::Event;
-use crate::http::ClientError;
+use crate::error::ClientError;
+use scalebox_api::Event;
 use std::io::{BufRead, BufReader, Read};
 
 /// An iterator over the events of a host. It ends when the daemon ends the stream, and returns an
@@ -97,7 +97,7 @@ impl Iterator for EventStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::EventKind;
+    use scalebox_api::EventKind;
 
     fn events(text: &'static str) -> Vec<Result<Event, ClientError>> {
         EventStream::new(text.as_bytes(), "GET http://x/events".into()).collect()

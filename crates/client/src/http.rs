@@ -1,9 +1,12 @@
 //! A blocking client of the API, with one method per call.
 
-use crate::error_code::{ErrorBody, ErrorCode};
+use crate::error::ClientError;
 use crate::event_stream::EventStream;
-use crate::types::{Health, HostInfo, PoolInfo, Snapshot, Template, TemplateList, Trimmed, Vm, VmList};
-use crate::{CreateVm, ResizePool, SnapshotVm, UpdateVm};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
+use scalebox_api::{
+    CreateVm, ErrorBody, Health, HostInfo, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList, Trimmed,
+    UpdateVm, Vm, VmList,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -21,79 +24,6 @@ pub struct Client {
     agent: Agent,
     base: String,
     authorization: String,
-}
-
-/// The error of a call.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// The server's address is invalid.
-    #[error("{url:?} is not the address of a server: {why}; write it as http://HOST:PORT or https://HOST")]
-    Url {
-        /// The address as it was given.
-        url: String,
-        /// The reason.
-        why: &'static str,
-    },
-    /// The token cannot be sent in a header. The message does not show it.
-    #[error("the token must be printable ASCII without spaces, and not empty")]
-    Token,
-    /// No connection could be opened: the daemon has not received the request.
-    #[error("cannot reach scaleboxd at {url}: {why}; {hint}")]
-    Unreachable {
-        /// The daemon's address.
-        url: String,
-        /// The system's error.
-        why: String,
-        /// The remedy.
-        hint: &'static str,
-    },
-    /// The connection ended without a complete response: the daemon may or may not have completed
-    /// the request.
-    #[error("no response from {call}: {why}; {hint}")]
-    Lost {
-        /// Method and address.
-        call: String,
-        /// The reason.
-        why: String,
-        /// The remedy.
-        hint: &'static str,
-    },
-    /// The daemon returned an error.
-    #[error("{message}")]
-    Refused {
-        /// The HTTP status, 400 or above.
-        status: u16,
-        /// The daemon's message, with a hint if the address may be wrong.
-        message: String,
-        /// The response, with its code.
-        body: Box<ErrorBody>,
-    },
-    /// The response is not from scaleboxd, or from a version that this client does not understand.
-    #[error("{call} returned {why}; is this the address of scaleboxd?")]
-    Protocol {
-        /// Method and address.
-        call: String,
-        /// What is wrong with the response.
-        why: String,
-    },
-}
-
-impl ClientError {
-    /// Returns the HTTP status, if the daemon returned an error.
-    pub fn status(&self) -> Option<u16> {
-        match self {
-            ClientError::Refused { status, .. } => Some(*status),
-            _ => None,
-        }
-    }
-
-    /// Returns the error code, if the daemon returned an error.
-    pub fn code(&self) -> Option<&ErrorCode> {
-        match self {
-            ClientError::Refused { body, .. } => Some(&body.code),
-            _ => None,
-        }
-    }
 }
 
 /// Omits the token.
@@ -666,16 +596,10 @@ fn vm_path(id_or_name: &str) -> String {
     format!("/vms/{}", percent_encoded(id_or_name))
 }
 
-/// Encodes a segment of a path: all but unreserved characters, so that it contains no separator
-/// (RFC 3986, section 3.3).
-fn percent_encoded(segment: &str) -> String {
-    let mut encoded = String::with_capacity(segment.len());
-    for byte in segment.bytes() {
-        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~' | b'.') {
-            encoded.push(byte as char);
-        } else {
-            encoded += &format!("%{byte:02X}");
-        }
-    }
-    encoded
+/// Unreserved characters stay; all others are encoded, so that a segment of a path contains no
+/// separator (RFC 3986, section 3.3).
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'~').remove(b'.');
+
+fn percent_encoded(segment: &str) -> PercentEncode<'_> {
+    utf8_percent_encode(segment, ENCODED)
 }

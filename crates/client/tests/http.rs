@@ -1,8 +1,8 @@
 //! Tests the client against a fake server that records the request.
-#![cfg(feature = "http")]
 #![allow(clippy::unwrap_used)] // clippy does not count helper functions as tests
 
-use scalebox_client::{Client, ClientError, CreateVm};
+use scalebox_api::CreateVm;
+use scalebox_client::{Client, ClientError};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::thread::JoinHandle;

@@ -4,7 +4,7 @@
 
 mod support;
 
-use scalebox_client::{CreateVm, PoolInfo, StorageUsage};
+use scalebox_api::{CreateVm, PoolInfo, StorageUsage};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;

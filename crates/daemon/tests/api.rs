@@ -9,7 +9,8 @@
 
 mod support;
 
-use scalebox_client::{AutoExtend, ClientError, CreateVm, ErrorCode, UpdateVm, VmStatus};
+use scalebox_api::{AutoExtend, CreateVm, ErrorCode, UpdateVm, VmStatus};
+use scalebox_client::ClientError;
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::{SnapshotVm, UpdateVm};
+use scalebox_api::{SnapshotVm, UpdateVm};
 use std::fs;
 use std::path::Path;
 use support::{Host, HostDisk, Options, eventually, run, text};

@@ -9,7 +9,8 @@
 
 mod support;
 
-use scalebox_client::{ClientError, CreateVm};
+use scalebox_api::CreateVm;
+use scalebox_client::ClientError;
 use serde_json::json;
 use std::sync::Barrier;
 use std::thread;

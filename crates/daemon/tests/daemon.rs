@@ -2,7 +2,7 @@
 
 mod support;
 
-use scalebox_client::{CreateVm, UpdateVm};
+use scalebox_api::{CreateVm, UpdateVm};
 use std::collections::HashSet;
 use std::fs;
 use std::net::TcpListener;
@@ -270,7 +270,7 @@ fn a_missing_disk_is_reported_and_the_vm_can_be_deleted() {
     fs::remove_file(host.disk(&vm)).unwrap();
     host.serve();
     let found = host.client().vm(&vm.id).unwrap();
-    assert_eq!(found.status, scalebox_client::VmStatus::Failed);
+    assert_eq!(found.status, scalebox_api::VmStatus::Failed);
     assert!(found.status_reason.unwrap().contains("disk"), "the reason names it");
     host.client().delete_vm(&vm.id).unwrap();
 }

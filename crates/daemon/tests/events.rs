@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::{Event, EventKind, UpdateVm};
+use scalebox_api::{Event, EventKind, UpdateVm};
 use serde_json::json;
 use support::{Host, HostDisk, Options, TOKEN, eventually};
 

@@ -5,7 +5,7 @@
 mod support;
 
 use rustix::process::{Pid, Signal, kill_process};
-use scalebox_client::{SnapshotVm, UpdateVm, Vm, VmStatus};
+use scalebox_api::{SnapshotVm, UpdateVm, Vm, VmStatus};
 use scalebox_vmm::{Accel, AccelSetting, FirecrackerDriver, accelerator};
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 use proptest::prelude::*;
-use scalebox_client::{CreateVm, IdempotencyKey, Limits, UpdateVm, VmName};
+use scalebox_api::{CreateVm, IdempotencyKey, Limits, UpdateVm, VmName};
 use scalebox_net::mac_from_ip;
 use scalebox_units::{Gib, Mac, VmId};
 use std::net::Ipv4Addr;

@@ -12,7 +12,7 @@
 
 mod support;
 
-use scalebox_client::{AutoExtend, CreateVm, EventKind, UpdateVm, Vm, VmStatus};
+use scalebox_api::{AutoExtend, CreateVm, EventKind, UpdateVm, Vm, VmStatus};
 use std::collections::HashSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};

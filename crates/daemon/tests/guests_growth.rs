@@ -8,7 +8,7 @@
 
 mod support;
 
-use scalebox_client::{CreateVm, UpdateVm};
+use scalebox_api::{CreateVm, UpdateVm};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +16,7 @@ use support::guest::{Key, wait_for_ssh};
 use support::{Host, Options, run, text};
 
 /// Returns the size of the guest's root file system in GiB.
-fn size(key: &Key, vm: &scalebox_client::Vm) -> f64 {
+fn size(key: &Key, vm: &scalebox_api::Vm) -> f64 {
     let bytes: f64 = key.run(vm, "df --output=size -B1 / | tail -1").trim().parse().unwrap();
     bytes / f64::from(1 << 30)
 }

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::Vm;
+use scalebox_api::Vm;
 use std::net::TcpListener;
 use support::guest::{Key, wait_for_ssh};
 use support::{Host, Options, eventually, promise, run};

@@ -5,7 +5,7 @@
 mod support;
 
 use rustix::process::{Signal, kill_process};
-use scalebox_client::{Vm, VmStatus};
+use scalebox_api::{Vm, VmStatus};
 use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};

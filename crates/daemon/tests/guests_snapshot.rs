@@ -8,7 +8,7 @@
 
 mod support;
 
-use scalebox_client::{CreateVm, SnapshotVm, Vm};
+use scalebox_api::{CreateVm, SnapshotVm, Vm};
 use std::process::{Command, Stdio};
 use support::guest::{Key, scalebox, wait_for_ssh};
 use support::{Host, Options, eventually, output_of, promise, run, text};

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_client::{Vm, VmStatus};
+use scalebox_api::{Vm, VmStatus};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};

@@ -14,7 +14,7 @@
 
 mod support;
 
-use scalebox_client::{CreateVm, Vm};
+use scalebox_api::{CreateVm, Vm};
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Seek, SeekFrom};

@@ -21,7 +21,7 @@ fn metrics_match_the_host_and_promtool_accepts_them() {
     let second = host.create_stopped("tiny", None);
     host.client().delete_vm(&second.id).unwrap();
     assert_eq!(host.client().vm("nobody").unwrap_err().status(), Some(404));
-    let too_much = scalebox_client::CreateVm {
+    let too_much = scalebox_api::CreateVm {
         disk_size_gib: Some(100),
         ..host.stopped("tiny")
     };

@@ -12,7 +12,7 @@ mod bare_guest;
 mod support;
 
 use bare_guest::Guest;
-use scalebox_client::{CreateVm, EventKind, VmStatus};
+use scalebox_api::{CreateVm, EventKind, VmStatus};
 use std::fs;
 use support::{Host, Options, eventually};
 

@@ -13,7 +13,8 @@ mod bare_guest;
 mod support;
 
 use bare_guest::Guest;
-use scalebox_client::{ClientError, CreateVm, Vm, VmStatus};
+use scalebox_api::{CreateVm, Vm, VmStatus};
+use scalebox_client::ClientError;
 use std::fs;
 use support::guest::{machine_of, machines};
 use support::{Host, Options, eventually, run, text};

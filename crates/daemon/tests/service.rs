@@ -13,7 +13,7 @@ mod bare_guest;
 mod support;
 
 use bare_guest::Guest;
-use scalebox_client::{CreateVm, UpdateVm, Vm, VmStatus};
+use scalebox_api::{CreateVm, UpdateVm, Vm, VmStatus};
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;

@@ -51,7 +51,7 @@ fn a_stopped_vm_s_disk_becomes_a_template_and_invalid_requests_are_rejected() {
     };
     assert_eq!(names(), ["derived", "tiny"]);
     let (status, answer) = host.send("GET", "/templates/derived", b"");
-    let one: scalebox_client::Template = serde_json::from_str(&answer).unwrap();
+    let one: scalebox_api::Template = serde_json::from_str(&answer).unwrap();
     assert_eq!(
         (status, one.name.as_str(), one.used_by),
         (200, "derived", 0),

@@ -8,7 +8,8 @@
 
 mod support;
 
-use scalebox_client::{ClientError, CreateVm, UpdateVm};
+use scalebox_api::{CreateVm, UpdateVm};
+use scalebox_client::ClientError;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

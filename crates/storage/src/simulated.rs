@@ -22,10 +22,8 @@ impl Pool {
     pub fn simulated(dir: &Path, bounds: Bounds, space: SimulatedSpace) -> Result<Pool, StorageError> {
         let folder = File::open(dir).map_err(|error| StorageError::io("open", dir.display(), error))?;
         let place = (ActualBacking::Existing, "/dev/null".into());
-        let pool = Pool {
-            images: Images::Opaque,
-            ..Pool::new(dir, folder, PoolFs::Simulated(space), place, bounds)
-        };
+        let mut pool = Pool::new(dir, folder, PoolFs::Simulated(space), place, bounds);
+        pool.images = Images::Opaque;
         for folder in [pool.templates_dir(), pool.disks_dir(), pool.kernel_dir()] {
             fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
         }

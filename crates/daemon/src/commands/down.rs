@@ -16,7 +16,7 @@ use crate::state::State;
 use crate::vm::lifecycle::STOP_TIMEOUT;
 use crate::vm::recovery::{self, Recovered};
 use crate::vm::transition::{Transition, transition};
-use scalebox_client::VmStatus;
+use scalebox_api::VmStatus;
 use scalebox_net::Network;
 use scalebox_storage::StorageError;
 use std::sync::Arc;

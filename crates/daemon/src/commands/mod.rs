@@ -9,4 +9,5 @@ pub mod open;
 pub mod pool;
 pub mod progress;
 pub mod serve;
+pub mod show_settings;
 pub mod template;

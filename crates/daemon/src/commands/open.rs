@@ -109,7 +109,7 @@ fn claim_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), Com
 fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
     let vms = run_dir.join("vms");
     // The longest socket path in it: `vm-0123456789ab/control.sock`.
-    let max_length = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::machine::MAX_SOCKET_NAME;
+    let max_length = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::MAX_SOCKET_NAME;
     if max_length > MAX_SOCKET_PATH {
         let expected = format!(
             "socket paths in it would have {max_length} bytes, over the limit of {MAX_SOCKET_PATH}: choose a shorter path"

@@ -1,7 +1,7 @@
 //! Why an operation was refused or failed. [`http::error`](crate::http::error) gives each a status.
 
 use crate::state::StateError;
-use scalebox_client::Invalid;
+use scalebox_api::Invalid;
 use scalebox_storage::StorageError;
 use scalebox_units::Gib;
 

@@ -8,11 +8,11 @@
 //! at that moment may lose it: the state is authoritative, events announce that it changed.
 //!
 //! To publish an event: `service.events.publish(EventKind::Grown, Some(&record),
-//! json!({"to_gib": 8}))`. A new kind is one line in `crates/client/src/event.rs`, with the names
+//! json!({"to_gib": 8}))`. A new kind is one line in `crates/api/src/events.rs`, with the names
 //! of its details.
 
 use crate::state::{Fact, Record, State, StateError};
-use scalebox_client::{Event, EventKind, EventVm};
+use scalebox_api::{Event, EventKind, EventVm};
 use serde_json::{Map, Value, json};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -15,7 +15,7 @@ use crate::host::usage_tracker::UsageTracker;
 use crate::host::vms::Vms;
 use crate::settings::Settings;
 use crate::state::State;
-use scalebox_client::Limits;
+use scalebox_api::Limits;
 use scalebox_net::Network;
 use scalebox_storage::Pool;
 use std::net::{IpAddr, Ipv4Addr};

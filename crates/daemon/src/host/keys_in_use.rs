@@ -1,7 +1,7 @@
 //! The idempotency keys of creations in progress.
 
 use crate::host::error::ServiceError;
-use scalebox_client::IdempotencyKey;
+use scalebox_api::IdempotencyKey;
 use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

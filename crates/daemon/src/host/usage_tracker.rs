@@ -1,7 +1,7 @@
 //! The latest measurement of disk usage, and the history of the space used.
 
 use crate::state::Record;
-use scalebox_client::StorageUsage;
+use scalebox_api::StorageUsage;
 use scalebox_storage::{PoolUsage, Template, Usage};
 use scalebox_units::{Bytes, Gib, VmId};
 use std::collections::VecDeque;

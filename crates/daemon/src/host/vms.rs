@@ -6,7 +6,7 @@
 
 use crate::host::error::{ServiceError, quoted};
 use crate::state::Record;
-use scalebox_client::VmStatus;
+use scalebox_api::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};
 use scalebox_vmm::Machine;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -527,7 +527,7 @@ mod tests {
         assert_eq!(names.len(), claims.len());
         for name in names {
             assert_eq!(name.split('-').count(), 3, "{name}");
-            assert!(name.parse::<scalebox_client::VmName>().is_ok(), "{name}");
+            assert!(name.parse::<scalebox_api::VmName>().is_ok(), "{name}");
         }
     }
 

@@ -4,7 +4,7 @@ use crate::host::error::ServiceError;
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use scalebox_client::{ErrorBody, ErrorCode};
+use scalebox_api::{ErrorBody, ErrorCode};
 use serde_json::{Map, Value, json};
 
 /// Returns the API's error code and the HTTP status that goes with it.

@@ -238,7 +238,7 @@ mod tests {
             let text = written(pieces, &RequestsInProgress::default()).await;
             let (head, body) = text.rsplit_once("\r\n\r\n").unwrap();
             assert!(
-                body.contains("malformed HTTP/1.1") && serde_json::from_str::<scalebox_client::ErrorBody>(body).is_ok()
+                body.contains("malformed HTTP/1.1") && serde_json::from_str::<scalebox_api::ErrorBody>(body).is_ok()
             );
             let length = format!("content-length: {}\r\n", body.len());
             assert!(head.contains(&length) && head.contains("connection: close"), "{head}");

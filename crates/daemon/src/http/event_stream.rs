@@ -11,7 +11,7 @@ use axum::response::sse::{KeepAlive, KeepAliveStream, Sse};
 use axum::response::{IntoResponse, sse};
 use futures::future;
 use futures::stream::{self, Stream, StreamExt};
-use scalebox_client::Event;
+use scalebox_api::Event;
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;

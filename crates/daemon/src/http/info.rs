@@ -3,7 +3,7 @@
 use crate::host::error::ServiceError;
 use crate::host::{Host, system};
 use crate::{pool, templates};
-use scalebox_client::{Cpu, HostInfo, HostLimits, Memory, VmCounts};
+use scalebox_api::{Cpu, HostInfo, HostLimits, Memory, VmCounts};
 
 /// Describes the host, its VMs and its limits.
 ///

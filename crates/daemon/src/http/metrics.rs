@@ -17,7 +17,7 @@ use axum::response::{IntoResponse, Response};
 use prometheus::{
     Encoder, Gauge, HistogramOpts, HistogramVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
-use scalebox_client::VmStatus;
+use scalebox_api::VmStatus;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -91,7 +91,7 @@ impl Metrics {
 }
 
 /// Reads the current values.
-fn current(host: &Host, pool: &scalebox_client::PoolInfo) -> Result<Registry, prometheus::Error> {
+fn current(host: &Host, pool: &scalebox_api::PoolInfo) -> Result<Registry, prometheus::Error> {
     let registry = Registry::new();
     let vms = IntGaugeVec::new(Opts::new("scalebox_vms", "VMs on the host, by status."), &["status"])?;
     for status in [VmStatus::Running, VmStatus::Stopped, VmStatus::Paused, VmStatus::Failed] {

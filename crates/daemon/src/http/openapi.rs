@@ -8,7 +8,7 @@
 use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use scalebox_client::{ErrorBody, ErrorCode, Limits};
+use scalebox_api::{ErrorBody, ErrorCode, Limits};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use utoipa::openapi::OpenApi as Document;

@@ -16,7 +16,7 @@ use axum::http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, EXPECT};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
-use scalebox_client::{EventKind, Template, TemplateName};
+use scalebox_api::{EventKind, Template, TemplateName};
 use scalebox_units::Bytes;
 use serde::Deserialize;
 use serde_json::json;

@@ -6,7 +6,7 @@
 //! a VM is paused.
 
 use crate::host::{Host, blocking};
-use scalebox_client::EventKind;
+use scalebox_api::EventKind;
 use scalebox_storage::StorageError;
 use scalebox_units::Bytes;
 use serde_json::json;

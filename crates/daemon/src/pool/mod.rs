@@ -6,7 +6,7 @@ pub mod reclaim;
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking, usage_tracker};
-use scalebox_client::{EventKind, PoolInfo, Trimmed};
+use scalebox_api::{EventKind, PoolInfo, Trimmed};
 use scalebox_storage::{Pool, PoolUsage, StorageError};
 use scalebox_units::{Bytes, Gib};
 use serde_json::json;

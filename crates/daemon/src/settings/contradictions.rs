@@ -3,7 +3,8 @@
 //! Settings that cannot work stop the command. Settings that work but may mislead are caveats,
 //! which `serve` logs and `doctor` lists.
 
-use crate::settings::values::{Settings, SettingsError};
+use crate::settings::error::SettingsError;
+use crate::settings::values::Settings;
 use scalebox_storage::Backing;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};

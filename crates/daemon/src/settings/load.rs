@@ -1,7 +1,10 @@
 //! Reading the settings from the environment and the configuration file.
 
 use crate::settings::contradictions;
-use crate::settings::values::{KEYS, Settings, SettingsError, Values};
+use crate::settings::error::SettingsError;
+use crate::settings::given::{Given, Source};
+use crate::settings::table;
+use crate::settings::values::Settings;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -11,40 +14,58 @@ use std::path::Path;
 pub const DEFAULT_FILE: &str = "/etc/scaleboxd/config";
 
 impl Settings {
-    /// Reads the environment and the file. The default file may be missing.
+    /// Reads the environment and the file, and parses all settings. The default file may be
+    /// missing.
     ///
     /// # Errors
     /// The first setting that is invalid.
     pub fn load(file: Option<&Path>) -> Result<Settings, SettingsError> {
-        let mut values = match (file, fs::read(file.unwrap_or(Path::new(DEFAULT_FILE)))) {
-            (_, Ok(text)) => parse_file(file.unwrap_or(Path::new(DEFAULT_FILE)), &text)?,
-            (None, Err(error)) if error.kind() == io::ErrorKind::NotFound => HashMap::new(),
-            (_, Err(source)) => {
-                return Err(SettingsError::File {
-                    path: file.unwrap_or(Path::new(DEFAULT_FILE)).to_owned(),
-                    source,
-                });
-            }
-        };
-        for key in KEYS {
-            // Shells pass an unset setting as an empty variable.
-            if let Some(value) = std::env::var_os(key).filter(|value| !value.is_empty()) {
-                let value = value.into_string().map_err(|value| SettingsError::Value {
-                    key,
-                    value: value.to_string_lossy().into_owned(),
-                    expected: "must be UTF-8".to_owned(),
-                })?;
-                values.insert(key, value);
-            }
-        }
-        let settings = Settings::from_values(&Values(values))?;
+        Settings::check(&read(file)?)
+    }
+
+    /// Parses all settings and checks that they fit together.
+    ///
+    /// # Errors
+    /// The first setting that is invalid.
+    pub fn check(given: &Given) -> Result<Settings, SettingsError> {
+        let settings = Settings::parse(given)?;
         contradictions::check(&settings)?;
         Ok(settings)
     }
 }
 
-fn parse_file(path: &Path, text: &[u8]) -> Result<HashMap<&'static str, String>, SettingsError> {
-    let mut values = HashMap::new();
+/// Reads the environment and the file. The default file may be missing.
+///
+/// # Errors
+/// The file or a variable cannot be read.
+pub fn read(file: Option<&Path>) -> Result<Given, SettingsError> {
+    let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+    let mut given = match (file, fs::read(path)) {
+        (_, Ok(text)) => parse_file(path, &text)?,
+        (None, Err(error)) if error.kind() == io::ErrorKind::NotFound => Given::default(),
+        (_, Err(source)) => {
+            return Err(SettingsError::File {
+                path: path.to_owned(),
+                source,
+            });
+        }
+    };
+    for key in table::keys() {
+        // Shells pass an unset setting as an empty variable.
+        if let Some(value) = std::env::var_os(key).filter(|value| !value.is_empty()) {
+            let value = value.into_string().map_err(|value| SettingsError::Value {
+                key,
+                value: value.to_string_lossy().into_owned(),
+                expected: "must be UTF-8".to_owned(),
+            })?;
+            given.set(key, value, Source::Environment);
+        }
+    }
+    Ok(given)
+}
+
+fn parse_file(path: &Path, text: &[u8]) -> Result<Given, SettingsError> {
+    let mut given = Given::default();
     let mut set_in_line: HashMap<&'static str, usize> = HashMap::new();
     for (number, line) in (1..).zip(text.split(|&byte| byte == b'\n')) {
         let line = line.trim_ascii();
@@ -62,11 +83,11 @@ fn parse_file(path: &Path, text: &[u8]) -> Result<HashMap<&'static str, String>,
             // The line is not shown: it may contain the token.
             return Err(problem("the line is not of the form KEY=VALUE".to_owned()));
         };
-        let Some(key) = KEYS.into_iter().find(|known| *known == key.trim()) else {
+        let Some(key) = table::keys().find(|known| *known == key.trim()) else {
             return Err(problem(format!(
                 "unknown setting {:?}; the settings are {}",
                 key.trim(),
-                KEYS.join(", ")
+                table::keys().collect::<Vec<_>>().join(", ")
             )));
         };
         if let Some(first) = set_in_line.insert(key, number) {
@@ -81,20 +102,21 @@ fn parse_file(path: &Path, text: &[u8]) -> Result<HashMap<&'static str, String>,
             .find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
         let value = unquoted.unwrap_or(value);
         if !value.is_empty() {
-            values.insert(key, value.to_owned());
+            given.set(key, value.to_owned(), Source::File);
         }
     }
-    Ok(values)
+    Ok(given)
 }
 
 #[cfg(test)]
 impl Settings {
     /// Parses these settings, over defaults.
     pub fn of(pairs: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
-        let values = pairs.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
-        let settings = Settings::from_values(&Values(values))?;
-        contradictions::check(&settings)?;
-        Ok(settings)
+        let mut given = Given::default();
+        for (key, value) in pairs {
+            given.set(*key, (*value).to_owned(), Source::File);
+        }
+        Settings::check(&given)
     }
 }
 
@@ -206,10 +228,10 @@ mod tests {
     #[test]
     fn a_misspelt_key_in_the_file_is_an_error() {
         let path = Path::new("/etc/scaleboxd/config");
-        let values = parse_file(path, b"# f\xfcr\n\nAPI_TOKEN=\"abc\"\nAPI_PORT = 9090\r\nHOST_IP=\n").unwrap();
+        let given = parse_file(path, b"# f\xfcr\n\nAPI_TOKEN=\"abc\"\nAPI_PORT = 9090\r\nHOST_IP=\n").unwrap();
         assert_eq!(
-            (values["API_TOKEN"].as_str(), values["API_PORT"].as_str(), values.len()),
-            ("abc", "9090", 2)
+            ["API_TOKEN", "API_PORT", "HOST_IP"].map(|key| given.get(key)),
+            [Some("abc"), Some("9090"), None]
         );
         let error = parse_file(path, b"API_TOKEN=abc\nAPI_PROT=1").unwrap_err().to_string();
         assert!(

@@ -3,9 +3,32 @@
 //! A setting that does not parse stops the daemon, with its name, its value and the expected form.
 //! So does an unknown key in the file: if a misspelt setting were ignored, its default would apply
 //! unnoticed.
+//!
+//! # Layout
+//!
+//! | file | contents |
+//! |---|---|
+//! | `table` | every setting: key, default, form, meaning |
+//! | `given` | the values that are set, as text with their source |
+//! | `values` | the settings, parsed |
+//! | `contradictions` | settings that are valid but do not fit together |
+//! | `load` | reads the environment and the file |
+//! | `listing` | the settings in effect, for people and programs |
+//! | `error` | why settings are rejected |
+//!
+//! To add a setting: an entry in `table`, a field in `values`, and the README's table, which a test
+//! in `table` prints.
 
 pub mod contradictions;
+mod error;
+mod given;
+mod listing;
 mod load;
+mod table;
 mod values;
 
-pub use values::{AccelChoice, LogFormat, Settings, SettingsError, Token, VmmChoice};
+pub use error::SettingsError;
+pub use listing::{Origin, SettingInEffect, list};
+pub use load::DEFAULT_FILE;
+pub use table::keys;
+pub use values::{AccelChoice, LogFormat, Settings, Token, VmmChoice};

@@ -1,22 +1,19 @@
 //! The settings, parsed from their values as text.
 
+use crate::settings::error::SettingsError;
+use crate::settings::given::Given;
+use crate::settings::table::{self, MIN_MEM_MIB, SECRET};
 use ipnet::Ipv4Net;
-use scalebox_client::Limits;
+use scalebox_api::Limits;
 use scalebox_net::{NetConfig, PRIVATE_NETWORKS, unusable_resolver};
 use scalebox_storage::{Backing, Bounds, PoolPlan, RequestedSize};
 use scalebox_units::Gib;
-use std::collections::HashMap;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// The minimum memory, in MiB, with which the Debian guest boots to a login.
-const MIN_MEM_MIB: u64 = 128;
-
-/// All settings, in the order of the table in the README.
+/// All settings, in the order of the table.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `STORAGE_SIZE`: the size of a new pool; 80 % of the free space if not set.
@@ -121,130 +118,56 @@ pub enum LogFormat {
     Json,
 }
 
-/// Why the settings are rejected.
-#[derive(Debug, thiserror::Error)]
-pub enum SettingsError {
-    /// A value does not have the expected form.
-    #[error("{key}={value:?} cannot be used: {expected}")]
-    Value {
-        /// The setting.
-        key: &'static str,
-        /// The value.
-        value: String,
-        /// The expected form.
-        expected: String,
-    },
-    /// A required setting is missing.
-    #[error("{key} is not set: {expected}")]
-    Missing {
-        /// The setting.
-        key: &'static str,
-        /// How to set it.
-        expected: &'static str,
-    },
-    /// The file cannot be read.
-    #[error("cannot read the settings in {}: {source}", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// A line of the file is not `KEY=VALUE`, or its key is unknown.
-    #[error("{} line {number}: {problem}", path.display())]
-    Line {
-        /// The file.
-        path: PathBuf,
-        /// The number of the line, starting at one.
-        number: usize,
-        /// What is wrong with the line.
-        problem: String,
-    },
-}
-
-pub const KEYS: [&str; 31] = [
-    "STORAGE_SIZE",
-    "POOL_AUTO_GROW",
-    "POOL_LOW_WATER_GIB",
-    "DEFAULT_DISK_SIZE_GIB",
-    "MAX_DISK_SIZE_GIB",
-    "STORAGE_BUFFER_GIB",
-    "OVERCOMMIT_RATIO",
-    "ACCOUNTING_SECONDS",
-    "DATA_DIR",
-    "POOL_IMAGE",
-    "POOL_DEVICE",
-    "STATE_DIR",
-    "RUN_DIR",
-    "FSTAB",
-    "API_BIND",
-    "API_PORT",
-    "API_TOKEN",
-    "HOST_IP",
-    "BRIDGE",
-    "SUBNET",
-    "PORT_MIN",
-    "PORT_MAX",
-    "GUEST_DNS",
-    "GUEST_DENY",
-    "VMM",
-    "ACCEL",
-    "DEFAULT_VCPU_COUNT",
-    "DEFAULT_MEM_SIZE_MIB",
-    "GUEST_TRIM_INTERVAL_MINUTES",
-    "LOG_FORMAT",
-    "LOG_LEVEL",
-];
-
 impl Settings {
     /// Parses all settings. [`Settings::load`] checks in addition that they fit together.
     ///
     /// # Errors
     /// The first setting that is invalid.
-    pub fn from_values(values: &Values) -> Result<Settings, SettingsError> {
-        let bind = values.parsed(
-            "API_BIND",
-            IpAddr::V4(Ipv4Addr::LOCALHOST),
-            "an address such as 127.0.0.1 or 0.0.0.0",
-        )?;
-        let storage_size = values.storage_size()?;
+    pub fn parse(given: &Given) -> Result<Settings, SettingsError> {
+        let api = SocketAddr::new(required(given, "API_BIND")?, given.number("API_PORT")?);
+        let storage_size = storage_size(given)?;
+        let trim_minutes: u64 = given.number("GUEST_TRIM_INTERVAL_MINUTES")?;
         Ok(Settings {
             // A requested size is also the limit, unless automatic growth is requested too.
-            pool_auto_grow: values.word(
-                "POOL_AUTO_GROW",
-                storage_size.is_none(),
-                &[("on", true), ("off", false)],
-            )?,
-            pool_low_water: Gib::new(values.number("POOL_LOW_WATER_GIB", 10, 0..=65536)?),
+            pool_auto_grow: match given.get("POOL_AUTO_GROW") {
+                None => storage_size.is_none(),
+                Some(_) => given.word("POOL_AUTO_GROW")? == "on",
+            },
+            pool_low_water: Gib::new(given.number("POOL_LOW_WATER_GIB")?),
             storage_size,
-            default_disk_size: Gib::new(values.number("DEFAULT_DISK_SIZE_GIB", 2, 1..=65536)?),
-            max_disk_size: Gib::new(values.number("MAX_DISK_SIZE_GIB", 100, 1..=65536)?),
-            storage_buffer: Gib::new(values.number("STORAGE_BUFFER_GIB", 2, 0..=65536)?),
-            overcommit_ratio: values.overcommit_ratio()?,
-            accounting_interval: Duration::from_secs(values.number("ACCOUNTING_SECONDS", 60, 1..=86400)?),
-            data_dir: values.path("DATA_DIR", "/var/lib/scalebox")?,
-            backing: values.backing()?,
-            state_dir: values.path("STATE_DIR", "/var/lib/scaleboxd")?,
-            run_dir: values.path("RUN_DIR", "/run/scaleboxd")?,
-            fstab: values.fstab()?,
-            api: SocketAddr::new(bind, values.number("API_PORT", 8080, 0..=65535)?),
-            api_token: values.token()?,
-            host_ip: values.host_ip()?,
-            net: values.net()?,
-            guest_dns: values.resolvers()?,
-            vmm: values.vmm()?,
-            accel: values.accel()?,
-            default_vcpu_count: values.number("DEFAULT_VCPU_COUNT", 1, 1..=1024)?,
-            default_mem_size_mib: values.number("DEFAULT_MEM_SIZE_MIB", 512, MIN_MEM_MIB..=1 << 24)?,
-            guest_trim_interval: Duration::from_secs(
-                60 * values.number("GUEST_TRIM_INTERVAL_MINUTES", 24 * 60, 0..=525_600)?,
-            ),
-            log_format: values.word(
-                "LOG_FORMAT",
-                LogFormat::Text,
-                &[("text", LogFormat::Text), ("json", LogFormat::Json)],
-            )?,
-            log_level: values.get("LOG_LEVEL").unwrap_or("info").to_owned(),
+            default_disk_size: Gib::new(given.number("DEFAULT_DISK_SIZE_GIB")?),
+            max_disk_size: Gib::new(given.number("MAX_DISK_SIZE_GIB")?),
+            storage_buffer: Gib::new(given.number("STORAGE_BUFFER_GIB")?),
+            overcommit_ratio: overcommit_ratio(given)?,
+            accounting_interval: Duration::from_secs(given.number("ACCOUNTING_SECONDS")?),
+            data_dir: given.path("DATA_DIR")?,
+            backing: backing(given)?,
+            state_dir: given.path("STATE_DIR")?,
+            run_dir: given.path("RUN_DIR")?,
+            fstab: path_or_none(given, "FSTAB")?,
+            api,
+            api_token: token(given)?,
+            host_ip: host_ip(given)?,
+            net: net(given)?,
+            guest_dns: resolvers(given)?,
+            vmm: match given.word("VMM")? {
+                "qemu" => VmmChoice::Qemu,
+                "firecracker" => VmmChoice::Firecracker,
+                _ => VmmChoice::Auto,
+            },
+            accel: match given.word("ACCEL")? {
+                "kvm" => AccelChoice::Kvm,
+                "tcg" => AccelChoice::Tcg,
+                _ => AccelChoice::Auto,
+            },
+            default_vcpu_count: given.number("DEFAULT_VCPU_COUNT")?,
+            default_mem_size_mib: given.number("DEFAULT_MEM_SIZE_MIB")?,
+            guest_trim_interval: Duration::from_secs(60 * trim_minutes),
+            log_format: match given.word("LOG_FORMAT")? {
+                "json" => LogFormat::Json,
+                _ => LogFormat::Text,
+            },
+            log_level: required(given, "LOG_LEVEL")?,
         })
     }
 
@@ -291,213 +214,117 @@ impl Settings {
     }
 }
 
-pub struct Values(pub HashMap<&'static str, String>);
+/// Parses a value that is set or has a default.
+fn required<T: FromStr>(given: &Given, key: &'static str) -> Result<T, SettingsError> {
+    given.parsed(key)?.ok_or_else(|| given.malformed(key))
+}
 
-impl Values {
-    fn get(&self, key: &'static str) -> Option<&str> {
-        self.0.get(key).map(String::as_str)
+/// Parses a path; the word `none` stands for no path.
+fn path_or_none(given: &Given, key: &'static str) -> Result<Option<PathBuf>, SettingsError> {
+    match given.get(key) {
+        Some("none") => Ok(None),
+        _ => given.path(key).map(Some),
     }
+}
 
-    fn wrong(&self, key: &'static str, expected: impl Into<String>) -> SettingsError {
-        SettingsError::Value {
-            key,
-            value: self.get(key).unwrap_or_default().to_owned(),
-            expected: expected.into(),
+/// Returns the backing: a device or a given file system if set, otherwise an image.
+fn backing(given: &Given) -> Result<Backing, SettingsError> {
+    if given.get("POOL_DEVICE").is_none() {
+        let image = path_or_none(given, "POOL_IMAGE")?;
+        return Ok(image.map_or(Backing::Existing, Backing::Image));
+    }
+    if given.get("POOL_IMAGE").is_some() {
+        return Err(given.wrong(
+            "POOL_DEVICE",
+            "must not be set together with POOL_IMAGE: a pool has one backing",
+        ));
+    }
+    given.path("POOL_DEVICE").map(Backing::Device)
+}
+
+fn storage_size(given: &Given) -> Result<Option<RequestedSize>, SettingsError> {
+    let parse = |text: &str| {
+        text.parse()
+            .map_err(|error| given.wrong("STORAGE_SIZE", format!("{error}")))
+    };
+    given.get("STORAGE_SIZE").map(parse).transpose()
+}
+
+fn overcommit_ratio(given: &Given) -> Result<f64, SettingsError> {
+    let ratio: f64 = required(given, "OVERCOMMIT_RATIO")?;
+    if (0.1..=1000.0).contains(&ratio) {
+        Ok(ratio)
+    } else {
+        Err(given.wrong(
+            "OVERCOMMIT_RATIO",
+            "must be a number from 0.1 to 1000; with 1, every committed byte is backed",
+        ))
+    }
+}
+
+fn host_ip(given: &Given) -> Result<Option<IpAddr>, SettingsError> {
+    match given.parsed("HOST_IP")? {
+        Some(IpAddr::V6(_)) => {
+            let form = table::requirement("HOST_IP");
+            let expected = format!("{form}; forwards to guests are IPv4 only, so no client could reach a VM over IPv6");
+            Err(given.wrong("HOST_IP", expected))
         }
-    }
-
-    fn number<T>(&self, key: &'static str, default: T, range: RangeInclusive<T>) -> Result<T, SettingsError>
-    where
-        T: FromStr + PartialOrd + std::fmt::Display,
-    {
-        let Some(text) = self.get(key) else { return Ok(default) };
-        match text.parse() {
-            Ok(number) if range.contains(&number) => Ok(number),
-            _ => Err(self.wrong(
-                key,
-                format!("must be a whole number from {} to {}", range.start(), range.end()),
-            )),
+        Some(IpAddr::V4(ip)) if ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() => {
+            Err(given.malformed("HOST_IP"))
         }
+        other => Ok(other),
     }
+}
 
-    fn optional<T: FromStr>(&self, key: &'static str, form: &str) -> Result<Option<T>, SettingsError> {
-        self.get(key)
-            .map(|text| text.parse().map_err(|_| self.wrong(key, format!("must be {form}"))))
-            .transpose()
+fn token(given: &Given) -> Result<Option<Token>, SettingsError> {
+    let Some(text) = given.get(SECRET) else {
+        return Ok(None);
+    };
+    if text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(Some(Token(text.to_owned())))
+    } else {
+        Err(given.malformed(SECRET))
     }
+}
 
-    fn parsed<T: FromStr>(&self, key: &'static str, default: T, form: &str) -> Result<T, SettingsError> {
-        Ok(self.optional(key, form)?.unwrap_or(default))
-    }
-
-    fn word<T: Copy>(&self, key: &'static str, default: T, words: &[(&str, T)]) -> Result<T, SettingsError> {
-        let Some(text) = self.get(key) else { return Ok(default) };
-        words
-            .iter()
-            .find(|(word, _)| *word == text)
-            .map(|(_, value)| *value)
-            .ok_or_else(|| {
-                let known: Vec<_> = words.iter().map(|(word, _)| *word).collect();
-                self.wrong(key, format!("must be one of {}", known.join(", ")))
-            })
-    }
-
-    fn path(&self, key: &'static str, default: &str) -> Result<PathBuf, SettingsError> {
-        let path = PathBuf::from(self.get(key).unwrap_or(default));
-        if path.is_absolute() {
-            Ok(path)
-        } else {
-            Err(self.wrong(key, "must be an absolute path, starting with /"))
-        }
-    }
-
-    /// Returns the backing: a device or a given file system if set, otherwise an image.
-    fn backing(&self) -> Result<Backing, SettingsError> {
-        if self.get("POOL_DEVICE").is_some() {
-            if self.get("POOL_IMAGE").is_some() {
-                return Err(self.wrong(
-                    "POOL_DEVICE",
-                    "must not be set together with POOL_IMAGE: a pool has one backing",
-                ));
-            }
-            return self.path("POOL_DEVICE", "").map(Backing::Device);
-        }
-        match self.get("POOL_IMAGE") {
-            Some("none") => Ok(Backing::Existing),
-            _ => self.path("POOL_IMAGE", "/var/lib/scalebox.img").map(Backing::Image),
-        }
-    }
-
-    fn fstab(&self) -> Result<Option<PathBuf>, SettingsError> {
-        match self.get("FSTAB") {
-            Some("none") => Ok(None),
-            _ => self.path("FSTAB", "/etc/fstab").map(Some),
-        }
-    }
-
-    fn vmm(&self) -> Result<VmmChoice, SettingsError> {
-        self.word(
-            "VMM",
-            VmmChoice::Auto,
-            &[
-                ("auto", VmmChoice::Auto),
-                ("qemu", VmmChoice::Qemu),
-                ("firecracker", VmmChoice::Firecracker),
-            ],
-        )
-    }
-
-    fn accel(&self) -> Result<AccelChoice, SettingsError> {
-        self.word(
-            "ACCEL",
-            AccelChoice::Auto,
-            &[
-                ("auto", AccelChoice::Auto),
-                ("kvm", AccelChoice::Kvm),
-                ("tcg", AccelChoice::Tcg),
-            ],
-        )
-    }
-
-    fn storage_size(&self) -> Result<Option<RequestedSize>, SettingsError> {
-        let parse = |text: &str| {
-            text.parse()
-                .map_err(|error| self.wrong("STORAGE_SIZE", format!("{error}")))
+fn net(given: &Given) -> Result<NetConfig, SettingsError> {
+    let subnet: Ipv4Net = required(given, "SUBNET")?;
+    let ports = given.number("PORT_MIN")?..=given.number("PORT_MAX")?;
+    let denied = denied(given)?;
+    let bridge: String = required(given, "BRIDGE")?;
+    let net = NetConfig::new(&bridge, subnet, ports).map_err(|error| {
+        let key = match &error {
+            scalebox_net::Error::BridgeName(_) => "BRIDGE",
+            scalebox_net::Error::Subnet { .. } => "SUBNET",
+            _ => "PORT_MIN",
         };
-        self.get("STORAGE_SIZE").map(parse).transpose()
-    }
+        given.wrong(key, error.to_string())
+    })?;
+    Ok(net.with_denied(&denied))
+}
 
-    fn overcommit_ratio(&self) -> Result<f64, SettingsError> {
-        let ratio: f64 = self.parsed("OVERCOMMIT_RATIO", 4.0, "a number such as 1 or 4")?;
-        if (0.1..=1000.0).contains(&ratio) {
-            Ok(ratio)
-        } else {
-            Err(self.wrong(
-                "OVERCOMMIT_RATIO",
-                "must be a number from 0.1 to 1000; with 1, every committed byte is backed",
-            ))
+fn denied(given: &Given) -> Result<Vec<Ipv4Net>, SettingsError> {
+    const KEY: &str = "GUEST_DENY";
+    match given.get_or_default(KEY).unwrap_or_default().trim() {
+        "private" => Ok(PRIVATE_NETWORKS.to_vec()),
+        "none" => Ok(Vec::new()),
+        text => text
+            .split(',')
+            .map(|part| part.trim().parse().map_err(|_| given.malformed(KEY)))
+            .collect(),
+    }
+}
+
+fn resolvers(given: &Given) -> Result<Vec<Ipv4Addr>, SettingsError> {
+    const KEY: &str = "GUEST_DNS";
+    let text = given.get(KEY).unwrap_or_default();
+    let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+    let resolver = |part: &str| {
+        let address = part.parse().map_err(|_| given.malformed(KEY))?;
+        match unusable_resolver(address) {
+            Some(why) => Err(given.wrong(KEY, format!("guests cannot use {address} as a resolver: {why}"))),
+            None => Ok(address),
         }
-    }
-
-    fn host_ip(&self) -> Result<Option<IpAddr>, SettingsError> {
-        const FORM: &str = "an IPv4 address at which clients reach this host, such as 192.0.2.10";
-        match self.optional("HOST_IP", FORM)? {
-            Some(IpAddr::V6(_)) => Err(self.wrong(
-                "HOST_IP",
-                format!("must be {FORM}; forwards to guests are IPv4 only, so no client could reach a VM over IPv6"),
-            )),
-            Some(IpAddr::V4(ip)) if ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() => {
-                Err(self.wrong("HOST_IP", format!("must be {FORM}")))
-            }
-            other => Ok(other),
-        }
-    }
-
-    fn token(&self) -> Result<Option<Token>, SettingsError> {
-        let Some(text) = self.get("API_TOKEN") else {
-            return Ok(None);
-        };
-        if text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            Ok(Some(Token(text.to_owned())))
-        } else {
-            // The value is not shown: it is a secret.
-            Err(SettingsError::Value {
-                key: "API_TOKEN",
-                value: "…".to_owned(),
-                expected: "must be printable ASCII without spaces, because it is sent in an HTTP header".to_owned(),
-            })
-        }
-    }
-
-    fn net(&self) -> Result<NetConfig, SettingsError> {
-        let subnet = self.parsed(
-            "SUBNET",
-            Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 16),
-            "a network such as 172.16.0.0/16",
-        )?;
-        let ports = self.number("PORT_MIN", 22001, 1024..=65535)?..=self.number("PORT_MAX", 32000, 1024..=65535)?;
-        let denied = self.denied()?;
-        let net = NetConfig::new(self.get("BRIDGE").unwrap_or("scalebox0"), subnet, ports).map_err(|error| {
-            let key = match &error {
-                scalebox_net::Error::BridgeName(_) => "BRIDGE",
-                scalebox_net::Error::Subnet { .. } => "SUBNET",
-                _ => "PORT_MIN",
-            };
-            self.wrong(key, error.to_string())
-        })?;
-        Ok(net.with_denied(&denied))
-    }
-
-    fn denied(&self) -> Result<Vec<Ipv4Net>, SettingsError> {
-        const KEY: &str = "GUEST_DENY";
-        match self.get(KEY).unwrap_or("private").trim() {
-            "private" => Ok(PRIVATE_NETWORKS.to_vec()),
-            "none" => Ok(Vec::new()),
-            text => text
-                .split(',')
-                .map(|part| {
-                    let expected = "must be private, none, or networks such as 10.0.0.0/8, separated by commas";
-                    part.trim().parse().map_err(|_| self.wrong(KEY, expected))
-                })
-                .collect(),
-        }
-    }
-
-    fn resolvers(&self) -> Result<Vec<Ipv4Addr>, SettingsError> {
-        const KEY: &str = "GUEST_DNS";
-        let text = self.get(KEY).unwrap_or_default();
-        let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
-        let resolver = |part: &str| {
-            let address = part
-                .parse()
-                .map_err(|_| "must be IPv4 addresses, separated by commas".to_owned())?;
-            match unusable_resolver(address) {
-                Some(why) => Err(format!("guests cannot use {address} as a resolver: {why}")),
-                None => Ok(address),
-            }
-        };
-        parts
-            .map(|part| resolver(part).map_err(|expected| self.wrong(KEY, expected)))
-            .collect()
-    }
+    };
+    parts.map(resolver).collect()
 }

@@ -1,6 +1,6 @@
 //! A creation request with its idempotency key, as it is committed with the VM.
 
-use scalebox_client::{CreateVm, IdempotencyKey};
+use scalebox_api::{CreateVm, IdempotencyKey};
 use sha2::{Digest, Sha256};
 
 /// A creation request with its idempotency key.

@@ -19,7 +19,7 @@ pub use keyed_request::KeyedRequest;
 use reserve::Reserve;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use rustix::fs::{StatVfsMountFlags, statvfs};
-use scalebox_client::{AutoExtend, IdempotencyKey, VmStatus};
+use scalebox_api::{AutoExtend, IdempotencyKey, VmStatus};
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;

@@ -2,7 +2,7 @@
 
 use crate::host::error::ServiceError;
 use crate::host::{BASE_TEMPLATE, Host, blocking, rfc3339, template_name, usage_tracker};
-use scalebox_client::{EventKind, Template};
+use scalebox_api::{EventKind, Template};
 use serde_json::json;
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
 //! The setting by which a disk extends itself.
 
 use crate::host::error::ServiceError;
-use scalebox_client::AutoExtend;
+use scalebox_api::AutoExtend;
 use scalebox_units::Gib;
 
 /// Rejects a limit below the current size of the disk.

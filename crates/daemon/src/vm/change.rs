@@ -11,7 +11,7 @@ use crate::pool::admission;
 use crate::state::{Record, VmLimits};
 use crate::vm::spec::{disk_limits, endpoint};
 use crate::vm::{auto_extend, guest_fs, lifecycle, view};
-use scalebox_client::{AutoExtend, Disk, EventKind, UpdateVm, Vm};
+use scalebox_api::{AutoExtend, Disk, EventKind, UpdateVm, Vm};
 use scalebox_fault_points::crash_point;
 use scalebox_storage::Reservation;
 use scalebox_units::Gib;

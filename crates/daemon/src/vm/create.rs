@@ -15,7 +15,7 @@ use crate::host::{Host, blocking, fault_point, rfc3339, vm_id};
 use crate::pool::admission;
 use crate::state::{KeyedRequest, Record, VmLimits};
 use crate::vm::{auto_extend, lifecycle, view};
-use scalebox_client::{CreateVm, EventKind, Vm, VmStatus};
+use scalebox_api::{CreateVm, EventKind, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_net::Lease;
 use scalebox_storage::{Pool, Reservation};

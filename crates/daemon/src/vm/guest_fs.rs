@@ -3,7 +3,7 @@
 //! The size confirms that the file system has grown with its disk; the usage triggers auto-extend.
 
 use crate::host::agent::{self, AgentFailed};
-use scalebox_client::Disk;
+use scalebox_api::Disk;
 use scalebox_guest::FsUsage;
 use scalebox_units::Bytes;
 use scalebox_vmm::Machine;

@@ -10,7 +10,7 @@ use crate::host::{Host, blocking};
 use crate::state::KeyedRequest;
 use crate::vm::create::create_now;
 use crate::vm::view;
-use scalebox_client::{CreateVm, Vm};
+use scalebox_api::{CreateVm, Vm};
 use std::sync::Arc;
 
 /// Creates the VM, or finds the VM created by the same request. Returns whether it was found.

@@ -10,7 +10,7 @@ use crate::state::Record;
 use crate::vm::spec::{disk_limits, endpoint, vmm_user};
 use crate::vm::transition::{Transition, record_later, transition};
 use crate::vm::{pause, reboot_loop, view};
-use scalebox_client::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
+use scalebox_api::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::Endpoint;

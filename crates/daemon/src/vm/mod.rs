@@ -21,7 +21,7 @@ pub mod view;
 
 use crate::host::Host;
 use crate::host::error::ServiceError;
-use scalebox_client::{CreateVm, Trimmed, UpdateVm, Vm};
+use scalebox_api::{CreateVm, Trimmed, UpdateVm, Vm};
 
 /// Creates a VM. Completes even if the caller stops waiting.
 ///

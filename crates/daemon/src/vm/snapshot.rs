@@ -10,7 +10,7 @@ use crate::host::vms::Operation;
 use crate::host::{BASE_TEMPLATE, Host, agent, blocking, vm_id};
 use crate::state::Record;
 use crate::vm::lifecycle;
-use scalebox_client::{EventKind, Snapshot, SnapshotVm, VmStatus};
+use scalebox_api::{EventKind, Snapshot, SnapshotVm, VmStatus};
 use scalebox_guest::{Agent, AgentError, scrub};
 use scalebox_storage::{EditedFile, PendingSnapshot, Pool, Scrub, StorageError, Template};
 use scalebox_vmm::{Machine, MachineState};

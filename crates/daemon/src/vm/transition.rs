@@ -12,7 +12,7 @@
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
 use crate::state::Record;
-use scalebox_client::{EventKind, VmStatus};
+use scalebox_api::{EventKind, VmStatus};
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;

@@ -3,7 +3,7 @@
 use crate::host::Host;
 use crate::host::agent::{self, AgentFailed};
 use crate::host::error::ServiceError;
-use scalebox_client::{Trimmed, VmStatus};
+use scalebox_api::{Trimmed, VmStatus};
 use scalebox_guest::AgentError;
 use scalebox_units::Bytes;
 use scalebox_vmm::Machine;

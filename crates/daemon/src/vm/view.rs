@@ -3,7 +3,7 @@
 use crate::host::error::ServiceError;
 use crate::host::{Host, usage_tracker};
 use crate::state::Record;
-use scalebox_client::Vm;
+use scalebox_api::Vm;
 use scalebox_storage::PoolUsage;
 
 /// Lists all VMs, oldest first.

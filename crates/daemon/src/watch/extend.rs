@@ -12,7 +12,7 @@ use crate::pool::admission;
 use crate::state::Record;
 use crate::vm::{change, guest_fs};
 use futures::stream::{self, StreamExt};
-use scalebox_client::{AutoExtend, EventKind};
+use scalebox_api::{AutoExtend, EventKind};
 use scalebox_guest::FsUsage;
 use scalebox_storage::Reservation;
 use scalebox_units::Gib;

@@ -1,7 +1,7 @@
 //! Guests as their users access them: keys, SSH through the forward, and the hypervisor processes.
 
 use super::{Host, TOKEN, eventually, output_of, run, text};
-use scalebox_client::{CreateVm, Vm};
+use scalebox_api::{CreateVm, Vm};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;

@@ -13,7 +13,8 @@
 pub mod guest;
 
 use rustix::fs::{FlockOperation, flock};
-use scalebox_client::{Client, CreateVm, Vm};
+use scalebox_api::{CreateVm, Vm};
+use scalebox_client::Client;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

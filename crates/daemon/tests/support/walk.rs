@@ -3,7 +3,7 @@
 
 use crate::support::{Host, Options, eventually, output_of, run, text};
 use crate::tiny_guest;
-use scalebox_client::{CreateVm, SnapshotVm, UpdateVm, Vm, VmStatus};
+use scalebox_api::{CreateVm, SnapshotVm, UpdateVm, Vm, VmStatus};
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::fs;

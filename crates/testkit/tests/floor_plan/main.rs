@@ -22,8 +22,8 @@ use std::process::Command;
 /// The crates, by floor. A crate uses crates of lower floors only; tests may use any.
 const CRATE_FLOORS: &[&[&str]] = &[
     &["scalebox-fault-points", "scalebox-units"],
-    &["scalebox-storage", "scalebox-net", "scalebox-client"],
-    &["scalebox-vmm", "scalebox-guest"],
+    &["scalebox-storage", "scalebox-net", "scalebox-api"],
+    &["scalebox-vmm", "scalebox-guest", "scalebox-client"],
     &["scalebox-testkit"],
     &["scaleboxd", "scalebox", "scalebox-bench"],
 ];
@@ -39,6 +39,7 @@ const DAEMON_FOLDERS: &[&str] = &[
     "watch",
     "http",
     "commands",
+    "simulated",
 ];
 
 /// Source folders that still have rings of files, with their number. A ring that is gone leaves the

@@ -9,7 +9,7 @@ use crate::vm::recovery::decide::Verdict;
 use crate::vm::recovery::reboot::WAITING;
 use crate::vm::spec::disk_limits;
 use crate::vm::transition::{Transition, transition};
-use scalebox_client::VmStatus;
+use scalebox_api::VmStatus;
 use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! What becomes of a VM at the daemon's start: a pure decision.
 
-use scalebox_client::VmStatus;
+use scalebox_api::VmStatus;
 
 /// What was found of one VM.
 #[derive(Debug, Clone, PartialEq, Eq)]

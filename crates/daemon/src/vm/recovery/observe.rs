@@ -7,7 +7,7 @@ use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::recovery::decide::Found;
 use crate::vm::transition::STOPPING;
-use scalebox_client::VmStatus;
+use scalebox_api::VmStatus;
 use scalebox_vmm::Machine;
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Tests which requests are valid, and the message for each invalid one.
 
 use proptest::prelude::*;
-use scalebox_client::{AutoExtend, CreateVm, Invalid, Limits, SshPublicKey, UpdateVm};
+use scalebox_api::{AutoExtend, CreateVm, Invalid, Limits, SshPublicKey, UpdateVm};
 use serde_json::{Value, json};
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";

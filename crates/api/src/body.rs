@@ -3,6 +3,7 @@
 //! Each value stays JSON text until its field is parsed. That way a number that fits no integer
 //! type (`1e400`) is rejected as out of range, and the message names the field.
 
+use crate::suggestion::suggestion;
 use scalebox_units::InvalidFormat;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -368,58 +369,4 @@ fn shortened(name: &str) -> String {
         Some((end, _)) => format!("{}…", &name[..end]),
         None => name.to_owned(),
     }
-}
-
-/// Finds the known field that a misspelt one most resembles.
-///
-/// It differs only in case and punctuation (`diskSizeGib`), by a few letters (`disk_size_gb`), or
-/// contains the same words (`ssh_key`, `memory`).
-fn suggestion(name: &str, known: &'static [&'static str]) -> Option<&'static str> {
-    if name.len() > 64 {
-        return None;
-    }
-    let words_of = |field: &str| -> Vec<String> { field.split('_').map(str::to_owned).collect() };
-    let (letters, words) = (letters(name), words_of(&name.to_lowercase()));
-    let within = |field: &&&'static str| {
-        let all = words_of(field);
-        words
-            .iter()
-            .all(|word| all.iter().any(|known| share_prefix(word, known)))
-    };
-    let nearest = known
-        .iter()
-        .map(|field| (distance(&letters, &self::letters(field)), *field))
-        .min();
-    match nearest {
-        Some((off, field)) if off <= 1 + field.len() / 5 && off < letters.len() => Some(field),
-        _ => known.iter().find(within).copied(),
-    }
-}
-
-/// Returns whether one word begins with the other: `vcpus` and `vcpu`, `memory` and `mem`.
-fn share_prefix(a: &str, b: &str) -> bool {
-    a.len().min(b.len()) >= 3 && (a.starts_with(b) || b.starts_with(a))
-}
-
-/// Returns the letters and digits of a name in lower case.
-fn letters(name: &str) -> Vec<char> {
-    name.chars()
-        .filter(|c| c.is_alphanumeric())
-        .flat_map(char::to_lowercase)
-        .collect()
-}
-
-/// Computes the Levenshtein distance: the least number of letters to insert, delete or replace.
-fn distance(a: &[char], b: &[char]) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }

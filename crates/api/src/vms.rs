@@ -1,23 +1,148 @@
-//! Every request that has a body. The `parse` functions validate a client's body completely: each
-//! field of the value they return is valid.
+//! VMs: what the API returns about them, and the requests that create and change them.
+//!
+//! Sizes are whole numbers, and the field's name ends in their unit (`_bytes`, `_mib`, `_gib`). The
+//! `parse` functions validate a client's body completely: each field of the value they return is
+//! valid.
 
-use crate::body::{Fields, Invalid, without_byte_order_mark};
-use crate::types::AutoExtend;
-use crate::{IdempotencyKey, SshPublicKey, TemplateName, VmName};
-use serde::Serialize;
+use crate::body::{Fields, Invalid};
+use crate::idempotency::IdempotencyKey;
+use crate::limits::Limits;
+use crate::pool::StorageUsage;
+use scalebox_units::{SshPublicKey, TemplateName, VmName};
+use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::ops::RangeInclusive;
 
-/// Limits of a host, from its settings and its hardware.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// `MAX_DISK_SIZE_GIB`; at least 1.
-    pub max_disk_size_gib: u64,
-    /// Maximum number of processors of a guest.
-    pub max_vcpus: u32,
-    /// Minimum memory with which a guest boots, in MiB.
-    pub min_mem_mib: u64,
-    /// Maximum memory of a guest, in MiB.
-    pub max_mem_mib: u64,
+/// A VM, as `POST /vms` and `GET /vms/{id or name}` return it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Vm {
+    /// `vm-` and twelve lower-case hex digits; see [`VmId`](crate::VmId).
+    #[cfg_attr(feature = "openapi", schema(pattern = "^vm-[0-9a-f]{12}$"))]
+    pub id: String,
+    /// Unique among the VMs of the host; also the guest's host name.
+    pub name: String,
+    /// Template that the disk was cloned from.
+    pub template: String,
+    /// Address of the host (`HOST_IP`), to use with `ssh_port`.
+    pub ip: String,
+    /// Port of the host that is forwarded to the guest's port 22.
+    pub ssh_port: u16,
+    /// Command to log in: `ssh -p PORT user@HOST_IP`.
+    pub ssh: String,
+    /// Always null; reserved for a guest's HTTP service.
+    #[serde(default)]
+    pub url: Option<String>,
+    /// Present status.
+    pub status: VmStatus,
+    /// Reason for the status, such as the cause of a failure; absent if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status_reason: Option<String>,
+    /// Time of creation: RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
+    pub created_at: String,
+    /// Number of processors of the guest.
+    pub vcpu_count: u32,
+    /// Memory of the guest, in MiB.
+    pub mem_size_mib: u64,
+    /// Provisioned size of the disk, in GiB.
+    pub disk_size_gib: u64,
+    /// Automatic extension of the disk; absent if it is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_auto_extend: Option<AutoExtend>,
+    /// Limit on disk requests per second, reads and writes together; absent without a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_iops: Option<u64>,
+    /// Limit on disk throughput in megabytes (10⁶ bytes) per second, reads and writes together;
+    /// absent without a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mbps: Option<u64>,
+    /// Limit on network throughput in megabits (10⁶ bits) per second, in each direction; absent
+    /// without a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_mbps: Option<u64>,
+    /// Whether the VM starts again after a reboot of the host if it was running.
+    #[serde(default = "default_autostart")]
+    pub autostart: bool,
+    /// Growth of the guest's file system; only in the response to a change of the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Disk>,
+    /// Disk usage in the pool; absent until measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<StorageUsage>,
+}
+
+/// The behavior of servers that do not send the field.
+fn default_autostart() -> bool {
+    true
+}
+
+/// A policy to extend a disk automatically. It needs a guest agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct AutoExtend {
+    /// Usage of the guest's root file system at which the disk grows, as `df` in the guest shows
+    /// it: 1 to 99 %.
+    pub threshold_percent: u64,
+    /// Size to add each time, in GiB; less if the limit or the pool allow no more.
+    pub increment_gib: u64,
+    /// Maximum size, in GiB. A request may grow the disk beyond it.
+    pub limit_gib: u64,
+}
+
+/// The growth of a guest's root file system after its disk has grown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Disk {
+    /// Whether the file system is known to have grown with the disk.
+    pub confirmed: bool,
+    /// Size of the root file system as the guest's agent reports it, without the file system's own
+    /// overhead; null if no agent responded.
+    pub guest_total_bytes: Option<u64>,
+    /// Why the growth is not confirmed, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// The status of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum VmStatus {
+    /// The machine's process exists and its processors run.
+    Running,
+    /// The disk exists, but no process.
+    Stopped,
+    /// The machine's process exists, but its processors are paused.
+    Paused,
+    /// The machine ended unexpectedly or could not be started; see `status_reason`.
+    Failed,
+}
+
+impl VmStatus {
+    /// Returns the API's string for the status.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            VmStatus::Running => "running",
+            VmStatus::Stopped => "stopped",
+            VmStatus::Paused => "paused",
+            VmStatus::Failed => "failed",
+        }
+    }
+}
+
+impl fmt::Display for VmStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// The response to `GET /vms`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct VmList {
+    /// All VMs of the host.
+    pub vms: Vec<Vm>,
 }
 
 /// Valid limits on a disk or a network card. The maximum is more than any device can do.
@@ -264,108 +389,66 @@ impl AutoExtend {
     }
 }
 
-/// The body of `POST /vms/{id or name}/snapshot`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(deny_unknown_fields)]
-pub struct SnapshotVm {
-    /// Name of the new template; it must not exist yet.
-    pub template_name: TemplateName,
-}
-
-impl SnapshotVm {
-    /// Parses a client's body. The caller checks whether the name is free.
-    ///
-    /// # Errors
-    /// Returns the first problem found, with the field and its valid values.
-    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
-        let fields = Fields::read(body, &["template_name"])?;
-        Ok(SnapshotVm {
-            template_name: fields.text("template_name", "send the name of the new template")?,
-        })
-    }
-}
-
-/// Maximum size of a pool in a request: 64 TiB.
-const MAX_POOL_SIZE_GIB: u64 = 65_536;
-
-/// The body of `POST /pool/grow` and `POST /pool/shrink`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(deny_unknown_fields)]
-pub struct ResizePool {
-    /// New size of the pool, in GiB. Without it, the pool grows to 80 % of what the host disk can
-    /// hold today.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 65_536))]
-    pub size_gib: Option<u64>,
-}
-
-impl ResizePool {
-    /// Parses the body of `POST /pool/grow`; an empty body counts as an empty object.
-    ///
-    /// # Errors
-    /// Returns the first problem found, with the field and its valid values.
-    pub fn parse_grow(body: &[u8]) -> Result<Self, Invalid> {
-        let is_empty = without_byte_order_mark(body).is_empty();
-        let body = if is_empty { b"{}" } else { body };
-        let size_gib = Fields::read(body, &["size_gib"])?.optional_number("size_gib", 1..=MAX_POOL_SIZE_GIB)?;
-        Ok(ResizePool { size_gib })
-    }
-
-    /// Parses the body of `POST /pool/shrink`, and returns the new size in GiB.
-    ///
-    /// # Errors
-    /// Returns the first problem found, with the field and its valid values.
-    pub fn parse_shrink(body: &[u8]) -> Result<u64, Invalid> {
-        let missing = Invalid::Missing {
-            field: "size_gib",
-            what: "send the new size of the pool in GiB",
-        };
-        Fields::read(body, &["size_gib"])?
-            .optional_number("size_gib", 1..=MAX_POOL_SIZE_GIB)?
-            .ok_or(missing)
-    }
-}
-
 #[cfg(test)]
-mod pool_tests {
+mod tests {
     use super::*;
+    use serde_json::json;
 
-    #[test]
-    fn snapshot_requests_have_only_a_template_name() {
-        let named = SnapshotVm::parse(br#"{"template_name": "my-template"}"#).unwrap();
-        assert_eq!(named.template_name.as_str(), "my-template");
-        for body in [
-            &b"{}"[..],
-            b"",
-            br#"{"template_name": "../x"}"#,
-            br#"{"template_name": 7}"#,
-            br#"{"template_name": "x", "vm": "y"}"#,
-        ] {
-            assert!(SnapshotVm::parse(body).is_err());
+    fn vm() -> Vm {
+        Vm {
+            id: "vm-0123456789ab".into(),
+            name: "very-silly-penguin".into(),
+            template: "debian-base".into(),
+            ip: "192.0.2.7".into(),
+            ssh_port: 22001,
+            ssh: "ssh -p 22001 user@192.0.2.7".into(),
+            url: None,
+            status: VmStatus::Running,
+            status_reason: None,
+            created_at: "2026-01-02T03:04:05Z".into(),
+            vcpu_count: 1,
+            mem_size_mib: 512,
+            disk_size_gib: 10,
+            disk_auto_extend: None,
+            disk_iops: None,
+            disk_mbps: None,
+            net_mbps: None,
+            autostart: true,
+            disk: None,
+            storage: None,
         }
     }
 
     #[test]
-    fn the_size_is_optional_to_grow_and_required_to_shrink() {
-        assert_eq!(ResizePool::parse_grow(b"").unwrap().size_gib, None);
-        assert_eq!(ResizePool::parse_grow(b"{}").unwrap().size_gib, None);
+    fn a_vm_serializes_to_exactly_the_documented_fields() {
+        let expected = json!({
+            "id": "vm-0123456789ab", "name": "very-silly-penguin", "template": "debian-base", "ip": "192.0.2.7",
+            "ssh_port": 22001, "ssh": "ssh -p 22001 user@192.0.2.7", "url": null, "status": "running",
+            "created_at": "2026-01-02T03:04:05Z", "vcpu_count": 1, "mem_size_mib": 512, "disk_size_gib": 10,
+            "autostart": true,
+        });
+        assert_eq!(serde_json::to_value(vm()).unwrap(), expected);
+        assert_eq!(serde_json::from_value::<Vm>(expected).unwrap(), vm());
+    }
+
+    #[test]
+    fn a_failed_vm_has_a_reason() {
+        let failed = Vm {
+            status: VmStatus::Failed,
+            status_reason: Some("the process ended".into()),
+            ..vm()
+        };
+        let json = serde_json::to_value(failed).unwrap();
         assert_eq!(
-            ResizePool::parse_grow(br#"{"size_gib": 80}"#).unwrap().size_gib,
-            Some(80)
+            (&json["status"], &json["status_reason"]),
+            (&json!("failed"), &json!("the process ended"))
         );
-        assert_eq!(ResizePool::parse_shrink(br#"{"size_gib": 40}"#).unwrap(), 40);
-        for body in [
-            &b"{}"[..],
-            br#"{"size_gib": 0}"#,
-            br#"{"size_gib": "40"}"#,
-            br#"{"size": 40}"#,
-            b"",
-        ] {
-            assert!(ResizePool::parse_shrink(body).is_err());
-        }
-        let error = ResizePool::parse_grow(br#"{"size_gib": 1.5}"#).unwrap_err().to_string();
-        assert!(error.contains("size_gib") && error.contains("65536"), "{error}");
+    }
+
+    #[test]
+    fn unknown_fields_of_a_response_are_ignored() {
+        let mut json = serde_json::to_value(vm()).unwrap();
+        json["colour"] = json!("blue");
+        assert_eq!(serde_json::from_value::<Vm>(json).unwrap(), vm());
     }
 }

@@ -1,0 +1,45 @@
+//! The Scalebox API as types: requests, responses, events and errors.
+//!
+//! The daemon, its clients and the tests share these types, so that they cannot disagree about a
+//! field. Requests are parsed strictly: if a misspelt `disk_size_gb` were ignored, the VM would
+//! have the wrong disk. Responses are parsed leniently, because a newer daemon may send fields that
+//! an older client does not know.
+//!
+//! # Layout
+//!
+//! | file | contents |
+//! |---|---|
+//! | `vms` | VMs, and the requests that create and change them |
+//! | `templates` | templates and snapshots |
+//! | `pool` | the pool, its size, and the usage of disks |
+//! | `host` | the host's hardware, limits and counts |
+//! | `events` | the events of `GET /events` |
+//! | `error` | the body of error responses, and the error codes |
+//! | `idempotency` | idempotency keys |
+//! | `limits` | the limits of a host that requests are checked against |
+//! | `body` | parses a JSON object field by field; [`Invalid`] is the error of an invalid request |
+//! | `suggestion` | guesses which field a client meant |
+
+#![warn(missing_docs)]
+
+mod body;
+mod error;
+mod events;
+mod host;
+mod idempotency;
+mod limits;
+mod pool;
+mod suggestion;
+mod templates;
+mod vms;
+
+pub use body::Invalid;
+pub use error::{ErrorBody, ErrorCode};
+pub use events::{Event, EventKind, EventVm};
+pub use host::{Cpu, Health, HostInfo, HostLimits, Memory, VmCounts};
+pub use idempotency::IdempotencyKey;
+pub use limits::Limits;
+pub use pool::{PoolInfo, ResizePool, StorageUsage, Trimmed};
+pub use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};
+pub use templates::{Snapshot, SnapshotVm, Template, TemplateList};
+pub use vms::{AutoExtend, CreateVm, Disk, UpdateVm, Vm, VmList, VmStatus};

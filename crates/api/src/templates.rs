@@ -1,0 +1,100 @@
+//! Templates, and snapshots of VMs, which become templates.
+
+use crate::body::{Fields, Invalid};
+use crate::pool::StorageUsage;
+use scalebox_units::TemplateName;
+use serde::{Deserialize, Serialize};
+
+/// A template, as `GET /templates` returns it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Template {
+    /// Name to use in `POST /vms`.
+    pub name: String,
+    /// Size that a guest sees; a VM's disk is at least this large.
+    pub size_bytes: u64,
+    /// Size of the blocks that it maps.
+    pub used_bytes: u64,
+    /// Time of creation: RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
+    pub created_at: String,
+    /// Number of existing VMs that were cloned from it.
+    pub used_by: u64,
+    /// Whether the template is protected against deletion.
+    pub protected: bool,
+    /// Usage in the pool, with resized base images included in `exclusive_bytes`; absent until
+    /// measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<StorageUsage>,
+}
+
+/// The response to `GET /templates`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct TemplateList {
+    /// All templates of the pool.
+    pub templates: Vec<Template>,
+}
+
+/// A template created from a VM's disk, as `POST /vms/{id}/snapshot` returns it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Snapshot {
+    /// Name of the template.
+    pub template: String,
+    /// Id of the VM that the disk belongs to.
+    pub source_vm: String,
+    /// Size that a guest sees.
+    pub size_bytes: u64,
+    /// Time of creation: RFC 3339, in UTC.
+    #[cfg_attr(feature = "openapi", schema(format = DateTime))]
+    pub created_at: String,
+    /// Time during which the guest could not write, in milliseconds, including the round trips to
+    /// its agent; 0 if it was not running.
+    pub stood_still_ms: u64,
+    /// How writes were prevented: the agent had `frozen` the guest, the host had `paused` it, or it
+    /// was `not_running`.
+    pub held: String,
+}
+
+/// The body of `POST /vms/{id or name}/snapshot`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotVm {
+    /// Name of the new template; it must not exist yet.
+    pub template_name: TemplateName,
+}
+
+impl SnapshotVm {
+    /// Parses a client's body. The caller checks whether the name is free.
+    ///
+    /// # Errors
+    /// Returns the first problem found, with the field and its valid values.
+    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
+        let fields = Fields::read(body, &["template_name"])?;
+        Ok(SnapshotVm {
+            template_name: fields.text("template_name", "send the name of the new template")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshot_requests_have_only_a_template_name() {
+        let named = SnapshotVm::parse(br#"{"template_name": "my-template"}"#).unwrap();
+        assert_eq!(named.template_name.as_str(), "my-template");
+        for body in [
+            &b"{}"[..],
+            b"",
+            br#"{"template_name": "../x"}"#,
+            br#"{"template_name": 7}"#,
+            br#"{"template_name": "x", "vm": "y"}"#,
+        ] {
+            assert!(SnapshotVm::parse(body).is_err());
+        }
+    }
+}
