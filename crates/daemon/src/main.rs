@@ -21,6 +21,8 @@ mod host;
 mod http;
 mod pool;
 mod settings;
+#[cfg(test)]
+mod simulated;
 mod state;
 mod templates;
 mod vm;
@@ -29,7 +31,7 @@ mod watch;
 use clap::{Parser, Subcommand};
 use commands::failed::CommandFailed;
 use commands::pool::init as pool_init;
-use commands::{client_config, doctor, down, log, serve, template};
+use commands::{client_config, doctor, down, log, serve, show_settings, template};
 use rustix::fs::Mode;
 use rustix::process::{Signal, umask};
 use settings::Settings;
@@ -73,6 +75,19 @@ enum Command {
     /// again, except those with autostart off.
     #[command(after_help = "Example:\n  systemctl stop scaleboxd && scaleboxd down")]
     Down,
+    /// Print all settings: the value in effect, where it comes from, the default and the meaning
+    ///
+    /// The token is not shown.
+    #[command(after_help = "Examples:\n  scaleboxd settings\n  \
+        scaleboxd settings --json | jq '.[] | select(.source != \"default\")'")]
+    Settings {
+        /// Print an array of {key, value, source, default, meaning}, for programs
+        #[arg(long)]
+        json: bool,
+        /// Print only the names of all settings, without reading any
+        #[arg(long, conflicts_with = "json")]
+        keys: bool,
+    },
     /// Print the settings that let `scalebox` reach this daemon, for ~/.config/scalebox/config
     ///
     /// The output contains the token.
@@ -166,24 +181,27 @@ fn survive_file_size_limit() -> std::io::Result<()> {
 }
 
 fn run(arguments: Arguments) -> Result<ExitCode, CommandFailed> {
-    // `doctor` reports unusable settings as a finding.
-    if let Command::Doctor { json } = arguments.command {
-        return doctor::run(arguments.config.as_deref(), json);
-    }
-    let settings = Settings::load(arguments.config.as_deref())?;
-    log::start(&settings)?;
+    let config = arguments.config.as_deref();
+    let load = || {
+        let settings = Settings::load(config)?;
+        log::start(&settings)?;
+        Ok::<_, CommandFailed>(settings)
+    };
     match arguments.command {
-        Command::Serve => serve::serve(settings),
-        Command::Pool(PoolCommand::Init) => pool_init(&settings),
+        Command::Serve => serve::serve(load()?),
+        Command::Pool(PoolCommand::Init) => pool_init(&load()?),
         Command::Template(TemplateCommand::Build { name, replace, cache }) => {
-            template::build(&settings, &name, replace, cache.as_deref())
+            template::build(&load()?, &name, replace, cache.as_deref())
         }
         Command::Template(TemplateCommand::Import { name, file, replace }) => {
-            template::import(&settings, &name, &file, replace)
+            template::import(&load()?, &name, &file, replace)
         }
-        Command::Down => down::down(settings),
-        Command::ClientConfig => client_config::client_config(&settings),
-        Command::Doctor { json } => return doctor::run(arguments.config.as_deref(), json),
+        Command::Down => down::down(load()?),
+        Command::Settings { keys: true, .. } => show_settings::print_keys(),
+        Command::Settings { json, .. } => show_settings::print(config, json),
+        Command::ClientConfig => client_config::client_config(&load()?),
+        // Reports unusable settings as a finding.
+        Command::Doctor { json } => return doctor::run(config, json),
     }
     .map(|()| ExitCode::SUCCESS)
 }

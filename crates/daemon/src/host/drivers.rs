@@ -74,7 +74,13 @@ impl Drivers {
             }
         }
         let keep_recorded = settings.vmm == VmmChoice::Auto;
-        Ok((Drivers { drivers, keep_recorded }, accel.accel.to_string()))
+        Ok((Drivers::new(drivers, keep_recorded), accel.accel.to_string()))
+    }
+
+    /// Combines `drivers`, of which the first is used for new VMs. `keep_recorded`: whether a VM
+    /// that is started keeps its recorded driver.
+    pub fn new(drivers: Vec<Arc<dyn Vmm>>, keep_recorded: bool) -> Drivers {
+        Drivers { drivers, keep_recorded }
     }
 
     /// Returns the driver for new VMs.
