@@ -6,7 +6,6 @@ use crate::error::StorageError;
 use crate::image::format;
 use crate::image::pack::{self, UnpackError};
 use crate::local::files::{self, Folder, PARTIAL};
-use crate::local::space;
 use crate::pool::Pool;
 use crate::template::Template;
 use rustix::fs::OFlags;
@@ -103,7 +102,7 @@ impl Pool {
             return Err(StorageError::not_a_template(&what, too_large(max)));
         }
         let mut pending = self.begin_import(name, replace)?;
-        let data = space::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
+        let data = files::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
         pending.room.push(self.admit(data)?);
         // From within the pool a reflink suffices; otherwise the data is copied.
         if files::reflink(&file, &pending.file).is_err() {

@@ -84,7 +84,7 @@ mod tests {
     fn listed(pairs: &[(&'static str, &str)]) -> Vec<SettingInEffect> {
         let mut given = Given::default();
         for (key, value) in pairs {
-            given.set(*key, (*value).to_owned(), Source::File);
+            given.set(key, (*value).to_owned(), Source::File);
         }
         in_effect(&given, &Settings::parse(&given).unwrap())
     }

@@ -114,7 +114,7 @@ impl Settings {
     pub fn of(pairs: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
         let mut given = Given::default();
         for (key, value) in pairs {
-            given.set(*key, (*value).to_owned(), Source::File);
+            given.set(key, (*value).to_owned(), Source::File);
         }
         Settings::check(&given)
     }

@@ -1,6 +1,6 @@
 //! Growth of a disk, limits, settings.
 
-use super::{Sim, id};
+use crate::simulated::sim::{Sim, id};
 use scalebox_api::{EventKind, UpdateVm, VmStatus};
 use scalebox_net::NetworkCall;
 use scalebox_testkit::{Operation, SimAgent};

@@ -1,7 +1,7 @@
 //! Creation, and what an error leaves behind.
 
-use super::{CAPACITY, Sim, TEMPLATE, create_request, id};
 use crate::host::error::ServiceError;
+use crate::simulated::sim::{CAPACITY, Sim, TEMPLATE, create_request, id};
 use crate::vm;
 use scalebox_api::{EventKind, VmStatus};
 use scalebox_net::NetworkCall;

@@ -1,7 +1,7 @@
 //! Start, stop, restart, deletion, and the end of a machine.
 
-use super::{Sim, id};
 use crate::host::error::ServiceError;
+use crate::simulated::sim::{Sim, id};
 use crate::vm;
 use scalebox_api::{EventKind, VmStatus};
 use scalebox_net::NetworkCall;

@@ -1,7 +1,7 @@
 //! What the daemon's next start makes of what it finds.
 
-use super::{Sim, id};
 use crate::host::error::ServiceError;
+use crate::simulated::sim::{Sim, create_request, id};
 use crate::state::State;
 use crate::vm;
 use scalebox_api::{EventKind, VmStatus};
@@ -83,7 +83,7 @@ fn a_stop_that_a_crash_interrupted_is_completed() {
     });
     assert_eq!(sim.recorded(&vm).1.as_deref(), Some("being stopped"));
     sim.restart();
-    assert_eq!(sim.recovered.to_stop, [vm.id.clone()]);
+    assert_eq!(sim.recovered.to_stop, std::slice::from_ref(&vm.id));
     sim.wait_until("stopped", |sim| sim.status(&vm) == VmStatus::Stopped);
     assert_eq!(sim.recorded(&vm), (VmStatus::Stopped, None));
     assert!(sim.vmm.machines().is_empty() && sim.network().taps().is_empty());
@@ -113,7 +113,7 @@ fn a_creation_that_a_crash_interrupted_leaves_nothing() {
     let gate = sim.vmm.next(Operation::Launch).waits();
     sim.run(async |host| {
         tokio::select! {
-            _ = vm::create(&host, super::create_request(&host, json!({ "name": "box" }))) => panic!("it waits at the gate"),
+            _ = vm::create(&host, create_request(&host, json!({ "name": "box" }))) => panic!("it waits at the gate"),
             () = gate.reached() => {}
         }
     });
@@ -258,7 +258,7 @@ fn after_a_reboot_vms_that_ran_are_started() {
     let mut sim = Sim::new();
     let (ran, stopped) = (sim.create("ran"), sim.create_stopped("stopped"));
     sim.reboot();
-    assert_eq!(sim.recovered.to_start, [ran.id.clone()]);
+    assert_eq!(sim.recovered.to_start, std::slice::from_ref(&ran.id));
     sim.wait_until("started", |sim| sim.status(&ran) == VmStatus::Running);
     assert_eq!((sim.reason(&ran), sim.status(&stopped)), (None, VmStatus::Stopped));
     sim.restart();
@@ -294,7 +294,6 @@ fn a_vm_that_waits_for_its_start_can_be_started_or_deleted() {
 fn a_vm_that_cannot_be_started_after_a_reboot_has_failed_and_the_others_run() {
     let mut sim = Sim::new();
     let (first, second) = (sim.create("first"), sim.create("second"));
-    sim.life().runtime.block_on(async {});
     sim.restart_after(|sim| {
         for id in sim.vmm.machines() {
             sim.vmm.machine(&id).crash();

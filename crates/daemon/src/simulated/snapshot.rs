@@ -1,7 +1,7 @@
 //! How a guest is kept from writing while its disk becomes a template.
 
-use super::{Sim, TEMPLATE};
 use crate::host::error::ServiceError;
+use crate::simulated::sim::{Sim, TEMPLATE, id};
 use crate::vm;
 use scalebox_api::{EventKind, Snapshot, SnapshotVm, Vm, VmStatus};
 use scalebox_testkit::{Operation, SimAgent};
@@ -111,11 +111,7 @@ fn a_guest_that_a_crash_left_frozen_is_thawed() {
         tokio::time::timeout(std::time::Duration::from_secs(3), snapshot).await
     });
     assert!(begun.is_err() && sim.machine(&vm).is_frozen(), "it waits for the thaw");
-    sim.restart_after(|sim| {
-        sim.vmm
-            .machine(&super::id(&vm))
-            .set_guest(|guest| guest.unanswered.clear())
-    });
+    sim.restart_after(|sim| sim.vmm.machine(&id(&vm)).set_guest(|guest| guest.unanswered.clear()));
     sim.wait_until("thawed", |sim| !sim.machine(&vm).is_frozen());
     assert_eq!(sim.status(&vm), VmStatus::Running);
 }

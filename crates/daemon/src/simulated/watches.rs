@@ -1,6 +1,6 @@
 //! The pool watch, auto-extend, trim, and the network.
 
-use super::{CAPACITY, Sim};
+use crate::simulated::sim::{CAPACITY, Sim};
 use scalebox_api::{EventKind, Vm, VmStatus};
 use scalebox_testkit::Operation;
 use scalebox_units::{Bytes, Gib};

@@ -7,6 +7,7 @@ use rustix::fs::{
     renameat_with, seek,
 };
 use rustix::io::Errno;
+use scalebox_units::Bytes;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek};
 use std::os::fd::AsFd;
@@ -349,6 +350,14 @@ pub(crate) fn discard(path: &Path) {
     }
 }
 
+/// Returns the size of the blocks an open file owns.
+pub(crate) fn allocated_of(file: &File) -> rustix::io::Result<Bytes> {
+    Ok(Bytes::from_blocks(
+        u64::try_from(rustix::fs::fstat(file)?.st_blocks).unwrap_or(0),
+        512,
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -374,7 +383,7 @@ mod tests {
             .read_to_end(&mut found)
             .unwrap();
         assert!(expected == found);
-        assert!(crate::local::space::allocated_of(&target).unwrap() < scalebox_units::Bytes::from_mib(1));
+        assert!(allocated_of(&target).unwrap() < Bytes::from_mib(1));
     }
 
     /// A folder with the files `old` and `new`; each contains its own name.

@@ -3,7 +3,7 @@
 //! Clones are copies. The space is what the test sets, whatever the disks take.
 
 use crate::local::fiemap::Mapped;
-use crate::local::space::allocated_of;
+use crate::local::files::allocated_of;
 use crate::space::Space;
 use rustix::io;
 use scalebox_units::Bytes;

@@ -5,7 +5,7 @@ use crate::local::btrfs::{ChunkSpace, PendingWrites, chunk_space};
 use crate::local::pool_fs::PoolFs;
 use crate::local::quota::{Allowance, Quota};
 use crate::space::Space;
-use rustix::fs::{fstat, fstatvfs, statvfs};
+use rustix::fs::{fstatvfs, statvfs};
 use scalebox_units::Bytes;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -198,14 +198,6 @@ pub(crate) fn device_size(device: &Path) -> Result<Bytes, StorageError> {
 pub(crate) fn allocated(path: &Path) -> Result<Bytes, StorageError> {
     let stat = rustix::fs::stat(path).map_err(|errno| StorageError::io("read", path.display(), errno.into()))?;
     Ok(Bytes::from_blocks(u64::try_from(stat.st_blocks).unwrap_or(0), 512))
-}
-
-/// Returns the size of the blocks an open file owns.
-pub(crate) fn allocated_of(file: &File) -> rustix::io::Result<Bytes> {
-    Ok(Bytes::from_blocks(
-        u64::try_from(fstat(file)?.st_blocks).unwrap_or(0),
-        512,
-    ))
 }
 
 #[cfg(test)]
