@@ -279,13 +279,18 @@ fn after_a_reboot_a_vm_without_autostart_stays_stopped() {
 #[test]
 fn a_vm_that_waits_for_its_start_can_be_started_or_deleted() {
     let mut sim = Sim::new();
-    let (first, second, third) = (sim.create("first"), sim.create("second"), sim.create("third"));
-    sim.reboot();
-    sim.start(&third).unwrap();
-    sim.delete(&second).unwrap();
-    sim.wait_until("started", |sim| sim.status(&first) == VmStatus::Running);
+    let vms = [sim.create("a"), sim.create("b"), sim.create("c")];
+    // The others wait for the first one.
+    let gate = sim.reboot_with(|sim| sim.vmm.next(Operation::Launch).waits());
+    let vm = |n: usize| vms.iter().find(|vm| vm.id == sim.recovered.to_start[n]).unwrap();
+    let (first, second, third) = (vm(0), vm(1), vm(2));
+    sim.run(async |_| gate.reached().await);
+    sim.start(third).unwrap();
+    sim.delete(second).unwrap();
+    gate.open();
+    sim.wait_until("started", |sim| sim.status(first) == VmStatus::Running);
     sim.wait(Duration::from_secs(60));
-    assert_eq!(sim.status(&third), VmStatus::Running);
+    assert_eq!(sim.status(third), VmStatus::Running);
     sim.assert_gone(&second.id);
     assert_eq!(sim.vmm.machines().len(), 2);
 }
@@ -294,14 +299,7 @@ fn a_vm_that_waits_for_its_start_can_be_started_or_deleted() {
 fn a_vm_that_cannot_be_started_after_a_reboot_has_failed_and_the_others_run() {
     let mut sim = Sim::new();
     let (first, second) = (sim.create("first"), sim.create("second"));
-    sim.restart_after(|sim| {
-        for id in sim.vmm.machines() {
-            sim.vmm.machine(&id).crash();
-        }
-        let state = State::open(&sim.path("state"), &sim.path("run")).unwrap();
-        state.set_fact(crate::state::Fact::BootId, "an earlier boot").unwrap();
-        sim.vmm.next(Operation::Launch).fails();
-    });
+    sim.reboot_with(|sim| sim.vmm.next(Operation::Launch).fails());
     sim.wait_until("both tried", |sim| {
         sim.recovered
             .to_start

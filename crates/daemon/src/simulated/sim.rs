@@ -139,22 +139,29 @@ impl Sim {
     }
 
     /// As [`Sim::restart`]. `meanwhile` happens while no daemon runs.
-    pub fn restart_after(&mut self, meanwhile: impl FnOnce(&Sim)) {
+    pub fn restart_after<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
         self.life = None;
         self.vmm = self.vmm.restart();
-        meanwhile(self);
+        let result = meanwhile(self);
         self.start_daemon();
+        result
     }
 
     /// Reboots the host: all machines end, and the next boot has another id.
     pub fn reboot(&mut self) {
+        self.reboot_with(|_| {});
+    }
+
+    /// As [`Sim::reboot`]. `meanwhile` happens before the daemon starts.
+    pub fn reboot_with<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
         self.restart_after(|sim| {
             for id in sim.vmm.machines() {
                 sim.vmm.machine(&id).crash();
             }
             let state = State::open(&sim.path("state"), &sim.path("run")).unwrap();
             state.set_fact(Fact::BootId, "an earlier boot").unwrap();
-        });
+            meanwhile(sim)
+        })
     }
 
     fn life(&self) -> &Life {

@@ -216,7 +216,6 @@ fn a_guest_that_does_not_respond_delays_no_other() {
 fn guests_are_trimmed_at_intervals() {
     let sim = Sim::with(&[("GUEST_TRIM_INTERVAL_MINUTES", "10")]);
     let vm = sim.create("box");
-    sim.wait_until("trimmed", |sim| sim.machine(&vm).trims() > 0);
     sim.wait(Duration::from_secs(3600));
     assert!(sim.machine(&vm).trims() >= 3, "{}", sim.machine(&vm).trims());
 }
