@@ -2,7 +2,7 @@
 
 use crate::state::StateError;
 use scalebox_api::Invalid;
-use scalebox_storage::StorageError;
+use scalebox_storage::{CommandError, StorageError};
 use scalebox_units::Gib;
 
 /// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
@@ -67,6 +67,15 @@ pub enum ServiceError {
     /// Something on the host failed.
     #[error("{0}")]
     Internal(String),
+    /// A program or hypervisor on the host failed. Clients receive the sentence; the cause is for
+    /// the log, because it may be a program's output with paths of the host.
+    #[error("{sentence}: {cause}")]
+    HostFailed {
+        /// What could not be done.
+        sentence: String,
+        /// What the program reported.
+        cause: String,
+    },
 }
 
 impl ServiceError {
@@ -127,6 +136,16 @@ impl From<StorageError> for ServiceError {
                 ServiceError::invalid_field("disk_size_gib", text)
             }
             StorageError::NotMounted(_) => ServiceError::NotReady(text),
+            StorageError::Host { doing, reason } => ServiceError::HostFailed {
+                sentence: format!("the host cannot {doing}"),
+                cause: reason,
+            },
+            StorageError::Command(CommandError::Failed { command, .. } | CommandError::Killed { command, .. }) => {
+                ServiceError::HostFailed {
+                    sentence: format!("the program {} failed", command.split(' ').next().unwrap_or_default()),
+                    cause: text,
+                }
+            }
             _ => ServiceError::Internal(text),
         }
     }
@@ -148,6 +167,10 @@ impl From<scalebox_net::Error> for ServiceError {
         match error {
             // SUBNET was changed, and the VM still has an address of the old one.
             scalebox_net::Error::NotAGuestAddress { .. } => ServiceError::WrongState(error.to_string()),
+            scalebox_net::Error::Nft { .. } => ServiceError::HostFailed {
+                sentence: "the host's firewall rules cannot be changed".to_owned(),
+                cause: error.to_string(),
+            },
             _ => ServiceError::Internal(error.to_string()),
         }
     }
@@ -155,6 +178,54 @@ impl From<scalebox_net::Error> for ServiceError {
 
 impl From<scalebox_vmm::Error> for ServiceError {
     fn from(error: scalebox_vmm::Error) -> Self {
-        ServiceError::Internal(error.to_string())
+        match error {
+            scalebox_vmm::Error::Launch { id, why, output } => ServiceError::HostFailed {
+                sentence: format!("the machine of {id} cannot be launched"),
+                cause: if output.is_empty() {
+                    why
+                } else {
+                    format!("{why}: {output}")
+                },
+            },
+            other => ServiceError::Internal(other.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_s_output_is_the_cause_and_not_the_sentence() {
+        let output = "/dev/loop7: Input/output error".to_owned();
+        let command = "e2fsck -fy /var/lib/scalebox/vms/x".to_owned();
+        let status = "exit status 8".to_owned();
+        let failures: [ServiceError; 3] = [
+            StorageError::from(CommandError::Failed {
+                command,
+                status: status.clone(),
+                output: output.clone(),
+            })
+            .into(),
+            StorageError::Host {
+                doing: "check a file system",
+                reason: output.clone(),
+            }
+            .into(),
+            scalebox_vmm::Error::Launch {
+                id: "vm-0123456789ab".parse().unwrap(),
+                why: status,
+                output: output.clone(),
+            }
+            .into(),
+        ];
+        for failure in failures {
+            let ServiceError::HostFailed { sentence, cause } = failure else {
+                panic!("{failure}")
+            };
+            assert!(cause.contains(&output), "{cause}");
+            assert!(!sentence.contains('/') && !sentence.contains("error"), "{sentence}");
+        }
     }
 }

@@ -26,7 +26,9 @@ fn code_and_status(error: &ServiceError) -> (ErrorCode, StatusCode) {
         ServiceError::Insufficient { .. } | ServiceError::StateFull(_) => {
             (ErrorCode::InsufficientStorage, StatusCode::INSUFFICIENT_STORAGE)
         }
-        ServiceError::Internal(_) => (ErrorCode::Internal, StatusCode::INTERNAL_SERVER_ERROR),
+        ServiceError::Internal(_) | ServiceError::HostFailed { .. } => {
+            (ErrorCode::Internal, StatusCode::INTERNAL_SERVER_ERROR)
+        }
     }
 }
 
@@ -41,7 +43,12 @@ pub fn body(error: &ServiceError) -> ErrorBody {
         _ => (None, json!({})),
     };
     ErrorBody {
-        error: error.to_string(),
+        error: match error {
+            ServiceError::HostFailed { sentence, .. } => {
+                format!("{sentence}: the cause is in the log of scaleboxd, under the id in the header x-request-id")
+            }
+            other => other.to_string(),
+        },
         code: code_and_status(error).0,
         field,
         details: match details {
@@ -55,11 +62,34 @@ impl IntoResponse for ServiceError {
     fn into_response(self) -> Response {
         let (_, status) = code_and_status(&self);
         match self {
-            ServiceError::Internal(_) => tracing::error!(status = status.as_u16(), error = %self, "request failed"),
+            ServiceError::Internal(_) | ServiceError::HostFailed { .. } => {
+                tracing::error!(status = status.as_u16(), error = %self, "request failed")
+            }
             // `logins` logs these, with the peer and rate-limited.
             ServiceError::Unauthorized => {}
             _ => tracing::info!(status = status.as_u16(), error = %self, "request rejected"),
         }
         (status, Json(body(&self))).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_receive_a_sentence_and_not_a_program_s_output() {
+        let failed = ServiceError::HostFailed {
+            sentence: "the host cannot check a file system".to_owned(),
+            cause: "e2fsck: /dev/loop7: Input/output error".to_owned(),
+        };
+        let body = body(&failed);
+        assert_eq!(body.code, ErrorCode::Internal);
+        assert!(
+            body.error.starts_with("the host cannot check a file system: "),
+            "{}",
+            body.error
+        );
+        assert!(!body.error.contains("loop7"), "{}", body.error);
     }
 }
