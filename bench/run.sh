@@ -58,6 +58,7 @@ truncate --size 4G "$SCRATCH/ext4.disk"
 ext4_loop=$(loop "$SCRATCH/ext4.disk")
 mke2fs -q -t ext4 "$ext4_loop"
 mount -o noatime "$ext4_loop" "$BENCH_EXT4"
+ssh-keygen -q -t ed25519 -N '' -C bench -f "$SCRATCH/key"
 "$scaleboxd" --config /dev/null pool init >/dev/null
 "$scaleboxd" --config /dev/null template build debian-base --cache "$SCALEBOX_CACHE" >/dev/null
 

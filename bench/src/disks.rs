@@ -18,8 +18,6 @@ use std::time::Duration;
 
 /// The template of all disks.
 pub const TEMPLATE: &str = "debian-base";
-/// A public key whose private key does not exist.
-const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1v9rM4jKkZxV2x3y6wqg2m0m8m2k7n5qJY0u1b6J6R bench";
 
 /// A method to create a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -66,13 +64,13 @@ impl<'a> DiskFactory<'a> {
             buffer: Gib::new(2),
             overcommit_ratio: 100.0,
         };
-        fs::write(setup.scratch.join("key.pub"), KEY)?;
+        let key = fs::read_to_string(setup.scratch.join("key.pub"))?;
         Ok(DiskFactory {
             setup,
             daemon,
             pool: Pool::open(&setup.pool, &Backing::Device(setup.device.clone()), bounds)?,
             template: TEMPLATE.parse()?,
-            key: KEY.parse()?,
+            key: key.trim().parse()?,
         })
     }
 

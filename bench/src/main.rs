@@ -10,10 +10,13 @@
 //! | `daemon` | the daemon under test |
 //! | `setup` | what `bench/run.sh` has prepared |
 //! | `outcome` | the result of a step |
+//! | `boot` | measures a guest's way to SSH |
 //! | `measure` | measures operations, sequential or concurrent |
+//! | `wait` | waits for something to happen |
 //! | `random_writes` | random writes with fio |
 //! | `report` | the table, the JSON and the chart |
 
+mod boot;
 mod daemon;
 mod disks;
 mod measure;
@@ -22,6 +25,7 @@ mod random_writes;
 mod report;
 mod setup;
 mod stages;
+mod wait;
 
 use setup::Setup;
 use std::process::ExitCode;

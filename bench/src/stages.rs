@@ -1,23 +1,20 @@
 //! Runs all measurements in order.
 
+use crate::boot::{self, Boot, wait_for_ssh};
 use crate::daemon::Daemon;
 use crate::disks::{DiskFactory, Method, TEMPLATE};
 use crate::measure::{self, Samples, milliseconds};
 use crate::outcome::Outcome;
 use crate::random_writes::{self, Passes};
 use crate::setup::Setup;
+use crate::wait::wait_until;
 use scalebox_api::{CreateVm, UpdateVm};
 use scalebox_client::Client;
 use serde::Serialize;
 use std::fs::File;
-use std::io::Read;
-use std::net::TcpStream;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Timeout of every wait; an emulated Debian boots in half a minute on a busy machine.
-const WAIT_TIMEOUT: Duration = Duration::from_secs(240);
 /// Number of clients in concurrent measurements.
 pub const CONCURRENT_CLIENTS: usize = 32;
 
@@ -57,8 +54,8 @@ pub struct Results {
     pub resident_vms: usize,
     /// Rates of 4 KiB random writes.
     pub random_writes: Vec<Passes>,
-    /// Median time from `POST /vms` to an SSH banner, in seconds.
-    pub to_ssh_s: f64,
+    /// The boot of median duration.
+    pub boot: Boot,
     /// Duration of `PATCH /vms/{id}` from 10 to 20 GiB with a running, idle guest, in seconds.
     pub live_grow_s: f64,
     /// Whether the guest confirmed that growth.
@@ -198,14 +195,10 @@ fn flush(setup: &Setup, client: &Client) -> Outcome<()> {
 fn measure_guest(setup: &Setup, factory: &DiskFactory<'_>, daemon: &Daemon, results: &mut Results) -> Outcome<()> {
     let client = daemon.client();
     let runs = if setup.quick { 1 } else { 3 };
-    let mut times = Vec::new();
+    let mut boots = Vec::new();
     for run in 0..runs {
-        let mut request = CreateVm::new(TEMPLATE.parse()?, factory.key().clone());
-        request.disk_size_gib = Some(3);
-        let begun = Instant::now();
-        let vm = client.create_vm(&request)?;
-        wait_for_ssh(vm.ssh_port)?;
-        times.push(begun.elapsed());
+        let (boot, vm) = boot::measure(setup, factory)?;
+        boots.push(boot);
         if run + 1 == runs {
             wait_for_agent(client, &vm.id)?;
             let grow = |disk_size_gib| measure::timed(|| Ok(client.update_vm(&vm.id, &UpdateVm::grow(disk_size_gib))?));
@@ -215,21 +208,9 @@ fn measure_guest(setup: &Setup, factory: &DiskFactory<'_>, daemon: &Daemon, resu
         }
         client.delete_vm(&vm.id)?;
     }
-    times.sort_unstable();
-    results.to_ssh_s = times[times.len() / 2].as_secs_f64();
+    boots.sort_by(|a, b| a.to_ssh_s.total_cmp(&b.to_ssh_s));
+    results.boot = boots[boots.len() / 2];
     Ok(())
-}
-
-/// Waits for the banner, which an SSH server sends first (RFC 4253, section 4.2).
-fn wait_for_ssh(port: u16) -> Outcome<()> {
-    wait_until("the guest answers SSH", || {
-        let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
-            return Ok(false);
-        };
-        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        let mut banner = [0; 4];
-        Ok(stream.read_exact(&mut banner).is_ok() && &banner == b"SSH-")
-    })
 }
 
 /// Grows the disk until the guest's agent confirms a growth, and so is running. Ends with a disk of
@@ -242,17 +223,5 @@ fn wait_for_agent(client: &Client, id: &str) -> Outcome<()> {
         }
     }
     client.update_vm(id, &UpdateVm::grow(10))?;
-    Ok(())
-}
-
-fn wait_until(description: &str, mut condition: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
-    let deadline = Instant::now() + WAIT_TIMEOUT;
-    while !condition()? {
-        if Instant::now() > deadline {
-            let seconds = WAIT_TIMEOUT.as_secs();
-            return Err(format!("timed out after {seconds} s waiting until {description}").into());
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
     Ok(())
 }
