@@ -134,6 +134,20 @@ impl Admission {
         size: Bytes,
         space: impl FnOnce() -> Result<Space, StorageError>,
     ) -> Result<Reservation, StorageError> {
+        self.admit_at_most(size, size, space)
+    }
+
+    /// Admits `most`, or as many whole GiB below it as fit, but no less than `least`. Otherwise as
+    /// [`Admission::admit`].
+    ///
+    /// # Errors
+    /// Those of [`Admission::admit`], for `least`.
+    pub fn admit_at_most(
+        &self,
+        least: Bytes,
+        most: Bytes,
+        space: impl FnOnce() -> Result<Space, StorageError>,
+    ) -> Result<Reservation, StorageError> {
         let mut ledger = self.ledger();
         let space = ledger.after_shrink(space()?);
         let Promises { committed, reserved } = ledger.promises;
@@ -144,7 +158,14 @@ impl Admission {
         } else {
             Bytes::new(u64::MAX)
         };
-        if writable.min(backed) < size + self.bounds.buffer.bytes() || promisable < size {
+        let buffer = self.bounds.buffer.bytes();
+        let fits = promisable.min(writable.min(backed) - buffer);
+        let size = if most <= fits {
+            most
+        } else {
+            least.max(fits.floor_gib().bytes())
+        };
+        if writable.min(backed) < size + buffer || promisable < size {
             return Err(StorageError::Insufficient {
                 available: writable.min(promisable).min(backed).floor_gib(),
                 need: size.ceil_gib() + self.bounds.buffer,
@@ -293,6 +314,22 @@ mod tests {
         assert!(admission.admit(Gib::new(10).bytes(), || Ok(space(30, 13))).is_err());
         drop(first);
         assert!(admission.admit(Gib::new(10).bytes(), || Ok(space(30, 13))).is_ok());
+    }
+
+    #[test]
+    fn a_range_is_admitted_as_far_as_it_fits() {
+        let gib = |count| Gib::new(count).bytes();
+        let admission = admission(2, 4.0);
+        let admit = |least, most, free| {
+            let admitted = admission.admit_at_most(gib(least), gib(most), || Ok(space(30, free)));
+            admitted.map(|reservation| reservation.size())
+        };
+        assert_eq!(admit(1, 10, 20).unwrap(), gib(10));
+        assert_eq!(admit(1, 10, 8).unwrap(), gib(6));
+        assert_eq!(admit(6, 10, 8).unwrap(), gib(6));
+        let refused = admit(7, 10, 8).unwrap_err();
+        assert_eq!(refused.to_string(), "Insufficient storage: 8GB available, need 9GB");
+        assert!(admit(1, 10, 2).is_err(), "the buffer stays free");
     }
 
     #[test]

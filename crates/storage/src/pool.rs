@@ -251,6 +251,15 @@ impl Pool {
         self.admission.admit(size, || self.space())
     }
 
+    /// Admits `most`, or as many whole GiB below it as fit; see [`Admission::admit_at_most`].
+    ///
+    /// # Errors
+    /// [`StorageError::Insufficient`] if not even `least` fits.
+    pub fn admit_at_most(&self, least: Bytes, most: Bytes) -> Result<Reservation, StorageError> {
+        self.require_mounted()?;
+        self.admission.admit_at_most(least, most, || self.space())
+    }
+
     pub(crate) fn backs_every_byte(&self) -> bool {
         self.admission.backs_every_byte()
     }

@@ -9,7 +9,7 @@ use crate::state::Record;
 use scalebox_api::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};
 use scalebox_vmm::Machine;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,8 +25,8 @@ pub struct Vms {
 
 struct Table {
     by_id: BTreeMap<String, Entry>,
-    /// The names of all VMs, including those being created.
-    names: HashSet<String>,
+    /// The names of all VMs with their ids; those being created have none yet.
+    names: HashMap<String, Option<String>>,
     /// The creations in progress, by VM name.
     creations: HashMap<String, Arc<Creation>>,
     addresses: Addresses,
@@ -44,7 +44,7 @@ impl Vms {
     pub fn new(network: &NetConfig) -> Vms {
         let table = Table {
             by_id: BTreeMap::new(),
-            names: HashSet::new(),
+            names: HashMap::new(),
             creations: HashMap::new(),
             addresses: Addresses::new(network),
         };
@@ -63,7 +63,7 @@ impl Vms {
     pub fn claim(&self, name: Option<&str>) -> Result<Claim, ServiceError> {
         let mut table = self.lock();
         let name = match name {
-            Some(name) if table.names.contains(name) => {
+            Some(name) if table.names.contains_key(name) => {
                 return Err(ServiceError::NameTaken(format!(
                     "name {name} is in use; choose another, or omit it to have one generated"
                 )));
@@ -75,7 +75,7 @@ impl Vms {
             .addresses
             .claim(usable_port)
             .map_err(|error| ServiceError::NotReady(error.to_string()))?;
-        table.names.insert(name.clone());
+        table.names.insert(name.clone(), None);
         let creation = Arc::new(Creation::default());
         table.creations.insert(name.clone(), Arc::clone(&creation));
         Ok(Claim {
@@ -90,7 +90,7 @@ impl Vms {
     /// Adds a VM from the state file, at start.
     pub fn restore(&self, record: Record, machine: Option<Arc<dyn Machine>>) {
         let mut table = self.lock();
-        table.names.insert(record.name.clone());
+        table.names.insert(record.name.clone(), Some(record.id.clone()));
         table.addresses.occupy(lease(&record));
         table.by_id.insert(
             record.id.clone(),
@@ -298,7 +298,7 @@ impl Table {
     fn find(&self, reference: &str) -> Result<&Entry, ServiceError> {
         self.by_id
             .get(reference)
-            .or_else(|| self.by_id.values().find(|entry| entry.record.name == reference))
+            .or_else(|| self.by_id.get(self.names.get(reference)?.as_ref()?))
             .ok_or_else(|| not_found(reference))
     }
 }
@@ -318,10 +318,10 @@ fn lease(record: &Record) -> Lease {
 /// collides.
 const MAX_NAME_DRAWS: usize = 64;
 
-fn free_name(taken: &HashSet<String>) -> Result<String, ServiceError> {
+fn free_name(taken: &HashMap<String, Option<String>>) -> Result<String, ServiceError> {
     (0..MAX_NAME_DRAWS)
         .filter_map(|_| petname::petname(3, "-"))
-        .find(|name| name.len() <= 63 && !taken.contains(name))
+        .find(|name| name.len() <= 63 && !taken.contains_key(name))
         .ok_or_else(|| ServiceError::NotReady("no free random name was found: choose one in the field name".to_owned()))
 }
 
@@ -371,6 +371,7 @@ impl Claim {
         let _first = self.creation.id.set(record.id.clone());
         let mut table = self.vms.lock();
         table.creations.remove(&self.name);
+        table.names.insert(record.name.clone(), Some(record.id.clone()));
         table.by_id.insert(
             record.id.clone(),
             Entry {
@@ -523,7 +524,7 @@ mod tests {
     fn generated_names_have_three_words_and_are_unique() {
         let vms = vms();
         let claims: Vec<_> = (0..90).map(|_| vms.claim(None).unwrap()).collect();
-        let names: HashSet<_> = claims.iter().map(|claim| claim.name.clone()).collect();
+        let names: std::collections::HashSet<_> = claims.iter().map(|claim| claim.name.clone()).collect();
         assert_eq!(names.len(), claims.len());
         for name in names {
             assert_eq!(name.split('-').count(), 3, "{name}");

@@ -1,7 +1,7 @@
 //! `GET /info`: the host, its VMs and its limits.
 
 use crate::host::error::ServiceError;
-use crate::host::{Host, system};
+use crate::host::{Host, blocking, system};
 use crate::{pool, templates};
 use scalebox_api::{Cpu, HostInfo, HostLimits, Memory, VmCounts};
 
@@ -10,8 +10,19 @@ use scalebox_api::{Cpu, HostInfo, HostLimits, Memory, VmCounts};
 /// # Errors
 /// 500 if the kernel's figures cannot be read.
 pub async fn info(host: &Host) -> Result<HostInfo, ServiceError> {
-    let memory =
-        system::memory().map_err(|error| ServiceError::Internal(format!("cannot read the host's memory: {error}")))?;
+    let (memory, cpu) = blocking(move || {
+        let cpu = Cpu {
+            count: system::cpu_count(),
+            model: system::cpu_model(),
+        };
+        match system::memory() {
+            Ok(memory) => Ok((memory, cpu)),
+            Err(error) => Err(ServiceError::Internal(format!(
+                "cannot read the host's memory: {error}"
+            ))),
+        }
+    })
+    .await?;
     let (settings, limits) = (&host.settings, &host.limits);
     Ok(HostInfo {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -20,15 +31,12 @@ pub async fn info(host: &Host) -> Result<HostInfo, ServiceError> {
         uptime_seconds: host.started.elapsed().as_secs(),
         vmm: host.vmm.for_new().name().to_owned(),
         accel: host.accel.clone(),
-        storage: pool::figures(host)?,
+        storage: pool::figures(host).await?,
         memory: Memory {
             total_bytes: memory.total,
             available_bytes: memory.available,
         },
-        cpu: Cpu {
-            count: system::cpu_count(),
-            model: system::cpu_model(),
-        },
+        cpu,
         vms: VmCounts::from_iter(host.vms.statuses()),
         templates: templates::list(host).await?.len() as u64,
         limits: HostLimits {

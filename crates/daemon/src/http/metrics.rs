@@ -79,8 +79,8 @@ impl Metrics {
         })
     }
 
-    fn text(&self, host: &Host) -> Result<Vec<u8>, ServiceError> {
-        let pool = pool::figures(host)?;
+    async fn text(&self, host: &Host) -> Result<Vec<u8>, ServiceError> {
+        let pool = pool::figures(host).await?;
         let failed = |error: prometheus::Error| ServiceError::Internal(format!("cannot collect the metrics: {error}"));
         let mut families = self.registry.gather();
         families.extend(current(host, &pool).map_err(failed)?.gather());
@@ -159,7 +159,7 @@ pub async fn metrics(
     State(host): State<Host>,
     Extension(metrics): Extension<Arc<Metrics>>,
 ) -> Result<impl IntoResponse, ServiceError> {
-    let text = metrics.text(&host)?;
+    let text = metrics.text(&host).await?;
     Ok(([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text))
 }
 

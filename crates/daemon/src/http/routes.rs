@@ -255,7 +255,7 @@ async fn delete_template(State(host): State<Host>, Segment(name): Segment) -> Re
 /// Returns the pool's capacity, free space and commitments.
 #[utoipa::path(get, path = "/pool", tag = "Pool", responses((status = 200, body = PoolInfo), (status = 503, description = "The pool is not mounted.")))]
 async fn pool(State(host): State<Host>) -> Result<Json<PoolInfo>, ServiceError> {
-    pool::figures(&host).map(Json)
+    pool::figures(&host).await.map(Json)
 }
 
 /// Grows the pool while it is in use. Without a size, it grows to 80 % of the space on the host

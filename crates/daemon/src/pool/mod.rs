@@ -16,9 +16,10 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// 500 if the kernel's figures cannot be read.
-pub fn figures(host: &Host) -> Result<PoolInfo, ServiceError> {
+pub async fn figures(host: &Host) -> Result<PoolInfo, ServiceError> {
+    let pool = Arc::clone(&host.pool);
+    let space = blocking(move || pool.space()).await?;
     let pool = &host.pool;
-    let space = pool.space()?;
     let promises = pool.promises();
     let accounts = host.usage.latest();
     let measured = |sum: fn(&PoolUsage) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
@@ -84,7 +85,10 @@ async fn change(
             return Err(error);
         }
         // The size has changed: a transient read error must not turn that into a failure.
-        let pool = figures(&host).or_else(|_| figures(&host))?;
+        let pool = match figures(&host).await {
+            Err(_) => figures(&host).await?,
+            Ok(pool) => pool,
+        };
         tracing::info!(
             capacity_bytes = pool.capacity_bytes,
             free_bytes = pool.free_bytes,

@@ -141,7 +141,9 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
     fault_point("start: tap and forward there")?;
 
     let driver = inner.vmm.to_start(record.vmm.as_deref());
-    let machine = driver.launch(&spec(host, record, &endpoint, run_dir, seed)?).await?;
+    let machine = driver
+        .launch(&spec(host, record, &endpoint, run_dir, seed).await?)
+        .await?;
     let undo_machine = Arc::clone(&machine);
     steps.taken("launch the machine", async move { undo_machine.kill().await.map(drop) });
     fault_point("start: machine launched")?;
@@ -155,7 +157,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
     Ok(machine)
 }
 
-fn spec(
+async fn spec(
     host: &Host,
     record: &Record,
     endpoint: &Endpoint,
@@ -164,7 +166,8 @@ fn spec(
 ) -> Result<MachineSpec, ServiceError> {
     let kernel_dir = host.pool.kernel_dir();
     let (kernel, initrd) = (kernel_dir.join("vmlinuz"), kernel_dir.join("initrd.img"));
-    if !kernel.is_file() || !initrd.is_file() {
+    let files = [kernel.clone(), initrd.clone()];
+    if !blocking(move || Ok::<_, ServiceError>(files.iter().all(|file| file.is_file()))).await? {
         return Err(ServiceError::NotReady(format!(
             "this host has no guest kernel yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
         )));

@@ -17,7 +17,7 @@ use scalebox_vmm::{Machine, MachineState};
 use serde_json::json;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -118,7 +118,7 @@ async fn clone_quiesced(
         if let Err(error) = agent.flush(FLUSH_TIMEOUT).await {
             tracing::debug!(vm = record.id, %error, "cannot flush the guest before freezing it");
         }
-        mark_frozen(host, &record.id)?;
+        mark_frozen(host, &record.id).await?;
         let begun = Instant::now();
         let cloned = match agent.freeze().await {
             Ok(()) => Ok(clone_disk_now(host, record, clone).await),
@@ -177,7 +177,7 @@ async fn thaw(host: &Host, id: &str, machine: &Arc<dyn Machine>, first: Option<&
     };
     for _ in 0..MAX_ATTEMPTS {
         if last.is_ok() || matches!(machine.state().await, Ok(MachineState::Ended(_))) {
-            unmark_frozen(host, id);
+            unmark_frozen(host, id).await;
             return;
         }
         tokio::time::sleep(RETRY_INTERVAL).await;
@@ -196,21 +196,35 @@ fn frozen_dir(host: &Host) -> PathBuf {
     host.settings.run_dir.join("frozen")
 }
 
-fn mark_frozen(host: &Host, id: &str) -> Result<(), ServiceError> {
-    let mark = frozen_dir(host).join(id);
-    fs::create_dir_all(frozen_dir(host))
-        .and_then(|()| fs::write(&mark, ""))
-        .map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", mark.display())))
+async fn mark_frozen(host: &Host, id: &str) -> Result<(), ServiceError> {
+    let (folder, mark) = (frozen_dir(host), frozen_dir(host).join(id));
+    blocking(move || {
+        fs::create_dir_all(folder)
+            .and_then(|()| fs::write(&mark, ""))
+            .map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", mark.display())))
+    })
+    .await
 }
 
-fn unmark_frozen(host: &Host, id: &str) {
+/// Removes the mark of a frozen guest. A failure is logged.
+async fn unmark_frozen(host: &Host, id: &str) {
     let mark = frozen_dir(host).join(id);
-    remove_mark(&mark);
+    let removed = blocking(move || match fs::remove_file(&mark) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ServiceError::Internal(format!(
+            "cannot remove {}: {error}",
+            mark.display()
+        ))),
+        _ => Ok(()),
+    });
+    if let Err(error) = removed.await {
+        tracing::warn!(vm = id, %error, "cannot remove the mark of a frozen guest; the next start does");
+    }
 }
 
 /// Thaws the guests that were frozen when the daemon ended.
 pub async fn thaw_left_frozen(host: Host) {
-    let frozen = match vm_folders(&frozen_dir(&host)) {
+    let folder = frozen_dir(&host);
+    let frozen = match blocking(move || vm_folders(&folder)).await {
         Ok(frozen) => frozen,
         Err(error) => {
             tracing::error!(%error, "cannot list the guests that are still frozen; they are not thawed");
@@ -225,16 +239,8 @@ pub async fn thaw_left_frozen(host: Host) {
                 tracing::info!(vm = id, "thawing a guest that was frozen when scaleboxd ended");
                 thaw(&host, &id, machine, None).await;
             }
-            _ => unmark_frozen(&host, &id),
+            _ => unmark_frozen(&host, &id).await,
         }
-    }
-}
-
-fn remove_mark(mark: &Path) {
-    if let Err(error) = fs::remove_file(mark)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %mark.display(), %error, "cannot remove the mark of a frozen guest; the next start does");
     }
 }
 

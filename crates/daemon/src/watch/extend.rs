@@ -129,11 +129,10 @@ async fn admit(host: &Host, max: Gib) -> Result<Reservation, ServiceError> {
         other => return other,
     };
     let pool = Arc::clone(&host.pool);
-    let less = blocking(move || {
-        let smaller = (1..max.as_u64()).rev().map(|size| Gib::new(size).bytes());
-        Ok::<_, ServiceError>(smaller.map(|size| pool.admit(size)).find_map(Result::ok))
-    });
-    less.await?.ok_or(rejected)
+    match blocking(move || pool.admit_at_most(Gib::new(1).bytes(), max.bytes())).await {
+        Err(error) if error.is_insufficient() => Err(rejected),
+        other => other,
+    }
 }
 
 /// The time of each guest's next query, and its last reported failure.

@@ -1,7 +1,7 @@
 //! Carries out what was decided about a VM.
 
 use crate::host::error::ServiceError;
-use crate::host::{Host, vm_id};
+use crate::host::{Host, blocking, vm_id};
 use crate::state::Record;
 use crate::vm::change;
 use crate::vm::lifecycle;
@@ -88,13 +88,17 @@ async fn reconcile_disk_size(
 ) -> Result<(), ServiceError> {
     let recorded = Gib::new(record.disk_size_gib);
     let disk = vm_id(&record.id)?;
-    let mut found = host.pool.provisioned(&disk)?;
+    let provisioned = || {
+        let (pool, disk) = (Arc::clone(&host.pool), disk.clone());
+        blocking(move || pool.provisioned(&disk))
+    };
+    let mut found = provisioned().await?;
     if found < recorded.bytes() {
         tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "completing an interrupted growth of the VM's disk");
         if let Err(error) = change::grow(host, record, machine, recorded).await {
             tracing::error!(vm = record.id, %error, "cannot complete the interrupted growth of the VM's disk; rolling it back");
         }
-        found = host.pool.provisioned(&disk)?;
+        found = provisioned().await?;
     }
     if found.ceil_gib() != recorded {
         record.disk_size_gib = found.ceil_gib().as_u64();

@@ -14,10 +14,8 @@ use std::io;
 pub async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, ServiceError> {
     let stray = |id: &String| !known.iter().any(|name| name.as_str() == id);
     let mut ended = 0;
-    for id in vm_folders(&host.settings.run_dir.join("vms"))?
-        .into_iter()
-        .filter(stray)
-    {
+    let machines = host.settings.run_dir.join("vms");
+    for id in blocking(move || vm_folders(&machines)).await?.into_iter().filter(stray) {
         match lifecycle::force_stop_once(host, &id).await {
             Ok(true) => {
                 tracing::info!(vm = id, "killed an orphaned machine");
@@ -27,10 +25,8 @@ pub async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, S
             Err(error) => tracing::error!(vm = id, %error, "cannot kill an orphaned machine"),
         }
     }
-    for id in vm_folders(&host.settings.state_dir.join("console"))?
-        .into_iter()
-        .filter(stray)
-    {
+    let consoles = host.settings.state_dir.join("console");
+    for id in blocking(move || vm_folders(&consoles)).await?.into_iter().filter(stray) {
         let console = host.console_dir(&id);
         blocking(move || remove_dir(&console)).await?;
     }
