@@ -29,6 +29,13 @@ macro_rules! text_newtype {
             }
         }
 
+        /// The order and the hash are those of the text.
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
         impl AsRef<str> for $name {
             fn as_ref(&self) -> &str {
                 &self.0

@@ -19,6 +19,7 @@ use crate::vm::transition::{Transition, transition};
 use scalebox_api::VmStatus;
 use scalebox_net::Network;
 use scalebox_storage::StorageError;
+use scalebox_units::VmId;
 use std::sync::Arc;
 
 /// Runs `scaleboxd down`.
@@ -48,7 +49,7 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
     let (vmm, _) = Drivers::find(settings)?;
     let machines = settings.run_dir.join("vms");
     for id in files::vm_folders(&machines)? {
-        vmm.force_stop(&id.parse()?, &machines.join(&id)).await?;
+        vmm.force_stop(&id, &machines.join(id.as_str())).await?;
     }
     Ok(Network::ensure(settings.net.clone()).await?.teardown().await?)
 }
@@ -93,15 +94,15 @@ pub async fn shut_all_down(host: &Host, recovered: &Recovered) -> Result<(), Com
 }
 
 /// Shuts one machine down without changing the VM's recorded status.
-async fn shut_down(host: Host, id: String) -> Result<(), ServiceError> {
-    let operation = host.vms.begin(&id, "being stopped")?;
+async fn shut_down(host: Host, id: VmId) -> Result<(), ServiceError> {
+    let operation = host.vms.begin(id.as_str(), "being stopped")?;
     let Some(machine) = &operation.machine else {
         return Ok(());
     };
     let outcome = machine.stop(STOP_TIMEOUT).await?;
     transition(&host, &operation.record, Transition::ShutDownWithHost).await?;
     tracing::info!(
-        vm = id,
+        vm = %id,
         name = operation.record.name,
         ?outcome,
         "VM shut down with the host"

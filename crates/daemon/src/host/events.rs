@@ -87,7 +87,7 @@ impl Events {
     /// Publishes an event of a VM or of the host. `details` is an object or [`Value::Null`].
     pub fn publish(&self, kind: EventKind, vm: Option<&Record>, details: Value) {
         let vm = vm.map(|record| EventVm {
-            id: record.id.clone(),
+            id: record.id.to_string(),
             name: record.name.clone(),
         });
         let mut ring = self.lock();

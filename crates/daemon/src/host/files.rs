@@ -28,7 +28,7 @@ pub fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
 }
 
 /// Lists the VM ids that `folder` has a folder for. Ignores other names: they are not ours.
-pub fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
+pub fn vm_folders(folder: &Path) -> Result<Vec<VmId>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -38,11 +38,7 @@ pub fn vm_folders(folder: &Path) -> Result<Vec<String>, ServiceError> {
     let mut ids = Vec::new();
     for entry in entries {
         let name = entry.map_err(failed)?.file_name();
-        ids.extend(
-            name.to_str()
-                .filter(|name| name.parse::<VmId>().is_ok())
-                .map(str::to_owned),
-        );
+        ids.extend(name.to_str().and_then(|name| name.parse::<VmId>().ok()));
     }
     Ok(ids)
 }

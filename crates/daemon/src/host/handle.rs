@@ -18,6 +18,7 @@ use crate::state::State;
 use scalebox_api::Limits;
 use scalebox_net::Network;
 use scalebox_storage::Pool;
+use scalebox_units::VmId;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -155,15 +156,15 @@ impl Host {
     }
 
     /// Returns the folder for the sockets, pid file and seed drive of a VM's machine.
-    pub fn run_dir(&self, id: &str) -> PathBuf {
-        self.inner.settings.run_dir.join("vms").join(id)
+    pub fn run_dir(&self, id: &VmId) -> PathBuf {
+        self.inner.settings.run_dir.join("vms").join(id.as_str())
     }
 
-    pub fn console_dir(&self, id: &str) -> PathBuf {
-        self.inner.settings.state_dir.join("console").join(id)
+    pub fn console_dir(&self, id: &VmId) -> PathBuf {
+        self.inner.settings.state_dir.join("console").join(id.as_str())
     }
 
-    pub fn console_log(&self, id: &str) -> PathBuf {
+    pub fn console_log(&self, id: &VmId) -> PathBuf {
         self.console_dir(id).join("console.log")
     }
 

@@ -24,5 +24,5 @@ pub mod usage_tracker;
 pub mod vms;
 
 pub use handle::{BASE_TEMPLATE, Host, Parts};
-pub use names::{rfc3339, template_name, vm_id};
+pub use names::{rfc3339, template_name};
 pub use tasks::{blocking, fault_point};

@@ -1,7 +1,7 @@
 //! Names and times, in the forms that other crates and the API use.
 
 use crate::host::error::{ServiceError, quoted};
-use scalebox_units::{TemplateName, VmId};
+use scalebox_units::TemplateName;
 
 /// Parses a template name. A malformed name cannot belong to a template.
 ///
@@ -10,15 +10,6 @@ use scalebox_units::{TemplateName, VmId};
 pub fn template_name(name: &str) -> Result<TemplateName, ServiceError> {
     name.parse()
         .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
-}
-
-/// Parses the id of a record, which is also the id of the VM's disk and machine.
-///
-/// # Errors
-/// If the record was damaged outside the daemon.
-pub fn vm_id(id: &str) -> Result<VmId, ServiceError> {
-    id.parse()
-        .map_err(|form| ServiceError::Internal(format!("a recorded VM id, {id:?}, {form}")))
 }
 
 /// Formats a time in UTC, to the millisecond.

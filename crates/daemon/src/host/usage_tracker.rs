@@ -3,7 +3,7 @@
 use crate::state::Record;
 use scalebox_api::StorageUsage;
 use scalebox_storage::{PoolUsage, Template, Usage};
-use scalebox_units::{Bytes, Gib, VmId};
+use scalebox_units::Bytes;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -41,8 +41,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Returns the usage of a VM's disk in the latest measurement.
 pub fn disk_usage(accounts: &PoolUsage, record: &Record) -> Option<StorageUsage> {
-    let usage = accounts.disks.get(&record.id.parse::<VmId>().ok()?)?;
-    Some(storage_usage(usage, Gib::new(record.disk_size_gib).bytes(), accounts))
+    let usage = accounts.disks.get(&record.id)?;
+    Some(storage_usage(usage, record.disk_size.bytes(), accounts))
 }
 
 /// Returns the usage of a template in the latest measurement.
@@ -147,7 +147,7 @@ mod tests {
     }
 
     fn days(history: &History) -> Option<f64> {
-        history.days_left(Gib::new(48).bytes())
+        history.days_left(scalebox_units::Gib::new(48).bytes())
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::host::error::{ServiceError, quoted};
 use crate::state::Record;
 use scalebox_api::VmStatus;
 use scalebox_net::{Addresses, Lease, NetConfig, port_is_free_on_host};
+use scalebox_units::VmId;
 use scalebox_vmm::Machine;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
@@ -24,9 +25,9 @@ pub struct Vms {
 }
 
 struct Table {
-    by_id: BTreeMap<String, Entry>,
+    by_id: BTreeMap<VmId, Entry>,
     /// The names of all VMs with their ids; those being created have none yet.
-    names: HashMap<String, Option<String>>,
+    names: HashMap<String, Option<VmId>>,
     /// The creations in progress, by VM name.
     creations: HashMap<String, Arc<Creation>>,
     addresses: Addresses,
@@ -209,7 +210,7 @@ impl Vms {
 
     /// Sets a VM's status and machine. Returns whether the VM exists; a deleted one is not added
     /// again.
-    pub fn set(&self, id: &str, status: VmStatus, reason: Option<String>, machine: Option<Arc<dyn Machine>>) -> bool {
+    pub fn set(&self, id: &VmId, status: VmStatus, reason: Option<String>, machine: Option<Arc<dyn Machine>>) -> bool {
         match self.lock().by_id.get_mut(id) {
             Some(entry) => {
                 entry.record.status = status;
@@ -225,7 +226,7 @@ impl Vms {
     /// sets it. Returns whether its status changed.
     pub fn set_if_current(
         &self,
-        id: &str,
+        id: &VmId,
         machine: &Arc<dyn Machine>,
         status: VmStatus,
         reason: Option<String>,
@@ -243,7 +244,7 @@ impl Vms {
     }
 
     /// Lists the running VMs with no operation in progress, with their machines.
-    pub fn running(&self) -> Vec<(String, Arc<dyn Machine>)> {
+    pub fn running(&self) -> Vec<(VmId, Arc<dyn Machine>)> {
         let table = self.lock();
         table
             .running()
@@ -256,7 +257,7 @@ impl Vms {
         let table = self.lock();
         let extending = table.running().filter(|entry| {
             let extend = entry.record.auto_extend;
-            extend.is_some_and(|extend| entry.record.disk_size_gib < extend.limit_gib)
+            extend.is_some_and(|extend| entry.record.disk_size.as_u64() < extend.limit_gib)
         });
         extending
             .filter_map(|entry| Some((entry.record.clone(), Arc::clone(entry.machine.as_ref()?))))
@@ -264,14 +265,14 @@ impl Vms {
     }
 
     /// Changes a VM's record: its disk size or its settings. A deleted VM is not added again.
-    pub fn change(&self, id: &str, change: impl FnOnce(&mut Record)) {
+    pub fn change(&self, id: &VmId, change: impl FnOnce(&mut Record)) {
         if let Some(entry) = self.lock().by_id.get_mut(id) {
             change(&mut entry.record);
         }
     }
 
     /// Removes a VM and frees its name. Dropping the returned guard frees its address and port.
-    pub fn remove(&self, id: &str) -> Option<LeaseGuard> {
+    pub fn remove(&self, id: &VmId) -> Option<LeaseGuard> {
         let mut table = self.lock();
         let entry = table.by_id.remove(id)?;
         table.names.remove(&entry.record.name);
@@ -318,7 +319,7 @@ fn lease(record: &Record) -> Lease {
 /// collides.
 const MAX_NAME_DRAWS: usize = 64;
 
-fn free_name(taken: &HashMap<String, Option<String>>) -> Result<String, ServiceError> {
+fn free_name(taken: &HashMap<String, Option<VmId>>) -> Result<String, ServiceError> {
     (0..MAX_NAME_DRAWS)
         .filter_map(|_| petname::petname(3, "-"))
         .find(|name| name.len() <= 63 && !taken.contains_key(name))
@@ -338,7 +339,7 @@ fn usable_port(port: u16) -> bool {
 struct Creation {
     cancelled: AtomicBool,
     /// Set when the VM has been created.
-    id: OnceLock<String>,
+    id: OnceLock<VmId>,
 }
 
 /// The result of cancelling a creation.
@@ -349,7 +350,7 @@ pub enum Cancellation {
     /// The creation was undone completely.
     Undone,
     /// The VM had already been created; this is its id.
-    TooLate(String),
+    TooLate(VmId),
 }
 
 /// A name, an address and a port claimed for a VM that is being created.
@@ -448,25 +449,21 @@ mod tests {
         Vms::new(&NetConfig::new("scalebox0", "172.16.0.0/24".parse().unwrap(), 22001..=22100).unwrap())
     }
 
-    fn make(vms: &Vms, id: &str, name: Option<&str>) -> Result<(), ServiceError> {
+    const ID: &str = "vm-000000000001";
+
+    fn id() -> VmId {
+        ID.parse().unwrap()
+    }
+
+    fn make(vms: &Vms, name: Option<&str>) -> Result<(), ServiceError> {
         let claim = vms.claim(name)?;
         let record = Record {
-            id: id.into(),
+            id: id(),
             name: claim.name.clone(),
-            template: "debian-base".into(),
-            ssh_public_key: String::new(),
-            created_at: id.into(),
-            vcpu_count: 1,
-            mem_size_mib: 512,
-            disk_size_gib: 2,
-            auto_extend: None,
-            limits: crate::state::VmLimits::default(),
-            autostart: true,
-            vmm: None,
             guest_ip: claim.lease.guest_ip,
             ssh_port: claim.lease.ssh_port,
             status: VmStatus::Stopped,
-            status_reason: None,
+            ..crate::state::example_record(1)
         };
         claim.publish(record, None);
         Ok(())
@@ -478,44 +475,44 @@ mod tests {
         let claim = vms.claim(Some("one")).unwrap();
         assert!(matches!(vms.claim(Some("one")), Err(ServiceError::NameTaken(_))));
         drop(claim);
-        make(&vms, "vm-1", Some("one")).unwrap();
+        make(&vms, Some("one")).unwrap();
         assert!(matches!(vms.claim(Some("one")), Err(ServiceError::NameTaken(_))));
-        drop(vms.remove("vm-1"));
+        drop(vms.remove(&id()));
         assert!(vms.claim(Some("one")).is_ok());
     }
 
     #[test]
     fn a_vm_is_found_by_id_and_by_name() {
         let vms = vms();
-        make(&vms, "vm-1", Some("one")).unwrap();
-        assert_eq!(vms.find("vm-1").unwrap(), vms.find("one").unwrap());
+        make(&vms, Some("one")).unwrap();
+        assert_eq!(vms.find(ID).unwrap(), vms.find("one").unwrap());
         assert!(matches!(vms.find("two"), Err(ServiceError::NotFound(_))));
     }
 
     #[test]
     fn a_second_operation_is_rejected_with_the_one_in_progress() {
         let vms = vms();
-        make(&vms, "vm-1", Some("one")).unwrap();
+        make(&vms, Some("one")).unwrap();
         let operation = vms.begin("one", "being stopped").unwrap();
-        let Err(ServiceError::Busy(message)) = vms.begin("vm-1", "being deleted") else {
+        let Err(ServiceError::Busy(message)) = vms.begin(ID, "being deleted") else {
             panic!("two at once")
         };
         assert!(message.contains("VM one is being stopped"), "{message}");
         drop(operation);
-        assert!(vms.begin("vm-1", "being deleted").is_ok());
+        assert!(vms.begin(ID, "being deleted").is_ok());
     }
 
     #[tokio::test]
     async fn a_waiting_operation_begins_when_the_one_before_ends() {
         let vms = vms();
-        make(&vms, "vm-1", None).unwrap();
-        let operation = vms.begin("vm-1", "being started").unwrap();
-        let waiting = vms.begin_when_idle("vm-1", "ending");
+        make(&vms, None).unwrap();
+        let operation = vms.begin(ID, "being started").unwrap();
+        let waiting = vms.begin_when_idle(ID, "ending");
         let (_, begun) = tokio::join!(async { drop(operation) }, waiting);
         assert!(begun.is_ok());
-        drop(vms.remove("vm-1"));
+        drop(vms.remove(&id()));
         assert!(matches!(
-            vms.begin_when_idle("vm-1", "ending").await,
+            vms.begin_when_idle(ID, "ending").await,
             Err(ServiceError::NotFound(_))
         ));
     }

@@ -13,7 +13,12 @@ fn gib(count: u64) -> Bytes {
 
 fn recorded_gib(sim: &Sim, vm: &str) -> u64 {
     let records = sim.host().state.vms().unwrap();
-    records.iter().find(|record| record.id == vm).unwrap().disk_size_gib
+    records
+        .iter()
+        .find(|record| record.id.as_str() == vm)
+        .unwrap()
+        .disk_size
+        .as_u64()
 }
 
 #[test]
@@ -77,7 +82,7 @@ fn a_growth_that_the_hypervisor_refuses_is_taken_back() {
     sim.machine(&vm).next(Operation::ResizeRoot).fails();
     sim.update(&vm, json!({ "disk_size_gib": 6 })).unwrap_err();
     assert_eq!((sim.machine(&vm).disk_size(), recorded_gib(&sim, &vm.id)), (gib(2), 2));
-    assert_eq!(sim.host().vms.find(&vm.id).unwrap().disk_size_gib, 2);
+    assert_eq!(sim.disk_gib(&vm), 2);
     sim.update(&vm, json!({ "disk_size_gib": 6 })).unwrap();
 }
 

@@ -18,7 +18,7 @@ fn a_stopped_vm_has_no_machine_and_keeps_its_disk() {
         (VmStatus::Stopped, (VmStatus::Stopped, None))
     );
     assert!(sim.vmm.machines().is_empty() && sim.network().taps().is_empty());
-    assert!(!sim.host().run_dir(&vm.id).exists());
+    assert!(!sim.host().run_dir(&id(&vm)).exists());
     assert!(sim.host().pool.has_disk(&id(&vm)).unwrap());
     assert_eq!(sim.events().last(), Some(&EventKind::Stopped));
 }
@@ -119,7 +119,7 @@ fn a_guest_that_powers_off_stops_its_vm() {
     sim.machine(&vm).power_off();
     sim.wait_until("stopped", |sim| sim.status(&vm) == VmStatus::Stopped);
     assert_eq!(sim.recorded(&vm), (VmStatus::Stopped, None));
-    assert!(sim.network().taps().is_empty() && !sim.host().run_dir(&vm.id).exists());
+    assert!(sim.network().taps().is_empty() && !sim.host().run_dir(&id(&vm)).exists());
     sim.start(&vm).unwrap();
 }
 
@@ -127,7 +127,7 @@ fn a_guest_that_powers_off_stops_its_vm() {
 fn a_machine_that_crashes_fails_its_vm_with_the_reason() {
     let sim = Sim::new();
     let vm = sim.create("box");
-    std::fs::write(sim.host().console_log(&vm.id), b"panic: out of ideas\n").unwrap();
+    std::fs::write(sim.host().console_log(&id(&vm)), b"panic: out of ideas\n").unwrap();
     sim.machine(&vm).crash();
     sim.wait_until("failed", |sim| sim.status(&vm) == VmStatus::Failed);
     let reason = sim.reason(&vm).unwrap();
@@ -229,7 +229,7 @@ fn a_failed_start_leaves_the_vm_stopped_and_nothing_else() {
         (VmStatus::Stopped, (VmStatus::Stopped, None))
     );
     assert!(sim.vmm.machines().is_empty() && sim.network().taps().is_empty());
-    assert!(!sim.host().run_dir(&vm.id).exists());
+    assert!(!sim.host().run_dir(&id(&vm)).exists());
     sim.start(&vm).unwrap();
 }
 

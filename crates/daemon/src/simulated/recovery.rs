@@ -7,7 +7,7 @@ use crate::vm;
 use scalebox_api::{EventKind, VmStatus};
 use scalebox_net::NetworkCall;
 use scalebox_testkit::Operation;
-use scalebox_units::Bytes;
+use scalebox_units::{Bytes, Gib};
 use serde_json::json;
 use std::fs;
 use std::time::Duration;
@@ -44,7 +44,7 @@ fn a_machine_that_ended_meanwhile_is_reported_with_the_reason() {
     assert!(reason.contains("while scaleboxd was not running"), "{reason}");
     assert_eq!(sim.recorded(&vm), (VmStatus::Stopped, Some(reason)));
     assert_eq!(sim.events(), [EventKind::Stopped]);
-    assert!(!sim.host().run_dir(&vm.id).exists() && sim.network().taps().is_empty());
+    assert!(!sim.host().run_dir(&id(&vm)).exists() && sim.network().taps().is_empty());
     sim.start(&vm).unwrap();
 }
 
@@ -83,7 +83,7 @@ fn a_stop_that_a_crash_interrupted_is_completed() {
     });
     assert_eq!(sim.recorded(&vm).1.as_deref(), Some("being stopped"));
     sim.restart();
-    assert_eq!(sim.recovered.to_stop, std::slice::from_ref(&vm.id));
+    assert_eq!(sim.recovered.to_stop, [id(&vm)]);
     sim.wait_until("stopped", |sim| sim.status(&vm) == VmStatus::Stopped);
     assert_eq!(sim.recorded(&vm), (VmStatus::Stopped, None));
     assert!(sim.vmm.machines().is_empty() && sim.network().taps().is_empty());
@@ -130,7 +130,7 @@ fn a_machine_without_a_record_is_killed() {
     let vm = sim.create("box");
     sim.restart_after(|sim| {
         let state = State::open(&sim.path("state"), &sim.path("run")).unwrap();
-        state.delete(&vm.id).unwrap();
+        state.delete(&id(&vm)).unwrap();
     });
     assert_eq!(sim.recovered.orphans_killed, 1);
     sim.assert_gone(&vm.id);
@@ -144,7 +144,7 @@ fn a_start_that_a_crash_interrupted_is_undone() {
     sim.start(&vm).unwrap();
     sim.restart_after(|sim| {
         let state = State::open(&sim.path("state"), &sim.path("run")).unwrap();
-        state.set_status(&vm.id, VmStatus::Stopped, None).unwrap();
+        state.set_status(&id(&vm), VmStatus::Stopped, None).unwrap();
     });
     assert_eq!(sim.status(&vm), VmStatus::Stopped);
     assert!(sim.vmm.machines().is_empty() && sim.network().taps().is_empty());
@@ -203,15 +203,15 @@ fn a_growth_that_a_crash_interrupted_is_completed() {
     let (running, stopped) = (sim.create("running"), sim.create_stopped("stopped"));
     sim.restart_after(|sim| {
         let state = State::open(&sim.path("state"), &sim.path("run")).unwrap();
-        state.set_disk_size(&running.id, 6).unwrap();
-        state.set_disk_size(&stopped.id, 7).unwrap();
+        state.set_disk_size(&id(&running), Gib::new(6)).unwrap();
+        state.set_disk_size(&id(&stopped), Gib::new(7)).unwrap();
     });
     let size = |vm| sim.host().pool.provisioned(&id(vm)).unwrap();
     assert_eq!(
         (size(&running), size(&stopped)),
         (Bytes::new(6 << 30), Bytes::new(7 << 30))
     );
-    assert_eq!(sim.host().vms.find(&running.id).unwrap().disk_size_gib, 6);
+    assert_eq!(sim.disk_gib(&running), 6);
 }
 
 #[test]
@@ -220,11 +220,11 @@ fn a_growth_that_cannot_be_completed_is_rolled_back() {
     let vm = sim.create("box");
     sim.restart_after(|sim| {
         let state = State::open(&sim.path("state"), &sim.path("run")).unwrap();
-        state.set_disk_size(&vm.id, 6).unwrap();
+        state.set_disk_size(&id(&vm), Gib::new(6)).unwrap();
         sim.vmm.next(Operation::ResizeRoot).fails();
     });
-    assert_eq!(sim.host().vms.find(&vm.id).unwrap().disk_size_gib, 2);
-    assert_eq!(sim.host().state.vms().unwrap()[0].disk_size_gib, 2);
+    assert_eq!(sim.disk_gib(&vm), 2);
+    assert_eq!(sim.host().state.vms().unwrap()[0].disk_size, Gib::new(2));
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn recorded_limits_are_applied_to_an_adopted_machine() {
             disk_iops: Some(100),
             ..Default::default()
         };
-        state.set_settings(&vm.id, None, limits, true).unwrap();
+        state.set_settings(&id(&vm), None, limits, true).unwrap();
     });
     assert_eq!(sim.machine(&vm).limits().iops, Some(100));
 }
@@ -258,7 +258,7 @@ fn after_a_reboot_vms_that_ran_are_started() {
     let mut sim = Sim::new();
     let (ran, stopped) = (sim.create("ran"), sim.create_stopped("stopped"));
     sim.reboot();
-    assert_eq!(sim.recovered.to_start, std::slice::from_ref(&ran.id));
+    assert_eq!(sim.recovered.to_start, [id(&ran)]);
     sim.wait_until("started", |sim| sim.status(&ran) == VmStatus::Running);
     assert_eq!((sim.reason(&ran), sim.status(&stopped)), (None, VmStatus::Stopped));
     sim.restart();
@@ -282,7 +282,7 @@ fn a_vm_that_waits_for_its_start_can_be_started_or_deleted() {
     let vms = [sim.create("a"), sim.create("b"), sim.create("c")];
     // The others wait for the first one.
     let gate = sim.reboot_with(|sim| sim.vmm.next(Operation::Launch).waits());
-    let vm = |n: usize| vms.iter().find(|vm| vm.id == sim.recovered.to_start[n]).unwrap();
+    let vm = |n: usize| vms.iter().find(|vm| id(vm) == sim.recovered.to_start[n]).unwrap();
     let (first, second, third) = (vm(0), vm(1), vm(2));
     sim.run(async |_| gate.reached().await);
     sim.start(third).unwrap();
@@ -304,7 +304,7 @@ fn a_vm_that_cannot_be_started_after_a_reboot_has_failed_and_the_others_run() {
         sim.recovered
             .to_start
             .iter()
-            .all(|vm| sim.host().vms.find(vm).unwrap().status != VmStatus::Stopped)
+            .all(|vm| sim.host().vms.find(vm.as_str()).unwrap().status != VmStatus::Stopped)
     });
     let mut statuses = [sim.status(&first), sim.status(&second)].map(|status| status.as_str().to_owned());
     statuses.sort();

@@ -259,11 +259,17 @@ impl Sim {
         self.host().vms.find(&vm.id).unwrap().status_reason
     }
 
+    /// The size of a VM's disk as clients see it, in GiB.
+    #[track_caller]
+    pub fn disk_gib(&self, vm: &Vm) -> u64 {
+        self.host().vms.find(&vm.id).unwrap().disk_size.as_u64()
+    }
+
     /// What the state file has: the status and its reason.
     #[track_caller]
     pub fn recorded(&self, vm: &Vm) -> (VmStatus, Option<String>) {
         let records = self.host().state.vms().unwrap();
-        let record = records.into_iter().find(|record| record.id == vm.id).unwrap();
+        let record = records.into_iter().find(|record| record.id == id(vm)).unwrap();
         (record.status, record.status_reason)
     }
 
@@ -286,12 +292,17 @@ impl Sim {
     #[track_caller]
     pub fn assert_gone(&self, vm: &str) {
         let records = self.host().state.vms().unwrap();
-        assert!(records.iter().all(|record| record.id != vm), "record");
+        assert!(records.iter().all(|record| record.id.as_str() != vm), "record");
         assert!(
             self.vmm.machines().iter().all(|machine| machine.as_str() != vm),
             "machine"
         );
-        self.assert_nothing_but(&records.into_iter().map(|record| record.id).collect::<Vec<_>>());
+        self.assert_nothing_but(
+            &records
+                .into_iter()
+                .map(|record| record.id.to_string())
+                .collect::<Vec<_>>(),
+        );
     }
 
     /// Checks that disks, folders and taps are those of these VMs.

@@ -131,17 +131,13 @@ fn a_disk_is_extended_before_its_guest_s_file_system_is_full() {
         .try_create(json!({ "name": "box", "disk_auto_extend": extend(80, 2, 5) }))
         .unwrap();
     sim.wait(Duration::from_secs(30));
-    assert_eq!(sim.host().vms.find(&vm.id).unwrap().disk_size_gib, 2, "it has room");
+    assert_eq!(sim.disk_gib(&vm), 2, "it has room");
     sim.machine(&vm)
         .set_guest(|guest| guest.fs_used = Bytes::from_mib(1900));
-    sim.wait_until("extended", |sim| {
-        sim.host().vms.find(&vm.id).unwrap().disk_size_gib == 4
-    });
+    sim.wait_until("extended", |sim| sim.disk_gib(&vm) == 4);
     sim.machine(&vm)
         .set_guest(|guest| guest.fs_used = Bytes::from_mib(4000));
-    sim.wait_until("at its limit", |sim| {
-        sim.host().vms.find(&vm.id).unwrap().disk_size_gib == 5
-    });
+    sim.wait_until("at its limit", |sim| sim.disk_gib(&vm) == 5);
     sim.machine(&vm)
         .set_guest(|guest| guest.fs_used = Bytes::from_mib(5000));
     sim.wait(Duration::from_secs(60));
@@ -158,7 +154,7 @@ fn an_extension_takes_what_the_pool_can_give() {
         .unwrap();
     sim.machine(&vm)
         .set_guest(|guest| guest.fs_used = Bytes::from_mib(1900));
-    sim.wait_until("extended", |sim| sim.host().vms.find(&vm.id).unwrap().disk_size_gib > 2);
+    sim.wait_until("extended", |sim| sim.disk_gib(&vm) > 2);
     assert!(sim.machine(&vm).disk_size() < Gib::new(10).bytes());
 }
 
@@ -174,9 +170,7 @@ fn an_extension_that_fails_is_reported_once_until_it_succeeds() {
     sim.wait(Duration::from_secs(60));
     assert_eq!(sim.count(&EventKind::NotExtended), 1);
     sim.space.set_free(CAPACITY.bytes());
-    sim.wait_until("extended", |sim| {
-        sim.host().vms.find(&vm.id).unwrap().disk_size_gib == 4
-    });
+    sim.wait_until("extended", |sim| sim.disk_gib(&vm) == 4);
 }
 
 #[test]
@@ -191,7 +185,7 @@ fn a_guest_whose_file_system_did_not_follow_is_not_extended_again() {
     });
     sim.wait_until("reported", |sim| sim.count(&EventKind::NotExtended) == 1);
     sim.wait(Duration::from_secs(120));
-    assert_eq!(sim.host().vms.find(&vm.id).unwrap().disk_size_gib, 6, "once");
+    assert_eq!(sim.disk_gib(&vm), 6, "once");
 }
 
 #[test]
@@ -207,9 +201,7 @@ fn a_guest_that_does_not_respond_delays_no_other() {
         .unwrap();
     sim.machine(&vm)
         .set_guest(|guest| guest.fs_used = Bytes::from_mib(1900));
-    sim.wait_until("extended", |sim| {
-        sim.host().vms.find(&vm.id).unwrap().disk_size_gib == 4
-    });
+    sim.wait_until("extended", |sim| sim.disk_gib(&vm) == 4);
 }
 
 #[test]

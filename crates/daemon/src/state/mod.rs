@@ -20,6 +20,7 @@ use reserve::Reserve;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use scalebox_api::{AutoExtend, IdempotencyKey, VmStatus};
+use scalebox_units::{Gib, VmId};
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
@@ -30,8 +31,8 @@ use std::sync::Arc;
 /// A VM as recorded in the state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// `vm-` and twelve hex digits.
-    pub id: String,
+    /// The id, which is also that of its disk and machine.
+    pub id: VmId,
     /// The name; unique.
     pub name: String,
     /// The template its disk was cloned from.
@@ -44,8 +45,8 @@ pub struct Record {
     pub vcpu_count: u32,
     /// The memory in MiB.
     pub mem_size_mib: u64,
-    /// The provisioned size of the disk in GiB.
-    pub disk_size_gib: u64,
+    /// The provisioned size of the disk.
+    pub disk_size: Gib,
     /// The auto-extend policy of the disk, if enabled.
     pub auto_extend: Option<AutoExtend>,
     /// The limits on disk and network.
@@ -235,7 +236,7 @@ impl State {
             if let Some(keyed) = &keyed {
                 connection
                     .prepare_cached("INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?)")?
-                    .execute(params![keyed.key.as_str(), keyed.digest, vm.id])?;
+                    .execute(params![keyed.key.as_str(), keyed.digest, vm.id.as_str()])?;
             }
             insert(connection, &vm)
         })
@@ -246,11 +247,11 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn created_by(&self, key: &IdempotencyKey) -> Result<Option<(String, String)>, StateError> {
+    pub fn created_by(&self, key: &IdempotencyKey) -> Result<Option<(VmId, String)>, StateError> {
         self.read(|connection| {
             let query = "SELECT vm, digest FROM idempotency_keys WHERE key = ? AND vm IN (SELECT id FROM vms)";
             connection
-                .query_row(query, [key.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+                .query_row(query, [key.as_str()], |row| Ok((vm_id(row, "vm")?, row.get("digest")?)))
                 .optional()
         })
     }
@@ -259,12 +260,12 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_status(&self, id: &str, status: VmStatus, reason: Option<&str>) -> Result<(), StateError> {
+    pub fn set_status(&self, id: &VmId, status: VmStatus, reason: Option<&str>) -> Result<(), StateError> {
         let (vm, reason) = (id.to_owned(), reason.map(str::to_owned));
         self.change(id, move |connection| {
             connection
                 .prepare_cached("UPDATE vms SET status = ?2, status_reason = ?3 WHERE id = ?1")?
-                .execute(params![vm, status.as_str(), reason])
+                .execute(params![vm.as_str(), status.as_str(), reason])
         })
     }
 
@@ -272,12 +273,12 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_disk_size(&self, id: &str, disk_size_gib: u64) -> Result<(), StateError> {
+    pub fn set_disk_size(&self, id: &VmId, size: Gib) -> Result<(), StateError> {
         let vm = id.to_owned();
         self.change(id, move |connection| {
             connection
                 .prepare_cached("UPDATE vms SET disk_size_gib = ?2 WHERE id = ?1")?
-                .execute(params![vm, disk_size_gib])
+                .execute(params![vm.as_str(), size.as_u64()])
         })
     }
 
@@ -287,7 +288,7 @@ impl State {
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
     pub fn set_settings(
         &self,
-        id: &str,
+        id: &VmId,
         extend: Option<AutoExtend>,
         limits: VmLimits,
         autostart: bool,
@@ -301,7 +302,7 @@ impl State {
                     WHERE id = ?1",
                 )?
                 .execute(params![
-                    vm,
+                    vm.as_str(),
                     extend.map(|extend| extend.threshold_percent),
                     extend.map(|extend| extend.increment_gib),
                     extend.map(|extend| extend.limit_gib),
@@ -317,12 +318,12 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_vmm(&self, id: &str, vmm: &str) -> Result<(), StateError> {
+    pub fn set_vmm(&self, id: &VmId, vmm: &str) -> Result<(), StateError> {
         let (vm, vmm) = (id.to_owned(), vmm.to_owned());
         self.change(id, move |connection| {
             connection
                 .prepare_cached("UPDATE vms SET vmm = ?2 WHERE id = ?1")?
-                .execute(params![vm, vmm])
+                .execute(params![vm.as_str(), vmm])
         })
     }
 
@@ -353,25 +354,25 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn delete(&self, id: &str) -> Result<(), StateError> {
+    pub fn delete(&self, id: &VmId) -> Result<(), StateError> {
         let vm = id.to_owned();
         self.change(id, move |connection| {
             connection
                 .prepare_cached("DELETE FROM vms WHERE id = ?")?
-                .execute([&vm])
+                .execute([vm.as_str()])
         })
     }
 
     /// Changes one VM's row.
     fn change(
         &self,
-        id: &str,
+        id: &VmId,
         change: impl Fn(&Connection) -> rusqlite::Result<usize> + Send + 'static,
     ) -> Result<(), StateError> {
         match self.commit(change)? {
             0 => Err(StateError::NoSuchVm {
                 path: self.path.clone(),
-                id: id.to_owned(),
+                id: id.to_string(),
             }),
             _ => Ok(()),
         }
@@ -436,14 +437,14 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         )?
         .execute(params![
-            vm.id,
+            vm.id.as_str(),
             vm.name,
             vm.template,
             vm.ssh_public_key,
             vm.created_at,
             vm.vcpu_count,
             vm.mem_size_mib,
-            vm.disk_size_gib,
+            vm.disk_size.as_u64(),
             vm.guest_ip.to_string(),
             vm.ssh_port,
             vm.status.as_str(),
@@ -463,14 +464,14 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
     let ip: String = row.get("guest_ip")?;
     let status: String = row.get("status")?;
     Ok(Record {
-        id: row.get("id")?,
+        id: vm_id(row, "id")?,
         name: row.get("name")?,
         template: row.get("template")?,
         ssh_public_key: row.get("ssh_public_key")?,
         created_at: row.get("created_at")?,
         vcpu_count: row.get("vcpu_count")?,
         mem_size_mib: row.get("mem_size_mib")?,
-        disk_size_gib: row.get("disk_size_gib")?,
+        disk_size: Gib::new(row.get("disk_size_gib")?),
         auto_extend: auto_extend(row)?,
         limits: VmLimits {
             disk_iops: row.get("disk_iops")?,
@@ -484,6 +485,11 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
         status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
         status_reason: row.get("status_reason")?,
     })
+}
+
+fn vm_id(row: &Row<'_>, column: &str) -> rusqlite::Result<VmId> {
+    let id: String = row.get(column)?;
+    id.parse().map_err(|_| malformed(column, &id))
 }
 
 fn auto_extend(row: &Row<'_>) -> rusqlite::Result<Option<AutoExtend>> {
@@ -512,14 +518,14 @@ fn malformed(column: &str, value: &str) -> rusqlite::Error {
 #[cfg(test)]
 pub fn example_record(n: u16) -> Record {
     Record {
-        id: format!("vm-{n:012x}"),
+        id: format!("vm-{n:012x}").parse().unwrap(),
         name: format!("vm-{n}"),
         template: "debian-base".into(),
         ssh_public_key: "ssh-ed25519 AAAA".into(),
         created_at: format!("2026-01-02T03:04:{n:02}Z"),
         vcpu_count: 1,
         mem_size_mib: 512,
-        disk_size_gib: 10,
+        disk_size: Gib::new(10),
         auto_extend: None,
         limits: VmLimits::default(),
         autostart: true,

@@ -6,7 +6,7 @@
 use crate::host::error::ServiceError;
 use crate::host::undo::Steps;
 use crate::host::vms::Operation;
-use crate::host::{Host, blocking, fault_point, vm_id};
+use crate::host::{Host, blocking, fault_point};
 use crate::pool::admission;
 use crate::state::{Record, VmLimits};
 use crate::vm::spec::{disk_limits, endpoint};
@@ -14,7 +14,7 @@ use crate::vm::{auto_extend, guest_fs, lifecycle, view};
 use scalebox_api::{AutoExtend, Disk, EventKind, UpdateVm, Vm};
 use scalebox_fault_points::crash_point;
 use scalebox_storage::Reservation;
-use scalebox_units::Gib;
+use scalebox_units::{Gib, VmId};
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use std::sync::Arc;
 pub async fn update_now(host: &Host, reference: &str, request: UpdateVm) -> Result<Vm, ServiceError> {
     let operation = host.vms.begin_when_idle(reference, "being changed").await?;
     let record = &operation.record;
-    let current = Gib::new(record.disk_size_gib);
+    let current = record.disk_size;
     let size = request.disk_size_gib.map_or(current, Gib::new);
     if size < current {
         return Err(ServiceError::invalid_field(
@@ -61,11 +61,11 @@ pub async fn update_now(host: &Host, reference: &str, request: UpdateVm) -> Resu
     };
     if settings != Settings::of(record) {
         host.vms.change(&record.id, |record| settings.write_to(record));
-        tracing::info!(vm = record.id, name = record.name, ?settings, "VM settings changed");
+        tracing::info!(vm = %record.id, name = record.name, ?settings, "VM settings changed");
     }
     Ok(Vm {
         disk,
-        ..view::get(host, &record.id)?
+        ..view::get(host, record.id.as_str())?
     })
 }
 
@@ -80,7 +80,7 @@ async fn admit_growth(host: &Host, operation: &Operation, size: Gib) -> Result<R
             record.name
         )));
     }
-    admission::admit(host, size.bytes() - Gib::new(record.disk_size_gib).bytes()).await
+    admission::admit(host, size.bytes() - record.disk_size.bytes()).await
 }
 
 async fn grow_and_confirm(host: &Host, operation: &Operation, admitted: Reservation) -> Result<Disk, ServiceError> {
@@ -92,7 +92,7 @@ async fn grow_and_confirm(host: &Host, operation: &Operation, admitted: Reservat
     grow_and_publish(host, operation, admitted, json!({ "by": "request" })).await?;
     Ok(match &operation.machine {
         Some(machine) => {
-            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&operation.record.id)?);
+            let (pool, disk) = (Arc::clone(&host.pool), operation.record.id.clone());
             // On an error, the general advice is given.
             let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
                 .await
@@ -145,7 +145,7 @@ async fn limit(host: &Host, record: &Record, machine: &Arc<dyn Machine>, limits:
     Ok(host.network.attach(&endpoint(&limited)?).await?)
 }
 
-async fn persist_settings(host: &Host, id: &str, settings: Settings) -> Result<(), ServiceError> {
+async fn persist_settings(host: &Host, id: &VmId, settings: Settings) -> Result<(), ServiceError> {
     let (state, id) = (Arc::clone(&host.state), id.to_owned());
     let Settings {
         limits,
@@ -163,7 +163,7 @@ pub async fn grow_and_publish(
     cause: Value,
 ) -> Result<(), ServiceError> {
     let Operation { record, machine, .. } = operation;
-    let current = Gib::new(record.disk_size_gib);
+    let current = record.disk_size;
     let size = (current.bytes() + admitted.size()).floor_gib();
     if machine.is_none() {
         // Offline growth replaces the disk by a resized clone, so no machine may have it open,
@@ -184,7 +184,7 @@ pub async fn grow_and_publish(
             FailedGrowth::NotFlushed => Err(error),
             FailedGrowth::NotGrown => {
                 if let Err(undo) = persist_disk_size(host, &record.id, current).await {
-                    tracing::error!(vm = record.id, error = %undo, "cannot roll back a failed growth of the VM's disk; the next start does");
+                    tracing::error!(vm = %record.id, error = %undo, "cannot roll back a failed growth of the VM's disk; the next start does");
                 }
                 return Err(error);
             }
@@ -194,9 +194,9 @@ pub async fn grow_and_publish(
     // A guest may have seen the new size, so it stays committed, whatever else failed.
     admitted.commit();
     let (from, to) = (current.as_u64(), size.as_u64());
-    host.vms.change(&record.id, |record| record.disk_size_gib = to);
+    host.vms.change(&record.id, |record| record.disk_size = size);
     grown?;
-    tracing::info!(vm = record.id, name = record.name, from, to, %cause, "disk grown");
+    tracing::info!(vm = %record.id, name = record.name, from, to, %cause, "disk grown");
     let mut details = cause;
     details["from_gib"] = from.into();
     details["to_gib"] = to.into();
@@ -206,25 +206,25 @@ pub async fn grow_and_publish(
 
 async fn outcome_of_failed_growth(host: &Host, record: &Record, size: Gib) -> FailedGrowth {
     let found = async {
-        let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+        let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
         blocking(move || pool.provisioned(&disk)).await
     };
     match found.await {
         Ok(found) if found >= size.bytes() => {}
         Ok(_) => return FailedGrowth::NotGrown,
         Err(error) => {
-            tracing::error!(vm = record.id, %error, "cannot read the size of the VM's disk after a failed growth; the next start does");
+            tracing::error!(vm = %record.id, %error, "cannot read the size of the VM's disk after a failed growth; the next start does");
             return FailedGrowth::NotGrown;
         }
     }
     let flushed = async {
-        let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+        let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
         blocking(move || pool.flush_disk(&disk)).await
     };
     match flushed.await {
         Ok(()) => FailedGrowth::Grown,
         Err(error) => {
-            tracing::error!(vm = record.id, %error, "the VM's disk has grown, but may be smaller again after a power cut");
+            tracing::error!(vm = %record.id, %error, "the VM's disk has grown, but may be smaller again after a power cut");
             FailedGrowth::NotFlushed
         }
     }
@@ -243,11 +243,11 @@ pub async fn grow(
             machine.resize_root(size.bytes()).await?;
             // The hypervisor does not flush the new size: a power cut could revert it after it
             // was reported.
-            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+            let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
             blocking(move || pool.flush_disk(&disk)).await
         }
         None => {
-            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+            let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
             let grown = blocking(move || pool.grow_disk(&disk, size.bytes())).await;
             // The old disk is unlinked only after the new one is durable, and may be left
             // behind.
@@ -257,9 +257,9 @@ pub async fn grow(
     }
 }
 
-pub async fn persist_disk_size(host: &Host, id: &str, size: Gib) -> Result<(), ServiceError> {
+pub async fn persist_disk_size(host: &Host, id: &VmId, size: Gib) -> Result<(), ServiceError> {
     let (state, id) = (Arc::clone(&host.state), id.to_owned());
-    blocking(move || state.set_disk_size(&id, size.as_u64())).await
+    blocking(move || state.set_disk_size(&id, size)).await
 }
 
 /// The state of a disk after its growth returned an error.

@@ -9,13 +9,12 @@ use crate::host::cleanups::{Cleanup, Deleted};
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
 use crate::host::vms::LeaseGuard;
-use crate::host::{Host, blocking, vm_id};
+use crate::host::{Host, blocking};
 use crate::pool::reclaim;
 use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::spec::endpoint;
 use scalebox_fault_points::crash_point;
-use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use std::convert::Infallible;
 use std::mem;
@@ -86,7 +85,7 @@ impl Cleanup {
 
     /// Leaves all of it to [`run`].
     pub fn begin_later(self, host: &Host, error: &ServiceError) {
-        tracing::warn!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
+        tracing::warn!(vm = %self.record.id, %error, "cannot clean up after the VM; retrying");
         host.cleanups.lock().push(self);
     }
 
@@ -118,7 +117,10 @@ impl Cleanup {
     /// Retries. Returns whether nothing is left.
     async fn retry(&mut self, host: &Host) -> bool {
         // A start or a deletion in the meantime cleans up by itself.
-        let _operation = match (&self.deleted, host.vms.begin(&self.record.id, "being cleaned up")) {
+        let _operation = match (
+            &self.deleted,
+            host.vms.begin(self.record.id.as_str(), "being cleaned up"),
+        ) {
             (Some(_), _) => None,
             (None, Ok(operation)) if operation.machine.is_none() => Some(operation),
             (None, Ok(_) | Err(ServiceError::NotFound(_))) => return true,
@@ -126,11 +128,11 @@ impl Cleanup {
         };
         match self.proceed(host).await {
             Ok(()) => {
-                tracing::info!(vm = self.record.id, "cleaned up after the VM");
+                tracing::info!(vm = %self.record.id, "cleaned up after the VM");
                 true
             }
             Err(error) => {
-                tracing::debug!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
+                tracing::debug!(vm = %self.record.id, %error, "cannot clean up after the VM; retrying");
                 false
             }
         }
@@ -141,10 +143,10 @@ impl Deleted {
     async fn proceed(&mut self, host: &Host, record: &Record) -> Result<(), ServiceError> {
         drop(self.lease.take());
         if self.has_disk {
-            let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+            let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
             let unlinked = blocking(move || pool.unlink_disk(&disk)).await?;
             self.has_disk = false;
-            reclaim::free_blocks(host, record.id.clone(), unlinked, Gib::new(record.disk_size_gib));
+            reclaim::free_blocks(host, record.id.clone(), unlinked, record.disk_size);
         }
         let console = self.console_dir.clone();
         blocking(move || remove_dir(&console)).await

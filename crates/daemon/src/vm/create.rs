@@ -11,7 +11,7 @@ use crate::host::files::remove_dir;
 use crate::host::random::random_hex;
 use crate::host::undo::Steps;
 use crate::host::vms::Claim;
-use crate::host::{Host, blocking, fault_point, rfc3339, vm_id};
+use crate::host::{Host, blocking, fault_point, rfc3339};
 use crate::pool::admission;
 use crate::state::{KeyedRequest, Record, VmLimits};
 use crate::vm::{auto_extend, lifecycle, view};
@@ -19,7 +19,7 @@ use scalebox_api::{CreateVm, EventKind, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_net::Lease;
 use scalebox_storage::{Pool, Reservation};
-use scalebox_units::Gib;
+use scalebox_units::{Gib, InvalidFormat, VmId};
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -37,7 +37,7 @@ pub async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, ServiceErr
     let (record, reservation) = admission::until_admitted(host, admit_and_clone).await?;
 
     drop(in_use);
-    let disk = vm_id(&record.id)?;
+    let disk = record.id.clone();
     let mut steps = Steps::new();
     let pool = Arc::clone(&inner.pool);
     steps.taken("clone the disk", async move {
@@ -58,7 +58,7 @@ pub async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, ServiceErr
                 lifecycle::watch(host, record.id.clone(), machine);
             }
             tracing::info!(
-                vm = record.id,
+                vm = %record.id,
                 name = record.name,
                 status = record.status.as_str(),
                 "VM created"
@@ -76,7 +76,7 @@ fn publish_created(host: &Host, record: &Record) {
     let events = &host.events;
     let details = json!({
         "template": record.template, "status": record.status,
-        "disk_size_gib": record.disk_size_gib, "ssh_port": record.ssh_port,
+        "disk_size_gib": record.disk_size, "ssh_port": record.ssh_port,
     });
     events.publish(EventKind::Created, Some(record), details);
     if record.status == VmStatus::Running {
@@ -112,17 +112,17 @@ fn admit_and_clone(
 
     let record = new_record(host, request, name, lease, disk_size)?;
     tracing::info!(
-        vm = record.id,
+        vm = %record.id,
         name = record.name,
         template = record.template,
-        disk_size_gib = record.disk_size_gib,
+        disk_size_gib = record.disk_size.as_u64(),
         "VM admitted"
     );
 
     fault_point("create: admitted")?;
     inner
         .pool
-        .create_disk(&vm_id(&record.id)?, &template.name, &reservation)?;
+        .create_disk(&record.id.clone(), &template.name, &reservation)?;
     Ok((record, reservation))
 }
 
@@ -144,7 +144,7 @@ fn new_record(
             .vcpu_count
             .unwrap_or(inner.settings.default_vcpu_count.min(inner.limits.max_vcpus)),
         mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
-        disk_size_gib: disk_size.as_u64(),
+        disk_size,
         vmm: Some(inner.vmm.for_new().name().to_owned()),
         auto_extend: request.disk_auto_extend,
         limits: VmLimits {
@@ -186,7 +186,10 @@ async fn complete(
 }
 
 /// Makes a new id: `vm-` and 48 random bits in hex.
-fn new_id() -> Result<String, ServiceError> {
-    let bits = random_hex(6).map_err(|error| ServiceError::Internal(format!("cannot draw a random VM id: {error}")))?;
-    Ok(format!("vm-{bits}"))
+fn new_id() -> Result<VmId, ServiceError> {
+    let failed = |error: String| ServiceError::Internal(format!("cannot draw a random VM id: {error}"));
+    let bits = random_hex(6).map_err(|error| failed(error.to_string()))?;
+    format!("vm-{bits}")
+        .parse()
+        .map_err(|error: InvalidFormat| failed(error.to_string()))
 }

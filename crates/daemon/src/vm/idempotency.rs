@@ -26,7 +26,7 @@ pub async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), Servic
     let (state, key) = (Arc::clone(&host.state), keyed.key.clone());
     match blocking(move || state.created_by(&key)).await? {
         None => create_now(host, request).await.map(|vm| (vm, false)),
-        Some((vm, digest)) if digest == keyed.digest => view::get(host, &vm).map(|vm| (vm, true)),
+        Some((vm, digest)) if digest == keyed.digest => view::get(host, vm.as_str()).map(|vm| (vm, true)),
         Some((vm, _)) => Err(ServiceError::IdempotencyMismatch(format!(
             "Idempotency-Key {} was used for a different request, which created {vm}: use a new key for each VM",
             keyed.key

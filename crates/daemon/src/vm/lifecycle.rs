@@ -5,7 +5,7 @@ use crate::host::error::ServiceError;
 use crate::host::files::{make_private_dir, remove_dir};
 use crate::host::undo::Steps;
 use crate::host::vms::{Cancellation, Operation};
-use crate::host::{BASE_TEMPLATE, Host, blocking, fault_point, vm_id};
+use crate::host::{BASE_TEMPLATE, Host, blocking, fault_point};
 use crate::state::Record;
 use crate::vm::spec::{disk_limits, endpoint, vmm_user};
 use crate::vm::transition::{Transition, record_later, transition};
@@ -14,7 +14,7 @@ use scalebox_api::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
 use scalebox_net::Endpoint;
-use scalebox_units::Bytes;
+use scalebox_units::{Bytes, VmId};
 use scalebox_vmm::{ExitReason, Machine, MachineSpec, Nic, console_tail};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ pub async fn start_now(host: &Host, reference: &str) -> Result<Vm, ServiceError>
 /// # Errors
 /// 409 if the disk is gone; 500 if the pool cannot be read.
 pub async fn require_disk(host: &Host, record: &Record) -> Result<(), ServiceError> {
-    let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+    let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
     if !blocking(move || pool.has_disk(&disk)).await? {
         return Err(ServiceError::WrongState(format!(
             "the disk of VM {} is missing from the pool: delete the VM",
@@ -69,8 +69,8 @@ pub async fn boot(host: &Host, record: &Record) -> Result<Vm, ServiceError> {
     match started.await {
         Ok(machine) => {
             watch(host, record.id.clone(), machine);
-            tracing::info!(vm = record.id, name = record.name, "VM started");
-            view::get(host, &record.id)
+            tracing::info!(vm = %record.id, name = record.name, "VM started");
+            view::get(host, record.id.as_str())
         }
         Err(error) => {
             steps.undo_all().await;
@@ -104,7 +104,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
     let seed = run_dir.join("seed.img");
 
     let drive = SeedDrive {
-        instance_id: record.id.clone(),
+        instance_id: record.id.to_string(),
         hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
         ssh_public_key: SshPublicKey::from_record(&record.ssh_public_key)
             .map_err(|form| unusable(record, "ssh_public_key", form))?,
@@ -148,7 +148,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
     steps.taken("launch the machine", async move { undo_machine.kill().await.map(drop) });
     fault_point("start: machine launched")?;
     tracing::info!(
-        vm = record.id,
+        vm = %record.id,
         pid = machine.pid(),
         tap = endpoint.tap(),
         ssh_port = record.ssh_port,
@@ -173,13 +173,13 @@ async fn spec(
         )));
     }
     Ok(MachineSpec {
-        id: vm_id(&record.id)?,
+        id: record.id.clone(),
         vcpus: record.vcpu_count,
         memory_mib: record.mem_size_mib,
         kernel,
         initrd: Some(initrd),
         cmdline: host.cmdline.clone(),
-        root: host.pool.disk_location(&vm_id(&record.id)?),
+        root: host.pool.disk_location(&record.id.clone()),
         root_limits: disk_limits(record.limits),
         seed,
         nic: Nic {
@@ -219,7 +219,7 @@ pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>)
         Ok(outcome) => outcome,
         Err(error) => {
             if let Err(undo) = transition(host, record, Transition::StopFailed).await {
-                tracing::error!(vm = record.id, error = %undo, "cannot withdraw the recorded intent to stop the VM; the next start stops it");
+                tracing::error!(vm = %record.id, error = %undo, "cannot withdraw the recorded intent to stop the VM; the next start stops it");
             }
             return Err(error);
         }
@@ -228,12 +228,12 @@ pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>)
     clean_up_after_stop(host, record).await;
     let stopped = Transition::Stopped { by: "request" };
     if let Err(error) = transition(host, record, stopped.clone()).await {
-        tracing::warn!(vm = record.id, %error, "the VM has stopped, but is recorded as being stopped; retrying");
+        tracing::warn!(vm = %record.id, %error, "the VM has stopped, but is recorded as being stopped; retrying");
         record_later(host, record, stopped);
     }
     crash_point("stop: recorded");
-    tracing::info!(vm = record.id, name = record.name, ?outcome, "VM stopped");
-    view::get(host, &record.id)
+    tracing::info!(vm = %record.id, name = record.name, ?outcome, "VM stopped");
+    view::get(host, record.id.as_str())
 }
 
 /// Stops and starts a VM as one operation.
@@ -254,7 +254,7 @@ pub async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError
     };
     let operation = match &created {
         None => host.vms.begin(reference, "being deleted")?,
-        Some(id) => match host.vms.begin(id, "being deleted") {
+        Some(id) => match host.vms.begin(id.as_str(), "being deleted") {
             // Another request has deleted the VM.
             Err(ServiceError::NotFound(_)) => return Ok(()),
             other => other?,
@@ -270,7 +270,7 @@ pub async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError
     Cleanup::of_deleted(host, record, machine.clone(), lease)
         .begin(host)
         .await;
-    tracing::info!(vm = record.id, name = record.name, "VM deleted");
+    tracing::info!(vm = %record.id, name = record.name, "VM deleted");
     host.events.publish(EventKind::Deleted, Some(record), Value::Null);
     Ok(())
 }
@@ -283,15 +283,15 @@ pub async fn force_stop(host: &Host, record: &Record) -> Result<(), ServiceError
 }
 
 /// Like [`Host::force_stop`], without retries. Returns whether there was a process.
-pub async fn force_stop_once(host: &Host, id: &str) -> Result<bool, ServiceError> {
+pub async fn force_stop_once(host: &Host, id: &VmId) -> Result<bool, ServiceError> {
     let run_dir = host.run_dir(id);
-    let ended = host.vmm.force_stop(&vm_id(id)?, &run_dir).await?;
+    let ended = host.vmm.force_stop(id, &run_dir).await?;
     blocking(move || remove_dir(&run_dir)).await?;
     Ok(ended)
 }
 
 /// Waits for a machine to end, in the background, and records the VM's new status.
-pub fn watch(host: &Host, id: String, machine: Arc<dyn Machine>) {
+pub fn watch(host: &Host, id: VmId, machine: Arc<dyn Machine>) {
     let host = host.clone();
     // Not tracked in `tasks`, because a shutdown of the daemon does not wait for machines.
     tokio::spawn(async move {
@@ -299,7 +299,7 @@ pub fn watch(host: &Host, id: String, machine: Arc<dyn Machine>) {
             reason = machine.exited() => (reason, None),
             failure = reboot_loop::detect(&machine) => {
                 if let Err(error) = machine.kill().await {
-                    tracing::warn!(vm = id, %error, "cannot kill a guest that fails to boot");
+                    tracing::warn!(vm = %id, %error, "cannot kill a guest that fails to boot");
                 }
                 (machine.exited().await, Some(failure))
             }
@@ -311,8 +311,8 @@ pub fn watch(host: &Host, id: String, machine: Arc<dyn Machine>) {
 
 /// Records that a machine has ended: the VM is stopped, or failed if there is a failure to
 /// report.
-async fn handle_exit(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: ExitReason, failure: Option<String>) {
-    let Ok(operation) = host.vms.begin_when_idle(id, "ending").await else {
+async fn handle_exit(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, reason: ExitReason, failure: Option<String>) {
+    let Ok(operation) = host.vms.begin_when_idle(id.as_str(), "ending").await else {
         return;
     };
     // An operation that ended the machine itself has already recorded the new status.
@@ -337,7 +337,7 @@ async fn handle_exit(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: 
     let record = &operation.record;
     let effect = ended.effect(record);
     tracing::info!(
-        vm = id,
+        vm = %id,
         status = effect.status.as_str(),
         reason = effect.reason,
         "machine ended"
@@ -345,7 +345,7 @@ async fn handle_exit(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: 
     // Before the change is visible: a client that sees it may start the VM at once.
     clean_up_after_stop(host, record).await;
     if let Err(error) = transition(host, record, ended.clone()).await {
-        tracing::error!(vm = id, %error, "cannot record the end of the VM's machine; retrying");
+        tracing::error!(vm = %id, %error, "cannot record the end of the VM's machine; retrying");
         record_later(host, record, ended);
     }
 }
@@ -355,14 +355,14 @@ async fn clean_up_after_stop(host: &Host, record: &Record) {
     match Cleanup::of_stopped(host, record) {
         Ok(cleanup) => cleanup.begin(host).await,
         Err(error) => {
-            tracing::error!(vm = record.id, %error, "cannot remove the VM's tap and forward; the next start does")
+            tracing::error!(vm = %record.id, %error, "cannot remove the VM's tap and forward; the next start does")
         }
     }
 }
 
 /// Returns the end of the console log, as a suffix for the reason of a failure. It is empty if
 /// there was no output.
-async fn last_console_output(host: &Host, id: &str) -> String {
+async fn last_console_output(host: &Host, id: &VmId) -> String {
     let log = host.console_log(id);
     let read = blocking(move || {
         console_tail(&log, MAX_CONSOLE_TAIL).map_err(|error| ServiceError::Internal(error.to_string()))
@@ -371,7 +371,7 @@ async fn last_console_output(host: &Host, id: &str) -> String {
         Ok(tail) if !tail.trim().is_empty() => format!("; last console output: {}", tail.trim()),
         Ok(_) => String::new(),
         Err(error) => {
-            tracing::warn!(vm = id, %error, "cannot read the console log");
+            tracing::warn!(vm = %id, %error, "cannot read the console log");
             String::new()
         }
     }

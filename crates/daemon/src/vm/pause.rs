@@ -5,6 +5,7 @@
 
 use crate::host::Host;
 use crate::vm::transition::{Transition, transition};
+use scalebox_units::VmId;
 use scalebox_vmm::{Machine, MachineEvent, MachineState};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -14,8 +15,8 @@ use tokio::sync::broadcast::error::RecvError;
 pub const STORAGE_FULL: &str = "storage_full";
 
 /// Marks a VM as paused, if the machine is still the one that it has.
-pub async fn mark_paused(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: &str) {
-    tracing::warn!(vm = id, reason, "VM paused");
+pub async fn mark_paused(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, reason: &str) {
+    tracing::warn!(vm = %id, reason, "VM paused");
     change(
         host,
         id,
@@ -29,11 +30,11 @@ pub async fn mark_paused(host: &Host, id: &str, machine: &Arc<dyn Machine>, reas
 }
 
 /// Makes a transition that is not recorded, and therefore does not fail.
-async fn change(host: &Host, id: &str, to: Transition) {
+async fn change(host: &Host, id: &VmId, to: Transition) {
     // A VM that was deleted in the meantime has no status.
-    let Ok(record) = host.vms.find(id) else { return };
+    let Ok(record) = host.vms.find(id.as_str()) else { return };
     if let Err(error) = transition(host, &record, to).await {
-        tracing::error!(vm = id, %error, "cannot change the VM's status");
+        tracing::error!(vm = %id, %error, "cannot change the VM's status");
     }
 }
 
@@ -45,12 +46,12 @@ pub async fn resume_paused(host: &Host) {
         match machine.resume().await {
             Ok(()) => {
                 change(host, &id, Transition::Resumed(machine)).await;
-                tracing::info!(vm = id, "VM resumed: the pool has free space again");
+                tracing::info!(vm = %id, "VM resumed: the pool has free space again");
             }
             // The VM was stopped or deleted in the meantime.
             Err(scalebox_vmm::Error::Ended { .. }) => {}
             Err(error) => {
-                tracing::warn!(vm = id, %error, "cannot resume the VM; retrying");
+                tracing::warn!(vm = %id, %error, "cannot resume the VM; retrying");
                 host.paused.lock().insert(id, machine);
             }
         }
@@ -59,7 +60,7 @@ pub async fn resume_paused(host: &Host) {
 
 /// Follows the events of one machine for as long as it is polled. A machine that its hypervisor
 /// pauses stays paused until there is space.
-pub async fn follow(host: &Host, id: &str, machine: &Arc<dyn Machine>) -> Infallible {
+pub async fn follow(host: &Host, id: &VmId, machine: &Arc<dyn Machine>) -> Infallible {
     let mut events = machine.events();
     // A VM paused by a previous daemon is still paused.
     mark_if_paused(host, id, machine).await;
@@ -79,7 +80,7 @@ pub async fn follow(host: &Host, id: &str, machine: &Arc<dyn Machine>) -> Infall
     }
 }
 
-async fn mark_if_paused(host: &Host, id: &str, machine: &Arc<dyn Machine>) {
+async fn mark_if_paused(host: &Host, id: &VmId, machine: &Arc<dyn Machine>) {
     if matches!(machine.state().await, Ok(MachineState::Stalled | MachineState::Paused)) {
         mark_paused(host, id, machine, STORAGE_FULL).await;
     }

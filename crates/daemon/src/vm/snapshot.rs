@@ -7,12 +7,13 @@
 use crate::host::error::ServiceError;
 use crate::host::files::vm_folders;
 use crate::host::vms::Operation;
-use crate::host::{BASE_TEMPLATE, Host, agent, blocking, vm_id};
+use crate::host::{BASE_TEMPLATE, Host, agent, blocking};
 use crate::state::Record;
 use crate::vm::lifecycle;
 use scalebox_api::{EventKind, Snapshot, SnapshotVm, VmStatus};
 use scalebox_guest::{Agent, AgentError, scrub};
 use scalebox_storage::{EditedFile, PendingSnapshot, Pool, Scrub, StorageError, Template};
+use scalebox_units::VmId;
 use scalebox_vmm::{Machine, MachineState};
 use serde_json::json;
 use std::fs;
@@ -74,7 +75,7 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
     };
     let stood_still_ms = stood_still.as_millis() as u64;
     tracing::info!(
-        vm = record.id,
+        vm = %record.id,
         name = record.name,
         template,
         held,
@@ -90,7 +91,7 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
         .publish(EventKind::TemplateCreated, None, json!({ "template": template }));
     Ok(Snapshot {
         template: made.name.to_string(),
-        source_vm: record.id,
+        source_vm: record.id.to_string(),
         size_bytes: made.size.as_u64(),
         created_at: crate::host::rfc3339(made.created_at.try_into().unwrap_or(jiff::Timestamp::UNIX_EPOCH)),
         stood_still_ms,
@@ -105,7 +106,7 @@ async fn clone_quiesced(
     clone: PendingSnapshot,
 ) -> Result<(PendingSnapshot, Quiesced), ServiceError> {
     let record = &operation.record;
-    let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+    let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
     blocking(move || pool.flush_disk(&disk)).await?;
     let machine = match &operation.machine {
         Some(machine) if record.status == VmStatus::Running => machine,
@@ -116,7 +117,7 @@ async fn clone_quiesced(
     let agent = agent_of(machine).await;
     if let Some(agent) = &agent {
         if let Err(error) = agent.flush(FLUSH_TIMEOUT).await {
-            tracing::debug!(vm = record.id, %error, "cannot flush the guest before freezing it");
+            tracing::debug!(vm = %record.id, %error, "cannot flush the guest before freezing it");
         }
         mark_frozen(host, &record.id).await?;
         let begun = Instant::now();
@@ -130,7 +131,7 @@ async fn clone_quiesced(
         return match cloned {
             Ok(cloned) => Ok((cloned?, Quiesced::Frozen(stood_still))),
             Err((clone, error)) => {
-                tracing::info!(vm = record.id, %error, "cannot freeze the guest; pausing the VM instead");
+                tracing::info!(vm = %record.id, %error, "cannot freeze the guest; pausing the VM instead");
                 clone_paused(host, record, machine, clone).await
             }
         };
@@ -152,7 +153,7 @@ async fn clone_paused(
     // If the pool ran full in the meantime, the pool watch resumes the VM.
     let paused_by_watch = host
         .vms
-        .find(&record.id)
+        .find(record.id.as_str())
         .is_ok_and(|now| now.status == VmStatus::Paused);
     if !paused_by_watch {
         resume(machine).await?;
@@ -165,12 +166,12 @@ async fn clone_disk_now(
     record: &Record,
     mut clone: PendingSnapshot,
 ) -> Result<PendingSnapshot, ServiceError> {
-    let (pool, disk) = (Arc::clone(&host.pool), vm_id(&record.id)?);
+    let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
     blocking(move || pool.take_snapshot(&mut clone, &disk).map(|()| clone)).await
 }
 
 /// Thaws a guest, with retries. The next start retries a guest that is still frozen then.
-async fn thaw(host: &Host, id: &str, machine: &Arc<dyn Machine>, first: Option<&Agent>) {
+async fn thaw(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, first: Option<&Agent>) {
     let mut last: Result<(), AgentError> = match first {
         Some(agent) => agent.thaw().await,
         None => Err(AgentError::Timeout),
@@ -186,7 +187,7 @@ async fn thaw(host: &Host, id: &str, machine: &Arc<dyn Machine>, first: Option<&
         }
     }
     tracing::error!(
-        vm = id,
+        vm = %id,
         "the guest's file systems may still be frozen: restart scaleboxd, or stop and start the VM"
     );
 }
@@ -196,8 +197,8 @@ fn frozen_dir(host: &Host) -> PathBuf {
     host.settings.run_dir.join("frozen")
 }
 
-async fn mark_frozen(host: &Host, id: &str) -> Result<(), ServiceError> {
-    let (folder, mark) = (frozen_dir(host), frozen_dir(host).join(id));
+async fn mark_frozen(host: &Host, id: &VmId) -> Result<(), ServiceError> {
+    let (folder, mark) = (frozen_dir(host), frozen_dir(host).join(id.as_str()));
     blocking(move || {
         fs::create_dir_all(folder)
             .and_then(|()| fs::write(&mark, ""))
@@ -207,8 +208,8 @@ async fn mark_frozen(host: &Host, id: &str) -> Result<(), ServiceError> {
 }
 
 /// Removes the mark of a frozen guest. A failure is logged.
-async fn unmark_frozen(host: &Host, id: &str) {
-    let mark = frozen_dir(host).join(id);
+async fn unmark_frozen(host: &Host, id: &VmId) {
+    let mark = frozen_dir(host).join(id.as_str());
     let removed = blocking(move || match fs::remove_file(&mark) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ServiceError::Internal(format!(
             "cannot remove {}: {error}",
@@ -217,7 +218,7 @@ async fn unmark_frozen(host: &Host, id: &str) {
         _ => Ok(()),
     });
     if let Err(error) = removed.await {
-        tracing::warn!(vm = id, %error, "cannot remove the mark of a frozen guest; the next start does");
+        tracing::warn!(vm = %id, %error, "cannot remove the mark of a frozen guest; the next start does");
     }
 }
 
@@ -233,10 +234,10 @@ pub async fn thaw_left_frozen(host: Host) {
     };
     for id in frozen {
         // Prevents another snapshot from freezing the guest in the meantime.
-        let operation = host.vms.begin_when_idle(&id, "being thawed").await;
+        let operation = host.vms.begin_when_idle(id.as_str(), "being thawed").await;
         match operation.as_ref().map(|operation| &operation.machine) {
             Ok(Some(machine)) => {
-                tracing::info!(vm = id, "thawing a guest that was frozen when scaleboxd ended");
+                tracing::info!(vm = %id, "thawing a guest that was frozen when scaleboxd ended");
                 thaw(&host, &id, machine, None).await;
             }
             _ => unmark_frozen(&host, &id).await,

@@ -1,7 +1,6 @@
 //! A VM's record as its machine and its network need it.
 
 use crate::host::error::ServiceError;
-use crate::host::vm_id;
 use crate::state::{Record, VmLimits};
 use scalebox_net::{Endpoint, Mbps};
 use scalebox_vmm::{DiskLimits, RunAs};
@@ -24,7 +23,7 @@ pub fn vmm_user(record: &Record) -> RunAs {
 }
 
 pub fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
-    let endpoint = Endpoint::new(&vm_id(&record.id)?, record.guest_ip, record.ssh_port);
+    let endpoint = Endpoint::new(&record.id.clone(), record.guest_ip, record.ssh_port);
     let rate = record.limits.net_mbps;
     Ok(endpoint
         .with_owner(vmm_user(record).uid)

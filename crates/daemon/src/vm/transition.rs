@@ -13,6 +13,7 @@ use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
 use crate::state::Record;
 use scalebox_api::{EventKind, VmStatus};
+use scalebox_units::VmId;
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -190,7 +191,7 @@ impl Transition {
     }
 
     /// Updates the table. Returns whether the change is news for clients.
-    fn update_table(&self, host: &Host, id: &str, effect: &Effect) -> bool {
+    fn update_table(&self, host: &Host, id: &VmId, effect: &Effect) -> bool {
         let (status, reason) = (effect.status, effect.reason.clone());
         match self {
             // Nobody holds the VM meanwhile: an operation may have given it another machine.
@@ -228,7 +229,7 @@ pub async fn transition(host: &Host, before: &Record, transition: Transition) ->
     Ok(())
 }
 
-async fn record(host: &Host, id: &str, effect: &Effect) -> Result<(), ServiceError> {
+async fn record(host: &Host, id: &VmId, effect: &Effect) -> Result<(), ServiceError> {
     let (state, id) = (Arc::clone(&host.state), id.to_owned());
     let (status, reason) = (effect.status, effect.reason.clone());
     blocking(move || state.set_status(&id, status, reason.as_deref())).await
@@ -242,7 +243,7 @@ pub fn record_later(host: &Host, before: &Record, fact: Transition) {
         let status = fact.effect(&before).status;
         loop {
             tokio::time::sleep(RECORD_RETRY_INTERVAL).await;
-            let Ok(operation) = host.vms.begin_when_idle(&before.id, "ending").await else {
+            let Ok(operation) = host.vms.begin_when_idle(before.id.as_str(), "ending").await else {
                 return;
             };
             if operation.machine.is_some() || operation.record.status != status {

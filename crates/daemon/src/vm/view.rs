@@ -32,7 +32,7 @@ pub fn describe(host: &Host, record: &Record) -> Vm {
 fn describe_by(host: &Host, record: &Record, accounts: Option<&PoolUsage>) -> Vm {
     let ip = host.host_ip;
     Vm {
-        id: record.id.clone(),
+        id: record.id.to_string(),
         name: record.name.clone(),
         template: record.template.clone(),
         ip: ip.to_string(),
@@ -44,7 +44,7 @@ fn describe_by(host: &Host, record: &Record, accounts: Option<&PoolUsage>) -> Vm
         created_at: record.created_at.clone(),
         vcpu_count: record.vcpu_count,
         mem_size_mib: record.mem_size_mib,
-        disk_size_gib: record.disk_size_gib,
+        disk_size_gib: record.disk_size.as_u64(),
         disk_auto_extend: record.auto_extend,
         disk_iops: record.limits.disk_iops,
         disk_mbps: record.limits.disk_mbps,

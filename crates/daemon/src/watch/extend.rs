@@ -15,7 +15,7 @@ use futures::stream::{self, StreamExt};
 use scalebox_api::{AutoExtend, EventKind};
 use scalebox_guest::FsUsage;
 use scalebox_storage::Reservation;
-use scalebox_units::Gib;
+use scalebox_units::{Gib, VmId};
 use scalebox_vmm::Machine;
 use serde_json::json;
 use std::collections::HashMap;
@@ -70,7 +70,7 @@ async fn check_guest(host: &Host, schedule: &Schedule, vm: Record, machine: Arc<
         schedule.check_in(&vm.id, if nearly { SHORT_INTERVAL } else { INTERVAL });
         return;
     }
-    let reason = if root.total < Gib::new(vm.disk_size_gib).bytes().scaled(MIN_FILE_SYSTEM_SHARE) {
+    let reason = if root.total < vm.disk_size.bytes().scaled(MIN_FILE_SYSTEM_SHARE) {
         "the guest's file system has not grown since its disk last grew: run resize2fs in the guest".to_owned()
     } else {
         match extend_disk(host, &vm, extend, used).await {
@@ -87,7 +87,7 @@ async fn check_guest(host: &Host, schedule: &Schedule, vm: Record, machine: Arc<
     schedule.check_in(&vm.id, INTERVAL);
     if schedule.should_report(&vm.id, &reason) {
         tracing::warn!(
-            vm = vm.id,
+            vm = %vm.id,
             name = vm.name,
             used_percent = used,
             reason,
@@ -109,12 +109,12 @@ fn used_percent(root: &FsUsage) -> u64 {
 async fn extend_disk(host: &Host, vm: &Record, extend: AutoExtend, used: u64) -> Result<(), ServiceError> {
     let max_growth = extend
         .increment_gib
-        .min(extend.limit_gib.saturating_sub(vm.disk_size_gib));
+        .min(extend.limit_gib.saturating_sub(vm.disk_size.as_u64()));
     // Admission may wait for deleted disks, so it comes first: no operation on the VM waits for it.
     let admitted = admit(host, Gib::new(max_growth)).await?;
-    let operation = host.vms.begin(&vm.id, "being extended")?;
+    let operation = host.vms.begin(vm.id.as_str(), "being extended")?;
     let now = &operation.record;
-    if (now.disk_size_gib, now.auto_extend) != (vm.disk_size_gib, vm.auto_extend) || operation.machine.is_none() {
+    if (now.disk_size, now.auto_extend) != (vm.disk_size, vm.auto_extend) || operation.machine.is_none() {
         // The VM was changed in the meantime; the next query decides again.
         return Ok(());
     }
@@ -137,7 +137,7 @@ async fn admit(host: &Host, max: Gib) -> Result<Reservation, ServiceError> {
 
 /// The time of each guest's next query, and its last reported failure.
 #[derive(Default)]
-struct Schedule(Mutex<HashMap<String, GuestSchedule>>);
+struct Schedule(Mutex<HashMap<VmId, GuestSchedule>>);
 
 struct GuestSchedule {
     next: Instant,
@@ -145,7 +145,7 @@ struct GuestSchedule {
 }
 
 impl Schedule {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, GuestSchedule>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, GuestSchedule>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -153,11 +153,11 @@ impl Schedule {
         self.lock().retain(|id, _| vms.iter().any(|(vm, _)| vm.id == *id));
     }
 
-    fn is_due(&self, id: &str, now: Instant) -> bool {
+    fn is_due(&self, id: &VmId, now: Instant) -> bool {
         self.lock().get(id).is_none_or(|guest| guest.next <= now)
     }
 
-    fn check_in(&self, id: &str, time: Duration) {
+    fn check_in(&self, id: &VmId, time: Duration) {
         let next = Instant::now() + time;
         self.lock()
             .entry(id.to_owned())
@@ -165,14 +165,14 @@ impl Schedule {
             .or_insert(GuestSchedule { next, reported: None });
     }
 
-    fn clear_failure(&self, id: &str) {
+    fn clear_failure(&self, id: &VmId) {
         if let Some(guest) = self.lock().get_mut(id) {
             guest.reported = None;
         }
     }
 
     /// Returns whether this failure has not been reported recently.
-    fn should_report(&self, id: &str, reason: &str) -> bool {
+    fn should_report(&self, id: &VmId, reason: &str) -> bool {
         let (mut guests, now) = (self.lock(), Instant::now());
         let Some(guest) = guests.get_mut(id) else { return true };
         let known =
@@ -210,11 +210,12 @@ mod tests {
     #[test]
     fn a_failure_is_reported_once_until_it_changes_or_is_resolved() {
         let schedule = Schedule::default();
-        schedule.check_in("vm-1", INTERVAL);
-        assert!(schedule.should_report("vm-1", "full"));
-        assert!(!schedule.should_report("vm-1", "full"));
-        assert!(schedule.should_report("vm-1", "another reason"));
-        schedule.clear_failure("vm-1");
-        assert!(schedule.should_report("vm-1", "another reason"));
+        let vm: VmId = "vm-0123456789ab".parse().unwrap();
+        schedule.check_in(&vm, INTERVAL);
+        assert!(schedule.should_report(&vm, "full"));
+        assert!(!schedule.should_report(&vm, "full"));
+        assert!(schedule.should_report(&vm, "another reason"));
+        schedule.clear_failure(&vm);
+        assert!(schedule.should_report(&vm, "another reason"));
     }
 }

@@ -10,9 +10,10 @@ pub mod usage;
 use crate::host::Host;
 use crate::pool::growth;
 use crate::vm::cleanup;
+use scalebox_units::VmId;
 
 /// Starts all background loops. `unconnected` are the VMs that recovery could not connect.
-pub fn start(host: &Host, unconnected: Vec<String>) {
+pub fn start(host: &Host, unconnected: Vec<VmId>) {
     tokio::spawn(space::run(host.clone()));
     tokio::spawn(reclaim::run(host.clone()));
     tokio::spawn(cleanup::run(host.clone()));

@@ -9,6 +9,7 @@
 use crate::host::Host;
 use crate::host::error::ServiceError;
 use crate::vm::spec::endpoint;
+use scalebox_units::VmId;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Watches the network for as long as it is polled. `missing` lists the VMs that could not be
 /// connected at start.
-pub async fn run(host: Host, mut missing: Vec<String>) -> Infallible {
+pub async fn run(host: Host, mut missing: Vec<VmId>) -> Infallible {
     loop {
         tokio::time::sleep(INTERVAL).await;
         match host.network.is_whole().await {
@@ -44,11 +45,11 @@ pub async fn run(host: Host, mut missing: Vec<String>) -> Infallible {
 
 /// Attaches tap and forward of each VM. Returns the VMs to retry: those that fail, and those with
 /// an operation in progress. `log_failures` is false on retries.
-async fn connect(host: &Host, vms: Vec<String>, log_failures: bool) -> Vec<String> {
+async fn connect(host: &Host, vms: Vec<VmId>, log_failures: bool) -> Vec<VmId> {
     let inner = host;
     let mut missing = Vec::new();
     for id in vms {
-        let operation = match inner.vms.begin(&id, "being connected again") {
+        let operation = match inner.vms.begin(id.as_str(), "being connected again") {
             Ok(operation) => operation,
             Err(ServiceError::NotFound(_)) => continue,
             Err(_) => {
@@ -62,7 +63,7 @@ async fn connect(host: &Host, vms: Vec<String>, log_failures: bool) -> Vec<Strin
         let attached = async { Ok::<_, ServiceError>(inner.network.attach(&endpoint(&operation.record)?).await?) };
         if let Err(error) = attached.await {
             if log_failures {
-                tracing::error!(vm = id, %error, "cannot reconnect the VM to the network; retrying");
+                tracing::error!(vm = %id, %error, "cannot reconnect the VM to the network; retrying");
             }
             missing.push(id);
         }

@@ -37,7 +37,7 @@ const GROWTH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Watches the pool for as long as it is polled.
 pub async fn run(host: Host) -> Infallible {
-    let mut before: HashMap<String, Bytes> = HashMap::new();
+    let mut before: HashMap<VmId, Bytes> = HashMap::new();
     loop {
         let pool = Arc::clone(&host.pool);
         let free = match blocking(move || pool.space()).await {
@@ -85,18 +85,18 @@ fn tolerated_growth(free: Bytes) -> Option<Bytes> {
 }
 
 /// Returns the allocated bytes of the disks of running VMs.
-async fn disk_sizes(host: &Host) -> HashMap<String, Bytes> {
+async fn disk_sizes(host: &Host) -> HashMap<VmId, Bytes> {
     let pool = Arc::clone(&host.pool);
-    let ids: Vec<String> = host.vms.running().into_iter().map(|(id, _)| id).collect();
+    let ids: Vec<VmId> = host.vms.running().into_iter().map(|(id, _)| id).collect();
     let read = blocking(move || {
         // A disk that cannot be read has just been deleted.
-        let used = |id: &String| pool.disk_used(&id.parse::<VmId>().ok()?).ok();
+        let used = |id: &VmId| pool.disk_used(id).ok();
         Ok::<_, crate::host::error::ServiceError>(ids.iter().filter_map(|id| Some((id.clone(), used(id)?))).collect())
     });
     read.await.unwrap_or_default()
 }
 
-async fn pause_growing(host: &Host, before: &HashMap<String, Bytes>, now: &HashMap<String, Bytes>, tolerated: Bytes) {
+async fn pause_growing(host: &Host, before: &HashMap<VmId, Bytes>, now: &HashMap<VmId, Bytes>, tolerated: Bytes) {
     for (id, machine) in host.vms.running() {
         let (Some(before), Some(now)) = (before.get(&id), now.get(&id)) else {
             continue;
@@ -106,7 +106,7 @@ async fn pause_growing(host: &Host, before: &HashMap<String, Bytes>, now: &HashM
         }
         match machine.pause().await {
             Ok(()) => pause::mark_paused(host, &id, &machine, pause::STORAGE_FULL).await,
-            Err(error) => tracing::warn!(vm = id, %error, "cannot pause the VM although the pool is nearly full"),
+            Err(error) => tracing::warn!(vm = %id, %error, "cannot pause the VM although the pool is nearly full"),
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::host::Host;
 use crate::vm::trim;
+use scalebox_units::VmId;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -24,7 +25,7 @@ pub async fn run(host: Host) -> Infallible {
     loop {
         tokio::time::sleep(CHECK_INTERVAL.min(interval)).await;
         let running = host.vms.running();
-        let ids: Vec<&str> = running.iter().map(|(id, _)| id.as_str()).collect();
+        let ids: Vec<&VmId> = running.iter().map(|(id, _)| id).collect();
         let due = schedule.due(&ids, interval, Instant::now());
         for (id, machine) in running.iter().filter(|(id, _)| due.contains(id)) {
             if !machine.supports_discard() {
@@ -32,7 +33,7 @@ pub async fn run(host: Host) -> Infallible {
             }
             if let Err(why) = trim::trim(&host, machine).await {
                 tracing::info!(
-                    vm = id,
+                    vm = %id,
                     %why,
                     "cannot trim the guest; retrying after the next interval"
                 );
@@ -43,23 +44,23 @@ pub async fn run(host: Host) -> Infallible {
 
 /// The time of each guest's next trim.
 #[derive(Default)]
-struct Schedule(HashMap<String, Instant>);
+struct Schedule(HashMap<VmId, Instant>);
 
 impl Schedule {
     /// Returns the guests in `running` that are due, and schedules each of them an interval later.
     /// The first trim of a guest is after a fraction of the interval derived from its id, so that
     /// guests started together are not trimmed together.
-    fn due(&mut self, running: &[&str], interval: Duration, now: Instant) -> Vec<String> {
-        self.0.retain(|id, _| running.contains(&id.as_str()));
+    fn due(&mut self, running: &[&VmId], interval: Duration, now: Instant) -> Vec<VmId> {
+        self.0.retain(|id, _| running.contains(&id));
         let mut due = Vec::new();
         for id in running {
             match self.0.get_mut(*id) {
                 None => {
-                    self.0.insert((*id).to_owned(), now + interval.mul_f64(fraction(id)));
+                    self.0.insert((*id).clone(), now + interval.mul_f64(fraction(id)));
                 }
                 Some(next) if *next <= now => {
                     *next = now + interval;
-                    due.push((*id).to_owned());
+                    due.push((*id).clone());
                 }
                 Some(_) => {}
             }
@@ -69,8 +70,9 @@ impl Schedule {
 }
 
 /// Returns a number in 0..1 from a VM's id, whose last digits are random hex.
-fn fraction(id: &str) -> f64 {
-    let digits = id.get(id.len().saturating_sub(4)..).unwrap_or_default();
+fn fraction(id: &VmId) -> f64 {
+    let digits = id.digits();
+    let digits = digits.get(digits.len().saturating_sub(4)..).unwrap_or_default();
     u16::from_str_radix(digits, 16).map_or(0.5, |bits| f64::from(bits) / 65536.0)
 }
 
@@ -80,11 +82,13 @@ mod tests {
 
     #[test]
     fn each_guest_is_trimmed_once_per_interval_and_many_guests_are_spread_over_it() {
-        let ids: Vec<String> = (0..16).map(|n| format!("vm-00000000{n:x}800")).collect();
-        let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+        let ids: Vec<VmId> = (0..16)
+            .map(|n| format!("vm-00000000{n:x}800").parse().unwrap())
+            .collect();
+        let ids: Vec<&VmId> = ids.iter().collect();
         let (interval, begun) = (Duration::from_secs(1600), Instant::now());
         let mut schedule = Schedule::default();
-        assert_eq!(schedule.due(&ids, interval, begun), Vec::<String>::new());
+        assert_eq!(schedule.due(&ids, interval, begun), Vec::<VmId>::new());
         for round in 1..=3 {
             let mut seen = Vec::new();
             for part in 1..=16 {
@@ -94,10 +98,10 @@ mod tests {
                 seen.extend(due);
             }
             seen.sort();
-            assert_eq!(seen, ids, "round {round}");
+            assert_eq!(seen.iter().collect::<Vec<_>>(), ids, "round {round}");
         }
         // A guest that was stopped and started is scheduled anew.
-        assert_eq!(schedule.due(&[], interval, begun), Vec::<String>::new());
+        assert_eq!(schedule.due(&[], interval, begun), Vec::<VmId>::new());
         assert!(schedule.0.is_empty());
     }
 }

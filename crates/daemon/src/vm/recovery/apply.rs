@@ -1,7 +1,7 @@
 //! Carries out what was decided about a VM.
 
 use crate::host::error::ServiceError;
-use crate::host::{Host, blocking, vm_id};
+use crate::host::{Host, blocking};
 use crate::state::Record;
 use crate::vm::change;
 use crate::vm::lifecycle;
@@ -10,7 +10,6 @@ use crate::vm::recovery::reboot::WAITING;
 use crate::vm::spec::disk_limits;
 use crate::vm::transition::{Transition, transition};
 use scalebox_api::VmStatus;
-use scalebox_units::Gib;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 
@@ -18,7 +17,7 @@ use std::sync::Arc;
 pub async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn Machine>>, verdict: &Verdict) {
     if *verdict == Verdict::StartAfterReboot {
         tracing::info!(
-            vm = record.id,
+            vm = %record.id,
             name = record.name,
             "VM was running when the host went down"
         );
@@ -36,10 +35,10 @@ pub async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn Machine>
         let effect = to.effect(&record);
         if (effect.status, &effect.reason) != (record.status, &record.status_reason) {
             let (from, to) = (record.status.as_str(), effect.status.as_str());
-            tracing::info!(vm = record.id, name = record.name, from, to, reason = effect.reason);
+            tracing::info!(vm = %record.id, name = record.name, from, to, reason = effect.reason);
         }
         if let Err(error) = transition(host, &record, to).await {
-            tracing::error!(vm = record.id, %error, "cannot record the VM's status; the next start does");
+            tracing::error!(vm = %record.id, %error, "cannot record the VM's status; the next start does");
         }
     }
     if let Some(machine) = machine {
@@ -69,10 +68,10 @@ pub async fn reconcile(host: &Host, record: &mut Record, machine: Option<&Arc<dy
     if let Some(machine) = machine
         && let Err(error) = machine.limit_disk(disk_limits(record.limits)).await
     {
-        tracing::warn!(vm = record.id, %error, "cannot limit the VM's disk as recorded: stop and start the VM");
+        tracing::warn!(vm = %record.id, %error, "cannot limit the VM's disk as recorded: stop and start the VM");
     }
     if may_touch_disk && let Err(error) = reconcile_disk_size(host, record, machine).await {
-        tracing::error!(vm = record.id, %error, "cannot reconcile the size of the VM's disk with its record");
+        tracing::error!(vm = %record.id, %error, "cannot reconcile the size of the VM's disk with its record");
     }
 }
 
@@ -86,22 +85,22 @@ async fn reconcile_disk_size(
     record: &mut Record,
     machine: Option<&Arc<dyn Machine>>,
 ) -> Result<(), ServiceError> {
-    let recorded = Gib::new(record.disk_size_gib);
-    let disk = vm_id(&record.id)?;
+    let recorded = record.disk_size;
+    let disk = record.id.clone();
     let provisioned = || {
         let (pool, disk) = (Arc::clone(&host.pool), disk.clone());
         blocking(move || pool.provisioned(&disk))
     };
     let mut found = provisioned().await?;
     if found < recorded.bytes() {
-        tracing::info!(vm = record.id, %found, to = recorded.as_u64(), "completing an interrupted growth of the VM's disk");
+        tracing::info!(vm = %record.id, %found, to = recorded.as_u64(), "completing an interrupted growth of the VM's disk");
         if let Err(error) = change::grow(host, record, machine, recorded).await {
-            tracing::error!(vm = record.id, %error, "cannot complete the interrupted growth of the VM's disk; rolling it back");
+            tracing::error!(vm = %record.id, %error, "cannot complete the interrupted growth of the VM's disk; rolling it back");
         }
         found = provisioned().await?;
     }
     if found.ceil_gib() != recorded {
-        record.disk_size_gib = found.ceil_gib().as_u64();
+        record.disk_size = found.ceil_gib();
         change::persist_disk_size(host, &record.id, found.ceil_gib()).await?;
     }
     Ok(())

@@ -20,14 +20,14 @@ mod reboot;
 pub use reboot::{record_host_down, start_after_reboot};
 
 use crate::host::error::ServiceError;
-use crate::host::{Host, blocking, vm_id};
+use crate::host::{Host, blocking};
 use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::spec::endpoint;
 use decide::{Found, Observed, Verdict, decide};
 use orphans::{kill_orphans, sweep_jails, vms_with_process};
 use reboot::is_another_boot;
-use scalebox_units::{Gib, VmId};
+use scalebox_units::VmId;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -43,11 +43,11 @@ pub struct Recovered {
     /// Orphaned files in the pool that were removed.
     pub files_removed: usize,
     /// VMs that were running when the host went down, for [`start_after_reboot`].
-    pub to_start: Vec<String>,
+    pub to_start: Vec<VmId>,
     /// VMs whose stop was interrupted by a crash, for [`complete_stops`].
-    pub to_stop: Vec<String>,
+    pub to_stop: Vec<VmId>,
     /// Running VMs without a network connection, for [`network_watch`](crate::watch::network).
-    pub unconnected: Vec<String>,
+    pub unconnected: Vec<VmId>,
 }
 
 /// Fills the table of VMs from the state file and removes leftovers. Call it once, before the
@@ -58,10 +58,7 @@ pub struct Recovered {
 pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&host.state);
     let records = blocking(move || state.vms()).await?;
-    let known: HashSet<VmId> = records
-        .iter()
-        .map(|record| vm_id(&record.id))
-        .collect::<Result<_, _>>()?;
+    let known: HashSet<VmId> = records.iter().map(|record| record.id.clone()).collect();
 
     // Orphaned machines first, because they may have an orphaned disk open.
     let mut recovered = Recovered {
@@ -81,7 +78,7 @@ pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
     sweep_jails(host, &with_process).await?;
     let mut attached = Vec::new();
     for record in records {
-        let disk_missing = swept.missing.iter().any(|missing| missing.as_str() == record.id);
+        let disk_missing = swept.missing.contains(&record.id);
         let (endpoint, id) = (endpoint(&record)?, record.id.clone());
         match restore(host, record, disk_missing, rebooted, &with_process).await? {
             Verdict::Run => {
@@ -114,13 +111,13 @@ async fn restore(
     mut record: Record,
     disk_missing: bool,
     rebooted: bool,
-    with_process: &HashSet<String>,
+    with_process: &HashSet<VmId>,
 ) -> Result<Verdict, ServiceError> {
     let (found, machine) = observe::find_machine(host, &record, with_process).await?;
     // An unreachable machine may have the disk open, so it is not touched.
     let may_touch_disk = !disk_missing && !matches!(found, Found::Unreachable(_));
     apply::reconcile(host, &mut record, machine.as_ref(), may_touch_disk).await;
-    host.pool.restore(Gib::new(record.disk_size_gib).bytes());
+    host.pool.restore(record.disk_size.bytes());
     let verdict = decide(&Observed {
         status: record.status,
         stopping: observe::is_stopping(&record),
@@ -134,16 +131,16 @@ async fn restore(
 }
 
 /// Completes the stops that a crash interrupted. All at once, because a guest may take a minute.
-pub fn complete_stops(host: &Host, vms: Vec<String>) {
+pub fn complete_stops(host: &Host, vms: Vec<VmId>) {
     for id in vms {
         let one = host.clone();
         host.tasks.spawn(async move {
-            let Ok(operation) = one.vms.begin_when_idle(&id, "being stopped").await else {
+            let Ok(operation) = one.vms.begin_when_idle(id.as_str(), "being stopped").await else {
                 return;
             };
             let Some(machine) = &operation.machine else { return };
             if let Err(error) = lifecycle::shut_down(&one, &operation.record, machine).await {
-                tracing::error!(vm = id, %error, "cannot complete the stop of the VM that a crash interrupted");
+                tracing::error!(vm = %id, %error, "cannot complete the stop of the VM that a crash interrupted");
             }
         });
     }

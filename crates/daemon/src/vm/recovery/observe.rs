@@ -2,12 +2,13 @@
 
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
-use crate::host::{Host, blocking, vm_id};
+use crate::host::{Host, blocking};
 use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::recovery::decide::Found;
 use crate::vm::transition::STOPPING;
 use scalebox_api::VmStatus;
+use scalebox_units::VmId;
 use scalebox_vmm::Machine;
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ pub fn is_stopping(record: &Record) -> bool {
 pub async fn find_machine(
     host: &Host,
     record: &Record,
-    with_process: &HashSet<String>,
+    with_process: &HashSet<VmId>,
 ) -> Result<(Found, Option<Arc<dyn Machine>>), ServiceError> {
     match record.status {
         VmStatus::Running | VmStatus::Paused => adopt(host, record).await,
@@ -47,7 +48,7 @@ async fn kill_leftover(host: &Host, record: &Record) -> Found {
     match lifecycle::force_stop_once(host, &record.id).await {
         Ok(_) => Found::Nothing,
         Err(error) => {
-            tracing::error!(vm = record.id, %error, "cannot kill the process that a crash left of the VM's machine");
+            tracing::error!(vm = %record.id, %error, "cannot kill the process that a crash left of the VM's machine");
             Found::Unreachable(format!(
                 "the process that a crash left of the VM's machine cannot be killed: {error}"
             ))
@@ -57,17 +58,17 @@ async fn kill_leftover(host: &Host, record: &Record) -> Found {
 
 async fn adopt(host: &Host, record: &Record) -> Result<(Found, Option<Arc<dyn Machine>>), ServiceError> {
     let run_dir = host.run_dir(&record.id);
-    let (vmm, id) = (&host.vmm, vm_id(&record.id)?);
+    let (vmm, id) = (&host.vmm, record.id.clone());
     match vmm.adopt(&id, record.vmm.as_deref(), &run_dir).await {
         Ok(Some(machine)) => Ok((Found::Adopted, Some(machine))),
         Ok(None) => {
             if let Err(error) = blocking(move || remove_dir(&run_dir)).await {
-                tracing::warn!(vm = record.id, %error, "the VM's machine has ended, but its folder cannot be removed");
+                tracing::warn!(vm = %record.id, %error, "the VM's machine has ended, but its folder cannot be removed");
             }
             Ok((Found::Nothing, None))
         }
         Err(error) => {
-            tracing::error!(vm = record.id, %error, "cannot adopt the VM's process; continuing with the other VMs");
+            tracing::error!(vm = %record.id, %error, "cannot adopt the VM's process; continuing with the other VMs");
             let why = match error {
                 scalebox_vmm::Error::Hung { .. } => {
                     "the VM's hypervisor does not respond: start or delete the VM to kill it".to_owned()

@@ -12,17 +12,17 @@ use std::io;
 
 /// Kills machines, and removes folders, of VMs that have no record.
 pub async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, ServiceError> {
-    let stray = |id: &String| !known.iter().any(|name| name.as_str() == id);
+    let stray = |id: &VmId| !known.contains(id);
     let mut ended = 0;
     let machines = host.settings.run_dir.join("vms");
     for id in blocking(move || vm_folders(&machines)).await?.into_iter().filter(stray) {
         match lifecycle::force_stop_once(host, &id).await {
             Ok(true) => {
-                tracing::info!(vm = id, "killed an orphaned machine");
+                tracing::info!(vm = %id, "killed an orphaned machine");
                 ended += 1;
             }
             Ok(false) => {}
-            Err(error) => tracing::error!(vm = id, %error, "cannot kill an orphaned machine"),
+            Err(error) => tracing::error!(vm = %id, %error, "cannot kill an orphaned machine"),
         }
     }
     let consoles = host.settings.state_dir.join("console");
@@ -35,9 +35,9 @@ pub async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, S
 
 /// Removes the jails of machines whose process is gone. After a reboot of the host there may be
 /// many.
-pub async fn sweep_jails(host: &Host, with_process: &HashSet<String>) -> Result<(), ServiceError> {
+pub async fn sweep_jails(host: &Host, with_process: &HashSet<VmId>) -> Result<(), ServiceError> {
     let jails = jails_dir(&host.settings.data_dir);
-    let running: Vec<VmId> = with_process.iter().filter_map(|id| id.parse().ok()).collect();
+    let running: Vec<VmId> = with_process.iter().cloned().collect();
     blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
 }
 
@@ -45,7 +45,7 @@ pub async fn sweep_jails(host: &Host, with_process: &HashSet<String>) -> Result<
 ///
 /// One scan serves all VMs, because a host has thousands of stopped VMs and few processes. The
 /// driver verifies whether such a process really is the VM's machine.
-pub fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
+pub fn vms_with_process() -> Result<HashSet<VmId>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list /proc: {error}"));
     let mut ids = HashSet::new();
     for entry in fs::read_dir("/proc").map_err(failed)? {
@@ -56,12 +56,8 @@ pub fn vms_with_process() -> Result<HashSet<String>, ServiceError> {
         };
         let arguments = String::from_utf8_lossy(&arguments);
         for (at, _) in arguments.match_indices("vm-") {
-            ids.extend(
-                arguments
-                    .get(at..at + VM_ID_LENGTH)
-                    .filter(|id| id.parse::<VmId>().is_ok())
-                    .map(str::to_owned),
-            );
+            let id = arguments.get(at..at + VM_ID_LENGTH);
+            ids.extend(id.and_then(|id| id.parse::<VmId>().ok()));
         }
     }
     Ok(ids)

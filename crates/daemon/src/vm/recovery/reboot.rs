@@ -5,6 +5,7 @@ use crate::host::{Host, blocking, system};
 use crate::state::{Fact, State};
 use crate::vm::lifecycle;
 use crate::vm::transition::{Transition, transition};
+use scalebox_units::VmId;
 use std::sync::Arc;
 
 /// Status reason of a VM that was running before the host's reboot and is not started yet.
@@ -14,7 +15,7 @@ pub const WAITING: &str = "waiting to be started after the host's reboot";
 ///
 /// Records the boot id when all are started. Until then the state has them as running: after a
 /// crash in between, the next start continues.
-pub async fn start_after_reboot(host: Host, vms: Vec<String>) {
+pub async fn start_after_reboot(host: Host, vms: Vec<VmId>) {
     for id in vms {
         let started = host.detached(|host| async move { start_one_after_reboot(&host, &id).await });
         if let Err(error) = started.await {
@@ -34,8 +35,8 @@ pub async fn start_after_reboot(host: Host, vms: Vec<String>) {
 }
 
 /// Starts one VM, unless it was started, deleted or told not to start in the meantime.
-async fn start_one_after_reboot(host: &Host, id: &str) -> Result<(), ServiceError> {
-    let Ok(operation) = host.vms.begin_when_idle(id, "being started").await else {
+async fn start_one_after_reboot(host: &Host, id: &VmId) -> Result<(), ServiceError> {
+    let Ok(operation) = host.vms.begin_when_idle(id.as_str(), "being started").await else {
         return Ok(());
     };
     let record = &operation.record;
@@ -48,7 +49,7 @@ async fn start_one_after_reboot(host: &Host, id: &str) -> Result<(), ServiceErro
     let Err(error) = lifecycle::boot(host, record).await else {
         return Ok(());
     };
-    tracing::error!(vm = id, %error, "cannot start the VM after the host's reboot");
+    tracing::error!(vm = %id, %error, "cannot start the VM after the host's reboot");
     let reason = format!("the VM could not be started after the host's reboot: {error}");
     let failed = Transition::Failed { reason, machine: None };
     transition(host, record, failed).await
