@@ -19,8 +19,8 @@ const ENABLED_UNITS: [&str; 5] = [
     "ssh.service",
 ];
 
-/// Files that the build or its packages leave, and that are useless in a guest. Those of one machine
-/// only are in [`scrub`].
+/// Files that the build or its packages leave, and that are useless in a guest. Those of one
+/// machine only are in [`scrub`].
 const REMOVED_PATHS: [&str; 10] = [
     // mmdebstrap's own; ours is next to it.
     "etc/dpkg/dpkg.cfg.d/99mmdebstrap",

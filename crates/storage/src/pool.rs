@@ -77,8 +77,8 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Creates the handle, with an empty ledger, on the folder `root`, open as `dir`. `place` is the
-    /// pool's backing and the device it is mounted from.
+    /// Creates the handle, with an empty ledger, on the folder `root`, open as `dir`. `place` is
+    /// the pool's backing and the device it is mounted from.
     pub(crate) fn new(
         root: &Path,
         dir: File,

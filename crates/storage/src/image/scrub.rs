@@ -62,7 +62,8 @@ const REGULAR: u32 = 0o100_000;
 const KIND: u32 = 0o170_000;
 
 /// Removes the contents of `scrub` from the ext4 image `path`, open as `image`. Its journal was
-/// replayed, and nobody else uses it. Afterwards its file system is sound, and its unused space is zeroed.
+/// replayed, and nobody else uses it. Afterwards its file system is sound, and its unused space is
+/// zeroed.
 ///
 /// # Errors
 /// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image
