@@ -24,7 +24,7 @@ status_of() { field "$1" status; }
 # create NAME ARGUMENTS...: creates a VM and waits for SSH; new_vm does not wait.
 create() {
 	new_vm "$@"
-	scalebox vm wait "$1" --timeout 240 >/dev/null
+	scalebox vm wait "$1" --timeout 600 >/dev/null
 }
 new_vm() {
 	local name=$1
@@ -39,13 +39,13 @@ new_vm() {
 
 # back NAME: waits until the daemon has started a VM again and its guest answers SSH.
 back() {
-	eventually 240 is_running "$1"
-	scalebox vm wait "$1" --timeout 240 >/dev/null
+	eventually 600 is_running "$1"
+	scalebox vm wait "$1" --timeout 600 >/dev/null
 }
 is_running() { [[ $(status_of "$1" 2>/dev/null) == running ]]; }
 
 # host_key NAME FILE: writes a guest's SSH host key into a file.
-host_key() { eventually 240 shows_key "$@"; }
+host_key() { eventually 600 shows_key "$@"; }
 shows_key() {
 	ssh-keyscan -T 20 -p "$(port_of "$1")" 127.0.0.1 2>/dev/null | cut -d' ' -f2- >"$2"
 	[[ -s $2 ]]
