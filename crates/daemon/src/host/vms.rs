@@ -462,6 +462,7 @@ mod tests {
             limits: crate::state::VmLimits::default(),
             autostart: true,
             vmm: None,
+            kernel: None,
             guest_ip: claim.lease.guest_ip,
             ssh_port: claim.lease.ssh_port,
             status: VmStatus::Stopped,
