@@ -41,6 +41,8 @@ pub async fn remove_unused(host: &Host) {
     match removed.await {
         Ok(removed) => {
             for kernel in removed {
+                // For files that could not be removed.
+                host.cleanups.sweep_soon();
                 tracing::info!(kernel = kernel.as_str(), "removed a kernel that nothing uses");
             }
         }

@@ -152,7 +152,7 @@ pub const POOLS: &[Operation] = &[
     Operation {
         name: "template build",
         prepare: Scene::prepare_build,
-        perform: Scene::build,
+        perform: |scene| scene.build(MADE),
         reached: |scene| {
             let templates = scene.host.client().templates().unwrap();
             templates
@@ -183,6 +183,20 @@ pub const POOLS: &[Operation] = &[
             scene.delete().unwrap();
         },
         perform: |scene| done(scene.host.client().delete_template("made")),
+        reached: |scene| !scene.templates().contains(MADE),
+        ends: true,
+        ..OPERATION
+    },
+    Operation {
+        name: "template delete, the last with its kernel",
+        prepare: |scene| {
+            // The kernel of `first` is newer.
+            for name in [MADE, "first"] {
+                scene.prepare_build();
+                scene.build(name).unwrap();
+            }
+        },
+        perform: |scene| done(scene.host.client().delete_template(MADE)),
         reached: |scene| !scene.templates().contains(MADE),
         ends: true,
         ..OPERATION
@@ -375,13 +389,16 @@ impl Scene {
         record["image"].as_str().unwrap_or_default().to_owned()
     }
 
-    /// Returns the kernels that a template names, and the newest, which stays.
+    /// Returns the kernels that a template names; the newest, which stays; and the one before it,
+    /// which stays until the next deletion or start.
     fn kernels(&self) -> BTreeSet<String> {
         let templates = self.host.client().templates().unwrap();
         let folder = self.host.folder.join("pool/kernels");
         let modified = |name: &String| fs::metadata(folder.join(name)).unwrap().modified().unwrap();
-        let complete = names_in(&folder).into_iter().filter(|name| !name.starts_with('.'));
-        let newest = complete.max_by_key(modified);
+        let mut complete = names_in(&folder);
+        complete.retain(|name| !name.starts_with('.'));
+        complete.sort_by_key(modified);
+        let newest = complete.into_iter().rev().take(2);
         templates
             .into_iter()
             .filter_map(|template| template.kernel)
@@ -504,9 +521,9 @@ impl Scene {
     }
 
     /// Runs as a separate command, which fault points end like the daemon.
-    fn build(&self) -> Result<(), String> {
+    fn build(&self, name: &str) -> Result<(), String> {
         let cache = self.host.folder.join("cache");
-        self.command(&["template", "build", MADE, "--replace", "--cache", text(&cache)])
+        self.command(&["template", "build", name, "--replace", "--cache", text(&cache)])
     }
 
     fn made(&self) -> Option<Vm> {
