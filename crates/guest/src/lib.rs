@@ -12,14 +12,14 @@
 //! | file | content |
 //! |---|---|
 //! | `recipe` | [`Recipe`]: the inputs of a template, and their fingerprint |
-//! | `template` | [`build`]: from a recipe to root file system, kernel and initramfs |
+//! | `template` | [`build`]: from a recipe to root file system, kernel, initramfs and modules drive |
 //! | `mirrors` | chooses the package archive |
 //! | `bootstrap` | installs the packages into a directory, with mmdebstrap |
 //! | `customize`, `embedded` | turns the installation into a guest: own files, account, units |
 //! | `scrub` | [`scrub`]: what a disk contains of one machine only |
 //! | `kernel`, `lz4` | the kernel package: image and modules |
 //! | `initramfs`, `cpio` | the initramfs, which loads virtio drivers and mounts the root |
-//! | `mke2fs` | writes the ext4 image, in user space |
+//! | `mke2fs` | writes the ext4 images, in user space |
 //! | `scratch`, `cache` | the working directory of a build, and finished builds |
 //! | `progress` | progress reports of a build |
 //! | `cmdline` | [`kernel_cmdline`]: the kernel parameters of a guest |
@@ -72,7 +72,7 @@ mod seed;
 mod template;
 
 pub use agent::{Agent, AgentError, FsUsage};
-pub use cmdline::kernel_cmdline;
+pub use cmdline::{kernel_cmdline, with_modules_drive};
 pub use command::{CommandError, Program, require_programs};
 pub use error::Error;
 pub use progress::{Progress, Step};

@@ -4,7 +4,8 @@ use crate::command::{Program, run};
 use crate::error::Error;
 use crate::progress::{self, Progress};
 use scalebox_units::Bytes;
-use std::fs::File;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// The ext4 features, listed explicitly, so that a template does not depend on the host's
@@ -77,4 +78,107 @@ pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn P
     file.sync_all().map_err(Error::io("flush", image))?;
     progress.fraction(1.0);
     Ok(())
+}
+
+/// The features of the modules drive, which is never written: no journal, nothing for growth.
+const MODULES_FEATURES: &str = "none,filetype,extent,dir_index,sparse_super,large_file,huge_file";
+
+/// The size of a block of the modules drive.
+const BLOCK: u64 = 4096;
+
+/// Writes the tree below `modules` to the new file `image`, as an ext4 file system that just holds
+/// it. Checks the result.
+pub(crate) fn write_modules(modules: &Path, image: &Path) -> Result<(), Error> {
+    let tree = measure(modules)?;
+    // Beside the files: inodes of 256 bytes, and a few bitmaps and indexes.
+    let size = tree.bytes + tree.bytes / 20 + tree.entries * 256 + (4 << 20);
+    let file = File::create_new(image).map_err(Error::io("create", image))?;
+    file.set_len(size.next_multiple_of(1 << 20))
+        .map_err(Error::io("set the size of", image))?;
+    let (root, path) = (modules.to_string_lossy(), image.to_string_lossy());
+    let inodes = (tree.entries + 64).to_string();
+    run(
+        Program::Mke2fs,
+        [
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-b",
+            "4096",
+            "-I",
+            "256",
+            "-N",
+            &inodes,
+            "-m",
+            "0",
+            "-L",
+            "scalebox-mod",
+            "-O",
+            MODULES_FEATURES,
+            "-d",
+            &root,
+            &path,
+        ],
+    )?;
+    run(Program::E2fsck, ["-f", "-n", &path])?;
+    file.sync_all().map_err(Error::io("flush", image))
+}
+
+/// The contents of a folder.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Tree {
+    /// The size of the files, each in whole blocks.
+    bytes: u64,
+    /// The number of files and folders.
+    entries: u64,
+}
+
+fn measure(dir: &Path) -> Result<Tree, Error> {
+    let mut tree = Tree::default();
+    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let path = entry.map_err(Error::io("read", dir))?.path();
+        let meta = path.symlink_metadata().map_err(Error::io("read", &path))?;
+        tree.entries += 1;
+        tree.bytes += meta.size().next_multiple_of(BLOCK);
+        if meta.is_dir() {
+            let below = measure(&path)?;
+            tree.entries += below.entries;
+            tree.bytes += below.bytes;
+        }
+    }
+    Ok(tree)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn the_modules_drive_holds_the_whole_tree() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (modules, image) = (scratch.path().join("modules"), scratch.path().join("modules.img"));
+        fs::create_dir_all(modules.join("kernel/net")).unwrap();
+        fs::write(modules.join("modules.dep"), "kernel/net/a.ko:\n").unwrap();
+        for number in 0..500 {
+            fs::write(
+                modules.join(format!("kernel/net/{number}.ko")),
+                vec![number as u8; 9000],
+            )
+            .unwrap();
+        }
+        write_modules(&modules, &image).unwrap();
+        let read = |path: &str| {
+            let image = image.to_str().unwrap();
+            let output = Command::new("debugfs")
+                .args(["-R", &format!("cat {path}"), image])
+                .output();
+            output.unwrap().stdout
+        };
+        assert_eq!(read("/modules.dep"), b"kernel/net/a.ko:\n");
+        assert_eq!(read("/kernel/net/499.ko"), vec![499_u32 as u8; 9000]);
+        let size = image.metadata().unwrap().len();
+        assert!(size < 12 << 20, "{size}");
+    }
 }

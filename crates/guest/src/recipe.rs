@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 /// Incremented when a code change affects the result of a build. Cached templates of older code are
 /// then built again.
-const GENERATION: u32 = 3;
+const GENERATION: u32 = 4;
 
 /// The inputs of the template `debian-base`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Builds a template, from a recipe to the three files that a VM boots from.
+//! Builds a template, from a recipe to the files that a VM boots from.
 
 use crate::bootstrap::{Bootstrapped, bootstrap};
 use crate::cache::CacheEntry;
@@ -27,6 +27,9 @@ pub struct Artifacts {
     pub kernel: PathBuf,
     /// The initramfs, for `-initrd`.
     pub initrd: PathBuf,
+    /// The modules drive: an ext4 file system with the kernel's modules, as below
+    /// `/lib/modules/VERSION`.
+    pub modules: PathBuf,
     /// Keeps the files if there is no cache.
     _scratch: Option<Scratch>,
 }
@@ -81,6 +84,7 @@ impl Artifacts {
             rootfs: dir.join(ROOTFS),
             kernel: dir.join(KERNEL),
             initrd: dir.join(INITRD),
+            modules: dir.join(MODULES),
             _scratch: None,
         }
     }
@@ -89,8 +93,9 @@ impl Artifacts {
 const ROOTFS: &str = "rootfs.ext4";
 const KERNEL: &str = "vmlinux";
 const INITRD: &str = "initrd.img";
+const MODULES: &str = "modules.img";
 
-/// Creates the three files in `out`, using `scratch` for intermediate files.
+/// Creates the files in `out`, using `scratch` for intermediate files.
 fn build_files(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn Progress) -> Result<(), Error> {
     require_programs()?;
     let Bootstrapped { root, kernel } = bootstrap(recipe, scratch, progress)?;
@@ -102,6 +107,7 @@ fn build_files(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn P
 
     progress.step(progress::CUSTOMIZE);
     customize::customize(&root, &kernel, &package.version)?;
+    mke2fs::write_modules(&customize::modules_dir(&root, &package.version), &out.join(MODULES))?;
 
     mke2fs::write(&root, &out.join(ROOTFS), recipe.size, progress)
 }

@@ -196,9 +196,19 @@ fn check_boot_files(made: &Artifacts) {
         .output()
         .unwrap();
     let list = String::from_utf8(list.stdout).unwrap();
+    let modules = Command::new("debugfs")
+        .args(["-R", "ls -p /", made.modules.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let modules = String::from_utf8_lossy(&modules.stdout).into_owned();
+    assert!(
+        modules.contains("/modules.dep.bin/") && modules.contains("/kernel/"),
+        "{modules}"
+    );
     for file in [
         "init",
         "bin/busybox",
+        "bin/mkdir",
         "modules/order",
         "modules/virtio_blk.ko",
         "modules/vmw_vsock_virtio_transport.ko",

@@ -74,6 +74,16 @@ pub enum StorageError {
         /// The damage.
         reason: String,
     },
+    /// The record of a template is unreadable.
+    #[error("the record of template {template}, {}, is damaged: {reason}. Delete the template and import it again", path.display())]
+    DamagedRecord {
+        /// The template.
+        template: String,
+        /// The record.
+        path: PathBuf,
+        /// The damage.
+        reason: String,
+    },
     /// The requested disk is smaller than its template.
     #[error("disk_size_gib must be at least {template_size}: the template {template} has {template_size} GiB")]
     SmallerThanTemplate {

@@ -3,14 +3,17 @@
 
 use crate::admission::Reservation;
 use crate::error::StorageError;
+use crate::image::digest::digest;
 use crate::image::format;
 use crate::image::pack::{self, UnpackError};
-use crate::local::files::{self, Folder, PARTIAL};
+use crate::local::files::{self, PARTIAL};
 use crate::pool::Pool;
+use crate::publish::NewTemplate;
+use crate::record::TemplateSource;
 use crate::template::Template;
 use rustix::fs::OFlags;
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::{Bytes, TemplateName};
+use scalebox_units::{Bytes, KernelId, TemplateName};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -22,6 +25,8 @@ const RESERVATION_STEP: Bytes = Bytes::from_mib(256);
 /// An unfinished import. Dropping it removes its file.
 struct PendingImport {
     name: TemplateName,
+    source: TemplateSource,
+    kernel: Option<KernelId>,
     replace: bool,
     partial: PathBuf,
     file: File,
@@ -66,7 +71,7 @@ impl Pool {
     /// file, bare or compressed with zstd, or an unused block device; it is only read. The copy's
     /// journal is replayed and the copy is checked; it appears under its name when it is complete
     /// and durable. With `replace`, it replaces a template of that name; disks made from the old
-    /// template are not affected.
+    /// template are not affected. Its VMs boot the newest kernel of the pool.
     ///
     /// # Errors
     /// [`StorageError::NotATemplate`] with the reason, [`StorageError::TemplateExists`],
@@ -101,14 +106,35 @@ impl Pool {
         if file.metadata().map_err(failed)?.len() > max.as_u64() {
             return Err(StorageError::not_a_template(&what, too_large(max)));
         }
-        let mut pending = self.begin_import(name, replace)?;
-        let data = files::allocated_of(&file).map_err(|errno| failed(errno.into()))?;
+        let pending = self.begin_import(name, replace)?;
+        self.copy_image(pending, &what, &file)
+    }
+
+    /// Imports the bare ext4 image that was built together with a kernel, which the template's VMs
+    /// boot. Replaces a template of that name.
+    ///
+    /// # Errors
+    /// As for [`Pool::import_template`].
+    pub fn import_built(&self, name: &TemplateName, image: &Path, kernel: &KernelId) -> Result<Template, StorageError> {
+        let what = image.display().to_string();
+        self.images.require_template(&what, image)?;
+        let file = File::open(image).map_err(|error| StorageError::io("read", &what, error))?;
+        let mut pending = self.begin_import(name, true)?;
+        pending.source = TemplateSource::Build;
+        pending.kernel = Some(kernel.clone());
+        self.copy_image(pending, &what, &file)
+    }
+
+    /// Copies a bare image, and makes a template of the copy.
+    fn copy_image(&self, mut pending: PendingImport, what: &str, file: &File) -> Result<Template, StorageError> {
+        let failed = |error| StorageError::io("read", what, error);
+        let data = files::allocated_of(file).map_err(|errno| failed(errno.into()))?;
         pending.room.push(self.admit(data)?);
         // From within the pool a reflink suffices; otherwise the data is copied.
-        if files::reflink(&file, &pending.file).is_err() {
-            files::copy_sparse(&file, &pending.file).map_err(|error| StorageError::io("copy", &what, error))?;
+        if files::reflink(file, &pending.file).is_err() {
+            files::copy_sparse(file, &pending.file).map_err(|error| StorageError::io("copy", what, error))?;
         }
-        self.finish_import(pending, &what)
+        self.finish_import(pending, what)
     }
 
     /// Imports a whole block device that is not mounted.
@@ -195,16 +221,19 @@ impl Pool {
     /// Reserves the name of a template to import.
     fn begin_import(&self, name: &TemplateName, replace: bool) -> Result<PendingImport, StorageError> {
         self.require_mounted()?;
-        if !replace && self.template_path(name).exists() {
-            return Err(StorageError::TemplateExists(name.to_string()));
+        if !replace {
+            self.require_unused(name)?;
         }
         let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
         let file = self.claim(&partial).map_err(|error| match error {
             StorageError::Busy(_) => StorageError::TemplateBeingMade(name.to_string()),
             other => other,
         })?;
-        let pending = PendingImport {
+        // From here on, an error removes the file.
+        let mut pending = PendingImport {
             name: name.clone(),
+            source: TemplateSource::Import,
+            kernel: None,
             replace,
             partial,
             file,
@@ -212,6 +241,7 @@ impl Pool {
             room: Vec::new(),
         };
         fault_point("import: file made").map_err(StorageError::step)?;
+        pending.kernel = self.newest_kernel()?;
         Ok(pending)
     }
 
@@ -232,29 +262,20 @@ impl Pool {
             .sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
         fault_point("import: flushed").map_err(StorageError::step)?;
-        let template = Template::of_file(name, &pending.file)?;
-        let (folder, target) = (Folder::open(&self.templates_dir())?, self.template_path(name));
-        let in_place = || fault_point("import: template in place");
-        let published = if pending.replace {
-            folder.replace(partial, &target, in_place)
-        } else {
-            folder.publish(partial, &target, in_place)
-        };
-        published.map_err(|error| exists(error, name))?;
+        let digest = digest(&pending.file).map_err(|error| StorageError::io("read", partial.display(), error))?;
+        let template = self.publish_template(NewTemplate {
+            name,
+            file: &pending.file,
+            path: partial,
+            source: pending.source.clone(),
+            kernel: pending.kernel.clone(),
+            digest: Some(digest),
+            replace: pending.replace,
+        })?;
         pending.finished = true;
         crash_point("import: template durable");
         self.prune_grown(&pending.name, Some(template.inode));
         Ok(template)
-    }
-}
-
-/// Turns the error for a name in use into [`StorageError::TemplateExists`].
-pub(crate) fn exists(error: StorageError, name: &TemplateName) -> StorageError {
-    match error {
-        StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
-            StorageError::TemplateExists(name.to_string())
-        }
-        other => other,
     }
 }
 

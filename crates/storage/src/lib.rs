@@ -21,6 +21,9 @@
 //! | `disk` | cloning, growing, deleting and sweeping disks |
 //! | `delete` | deleting a disk and returning its blocks to the pool and the host disk |
 //! | `template` | listing and deleting templates; resized base images |
+//! | `record`, `publish` | the records of templates; how a template comes into being |
+//! | `kernels` | the guests' kernels, by digest |
+//! | `upgrade` | upgrading pools of earlier releases |
 //! | `import` | template import and export |
 //! | `snapshot` | turning a disk into a template |
 //! | `command` | running outside programs |
@@ -76,14 +79,18 @@ mod disk;
 mod error;
 mod image;
 mod import;
+mod kernels;
 mod local;
 mod measurement;
 mod pool;
+mod publish;
+mod record;
 #[cfg(feature = "simulated")]
 mod simulated;
 mod snapshot;
 mod space;
 mod template;
+mod upgrade;
 mod usage;
 
 pub use admission::{Admission, Bounds, Promises, Reservation};
@@ -93,6 +100,7 @@ pub use disk::SweepResult;
 pub use error::StorageError;
 pub use image::scrub::{EditedFile, Scrub};
 pub use import::TemplateExport;
+pub use kernels::{Kernel, KernelFiles};
 pub use local::backing::{ActualBacking, Backing};
 pub use local::files::try_lock_exclusive;
 pub use local::fstab::{FstabError, registered_source};
@@ -105,6 +113,7 @@ pub use local::sizing::{
     RequestedSizeError, TooLittleSpace, pool_size,
 };
 pub use pool::{Pool, jails_dir};
+pub use record::TemplateSource;
 pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;

@@ -6,24 +6,21 @@ use crate::image::images::Images;
 use crate::local::backing::{self, ActualBacking, Backing};
 use crate::local::files;
 use crate::local::group_sync::GroupSync;
+use crate::local::init;
 use crate::local::pool_fs::PoolFs;
 use crate::local::space;
 use crate::measurement::Measurements;
 use crate::space::Space;
 use scalebox_units::{Bytes, Gib, VmId};
 use std::collections::HashMap;
-use std::fs::{DirBuilder, File, Permissions};
+use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 /// The file in the pool's root that names the pool's owner.
 const OWNER: &str = "owner";
-
-/// The mode of kernel and initramfs. They come from the distribution and are not secret; hypervisor
-/// jails hard-link them, and the jail's account must be able to read them.
-const KERNEL_MODE: u32 = 0o644;
 
 /// Returns the folder for hypervisor jails in the pool at `data_dir`. Jails are in the pool so that
 /// disks can be hard-linked into them. The folder may not exist.
@@ -193,11 +190,6 @@ impl Pool {
         Some(std::fs::read_to_string(attribute).ok()?.trim() == "1")
     }
 
-    /// Returns the folder of the guests' kernel and initramfs.
-    pub fn kernel_dir(&self) -> PathBuf {
-        self.root.join("kernel")
-    }
-
     /// Returns the folder in which a template is built before its import, and creates it if
     /// necessary. Its contents are removed after each build.
     ///
@@ -298,62 +290,14 @@ impl Pool {
         self.admission.limit(capacity)
     }
 
-    /// Installs kernel and initramfs in place of the previous ones. Running VMs keep theirs.
-    ///
-    /// # Errors
-    /// [`StorageError::Io`]. After a crash between the two files, run it again.
-    pub fn install_kernel(&self, vmlinuz: &Path, initrd: &Path) -> Result<(), StorageError> {
-        let dir = self.kernel_dir();
-        for (from, name) in [(initrd, "initrd.img"), (vmlinuz, "vmlinuz")] {
-            self.install_file(from, &dir.join(name))?;
-        }
-        files::sync_dir(&dir)
-    }
-
-    /// Makes kernel and initramfs readable for every account of the host. A hypervisor's account
-    /// then reads this file instead of a copy of its own. Earlier releases installed them with mode
-    /// 0600; [`install_kernel`](Pool::install_kernel) now sets this mode itself.
-    ///
-    /// # Errors
-    /// [`StorageError::Io`].
-    pub fn make_kernel_readable(&self) -> Result<(), StorageError> {
-        for name in ["initrd.img", "vmlinuz"] {
-            let file = self.kernel_dir().join(name);
-            match std::fs::set_permissions(&file, Permissions::from_mode(KERNEL_MODE)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(StorageError::io("set the mode of", file.display(), error));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn install_file(&self, from: &Path, to: &Path) -> Result<(), StorageError> {
-        let partial = to.with_extension("partial");
-        files::discard(&partial);
-        let source = files::open_read(from).map_err(|error| StorageError::io("read", from.display(), error))?;
-        let target = files::create_new(&partial)?;
-        let copied = files::copy_sparse(&source, &target)
-            .and_then(|()| target.set_permissions(Permissions::from_mode(KERNEL_MODE)))
-            .and_then(|()| target.sync_all())
-            .and_then(|()| std::fs::rename(&partial, to));
-        copied.map_err(|error| {
-            files::discard(&partial);
-            StorageError::io("install", to.display(), error)
-        })
-    }
-
     pub(crate) fn disk_path(&self, id: &VmId) -> PathBuf {
         self.disks_dir().join(format!("{id}.ext4"))
     }
 
     fn require_folders(&self) -> Result<(), StorageError> {
-        for folder in [self.templates_dir(), self.disks_dir(), self.kernel_dir()] {
-            if !folder.is_dir() {
-                return Err(StorageError::NotMounted(self.root.clone()));
-            }
+        match init::is_pool(&self.root) {
+            true => Ok(()),
+            false => Err(StorageError::NotMounted(self.root.clone())),
         }
-        Ok(())
     }
 }

@@ -24,7 +24,7 @@ impl Pool {
         let place = (ActualBacking::Existing, "/dev/null".into());
         let mut pool = Pool::new(dir, folder, PoolFs::Simulated(space), place, bounds);
         pool.images = Images::Opaque;
-        for folder in [pool.templates_dir(), pool.disks_dir(), pool.kernel_dir()] {
+        for folder in [pool.templates_dir(), pool.disks_dir(), pool.kernels_dir()] {
             fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
         }
         Ok(pool)

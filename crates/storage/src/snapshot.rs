@@ -8,13 +8,14 @@ use crate::admission::Reservation;
 use crate::command::CommandError;
 use crate::error::StorageError;
 use crate::image::scrub::Scrub;
-use crate::import;
 use crate::local::files::allocated_of;
-use crate::local::files::{self, Folder, PARTIAL};
+use crate::local::files::{self, PARTIAL};
 use crate::pool::Pool;
+use crate::publish::NewTemplate;
+use crate::record::TemplateSource;
 use crate::template::Template;
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::{Bytes, TemplateName, VmId};
+use scalebox_units::{Bytes, KernelId, TemplateName, VmId};
 use std::fs::File;
 use std::path::PathBuf;
 
@@ -27,6 +28,9 @@ const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
 #[must_use = "dropping an unfinished snapshot removes it"]
 pub struct PendingSnapshot {
     name: TemplateName,
+    /// The VM whose disk was cloned.
+    source: Option<VmId>,
+    kernel: Option<KernelId>,
     partial: PathBuf,
     file: File,
     finished: bool,
@@ -41,6 +45,13 @@ impl Drop for PendingSnapshot {
     }
 }
 
+impl PendingSnapshot {
+    /// Records the kernel that VMs of the template boot: that of the VM whose disk it is.
+    pub fn set_kernel(&mut self, kernel: Option<KernelId>) {
+        self.kernel = kernel;
+    }
+}
+
 impl Pool {
     /// Reserves the name of a new template, and the space for making it.
     ///
@@ -48,11 +59,7 @@ impl Pool {
     /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`],
     /// [`StorageError::Insufficient`].
     pub fn begin_snapshot(&self, name: &TemplateName) -> Result<PendingSnapshot, StorageError> {
-        match self.template(name) {
-            Ok(_) => return Err(StorageError::TemplateExists(name.to_string())),
-            Err(StorageError::NoTemplate(_)) => {}
-            Err(error) => return Err(error),
-        }
+        self.require_unused(name)?;
         let room = self.admit(MAX_SCRUB_WRITES)?;
         let partial = self.templates_dir().join(format!(".{name}{PARTIAL}"));
         let file = self.claim(&partial).map_err(|error| match error {
@@ -61,6 +68,8 @@ impl Pool {
         })?;
         let snapshot = PendingSnapshot {
             name: name.clone(),
+            source: None,
+            kernel: None,
             partial,
             file,
             finished: false,
@@ -103,6 +112,7 @@ impl Pool {
         files::open_read(&path)
             .and_then(|disk| self.file_system.clone_file(&disk, &snapshot.file))
             .map_err(|error| StorageError::io("clone", path.display(), error))?;
+        snapshot.source = Some(id.clone());
         fault_point("snapshot: disk cloned").map_err(StorageError::step)?;
         if self.backs_every_byte() {
             let shared = allocated_of(&snapshot.file)
@@ -130,11 +140,18 @@ impl Pool {
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
         fault_point("snapshot: flushed").map_err(StorageError::step)?;
 
-        let template = Template::of_file(&snapshot.name, file)?;
-        let (folder, target) = (Folder::open(&self.templates_dir())?, self.template_path(&snapshot.name));
-        folder
-            .publish(partial, &target, || fault_point("snapshot: template in place"))
-            .map_err(|error| import::exists(error, &snapshot.name))?;
+        let Some(source) = snapshot.source.clone() else {
+            return Err(StorageError::UnfitDisk("it was not cloned".to_owned()));
+        };
+        let template = self.publish_template(NewTemplate {
+            name: &snapshot.name,
+            file,
+            path: partial,
+            source: TemplateSource::Snapshot(source),
+            kernel: snapshot.kernel.clone(),
+            digest: None,
+            replace: false,
+        })?;
         snapshot.finished = true;
         crash_point("snapshot: template durable");
         Ok(template)

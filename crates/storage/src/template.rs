@@ -1,17 +1,18 @@
 //! Templates: read-only root disks, and their resized base images.
 //!
-//! A template is `templates/NAME.ext4`, a bare ext4 file system that was unmounted cleanly and
-//! checked. Growing a file system takes tens of milliseconds, so it is done once per (template,
-//! size): the result, a resized base image, is kept in `templates/.grown/`, and disks are cloned
-//! from it. Its file name contains the template's inode number, so a base image of a replaced
-//! template is never used.
+//! A template is a record, `templates/NAME.json`, and the image that it names: `NAME.ext4`, a bare
+//! ext4 file system that was unmounted cleanly and checked. Growing a file system takes tens of
+//! milliseconds, so it is done once per (template, size): the result, a resized base image, is kept
+//! in `templates/.grown/`, and disks are cloned from it. Its file name contains the template's inode
+//! number, so a base image of a replaced template is never used.
 
 use crate::error::StorageError;
 use crate::local::files::{self, Folder, PARTIAL};
 use crate::pool::Pool;
+use crate::record::{self, IMAGE, Record, TemplateSource};
 use rustix::fs::{FlockOperation, flock};
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::{Bytes, Gib, TemplateName};
+use scalebox_units::{Bytes, Gib, KernelId, TemplateName};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -31,51 +32,52 @@ pub struct Template {
     pub used: Bytes,
     /// When it was created.
     pub created_at: SystemTime,
+    /// Its origin; `None` for a template of a release that recorded none.
+    pub source: Option<TemplateSource>,
+    /// The kernel that its VMs boot; `None` if it was imported into a pool without a kernel.
+    pub kernel: Option<KernelId>,
+    /// The digest of its image: `blocks-sha256:` and 64 hex digits. `None` for a snapshot, because
+    /// reading all of a disk would take much longer than cloning it.
+    pub digest: Option<String>,
     pub(crate) inode: u64,
 }
 
 impl Template {
-    fn of(name: &TemplateName, meta: &fs::Metadata) -> Template {
+    pub(crate) fn of(name: &TemplateName, record: &Record, image: &fs::Metadata) -> Template {
         Template {
             name: name.clone(),
-            size: Bytes::new(meta.len()),
-            used: Bytes::from_blocks(meta.blocks(), 512),
-            created_at: meta
-                .created()
-                .or_else(|_| meta.modified())
-                .unwrap_or(SystemTime::UNIX_EPOCH),
-            inode: meta.ino(),
+            size: Bytes::new(image.len()),
+            used: Bytes::from_blocks(image.blocks(), 512),
+            created_at: record.created_at.into(),
+            source: record.source(),
+            kernel: record.kernel.clone(),
+            digest: record.digest.clone(),
+            inode: image.ino(),
         }
-    }
-
-    pub(crate) fn of_file(name: &TemplateName, file: &File) -> Result<Template, StorageError> {
-        let meta = file.metadata().map_err(|error| StorageError::io("read", name, error))?;
-        Ok(Template::of(name, &meta))
     }
 }
 
-const SUFFIX: &str = ".ext4";
 /// How often an unfinished file is created again after a concurrent sweep removed it.
 const MAX_CLAIM_ATTEMPTS: u32 = 16;
+/// How often a template is opened again after it was replaced concurrently.
+const MAX_OPEN_ATTEMPTS: u32 = 16;
 
 impl Pool {
-    /// Lists all templates, sorted by name.
+    /// Lists all templates, sorted by name. One whose record is damaged is logged and left out.
     ///
     /// # Errors
     /// [`StorageError::Io`].
     pub fn templates(&self) -> Result<Vec<Template>, StorageError> {
         self.require_mounted()?;
         let mut templates = Vec::new();
-        for file in list(&self.templates_dir())? {
-            let name = file
-                .file_name()
-                .and_then(OsStr::to_str)
-                .and_then(|file| file.strip_suffix(SUFFIX));
-            let Some(Ok(name)) = name.map(str::parse) else { continue };
+        for name in self.recorded_templates()? {
             match self.template(&name) {
                 Ok(template) => templates.push(template),
                 // Deleted between the listing and now.
                 Err(StorageError::NoTemplate(_)) => {}
+                Err(error @ StorageError::DamagedRecord { .. }) => {
+                    tracing::error!(template = %name, %error, "cannot list a template");
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -83,21 +85,36 @@ impl Pool {
         Ok(templates)
     }
 
+    /// Lists the names that have a record, damaged or not.
+    pub(crate) fn recorded_templates(&self) -> Result<Vec<TemplateName>, StorageError> {
+        let name = |path: PathBuf| record::record_owner(path.file_name()?.to_str()?);
+        Ok(list(&self.templates_dir())?.into_iter().filter_map(name).collect())
+    }
+
     /// Returns the template `name`.
     ///
     /// # Errors
-    /// [`StorageError::NoTemplate`].
+    /// [`StorageError::NoTemplate`], [`StorageError::DamagedRecord`].
     pub fn template(&self, name: &TemplateName) -> Result<Template, StorageError> {
-        let path = self.template_path(name);
-        match fs::symlink_metadata(&path) {
-            Ok(meta) if meta.is_file() => Ok(Template::of(name, &meta)),
-            Ok(_) => Err(StorageError::NoTemplate(name.to_string())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // In an unmounted pool every template is missing; report that instead.
-                self.require_mounted()?;
-                Err(StorageError::NoTemplate(name.to_string()))
+        let (record, meta) = self.open_recorded(name, |path| {
+            let meta = fs::symlink_metadata(path)?;
+            match meta.is_file() {
+                true => Ok(meta),
+                false => Err(io::ErrorKind::NotFound.into()),
             }
-            Err(error) => Err(StorageError::io("read", path.display(), error)),
+        })?;
+        Ok(Template::of(name, &record, &meta))
+    }
+
+    /// Fails if a template has this name.
+    ///
+    /// # Errors
+    /// [`StorageError::TemplateExists`].
+    pub(crate) fn require_unused(&self, name: &TemplateName) -> Result<(), StorageError> {
+        match self.template(name) {
+            Ok(_) | Err(StorageError::DamagedRecord { .. }) => Err(StorageError::TemplateExists(name.to_string())),
+            Err(StorageError::NoTemplate(_)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
@@ -107,13 +124,21 @@ impl Pool {
     /// # Errors
     /// [`StorageError::NoTemplate`].
     pub fn delete_template(&self, name: &TemplateName) -> Result<(), StorageError> {
-        // Fails for anything that is not a template.
-        let inode = self.template(name)?.inode;
-        let (dir, path) = (self.templates_dir(), self.template_path(name));
+        let image = match self.record(name) {
+            Ok(Some(record)) => Some(self.templates_dir().join(record.image)),
+            Ok(None) => {
+                self.require_mounted()?;
+                return Err(StorageError::NoTemplate(name.to_string()));
+            }
+            // Its images are leftovers once it is gone: the next sweep removes them.
+            Err(StorageError::DamagedRecord { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        let (dir, record) = (self.templates_dir(), self.record_path(name));
         // After a crash from here on, the sweep of unfinished files removes it.
-        let hidden = dir.join(format!(".{name}.{inode}.deleted{PARTIAL}"));
+        let hidden = dir.join(format!(".{name}.json.deleted{PARTIAL}"));
         let hidden_step = || fault_point("delete template: name gone");
-        let removed = Folder::open(&dir)?.remove(&path, &hidden, hidden_step);
+        let removed = Folder::open(&dir)?.remove(&record, &hidden, hidden_step);
         removed.map_err(|error| match error {
             StorageError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 StorageError::NoTemplate(name.to_string())
@@ -121,6 +146,9 @@ impl Pool {
             other => other,
         })?;
         crash_point("delete template: template durably gone");
+        if let Some(image) = image {
+            files::discard(&image);
+        }
         self.prune_grown(name, None);
         Ok(())
     }
@@ -186,17 +214,32 @@ impl Pool {
         Ok(clone)
     }
 
-    /// Opens a template. Metadata and image belong to the same file, even during a replacement.
+    /// Opens a template. Record and image belong together, even during a replacement.
     pub(crate) fn open_template(&self, name: &TemplateName) -> Result<(Template, File), StorageError> {
-        let path = self.template_path(name);
-        let file = files::open_read(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => StorageError::NoTemplate(name.to_string()),
-            _ => StorageError::io("read", path.display(), error),
-        })?;
-        let meta = file
-            .metadata()
-            .map_err(|error| StorageError::io("read", path.display(), error))?;
-        Ok((Template::of(name, &meta), file))
+        let (record, file) = self.open_recorded(name, files::open_read)?;
+        let meta = file.metadata().map_err(|error| StorageError::io("read", name, error))?;
+        Ok((Template::of(name, &record, &meta), file))
+    }
+
+    /// Reads the record of a template, and calls `open` with the path of its image.
+    fn open_recorded<T>(
+        &self,
+        name: &TemplateName,
+        open: impl Fn(&Path) -> io::Result<T>,
+    ) -> Result<(Record, T), StorageError> {
+        for _ in 0..MAX_OPEN_ATTEMPTS {
+            let Some(record) = self.record(name)? else { break };
+            let path = self.templates_dir().join(&record.image);
+            match open(&path) {
+                Ok(opened) => return Ok((record, opened)),
+                // Replaced or deleted since the record was read.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(StorageError::io("read", path.display(), error)),
+            }
+        }
+        // In an unmounted pool every template is missing; report that instead.
+        self.require_mounted()?;
+        Err(StorageError::NoTemplate(name.to_string()))
     }
 
     fn grow_clone(&self, original: &File, grown: &Path, size: Bytes) -> Result<File, StorageError> {
@@ -329,7 +372,36 @@ impl Pool {
                 }
             }
         }
+        removed.extend(self.sweep_kernels()?);
+        removed.extend(self.sweep_unrecorded_images()?);
         removed.extend(self.sweep_stale_clones()?);
+        Ok(removed)
+    }
+
+    /// Removes images that no record names, which are left by interrupted operations. In a pool of
+    /// an earlier release there are no records yet: the [upgrade](Pool::upgrade) comes first.
+    fn sweep_unrecorded_images(&self) -> Result<Vec<PathBuf>, StorageError> {
+        let mut removed = Vec::new();
+        if !self.is_upgraded() {
+            return Ok(removed);
+        }
+        for path in list(&self.templates_dir())? {
+            let Some(file) = path.file_name().and_then(OsStr::to_str) else {
+                continue;
+            };
+            let Some(name) = record::image_owner(file) else {
+                continue;
+            };
+            let is_recorded = || match self.record(&name) {
+                Ok(record) => Ok(record.is_some_and(|record| record.image == file)),
+                // It may name the image.
+                Err(StorageError::DamagedRecord { .. }) => Ok(true),
+                Err(error) => Err(error),
+            };
+            if !is_recorded()? && sweep_if(&path, || Ok(!is_recorded()?))? {
+                removed.push(path);
+            }
+        }
         Ok(removed)
     }
 
@@ -343,7 +415,7 @@ impl Pool {
         let mut removed = Vec::new();
         for path in list(&self.grown_dir())? {
             let file = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-            if file.ends_with(SUFFIX) && !current.iter().any(|prefix| file.starts_with(prefix)) {
+            if file.ends_with(IMAGE) && !current.iter().any(|prefix| file.starts_with(prefix)) {
                 fs::remove_file(&path).map_err(|error| StorageError::io("remove", path.display(), error))?;
                 removed.push(path);
             }
@@ -351,24 +423,26 @@ impl Pool {
         Ok(removed)
     }
 
-    pub(crate) fn template_path(&self, name: &TemplateName) -> PathBuf {
-        self.templates_dir().join(format!("{name}{SUFFIX}"))
-    }
-
     fn grown_path(&self, template: &Template, size: Bytes) -> PathBuf {
-        let file = format!("{}@{}.{}{SUFFIX}", template.name, template.inode, size.as_u64());
+        let file = format!("{}@{}.{}{IMAGE}", template.name, template.inode, size.as_u64());
         self.grown_dir().join(file)
     }
 }
 
 /// Removes an unfinished file unless a running process has it locked.
 fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
+    sweep_if(path, || Ok(true))
+}
+
+/// Removes a file unless a running process has it locked, or `is_leftover`, called with the lock
+/// held, returns `false`.
+fn sweep_if(path: &Path, is_leftover: impl FnOnce() -> Result<bool, StorageError>) -> Result<bool, StorageError> {
     let file = match files::open_read(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(StorageError::io("read", path.display(), error)),
     };
-    if !lock_at(&file, path)? {
+    if !lock_at(&file, path)? || !is_leftover()? {
         return Ok(false);
     }
     fs::remove_file(path).map_err(|error| StorageError::io("remove", path.display(), error))?;
@@ -377,7 +451,7 @@ fn sweep_partial(path: &Path) -> Result<bool, StorageError> {
 
 /// Locks `file` and returns whether it is still the file at `path`. Only the holder of the lock
 /// removes that file. Returns `false` also when another process holds the lock.
-fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
+pub(crate) fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => return Ok(false),
@@ -394,7 +468,7 @@ fn lock_at(file: &File, path: &Path) -> Result<bool, StorageError> {
 
 /// Lists the regular files in a folder; empty if the folder does not exist. Other entries are
 /// ignored.
-fn list(dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
+pub(crate) fn list(dir: &Path) -> Result<Vec<PathBuf>, StorageError> {
     match files::entries(dir) {
         Ok(entries) => Ok(entries
             .into_iter()

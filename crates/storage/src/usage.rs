@@ -25,7 +25,8 @@ use crate::local::pool_fs::PoolFs;
 use crate::local::simulated;
 use crate::measurement::{FolderTimes, Measurement, Measurements};
 use crate::pool::Pool;
-use scalebox_units::{Bytes, InvalidFormat, TemplateName, VmId};
+use crate::record::image_owner;
+use scalebox_units::{Bytes, TemplateName, VmId};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -114,8 +115,8 @@ struct OwnerUsage {
 /// Adds the ranges that a file maps to a list, with its inode.
 type ReadMap = fn(&File, u64, &mut Vec<fiemap::Mapped>) -> rustix::io::Result<()>;
 
-/// Parses the name of a file, without its suffix.
-type ParseOwner = dyn Fn(&str) -> Result<OwnerName, InvalidFormat>;
+/// Returns the owner of a file, by the file's name.
+type ParseOwner = dyn Fn(&str) -> Option<OwnerName>;
 
 /// Collects references to extents.
 struct Tally {
@@ -294,14 +295,12 @@ impl Pool {
             by_inode: HashMap::new(),
             extents: HashMap::new(),
         };
-        let disk = |text: &str| text.parse().map(OwnerName::Disk);
-        let template = |text: &str| text.parse().map(OwnerName::Template);
+        let disk = |file: &str| Some(OwnerName::Disk(file.strip_suffix(".ext4")?.parse().ok()?));
+        let template = |file: &str| image_owner(file).map(OwnerName::Template);
         let folders: [(_, &ParseOwner); 2] = [(self.disks_dir(), &disk), (self.templates_dir(), &template)];
         for (folder, parse) in folders {
             for (file, inode, path) in files_of(&folder)? {
-                let Some(Ok(name)) = file.strip_suffix(".ext4").map(parse) else {
-                    continue;
-                };
+                let Some(name) = parse(&file) else { continue };
                 let provisioned = match fs::symlink_metadata(&path) {
                     Ok(meta) => Bytes::new(meta.len()),
                     // Deleted between the listing and now.

@@ -2,7 +2,7 @@
 
 mod support;
 
-use scalebox_storage::{Backing, InitOutcome, Pool, StorageError, unmount};
+use scalebox_storage::{Backing, InitOutcome, KernelFiles, Pool, StorageError, unmount};
 use scalebox_units::{Bytes, Gib};
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -36,7 +36,7 @@ fn a_new_pool_is_mounted_registered_and_nocow() {
     assert_eq!(fs::metadata(image).unwrap().len(), 30 << 30);
     assert!(attributes(&plan.data_dir.join("templates")).contains('C'));
     assert!(attributes(&plan.data_dir.join("vms")).contains('C'));
-    assert!(!attributes(&plan.data_dir.join("kernel")).contains('C'));
+    assert!(!attributes(&plan.data_dir.join("kernels")).contains('C'));
     assert!(loop_devices_of(image).trim().ends_with('1'), "direct I/O is on");
     let line = format!(
         "{} {} btrfs loop,nofail,noatime,discard=async 0 0\n",
@@ -261,17 +261,22 @@ fn kernel_and_initramfs_are_readable_for_every_account() {
     let mut place = Place::new("30G");
     place.init().unwrap();
     let pool = place.open(USUAL);
-    pool.make_kernel_readable().unwrap();
-    let (vmlinuz, initrd) = (pool.kernel_dir().join("vmlinuz"), pool.kernel_dir().join("initrd.img"));
-    let modes = || [&vmlinuz, &initrd].map(|file| file.metadata().unwrap().mode() & 0o777);
+    pool.make_kernels_readable().unwrap();
     let made = tempfile::NamedTempFile::new().unwrap();
-    pool.install_kernel(made.path(), made.path()).unwrap();
+    let files = KernelFiles {
+        vmlinuz: made.path().to_owned(),
+        initrd: made.path().to_owned(),
+        modules: None,
+    };
+    let id = pool.install_kernel(&files).unwrap();
+    let KernelFiles { vmlinuz, initrd, .. } = pool.kernel(&id).unwrap().files;
+    let modes = || [&vmlinuz, &initrd].map(|file| file.metadata().unwrap().mode() & 0o777);
     assert_eq!(modes(), [0o644; 2]);
     // The mode set by earlier releases.
     for file in [&vmlinuz, &initrd] {
         fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
     }
-    pool.make_kernel_readable().unwrap();
+    pool.make_kernels_readable().unwrap();
     assert_eq!(modes(), [0o644; 2]);
 }
 

@@ -58,7 +58,7 @@ fn used_and_exclusive_match_btrfs() {
     write(&disk_path(pool, &a), 0, 64 * 1024);
     write(&disk_path(pool, &a), 300 * MIB, 100 * MIB);
     write(&disk_path(pool, &b), 500 * MIB, 40 * MIB);
-    fs::write(pool.kernel_dir().join("vmlinuz"), vec![1; 8 << 20]).unwrap();
+    fs::write(pool.kernels_dir().join("vmlinuz"), vec![1; 8 << 20]).unwrap();
     let accounts = measured(pool);
     for id in [&a, &b, &c] {
         let usage = accounts.disks[id];

@@ -30,6 +30,7 @@ fn spec() -> MachineSpec {
         memory_mib: 64,
         kernel: "/kernel".into(),
         initrd: None,
+        modules: None,
         cmdline: String::new(),
         root: DiskLocation::File("/nonexistent/disk".into()),
         root_limits: DiskLimits::default(),

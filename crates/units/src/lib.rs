@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `size` | [`Bytes`] and [`Gib`]: sizes, and their rounding |
 //! | `vm_id` | [`VmId`] |
+//! | `kernel_id` | [`KernelId`] |
 //! | `names` | [`TemplateName`] and [`VmName`] |
 //! | `key` | [`SshPublicKey`] |
 //! | `mac` | [`Mac`] |
@@ -21,6 +22,7 @@
 
 mod disk_location;
 mod format;
+mod kernel_id;
 mod key;
 mod mac;
 mod names;
@@ -31,6 +33,7 @@ mod vm_id;
 
 pub use disk_location::DiskLocation;
 pub use format::InvalidFormat;
+pub use kernel_id::KernelId;
 pub use key::SshPublicKey;
 pub use mac::Mac;
 pub use names::{TemplateName, VmName};

@@ -18,6 +18,8 @@ pub struct MachineSpec {
     pub kernel: PathBuf,
     /// The initramfs, if the kernel needs one.
     pub initrd: Option<PathBuf>,
+    /// The modules drive, shared by all machines of the kernel: the guest's third disk, read-only.
+    pub modules: Option<PathBuf>,
     /// The kernel's command line, at most [`MAX_CMDLINE`] bytes. The console is `ttyS0`.
     pub cmdline: String,
     /// The root disk: the guest's first disk, `/dev/vda`.
@@ -160,6 +162,7 @@ mod tests {
             memory_mib: 512,
             kernel: "/k".into(),
             initrd: None,
+            modules: None,
             cmdline: "quiet".into(),
             root: DiskLocation::File("/r".into()),
             root_limits: DiskLimits::default(),

@@ -333,7 +333,8 @@ fn storage(found: &mut Findings, settings: &Settings) {
     }
     owner(found, settings, &pool);
     space(found, settings, &pool);
-    let kernel_there = pool.kernel_dir().join("vmlinuz").exists();
+    // The kernel of an earlier release is kept by the next start.
+    let kernel_there = !pool.is_upgraded() || pool.newest_kernel().is_ok_and(|kernel| kernel.is_some());
     let template_there = BASE_TEMPLATE.parse().is_ok_and(|name| pool.template(&name).is_ok());
     if kernel_there && template_there {
         found.ok(

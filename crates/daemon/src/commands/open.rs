@@ -63,7 +63,11 @@ pub async fn open_host(settings: Settings, state: State) -> Result<(Host, Recove
         // can be used nevertheless.
         tracing::warn!(%error, "cannot reconcile the size of the pool with its image yet; retrying");
     }
-    if let Err(error) = pool.make_kernel_readable() {
+    if let Err(error) = pool.upgrade() {
+        // For example on a full disk. VMs can be deleted to make room.
+        tracing::error!(%error, "cannot upgrade the pool to this release: its templates and its kernel cannot be used; make room and restart scaleboxd");
+    }
+    if let Err(error) = pool.make_kernels_readable() {
         tracing::warn!(%error, "cannot share the kernel between jails; each gets its own copy");
     }
     drivers::wait_for_kvm(&settings).await;

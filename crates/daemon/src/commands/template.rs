@@ -3,24 +3,27 @@
 use crate::commands::failed::CommandFailed;
 use crate::commands::progress;
 use crate::settings::Settings;
-use scalebox_storage::{Pool, StorageError};
-use scalebox_units::{Bytes, TemplateName};
+use scalebox_storage::{KernelFiles, Pool, StorageError};
+use scalebox_units::TemplateName;
 use std::path::Path;
 
 /// Runs `scaleboxd template build`.
 pub fn build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path>) -> Result<(), CommandFailed> {
     let name: TemplateName = name.parse()?;
-    let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
-    let kernel_there = pool.kernel_dir().join("vmlinuz").exists() && pool.kernel_dir().join("initrd.img").exists();
-    if !replace && kernel_there && pool.template(&name).is_ok() {
+    let pool = open_upgraded(settings)?;
+    if !replace && pool.newest_kernel()?.is_some() && pool.template(&name).is_ok() {
         println!("The template {name} already exists; use --replace to build it again.");
         return Ok(());
     }
     let mut progress = progress::ProgressDisplay::new();
     let recipe = scalebox_guest::Recipe::default();
     let built = scalebox_guest::build(&recipe, &pool.build_dir()?, cache, &mut progress)?;
-    pool.install_kernel(&built.kernel, &built.initrd)?;
-    let template = pool.import_template(&name, &built.rootfs, Bytes::new(u64::MAX), true)?;
+    let kernel = pool.install_kernel(&KernelFiles {
+        vmlinuz: built.kernel.clone(),
+        initrd: built.initrd.clone(),
+        modules: Some(built.modules.clone()),
+    })?;
+    let template = pool.import_built(&name, &built.rootfs, &kernel)?;
     progress.finish();
     println!(
         "The template {name} is ready: {} large, {} on disk.",
@@ -29,10 +32,21 @@ pub fn build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path
     Ok(())
 }
 
+/// Opens the pool, and upgrades it if an earlier release made it. Fails while a daemon of that
+/// release runs.
+fn open_upgraded(settings: &Settings) -> Result<Pool, CommandFailed> {
+    let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
+    if !pool.is_upgraded() {
+        pool.lock()?;
+        pool.upgrade()?;
+    }
+    Ok(pool)
+}
+
 /// Runs `scaleboxd template import`.
 pub fn import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs().map_err(StorageError::from)?;
-    let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
+    let pool = open_upgraded(settings)?;
     let template = pool.import_template(&name.parse()?, file, settings.max_disk_size.bytes(), replace)?;
     println!(
         "The template {name} is ready: {} large, {} on disk.",

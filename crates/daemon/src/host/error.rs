@@ -127,9 +127,10 @@ impl From<StorageError> for ServiceError {
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
             StorageError::TemplateExists(_) => ServiceError::NameTaken(text),
             StorageError::TemplateBeingMade(_) | StorageError::Busy(_) => ServiceError::Busy(text),
-            StorageError::UnfitDisk(_) | StorageError::FileSystem(_) | StorageError::DamagedTemplate { .. } => {
-                ServiceError::WrongState(text)
-            }
+            StorageError::UnfitDisk(_)
+            | StorageError::FileSystem(_)
+            | StorageError::DamagedTemplate { .. }
+            | StorageError::DamagedRecord { .. } => ServiceError::WrongState(text),
             StorageError::PoolSize(_) => ServiceError::invalid_field("size_gib", text),
             StorageError::ExistingFileSystem(_) | StorageError::NotATemplate { .. } => ServiceError::invalid(text),
             StorageError::SmallerThanTemplate { .. } | StorageError::CannotGrow { .. } => {

@@ -4,6 +4,7 @@ use crate::host::cleanups::Cleanups;
 use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
 use crate::host::events::Events;
+use crate::host::kernels_in_use::KernelsInUse;
 use crate::host::keys_in_use::KeysInUse;
 use crate::host::paused_vms::PausedVms;
 use crate::host::pool_growth::PoolGrowth;
@@ -68,6 +69,7 @@ pub struct Inner {
     /// Failed removals from the host that are retried.
     pub cleanups: Cleanups,
     pub templates_in_use: TemplatesInUse,
+    pub kernels_in_use: KernelsInUse,
     pub started: Instant,
     /// Cancelled when the daemon is asked to stop.
     pub closing: CancellationToken,
@@ -136,6 +138,7 @@ impl Host {
             reclaim: Reclaim::default(),
             cleanups: Cleanups::default(),
             templates_in_use: TemplatesInUse::default(),
+            kernels_in_use: KernelsInUse::default(),
             started: Instant::now(),
             closing: CancellationToken::new(),
             transfers: Arc::new(Semaphore::new(MAX_TRANSFERS)),

@@ -10,6 +10,7 @@ pub mod error;
 pub mod events;
 pub mod files;
 pub mod handle;
+pub mod kernels_in_use;
 pub mod keys_in_use;
 pub mod names;
 pub mod paused_vms;

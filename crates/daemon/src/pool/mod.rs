@@ -2,6 +2,7 @@
 
 pub mod admission;
 pub mod growth;
+pub mod kernels;
 pub mod reclaim;
 
 use crate::host::error::ServiceError;

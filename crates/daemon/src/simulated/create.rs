@@ -189,7 +189,7 @@ fn concurrent_creations_get_different_addresses_and_ports() {
 #[test]
 fn a_host_without_a_guest_kernel_says_what_to_do() {
     let sim = Sim::new();
-    std::fs::remove_file(sim.host().pool.kernel_dir().join("vmlinuz")).unwrap();
+    std::fs::remove_dir_all(sim.host().pool.kernels_dir()).unwrap();
     let error = sim.try_create(json!({ "name": "box" })).unwrap_err();
     assert!(error.to_string().contains("scaleboxd template build"), "{error}");
     sim.assert_nothing_but(&[]);

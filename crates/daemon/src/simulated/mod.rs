@@ -13,11 +13,13 @@
 //! | `lifecycle` | start, stop, restart, deletion, the end of a machine |
 //! | `change` | growth of a disk, limits, settings |
 //! | `snapshot` | how a guest is kept from writing |
+//! | `kernels` | the kernel that a VM boots, and how long it stays |
 //! | `recovery` | what the daemon's next start makes of what it finds |
 //! | `watches` | the pool watch, auto-extend, clean-up, the network |
 
 mod change;
 mod create;
+mod kernels;
 mod lifecycle;
 mod recovery;
 mod sim;

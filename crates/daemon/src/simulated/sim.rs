@@ -12,9 +12,9 @@ use crate::watch;
 use futures::FutureExt;
 use scalebox_api::{CreateVm, EventKind, UpdateVm, Vm, VmStatus};
 use scalebox_net::{Network, Simulation};
-use scalebox_storage::{Bounds, Pool, SimulatedSpace};
+use scalebox_storage::{Bounds, KernelFiles, Pool, SimulatedSpace};
 use scalebox_testkit::{SimMachine, SimVmm};
-use scalebox_units::{DiskLocation, Gib, VmId};
+use scalebox_units::{DiskLocation, Gib, KernelId, VmId};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
@@ -81,11 +81,11 @@ impl Sim {
 
     fn add_template(&self) {
         let pool = Pool::simulated(&self.path("pool"), bounds(), self.space.clone()).unwrap();
-        let image = self.path("pool/templates").join(format!("{TEMPLATE}.ext4"));
-        fs::File::create(image).unwrap().set_len(1 << 30).unwrap();
-        for file in ["vmlinuz", "initrd.img"] {
-            fs::write(pool.kernel_dir().join(file), b"").unwrap();
-        }
+        install_kernel(&pool, "first");
+        let image = self.path("image");
+        fs::File::create(&image).unwrap().set_len(1 << 30).unwrap();
+        pool.import_template(&TEMPLATE.parse().unwrap(), &image, CAPACITY.bytes(), false)
+            .unwrap();
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -119,8 +119,10 @@ impl Sim {
             .collect();
         let settings = Settings::of(&pairs).unwrap();
         let state = State::open(&settings.state_dir, &settings.run_dir).unwrap();
+        let pool = Pool::simulated(&settings.data_dir, settings.bounds(), self.space.clone()).unwrap();
+        pool.upgrade().unwrap();
         let parts = Parts {
-            pool: Pool::simulated(&settings.data_dir, settings.bounds(), self.space.clone()).unwrap(),
+            pool,
             events: Events::begin(&state).unwrap(),
             state,
             network: Network::simulated(settings.net.clone()),
@@ -336,6 +338,20 @@ impl Sim {
             database.execute_batch(&trigger).unwrap();
         }
     }
+}
+
+/// Installs a kernel with this content, which becomes the newest.
+pub fn install_kernel(pool: &Pool, content: &str) -> KernelId {
+    let folder = tempfile::tempdir().unwrap();
+    let files = KernelFiles {
+        vmlinuz: folder.path().join("vmlinuz"),
+        initrd: folder.path().join("initrd.img"),
+        modules: Some(folder.path().join("modules.img")),
+    };
+    for file in [&files.vmlinuz, &files.initrd, files.modules.as_ref().unwrap()] {
+        fs::write(file, content).unwrap();
+    }
+    pool.install_kernel(&files).unwrap()
 }
 
 fn bounds() -> Bounds {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// The steps that migrate a state file to the current schema, one per schema version. The version
 /// is the number of completed steps, in `PRAGMA user_version`. Steps are only ever appended.
-pub const MIGRATIONS: [&str; 6] = [
+pub const MIGRATIONS: [&str; 7] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -36,6 +36,7 @@ pub const MIGRATIONS: [&str; 6] = [
     // Earlier releases wrote keys before their VMs; a crash in between left keys without a VM.
     "DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)",
     "ALTER TABLE vms ADD COLUMN vmm TEXT",
+    "ALTER TABLE vms ADD COLUMN kernel TEXT",
 ];
 
 /// Opens the file and migrates it.

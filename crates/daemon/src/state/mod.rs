@@ -20,7 +20,7 @@ use reserve::Reserve;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use scalebox_api::{AutoExtend, IdempotencyKey, VmStatus};
-use scalebox_units::{Gib, VmId};
+use scalebox_units::{Gib, KernelId, VmId};
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
@@ -56,6 +56,9 @@ pub struct Record {
     /// The driver of the VM's machine, as in the setting `VMM`. `None` for VMs of releases that did
     /// not record it.
     pub vmm: Option<String>,
+    /// The kernel that the VM boots. `None` while there is none, and for VMs of releases that did
+    /// not record it until the next start of the daemon.
+    pub kernel: Option<KernelId>,
     /// The guest's address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
     /// The host port that is forwarded to port 22 of the guest; unique.
@@ -327,6 +330,19 @@ impl State {
         })
     }
 
+    /// Changes the kernel that a VM boots.
+    ///
+    /// # Errors
+    /// [`StateError::Database`], [`StateError::NoSuchVm`].
+    pub fn set_kernel(&self, id: &VmId, kernel: &KernelId) -> Result<(), StateError> {
+        let (vm, kernel) = (id.to_owned(), kernel.to_string());
+        self.change(id, move |connection| {
+            connection
+                .prepare_cached("UPDATE vms SET kernel = ?2 WHERE id = ?1")?
+                .execute(params![vm.as_str(), kernel])
+        })
+    }
+
     /// Returns a recorded fact; `None` if it was never recorded.
     ///
     /// # Errors
@@ -433,8 +449,8 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
                 guest_ip, ssh_port, status, status_reason,
                 extend_threshold_percent, extend_increment_gib, extend_limit_gib,
-                disk_iops, disk_mbps, net_mbps, autostart, vmm)
-            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                disk_iops, disk_mbps, net_mbps, autostart, vmm, kernel)
+            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         )?
         .execute(params![
             vm.id.as_str(),
@@ -457,12 +473,14 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             vm.limits.net_mbps,
             vm.autostart,
             vm.vmm,
+            vm.kernel.as_ref().map(KernelId::as_str),
         ])
 }
 
 fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
     let ip: String = row.get("guest_ip")?;
     let status: String = row.get("status")?;
+    let kernel: Option<String> = row.get("kernel")?;
     Ok(Record {
         id: vm_id(row, "id")?,
         name: row.get("name")?,
@@ -480,6 +498,10 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
         },
         autostart: row.get("autostart")?,
         vmm: row.get("vmm")?,
+        kernel: match kernel {
+            Some(id) => Some(id.parse().map_err(|_| malformed("kernel", &id))?),
+            None => None,
+        },
         guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
         ssh_port: row.get("ssh_port")?,
         status: status_of(&status).ok_or_else(|| malformed("status", &status))?,
@@ -530,6 +552,7 @@ pub fn example_record(n: u16) -> Record {
         limits: VmLimits::default(),
         autostart: true,
         vmm: None,
+        kernel: None,
         guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
         ssh_port: 22001 + n,
         status: VmStatus::Running,
@@ -561,6 +584,7 @@ mod tests {
             limits,
             autostart: false,
             vmm: Some("firecracker".into()),
+            kernel: Some("0123456789abcdef".parse().unwrap()),
             ..vm(3)
         };
         state.insert(&vm(1), None).unwrap();
@@ -580,6 +604,9 @@ mod tests {
         let state = State::open(folder.path(), folder.path()).unwrap();
         assert_eq!(state.vms().unwrap(), [failed, extending]);
         state.set_vmm(&vm(2).id, "qemu").unwrap();
+        let kernel = "fedcba9876543210".parse().unwrap();
+        state.set_kernel(&vm(2).id, &kernel).unwrap();
+        assert_eq!(state.vms().unwrap()[0].kernel, Some(kernel));
         let drivers = State::peek_drivers(folder.path()).unwrap();
         assert_eq!(drivers, [("firecracker".to_owned(), 1), ("qemu".to_owned(), 1)]);
         state.set_settings(&vm(2).id, extend, limits, false).unwrap();

@@ -2,7 +2,9 @@
 
 use crate::host::error::ServiceError;
 use crate::host::{BASE_TEMPLATE, Host, blocking, rfc3339, template_name, usage_tracker};
+use crate::pool::kernels;
 use scalebox_api::{EventKind, Template};
+use scalebox_storage::TemplateSource;
 use serde_json::json;
 use std::sync::Arc;
 
@@ -40,6 +42,13 @@ pub fn describe(host: &Host, template: scalebox_storage::Template) -> Template {
         used_by: host.vms.count_from_template(template.name.as_str()),
         protected: template.name.as_str() == BASE_TEMPLATE,
         name: template.name.to_string(),
+        source: template.source.as_ref().map(|source| source.as_str().to_owned()),
+        source_vm: match template.source {
+            Some(TemplateSource::Snapshot(vm)) => Some(vm.to_string()),
+            _ => None,
+        },
+        kernel: template.kernel.map(Into::into),
+        digest: template.digest,
     }
 }
 
@@ -61,5 +70,6 @@ pub async fn delete(host: &Host, name: String) -> Result<(), ServiceError> {
     tracing::info!(template = name, "template deleted");
     host.events
         .publish(EventKind::TemplateDeleted, None, json!({ "template": name }));
+    kernels::remove_unused(host).await;
     Ok(())
 }

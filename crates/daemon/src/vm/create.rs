@@ -8,11 +8,12 @@
 
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
+use crate::host::kernels_in_use::KernelInUse;
 use crate::host::random::random_hex;
 use crate::host::undo::Steps;
 use crate::host::vms::Claim;
 use crate::host::{Host, blocking, fault_point, rfc3339};
-use crate::pool::admission;
+use crate::pool::{admission, kernels};
 use crate::state::{KeyedRequest, Record, VmLimits};
 use crate::vm::{auto_extend, lifecycle, view};
 use scalebox_api::{CreateVm, EventKind, Vm, VmStatus};
@@ -34,7 +35,8 @@ pub async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, ServiceErr
         // One blocking task for both: a second thread hop costs as much as the clone.
         blocking(move || admit_and_clone(&host, &request, name, lease))
     };
-    let (record, reservation) = admission::until_admitted(host, admit_and_clone).await?;
+    // The kernel stays until the VM is in the table.
+    let (record, reservation, _kernel) = admission::until_admitted(host, admit_and_clone).await?;
 
     drop(in_use);
     let disk = record.id.clone();
@@ -90,7 +92,7 @@ fn admit_and_clone(
     request: &CreateVm,
     name: String,
     lease: Lease,
-) -> Result<(Record, Reservation), ServiceError> {
+) -> Result<(Record, Reservation, Option<KernelInUse>), ServiceError> {
     let inner = host;
     let template = inner.pool.template(&request.template)?;
     let requested = request.disk_size_gib.map(Gib::new);
@@ -110,7 +112,9 @@ fn admit_and_clone(
     }
     let reservation = inner.pool.admit(disk_size.bytes())?;
 
-    let record = new_record(host, request, name, lease, disk_size)?;
+    let kernel = kernels::choose(host, template.kernel.as_ref())?;
+    let mut record = new_record(host, request, name, lease, disk_size)?;
+    record.kernel = kernel.as_ref().map(|held| held.id().clone());
     tracing::info!(
         vm = %record.id,
         name = record.name,
@@ -120,10 +124,8 @@ fn admit_and_clone(
     );
 
     fault_point("create: admitted")?;
-    inner
-        .pool
-        .create_disk(&record.id.clone(), &template.name, &reservation)?;
-    Ok((record, reservation))
+    inner.pool.create_disk(&record.id, &template.name, &reservation)?;
+    Ok((record, reservation, kernel))
 }
 
 fn new_record(
@@ -146,6 +148,7 @@ fn new_record(
         mem_size_mib: request.mem_size_mib.unwrap_or(inner.settings.default_mem_size_mib),
         disk_size,
         vmm: Some(inner.vmm.for_new().name().to_owned()),
+        kernel: None,
         auto_extend: request.disk_auto_extend,
         limits: VmLimits {
             disk_iops: request.disk_iops,

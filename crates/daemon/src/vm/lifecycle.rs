@@ -5,7 +5,8 @@ use crate::host::error::ServiceError;
 use crate::host::files::{make_private_dir, remove_dir};
 use crate::host::undo::Steps;
 use crate::host::vms::{Cancellation, Operation};
-use crate::host::{BASE_TEMPLATE, Host, blocking, fault_point};
+use crate::host::{Host, blocking, fault_point};
+use crate::pool::kernels;
 use crate::state::Record;
 use crate::vm::spec::{disk_limits, endpoint, vmm_user};
 use crate::vm::transition::{Transition, record_later, transition};
@@ -59,6 +60,7 @@ pub async fn boot(host: &Host, record: &Record) -> Result<Vm, ServiceError> {
     require_disk(host, record).await?;
     force_stop(host, record).await?;
     let record = &assign_driver(host, record).await?;
+    let record = &assign_kernel(host, record).await?;
     let mut steps = Steps::new();
     let started = async {
         let machine = launch(host, record, &mut steps).await?;
@@ -91,6 +93,35 @@ async fn assign_driver(host: &Host, record: &Record) -> Result<Record, ServiceEr
     host.vms.change(&record.id, |record| record.vmm = Some(name.to_owned()));
     Ok(Record {
         vmm: Some(name.to_owned()),
+        ..record.clone()
+    })
+}
+
+/// Selects the kernel for a VM that is about to be started: its own, or the newest if it has none
+/// or its own is gone. Records a change, and returns the new record.
+async fn assign_kernel(host: &Host, record: &Record) -> Result<Record, ServiceError> {
+    let (on, current) = (host.clone(), record.kernel.clone());
+    let chosen = blocking(move || kernels::choose(&on, current.as_ref())).await?;
+    let Some(kernel) = chosen.as_ref().map(|held| held.id().clone()) else {
+        return Ok(record.clone());
+    };
+    if record.kernel.as_ref() == Some(&kernel) {
+        return Ok(record.clone());
+    }
+    if let Some(gone) = &record.kernel {
+        tracing::warn!(
+            vm = %record.id,
+            gone = gone.as_str(),
+            kernel = kernel.as_str(),
+            "the VM's kernel is missing; it boots the newest"
+        );
+    }
+    let (state, id, chosen) = (Arc::clone(&host.state), record.id.clone(), kernel.clone());
+    blocking(move || state.set_kernel(&id, &chosen)).await?;
+    host.vms
+        .change(&record.id, |record| record.kernel = Some(kernel.clone()));
+    Ok(Record {
+        kernel: Some(kernel),
         ..record.clone()
     })
 }
@@ -164,22 +195,20 @@ async fn spec(
     run_dir: PathBuf,
     seed: PathBuf,
 ) -> Result<MachineSpec, ServiceError> {
-    let kernel_dir = host.pool.kernel_dir();
-    let (kernel, initrd) = (kernel_dir.join("vmlinuz"), kernel_dir.join("initrd.img"));
-    let files = [kernel.clone(), initrd.clone()];
-    if !blocking(move || Ok::<_, ServiceError>(files.iter().all(|file| file.is_file()))).await? {
-        return Err(ServiceError::NotReady(format!(
-            "this host has no guest kernel yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
-        )));
-    }
+    let (on, recorded) = (host.clone(), record.kernel.clone());
+    let kernel = blocking(move || kernels::require(&on, recorded.as_ref())).await?.files;
     Ok(MachineSpec {
         id: record.id.clone(),
         vcpus: record.vcpu_count,
         memory_mib: record.mem_size_mib,
-        kernel,
-        initrd: Some(initrd),
-        cmdline: host.cmdline.clone(),
-        root: host.pool.disk_location(&record.id.clone()),
+        kernel: kernel.vmlinuz,
+        initrd: Some(kernel.initrd),
+        cmdline: match kernel.modules {
+            Some(_) => scalebox_guest::with_modules_drive(&host.cmdline),
+            None => host.cmdline.clone(),
+        },
+        modules: kernel.modules,
+        root: host.pool.disk_location(&record.id),
         root_limits: disk_limits(record.limits),
         seed,
         nic: Nic {
@@ -272,6 +301,7 @@ pub async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError
         .await;
     tracing::info!(vm = %record.id, name = record.name, "VM deleted");
     host.events.publish(EventKind::Deleted, Some(record), Value::Null);
+    kernels::remove_unused(host).await;
     Ok(())
 }
 

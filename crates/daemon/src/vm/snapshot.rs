@@ -8,6 +8,7 @@ use crate::host::error::ServiceError;
 use crate::host::files::vm_folders;
 use crate::host::vms::Operation;
 use crate::host::{BASE_TEMPLATE, Host, agent, blocking};
+use crate::pool::kernels;
 use crate::state::Record;
 use crate::vm::lifecycle;
 use scalebox_api::{EventKind, Snapshot, SnapshotVm, VmStatus};
@@ -61,8 +62,12 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
     let clone = blocking(move || pool.begin_snapshot(&name)).await?;
     let operation = host.vms.begin(reference, "being snapshotted")?;
     lifecycle::require_disk(host, &operation.record).await?;
-    let (clone, quiesced) = clone_quiesced(host, &operation, clone).await?;
+    let (mut clone, quiesced) = clone_quiesced(host, &operation, clone).await?;
     let record = operation.record.clone();
+    let (on, kernel) = (host.clone(), record.kernel.clone());
+    // It stays until the template names it, even if the VM is deleted meanwhile.
+    let kernel = blocking(move || kernels::choose(&on, kernel.as_ref())).await?;
+    clone.set_kernel(kernel.as_ref().map(|held| held.id().clone()));
     // Other operations on the VM are allowed from here on.
     drop(operation);
 

@@ -23,7 +23,7 @@ pub fn vmm_user(record: &Record) -> RunAs {
 }
 
 pub fn endpoint(record: &Record) -> Result<Endpoint, ServiceError> {
-    let endpoint = Endpoint::new(&record.id.clone(), record.guest_ip, record.ssh_port);
+    let endpoint = Endpoint::new(&record.id, record.guest_ip, record.ssh_port);
     let rate = record.limits.net_mbps;
     Ok(endpoint
         .with_owner(vmm_user(record).uid)

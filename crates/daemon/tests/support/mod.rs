@@ -190,6 +190,14 @@ impl Host {
         self.scaleboxd_ok(&["template", "import", name, text(&image)]);
     }
 
+    /// Creates the folder of a kernel, for its files, and returns it. Its id is no digest, which
+    /// nothing checks.
+    pub fn kernel_folder(&self) -> PathBuf {
+        let folder = self.folder.join("pool/kernels/0123456789abcdef");
+        fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
     /// Adds the Debian template and its kernel from the cache that `make test` fills.
     pub fn import_debian(&self) {
         let cache = template_cache();

@@ -10,6 +10,7 @@ use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// The size of the pools, in GiB: the minimum.
@@ -149,6 +150,19 @@ pub const POOLS: &[Operation] = &[
         ..OPERATION
     },
     Operation {
+        name: "template build",
+        prepare: Scene::prepare_build,
+        perform: |scene| scene.build(MADE),
+        reached: |scene| {
+            let templates = scene.host.client().templates().unwrap();
+            templates
+                .iter()
+                .any(|template| template.name == MADE && template.source.as_deref() == Some("build"))
+        },
+        command: true,
+        ..OPERATION
+    },
+    Operation {
         name: "snapshot, stopped",
         prepare: |scene| scene.create("base", 1, false).unwrap(),
         perform: |scene| {
@@ -169,6 +183,20 @@ pub const POOLS: &[Operation] = &[
             scene.delete().unwrap();
         },
         perform: |scene| done(scene.host.client().delete_template("made")),
+        reached: |scene| !scene.templates().contains(MADE),
+        ends: true,
+        ..OPERATION
+    },
+    Operation {
+        name: "template delete, the last with its kernel",
+        prepare: |scene| {
+            // The kernel of `first` is newer.
+            for name in [MADE, "first"] {
+                scene.prepare_build();
+                scene.build(name).unwrap();
+            }
+        },
+        perform: |scene| done(scene.host.client().delete_template(MADE)),
         reached: |scene| !scene.templates().contains(MADE),
         ends: true,
         ..OPERATION
@@ -217,8 +245,8 @@ impl Scene {
         fs::create_dir(&files).unwrap();
         fs::write(files.join("content"), CONTENT).unwrap();
         run("mke2fs", &["-q", "-t", "ext4", "-d", text(&files), text(&image), "64M"]);
-        tiny_guest::Guest::Obedient.write_to(&host.folder.join("pool/kernel/vmlinuz"));
-        fs::write(host.folder.join("pool/kernel/initrd.img"), "none").unwrap();
+        tiny_guest::Guest::Obedient.write_to(&host.kernel_folder().join("vmlinuz"));
+        fs::write(host.kernel_folder().join("initrd.img"), "none").unwrap();
         host.scaleboxd_ok(&["template", "import", "base", text(&image)]);
         host.serve();
         let scene = Scene {
@@ -339,11 +367,12 @@ impl Scene {
         orphans("the disk", "pool/vms", &disks);
         orphans("the machine's folder", "run/vms", &running_ids);
         orphans("the console's folder", "state/console", &ids);
-        let images = templates
+        let files = templates
             .iter()
-            .map(|name| format!("{name}.ext4"))
+            .flat_map(|name| [format!("{name}.json"), self.image_of(name)])
             .chain([".grown".to_owned()]);
-        orphans("the template", "pool/templates", &images.collect());
+        orphans("the template", "pool/templates", &files.collect());
+        orphans("the kernel", "pool/kernels", &self.kernels());
         for base_image in names_in(&self.host.folder.join("pool/templates/.grown")) {
             let of = base_image.split_once('@').map_or("", |(template, _)| template);
             if !templates.contains(of) || base_image.ends_with(".partial") {
@@ -351,6 +380,30 @@ impl Scene {
             }
         }
         leaked
+    }
+
+    /// Returns the file name of a template's image.
+    fn image_of(&self, template: &str) -> String {
+        let record = fs::read(self.host.folder.join(format!("pool/templates/{template}.json")));
+        let record: serde_json::Value = serde_json::from_slice(&record.unwrap_or_default()).unwrap_or_default();
+        record["image"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Returns the kernels that a template names; the newest, which stays; and the one before it,
+    /// which stays until the next deletion or start.
+    fn kernels(&self) -> BTreeSet<String> {
+        let templates = self.host.client().templates().unwrap();
+        let folder = self.host.folder.join("pool/kernels");
+        let modified = |name: &String| fs::metadata(folder.join(name)).unwrap().modified().unwrap();
+        let mut complete = names_in(&folder);
+        complete.retain(|name| !name.starts_with('.'));
+        complete.sort_by_key(modified);
+        let newest = complete.into_iter().rev().take(2);
+        templates
+            .into_iter()
+            .filter_map(|template| template.kernel)
+            .chain(newest)
+            .collect()
     }
 
     /// Checks a disk. Record, file and file system must agree in size, and the file system must be
@@ -436,11 +489,13 @@ impl Scene {
     /// Runs as a separate command, which fault points end like the daemon.
     fn import(&self, name: &str, replace: bool) -> Result<(), String> {
         let image = self.host.folder.join("base.image");
-        let mut command = self.host.scaleboxd(&["template", "import", name, text(&image)]);
-        if replace {
-            command.arg("--replace");
-        }
-        let output = command.output().unwrap();
+        let mut arguments = vec!["template", "import", name, text(&image)];
+        arguments.extend(replace.then_some("--replace"));
+        self.command(&arguments)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Result<(), String> {
+        let output = self.host.scaleboxd(arguments).output().unwrap();
         if output.status.success() {
             return Ok(());
         }
@@ -450,6 +505,25 @@ impl Scene {
             output_of(&output)
         );
         Err(output_of(&output))
+    }
+
+    /// Puts a finished build into a cache: a small template with a kernel that is not installed yet.
+    fn prepare_build(&self) {
+        static BUILDS: AtomicUsize = AtomicUsize::new(0);
+        let fingerprint = scalebox_guest::Recipe::default().fingerprint();
+        let finished = self.host.folder.join("cache").join(fingerprint);
+        fs::create_dir_all(&finished).unwrap();
+        fs::copy(self.host.folder.join("base.image"), finished.join("rootfs.ext4")).unwrap();
+        tiny_guest::Guest::Obedient.write_to(&finished.join("vmlinux"));
+        let number = BUILDS.fetch_add(1, Ordering::Relaxed);
+        fs::write(finished.join("initrd.img"), format!("initramfs {number}")).unwrap();
+        fs::write(finished.join("modules.img"), "modules").unwrap();
+    }
+
+    /// Runs as a separate command, which fault points end like the daemon.
+    fn build(&self, name: &str) -> Result<(), String> {
+        let cache = self.host.folder.join("cache");
+        self.command(&["template", "build", name, "--replace", "--cache", text(&cache)])
     }
 
     fn made(&self) -> Option<Vm> {

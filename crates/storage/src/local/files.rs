@@ -350,6 +350,17 @@ pub(crate) fn discard(path: &Path) {
     }
 }
 
+/// Removes a folder with all its contents. Succeeds if it does not exist.
+///
+/// # Errors
+/// [`StorageError::Io`].
+pub(crate) fn remove_tree(path: &Path) -> Result<(), StorageError> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StorageError::io("remove", path.display(), error)),
+        _ => Ok(()),
+    }
+}
+
 /// Returns the size of the blocks an open file owns.
 pub(crate) fn allocated_of(file: &File) -> rustix::io::Result<Bytes> {
     Ok(Bytes::from_blocks(

@@ -63,7 +63,11 @@ pub enum InitOutcome {
 
 /// The folders of a pool, and whether their files are NOCOW. A clone of a NOCOW file must be NOCOW
 /// too, so the flag is set before the first file is created.
-const FOLDERS: [(&str, bool); 3] = [("templates", true), ("vms", true), ("kernel", false)];
+const FOLDERS: [(&str, bool); 3] = [("templates", true), ("vms", true), (KERNELS, false)];
+
+/// The folder of the kernels, and what a pool of an earlier release has in its place.
+pub(crate) const KERNELS: &str = "kernels";
+pub(crate) const PREVIOUS_KERNEL: &str = "kernel";
 
 /// The label of new file systems.
 const LABEL: &str = "scalebox";
@@ -198,7 +202,7 @@ fn create(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<PoolLoca
 fn require_pool_or_room(plan: &PoolPlan, place: &PoolLocation) -> Result<(), StorageError> {
     let data_dir = &plan.data_dir;
     files::require_reflink(data_dir, data_dir)?;
-    let is_pool = FOLDERS.iter().all(|(name, _)| data_dir.join(name).is_dir());
+    let is_pool = is_pool(data_dir);
     if !is_pool {
         require_none_expected(plan, data_dir)?;
     }
@@ -206,6 +210,14 @@ fn require_pool_or_room(plan: &PoolPlan, place: &PoolLocation) -> Result<(), Sto
         return Ok(());
     }
     Err(StorageError::OtherFolder(data_dir.to_owned()))
+}
+
+/// Returns whether a folder has the folders of a pool, of this release or an earlier one.
+pub(crate) fn is_pool(dir: &Path) -> bool {
+    FOLDERS.iter().all(|(name, _)| {
+        let is_there = |name| dir.join(name).is_dir();
+        is_there(*name) || *name == KERNELS && is_there(PREVIOUS_KERNEL)
+    })
 }
 
 /// Returns whether a folder contains nothing but folders that an interrupted `pool init` may have

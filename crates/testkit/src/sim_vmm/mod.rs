@@ -13,7 +13,7 @@
 //! # use scalebox_vmm::{DiskLimits, MachineSpec, Nic};
 //! # let spec = MachineSpec {
 //! #     id: "vm-0123456789ab".parse().unwrap(), vcpus: 1, memory_mib: 64, kernel: "/kernel".into(),
-//! #     initrd: None, cmdline: String::new(), root: DiskLocation::File("/disk".into()),
+//! #     initrd: None, modules: None, cmdline: String::new(), root: DiskLocation::File("/disk".into()),
 //! #     root_limits: DiskLimits::default(), seed: "/seed".into(),
 //! #     nic: Nic { tap: "tap0".into(), mac: "52:54:00:12:34:56".parse().unwrap() },
 //! #     run_dir: "/run/vm".into(), console_log: "/log".into(), run_as: None,

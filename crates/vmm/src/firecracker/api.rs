@@ -69,11 +69,11 @@ impl Api {
             root["rate_limiter"] = rate_limiter(spec.root_limits);
         }
         self.put("/drives/root", root).await?;
-        let seed = json!({
-            "drive_id": "seed", "path_on_host": jail::SEED, "is_root_device": false, "is_read_only": true,
-            "cache_type": "Unsafe", "io_engine": "Sync",
-        });
-        self.put("/drives/seed", seed).await?;
+        self.put("/drives/seed", read_only_drive("seed", jail::SEED)).await?;
+        if spec.modules.is_some() {
+            self.put("/drives/modules", read_only_drive("modules", jail::MODULES))
+                .await?;
+        }
         let nic = json!({ "iface_id": "net", "host_dev_name": spec.nic.tap, "guest_mac": spec.nic.mac.to_string() });
         self.put("/network-interfaces/net", nic).await?;
         let agent = json!({ "guest_cid": GUEST_CID, "uds_path": jail::AGENT });
@@ -181,6 +181,13 @@ impl Api {
     }
 }
 
+fn read_only_drive(id: &str, path: &str) -> Value {
+    json!({
+        "drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": true,
+        "cache_type": "Unsafe", "io_engine": "Sync",
+    })
+}
+
 /// Returns token buckets that are refilled once a second. An empty bucket means no limit; an
 /// omitted bucket would keep its previous limit.
 fn rate_limiter(limits: DiskLimits) -> Value {
@@ -218,6 +225,7 @@ mod tests {
             memory_mib: 128,
             kernel: "/kernel".into(),
             initrd: Some("/initrd".into()),
+            modules: None,
             cmdline: "console=ttyS0 panic=1 root=/dev/vda rw".into(),
             root: DiskLocation::File("/root".into()),
             root_limits: DiskLimits::default(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! BASE/firecracker/vm-0123456789ab/root   the process' `/`, owned by its account
-//!     kernel initrd          hard links to files shared by all machines; read-only
+//!     kernel initrd modules  hard links to files shared by all machines; read-only
 //!     seed                   a copy, owned by the process' account
 //!     disk                   a hard link to the root disk, owned by the process' account
 //!     messages.pipe          stderr
@@ -30,6 +30,7 @@ use tokio::net::UnixStream;
 /// Paths of the files, as seen by the process.
 pub(crate) const KERNEL: &str = "/kernel";
 pub(crate) const INITRD: &str = "/initrd";
+pub(crate) const MODULES: &str = "/modules";
 pub(crate) const ROOT: &str = "/disk";
 pub(crate) const SEED: &str = "/seed";
 pub(crate) const API: &str = "/api.sock";
@@ -141,6 +142,9 @@ impl Jails {
         link_or_copy(&spec.kernel, &jail.path(KERNEL), account)?;
         if let Some(initrd) = &spec.initrd {
             link_or_copy(initrd, &jail.path(INITRD), account)?;
+        }
+        if let Some(modules) = &spec.modules {
+            link_or_copy(modules, &jail.path(MODULES), account)?;
         }
         copy(&spec.seed, &jail.path(SEED), account)?;
         Ok(jail)
@@ -254,7 +258,14 @@ mod tests {
     };
 
     fn spec(folder: &Path) -> MachineSpec {
-        for (name, mode) in [("kernel", 0o644), ("initrd", 0o600), ("seed", 0o600), ("disk", 0o600)] {
+        let files = [
+            ("kernel", 0o644),
+            ("modules", 0o644),
+            ("initrd", 0o600),
+            ("seed", 0o600),
+            ("disk", 0o600),
+        ];
+        for (name, mode) in files {
             fs::write(folder.join(name), name).unwrap();
             fs::set_permissions(folder.join(name), Permissions::from_mode(mode)).unwrap();
         }
@@ -264,6 +275,7 @@ mod tests {
             memory_mib: 64,
             kernel: folder.join("kernel"),
             initrd: Some(folder.join("initrd")),
+            modules: Some(folder.join("modules")),
             cmdline: String::new(),
             root: DiskLocation::File(folder.join("disk")),
             root_limits: crate::spec::DiskLimits::default(),
@@ -292,6 +304,10 @@ mod tests {
 
         // World-readable: shared, and cached only once.
         assert_eq!((metadata(KERNEL).ino(), metadata(KERNEL).uid()), (inode("kernel"), 0));
+        assert_eq!(
+            (metadata(MODULES).ino(), metadata(MODULES).uid()),
+            (inode("modules"), 0)
+        );
         // Readable by root only: a copy.
         assert_ne!(metadata(INITRD).ino(), inode("initrd"));
         assert_eq!(

@@ -99,8 +99,8 @@ fn root_node(spec: &MachineSpec, io: DiskIo) -> Result<Value> {
     }))
 }
 
-fn seed_node(file: String) -> Value {
-    json!({ "node-name": "seed", "driver": "raw", "read-only": true,
+fn read_only_node(name: &str, file: String) -> Value {
+    json!({ "node-name": name, "driver": "raw", "read-only": true,
             "file": { "driver": "file", "filename": file, "read-only": true } })
 }
 
@@ -167,12 +167,19 @@ impl Argv {
         self.words(&["-global", "virtio-mmio.force-legacy=false"]);
         self.json("-blockdev", root_node(spec, io)?);
         self.json("-device", root_device());
-        self.json("-blockdev", seed_node(utf8(&spec.id, "seed", &spec.seed)?));
+        self.read_only_disk("seed", utf8(&spec.id, "seed", &spec.seed)?);
+        if let Some(modules) = &spec.modules {
+            self.read_only_disk("modules", utf8(&spec.id, "modules", modules)?);
+        }
+        Ok(())
+    }
+
+    fn read_only_disk(&mut self, name: &str, file: String) {
+        self.json("-blockdev", read_only_node(name, file));
         self.json(
             "-device",
-            json!({ "driver": "virtio-blk-device", "drive": "seed", "serial": "seed" }),
+            json!({ "driver": "virtio-blk-device", "drive": name, "serial": name }),
         );
-        Ok(())
     }
 
     fn network(&mut self, spec: &MachineSpec) {
@@ -229,6 +236,7 @@ mod tests {
             memory_mib: 512,
             kernel: "/k,ernel".into(),
             initrd: Some("/initrd".into()),
+            modules: None,
             cmdline: "root=/dev/vda console=ttyS0,115200".into(),
             root: DiskLocation::File("/pool/a,b=c\"d.ext4".into()),
             root_limits: DiskLimits::default(),
@@ -272,6 +280,27 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("seed: \"seed\" is not an absolute path"), "{error}");
+    }
+
+    #[test]
+    fn the_modules_drive_is_the_third_disk_and_read_only() {
+        let with_modules = MachineSpec {
+            modules: Some("/modules.img".into()),
+            ..spec()
+        };
+        let argv = argv(&with_modules, Accel::Tcg, DiskIo::Direct);
+        let nodes: Vec<Value> = argv
+            .iter()
+            .zip(&argv[1..])
+            .filter(|(flag, _)| *flag == "-blockdev")
+            .map(|(_, node)| serde_json::from_str(node).unwrap())
+            .collect();
+        let names: Vec<_> = nodes.iter().map(|node| node["node-name"].as_str().unwrap()).collect();
+        assert_eq!(names, [ROOT_NODE, "seed", "modules"]);
+        assert_eq!(
+            (&nodes[2]["read-only"], &nodes[2]["file"]["filename"]),
+            (&json!(true), &json!("/modules.img"))
+        );
     }
 
     #[test]

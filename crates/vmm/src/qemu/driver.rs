@@ -115,6 +115,7 @@ impl QemuDriver {
             read: [&spec.kernel, &spec.seed]
                 .into_iter()
                 .chain(&spec.initrd)
+                .chain(&spec.modules)
                 .cloned()
                 .collect(),
             write: vec![spec.root_file()?.to_owned()],

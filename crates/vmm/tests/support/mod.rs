@@ -84,6 +84,7 @@ impl Lab {
             memory_mib: 64,
             kernel: self.path("kernel"),
             initrd: None,
+            modules: None,
             cmdline: String::new(),
             root: DiskLocation::File(self.path("root")),
             root_limits: DiskLimits::default(),

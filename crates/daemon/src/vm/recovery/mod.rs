@@ -13,6 +13,7 @@
 
 mod apply;
 mod decide;
+mod kernels;
 mod observe;
 mod orphans;
 mod reboot;
@@ -21,6 +22,7 @@ pub use reboot::{record_host_down, start_after_reboot};
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
+use crate::pool::kernels::remove_unused;
 use crate::state::Record;
 use crate::vm::lifecycle;
 use crate::vm::spec::endpoint;
@@ -58,6 +60,7 @@ pub struct Recovered {
 pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&host.state);
     let records = blocking(move || state.vms()).await?;
+    let records = kernels::assign(host, records).await?;
     let known: HashSet<VmId> = records.iter().map(|record| record.id.clone()).collect();
 
     // Orphaned machines first, because they may have an orphaned disk open.
@@ -102,6 +105,7 @@ pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
         let found = endpoints.iter().position(|endpoint| endpoint.tap() == tap);
         recovered.unconnected.extend(found.and_then(|at| ids.get(at).cloned()));
     }
+    remove_unused(host).await;
     Ok(recovered)
 }
 

@@ -1,0 +1,51 @@
+//! The guests' kernels: which one a VM boots, and the removal of those that nothing uses.
+
+use crate::host::error::ServiceError;
+use crate::host::kernels_in_use::KernelInUse;
+use crate::host::{BASE_TEMPLATE, Host, blocking};
+use scalebox_storage::Kernel;
+use scalebox_units::KernelId;
+
+/// Chooses the kernel to boot: the preferred one, or the newest if that is not there. `None` while
+/// the host has none. It stays until the returned guard is dropped. Blocks.
+///
+/// # Errors
+/// If the pool cannot be read.
+pub fn choose(host: &Host, preferred: Option<&KernelId>) -> Result<Option<KernelInUse>, ServiceError> {
+    host.kernels_in_use
+        .hold(|| Ok(host.pool.kernel_or_newest(preferred)?.map(|kernel| kernel.id)))
+}
+
+/// Returns the files of a kernel.
+///
+/// # Errors
+/// 503 if it is not there.
+pub fn require(host: &Host, kernel: Option<&KernelId>) -> Result<Kernel, ServiceError> {
+    kernel.and_then(|id| host.pool.kernel(id)).ok_or_else(|| {
+        ServiceError::NotReady(format!(
+            "this host has no guest kernel yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
+        ))
+    })
+}
+
+/// Removes the kernels that no VM and no template uses, except the newest. Failures are logged; the
+/// next call tries again.
+pub async fn remove_unused(host: &Host) {
+    let on = host.clone();
+    let removed = blocking(move || {
+        on.kernels_in_use.remove(|mut used| {
+            used.extend(on.vms.all().into_iter().filter_map(|record| record.kernel));
+            on.pool.remove_unused_kernels(&used)
+        })
+    });
+    match removed.await {
+        Ok(removed) => {
+            for kernel in removed {
+                // For files that could not be removed.
+                host.cleanups.sweep_soon();
+                tracing::info!(kernel = kernel.as_str(), "removed a kernel that nothing uses");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "cannot remove unused kernels; retrying after the next deletion"),
+    }
+}

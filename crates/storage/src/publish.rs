@@ -1,0 +1,128 @@
+//! Publishing templates: image first, record last.
+
+use crate::error::StorageError;
+use crate::local::files::{self, Folder};
+use crate::pool::Pool;
+use crate::record::{IMAGE, Record, TemplateSource};
+use crate::template::Template;
+use scalebox_fault_points::fault_point;
+use scalebox_units::{KernelId, TemplateName};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// A complete and flushed image that is to become a template.
+pub(crate) struct NewTemplate<'a> {
+    pub(crate) name: &'a TemplateName,
+    /// The image, locked, so that no sweep removes it while no record names it.
+    pub(crate) file: &'a File,
+    /// Its present path.
+    pub(crate) path: &'a Path,
+    pub(crate) source: TemplateSource,
+    pub(crate) kernel: Option<KernelId>,
+    pub(crate) digest: Option<String>,
+    /// Whether it replaces a template of that name.
+    pub(crate) replace: bool,
+}
+
+impl Pool {
+    /// Gives the image its name, and durably writes the record, with which the template exists or
+    /// is replaced.
+    ///
+    /// # Errors
+    /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`], [`StorageError::Io`].
+    /// Nothing has changed then, and the image has been removed or has its present path.
+    pub(crate) fn publish_template(&self, new: NewTemplate<'_>) -> Result<Template, StorageError> {
+        let name = new.name;
+        let meta = new
+            .file
+            .metadata()
+            .map_err(|error| StorageError::io("read", name, error))?;
+        let image = self.free_image_path(name, meta.ino());
+        let record = Record {
+            image: image.file_name().and_then(OsStr::to_str).unwrap_or_default().to_owned(),
+            size_bytes: meta.len(),
+            created_at: jiff::Timestamp::now(),
+            source: Some(new.source.as_str().to_owned()),
+            source_vm: match new.source {
+                TemplateSource::Snapshot(vm) => Some(vm),
+                TemplateSource::Build | TemplateSource::Import => None,
+            },
+            kernel: new.kernel,
+            digest: new.digest,
+            other: serde_json::Map::new(),
+        };
+        // Until it is renamed or removed, no one else publishes a template of this name.
+        let (_locked, partial) = self.write_record(name, &record)?;
+        let replaced = self.replaceable(name, new.replace);
+        let published = self.rename_both(name, (new.path, &image), &partial, replaced.is_some());
+        if let Err(error) = published {
+            files::discard(&partial);
+            return Err(error);
+        }
+        if let Some(replaced) = replaced.flatten() {
+            files::discard(&replaced);
+        }
+        Ok(Template::of(name, &record, &meta))
+    }
+
+    /// Renames the image, and then the record.
+    fn rename_both(
+        &self,
+        name: &TemplateName,
+        (from, image): (&Path, &Path),
+        record: &Path,
+        replace: bool,
+    ) -> Result<(), StorageError> {
+        let (folder, target) = (Folder::open(&self.templates_dir())?, self.record_path(name));
+        folder
+            .publish(from, image, || fault_point("template: image in place"))
+            .map_err(|error| exists(error, name))?;
+        let in_place = || fault_point("template: record in place");
+        let published = if replace {
+            folder.replace(record, &target, in_place)
+        } else {
+            folder.publish(record, &target, in_place)
+        };
+        published.map_err(|error| {
+            files::discard(image);
+            exists(error, name)
+        })
+    }
+
+    /// Returns whether the record of a template may be replaced, and the image that it then
+    /// replaces. A record without its image is not a template, and is always replaced.
+    fn replaceable(&self, name: &TemplateName, replace: bool) -> Option<Option<PathBuf>> {
+        match self.record(name) {
+            Ok(Some(record)) => {
+                let image = self.templates_dir().join(record.image);
+                match image.exists() {
+                    true => replace.then_some(Some(image)),
+                    false => Some(None),
+                }
+            }
+            Ok(None) | Err(_) => replace.then_some(None),
+        }
+    }
+
+    /// Returns the path of a new image: a name that no other image of the template has.
+    fn free_image_path(&self, name: &TemplateName, inode: u64) -> PathBuf {
+        let first = self.templates_dir().join(format!("{name}{IMAGE}"));
+        match first.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => first,
+            _ => self.templates_dir().join(format!("{name}@{inode}{IMAGE}")),
+        }
+    }
+}
+
+/// Turns the error for a name in use into [`StorageError::TemplateExists`].
+fn exists(error: StorageError, name: &TemplateName) -> StorageError {
+    match error {
+        StorageError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => {
+            StorageError::TemplateExists(name.to_string())
+        }
+        other => other,
+    }
+}
