@@ -3,7 +3,7 @@
 use crate::commands::failed::CommandFailed;
 use crate::commands::progress;
 use crate::settings::Settings;
-use scalebox_storage::{Pool, StorageError};
+use scalebox_storage::Pool;
 use scalebox_units::{Bytes, TemplateName};
 use std::path::Path;
 
@@ -31,7 +31,7 @@ pub fn build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path
 
 /// Runs `scaleboxd template import`.
 pub fn import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
-    scalebox_storage::require_programs().map_err(StorageError::from)?;
+    scalebox_storage::require_programs()?;
     let pool = Pool::open(&settings.data_dir, &settings.backing, settings.bounds())?;
     let template = pool.import_template(&name.parse()?, file, settings.max_disk_size.bytes(), replace)?;
     println!(

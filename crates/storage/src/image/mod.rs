@@ -1,6 +1,7 @@
 //! Work on one disk image.
 
 pub(crate) mod defragment;
+pub(crate) mod e2fsprogs;
 pub(crate) mod ext4;
 pub(crate) mod format;
 pub(crate) mod images;
