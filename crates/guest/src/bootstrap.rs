@@ -1,14 +1,17 @@
 //! Installs Debian into a directory with `mmdebstrap`, in a mount namespace of its own.
 
-use crate::command::{Invocation, Program};
 use crate::embedded;
 use crate::error::Error;
 use crate::mirrors;
+use crate::programs::{self, MMDEBSTRAP, UNSHARE};
 use crate::progress::{self, Progress, Step};
 use crate::recipe::Recipe;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+/// Maximum output of an installation, in bytes: a hundred times that of the default packages.
+const MAX_OUTPUT: usize = 64 << 20;
 
 /// The result of the bootstrap, in a scratch directory.
 pub(crate) struct Bootstrapped {
@@ -27,10 +30,12 @@ pub(crate) fn bootstrap(recipe: &Recipe, scratch: &Path, progress: &mut dyn Prog
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).map_err(Error::io("make executable", &hook))?;
 
     let mut phases = Phases::new(progress);
-    Invocation::new(Program::Unshare, arguments(recipe, &root, &hook))
+    programs::run(UNSHARE)
+        .args(arguments(recipe, &root, &hook))
+        .max_output(MAX_OUTPUT)
         .env("SCALEBOX_KERNEL", &kernel)
         .env("SCALEBOX_KERNEL_PACKAGE", recipe.kernel_package.as_str())
-        .run(|line| phases.line(line))?;
+        .lines(|line| phases.line(line))?;
     Ok(Bootstrapped { root, kernel })
 }
 
@@ -40,7 +45,7 @@ fn arguments(recipe: &Recipe, root: &Path, hook: &Path) -> Vec<String> {
         // the mounts disappear with the process, even if it is killed.
         "--mount",
         "--",
-        Program::Mmdebstrap.name(),
+        MMDEBSTRAP.name(),
         "--verbose",
         "--mode=root",
         "--variant=minbase",

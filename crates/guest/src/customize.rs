@@ -1,10 +1,11 @@
 //! Turns the installed Debian into a guest: account, units, drivers, and no state of a single
 //! machine.
 
-use crate::command::{Program, run};
 use crate::embedded;
 use crate::error::Error;
+use crate::programs::{CHROOT, run};
 use crate::scrub;
+use rustix::fs::Mode;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -159,8 +160,9 @@ fn choose_units(root: &Path) -> Result<(), Error> {
 }
 
 fn chroot(root: &Path, argv: &[&str]) -> Result<(), Error> {
-    let args = std::iter::once(root.as_os_str()).chain(argv.iter().map(|arg| arg.as_ref()));
-    run(Program::Chroot, args)?;
+    // Files that it creates belong to the guest and must be readable by all users there.
+    let mask = Mode::WGRP | Mode::WOTH;
+    run(CHROOT).umask(mask).args([root]).args(argv).stdout()?;
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The errors of building a template or a seed drive.
 
-use crate::command::CommandError;
+use scalebox_programs::ProgramError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An external program is missing or failed; includes its whole output.
+    /// An outside program is missing or failed; includes its output.
     #[error(transparent)]
-    Command(#[from] CommandError),
+    Program(#[from] ProgramError),
     /// A file operation failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

@@ -25,7 +25,7 @@
 //! | `cmdline` | [`kernel_cmdline`]: the kernel parameters of a guest |
 //! | `seed` | [`SeedDrive`]: the identity of a guest |
 //! | `agent` | [`Agent`]: queries a running guest |
-//! | `command` | runs external programs |
+//! | `programs` | the outside programs of a build |
 //!
 //! # Example
 //!
@@ -54,7 +54,6 @@ mod agent;
 mod bootstrap;
 mod cache;
 mod cmdline;
-mod command;
 mod cpio;
 mod customize;
 mod embedded;
@@ -64,6 +63,7 @@ mod kernel;
 mod lz4;
 mod mirrors;
 mod mke2fs;
+mod programs;
 mod progress;
 mod recipe;
 mod scratch;
@@ -73,7 +73,6 @@ mod template;
 
 pub use agent::{Agent, AgentError, FsUsage};
 pub use cmdline::{kernel_cmdline, with_modules_drive};
-pub use command::{CommandError, Program, require_programs};
 pub use error::Error;
 pub use progress::{Progress, Step};
 pub use recipe::Recipe;

@@ -1,6 +1,6 @@
 //! Chooses the package archive of a guest: the host's own, if it is Debian's.
 
-use crate::command::{Program, run};
+use crate::programs::{APT_GET, run};
 use crate::recipe::Recipe;
 
 /// The format in which `apt-get indextargets` prints each package index it knows; fields are
@@ -13,10 +13,8 @@ pub(crate) fn mirrors(recipe: &Recipe) -> Vec<String> {
     if let Some(mirror) = &recipe.mirror {
         return vec![mirror.clone()];
     }
-    match run(
-        Program::AptGet,
-        ["indextargets", "--format", FORMAT, "Created-By: Packages"],
-    ) {
+    let indexes = run(APT_GET).args(["indextargets", "--format", FORMAT, "Created-By: Packages"]);
+    match indexes.stdout() {
         Ok(indexes) => sources(&indexes, &recipe.suite),
         Err(error) => {
             tracing::warn!(%error, "cannot list the sources of this host's apt; using mmdebstrap's default mirror");

@@ -1,7 +1,7 @@
 //! Writes the image of the root file system with e2fsprogs in user space: nothing is mounted.
 
-use crate::command::{Program, run};
 use crate::error::Error;
+use crate::programs::{E2FSCK, MKE2FS, TUNE2FS, run};
 use crate::progress::{self, Progress};
 use scalebox_units::Bytes;
 use std::fs::{self, File};
@@ -37,9 +37,8 @@ pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn P
     let (root, path) = (root.to_string_lossy(), image.to_string_lossy());
     // mke2fs detects that the new file reads as zeros and marks the inode tables as zeroed, so that
     // no clone zeroes them at its first boot.
-    run(
-        Program::Mke2fs,
-        [
+    run(MKE2FS)
+        .args([
             "-q",
             "-F",
             "-t",
@@ -63,17 +62,16 @@ pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn P
             "-d",
             &root,
             &path,
-        ],
-    )?;
+        ])
+        .stdout()?;
     progress.fraction(0.3);
     // `noinit_itable` becomes a default mount option. The inode tables that a grown clone adds (1.6
     // GB for 100 GiB) are not marked as zeroed, and the kernel would write them in the background,
     // and while growing. They are holes, which read as zeros anyway.
-    run(
-        Program::Tune2fs,
-        ["-e", "remount-ro", "-E", "mount_opts=noinit_itable", &path],
-    )?;
-    run(Program::E2fsck, ["-f", "-n", &path])?;
+    run(TUNE2FS)
+        .args(["-e", "remount-ro", "-E", "mount_opts=noinit_itable", &path])
+        .stdout()?;
+    run(E2FSCK).args(["-f", "-n", &path]).stdout()?;
     progress.fraction(0.5);
     file.sync_all().map_err(Error::io("flush", image))?;
     progress.fraction(1.0);
@@ -97,9 +95,8 @@ pub(crate) fn write_modules(modules: &Path, image: &Path) -> Result<(), Error> {
         .map_err(Error::io("set the size of", image))?;
     let (root, path) = (modules.to_string_lossy(), image.to_string_lossy());
     let inodes = (tree.entries + 64).to_string();
-    run(
-        Program::Mke2fs,
-        [
+    run(MKE2FS)
+        .args([
             "-q",
             "-F",
             "-t",
@@ -119,9 +116,9 @@ pub(crate) fn write_modules(modules: &Path, image: &Path) -> Result<(), Error> {
             "-d",
             &root,
             &path,
-        ],
-    )?;
-    run(Program::E2fsck, ["-f", "-n", &path])?;
+        ])
+        .stdout()?;
+    run(E2FSCK).args(["-f", "-n", &path]).stdout()?;
     file.sync_all().map_err(Error::io("flush", image))
 }
 

@@ -1,8 +1,8 @@
 //! Scratch directories of builds: locked while in use, and removed afterwards, or by a later build
 //! after a crash.
 
-use crate::command::{Program, run};
 use crate::error::Error;
+use crate::programs::{RM, run};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use std::fs::{self, File};
@@ -88,17 +88,8 @@ pub(crate) fn remove_tree(path: &Path) -> Result<(), Error> {
     if let Some(point) = mounted {
         return Err(Error::StillMounted(PathBuf::from(point)));
     }
-    let path = path.as_os_str();
-    run(
-        Program::Rm,
-        [
-            "--recursive".as_ref(),
-            "--force".as_ref(),
-            "--one-file-system".as_ref(),
-            "--".as_ref(),
-            path,
-        ],
-    )?;
+    let options = ["--recursive", "--force", "--one-file-system", "--"];
+    run(RM).args(options).args([path]).stdout()?;
     Ok(())
 }
 

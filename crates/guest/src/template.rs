@@ -2,12 +2,12 @@
 
 use crate::bootstrap::{Bootstrapped, bootstrap};
 use crate::cache::CacheEntry;
-use crate::command::require_programs;
 use crate::customize;
 use crate::error::Error;
 use crate::initramfs;
 use crate::kernel::KernelPackage;
 use crate::mke2fs;
+use crate::programs::require_programs;
 use crate::progress::{self, Progress};
 use crate::recipe::Recipe;
 use crate::scratch::Scratch;
@@ -44,7 +44,7 @@ pub struct Artifacts {
 /// first.
 ///
 /// # Errors
-/// [`Error::Recipe`] before anything is done; [`Error::Command`] with the whole output of a failed
+/// [`Error::Recipe`] before anything is done; [`Error::Program`] with the output of a failed
 /// program; [`Error::Io`]; [`Error::Kernel`] if the archive's kernel package lacks expected
 /// content.
 pub fn build(

@@ -1,14 +1,24 @@
 //! Runs the programs `nft` and `iptables-legacy-save`. No other module does.
 //!
-//! Scripts are passed on standard input; listings are JSON. Programs are run with an argument
-//! vector, never a shell, and with a fixed `PATH` and locale. The error of a failed program
-//! contains its whole output.
+//! Scripts are passed on standard input; listings are JSON. The error of a failed program contains
+//! its whole output.
 
 use crate::error::{Error, Result};
+use scalebox_programs::{Program, ProgramError, Run};
 use std::io;
-use std::process::{Output, Stdio};
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
+use std::process::Output;
+use std::time::Duration;
+
+/// Timeout of a program: changes of all VMs wait for each other, and a listing of the largest
+/// rulesets takes seconds.
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// Maximum output of a program, in bytes: the listing of a set with a million elements.
+const MAX_OUTPUT: usize = 256 << 20;
+
+const NFT: Program = Program::new("nft", "nftables").within(TIMEOUT);
+const SAVE_LEGACY: Program = Program::new("iptables-legacy-save", "iptables").within(TIMEOUT);
+/// The name of [`SAVE_LEGACY`] in distributions that have only the legacy variant.
+const SAVE: Program = Program::new("iptables-save", "iptables").within(TIMEOUT);
 
 /// Runs a script as one transaction.
 ///
@@ -43,7 +53,7 @@ pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     arguments.extend(what);
     let output = succeeded(&action, call(&action, &arguments, "").await?)?;
     let parsed: serde_json::Value = serde_json::from_str(&output).map_err(|error| Error::NftStart {
-        program: "nft".to_owned(),
+        program: NFT.name().to_owned(),
         action: action.clone(),
         source: io::Error::new(io::ErrorKind::InvalidData, error),
     })?;
@@ -68,50 +78,40 @@ pub(crate) fn is_gone(output: &str) -> bool {
 /// [`Error::NftStart`], also if the program is not installed; [`Error::Nft`].
 pub(crate) async fn save_legacy() -> Result<String> {
     let action = "list the rules of iptables-legacy";
-    // Distributions that have only the legacy variant use the shorter name.
-    let mut saved = call_program("iptables-legacy-save", action, &["-t", "filter"], "").await;
+    let mut saved = call_program(SAVE_LEGACY, action, &["-t", "filter"], "").await;
     if let Err(Error::NftStart { source, .. }) = &saved
         && source.kind() == io::ErrorKind::NotFound
     {
-        saved = call_program("iptables-save", action, &["-t", "filter"], "").await;
+        saved = call_program(SAVE, action, &["-t", "filter"], "").await;
     }
     succeeded(action, saved?)
 }
 
 async fn call(action: &str, arguments: &[&str], input: &str) -> Result<Output> {
-    match call_program("nft", action, arguments, input).await {
-        Err(Error::NftStart { source, .. }) if source.kind() == io::ErrorKind::NotFound => Err(Error::NftMissing),
-        other => other,
-    }
+    call_program(NFT, action, arguments, input).await
 }
 
-async fn call_program(program: &str, action: &str, arguments: &[&str], input: &str) -> Result<Output> {
+/// Runs a program on a thread for blocking work. If the future is dropped, the program is killed.
+async fn call_program(program: Program, action: &str, arguments: &[&str], input: &str) -> Result<Output> {
     let failed = |source: io::Error| Error::NftStart {
-        program: program.to_owned(),
+        program: program.name().to_owned(),
         action: action.to_owned(),
         source,
     };
-    let mut child = Command::new(program)
+    let why = |error: ProgramError| match error {
+        ProgramError::Missing { .. } if program == NFT => Error::NftMissing,
+        ProgramError::Missing { .. } => failed(io::ErrorKind::NotFound.into()),
+        ProgramError::Start { source, .. } => failed(source),
+        other => failed(io::Error::other(other)),
+    };
+    let run = Run::of(program)
         .args(arguments)
-        .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("LC_ALL", "C")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(failed)?;
-    // nft reads its whole input before it writes more than a line, so the two cannot block each
-    // other. A pipe that closes early means that the program failed; its status and output explain
-    // why.
-    if let Some(mut stdin) = child.stdin.take() {
-        match stdin.write_all(input.as_bytes()).await {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(failed(error)),
-            _ => drop(stdin),
-        }
-    }
-    child.wait_with_output().await.map_err(failed)
+        .input(input)
+        .clean_environment()
+        .max_output(MAX_OUTPUT);
+    let (run, _killed_on_drop) = run.stoppable().map_err(why)?;
+    let output = tokio::task::spawn_blocking(|| run.output()).await;
+    output.map_err(|error| failed(error.into()))?.map_err(why)
 }
 
 fn succeeded(action: &str, output: Output) -> Result<String> {

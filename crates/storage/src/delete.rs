@@ -58,7 +58,7 @@ impl Pool {
     /// how much the image shrank on the host disk; concurrent writes may have grown it meanwhile.
     ///
     /// # Errors
-    /// [`StorageError::Command`], [`StorageError::Io`].
+    /// [`StorageError::Program`], [`StorageError::Io`].
     pub fn discard_free_blocks(&self) -> Result<Bytes, StorageError> {
         let Some(image) = self.image() else {
             return Ok(Bytes::ZERO);

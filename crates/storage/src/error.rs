@@ -1,8 +1,8 @@
 //! Errors of pools, templates and disks.
 
-use crate::command::CommandError;
 use crate::local::fstab::FstabError;
 use crate::local::sizing::TooLittleSpace;
+use scalebox_programs::ProgramError;
 use scalebox_units::Gib;
 use std::fmt::Display;
 use std::io;
@@ -187,7 +187,7 @@ pub enum StorageError {
     Fstab(#[from] FstabError),
     /// An outside program failed.
     #[error(transparent)]
-    Command(#[from] CommandError),
+    Program(#[from] ProgramError),
     /// A file could not be read or written.
     #[error("cannot {doing} {what}: {source}")]
     Io {

@@ -26,7 +26,7 @@
 //! | `upgrade` | upgrading pools of earlier releases |
 //! | `import` | template import and export |
 //! | `snapshot` | turning a disk into a template |
-//! | `command` | running outside programs |
+//! | `programs` | the outside programs that pools need |
 //! | `simulated` (feature `simulated`) | pools for tests of other crates |
 //!
 //! `local` is the pool on this host: its file system, the devices under it, and what the kernel
@@ -49,6 +49,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `images` | the operations that a pool needs |
+//! | `e2fsprogs` | running programs of e2fsprogs, and judging what they print |
 //! | `ext4` | inspecting, checking, growing and zeroing the ext4 file system |
 //! | `live_growth` | whether a guest can grow its file system while it is mounted |
 //! | `defragment` | reducing the number of extents in a base image |
@@ -73,7 +74,6 @@
 //! ```
 
 mod admission;
-mod command;
 mod delete;
 mod disk;
 mod error;
@@ -83,6 +83,7 @@ mod kernels;
 mod local;
 mod measurement;
 mod pool;
+mod programs;
 mod publish;
 mod record;
 #[cfg(feature = "simulated")]
@@ -94,7 +95,6 @@ mod upgrade;
 mod usage;
 
 pub use admission::{Admission, Bounds, Promises, Reservation};
-pub use command::{CommandError, Program, require_programs};
 pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
 pub use error::StorageError;
@@ -113,6 +113,7 @@ pub use local::sizing::{
     RequestedSizeError, TooLittleSpace, pool_size,
 };
 pub use pool::{Pool, jails_dir};
+pub use programs::{PROGRAMS, require_programs};
 pub use record::TemplateSource;
 pub use snapshot::PendingSnapshot;
 pub use space::Space;

@@ -5,7 +5,6 @@
 //! the disk paused, and it copies no data; the rest works on the clone.
 
 use crate::admission::Reservation;
-use crate::command::CommandError;
 use crate::error::StorageError;
 use crate::image::scrub::Scrub;
 use crate::local::files::allocated_of;
@@ -15,6 +14,7 @@ use crate::publish::NewTemplate;
 use crate::record::TemplateSource;
 use crate::template::Template;
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_programs::ProgramError;
 use scalebox_units::{Bytes, KernelId, TemplateName, VmId};
 use std::fs::File;
 use std::path::PathBuf;
@@ -128,7 +128,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`StorageError::UnfitDisk`] with the reason, [`StorageError::TemplateExists`],
-    /// [`StorageError::Host`], [`StorageError::Command`].
+    /// [`StorageError::Host`], [`StorageError::Program`].
     pub fn finish_snapshot(&self, mut snapshot: PendingSnapshot, scrub: &Scrub<'_>) -> Result<Template, StorageError> {
         let (partial, file) = (snapshot.partial.as_path(), &snapshot.file);
         // Replaying the journal after an edit would undo the edit.
@@ -162,7 +162,7 @@ fn unfit(error: StorageError) -> StorageError {
     match error {
         StorageError::FileSystem(_) => StorageError::UnfitDisk(error.to_string()),
         // A guest can make a folder too long to list.
-        StorageError::Command(CommandError::Killed { why, .. }) => {
+        StorageError::Program(ProgramError::Killed { why, .. }) => {
             StorageError::UnfitDisk(format!("the identity of its VM cannot be removed: a program {why}"))
         }
         other => other,

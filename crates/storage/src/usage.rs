@@ -414,8 +414,8 @@ mod tests {
             exclusive: Bytes::new(exclusive),
             ..Usage::default()
         };
-        assert_eq!(accounts.disks[&"vm-000000000001".parse().unwrap()], usage(60, 70));
-        assert_eq!(accounts.templates[&"tiny".parse().unwrap()], usage(150, 110));
+        assert_eq!(accounts.disks["vm-000000000001"], usage(60, 70));
+        assert_eq!(accounts.templates["tiny"], usage(150, 110));
         let sums = [
             accounts.disks_exclusive,
             accounts.templates_exclusive,

@@ -601,7 +601,7 @@ fn a_failed_resize_is_rolled_back_and_can_be_retried() {
         |pool: &Pool| pool.shrink(Gib::new(20)),
     ] {
         let error = change(&pool).unwrap_err();
-        assert!(matches!(error, StorageError::Command(_)), "{error}");
+        assert!(matches!(error, StorageError::Program(_)), "{error}");
         assert_eq!(layers(), [30; 3]);
         pool.reconcile().unwrap();
         assert_eq!(layers(), [30; 3], "a failure is not completed later");

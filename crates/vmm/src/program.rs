@@ -1,10 +1,14 @@
 //! Finds the programs of the hypervisors on the `PATH`, and their versions.
 
 use crate::error::{Error, Result};
+use scalebox_programs::{ProgramError, Run};
 use std::env;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How long a program may take to print its version.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Major and minor version.
 pub(crate) type Version = (u32, u32);
@@ -40,11 +44,13 @@ pub(crate) fn query_version(
     min: Version,
     find: impl Fn(&str) -> Option<&str>,
 ) -> Result<(String, Version)> {
-    let output = Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
+    let output = Run::of_file(program, VERSION_TIMEOUT)
+        .args(["--version"])
         .output()
-        .map_err(|error| unusable(program, error))?;
+        .map_err(|error| match error {
+            ProgramError::Start { source, .. } => unusable(program, source),
+            other => unusable(program, other),
+        })?;
     let text = String::from_utf8_lossy(&output.stdout);
     let found = find(&text).filter(|_| output.status.success());
     let Some((version, numbers)) = found.and_then(|version| Some((version, major_minor(version)?))) else {

@@ -10,7 +10,7 @@ use crate::host::drivers::Drivers;
 use crate::settings::{Settings, VmmChoice, contradictions};
 use crate::state::{Fact, State};
 use scalebox_net::Inspection;
-use scalebox_storage::{Backing, Pool, Program, StorageError, pool_size, registered_source};
+use scalebox_storage::{Backing, PROGRAMS, Pool, StorageError, pool_size, registered_source};
 use scalebox_units::Bytes;
 use scalebox_vmm::{Accel, AccelSetting};
 use serde::Serialize;
@@ -158,10 +158,7 @@ fn privileges(found: &mut Findings) {
 }
 
 fn programs(found: &mut Findings) {
-    let missing: Vec<_> = Program::ALL
-        .into_iter()
-        .filter(|program| !program.is_installed())
-        .collect();
+    let missing: Vec<_> = PROGRAMS.into_iter().filter(|program| !program.is_installed()).collect();
     for program in &missing {
         let finding = format!("the program {} is missing", program.name());
         found.problem("programs", finding, format!("apt-get install {}", program.package()));

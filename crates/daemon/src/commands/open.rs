@@ -42,7 +42,7 @@ pub async fn open_host(settings: Settings, state: State) -> Result<(Host, Recove
             "STATE_DIR is read-only: VMs keep running, but nothing can be changed; make it writable and restart scaleboxd"
         );
     }
-    scalebox_storage::require_programs().map_err(StorageError::from)?;
+    scalebox_storage::require_programs()?;
     let pool = match Pool::open(&settings.data_dir, &settings.backing, settings.bounds()) {
         Err(StorageError::NotMounted(pool)) if !state.vms()?.is_empty() => {
             return Err(CommandFailed::PoolMissing {

@@ -3,11 +3,11 @@
 use crate::commands::failed::CommandFailed;
 use crate::settings::Settings;
 use crate::state::State;
-use scalebox_storage::{InitEvent, InitOutcome, PoolPlan, StorageError};
+use scalebox_storage::{InitEvent, InitOutcome, PoolPlan};
 
 /// Runs `scaleboxd pool init`.
 pub fn init(settings: &Settings) -> Result<(), CommandFailed> {
-    scalebox_storage::require_programs().map_err(StorageError::from)?;
+    scalebox_storage::require_programs()?;
     let plan = PoolPlan {
         // `serve` and `doctor` report a state that cannot be read.
         expected_disks: State::peek_vms(&settings.state_dir).unwrap_or(0),

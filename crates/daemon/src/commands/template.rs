@@ -3,7 +3,7 @@
 use crate::commands::failed::CommandFailed;
 use crate::commands::progress;
 use crate::settings::Settings;
-use scalebox_storage::{KernelFiles, Pool, StorageError};
+use scalebox_storage::{KernelFiles, Pool};
 use scalebox_units::TemplateName;
 use std::path::Path;
 
@@ -45,7 +45,7 @@ fn open_upgraded(settings: &Settings) -> Result<Pool, CommandFailed> {
 
 /// Runs `scaleboxd template import`.
 pub fn import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
-    scalebox_storage::require_programs().map_err(StorageError::from)?;
+    scalebox_storage::require_programs()?;
     let pool = open_upgraded(settings)?;
     let template = pool.import_template(&name.parse()?, file, settings.max_disk_size.bytes(), replace)?;
     println!(

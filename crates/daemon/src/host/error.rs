@@ -2,7 +2,8 @@
 
 use crate::state::StateError;
 use scalebox_api::Invalid;
-use scalebox_storage::{CommandError, StorageError};
+use scalebox_programs::ProgramError;
+use scalebox_storage::StorageError;
 use scalebox_units::Gib;
 
 /// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
@@ -141,7 +142,7 @@ impl From<StorageError> for ServiceError {
                 sentence: format!("the host cannot {doing}"),
                 cause: reason,
             },
-            StorageError::Command(CommandError::Failed { command, .. } | CommandError::Killed { command, .. }) => {
+            StorageError::Program(ProgramError::Failed { command, .. } | ProgramError::Killed { command, .. }) => {
                 ServiceError::HostFailed {
                     sentence: format!("the program {} failed", command.split(' ').next().unwrap_or_default()),
                     cause: text,
@@ -203,7 +204,7 @@ mod tests {
         let command = "e2fsck -fy /var/lib/scalebox/vms/x".to_owned();
         let status = "exit status 8".to_owned();
         let failures: [ServiceError; 3] = [
-            StorageError::from(CommandError::Failed {
+            StorageError::from(ProgramError::Failed {
                 command,
                 status: status.clone(),
                 output: output.clone(),

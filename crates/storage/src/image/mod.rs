@@ -2,6 +2,7 @@
 
 pub(crate) mod defragment;
 pub(crate) mod digest;
+pub(crate) mod e2fsprogs;
 pub(crate) mod ext4;
 pub(crate) mod format;
 pub(crate) mod images;

@@ -11,10 +11,12 @@
 //! `debugfs` can fail to write and report success. So the image is inspected again: nothing to be
 //! removed may be left, removed inodes must be unused, and no other file may have changed.
 
-use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
+use crate::image::e2fsprogs::{bare_name, run_on_image};
 use crate::image::ext4::{self, Stat, Tree, Work};
 use crate::local::files::{self, PARTIAL};
+use crate::programs::DEBUGFS;
+use scalebox_programs::ProgramError;
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::File;
@@ -344,7 +346,7 @@ impl<'i> Pass<'i> {
     fn rewrite(&mut self, path: &str, entry: &FileEntry, content: &[u8]) -> Result<(), StorageError> {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
         let scratch = ScratchFile::new(self.path, &format!(".{}", self.contents.len()), content)?;
-        let content = command::bare_name(&scratch.path).to_string_lossy().into_owned();
+        let content = bare_name(&scratch.path).to_string_lossy().into_owned();
         self.contents.push(scratch);
         self.remove(path, entry)?;
         self.command(&["cd", folder])?;
@@ -380,8 +382,8 @@ impl<'i> Pass<'i> {
         let script = ScratchFile::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
         let input = File::open(&script.path).map_err(|error| StorageError::io("read", script.path.display(), error))?;
         let unfit = |why: &str| StorageError::UnfitDisk(format!("the identity of its VM cannot be removed: {why}"));
-        let answer = match command::run_on_image(self.path, Program::Debugfs, &["-w", "-f", "-"], Some(input)) {
-            Err(CommandError::Killed { why, .. }) => return Err(unfit(&format!("a program {why}"))),
+        let answer = match run_on_image(self.path, DEBUGFS, &["-w", "-f", "-"], Some(input)) {
+            Err(ProgramError::Killed { why, .. }) => return Err(unfit(&format!("a program {why}"))),
             other => other?,
         };
         self.contents.clear();

@@ -6,7 +6,6 @@
 //! complete image or foreign, and is never formatted. A device with any known content is never
 //! formatted either. An existing file system is used as it is.
 
-use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
 use crate::local::backing::{self, ActualBacking, Backing, FsKind, PoolLocation};
 use crate::local::btrfs;
@@ -16,7 +15,9 @@ use crate::local::mounts;
 use crate::local::signature::{Signature, probe};
 use crate::local::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
 use crate::local::space;
+use crate::programs::{LOSETUP, MKFS_BTRFS, MOUNT, UMOUNT};
 use rustix::fs::{FlockOperation, flock};
+use scalebox_programs::{ProgramError, Run};
 use scalebox_units::{Bytes, Gib};
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
@@ -279,11 +280,11 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 /// was mounted.
 ///
 /// # Errors
-/// [`StorageError::Command`] when it is in use.
+/// [`StorageError::Program`] when it is in use.
 pub fn unmount(data_dir: &Path, backing: &Backing) -> Result<bool, StorageError> {
     match backing::find(data_dir, backing)? {
         Some(place) if place.backing != ActualBacking::Existing => {
-            command::run(Program::Umount, [data_dir])?;
+            Run::of(UMOUNT).args([data_dir]).stdout()?;
             Ok(true)
         }
         _ => Ok(false),
@@ -546,7 +547,7 @@ fn make_file_system(path: &Path, size: Option<Bytes>) -> Result<(), StorageError
     let size = size.map(|size| format!("--byte-count={}", size.as_u64()));
     let args = ["--quiet", "--label", LABEL, "--data", "single", "--metadata", "dup"];
     let args = args.into_iter().chain(size.as_deref()).map(OsStr::new);
-    command::run(Program::MkfsBtrfs, args.chain([path.as_os_str()]))?;
+    Run::of(MKFS_BTRFS).args(args.chain([path.as_os_str()])).stdout()?;
     Ok(())
 }
 
@@ -560,11 +561,8 @@ fn remove(path: &Path) -> Result<(), StorageError> {
 /// Mounts with `mount`, like a reboot: a loop device is then removed with the mount, however that
 /// ends.
 fn mount(source: &Path, target: &Path, options: &str) -> Result<(), StorageError> {
-    let args = ["-t", "btrfs", "-o", options].map(OsStr::new);
-    command::run(
-        Program::Mount,
-        args.into_iter().chain([source.as_os_str(), target.as_os_str()]),
-    )?;
+    let args = ["-t", "btrfs", "-o", options];
+    Run::of(MOUNT).args(args).args([source, target]).stdout()?;
     Ok(())
 }
 
@@ -579,8 +577,8 @@ fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
         return mount(image, target, IMAGE_OPTIONS);
     }
     let sector = sector.to_string();
-    let args = ["--find", "--show", "--sector-size", &sector, "--direct-io=on"].map(OsStr::new);
-    let attached = command::run(Program::Losetup, args.into_iter().chain([image.as_os_str()]));
+    let args = ["--find", "--show", "--sector-size", &sector, "--direct-io=on"];
+    let attached = Run::of(LOSETUP).args(args).args([image]).stdout();
     let Ok(device) = attached else {
         // The kernel, losetup or host disk does not support it: works too, only slower.
         return mount(image, target, IMAGE_OPTIONS);
@@ -588,7 +586,7 @@ fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
     let device = PathBuf::from(device.trim());
     let mounted = mount(&device, target, DEVICE_OPTIONS);
     // If mounted, the device is now removed with its mount; otherwise it is removed now.
-    let detached = command::run(Program::Losetup, [OsStr::new("--detach"), device.as_os_str()]);
+    let detached = Run::of(LOSETUP).args(["--detach"]).args([&device]).stdout();
     mounted?;
     detached?;
     Ok(())
@@ -614,7 +612,7 @@ fn host_sector(file: &Path) -> u64 {
 enum DirectIo {
     /// Direct I/O is on, or the pool has no loop device.
     On,
-    Refused(CommandError),
+    Refused(ProgramError),
 }
 
 /// Tries to enable direct I/O. Without it every block is cached twice, and the writes of all guests
@@ -628,7 +626,7 @@ fn try_direct_io(place: &PoolLocation) -> DirectIo {
     if !is_off {
         return DirectIo::On;
     }
-    let set = |option: &str| command::run(Program::Losetup, [OsStr::new(option), place.device.as_os_str()]);
+    let set = |option: &str| Run::of(LOSETUP).args([option]).args([&place.device]).stdout();
     let first = match set("--direct-io=on") {
         Ok(_) => return DirectIo::On,
         Err(error) => error,
@@ -667,7 +665,7 @@ fn use_direct_io(
         report(warning(&refusal));
         return Ok(place);
     }
-    if let Err(busy) = command::run(Program::Umount, [&plan.data_dir]) {
+    if let Err(busy) = Run::of(UMOUNT).args([&plan.data_dir]).stdout() {
         report(warning(&busy));
         return Ok(place);
     }

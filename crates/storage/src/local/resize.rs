@@ -10,7 +10,6 @@
 //! A pool on a device consists of the file system alone, which may be smaller than the device. The
 //! size of an existing file system is not changed.
 
-use crate::command::{self, Program};
 use crate::error::StorageError;
 use crate::local::backing::ActualBacking;
 use crate::local::btrfs::chunk_space;
@@ -18,9 +17,10 @@ use crate::local::pool_fs::PoolFs;
 use crate::local::sizing::{DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE};
 use crate::local::space::{allocated, available, device_size};
 use crate::pool::Pool;
+use crate::programs::{BTRFS, FSTRIM, LOSETUP};
 use scalebox_fault_points::{crash_point, fault_point};
+use scalebox_programs::Run;
 use scalebox_units::{Bytes, Gib};
-use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
@@ -122,7 +122,7 @@ impl Pool {
     /// nothing if the pool is being resized or is an existing file system.
     ///
     /// # Errors
-    /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Command`].
+    /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Program`].
     pub fn extend(&self) -> Result<bool, StorageError> {
         let min_growth = Gib::new(1).bytes();
         let _changing = match self.begin_change() {
@@ -216,14 +216,14 @@ impl Pool {
     /// size, including blocks that the host had already.
     ///
     /// # Errors
-    /// [`StorageError::Command`].
+    /// [`StorageError::Program`].
     pub fn trim(&self) -> Result<Bytes, StorageError> {
         self.require_mounted()?;
         #[cfg(feature = "simulated")]
         if let PoolFs::Simulated(_) = self.file_system {
             return Ok(Bytes::ZERO);
         }
-        let output = command::run(Program::Fstrim, [OsStr::new("--verbose"), self.path().as_os_str()])?;
+        let output = Run::of(FSTRIM).args(["--verbose"]).args([self.path()]).stdout()?;
         // `/var/lib/scalebox: 1.2 GiB (1288490188 bytes) trimmed`
         let bytes = output
             .rsplit_once('(')
@@ -235,7 +235,7 @@ impl Pool {
     /// change it is the size of the image.
     ///
     /// # Errors
-    /// [`StorageError::Command`], also while btrfs is busy with a resize by another program;
+    /// [`StorageError::Program`], also while btrfs is busy with a resize by another program;
     /// [`StorageError::Busy`] during a resize by this one. It can be repeated.
     pub fn reconcile(&self) -> Result<(), StorageError> {
         let _changing = self.begin_resize()?;
@@ -313,10 +313,10 @@ impl Pool {
     }
 
     fn refresh_device(&self) -> Result<(), StorageError> {
-        command::run(
-            Program::Losetup,
-            [OsStr::new("--set-capacity"), self.device.as_os_str()],
-        )?;
+        Run::of(LOSETUP)
+            .args(["--set-capacity"])
+            .args([&self.device])
+            .stdout()?;
         Ok(())
     }
 
@@ -324,8 +324,8 @@ impl Pool {
         // Whole blocks: an image or a device can be larger by part of a block.
         let size = size.as_u64() & !(BLOCK - 1);
         let text = size.to_string();
-        let args = ["filesystem", "resize", &text].map(OsStr::new);
-        let resized = command::run(Program::Btrfs, args.into_iter().chain([self.path().as_os_str()]));
+        let run = Run::of(BTRFS).args(["filesystem", "resize", &text]).args([self.path()]);
+        let resized = run.stdout();
         match resized {
             // A program that fails after its last step has still done its work.
             Err(error) if self.file_system_size()?.as_u64() != size => Err(error.into()),

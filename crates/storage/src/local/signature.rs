@@ -5,9 +5,9 @@
 //! is detected as. So the btrfs superblock is read here first, and takes precedence over other
 //! findings.
 
-use crate::command::{self, Program};
 use crate::error::StorageError;
-use std::ffi::OsStr;
+use crate::programs::BLKID;
+use scalebox_programs::Run;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -58,7 +58,7 @@ impl fmt::Display for Signature {
 /// Detects the contents of `path`; `None` without a known signature.
 ///
 /// # Errors
-/// [`StorageError::Command`], [`StorageError::Io`].
+/// [`StorageError::Program`], [`StorageError::Io`].
 pub(crate) fn probe(path: &Path) -> Result<Option<Signature>, StorageError> {
     let superblock = Superblock::read(path).map_err(|error| StorageError::io("read", path.display(), error))?;
     let btrfs = superblock.map(|found| Signature {
@@ -93,10 +93,8 @@ enum Found {
 
 fn run_blkid(path: &Path) -> Result<Found, StorageError> {
     // Exit code 2: no signature; 8: several contradictory signatures.
-    let args = ["-p", "-o", "export", "--"].map(OsStr::new);
-    let (code, output) = command::run_accepting(Program::Blkid, args.into_iter().chain([path.as_os_str()]), |code| {
-        matches!(code, 0 | 2 | 8)
-    })?;
+    let run = Run::of(BLKID).args(["-p", "-o", "export", "--"]).args([path]);
+    let (code, output) = run.stdout_accepting(&[0, 2, 8])?;
     if code == 8 {
         return Ok(Found::Several);
     }

@@ -55,14 +55,28 @@ impl Crate {
 
     /// The files that the file of `module` uses, outside its tests.
     pub fn uses(&self, module: &ModulePath) -> BTreeSet<ModulePath> {
+        let paths = self.paths(module);
+        let found = paths.iter().filter_map(|path| self.resolve(module, path));
+        found.filter(|used| used != module).collect()
+    }
+
+    /// Whether the file of `module` names `path`, or something in it, outside its tests.
+    pub fn names(&self, module: &ModulePath, path: &[&str]) -> bool {
+        let found = self.paths(module);
+        found
+            .iter()
+            .any(|found| found.windows(path.len()).any(|part| part == path))
+    }
+
+    /// The paths in the file of `module`, as written there, outside its tests.
+    fn paths(&self, module: &ModulePath) -> Vec<Vec<String>> {
         let mut paths = Paths::default();
         for item in &self.files[module].syntax.items {
             if !is_test(item_attributes(item)) {
                 paths.visit_item(item);
             }
         }
-        let found = paths.found.iter().filter_map(|path| self.resolve(module, path));
-        found.filter(|used| used != module).collect()
+        paths.found
     }
 
     fn exports_of(&self, module: &ModulePath) -> BTreeMap<String, ModulePath> {

@@ -5,9 +5,11 @@ use super::features::{Incompat, RoCompat};
 use super::layout::Layout;
 use super::refuse;
 use super::superblock::Superblock;
-use crate::command::{self, CommandError, Program};
 use crate::error::StorageError;
+use crate::image::e2fsprogs::run_on_image;
 use crate::local::files;
+use crate::programs::E2FSCK;
+use scalebox_programs::ProgramError;
 use std::fs::File;
 use std::path::Path;
 
@@ -65,8 +67,8 @@ fn e2fsck(image: &Path, options: &[&str]) -> Result<(), StorageError> {
     const CORRECTED: i32 = 1;
     const UNCORRECTED: i32 = 4;
     const ERROR: i32 = 8;
-    let answer = match command::run_on_image(image, Program::E2fsck, options, None) {
-        Err(CommandError::Killed { why, .. }) => {
+    let answer = match run_on_image(image, E2FSCK, options, None) {
+        Err(ProgramError::Killed { why, .. }) => {
             return Err(StorageError::FileSystem(format!("{CHECK_TOO_SLOW}: the check {why}")));
         }
         other => other?,

@@ -5,9 +5,10 @@ use super::error::{CHECK_TOO_SLOW, as_host_fault, unreadable};
 use super::features::RoCompat;
 use super::superblock::Superblock;
 use super::unchanged::{Work, require as require_unchanged};
-use crate::command::{self, Program};
 use crate::error::StorageError;
+use crate::image::e2fsprogs::run_on_image;
 use crate::local::files;
+use crate::programs::RESIZE2FS;
 use scalebox_units::Bytes;
 use std::fs::File;
 use std::path::Path;
@@ -52,7 +53,7 @@ pub(crate) fn grow(path: &Path, image: &File, size: Bytes) -> Result<File, Stora
     if let Err(whole) = grow_to(path, image, size.as_u64()) {
         if matches!(
             whole,
-            StorageError::Host { .. } | StorageError::Io { .. } | StorageError::Command(_)
+            StorageError::Host { .. } | StorageError::Io { .. } | StorageError::Program(_)
         ) {
             return Err(whole);
         }
@@ -108,7 +109,7 @@ fn grow_in_steps(
 pub(super) fn grow_to(path: &Path, image: &File, size: u64) -> Result<(), StorageError> {
     let resized = image.set_len(size);
     resized.map_err(|error| StorageError::io("resize", path.display(), error))?;
-    let answer = command::run_on_image(path, Program::Resize2fs, &[], None)?;
+    let answer = run_on_image(path, RESIZE2FS, &[], None)?;
     let harmless = |line: &str| line.starts_with("The filesystem is already ");
     let complaint = answer.complaint(harmless);
     if answer.code == Some(0) && complaint.is_none() {
