@@ -205,9 +205,10 @@ write_config
 allow_forwarding
 say "Create the pool"
 /usr/local/bin/scaleboxd pool init
+# Before the template: the daemon's start upgrades the pool of an earlier release.
+install_service
 say "Build the Debian template"
 /usr/local/bin/scaleboxd template build debian-base ${SCALEBOX_CACHE:+--cache "$SCALEBOX_CACHE"}
-install_service
 
 say "Scalebox is installed"
 cat <<TXT

@@ -3,26 +3,39 @@
 //!
 //! The folder `kernel/` marks such a pool. The upgrade installs its kernel under its id, gives each
 //! image a record, and removes the folder last. Nothing is copied. After a crash at any step, the
-//! next upgrade completes the rest.
+//! next upgrade completes the rest. A folder `kernel/` of someone else, in a pool on an existing
+//! file system, is not touched.
 
 use crate::error::StorageError;
 use crate::kernels::{INITRD, KernelFiles, Transfer, VMLINUZ};
-use crate::local::files::{self, Folder, PARTIAL};
+use crate::local::files::{self, Folder};
 use crate::local::init::PREVIOUS_KERNEL;
 use crate::pool::Pool;
 use crate::record::{Record, image_owner};
 use crate::template::list;
 use scalebox_fault_points::{crash_point, fault_point};
 use scalebox_units::{KernelId, TemplateName};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
+
+/// The files that earlier releases put into that folder, with the unfinished ones.
+const PREVIOUS_FILES: [&str; 4] = [VMLINUZ, INITRD, "vmlinuz.partial", "initrd.partial"];
 
 impl Pool {
     /// Returns whether the pool has records of its templates. Otherwise it was made by an earlier
     /// release, and [`Pool::upgrade`] must come first.
     pub fn is_upgraded(&self) -> bool {
-        !self.previous_kernel_dir().exists()
+        let entries = match fs::read_dir(self.previous_kernel_dir()) {
+            Ok(entries) => entries,
+            Err(error) => return error.kind() == io::ErrorKind::NotFound,
+        };
+        let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+        let ours = |name: &OsString| PREVIOUS_FILES.iter().any(|file| name == *file);
+        let is_kernel = |name: &OsString| name == VMLINUZ || name == INITRD;
+        !names.iter().all(ours) && !names.iter().any(is_kernel)
     }
 
     /// Upgrades a pool of an earlier release; does nothing with any other. Call it with the pool
@@ -31,23 +44,19 @@ impl Pool {
     /// # Errors
     /// [`StorageError::Io`]. Call it again to complete the upgrade.
     pub fn upgrade(&self) -> Result<(), StorageError> {
-        // Left by a crash after the last step.
-        files::remove_tree(&self.retired_kernel_dir())?;
         if self.is_upgraded() {
             return Ok(());
         }
         let kernel = self.adopt_kernel()?;
         let recorded = self.record_images(kernel.as_ref())?;
-        Folder::open(&self.root)?.publish(&self.previous_kernel_dir(), &self.retired_kernel_dir(), || {
-            fault_point("upgrade: old kernel's folder renamed")
-        })?;
+        self.remove_previous_kernel()?;
         crash_point("upgrade: complete");
         tracing::info!(
             templates = recorded,
             kernel = kernel.as_ref().map(KernelId::as_str),
             "upgraded the pool: templates have records, and kernels are kept by their ids"
         );
-        files::remove_tree(&self.retired_kernel_dir())
+        Ok(())
     }
 
     /// Installs the kernel of the earlier release under its id. `None` if there is none.
@@ -116,7 +125,23 @@ impl Pool {
         self.root.join(PREVIOUS_KERNEL)
     }
 
-    fn retired_kernel_dir(&self) -> PathBuf {
-        self.root.join(format!(".{PREVIOUS_KERNEL}{PARTIAL}"))
+    /// Removes the folder of the previous kernel, and nothing in it that is not of the earlier
+    /// release.
+    fn remove_previous_kernel(&self) -> Result<(), StorageError> {
+        let folder = self.previous_kernel_dir();
+        for name in PREVIOUS_FILES {
+            let file = folder.join(name);
+            match fs::remove_file(&file) {
+                Ok(()) => fault_point("upgrade: old kernel's file removed").map_err(StorageError::step)?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(StorageError::io("remove", file.display(), error)),
+            }
+        }
+        match fs::remove_dir(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
+                Err(StorageError::io("remove", folder.display(), error))
+            }
+            _ => files::sync_dir(&self.root),
+        }
     }
 }

@@ -244,6 +244,13 @@ fn a_pool_of_an_earlier_release_is_upgraded_without_copying_anything() {
     assert_eq!([inode("templates/tiny.ext4"), inode(&vmlinuz)], before);
     pool.upgrade().unwrap();
     assert_eq!(pool.sweep(&keep).unwrap().removed, Vec::<PathBuf>::new());
+    // A folder of that name that is not of an earlier release.
+    let notes = root.join("kernel/notes.txt");
+    fs::create_dir(root.join("kernel")).unwrap();
+    fs::write(&notes, "the operator's").unwrap();
+    assert!(pool.is_upgraded());
+    pool.upgrade().unwrap();
+    assert!(notes.exists());
     let admitted = pool.admit(Gib::new(3).bytes()).unwrap();
     pool.create_disk(&vm_id("vm-b"), &name("tiny"), &admitted).unwrap();
     run("e2fsck", &["-fn", text(&disk_path(&pool, &vm_id("vm-b")))]);

@@ -330,8 +330,15 @@ fn storage(found: &mut Findings, settings: &Settings) {
     }
     owner(found, settings, &pool);
     space(found, settings, &pool);
-    // The kernel of an earlier release is kept by the next start.
-    let kernel_there = !pool.is_upgraded() || pool.newest_kernel().is_ok_and(|kernel| kernel.is_some());
+    template_and_kernel(found, &pool);
+}
+
+fn template_and_kernel(found: &mut Findings, pool: &Pool) {
+    if !pool.is_upgraded() {
+        let finding = "the pool was made by an earlier release: its templates have no records yet";
+        return found.note("template", finding, "restart scaleboxd, which upgrades the pool");
+    }
+    let kernel_there = pool.newest_kernel().is_ok_and(|kernel| kernel.is_some());
     let template_there = BASE_TEMPLATE.parse().is_ok_and(|name| pool.template(&name).is_ok());
     if kernel_there && template_there {
         found.ok(
