@@ -219,7 +219,7 @@ fn check_pool(host: &Host) {
         .templates()
         .unwrap()
         .iter()
-        .map(|template| format!("{}.ext4", template.name))
+        .flat_map(|template| ["ext4", "json"].map(|suffix| format!("{}.{suffix}", template.name)))
         .collect();
     listed.push(".grown".to_owned());
     let folder = fs::read_dir(host.folder.join("pool/templates")).unwrap();

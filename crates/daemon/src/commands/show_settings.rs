@@ -56,5 +56,8 @@ fn table(listed: &[SettingInEffect], file: &Path) -> String {
         };
         table.add_row([setting.key, value, &from, &setting.default, &setting.meaning]);
     }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
     table.trim_fmt()
 }
