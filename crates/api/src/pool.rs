@@ -65,9 +65,9 @@ pub struct PoolInfo {
     /// years.
     #[serde(default)]
     pub days_left: Option<f64>,
-    /// Number of stopped and deleted VMs whose resources could not be removed yet, for a reason
-    /// that the log names; removal is retried every few seconds. A deleted VM's disk stays
-    /// committed until it is removed.
+    /// Number of stopped and deleted VMs whose resources could not be removed yet. The log names
+    /// the reason, and removal is retried every few seconds. A deleted VM's disk stays committed
+    /// until it is removed.
     #[serde(default)]
     pub cleanups_pending: u64,
 }
@@ -81,8 +81,8 @@ pub struct Trimmed {
     pub trimmed_bytes: u64,
 }
 
-/// Usage of a disk or a template in the pool, as last measured: at most `ACCOUNTING_SECONDS` ago,
-/// by default a minute.
+/// Usage of a disk or a template in the pool, as last measured. The measurement is at most
+/// `ACCOUNTING_SECONDS` old, by default a minute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct StorageUsage {

@@ -49,8 +49,8 @@ pub struct Snapshot {
     /// Time of creation: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// Time during which the guest could not write, in milliseconds, including the round trips to
-    /// its agent; 0 if it was not running.
+    /// Time during which the guest could not write, in milliseconds; 0 if it was not running.
+    /// Includes the round trips to its agent.
     pub stood_still_ms: u64,
     /// How writes were prevented: the agent had `frozen` the guest, the host had `paused` it, or it
     /// was `not_running`.

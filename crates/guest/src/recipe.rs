@@ -27,7 +27,7 @@ pub struct Recipe {
 }
 
 impl Default for Recipe {
-    /// Debian 12 and 2 GiB, the default disk size of a VM.
+    /// Returns the recipe of Debian 12 with 2 GiB, the default disk size of a VM.
     fn default() -> Self {
         Recipe {
             suite: "bookworm".to_owned(),

@@ -99,7 +99,7 @@ impl SeedDrive {
             "growpart": { "mode": "auto", "devices": ["/"] },
             "resize_rootfs": true,
         });
-        // The first line tells cloud-init the type of the user-data.
+        // The first line identifies the type of the user-data to cloud-init.
         format!("#cloud-config\n{config}\n")
     }
 

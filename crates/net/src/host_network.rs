@@ -245,8 +245,8 @@ async fn ensure_tables(config: &NetConfig, guard: Guard) -> Result<Ruleset> {
     }
 }
 
-/// nft's texts for EAFNOSUPPORT and EOPNOTSUPP. Any other missing feature also fails the second
-/// attempt.
+/// Returns whether nft failed with EAFNOSUPPORT or EOPNOTSUPP, which it reports as these texts. Any
+/// other missing feature also fails the second attempt.
 pub(crate) fn lacks_the_bridge_family(output: &str) -> bool {
     output.contains("not supported")
 }
@@ -302,7 +302,7 @@ pub(crate) async fn check_bridge(links: &Links, config: &NetConfig) -> Result<()
     links.find(config.bridge()).await?.as_ref().map_or(Ok(()), check_ours)
 }
 
-/// Our bridges are recognised by their MAC, which they have from the moment of creation.
+/// Checks that a bridge is ours, by its MAC, which our bridges have from the moment of creation.
 fn check_ours(link: &Link) -> Result<()> {
     let why = if !link.is_bridge() {
         "is not a bridge"
@@ -319,7 +319,7 @@ fn check_ours(link: &Link) -> Result<()> {
     })
 }
 
-/// A tap is ours if it is a port of our bridge, or of no bridge (ours was deleted).
+/// Checks that a tap is ours: it is a port of our bridge, or of no bridge (ours was deleted).
 fn check_tap(link: &Link, bridge: Option<&Link>) -> Result<()> {
     let why = if !link.is_tap() {
         "is not a tap"

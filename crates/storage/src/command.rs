@@ -245,8 +245,8 @@ impl ImageRun {
         self.code.is_none() || HOST_FAULTS.iter().any(|fault| output.contains(fault))
     }
 
-    /// Like [`ImageRun::is_fault_of_host`], for an image that was just found sound and is therefore
-    /// readable.
+    /// Returns the same as [`ImageRun::is_fault_of_host`], for an image that was just found sound
+    /// and is therefore readable.
     pub(crate) fn is_fault_on_sound_image(&self) -> bool {
         let output = self.output();
         self.is_fault_of_host() || UNREADABLE.iter().any(|fault| output.contains(fault))

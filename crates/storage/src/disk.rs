@@ -138,7 +138,7 @@ impl Pool {
             .map_err(|error| StorageError::io("read", path.display(), error))
     }
 
-    /// Durably deletes the disk `id`. Succeeds if it does not exist.
+    /// Deletes the disk `id` durably. Succeeds if it does not exist.
     ///
     /// # Errors
     /// [`StorageError::Io`].

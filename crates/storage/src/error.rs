@@ -206,7 +206,7 @@ impl StorageError {
         }
     }
 
-    /// The error of a step that a test makes fail.
+    /// Returns the error of a step that a test makes fail.
     pub(crate) fn step(error: io::Error) -> Self {
         StorageError::io("finish", "a step", error)
     }

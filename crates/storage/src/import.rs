@@ -26,7 +26,7 @@ struct PendingImport {
     partial: PathBuf,
     file: File,
     finished: bool,
-    /// Held until the data is written, and then counted as used.
+    /// Reserved until the data is written, and then counted as used.
     room: Vec<Reservation>,
 }
 
@@ -136,7 +136,7 @@ impl Pool {
         self.unpack(name, what, device, max, replace)
     }
 
-    /// Like [`Pool::import_template`], for an image read from a stream, of at most `max` bytes
+    /// Imports a template like [`Pool::import_template`], from a stream of at most `max` bytes
     /// uncompressed.
     ///
     /// # Errors

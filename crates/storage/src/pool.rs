@@ -129,7 +129,7 @@ impl Pool {
         }
     }
 
-    /// Durably records `owner`, the program that knows which disks are in use. Another program then
+    /// Records `owner` durably: the program that knows which disks are in use. Another program then
     /// does not treat them as orphaned.
     ///
     /// # Errors
@@ -217,7 +217,7 @@ impl Pool {
         self.root.join("templates")
     }
 
-    /// The folder of the resized base images.
+    /// Returns the folder of the resized base images.
     pub(crate) fn grown_dir(&self) -> PathBuf {
         self.templates_dir().join(".grown")
     }
@@ -264,7 +264,7 @@ impl Pool {
         self.admission.backs_every_byte()
     }
 
-    /// See [`Admission::lower_ceiling`].
+    /// Limits admission before a shrink; see [`Admission::lower_ceiling`].
     pub(crate) fn lower_ceiling(
         &self,
         size: Bytes,

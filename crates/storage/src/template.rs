@@ -29,7 +29,7 @@ pub struct Template {
     pub size: Bytes,
     /// The blocks it maps, shared or exclusive.
     pub used: Bytes,
-    /// When it was created.
+    /// Time of its creation.
     pub created_at: SystemTime,
     pub(crate) inode: u64,
 }

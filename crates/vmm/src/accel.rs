@@ -94,7 +94,8 @@ fn probe() -> KvmProbe {
     }
 }
 
-/// An unreadable /proc yields no flags, and no flags mean emulation: slow, but never wrong.
+/// Reads `/proc/cpuinfo`. If it is unreadable there are no flags, and no flags mean emulation:
+/// slow, but never wrong.
 fn cpuinfo() -> String {
     fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }

@@ -78,7 +78,7 @@ struct ConsoleLog {
 }
 
 impl ConsoleLog {
-    /// Output that cannot be written is lost; reading continues.
+    /// Appends output to the log. Output that cannot be written is lost; reading continues.
     fn append(&mut self, text: &[u8]) {
         let result = self.try_append(text);
         if let (Err(error), false) = (&result, self.failed) {

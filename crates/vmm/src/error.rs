@@ -54,7 +54,7 @@ pub enum Error {
         id: VmId,
         /// The field of the [`MachineSpec`](crate::MachineSpec), or the argument.
         what: &'static str,
-        /// What is wrong with it, and what would be valid.
+        /// The problem, and the valid values.
         why: String,
     },
     /// The machine is already running, or another process holds it.
@@ -138,7 +138,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// For `map_err`: the operation and the file.
+    /// Returns a function for `map_err`, which adds the operation and the file.
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { what, path, source }

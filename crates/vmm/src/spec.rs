@@ -116,7 +116,8 @@ impl MachineSpec {
     }
 }
 
-/// At most 15 bytes (`IFNAMSIZ`), and no character with a meaning in a hypervisor's option.
+/// Returns whether the name has at most 15 bytes (`IFNAMSIZ`), and no character with a meaning in a
+/// hypervisor's option.
 fn is_interface_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     (1..=15).contains(&name.len()) && name.bytes().all(plain) && name.bytes().any(|byte| byte != b'.')

@@ -129,7 +129,7 @@ fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
     probe_writable(&vms).map_err(io("write to RUN_DIR"))
 }
 
-/// Checks that files can be created, with an unnamed one.
+/// Checks that files can be created in the folder, by creating an unnamed one.
 fn probe_writable(dir: &Path) -> io::Result<()> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)?;

@@ -98,7 +98,7 @@ impl Drivers {
         self.drivers.iter().find(|driver| Some(driver.name()) == name)
     }
 
-    /// Like [`Vmm::adopt`], by the recorded driver first, then by the others.
+    /// Adopts a machine like [`Vmm::adopt`], by the recorded driver first, then by the others.
     ///
     /// # Errors
     /// Those of [`Vmm::adopt`].
@@ -120,7 +120,7 @@ impl Drivers {
         adopted
     }
 
-    /// Like [`Vmm::force_stop`], by all drivers.
+    /// Force-stops a machine like [`Vmm::force_stop`], by all drivers.
     ///
     /// # Errors
     /// Those of [`Vmm::force_stop`].

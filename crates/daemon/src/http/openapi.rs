@@ -92,7 +92,7 @@ fn reference(schema: &str) -> Value {
     json!({ "$ref": format!("#/components/schemas/{schema}") })
 }
 
-/// The schema of one server-sent event, by its line names
+/// Returns the schema of one server-sent event, by its line names
 /// (<https://spec.openapis.org/oas/v3.2.0#sequential-media-types>).
 fn server_sent_event() -> Value {
     let event = json!({
@@ -155,8 +155,8 @@ fn complete_operation(path: &str, operation: &mut Value) {
         add(responses, "413", "The body is larger than 1 MiB.");
     }
     for (status, response) in responses {
-        // OpenAPI 3.1, section 4.8.17, requires a description of every response; for most of them
-        // the route's own description says it all.
+        // OpenAPI 3.1, section 4.8.17, requires a description of every response. For most of them
+        // the route's own description is enough.
         if response["description"] == "" {
             response["description"] = "Success.".into();
         }

@@ -12,7 +12,7 @@
 //! | `lifecycle` | start, stop, restart, deletion, the end of a machine |
 //! | `change` | growth of a disk, limits, settings |
 //! | `snapshot` | how a guest is kept from writing |
-//! | `recovery` | what the daemon's next start makes of what it finds |
+//! | `recovery` | recovery at the daemon's next start |
 //! | `watches` | the pool watch, auto-extend, clean-up, the network |
 
 mod change;

@@ -185,6 +185,8 @@ impl Writer {
         changes.iter().map(|_| Err(Arc::clone(&failure))).collect()
     }
 
+    /// Commits the changes in one transaction. Returns the outcome of each.
+    ///
     /// # Errors
     /// If no change was made.
     fn try_commit(&mut self, changes: &[Change]) -> Result<Vec<Result<usize, Failure>>, StateError> {
@@ -265,7 +267,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Closing would hide a failure. What stays in the log is read at the next start.
+        // Closing would hide a failure. The next start reads the frames that stay in the log.
         if let Some(connection) = self.connection.take() {
             let written = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
             if let Err(error) = written {
@@ -284,6 +286,8 @@ fn begin(connection: &Connection) -> rusqlite::Result<()> {
     run(connection, "BEGIN IMMEDIATE")
 }
 
+/// Makes the changes, each in a savepoint of its own. Returns the outcome of each.
+///
 /// # Errors
 /// If SQLite has rolled back the whole transaction, for example after an I/O error.
 fn savepoints(

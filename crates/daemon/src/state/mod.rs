@@ -508,7 +508,7 @@ fn malformed(column: &str, value: &str) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, problem.into())
 }
 
-/// A record for tests, with names and addresses that differ by `n`.
+/// Returns a record for tests, with names and addresses that differ by `n`.
 #[cfg(test)]
 pub fn example_record(n: u16) -> Record {
     Record {

@@ -115,7 +115,7 @@ impl Cleanup {
         }
     }
 
-    /// Retries. Returns whether nothing is left.
+    /// Retries the remaining removals. Returns whether nothing is left.
     async fn retry(&mut self, host: &Host) -> bool {
         // A start or a deletion in the meantime cleans up by itself.
         let _operation = match (&self.deleted, host.vms.begin(&self.record.id, "being cleaned up")) {

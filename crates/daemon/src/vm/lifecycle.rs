@@ -282,7 +282,7 @@ pub async fn force_stop(host: &Host, record: &Record) -> Result<(), ServiceError
     stopped.inspect_err(|error| Cleanup::of_unadopted(host, record).begin_later(host, error))
 }
 
-/// Like [`Host::force_stop`], without retries. Returns whether there was a process.
+/// Force-stops a machine like [`force_stop`], without retries. Returns whether there was a process.
 pub async fn force_stop_once(host: &Host, id: &str) -> Result<bool, ServiceError> {
     let run_dir = host.run_dir(id);
     let ended = host.vmm.force_stop(&vm_id(id)?, &run_dir).await?;
@@ -377,7 +377,7 @@ async fn last_console_output(host: &Host, id: &str) -> String {
     }
 }
 
-/// The error for a record that no release writes: edited by hand, or damaged.
+/// Returns the error for a record that no release writes: it was edited by hand, or damaged.
 fn unusable(record: &Record, field: &str, form: InvalidFormat) -> ServiceError {
     ServiceError::WrongState(format!(
         "cannot start VM {}: its recorded {field} {form}; create a template from it (snapshot), and a new VM from that template",

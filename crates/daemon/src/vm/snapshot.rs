@@ -191,7 +191,8 @@ async fn thaw(host: &Host, id: &str, machine: &Arc<dyn Machine>, first: Option<&
     );
 }
 
-/// Outside the VM's own folder, where its hypervisor can write.
+/// Returns the folder with one file for each frozen guest. It is outside the VM's own folder, where
+/// its hypervisor can write.
 fn frozen_dir(host: &Host) -> PathBuf {
     host.settings.run_dir.join("frozen")
 }
@@ -206,7 +207,7 @@ async fn mark_frozen(host: &Host, id: &str) -> Result<(), ServiceError> {
     .await
 }
 
-/// Removes the mark of a frozen guest. A failure is logged.
+/// Removes the file that marks a guest as frozen. A failure is logged.
 async fn unmark_frozen(host: &Host, id: &str) {
     let mark = frozen_dir(host).join(id);
     let removed = blocking(move || match fs::remove_file(&mark) {

@@ -37,7 +37,7 @@ pub enum Transition {
     Stopping,
     /// The machine could not be stopped and keeps running.
     StopFailed,
-    /// The machine has ended. `by` says at whose request: `request` or `guest`.
+    /// The machine has ended. `by` names the initiator: `request` or `guest`.
     Stopped {
         /// `request` or `guest`.
         by: &'static str,
@@ -85,7 +85,8 @@ pub enum Recording {
     None,
 }
 
-/// What a transition changes. Pure: nothing is read but the transition and the VM's record.
+/// The changes that a transition makes. Pure: nothing is read but the transition and the VM's
+/// record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Effect {
     /// The VM's new status.
@@ -116,7 +117,7 @@ impl Effect {
         }
     }
 
-    /// Only the state file changes.
+    /// Returns an effect that clients do not see: only the state file changes.
     fn unseen(status: VmStatus, reason: Option<&str>) -> Effect {
         Effect {
             visible: false,
@@ -141,7 +142,7 @@ impl Transition {
                 Some((EventKind::Started, Value::Null)),
             ),
             Transition::Adopted(_) => {
-                // A machine that ran all the time is no news.
+                // A machine that ran all the time is not news.
                 let is_news = (before.status, &before.status_reason) != (VmStatus::Running, &None);
                 let event = is_news.then_some((EventKind::Resumed, json!({ "reason": null })));
                 let recording = if is_news { Fact } else { Recording::None };

@@ -166,7 +166,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
-    /// A bit more than 10 MiB, with two blocks of data.
+    /// Creates an image of a bit more than 10 MiB, with two blocks of data.
     fn image() -> File {
         let image = tempfile::tempfile().unwrap();
         image.set_len((10 << 20) + 77).unwrap();

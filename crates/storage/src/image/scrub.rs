@@ -21,7 +21,8 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// What is removed from a disk that becomes a template, such as keys and ids of one machine.
+/// The parts that are removed from a disk that becomes a template, such as keys and ids of one
+/// machine.
 ///
 /// Paths are absolute, in the disk's file system, and consist of letters, digits and `._@+:,=~%-`.
 /// A path that does not exist is skipped. The lists are processed in the order of the fields.

@@ -59,7 +59,7 @@ pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageErro
     Ok(entries)
 }
 
-/// Like [`open_read`], for writing too.
+/// Opens a file like [`open_read`], for writing too.
 pub(crate) fn open_write(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -386,7 +386,7 @@ mod tests {
         assert!(allocated_of(&target).unwrap() < Bytes::from_mib(1));
     }
 
-    /// A folder with the files `old` and `new`; each contains its own name.
+    /// Creates a folder with the files `old` and `new`; each contains its own name.
     fn two_files() -> (tempfile::TempDir, Folder, PathBuf, PathBuf) {
         let scratch = tempfile::tempdir().unwrap();
         let (old, new) = (scratch.path().join("old"), scratch.path().join("new"));

@@ -94,7 +94,7 @@ impl Pool {
         Err(error)
     }
 
-    /// The size to restore after a failed rollback.
+    /// Locks the size to restore after a failed rollback.
     fn undo_to(&self) -> MutexGuard<'_, Option<Bytes>> {
         self.undo_to.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -66,7 +66,7 @@ fn within(space: Space, allowance: Allowance) -> Space {
     }
 }
 
-/// XFS updates its free space at once and has no second limit.
+/// Reads the space of an XFS. It updates its free space at once and has no second limit.
 fn of_xfs(pool: &File) -> Result<Space, StorageError> {
     let stat = fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
     let blocks = |count| Bytes::from_blocks(count, stat.f_frsize);

@@ -27,7 +27,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// The name that errors have for it.
+    /// Returns the name that errors have for the call.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Operation::Launch => "launch",

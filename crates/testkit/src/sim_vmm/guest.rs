@@ -36,7 +36,7 @@ pub enum SimAgent {
 }
 
 impl Default for SimGuest {
-    /// A guest that boots at once, has an agent and obeys.
+    /// Returns a guest that boots at once, has an agent and obeys.
     fn default() -> SimGuest {
         SimGuest {
             boot_time: Duration::from_millis(5),

@@ -73,9 +73,9 @@ pub(crate) fn identifying_arguments(id: &VmId, dir: &RunDir) -> Result<[String; 
     ])
 }
 
-/// On a host I/O error the guest is paused (`werror`, `rerror`) and the request is repeated on
-/// resume. This covers all errors, not only ENOSPC: a layer below that runs out of space (a pool
-/// image, a loop device) reports other errors.
+/// Returns the device of the root disk. On a host I/O error the guest is paused (`werror`,
+/// `rerror`) and the request is repeated on resume. This covers all errors, not only ENOSPC: a
+/// layer below that runs out of space (a pool image, a loop device) reports other errors.
 fn root_device() -> Value {
     json!({
         "driver": "virtio-blk-device", "id": ROOT_DEVICE, "drive": ROOT_NODE, "serial": "root", "bootindex": 1,
@@ -104,7 +104,8 @@ fn seed_node(file: String) -> Value {
             "file": { "driver": "file", "filename": file, "read-only": true } })
 }
 
-/// QEMU listens, does not wait for a client, and drops output while no client is connected.
+/// Returns a socket on which QEMU listens. QEMU does not wait for a client, and drops output while
+/// no client is connected.
 fn socket_chardev(id: &str, path: &str) -> String {
     format!("socket,id={id},path={},server=on,wait=off", path.replace(',', ",,"))
 }

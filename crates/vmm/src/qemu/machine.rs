@@ -116,7 +116,7 @@ impl QemuMachine {
         self.qemu.on_guest_shutdown();
     }
 
-    /// A paused guest cannot react to a shutdown request.
+    /// Resumes a paused guest, which could not react to a shutdown request.
     async fn resume_if_paused(&self) -> Result<()> {
         match self.state().await? {
             MachineState::Paused | MachineState::Stalled => self.resume().await,
@@ -297,8 +297,8 @@ impl Connection {
         });
     }
 
-    /// An unexpected stop may be a failure of the hypervisor itself (KVM could not continue). Such
-    /// a machine can never resume, so it is killed.
+    /// Kills the machine if the hypervisor itself has failed (KVM could not continue), which causes
+    /// an unexpected stop. Such a machine can never resume.
     fn kill_after_internal_error(self: &Arc<Self>) {
         let qemu = self.clone();
         tokio::spawn(async move {

@@ -63,8 +63,7 @@ fn transition_to(verdict: &Verdict, machine: Option<&Arc<dyn Machine>>) -> Optio
     })
 }
 
-/// Applies what is recorded and may not have reached the machine or the disk before a crash: the
-/// limits of the disk, and its size.
+/// Applies the recorded limits and size of a VM's disk. A crash may have prevented that before.
 pub async fn reconcile(host: &Host, record: &mut Record, machine: Option<&Arc<dyn Machine>>, may_touch_disk: bool) {
     if let Some(machine) = machine
         && let Err(error) = machine.limit_disk(disk_limits(record.limits)).await

@@ -33,7 +33,7 @@ pub async fn start_after_reboot(host: Host, vms: Vec<String>) {
     }
 }
 
-/// Starts one VM, unless it was started, deleted or told not to start in the meantime.
+/// Starts one VM, unless it was started or deleted, or its autostart turned off, in the meantime.
 async fn start_one_after_reboot(host: &Host, id: &str) -> Result<(), ServiceError> {
     let Ok(operation) = host.vms.begin_when_idle(id, "being started").await else {
         return Ok(());
