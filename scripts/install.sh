@@ -15,7 +15,7 @@ readonly config_dir=/etc/scaleboxd config=/etc/scaleboxd/config units=/etc/syste
 # The programs to install.
 readonly programs=${BIN_DIR:-target/release}
 
-say() { printf '== %s\n' "$*"; }
+heading() { printf '== %s\n' "$*"; }
 die() {
 	printf 'install.sh: %s\n' "$*" >&2
 	exit 1
@@ -62,7 +62,7 @@ require_programs() {
 }
 
 install_packages() {
-	say "Install packages"
+	heading "Install packages"
 	local groups=(run)
 	[[ -n ${BIN_DIR:-} ]] || groups+=(build)
 	scripts/deps.sh "${groups[@]}"
@@ -70,7 +70,7 @@ install_packages() {
 
 build_programs() {
 	[[ -z ${BIN_DIR:-} ]] || return 0
-	say "Build the programs"
+	heading "Build the programs"
 	# Built as the user who called sudo, so that target/ belongs to them.
 	scripts/toolchain.sh run cargo build --locked --release --bin scaleboxd --bin scalebox
 }
@@ -110,11 +110,11 @@ token=
 write_config() {
 	install -d -m 0700 "$config_dir"
 	if [[ -e $config ]]; then
-		say "Keeping $config"
+		heading "Keeping $config"
 		chmod 0600 "$config"
 		return
 	fi
-	say "Write $config"
+	heading "Write $config"
 	token=${API_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 	local new key
 	new=$(mktemp "$config_dir/.config.XXXXXX")
@@ -158,7 +158,7 @@ install_restart_pauses() {
 }
 
 install_service() {
-	say "Install the service"
+	heading "Install the service"
 	install -d "$units"
 	install_unit scaleboxd.service
 	install_unit scalebox-guests.service
@@ -203,13 +203,13 @@ check_settings
 install_programs
 write_config
 allow_forwarding
-say "Create the pool"
+heading "Create the pool"
 /usr/local/bin/scaleboxd pool init
-say "Build the Debian template"
+heading "Build the Debian template"
 /usr/local/bin/scaleboxd template build debian-base ${SCALEBOX_CACHE:+--cache "$SCALEBOX_CACHE"}
 install_service
 
-say "Scalebox is installed"
+heading "Scalebox is installed"
 cat <<TXT
 
 To log in as a user of this host, run:

@@ -29,7 +29,7 @@ build_root() {
 	key=$(root_key)
 	ROOT=$folder/root-$key
 	[[ ! -e $ROOT/disk.img ]] || return 0
-	say "Build the server's root disk"
+	heading "Build the server's root disk"
 	mkdir -p -- "$folder"
 	rm -rf -- "$folder"/root-*
 	SCRATCH=$(mktemp -d "$folder/root-$key.XXXXXX")

@@ -2,10 +2,10 @@
 //! through them.
 //!
 //! Some conditions of a rule cannot be evaluated for a hypothetical packet: a port, a mark, a rate.
-//! Such a rule *may* match. If a rule that may match names the bridge or the guests' subnet, its
-//! author had guests in mind: its `accept` counts. So does the `accept` of a rule for all traffic
-//! of one of the host's uplinks. Any other rule that may match is ignored: it concerns some
-//! packets, and the question is what happens to the rest.
+//! Such a rule *may* match. If a rule that may match names the bridge or the guests' subnet, it was
+//! written for guests: its `accept` counts. So does the `accept` of a rule for all traffic of one
+//! of the host's uplinks. Any other rule that may match is ignored: it concerns some packets, and
+//! the question is what happens to the rest.
 
 use ipnet::Ipv4Net;
 use std::collections::HashMap;

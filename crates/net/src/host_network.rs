@@ -94,7 +94,7 @@ impl HostNetwork {
             if let Err(undo) = ruleset.apply(&change.reversed()).await {
                 warn!(
                     tap = endpoint.tap(),
-                    "cannot undo a failed attach; the next reconcile does: {undo}"
+                    "cannot undo a failed attach: {undo}; the next reconcile undoes it"
                 );
             }
             return Err(error);

@@ -50,7 +50,7 @@ impl Pool {
         self.file_system
             .free(disk.file)
             .map_err(|error| StorageError::io("free a disk in", self.path().display(), error))?;
-        crash_point("delete: blocks let go");
+        crash_point("delete: disk closed");
         self.commit()
     }
 

@@ -77,7 +77,7 @@ impl Pool {
         }
         // The growth happens on a clone, so a failure leaves the guest's disk as it was.
         let folder = Folder::open(&self.disks_dir())?;
-        self.replace_by_grown_clone(
+        self.replace_by_resized_clone(
             &disk,
             &path,
             size,

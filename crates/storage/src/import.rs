@@ -243,7 +243,7 @@ impl Pool {
         published.map_err(|error| exists(error, name))?;
         pending.finished = true;
         crash_point("import: template durable");
-        self.prune_grown(&pending.name, Some(template.inode));
+        self.prune_base_images(&pending.name, Some(template.inode));
         Ok(template)
     }
 }

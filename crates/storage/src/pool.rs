@@ -251,13 +251,13 @@ impl Pool {
         self.admission.admit(size, || self.space())
     }
 
-    /// Admits `most`, or as many whole GiB below it as fit; see [`Admission::admit_at_most`].
+    /// Admits `max`, or as many whole GiB below it as fit; see [`Admission::admit_between`].
     ///
     /// # Errors
-    /// [`StorageError::Insufficient`] if not even `least` fits.
-    pub fn admit_at_most(&self, least: Bytes, most: Bytes) -> Result<Reservation, StorageError> {
+    /// [`StorageError::Insufficient`] if not even `min` fits.
+    pub fn admit_between(&self, min: Bytes, max: Bytes) -> Result<Reservation, StorageError> {
         self.require_mounted()?;
-        self.admission.admit_at_most(least, most, || self.space())
+        self.admission.admit_between(min, max, || self.space())
     }
 
     pub(crate) fn backs_every_byte(&self) -> bool {

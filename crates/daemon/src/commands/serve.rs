@@ -46,7 +46,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
         server::run(listener, routes::router(host.clone(), &token, metrics), &host)
             .await
             .map_err(io("serve the API"))?;
-        tracing::info!("stopped; machines keep running");
+        tracing::info!("scaleboxd stopped; machines keep running");
         Ok(())
     });
     // Blocking threads have had their grace period; the next start cleans up after them.

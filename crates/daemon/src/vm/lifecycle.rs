@@ -138,7 +138,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
         "attach to the network",
         async move { network.detach(&undo_endpoint).await },
     );
-    fault_point("start: tap and forward there")?;
+    fault_point("start: tap and forward attached")?;
 
     let driver = inner.vmm.to_start(record.vmm.as_deref());
     let machine = driver
@@ -152,7 +152,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
         pid = machine.pid(),
         tap = endpoint.tap(),
         ssh_port = record.ssh_port,
-        "launched"
+        "machine launched"
     );
     Ok(machine)
 }
@@ -355,7 +355,7 @@ async fn clean_up_after_stop(host: &Host, record: &Record) {
     match Cleanup::of_stopped(host, record) {
         Ok(cleanup) => cleanup.begin(host).await,
         Err(error) => {
-            tracing::error!(vm = record.id, %error, "cannot remove the VM's tap and forward; the next start does")
+            tracing::error!(vm = record.id, %error, "cannot remove the VM's tap and forward; the next start removes them")
         }
     }
 }

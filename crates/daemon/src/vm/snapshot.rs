@@ -218,7 +218,7 @@ async fn unmark_frozen(host: &Host, id: &str) {
         _ => Ok(()),
     });
     if let Err(error) = removed.await {
-        tracing::warn!(vm = id, %error, "cannot remove the mark of a frozen guest; the next start does");
+        tracing::warn!(vm = id, %error, "cannot remove the file that marks the guest as frozen; the next start removes it");
     }
 }
 

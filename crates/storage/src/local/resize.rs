@@ -110,7 +110,7 @@ impl Pool {
         }
         if wanted < current + MIN_GROWTH {
             return Err(StorageError::PoolSize(format!(
-                "{wanted} is not larger than the pool, which has {current} of the {holdable} of {}: enlarge the device first",
+                "{wanted} is not larger than the pool, which has {current} of the {holdable} of {}: grow the device first",
                 device.display()
             )));
         }

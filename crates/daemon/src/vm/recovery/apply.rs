@@ -39,7 +39,7 @@ pub async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn Machine>
             tracing::info!(vm = record.id, name = record.name, from, to, reason = effect.reason);
         }
         if let Err(error) = transition(host, &record, to).await {
-            tracing::error!(vm = record.id, %error, "cannot record the VM's status; the next start does");
+            tracing::error!(vm = record.id, %error, "cannot record the VM's status; the next start records it");
         }
     }
     if let Some(machine) = machine {

@@ -35,7 +35,7 @@ const TIMEOUT: Duration = Duration::from_secs(300);
 /// [`StorageError::FileSystem`], [`StorageError::Io`]; [`StorageError::Host`] when data is left.
 pub(crate) fn zero(image: &File) -> Result<(), StorageError> {
     Pass::new(image, Mode::Zero)?.run()?;
-    fault_point("snapshot: unused blocks emptied").map_err(StorageError::step)?;
+    fault_point("snapshot: unused blocks zeroed").map_err(StorageError::step)?;
     Pass::new(image, Mode::Verify)?.run()
 }
 
