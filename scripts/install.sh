@@ -71,7 +71,7 @@ install_packages() {
 build_programs() {
 	[[ -z ${BIN_DIR:-} ]] || return 0
 	heading "Build the programs"
-	# Built as the user who called sudo, so that target/ belongs to them.
+	# The programs are built as the user who called sudo, so that target/ belongs to them.
 	scripts/toolchain.sh run cargo build --locked --release --bin scaleboxd --bin scalebox
 }
 
@@ -97,7 +97,7 @@ check_settings() {
 install_programs() {
 	local program
 	for program in scaleboxd scalebox; do
-		# Renamed into place, because a running program cannot be overwritten.
+		# The program is renamed into place, because a running program cannot be overwritten.
 		install -m 0755 "$programs/$program" "/usr/local/bin/.$program.new"
 		mv -f "/usr/local/bin/.$program.new" "/usr/local/bin/$program"
 	done
@@ -168,7 +168,7 @@ install_service() {
 	fi
 	install_restart_pauses
 	systemctl daemon-reload
-	# Never restarted, because stopping it shuts the guests down.
+	# This service is never restarted, because stopping it shuts the guests down.
 	systemctl enable --quiet --now scalebox-guests
 	systemctl enable --quiet scaleboxd
 	# Machines keep running when the daemon restarts. `restart` returns when it accepts requests.

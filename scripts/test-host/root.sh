@@ -34,7 +34,7 @@ build_root() {
 	rm -rf -- "$folder"/root-*
 	SCRATCH=$(mktemp -d "$folder/root-$key.XXXXXX")
 	scratch=$SCRATCH
-	# Not inside a condition, where bash ignores `set -e`.
+	# The call is not inside a condition, where bash ignores `set -e`.
 	local status=0
 	set +e
 	(

@@ -202,8 +202,8 @@ pub struct CreateVm {
     /// Whether to start the VM; false creates it stopped.
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub start: bool,
-    /// Sent as the header `Idempotency-Key`. While the VM exists, the same request with the same
-    /// key returns it instead of creating another.
+    /// Key that makes it safe to repeat the request; sent as the header `Idempotency-Key`. While
+    /// the VM exists, the same request with the same key returns it instead of creating another.
     #[serde(skip)]
     pub idempotency_key: Option<IdempotencyKey>,
 }

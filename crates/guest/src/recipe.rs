@@ -5,8 +5,8 @@ use crate::error::Error;
 use scalebox_units::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
-/// Incremented when a code change affects the result of a build. Cached templates of older code are
-/// then built again.
+/// The number of this code's generation, incremented when a change affects the result of a build.
+/// Cached templates of older code are then built again.
 const GENERATION: u32 = 3;
 
 /// The inputs of the template `debian-base`.

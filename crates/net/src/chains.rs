@@ -235,8 +235,8 @@ impl Packet<'_> {
         let pattern_matches = names.iter().any(|name| interface_matches(name, self.bridge));
         match (is_bridge, pattern_matches) {
             (true, _) => Match::of(pattern_matches),
-            // Another interface, which one is unknown. A rule for all interfaces matches; one for
-            // the loopback does not.
+            // The packet uses another interface, which one is unknown. A rule for all interfaces
+            // matches; one for the loopback does not.
             (false, _) if names.iter().any(|name| matches!(name.as_str(), "*" | "+")) => Match::Yes,
             (false, _) if names.iter().all(|name| name == "lo" || name == self.bridge) => Match::No,
             (false, _) => Match::Perhaps,

@@ -69,7 +69,7 @@ pub enum Error {
     /// An existing interface of another owner; it is not changed.
     #[error("the interface {name} exists and {why}; it was not changed. {remedy}")]
     Foreign {
-        /// Its name.
+        /// The name of the interface.
         name: String,
         /// How its owner was determined.
         why: String,

@@ -20,8 +20,8 @@ pub(crate) struct HostNetwork {
     config: NetConfig,
     links: Links,
     ruleset: Ruleset,
-    /// Locked from reading the state to changing it. An async mutex, because netlink and nft are
-    /// awaited meanwhile.
+    /// The lock is held from reading the state to changing it. It is an async mutex, because
+    /// netlink and nft are awaited meanwhile.
     changing: Mutex<()>,
 }
 
@@ -127,8 +127,8 @@ impl HostNetwork {
         let present = ruleset.read().await?.elements;
         let mut done = Reconciled::default();
 
-        // The same order as in detach and attach: orphaned taps are removed before their rules,
-        // wanted ones are added after them.
+        // The order is the same as in detach and attach: orphaned taps are removed before their
+        // rules, wanted ones are added after them.
         let names: BTreeSet<&str> = wanted.iter().map(Endpoint::tap).collect();
         for tap in taps_of(links, &bridge, &present).await? {
             if !names.contains(tap.name.as_str()) {

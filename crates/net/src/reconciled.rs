@@ -1,7 +1,7 @@
 //! The report of a repair.
 
-/// The changes made by [`Network::reconcile`](crate::Network::reconcile), one log line each: taps by name, rules as text. All
-/// empty if nothing had to change.
+/// The changes made by [`Network::reconcile`](crate::Network::reconcile), one log line each: taps
+/// by name, rules as text. All empty if nothing had to change.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Reconciled {
     /// Missing items that were added.

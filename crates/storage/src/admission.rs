@@ -137,8 +137,8 @@ impl Admission {
         self.admit_between(size, size, space)
     }
 
-    /// Admits `max`, or as many whole GiB below it as fit, but no less than `min`. Otherwise the same
-    /// as [`Admission::admit`].
+    /// Admits `max`, or as many whole GiB below it as fit, but no less than `min`. Otherwise the
+    /// same as [`Admission::admit`].
     ///
     /// # Errors
     /// Those of [`Admission::admit`], for `min`.

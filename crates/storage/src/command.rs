@@ -120,7 +120,7 @@ pub enum CommandError {
     /// The program is not installed.
     #[error("the program {program} is missing: install the package {package} (apt-get install {package})")]
     Missing {
-        /// Its name.
+        /// The name of the program.
         program: &'static str,
         /// The package that contains it.
         package: &'static str,
@@ -128,7 +128,7 @@ pub enum CommandError {
     /// The program could not be started.
     #[error("cannot run {program}: {source}")]
     Start {
-        /// Its name.
+        /// The name of the program.
         program: &'static str,
         /// The cause.
         source: io::Error,
@@ -138,9 +138,9 @@ pub enum CommandError {
     Failed {
         /// The program and its arguments.
         command: String,
-        /// Its exit status, or the signal that killed it.
+        /// The exit status, or the signal that killed the program.
         status: String,
-        /// Its output on both streams.
+        /// The output on both streams.
         output: String,
     },
     /// The program was killed: it did not end, or wrote too much.
@@ -348,7 +348,8 @@ fn output_of(
     // SAFETY: two system calls, which do not allocate.
     unsafe {
         command.pre_exec(move || {
-            // Sent when the thread that starts the program ends; that thread waits for the program.
+            // The signal is sent when the thread that starts the program ends; that thread waits
+            // for the program.
             set_parent_process_death_signal(Some(Signal::KILL))?;
             match getppid() == Some(parent) {
                 true => Ok(()),

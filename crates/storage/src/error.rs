@@ -79,7 +79,7 @@ pub enum StorageError {
     SmallerThanTemplate {
         /// The template.
         template: String,
-        /// Its size, rounded up.
+        /// The size of the template, rounded up.
         template_size: Gib,
     },
     /// The imported file is not a template.
@@ -150,7 +150,7 @@ pub enum StorageError {
     ForeignImage {
         /// The image.
         path: PathBuf,
-        /// Its contents.
+        /// The contents of the image.
         found: String,
     },
     /// The pool image is already mounted elsewhere.

@@ -26,7 +26,7 @@ struct PendingImport {
     partial: PathBuf,
     file: File,
     finished: bool,
-    /// Reserved until the data is written, and then counted as used.
+    /// The space that is reserved until the data is written, and then counted as used.
     room: Vec<Reservation>,
 }
 
@@ -80,7 +80,7 @@ impl Pool {
     ) -> Result<Template, StorageError> {
         let what = source.display().to_string();
         let failed = |error| StorageError::io("read", &what, error);
-        // Checked before opening: opening a FIFO would wait for a writer.
+        // The type is checked before opening, because opening a FIFO would wait for a writer.
         let kind = fs::metadata(source).map_err(failed)?.file_type();
         if kind.is_block_device() {
             return self.import_device(name, &what, source, max, replace);

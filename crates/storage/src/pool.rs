@@ -46,7 +46,7 @@ pub struct Pool {
     admission: Admission,
     /// The unreclaimable usage found by the last measurement.
     pub(crate) measurements: Mutex<Measurements>,
-    /// Locked while the pool's size changes.
+    /// The lock is held while the pool's size changes.
     pub(crate) resizing: Mutex<()>,
     /// The size before a failed change that has not been rolled back yet.
     pub(crate) undo_to: Mutex<Option<Bytes>>,
@@ -77,8 +77,8 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Creates the handle, with an empty ledger, on the folder `root`, open as `dir`. `place` is the
-    /// pool's backing and the device it is mounted from.
+    /// Creates the handle, with an empty ledger, on the folder `root`, open as `dir`. `place` is
+    /// the pool's backing and the device it is mounted from.
     pub(crate) fn new(
         root: &Path,
         dir: File,

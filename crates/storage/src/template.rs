@@ -23,13 +23,13 @@ use std::time::SystemTime;
 /// A template in the pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
-    /// Its name.
+    /// The name of the template.
     pub name: TemplateName,
     /// The size of its image: disks made from it cannot be smaller.
     pub size: Bytes,
     /// The blocks it maps, shared or exclusive.
     pub used: Bytes,
-    /// Time of its creation.
+    /// The time of creation.
     pub created_at: SystemTime,
     pub(crate) inode: u64,
 }
@@ -74,7 +74,7 @@ impl Pool {
             let Some(Ok(name)) = name.map(str::parse) else { continue };
             match self.template(&name) {
                 Ok(template) => templates.push(template),
-                // Deleted between the listing and now.
+                // The template was deleted between the listing and now.
                 Err(StorageError::NoTemplate(_)) => {}
                 Err(error) => return Err(error),
             }

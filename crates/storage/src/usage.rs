@@ -203,7 +203,7 @@ impl Pool {
         let (measured_at, begun) = (SystemTime::now(), Instant::now());
         let failed =
             |errno: rustix::io::Errno| StorageError::io("read the extents of", self.root.display(), errno.into());
-        // Read first: any later change makes the result stale.
+        // The times are read first: any later change makes the result stale.
         let folders = self.folder_times();
         let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
@@ -278,7 +278,7 @@ impl Pool {
                         read(&file, inode, &mut mapped).map_err(|errno| failed(errno.into()))?;
                     }
                     Ok(_) => {}
-                    // Deleted between the listing and now.
+                    // The file was deleted between the listing and now.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                     Err(error) => return Err(failed(error)),
                 }
@@ -304,7 +304,7 @@ impl Pool {
                 };
                 let provisioned = match fs::symlink_metadata(&path) {
                     Ok(meta) => Bytes::new(meta.len()),
-                    // Deleted between the listing and now.
+                    // The file was deleted between the listing and now.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                     Err(error) => return Err(StorageError::io("read", path.display(), error)),
                 };
@@ -345,7 +345,7 @@ fn files_of(folder: &Path) -> Result<Vec<(String, u64, std::path::PathBuf)>, Sto
     for entry in entries {
         let entry = entry.map_err(failed)?;
         let path = entry.path();
-        // Checked by type alone: opening a pipe would wait for its other end.
+        // The entry is checked by type alone: opening a pipe would wait for its other end.
         if !entry.file_type().is_ok_and(|kind| kind.is_file()) {
             continue;
         }

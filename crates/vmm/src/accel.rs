@@ -27,9 +27,9 @@ pub enum AccelSetting {
 /// How the guest's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
-    /// Directly by the processor, through `/dev/kvm`.
+    /// Execution by the processor, through `/dev/kvm`.
     Kvm,
-    /// By translation (QEMU's TCG): works everywhere, an order of magnitude slower.
+    /// Execution by translation (QEMU's TCG): works everywhere, an order of magnitude slower.
     Tcg,
 }
 

@@ -59,7 +59,7 @@ pub(crate) async fn drain(mut console: impl AsyncRead + Unpin, log: PathBuf) {
                 return;
             }
         };
-        // In a blocking task: a slow disk must not delay the consoles of other machines.
+        // Writing is a blocking task: a slow disk must not delay the consoles of other machines.
         let written = tokio::task::spawn_blocking(move || {
             log.append(&buffer[..read]);
             (log, buffer)

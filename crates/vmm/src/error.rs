@@ -62,7 +62,7 @@ pub enum Error {
     Running {
         /// The machine.
         id: VmId,
-        /// Its process, if known.
+        /// The id of the machine's process, if known.
         pid: Option<i32>,
     },
     /// The launch failed; all its traces are removed.
@@ -112,7 +112,7 @@ pub enum Error {
     Unkillable {
         /// The machine.
         id: VmId,
-        /// Its process.
+        /// The id of the machine's process.
         pid: i32,
         /// The timeout.
         after: Duration,

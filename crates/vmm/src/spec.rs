@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 /// `run_dir` is created.
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
-    /// Unique on this host.
+    /// The machine's id, unique on this host.
     pub id: VmId,
-    /// At least 1.
+    /// The number of vCPUs; at least 1.
     pub vcpus: u32,
-    /// At least [`MIN_MEMORY_MIB`].
+    /// The memory in MiB; at least [`MIN_MEMORY_MIB`].
     pub memory_mib: u64,
     /// A kernel that the hypervisor can boot directly.
     pub kernel: PathBuf,

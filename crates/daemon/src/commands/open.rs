@@ -23,7 +23,7 @@ const MAX_SOCKET_PATH: usize = 107;
 /// Builds the async runtime.
 pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    // For tests that count the system calls of each thread.
+    // Tests count the system calls of each thread.
     #[cfg(feature = "fault-points")]
     if let Some(threads) = std::env::var("SCALEBOX_THREADS")
         .ok()
@@ -59,8 +59,8 @@ pub async fn open_host(settings: Settings, state: State) -> Result<(Host, Recove
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;
     if let Err(error) = pool.reconcile() {
-        // For example, while btrfs still completes a resize that a previous daemon began. The pool
-        // can be used nevertheless.
+        // This fails, for example, while btrfs still completes a resize that a previous daemon
+        // began. The pool can be used nevertheless.
         tracing::warn!(%error, "cannot reconcile the size of the pool with its image yet; retrying");
     }
     if let Err(error) = pool.make_kernel_readable() {

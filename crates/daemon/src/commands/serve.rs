@@ -37,7 +37,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             "recovery finished"
         );
         let local = listener.local_addr().map_err(io("read the API's address"))?;
-        tracing::info!(address = %local, "ready");
+        tracing::info!(address = %local, "scaleboxd ready");
         notify_systemd(&[NotifyState::Ready]);
         watch::start(&host, recovered.unconnected);
         tokio::spawn(snapshot::thaw_left_frozen(host.clone()));

@@ -60,7 +60,7 @@ impl Drivers {
             None => {
                 tracing::info!(accel = %accel.accel, reason = accel.reason, "hypervisor: qemu");
                 drivers.push(Arc::new(QemuDriver::find(accel.accel)?));
-                // For machines that Firecracker launched before `VMM` was changed or its program
+                // Firecracker may have launched machines before `VMM` was changed or its program
                 // was removed.
                 if jails.exists() {
                     let firecracker = match accel.accel {

@@ -68,7 +68,7 @@ pub struct Inner {
     pub cleanups: Cleanups,
     pub templates_in_use: TemplatesInUse,
     pub started: Instant,
-    /// Cancelled when the daemon is asked to stop.
+    /// The token is cancelled when the daemon is asked to stop.
     pub closing: CancellationToken,
     /// Limits the number of template exports and imports.
     pub transfers: Arc<Semaphore>,

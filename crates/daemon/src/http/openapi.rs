@@ -48,7 +48,7 @@ impl Modify for TokenScheme {
 /// Matches the id or the name of a VM in a path.
 const VM_REFERENCE: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
 const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
-/// With or without quotes around it.
+/// Matches an idempotency key, with or without quotes around it.
 const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;
 /// The largest event id: the largest integer that JSON numbers hold exactly in every language.
 pub const MAX_EVENT_ID: u64 = (1 << 53) - 1;

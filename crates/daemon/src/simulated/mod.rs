@@ -2,8 +2,9 @@
 //! without root.
 //!
 //! Everything is the daemon's own code, down to the state file. Simulated are the hypervisor
-//! ([`SimVmm`](scalebox_testkit::SimVmm)), the network and the pool's space; disks are ordinary files, and clones are copies.
-//! The clock is Tokio's paused clock: a wait of a minute takes no time.
+//! ([`SimVmm`](scalebox_testkit::SimVmm)), the network and the pool's space; disks are ordinary
+//! files, and clones are copies. The clock is Tokio's paused clock: a wait of a minute takes no
+//! time.
 //!
 //! | file | content |
 //! |---|---|

@@ -57,7 +57,8 @@ impl Sim {
 
     /// Creates a host with these settings, besides its folders.
     pub fn with(settings: &[(&'static str, &str)]) -> Sim {
-        // In memory: flushing a disk would take most of the time, and nothing here cuts its power.
+        // The folder is in memory: flushing a disk would take most of the time, and nothing here
+        // cuts its power.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut all: Vec<(&'static str, String)> = vec![("POOL_AUTO_GROW", "off".to_owned())];
         for (key, name) in [("DATA_DIR", "pool"), ("STATE_DIR", "state"), ("RUN_DIR", "run")] {

@@ -36,7 +36,7 @@ pub(super) type Failure = Arc<StateError>;
 #[derive(Debug)]
 pub(super) struct Commits {
     queue: Mutex<Queue>,
-    /// Notified when a commit has ended.
+    /// Wakes waiting changes when a commit has ended.
     ended: Condvar,
     writer: Mutex<Writer>,
     reserve: Reserve,
@@ -177,7 +177,7 @@ impl Writer {
             },
             Err(error) => error,
         };
-        // Before any client learns of the failure.
+        // The file is repaired before any client receives the failure.
         if let Err(error) = self.repair() {
             tracing::error!(%error, "cannot write the state file: rejecting all changes until that succeeds");
         }
@@ -383,7 +383,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let first = commits(folder.path());
         first.commit(insert("kept")).unwrap();
-        // Like a killed process: nothing is closed.
+        // The first one ends like a killed process, which closes nothing.
         std::mem::forget(first);
         assert!(renewal::was_not_closed(folder.path()));
         let before = std::fs::metadata(folder.path().join("state.db")).unwrap();
@@ -404,7 +404,7 @@ mod tests {
         let first = commits(folder.path());
         first.commit(insert("kept")).unwrap();
         renewal::renew(folder.path(), first.lock_writer().connection().unwrap()).unwrap();
-        // Written to the old file, which no longer counts.
+        // This change is written to the old file, which no longer counts.
         first.commit(insert("late")).unwrap();
         std::mem::forget(first);
         let connection = renewal::open(folder.path()).unwrap();

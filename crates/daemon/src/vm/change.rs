@@ -36,7 +36,7 @@ pub async fn update_now(host: &Host, reference: &str, request: UpdateVm) -> Resu
     if let Some(Some(extend)) = request.disk_auto_extend {
         auto_extend::check(extend, size)?;
     }
-    // In this order: checks that can reject the request, steps that can be undone, and last the
+    // The order is: checks that can reject the request, steps that can be undone, and last the
     // growth, which cannot be undone.
     let admitted = if size > current {
         Some(admit_growth(host, &operation, size).await?)

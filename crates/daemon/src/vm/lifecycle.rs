@@ -117,7 +117,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
     {
         let (run_dir, console, seed) = (run_dir.clone(), host.console_dir(&record.id), seed.clone());
         blocking(move || {
-            // Kept when the machine ends, because the console log shows the cause.
+            // The folder is kept when the machine ends, because the console log shows the cause.
             make_private_dir(&console)?;
             make_private_dir(&run_dir)?;
             drive
@@ -262,8 +262,8 @@ pub async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError
     };
     let Operation { record, machine, .. } = &operation;
     let (state, id) = (Arc::clone(&host.state), record.id.clone());
-    // First, because only this step can fail the request. The VM is gone from here on, and
-    // cleanup retries the remaining steps until they succeed.
+    // The record is deleted first, because only this step can fail the request. The VM is gone from
+    // here on, and cleanup retries the remaining steps until they succeed.
     blocking(move || state.delete(&id)).await?;
     crash_point("delete: record gone");
     let lease = host.vms.remove(&record.id);
@@ -293,7 +293,8 @@ pub async fn force_stop_once(host: &Host, id: &str) -> Result<bool, ServiceError
 /// Waits for a machine to end, in the background, and records the VM's new status.
 pub fn watch(host: &Host, id: String, machine: Arc<dyn Machine>) {
     let host = host.clone();
-    // Not tracked in `tasks`, because a shutdown of the daemon does not wait for machines.
+    // The task is not tracked in `tasks`, because a shutdown of the daemon does not wait for
+    // machines.
     tokio::spawn(async move {
         let (reason, failure) = tokio::select! {
             reason = machine.exited() => (reason, None),
@@ -342,7 +343,8 @@ async fn handle_exit(host: &Host, id: &str, machine: &Arc<dyn Machine>, reason: 
         reason = effect.reason,
         "machine ended"
     );
-    // Before the change is visible: a client that sees it may start the VM at once.
+    // The cleanup comes before the change is visible: a client that sees it may start the VM at
+    // once.
     clean_up_after_stop(host, record).await;
     if let Err(error) = transition(host, record, ended.clone()).await {
         tracing::error!(vm = id, %error, "cannot record the end of the VM's machine; retrying");

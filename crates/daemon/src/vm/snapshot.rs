@@ -124,7 +124,7 @@ async fn clone_quiesced(
             Ok(()) => Ok(clone_disk_now(host, record, clone).await),
             Err(error) => Err((clone, error)),
         };
-        // Also after an error: the guest may have frozen after the time limit.
+        // The guest is thawed also after an error, because it may have frozen after the time limit.
         thaw(host, &record.id, machine, Some(agent)).await;
         let stood_still = begun.elapsed();
         return match cloned {

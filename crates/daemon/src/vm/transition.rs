@@ -79,7 +79,7 @@ pub enum Transition {
 pub enum Recording {
     /// Without the record, nothing has happened.
     Required,
-    /// It has happened already; the record follows as soon as possible.
+    /// The change has happened already; the record follows as soon as possible.
     Fact,
     /// The state file keeps what it has.
     None,
@@ -194,7 +194,7 @@ impl Transition {
     fn update_table(&self, host: &Host, id: &str, effect: &Effect) -> bool {
         let (status, reason) = (effect.status, effect.reason.clone());
         match self {
-            // Nobody holds the VM meanwhile: an operation may have given it another machine.
+            // No operation holds the VM, so one may have given it another machine meanwhile.
             Transition::Paused { machine, .. } | Transition::Resumed(machine) => {
                 host.vms.set_if_current(id, machine, status, reason)
             }

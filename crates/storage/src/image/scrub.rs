@@ -46,7 +46,7 @@ pub struct Scrub<'s> {
 /// A text file whose lines are changed.
 #[derive(Clone, Copy)]
 pub struct EditedFile<'s> {
-    /// Its path. A component `*` stands for every folder in that place.
+    /// The path of the file. A component `*` stands for every folder in that place.
     pub path: &'s str,
     /// Returns the new line, with its line break; `None` removes the line. A changed line stays as
     /// it is when it is passed again.
@@ -63,7 +63,8 @@ const REGULAR: u32 = 0o100_000;
 const KIND: u32 = 0o170_000;
 
 /// Removes the contents of `scrub` from the ext4 image `path`, open as `image`. Its journal was
-/// replayed, and nobody else uses it. Afterwards its file system is sound, and its unused space is zeroed.
+/// replayed, and nobody else uses it. Afterwards its file system is sound, and its unused space is
+/// zeroed.
 ///
 /// # Errors
 /// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image
@@ -385,7 +386,7 @@ impl<'i> Pass<'i> {
             other => other?,
         };
         self.contents.clear();
-        // It always exits with 0; a message on standard error means failure.
+        // debugfs always exits with 0; a message on standard error means failure.
         match answer.complaint(|_| false) {
             None if answer.code == Some(0) => Ok(()),
             _ if answer.is_fault_on_sound_image() || answer.code != Some(0) => Err(StorageError::Host {

@@ -1,4 +1,5 @@
-//! The pool on this host: its file system, the devices under it, and what the kernel reports of both.
+//! The pool on this host: its file system, the devices under it, and what the kernel reports of
+//! both.
 
 pub(crate) mod backing;
 pub(crate) mod btrfs;

@@ -27,7 +27,7 @@ pub struct SimGuest {
 /// The guest agent of a simulated guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SimAgent {
-    /// It responds once the guest has booted, while the guest runs.
+    /// The agent responds once the guest has booted, while the guest runs.
     Responsive,
     /// Connections are accepted but nobody responds, as under QEMU without an agent.
     Silent,

@@ -312,7 +312,7 @@ mod tests {
         .await
         .unwrap();
         api.ctrl_alt_del().await.unwrap();
-        // Rejected, because the machine is already started.
+        // Firecracker rejects this, because the machine is already started.
         let error = api.start().await.unwrap_err().to_string();
         assert!(error.contains("not supported after starting"), "{error}");
         server.await.unwrap();

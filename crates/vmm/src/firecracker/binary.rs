@@ -1,4 +1,5 @@
-//! Finds the Firecracker binary and its jailer, and builds their command. No other module names them.
+//! Finds the Firecracker binary and its jailer, and builds their command. No other module names
+//! them.
 
 use crate::error::{Error, Result};
 use crate::firecracker::jail::{self, Jails};

@@ -44,7 +44,8 @@ pub(crate) enum DiskIo {
 pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: DiskIo) -> Result<Vec<String>> {
     let [name, control] = identifying_arguments(&spec.id, dir)?;
     let mut argv = Argv::default();
-    // First, so that `ps` shows it. A process name holds 15 bytes: exactly one machine id.
+    // The name comes first, so that `ps` shows it. A process name holds 15 bytes: exactly one
+    // machine id.
     argv.pair("-name", name);
     argv.words(&["-nodefaults", "-no-user-config", "-no-shutdown", "-S"]);
     argv.words(&["-display", "none", "-rtc", "base=utc,clock=host"]);

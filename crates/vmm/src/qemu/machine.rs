@@ -78,8 +78,8 @@ pub(crate) struct QemuMachine {
 /// The machine and its control connection, which handle and monitor share.
 struct Connection {
     machine: Arc<Supervised>,
-    /// Replaced when the connection breaks. A `std` mutex: locked only to clone the value, never
-    /// across an await.
+    /// The connection, which is replaced when it breaks. A `std` mutex: locked only to clone the
+    /// value, never across an await.
     qmp: Mutex<Qmp>,
 }
 
@@ -154,7 +154,7 @@ impl Machine for QemuMachine {
         Ok(match status {
             RunState::running => MachineState::Running,
             RunState::io_error => MachineState::Stalled,
-            // Powered off; the process is about to exit.
+            // The guest has powered off; the process is about to exit.
             RunState::shutdown => MachineState::Ended(self.exited().await),
             _ => MachineState::Paused,
         })
@@ -281,8 +281,8 @@ impl Connection {
     fn on_guest_shutdown(self: &Arc<Self>) {
         self.machine.set_cause(ExitReason::GuestShutdown);
         self.machine.publish(MachineEvent::GuestShutdown);
-        // In a task of its own: the response to `quit` arrives through the monitor, which calls
-        // this.
+        // The rest runs in a task of its own: the response to `quit` arrives through the monitor,
+        // which calls this.
         let qemu = self.clone();
         tokio::spawn(async move {
             let machine = &qemu.machine;

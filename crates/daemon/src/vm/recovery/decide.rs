@@ -24,7 +24,7 @@ pub struct Observed {
 pub enum Found {
     /// The machine was adopted.
     Adopted,
-    /// Its process may exist, but could not be adopted. Holds the cause and the remedy.
+    /// The process may exist, but could not be adopted. Holds the cause and the remedy.
     Unreachable(String),
     /// There is no machine.
     Nothing,

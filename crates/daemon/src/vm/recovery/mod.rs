@@ -63,7 +63,7 @@ pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
         .map(|record| vm_id(&record.id))
         .collect::<Result<_, _>>()?;
 
-    // Orphaned machines first, because they may have an orphaned disk open.
+    // Orphaned machines are killed first, because they may have an orphaned disk open.
     let mut recovered = Recovered {
         vms: records.len(),
         orphans_killed: kill_orphans(host, &known).await?,

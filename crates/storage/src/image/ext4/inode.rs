@@ -256,7 +256,7 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<MapEntry>, StorageE
     const MAGIC: u16 = 0xf30a;
     const ENTRY: usize = 12;
     const MAX_DEPTH: u16 = 5;
-    /// Added to the length of an extent that is not written yet.
+    /// The number that is added to the length of an extent that is not written yet.
     const UNWRITTEN: u64 = 32768;
 
     let head = Fields(node);
