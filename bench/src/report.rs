@@ -190,7 +190,7 @@ impl Goal {
         }
     }
 
-    /// Adds the same figure of what is possible at most.
+    /// Adds the limit: the same figure of the fastest method that is possible here.
     fn with_limit(self, limit: f64) -> Goal {
         Goal {
             limit: Some(limit),

@@ -88,9 +88,9 @@ pub struct Trimmed {
 pub struct StorageUsage {
     /// Size that the guest sees; for a template, the size of its image.
     pub provisioned_bytes: u64,
-    /// Size of the blocks that it maps, shared or not.
+    /// Size of the blocks that the disk or template maps, shared or not.
     pub used_bytes: u64,
-    /// Space that deleting it frees. It can be more than `used_bytes`, because an extent that was
+    /// Space that a deletion frees. It can be more than `used_bytes`, because an extent that was
     /// overwritten in part is kept whole.
     pub exclusive_bytes: u64,
     /// Time of the measurement: RFC 3339, in UTC.

@@ -13,12 +13,12 @@ pub struct Template {
     pub name: String,
     /// Size that a guest sees; a VM's disk is at least this large.
     pub size_bytes: u64,
-    /// Size of the blocks that it maps.
+    /// Size of the blocks that the template maps.
     pub used_bytes: u64,
     /// Time of creation: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// Number of existing VMs that were cloned from it.
+    /// Number of existing VMs that were cloned from the template.
     pub used_by: u64,
     /// Whether the template is protected against deletion.
     pub protected: bool,

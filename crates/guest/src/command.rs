@@ -78,7 +78,7 @@ pub enum CommandError {
     Missing {
         /// The program's name.
         program: &'static str,
-        /// The package that contains it.
+        /// The package that contains the program.
         package: &'static str,
     },
     /// The program could not be started, or its output not read.

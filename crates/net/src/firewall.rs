@@ -27,7 +27,7 @@ pub struct FirewallDrop {
     pub chain: String,
     /// Our bridge.
     pub bridge: String,
-    /// The traffic that it drops.
+    /// The traffic that the chain drops.
     pub dropped: Dropped,
     tool: FirewallTool,
 }

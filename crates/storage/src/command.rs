@@ -82,7 +82,7 @@ impl Program {
         }
     }
 
-    /// Returns the Debian package that contains it.
+    /// Returns the Debian package that contains the program.
     pub fn package(self) -> &'static str {
         match self {
             Program::Debugfs | Program::E2fsck | Program::Resize2fs => "e2fsprogs",
@@ -92,7 +92,8 @@ impl Program {
         }
     }
 
-    /// Returns its timeout; `None` for programs whose duration depends on the size of the pool.
+    /// Returns the program's timeout; `None` for programs whose duration depends on the size of the
+    /// pool.
     fn deadline(self) -> Option<Duration> {
         match self {
             Program::Blkid | Program::Debugfs | Program::E2fsck | Program::Resize2fs => Some(IMAGE_TIMEOUT),
@@ -105,8 +106,8 @@ impl Program {
         }
     }
 
-    /// Returns whether it is installed in this crate's search path, which is not the caller's
-    /// `PATH`.
+    /// Returns whether the program is installed in this crate's search path, which is not the
+    /// caller's `PATH`.
     pub fn is_installed(self) -> bool {
         SEARCH_PATH
             .split(':')
@@ -122,7 +123,7 @@ pub enum CommandError {
     Missing {
         /// The name of the program.
         program: &'static str,
-        /// The package that contains it.
+        /// The package that contains the program.
         package: &'static str,
     },
     /// The program could not be started.
@@ -227,7 +228,7 @@ impl ImageRun {
         lines.find(|line| !line.is_empty() && !harmless(line))
     }
 
-    /// Returns its output on both streams, with the name of the image replaced.
+    /// Returns the program's output on both streams, with the name of the image replaced.
     pub(crate) fn output(&self) -> String {
         let stdout = self.stdout.replace(&self.image, "the image");
         let parts = [stdout.trim(), self.complaints.trim()];

@@ -118,7 +118,7 @@ pub enum StorageError {
     NotAPool {
         /// The folder.
         path: PathBuf,
-        /// The type of its file system.
+        /// The type of the folder's file system.
         fs_type: String,
     },
     /// Another device is mounted at the pool's folder.

@@ -25,9 +25,9 @@ use std::time::SystemTime;
 pub struct Template {
     /// The name of the template.
     pub name: TemplateName,
-    /// The size of its image: disks made from it cannot be smaller.
+    /// The size of the template's image: disks made from it cannot be smaller.
     pub size: Bytes,
-    /// The blocks it maps, shared or exclusive.
+    /// The blocks that the template maps, shared or exclusive.
     pub used: Bytes,
     /// The time of creation.
     pub created_at: SystemTime,
@@ -260,7 +260,7 @@ impl Pool {
         fault_point("resized clone: cloned").map_err(StorageError::step)?;
         let before = self.images.grow(partial, clone, size)?;
         fault_point("resized clone: file system larger").map_err(StorageError::step)?;
-        arrange(clone).map_err(|error| StorageError::io("arrange", partial.display(), error))?;
+        arrange(clone).map_err(|error| StorageError::io("defragment", partial.display(), error))?;
         fault_point("resized clone: arranged").map_err(StorageError::step)?;
         self.images.finish_growth(partial, clone, before.as_ref())?;
         drop(before);

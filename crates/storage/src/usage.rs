@@ -40,9 +40,9 @@ use std::time::{Duration, Instant, SystemTime};
 pub struct Usage {
     /// The size promised to a guest; for a template, the size of its image.
     pub provisioned: Bytes,
-    /// The blocks it maps, shared or exclusive.
+    /// The blocks that the disk or template maps, shared or exclusive.
     pub used: Bytes,
-    /// The space that deleting it frees: extents that nothing else refers to. With copy-on-write
+    /// The space that a deletion frees: extents that nothing else refers to. With copy-on-write
     /// this can exceed the blocks it maps.
     pub exclusive: Bytes,
 }

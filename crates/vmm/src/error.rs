@@ -29,7 +29,7 @@ pub enum Error {
     Foreign {
         /// The machine.
         id: VmId,
-        /// The program that runs it.
+        /// The program that runs the machine.
         program: String,
     },
     /// The installed hypervisor cannot be used.

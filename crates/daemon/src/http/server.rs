@@ -81,7 +81,7 @@ pub async fn run(listener: TcpListener, router: Router, host: &Host) -> io::Resu
             }
         };
         let Some(counted) = peers.count(peer) else {
-            tracing::debug!(%peer, "connection rejected: the peer has too many");
+            tracing::debug!(%peer, "connection rejected: the peer has too many connections");
             continue;
         };
         let mut stream = TimeoutStream::new(stream);

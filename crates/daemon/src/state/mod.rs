@@ -34,7 +34,7 @@ pub struct Record {
     pub id: String,
     /// The name; unique.
     pub name: String,
-    /// The template its disk was cloned from.
+    /// The template that the VM's disk was cloned from.
     pub template: String,
     /// The SSH key of the guest's account.
     pub ssh_public_key: String,

@@ -84,7 +84,7 @@ impl Cleanup {
         }
     }
 
-    /// Leaves all of it to [`run`].
+    /// Leaves the whole cleanup to [`run`].
     pub fn begin_later(self, host: &Host, error: &ServiceError) {
         tracing::warn!(vm = self.record.id, %error, "cannot clean up after the VM; retrying");
         host.cleanups.lock().push(self);

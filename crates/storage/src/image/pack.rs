@@ -71,7 +71,7 @@ pub(crate) enum UnpackError<E> {
     Input(io::Error),
     /// Writing the file failed.
     Output(io::Error),
-    /// There is no space for it.
+    /// There is no space for the image.
     Room(E),
 }
 

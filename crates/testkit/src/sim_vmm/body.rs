@@ -20,7 +20,7 @@ const SECTOR_BYTES: u64 = 512;
 pub(crate) struct Body {
     pub(crate) spec: MachineSpec,
     pub(crate) pid: i32,
-    /// The name of the driver that launched it.
+    /// The name of the driver that launched the machine.
     pub(crate) driver: &'static str,
     inside: Mutex<Inside>,
 }

@@ -69,7 +69,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Returns the gate and the fault that waits for it.
+    /// Returns the gate and the fault that waits for the gate.
     pub(crate) fn new() -> (Gate, Fault) {
         let (arrived, open) = (watch::Sender::new(false), watch::Sender::new(false));
         let fault = Fault::Wait {

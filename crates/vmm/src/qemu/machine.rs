@@ -328,7 +328,7 @@ impl Connection {
                 other => tracing::warn!(machine = %machine.id, reason = ?other, "unexpected shutdown"),
             },
             Event::RESET { data, .. } if data.guest => machine.publish(MachineEvent::GuestReboot),
-            // The agent's port is the only one.
+            // The agent's port is the only one with an id.
             Event::VSERPORT_CHANGE { data, .. } if data.open => {
                 tracing::debug!(machine = %machine.id, "the guest opened its agent port");
                 machine.publish(MachineEvent::AgentUp);

@@ -9,9 +9,9 @@ pub struct Observed {
     pub status: VmStatus,
     /// Whether a stop was recorded and not completed.
     pub stopping: bool,
-    /// The state of its machine.
+    /// The state of the VM's machine.
     pub machine: Found,
-    /// Whether its disk is missing from the pool.
+    /// Whether the VM's disk is missing from the pool.
     pub disk_missing: bool,
     /// Whether the host was rebooted since the VMs were last started.
     pub rebooted: bool,
