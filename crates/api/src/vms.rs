@@ -20,7 +20,7 @@ pub struct Vm {
     /// `vm-` and twelve lower-case hex digits; see [`VmId`](crate::VmId).
     #[cfg_attr(feature = "openapi", schema(pattern = "^vm-[0-9a-f]{12}$"))]
     pub id: String,
-    /// Unique among the VMs of the host; also the guest's host name.
+    /// Name, unique among the VMs of the host; also the guest's host name.
     pub name: String,
     /// Template that the disk was cloned from.
     pub template: String,
@@ -30,7 +30,7 @@ pub struct Vm {
     pub ssh_port: u16,
     /// Command to log in: `ssh -p PORT user@HOST_IP`.
     pub ssh: String,
-    /// Always null; reserved for a guest's HTTP service.
+    /// URL of a guest's HTTP service. Reserved; always null.
     #[serde(default)]
     pub url: Option<String>,
     /// Present status.

@@ -34,7 +34,8 @@ impl HostNetwork {
         let links = Links::open()?;
         check_bridge(&links, &config).await?;
         check_overlap(&links, &config).await?;
-        // Rules first, forwarding last: at no moment can a guest reach more than it should.
+        // The rules come first, forwarding last: at no moment can a guest reach more than it
+        // should.
         let ruleset = ensure_tables(&config, guard).await?;
         ensure_bridge(&links, &config).await?;
         Sysctl::forwarding().ensure()?;
@@ -105,7 +106,7 @@ impl HostNetwork {
     pub(crate) async fn detach(&self, endpoint: &Endpoint) -> Result<()> {
         let HostNetwork { links, ruleset, .. } = self;
         let _guard = self.changing.lock().await;
-        // The tap first: its rules must outlive it.
+        // The tap is removed first, because its rules must outlive it.
         if let Some(tap) = links.find(endpoint.tap()).await? {
             let bridge = links.find(self.config().bridge()).await?;
             check_tap(&tap, bridge.as_ref())?;

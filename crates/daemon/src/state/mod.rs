@@ -622,7 +622,7 @@ mod tests {
     #[test]
     fn a_state_of_the_first_release_is_migrated_with_all_its_vms() {
         let folder = tempfile::tempdir().unwrap();
-        // Exactly as that release wrote it: the first migration must never change.
+        // The statements are exactly those of that release: the first migration must never change.
         let written = Connection::open(folder.path().join("state.db")).unwrap();
         written
             .execute_batch(include_str!("../../tests/data/state-schema-1.sql"))

@@ -228,7 +228,7 @@ pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>)
     clean_up_after_stop(host, record).await;
     let stopped = Transition::Stopped { by: "request" };
     if let Err(error) = transition(host, record, stopped.clone()).await {
-        tracing::warn!(vm = record.id, %error, "the VM has stopped, but is recorded as being stopped; retrying");
+        tracing::warn!(vm = record.id, %error, "the VM has stopped, but cannot be recorded as stopped; retrying");
         record_later(host, record, stopped);
     }
     crash_point("stop: recorded");
