@@ -6,7 +6,7 @@
 #   sudo make bench        measures disk creation (docs/benchmarks.md); QUICK=1 for a small run
 #   sudo make test-host    tests on a whole emulated server (scripts/test-host.sh);
 #                          CASES="install reboot" selects cases
-#   make lint              fmt, clippy, cargo deny
+#   make lint              formatting, clippy, shell scripts, spelling, dependencies
 #   sudo make install      turns this host into a Scalebox host (scripts/install.sh)
 #
 # Under sudo, the user who called it builds the programs, and owns what `make test` builds as root.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates a disk with the original's commands: clones it, grows it, mounts it and copies a key.
+# Creates a disk with the original system's commands: clones it, grows it, mounts it, copies a key.
 # Flushes nothing.
 #
 #   bench/seed.sh TEMPLATE.ext4 DISK.ext4 SIZE_GIB MOUNT_POINT KEY_FILE

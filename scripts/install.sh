@@ -15,7 +15,7 @@ readonly config_dir=/etc/scaleboxd config=/etc/scaleboxd/config units=/etc/syste
 # The programs to install.
 readonly programs=${BIN_DIR:-target/release}
 
-say() { printf '== %s\n' "$*"; }
+heading() { printf '== %s\n' "$*"; }
 die() {
 	printf 'install.sh: %s\n' "$*" >&2
 	exit 1
@@ -62,7 +62,7 @@ require_programs() {
 }
 
 install_packages() {
-	say "Install packages"
+	heading "Install packages"
 	local groups=(run)
 	[[ -n ${BIN_DIR:-} ]] || groups+=(build)
 	scripts/deps.sh "${groups[@]}"
@@ -70,8 +70,8 @@ install_packages() {
 
 build_programs() {
 	[[ -z ${BIN_DIR:-} ]] || return 0
-	say "Build the programs"
-	# Built as the user who called sudo, so that target/ belongs to them.
+	heading "Build the programs"
+	# The programs are built as the user who called sudo, so that target/ belongs to them.
 	scripts/toolchain.sh run cargo build --locked --release --bin scaleboxd --bin scalebox
 }
 
@@ -97,7 +97,7 @@ check_settings() {
 install_programs() {
 	local program
 	for program in scaleboxd scalebox; do
-		# Renamed into place, because a running program cannot be overwritten.
+		# The program is renamed into place, because a running program cannot be overwritten.
 		install -m 0755 "$programs/$program" "/usr/local/bin/.$program.new"
 		mv -f "/usr/local/bin/.$program.new" "/usr/local/bin/$program"
 	done
@@ -110,11 +110,11 @@ token=
 write_config() {
 	install -d -m 0700 "$config_dir"
 	if [[ -e $config ]]; then
-		say "Keeping $config"
+		heading "Keeping $config"
 		chmod 0600 "$config"
 		return
 	fi
-	say "Write $config"
+	heading "Write $config"
 	token=${API_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 	local new key
 	new=$(mktemp "$config_dir/.config.XXXXXX")
@@ -158,7 +158,7 @@ install_restart_pauses() {
 }
 
 install_service() {
-	say "Install the service"
+	heading "Install the service"
 	install -d "$units"
 	install_unit scaleboxd.service
 	install_unit scalebox-guests.service
@@ -168,7 +168,7 @@ install_service() {
 	fi
 	install_restart_pauses
 	systemctl daemon-reload
-	# Never restarted, because stopping it shuts the guests down.
+	# This service is never restarted, because stopping it shuts the guests down.
 	systemctl enable --quiet --now scalebox-guests
 	systemctl enable --quiet scaleboxd
 	# Machines keep running when the daemon restarts. `restart` returns when it accepts requests.
@@ -203,14 +203,14 @@ check_settings
 install_programs
 write_config
 allow_forwarding
-say "Create the pool"
+heading "Create the pool"
 /usr/local/bin/scaleboxd pool init
-# Before the template: the daemon's start upgrades the pool of an earlier release.
+# The service comes before the template: the daemon's start upgrades the pool of an earlier release.
 install_service
-say "Build the Debian template"
+heading "Build the Debian template"
 /usr/local/bin/scaleboxd template build debian-base ${SCALEBOX_CACHE:+--cache "$SCALEBOX_CACHE"}
 
-say "Scalebox is installed"
+heading "Scalebox is installed"
 cat <<TXT
 
 To log in as a user of this host, run:

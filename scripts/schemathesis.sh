@@ -5,7 +5,7 @@
 #
 # Use a host for tests only: VMs and templates are created and deleted on it. It needs a template
 # debian-base, no kernel, and a small MAX_DISK_SIZE_GIB. SCALEBOX_URL and SCALEBOX_TOKEN name it;
-# SECONDS_AT_MOST (120) limits the duration; SCALEBOX_TEST_SEED selects another sequence of
+# MAX_SECONDS (120) limits the duration; SCALEBOX_TEST_SEED selects another sequence of
 # requests. Further arguments are passed to schemathesis.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
@@ -25,4 +25,4 @@ fi
 export SCHEMATHESIS_HOOKS=hooks PYTHONPATH=scripts/schemathesis PYTHONDONTWRITEBYTECODE=1
 exec "$venv/bin/schemathesis" --config-file scripts/schemathesis/config.toml run "$SCALEBOX_URL/openapi.json" \
 	--include-path-regex "^/" --header "Authorization: Bearer $SCALEBOX_TOKEN" \
-	--max-time "${SECONDS_AT_MOST:-120}" --seed "${SCALEBOX_TEST_SEED:-1}" "$@"
+	--max-time "${MAX_SECONDS:-120}" --seed "${SCALEBOX_TEST_SEED:-1}" "$@"

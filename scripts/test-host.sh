@@ -23,7 +23,7 @@ source scripts/test-host/cases.sh
 : "${SCALEBOX_CACHE:=$PWD/target/template-cache}"
 readonly artifacts=$PWD/target/test-host
 
-say() { printf '== %s\n' "$*"; }
+heading() { printf '== %s\n' "$*"; }
 
 # Lists the cases in the order of the file. The comment above a case describes it.
 all_cases() { sed -n 's/^case_\([a-z_]*\)() {$/\1/p' scripts/test-host/cases.sh; }
@@ -72,7 +72,7 @@ run_case() {
 	try_case "$name"
 	while ((case_status != 0 && breaks < breaks_allowed)) && { server_broke || ! server_answers; }; do
 		breaks=$((breaks + 1))
-		printf " the server's kernel broke down: again ..."
+		printf " the server's kernel failed: repeating ..."
 		cp -- "$WORK/console" "$artifacts/server-console-$breaks.log"
 		server_cut
 		restore_server >"$WORK/log" 2>&1 || break
@@ -80,7 +80,7 @@ run_case() {
 	done
 	((case_status == 0)) || outcome=FAILED
 	printf ' %s (%s s)\n' "$outcome" $((SECONDS - begun))
-	((breaks == 0)) || note "repeated, because the server's own kernel broke down: $breaks"
+	((breaks == 0)) || note "repeated, because the server's own kernel failed: $breaks"
 	note=$(paste -sd' ' "$WORK/note")
 	table+=("$(printf '%-18s %-7s %5s s   %s' "$name" "$outcome" $((SECONDS - begun)) "$note")")
 	[[ $outcome == ok ]] || show_failure
@@ -144,7 +144,7 @@ main() {
 	trap 'exit 130' INT TERM
 	build_root "$artifacts"
 	WORK=$(mktemp -d "$artifacts/run.XXXXXX")
-	say "Start the server"
+	heading "Start the server"
 	server_prepare
 	server_ssh
 	server_start

@@ -14,13 +14,15 @@ use std::time::{Duration, Instant};
 /// The parts of one boot, in seconds.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Boot {
-    /// From the request to the SSH server's banner.
+    /// Time from the request to the SSH server's banner.
     pub to_ssh_s: f64,
-    /// Until `POST /vms` returns: disk, seed drive, network, and a hypervisor that runs the guest.
+    /// Time until `POST /vms` returns: disk, seed drive, network, and a hypervisor that runs the
+    /// guest.
     pub vmm_s: f64,
-    /// Until the guest's kernel starts the first program of its root, by the guest's clock.
+    /// Time from then until the guest's kernel starts the first program of its root, by the guest's
+    /// clock.
     pub kernel_s: f64,
-    /// The rest.
+    /// Time of the remaining boot: from the first program to the banner.
     pub user_space_s: f64,
 }
 

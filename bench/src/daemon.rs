@@ -17,7 +17,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Daemon {
     child: Child,
     client: Client,
-    /// Time from its start until it logged that it is ready.
+    /// Time from the daemon's start until it logged that it is ready.
     pub ready_after: Duration,
 }
 

@@ -1,5 +1,5 @@
-//! Four methods to create a disk: the original's commands, bare system calls, the library and the
-//! API.
+//! Four methods to create a disk: the original system's commands, bare system calls, the library
+//! and the API.
 
 use crate::daemon::Daemon;
 use crate::measure::timed;
@@ -26,8 +26,8 @@ pub enum Method {
     /// `cp --reflink`, `truncate`, `e2fsck`, `resize2fs`, mount, key, umount: `bench/seed.sh`. Not
     /// durable.
     Seed,
-    /// `FICLONE` of the resized base image, `fsync` of the file and of its folder: the minimum cost
-    /// of a durable disk.
+    /// The minimum cost of a durable disk: `FICLONE` of the resized base image, `fsync` of the file
+    /// and its folder.
     Bare,
     /// `Pool::admit` and `Pool::create_disk`.
     Library,

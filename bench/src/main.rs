@@ -1,4 +1,4 @@
-//! Compares Scalebox with the original's sequence of commands, in one run on one pool.
+//! Compares Scalebox with the commands of the original system, in one run on one pool.
 //! `bench/run.sh` sets up what it needs and cleans up.
 //!
 //! # Layout
@@ -8,7 +8,7 @@
 //! | `stages` | runs the measurements in order |
 //! | `disks` | four methods to create a disk |
 //! | `daemon` | the daemon under test |
-//! | `setup` | what `bench/run.sh` has prepared |
+//! | `setup` | reads the environment that `bench/run.sh` has prepared |
 //! | `outcome` | the result of a step |
 //! | `boot` | measures a guest's way to SSH |
 //! | `measure` | measures operations, sequential or concurrent |

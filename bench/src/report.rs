@@ -20,8 +20,8 @@ struct Goal {
     /// Whether the goal is a maximum rather than a minimum.
     at_most: bool,
     reached: bool,
-    /// The same figure of the fastest that is possible here, measured in the same run: a bare clone
-    /// with two flushes, or ext4 without a pool.
+    /// The same figure of the fastest method that is possible here, measured in the same run. That
+    /// is a bare clone with two flushes, or ext4 without a pool.
     limit: Option<f64>,
     /// The measured figure divided by the limit.
     of_limit: Option<f64>,
@@ -96,7 +96,7 @@ fn goals(results: &Results) -> Outcome<Vec<Goal>> {
     Ok(goals)
 }
 
-/// The goals of `POST /vms`, each with a new connection. Their limit is a bare clone.
+/// Returns the goals of `POST /vms`, each with a new connection. Their limit is a bare clone.
 fn creation_goals(results: &Results) -> Outcome<Vec<Goal>> {
     let p50 = |method, size, disks| results.find(method, size, disks, 1).map(|series| series.samples.p50_ms);
     let rate = |method| {
@@ -135,7 +135,7 @@ fn creation_goals(results: &Results) -> Outcome<Vec<Goal>> {
     ])
 }
 
-/// The goals of a running guest, and of a daemon with many VMs.
+/// Returns the goals of a running guest, and of a daemon with many VMs.
 fn running_goals(results: &Results) -> Vec<Goal> {
     let vms = format!(
         "{} stopped and {} running VMs",
@@ -190,7 +190,7 @@ impl Goal {
         }
     }
 
-    /// Adds the same figure of what is possible at most.
+    /// Adds the limit: the same figure of the fastest method that is possible here.
     fn with_limit(self, limit: f64) -> Goal {
         Goal {
             limit: Some(limit),
@@ -199,7 +199,7 @@ impl Goal {
         }
     }
 
-    /// A figure that is reported without a goal.
+    /// Creates a figure that is reported without a goal.
     fn none(figure: &str, value: f64, unit: &'static str) -> Goal {
         Goal {
             reached: true,

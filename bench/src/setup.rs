@@ -1,4 +1,4 @@
-//! What `bench/run.sh` has prepared, from the environment.
+//! Reads the environment that `bench/run.sh` has prepared.
 
 use crate::outcome::Outcome;
 use std::path::PathBuf;

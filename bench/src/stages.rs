@@ -182,8 +182,8 @@ impl Results {
     }
 }
 
-/// Waits until the blocks of deleted disks are free and everything is flushed, so that a series
-/// does not slow down the next one.
+/// Waits until the blocks of deleted disks are free and everything is flushed. Otherwise a series
+/// would slow down the next one.
 fn flush(setup: &Setup, client: &Client) -> Outcome<()> {
     wait_until("the blocks of deleted disks are free", || {
         let provisioned: u64 = client.vms()?.iter().map(|vm| vm.disk_size_gib << 30).sum();

@@ -11,7 +11,7 @@ short_cases=(install restart configuration)
 case_install() {
 	on <<-'SH'
 		install -d -o ada -g ada /home/ada/.config
-		# For case_uninstall, which compares the files.
+		# case_uninstall compares the files with this list.
 		list_files >/root/files-before
 		cp -a /payload/tree /home/ada/scalebox
 		install -d /home/ada/.cargo/bin /home/ada/.rustup
@@ -31,7 +31,8 @@ case_install() {
 
 		sudo SCALEBOX_CACHE=/payload/cache scripts/install.sh
 		[[ -z $(find target -not -user ada) ]]
-		# As make 4.4 calls it, with the PATH of a Makefile. A build by sudo make belongs to the user.
+		# toolchain.sh is called as by make 4.4, with the PATH of a Makefile. A build by sudo make belongs
+		# to the user.
 		[[ $(sudo env PATH="$(sudo scripts/toolchain.sh path)" scripts/toolchain.sh rustup-home) == ~/.rustup ]]
 		sudo make --silent release
 		[[ -z $(find target -not -user ada) ]]
@@ -137,7 +138,7 @@ case_down() {
 	on <<-'SH'
 		back one
 		[[ $(status_of stopped) == stopped ]]
-		# The same without a reboot.
+		# The same must hold without a reboot.
 		systemctl stop scaleboxd
 		scaleboxd down
 		scaleboxd pool init

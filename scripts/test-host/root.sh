@@ -29,12 +29,12 @@ build_root() {
 	key=$(root_key)
 	ROOT=$folder/root-$key
 	[[ ! -e $ROOT/disk.img ]] || return 0
-	say "Build the server's root disk"
+	heading "Build the server's root disk"
 	mkdir -p -- "$folder"
 	rm -rf -- "$folder"/root-*
 	SCRATCH=$(mktemp -d "$folder/root-$key.XXXXXX")
 	scratch=$SCRATCH
-	# Not inside a condition, where bash ignores `set -e`.
+	# The call is not inside a condition, where bash ignores `set -e`.
 	local status=0
 	set +e
 	(

@@ -11,7 +11,7 @@
 # Needs WORK (of this run), ROOT (from build_root), SCALEBOX_CACHE.
 
 readonly server_memory=4096
-# In seconds. A boot takes 20 s on a quiet machine.
+# Timeout of a boot, in seconds. A boot takes 20 s on a quiet machine.
 readonly server_timeout=300
 # Timeout of a case's script, in seconds.
 readonly script_timeout=3600
@@ -72,8 +72,8 @@ free_port() {
 	echo "$port"
 }
 
-# One processor: with two, the emulation of SVM (QEMU 7.2) let the server's kernel panic or hang
-# under load. Without page tables of five levels, which emulation walks more slowly.
+# The server has one processor: with two, the emulation of SVM (QEMU 7.2) let the server's kernel
+# panic or hang under load. It has no page tables of five levels, which emulation walks more slowly.
 server_start() {
 	nice -n 5 qemu-system-x86_64 -daemonize -pidfile "$WORK/qemu.pid" -display none \
 		-accel tcg,thread=multi,tb-size=512 -cpu max,-la57 -M q35 -smp 1 -m "$server_memory" \

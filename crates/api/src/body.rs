@@ -31,7 +31,7 @@ pub enum Invalid {
     /// The body is JSON, but not an object.
     #[error("the body must be a JSON object with {}; this is {kind}", known.join(", "))]
     NotAnObject {
-        /// `an array`, `a string` …
+        /// The JSON type of the body: `an array`, `a string` …
         kind: &'static str,
         /// The fields that the request may have.
         known: &'static [&'static str],
@@ -82,9 +82,9 @@ pub enum Invalid {
     Type {
         /// The field.
         field: &'static str,
-        /// `a string`, `true or false`, `an object`.
+        /// The required JSON type: `a string`, `true or false`, `an object`.
         expected: &'static str,
-        /// `an array`, `null` …
+        /// The JSON type of the value: `an array`, `null` …
         kind: &'static str,
     },
     /// A string has the wrong form.

@@ -8,8 +8,8 @@ use std::fmt;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Event {
-    /// Increases from event to event, also over a restart of the daemon, in steps of any size;
-    /// below 2⁵³.
+    /// Id of the event. Ids increase from event to event, also over a restart of the daemon, in
+    /// steps of any size; they stay below 2⁵³.
     pub id: u64,
     /// Time of the event: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]

@@ -96,13 +96,13 @@ pub struct HostLimits {
     pub max_disk_size_gib: u64,
     /// `DEFAULT_VCPU_COUNT`.
     pub default_vcpu_count: u32,
-    /// Limited by the host's processors and by the hypervisor.
+    /// Maximum number of processors: limited by the host's processors and by the hypervisor.
     pub max_vcpu_count: u32,
     /// `DEFAULT_MEM_SIZE_MIB`.
     pub default_mem_size_mib: u64,
     /// Minimum with which a guest boots.
     pub min_mem_size_mib: u64,
-    /// Limited by the host's memory.
+    /// Maximum memory: limited by the host's memory.
     pub max_mem_size_mib: u64,
 }
 

@@ -65,9 +65,9 @@ pub struct PoolInfo {
     /// years.
     #[serde(default)]
     pub days_left: Option<f64>,
-    /// Number of stopped and deleted VMs whose resources could not be removed yet, for a reason
-    /// that the log names; removal is retried every few seconds. A deleted VM's disk stays
-    /// committed until it is removed.
+    /// Number of stopped and deleted VMs whose resources could not be removed yet. The log names
+    /// the reason, and removal is retried every few seconds. A deleted VM's disk stays committed
+    /// until it is removed.
     #[serde(default)]
     pub cleanups_pending: u64,
 }
@@ -81,16 +81,16 @@ pub struct Trimmed {
     pub trimmed_bytes: u64,
 }
 
-/// Usage of a disk or a template in the pool, as last measured: at most `ACCOUNTING_SECONDS` ago,
-/// by default a minute.
+/// Usage of a disk or a template in the pool, as last measured. The measurement is at most
+/// `ACCOUNTING_SECONDS` old, by default a minute.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct StorageUsage {
     /// Size that the guest sees; for a template, the size of its image.
     pub provisioned_bytes: u64,
-    /// Size of the blocks that it maps, shared or not.
+    /// Size of the blocks that the disk or template maps, shared or not.
     pub used_bytes: u64,
-    /// Space that deleting it frees. It can be more than `used_bytes`, because an extent that was
+    /// Space that a deletion frees. It can be more than `used_bytes`, because an extent that was
     /// overwritten in part is kept whole.
     pub exclusive_bytes: u64,
     /// Time of the measurement: RFC 3339, in UTC.

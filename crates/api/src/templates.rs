@@ -13,12 +13,12 @@ pub struct Template {
     pub name: String,
     /// Size that a guest sees; a VM's disk is at least this large.
     pub size_bytes: u64,
-    /// Size of the blocks that it maps.
+    /// Size of the blocks that the template maps.
     pub used_bytes: u64,
     /// Time of creation: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// Number of existing VMs that were cloned from it.
+    /// Number of existing VMs that were cloned from the template.
     pub used_by: u64,
     /// Whether the template is protected against deletion.
     pub protected: bool,
@@ -63,8 +63,8 @@ pub struct Snapshot {
     /// Time of creation: RFC 3339, in UTC.
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub created_at: String,
-    /// Time during which the guest could not write, in milliseconds, including the round trips to
-    /// its agent; 0 if it was not running.
+    /// Time during which the guest could not write, in milliseconds; 0 if it was not running.
+    /// Includes the round trips to its agent.
     pub stood_still_ms: u64,
     /// How writes were prevented: the agent had `frozen` the guest, the host had `paused` it, or it
     /// was `not_running`.

@@ -20,7 +20,7 @@ pub struct Vm {
     /// `vm-` and twelve lower-case hex digits; see [`VmId`](crate::VmId).
     #[cfg_attr(feature = "openapi", schema(pattern = "^vm-[0-9a-f]{12}$"))]
     pub id: String,
-    /// Unique among the VMs of the host; also the guest's host name.
+    /// Name, unique among the VMs of the host; also the guest's host name.
     pub name: String,
     /// Template that the disk was cloned from.
     pub template: String,
@@ -30,7 +30,7 @@ pub struct Vm {
     pub ssh_port: u16,
     /// Command to log in: `ssh -p PORT user@HOST_IP`.
     pub ssh: String,
-    /// Always null; reserved for a guest's HTTP service.
+    /// URL of a guest's HTTP service. Reserved; always null.
     #[serde(default)]
     pub url: Option<String>,
     /// Present status.
@@ -72,7 +72,7 @@ pub struct Vm {
     pub storage: Option<StorageUsage>,
 }
 
-/// The behavior of servers that do not send the field.
+/// Returns the value for servers that do not send the field.
 fn default_autostart() -> bool {
     true
 }
@@ -81,8 +81,8 @@ fn default_autostart() -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AutoExtend {
-    /// Usage of the guest's root file system at which the disk grows, as `df` in the guest shows
-    /// it: 1 to 99 %.
+    /// Usage of the guest's root file system at which the disk grows: 1 to 99 %. Computed as by
+    /// `df` in the guest.
     pub threshold_percent: u64,
     /// Size to add each time, in GiB; less if the limit or the pool allow no more.
     pub increment_gib: u64,
@@ -97,7 +97,7 @@ pub struct Disk {
     /// Whether the file system is known to have grown with the disk.
     pub confirmed: bool,
     /// Size of the root file system as the guest's agent reports it, without the file system's own
-    /// overhead; null if no agent responded.
+    /// overhead. Null if no agent responded.
     pub guest_total_bytes: Option<u64>,
     /// Why the growth is not confirmed, and what to do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -202,8 +202,8 @@ pub struct CreateVm {
     /// Whether to start the VM; false creates it stopped.
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub start: bool,
-    /// Sent as the header `Idempotency-Key`: while the VM exists, the same request with the same
-    /// key returns it instead of creating another.
+    /// Key that makes it safe to repeat the request; sent as the header `Idempotency-Key`. While
+    /// the VM exists, the same request with the same key returns it instead of creating another.
     #[serde(skip)]
     pub idempotency_key: Option<IdempotencyKey>,
 }

@@ -54,7 +54,8 @@ fn show(event: &Event, output: &Output) -> Result<(), Error> {
             Some(text) if text.chars().all(|c| c.is_alphanumeric() || c.is_ascii_punctuation()) => {
                 format!("{field}={text}")
             }
-            // Quoted as JSON: text from a guest must not be mistaken for our own output.
+            // The value is quoted as JSON: text from a guest must not be mistaken for our own
+            // output.
             _ => format!("{field}={value}"),
         })
         .collect();

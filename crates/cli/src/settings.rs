@@ -91,7 +91,7 @@ struct Config {
 impl Config {
     /// Reads the user's configuration file; a missing file counts as empty.
     fn read(path: &Path, output: &Output) -> Result<Self, Error> {
-        /// Far more than the two lines that the file holds.
+        /// The limit is far more than the two lines that the file holds.
         const MAX_CONFIG_BYTES: u64 = 64 << 10;
         let unreadable = |why| Error::ConfigUnreadable {
             path: path.to_owned(),

@@ -115,7 +115,7 @@ fn read_key(path: &Path) -> Result<Vec<u8>, Error> {
         path: path.to_owned(),
         why: why.to_owned(),
     };
-    // Checked before opening: opening a pipe would block until it has a writer.
+    // The type is checked before opening, because opening a pipe would block until it has a writer.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
         return Err(wrong("is not a regular file; pass one such as ~/.ssh/id_ed25519.pub"));
     }

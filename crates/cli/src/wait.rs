@@ -70,9 +70,9 @@ fn show(progress: &ProgressBar, vm: &Vm, last_error: &str) {
     ));
 }
 
-/// Connects and reads until the identification line of an SSH 2 server, which may come after other
-/// lines (RFC 4253, section 4.2). A connection alone proves nothing: the forwarded port may accept
-/// long before the guest does.
+/// Connects and reads until the identification line of an SSH 2 server. Other lines may precede it
+/// (RFC 4253, section 4.2). A connection alone proves nothing: the forwarded port may accept long
+/// before the guest does.
 fn read_ssh_banner(vm: &Vm, timeout: Duration) -> io::Result<()> {
     const MAX_BANNER_BYTES: usize = 4096;
     let address = (vm.ip.as_str(), vm.ssh_port).to_socket_addrs()?.next();

@@ -52,7 +52,7 @@ pub enum ClientError {
     Protocol {
         /// Method and address.
         call: String,
-        /// What is wrong with the response.
+        /// The problem with the response.
         why: String,
     },
 }

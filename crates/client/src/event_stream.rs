@@ -26,8 +26,8 @@ impl EventStream {
         }
     }
 
-    /// Returns the id after which to resume: that of the last event read, or, before the first one,
-    /// of the daemon's latest event.
+    /// Returns the id after which to resume. That is the id of the last event read, or, before the
+    /// first one, the id of the daemon's latest event.
     pub fn last_id(&self) -> Option<u64> {
         self.last_id
     }

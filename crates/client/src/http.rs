@@ -81,7 +81,7 @@ impl Client {
         &self.base
     }
 
-    /// `GET /health`.
+    /// Sends `GET /health`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -89,7 +89,7 @@ impl Client {
         self.get("/health")
     }
 
-    /// `POST /vms`: returns when the machine has started; its guest is then still booting.
+    /// Sends `POST /vms`. Returns when the machine has started; its guest is then still booting.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -100,7 +100,7 @@ impl Client {
         call.run(Some(body))?.json()
     }
 
-    /// `GET /vms`.
+    /// Sends `GET /vms`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -108,7 +108,7 @@ impl Client {
         self.get("/vms").map(|VmList { vms }| vms)
     }
 
-    /// `GET /vms/{id or name}`.
+    /// Sends `GET /vms/{id or name}`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -116,7 +116,7 @@ impl Client {
         self.get(&vm_path(id_or_name))
     }
 
-    /// `DELETE /vms/{id or name}`.
+    /// Sends `DELETE /vms/{id or name}`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -124,7 +124,7 @@ impl Client {
         self.delete(&vm_path(id_or_name))
     }
 
-    /// `POST /vms/{id or name}/start`.
+    /// Sends `POST /vms/{id or name}/start`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -132,7 +132,7 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/start"))
     }
 
-    /// `POST /vms/{id or name}/stop`: shuts the guest down, and kills it after a timeout.
+    /// Sends `POST /vms/{id or name}/stop`: shuts the guest down, and kills it after a timeout.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -140,8 +140,8 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/stop"))
     }
 
-    /// `POST /vms/{id or name}/restart`: stops a running VM like [`Client::stop_vm`], and starts
-    /// it.
+    /// Sends `POST /vms/{id or name}/restart`: stops a running VM like [`Client::stop_vm`], and
+    /// starts it.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -149,7 +149,7 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/restart"))
     }
 
-    /// `PATCH /vms/{id or name}`.
+    /// Sends `PATCH /vms/{id or name}`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -157,7 +157,7 @@ impl Client {
         self.send_json(Method::PATCH, &vm_path(id_or_name), request)
     }
 
-    /// `POST /vms/{id or name}/trim`.
+    /// Sends `POST /vms/{id or name}/trim`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -165,7 +165,7 @@ impl Client {
         self.post(&(vm_path(id_or_name) + "/trim"))
     }
 
-    /// `POST /vms/{id or name}/snapshot`: returns when the template is ready to use.
+    /// Sends `POST /vms/{id or name}/snapshot`. Returns when the template is ready to use.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -173,7 +173,7 @@ impl Client {
         self.send_json(Method::POST, &(vm_path(id_or_name) + "/snapshot"), request)
     }
 
-    /// `GET /templates`.
+    /// Sends `GET /templates`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -181,7 +181,7 @@ impl Client {
         self.get("/templates").map(|TemplateList { templates }| templates)
     }
 
-    /// `DELETE /templates/{name}`.
+    /// Sends `DELETE /templates/{name}`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -189,7 +189,7 @@ impl Client {
         self.delete(&template_path(name, ""))
     }
 
-    /// `GET /templates/{name}/export`: returns the template's image, compressed with zstd.
+    /// Sends `GET /templates/{name}/export`. Returns the template's image, compressed with zstd.
     ///
     /// # Errors
     /// See [`ClientError`]. The reader reports later failures.
@@ -207,8 +207,8 @@ impl Client {
         })
     }
 
-    /// `POST /templates/{name}/import`: creates a template from an ext4 image, uncompressed or
-    /// compressed with zstd. `replace` allows it to replace an existing one.
+    /// Sends `POST /templates/{name}/import`: creates a template from an ext4 image, uncompressed
+    /// or compressed with zstd. `replace` allows it to replace an existing one.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -224,7 +224,7 @@ impl Client {
             .json()
     }
 
-    /// `GET /pool`.
+    /// Sends `GET /pool`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -232,7 +232,8 @@ impl Client {
         self.get("/pool")
     }
 
-    /// `POST /pool/grow`: without a size, grows to 80 % of what the host disk can hold today.
+    /// Sends `POST /pool/grow`. Without a size, the pool grows to 80 % of what the host disk can
+    /// hold today.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -240,7 +241,7 @@ impl Client {
         self.send_json(Method::POST, "/pool/grow", &ResizePool { size_gib })
     }
 
-    /// `POST /pool/shrink`.
+    /// Sends `POST /pool/shrink`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -254,7 +255,7 @@ impl Client {
         )
     }
 
-    /// `POST /pool/trim`.
+    /// Sends `POST /pool/trim`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -262,7 +263,7 @@ impl Client {
         self.send_json(Method::POST, "/pool/trim", &serde_json::json!({}))
     }
 
-    /// `GET /events`: returns new events, or those after the event `since` (0 starts with the
+    /// Sends `GET /events`. Returns new events, or those after the event `since` (0 starts with the
     /// oldest that the daemon has). Without `follow`, the stream ends after the past events.
     ///
     /// # Errors
@@ -273,7 +274,7 @@ impl Client {
         ApiRequest::new(self, Method::GET, &path, QUERY_TIMEOUT).stream()
     }
 
-    /// `GET /info`.
+    /// Sends `GET /info`.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -546,7 +547,7 @@ impl ApiResponse<'_> {
     }
 }
 
-/// Checks and normalizes the address: strips white space and trailing slashes, and puts the scheme
+/// Checks and normalizes the address. Strips white space and trailing slashes, and puts the scheme
 /// into lower case (RFC 3986, section 3.1).
 fn check_url(url: &str) -> Result<String, ClientError> {
     let url = url.trim();
@@ -596,7 +597,7 @@ fn vm_path(id_or_name: &str) -> String {
     format!("/vms/{}", percent_encoded(id_or_name))
 }
 
-/// Unreserved characters stay; all others are encoded, so that a segment of a path contains no
+/// Unreserved characters stay; all others are encoded. A segment of a path then contains no
 /// separator (RFC 3986, section 3.3).
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'~').remove(b'.');
 

@@ -1,5 +1,5 @@
 //! The service with Firecracker. Guests run if KVM is available; otherwise only the host's side is
-//! tested. The output says which parts did not run, and why.
+//! tested. The output names the parts that did not run, and the reason.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;

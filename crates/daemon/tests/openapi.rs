@@ -138,7 +138,7 @@ fn responses_to_generated_requests_match_the_document() {
     let run = Command::new(script)
         .env("SCALEBOX_URL", &host.url)
         .env("SCALEBOX_TOKEN", TOKEN)
-        .env("SECONDS_AT_MOST", "60")
+        .env("MAX_SECONDS", "60")
         .output()
         .expect("scripts/schemathesis.sh");
     assert!(run.status.success(), "{}", output_of(&run));

@@ -23,11 +23,11 @@ const PARAMETERS: [&str; 11] = [
     "cryptomgr.notests",
     // Without an audit daemon, audit records go to the log, a dozen per unit.
     "audit=0",
-    // The rest is about time. The TSC is the only clock of QEMU's microvm that does not depend on
-    // interrupts, and there is no reference to calibrate it against. On a busy host an emulated
-    // machine fails to calibrate it and hangs (half of all boots on two busy cores), or the
-    // watchdog considers the TSC too fast and falls back to counting ticks. The host knows the
-    // frequency: see `tsc_khz`.
+    // The remaining parameters are about time. The TSC is the only clock of QEMU's microvm that
+    // does not depend on interrupts, and there is no reference to calibrate it against. On a busy
+    // host an emulated machine fails to calibrate it and hangs (half of all boots on two busy
+    // cores), or the watchdog considers the TSC too fast and falls back to counting ticks. The host
+    // knows the frequency: see `tsc_khz`.
     "tsc=reliable",
     // The kernel's check of the timer interrupt counts loops, which also fails on a busy host.
     "no_timer_check",

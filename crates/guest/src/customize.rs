@@ -26,7 +26,7 @@ const REMOVED_PATHS: [&str; 10] = [
     // mmdebstrap's own; ours is next to it.
     "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
     "etc/apt/apt.conf.d/99mmdebstrap",
-    // Its presence makes the journal persistent.
+    // The presence of this folder makes the journal persistent.
     "var/log/journal",
     // Makes modules-load.d read the empty /etc/modules: a useless unit at each boot.
     "etc/modules-load.d/modules.conf",

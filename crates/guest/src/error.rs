@@ -26,7 +26,7 @@ pub enum Error {
     Recipe {
         /// The field.
         field: &'static str,
-        /// Its value.
+        /// The value of the field.
         value: String,
         /// The valid values.
         reason: &'static str,
@@ -36,7 +36,7 @@ pub enum Error {
     Seed {
         /// The field.
         field: &'static str,
-        /// Its value.
+        /// The value of the field.
         value: String,
         /// The valid values.
         reason: &'static str,

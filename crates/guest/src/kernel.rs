@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// An unpacked kernel package.
 pub(crate) struct KernelPackage {
     dir: PathBuf,
-    /// Such as `6.1.0-18-cloud-amd64`.
+    /// The version, such as `6.1.0-18-cloud-amd64`.
     pub(crate) version: String,
 }
 

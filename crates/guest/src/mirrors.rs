@@ -8,7 +8,8 @@ use crate::recipe::Recipe;
 /// literally.
 const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(REPO_URI)|$(ORIGIN)";
 
-/// Returns mmdebstrap's arguments for its package sources. None makes it use its default.
+/// Returns mmdebstrap's arguments for its package sources. Without any, mmdebstrap uses its
+/// default.
 pub(crate) fn mirrors(recipe: &Recipe) -> Vec<String> {
     if let Some(mirror) = &recipe.mirror {
         return vec![mirror.clone()];

@@ -65,7 +65,7 @@ pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn P
         ])
         .stdout()?;
     progress.fraction(0.3);
-    // `noinit_itable` becomes a default mount option. The inode tables that a grown clone adds (1.6
+    // `noinit_itable` becomes a default mount option. The inode tables that growth adds (1.6
     // GB for 100 GiB) are not marked as zeroed, and the kernel would write them in the background,
     // and while growing. They are holes, which read as zeros anyway.
     run(TUNE2FS)

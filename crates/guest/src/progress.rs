@@ -16,17 +16,18 @@ pub struct Step {
 /// Call order: for each step `step` once, then `fraction` and `line` any number of times. All
 /// methods do nothing by default; `()` ignores all progress.
 pub trait Progress {
-    /// A step starts; the previous one is done.
+    /// Receives the next step: it starts, and the previous one is done.
     fn step(&mut self, step: Step) {
         let _ = step;
     }
 
-    /// The fraction of the step that is done, in [0, 1], never decreasing.
+    /// Receives the fraction of the step that is done, in [0, 1], never decreasing.
     fn fraction(&mut self, fraction: f64) {
         let _ = fraction;
     }
 
-    /// A line of an external program's output. If the program fails, its error contains all lines.
+    /// Receives a line of an external program's output. If the program fails, its error contains
+    /// all lines.
     fn line(&mut self, line: &str) {
         let _ = line;
     }

@@ -5,8 +5,8 @@ use crate::error::Error;
 use scalebox_units::{Bytes, Gib};
 use sha2::{Digest, Sha256};
 
-/// Incremented when a code change affects the result of a build. Cached templates of older code are
-/// then built again.
+/// The number of this code's generation, incremented when a change affects the result of a build.
+/// Cached templates of older code are then built again.
 const GENERATION: u32 = 4;
 
 /// The inputs of the template `debian-base`.
@@ -27,7 +27,7 @@ pub struct Recipe {
 }
 
 impl Default for Recipe {
-    /// Debian 12 and 2 GiB, the default disk size of a VM.
+    /// Returns the recipe of Debian 12 with 2 GiB, the default disk size of a VM.
     fn default() -> Self {
         Recipe {
             suite: "bookworm".to_owned(),

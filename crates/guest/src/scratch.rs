@@ -21,8 +21,8 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// Creates a directory in `work_dir`, after removing those of interrupted builds.
     pub(crate) fn new(work_dir: &Path) -> Result<Self, Error> {
-        // Locked until the new directory is locked: another build would take an unlocked one for
-        // abandoned.
+        // The folder is locked until the new directory is locked: another build would take an
+        // unlocked one for abandoned.
         let _sweeping = lock_dir(work_dir)?;
         sweep(work_dir)?;
         let path = tempfile::Builder::new()

@@ -1,4 +1,4 @@
-//! What a disk contains of one machine only: it must not be in a template.
+//! Lists the parts of a disk that belong to one machine only. They must not be in a template.
 //!
 //! Both kinds of templates use these lists: one built from packages, which [`customize`] prepares,
 //! and one made from a VM's disk.

@@ -54,7 +54,7 @@ impl SeedDrive {
         self.check()?;
         let image = self.image().map_err(Error::io("write", path))?;
         let dir = path.parent().unwrap_or(Path::new("."));
-        // Created with mode 0600.
+        // The file is created with mode 0600.
         let mut file = NamedTempFile::new_in(dir).map_err(Error::io("create a file in", dir))?;
         file.write_all(&image).map_err(Error::io("write", path))?;
         file.persist(path)
@@ -99,7 +99,7 @@ impl SeedDrive {
             "growpart": { "mode": "auto", "devices": ["/"] },
             "resize_rootfs": true,
         });
-        // The first line tells cloud-init the type of the user-data.
+        // The first line identifies the type of the user-data to cloud-init.
         format!("#cloud-config\n{config}\n")
     }
 

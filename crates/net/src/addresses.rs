@@ -145,7 +145,8 @@ mod tests {
             guest_ip: Ipv4Addr::new(10, 0, 0, 7),
             ssh_port: 22006,
         });
-        // From an older configuration: it stays in use, and the search stays within the range.
+        // This lease is from an older configuration: it stays in use, and the search stays within
+        // the range.
         addresses.occupy(Lease {
             guest_ip: Ipv4Addr::new(192, 168, 0, 9),
             ssh_port: 40000,

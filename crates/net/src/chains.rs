@@ -2,10 +2,10 @@
 //! through them.
 //!
 //! Some conditions of a rule cannot be evaluated for a hypothetical packet: a port, a mark, a rate.
-//! Such a rule *may* match. If a rule that may match names the bridge or the guests' subnet, its
-//! author had guests in mind: its `accept` counts. So does the `accept` of a rule for all traffic
-//! of one of the host's uplinks. Any other rule that may match is ignored: it concerns some
-//! packets, and the question is what happens to the rest.
+//! Such a rule *may* match. If a rule that may match names the bridge or the guests' subnet, it was
+//! written for guests: its `accept` counts. So does the `accept` of a rule for all traffic of one
+//! of the host's uplinks. Any other rule that may match is ignored: it concerns some packets, and
+//! the question is what happens to the rest.
 
 use ipnet::Ipv4Net;
 use std::collections::HashMap;
@@ -235,8 +235,8 @@ impl Packet<'_> {
         let pattern_matches = names.iter().any(|name| interface_matches(name, self.bridge));
         match (is_bridge, pattern_matches) {
             (true, _) => Match::of(pattern_matches),
-            // Another interface, which one is unknown. A rule for all interfaces matches; one for
-            // the loopback does not.
+            // The packet uses another interface, which one is unknown. A rule for all interfaces
+            // matches; one for the loopback does not.
             (false, _) if names.iter().any(|name| matches!(name.as_str(), "*" | "+")) => Match::Yes,
             (false, _) if names.iter().all(|name| name == "lo" || name == self.bridge) => Match::No,
             (false, _) => Match::Perhaps,

@@ -163,8 +163,8 @@ impl NetConfig {
     }
 }
 
-/// The kernel allows almost any byte in a name. This name also becomes a path below `/proc/sys` and
-/// a word in rules.
+/// Checks the bridge's name. The kernel allows almost any byte in it, but this name also becomes a
+/// path below `/proc/sys` and a word in rules.
 fn check_bridge(name: &str) -> Result<()> {
     let plain = name
         .bytes()

@@ -63,13 +63,13 @@ pub enum Error {
     Taken {
         /// The port, address or tap.
         what: String,
-        /// The VM that has it.
+        /// The VM that has the port, address or tap.
         owner: String,
     },
     /// An existing interface of another owner; it is not changed.
     #[error("the interface {name} exists and {why}; it was not changed. {remedy}")]
     Foreign {
-        /// Its name.
+        /// The name of the interface.
         name: String,
         /// How its owner was determined.
         why: String,
@@ -88,7 +88,7 @@ pub enum Error {
         subnet: Ipv4Net,
         /// The existing address.
         address: Ipv4Net,
-        /// The interface that has it.
+        /// The interface that has the address.
         interface: String,
     },
     /// The kernel rejected a change of links or addresses.

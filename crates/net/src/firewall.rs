@@ -27,7 +27,7 @@ pub struct FirewallDrop {
     pub chain: String,
     /// Our bridge.
     pub bridge: String,
-    /// The traffic that it drops.
+    /// The traffic that the chain drops.
     pub dropped: Dropped,
     tool: FirewallTool,
 }
@@ -39,7 +39,7 @@ pub enum Dropped {
     Sent,
     /// Connections to guests from other machines.
     Received,
-    /// Both.
+    /// Traffic in both directions.
     All,
     /// DNS queries of guests to a resolver that is an address of this host.
     DnsQueries(Ipv4Addr),
@@ -186,7 +186,7 @@ async fn in_nftables(simulation: &Simulation<'_>, own: &str) -> Result<Vec<Firew
         let key = (family.to_owned(), table.to_owned());
         if !tables.contains_key(&key) {
             let items = match nft::list(&["table", family, table]).await {
-                // Removed since the listing: it drops nothing any more.
+                // The table was removed since the listing: it drops nothing any more.
                 Err(Error::Nft { output, .. }) if nft::is_gone(&output) => continue,
                 other => other?,
             };

@@ -20,8 +20,8 @@ pub(crate) struct HostNetwork {
     config: NetConfig,
     links: Links,
     ruleset: Ruleset,
-    /// Locked from reading the state to changing it. An async mutex, because netlink and nft are
-    /// awaited meanwhile.
+    /// The lock is held from reading the state to changing it. It is an async mutex, because
+    /// netlink and nft are awaited meanwhile.
     changing: Mutex<()>,
 }
 
@@ -34,7 +34,8 @@ impl HostNetwork {
         let links = Links::open()?;
         check_bridge(&links, &config).await?;
         check_overlap(&links, &config).await?;
-        // Rules first, forwarding last: at no moment can a guest reach more than it should.
+        // The rules come first, forwarding last: at no moment can a guest reach more than it
+        // should.
         let ruleset = ensure_tables(&config, guard).await?;
         ensure_bridge(&links, &config).await?;
         Sysctl::forwarding().ensure()?;
@@ -94,7 +95,7 @@ impl HostNetwork {
             if let Err(undo) = ruleset.apply(&change.reversed()).await {
                 warn!(
                     tap = endpoint.tap(),
-                    "cannot undo a failed attach; the next reconcile does: {undo}"
+                    "cannot undo a failed attach: {undo}; the next reconcile undoes it"
                 );
             }
             return Err(error);
@@ -105,7 +106,7 @@ impl HostNetwork {
     pub(crate) async fn detach(&self, endpoint: &Endpoint) -> Result<()> {
         let HostNetwork { links, ruleset, .. } = self;
         let _guard = self.changing.lock().await;
-        // The tap first: its rules must outlive it.
+        // The tap is removed first, because its rules must outlive it.
         if let Some(tap) = links.find(endpoint.tap()).await? {
             let bridge = links.find(self.config().bridge()).await?;
             check_tap(&tap, bridge.as_ref())?;
@@ -127,8 +128,8 @@ impl HostNetwork {
         let present = ruleset.read().await?.elements;
         let mut done = Reconciled::default();
 
-        // The same order as in detach and attach: orphaned taps are removed before their rules,
-        // wanted ones are added after them.
+        // The order is the same as in detach and attach: orphaned taps are removed before their
+        // rules, wanted ones are added after them.
         let names: BTreeSet<&str> = wanted.iter().map(Endpoint::tap).collect();
         for tap in taps_of(links, &bridge, &present).await? {
             if !names.contains(tap.name.as_str()) {
@@ -245,8 +246,8 @@ async fn ensure_tables(config: &NetConfig, guard: Guard) -> Result<Ruleset> {
     }
 }
 
-/// nft's texts for EAFNOSUPPORT and EOPNOTSUPP. Any other missing feature also fails the second
-/// attempt.
+/// Returns whether nft failed with EAFNOSUPPORT or EOPNOTSUPP, which it reports as these texts. Any
+/// other missing feature also fails the second attempt.
 pub(crate) fn lacks_the_bridge_family(output: &str) -> bool {
     output.contains("not supported")
 }
@@ -302,7 +303,7 @@ pub(crate) async fn check_bridge(links: &Links, config: &NetConfig) -> Result<()
     links.find(config.bridge()).await?.as_ref().map_or(Ok(()), check_ours)
 }
 
-/// Our bridges are recognised by their MAC, which they have from the moment of creation.
+/// Checks that a bridge is ours, by its MAC, which our bridges have from the moment of creation.
 fn check_ours(link: &Link) -> Result<()> {
     let why = if !link.is_bridge() {
         "is not a bridge"
@@ -319,7 +320,7 @@ fn check_ours(link: &Link) -> Result<()> {
     })
 }
 
-/// A tap is ours if it is a port of our bridge, or of no bridge (ours was deleted).
+/// Checks that a tap is ours: it is a port of our bridge, or of no bridge (ours was deleted).
 fn check_tap(link: &Link, bridge: Option<&Link>) -> Result<()> {
     let why = if !link.is_tap() {
         "is not a tap"

@@ -35,7 +35,7 @@ fn try_bind(port: u16) -> std::result::Result<(), Errno> {
         SocketFlags::CLOEXEC,
         Some(ipproto::TCP),
     )?;
-    // Otherwise a connection in TIME_WAIT would count as in use. A listener still does.
+    // Without this option, a connection in TIME_WAIT would count as in use. A listener still does.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     bind(&socket, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))
 }

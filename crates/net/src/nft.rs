@@ -66,7 +66,8 @@ pub(crate) async fn list(what: &[&str]) -> Result<Vec<serde_json::Value>> {
     }
 }
 
-/// Returns whether the output of a failed `nft` says that a table or another object does not exist.
+/// Returns whether the output of a failed `nft` reports that a table or another object does not
+/// exist.
 pub(crate) fn is_gone(output: &str) -> bool {
     output.contains("No such file or directory")
 }

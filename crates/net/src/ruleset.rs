@@ -215,7 +215,7 @@ impl Ruleset {
     ///
     /// Priorities are numbers, because Debian 12's nft does not know their names in every hook:
     /// -300 is before connection tracking (raw), -100 dstnat, 0 filter, 100 srcnat. The policy is
-    /// accept: traffic that does not involve our bridge is none of our business.
+    /// accept, because these rules must not affect traffic that does not involve our bridge.
     fn ip_rules(&self) -> String {
         let table = self.table();
         let (guards, forwards, filters) = (self.guard_chains(), self.forward_chains(), self.filter_chains());

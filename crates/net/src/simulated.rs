@@ -1,4 +1,4 @@
-//! A network in memory, for tests without root, with the operations of a host's.
+//! A network in memory, for tests without root. Its operations are those of the network of a host.
 //!
 //! It keeps three things apart, as a host does: the bridge, the taps, and the rules of each VM. So
 //! a test can take away what another program could remove, and see it restored.

@@ -134,18 +134,18 @@ impl Admission {
         size: Bytes,
         space: impl FnOnce() -> Result<Space, StorageError>,
     ) -> Result<Reservation, StorageError> {
-        self.admit_at_most(size, size, space)
+        self.admit_between(size, size, space)
     }
 
-    /// Admits `most`, or as many whole GiB below it as fit, but no less than `least`. Otherwise as
-    /// [`Admission::admit`].
+    /// Admits `max`, or as many whole GiB below it as fit, but no less than `min`. Otherwise the
+    /// same as [`Admission::admit`].
     ///
     /// # Errors
-    /// Those of [`Admission::admit`], for `least`.
-    pub fn admit_at_most(
+    /// Those of [`Admission::admit`], for `min`.
+    pub fn admit_between(
         &self,
-        least: Bytes,
-        most: Bytes,
+        min: Bytes,
+        max: Bytes,
         space: impl FnOnce() -> Result<Space, StorageError>,
     ) -> Result<Reservation, StorageError> {
         let mut ledger = self.ledger();
@@ -160,10 +160,10 @@ impl Admission {
         };
         let buffer = self.bounds.buffer.bytes();
         let fits = promisable.min(writable.min(backed) - buffer);
-        let size = if most <= fits {
-            most
+        let size = if max <= fits {
+            max
         } else {
-            least.max(fits.floor_gib().bytes())
+            min.max(fits.floor_gib().bytes())
         };
         if writable.min(backed) < size + buffer || promisable < size {
             return Err(StorageError::Insufficient {
@@ -206,13 +206,13 @@ impl Admission {
         let promised = ledger.promises.committed + ledger.promises.reserved;
         if promised > self.limit(size) {
             return Err(StorageError::PoolSize(format!(
-                "VMs were promised {promised}; a pool of {size} may promise at most {}. Delete VMs, or choose a larger size",
+                "{promised} are committed to VMs, but a pool of {size} can commit at most {}: delete VMs, or choose a larger size",
                 self.limit(size)
             )));
         }
         if let Err(needed) = fits(promised)? {
             return Err(StorageError::PoolSize(format!(
-                "a pool of {size} cannot hold the used data and the promised disks and keep {} GiB free: at least {needed} GiB are needed",
+                "a pool of {size} cannot hold the used data and the committed disks and keep {} GiB free: at least {needed} GiB are needed",
                 self.bounds.buffer
             )));
         }
@@ -320,8 +320,8 @@ mod tests {
     fn a_range_is_admitted_as_far_as_it_fits() {
         let gib = |count| Gib::new(count).bytes();
         let admission = admission(2, 4.0);
-        let admit = |least, most, free| {
-            let admitted = admission.admit_at_most(gib(least), gib(most), || Ok(space(30, free)));
+        let admit = |min, max, free| {
+            let admitted = admission.admit_between(gib(min), gib(max), || Ok(space(30, free)));
             admitted.map(|reservation| reservation.size())
         };
         assert_eq!(admit(1, 10, 20).unwrap(), gib(10));

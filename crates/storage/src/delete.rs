@@ -28,7 +28,7 @@ impl Pool {
     /// [`StorageError::Io`].
     pub fn unlink_disk(&self, id: &VmId) -> Result<Option<UnlinkedDisk>, StorageError> {
         let path = self.disk_path(id);
-        // Opened for writing, because on XFS the file is truncated later.
+        // The file is opened for writing, because on XFS it is truncated later.
         let unlinked = files::open_write(&path).and_then(|disk| fs::remove_file(&path).map(|()| disk));
         match unlinked {
             Ok(file) => {
@@ -50,7 +50,7 @@ impl Pool {
         self.file_system
             .free(disk.file)
             .map_err(|error| StorageError::io("free a disk in", self.path().display(), error))?;
-        crash_point("delete: blocks let go");
+        crash_point("delete: disk closed");
         self.commit()
     }
 

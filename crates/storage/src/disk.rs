@@ -77,7 +77,7 @@ impl Pool {
         }
         // The growth happens on a clone, so a failure leaves the guest's disk as it was.
         let folder = Folder::open(&self.disks_dir())?;
-        self.replace_by_grown_clone(
+        self.replace_by_resized_clone(
             &disk,
             &path,
             size,
@@ -138,7 +138,7 @@ impl Pool {
             .map_err(|error| StorageError::io("read", path.display(), error))
     }
 
-    /// Durably deletes the disk `id`. Succeeds if it does not exist.
+    /// Deletes the disk `id` durably. Succeeds if it does not exist.
     ///
     /// # Errors
     /// [`StorageError::Io`].

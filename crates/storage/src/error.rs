@@ -89,7 +89,7 @@ pub enum StorageError {
     SmallerThanTemplate {
         /// The template.
         template: String,
-        /// Its size, rounded up.
+        /// The size of the template, rounded up.
         template_size: Gib,
     },
     /// The imported file is not a template.
@@ -128,7 +128,7 @@ pub enum StorageError {
     NotAPool {
         /// The folder.
         path: PathBuf,
-        /// The type of its file system.
+        /// The type of the folder's file system.
         fs_type: String,
     },
     /// Another device is mounted at the pool's folder.
@@ -160,7 +160,7 @@ pub enum StorageError {
     ForeignImage {
         /// The image.
         path: PathBuf,
-        /// Its contents.
+        /// The contents of the image.
         found: String,
     },
     /// The pool image is already mounted elsewhere.
@@ -216,7 +216,7 @@ impl StorageError {
         }
     }
 
-    /// The error of a step that a test makes fail.
+    /// Returns the error of a step that a test makes fail.
     pub(crate) fn step(error: io::Error) -> Self {
         StorageError::io("finish", "a step", error)
     }

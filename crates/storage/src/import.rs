@@ -31,7 +31,7 @@ struct PendingImport {
     partial: PathBuf,
     file: File,
     finished: bool,
-    /// Held until the data is written, and then counted as used.
+    /// The space that is reserved until the data is written, and then counted as used.
     room: Vec<Reservation>,
 }
 
@@ -85,7 +85,7 @@ impl Pool {
     ) -> Result<Template, StorageError> {
         let what = source.display().to_string();
         let failed = |error| StorageError::io("read", &what, error);
-        // Checked before opening: opening a FIFO would wait for a writer.
+        // The type is checked before opening, because opening a FIFO would wait for a writer.
         let kind = fs::metadata(source).map_err(failed)?.file_type();
         if kind.is_block_device() {
             return self.import_device(name, &what, source, max, replace);
@@ -162,7 +162,7 @@ impl Pool {
         self.unpack(name, what, device, max, replace)
     }
 
-    /// Like [`Pool::import_template`], for an image read from a stream, of at most `max` bytes
+    /// Imports a template like [`Pool::import_template`], from a stream of at most `max` bytes
     /// uncompressed.
     ///
     /// # Errors
@@ -274,7 +274,7 @@ impl Pool {
         })?;
         pending.finished = true;
         crash_point("import: template durable");
-        self.prune_grown(&pending.name, Some(template.inode));
+        self.prune_base_images(&pending.name, Some(template.inode));
         Ok(template)
     }
 }

@@ -11,7 +11,7 @@
 //!
 //! # Layout
 //!
-//! What any pool does is in the crate's root:
+//! The files in the root of the crate serve every kind of pool:
 //!
 //! | file | contents |
 //! |---|---|

@@ -43,7 +43,7 @@ pub struct Pool {
     admission: Admission,
     /// The unreclaimable usage found by the last measurement.
     pub(crate) measurements: Mutex<Measurements>,
-    /// Locked while the pool's size changes.
+    /// The lock is held while the pool's size changes.
     pub(crate) resizing: Mutex<()>,
     /// The size before a failed change that has not been rolled back yet.
     pub(crate) undo_to: Mutex<Option<Bytes>>,
@@ -126,7 +126,7 @@ impl Pool {
         }
     }
 
-    /// Durably records `owner`, the program that knows which disks are in use. Another program then
+    /// Records `owner` durably: the program that knows which disks are in use. Another program then
     /// does not treat them as orphaned.
     ///
     /// # Errors
@@ -209,7 +209,7 @@ impl Pool {
         self.root.join("templates")
     }
 
-    /// The folder of the resized base images.
+    /// Returns the folder of the resized base images.
     pub(crate) fn grown_dir(&self) -> PathBuf {
         self.templates_dir().join(".grown")
     }
@@ -243,20 +243,20 @@ impl Pool {
         self.admission.admit(size, || self.space())
     }
 
-    /// Admits `most`, or as many whole GiB below it as fit; see [`Admission::admit_at_most`].
+    /// Admits `max`, or as many whole GiB below it as fit; see [`Admission::admit_between`].
     ///
     /// # Errors
-    /// [`StorageError::Insufficient`] if not even `least` fits.
-    pub fn admit_at_most(&self, least: Bytes, most: Bytes) -> Result<Reservation, StorageError> {
+    /// [`StorageError::Insufficient`] if not even `min` fits.
+    pub fn admit_between(&self, min: Bytes, max: Bytes) -> Result<Reservation, StorageError> {
         self.require_mounted()?;
-        self.admission.admit_at_most(least, most, || self.space())
+        self.admission.admit_between(min, max, || self.space())
     }
 
     pub(crate) fn backs_every_byte(&self) -> bool {
         self.admission.backs_every_byte()
     }
 
-    /// See [`Admission::lower_ceiling`].
+    /// Limits admission before a shrink; see [`Admission::lower_ceiling`].
     pub(crate) fn lower_ceiling(
         &self,
         size: Bytes,

@@ -24,13 +24,13 @@ use std::time::SystemTime;
 /// A template in the pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
-    /// Its name.
+    /// The name of the template.
     pub name: TemplateName,
-    /// The size of its image: disks made from it cannot be smaller.
+    /// The size of the template's image: disks made from it cannot be smaller.
     pub size: Bytes,
-    /// The blocks it maps, shared or exclusive.
+    /// The blocks that the template maps, shared or exclusive.
     pub used: Bytes,
-    /// When it was created.
+    /// The time of creation.
     pub created_at: SystemTime,
     /// Its origin; `None` for a template of a release that recorded none.
     pub source: Option<TemplateSource>,
@@ -73,7 +73,7 @@ impl Pool {
         for name in self.recorded_templates()? {
             match self.template(&name) {
                 Ok(template) => templates.push(template),
-                // Deleted between the listing and now.
+                // The template was deleted between the listing and now.
                 Err(StorageError::NoTemplate(_)) => {}
                 Err(error @ StorageError::DamagedRecord { .. }) => {
                     tracing::error!(template = %name, %error, "cannot list a template");
@@ -149,7 +149,7 @@ impl Pool {
         if let Some(image) = image {
             files::discard(&image);
         }
-        self.prune_grown(name, None);
+        self.prune_base_images(name, None);
         Ok(())
     }
 
@@ -248,9 +248,9 @@ impl Pool {
         fs::create_dir_all(&folder).map_err(|error| StorageError::io("create", folder.display(), error))?;
         // The name need not survive a power cut: the image would be made again.
         let arrange = |clone: &File| self.images.defragment(clone);
-        self.replace_by_grown_clone(original, grown, size, arrange, |partial| {
+        self.replace_by_resized_clone(original, grown, size, arrange, |partial| {
             fs::rename(partial, grown).map_err(|error| StorageError::io("create", grown.display(), error))?;
-            crash_point("grown clone: in place");
+            crash_point("resized clone: in place");
             Ok(())
         })
     }
@@ -258,7 +258,7 @@ impl Pool {
     /// Clones `original`, grows the clone to `size`, calls `arrange` on it and checks it. Then
     /// `place` gives the complete and flushed clone the name `target`. Until then nothing changes,
     /// and a failure leaves nothing behind. Returns the open clone.
-    pub(crate) fn replace_by_grown_clone(
+    pub(crate) fn replace_by_resized_clone(
         &self,
         original: &File,
         target: &Path,
@@ -278,7 +278,7 @@ impl Pool {
         }
         let clone = self.claim(&partial)?;
         let made = self
-            .make_grown(original, &partial, &clone, size, arrange)
+            .make_resized(original, &partial, &clone, size, arrange)
             .and_then(|()| place(&partial));
         if made.is_err() {
             files::discard(&partial);
@@ -288,7 +288,7 @@ impl Pool {
 
     /// Turns the unfinished file `clone` at `partial` into a flushed copy of `original`, grown to
     /// `size`.
-    fn make_grown(
+    fn make_resized(
         &self,
         original: &File,
         partial: &Path,
@@ -296,21 +296,21 @@ impl Pool {
         size: Bytes,
         arrange: impl FnOnce(&File) -> io::Result<()>,
     ) -> Result<(), StorageError> {
-        fault_point("grown clone: file made").map_err(StorageError::step)?;
+        fault_point("resized clone: file made").map_err(StorageError::step)?;
         self.file_system
             .clone_file(original, clone)
             .map_err(|error| StorageError::io("clone", partial.display(), error))?;
-        fault_point("grown clone: cloned").map_err(StorageError::step)?;
+        fault_point("resized clone: cloned").map_err(StorageError::step)?;
         let before = self.images.grow(partial, clone, size)?;
-        fault_point("grown clone: file system larger").map_err(StorageError::step)?;
-        arrange(clone).map_err(|error| StorageError::io("arrange", partial.display(), error))?;
-        fault_point("grown clone: arranged").map_err(StorageError::step)?;
+        fault_point("resized clone: file system larger").map_err(StorageError::step)?;
+        arrange(clone).map_err(|error| StorageError::io("defragment", partial.display(), error))?;
+        fault_point("resized clone: arranged").map_err(StorageError::step)?;
         self.images.finish_growth(partial, clone, before.as_ref())?;
         drop(before);
         clone
             .sync_all()
             .map_err(|error| StorageError::io("flush", partial.display(), error))?;
-        fault_point("grown clone: flushed").map_err(StorageError::step)
+        fault_point("resized clone: flushed").map_err(StorageError::step)
     }
 
     fn growing_lock(&self, grown: &Path) -> Arc<std::sync::Mutex<()>> {
@@ -340,7 +340,7 @@ impl Pool {
 
     /// Removes the resized base images of a template, except those of the template file with inode
     /// `keep`. Images that cannot be removed are useless; the next start removes them.
-    pub(crate) fn prune_grown(&self, name: &TemplateName, keep: Option<u64>) {
+    pub(crate) fn prune_base_images(&self, name: &TemplateName, keep: Option<u64>) {
         let prefix = format!("{name}@");
         let clones = list(&self.grown_dir()).unwrap_or_else(|error| {
             tracing::warn!(template = %name, %error, "cannot list the template's resized base images; the next start removes them");

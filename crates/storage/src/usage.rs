@@ -41,9 +41,9 @@ use std::time::{Duration, Instant, SystemTime};
 pub struct Usage {
     /// The size promised to a guest; for a template, the size of its image.
     pub provisioned: Bytes,
-    /// The blocks it maps, shared or exclusive.
+    /// The blocks that the disk or template maps, shared or exclusive.
     pub used: Bytes,
-    /// The space that deleting it frees: extents that nothing else refers to. With copy-on-write
+    /// The space that a deletion frees: extents that nothing else refers to. With copy-on-write
     /// this can exceed the blocks it maps.
     pub exclusive: Bytes,
 }
@@ -204,7 +204,7 @@ impl Pool {
         let (measured_at, begun) = (SystemTime::now(), Instant::now());
         let failed =
             |errno: rustix::io::Errno| StorageError::io("read the extents of", self.root.display(), errno.into());
-        // Read first: any later change makes the result stale.
+        // The times are read first: any later change makes the result stale.
         let folders = self.folder_times();
         let forgotten = self.measured().forgotten;
         let mut tally = self.owners()?;
@@ -279,7 +279,7 @@ impl Pool {
                         read(&file, inode, &mut mapped).map_err(|errno| failed(errno.into()))?;
                     }
                     Ok(_) => {}
-                    // Deleted between the listing and now.
+                    // The file was deleted between the listing and now.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                     Err(error) => return Err(failed(error)),
                 }
@@ -303,7 +303,7 @@ impl Pool {
                 let Some(name) = parse(&file) else { continue };
                 let provisioned = match fs::symlink_metadata(&path) {
                     Ok(meta) => Bytes::new(meta.len()),
-                    // Deleted between the listing and now.
+                    // The file was deleted between the listing and now.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                     Err(error) => return Err(StorageError::io("read", path.display(), error)),
                 };
@@ -344,7 +344,7 @@ fn files_of(folder: &Path) -> Result<Vec<(String, u64, std::path::PathBuf)>, Sto
     for entry in entries {
         let entry = entry.map_err(failed)?;
         let path = entry.path();
-        // Checked by type alone: opening a pipe would wait for its other end.
+        // The entry is checked by type alone: opening a pipe would wait for its other end.
         if !entry.file_type().is_ok_and(|kind| kind.is_file()) {
             continue;
         }

@@ -112,8 +112,8 @@ const SETS: &[Set] = &[
 ];
 
 /// Returns the block and inode sizes to try with a set. All sets are tried with blocks of 4 KiB.
-/// Those that change the position of metadata also with 1 KiB, which makes sixteen times as many
-/// groups in 100 GiB.
+/// Sets that change the position of metadata are also tried with 1 KiB, which makes sixteen times
+/// as many groups in 100 GiB.
 fn sizes(set: &str) -> Vec<String> {
     let is_about = |words: &[&str]| set.is_empty() || words.iter().any(|word| set.contains(word));
     let mut sizes = vec!["-b 4096 -I 256"];

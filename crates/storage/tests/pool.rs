@@ -395,7 +395,7 @@ fn a_pool_is_not_shrunk_below_its_promises() {
     // With a ratio of 1, 45 GiB also need the buffer and space for metadata.
     let error = pool.shrink(Gib::new(50)).unwrap_err().to_string();
     assert!(
-        error.contains("the used data and the promised disks") && error.contains("at least 5"),
+        error.contains("the used data and the committed disks") && error.contains("at least 5"),
         "{error}"
     );
     pool.shrink(Gib::new(55)).unwrap();

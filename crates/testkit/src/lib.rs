@@ -1,4 +1,4 @@
-//! What the tests of several crates share. Nothing of it is in a release.
+//! Tools that the tests of several crates share. None of them is in a release.
 //!
 //! * [`SimVmm`]: a simulated hypervisor, for tests without root and real machines
 //! * `tests/floor_plan` checks the structure of the whole workspace: which crate, folder and file

@@ -1,5 +1,4 @@
-//! What the parsers of all types have in common: their error, and the conversions of a checked
-//! text.
+//! The common parts of all parsers: their error, and the conversions of a checked text.
 
 /// A text has the wrong form. The message continues after the name of the field: `must be …`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

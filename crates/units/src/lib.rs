@@ -1,5 +1,5 @@
-//! The words that all crates of Scalebox share: sizes, ids, names and addresses, each a type with
-//! one parser.
+//! The value types that all crates of Scalebox share: sizes, ids, names and addresses, each a type
+//! with one parser.
 //!
 //! All later code takes the type. So a value that the API accepted is not rejected when a VM starts
 //! with it. The crate does no I/O.

@@ -46,7 +46,7 @@ impl FromStr for Mac {
 
     fn from_str(text: &str) -> Result<Mac, InvalidFormat> {
         let byte = |digits: &str| {
-            // Checked first: `from_str_radix` accepts a sign.
+            // The digits are checked first, because `from_str_radix` accepts a sign.
             let hex = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
             u8::from_str_radix(digits, 16).ok().filter(|_| hex)
         };

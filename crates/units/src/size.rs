@@ -153,13 +153,13 @@ impl fmt::Display for Gib {
 /// Why a text is not a size; each message shows a valid example.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSizeError {
-    /// It is not a number followed by a unit.
+    /// The text is not a number followed by a unit.
     #[error("{0:?} is not a size: write a whole number and a unit, such as 512M, 100G or 1T")]
     Form(String),
     /// The number is zero.
     #[error("{0:?} is zero: write a size such as 512M, 100G or 1T")]
     Zero(String),
-    /// It is 2⁶³ bytes or more, which no file system supports.
+    /// The size is 2⁶³ bytes or more, which no file system supports.
     #[error("{0:?} is larger than any file system: write a size such as 100G or 1T")]
     TooLarge(String),
 }

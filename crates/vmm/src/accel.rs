@@ -27,9 +27,9 @@ pub enum AccelSetting {
 /// How the guest's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
-    /// Directly by the processor, through `/dev/kvm`.
+    /// Execution by the processor, through `/dev/kvm`.
     Kvm,
-    /// By translation (QEMU's TCG): works everywhere, an order of magnitude slower.
+    /// Execution by translation (QEMU's TCG): works everywhere, an order of magnitude slower.
     Tcg,
 }
 
@@ -94,7 +94,8 @@ fn probe() -> KvmProbe {
     }
 }
 
-/// An unreadable /proc yields no flags, and no flags mean emulation: slow, but never wrong.
+/// Reads `/proc/cpuinfo`. If it is unreadable there are no flags, and no flags mean emulation:
+/// slow, but never wrong.
 fn cpuinfo() -> String {
     fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }

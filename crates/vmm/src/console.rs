@@ -59,7 +59,7 @@ pub(crate) async fn drain(mut console: impl AsyncRead + Unpin, log: PathBuf) {
                 return;
             }
         };
-        // In a blocking task: a slow disk must not delay the consoles of other machines.
+        // Writing is a blocking task: a slow disk must not delay the consoles of other machines.
         let written = tokio::task::spawn_blocking(move || {
             log.append(&buffer[..read]);
             (log, buffer)
@@ -78,7 +78,7 @@ struct ConsoleLog {
 }
 
 impl ConsoleLog {
-    /// Output that cannot be written is lost; reading continues.
+    /// Appends output to the log. Output that cannot be written is lost; reading continues.
     fn append(&mut self, text: &[u8]) {
         let result = self.try_append(text);
         if let (Err(error), false) = (&result, self.failed) {

@@ -29,7 +29,7 @@ pub enum Error {
     Foreign {
         /// The machine.
         id: VmId,
-        /// The program that runs it.
+        /// The program that runs the machine.
         program: String,
     },
     /// The installed hypervisor cannot be used.
@@ -54,7 +54,7 @@ pub enum Error {
         id: VmId,
         /// The field of the [`MachineSpec`](crate::MachineSpec), or the argument.
         what: &'static str,
-        /// What is wrong with it, and what would be valid.
+        /// The problem, and the valid values.
         why: String,
     },
     /// The machine is already running, or another process holds it.
@@ -62,7 +62,7 @@ pub enum Error {
     Running {
         /// The machine.
         id: VmId,
-        /// Its process, if known.
+        /// The id of the machine's process, if known.
         pid: Option<i32>,
     },
     /// The launch failed; all its traces are removed.
@@ -112,7 +112,7 @@ pub enum Error {
     Unkillable {
         /// The machine.
         id: VmId,
-        /// Its process.
+        /// The id of the machine's process.
         pid: i32,
         /// The timeout.
         after: Duration,
@@ -138,7 +138,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// For `map_err`: the operation and the file.
+    /// Returns a function for `map_err`, which adds the operation and the file.
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { what, path, source }

@@ -211,8 +211,9 @@ fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
-/// The second field is the process name in parentheses. It may contain anything, including
-/// parentheses, so fields are counted from the last one.
+/// Returns the start time in a line of `/proc/PID/stat`. The second field is the process name in
+/// parentheses. It may contain anything, including parentheses, so fields are counted from the last
+/// one.
 fn start_time(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     // Here the first field is the third of the line; the start time is the 22nd.

@@ -1,4 +1,4 @@
-//! The files of a running machine: who owns them, and how they are removed.
+//! The files of a running machine: their ownership and removal.
 //!
 //! Each machine has one folder with mode 0700: access to it is control of the machine. The process
 //! that holds the machine locks the folder (flock(2)), so that neither a second daemon nor a second
@@ -49,32 +49,32 @@ impl RunDir {
         RunDir(path.to_owned())
     }
 
-    /// QEMU's control socket.
+    /// Returns the path of QEMU's control socket.
     pub(crate) fn control(&self) -> PathBuf {
         self.0.join("control.sock")
     }
 
-    /// The guest's serial console.
+    /// Returns the path of the socket of the guest's serial console.
     pub(crate) fn console(&self) -> PathBuf {
         self.0.join("console.sock")
     }
 
-    /// The pipe to which Firecracker writes the guest's serial console.
+    /// Returns the path of the pipe to which Firecracker writes the guest's serial console.
     pub(crate) fn console_pipe(&self) -> PathBuf {
         self.0.join("console.pipe")
     }
 
-    /// The socket of the guest agent's port.
+    /// Returns the path of the socket of the guest agent's port.
     pub(crate) fn agent(&self) -> PathBuf {
         self.0.join("agent.sock")
     }
 
-    /// The pipe that receives QEMU's stderr.
+    /// Returns the path of the pipe that receives QEMU's stderr.
     pub(crate) fn stderr_pipe(&self) -> PathBuf {
         self.0.join("messages.pipe")
     }
 
-    /// The list of the machine's control groups, one path per line.
+    /// Returns the path of the list of the machine's control groups, one per line.
     fn groups(&self) -> PathBuf {
         self.0.join("groups")
     }
@@ -200,7 +200,7 @@ impl RunDir {
         }
     }
 
-    /// Like [`clear`](RunDir::clear), but keeps the folder.
+    /// Removes the files like [`clear`](RunDir::clear), but keeps the folder.
     pub(crate) fn clear_files(&self) {
         cgroup::remove(&self.recorded_groups());
         for file in [

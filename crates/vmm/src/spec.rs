@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 /// `run_dir` is created.
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
-    /// Unique on this host.
+    /// The machine's id, unique on this host.
     pub id: VmId,
-    /// At least 1.
+    /// The number of vCPUs; at least 1.
     pub vcpus: u32,
-    /// At least [`MIN_MEMORY_MIB`].
+    /// The memory in MiB; at least [`MIN_MEMORY_MIB`].
     pub memory_mib: u64,
     /// A kernel that the hypervisor can boot directly.
     pub kernel: PathBuf,
@@ -118,7 +118,8 @@ impl MachineSpec {
     }
 }
 
-/// At most 15 bytes (`IFNAMSIZ`), and no character with a meaning in a hypervisor's option.
+/// Returns whether the name has at most 15 bytes (`IFNAMSIZ`), and no character with a meaning in a
+/// hypervisor's option.
 fn is_interface_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     (1..=15).contains(&name.len()) && name.bytes().all(plain) && name.bytes().any(|byte| byte != b'.')

@@ -36,8 +36,8 @@ impl StderrPipe {
 
     /// Opens this process' end.
     pub(crate) fn open(path: &Path) -> Result<StderrPipe> {
-        // Opened for writing too: otherwise the first launch would read end-of-file before the
-        // hypervisor's first output.
+        // The pipe is opened for writing too: otherwise the first launch would read end-of-file
+        // before the hypervisor's first output.
         let pipe = pipe::Receiver::from_file(open_or_create(path)?).map_err(Error::io("open", path))?;
         Ok(StderrPipe {
             pipe,
@@ -67,7 +67,7 @@ impl StderrPipe {
 
     fn read_available(&self) {
         let mut buffer = [0; READ_BYTES];
-        // Bounded, because the writer may be as fast as the reader.
+        // The loop is bounded, because the writer may be as fast as the reader.
         for _ in 0..MAX_KEPT_BYTES / READ_BYTES {
             match self.pipe.try_read(&mut buffer) {
                 Ok(0) => return,

@@ -40,7 +40,7 @@ struct Bench {
     spec: MachineSpec,
 }
 
-/// What a test needs besides the traits.
+/// The requirements of a test, besides the traits.
 #[derive(Clone, Copy, PartialEq)]
 enum Needs {
     /// Nothing: the test uses the traits only, so that it also runs with the simulated driver.

@@ -240,7 +240,7 @@ fn clock(found: &mut Findings) {
     } else if synchronised {
         found.ok("clock", "the clock is set and synchronised");
     } else {
-        found.ok("clock", "the clock is set; cannot tell whether it is synchronised");
+        found.ok("clock", "the clock is set; whether it is synchronised is unknown");
     }
 }
 

@@ -60,8 +60,8 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
 /// The error of the first machine that did not stop, after all were tried. The network is kept
 /// then.
 pub async fn shut_all_down(host: &Host, recovered: &Recovered) -> Result<(), CommandFailed> {
-    // Recorded first: after a crash in the middle, the machines already shut down are started again
-    // too.
+    // The host's shutdown is recorded first: after a crash in the middle, the machines already shut
+    // down are started again too.
     let state = Arc::clone(&host.state);
     blocking(move || recovery::record_host_down(&state)).await?;
     let running = host.vms.all().into_iter();

@@ -82,7 +82,7 @@ pub enum CommandFailed {
     /// A system call failed.
     #[error("cannot {doing}: {source}")]
     Io {
-        /// What was attempted.
+        /// The attempted operation.
         doing: &'static str,
         /// The cause.
         source: io::Error,

@@ -92,8 +92,7 @@ struct Lines<W> {
 }
 
 impl<W: Write> Write for Lines<W> {
-    /// An event arrives in one piece and is written in one, so that lines of different threads do
-    /// not mix.
+    /// Writes an event in one piece, as it arrives, so that lines of different threads do not mix.
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         if self.priority.is_empty() {
             return self.to.write(event);

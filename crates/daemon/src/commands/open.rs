@@ -23,7 +23,7 @@ const MAX_SOCKET_PATH: usize = 107;
 /// Builds the async runtime.
 pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    // For tests that count the system calls of each thread.
+    // Tests count the system calls of each thread.
     #[cfg(feature = "fault-points")]
     if let Some(threads) = std::env::var("SCALEBOX_THREADS")
         .ok()
@@ -59,8 +59,8 @@ pub async fn open_host(settings: Settings, state: State) -> Result<(Host, Recove
         InitEvent::Warning(warning) => tracing::warn!("{warning}"),
     })?;
     if let Err(error) = pool.reconcile() {
-        // For example, while btrfs still completes a resize that a previous daemon began. The pool
-        // can be used nevertheless.
+        // This fails, for example, while btrfs still completes a resize that a previous daemon
+        // began. The pool can be used nevertheless.
         tracing::warn!(%error, "cannot reconcile the size of the pool with its image yet; retrying");
     }
     if let Err(error) = pool.upgrade() {
@@ -133,7 +133,7 @@ fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
     probe_writable(&vms).map_err(io("write to RUN_DIR"))
 }
 
-/// Checks that files can be created, with an unnamed one.
+/// Checks that files can be created in the folder, by creating an unnamed one.
 fn probe_writable(dir: &Path) -> io::Result<()> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)?;

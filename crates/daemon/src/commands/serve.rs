@@ -3,7 +3,8 @@
 use crate::commands::failed::{CommandFailed, io};
 use crate::commands::open::{open_host, runtime};
 use crate::http::metrics::Metrics;
-use crate::http::{routes, server};
+use crate::http::routes;
+use crate::http::server::{self, Signals};
 use crate::settings::{Settings, contradictions};
 use crate::state::State;
 use crate::vm::{recovery, snapshot};
@@ -37,16 +38,16 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             "recovery finished"
         );
         let local = listener.local_addr().map_err(io("read the API's address"))?;
-        tracing::info!(address = %local, "ready");
+        // Whoever waits for the daemon to be ready may stop it at once.
+        let signals = Signals::handle().map_err(io("handle signals"))?;
+        tracing::info!(address = %local, "scaleboxd ready");
         notify_systemd(&[NotifyState::Ready]);
         watch::start(&host, recovered.unconnected);
         tokio::spawn(snapshot::thaw_left_frozen(host.clone()));
         recovery::complete_stops(&host, recovered.to_stop);
         tokio::spawn(recovery::start_after_reboot(host.clone(), recovered.to_start));
-        server::run(listener, routes::router(host.clone(), &token, metrics), &host)
-            .await
-            .map_err(io("serve the API"))?;
-        tracing::info!("stopped; machines keep running");
+        server::run(listener, routes::router(host.clone(), &token, metrics), &host, signals).await;
+        tracing::info!("scaleboxd stopped; machines keep running");
         Ok(())
     });
     // Blocking threads have had their grace period; the next start cleans up after them.

@@ -60,7 +60,7 @@ impl Drivers {
             None => {
                 tracing::info!(accel = %accel.accel, reason = accel.reason, "hypervisor: qemu");
                 drivers.push(Arc::new(QemuDriver::find(accel.accel)?));
-                // For machines that Firecracker launched before `VMM` was changed or its program
+                // Firecracker may have launched machines before `VMM` was changed or its program
                 // was removed.
                 if jails.exists() {
                     let firecracker = match accel.accel {
@@ -98,7 +98,7 @@ impl Drivers {
         self.drivers.iter().find(|driver| Some(driver.name()) == name)
     }
 
-    /// Like [`Vmm::adopt`], by the recorded driver first, then by the others.
+    /// Adopts a machine like [`Vmm::adopt`], by the recorded driver first, then by the others.
     ///
     /// # Errors
     /// Those of [`Vmm::adopt`].
@@ -120,7 +120,7 @@ impl Drivers {
         adopted
     }
 
-    /// Like [`Vmm::force_stop`], by all drivers.
+    /// Force-stops a machine like [`Vmm::force_stop`], by all drivers.
     ///
     /// # Errors
     /// Those of [`Vmm::force_stop`].

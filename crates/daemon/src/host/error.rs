@@ -12,12 +12,12 @@ pub enum ServiceError {
     /// The request is malformed, or a value in it is out of bounds.
     #[error("{message}")]
     Invalid {
-        /// What is wrong, in a sentence.
+        /// The problem, as a sentence.
         message: String,
         /// The field with the wrong value.
         field: Option<String>,
     },
-    /// The token is missing or wrong. The message does not say which.
+    /// The token is missing or wrong. The message does not name which.
     #[error("a valid token is required in the header Authorization: Bearer TOKEN")]
     Unauthorized,
     /// Forbidden for everyone.
@@ -72,15 +72,15 @@ pub enum ServiceError {
     /// the log, because it may be a program's output with paths of the host.
     #[error("{sentence}: {cause}")]
     HostFailed {
-        /// What could not be done.
+        /// The operation that failed, as a sentence.
         sentence: String,
-        /// What the program reported.
+        /// The report of the program or hypervisor.
         cause: String,
     },
 }
 
 impl ServiceError {
-    /// A malformed request, with no single field to blame.
+    /// Returns the error of a malformed request, with no single field to blame.
     pub fn invalid(message: impl Into<String>) -> ServiceError {
         ServiceError::Invalid {
             message: message.into(),
@@ -88,7 +88,7 @@ impl ServiceError {
         }
     }
 
-    /// A field with an invalid value.
+    /// Returns the error of a field with an invalid value.
     pub fn invalid_field(field: &str, message: impl Into<String>) -> ServiceError {
         ServiceError::Invalid {
             message: message.into(),
@@ -96,7 +96,7 @@ impl ServiceError {
         }
     }
 
-    /// Whether an admission was refused for lack of space.
+    /// Returns whether an admission was refused for lack of space.
     pub fn is_insufficient(&self) -> bool {
         matches!(self, ServiceError::Insufficient { .. })
     }

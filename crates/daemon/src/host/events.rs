@@ -26,7 +26,7 @@ const IDS_PER_START: u64 = 1_000_000_000;
 
 /// The events since this start of the daemon.
 pub struct Events {
-    /// Held for a push or a copy, never across an await.
+    /// The lock is held for a push or a copy, never across an await.
     ring: Mutex<Ring>,
     /// Wakes followers for a new event, and for the end of the stream.
     latest: watch::Sender<Latest>,
@@ -98,7 +98,7 @@ impl Events {
         }
         ring.events.push_back(Arc::new(event));
         let last = ring.last;
-        // Under the lock, so that followers receive events in order.
+        // The id is sent under the lock, so that followers receive events in order.
         self.latest.send_modify(|latest| latest.last = last);
     }
 
@@ -143,8 +143,8 @@ impl Ring {
         let from = if known { seen } else { kept_from };
         let events = self.events.iter().filter(|event| event.id > from).cloned();
         let missed = (!known).then(|| {
-            // Its id directly precedes the next event, so that a client that reconnects with it
-            // continues there.
+            // The id of `missed` directly precedes the next event, so that a client that reconnects
+            // with it continues there.
             Arc::new(event(from, EventKind::Missed, None, json!({ "since": seen })))
         });
         missed.into_iter().chain(events).collect()
@@ -188,7 +188,8 @@ impl Subscription {
                 self.seen = event.id;
                 return Some(event);
             }
-            // Marked as seen before the check, so that an event in between wakes the next wait.
+            // The latest id is marked as seen before the check, so that an event in between wakes
+            // the next wait.
             let latest = *self.latest.borrow_and_update();
             self.waiting = self.events.lock().after(self.seen);
             if self.waiting.is_empty() && (!self.follow || latest.ended || self.latest.changed().await.is_err()) {

@@ -71,7 +71,7 @@ pub struct Inner {
     pub templates_in_use: TemplatesInUse,
     pub kernels_in_use: KernelsInUse,
     pub started: Instant,
-    /// Cancelled when the daemon is asked to stop.
+    /// The token is cancelled when the daemon is asked to stop.
     pub closing: CancellationToken,
     /// Limits the number of template exports and imports.
     pub transfers: Arc<Semaphore>,

@@ -1,4 +1,4 @@
-//! What automatic growth of the pool remembers.
+//! The state of automatic growth of the pool.
 
 use std::sync::atomic::AtomicBool;
 use tokio::sync::Mutex;

@@ -12,7 +12,7 @@ const FREE_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct Reclaim {
     /// Counts the disks that have no name any more and are still committed.
     freeing: Arc<watch::Sender<usize>>,
-    /// Notified when the pool has freed blocks that are not yet returned to the host disk.
+    /// Wakes the trim when the pool has freed blocks that are not yet returned to the host disk.
     freed: Notify,
 }
 
@@ -72,7 +72,8 @@ impl Reclaim {
         let deadline = Instant::now() + FREE_TIMEOUT;
         let mut count = self.freeing.subscribe();
         loop {
-            // Read before the attempt, so that a disk freed during it causes a retry.
+            // The counter is read before the attempt, so that a disk freed during it causes a
+            // retry.
             let freeing = *count.borrow_and_update();
             match attempt().await {
                 Err(error) if freeing > 0 && is_insufficient(&error) => {

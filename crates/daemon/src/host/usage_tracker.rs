@@ -35,7 +35,7 @@ impl UsageTracker {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Held only for a copy or a push, which do not panic.
+    // The lock is held only for a copy or a push, which do not panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -127,7 +127,7 @@ impl History {
         }
         let bytes_a_day = product / square * 86_400.0;
         let days = free.as_u64() as f64 / bytes_a_day;
-        // Rounded to tenths of a day; the estimate is no more precise.
+        // The result is rounded to tenths of a day; the estimate is no more precise.
         (bytes_a_day > 0.0 && days <= Self::MAX_DAYS).then(|| (days * 10.0).round() / 10.0)
     }
 }

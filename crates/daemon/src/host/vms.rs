@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 #[derive(Clone)]
 pub struct Vms {
     table: Arc<Mutex<Table>>,
-    /// Notified whenever an operation ends.
+    /// Wakes waiting operations whenever an operation ends.
     idle: Arc<Notify>,
 }
 
@@ -170,7 +170,8 @@ impl Vms {
     /// [`ServiceError::NotFound`].
     pub async fn begin_when_idle(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
         loop {
-            // Registered before the check, so that an operation that ends in between is noticed.
+            // The wait is registered before the check, so that the end of an operation in between
+            // is noticed.
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
             match self.begin(reference, operation) {
@@ -189,7 +190,8 @@ impl Vms {
         };
         creation.cancelled.store(true, Ordering::Relaxed);
         loop {
-            // Registered before the check, so that a creation that ends in between is noticed.
+            // The wait is registered before the check, so that the end of an operation in between
+            // is noticed.
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
             // A creation of the same name that began since then makes another VM.
@@ -338,7 +340,7 @@ fn usable_port(port: u16) -> bool {
 #[derive(Default)]
 struct Creation {
     cancelled: AtomicBool,
-    /// Set when the VM has been created.
+    /// The id; set when the VM has been created.
     id: OnceLock<VmId>,
 }
 
@@ -427,7 +429,7 @@ impl Drop for LeaseGuard {
 pub struct Operation {
     /// The VM's record when the operation began.
     pub record: Record,
-    /// Its machine at that time.
+    /// The VM's machine when the operation began.
     pub machine: Option<Arc<dyn Machine>>,
     vms: Vms,
 }

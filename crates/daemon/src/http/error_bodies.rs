@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// These two limits are hyper's: `max_headers`, and `max_buf_size` for the whole head.
+/// The texts of errors that hyper sends. hyper limits the number of fields (`max_headers`) and the
+/// whole head (`max_buf_size`).
 const MALFORMED: &str =
     "malformed HTTP/1.1 request: check the request line, the header fields and the length given for the body";
 const TARGET_TOO_LONG: &str = "the request target is too long: at most 65534 bytes are allowed";

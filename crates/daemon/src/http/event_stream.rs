@@ -78,7 +78,7 @@ fn event_id(text: &str) -> Option<u64> {
 }
 
 fn sse(subscription: Subscription) -> Sse<KeepAliveStream<impl Stream<Item = Result<sse::Event, axum::Error>>>> {
-    // Sent first, so that a client that received no event can still reconnect.
+    // The position is sent first, so that a client that received no event can still reconnect.
     let position = sse::Event::default()
         .id(subscription.seen().to_string())
         .comment("here");

@@ -48,7 +48,7 @@ impl Modify for TokenScheme {
 /// Matches the id or the name of a VM in a path.
 const VM_REFERENCE: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
 const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
-/// With or without quotes around it.
+/// Matches an idempotency key, with or without quotes around it.
 const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;
 /// The largest event id: the largest integer that JSON numbers hold exactly in every language.
 pub const MAX_EVENT_ID: u64 = (1 << 53) - 1;
@@ -92,7 +92,7 @@ fn reference(schema: &str) -> Value {
     json!({ "$ref": format!("#/components/schemas/{schema}") })
 }
 
-/// The schema of one server-sent event, by its line names
+/// Returns the schema of one server-sent event, by its line names
 /// (<https://spec.openapis.org/oas/v3.2.0#sequential-media-types>).
 fn server_sent_event() -> Value {
     let event = json!({
@@ -155,8 +155,8 @@ fn complete_operation(path: &str, operation: &mut Value) {
         add(responses, "413", "The body is larger than 1 MiB.");
     }
     for (status, response) in responses {
-        // OpenAPI 3.1, section 4.8.17, requires a description of every response; for most of them
-        // the route's own description says it all.
+        // OpenAPI 3.1, section 4.8.17, requires a description of every response. For most of them
+        // the route's own description is enough.
         if response["description"] == "" {
             response["description"] = "Success.".into();
         }

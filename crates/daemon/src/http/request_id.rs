@@ -23,7 +23,7 @@ pub async fn with_request_id(request: Request<Body>, next: Next) -> Response {
         .unwrap_or_else(random_id);
     let reads = request.method() == Method::GET || request.method() == Method::HEAD;
     let path = request.uri().path().to_owned();
-    // Cut to a length that suits a log line.
+    // Method and path are cut to a length that suits a log line.
     let (method, shown) = (shortened(request.method().as_str()), shortened(&path));
     let span = tracing::info_span!("request", id, method, path = shown);
     async move {

@@ -46,13 +46,7 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Serves until SIGTERM or SIGINT, then finishes the requests in progress and accepts no more. A
 /// second signal ends the daemon at once.
 ///
-/// # Errors
-/// If the signal handlers cannot be installed.
-pub async fn run(listener: TcpListener, router: Router, host: &Host) -> io::Result<()> {
-    let mut signals = Signals {
-        terminate: signal(SignalKind::terminate())?,
-        interrupt: signal(SignalKind::interrupt())?,
-    };
+pub async fn run(listener: TcpListener, router: Router, host: &Host, mut signals: Signals) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let peers = Peers::default();
     let graceful = GracefulShutdown::new();
@@ -81,7 +75,7 @@ pub async fn run(listener: TcpListener, router: Router, host: &Host) -> io::Resu
             }
         };
         let Some(counted) = peers.count(peer) else {
-            tracing::debug!(%peer, "connection rejected: the peer has too many");
+            tracing::debug!(%peer, "connection rejected: the peer has too many connections");
             continue;
         };
         let mut stream = TimeoutStream::new(stream);
@@ -106,7 +100,6 @@ pub async fn run(listener: TcpListener, router: Router, host: &Host) -> io::Resu
         },
         name = signals.next() => tracing::warn!("{name} received again: stopping now; the next start completes or undoes the operations in progress"),
     }
-    Ok(())
 }
 
 /// Waits for the operations in progress, and then briefly for clients to read their responses.
@@ -192,12 +185,24 @@ impl Drop for PeerConnection {
     }
 }
 
-struct Signals {
+/// The signals that stop the daemon.
+pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
+    /// Handles SIGTERM and SIGINT from now on, instead of being ended by them.
+    ///
+    /// # Errors
+    /// If the handlers cannot be installed.
+    pub fn handle() -> io::Result<Signals> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
     async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",

@@ -63,7 +63,7 @@ pub async fn extend_pool(host: &Host) -> bool {
     if low_water(host).is_none() {
         return false;
     }
-    // Detached, so that the growth completes even if the caller stops waiting.
+    // The growth is detached, so that it completes even if the caller stops waiting.
     let grown = host.detached(|host| async move { Ok(extend_now(&host).await) }).await;
     grown.unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot grow the pool automatically");

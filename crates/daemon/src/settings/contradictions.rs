@@ -68,7 +68,8 @@ fn disk_sizes(settings: &Settings) -> Result<(), SettingsError> {
     Ok(())
 }
 
-/// Rejects resolvers that guests cannot reach: other guests. Guests reach the host's own resolvers.
+/// Rejects resolvers in `SUBNET`: guests cannot reach each other. They can reach the host's own
+/// resolvers.
 fn resolvers(settings: &Settings) -> Result<(), SettingsError> {
     let net = &settings.net;
     let a_guest = |server: &&std::net::Ipv4Addr| net.subnet().contains(*server) && **server != net.gateway();

@@ -39,7 +39,7 @@ pub enum SettingsError {
         path: PathBuf,
         /// The number of the line, starting at one.
         number: usize,
-        /// What is wrong with the line.
+        /// The problem with the line.
         problem: String,
     },
 }

@@ -41,7 +41,7 @@ pub enum Form {
     Number(RangeInclusive<u64>),
     /// One of these words.
     Word(&'static [&'static str]),
-    /// An absolute path. Where the meaning says so, `none` is valid too.
+    /// An absolute path. Where the meaning mentions it, `none` is valid too.
     Path,
     /// Text with a parser of its own: a description.
     Text(&'static str),

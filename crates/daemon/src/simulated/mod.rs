@@ -14,7 +14,7 @@
 //! | `change` | growth of a disk, limits, settings |
 //! | `snapshot` | how a guest is kept from writing |
 //! | `kernels` | the kernel that a VM boots, and how long it stays |
-//! | `recovery` | what the daemon's next start makes of what it finds |
+//! | `recovery` | recovery at the daemon's next start |
 //! | `watches` | the pool watch, auto-extend, clean-up, the network |
 
 mod change;

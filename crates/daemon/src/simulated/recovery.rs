@@ -1,4 +1,4 @@
-//! What the daemon's next start makes of what it finds.
+//! Recovery at the daemon's next start.
 
 use crate::host::error::ServiceError;
 use crate::simulated::sim::{Sim, create_request, id};

@@ -29,7 +29,7 @@ pub const TEMPLATE: &str = "tiny";
 /// The capacity of a new pool.
 pub const CAPACITY: Gib = Gib::new(100);
 /// Limit on waiting for something to happen, by the simulated clock.
-const PATIENCE: Duration = Duration::from_secs(600);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(600);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A host whose machines, network and space are simulated.
@@ -39,7 +39,7 @@ pub struct Sim {
     /// The daemon that runs; there is none while it restarts.
     life: Option<Life>,
     settings: Vec<(&'static str, String)>,
-    /// What the last start found.
+    /// The result of recovery at the last start.
     pub recovered: Recovered,
     folder: TempDir,
 }
@@ -55,9 +55,10 @@ impl Sim {
         Sim::with(&[])
     }
 
-    /// A host with these settings, besides its folders.
+    /// Creates a host with these settings, besides its folders.
     pub fn with(settings: &[(&'static str, &str)]) -> Sim {
-        // In memory: flushing a disk would take most of the time, and nothing here cuts its power.
+        // The folder is in memory: flushing a disk would take most of the time, and nothing here
+        // cuts its power.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut all: Vec<(&'static str, String)> = vec![("POOL_AUTO_GROW", "off".to_owned())];
         for (key, name) in [("DATA_DIR", "pool"), ("STATE_DIR", "state"), ("RUN_DIR", "run")] {
@@ -140,7 +141,7 @@ impl Sim {
         self.restart_after(|_| {});
     }
 
-    /// As [`Sim::restart`]. `meanwhile` happens while no daemon runs.
+    /// Restarts the daemon like [`Sim::restart`]. `meanwhile` runs while no daemon does.
     pub fn restart_after<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
         self.life = None;
         self.vmm = self.vmm.restart();
@@ -154,7 +155,7 @@ impl Sim {
         self.reboot_with(|_| {});
     }
 
-    /// As [`Sim::reboot`]. `meanwhile` happens before the daemon starts.
+    /// Reboots the host like [`Sim::reboot`]. `meanwhile` runs before the daemon starts.
     pub fn reboot_with<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
         self.restart_after(|sim| {
             for id in sim.vmm.machines() {
@@ -197,7 +198,7 @@ impl Sim {
                     sleep(POLL_INTERVAL).await;
                 }
             };
-            timeout(PATIENCE, met).await
+            timeout(WAIT_TIMEOUT, met).await
         });
         assert!(waited.is_ok(), "{what}: {:?}", vm::view::list(self.host()));
     }
@@ -239,7 +240,7 @@ impl Sim {
         })
     }
 
-    /// The file of a VM's disk.
+    /// Returns the file of a VM's disk.
     pub fn disk(&self, vm: &Vm) -> PathBuf {
         match self.host().pool.disk_location(&id(vm)) {
             DiskLocation::File(path) => path,
@@ -261,13 +262,12 @@ impl Sim {
         self.host().vms.find(&vm.id).unwrap().status_reason
     }
 
-    /// The size of a VM's disk as clients see it, in GiB.
+    /// Returns the status and its reason in the state file.
     #[track_caller]
     pub fn disk_gib(&self, vm: &Vm) -> u64 {
         self.host().vms.find(&vm.id).unwrap().disk_size.as_u64()
     }
 
-    /// What the state file has: the status and its reason.
     #[track_caller]
     pub fn recorded(&self, vm: &Vm) -> (VmStatus, Option<String>) {
         let records = self.host().state.vms().unwrap();
@@ -275,7 +275,7 @@ impl Sim {
         (record.status, record.status_reason)
     }
 
-    /// The kinds of all events of this run of the daemon.
+    /// Returns the kinds of all events of this run of the daemon.
     pub fn events(&self) -> Vec<EventKind> {
         let mut all = self.host().events.subscribe(Some(0), false);
         let mut kinds = Vec::new();
@@ -374,7 +374,7 @@ pub fn id(vm: &Vm) -> VmId {
     vm.id.parse().unwrap()
 }
 
-/// A request for a VM, with these fields besides template and key.
+/// Returns a request for a VM, with these fields besides template and key.
 pub fn create_request(host: &Host, fields: Value) -> CreateVm {
     let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBvQAo3wEbrBSpyYtmK9GRzs7IJ9GbPmnvOJvzTNDUHt test";
     let mut request = json!({ "template": TEMPLATE, "ssh_public_key": key });

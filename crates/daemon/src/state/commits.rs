@@ -36,7 +36,7 @@ pub(super) type Failure = Arc<StateError>;
 #[derive(Debug)]
 pub(super) struct Commits {
     queue: Mutex<Queue>,
-    /// Notified when a commit has ended.
+    /// Wakes waiting changes when a commit has ended.
     ended: Condvar,
     writer: Mutex<Writer>,
     reserve: Reserve,
@@ -177,7 +177,7 @@ impl Writer {
             },
             Err(error) => error,
         };
-        // Before any client learns of the failure.
+        // The file is repaired before any client receives the failure.
         if let Err(error) = self.repair() {
             tracing::error!(%error, "cannot write the state file: rejecting all changes until that succeeds");
         }
@@ -185,6 +185,8 @@ impl Writer {
         changes.iter().map(|_| Err(Arc::clone(&failure))).collect()
     }
 
+    /// Commits the changes in one transaction. Returns the outcome of each.
+    ///
     /// # Errors
     /// If no change was made.
     fn try_commit(&mut self, changes: &[Change]) -> Result<Vec<Result<usize, Failure>>, StateError> {
@@ -265,7 +267,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Closing would hide a failure. What stays in the log is read at the next start.
+        // Closing would hide a failure. The next start reads the frames that stay in the log.
         if let Some(connection) = self.connection.take() {
             let written = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
             if let Err(error) = written {
@@ -284,6 +286,8 @@ fn begin(connection: &Connection) -> rusqlite::Result<()> {
     run(connection, "BEGIN IMMEDIATE")
 }
 
+/// Makes the changes, each in a savepoint of its own. Returns the outcome of each.
+///
 /// # Errors
 /// If SQLite has rolled back the whole transaction, for example after an I/O error.
 fn savepoints(
@@ -379,7 +383,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let first = commits(folder.path());
         first.commit(insert("kept")).unwrap();
-        // Like a killed process: nothing is closed.
+        // The first one ends like a killed process, which closes nothing.
         std::mem::forget(first);
         assert!(renewal::was_not_closed(folder.path()));
         let before = std::fs::metadata(folder.path().join("state.db")).unwrap();
@@ -400,7 +404,7 @@ mod tests {
         let first = commits(folder.path());
         first.commit(insert("kept")).unwrap();
         renewal::renew(folder.path(), first.lock_writer().connection().unwrap()).unwrap();
-        // Written to the old file, which no longer counts.
+        // This change is written to the old file, which no longer counts.
         first.commit(insert("late")).unwrap();
         std::mem::forget(first);
         let connection = renewal::open(folder.path()).unwrap();

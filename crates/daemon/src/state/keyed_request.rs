@@ -16,8 +16,8 @@ impl KeyedRequest {
     /// Returns `None` for a request without a key.
     pub fn of(request: &CreateVm) -> Option<KeyedRequest> {
         let key = request.idempotency_key.clone()?;
-        // Serialised in the order of the type, so that the order and spaces used by the client do
-        // not matter.
+        // The request is serialised in the order of the type, so that the order and spaces used by
+        // the client do not matter.
         let text = serde_json::to_vec(request).ok()?;
         let digest = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
         Some(KeyedRequest { key, digest })

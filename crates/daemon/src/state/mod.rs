@@ -35,7 +35,7 @@ pub struct Record {
     pub id: VmId,
     /// The name; unique.
     pub name: String,
-    /// The template its disk was cloned from.
+    /// The template that the VM's disk was cloned from.
     pub template: String,
     /// The SSH key of the guest's account.
     pub ssh_public_key: String,
@@ -536,7 +536,7 @@ fn malformed(column: &str, value: &str) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, problem.into())
 }
 
-/// A record for tests, with names and addresses that differ by `n`.
+/// Returns a record for tests, with names and addresses that differ by `n`.
 #[cfg(test)]
 pub fn example_record(n: u16) -> Record {
     Record {
@@ -655,7 +655,7 @@ mod tests {
     #[test]
     fn a_state_of_the_first_release_is_migrated_with_all_its_vms() {
         let folder = tempfile::tempdir().unwrap();
-        // Exactly as that release wrote it: the first migration must never change.
+        // The statements are exactly those of that release: the first migration must never change.
         let written = Connection::open(folder.path().join("state.db")).unwrap();
         written
             .execute_batch(include_str!("../../tests/data/state-schema-1.sql"))

@@ -30,7 +30,7 @@ impl Reserve {
     /// Creates the reserve if it is missing and the disk has space for it.
     pub(super) fn ensure(&self) {
         if let Err(error) = self.make() {
-            tracing::warn!(path = %self.path.display(), %error, "cannot reserve space on the disk of STATE_DIR for when it is full");
+            tracing::warn!(path = %self.path.display(), %error, "cannot reserve space on the disk of STATE_DIR: deleting a VM may fail while that disk is full");
         }
     }
 

@@ -36,7 +36,7 @@ pub async fn update_now(host: &Host, reference: &str, request: UpdateVm) -> Resu
     if let Some(Some(extend)) = request.disk_auto_extend {
         auto_extend::check(extend, size)?;
     }
-    // In this order: checks that can reject the request, steps that can be undone, and last the
+    // The order is: checks that can reject the request, steps that can be undone, and last the
     // growth, which cannot be undone.
     let admitted = if size > current {
         Some(admit_growth(host, &operation, size).await?)
@@ -184,7 +184,7 @@ pub async fn grow_and_publish(
             FailedGrowth::NotFlushed => Err(error),
             FailedGrowth::NotGrown => {
                 if let Err(undo) = persist_disk_size(host, &record.id, current).await {
-                    tracing::error!(vm = %record.id, error = %undo, "cannot roll back a failed growth of the VM's disk; the next start does");
+                    tracing::error!(vm = %record.id, error = %undo, "cannot roll back a failed growth of the VM's disk; the next start completes it or rolls it back");
                 }
                 return Err(error);
             }
@@ -213,7 +213,7 @@ async fn outcome_of_failed_growth(host: &Host, record: &Record, size: Gib) -> Fa
         Ok(found) if found >= size.bytes() => {}
         Ok(_) => return FailedGrowth::NotGrown,
         Err(error) => {
-            tracing::error!(vm = %record.id, %error, "cannot read the size of the VM's disk after a failed growth; the next start does");
+            tracing::error!(vm = %record.id, %error, "cannot read the size of the VM's disk after a failed growth; the next start reconciles it with the record");
             return FailedGrowth::NotGrown;
         }
     }

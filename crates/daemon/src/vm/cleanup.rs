@@ -83,7 +83,7 @@ impl Cleanup {
         }
     }
 
-    /// Leaves all of it to [`run`].
+    /// Leaves the whole cleanup to [`run`].
     pub fn begin_later(self, host: &Host, error: &ServiceError) {
         tracing::warn!(vm = %self.record.id, %error, "cannot clean up after the VM; retrying");
         host.cleanups.lock().push(self);
@@ -114,7 +114,7 @@ impl Cleanup {
         }
     }
 
-    /// Retries. Returns whether nothing is left.
+    /// Retries the remaining removals. Returns whether nothing is left.
     async fn retry(&mut self, host: &Host) -> bool {
         // A start or a deletion in the meantime cleans up by itself.
         let _operation = match (

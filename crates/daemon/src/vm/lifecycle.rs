@@ -148,7 +148,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
     {
         let (run_dir, console, seed) = (run_dir.clone(), host.console_dir(&record.id), seed.clone());
         blocking(move || {
-            // Kept when the machine ends, because the console log shows the cause.
+            // The folder is kept when the machine ends, because the console log shows the cause.
             make_private_dir(&console)?;
             make_private_dir(&run_dir)?;
             drive
@@ -169,7 +169,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
         "attach to the network",
         async move { network.detach(&undo_endpoint).await },
     );
-    fault_point("start: tap and forward there")?;
+    fault_point("start: tap and forward attached")?;
 
     let driver = inner.vmm.to_start(record.vmm.as_deref());
     let machine = driver
@@ -183,7 +183,7 @@ pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<A
         pid = machine.pid(),
         tap = endpoint.tap(),
         ssh_port = record.ssh_port,
-        "launched"
+        "machine launched"
     );
     Ok(machine)
 }
@@ -257,7 +257,7 @@ pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>)
     clean_up_after_stop(host, record).await;
     let stopped = Transition::Stopped { by: "request" };
     if let Err(error) = transition(host, record, stopped.clone()).await {
-        tracing::warn!(vm = %record.id, %error, "the VM has stopped, but is recorded as being stopped; retrying");
+        tracing::warn!(vm = %record.id, %error, "the VM has stopped, but cannot be recorded as stopped; retrying");
         record_later(host, record, stopped);
     }
     crash_point("stop: recorded");
@@ -291,8 +291,8 @@ pub async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError
     };
     let Operation { record, machine, .. } = &operation;
     let (state, id) = (Arc::clone(&host.state), record.id.clone());
-    // First, because only this step can fail the request. The VM is gone from here on, and
-    // cleanup retries the remaining steps until they succeed.
+    // The record is deleted first, because only this step can fail the request. The VM is gone from
+    // here on, and cleanup retries the remaining steps until they succeed.
     blocking(move || state.delete(&id)).await?;
     crash_point("delete: record gone");
     let lease = host.vms.remove(&record.id);
@@ -312,7 +312,7 @@ pub async fn force_stop(host: &Host, record: &Record) -> Result<(), ServiceError
     stopped.inspect_err(|error| Cleanup::of_unadopted(host, record).begin_later(host, error))
 }
 
-/// Like [`Host::force_stop`], without retries. Returns whether there was a process.
+/// Force-stops a machine like [`force_stop`], without retries. Returns whether there was a process.
 pub async fn force_stop_once(host: &Host, id: &VmId) -> Result<bool, ServiceError> {
     let run_dir = host.run_dir(id);
     let ended = host.vmm.force_stop(id, &run_dir).await?;
@@ -323,7 +323,8 @@ pub async fn force_stop_once(host: &Host, id: &VmId) -> Result<bool, ServiceErro
 /// Waits for a machine to end, in the background, and records the VM's new status.
 pub fn watch(host: &Host, id: VmId, machine: Arc<dyn Machine>) {
     let host = host.clone();
-    // Not tracked in `tasks`, because a shutdown of the daemon does not wait for machines.
+    // The task is not tracked in `tasks`, because a shutdown of the daemon does not wait for
+    // machines.
     tokio::spawn(async move {
         let (reason, failure) = tokio::select! {
             reason = machine.exited() => (reason, None),
@@ -372,7 +373,8 @@ async fn handle_exit(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, reason:
         reason = effect.reason,
         "machine ended"
     );
-    // Before the change is visible: a client that sees it may start the VM at once.
+    // The cleanup comes before the change is visible: a client that sees it may start the VM at
+    // once.
     clean_up_after_stop(host, record).await;
     if let Err(error) = transition(host, record, ended.clone()).await {
         tracing::error!(vm = %id, %error, "cannot record the end of the VM's machine; retrying");
@@ -385,7 +387,7 @@ async fn clean_up_after_stop(host: &Host, record: &Record) {
     match Cleanup::of_stopped(host, record) {
         Ok(cleanup) => cleanup.begin(host).await,
         Err(error) => {
-            tracing::error!(vm = %record.id, %error, "cannot remove the VM's tap and forward; the next start does")
+            tracing::error!(vm = %record.id, %error, "cannot remove the VM's tap and forward; the next start removes them")
         }
     }
 }
@@ -407,7 +409,7 @@ async fn last_console_output(host: &Host, id: &VmId) -> String {
     }
 }
 
-/// The error for a record that no release writes: edited by hand, or damaged.
+/// Returns the error for a record that no release writes: it was edited by hand, or damaged.
 fn unusable(record: &Record, field: &str, form: InvalidFormat) -> ServiceError {
     ServiceError::WrongState(format!(
         "cannot start VM {}: its recorded {field} {form}; create a template from it (snapshot), and a new VM from that template",

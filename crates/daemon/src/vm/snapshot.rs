@@ -130,7 +130,7 @@ async fn clone_quiesced(
             Ok(()) => Ok(clone_disk_now(host, record, clone).await),
             Err(error) => Err((clone, error)),
         };
-        // Also after an error: the guest may have frozen after the time limit.
+        // The guest is thawed also after an error, because it may have frozen after the time limit.
         thaw(host, &record.id, machine, Some(agent)).await;
         let stood_still = begun.elapsed();
         return match cloned {
@@ -197,7 +197,8 @@ async fn thaw(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, first: Option<
     );
 }
 
-/// Outside the VM's own folder, where its hypervisor can write.
+/// Returns the folder with one file for each frozen guest. It is outside the VM's own folder, where
+/// its hypervisor can write.
 fn frozen_dir(host: &Host) -> PathBuf {
     host.settings.run_dir.join("frozen")
 }
@@ -212,7 +213,7 @@ async fn mark_frozen(host: &Host, id: &VmId) -> Result<(), ServiceError> {
     .await
 }
 
-/// Removes the mark of a frozen guest. A failure is logged.
+/// Removes the file that marks a guest as frozen. A failure is logged.
 async fn unmark_frozen(host: &Host, id: &VmId) {
     let mark = frozen_dir(host).join(id.as_str());
     let removed = blocking(move || match fs::remove_file(&mark) {
@@ -223,7 +224,7 @@ async fn unmark_frozen(host: &Host, id: &VmId) {
         _ => Ok(()),
     });
     if let Err(error) = removed.await {
-        tracing::warn!(vm = %id, %error, "cannot remove the mark of a frozen guest; the next start does");
+        tracing::warn!(vm = %id, %error, "cannot remove the file that marks the guest as frozen; the next start removes it");
     }
 }
 

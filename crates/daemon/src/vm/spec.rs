@@ -1,4 +1,4 @@
-//! A VM's record as its machine and its network need it.
+//! Converts a VM's record to the specifications of its machine and its network endpoint.
 
 use crate::host::error::ServiceError;
 use crate::state::{Record, VmLimits};

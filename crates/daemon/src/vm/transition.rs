@@ -38,7 +38,7 @@ pub enum Transition {
     Stopping,
     /// The machine could not be stopped and keeps running.
     StopFailed,
-    /// The machine has ended. `by` says at whose request: `request` or `guest`.
+    /// The machine has ended. `by` names the initiator: `request` or `guest`.
     Stopped {
         /// `request` or `guest`.
         by: &'static str,
@@ -80,13 +80,14 @@ pub enum Transition {
 pub enum Recording {
     /// Without the record, nothing has happened.
     Required,
-    /// It has happened already; the record follows as soon as possible.
+    /// The change has happened already; the record follows as soon as possible.
     Fact,
     /// The state file keeps what it has.
     None,
 }
 
-/// What a transition changes. Pure: nothing is read but the transition and the VM's record.
+/// The changes that a transition makes. Pure: nothing is read but the transition and the VM's
+/// record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Effect {
     /// The VM's new status.
@@ -117,7 +118,7 @@ impl Effect {
         }
     }
 
-    /// Only the state file changes.
+    /// Returns an effect that clients do not see: only the state file changes.
     fn unseen(status: VmStatus, reason: Option<&str>) -> Effect {
         Effect {
             visible: false,
@@ -142,7 +143,7 @@ impl Transition {
                 Some((EventKind::Started, Value::Null)),
             ),
             Transition::Adopted(_) => {
-                // A machine that ran all the time is no news.
+                // A machine that ran all the time is not news.
                 let is_news = (before.status, &before.status_reason) != (VmStatus::Running, &None);
                 let event = is_news.then_some((EventKind::Resumed, json!({ "reason": null })));
                 let recording = if is_news { Fact } else { Recording::None };
@@ -194,7 +195,7 @@ impl Transition {
     fn update_table(&self, host: &Host, id: &VmId, effect: &Effect) -> bool {
         let (status, reason) = (effect.status, effect.reason.clone());
         match self {
-            // Nobody holds the VM meanwhile: an operation may have given it another machine.
+            // No operation holds the VM, so one may have given it another machine meanwhile.
             Transition::Paused { machine, .. } | Transition::Resumed(machine) => {
                 host.vms.set_if_current(id, machine, status, reason)
             }

@@ -129,7 +129,7 @@ async fn admit(host: &Host, max: Gib) -> Result<Reservation, ServiceError> {
         other => return other,
     };
     let pool = Arc::clone(&host.pool);
-    match blocking(move || pool.admit_at_most(Gib::new(1).bytes(), max.bytes())).await {
+    match blocking(move || pool.admit_between(Gib::new(1).bytes(), max.bytes())).await {
         Err(error) if error.is_insufficient() => Err(rejected),
         other => other,
     }

@@ -60,7 +60,7 @@ fn neighbouring_ranges(image: &File) -> io::Result<Vec<Range<u64>>> {
 /// Rewrites a range. Its blocks are freed first, so that the new ones are allocated in one piece.
 fn rewrite(image: &File, range: &Range<u64>) -> io::Result<()> {
     let length = range.end - range.start;
-    // At most `MAX_RANGE`.
+    // The length is at most `MAX_RANGE`.
     let mut data = vec![0; length as usize];
     image.read_exact_at(&mut data, range.start)?;
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -89,15 +89,15 @@ mod tests {
         let image = image(&[
             0..4096,
             8192..12288,
-            // Isolated.
+            // This range is isolated.
             100 * MIB..101 * MIB,
-            // Too long if joined.
+            // These ranges are too long if joined.
             200 * MIB..203 * MIB,
             203 * MIB + 65536..206 * MIB,
-            // Too far apart.
+            // These ranges are too far apart.
             300 * MIB..300 * MIB + 4096,
             301 * MIB..301 * MIB + 4096,
-            // At the end of the image.
+            // This range is at the end of the image.
             400 * MIB..401 * MIB,
             401 * MIB + 65536..402 * MIB,
         ]);

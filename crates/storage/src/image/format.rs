@@ -135,8 +135,8 @@ fn recognise(head: &[u8]) -> Option<&'static str> {
     found.map(|(_, _, what)| *what)
 }
 
-/// Returns whether it is a multipart body (RFC 2046, 5.1): a boundary, then the headers of the
-/// first part.
+/// Returns whether the data is a multipart body (RFC 2046, 5.1): a boundary, then the headers of
+/// the first part.
 fn is_form(head: &[u8]) -> bool {
     let Some(rest) = head.strip_prefix(b"--") else {
         return false;

@@ -33,7 +33,7 @@ impl Images {
         }
     }
 
-    /// See [`ext4::repair`].
+    /// Calls [`ext4::repair`] if the images are ext4.
     pub(crate) fn repair(self, path: &Path) -> Result<(), StorageError> {
         match self {
             Images::Ext4 => ext4::repair(path),
@@ -42,7 +42,7 @@ impl Images {
         }
     }
 
-    /// See [`ext4::check`].
+    /// Calls [`ext4::check`] if the images are ext4.
     pub(crate) fn check(self, path: &Path) -> Result<(), StorageError> {
         match self {
             Images::Ext4 => ext4::check(path),
@@ -51,7 +51,7 @@ impl Images {
         }
     }
 
-    /// See [`ext4::fills`].
+    /// Calls [`ext4::fills`] if the images are ext4.
     pub(crate) fn fills(self, image: &File) -> Result<bool, StorageError> {
         match self {
             Images::Ext4 => ext4::fills(image),
@@ -60,7 +60,7 @@ impl Images {
         }
     }
 
-    /// See [`ext4::cannot_grow`].
+    /// Calls [`ext4::cannot_grow`] if the images are ext4.
     pub(crate) fn cannot_grow(self, image: &File) -> Result<Option<&'static str>, StorageError> {
         match self {
             Images::Ext4 => ext4::cannot_grow(image),
@@ -70,7 +70,8 @@ impl Images {
     }
 
     /// Grows the image `path`, open as `image`, and its file system to `size`; see [`ext4::grow`].
-    /// Returns a clone of the image before, for [`Images::finish_growth`], if that compares them.
+    /// Returns a clone of the image before the growth, for [`Images::finish_growth`], if that
+    /// compares them.
     pub(crate) fn grow(self, path: &Path, image: &File, size: Bytes) -> Result<Option<File>, StorageError> {
         match self {
             Images::Ext4 => ext4::grow(path, image, size).map(Some),
@@ -83,12 +84,12 @@ impl Images {
         }
     }
 
-    /// See [`ext4::finish_growth`].
+    /// Calls [`ext4::finish_growth`] if the images are ext4.
     pub(crate) fn finish_growth(self, path: &Path, image: &File, before: Option<&File>) -> Result<(), StorageError> {
         before.map_or(Ok(()), |before| ext4::finish_growth(path, image, before))
     }
 
-    /// See [`defragment`].
+    /// Calls [`defragment`] if the images are ext4.
     pub(crate) fn defragment(self, image: &File) -> io::Result<()> {
         match self {
             Images::Ext4 => defragment(image),
@@ -97,7 +98,7 @@ impl Images {
         }
     }
 
-    /// See [`scrub::remove`].
+    /// Calls [`scrub::remove`] if the images are ext4.
     pub(crate) fn scrub(self, path: &Path, image: &File, scrub: &Scrub<'_>) -> Result<(), StorageError> {
         match self {
             Images::Ext4 => scrub::remove(path, image, scrub),

@@ -18,7 +18,8 @@ const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// The first bytes of a skippable frame. The lower half of the first byte is arbitrary and zero
 /// here (RFC 8878, 3.1.2). `pzstd` output begins with such a frame.
 const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
-/// As fast as most disks and networks; compresses a Debian image to a third of its size.
+/// The compression level: as fast as most disks and networks; a Debian image is compressed to a
+/// third of its size.
 const LEVEL: i32 = 3;
 /// Bytes read and written at once.
 const PIECE: usize = 1 << 20;
@@ -70,7 +71,7 @@ pub(crate) enum UnpackError<E> {
     Input(io::Error),
     /// Writing the file failed.
     Output(io::Error),
-    /// There is no space for it.
+    /// There is no space for the image.
     Room(E),
 }
 
@@ -134,7 +135,7 @@ pub(crate) fn unpack<E>(
 fn data_runs(piece: &[u8]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (index, block) in piece.chunks(BLOCK).enumerate() {
-        // Compared as a whole, which compiles to a memcmp.
+        // The block is compared as a whole, which compiles to a memcmp.
         if *block == ZEROS[..block.len()] {
             continue;
         }
@@ -166,7 +167,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
-    /// A bit more than 10 MiB, with two blocks of data.
+    /// Creates an image of a bit more than 10 MiB, with two blocks of data.
     fn image() -> File {
         let image = tempfile::tempfile().unwrap();
         image.set_len((10 << 20) + 77).unwrap();
@@ -211,7 +212,7 @@ mod tests {
     fn several_frames_and_skippable_frames_are_one_image() {
         let (image, mut packed) = (image(), Vec::new());
         let whole = bytes(&image);
-        // As pzstd writes it: before each frame a skippable one with its length.
+        // The stream is as pzstd writes it: before each frame a skippable one with its length.
         for part in whole.chunks(4 << 20) {
             let frame = zstd::encode_all(part, LEVEL).unwrap();
             packed.extend([0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0]);

@@ -23,7 +23,8 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// What is removed from a disk that becomes a template, such as keys and ids of one machine.
+/// The parts that are removed from a disk that becomes a template, such as keys and ids of one
+/// machine.
 ///
 /// Paths are absolute, in the disk's file system, and consist of letters, digits and `._@+:,=~%-`.
 /// A path that does not exist is skipped. The lists are processed in the order of the fields.
@@ -47,7 +48,7 @@ pub struct Scrub<'s> {
 /// A text file whose lines are changed.
 #[derive(Clone, Copy)]
 pub struct EditedFile<'s> {
-    /// Its path. A component `*` stands for every folder in that place.
+    /// The path of the file. A component `*` stands for every folder in that place.
     pub path: &'s str,
     /// Returns the new line, with its line break; `None` removes the line. A changed line stays as
     /// it is when it is passed again.
@@ -387,7 +388,7 @@ impl<'i> Pass<'i> {
             other => other?,
         };
         self.contents.clear();
-        // It always exits with 0; a message on standard error means failure.
+        // debugfs always exits with 0; a message on standard error means failure.
         match answer.complaint(|_| false) {
             None if answer.code == Some(0) => Ok(()),
             _ if answer.is_fault_on_sound_image() || answer.code != Some(0) => Err(StorageError::Host {

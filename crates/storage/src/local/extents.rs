@@ -30,7 +30,7 @@ pub(crate) struct Reference {
     pub(crate) start: u64,
     /// The size of the whole extent, in bytes.
     pub(crate) size: u64,
-    /// How many bytes of it this reference maps.
+    /// How many bytes of the extent this reference maps.
     pub(crate) mapped: u64,
 }
 

@@ -34,7 +34,8 @@ pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
         .map_err(|error| StorageError::io("create", path.display(), error))
 }
 
-/// Never follows a link in the last component, and never waits for the other end of a pipe.
+/// With these flags, opening never follows a link in the last component, and never waits for the
+/// other end of a pipe.
 const SAFE_OPEN_FLAGS: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
 
 /// Opens a file for reading; never follows a link in the last component.
@@ -51,7 +52,7 @@ pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageErro
         let entry = entry.map_err(failed)?;
         match entry.file_type() {
             Ok(kind) => entries.push((entry.path(), kind.is_file())),
-            // Removed since the listing.
+            // The entry was removed since the listing.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
@@ -59,7 +60,7 @@ pub(crate) fn entries(folder: &Path) -> Result<Vec<(PathBuf, bool)>, StorageErro
     Ok(entries)
 }
 
-/// Like [`open_read`], for writing too.
+/// Opens a file like [`open_read`], for writing too.
 pub(crate) fn open_write(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -189,7 +190,8 @@ impl Folder {
         rename_new(from, to).map_err(there)?;
         let flushed = step().map_err(there).and_then(|()| self.sync());
         if flushed.is_err() {
-            // Only if it is still the same file: another program may have replaced it since.
+            // The name is reverted only if it is still the same file: another program may have
+            // replaced it since.
             let rolled_back = match fs::symlink_metadata(to) {
                 Ok(now) if now.ino() != published => Ok(()),
                 _ => rename_new(to, from),
@@ -211,7 +213,8 @@ impl Folder {
         step: impl FnOnce() -> io::Result<()>,
     ) -> Result<(), StorageError> {
         let there = |error| StorageError::io("replace", to.display(), error);
-        // Locked, so that no sweep removes it as a leftover while it has the name `from`.
+        // The file is locked, so that no sweep removes it as a leftover while it has the name
+        // `from`.
         let replaced = match open_read(to) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return self.publish(from, to, step),
@@ -397,7 +400,7 @@ mod tests {
         assert!(allocated_of(&target).unwrap() < Bytes::from_mib(1));
     }
 
-    /// A folder with the files `old` and `new`; each contains its own name.
+    /// Creates a folder with the files `old` and `new`; each contains its own name.
     fn two_files() -> (tempfile::TempDir, Folder, PathBuf, PathBuf) {
         let scratch = tempfile::tempdir().unwrap();
         let (old, new) = (scratch.path().join("old"), scratch.path().join("new"));

@@ -239,7 +239,7 @@ fn only_ours_in(dir: &Path) -> Result<bool, StorageError> {
 fn register(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut(InitEvent)) -> Result<bool, StorageError> {
     let Some(table) = &plan.fstab else { return Ok(false) };
     let (source, options) = match (&place.backing, &plan.backing) {
-        // Only the configured image: another image was mounted by the operator.
+        // Only the configured image is registered: another image was mounted by the operator.
         (ActualBacking::Image(image), Backing::Image(wanted)) if is_same_file(image, wanted) => {
             (fstab::Source::Path(wanted.clone()), IMAGE_OPTIONS)
         }

@@ -12,7 +12,8 @@ use std::io;
 /// The pool's file system, for operations that differ between btrfs and XFS.
 #[derive(Debug)]
 pub(crate) enum PoolFs {
-    /// With the counters of uncommitted writes, and the quotas that apply to the pool's folder.
+    /// btrfs, with the counters of uncommitted writes, and the quotas that apply to the pool's
+    /// folder.
     Btrfs(PendingWrites, Quota),
     Xfs,
     #[cfg(feature = "simulated")]

@@ -94,7 +94,7 @@ impl Pool {
         Err(error)
     }
 
-    /// The size to restore after a failed rollback.
+    /// Locks the size to restore after a failed rollback.
     fn undo_to(&self) -> MutexGuard<'_, Option<Bytes>> {
         self.undo_to.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -110,7 +110,7 @@ impl Pool {
         }
         if wanted < current + MIN_GROWTH {
             return Err(StorageError::PoolSize(format!(
-                "{wanted} is not larger than the pool, which has {current} of the {holdable} of {}: enlarge the device first",
+                "{wanted} is not larger than the pool, which has {current} of the {holdable} of {}: grow the device first",
                 device.display()
             )));
         }
@@ -247,7 +247,8 @@ impl Pool {
         match &self.backing {
             ActualBacking::Image(image) => {
                 if let Some(before) = *undo_to {
-                    // Never smaller than the file system: data beyond the end would be lost.
+                    // The size is never smaller than the file system: data beyond the end would be
+                    // lost.
                     let size = before.max(self.file_system_size()?);
                     if image_size(image)? != size {
                         set_image_size(image, size)?;
@@ -321,7 +322,7 @@ impl Pool {
     }
 
     fn resize_file_system(&self, size: Bytes) -> Result<(), StorageError> {
-        // Whole blocks: an image or a device can be larger by part of a block.
+        // A file system has whole blocks; an image or a device can be larger by part of a block.
         let size = size.as_u64() & !(BLOCK - 1);
         let text = size.to_string();
         let run = Run::of(BTRFS).args(["filesystem", "resize", &text]).args([self.path()]);

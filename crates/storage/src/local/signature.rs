@@ -27,7 +27,7 @@ pub(crate) struct Signature {
 }
 
 impl Signature {
-    /// Returns whether it is a file system created as a pool.
+    /// Returns whether the content is a file system created as a pool.
     pub(crate) fn is_pool(&self) -> bool {
         self.kind == "btrfs" && self.label.as_deref() == Some("scalebox")
     }

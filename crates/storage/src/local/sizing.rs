@@ -47,7 +47,7 @@ impl FromStr for RequestedSize {
     }
 }
 
-/// As the operator wrote it.
+/// Displays the size as the operator wrote it.
 impl fmt::Display for RequestedSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
@@ -69,7 +69,7 @@ pub struct PoolSize {
     text: String,
 }
 
-/// As the operator wrote it, or in whole GiB: `400G`.
+/// Displays the size as the operator wrote it, or in whole GiB: `400G`.
 impl fmt::Display for PoolSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)

@@ -22,9 +22,9 @@ const METADATA_HEADROOM: Bytes = Bytes::from_mib(128);
 /// each of 98,000 blocks written in random order.
 const METADATA_PER_BLOCK: f64 = 256.0;
 
-/// The same for XFS. An extent takes 16 bytes in the file's map, 24 in the reverse map, and 12 in
-/// the tree of shared extents, in blocks that are at least half full (XFS Algorithms & Data
-/// Structures, 3rd edition, chapters 11 to 13).
+/// Metadata per block of data on XFS in the worst case, in bytes. An extent takes 16 bytes in the
+/// file's map, 24 in the reverse map, and 12 in the tree of shared extents, in blocks that are at
+/// least half full (XFS Algorithms & Data Structures, 3rd edition, chapters 11 to 13).
 const XFS_METADATA_PER_BLOCK: f64 = 104.0;
 
 /// Minimum free metadata space when no further metadata chunk can be allocated. Below it nothing
@@ -66,7 +66,7 @@ fn within(space: Space, allowance: Allowance) -> Space {
     }
 }
 
-/// XFS updates its free space at once and has no second limit.
+/// Reads the space of an XFS. It updates its free space at once and has no second limit.
 fn of_xfs(pool: &File) -> Result<Space, StorageError> {
     let stat = fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
     let blocks = |count| Bytes::from_blocks(count, stat.f_frsize);

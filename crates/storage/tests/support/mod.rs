@@ -230,7 +230,7 @@ pub fn name(text: &str) -> TemplateName {
     text.parse().unwrap()
 }
 
-/// Returns the id that belongs to a label: tests tell disks apart by labels such as `vm-kept`.
+/// Returns the id that belongs to a label: tests distinguish disks by labels such as `vm-kept`.
 pub fn vm_id(label: &str) -> VmId {
     let hash = label.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

@@ -40,7 +40,8 @@ pub(crate) fn connect(world: &Arc<World>, body: &Arc<Body>) -> io::Result<UnixSt
         received: Vec::new(),
     };
     if responds {
-        // Started here and not in the task: from now on a paused clock waits for the agent.
+        // The task is started here, and not in the other one: from now on a paused clock waits for
+        // the agent.
         let serving = spawn_blocking(move || (session.serve(), session));
         tokio::spawn(follow(serving));
     } else {

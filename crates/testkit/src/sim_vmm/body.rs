@@ -20,7 +20,7 @@ const SECTOR_BYTES: u64 = 512;
 pub(crate) struct Body {
     pub(crate) spec: MachineSpec,
     pub(crate) pid: i32,
-    /// The name of the driver that launched it.
+    /// The name of the driver that launched the machine.
     pub(crate) driver: &'static str,
     inside: Mutex<Inside>,
 }
@@ -46,7 +46,7 @@ pub(crate) struct Inside {
     connections: Vec<UnixStream>,
 }
 
-/// What the holder of a machine receives.
+/// The channels to the holder of a machine.
 pub(crate) struct Holding {
     pub(crate) events: broadcast::Sender<MachineEvent>,
     pub(crate) ended: watch::Sender<Option<ExitReason>>,
@@ -76,12 +76,12 @@ impl Inside {
         }
     }
 
-    /// The file system as the agent reports it.
+    /// Returns the size of the file system as the agent reports it.
     pub(crate) fn fs_total(&self) -> Bytes {
         self.guest.fs_total.unwrap_or(self.disk_size)
     }
 
-    /// Whether the agent responds right now.
+    /// Returns whether the agent responds right now.
     pub(crate) fn agent_responds(&self) -> bool {
         self.state == MachineState::Running && self.is_booted && self.guest.agent == SimAgent::Responsive
     }
@@ -106,7 +106,7 @@ impl Inside {
         }
     }
 
-    /// A running guest writes all the time.
+    /// Stalls the machine if the disk is full: a running guest writes all the time.
     pub(crate) fn stall_if_disk_full(&mut self) {
         if self.is_disk_full && self.state == MachineState::Running {
             self.state = MachineState::Stalled;
@@ -154,7 +154,7 @@ impl Body {
         })
     }
 
-    /// Never locked across an await.
+    /// Locks the state. It is never locked across an await.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }

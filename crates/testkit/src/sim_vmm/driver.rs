@@ -118,7 +118,7 @@ impl SimVmm {
     }
 }
 
-/// Keeps a second launch of the same machine away.
+/// Prevents a second launch of the same machine.
 struct Launching<'a> {
     world: &'a World,
     id: &'a VmId,

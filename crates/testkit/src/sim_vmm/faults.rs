@@ -27,7 +27,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// The name that errors have for it.
+    /// Returns the name that errors have for the call.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Operation::Launch => "launch",
@@ -69,7 +69,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Returns the gate and the fault that waits for it.
+    /// Returns the gate and the fault that waits for the gate.
     pub(crate) fn new() -> (Gate, Fault) {
         let (arrived, open) = (watch::Sender::new(false), watch::Sender::new(false));
         let fault = Fault::Wait {

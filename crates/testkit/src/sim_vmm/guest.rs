@@ -27,7 +27,7 @@ pub struct SimGuest {
 /// The guest agent of a simulated guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SimAgent {
-    /// It responds once the guest has booted, while the guest runs.
+    /// The agent responds once the guest has booted, while the guest runs.
     Responsive,
     /// Connections are accepted but nobody responds, as under QEMU without an agent.
     Silent,
@@ -36,7 +36,7 @@ pub enum SimAgent {
 }
 
 impl Default for SimGuest {
-    /// A guest that boots at once, has an agent and obeys.
+    /// Returns a guest that boots at once, has an agent and obeys.
     fn default() -> SimGuest {
         SimGuest {
             boot_time: Duration::from_millis(5),

@@ -59,7 +59,7 @@ impl Handle {
         }
     }
 
-    /// The hypervisor passes nothing on while it hangs.
+    /// Requests a shutdown. The hypervisor passes nothing on while it hangs.
     fn request_shutdown(&self) {
         if !self.body.lock().is_hung {
             self.world.request_shutdown(&self.body);

@@ -15,23 +15,23 @@ pub struct NextCall {
 }
 
 impl NextCall {
-    /// It fails with the error that is usual for the operation.
+    /// Makes the call fail with the error that is usual for the operation.
     pub fn fails(self) {
         let operation = self.operation;
         self.fails_with(move |id| operation.usual_error(id));
     }
 
-    /// It fails with this error, which may depend on the machine.
+    /// Makes the call fail with this error, which may depend on the machine.
     pub fn fails_with(self, error: impl FnOnce(&VmId) -> Error + Send + 'static) {
         self.decide(Fault::Fail(Box::new(error)));
     }
 
-    /// The hypervisor does not respond to it: it fails with [`Error::Hung`] after 10 s.
+    /// Makes the hypervisor not respond to the call: it fails with [`Error::Hung`] after 10 s.
     pub fn hangs(self) {
         self.decide(Fault::Hang);
     }
 
-    /// It waits until the gate is opened or dropped, then proceeds.
+    /// Makes the call wait until the gate is opened or dropped.
     pub fn waits(self) -> Gate {
         let (gate, fault) = Gate::new();
         self.decide(fault);

@@ -49,7 +49,7 @@ impl State {
 }
 
 impl World {
-    /// Never locked across an await, nor while a body is locked.
+    /// Locks the state. It is never locked across an await, nor while a body is locked.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -18,7 +18,8 @@ pub struct Source {
     /// Relative to the crate's folder.
     pub path: PathBuf,
     pub syntax: syn::File,
-    /// What a name at the top of the file stands for, where it is another module's (`pub use`).
+    /// The path that a name at the top of the file stands for, where it is in another module (`pub
+    /// use`).
     exports: BTreeMap<String, ModulePath>,
 }
 

@@ -71,7 +71,8 @@ impl Confinement {
         let group = match &self.cgroups {
             None => None,
             Some(cgroups) => {
-                // Recorded before they are created, so that clearing the folder removes them.
+                // The groups are recorded before they are created, so that clearing the folder
+                // removes them.
                 dir.record_groups(&cgroups.folders(spec.id.as_str()))?;
                 let share = ResourceLimits {
                     memory: Bytes::from_mib(spec.memory_mib) + overhead,

@@ -33,7 +33,7 @@ pub(crate) struct AllowedFiles {
     pub(crate) program: PathBuf,
     pub(crate) read: Vec<PathBuf>,
     pub(crate) write: Vec<PathBuf>,
-    /// The folder in which it creates sockets.
+    /// The folder in which the hypervisor creates sockets.
     pub(crate) sockets: PathBuf,
 }
 
@@ -125,7 +125,7 @@ fn prefix(program: &Path) -> Option<PathBuf> {
             .parent()
             .filter(|prefix| prefix.parent().is_some())
             .map(Path::to_owned),
-        // Not in a `bin` folder: allow the program alone.
+        // The program is not in a `bin` folder, so it is allowed alone.
         false => Some(program.to_owned()),
     }
 }

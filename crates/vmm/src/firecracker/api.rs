@@ -200,8 +200,8 @@ fn rate_limiter(limits: DiskLimits) -> Value {
 
 type SendError = Box<dyn std::error::Error + Send + Sync>;
 
-/// The guest's reboot is the only end that Firecracker notices, and it notices a reset by the
-/// keyboard controller.
+/// Adds `reboot=k`: a reboot of the guest is then a reset by the keyboard controller, which is the
+/// only end of a guest that Firecracker notices.
 fn cmdline(line: &str) -> String {
     format!("{line} reboot=k")
 }
@@ -320,7 +320,7 @@ mod tests {
         .await
         .unwrap();
         api.ctrl_alt_del().await.unwrap();
-        // Rejected, because the machine is already started.
+        // Firecracker rejects this, because the machine is already started.
         let error = api.start().await.unwrap_err().to_string();
         assert!(error.contains("not supported after starting"), "{error}");
         server.await.unwrap();

@@ -57,7 +57,7 @@ impl Firecracker {
         Jails::new(base, self.program.file_name().unwrap_or_default().to_owned())
     }
 
-    /// Such as `1.16.1`.
+    /// Returns the version, such as `1.16.1`.
     pub(crate) fn version(&self) -> &str {
         &self.version
     }

@@ -165,7 +165,7 @@ impl Vmm for FirecrackerDriver {
         "firecracker"
     }
 
-    /// `MAX_SUPPORTED_VCPUS`, the limit of Firecracker's `PUT /machine-config`.
+    /// Returns `MAX_SUPPORTED_VCPUS`, the limit of Firecracker's `PUT /machine-config`.
     fn max_vcpus(&self) -> u32 {
         32
     }
@@ -260,7 +260,7 @@ async fn wait_until_responsive(process: &Process, api: &Api) -> Result<(), Strin
     }
 }
 
-/// Opened for reading only, so that the end of the process is seen as end-of-file.
+/// Opens the console for reading only, so that the end of the process is seen as end-of-file.
 fn open_console(dir: &RunDir) -> Result<pipe::Receiver> {
     let path = dir.console_pipe();
     pipe::OpenOptions::new()

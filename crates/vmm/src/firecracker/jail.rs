@@ -344,7 +344,7 @@ mod tests {
         let (spec, jails) = (spec(folder.path()), jails_in(folder.path()));
         let disk = folder.path().join("disk");
         jails.make(&spec, &disk, ACCOUNT).unwrap();
-        // One of an older program, and a folder of another origin.
+        // A jail of an older program, and a folder of another origin.
         let older = jails.base().join("firecracker-v1.15/vm-aaaaaaaaaaaa/root");
         let foreign = jails.base().join("firecracker-v1.15/other/root");
         for folder in [&older, &foreign] {

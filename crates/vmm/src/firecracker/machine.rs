@@ -127,7 +127,7 @@ impl Machine for FirecrackerMachine {
         self.handle.grow_root(size, grow).await
     }
 
-    /// Firecracker's disks do not support discard, up to and including 1.17.
+    /// Returns false: Firecracker's disks do not support discard, up to and including 1.17.
     fn supports_discard(&self) -> bool {
         false
     }
@@ -163,7 +163,8 @@ impl Machine for FirecrackerMachine {
 struct JailObserver(Jail);
 
 impl Observer for JailObserver {
-    /// Only the parent learns the exit status; after an adoption the log decides.
+    /// Returns the reason from the exit status, which only the parent receives. After an adoption
+    /// the log decides.
     fn exit_reason(&self, status: Option<&str>, output: &str) -> Option<ExitReason> {
         let clean = output.contains(CLEAN_EXIT) || status == Some("exit status 0");
         clean.then_some(ExitReason::GuestShutdown)

@@ -31,10 +31,10 @@ pub(crate) async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> 
 
 async fn request_port(socket: &Path, port: u32) -> io::Result<UnixStream> {
     let mut stream = jail::connect(socket).await?;
-    // In one write: Firecracker reads the request once.
+    // The request is sent in one write, because Firecracker reads it once.
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     let mut response = Vec::new();
-    // Read byte by byte: data after the line comes from the guest.
+    // The response is read byte by byte: data after the line comes from the guest.
     while !response.ends_with(b"\n") && response.len() < MAX_RESPONSE_BYTES {
         response.push(match stream.read_u8().await {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {

@@ -44,7 +44,8 @@ pub(crate) enum DiskIo {
 pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: DiskIo) -> Result<Vec<String>> {
     let [name, control] = identifying_arguments(&spec.id, dir)?;
     let mut argv = Argv::default();
-    // First, so that `ps` shows it. A process name holds 15 bytes: exactly one machine id.
+    // The name comes first, so that `ps` shows it. A process name holds 15 bytes: exactly one
+    // machine id.
     argv.pair("-name", name);
     argv.words(&["-nodefaults", "-no-user-config", "-no-shutdown", "-S"]);
     argv.words(&["-display", "none", "-rtc", "base=utc,clock=host"]);
@@ -73,9 +74,9 @@ pub(crate) fn identifying_arguments(id: &VmId, dir: &RunDir) -> Result<[String; 
     ])
 }
 
-/// On a host I/O error the guest is paused (`werror`, `rerror`) and the request is repeated on
-/// resume. This covers all errors, not only ENOSPC: a layer below that runs out of space (a pool
-/// image, a loop device) reports other errors.
+/// Returns the device of the root disk. On a host I/O error the guest is paused (`werror`,
+/// `rerror`) and the request is repeated on resume. This covers all errors, not only ENOSPC: a
+/// layer below that runs out of space (a pool image, a loop device) reports other errors.
 fn root_device() -> Value {
     json!({
         "driver": "virtio-blk-device", "id": ROOT_DEVICE, "drive": ROOT_NODE, "serial": "root", "bootindex": 1,
@@ -104,7 +105,8 @@ fn read_only_node(name: &str, file: String) -> Value {
             "file": { "driver": "file", "filename": file, "read-only": true } })
 }
 
-/// QEMU listens, does not wait for a client, and drops output while no client is connected.
+/// Returns a socket on which QEMU listens. QEMU does not wait for a client, and drops output while
+/// no client is connected.
 fn socket_chardev(id: &str, path: &str) -> String {
     format!("socket,id={id},path={},server=on,wait=off", path.replace(',', ",,"))
 }

@@ -26,12 +26,12 @@ impl Qemu {
         Ok(Qemu { program, version })
     }
 
-    /// Path of the binary.
+    /// Returns the path of the binary.
     pub(crate) fn program(&self) -> &Path {
         &self.program
     }
 
-    /// Such as `7.2.22`.
+    /// Returns the version, such as `7.2.22`.
     pub(crate) fn version(&self) -> &str {
         &self.version
     }

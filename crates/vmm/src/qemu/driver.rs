@@ -181,7 +181,7 @@ impl Vmm for QemuDriver {
         "qemu"
     }
 
-    /// The limit of the machine type `microvm`, since QEMU 4.2.
+    /// Returns the limit of the machine type `microvm`, since QEMU 4.2.
     fn max_vcpus(&self) -> u32 {
         288
     }

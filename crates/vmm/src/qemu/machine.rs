@@ -78,8 +78,8 @@ pub(crate) struct QemuMachine {
 /// The machine and its control connection, which handle and monitor share.
 struct Connection {
     machine: Arc<Supervised>,
-    /// Replaced when the connection breaks. A `std` mutex: locked only to clone the value, never
-    /// across an await.
+    /// The connection, which is replaced when it breaks. A `std` mutex: locked only to clone the
+    /// value, never across an await.
     qmp: Mutex<Qmp>,
 }
 
@@ -116,7 +116,7 @@ impl QemuMachine {
         self.qemu.on_guest_shutdown();
     }
 
-    /// A paused guest cannot react to a shutdown request.
+    /// Resumes a paused guest, which could not react to a shutdown request.
     async fn resume_if_paused(&self) -> Result<()> {
         match self.state().await? {
             MachineState::Paused | MachineState::Stalled => self.resume().await,
@@ -154,7 +154,7 @@ impl Machine for QemuMachine {
         Ok(match status {
             RunState::running => MachineState::Running,
             RunState::io_error => MachineState::Stalled,
-            // Powered off; the process is about to exit.
+            // The guest has powered off; the process is about to exit.
             RunState::shutdown => MachineState::Ended(self.exited().await),
             _ => MachineState::Paused,
         })
@@ -281,8 +281,8 @@ impl Connection {
     fn on_guest_shutdown(self: &Arc<Self>) {
         self.machine.set_cause(ExitReason::GuestShutdown);
         self.machine.publish(MachineEvent::GuestShutdown);
-        // In a task of its own: the response to `quit` arrives through the monitor, which calls
-        // this.
+        // The rest runs in a task of its own: the response to `quit` arrives through the monitor,
+        // which calls this.
         let qemu = self.clone();
         tokio::spawn(async move {
             let machine = &qemu.machine;
@@ -297,8 +297,8 @@ impl Connection {
         });
     }
 
-    /// An unexpected stop may be a failure of the hypervisor itself (KVM could not continue). Such
-    /// a machine can never resume, so it is killed.
+    /// Kills the machine if the hypervisor itself has failed (KVM could not continue), which causes
+    /// an unexpected stop. Such a machine can never resume.
     fn kill_after_internal_error(self: &Arc<Self>) {
         let qemu = self.clone();
         tokio::spawn(async move {
@@ -328,7 +328,7 @@ impl Connection {
                 other => tracing::warn!(machine = %machine.id, reason = ?other, "unexpected shutdown"),
             },
             Event::RESET { data, .. } if data.guest => machine.publish(MachineEvent::GuestReboot),
-            // The agent's port is the only one.
+            // The agent's port is the only one with an id.
             Event::VSERPORT_CHANGE { data, .. } if data.open => {
                 tracing::debug!(machine = %machine.id, "the guest opened its agent port");
                 machine.publish(MachineEvent::AgentUp);

@@ -122,7 +122,7 @@ impl Events {
             };
             match message {
                 Ok(event) => return Some(event),
-                // For example an event that only a newer QEMU has.
+                // The event may be one that only a newer QEMU has.
                 Err(error) => tracing::debug!(%error, "ignoring a QMP message"),
             }
         }

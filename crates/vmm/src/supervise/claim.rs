@@ -43,7 +43,7 @@ impl ClaimedProcess {
     }
 }
 
-/// What [`find`] found of a machine that has no holder.
+/// The result of [`find`] for a machine that has no holder.
 enum Found {
     /// No process; leftover files are removed.
     Nothing,

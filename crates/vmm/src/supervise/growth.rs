@@ -17,8 +17,8 @@ impl Supervised {
     {
         let mut max_requested = self.max_requested.lock().await;
         let bytes = self.check_growth(*max_requested, size).await?;
-        // Updated before the request is sent: if this future is dropped, the request may still have
-        // arrived.
+        // The maximum is updated before the request is sent: if this future is dropped, the request
+        // may still have arrived.
         *max_requested = size;
         grow(bytes).await
     }

@@ -41,8 +41,8 @@ impl Supervised {
             return Ok(reason);
         }
         if self.cause().is_some() {
-            // Powered off in time, but its hypervisor still flushes the disk, for a bounded time;
-            // or killed by another caller.
+            // The guest powered off in time, but its hypervisor still flushes the disk, for a
+            // bounded time; or another caller killed the machine.
             return Ok(self.exited().await);
         }
         tracing::warn!(machine = %self.id, ?grace, "the guest did not shut down in time; killing it");

@@ -76,7 +76,7 @@ impl Supervised {
 
     /// Kills the process. Does nothing if it has ended.
     pub(crate) fn kill(&self, cause: ExitReason) -> Result<()> {
-        // Set first: the monitor may see the end at once.
+        // The cause is set first: the monitor may see the end at once.
         if self.process.is_alive() {
             self.set_cause(cause);
         }

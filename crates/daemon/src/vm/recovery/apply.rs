@@ -38,7 +38,7 @@ pub async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn Machine>
             tracing::info!(vm = %record.id, name = record.name, from, to, reason = effect.reason);
         }
         if let Err(error) = transition(host, &record, to).await {
-            tracing::error!(vm = %record.id, %error, "cannot record the VM's status; the next start does");
+            tracing::error!(vm = %record.id, %error, "cannot record the VM's status; the next start records it");
         }
     }
     if let Some(machine) = machine {
@@ -62,8 +62,7 @@ fn transition_to(verdict: &Verdict, machine: Option<&Arc<dyn Machine>>) -> Optio
     })
 }
 
-/// Applies what is recorded and may not have reached the machine or the disk before a crash: the
-/// limits of the disk, and its size.
+/// Applies the recorded limits and size of a VM's disk. A crash may have prevented that before.
 pub async fn reconcile(host: &Host, record: &mut Record, machine: Option<&Arc<dyn Machine>>, may_touch_disk: bool) {
     if let Some(machine) = machine
         && let Err(error) = machine.limit_disk(disk_limits(record.limits)).await

@@ -1,17 +1,17 @@
-//! What becomes of a VM at the daemon's start: a pure decision.
+//! Decides what becomes of a VM at the daemon's start. The decision is a pure function.
 
 use scalebox_api::VmStatus;
 
-/// What was found of one VM.
+/// The observations about one VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Observed {
     /// The recorded status.
     pub status: VmStatus,
     /// Whether a stop was recorded and not completed.
     pub stopping: bool,
-    /// What was found of its machine.
+    /// The state of the VM's machine.
     pub machine: Found,
-    /// Whether its disk is missing from the pool.
+    /// Whether the VM's disk is missing from the pool.
     pub disk_missing: bool,
     /// Whether the host was rebooted since the VMs were last started.
     pub rebooted: bool,
@@ -19,42 +19,42 @@ pub struct Observed {
     pub autostart: bool,
 }
 
-/// What was found of a VM's machine.
+/// The state in which a VM's machine was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
-    /// It was adopted.
+    /// The machine was adopted.
     Adopted,
-    /// Its process may exist, but could not be adopted. Holds the cause and the remedy.
+    /// The process may exist, but could not be adopted. Holds the cause and the remedy.
     Unreachable(String),
-    /// There is none.
+    /// There is no machine.
     Nothing,
 }
 
-/// What becomes of the VM.
+/// The decision about a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It runs.
+    /// The VM runs.
     Run,
-    /// It runs, and the stop that a crash interrupted is completed.
+    /// The VM runs, and the stop that a crash interrupted is completed.
     CompleteStop,
-    /// It is started as soon as the daemon serves requests.
+    /// The VM is started as soon as the daemon serves requests.
     StartAfterReboot,
-    /// It has stopped.
+    /// The VM has stopped.
     Stop {
         /// Why, if not by request.
         reason: Option<&'static str>,
     },
-    /// It has failed.
+    /// The VM has failed.
     Fail {
         /// The cause.
         reason: &'static str,
     },
-    /// Its machine may run; the next start tries to adopt it again.
+    /// The machine may run; the next start tries to adopt it again.
     Unreachable {
         /// The cause and the remedy.
         reason: String,
     },
-    /// It stays as recorded.
+    /// The VM stays as recorded.
     Keep,
 }
 
@@ -86,7 +86,7 @@ pub fn decide(observed: &Observed) -> Verdict {
 mod tests {
     use super::*;
 
-    /// Every combination of what can be found, with the verdict.
+    /// Returns every combination of observations, with its verdict.
     fn all() -> Vec<(Observed, Verdict)> {
         let statuses = [VmStatus::Running, VmStatus::Paused, VmStatus::Stopped, VmStatus::Failed];
         let machines = [Found::Adopted, Found::Unreachable("why".to_owned()), Found::Nothing];

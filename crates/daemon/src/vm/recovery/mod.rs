@@ -63,7 +63,7 @@ pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
     let records = kernels::assign(host, records).await?;
     let known: HashSet<VmId> = records.iter().map(|record| record.id.clone()).collect();
 
-    // Orphaned machines first, because they may have an orphaned disk open.
+    // Orphaned machines are killed first, because they may have an orphaned disk open.
     let mut recovered = Recovered {
         vms: records.len(),
         orphans_killed: kill_orphans(host, &known).await?,

@@ -34,7 +34,7 @@ pub async fn start_after_reboot(host: Host, vms: Vec<VmId>) {
     }
 }
 
-/// Starts one VM, unless it was started, deleted or told not to start in the meantime.
+/// Starts one VM, unless it was started or deleted, or its autostart turned off, in the meantime.
 async fn start_one_after_reboot(host: &Host, id: &VmId) -> Result<(), ServiceError> {
     let Ok(operation) = host.vms.begin_when_idle(id.as_str(), "being started").await else {
         return Ok(());

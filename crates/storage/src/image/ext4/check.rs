@@ -82,10 +82,10 @@ fn e2fsck(image: &Path, options: &[&str]) -> Result<(), StorageError> {
     }
     match answer.code {
         _ if answer.is_fault_of_host() => {}
-        // Reported when it updates quotas.
+        // e2fsck reports this when it updates quotas.
         Some(0 | CORRECTED) if answer.complaint(|line| line.starts_with("[QUOTA WARNING]")).is_none() => return Ok(()),
-        // Also combined with 8, when it aborts because of a finding. With 8 alone, it cannot
-        // interpret the superblock.
+        // e2fsck combines this code with 8 when it aborts because of a finding. With 8 alone, it
+        // cannot interpret the superblock.
         Some(code) if code & UNCORRECTED != 0 || code == ERROR && output.contains("super") => {
             return Err(StorageError::FileSystem(format!(
                 "is damaged; repair it first.\n{output}"

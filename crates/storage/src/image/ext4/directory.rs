@@ -31,7 +31,7 @@ pub(super) struct Directory<'i> {
     index: HashMap<u64, usize>,
     /// The initial value of a block's checksum.
     seed: Option<u32>,
-    /// Whether its names are encrypted; some of them are then followed by a hash.
+    /// Whether the folder's names are encrypted; some of them are then followed by a hash.
     encrypted: bool,
 }
 
@@ -63,7 +63,7 @@ impl<'i> Directory<'i> {
         Ok(directory)
     }
 
-    /// Lists its blocks: the number in the folder, and the number in the image.
+    /// Lists the blocks of the folder: the number in the folder, and the number in the image.
     pub(super) fn blocks(&self) -> impl Iterator<Item = (u64, u64)> + use<'_> {
         let written = self.pieces.iter().filter(|piece| piece.written);
         written.flat_map(|piece| (0..piece.length).map(|nth| (piece.logical + nth, piece.physical + nth)))
@@ -81,8 +81,8 @@ impl<'i> Directory<'i> {
         (nth < piece.length).then_some(piece.physical + nth)
     }
 
-    /// Finds the blocks of its index. Empty if the first block does not begin an index: then all
-    /// blocks contain names.
+    /// Finds the blocks of the folder's index. Empty if the first block does not begin an index:
+    /// then all blocks contain names.
     fn find_index(&self) -> Result<HashMap<u64, usize>, StorageError> {
         /// Offset in the first block: after two entries, and before the entries of the index.
         const ROOT: usize = 0x18;

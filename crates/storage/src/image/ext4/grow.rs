@@ -40,7 +40,7 @@ pub(crate) fn cannot_grow(image: &File) -> Result<Option<&'static str>, StorageE
 }
 
 /// Grows the image `path`, open as `image`, and its file system to `size`. No file in it changes.
-/// Returns a clone of the image before, for [`finish_growth`].
+/// Returns a clone of the image before the growth, for [`finish_growth`].
 ///
 /// # Errors
 /// [`StorageError::FileSystem`] when it is damaged, [`StorageError::CannotGrow`] when it cannot

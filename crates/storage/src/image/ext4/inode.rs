@@ -52,12 +52,12 @@ impl Inode<'_> {
         self.is(LINK)
     }
 
-    /// Returns whether its data is in the inode itself.
+    /// Returns whether the file's data is in the inode itself.
     pub(super) fn is_inline(&self) -> bool {
         self.flags() & INLINE != 0
     }
 
-    /// Returns the size of its file, in bytes.
+    /// Returns the size of the file, in bytes.
     pub(super) fn size(&self) -> u64 {
         u64::from(self.fields().u32(0x4)) | u64::from(self.fields().u32(0x6c)) << 32
     }
@@ -109,7 +109,7 @@ impl Inode<'_> {
         self.flags() & INDEXED != 0
     }
 
-    /// Returns whether it is not a file, but an extended attribute of files (`ea_inode`).
+    /// Returns whether the inode is not a file, but an extended attribute of files (`ea_inode`).
     pub(super) fn is_attribute(&self) -> bool {
         self.flags() & ATTRIBUTE != 0
     }
@@ -122,12 +122,12 @@ impl Inode<'_> {
         self.fields().u16(0x1a)
     }
 
-    /// Returns the block of its extended attributes; 0 for none.
+    /// Returns the block of the inode's extended attributes; 0 for none.
     pub(super) fn attribute_block(&self) -> u64 {
         u64::from(self.fields().u32(0x68)) | u64::from(self.fields().u16(0x76)) << 32
     }
 
-    /// Returns whether it has data in blocks, rather than in the inode itself or none.
+    /// Returns whether the file has data in blocks, rather than in the inode itself or none.
     pub(super) fn has_blocks(&self) -> bool {
         let short = self.size() < MAP_LENGTH as u64;
         let long_link = self.is(LINK) && (self.flags() & EXTENTS != 0 || !short);
@@ -156,7 +156,7 @@ impl Inode<'_> {
         bytes
     }
 
-    /// Returns the pieces of its file in order. Empty unless [`Inode::has_blocks`].
+    /// Returns the pieces of the file in order. Empty unless [`Inode::has_blocks`].
     pub(super) fn pieces<'i>(&self, image: &'i File, layout: &'i Layout) -> Result<Pieces<'i>, StorageError> {
         let map = self.bytes.get(MAP..MAP + MAP_LENGTH).unwrap_or_default();
         let entries = if !self.has_blocks() {
@@ -256,7 +256,7 @@ fn extents(node: &[u8], expected: Option<u16>) -> Result<Vec<MapEntry>, StorageE
     const MAGIC: u16 = 0xf30a;
     const ENTRY: usize = 12;
     const MAX_DEPTH: u16 = 5;
-    /// Added to the length of an extent that is not written yet.
+    /// The number that is added to the length of an extent that is not written yet.
     const UNWRITTEN: u64 = 32768;
 
     let head = Fields(node);

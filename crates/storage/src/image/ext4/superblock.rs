@@ -7,7 +7,7 @@ use crate::error::StorageError;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// Its offset and length, in bytes.
+/// The offset and length of the superblock, in bytes.
 pub(super) const START: u64 = 1024;
 pub(super) const LENGTH: usize = 1024;
 const MAGIC: u16 = 0xef53;

@@ -38,7 +38,7 @@ pub(crate) struct Stat {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) size: u64,
-    /// The number of its names.
+    /// The number of the file's names.
     pub(crate) links: u16,
 }
 

@@ -35,7 +35,7 @@ const TIMEOUT: Duration = Duration::from_secs(300);
 /// [`StorageError::FileSystem`], [`StorageError::Io`]; [`StorageError::Host`] when data is left.
 pub(crate) fn zero(image: &File) -> Result<(), StorageError> {
     Pass::new(image, Mode::Zero)?.run()?;
-    fault_point("snapshot: unused blocks emptied").map_err(StorageError::step)?;
+    fault_point("snapshot: unused blocks zeroed").map_err(StorageError::step)?;
     Pass::new(image, Mode::Verify)?.run()
 }
 
@@ -51,8 +51,8 @@ struct Pass<'i> {
     layout: Layout,
     mode: Mode,
     begun: Instant,
-    /// All blocks of files and of their block maps. Only filled if bitmaps are not sufficient: a
-    /// cluster in use can have unused blocks.
+    /// All blocks of files and of their block maps. The list is only filled if bitmaps are not
+    /// sufficient: a cluster in use can have unused blocks.
     used: RefCell<Vec<Range<u64>>>,
 }
 
@@ -82,7 +82,7 @@ impl Pass<'_> {
         let first = group as u64 * self.layout.superblock.inodes_per_group() + 1;
         let mut bytes = vec![0; PIECE as usize];
         self.each_data(&table, |data| {
-            // Whole inodes, counted from the start of the table.
+            // The loop covers whole inodes, counted from the start of the table.
             let mut nth = (data.start - table.start) / size as u64;
             let end = (data.end - table.start).div_ceil(size as u64);
             while nth < end {
