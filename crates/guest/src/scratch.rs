@@ -77,16 +77,8 @@ fn sweep(work_dir: &Path) -> Result<(), Error> {
 /// Removes a tree. Fails if a file system, such as `/dev`, is mounted in it. Never removes files
 /// across a mount point.
 pub(crate) fn remove_tree(path: &Path) -> Result<(), Error> {
-    let table = Path::new("/proc/self/mountinfo");
-    let table = fs::read_to_string(table).map_err(Error::io("read", table))?;
-    let real = path.canonicalize().map_err(Error::io("resolve", path))?;
-    // The fifth field is the mount point (proc_pid_mountinfo(5)).
-    let mounted = table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .find(|point| Path::new(point).starts_with(&real));
-    if let Some(point) = mounted {
-        return Err(Error::StillMounted(PathBuf::from(point)));
+    if let Some(mount) = scalebox_mounts::within(path).map_err(Error::io("look for mounts in", path))? {
+        return Err(Error::StillMounted(mount.target));
     }
     let options = ["--recursive", "--force", "--one-file-system", "--"];
     run(RM).args(options).args([path]).stdout()?;

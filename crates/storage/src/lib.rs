@@ -38,7 +38,7 @@
 //! | `init` | creating, mounting and registering the pool |
 //! | `resize` | growing, shrinking and trimming the pool |
 //! | `backing`, `pool_fs` | the image, device or existing file system under the pool; differences between btrfs and XFS |
-//! | `fstab`, `mounts` | entries in `/etc/fstab`, and the mount table of the kernel |
+//! | `fstab` | entries in `/etc/fstab` |
 //! | `signature` | detecting what a file or device holds |
 //! | `space`, `btrfs`, `quota` | the writable space, as the kernel reports it |
 //! | `extents`, `fiemap`, `tree_search` | the extents of files |

@@ -189,6 +189,9 @@ impl Process {
 
 impl Identity {
     /// Reads the identity of the pid's current owner; `None` if there is none, or it has ended.
+    ///
+    /// Not with the crate `procfs` (0.18): it drops empty arguments, and rejects those that are not
+    /// UTF-8.
     fn read(pid: i32) -> Option<Identity> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let cmdline = fs::read(format!("/proc/{pid}/cmdline")).ok()?;

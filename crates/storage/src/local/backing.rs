@@ -1,8 +1,8 @@
 //! The backing of a pool: an image, a block device, or an existing file system.
 
 use crate::error::StorageError;
-use crate::local::mounts::{self, MountEntry};
 use rustix::fs::{FileType, stat};
+use scalebox_mounts::Mount;
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
@@ -52,7 +52,7 @@ pub(crate) enum FsKind {
 }
 
 impl FsKind {
-    fn of(mount: &MountEntry, at: &Path) -> Result<FsKind, StorageError> {
+    fn of(mount: &Mount, at: &Path) -> Result<FsKind, StorageError> {
         match mount.fs_type.as_str() {
             "btrfs" => Ok(FsKind::Btrfs),
             "xfs" => Ok(FsKind::Xfs),
@@ -80,7 +80,7 @@ impl FsKind {
 /// [`StorageError::OtherDevice`].
 pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<PoolLocation>, StorageError> {
     let look_up = |error| StorageError::io("look up", data_dir.display(), error);
-    if let Some(mount) = mounts::mounted_at(data_dir).map_err(look_up)? {
+    if let Some(mount) = scalebox_mounts::mounted_at(data_dir).map_err(look_up)? {
         let kind = FsKind::of(&mount, data_dir)?;
         let backing = match backing {
             Backing::Device(device) if same_device(device, &mount.source) => ActualBacking::Device(device.clone()),
@@ -107,7 +107,7 @@ pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<PoolLoca
     if *backing != Backing::Existing {
         return Ok(None);
     }
-    let Some(mount) = mounts::holding(data_dir).map_err(look_up)? else {
+    let Some(mount) = scalebox_mounts::holding(data_dir).map_err(look_up)? else {
         return Ok(None);
     };
     Ok(Some(PoolLocation {
@@ -119,7 +119,7 @@ pub(crate) fn find(data_dir: &Path, backing: &Backing) -> Result<Option<PoolLoca
 }
 
 /// Returns the backing file of the loop device a pool is mounted from; `None` for any other device.
-pub(crate) fn backing_file(mount: &MountEntry) -> Result<Option<PathBuf>, StorageError> {
+pub(crate) fn backing_file(mount: &Mount) -> Result<Option<PathBuf>, StorageError> {
     let Some(name) = mount
         .source
         .file_name()

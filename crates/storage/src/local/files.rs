@@ -1,7 +1,6 @@
 //! Files in the pool: cloning, sparse copying, and durable changes.
 
 use crate::error::StorageError;
-use crate::local::mounts;
 use rustix::fs::{
     FlockOperation, IFlags, Mode, OFlags, RenameFlags, SeekFrom, flock, ioctl_ficlone, ioctl_getflags, ioctl_setflags,
     renameat_with, seek,
@@ -90,7 +89,7 @@ pub(crate) fn require_reflink(from: &Path, to: &Path) -> Result<(), StorageError
         Ok(()) => Ok(()),
         Err(Errno::OPNOTSUPP | Errno::NOTTY) => Err(StorageError::NotAPool {
             path: to.to_owned(),
-            fs_type: mounts::holding(to)
+            fs_type: scalebox_mounts::holding(to)
                 .ok()
                 .flatten()
                 .map_or_else(|| "different".to_owned(), |mount| mount.fs_type),

@@ -1,6 +1,6 @@
 //! The fstab line that mounts the pool after a reboot (setting `FSTAB`).
 
-use crate::local::mounts::{escape, unescape};
+use scalebox_mounts::{escape, unescape};
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};

@@ -11,7 +11,6 @@ use crate::local::backing::{self, ActualBacking, Backing, FsKind, PoolLocation};
 use crate::local::btrfs;
 use crate::local::files;
 use crate::local::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
-use crate::local::mounts;
 use crate::local::signature::{Signature, probe};
 use crate::local::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
 use crate::local::space;
@@ -347,7 +346,7 @@ fn require_empty(dir: &Path) -> Result<(), StorageError> {
 /// Fails if the image is mounted elsewhere: two ledgers would then count the same disks.
 fn require_not_mounted_elsewhere(image: &Path) -> Result<(), StorageError> {
     let image = image.canonicalize().unwrap_or_else(|_| image.to_owned());
-    let mounts = mounts::all().map_err(|error| StorageError::io("read", "the mount table", error))?;
+    let mounts = scalebox_mounts::all().map_err(|error| StorageError::io("read", "the mount table", error))?;
     for mount in mounts {
         if backing::backing_file(&mount)?.is_some_and(|backing| backing == image) {
             return Err(StorageError::MountedElsewhere {

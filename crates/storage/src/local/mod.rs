@@ -9,7 +9,6 @@ pub(crate) mod files;
 pub(crate) mod fstab;
 pub(crate) mod group_sync;
 pub(crate) mod init;
-pub(crate) mod mounts;
 pub(crate) mod pool_fs;
 pub(crate) mod quota;
 pub(crate) mod resize;

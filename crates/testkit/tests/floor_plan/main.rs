@@ -22,7 +22,7 @@ use std::process::Command;
 /// The crates, by floor. A crate uses crates of lower floors only; tests may use any.
 const CRATE_FLOORS: &[&[&str]] = &[
     &["scalebox-fault-points"],
-    &["scalebox-programs", "scalebox-units"],
+    &["scalebox-mounts", "scalebox-programs", "scalebox-units"],
     &["scalebox-storage", "scalebox-net", "scalebox-api"],
     &["scalebox-vmm", "scalebox-guest", "scalebox-client"],
     &["scalebox-testkit"],

@@ -7,6 +7,7 @@
 //! hypervisor, so that no part of the hypervisor ever runs outside. See
 //! Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/ in the kernel source.
 
+use scalebox_mounts::Mount;
 use scalebox_units::Bytes;
 use std::fs::{self, File};
 use std::io;
@@ -171,8 +172,10 @@ pub(crate) fn usable() -> Result<Vec<(Controller, PathBuf)>, String> {
 /// that stayed in the daemon's group there would be killed together with the service (`systemctl
 /// kill`).
 fn suitable() -> Result<Vec<(Controller, PathBuf)>, String> {
-    let read = |path: &str| fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
-    let hierarchies = hierarchies(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
+    const OWN: &str = "/proc/self/cgroup";
+    let mounts = scalebox_mounts::all().map_err(|error| format!("cannot list the mounts: {error}"))?;
+    let own = fs::read_to_string(OWN).map_err(|error| format!("{OWN}: {error}"))?;
+    let hierarchies = hierarchies(&mounts, &own);
     Ok(choose(hierarchies, has_controllers))
 }
 
@@ -280,39 +283,27 @@ fn has_controllers(folder: &Path) -> bool {
         .all(|wanted| controllers.split_whitespace().any(|controller| controller == *wanted))
 }
 
-/// Parses `/proc/self/mountinfo` and `/proc/self/cgroup`, and returns the folders below which
-/// groups are created.
+/// Returns the folders below which groups are created, from the mounted hierarchies and
+/// `/proc/self/cgroup`.
 ///
 /// For version 2 this is the top of the hierarchy: the daemon's own group contains processes, and
 /// such a group cannot enable controllers for its children. For version 1 it is the daemon's own
 /// group, whose limits then apply to the machines too.
-fn hierarchies(mountinfo: &str, own: &str) -> Vec<(Controller, PathBuf)> {
+fn hierarchies(mounts: &[Mount], own: &str) -> Vec<(Controller, PathBuf)> {
     let mut found = Vec::new();
-    for line in mountinfo.lines() {
-        // `36 35 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory`
-        let Some((mount, file_system)) = line.split_once(" - ") else {
-            continue;
-        };
-        let mut mount = mount.split(' ').skip(3);
-        let (Some(root), Some(at)) = (mount.next(), mount.next()) else {
-            continue;
-        };
-        let mut file_system = file_system.split(' ');
-        let (kind, options) = (
-            file_system.next().unwrap_or_default(),
-            file_system.nth(1).unwrap_or_default(),
-        );
-        match kind {
-            "cgroup2" => found.push((Controller::Unified, PathBuf::from(at))),
+    for mount in mounts {
+        match mount.fs_type.as_str() {
+            "cgroup2" => found.push((Controller::Unified, mount.target.clone())),
             "cgroup" => {
-                if options.split(',').any(|option| option == "name=systemd") {
-                    found.push((Controller::Services, PathBuf::from(at)));
+                if mount.has_option("name=systemd") {
+                    found.push((Controller::Services, mount.target.clone()));
                 }
                 for (name, controller) in [("memory", Controller::Memory), ("cpu", Controller::Cpu)] {
-                    if options.split(',').any(|option| option == name)
-                        && let Some(own) = own_group(own, name).and_then(|own| own.strip_prefix(root))
+                    if mount.has_option(name)
+                        && let Some(own) = own_group(own, name)
+                        && let Ok(below) = Path::new(own).strip_prefix(&mount.root)
                     {
-                        found.push((controller, Path::new(at).join(own.trim_start_matches('/'))));
+                        found.push((controller, mount.target.join(below)));
                     }
                 }
             }
@@ -342,14 +333,17 @@ mod tests {
     fn version_2_uses_the_top_group_and_version_1_the_own_group() {
         let unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate";
         assert_eq!(
-            hierarchies(unified, "0::/system.slice/scaleboxd.service"),
+            hierarchies(
+                &scalebox_mounts::parse(unified.as_bytes()),
+                "0::/system.slice/scaleboxd.service"
+            ),
             [(Controller::Unified, "/sys/fs/cgroup".into())]
         );
         let legacy = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
                       35 31 0:32 /docker/7 /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory";
         let own = "5:memory:/docker/7/inner\n1:cpu,cpuacct:/\n0::/";
         assert_eq!(
-            hierarchies(legacy, own),
+            hierarchies(&scalebox_mounts::parse(legacy.as_bytes()), own),
             [
                 (Controller::Cpu, "/sys/fs/cgroup/cpu,cpuacct".into()),
                 (Controller::Memory, "/sys/fs/cgroup/memory/inner".into())
