@@ -26,14 +26,15 @@ pub struct Template {
     /// measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
-    /// Origin: `build`, `import` or `snapshot`; absent for templates of releases that did not record
-    /// it.
+    /// Origin: `build`, `import` or `snapshot`; absent for templates of releases that did not
+    /// record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Id of the VM that the disk belonged to, if the source is `snapshot`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_vm: Option<String>,
-    /// Id of the kernel that new VMs boot; absent if the template was imported before there was one.
+    /// Id of the kernel that new VMs boot; absent if the template was imported before there was
+    /// one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
     /// Digest of the image, `blocks-sha256:` and 64 hex digits; absent for snapshots. See

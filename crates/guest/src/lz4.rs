@@ -1,8 +1,8 @@
 //! Decompresses the LZ4 *legacy* format (`lz4 -l`), in which Debian's kernels are compressed.
 //!
 //! Source: `lz4_Frame_format.md` (section *Legacy frame*) of the LZ4 project. The format is a magic
-//! number, then independent blocks of at most 8 MiB of content, each after its compressed length (32
-//! bits, little endian). `lz4_flex` decompresses the blocks.
+//! number, then independent blocks of at most 8 MiB of content, each after its compressed length
+//! (32 bits, little endian). `lz4_flex` decompresses the blocks.
 
 use lz4_flex::block::decompress_into;
 

@@ -3,8 +3,8 @@
 //! A template is a record, `templates/NAME.json`, and the image that it names: `NAME.ext4`, a bare
 //! ext4 file system that was unmounted cleanly and checked. Growing a file system takes tens of
 //! milliseconds, so it is done once per (template, size): the result, a resized base image, is kept
-//! in `templates/.grown/`, and disks are cloned from it. Its file name contains the template's inode
-//! number, so a base image of a replaced template is never used.
+//! in `templates/.grown/`, and disks are cloned from it. Its file name contains the template's
+//! inode number, so a base image of a replaced template is never used.
 
 use crate::error::StorageError;
 use crate::local::files::{self, Folder, PARTIAL};

@@ -507,7 +507,8 @@ impl Scene {
         Err(output_of(&output))
     }
 
-    /// Puts a finished build into a cache: a small template with a kernel that is not installed yet.
+    /// Puts a finished build into a cache: a small template with a kernel that is not installed
+    /// yet.
     fn prepare_build(&self) {
         static BUILDS: AtomicUsize = AtomicUsize::new(0);
         let fingerprint = scalebox_guest::Recipe::default().fingerprint();
