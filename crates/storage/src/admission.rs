@@ -357,7 +357,7 @@ mod tests {
         let refused = admission
             .lower_ceiling(Gib::new(10).bytes(), |_| Ok(Ok(())))
             .unwrap_err();
-        assert!(refused.to_string().contains("promised 20 GiB"), "{refused}");
+        assert!(refused.to_string().contains("20 GiB are committed"), "{refused}");
         let refused = admission
             .lower_ceiling(Gib::new(40).bytes(), |_| Ok(Err(Gib::new(50))))
             .unwrap_err();
