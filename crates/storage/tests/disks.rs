@@ -305,7 +305,7 @@ fn only_a_sound_bare_ext4_image_is_imported() {
         .collect();
     assert_eq!(names, ["tiny"]);
     let left = fs::read_dir(stocked.pool.path().join("templates")).unwrap().count();
-    assert_eq!(left, 1, "an unfinished file is left");
+    assert_eq!(left, 2, "only the image and its record");
 }
 
 #[test]

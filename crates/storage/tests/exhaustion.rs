@@ -84,7 +84,7 @@ fn admission_refuses_before_exhausted_metadata_makes_the_pool_read_only() {
         let space = pool.space().unwrap();
         space.metadata_total - space.metadata_used
     };
-    let folder = pool.path().join("kernel");
+    let folder = pool.path().join("kernels");
     let mut files = 0;
     while left(&pool) > Bytes::from_mib(48) {
         for _ in 0..1000 {

@@ -116,9 +116,9 @@ fn an_interrupted_init_is_finished_by_the_next() {
 
     // Killed after mounting and before creating the folders and registering.
     fs::remove_file(plan.fstab.as_ref().unwrap()).unwrap();
-    fs::remove_dir(plan.data_dir.join("kernel")).unwrap();
+    fs::remove_dir(plan.data_dir.join("kernels")).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
-    assert!(place.fstab().exists() && plan.data_dir.join("kernel").is_dir());
+    assert!(place.fstab().exists() && plan.data_dir.join("kernels").is_dir());
     assert_eq!(place.init().unwrap(), InitOutcome::AlreadyThere);
 }
 
