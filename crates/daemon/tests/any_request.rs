@@ -225,7 +225,11 @@ fn check_pool(host: &Host) {
     let folder = fs::read_dir(host.folder.join("pool/templates")).unwrap();
     for entry in folder {
         let name = entry.unwrap().file_name().into_string().unwrap();
-        assert!(listed.contains(&name), "{name} is not listed: {listed:?}");
+        // The image of a replaced template is NAME@INODE.ext4.
+        let of = name
+            .split_once('@')
+            .map_or(name.clone(), |(of, _)| format!("{of}.ext4"));
+        assert!(listed.contains(&of), "{name} is not listed: {listed:?}");
     }
 }
 

@@ -25,7 +25,7 @@ use crate::local::pool_fs::PoolFs;
 use crate::local::simulated;
 use crate::measurement::{FolderTimes, Measurement, Measurements};
 use crate::pool::Pool;
-use crate::record::image_owner;
+use crate::record::{image_owner, record_owner};
 use scalebox_units::{Bytes, TemplateName, VmId};
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -126,6 +126,13 @@ struct Tally {
 }
 
 impl Tally {
+    /// Returns the owner that is the template `name`.
+    fn template(&self, name: &str) -> Option<Owner> {
+        let is_it = |owner: &OwnerUsage| matches!(&owner.name, OwnerName::Template(found) if found.as_str() == name);
+        let position = self.owners.iter().position(is_it);
+        position.map(|position| position as Owner)
+    }
+
     fn take(&mut self, reference: Reference) {
         let owner = self.by_inode.get(&reference.inode).copied().unwrap_or(OTHER);
         if let Some(owner) = self.owners.get_mut(owner as usize)
@@ -318,14 +325,16 @@ impl Pool {
                 });
             }
         }
+        // A template's record and its base images are freed with it.
+        for (file, inode, _) in files_of(&self.templates_dir())? {
+            if let Some(owner) = record_owner(&file).and_then(|name| tally.template(name.as_str())) {
+                tally.by_inode.insert(inode, owner);
+            }
+        }
         for (file, inode, _) in files_of(&self.grown_dir())? {
-            let template = file.split_once('@').map(|(template, _)| template);
-            let owner = tally
-                .owners
-                .iter()
-                .position(|owner| matches!(&owner.name, OwnerName::Template(name) if Some(name.as_str()) == template));
-            if let Some(owner) = owner {
-                tally.by_inode.insert(inode, owner as Owner);
+            let name = file.split_once('@').map(|(name, _)| name);
+            if let Some(owner) = name.and_then(|name| tally.template(name)) {
+                tally.by_inode.insert(inode, owner);
             }
         }
         Ok(tally)
