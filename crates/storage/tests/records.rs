@@ -239,7 +239,7 @@ fn a_pool_of_an_earlier_release_is_upgraded_without_copying_anything() {
         (upgraded.size, &upgraded.source, &upgraded.digest),
         (template.size, &None, &None)
     );
-    assert_eq!(pool.kernels().unwrap(), [kernel.clone()]);
+    assert_eq!(pool.kernels().unwrap(), std::slice::from_ref(&kernel));
     let vmlinuz = format!("kernels/{kernel}/vmlinuz");
     assert_eq!([inode("templates/tiny.ext4"), inode(&vmlinuz)], before);
     pool.upgrade().unwrap();
