@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 const POOL: u64 = 20;
 /// The name of the VM that operations create and change.
 const MADE: &str = "made";
+/// The template that can be built.
+const BUILT: &str = "debian-base";
 /// The name of a VM that exists throughout, with a file in it.
 const KEPT: &str = "kept";
 const CONTENT: &str = "kept content\n";
@@ -151,14 +153,14 @@ pub const POOLS: &[Operation] = &[
     },
     Operation {
         name: "template build",
-        prepare: Scene::prepare_build,
-        perform: |scene| scene.build(MADE),
-        reached: |scene| {
-            let templates = scene.host.client().templates().unwrap();
-            templates
-                .iter()
-                .any(|template| template.name == MADE && template.source.as_deref() == Some("build"))
+        prepare: |scene| {
+            // It replaces an earlier build, whose kernel it leaves without a use.
+            scene.prepare_build();
+            scene.build().unwrap();
+            scene.prepare_build();
         },
+        perform: Scene::build,
+        reached: Scene::is_built,
         command: true,
         ..OPERATION
     },
@@ -190,11 +192,12 @@ pub const POOLS: &[Operation] = &[
     Operation {
         name: "template delete, the last with its kernel",
         prepare: |scene| {
-            // The kernel of `first` is newer.
-            for name in [MADE, "first"] {
-                scene.prepare_build();
-                scene.build(name).unwrap();
-            }
+            scene.prepare_build();
+            scene.build().unwrap();
+            scene.import(MADE, false).unwrap();
+            // From here on, only the imported template has the earlier kernel.
+            scene.prepare_build();
+            scene.build().unwrap();
         },
         perform: |scene| done(scene.host.client().delete_template(MADE)),
         reached: |scene| !scene.templates().contains(MADE),
@@ -522,9 +525,22 @@ impl Scene {
     }
 
     /// Runs as a separate command, which fault points end like the daemon.
-    fn build(&self, name: &str) -> Result<(), String> {
+    fn build(&self) -> Result<(), String> {
         let cache = self.host.folder.join("cache");
-        self.command(&["template", "build", name, "--replace", "--cache", text(&cache)])
+        self.command(&["template", "build", BUILT, "--replace", "--cache", text(&cache)])
+    }
+
+    /// Returns whether the template has the kernel of the build that was prepared last.
+    fn is_built(&self) -> bool {
+        let templates = self.host.client().templates().unwrap();
+        let built = templates.into_iter().find(|template| template.name == BUILT);
+        let Some(kernel) = built.and_then(|template| template.kernel) else {
+            return false;
+        };
+        let fingerprint = scalebox_guest::Recipe::default().fingerprint();
+        let prepared = self.host.folder.join("cache").join(fingerprint).join("initrd.img");
+        let installed = self.host.folder.join("pool/kernels").join(kernel).join("initrd.img");
+        fs::read(prepared).unwrap() == fs::read(installed).unwrap()
     }
 
     fn made(&self) -> Option<Vm> {
