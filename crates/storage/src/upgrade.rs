@@ -4,14 +4,14 @@
 //! The folder `kernel/` marks such a pool. The upgrade installs its kernel under its id, gives each
 //! image a record, and removes the folder last. Nothing is copied. After a crash at any step, the
 //! next upgrade completes the rest. A folder `kernel/` of someone else, in a pool on an existing
-//! file system, is not touched.
+//! file system, is not touched. A pool that has images and not a single record is upgraded too.
 
 use crate::error::StorageError;
 use crate::kernels::{INITRD, KernelFiles, Transfer, VMLINUZ};
 use crate::local::files::{self, Folder};
 use crate::local::init::PREVIOUS_KERNEL;
 use crate::pool::Pool;
-use crate::record::{Record, image_owner};
+use crate::record::{Record, image_owner, record_owner};
 use crate::template::list;
 use scalebox_fault_points::{crash_point, fault_point};
 use scalebox_units::{KernelId, TemplateName};
@@ -28,14 +28,26 @@ impl Pool {
     /// Returns whether the pool has records of its templates. Otherwise it was made by an earlier
     /// release, and [`Pool::upgrade`] must come first.
     pub fn is_upgraded(&self) -> bool {
+        !self.has_previous_kernel() && !self.has_images_without_any_record()
+    }
+
+    fn has_previous_kernel(&self) -> bool {
         let entries = match fs::read_dir(self.previous_kernel_dir()) {
             Ok(entries) => entries,
-            Err(error) => return error.kind() == io::ErrorKind::NotFound,
+            Err(error) => return error.kind() != io::ErrorKind::NotFound,
         };
         let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
         let ours = |name: &OsString| PREVIOUS_FILES.iter().any(|file| name == *file);
         let is_kernel = |name: &OsString| name == VMLINUZ || name == INITRD;
-        !names.iter().all(ours) && !names.iter().any(is_kernel)
+        names.iter().all(ours) || names.iter().any(is_kernel)
+    }
+
+    /// Also finds a pool of an earlier release whose folder `kernel/` was removed by hand: the
+    /// sweep must not take its templates for leftovers.
+    fn has_images_without_any_record(&self) -> bool {
+        let files = list(&self.templates_dir()).unwrap_or_default();
+        let names = || files.iter().filter_map(|path| path.file_name()?.to_str());
+        names().any(|file| image_owner(file).is_some()) && !names().any(|file| record_owner(file).is_some())
     }
 
     /// Upgrades a pool of an earlier release; does nothing with any other. Call it with the pool

@@ -255,3 +255,20 @@ fn a_pool_of_an_earlier_release_is_upgraded_without_copying_anything() {
     pool.create_disk(&vm_id("vm-b"), &name("tiny"), &admitted).unwrap();
     run("e2fsck", &["-fn", text(&disk_path(&pool, &vm_id("vm-b")))]);
 }
+
+#[test]
+fn images_in_a_pool_without_any_record_are_recorded_and_not_swept() {
+    let (folder, pool) = simulated();
+    let image = file(folder.path(), "image", "content");
+    pool.import_template(&name("box"), &image, MAX, false).unwrap();
+    fs::remove_file(pool.path().join("templates/box.json")).unwrap();
+    assert!(!pool.is_upgraded());
+    assert_eq!(pool.sweep_partials().unwrap(), Vec::<PathBuf>::new());
+    pool.upgrade().unwrap();
+    assert!(pool.is_upgraded());
+    assert_eq!(pool.template(&name("box")).unwrap().size, Bytes::new(7));
+    // With another template's record, an image without one is a leftover.
+    pool.import_template(&name("other"), &image, MAX, false).unwrap();
+    fs::remove_file(pool.path().join("templates/box.json")).unwrap();
+    assert_eq!(pool.sweep_partials().unwrap(), [pool.path().join("templates/box.ext4")]);
+}
