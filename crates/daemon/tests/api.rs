@@ -462,7 +462,7 @@ fn the_pool_grows_shrinks_and_is_trimmed_while_in_use() {
     let second = client.create_vm(&request).unwrap();
 
     let (status, message) = rejection(client.shrink_pool(35).unwrap_err());
-    assert!(status == 400 && message.contains("promised 40 GiB"), "{message}");
+    assert!(status == 400 && message.contains("40 GiB are committed"), "{message}");
     client.delete_vm(&second.id).unwrap();
     assert_eq!(client.shrink_pool(40).unwrap().capacity_bytes, 40 << 30);
     assert_eq!(fs::metadata(disk.folder.join("pool.img")).unwrap().len(), 40 << 30);

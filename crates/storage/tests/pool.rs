@@ -390,7 +390,7 @@ fn a_pool_is_not_shrunk_below_its_promises() {
     });
     pool.admit(Gib::new(45).bytes()).unwrap().commit();
     let error = pool.shrink(Gib::new(40)).unwrap_err().to_string();
-    assert!(error.contains("promised 45 GiB"), "{error}");
+    assert!(error.contains("45 GiB are committed"), "{error}");
     assert_eq!(pool.space().unwrap().capacity, Gib::new(60).bytes());
     // With a ratio of 1, 45 GiB also need the buffer and space for metadata.
     let error = pool.shrink(Gib::new(50)).unwrap_err().to_string();

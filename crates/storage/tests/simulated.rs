@@ -25,7 +25,8 @@ const CONTENTS: &[u8] = b"the contents of a template";
 
 /// Runs `test` in an empty folder of an unprivileged user, in a thread of its own.
 fn as_an_ordinary_user(test: impl FnOnce(&Path) + Send) {
-    let folder = tempfile::tempdir().unwrap();
+    // Not in TMPDIR, which may be in a folder that only root can enter.
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     thread::scope(|scope| {
         let running = scope.spawn(|| {
             if rustix::process::geteuid().is_root() {
