@@ -61,7 +61,7 @@
 //! ```no_run
 //! use scalebox_storage::{Backing, Bounds, Pool};
 //! use scalebox_units::Gib;
-//! # fn main() -> Result<(), scalebox_storage::StorageError> {
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let bounds = Bounds { buffer: Gib::new(2), overcommit_ratio: 4.0 };
 //! let image = Backing::Image("/var/lib/scalebox.img".into());
 //! let pool = Pool::open("/var/lib/scalebox".as_ref(), &image, bounds)?;
