@@ -27,7 +27,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use support::run;
 use support::text;
-use walk::{DISKS, Findings, LIVE, MACHINES, Operation, POOLS, Reported, Scene, names_in};
+use walk::{BUILDS, DISKS, Findings, LIVE, MACHINES, Operation, POOLS, Reported, Scene, names_in};
 
 /// The kind of fault at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +72,8 @@ struct Row {
 fn a_kill_or_an_error_at_any_step_loses_nothing_reported_and_leaves_nothing_behind() {
     let sources = Sources::read();
     let rows: Vec<Row> = std::thread::scope(|scope| {
-        let workers = [DISKS, MACHINES, POOLS, LIVE].map(|operations| scope.spawn(|| walk(operations, &sources)));
+        let workers =
+            [DISKS, MACHINES, POOLS, BUILDS, LIVE].map(|operations| scope.spawn(|| walk(operations, &sources)));
         workers
             .into_iter()
             .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))

@@ -150,10 +150,11 @@ impl Pool {
             }
         }
         match fs::remove_dir(&folder) {
-            Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
-                Err(StorageError::io("remove", folder.display(), error))
-            }
-            _ => files::sync_dir(&self.root),
+            Err(error) => match error.kind() {
+                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound => Ok(()),
+                _ => Err(StorageError::io("remove", folder.display(), error)),
+            },
+            Ok(()) => files::sync_dir(&self.root),
         }
     }
 }

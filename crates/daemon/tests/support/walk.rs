@@ -152,19 +152,6 @@ pub const POOLS: &[Operation] = &[
         ..OPERATION
     },
     Operation {
-        name: "template build",
-        prepare: |scene| {
-            // It replaces an earlier build, whose kernel it leaves without a use.
-            scene.prepare_build();
-            scene.build().unwrap();
-            scene.prepare_build();
-        },
-        perform: Scene::build,
-        reached: Scene::is_built,
-        command: true,
-        ..OPERATION
-    },
-    Operation {
         name: "snapshot, stopped",
         prepare: |scene| scene.create("base", 1, false).unwrap(),
         perform: |scene| {
@@ -189,8 +176,27 @@ pub const POOLS: &[Operation] = &[
         ends: true,
         ..OPERATION
     },
+];
+
+/// A build takes seconds; therefore these run only once per step.
+pub const BUILDS: &[Operation] = &[
+    Operation {
+        name: "template build",
+        times: 1,
+        prepare: |scene| {
+            // It replaces an earlier build, whose kernel it leaves without a use.
+            scene.prepare_build();
+            scene.build().unwrap();
+            scene.prepare_build();
+        },
+        perform: Scene::build,
+        reached: Scene::is_built,
+        command: true,
+        ..OPERATION
+    },
     Operation {
         name: "template delete, the last with its kernel",
+        times: 1,
         prepare: |scene| {
             scene.prepare_build();
             scene.build().unwrap();
