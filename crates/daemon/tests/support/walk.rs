@@ -187,6 +187,7 @@ pub const BUILDS: &[Operation] = &[
             // It replaces an earlier build, whose kernel it leaves without a use.
             scene.prepare_build();
             scene.build().unwrap();
+            scene.remove_unused_kernels();
             scene.prepare_build();
         },
         perform: Scene::build,
@@ -200,6 +201,7 @@ pub const BUILDS: &[Operation] = &[
         prepare: |scene| {
             scene.prepare_build();
             scene.build().unwrap();
+            scene.remove_unused_kernels();
             scene.import(MADE, false).unwrap();
             // From here on, only the imported template has the earlier kernel.
             scene.prepare_build();
@@ -534,6 +536,12 @@ impl Scene {
     fn build(&self) -> Result<(), String> {
         let cache = self.host.folder.join("cache");
         self.command(&["template", "build", BUILT, "--replace", "--cache", text(&cache)])
+    }
+
+    /// Deletes a template: the daemon then removes the kernels that nothing uses.
+    fn remove_unused_kernels(&self) {
+        self.import(MADE, false).unwrap();
+        self.host.client().delete_template(MADE).unwrap();
     }
 
     /// Returns whether the template has the kernel of the build that was prepared last.
