@@ -38,7 +38,7 @@ pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
             "recovery finished"
         );
         let local = listener.local_addr().map_err(io("read the API's address"))?;
-        // Whoever waits for the daemon to be ready may stop it at once.
+        // A client that waits for the daemon to be ready may stop it at once.
         let signals = Signals::handle().map_err(io("handle signals"))?;
         tracing::info!(address = %local, "scaleboxd ready");
         notify_systemd(&[NotifyState::Ready]);
