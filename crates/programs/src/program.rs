@@ -1,4 +1,4 @@
-//! What is known of an outside program before it runs.
+//! The description of an outside program: its name, its package and its limits.
 
 use crate::error::ProgramError;
 use std::ffi::OsString;
