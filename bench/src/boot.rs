@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 /// The parts of one boot, in seconds.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
-pub struct Boot {
+pub(crate) struct Boot {
     /// Time from the request to the SSH server's banner.
     pub to_ssh_s: f64,
     /// Time until `POST /vms` returns: disk, seed drive, network, and a hypervisor that runs the
@@ -27,7 +27,7 @@ pub struct Boot {
 }
 
 /// Creates a VM and waits until its guest answers SSH.
-pub fn measure(setup: &Setup, factory: &DiskFactory<'_>) -> Outcome<(Boot, Vm)> {
+pub(crate) fn measure(setup: &Setup, factory: &DiskFactory<'_>) -> Outcome<(Boot, Vm)> {
     let mut request = CreateVm::new(TEMPLATE.parse()?, factory.key().clone());
     request.disk_size_gib = Some(3);
     let begun = Instant::now();
@@ -74,7 +74,7 @@ fn kernel_time(setup: &Setup, port: u16) -> Outcome<Duration> {
 }
 
 /// Waits for the banner, which an SSH server sends first (RFC 4253, section 4.2).
-pub fn wait_for_ssh(port: u16) -> Outcome<()> {
+pub(crate) fn wait_for_ssh(port: u16) -> Outcome<()> {
     wait_until("the guest answers SSH", || {
         let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
             return Ok(false);

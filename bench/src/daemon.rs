@@ -14,7 +14,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A running `scaleboxd serve`. It is stopped on drop, or by `bench/run.sh` if this program is
 /// killed.
-pub struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
     client: Client,
     /// Time from the daemon's start until it logged that it is ready.
@@ -23,7 +23,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// Starts the daemon with settings from the environment, and waits until it is ready.
-    pub fn start(setup: &Setup) -> Outcome<Daemon> {
+    pub(crate) fn start(setup: &Setup) -> Outcome<Daemon> {
         let log = setup.scratch.join("daemon.log");
         let begun = Instant::now();
         let child = Command::new(&setup.scaleboxd)
@@ -54,12 +54,12 @@ impl Daemon {
     }
 
     /// Returns a client of the daemon.
-    pub fn client(&self) -> &Client {
+    pub(crate) fn client(&self) -> &Client {
         &self.client
     }
 
     /// Returns the daemon's resident memory in bytes.
-    pub fn resident_bytes(&self) -> Outcome<u64> {
+    pub(crate) fn resident_bytes(&self) -> Outcome<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kib: u64 = line

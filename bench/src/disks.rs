@@ -17,12 +17,12 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// The template of all disks.
-pub const TEMPLATE: &str = "debian-base";
+pub(crate) const TEMPLATE: &str = "debian-base";
 
 /// A method to create a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Method {
+pub(crate) enum Method {
     /// `cp --reflink`, `truncate`, `e2fsck`, `resize2fs`, mount, key, umount: `bench/seed.sh`. Not
     /// durable.
     Seed,
@@ -37,7 +37,7 @@ pub enum Method {
 
 impl Method {
     /// Returns the name of the method in tables.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Method::Seed => "seed's sequence",
             Method::Bare => "FICLONE + 2 fsync",
@@ -48,7 +48,7 @@ impl Method {
 }
 
 /// Creates and removes disks with each method.
-pub struct DiskFactory<'a> {
+pub(crate) struct DiskFactory<'a> {
     setup: &'a Setup,
     daemon: &'a Daemon,
     pool: Pool,
@@ -59,7 +59,7 @@ pub struct DiskFactory<'a> {
 impl<'a> DiskFactory<'a> {
     /// Opens the pool in this process, while the daemon also has it open. Admission here does not
     /// know the daemon's disks, and the disks it admits are removed again.
-    pub fn open(setup: &'a Setup, daemon: &'a Daemon) -> Outcome<DiskFactory<'a>> {
+    pub(crate) fn open(setup: &'a Setup, daemon: &'a Daemon) -> Outcome<DiskFactory<'a>> {
         let bounds = Bounds {
             buffer: Gib::new(2),
             overcommit_ratio: 100.0,
@@ -75,7 +75,7 @@ impl<'a> DiskFactory<'a> {
     }
 
     /// Creates a disk. Returns the time it took and the id for [`DiskFactory::remove`].
-    pub fn create(&self, method: Method, number: usize, size_gib: u64) -> Outcome<(Duration, String)> {
+    pub(crate) fn create(&self, method: Method, number: usize, size_gib: u64) -> Outcome<(Duration, String)> {
         let id = format!("vm-{number:012x}");
         match method {
             Method::Seed => {
@@ -126,7 +126,7 @@ impl<'a> DiskFactory<'a> {
     }
 
     /// Removes a disk that was created with `method` and `size_gib`.
-    pub fn remove(&self, method: Method, id: &str, size_gib: u64) -> Outcome<()> {
+    pub(crate) fn remove(&self, method: Method, id: &str, size_gib: u64) -> Outcome<()> {
         match method {
             Method::Api => Ok(self.daemon.client().delete_vm(id)?),
             Method::Seed | Method::Bare => Ok(fs::remove_file(self.path(id))?),
@@ -139,17 +139,17 @@ impl<'a> DiskFactory<'a> {
     }
 
     /// Returns the time of one admission decision.
-    pub fn admit(&self) -> Outcome<Duration> {
+    pub(crate) fn admit(&self) -> Outcome<Duration> {
         timed(|| Ok(self.pool.admit(Gib::new(10).bytes())?)).map(|(time, _reservation)| time)
     }
 
     /// Returns a client of the daemon.
-    pub fn client(&self) -> &Client {
+    pub(crate) fn client(&self) -> &Client {
         self.daemon.client()
     }
 
     /// Returns the public key for guests.
-    pub fn key(&self) -> &SshPublicKey {
+    pub(crate) fn key(&self) -> &SshPublicKey {
         &self.key
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// Statistics of a series of equal operations.
 #[derive(Debug, Clone, Serialize)]
-pub struct Samples {
+pub(crate) struct Samples {
     /// Number of operations.
     pub count: usize,
     /// Number of concurrent clients.
@@ -24,7 +24,11 @@ pub struct Samples {
 
 /// Runs `operation` `count` times on `clients` threads. It receives its number, and returns the
 /// duration of the part to measure.
-pub fn run(count: usize, clients: usize, operation: impl Fn(usize) -> Outcome<Duration> + Sync) -> Outcome<Samples> {
+pub(crate) fn run(
+    count: usize,
+    clients: usize,
+    operation: impl Fn(usize) -> Outcome<Duration> + Sync,
+) -> Outcome<Samples> {
     let next = AtomicUsize::new(0);
     let times = Mutex::new(Vec::with_capacity(count));
     let begun = Instant::now();
@@ -66,12 +70,12 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
 }
 
 /// Converts to milliseconds, with fractions.
-pub fn milliseconds(time: Duration) -> f64 {
+pub(crate) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
 /// Runs `work`; returns its duration and its result.
-pub fn timed<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<(Duration, T)> {
+pub(crate) fn timed<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<(Duration, T)> {
     let begun = Instant::now();
     let done = work()?;
     Ok((begun.elapsed(), done))

@@ -10,7 +10,7 @@ use std::process::Command;
 
 /// The random write rates of a file.
 #[derive(Debug, Clone, Serialize)]
-pub struct Passes {
+pub(crate) struct Passes {
     /// Description of the file in tables.
     pub on: &'static str,
     /// Writes per second of each pass.
@@ -23,7 +23,7 @@ const PASSES: usize = 3;
 const MAX_PASS_SECONDS: u32 = 12;
 
 /// Measures four files. Each is written completely before; a clone shares all its blocks at first.
-pub fn run(setup: &Setup) -> Outcome<Vec<Passes>> {
+pub(crate) fn run(setup: &Setup) -> Outcome<Vec<Passes>> {
     let cow_folder = setup.pool.join("bench-cow");
     fs::create_dir(&cow_folder)?;
     let (templates, vms) = (setup.pool.join("templates"), setup.pool.join("vms"));

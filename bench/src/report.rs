@@ -43,7 +43,7 @@ struct Report<'a> {
 }
 
 /// Prints the tables, and writes `bench/results/bench.json` and `bench.svg`.
-pub fn write(results: &Results) -> Outcome<()> {
+pub(crate) fn write(results: &Results) -> Outcome<()> {
     let report = Report {
         machine: Machine {
             cores: std::thread::available_parallelism()?.get(),

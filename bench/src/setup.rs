@@ -4,7 +4,7 @@ use crate::outcome::Outcome;
 use std::path::PathBuf;
 
 /// The environment that `bench/run.sh` has prepared.
-pub struct Setup {
+pub(crate) struct Setup {
     /// Path of the daemon's program.
     pub scaleboxd: PathBuf,
     /// A folder on the host disk, removed afterwards.
@@ -26,7 +26,7 @@ impl Setup {
     ///
     /// # Errors
     /// A variable is not set.
-    pub fn from_environment() -> Outcome<Setup> {
+    pub(crate) fn from_environment() -> Outcome<Setup> {
         let read = |key: &str| std::env::var(key).map_err(|_| format!("{key} is not set: run `make bench`"));
         Ok(Setup {
             scaleboxd: read("SCALEBOXD")?.into(),

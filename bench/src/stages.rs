@@ -16,11 +16,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Number of clients in concurrent measurements.
-pub const CONCURRENT_CLIENTS: usize = 32;
+pub(crate) const CONCURRENT_CLIENTS: usize = 32;
 
 /// A series of disks created with one method.
 #[derive(Debug, Serialize)]
-pub struct Series {
+pub(crate) struct Series {
     /// Method of creation.
     #[serde(rename = "way")]
     pub method: Method,
@@ -34,7 +34,7 @@ pub struct Series {
 
 /// The results of all measurements.
 #[derive(Debug, Default, Serialize)]
-pub struct Results {
+pub(crate) struct Results {
     /// One series per method, size and number of clients.
     #[serde(rename = "made")]
     pub series: Vec<Series>,
@@ -63,7 +63,7 @@ pub struct Results {
 }
 
 /// Runs all stages.
-pub fn run(setup: &Setup) -> Outcome<Results> {
+pub(crate) fn run(setup: &Setup) -> Outcome<Results> {
     let mut results = Results::default();
     let (listed, running) = if setup.quick { (50, 2) } else { (200, 8) };
     let (many, max) = if setup.quick { (200, 400) } else { (1000, 5000) };

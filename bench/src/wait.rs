@@ -11,7 +11,7 @@ const WAIT_TIMEOUT: Duration = Duration::from_secs(240);
 ///
 /// # Errors
 /// If it does not hold in time.
-pub fn wait_until(description: &str, mut condition: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
+pub(crate) fn wait_until(description: &str, mut condition: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
     let deadline = Instant::now() + WAIT_TIMEOUT;
     while !condition()? {
         if Instant::now() > deadline {

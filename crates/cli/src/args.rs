@@ -24,7 +24,7 @@ Example, a first VM:
 /// Manage disposable VMs on a Scalebox host.
 #[derive(Debug, Parser)]
 #[command(name = "scalebox", version, after_help = SETTINGS, max_term_width = 100)]
-pub struct Args {
+pub(crate) struct Args {
     #[command(flatten)]
     pub connection: Connection,
     #[command(subcommand)]
@@ -34,7 +34,7 @@ pub struct Args {
 /// Options of every command: the server, its token and the output format.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Server and output")]
-pub struct Connection {
+pub(crate) struct Connection {
     /// Address of the server [default: http://127.0.0.1:8080]
     #[arg(long, global = true, value_name = "URL")]
     pub url: Option<String>,
@@ -47,7 +47,7 @@ pub struct Connection {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Show the host's version, pool, memory and VM counts
     #[command(after_help = "Example:\n  scalebox status")]
     Status,
@@ -89,7 +89,7 @@ pub enum Command {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum VmCommand {
+pub(crate) enum VmCommand {
     /// Create a VM and start it
     Create(Box<CreateArgs>),
     /// List all VMs
@@ -211,7 +211,7 @@ const TIMEOUT: &str = "Maximum time to wait";
     after_help = "Prints the VM's name and how to log in. Without --name, the server generates a name of three words.\n\n\
     Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait"
 )]
-pub struct CreateArgs {
+pub(crate) struct CreateArgs {
     /// Template to clone the disk from
     #[arg(value_name = "TEMPLATE", default_value = "debian-base")]
     pub template: TemplateName,
@@ -265,7 +265,7 @@ pub struct CreateArgs {
 
 /// Options that make a disk extend automatically.
 #[derive(Debug, clap::Args)]
-pub struct ExtendArgs {
+pub(crate) struct ExtendArgs {
     /// Extend the disk automatically when the guest's root file system fills up, up to this size
     #[arg(long, value_name = "GIB", value_parser = whole_number)]
     pub extend_to: Option<u64>,
@@ -279,7 +279,7 @@ pub struct ExtendArgs {
 
 impl ExtendArgs {
     /// Returns the API's form of these options; `None` without `--extend-to`.
-    pub fn policy(&self) -> Option<AutoExtend> {
+    pub(crate) fn policy(&self) -> Option<AutoExtend> {
         self.extend_to.map(|limit_gib| AutoExtend {
             threshold_percent: self.extend_at,
             increment_gib: self.extend_by,
@@ -291,7 +291,7 @@ impl ExtendArgs {
 /// Settings that `vm set` can change.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = true, args = ["extend_to", "no_extend", "disk_iops", "disk_mbps", "net_mbps", "autostart"])]
-pub struct SetArgs {
+pub(crate) struct SetArgs {
     #[command(flatten)]
     pub extend: ExtendArgs,
     /// Stop extending the disk automatically
@@ -328,7 +328,7 @@ fn processor_count(text: &str) -> Result<u32, String> {
 
 /// A limit; `None` removes it.
 #[derive(Debug, Clone, Copy)]
-pub struct Limit(pub Option<u64>);
+pub(crate) struct Limit(pub Option<u64>);
 
 impl FromStr for Limit {
     type Err = String;
@@ -345,13 +345,13 @@ impl FromStr for Limit {
 
 /// A setting that is on or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Switch {
+pub(crate) enum Switch {
     On,
     Off,
 }
 
 #[derive(Debug, Subcommand)]
-pub enum TemplateCommand {
+pub(crate) enum TemplateCommand {
     /// List all templates
     #[command(visible_alias = "ls", after_help = "Example:\n  scalebox template list")]
     List,
@@ -403,7 +403,7 @@ pub enum TemplateCommand {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum PoolCommand {
+pub(crate) enum PoolCommand {
     /// Show the pool's used, free and committed space
     #[command(
         after_help = "Example, the bytes that can still be written:\n  scalebox pool show --json | jq .free_bytes"

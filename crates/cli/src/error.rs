@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 /// An error that ends the command.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The server refused the request or could not be reached.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -74,7 +74,7 @@ fn reason_of(reason: &Option<String>) -> String {
 }
 
 impl Error {
-    pub fn file(path: &std::path::Path, why: io::Error) -> Error {
+    pub(crate) fn file(path: &std::path::Path, why: io::Error) -> Error {
         Error::File {
             path: path.to_owned(),
             why,
@@ -82,7 +82,7 @@ impl Error {
     }
 
     /// Returns 1 for a refusal or a failure, 2 for a mistake in arguments or local settings.
-    pub fn exit_code(&self) -> ExitCode {
+    pub(crate) fn exit_code(&self) -> ExitCode {
         if self.is_user_error() {
             ExitCode::from(2)
         } else {
@@ -106,7 +106,7 @@ impl Error {
     }
 
     /// Returns the error in the API's JSON form.
-    pub fn body(&self) -> ErrorBody {
+    pub(crate) fn body(&self) -> ErrorBody {
         let (code, field, details) = match self {
             Error::Client(ClientError::Refused { body, .. }) => {
                 (body.code.clone(), body.field.clone(), body.details.clone())
@@ -130,7 +130,7 @@ impl Error {
     }
 
     /// Adds the source of the token to a 401; returns other errors unchanged.
-    pub fn with_token_source(self, url: &str, source: &Source) -> Self {
+    pub(crate) fn with_token_source(self, url: &str, source: &Source) -> Self {
         match self {
             Error::Client(error) if error.status() == Some(401) => Error::TokenRefused {
                 url: url.to_owned(),

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 
 /// Formats a size in bytes: `1.5 GiB`, `300 MiB`, `12 B`.
-pub fn bytes(n: u64) -> String {
+pub(crate) fn bytes(n: u64) -> String {
     const UNITS: [(&str, u32); 5] = [("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
     for (unit, shift) in UNITS {
         if n >= 1 << shift {
@@ -16,17 +16,17 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// Formats a size in bytes; `-` if it has not been measured yet.
-pub fn measured(n: Option<u64>) -> String {
+pub(crate) fn measured(n: Option<u64>) -> String {
     n.map_or_else(|| "-".to_owned(), bytes)
 }
 
 /// Formats a size in MiB.
-pub fn mib(n: u64) -> String {
+pub(crate) fn mib(n: u64) -> String {
     bytes(n.saturating_mul(1 << 20))
 }
 
 /// Formats the time since an RFC 3339 timestamp; returns text that is not one unchanged.
-pub fn age(created_at: &str, now: Timestamp) -> String {
+pub(crate) fn age(created_at: &str, now: Timestamp) -> String {
     match created_at.parse::<Timestamp>() {
         Ok(then) => duration(u64::try_from(now.duration_since(then).as_secs()).unwrap_or(0)),
         Err(_) => created_at.to_owned(),
@@ -34,7 +34,7 @@ pub fn age(created_at: &str, now: Timestamp) -> String {
 }
 
 /// Formats a duration in its largest unit: `42 s`, `5 min`, `3 h`, `12 d`.
-pub fn duration(seconds: u64) -> String {
+pub(crate) fn duration(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
         60..3600 => format!("{} min", seconds / 60),
@@ -44,7 +44,7 @@ pub fn duration(seconds: u64) -> String {
 }
 
 /// Returns `part` as a percentage of `whole`, rounded down; a `whole` of 0 counts as 1.
-pub fn percent(part: u64, whole: u64) -> u64 {
+pub(crate) fn percent(part: u64, whole: u64) -> u64 {
     u64::try_from(u128::from(part) * 100 / u128::from(whole.max(1))).unwrap_or(u64::MAX)
 }
 

@@ -13,7 +13,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 /// Prints in the requested format, with color where the terminal supports it.
-pub struct Output {
+pub(crate) struct Output {
     /// Whether results are printed as JSON.
     pub json: bool,
     color: bool,
@@ -22,7 +22,7 @@ pub struct Output {
 
 impl Output {
     /// Enables color for terminals only, and honors <https://no-color.org>.
-    pub fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool) -> Self {
         let wanted = env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
             && env::var_os("TERM").is_none_or(|term| term != "dumb");
         Output {
@@ -33,30 +33,30 @@ impl Output {
     }
 
     /// Prints a result as indented JSON.
-    pub fn json(&self, result: &impl Serialize) -> Result<(), Error> {
+    pub(crate) fn json(&self, result: &impl Serialize) -> Result<(), Error> {
         let text = serde_json::to_string_pretty(result).map_err(io::Error::from)?;
         print(&format!("{text}\n"))
     }
 
     /// Prints a result as JSON on a single line.
-    pub fn json_line(&self, result: &impl Serialize) -> Result<(), Error> {
+    pub(crate) fn json_line(&self, result: &impl Serialize) -> Result<(), Error> {
         let text = serde_json::to_string(result).map_err(io::Error::from)?;
         print(&format!("{text}\n"))
     }
 
     /// Prints a line of text.
-    pub fn line(&self, text: &str) -> Result<(), Error> {
+    pub(crate) fn line(&self, text: &str) -> Result<(), Error> {
         print(&format!("{}\n", printable(text)))
     }
 
     /// Prints a table, without the columns that do not fit the terminal.
-    pub fn table(&self, table: Table) -> Result<(), Error> {
+    pub(crate) fn table(&self, table: Table) -> Result<(), Error> {
         let width = comfy_table::Table::new().width();
         print(&table.render(width.map(usize::from), self.color))
     }
 
     /// Prints an object's properties, one per line.
-    pub fn properties(&self, properties: &[(&str, String)]) -> Result<(), Error> {
+    pub(crate) fn properties(&self, properties: &[(&str, String)]) -> Result<(), Error> {
         let width = properties.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         let lines = properties
             .iter()
@@ -65,14 +65,14 @@ impl Output {
     }
 
     /// Prints the completion script for `shell`.
-    pub fn completions(&self, shell: Shell, mut command: clap::Command) -> Result<(), Error> {
+    pub(crate) fn completions(&self, shell: Shell, mut command: clap::Command) -> Result<(), Error> {
         let mut script = Vec::new();
         generate(shell, &mut command, "scalebox", &mut script);
         print(&String::from_utf8_lossy(&script))
     }
 
     /// Reports an error that ended the command or a part of it.
-    pub fn error(&self, error: &Error) {
+    pub(crate) fn error(&self, error: &Error) {
         match serde_json::to_string(&error.body()) {
             Ok(body) if self.json => print_to_stderr(&format!("{body}\n")),
             _ => self.report("error", "31", &error.to_string()),
@@ -80,12 +80,12 @@ impl Output {
     }
 
     /// Reports a problem that does not stop the command.
-    pub fn warning(&self, text: &str) {
+    pub(crate) fn warning(&self, text: &str) {
         self.report("warning", "33", text);
     }
 
     /// Prints a suggestion or a note to standard error.
-    pub fn hint(&self, text: &str) {
+    pub(crate) fn hint(&self, text: &str) {
         print_to_stderr(&format!("{}\n", printable(text)));
     }
 
@@ -99,7 +99,7 @@ impl Output {
     }
 
     /// Asks for confirmation. Without a terminal it does not ask, and the command proceeds.
-    pub fn confirm(&self, question: &str) -> Result<(), Error> {
+    pub(crate) fn confirm(&self, question: &str) -> Result<(), Error> {
         if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
             return Ok(());
         }
@@ -114,7 +114,7 @@ impl Output {
 
     /// Shows a progress bar on a terminal; it disappears when finished. Without a known size, it
     /// shows a spinner.
-    pub fn bar(&self, text: &str, total_bytes: Option<u64>) -> ProgressBar {
+    pub(crate) fn bar(&self, text: &str, total_bytes: Option<u64>) -> ProgressBar {
         let Some(total_bytes) = total_bytes else {
             return self.progress(text);
         };
@@ -128,7 +128,7 @@ impl Output {
     }
 
     /// Shows a spinner with the elapsed time on a terminal; it disappears when dropped.
-    pub fn progress(&self, text: &str) -> ProgressBar {
+    pub(crate) fn progress(&self, text: &str) -> ProgressBar {
         let style = ProgressStyle::with_template("{spinner} {elapsed}  {wide_msg}");
         let progress = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
         if let Ok(style) = style {
@@ -166,7 +166,7 @@ fn printable(text: &str) -> String {
 }
 
 /// One column of a [`Table`].
-pub struct Column {
+pub(crate) struct Column {
     title: &'static str,
     right_aligned: bool,
     /// When the terminal is too narrow, the column with the highest drop order is left out first. A
@@ -175,7 +175,7 @@ pub struct Column {
 }
 
 /// Returns a left-aligned column.
-pub const fn text(title: &'static str, drop_order: u8) -> Column {
+pub(crate) const fn text(title: &'static str, drop_order: u8) -> Column {
     Column {
         title,
         right_aligned: false,
@@ -184,7 +184,7 @@ pub const fn text(title: &'static str, drop_order: u8) -> Column {
 }
 
 /// Returns a right-aligned column.
-pub const fn number(title: &'static str, drop_order: u8) -> Column {
+pub(crate) const fn number(title: &'static str, drop_order: u8) -> Column {
     Column {
         title,
         right_aligned: true,
@@ -193,7 +193,7 @@ pub const fn number(title: &'static str, drop_order: u8) -> Column {
 }
 
 /// Rows of text under column titles.
-pub struct Table {
+pub(crate) struct Table {
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,
 }
@@ -203,7 +203,7 @@ const GAP: usize = 2;
 
 impl Table {
     /// Creates a table. Every row must have one cell per column.
-    pub fn new(columns: Vec<Column>, rows: Vec<Vec<String>>) -> Self {
+    pub(crate) fn new(columns: Vec<Column>, rows: Vec<Vec<String>>) -> Self {
         let rows = rows
             .into_iter()
             .map(|row| row.iter().map(|cell| printable(cell)).collect())
@@ -265,7 +265,7 @@ fn cell(text: &str, title: &str, color: bool) -> Cell {
 }
 
 /// Title of a column of VM statuses.
-pub const STATUS: &str = "STATUS";
+pub(crate) const STATUS: &str = "STATUS";
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,7 @@ use crate::output::Output;
 use scalebox_api::PoolInfo;
 use scalebox_client::Client;
 
-pub fn show(client: &Client, output: &Output) -> Result<(), Error> {
+pub(crate) fn show(client: &Client, output: &Output) -> Result<(), Error> {
     let pool = client.pool()?;
     if output.json {
         return output.json(&pool);
@@ -64,14 +64,14 @@ pub fn show(client: &Client, output: &Output) -> Result<(), Error> {
     Ok(())
 }
 
-pub fn grow(client: &Client, size_gib: Option<u64>, output: &Output) -> Result<(), Error> {
+pub(crate) fn grow(client: &Client, size_gib: Option<u64>, output: &Output) -> Result<(), Error> {
     let growing = output.progress("growing the pool");
     let pool = client.grow_pool(size_gib)?;
     drop(growing);
     show_size(&pool, output)
 }
 
-pub fn shrink(client: &Client, size_gib: u64, output: &Output) -> Result<(), Error> {
+pub(crate) fn shrink(client: &Client, size_gib: u64, output: &Output) -> Result<(), Error> {
     let shrinking = output.progress("shrinking the pool");
     let pool = client.shrink_pool(size_gib)?;
     drop(shrinking);
@@ -89,7 +89,7 @@ fn show_size(pool: &PoolInfo, output: &Output) -> Result<(), Error> {
     ))
 }
 
-pub fn trim(client: &Client, output: &Output) -> Result<(), Error> {
+pub(crate) fn trim(client: &Client, output: &Output) -> Result<(), Error> {
     let trimming = output.progress("discarding the pool's free blocks");
     let trimmed = client.trim_pool()?;
     drop(trimming);
@@ -100,7 +100,7 @@ pub fn trim(client: &Client, output: &Output) -> Result<(), Error> {
 }
 
 /// Formats free space, capacity and mount point.
-pub fn summary(pool: &PoolInfo) -> String {
+pub(crate) fn summary(pool: &PoolInfo) -> String {
     format!(
         "{} free of {}, at {}",
         bytes(pool.free_bytes),
@@ -110,7 +110,7 @@ pub fn summary(pool: &PoolInfo) -> String {
 }
 
 /// Formats committed space and its limit.
-pub fn committed(pool: &PoolInfo) -> String {
+pub(crate) fn committed(pool: &PoolInfo) -> String {
     format!(
         "{} of at most {}",
         bytes(pool.committed_bytes),
@@ -133,7 +133,7 @@ fn backing(pool: &PoolInfo) -> String {
 }
 
 /// Warns when not even the smallest disk, of 1 GiB, would be admitted.
-pub fn warn_when_full(pool: &PoolInfo, output: &Output) {
+pub(crate) fn warn_when_full(pool: &PoolInfo, output: &Output) {
     let left = pool
         .free_bytes
         .saturating_sub(pool.reserved_bytes)

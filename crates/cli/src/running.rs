@@ -4,7 +4,7 @@ use crate::error::Error;
 use scalebox_api::{Vm, VmStatus};
 
 /// Returns an error with the remedy unless the VM is running.
-pub fn check_runs(vm: &Vm) -> Result<(), Error> {
+pub(crate) fn check_runs(vm: &Vm) -> Result<(), Error> {
     let remedy = match vm.status {
         VmStatus::Running => return Ok(()),
         VmStatus::Stopped => format!("start it with: scalebox vm start {}", vm.name),

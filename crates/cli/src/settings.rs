@@ -19,13 +19,13 @@ const DEFAULT_URL: &str = "http://127.0.0.1:8080";
 const DAEMON_CONFIG: &str = "/etc/scaleboxd/config";
 
 /// A client of the server, and where its token came from.
-pub struct Server {
+pub(crate) struct Server {
     pub client: Client,
     pub token_source: Source,
 }
 
 /// Finds the address and the token, and creates the client. It does not send a request.
-pub fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
+pub(crate) fn connect(flags: &Connection, output: &Output) -> Result<Server, Error> {
     let path = config_path();
     let url = flags.url.clone().or_else(|| variable("SCALEBOX_URL"));
     let token = flags.token.clone().map(|token| (token, Source::Flag));
@@ -67,7 +67,7 @@ fn config_path() -> PathBuf {
 
 /// Returns the folder `scalebox` in an XDG base directory. Relative paths in the variable are
 /// ignored, as the XDG Base Directory Specification requires.
-pub fn xdg_folder(variable_name: &str, under_home: &str) -> PathBuf {
+pub(crate) fn xdg_folder(variable_name: &str, under_home: &str) -> PathBuf {
     let base = variable(variable_name)
         .map(PathBuf::from)
         .filter(|path| path.is_absolute());
@@ -75,7 +75,7 @@ pub fn xdg_folder(variable_name: &str, under_home: &str) -> PathBuf {
 }
 
 /// Returns the home directory. Without one, returns the relative path `~`, which holds no files.
-pub fn home() -> PathBuf {
+pub(crate) fn home() -> PathBuf {
     env::home_dir()
         .filter(|home| home.is_absolute())
         .unwrap_or_else(|| PathBuf::from("~"))
@@ -173,7 +173,7 @@ fn unquoted(value: &str) -> &str {
 }
 
 /// Returns whether `path` is a regular file; `false` if that cannot be determined.
-pub fn is_file(path: &Path) -> bool {
+pub(crate) fn is_file(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 /// The place that a setting was read from.
 #[derive(Debug, Clone)]
-pub enum Source {
+pub(crate) enum Source {
     Flag,
     Environment,
     File(PathBuf),

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Replaces this process with `ssh`; returns only on failure.
-pub fn connect(client: &Client, vm: &str, identity: Option<&Path>, command: &[String]) -> Result<(), Error> {
+pub(crate) fn connect(client: &Client, vm: &str, identity: Option<&Path>, command: &[String]) -> Result<(), Error> {
     let vm = client.vm(vm)?;
     check_runs(&vm)?;
     if vm.id.parse::<VmId>().is_err() {
@@ -66,7 +66,7 @@ fn known_hosts() -> Result<PathBuf, Error> {
 
 /// Reads the key in `file`, or the first existing one of ssh-keygen's default files. Keys on
 /// security keys come last, because they must be touched at each login.
-pub fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
+pub(crate) fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
     const DEFAULTS: [&str; 5] = [
         "id_ed25519.pub",
         "id_ecdsa.pub",

@@ -7,7 +7,7 @@ use crate::pool;
 use scalebox_api::{HostInfo, VmCounts};
 use scalebox_client::Client;
 
-pub fn status(client: &Client, output: &Output) -> Result<(), Error> {
+pub(crate) fn status(client: &Client, output: &Output) -> Result<(), Error> {
     let info = client.info()?;
     if output.json {
         return output.json(&info);

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use scalebox_api::{Template, TemplateList};
 use scalebox_client::Client;
 
-pub fn list(client: &Client, output: &Output) -> Result<(), Error> {
+pub(crate) fn list(client: &Client, output: &Output) -> Result<(), Error> {
     let templates = client.templates()?;
     if output.json {
         return output.json(&TemplateList { templates });
@@ -41,7 +41,7 @@ pub fn list(client: &Client, output: &Output) -> Result<(), Error> {
     output.table(Table::new(columns, templates.iter().map(row).collect()))
 }
 
-pub fn delete(client: &Client, names: &[String], yes: bool, output: &Output) -> Result<(), Error> {
+pub(crate) fn delete(client: &Client, names: &[String], yes: bool, output: &Output) -> Result<(), Error> {
     let what = if names.len() == 1 {
         "the template"
     } else {

@@ -20,7 +20,13 @@ const STDIO: &str = "-";
 
 /// Writes a template to a file, compressed with zstd. The file is renamed into place when it is
 /// complete.
-pub fn export(client: &Client, name: &str, file: Option<&Path>, force: bool, output: &Output) -> Result<(), Error> {
+pub(crate) fn export(
+    client: &Client,
+    name: &str,
+    file: Option<&Path>,
+    force: bool,
+    output: &Output,
+) -> Result<(), Error> {
     let file = file.map_or_else(|| PathBuf::from(format!("{name}.ext4.zst")), Path::to_owned);
     if file == Path::new(STDIO) {
         let export = client.export_template(name)?;
@@ -106,7 +112,7 @@ impl Write for Count<'_> {
 }
 
 /// Creates a template from an ext4 image. An uncompressed image is compressed for the upload.
-pub fn import(client: &Client, name: &str, file: &Path, replace: bool, output: &Output) -> Result<(), Error> {
+pub(crate) fn import(client: &Client, name: &str, file: &Path, replace: bool, output: &Output) -> Result<(), Error> {
     let (input, size): (Box<dyn Read>, _) = if file == Path::new(STDIO) {
         (Box::new(io::stdin()), None)
     } else {

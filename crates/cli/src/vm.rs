@@ -10,7 +10,7 @@ use scalebox_api::{CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmS
 use scalebox_client::{Client, ClientError};
 use std::time::Duration;
 
-pub fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
+pub(crate) fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
     let request = create_request(args)?;
     let creating = output.progress("creating the VM");
     let mut vm = client.create_vm(&request)?;
@@ -48,7 +48,7 @@ fn create_request(args: &CreateArgs) -> Result<CreateVm, Error> {
     })
 }
 
-pub fn list(client: &Client, output: &Output) -> Result<(), Error> {
+pub(crate) fn list(client: &Client, output: &Output) -> Result<(), Error> {
     let vms = client.vms()?;
     if output.json {
         return output.json(&VmList { vms });
@@ -90,7 +90,7 @@ fn row(vm: &Vm, now: Timestamp) -> Vec<String> {
     ]
 }
 
-pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+pub(crate) fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let vm = client.vm(vm)?;
     if output.json {
         return output.json(&vm);
@@ -132,28 +132,28 @@ pub fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     output.properties(&properties)
 }
 
-pub fn start(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+pub(crate) fn start(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let starting = output.progress(&format!("starting {vm}"));
     let vm = client.start_vm(vm)?;
     drop(starting);
     show_status(&vm, output)
 }
 
-pub fn stop(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+pub(crate) fn stop(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let stopping = output.progress(&format!("shutting {vm} down"));
     let vm = client.stop_vm(vm)?;
     drop(stopping);
     show_status(&vm, output)
 }
 
-pub fn restart(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+pub(crate) fn restart(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let restarting = output.progress(&format!("restarting {vm}"));
     let vm = client.restart_vm(vm)?;
     drop(restarting);
     show_status(&vm, output)
 }
 
-pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) -> Result<(), Error> {
+pub(crate) fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) -> Result<(), Error> {
     let growing = output.progress(&format!("growing the disk of {vm}"));
     let vm = client.update_vm(vm, &UpdateVm::grow(disk_size_gib))?;
     drop(growing);
@@ -167,7 +167,7 @@ pub fn resize(client: &Client, vm: &str, disk_size_gib: u64, output: &Output) ->
     }
 }
 
-pub fn set(client: &Client, vm: &str, changes: &SetArgs, output: &Output) -> Result<(), Error> {
+pub(crate) fn set(client: &Client, vm: &str, changes: &SetArgs, output: &Output) -> Result<(), Error> {
     let extend = changes.extend.policy();
     let limit = |limit: Option<Limit>| limit.map(|Limit(number)| number);
     let change = UpdateVm {
@@ -218,7 +218,7 @@ fn settings(vm: &Vm) -> [(&'static str, String); 3] {
     ]
 }
 
-pub fn trim(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
+pub(crate) fn trim(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     let trimming = output.progress(&format!("trimming the disk of {vm}"));
     let trimmed = client.trim_vm(vm)?;
     drop(trimming);
@@ -228,7 +228,7 @@ pub fn trim(client: &Client, vm: &str, output: &Output) -> Result<(), Error> {
     output.line(&format!("{vm} discarded {}", human::bytes(trimmed.trimmed_bytes)))
 }
 
-pub fn snapshot(client: &Client, vm: &str, template_name: TemplateName, output: &Output) -> Result<(), Error> {
+pub(crate) fn snapshot(client: &Client, vm: &str, template_name: TemplateName, output: &Output) -> Result<(), Error> {
     let creating = output.progress(&format!("creating a template from {vm}"));
     let snapshot = client.snapshot_vm(vm, &SnapshotVm { template_name })?;
     drop(creating);
@@ -251,7 +251,7 @@ fn show_status(vm: &Vm, output: &Output) -> Result<(), Error> {
     }
 }
 
-pub fn delete(client: &Client, vms: &[String], yes: bool, output: &Output) -> Result<(), Error> {
+pub(crate) fn delete(client: &Client, vms: &[String], yes: bool, output: &Output) -> Result<(), Error> {
     let disks = if vms.len() == 1 { "its disk" } else { "their disks" };
     delete_all(
         vms,
@@ -263,7 +263,7 @@ pub fn delete(client: &Client, vms: &[String], yes: bool, output: &Output) -> Re
 }
 
 /// Asks for confirmation, then deletes each of `names`, also if some cannot be deleted.
-pub fn delete_all(
+pub(crate) fn delete_all(
     names: &[String],
     question: &str,
     yes: bool,
@@ -304,7 +304,7 @@ pub fn delete_all(
     }
 }
 
-pub fn wait(client: &Client, vm: &str, timeout: u64, output: &Output) -> Result<(), Error> {
+pub(crate) fn wait(client: &Client, vm: &str, timeout: u64, output: &Output) -> Result<(), Error> {
     let vm = client.vm(vm)?;
     let (vm, took) = wait::until_ssh(client, vm, Duration::from_secs(timeout), output)?;
     if output.json {

@@ -24,7 +24,7 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// Fails with the VM's status as soon as it stops running, and after `timeout`.
-pub fn until_ssh(client: &Client, vm: Vm, timeout: Duration, output: &Output) -> Result<(Vm, Duration), Error> {
+pub(crate) fn until_ssh(client: &Client, vm: Vm, timeout: Duration, output: &Output) -> Result<(Vm, Duration), Error> {
     let progress = output.progress(&format!("waiting for SSH of {}", vm.name));
     let began = Instant::now();
     let (mut vm, mut queried) = (vm, began);

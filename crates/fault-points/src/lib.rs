@@ -105,12 +105,12 @@ mod enabled {
         Error,
     }
 
-    pub fn programs() -> Option<PathBuf> {
+    pub(crate) fn programs() -> Option<PathBuf> {
         let programs = FOLDER.as_ref()?.join("programs");
         programs.is_dir().then_some(programs)
     }
 
-    pub fn reached(step: &'static str) -> io::Result<()> {
+    pub(crate) fn reached(step: &'static str) -> io::Result<()> {
         let Some(folder) = FOLDER.as_ref() else { return Ok(()) };
         trace(folder, step).unwrap_or_else(|error| fail(&format!("cannot append to the trace of steps: {error}")));
         match action(folder, step) {
@@ -163,7 +163,7 @@ mod enabled {
     }
 
     /// Aborts a test that cannot follow its request, so that it does not pass by accident.
-    pub fn fail(problem: &str) -> ! {
+    pub(crate) fn fail(problem: &str) -> ! {
         eprintln!("{problem}");
         std::process::abort()
     }

@@ -9,11 +9,11 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 
-pub const TOKEN: &str = "s3cret-token";
+pub(crate) const TOKEN: &str = "s3cret-token";
 
 /// A request that the server received.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub(crate) struct Request {
     /// `GET /vms`
     pub line: String,
     /// `Bearer …`
@@ -22,7 +22,7 @@ pub struct Request {
 }
 
 /// A server with canned responses. Its thread runs until the test process ends.
-pub struct Server {
+pub(crate) struct Server {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
 }
@@ -30,7 +30,7 @@ pub struct Server {
 impl Server {
     /// Starts a server. Each response is given by request line, status and body. Several responses
     /// to the same line are sent in order, and the last one is repeated. Other requests get a 404.
-    pub fn new(responses: Vec<(&str, u16, Value)>) -> Self {
+    pub(crate) fn new(responses: Vec<(&str, u16, Value)>) -> Self {
         let mut responses: Vec<(String, u16, Value)> = responses
             .into_iter()
             .map(|(line, status, body)| (line.to_owned(), status, body))
@@ -51,11 +51,11 @@ impl Server {
         Server { address, requests }
     }
 
-    pub fn requests(&self) -> Vec<Request> {
+    pub(crate) fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 }
@@ -112,19 +112,19 @@ fn write(mut stream: &TcpStream, status: u16, body: &Value) -> std::io::Result<(
 }
 
 /// An empty home directory in which `scalebox` runs, without this machine's environment.
-pub struct Home(TempDir);
+pub(crate) struct Home(TempDir);
 
 impl Home {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Home(tempfile::tempdir().unwrap())
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 
     /// Writes a file under the home directory, with `mode`.
-    pub fn file(&self, name: &str, text: &str, mode: u32) -> PathBuf {
+    pub(crate) fn file(&self, name: &str, text: &str, mode: u32) -> PathBuf {
         use std::os::unix::fs::PermissionsExt;
         let path = self.path().join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -134,14 +134,14 @@ impl Home {
     }
 
     /// Returns a `scalebox` command without any settings.
-    pub fn bare(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn bare(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_scalebox"));
         command.args(arguments).env_clear().env("HOME", self.path());
         command
     }
 
     /// Returns a `scalebox` command with the server's address and token in its environment.
-    pub fn scalebox(&self, server: &Server, arguments: &[&str]) -> Command {
+    pub(crate) fn scalebox(&self, server: &Server, arguments: &[&str]) -> Command {
         let mut command = self.bare(arguments);
         command.env("SCALEBOX_URL", server.url()).env("SCALEBOX_TOKEN", TOKEN);
         command
@@ -150,13 +150,13 @@ impl Home {
 
 /// A command's exit code and output.
 #[derive(Debug)]
-pub struct Ran {
+pub(crate) struct Ran {
     pub code: i32,
     pub out: String,
     pub err: String,
 }
 
-pub fn run(command: &mut Command) -> Ran {
+pub(crate) fn run(command: &mut Command) -> Ran {
     let Output { status, stdout, stderr } = command.output().unwrap();
     Ran {
         code: status.code().unwrap(),
@@ -166,7 +166,7 @@ pub fn run(command: &mut Command) -> Ran {
 }
 
 /// Returns a VM in the API's form, with the fields in `changes` replaced.
-pub fn vm(changes: Value) -> Value {
+pub(crate) fn vm(changes: Value) -> Value {
     let mut vm = json!({
         "id": "vm-0123456789ab", "name": "calm-red-fox", "template": "debian-base", "ip": "127.0.0.1", "ssh_port": 22001,
         "ssh": "ssh -p 22001 user@127.0.0.1", "url": null, "status": "running", "created_at": "2026-01-02T03:04:05Z",
@@ -179,7 +179,7 @@ pub fn vm(changes: Value) -> Value {
 }
 
 /// Returns a response to `GET /pool`: 100 GiB, of which 60 GiB are free.
-pub fn pool() -> Value {
+pub(crate) fn pool() -> Value {
     const GIB: u64 = 1 << 30;
     json!({
         "path": "/var/lib/scalebox", "file_system": "btrfs", "device": "/dev/loop3", "image": "/var/lib/scalebox.img", "capacity_bytes": 100 * GIB, "free_bytes": 60 * GIB,

@@ -5,7 +5,7 @@ use crate::settings::Settings;
 use std::net::Ipv4Addr;
 
 /// Runs `scaleboxd client-config`.
-pub fn client_config(settings: &Settings) -> Result<(), CommandFailed> {
+pub(crate) fn client_config(settings: &Settings) -> Result<(), CommandFailed> {
     let token = settings.token()?;
     let mut address = settings.api;
     if address.ip().is_unspecified() {

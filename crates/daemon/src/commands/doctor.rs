@@ -82,7 +82,7 @@ impl Findings {
 ///
 /// # Errors
 /// Only if the checks cannot run or the findings cannot be printed. A finding is not an error.
-pub fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, CommandFailed> {
+pub(crate) fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, CommandFailed> {
     let mut found = Findings::default();
     privileges(&mut found);
     programs(&mut found);

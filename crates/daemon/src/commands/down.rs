@@ -23,7 +23,7 @@ use scalebox_units::VmId;
 use std::sync::Arc;
 
 /// Runs `scaleboxd down`.
-pub fn down(settings: Settings) -> Result<(), CommandFailed> {
+pub(crate) fn down(settings: Settings) -> Result<(), CommandFailed> {
     let (data_dir, backing) = (settings.data_dir.clone(), settings.backing.clone());
     runtime()?.block_on(async {
         match open_host(settings.clone(), State::open(&settings.state_dir, &settings.run_dir)?).await {
@@ -59,7 +59,7 @@ async fn down_without_pool(settings: &Settings) -> Result<(), CommandFailed> {
 /// # Errors
 /// The error of the first machine that did not stop, after all were tried. The network is kept
 /// then.
-pub async fn shut_all_down(host: &Host, recovered: &Recovered) -> Result<(), CommandFailed> {
+pub(crate) async fn shut_all_down(host: &Host, recovered: &Recovered) -> Result<(), CommandFailed> {
     // The host's shutdown is recorded first: after a crash in the middle, the machines already shut
     // down are started again too.
     let state = Arc::clone(&host.state);

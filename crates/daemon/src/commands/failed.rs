@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 /// Why a command failed, as a sentence for the operator.
 #[derive(Debug, thiserror::Error)]
-pub enum CommandFailed {
+pub(crate) enum CommandFailed {
     /// A setting is invalid.
     #[error(transparent)]
     Settings(#[from] SettingsError),
@@ -91,7 +91,7 @@ pub enum CommandFailed {
 
 impl CommandFailed {
     /// Returns whether a setting has to be changed, so that a retry does not help.
-    pub fn is_configuration(&self) -> bool {
+    pub(crate) fn is_configuration(&self) -> bool {
         matches!(
             self,
             CommandFailed::Settings(_) | CommandFailed::LogLevel(_) | CommandFailed::ForeignPool { .. }
@@ -100,7 +100,7 @@ impl CommandFailed {
 }
 
 /// Turns an I/O error into a [`CommandFailed`] that names what was attempted.
-pub fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
+pub(crate) fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
     move |source| CommandFailed::Io { doing, source }
 }
 

@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Parses `LOG_LEVEL`.
-pub fn filter(settings: &Settings) -> Result<EnvFilter, CommandFailed> {
+pub(crate) fn filter(settings: &Settings) -> Result<EnvFilter, CommandFailed> {
     let level = &settings.log_level;
     EnvFilter::try_new(level).map_err(|_| CommandFailed::LogLevel(level.clone()))
 }
@@ -22,7 +22,7 @@ pub fn filter(settings: &Settings) -> Result<EnvFilter, CommandFailed> {
 ///
 /// # Errors
 /// [`CommandFailed::LogLevel`].
-pub fn start(settings: &Settings) -> Result<(), CommandFailed> {
+pub(crate) fn start(settings: &Settings) -> Result<(), CommandFailed> {
     let journal = Journal { is_there: is_journal() };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter(settings)?)
@@ -37,7 +37,7 @@ pub fn start(settings: &Settings) -> Result<(), CommandFailed> {
 }
 
 /// Reports the error that ends the program, even if logging was not started.
-pub fn report(error: &CommandFailed) {
+pub(crate) fn report(error: &CommandFailed) {
     let priority = if is_journal() { priority(Level::ERROR) } else { "" };
     eprintln!("{priority}error: {error}");
 }

@@ -1,13 +1,13 @@
 //! The subcommands, and the log.
 
-pub mod client_config;
-pub mod doctor;
-pub mod down;
-pub mod failed;
-pub mod log;
-pub mod open;
-pub mod pool;
-pub mod progress;
-pub mod serve;
-pub mod show_settings;
-pub mod template;
+pub(crate) mod client_config;
+pub(crate) mod doctor;
+pub(crate) mod down;
+pub(crate) mod failed;
+pub(crate) mod log;
+pub(crate) mod open;
+pub(crate) mod pool;
+pub(crate) mod progress;
+pub(crate) mod serve;
+pub(crate) mod show_settings;
+pub(crate) mod template;

@@ -21,7 +21,7 @@ use std::path::Path;
 const MAX_SOCKET_PATH: usize = 107;
 
 /// Builds the async runtime.
-pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     // Tests count the system calls of each thread.
     #[cfg(feature = "fault-points")]
@@ -35,7 +35,7 @@ pub fn runtime() -> Result<tokio::runtime::Runtime, CommandFailed> {
 }
 
 /// Opens all parts, assembles the service and recovers from a crash.
-pub async fn open_host(settings: Settings, state: State) -> Result<(Host, Recovered), CommandFailed> {
+pub(crate) async fn open_host(settings: Settings, state: State) -> Result<(Host, Recovered), CommandFailed> {
     if state.is_read_only() {
         tracing::error!(
             path = %settings.state_dir.display(),
@@ -141,7 +141,7 @@ fn probe_writable(dir: &Path) -> io::Result<()> {
 }
 
 /// Returns the resolvers for guests: from the settings, or from the host.
-pub fn resolvers(settings: &Settings) -> Vec<Ipv4Addr> {
+pub(crate) fn resolvers(settings: &Settings) -> Vec<Ipv4Addr> {
     if !settings.guest_dns.is_empty() {
         return settings.guest_dns.clone();
     }

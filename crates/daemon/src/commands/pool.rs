@@ -6,7 +6,7 @@ use crate::state::State;
 use scalebox_storage::{InitEvent, InitOutcome, PoolPlan};
 
 /// Runs `scaleboxd pool init`.
-pub fn init(settings: &Settings) -> Result<(), CommandFailed> {
+pub(crate) fn init(settings: &Settings) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs()?;
     let plan = PoolPlan {
         // `serve` and `doctor` report a state that cannot be read.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const BAR_LENGTH: u64 = 1000;
 
 /// Shows the progress of a build: its step, its share and the time left.
-pub struct ProgressDisplay {
+pub(crate) struct ProgressDisplay {
     bar: ProgressBar,
     terminal: bool,
     begun: Instant,
@@ -20,7 +20,7 @@ pub struct ProgressDisplay {
 
 impl ProgressDisplay {
     /// Creates a display that shows nothing before the first step.
-    pub fn new() -> ProgressDisplay {
+    pub(crate) fn new() -> ProgressDisplay {
         let terminal = stderr().is_terminal();
         let target = if terminal {
             ProgressDrawTarget::stderr()
@@ -41,7 +41,7 @@ impl ProgressDisplay {
     }
 
     /// Removes the bar; printed lines stay.
-    pub fn finish(&mut self) {
+    pub(crate) fn finish(&mut self) {
         self.bar.finish_and_clear();
     }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 
 /// Runs `scaleboxd serve`.
-pub fn serve(settings: Settings) -> Result<(), CommandFailed> {
+pub(crate) fn serve(settings: Settings) -> Result<(), CommandFailed> {
     let token = settings.token()?.clone();
     for caveat in contradictions::caveats(&settings) {
         tracing::warn!(fix = caveat.fix, "{}", caveat.finding);

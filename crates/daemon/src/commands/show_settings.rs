@@ -10,7 +10,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// A setting is invalid, or the list cannot be printed.
-pub fn print(config: Option<&Path>, json: bool) -> Result<(), CommandFailed> {
+pub(crate) fn print(config: Option<&Path>, json: bool) -> Result<(), CommandFailed> {
     let listed = settings::list(config)?;
     let text = match json {
         true => serde_json::to_string_pretty(&listed).map_err(io::Error::from),
@@ -23,7 +23,7 @@ pub fn print(config: Option<&Path>, json: bool) -> Result<(), CommandFailed> {
 ///
 /// # Errors
 /// The list cannot be printed.
-pub fn print_keys() -> Result<(), CommandFailed> {
+pub(crate) fn print_keys() -> Result<(), CommandFailed> {
     write(Ok(settings::keys().collect::<Vec<_>>().join("\n")))
 }
 

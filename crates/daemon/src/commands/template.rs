@@ -8,7 +8,7 @@ use scalebox_units::TemplateName;
 use std::path::Path;
 
 /// Runs `scaleboxd template build`.
-pub fn build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path>) -> Result<(), CommandFailed> {
+pub(crate) fn build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path>) -> Result<(), CommandFailed> {
     let name: TemplateName = name.parse()?;
     let pool = open_upgraded(settings)?;
     if !replace && pool.newest_kernel()?.is_some() && pool.template(&name).is_ok() {
@@ -44,7 +44,7 @@ fn open_upgraded(settings: &Settings) -> Result<Pool, CommandFailed> {
 }
 
 /// Runs `scaleboxd template import`.
-pub fn import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
+pub(crate) fn import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs()?;
     let pool = open_upgraded(settings)?;
     let template = pool.import_template(&name.parse()?, file, settings.max_disk_size.bytes(), replace)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 /// Why a request to a guest agent failed.
 #[derive(Debug, thiserror::Error)]
-pub enum AgentFailed {
+pub(crate) enum AgentFailed {
     /// The connection to the agent failed.
     #[error(transparent)]
     Unreachable(#[from] scalebox_vmm::Error),
@@ -19,6 +19,6 @@ pub enum AgentFailed {
 ///
 /// # Errors
 /// [`AgentFailed`] if the guest is still booting, hangs or has no agent.
-pub async fn reach(machine: &Arc<dyn Machine>) -> Result<Agent, AgentFailed> {
+pub(crate) async fn reach(machine: &Arc<dyn Machine>) -> Result<Agent, AgentFailed> {
     Ok(Agent::connect(machine.agent().await?).await?)
 }

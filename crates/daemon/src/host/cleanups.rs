@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The cleanups that failed and are retried.
 #[derive(Default)]
-pub struct Cleanups {
+pub(crate) struct Cleanups {
     pub failed: Mutex<Vec<Cleanup>>,
     /// Whether partial or deleted files may be left in the pool.
     pub sweep: AtomicBool,
@@ -18,23 +18,23 @@ pub struct Cleanups {
 
 impl Cleanups {
     /// Counts the VMs that still have something to remove on the host.
-    pub fn pending(&self) -> usize {
+    pub(crate) fn pending(&self) -> usize {
         self.lock().len()
     }
 
     /// Requests a sweep of the pool, after an operation that failed or left files to remove.
-    pub fn sweep_soon(&self) {
+    pub(crate) fn sweep_soon(&self) {
         self.sweep.store(true, Ordering::Relaxed);
     }
 
     /// Locks the queue. Held for a push or a copy, never across an await.
-    pub fn lock(&self) -> MutexGuard<'_, Vec<Cleanup>> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Cleanup>> {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Everything a VM has left on the host. Each part is cleared once it is removed.
-pub struct Cleanup {
+pub(crate) struct Cleanup {
     pub record: Record,
     /// A machine to kill; `None` if it has ended or was not adopted.
     pub machine: Option<Arc<dyn Machine>>,
@@ -48,7 +48,7 @@ pub struct Cleanup {
     pub deleted: Option<Deleted>,
 }
 
-pub struct Deleted {
+pub(crate) struct Deleted {
     /// The address and port, reserved while tap and forward exist.
     pub lease: Option<LeaseGuard>,
     /// Whether the disk still has its name and is still committed.

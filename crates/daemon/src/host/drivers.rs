@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// Why the hypervisors cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum DriversError {
+pub(crate) enum DriversError {
     /// Two settings contradict each other.
     #[error(transparent)]
     Settings(#[from] SettingsError),
@@ -25,7 +25,7 @@ pub enum DriversError {
 }
 
 /// All drivers that a machine on this host may have.
-pub struct Drivers {
+pub(crate) struct Drivers {
     /// The first driver is used for new VMs.
     drivers: Vec<Arc<dyn Vmm>>,
     /// Whether a VM that is started keeps its recorded driver.
@@ -38,7 +38,7 @@ impl Drivers {
     ///
     /// # Errors
     /// If the driver for new VMs cannot be used.
-    pub fn find(settings: &Settings) -> Result<(Drivers, String), DriversError> {
+    pub(crate) fn find(settings: &Settings) -> Result<(Drivers, String), DriversError> {
         let accel = accelerator(settings)?;
         let jails = jails_dir(&settings.data_dir);
         let firecracker = match (settings.vmm, accel.accel) {
@@ -79,17 +79,17 @@ impl Drivers {
 
     /// Combines `drivers`, of which the first is used for new VMs. `keep_recorded`: whether a VM
     /// that is started keeps its recorded driver.
-    pub fn new(drivers: Vec<Arc<dyn Vmm>>, keep_recorded: bool) -> Drivers {
+    pub(crate) fn new(drivers: Vec<Arc<dyn Vmm>>, keep_recorded: bool) -> Drivers {
         Drivers { drivers, keep_recorded }
     }
 
     /// Returns the driver for new VMs.
-    pub fn for_new(&self) -> &Arc<dyn Vmm> {
+    pub(crate) fn for_new(&self) -> &Arc<dyn Vmm> {
         &self.drivers[0]
     }
 
     /// Returns the driver to start a VM with, given its recorded driver.
-    pub fn to_start(&self, recorded: Option<&str>) -> &Arc<dyn Vmm> {
+    pub(crate) fn to_start(&self, recorded: Option<&str>) -> &Arc<dyn Vmm> {
         let kept = self.keep_recorded.then(|| self.by_name(recorded)).flatten();
         kept.filter(|driver| driver.can_launch()).unwrap_or(self.for_new())
     }
@@ -102,7 +102,7 @@ impl Drivers {
     ///
     /// # Errors
     /// Those of [`Vmm::adopt`].
-    pub async fn adopt(
+    pub(crate) async fn adopt(
         &self,
         id: &VmId,
         recorded: Option<&str>,
@@ -124,7 +124,7 @@ impl Drivers {
     ///
     /// # Errors
     /// Those of [`Vmm::force_stop`].
-    pub async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool, Error> {
+    pub(crate) async fn force_stop(&self, id: &VmId, run_dir: &Path) -> Result<bool, Error> {
         let mut killed = false;
         for driver in &self.drivers {
             killed |= driver.force_stop(id, run_dir).await?;
@@ -140,7 +140,7 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Waits for KVM on a host that has just booted. Without this wait, a fast daemon would emulate its
 /// guests until its next start.
-pub async fn wait_for_kvm(settings: &Settings) {
+pub(crate) async fn wait_for_kvm(settings: &Settings) {
     let mut logged = false;
     while settings.accel != AccelChoice::Tcg && scalebox_vmm::kvm_is_missing() && system::uptime() < KVM_LOAD_TIMEOUT {
         if !logged {

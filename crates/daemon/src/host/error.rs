@@ -8,7 +8,7 @@ use scalebox_units::Gib;
 
 /// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
 #[derive(Debug, thiserror::Error)]
-pub enum ServiceError {
+pub(crate) enum ServiceError {
     /// The request is malformed, or a value in it is out of bounds.
     #[error("{message}")]
     Invalid {
@@ -81,7 +81,7 @@ pub enum ServiceError {
 
 impl ServiceError {
     /// Returns the error of a malformed request, with no single field to blame.
-    pub fn invalid(message: impl Into<String>) -> ServiceError {
+    pub(crate) fn invalid(message: impl Into<String>) -> ServiceError {
         ServiceError::Invalid {
             message: message.into(),
             field: None,
@@ -89,7 +89,7 @@ impl ServiceError {
     }
 
     /// Returns the error of a field with an invalid value.
-    pub fn invalid_field(field: &str, message: impl Into<String>) -> ServiceError {
+    pub(crate) fn invalid_field(field: &str, message: impl Into<String>) -> ServiceError {
         ServiceError::Invalid {
             message: message.into(),
             field: Some(field.to_owned()),
@@ -97,13 +97,13 @@ impl ServiceError {
     }
 
     /// Returns whether an admission was refused for lack of space.
-    pub fn is_insufficient(&self) -> bool {
+    pub(crate) fn is_insufficient(&self) -> bool {
         matches!(self, ServiceError::Insufficient { .. })
     }
 }
 
 /// Quotes text from a client for a response or the log: escaped and cut to the length of a line.
-pub fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     const MAX_CHARS: usize = 80;
     match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{:?}…", &text[..end]),

@@ -25,7 +25,7 @@ const MAX_EVENTS: usize = 4096;
 const IDS_PER_START: u64 = 1_000_000_000;
 
 /// The events since this start of the daemon.
-pub struct Events {
+pub(crate) struct Events {
     /// The lock is held for a push or a copy, never across an await.
     ring: Mutex<Ring>,
     /// Wakes followers for a new event, and for the end of the stream.
@@ -53,7 +53,7 @@ impl Events {
     ///
     /// # Errors
     /// [`StateError`] if the state cannot be read.
-    pub fn begin(state: &State) -> Result<Events, StateError> {
+    pub(crate) fn begin(state: &State) -> Result<Events, StateError> {
         // A value that is not a number was not written by us. Ids then start over, and a client
         // with an old id receives `missed`.
         let starts = state.fact(Fact::Starts)?.and_then(|count| count.parse::<u64>().ok());
@@ -85,7 +85,7 @@ impl Events {
     }
 
     /// Publishes an event of a VM or of the host. `details` is an object or [`Value::Null`].
-    pub fn publish(&self, kind: EventKind, vm: Option<&Record>, details: Value) {
+    pub(crate) fn publish(&self, kind: EventKind, vm: Option<&Record>, details: Value) {
         let vm = vm.map(|record| EventVm {
             id: record.id.to_string(),
             name: record.name.clone(),
@@ -103,17 +103,17 @@ impl Events {
     }
 
     /// Counts the events since the start.
-    pub fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         self.lock().last % IDS_PER_START
     }
 
     /// Ends all streams, after followers have received the events so far.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         self.latest.send_modify(|latest| latest.ended = true);
     }
 
     /// Subscribes to the events after `since`: new events only if `None`, all kept events if 0.
-    pub fn subscribe(self: &Arc<Self>, since: Option<u64>, follow: bool) -> Subscription {
+    pub(crate) fn subscribe(self: &Arc<Self>, since: Option<u64>, follow: bool) -> Subscription {
         let ring = self.lock();
         Subscription {
             seen: match since {
@@ -166,7 +166,7 @@ fn event(id: u64, kind: EventKind, vm: Option<EventVm>, details: Value) -> Event
 }
 
 /// A client's position in the events.
-pub struct Subscription {
+pub(crate) struct Subscription {
     events: Arc<Events>,
     latest: watch::Receiver<Latest>,
     seen: u64,
@@ -177,12 +177,12 @@ pub struct Subscription {
 impl Subscription {
     /// Returns the id to reconnect with: that of the last received event, or the one before the
     /// first.
-    pub fn seen(&self) -> u64 {
+    pub(crate) fn seen(&self) -> u64 {
         self.seen
     }
 
     /// Returns the next event, waiting for it when following; `None` at the end.
-    pub async fn next(&mut self) -> Option<Arc<Event>> {
+    pub(crate) async fn next(&mut self) -> Option<Arc<Event>> {
         loop {
             if let Some(event) = self.waiting.pop_front() {
                 self.seen = event.id;

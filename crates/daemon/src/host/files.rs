@@ -11,13 +11,13 @@ use std::path::Path;
 ///
 /// # Errors
 /// 500.
-pub fn make_private_dir(dir: &Path) -> Result<(), ServiceError> {
+pub(crate) fn make_private_dir(dir: &Path) -> Result<(), ServiceError> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
     made.map_err(|error| ServiceError::Internal(format!("cannot create {}: {error}", dir.display())))
 }
 
 /// Removes a folder and its contents. A missing folder is not an error.
-pub fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
+pub(crate) fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(ServiceError::Internal(format!(
             "cannot remove {}: {error}",
@@ -28,7 +28,7 @@ pub fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
 }
 
 /// Lists the VM ids that `folder` has a folder for. Ignores other names: they are not ours.
-pub fn vm_folders(folder: &Path) -> Result<Vec<VmId>, ServiceError> {
+pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<VmId>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,

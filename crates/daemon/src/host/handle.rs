@@ -31,20 +31,20 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 /// Limit on concurrent exports and imports of templates.
-pub const MAX_TRANSFERS: usize = 8;
+pub(crate) const MAX_TRANSFERS: usize = 8;
 
 /// The protected template that every host has.
-pub const BASE_TEMPLATE: &str = "debian-base";
+pub(crate) const BASE_TEMPLATE: &str = "debian-base";
 
 /// A running daemon: its parts, and the state that they share. A clone is another handle on the
 /// same daemon.
 #[derive(Clone)]
-pub struct Host {
+pub(crate) struct Host {
     inner: Arc<Inner>,
 }
 
 /// The parts of a [`Host`].
-pub struct Inner {
+pub(crate) struct Inner {
     pub settings: Settings,
     pub host_ip: IpAddr,
     pub limits: Limits,
@@ -80,7 +80,7 @@ pub struct Inner {
 }
 
 /// The initialised parts of a host.
-pub struct Parts {
+pub(crate) struct Parts {
     /// The settings.
     pub settings: Settings,
     /// The open pool.
@@ -114,7 +114,7 @@ impl Host {
     ///
     /// # Errors
     /// If the host's memory cannot be read.
-    pub fn new(parts: Parts) -> std::io::Result<Host> {
+    pub(crate) fn new(parts: Parts) -> std::io::Result<Host> {
         let memory_mib = system::memory()?.total >> 20;
         let inner = Inner {
             host_ip: parts.settings.host_ip.unwrap_or_else(system::default_address),
@@ -148,26 +148,26 @@ impl Host {
     }
 
     /// Returns the limits for requests on this host.
-    pub fn limits(&self) -> &Limits {
+    pub(crate) fn limits(&self) -> &Limits {
         &self.inner.limits
     }
 
     /// Waits for all operations in progress. Does not prevent new ones.
-    pub async fn finish(&self) {
+    pub(crate) async fn finish(&self) {
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
     }
 
     /// Returns the folder for the sockets, pid file and seed drive of a VM's machine.
-    pub fn run_dir(&self, id: &VmId) -> PathBuf {
+    pub(crate) fn run_dir(&self, id: &VmId) -> PathBuf {
         self.inner.settings.run_dir.join("vms").join(id.as_str())
     }
 
-    pub fn console_dir(&self, id: &VmId) -> PathBuf {
+    pub(crate) fn console_dir(&self, id: &VmId) -> PathBuf {
         self.inner.settings.state_dir.join("console").join(id.as_str())
     }
 
-    pub fn console_log(&self, id: &VmId) -> PathBuf {
+    pub(crate) fn console_log(&self, id: &VmId) -> PathBuf {
         self.console_dir(id).join("console.log")
     }
 
@@ -175,7 +175,7 @@ impl Host {
     ///
     /// # Errors
     /// Those of the operation; [`ServiceError::Internal`] if it panics.
-    pub async fn detached<T, F>(&self, operation: impl FnOnce(Host) -> F) -> Result<T, ServiceError>
+    pub(crate) async fn detached<T, F>(&self, operation: impl FnOnce(Host) -> F) -> Result<T, ServiceError>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, ServiceError>> + Send + 'static,

@@ -7,19 +7,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// The kernels that operations in progress rely on, although no template and no VM names them yet.
 #[derive(Default)]
-pub struct KernelsInUse {
+pub(crate) struct KernelsInUse {
     counts: Arc<Mutex<HashMap<KernelId, usize>>>,
 }
 
 /// Keeps a kernel from being removed until it is dropped.
-pub struct KernelInUse {
+pub(crate) struct KernelInUse {
     counts: Arc<Mutex<HashMap<KernelId, usize>>>,
     kernel: KernelId,
 }
 
 impl KernelInUse {
     /// Returns the kernel.
-    pub fn id(&self) -> &KernelId {
+    pub(crate) fn id(&self) -> &KernelId {
         &self.kernel
     }
 }
@@ -29,7 +29,7 @@ impl KernelsInUse {
     ///
     /// # Errors
     /// Those of `choose`.
-    pub fn hold(
+    pub(crate) fn hold(
         &self,
         choose: impl FnOnce() -> Result<Option<KernelId>, ServiceError>,
     ) -> Result<Option<KernelInUse>, ServiceError> {
@@ -43,7 +43,7 @@ impl KernelsInUse {
     }
 
     /// Calls `remove` with the kernels that must stay. No kernel is chosen meanwhile.
-    pub fn remove<T>(&self, remove: impl FnOnce(HashSet<KernelId>) -> T) -> T {
+    pub(crate) fn remove<T>(&self, remove: impl FnOnce(HashSet<KernelId>) -> T) -> T {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         remove(counts.keys().cloned().collect())
     }

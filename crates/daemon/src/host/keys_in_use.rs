@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The keys of creations in progress.
 #[derive(Default)]
-pub struct KeysInUse(Mutex<HashSet<String>>);
+pub(crate) struct KeysInUse(Mutex<HashSet<String>>);
 
 impl KeysInUse {
     fn lock(&self) -> MutexGuard<'_, HashSet<String>> {
@@ -18,7 +18,7 @@ impl KeysInUse {
     ///
     /// # Errors
     /// [`ServiceError::Busy`] if it is in use already.
-    pub fn begin(&self, key: &IdempotencyKey) -> Result<KeyInUse<'_>, ServiceError> {
+    pub(crate) fn begin(&self, key: &IdempotencyKey) -> Result<KeyInUse<'_>, ServiceError> {
         if !self.lock().insert(key.as_str().to_owned()) {
             return Err(ServiceError::Busy(format!(
                 "a request with Idempotency-Key {key} is still in progress: try again later"
@@ -32,7 +32,7 @@ impl KeysInUse {
 }
 
 /// Marks a key as in use until it is dropped.
-pub struct KeyInUse<'k> {
+pub(crate) struct KeyInUse<'k> {
     keys: &'k KeysInUse,
     key: String,
 }

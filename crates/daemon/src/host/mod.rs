@@ -3,27 +3,27 @@
 //! [`Host`] is the handle that operations get. The operations themselves are functions in
 //! [`vm`](crate::vm), [`pool`](crate::pool) and [`templates`](crate::templates).
 
-pub mod agent;
-pub mod cleanups;
-pub mod drivers;
-pub mod error;
-pub mod events;
-pub mod files;
-pub mod handle;
-pub mod kernels_in_use;
-pub mod keys_in_use;
-pub mod names;
-pub mod paused_vms;
-pub mod pool_growth;
-pub mod random;
-pub mod reclaim;
-pub mod system;
-pub mod tasks;
-pub mod templates_in_use;
-pub mod undo;
-pub mod usage_tracker;
-pub mod vms;
+pub(crate) mod agent;
+pub(crate) mod cleanups;
+pub(crate) mod drivers;
+pub(crate) mod error;
+pub(crate) mod events;
+pub(crate) mod files;
+pub(crate) mod handle;
+pub(crate) mod kernels_in_use;
+pub(crate) mod keys_in_use;
+pub(crate) mod names;
+pub(crate) mod paused_vms;
+pub(crate) mod pool_growth;
+pub(crate) mod random;
+pub(crate) mod reclaim;
+pub(crate) mod system;
+pub(crate) mod tasks;
+pub(crate) mod templates_in_use;
+pub(crate) mod undo;
+pub(crate) mod usage_tracker;
+pub(crate) mod vms;
 
-pub use handle::{BASE_TEMPLATE, Host, Parts};
-pub use names::{rfc3339, template_name};
-pub use tasks::{blocking, fault_point};
+pub(crate) use handle::{BASE_TEMPLATE, Host, Parts};
+pub(crate) use names::{rfc3339, template_name};
+pub(crate) use tasks::{blocking, fault_point};

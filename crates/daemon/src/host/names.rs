@@ -7,13 +7,13 @@ use scalebox_units::TemplateName;
 ///
 /// # Errors
 /// 404.
-pub fn template_name(name: &str) -> Result<TemplateName, ServiceError> {
+pub(crate) fn template_name(name: &str) -> Result<TemplateName, ServiceError> {
     name.parse()
         .map_err(|_| ServiceError::NotFound(format!("there is no template {}", quoted(name))))
 }
 
 /// Formats a time in UTC, to the millisecond.
-pub fn rfc3339(time: jiff::Timestamp) -> String {
+pub(crate) fn rfc3339(time: jiff::Timestamp) -> String {
     // Milliseconds are precise enough to sort by and short enough to read.
     format!("{time:.3}")
 }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 /// The state of automatic growth. The lock makes growths sequential: a waiting caller finds the
 /// pool grown.
 #[derive(Default)]
-pub struct PoolGrowth {
+pub(crate) struct PoolGrowth {
     /// The time of the last growth, if it failed.
     pub failed: Mutex<Option<Instant>>,
     /// Whether `pool::growth::reconcile` is running.

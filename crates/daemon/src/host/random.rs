@@ -7,7 +7,7 @@ use std::io;
 ///
 /// # Errors
 /// If the kernel returns too few bytes, which a running Linux does not do.
-pub fn random_hex(bytes: usize) -> io::Result<String> {
+pub(crate) fn random_hex(bytes: usize) -> io::Result<String> {
     let mut drawn = [0; 64];
     let drawn = &mut drawn[..bytes.min(64)];
     let length = getrandom(&mut *drawn, GetRandomFlags::empty())?;

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 /// of this on an idle host.
 const FREE_TIMEOUT: Duration = Duration::from_secs(20);
 /// The deleted disks whose blocks are being freed.
-pub struct Reclaim {
+pub(crate) struct Reclaim {
     /// Counts the disks that have no name any more and are still committed.
     freeing: Arc<watch::Sender<usize>>,
     /// Wakes the trim when the pool has freed blocks that are not yet returned to the host disk.
@@ -26,7 +26,7 @@ impl Default for Reclaim {
 }
 
 /// Counts one disk being freed; decrements on drop.
-pub struct DiskBeingFreed(Arc<watch::Sender<usize>>);
+pub(crate) struct DiskBeingFreed(Arc<watch::Sender<usize>>);
 
 impl Drop for DiskBeingFreed {
     fn drop(&mut self) {
@@ -36,23 +36,23 @@ impl Drop for DiskBeingFreed {
 
 impl Reclaim {
     /// Counts one disk whose blocks are being freed, until the guard is dropped.
-    pub fn begin(&self) -> DiskBeingFreed {
+    pub(crate) fn begin(&self) -> DiskBeingFreed {
         self.freeing.send_modify(|count| *count += 1);
         DiskBeingFreed(Arc::clone(&self.freeing))
     }
 
     /// Waits for a request of [`Reclaim::freed`].
-    pub async fn trim_requested(&self) {
+    pub(crate) async fn trim_requested(&self) {
         self.freed.notified().await;
     }
 
     /// Requests a trim: the pool has freed blocks.
-    pub fn freed(&self) {
+    pub(crate) fn freed(&self) {
         self.freed.notify_one();
     }
 
     /// Waits until no deleted disk is being freed, for at most [`FREE_TIMEOUT`].
-    pub async fn wait_until_freed(&self) {
+    pub(crate) async fn wait_until_freed(&self) {
         let mut count = self.freeing.subscribe();
         let none = count.wait_for(|freeing| *freeing == 0);
         // On a timeout, the caller sees the remaining commitments.
@@ -61,7 +61,7 @@ impl Reclaim {
 
     /// Retries a rejected `attempt` while deleted disks are being freed, for at most
     /// [`FREE_TIMEOUT`].
-    pub async fn retry_while_freeing<T, E, F>(
+    pub(crate) async fn retry_while_freeing<T, E, F>(
         &self,
         is_insufficient: fn(&E) -> bool,
         mut attempt: impl FnMut() -> F,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// The host's memory in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryBytes {
+pub(crate) struct MemoryBytes {
     /// `MemTotal`.
     pub total: u64,
     /// `MemAvailable`: can be allocated without swapping.
@@ -17,7 +17,7 @@ pub struct MemoryBytes {
 /// Returns the address of the default route's interface, or loopback if there is no route.
 ///
 /// Connecting a UDP socket makes the kernel choose the source address; no packet is sent.
-pub fn default_address() -> IpAddr {
+pub(crate) fn default_address() -> IpAddr {
     // An unassigned address of TEST-NET-3 (RFC 5737), which only the default route matches.
     const REMOTE: (Ipv4Addr, u16) = (Ipv4Addr::new(203, 0, 113, 1), 9);
     let address = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
@@ -35,7 +35,7 @@ pub fn default_address() -> IpAddr {
 ///
 /// # Errors
 /// If the file cannot be read or lacks a line.
-pub fn memory() -> io::Result<MemoryBytes> {
+pub(crate) fn memory() -> io::Result<MemoryBytes> {
     parse_meminfo(&fs::read_to_string("/proc/meminfo")?)
         .ok_or_else(|| io::Error::other("/proc/meminfo has no MemTotal or MemAvailable"))
 }
@@ -58,7 +58,7 @@ fn parse_meminfo(text: &str) -> Option<MemoryBytes> {
 }
 
 /// Returns how long the host has been up; [`Duration::MAX`] if that cannot be read.
-pub fn uptime() -> Duration {
+pub(crate) fn uptime() -> Duration {
     let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds = uptime
         .split_whitespace()
@@ -68,12 +68,12 @@ pub fn uptime() -> Duration {
 }
 
 /// Returns the number of processors available to this process.
-pub fn cpu_count() -> u32 {
+pub(crate) fn cpu_count() -> u32 {
     std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX))
 }
 
 /// Returns the processor model, or `unknown`.
-pub fn cpu_model() -> String {
+pub(crate) fn cpu_model() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = text
         .lines()
@@ -85,12 +85,12 @@ pub fn cpu_model() -> String {
 ///
 /// # Errors
 /// If the id cannot be read.
-pub fn boot_id() -> io::Result<String> {
+pub(crate) fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// Returns the host name.
-pub fn hostname() -> String {
+pub(crate) fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 

@@ -3,12 +3,12 @@
 use crate::host::error::ServiceError;
 
 /// Marks a step at which tests inject an error.
-pub fn fault_point(step: &'static str) -> Result<(), ServiceError> {
+pub(crate) fn fault_point(step: &'static str) -> Result<(), ServiceError> {
     scalebox_fault_points::fault_point(step).map_err(|error| ServiceError::Internal(error.to_string()))
 }
 
 /// Runs blocking work on a thread for such work, within the caller's log span.
-pub async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ServiceError>
+pub(crate) async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ServiceError>
 where
     T: Send + 'static,
     E: Into<ServiceError> + Send + 'static,
@@ -21,7 +21,7 @@ where
 }
 
 /// Logs a panicked task. The panic message goes only to the log, not to the client.
-pub fn task_failed(error: &tokio::task::JoinError) -> ServiceError {
+pub(crate) fn task_failed(error: &tokio::task::JoinError) -> ServiceError {
     tracing::error!(%error, "a task panicked");
     ServiceError::Internal("internal error; see the scaleboxd log for this request id".to_owned())
 }

@@ -6,19 +6,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// The templates that disks are being cloned from; these cannot be deleted.
 #[derive(Default)]
-pub struct TemplatesInUse {
+pub(crate) struct TemplatesInUse {
     counts: Arc<Mutex<HashMap<String, usize>>>,
 }
 
 /// Keeps a template from being deleted until it is dropped.
-pub struct TemplateInUse {
+pub(crate) struct TemplateInUse {
     counts: Arc<Mutex<HashMap<String, usize>>>,
     template: String,
 }
 
 impl TemplatesInUse {
     /// Keeps a template from being deleted.
-    pub fn hold(&self, template: &str) -> TemplateInUse {
+    pub(crate) fn hold(&self, template: &str) -> TemplateInUse {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.entry(template.to_owned()).or_default() += 1;
         TemplateInUse {
@@ -31,7 +31,7 @@ impl TemplatesInUse {
     ///
     /// # Errors
     /// 409 while a disk is being cloned from it.
-    pub fn require_idle(&self, template: &str) -> Result<(), ServiceError> {
+    pub(crate) fn require_idle(&self, template: &str) -> Result<(), ServiceError> {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if counts.contains_key(template) {
             return Err(ServiceError::Busy(format!(

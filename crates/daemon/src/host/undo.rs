@@ -8,18 +8,18 @@ type Undo = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
 /// The undos of the completed steps. Dropping it without [`Steps::undo_all`] keeps the steps.
 #[derive(Default)]
-pub struct Steps {
+pub(crate) struct Steps {
     taken: Vec<(&'static str, Undo)>,
 }
 
 impl Steps {
     /// Creates an empty list.
-    pub fn new() -> Steps {
+    pub(crate) fn new() -> Steps {
         Steps::default()
     }
 
     /// Adds a completed step with its undo. The future is polled only if it is needed.
-    pub fn taken<E: std::fmt::Display>(
+    pub(crate) fn taken<E: std::fmt::Display>(
         &mut self,
         step: &'static str,
         undo: impl Future<Output = Result<(), E>> + Send + 'static,
@@ -32,7 +32,7 @@ impl Steps {
 
     /// Undoes all steps in reverse order. An undo that fails is logged and does not stop the
     /// others; the next start cleans up after it.
-    pub async fn undo_all(mut self) {
+    pub(crate) async fn undo_all(mut self) {
         while let Some((step, undo)) = self.taken.pop() {
             match undo.await {
                 Ok(()) => tracing::debug!(step, "step undone"),

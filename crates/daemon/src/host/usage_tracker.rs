@@ -10,25 +10,25 @@ use std::time::{Duration, SystemTime};
 
 /// The latest measurement, and the history of the space used.
 #[derive(Default)]
-pub struct UsageTracker {
+pub(crate) struct UsageTracker {
     latest: Mutex<Option<Arc<PoolUsage>>>,
     history: Mutex<History>,
 }
 
 impl UsageTracker {
     /// Returns the latest measurement; `None` before the first.
-    pub fn latest(&self) -> Option<Arc<PoolUsage>> {
+    pub(crate) fn latest(&self) -> Option<Arc<PoolUsage>> {
         lock(&self.latest).clone()
     }
 
     /// Estimates in how many days `free` is used up at the last day's rate; see
     /// [`History::days_left`].
-    pub fn days_left(&self, free: Bytes) -> Option<f64> {
+    pub(crate) fn days_left(&self, free: Bytes) -> Option<f64> {
         lock(&self.history).days_left(free)
     }
 
     /// Adds a measurement, made `since_start` after the daemon's start.
-    pub fn add(&self, accounts: PoolUsage, since_start: Duration) {
+    pub(crate) fn add(&self, accounts: PoolUsage, since_start: Duration) {
         lock(&self.history).add(since_start, accounts.total());
         *lock(&self.latest) = Some(Arc::new(accounts));
     }
@@ -40,13 +40,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Returns the usage of a VM's disk in the latest measurement.
-pub fn disk_usage(accounts: &PoolUsage, record: &Record) -> Option<StorageUsage> {
+pub(crate) fn disk_usage(accounts: &PoolUsage, record: &Record) -> Option<StorageUsage> {
     let usage = accounts.disks.get(&record.id)?;
     Some(storage_usage(usage, record.disk_size.bytes(), accounts))
 }
 
 /// Returns the usage of a template in the latest measurement.
-pub fn template_usage(accounts: &PoolUsage, template: &Template) -> Option<StorageUsage> {
+pub(crate) fn template_usage(accounts: &PoolUsage, template: &Template) -> Option<StorageUsage> {
     let usage = accounts.templates.get(&template.name)?;
     Some(storage_usage(usage, template.size, accounts))
 }
@@ -62,7 +62,7 @@ fn storage_usage(usage: &Usage, provisioned: Bytes, accounts: &PoolUsage) -> Sto
 }
 
 /// Formats a time in UTC, to the millisecond.
-pub fn rfc3339(time: SystemTime) -> String {
+pub(crate) fn rfc3339(time: SystemTime) -> String {
     let time = jiff::Timestamp::try_from(time).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
     format!("{time:.3}")
 }

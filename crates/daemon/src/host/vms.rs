@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 
 /// The table of VMs. A clone is another handle on the same table.
 #[derive(Clone)]
-pub struct Vms {
+pub(crate) struct Vms {
     table: Arc<Mutex<Table>>,
     /// Wakes waiting operations whenever an operation ends.
     idle: Arc<Notify>,
@@ -42,7 +42,7 @@ struct Entry {
 
 impl Vms {
     /// Creates an empty table.
-    pub fn new(network: &NetConfig) -> Vms {
+    pub(crate) fn new(network: &NetConfig) -> Vms {
         let table = Table {
             by_id: BTreeMap::new(),
             names: HashMap::new(),
@@ -61,7 +61,7 @@ impl Vms {
     /// # Errors
     /// [`ServiceError::NameTaken`] if the requested name is in use; [`ServiceError::NotReady`] if
     /// no name, address or port is free.
-    pub fn claim(&self, name: Option<&str>) -> Result<Claim, ServiceError> {
+    pub(crate) fn claim(&self, name: Option<&str>) -> Result<Claim, ServiceError> {
         let mut table = self.lock();
         let name = match name {
             Some(name) if table.names.contains_key(name) => {
@@ -89,7 +89,7 @@ impl Vms {
     }
 
     /// Adds a VM from the state file, at start.
-    pub fn restore(&self, record: Record, machine: Option<Arc<dyn Machine>>) {
+    pub(crate) fn restore(&self, record: Record, machine: Option<Arc<dyn Machine>>) {
         let mut table = self.lock();
         table.names.insert(record.name.clone(), Some(record.id.clone()));
         table.addresses.occupy(lease(&record));
@@ -104,14 +104,14 @@ impl Vms {
     }
 
     /// Lists all VMs, oldest first.
-    pub fn all(&self) -> Vec<Record> {
+    pub(crate) fn all(&self) -> Vec<Record> {
         let mut records: Vec<_> = self.lock().by_id.values().map(|entry| entry.record.clone()).collect();
         records.sort_by(|a, b| (&a.created_at, &a.id).cmp(&(&b.created_at, &b.id)));
         records
     }
 
     /// Counts the VMs created from a template.
-    pub fn count_from_template(&self, template: &str) -> u64 {
+    pub(crate) fn count_from_template(&self, template: &str) -> u64 {
         let table = self.lock();
         table
             .by_id
@@ -121,7 +121,7 @@ impl Vms {
     }
 
     /// Lists only the statuses, for counting.
-    pub fn statuses(&self) -> Vec<VmStatus> {
+    pub(crate) fn statuses(&self) -> Vec<VmStatus> {
         self.lock().by_id.values().map(|entry| entry.record.status).collect()
     }
 
@@ -129,7 +129,7 @@ impl Vms {
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
-    pub fn find(&self, reference: &str) -> Result<Record, ServiceError> {
+    pub(crate) fn find(&self, reference: &str) -> Result<Record, ServiceError> {
         self.lock().find(reference).map(|entry| entry.record.clone())
     }
 
@@ -137,7 +137,10 @@ impl Vms {
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
-    pub fn find_with_machine(&self, reference: &str) -> Result<(Record, Option<Arc<dyn Machine>>), ServiceError> {
+    pub(crate) fn find_with_machine(
+        &self,
+        reference: &str,
+    ) -> Result<(Record, Option<Arc<dyn Machine>>), ServiceError> {
         let table = self.lock();
         let entry = table.find(reference)?;
         Ok((entry.record.clone(), entry.machine.clone()))
@@ -148,7 +151,7 @@ impl Vms {
     ///
     /// # Errors
     /// [`ServiceError::NotFound`]; [`ServiceError::Busy`], naming the operation in progress.
-    pub fn begin(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
+    pub(crate) fn begin(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
         let mut table = self.lock();
         let id = table.find(reference)?.record.id.clone();
         let entry = table.by_id.get_mut(&id).ok_or_else(|| not_found(reference))?;
@@ -168,7 +171,11 @@ impl Vms {
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
-    pub async fn begin_when_idle(&self, reference: &str, operation: &'static str) -> Result<Operation, ServiceError> {
+    pub(crate) async fn begin_when_idle(
+        &self,
+        reference: &str,
+        operation: &'static str,
+    ) -> Result<Operation, ServiceError> {
         loop {
             // The wait is registered before the check, so that the end of an operation in between
             // is noticed.
@@ -183,7 +190,7 @@ impl Vms {
 
     /// Cancels the creation of the VM with this name, if there is one, and waits until it has
     /// ended.
-    pub async fn cancel_creation(&self, name: &str) -> Cancellation {
+    pub(crate) async fn cancel_creation(&self, name: &str) -> Cancellation {
         let found = self.lock().creations.get(name).cloned();
         let Some(creation) = found else {
             return Cancellation::NotBeingCreated;
@@ -212,7 +219,13 @@ impl Vms {
 
     /// Sets a VM's status and machine. Returns whether the VM exists; a deleted one is not added
     /// again.
-    pub fn set(&self, id: &VmId, status: VmStatus, reason: Option<String>, machine: Option<Arc<dyn Machine>>) -> bool {
+    pub(crate) fn set(
+        &self,
+        id: &VmId,
+        status: VmStatus,
+        reason: Option<String>,
+        machine: Option<Arc<dyn Machine>>,
+    ) -> bool {
         match self.lock().by_id.get_mut(id) {
             Some(entry) => {
                 entry.record.status = status;
@@ -226,7 +239,7 @@ impl Vms {
 
     /// Sets a VM's status, if `machine` is still its machine: otherwise the operation in progress
     /// sets it. Returns whether its status changed.
-    pub fn set_if_current(
+    pub(crate) fn set_if_current(
         &self,
         id: &VmId,
         machine: &Arc<dyn Machine>,
@@ -246,7 +259,7 @@ impl Vms {
     }
 
     /// Lists the running VMs with no operation in progress, with their machines.
-    pub fn running(&self) -> Vec<(VmId, Arc<dyn Machine>)> {
+    pub(crate) fn running(&self) -> Vec<(VmId, Arc<dyn Machine>)> {
         let table = self.lock();
         table
             .running()
@@ -255,7 +268,7 @@ impl Vms {
     }
 
     /// Lists those of them that have auto-extend enabled and a disk below its limit.
-    pub fn extending(&self) -> Vec<(Record, Arc<dyn Machine>)> {
+    pub(crate) fn extending(&self) -> Vec<(Record, Arc<dyn Machine>)> {
         let table = self.lock();
         let extending = table.running().filter(|entry| {
             let extend = entry.record.auto_extend;
@@ -267,14 +280,14 @@ impl Vms {
     }
 
     /// Changes a VM's record: its disk size or its settings. A deleted VM is not added again.
-    pub fn change(&self, id: &VmId, change: impl FnOnce(&mut Record)) {
+    pub(crate) fn change(&self, id: &VmId, change: impl FnOnce(&mut Record)) {
         if let Some(entry) = self.lock().by_id.get_mut(id) {
             change(&mut entry.record);
         }
     }
 
     /// Removes a VM and frees its name. Dropping the returned guard frees its address and port.
-    pub fn remove(&self, id: &VmId) -> Option<LeaseGuard> {
+    pub(crate) fn remove(&self, id: &VmId) -> Option<LeaseGuard> {
         let mut table = self.lock();
         let entry = table.by_id.remove(id)?;
         table.names.remove(&entry.record.name);
@@ -346,7 +359,7 @@ struct Creation {
 
 /// The result of cancelling a creation.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Cancellation {
+pub(crate) enum Cancellation {
     /// No VM with this name was being created.
     NotBeingCreated,
     /// The creation was undone completely.
@@ -357,7 +370,7 @@ pub enum Cancellation {
 
 /// A name, an address and a port claimed for a VM that is being created.
 #[must_use = "dropping a claim releases its name, address and port"]
-pub struct Claim {
+pub(crate) struct Claim {
     /// The name.
     pub name: String,
     /// The address and the port.
@@ -369,7 +382,7 @@ pub struct Claim {
 
 impl Claim {
     /// Adds the created VM to the table, where other requests see it.
-    pub fn publish(mut self, record: Record, machine: Option<Arc<dyn Machine>>) {
+    pub(crate) fn publish(mut self, record: Record, machine: Option<Arc<dyn Machine>>) {
         self.published = true;
         let _first = self.creation.id.set(record.id.clone());
         let mut table = self.vms.lock();
@@ -389,7 +402,7 @@ impl Claim {
     ///
     /// # Errors
     /// [`ServiceError::WrongState`] if the VM was deleted while it was being created.
-    pub fn require_not_cancelled(&self) -> Result<(), ServiceError> {
+    pub(crate) fn require_not_cancelled(&self) -> Result<(), ServiceError> {
         if self.creation.cancelled.load(Ordering::Relaxed) {
             let name = &self.name;
             return Err(ServiceError::WrongState(format!(
@@ -414,7 +427,7 @@ impl Drop for Claim {
 
 /// Keeps the address and port of a deleted VM in use until it is dropped.
 #[must_use = "dropping it frees the address and the port"]
-pub struct LeaseGuard {
+pub(crate) struct LeaseGuard {
     lease: Lease,
     vms: Vms,
 }
@@ -426,7 +439,7 @@ impl Drop for LeaseGuard {
 }
 
 /// An operation in progress on a VM. Dropping it lets the next one begin.
-pub struct Operation {
+pub(crate) struct Operation {
     /// The VM's record when the operation began.
     pub record: Record,
     /// The VM's machine when the operation began.

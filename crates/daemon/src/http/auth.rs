@@ -14,7 +14,8 @@ use subtle::ConstantTimeEq;
 
 /// Closes the connection of an unauthenticated client after this response. Further responses might
 /// not fit into the socket's buffer, and the server would have to wait for the client.
-pub const CLOSE_AFTER_RESPONSE: [(HeaderName, HeaderValue); 1] = [(CONNECTION, HeaderValue::from_static("close"))];
+pub(crate) const CLOSE_AFTER_RESPONSE: [(HeaderName, HeaderValue); 1] =
+    [(CONNECTION, HeaderValue::from_static("close"))];
 
 /// The token's SHA-256 digest. Comparing digests takes the same time for every token, so its
 /// duration reveals nothing, not even the token's length.
@@ -32,14 +33,14 @@ impl TokenDigest {
 }
 
 /// Authentication for all routes except `/health`.
-pub struct Guard {
+pub(crate) struct Guard {
     token: TokenDigest,
     failed: FailedLogins,
 }
 
 impl Guard {
     /// Requires `token`.
-    pub fn new(token: &Token) -> Guard {
+    pub(crate) fn new(token: &Token) -> Guard {
         Guard {
             token: TokenDigest::new(token),
             failed: FailedLogins::default(),
@@ -48,7 +49,7 @@ impl Guard {
 }
 
 /// Rejects requests without the token.
-pub async fn require_token(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
+pub(crate) async fn require_token(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
     let offered = request
         .headers()
         .get(AUTHORIZATION)

@@ -33,7 +33,7 @@ fn code_and_status(error: &ServiceError) -> (ErrorCode, StatusCode) {
 }
 
 /// Returns the response body.
-pub fn body(error: &ServiceError) -> ErrorBody {
+pub(crate) fn body(error: &ServiceError) -> ErrorBody {
     let (field, details) = match error {
         ServiceError::Invalid { field, .. } => (field.clone(), json!({})),
         ServiceError::Insufficient { available, need } => (

@@ -27,11 +27,11 @@ const HEAD_TOO_LARGE: &str = "the request head is too large: at most 100 header 
 
 /// Counts a connection's requests in progress; each counts until its response is sent.
 #[derive(Clone, Default)]
-pub struct RequestsInProgress(Arc<AtomicUsize>);
+pub(crate) struct RequestsInProgress(Arc<AtomicUsize>);
 
 impl RequestsInProgress {
     /// Counts a request until the guard is dropped.
-    pub fn begin(&self) -> RequestGuard {
+    pub(crate) fn begin(&self) -> RequestGuard {
         self.0.fetch_add(1, Ordering::Relaxed);
         RequestGuard(self.clone())
     }
@@ -42,11 +42,11 @@ impl RequestsInProgress {
 }
 
 /// Counts one request as in progress; dropping it ends that.
-pub struct RequestGuard(RequestsInProgress);
+pub(crate) struct RequestGuard(RequestsInProgress);
 
 impl RequestGuard {
     /// Holds the guard until the response's body has been sent.
-    pub fn until_sent(self, response: Response<Body>) -> Response<Body> {
+    pub(crate) fn until_sent(self, response: Response<Body>) -> Response<Body> {
         response.map(|body| Body::new(Guarded { body, _guard: self }))
     }
 }
@@ -81,7 +81,7 @@ impl hyper::body::Body for Guarded {
 }
 
 /// A connection on which every error response has a body.
-pub struct ErrorBodies<S> {
+pub(crate) struct ErrorBodies<S> {
     stream: S,
     in_progress: RequestsInProgress,
     /// The rewritten response, as far as it is not yet written.
@@ -90,7 +90,7 @@ pub struct ErrorBodies<S> {
 
 impl<S> ErrorBodies<S> {
     /// Wraps a connection whose requests are counted in `in_progress`.
-    pub fn new(stream: S, in_progress: RequestsInProgress) -> Self {
+    pub(crate) fn new(stream: S, in_progress: RequestsInProgress) -> Self {
         ErrorBodies {
             stream,
             in_progress,

@@ -23,7 +23,7 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// The query parameters of `GET /events`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct EventsQuery {
+pub(crate) struct EventsQuery {
     since: Option<String>,
     follow: Option<bool>,
 }
@@ -43,7 +43,7 @@ pub struct EventsQuery {
         (status = 400, description = "A query parameter or `Last-Event-ID` is invalid."),
     )
 )]
-pub async fn events(
+pub(crate) async fn events(
     State(host): State<Host>,
     headers: HeaderMap,
     query: Result<Query<EventsQuery>, axum::extract::rejection::QueryRejection>,

@@ -11,10 +11,10 @@ use std::time::Duration;
 /// The largest body that is read; a request with the longest SSH key is a hundredth of it.
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// Time limit for a body to arrive, or for the next piece of one that is streamed.
-pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The variable segment of a route's path, percent-decoded.
-pub struct Segment(pub String);
+pub(crate) struct Segment(pub String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Segment {
     type Rejection = ServiceError;
@@ -31,7 +31,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
 }
 
 /// A body as raw bytes, whatever its content type, within the limits of size and time.
-pub struct RawBody(pub Bytes);
+pub(crate) struct RawBody(pub Bytes);
 
 impl<S: Send + Sync> FromRequest<S> for RawBody {
     type Rejection = ServiceError;
@@ -64,7 +64,7 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
 
 /// Rejects a body with a `Content-Encoding` (RFC 9110, section 8.4) other than those in
 /// `supported`.
-pub fn require_supported_encoding(headers: &HeaderMap, supported: &[&str]) -> Result<(), ServiceError> {
+pub(crate) fn require_supported_encoding(headers: &HeaderMap, supported: &[&str]) -> Result<(), ServiceError> {
     let encodings = headers.get_all(CONTENT_ENCODING).iter();
     let encodings: Vec<String> = encodings
         .flat_map(|value| {
@@ -86,7 +86,7 @@ pub fn require_supported_encoding(headers: &HeaderMap, supported: &[&str]) -> Re
 }
 
 /// Returns the innermost cause; the outer errors only report that reading a body failed.
-pub fn root_cause(error: &axum::Error) -> String {
+pub(crate) fn root_cause(error: &axum::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {
         cause = source;

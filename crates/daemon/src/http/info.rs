@@ -9,7 +9,7 @@ use scalebox_api::{Cpu, HostInfo, HostLimits, Memory, VmCounts};
 ///
 /// # Errors
 /// 500 if the kernel's figures cannot be read.
-pub async fn info(host: &Host) -> Result<HostInfo, ServiceError> {
+pub(crate) async fn info(host: &Host) -> Result<HostInfo, ServiceError> {
     let (memory, cpu) = blocking(move || {
         let cpu = Cpu {
             count: system::cpu_count(),

@@ -13,11 +13,11 @@ const MAX_PEERS: usize = 256;
 
 /// The remote address of a request's connection, stored in the request's extensions.
 #[derive(Debug, Clone, Copy)]
-pub struct Peer(pub IpAddr);
+pub(crate) struct Peer(pub IpAddr);
 
 /// The failed logins that were logged, by peer.
 #[derive(Debug, Default)]
-pub struct FailedLogins {
+pub(crate) struct FailedLogins {
     peers: Mutex<HashMap<IpAddr, Attempts>>,
 }
 
@@ -30,7 +30,7 @@ struct Attempts {
 
 impl FailedLogins {
     /// Logs a failed login, unless one of this peer was logged recently.
-    pub fn record(&self, peer: Option<Peer>) {
+    pub(crate) fn record(&self, peer: Option<Peer>) {
         let peer = peer.map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0);
         if let Some(attempts) = self.count(peer, Instant::now()) {
             tracing::warn!(%peer, attempts, "failed login: a request without a valid token");

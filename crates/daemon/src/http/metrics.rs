@@ -28,7 +28,7 @@ const BUCKETS: [f64; 12] = [
 ];
 
 /// The metrics that accumulate over the daemon's lifetime.
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     requests: HistogramVec,
     refusals: IntCounter,
@@ -39,7 +39,7 @@ impl Metrics {
     ///
     /// # Errors
     /// [`prometheus::Error`] if a name is invalid or used twice.
-    pub fn new() -> Result<Metrics, prometheus::Error> {
+    pub(crate) fn new() -> Result<Metrics, prometheus::Error> {
         let registry = Registry::new();
         let requests = HistogramVec::new(
             HistogramOpts::new(
@@ -155,7 +155,7 @@ fn current(host: &Host, pool: &scalebox_api::PoolInfo) -> Result<Registry, prome
         (status = 503, description = "The pool is not mounted."),
     )
 )]
-pub async fn metrics(
+pub(crate) async fn metrics(
     State(host): State<Host>,
     Extension(metrics): Extension<Arc<Metrics>>,
 ) -> Result<impl IntoResponse, ServiceError> {
@@ -164,7 +164,7 @@ pub async fn metrics(
 }
 
 /// Counts each request with its duration and outcome.
-pub async fn count(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
+pub(crate) async fn count(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let method = match *request.method() {
         Method::GET => "GET",

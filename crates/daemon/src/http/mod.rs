@@ -1,15 +1,15 @@
 //! The API: connections, routes, events, metrics and the OpenAPI document.
 
-pub mod auth;
-pub mod error;
-pub mod error_bodies;
-pub mod event_stream;
-pub mod extract;
-pub mod info;
-pub mod logins;
-pub mod metrics;
-pub mod openapi;
-pub mod request_id;
-pub mod routes;
-pub mod server;
-pub mod transfers;
+pub(crate) mod auth;
+pub(crate) mod error;
+pub(crate) mod error_bodies;
+pub(crate) mod event_stream;
+pub(crate) mod extract;
+pub(crate) mod info;
+pub(crate) mod logins;
+pub(crate) mod metrics;
+pub(crate) mod openapi;
+pub(crate) mod request_id;
+pub(crate) mod routes;
+pub(crate) mod server;
+pub(crate) mod transfers;

@@ -33,7 +33,7 @@ use utoipa::{Modify, OpenApi};
         (name = "VMs"), (name = "Templates"), (name = "Pool"), (name = "Host", description = "The host, its events and its metrics.")
     )
 )]
-pub struct Api;
+pub(crate) struct Api;
 
 struct TokenScheme;
 
@@ -51,10 +51,10 @@ const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
 /// Matches an idempotency key, with or without quotes around it.
 const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;
 /// The largest event id: the largest integer that JSON numbers hold exactly in every language.
-pub const MAX_EVENT_ID: u64 = (1 << 53) - 1;
+pub(crate) const MAX_EVENT_ID: u64 = (1 << 53) - 1;
 
 /// Adds the common responses and this host's bounds to the description.
-pub fn complete(document: &Document, limits: &Limits) -> Value {
+pub(crate) fn complete(document: &Document, limits: &Limits) -> Value {
     let mut document = serde_json::to_value(document).unwrap_or_else(|error| {
         tracing::error!(%error, "cannot write the OpenAPI description as JSON");
         json!({})
@@ -236,18 +236,18 @@ fn merge(schema: &mut Value, more: &Value) {
 
 /// The finished document, serialised once for all requests.
 #[derive(Clone)]
-pub struct Served(Arc<str>);
+pub(crate) struct Served(Arc<str>);
 
 impl Served {
     /// Serialises the document.
-    pub fn new(document: &Value) -> Served {
+    pub(crate) fn new(document: &Value) -> Served {
         Served(document.to_string().into())
     }
 }
 
 /// Returns this description.
 #[utoipa::path(get, path = "/openapi.json", tag = "Host", responses((status = 200, content_type = "application/json", body = Object, description = "This document.")))]
-pub async fn openapi(Extension(Served(document)): Extension<Served>) -> Response {
+pub(crate) async fn openapi(Extension(Served(document)): Extension<Served>) -> Response {
     ([(CONTENT_TYPE, "application/json")], document.to_string()).into_response()
 }
 

@@ -29,7 +29,7 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 /// Returns all routes; every route except `/health` requires the token.
-pub fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router {
+pub(crate) fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router {
     let guard = Arc::new(Guard::new(token));
     let guarded = OpenApiRouter::new()
         .routes(routes!(list_vms, create_vm))

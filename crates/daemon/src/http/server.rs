@@ -46,7 +46,7 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Serves until SIGTERM or SIGINT, then finishes the requests in progress and accepts no more. A
 /// second signal ends the daemon at once.
 ///
-pub async fn run(listener: TcpListener, router: Router, host: &Host, mut signals: Signals) {
+pub(crate) async fn run(listener: TcpListener, router: Router, host: &Host, mut signals: Signals) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let peers = Peers::default();
     let graceful = GracefulShutdown::new();
@@ -186,7 +186,7 @@ impl Drop for PeerConnection {
 }
 
 /// The signals that stop the daemon.
-pub struct Signals {
+pub(crate) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
@@ -196,7 +196,7 @@ impl Signals {
     ///
     /// # Errors
     /// If the handlers cannot be installed.
-    pub fn handle() -> io::Result<Signals> {
+    pub(crate) fn handle() -> io::Result<Signals> {
         Ok(Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,

@@ -43,7 +43,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(900);
 /// The query parameters of `POST /templates/{name}/import`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ImportQuery {
+pub(crate) struct ImportQuery {
     replace: Option<bool>,
 }
 
@@ -58,7 +58,7 @@ pub struct ImportQuery {
         (status = 503, description = "Too many templates are being exported or imported."),
     )
 )]
-pub async fn export(
+pub(crate) async fn export(
     State(host): State<Host>,
     method: Method,
     Segment(name): Segment,
@@ -127,7 +127,7 @@ fn export_head(name: &str, size: Bytes) -> Result<[(HeaderName, HeaderValue); 3]
         (status = 507, description = "The template does not fit into the pool."),
     )
 )]
-pub async fn import(
+pub(crate) async fn import(
     State(host): State<Host>,
     Segment(name): Segment,
     query: Result<Query<ImportQuery>, axum::extract::rejection::QueryRejection>,

@@ -11,7 +11,7 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// [`ServiceError::Insufficient`].
-pub async fn admit(host: &Host, size: Bytes) -> Result<Reservation, ServiceError> {
+pub(crate) async fn admit(host: &Host, size: Bytes) -> Result<Reservation, ServiceError> {
     let admit = || {
         let pool = Arc::clone(&host.pool);
         blocking(move || pool.admit(size))
@@ -21,7 +21,7 @@ pub async fn admit(host: &Host, size: Bytes) -> Result<Reservation, ServiceError
 
 /// Retries a rejected admission while deleted disks are being freed, and once more after trying
 /// to grow the pool.
-pub async fn until_admitted<T, F>(host: &Host, attempt: impl Fn() -> F) -> Result<T, ServiceError>
+pub(crate) async fn until_admitted<T, F>(host: &Host, attempt: impl Fn() -> F) -> Result<T, ServiceError>
 where
     F: Future<Output = Result<T, ServiceError>>,
 {

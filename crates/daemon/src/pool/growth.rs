@@ -25,7 +25,7 @@ const RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 ///
 /// btrfs resizes one file system at a time, so a resize that a previous daemon began may still be
 /// running; or a failed resize could not be reverted. The pool stays in use meanwhile.
-pub async fn reconcile(host: Host) {
+pub(crate) async fn reconcile(host: Host) {
     if host.growth.reconciling.swap(true, Ordering::AcqRel) {
         return;
     }
@@ -52,14 +52,14 @@ pub async fn reconcile(host: Host) {
 }
 
 /// Returns the free space below which the pool grows automatically; `None` if it must not grow.
-pub fn low_water(host: &Host) -> Option<Bytes> {
+pub(crate) fn low_water(host: &Host) -> Option<Bytes> {
     let settings = &host.settings;
     settings.pool_auto_grow.then(|| settings.pool_low_water.bytes())
 }
 
 /// Grows the pool if allowed. Returns whether it has grown. A failure is logged, and otherwise
 /// treated like a lack of space on the host disk.
-pub async fn extend_pool(host: &Host) -> bool {
+pub(crate) async fn extend_pool(host: &Host) -> bool {
     if low_water(host).is_none() {
         return false;
     }

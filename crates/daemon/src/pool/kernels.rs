@@ -11,7 +11,7 @@ use scalebox_units::KernelId;
 ///
 /// # Errors
 /// If the pool cannot be read.
-pub fn choose(host: &Host, preferred: Option<&KernelId>) -> Result<Option<KernelInUse>, ServiceError> {
+pub(crate) fn choose(host: &Host, preferred: Option<&KernelId>) -> Result<Option<KernelInUse>, ServiceError> {
     host.kernels_in_use
         .hold(|| Ok(host.pool.kernel_or_newest(preferred)?.map(|kernel| kernel.id)))
 }
@@ -20,7 +20,7 @@ pub fn choose(host: &Host, preferred: Option<&KernelId>) -> Result<Option<Kernel
 ///
 /// # Errors
 /// 503 if it is not there.
-pub fn require(host: &Host, kernel: Option<&KernelId>) -> Result<Kernel, ServiceError> {
+pub(crate) fn require(host: &Host, kernel: Option<&KernelId>) -> Result<Kernel, ServiceError> {
     kernel.and_then(|id| host.pool.kernel(id)).ok_or_else(|| {
         ServiceError::NotReady(format!(
             "this host has no guest kernel yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
@@ -30,7 +30,7 @@ pub fn require(host: &Host, kernel: Option<&KernelId>) -> Result<Kernel, Service
 
 /// Removes the kernels that no VM and no template uses, except the newest. Failures are logged; the
 /// next call tries again.
-pub async fn remove_unused(host: &Host) {
+pub(crate) async fn remove_unused(host: &Host) {
     let on = host.clone();
     let removed = blocking(move || {
         on.kernels_in_use.remove(|mut used| {

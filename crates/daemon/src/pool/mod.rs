@@ -1,9 +1,9 @@
 //! The pool's figures, and changes of its size by request.
 
-pub mod admission;
-pub mod growth;
-pub mod kernels;
-pub mod reclaim;
+pub(crate) mod admission;
+pub(crate) mod growth;
+pub(crate) mod kernels;
+pub(crate) mod reclaim;
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking, usage_tracker};
@@ -17,7 +17,7 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// 500 if the kernel's figures cannot be read.
-pub async fn figures(host: &Host) -> Result<PoolInfo, ServiceError> {
+pub(crate) async fn figures(host: &Host) -> Result<PoolInfo, ServiceError> {
     let pool = Arc::clone(&host.pool);
     let space = blocking(move || pool.space()).await?;
     let pool = &host.pool;
@@ -59,7 +59,7 @@ pub async fn figures(host: &Host) -> Result<PoolInfo, ServiceError> {
 /// # Errors
 /// 400 if `size` is not larger than the pool or too large; 409 if the pool is already being
 /// resized.
-pub async fn grow(host: &Host, size: Option<Gib>) -> Result<PoolInfo, ServiceError> {
+pub(crate) async fn grow(host: &Host, size: Option<Gib>) -> Result<PoolInfo, ServiceError> {
     change(host, EventKind::PoolGrown, move |pool| pool.grow(size)).await
 }
 
@@ -68,7 +68,7 @@ pub async fn grow(host: &Host, size: Option<Gib>) -> Result<PoolInfo, ServiceErr
 /// # Errors
 /// 400 if `size` is not smaller than the pool, or too small for the used, committed or reserved
 /// space; 409 if the pool is already being resized.
-pub async fn shrink(host: &Host, size: Gib) -> Result<PoolInfo, ServiceError> {
+pub(crate) async fn shrink(host: &Host, size: Gib) -> Result<PoolInfo, ServiceError> {
     host.reclaim.wait_until_freed().await;
     change(host, EventKind::PoolShrunk, move |pool| pool.shrink(size)).await
 }
@@ -109,7 +109,7 @@ async fn change(
 ///
 /// # Errors
 /// 500 if the host disk does not accept discards.
-pub async fn trim(host: &Host) -> Result<Trimmed, ServiceError> {
+pub(crate) async fn trim(host: &Host) -> Result<Trimmed, ServiceError> {
     let pool = Arc::clone(&host.pool);
     host.detached(|_host| async move {
         let trimmed = blocking(move || pool.trim()).await?;

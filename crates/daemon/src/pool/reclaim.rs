@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// Frees the blocks of a deleted VM's disk, then its commitment. Runs in a task that a shutdown
 /// waits for.
-pub fn free_blocks(host: &Host, id: VmId, disk: Option<UnlinkedDisk>, committed: Gib) {
+pub(crate) fn free_blocks(host: &Host, id: VmId, disk: Option<UnlinkedDisk>, committed: Gib) {
     let (freeing, host) = (host.reclaim.begin(), host.clone());
     let tasks = host.tasks.clone();
     tasks.spawn(async move {

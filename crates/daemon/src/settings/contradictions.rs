@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// A setting with a surprising effect.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Caveat {
+pub(crate) struct Caveat {
     /// The effect.
     pub finding: String,
     /// The remedy.
@@ -22,14 +22,14 @@ pub struct Caveat {
 ///
 /// # Errors
 /// [`SettingsError::Value`], naming the setting to change.
-pub fn check(settings: &Settings) -> Result<(), SettingsError> {
+pub(crate) fn check(settings: &Settings) -> Result<(), SettingsError> {
     disk_sizes(settings)?;
     paths(settings)?;
     resolvers(settings)
 }
 
 /// Lists the settings that work but may surprise.
-pub fn caveats(settings: &Settings) -> Vec<Caveat> {
+pub(crate) fn caveats(settings: &Settings) -> Vec<Caveat> {
     let mut caveats = Vec::new();
     if !settings.api.ip().is_loopback() {
         caveats.push(Caveat {

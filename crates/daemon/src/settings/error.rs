@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 /// Why the settings are rejected.
 #[derive(Debug, thiserror::Error)]
-pub enum SettingsError {
+pub(crate) enum SettingsError {
     /// A value does not have the expected form.
     #[error("{key}={value:?} cannot be used: {expected}")]
     Value {

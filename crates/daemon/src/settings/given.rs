@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 /// The place that a value was read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// A variable of the environment.
     Environment,
     /// The configuration file.
@@ -17,26 +17,26 @@ pub enum Source {
 
 /// The values that are set, by key.
 #[derive(Debug, Default)]
-pub struct Given(HashMap<&'static str, (String, Source)>);
+pub(crate) struct Given(HashMap<&'static str, (String, Source)>);
 
 impl Given {
     /// Sets a value, in place of one from another source.
-    pub fn set(&mut self, key: &'static str, value: String, source: Source) {
+    pub(crate) fn set(&mut self, key: &'static str, value: String, source: Source) {
         self.0.insert(key, (value, source));
     }
 
     /// Returns the value, if it is set.
-    pub fn get(&self, key: &str) -> Option<&str> {
+    pub(crate) fn get(&self, key: &str) -> Option<&str> {
         self.0.get(key).map(|(value, _)| value.as_str())
     }
 
     /// Returns where the value comes from, if it is set.
-    pub fn source(&self, key: &str) -> Option<Source> {
+    pub(crate) fn source(&self, key: &str) -> Option<Source> {
         self.0.get(key).map(|(_, source)| *source)
     }
 
     /// Returns the value, or the default in the table; `None` if neither exists.
-    pub fn get_or_default(&self, key: &str) -> Option<&str> {
+    pub(crate) fn get_or_default(&self, key: &str) -> Option<&str> {
         let default = || match table::find(key)?.default {
             DefaultValue::Fixed(value) => Some(value),
             DefaultValue::Depends(_) => None,
@@ -45,7 +45,7 @@ impl Given {
     }
 
     /// Returns the error that the value cannot be used; it does not show the token.
-    pub fn wrong(&self, key: &'static str, expected: impl Into<String>) -> SettingsError {
+    pub(crate) fn wrong(&self, key: &'static str, expected: impl Into<String>) -> SettingsError {
         let value = match key {
             table::SECRET => "…",
             _ => self.get(key).unwrap_or_default(),
@@ -58,12 +58,12 @@ impl Given {
     }
 
     /// Returns the error that the value does not have the form in the table.
-    pub fn malformed(&self, key: &'static str) -> SettingsError {
+    pub(crate) fn malformed(&self, key: &'static str) -> SettingsError {
         self.wrong(key, table::requirement(key))
     }
 
     /// Parses a whole number.
-    pub fn number<T: TryFrom<u64>>(&self, key: &'static str) -> Result<T, SettingsError> {
+    pub(crate) fn number<T: TryFrom<u64>>(&self, key: &'static str) -> Result<T, SettingsError> {
         let is_allowed = |number: &u64| match table::find(key).map(|setting| &setting.form) {
             Some(Form::Number(range)) => range.contains(number),
             _ => false,
@@ -74,7 +74,7 @@ impl Given {
     }
 
     /// Returns the word of the table that is set.
-    pub fn word(&self, key: &'static str) -> Result<&'static str, SettingsError> {
+    pub(crate) fn word(&self, key: &'static str) -> Result<&'static str, SettingsError> {
         let words = match table::find(key).map(|setting| &setting.form) {
             Some(Form::Word(words)) => *words,
             _ => &[],
@@ -85,14 +85,14 @@ impl Given {
     }
 
     /// Parses an absolute path.
-    pub fn path(&self, key: &'static str) -> Result<PathBuf, SettingsError> {
+    pub(crate) fn path(&self, key: &'static str) -> Result<PathBuf, SettingsError> {
         let path = self.get_or_default(key).map(PathBuf::from);
         path.filter(|path| path.is_absolute())
             .ok_or_else(|| self.malformed(key))
     }
 
     /// Parses a value with a parser of its own; `None` if it is not set and has no default.
-    pub fn parsed<T: FromStr>(&self, key: &'static str) -> Result<Option<T>, SettingsError> {
+    pub(crate) fn parsed<T: FromStr>(&self, key: &'static str) -> Result<Option<T>, SettingsError> {
         let text = self.get_or_default(key);
         text.map(|text| text.parse().map_err(|_| self.malformed(key)))
             .transpose()

@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// One setting with the value in effect.
 #[derive(Debug, Serialize)]
-pub struct SettingInEffect {
+pub(crate) struct SettingInEffect {
     /// Name of the setting.
     pub key: &'static str,
     /// The value; `None` if there is none, if the host decides it, and for the token.
@@ -27,7 +27,7 @@ pub struct SettingInEffect {
 /// The place that a value comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Origin {
+pub(crate) enum Origin {
     /// A variable of the environment.
     Environment,
     /// The configuration file.
@@ -40,7 +40,7 @@ pub enum Origin {
 ///
 /// # Errors
 /// As [`Settings::load`].
-pub fn list(file: Option<&Path>) -> Result<Vec<SettingInEffect>, SettingsError> {
+pub(crate) fn list(file: Option<&Path>) -> Result<Vec<SettingInEffect>, SettingsError> {
     let given = load::read(file)?;
     let settings = Settings::check(&given)?;
     Ok(in_effect(&given, &settings))

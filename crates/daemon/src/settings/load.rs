@@ -11,7 +11,7 @@ use std::io;
 use std::path::Path;
 
 /// The default of `--config`.
-pub const DEFAULT_FILE: &str = "/etc/scaleboxd/config";
+pub(crate) const DEFAULT_FILE: &str = "/etc/scaleboxd/config";
 
 impl Settings {
     /// Reads the environment and the file, and parses all settings. The default file may be
@@ -19,7 +19,7 @@ impl Settings {
     ///
     /// # Errors
     /// The first setting that is invalid.
-    pub fn load(file: Option<&Path>) -> Result<Settings, SettingsError> {
+    pub(crate) fn load(file: Option<&Path>) -> Result<Settings, SettingsError> {
         Settings::check(&read(file)?)
     }
 
@@ -27,7 +27,7 @@ impl Settings {
     ///
     /// # Errors
     /// The first setting that is invalid.
-    pub fn check(given: &Given) -> Result<Settings, SettingsError> {
+    pub(crate) fn check(given: &Given) -> Result<Settings, SettingsError> {
         let settings = Settings::parse(given)?;
         contradictions::check(&settings)?;
         Ok(settings)
@@ -38,7 +38,7 @@ impl Settings {
 ///
 /// # Errors
 /// The file or a variable cannot be read.
-pub fn read(file: Option<&Path>) -> Result<Given, SettingsError> {
+pub(super) fn read(file: Option<&Path>) -> Result<Given, SettingsError> {
     let path = file.unwrap_or(Path::new(DEFAULT_FILE));
     let mut given = match (file, fs::read(path)) {
         (_, Ok(text)) => parse_file(path, &text)?,
@@ -111,7 +111,7 @@ fn parse_file(path: &Path, text: &[u8]) -> Result<Given, SettingsError> {
 #[cfg(test)]
 impl Settings {
     /// Parses these settings, over defaults.
-    pub fn of(pairs: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
+    pub(crate) fn of(pairs: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
         let mut given = Given::default();
         for (key, value) in pairs {
             given.set(key, (*value).to_owned(), Source::File);

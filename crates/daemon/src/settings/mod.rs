@@ -19,7 +19,7 @@
 //! To add a setting: an entry in `table`, a field in `values`, and the README's table, which a test
 //! in `table` prints.
 
-pub mod contradictions;
+pub(crate) mod contradictions;
 mod error;
 mod given;
 mod listing;
@@ -27,8 +27,8 @@ mod load;
 mod table;
 mod values;
 
-pub use error::SettingsError;
-pub use listing::{Origin, SettingInEffect, list};
-pub use load::DEFAULT_FILE;
-pub use table::keys;
-pub use values::{AccelChoice, LogFormat, Settings, Token, VmmChoice};
+pub(crate) use error::SettingsError;
+pub(crate) use listing::{Origin, SettingInEffect, list};
+pub(crate) use load::DEFAULT_FILE;
+pub(crate) use table::keys;
+pub(crate) use values::{AccelChoice, LogFormat, Settings, Token, VmmChoice};

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 /// A setting: its name, its default, its form and its meaning.
 #[derive(Debug)]
-pub struct Setting {
+pub(super) struct Setting {
     /// Name in the environment and in the file.
     pub key: &'static str,
     /// The value that applies if the setting is not set.
@@ -18,7 +18,7 @@ pub struct Setting {
 
 /// The value that applies if a setting is not set.
 #[derive(Debug)]
-pub enum DefaultValue {
+pub(super) enum DefaultValue {
     /// This value; it is parsed like a value that is set.
     Fixed(&'static str),
     /// No fixed value: a description of what applies.
@@ -27,7 +27,7 @@ pub enum DefaultValue {
 
 impl DefaultValue {
     /// Returns the value, or the description of what applies.
-    pub fn text(&self) -> &'static str {
+    pub(super) fn text(&self) -> &'static str {
         match self {
             DefaultValue::Fixed(text) | DefaultValue::Depends(text) => text,
         }
@@ -36,7 +36,7 @@ impl DefaultValue {
 
 /// The form of a setting's values.
 #[derive(Debug)]
-pub enum Form {
+pub(super) enum Form {
     /// A whole number in this range.
     Number(RangeInclusive<u64>),
     /// One of these words.
@@ -49,7 +49,7 @@ pub enum Form {
 
 impl Form {
     /// Describes the form, to complete "must be …".
-    pub fn describe(&self) -> String {
+    pub(super) fn describe(&self) -> String {
         match self {
             Form::Number(range) => format!("a whole number from {} to {}", range.start(), range.end()),
             Form::Word(words) => format!("one of {}", words.join(", ")),
@@ -60,13 +60,13 @@ impl Form {
 }
 
 /// The minimum memory, in MiB, with which the Debian guest boots to a login.
-pub const MIN_MEM_MIB: u64 = 128;
+pub(super) const MIN_MEM_MIB: u64 = 128;
 
 /// The only setting whose value is never shown.
-pub const SECRET: &str = "API_TOKEN";
+pub(super) const SECRET: &str = "API_TOKEN";
 
 /// All settings, in the order in which they are listed.
-pub static SETTINGS: [Setting; 31] = [
+pub(super) static SETTINGS: [Setting; 31] = [
     Setting {
         key: "STORAGE_SIZE",
         default: DefaultValue::Depends("80 % of the free space"),
@@ -257,17 +257,17 @@ pub static SETTINGS: [Setting; 31] = [
 ];
 
 /// Returns the keys of all settings.
-pub fn keys() -> impl Iterator<Item = &'static str> {
+pub(crate) fn keys() -> impl Iterator<Item = &'static str> {
     SETTINGS.iter().map(|setting| setting.key)
 }
 
 /// Returns the setting with this key.
-pub fn find(key: &str) -> Option<&'static Setting> {
+pub(super) fn find(key: &str) -> Option<&'static Setting> {
     SETTINGS.iter().find(|setting| setting.key == key)
 }
 
 /// Returns the form that a value must have, for an error message.
-pub fn requirement(key: &str) -> String {
+pub(super) fn requirement(key: &str) -> String {
     find(key).map_or_else(String::new, |setting| format!("must be {}", setting.form.describe()))
 }
 

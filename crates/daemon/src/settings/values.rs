@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// All settings, in the order of the table.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// `STORAGE_SIZE`: the size of a new pool; 80 % of the free space if not set.
     pub storage_size: Option<RequestedSize>,
     /// `POOL_AUTO_GROW`: whether the pool grows automatically; if not set, it does unless
@@ -72,11 +72,11 @@ pub struct Settings {
 
 /// The bearer token. `Debug` does not show it.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Token(String);
+pub(crate) struct Token(String);
 
 impl Token {
     /// Returns the secret itself.
-    pub fn secret(&self) -> &str {
+    pub(crate) fn secret(&self) -> &str {
         &self.0
     }
 }
@@ -89,7 +89,7 @@ impl std::fmt::Debug for Token {
 
 /// `VMM`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum VmmChoice {
+pub(crate) enum VmmChoice {
     /// The best one available on this host.
     Auto,
     /// QEMU's `microvm` machine.
@@ -100,7 +100,7 @@ pub enum VmmChoice {
 
 /// `ACCEL`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AccelChoice {
+pub(crate) enum AccelChoice {
     /// KVM if it works on this host, otherwise emulation.
     Auto,
     /// Hardware virtualisation.
@@ -111,7 +111,7 @@ pub enum AccelChoice {
 
 /// `LOG_FORMAT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// Text for people.
     Text,
     /// One JSON object per line.
@@ -123,7 +123,7 @@ impl Settings {
     ///
     /// # Errors
     /// The first setting that is invalid.
-    pub fn parse(given: &Given) -> Result<Settings, SettingsError> {
+    pub(crate) fn parse(given: &Given) -> Result<Settings, SettingsError> {
         let api = SocketAddr::new(required(given, "API_BIND")?, given.number("API_PORT")?);
         let storage_size = storage_size(given)?;
         let trim_minutes: u64 = given.number("GUEST_TRIM_INTERVAL_MINUTES")?;
@@ -175,7 +175,7 @@ impl Settings {
     ///
     /// # Errors
     /// [`SettingsError::Missing`].
-    pub fn token(&self) -> Result<&Token, SettingsError> {
+    pub(crate) fn token(&self) -> Result<&Token, SettingsError> {
         self.api_token.as_ref().ok_or(SettingsError::Missing {
             key: "API_TOKEN",
             expected: "it has no default; set it to a long random text, such as the output of `openssl rand -hex 32`",
@@ -183,7 +183,7 @@ impl Settings {
     }
 
     /// Returns the plan for `pool init`.
-    pub fn pool_plan(&self) -> PoolPlan {
+    pub(crate) fn pool_plan(&self) -> PoolPlan {
         PoolPlan {
             data_dir: self.data_dir.clone(),
             backing: self.backing.clone(),
@@ -195,7 +195,7 @@ impl Settings {
     }
 
     /// Returns the bounds of admission.
-    pub fn bounds(&self) -> Bounds {
+    pub(crate) fn bounds(&self) -> Bounds {
         Bounds {
             buffer: self.storage_buffer,
             overcommit_ratio: self.overcommit_ratio,
@@ -204,7 +204,7 @@ impl Settings {
 
     /// Returns the limits for requests, on a host with `cpus` processors and `memory_mib` of
     /// memory.
-    pub fn limits(&self, cpus: u32, memory_mib: u64) -> Limits {
+    pub(crate) fn limits(&self, cpus: u32, memory_mib: u64) -> Limits {
         Limits {
             max_disk_size_gib: self.max_disk_size.as_u64(),
             max_vcpus: cpus.max(1),

@@ -25,15 +25,15 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::time::{sleep, timeout};
 
 /// A template of one GiB in every simulated pool.
-pub const TEMPLATE: &str = "tiny";
+pub(super) const TEMPLATE: &str = "tiny";
 /// The capacity of a new pool.
-pub const CAPACITY: Gib = Gib::new(100);
+pub(super) const CAPACITY: Gib = Gib::new(100);
 /// Limit on waiting for something to happen, by the simulated clock.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(600);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A host whose machines, network and space are simulated.
-pub struct Sim {
+pub(super) struct Sim {
     pub vmm: SimVmm,
     pub space: SimulatedSpace,
     /// The daemon that runs; there is none while it restarts.
@@ -51,12 +51,12 @@ struct Life {
 }
 
 impl Sim {
-    pub fn new() -> Sim {
+    pub(super) fn new() -> Sim {
         Sim::with(&[])
     }
 
     /// Creates a host with these settings, besides its folders.
-    pub fn with(settings: &[(&'static str, &str)]) -> Sim {
+    pub(super) fn with(settings: &[(&'static str, &str)]) -> Sim {
         // The folder is in memory: flushing a disk would take most of the time, and nothing here
         // cuts its power.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -89,7 +89,7 @@ impl Sim {
             .unwrap();
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -137,12 +137,12 @@ impl Sim {
     }
 
     /// Kills the daemon and starts the next one.
-    pub fn restart(&mut self) {
+    pub(super) fn restart(&mut self) {
         self.restart_after(|_| {});
     }
 
     /// Restarts the daemon like [`Sim::restart`]. `meanwhile` runs while no daemon does.
-    pub fn restart_after<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
+    pub(super) fn restart_after<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
         self.life = None;
         self.vmm = self.vmm.restart();
         let result = meanwhile(self);
@@ -151,12 +151,12 @@ impl Sim {
     }
 
     /// Reboots the host: all machines end, and the next boot has another id.
-    pub fn reboot(&mut self) {
+    pub(super) fn reboot(&mut self) {
         self.reboot_with(|_| {});
     }
 
     /// Reboots the host like [`Sim::reboot`]. `meanwhile` runs before the daemon starts.
-    pub fn reboot_with<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
+    pub(super) fn reboot_with<T>(&mut self, meanwhile: impl FnOnce(&Sim) -> T) -> T {
         self.restart_after(|sim| {
             for id in sim.vmm.machines() {
                 sim.vmm.machine(&id).crash();
@@ -171,27 +171,27 @@ impl Sim {
         self.life.as_ref().unwrap()
     }
 
-    pub fn host(&self) -> &Host {
+    pub(super) fn host(&self) -> &Host {
         &self.life().host
     }
 
-    pub fn network(&self) -> &Simulation {
+    pub(super) fn network(&self) -> &Simulation {
         self.host().network.simulation().unwrap()
     }
 
     /// Runs one request of a client.
-    pub fn run<T>(&self, request: impl AsyncFnOnce(Host) -> T) -> T {
+    pub(super) fn run<T>(&self, request: impl AsyncFnOnce(Host) -> T) -> T {
         self.life().runtime.block_on(request(self.host().clone()))
     }
 
     /// Lets the daemon run for this long.
-    pub fn wait(&self, time: Duration) {
+    pub(super) fn wait(&self, time: Duration) {
         self.life().runtime.block_on(async { sleep(time).await });
     }
 
     /// Lets the daemon run until the condition holds.
     #[track_caller]
-    pub fn wait_until(&self, what: &str, mut condition: impl FnMut(&Sim) -> bool) {
+    pub(super) fn wait_until(&self, what: &str, mut condition: impl FnMut(&Sim) -> bool) {
         let waited = self.life().runtime.block_on(async {
             let met = async {
                 while !condition(self) {
@@ -203,7 +203,7 @@ impl Sim {
         assert!(waited.is_ok(), "{what}: {:?}", vm::view::list(self.host()));
     }
 
-    pub fn try_create(&self, fields: Value) -> Result<Vm, ServiceError> {
+    pub(super) fn try_create(&self, fields: Value) -> Result<Vm, ServiceError> {
         self.run(async move |host| {
             let request = create_request(&host, fields);
             vm::create(&host, request).await.map(|(vm, _)| vm)
@@ -212,28 +212,28 @@ impl Sim {
 
     /// Creates a VM that runs.
     #[track_caller]
-    pub fn create(&self, name: &str) -> Vm {
+    pub(super) fn create(&self, name: &str) -> Vm {
         self.try_create(json!({ "name": name })).unwrap()
     }
 
     #[track_caller]
-    pub fn create_stopped(&self, name: &str) -> Vm {
+    pub(super) fn create_stopped(&self, name: &str) -> Vm {
         self.try_create(json!({ "name": name, "start": false })).unwrap()
     }
 
-    pub fn start(&self, vm: &Vm) -> Result<Vm, ServiceError> {
+    pub(super) fn start(&self, vm: &Vm) -> Result<Vm, ServiceError> {
         self.run(async |host| vm::start(&host, vm.id.clone()).await)
     }
 
-    pub fn stop(&self, vm: &Vm) -> Result<Vm, ServiceError> {
+    pub(super) fn stop(&self, vm: &Vm) -> Result<Vm, ServiceError> {
         self.run(async |host| vm::stop(&host, vm.id.clone()).await)
     }
 
-    pub fn delete(&self, vm: &Vm) -> Result<(), ServiceError> {
+    pub(super) fn delete(&self, vm: &Vm) -> Result<(), ServiceError> {
         self.run(async |host| vm::delete(&host, vm.id.clone()).await)
     }
 
-    pub fn update(&self, vm: &Vm, change: Value) -> Result<Vm, ServiceError> {
+    pub(super) fn update(&self, vm: &Vm, change: Value) -> Result<Vm, ServiceError> {
         self.run(async |host| {
             let change = UpdateVm::parse(change.to_string().as_bytes(), host.limits())?;
             vm::update(&host, vm.id.clone(), change).await
@@ -241,42 +241,42 @@ impl Sim {
     }
 
     /// Returns the file of a VM's disk.
-    pub fn disk(&self, vm: &Vm) -> PathBuf {
+    pub(super) fn disk(&self, vm: &Vm) -> PathBuf {
         match self.host().pool.disk_location(&id(vm)) {
             DiskLocation::File(path) => path,
             other => panic!("{other:?}"),
         }
     }
 
-    pub fn machine(&self, vm: &Vm) -> SimMachine {
+    pub(super) fn machine(&self, vm: &Vm) -> SimMachine {
         self.vmm.machine(&id(vm))
     }
 
     #[track_caller]
-    pub fn status(&self, vm: &Vm) -> VmStatus {
+    pub(super) fn status(&self, vm: &Vm) -> VmStatus {
         self.host().vms.find(&vm.id).unwrap().status
     }
 
     #[track_caller]
-    pub fn reason(&self, vm: &Vm) -> Option<String> {
+    pub(super) fn reason(&self, vm: &Vm) -> Option<String> {
         self.host().vms.find(&vm.id).unwrap().status_reason
     }
 
     /// Returns the status and its reason in the state file.
     #[track_caller]
-    pub fn disk_gib(&self, vm: &Vm) -> u64 {
+    pub(super) fn disk_gib(&self, vm: &Vm) -> u64 {
         self.host().vms.find(&vm.id).unwrap().disk_size.as_u64()
     }
 
     #[track_caller]
-    pub fn recorded(&self, vm: &Vm) -> (VmStatus, Option<String>) {
+    pub(super) fn recorded(&self, vm: &Vm) -> (VmStatus, Option<String>) {
         let records = self.host().state.vms().unwrap();
         let record = records.into_iter().find(|record| record.id == id(vm)).unwrap();
         (record.status, record.status_reason)
     }
 
     /// Returns the kinds of all events of this run of the daemon.
-    pub fn events(&self) -> Vec<EventKind> {
+    pub(super) fn events(&self) -> Vec<EventKind> {
         let mut all = self.host().events.subscribe(Some(0), false);
         let mut kinds = Vec::new();
         // Without following, the next event is there at once.
@@ -286,13 +286,13 @@ impl Sim {
         kinds
     }
 
-    pub fn count(&self, kind: &EventKind) -> usize {
+    pub(super) fn count(&self, kind: &EventKind) -> usize {
         self.events().iter().filter(|event| *event == kind).count()
     }
 
     /// Checks that nothing of a VM is left on the host: no record, machine, disk, folder, tap.
     #[track_caller]
-    pub fn assert_gone(&self, vm: &str) {
+    pub(super) fn assert_gone(&self, vm: &str) {
         let records = self.host().state.vms().unwrap();
         assert!(records.iter().all(|record| record.id.as_str() != vm), "record");
         assert!(
@@ -309,7 +309,7 @@ impl Sim {
 
     /// Checks that disks, folders and taps are those of these VMs.
     #[track_caller]
-    pub fn assert_nothing_but(&self, vms: &[String]) {
+    pub(super) fn assert_nothing_but(&self, vms: &[String]) {
         let pool = self.host().pool.disks().unwrap();
         assert!(
             pool.iter().all(|disk| vms.iter().any(|vm| vm == disk.as_str())),
@@ -325,7 +325,7 @@ impl Sim {
     }
 
     /// Makes every change of a VM's record fail, or work again.
-    pub fn set_state_fails(&self, fails: bool) {
+    pub(super) fn set_state_fails(&self, fails: bool) {
         let database = rusqlite::Connection::open(self.path("state").join("state.db")).unwrap();
         for change in ["INSERT", "UPDATE", "DELETE"] {
             let trigger = if fails {
@@ -341,7 +341,7 @@ impl Sim {
 }
 
 /// Installs a kernel with this content, which becomes the newest.
-pub fn install_kernel(pool: &Pool, content: &str) -> KernelId {
+pub(super) fn install_kernel(pool: &Pool, content: &str) -> KernelId {
     let folder = tempfile::tempdir().unwrap();
     let files = KernelFiles {
         vmlinuz: folder.path().join("vmlinuz"),
@@ -370,12 +370,12 @@ fn names(folder: &std::path::Path) -> Vec<String> {
         .collect()
 }
 
-pub fn id(vm: &Vm) -> VmId {
+pub(super) fn id(vm: &Vm) -> VmId {
     vm.id.parse().unwrap()
 }
 
 /// Returns a request for a VM, with these fields besides template and key.
-pub fn create_request(host: &Host, fields: Value) -> CreateVm {
+pub(super) fn create_request(host: &Host, fields: Value) -> CreateVm {
     let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBvQAo3wEbrBSpyYtmK9GRzs7IJ9GbPmnvOJvzTNDUHt test";
     let mut request = json!({ "template": TEMPLATE, "ssh_public_key": key });
     request

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// The steps that migrate a state file to the current schema, one per schema version. The version
 /// is the number of completed steps, in `PRAGMA user_version`. Steps are only ever appended.
-pub const MIGRATIONS: [&str; 7] = [
+pub(super) const MIGRATIONS: [&str; 7] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -43,7 +43,7 @@ pub const MIGRATIONS: [&str; 7] = [
 ///
 /// # Errors
 /// [`StateError`], for example if a later release has written the file.
-pub fn connect(path: &Path) -> Result<Connection, StateError> {
+pub(super) fn connect(path: &Path) -> Result<Connection, StateError> {
     let database = |error| failed(path, Arc::new(error));
     let mut connection = Connection::open(path).map_err(database)?;
     connection

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// Why the state cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-pub enum StateError {
+pub(crate) enum StateError {
     /// SQLite or the disk failed.
     #[error("the state file {}: {source}", path.display())]
     Database {
@@ -64,7 +64,7 @@ pub enum StateError {
 
 impl StateError {
     /// Returns the underlying error of a shared one.
-    pub fn root(&self) -> &StateError {
+    pub(crate) fn root(&self) -> &StateError {
         match self {
             StateError::Shared(shared) => shared.root(),
             other => other,
@@ -72,7 +72,7 @@ impl StateError {
     }
 }
 
-pub fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
+pub(super) fn failed(path: &Path, source: Arc<rusqlite::Error>) -> StateError {
     if source.sqlite_error_code() == Some(ErrorCode::DiskFull) {
         return StateError::Full(path.parent().unwrap_or(path).to_owned());
     }

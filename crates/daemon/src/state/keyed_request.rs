@@ -5,7 +5,7 @@ use sha2::{Digest, Sha256};
 
 /// A creation request with its idempotency key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyedRequest {
+pub(crate) struct KeyedRequest {
     /// The key chosen by the client.
     pub key: IdempotencyKey,
     /// SHA-256 of the request, in hex; independent of the order of fields.
@@ -14,7 +14,7 @@ pub struct KeyedRequest {
 
 impl KeyedRequest {
     /// Returns `None` for a request without a key.
-    pub fn of(request: &CreateVm) -> Option<KeyedRequest> {
+    pub(crate) fn of(request: &CreateVm) -> Option<KeyedRequest> {
         let key = request.idempotency_key.clone()?;
         // The request is serialised in the order of the type, so that the order and spaces used by
         // the client do not matter.

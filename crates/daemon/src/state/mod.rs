@@ -13,9 +13,9 @@ mod reserve;
 
 use commits::Commits;
 use connection::connect;
-pub use error::StateError;
+pub(crate) use error::StateError;
 use error::failed;
-pub use keyed_request::KeyedRequest;
+pub(crate) use keyed_request::KeyedRequest;
 use reserve::Reserve;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
 use rustix::fs::{StatVfsMountFlags, statvfs};
@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 /// A VM as recorded in the state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record {
+pub(crate) struct Record {
     /// The id, which is also that of its disk and machine.
     pub id: VmId,
     /// The name; unique.
@@ -71,7 +71,7 @@ pub struct Record {
 
 /// Limits on a VM's disk and network; `None` for no limit. Units as in the API.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct VmLimits {
+pub(crate) struct VmLimits {
     /// Requests per second.
     pub disk_iops: Option<u64>,
     /// Megabytes per second.
@@ -82,7 +82,7 @@ pub struct VmLimits {
 
 /// Facts that the state records about its host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fact {
+pub(crate) enum Fact {
     /// The owner mark of the pool that belongs to this state.
     PoolOwner,
     /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which the VMs were last started.
@@ -103,7 +103,7 @@ impl Fact {
 
 /// The open state file. Only one process can open it at a time.
 #[derive(Debug)]
-pub struct State {
+pub(crate) struct State {
     folder: PathBuf,
     path: PathBuf,
     commits: Commits,
@@ -119,7 +119,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Locked`] while another process uses it.
-    pub fn open(folder: &Path, scratch: &Path) -> Result<State, StateError> {
+    pub(crate) fn open(folder: &Path, scratch: &Path) -> Result<State, StateError> {
         let in_folder = |source| StateError::Folder {
             path: folder.to_owned(),
             source,
@@ -161,7 +161,7 @@ impl State {
     }
 
     /// Returns whether every change fails because `STATE_DIR` was read-only at start.
-    pub fn is_read_only(&self) -> bool {
+    pub(crate) fn is_read_only(&self) -> bool {
         self.is_read_only
     }
 
@@ -170,7 +170,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn peek(folder: &Path, fact: Fact) -> Result<Option<String>, StateError> {
+    pub(crate) fn peek(folder: &Path, fact: Fact) -> Result<Option<String>, StateError> {
         State::peek_with(folder, |connection| {
             let query = "SELECT value FROM facts WHERE key = ?";
             connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
@@ -181,7 +181,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn peek_vms(folder: &Path) -> Result<u64, StateError> {
+    pub(crate) fn peek_vms(folder: &Path) -> Result<u64, StateError> {
         let count = State::peek_with(folder, |connection| {
             connection
                 .query_row("SELECT count(*) FROM vms", [], |row| row.get(0))
@@ -208,7 +208,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], also if the state was written before drivers were recorded.
-    pub fn peek_drivers(folder: &Path) -> Result<Vec<(String, u64)>, StateError> {
+    pub(crate) fn peek_drivers(folder: &Path) -> Result<Vec<(String, u64)>, StateError> {
         let query = "SELECT vmm, count(*) FROM vms WHERE vmm IS NOT NULL GROUP BY vmm ORDER BY vmm";
         let counts = State::peek_with(folder, |state| {
             let mut query = state.prepare(query)?;
@@ -222,7 +222,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn vms(&self) -> Result<Vec<Record>, StateError> {
+    pub(crate) fn vms(&self) -> Result<Vec<Record>, StateError> {
         self.read(|connection| {
             let mut query = connection.prepare("SELECT * FROM vms ORDER BY created_at, id")?;
             query.query_map([], record)?.collect()
@@ -233,7 +233,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], also if the id, name, address or port is in use.
-    pub fn insert(&self, vm: &Record, keyed: Option<&KeyedRequest>) -> Result<(), StateError> {
+    pub(crate) fn insert(&self, vm: &Record, keyed: Option<&KeyedRequest>) -> Result<(), StateError> {
         let (vm, keyed) = (vm.clone(), keyed.cloned());
         self.commit(move |connection| {
             if let Some(keyed) = &keyed {
@@ -250,7 +250,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn created_by(&self, key: &IdempotencyKey) -> Result<Option<(VmId, String)>, StateError> {
+    pub(crate) fn created_by(&self, key: &IdempotencyKey) -> Result<Option<(VmId, String)>, StateError> {
         self.read(|connection| {
             let query = "SELECT vm, digest FROM idempotency_keys WHERE key = ? AND vm IN (SELECT id FROM vms)";
             connection
@@ -263,7 +263,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_status(&self, id: &VmId, status: VmStatus, reason: Option<&str>) -> Result<(), StateError> {
+    pub(crate) fn set_status(&self, id: &VmId, status: VmStatus, reason: Option<&str>) -> Result<(), StateError> {
         let (vm, reason) = (id.to_owned(), reason.map(str::to_owned));
         self.change(id, move |connection| {
             connection
@@ -276,7 +276,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_disk_size(&self, id: &VmId, size: Gib) -> Result<(), StateError> {
+    pub(crate) fn set_disk_size(&self, id: &VmId, size: Gib) -> Result<(), StateError> {
         let vm = id.to_owned();
         self.change(id, move |connection| {
             connection
@@ -289,7 +289,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_settings(
+    pub(crate) fn set_settings(
         &self,
         id: &VmId,
         extend: Option<AutoExtend>,
@@ -321,7 +321,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_vmm(&self, id: &VmId, vmm: &str) -> Result<(), StateError> {
+    pub(crate) fn set_vmm(&self, id: &VmId, vmm: &str) -> Result<(), StateError> {
         let (vm, vmm) = (id.to_owned(), vmm.to_owned());
         self.change(id, move |connection| {
             connection
@@ -334,7 +334,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn set_kernel(&self, id: &VmId, kernel: &KernelId) -> Result<(), StateError> {
+    pub(crate) fn set_kernel(&self, id: &VmId, kernel: &KernelId) -> Result<(), StateError> {
         let (vm, kernel) = (id.to_owned(), kernel.to_string());
         self.change(id, move |connection| {
             connection
@@ -347,7 +347,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn fact(&self, fact: Fact) -> Result<Option<String>, StateError> {
+    pub(crate) fn fact(&self, fact: Fact) -> Result<Option<String>, StateError> {
         self.read(|connection| {
             let query = "SELECT value FROM facts WHERE key = ?";
             connection.query_row(query, [fact.key()], |row| row.get(0)).optional()
@@ -358,7 +358,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`].
-    pub fn set_fact(&self, fact: Fact, value: &str) -> Result<(), StateError> {
+    pub(crate) fn set_fact(&self, fact: Fact, value: &str) -> Result<(), StateError> {
         let value = value.to_owned();
         self.commit(move |connection| {
             connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", [fact.key(), &value])
@@ -370,7 +370,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError::Database`], [`StateError::NoSuchVm`].
-    pub fn delete(&self, id: &VmId) -> Result<(), StateError> {
+    pub(crate) fn delete(&self, id: &VmId) -> Result<(), StateError> {
         let vm = id.to_owned();
         self.change(id, move |connection| {
             connection
@@ -538,7 +538,7 @@ fn malformed(column: &str, value: &str) -> rusqlite::Error {
 
 /// Returns a record for tests, with names and addresses that differ by `n`.
 #[cfg(test)]
-pub fn example_record(n: u16) -> Record {
+pub(crate) fn example_record(n: u16) -> Record {
     Record {
         id: format!("vm-{n:012x}").parse().unwrap(),
         name: format!("vm-{n}"),

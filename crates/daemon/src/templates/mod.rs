@@ -12,7 +12,7 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// 500 if the pool cannot be read.
-pub async fn list(host: &Host) -> Result<Vec<Template>, ServiceError> {
+pub(crate) async fn list(host: &Host) -> Result<Vec<Template>, ServiceError> {
     let pool = Arc::clone(&host.pool);
     let templates = blocking(move || pool.templates()).await?;
     Ok(templates.into_iter().map(|template| describe(host, template)).collect())
@@ -22,7 +22,7 @@ pub async fn list(host: &Host) -> Result<Vec<Template>, ServiceError> {
 ///
 /// # Errors
 /// 404.
-pub async fn get(host: &Host, name: String) -> Result<Template, ServiceError> {
+pub(crate) async fn get(host: &Host, name: String) -> Result<Template, ServiceError> {
     let parsed = template_name(&name)?;
     let pool = Arc::clone(&host.pool);
     let template = blocking(move || pool.template(&parsed)).await?;
@@ -30,7 +30,7 @@ pub async fn get(host: &Host, name: String) -> Result<Template, ServiceError> {
 }
 
 /// Describes a template, with the latest measurement of its blocks.
-pub fn describe(host: &Host, template: scalebox_storage::Template) -> Template {
+pub(crate) fn describe(host: &Host, template: scalebox_storage::Template) -> Template {
     let accounts = host.usage.latest();
     Template {
         storage: accounts
@@ -56,7 +56,7 @@ pub fn describe(host: &Host, template: scalebox_storage::Template) -> Template {
 ///
 /// # Errors
 /// 403 for [`BASE_TEMPLATE`]; 404; 409 while a VM is being created from it.
-pub async fn delete(host: &Host, name: String) -> Result<(), ServiceError> {
+pub(crate) async fn delete(host: &Host, name: String) -> Result<(), ServiceError> {
     if name == BASE_TEMPLATE {
         return Err(ServiceError::Forbidden(format!(
             "the template {BASE_TEMPLATE} is protected and cannot be deleted"

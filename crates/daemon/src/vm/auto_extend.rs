@@ -8,7 +8,7 @@ use scalebox_units::Gib;
 ///
 /// # Errors
 /// 400.
-pub fn check(extend: AutoExtend, size: Gib) -> Result<(), ServiceError> {
+pub(crate) fn check(extend: AutoExtend, size: Gib) -> Result<(), ServiceError> {
     if extend.limit_gib < size.as_u64() {
         return Err(ServiceError::invalid_field(
             "disk_auto_extend.limit_gib",

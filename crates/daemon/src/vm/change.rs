@@ -19,7 +19,7 @@ use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-pub async fn update_now(host: &Host, reference: &str, request: UpdateVm) -> Result<Vm, ServiceError> {
+pub(crate) async fn update_now(host: &Host, reference: &str, request: UpdateVm) -> Result<Vm, ServiceError> {
     let operation = host.vms.begin_when_idle(reference, "being changed").await?;
     let record = &operation.record;
     let current = record.disk_size;
@@ -156,7 +156,7 @@ async fn persist_settings(host: &Host, id: &VmId, settings: Settings) -> Result<
 }
 
 /// Grows a VM's disk by the admitted size and publishes an event; `cause` names the initiator.
-pub async fn grow_and_publish(
+pub(crate) async fn grow_and_publish(
     host: &Host,
     operation: &Operation,
     admitted: Reservation,
@@ -232,7 +232,7 @@ async fn outcome_of_failed_growth(host: &Host, record: &Record, size: Gib) -> Fa
 
 /// Grows the disk to the recorded size. With a machine, the disk grows live; otherwise it grows
 /// offline, together with its file system.
-pub async fn grow(
+pub(crate) async fn grow(
     host: &Host,
     record: &Record,
     machine: Option<&Arc<dyn Machine>>,
@@ -257,7 +257,7 @@ pub async fn grow(
     }
 }
 
-pub async fn persist_disk_size(host: &Host, id: &VmId, size: Gib) -> Result<(), ServiceError> {
+pub(crate) async fn persist_disk_size(host: &Host, id: &VmId, size: Gib) -> Result<(), ServiceError> {
     let (state, id) = (Arc::clone(&host.state), id.to_owned());
     blocking(move || state.set_disk_size(&id, size)).await
 }

@@ -30,7 +30,7 @@ impl Cleanup {
     ///
     /// # Errors
     /// If the record has no valid address.
-    pub fn of_stopped(host: &Host, record: &Record) -> Result<Cleanup, ServiceError> {
+    pub(crate) fn of_stopped(host: &Host, record: &Record) -> Result<Cleanup, ServiceError> {
         Ok(Cleanup {
             record: record.clone(),
             machine: None,
@@ -43,7 +43,7 @@ impl Cleanup {
 
     /// Cleans up after a machine that was not adopted and could not be killed. Its folder may also
     /// be what could not be removed.
-    pub fn of_unadopted(host: &Host, record: &Record) -> Cleanup {
+    pub(crate) fn of_unadopted(host: &Host, record: &Record) -> Cleanup {
         Cleanup {
             record: record.clone(),
             machine: None,
@@ -55,7 +55,7 @@ impl Cleanup {
     }
 
     /// Cleans up after a VM whose record is gone.
-    pub fn of_deleted(
+    pub(crate) fn of_deleted(
         host: &Host,
         record: &Record,
         machine: Option<Arc<dyn Machine>>,
@@ -77,14 +77,14 @@ impl Cleanup {
     }
 
     /// Tries once now, and leaves the rest to [`run`].
-    pub async fn begin(mut self, host: &Host) {
+    pub(crate) async fn begin(mut self, host: &Host) {
         if let Err(error) = self.proceed(host).await {
             self.begin_later(host, &error);
         }
     }
 
     /// Leaves the whole cleanup to [`run`].
-    pub fn begin_later(self, host: &Host, error: &ServiceError) {
+    pub(crate) fn begin_later(self, host: &Host, error: &ServiceError) {
         tracing::warn!(vm = %self.record.id, %error, "cannot clean up after the VM; retrying");
         host.cleanups.lock().push(self);
     }
@@ -175,7 +175,7 @@ async fn sweep_when_due(host: &Host) {
 }
 
 /// Retries failed cleanups for as long as it is polled.
-pub async fn run(host: Host) -> Infallible {
+pub(crate) async fn run(host: Host) -> Infallible {
     loop {
         tokio::time::sleep(RETRY_INTERVAL).await;
         sweep_when_due(&host).await;

@@ -25,7 +25,7 @@ use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-pub async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, ServiceError> {
+pub(crate) async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, ServiceError> {
     let inner = host;
     let claim = inner.vms.claim(request.name.as_ref().map(|name| name.as_str()))?;
     let in_use = inner.templates_in_use.hold(request.template.as_str());

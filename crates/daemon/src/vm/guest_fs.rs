@@ -19,7 +19,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Returns the size of the guest's root file system; `None` if no agent responds. Retries, because
 /// the agent of a guest on a busy host may take a few seconds.
-pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
+pub(crate) async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
     for _ in 0..MAX_ATTEMPTS {
         if let Some(root) = root_file_system(machine).await {
             return Some(root.total);
@@ -29,7 +29,7 @@ pub async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
 }
 
 /// Queries the guest's root file system; `None` if the agent does not respond.
-pub async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FsUsage> {
+pub(crate) async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FsUsage> {
     let query = async { Ok::<_, AgentFailed>(agent::reach(machine).await?.root_file_system().await?) };
     match query.await {
         Ok(root) => Some(root),
@@ -42,7 +42,7 @@ pub async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FsUsage> {
 
 /// Waits until a guest's root file system has grown by about `growth` over `before`. `obstacle` is
 /// the known reason why it cannot grow while mounted; the advice then differs.
-pub async fn confirm(
+pub(crate) async fn confirm(
     machine: &Arc<dyn Machine>,
     before: Option<Bytes>,
     growth: Bytes,

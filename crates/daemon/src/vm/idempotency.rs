@@ -18,7 +18,7 @@ use std::sync::Arc;
 /// # Errors
 /// 409 while a request with the same key is in progress; 422 if the key belongs to a different
 /// request; and the errors of a creation.
-pub async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
+pub(crate) async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
     let Some(keyed) = KeyedRequest::of(&request) else {
         return create_now(host, request).await.map(|vm| (vm, false));
     };

@@ -28,7 +28,7 @@ pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 /// How much console output is added to the reason of a failure: a few lines.
 const MAX_CONSOLE_TAIL: Bytes = Bytes::new(512);
 
-pub async fn start_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
+pub(crate) async fn start_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
     let operation = host.vms.begin(reference, "being started")?;
     let record = &operation.record;
     if matches!(record.status, VmStatus::Running | VmStatus::Paused) {
@@ -44,7 +44,7 @@ pub async fn start_now(host: &Host, reference: &str) -> Result<Vm, ServiceError>
 ///
 /// # Errors
 /// 409 if the disk is gone; 500 if the pool cannot be read.
-pub async fn require_disk(host: &Host, record: &Record) -> Result<(), ServiceError> {
+pub(crate) async fn require_disk(host: &Host, record: &Record) -> Result<(), ServiceError> {
     let (pool, disk) = (Arc::clone(&host.pool), record.id.clone());
     if !blocking(move || pool.has_disk(&disk)).await? {
         return Err(ServiceError::WrongState(format!(
@@ -56,7 +56,7 @@ pub async fn require_disk(host: &Host, record: &Record) -> Result<(), ServiceErr
 }
 
 /// Starts a VM that has no machine.
-pub async fn boot(host: &Host, record: &Record) -> Result<Vm, ServiceError> {
+pub(crate) async fn boot(host: &Host, record: &Record) -> Result<Vm, ServiceError> {
     require_disk(host, record).await?;
     force_stop(host, record).await?;
     let record = &assign_driver(host, record).await?;
@@ -128,7 +128,7 @@ async fn assign_kernel(host: &Host, record: &Record) -> Result<Record, ServiceEr
 
 /// Writes the seed drive, attaches tap and forward, and launches the machine. Adds the undo of
 /// each completed step to `steps`.
-pub async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<Arc<dyn Machine>, ServiceError> {
+pub(crate) async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<Arc<dyn Machine>, ServiceError> {
     let inner = host;
     let endpoint = endpoint(record)?;
     let run_dir = host.run_dir(&record.id);
@@ -221,7 +221,7 @@ async fn spec(
     })
 }
 
-pub async fn stop_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
+pub(crate) async fn stop_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
     let operation = host.vms.begin(reference, "being stopped")?;
     let record = &operation.record;
     let Some(machine) = &operation.machine else {
@@ -238,7 +238,7 @@ pub async fn stop_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> 
 /// The intent is recorded first, so that the machine keeps running if that fails. Once the
 /// machine has ended, the VM is stopped, whatever else fails; after a crash in between, the
 /// next start completes the stop.
-pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>) -> Result<Vm, ServiceError> {
+pub(crate) async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>) -> Result<Vm, ServiceError> {
     transition(host, record, Transition::Stopping).await?;
     let ended = async {
         fault_point("stop: intent recorded")?;
@@ -266,7 +266,7 @@ pub async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Machine>)
 }
 
 /// Stops and starts a VM as one operation.
-pub async fn restart_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
+pub(crate) async fn restart_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
     let operation = host.vms.begin(reference, "being restarted")?;
     if let Some(machine) = &operation.machine {
         shut_down(host, &operation.record, machine).await?;
@@ -274,7 +274,7 @@ pub async fn restart_now(host: &Host, reference: &str) -> Result<Vm, ServiceErro
     boot(host, &operation.record).await
 }
 
-pub async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError> {
+pub(crate) async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError> {
     // Continues with the id once it is known: another VM may have the name by now.
     let created = match host.vms.cancel_creation(reference).await {
         Cancellation::Undone => return Ok(()),
@@ -307,13 +307,13 @@ pub async fn delete_now(host: &Host, reference: &str) -> Result<(), ServiceError
 
 /// Force-stops the machine of a VM that has no handle on it, and removes its folder. On
 /// failure, retries in the background until the VM is started again.
-pub async fn force_stop(host: &Host, record: &Record) -> Result<(), ServiceError> {
+pub(crate) async fn force_stop(host: &Host, record: &Record) -> Result<(), ServiceError> {
     let stopped = force_stop_once(host, &record.id).await.map(drop);
     stopped.inspect_err(|error| Cleanup::of_unadopted(host, record).begin_later(host, error))
 }
 
 /// Force-stops a machine like [`force_stop`], without retries. Returns whether there was a process.
-pub async fn force_stop_once(host: &Host, id: &VmId) -> Result<bool, ServiceError> {
+pub(crate) async fn force_stop_once(host: &Host, id: &VmId) -> Result<bool, ServiceError> {
     let run_dir = host.run_dir(id);
     let ended = host.vmm.force_stop(id, &run_dir).await?;
     blocking(move || remove_dir(&run_dir)).await?;
@@ -321,7 +321,7 @@ pub async fn force_stop_once(host: &Host, id: &VmId) -> Result<bool, ServiceErro
 }
 
 /// Waits for a machine to end, in the background, and records the VM's new status.
-pub fn watch(host: &Host, id: VmId, machine: Arc<dyn Machine>) {
+pub(crate) fn watch(host: &Host, id: VmId, machine: Arc<dyn Machine>) {
     let host = host.clone();
     // The task is not tracked in `tasks`, because a shutdown of the daemon does not wait for
     // machines.

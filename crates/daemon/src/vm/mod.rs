@@ -3,21 +3,21 @@
 //!
 //! The functions here run in tasks of their own: they complete even if the caller stops waiting.
 
-pub mod auto_extend;
-pub mod change;
-pub mod cleanup;
-pub mod create;
-pub mod guest_fs;
-pub mod idempotency;
-pub mod lifecycle;
-pub mod pause;
-pub mod reboot_loop;
-pub mod recovery;
-pub mod snapshot;
-pub mod spec;
-pub mod transition;
-pub mod trim;
-pub mod view;
+pub(crate) mod auto_extend;
+pub(crate) mod change;
+pub(crate) mod cleanup;
+pub(crate) mod create;
+pub(crate) mod guest_fs;
+pub(crate) mod idempotency;
+pub(crate) mod lifecycle;
+pub(crate) mod pause;
+pub(crate) mod reboot_loop;
+pub(crate) mod recovery;
+pub(crate) mod snapshot;
+pub(crate) mod spec;
+pub(crate) mod transition;
+pub(crate) mod trim;
+pub(crate) mod view;
 
 use crate::host::Host;
 use crate::host::error::ServiceError;
@@ -32,7 +32,7 @@ use scalebox_api::{CreateVm, Trimmed, UpdateVm, Vm};
 /// 404 if there is no such template, 400 if the disk is smaller than the template, 409 if the
 /// name is in use, 507 if the disk does not fit, 503 if the host is not ready. Nothing is left
 /// behind.
-pub async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
+pub(crate) async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
     host.detached(|host| async move { idempotency::create(&host, request).await })
         .await
 }
@@ -41,7 +41,7 @@ pub async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), Servic
 ///
 /// # Errors
 /// 404; 409 if the VM is running or another operation is running on it.
-pub async fn start(host: &Host, reference: String) -> Result<Vm, ServiceError> {
+pub(crate) async fn start(host: &Host, reference: String) -> Result<Vm, ServiceError> {
     host.detached(|host| async move { lifecycle::start_now(&host, &reference).await })
         .await
 }
@@ -50,7 +50,7 @@ pub async fn start(host: &Host, reference: String) -> Result<Vm, ServiceError> {
 ///
 /// # Errors
 /// 404; 409 if the VM is not running or another operation is running on it.
-pub async fn stop(host: &Host, reference: String) -> Result<Vm, ServiceError> {
+pub(crate) async fn stop(host: &Host, reference: String) -> Result<Vm, ServiceError> {
     host.detached(|host| async move { lifecycle::stop_now(&host, &reference).await })
         .await
 }
@@ -63,7 +63,7 @@ pub async fn stop(host: &Host, reference: String) -> Result<Vm, ServiceError> {
 ///
 /// # Errors
 /// 404; 400 if the disk would become smaller; 507 if it does not fit. Nothing is changed then.
-pub async fn update(host: &Host, reference: String, request: UpdateVm) -> Result<Vm, ServiceError> {
+pub(crate) async fn update(host: &Host, reference: String, request: UpdateVm) -> Result<Vm, ServiceError> {
     host.detached(|host| async move { change::update_now(&host, &reference, request).await })
         .await
 }
@@ -72,7 +72,7 @@ pub async fn update(host: &Host, reference: String, request: UpdateVm) -> Result
 ///
 /// # Errors
 /// 404; 409 if the VM is not running or its agent does not respond.
-pub async fn trim_vm(host: &Host, reference: String) -> Result<Trimmed, ServiceError> {
+pub(crate) async fn trim_vm(host: &Host, reference: String) -> Result<Trimmed, ServiceError> {
     host.detached(|host| async move { trim::on_demand(&host, &reference).await })
         .await
 }
@@ -82,7 +82,7 @@ pub async fn trim_vm(host: &Host, reference: String) -> Result<Trimmed, ServiceE
 ///
 /// # Errors
 /// 404; 409 if another operation is running on the VM.
-pub async fn delete(host: &Host, reference: String) -> Result<(), ServiceError> {
+pub(crate) async fn delete(host: &Host, reference: String) -> Result<(), ServiceError> {
     host.detached(|host| async move { lifecycle::delete_now(&host, &reference).await })
         .await
 }
@@ -91,7 +91,7 @@ pub async fn delete(host: &Host, reference: String) -> Result<(), ServiceError> 
 ///
 /// # Errors
 /// 404; 409 if another operation is running on the VM.
-pub async fn restart(host: &Host, reference: String) -> Result<Vm, ServiceError> {
+pub(crate) async fn restart(host: &Host, reference: String) -> Result<Vm, ServiceError> {
     host.detached(|host| async move { lifecycle::restart_now(&host, &reference).await })
         .await
 }

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use tokio::sync::broadcast::error::RecvError;
 
 /// The reason of a VM that is paused because the pool or its host disk is full.
-pub const STORAGE_FULL: &str = "storage_full";
+pub(crate) const STORAGE_FULL: &str = "storage_full";
 
 /// Marks a VM as paused, if the machine is still the one that it has.
-pub async fn mark_paused(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, reason: &str) {
+pub(crate) async fn mark_paused(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, reason: &str) {
     tracing::warn!(vm = %id, reason, "VM paused");
     change(
         host,
@@ -40,7 +40,7 @@ async fn change(host: &Host, id: &VmId, to: Transition) {
 
 /// Resumes the VMs that were paused because storage was full. Failures are retried by the next
 /// call.
-pub async fn resume_paused(host: &Host) {
+pub(crate) async fn resume_paused(host: &Host) {
     let paused: Vec<_> = host.paused.lock().drain().collect();
     for (id, machine) in paused {
         match machine.resume().await {
@@ -60,7 +60,7 @@ pub async fn resume_paused(host: &Host) {
 
 /// Follows the events of one machine for as long as it is polled. A machine that its hypervisor
 /// pauses stays paused until there is space.
-pub async fn follow(host: &Host, id: &VmId, machine: &Arc<dyn Machine>) -> Infallible {
+pub(crate) async fn follow(host: &Host, id: &VmId, machine: &Arc<dyn Machine>) -> Infallible {
     let mut events = machine.events();
     // A VM paused by a previous daemon is still paused.
     mark_if_paused(host, id, machine).await;

@@ -17,7 +17,7 @@ const LOOP_REBOOTS: u32 = 6;
 const MAX_REBOOT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Waits until the guest is in a reboot loop, and returns the reason for the failure.
-pub async fn detect(machine: &Arc<dyn Machine>) -> String {
+pub(crate) async fn detect(machine: &Arc<dyn Machine>) -> String {
     let mut events = machine.events();
     let mut reboots = RebootCounter::default();
     loop {

@@ -45,7 +45,7 @@ enum Quiesced {
 /// 403 for [`BASE_TEMPLATE`]; 404; 409 if the template name is in use, the disk's file system
 /// is damaged, or another operation is running on the VM; 507 if the template does not fit.
 /// Nothing is left behind then, and the guest continues to run.
-pub async fn snapshot(host: &Host, reference: String, request: SnapshotVm) -> Result<Snapshot, ServiceError> {
+pub(crate) async fn snapshot(host: &Host, reference: String, request: SnapshotVm) -> Result<Snapshot, ServiceError> {
     host.detached(|host| async move { snapshot_now(&host, &reference, &request).await })
         .await
 }
@@ -229,7 +229,7 @@ async fn unmark_frozen(host: &Host, id: &VmId) {
 }
 
 /// Thaws the guests that were frozen when the daemon ended.
-pub async fn thaw_left_frozen(host: Host) {
+pub(crate) async fn thaw_left_frozen(host: Host) {
     let folder = frozen_dir(&host);
     let frozen = match blocking(move || vm_folders(&folder)).await {
         Ok(frozen) => frozen,

@@ -20,14 +20,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Recorded reason of a stopped VM whose machine may still be shutting down.
-pub const STOPPING: &str = "being stopped";
+pub(crate) const STOPPING: &str = "being stopped";
 
 /// Retry interval for recording a fact while the state cannot be written.
 const RECORD_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A change of a VM's status.
 #[derive(Clone)]
-pub enum Transition {
+pub(crate) enum Transition {
     /// A machine was started.
     Started(Arc<dyn Machine>),
     /// A machine of an earlier daemon was adopted.
@@ -77,7 +77,7 @@ pub enum Transition {
 
 /// Whether a transition is recorded, and what a failure to do so means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Recording {
+pub(crate) enum Recording {
     /// Without the record, nothing has happened.
     Required,
     /// The change has happened already; the record follows as soon as possible.
@@ -89,7 +89,7 @@ pub enum Recording {
 /// The changes that a transition makes. Pure: nothing is read but the transition and the VM's
 /// record.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Effect {
+pub(crate) struct Effect {
     /// The VM's new status.
     pub status: VmStatus,
     /// The reason of the new status.
@@ -133,7 +133,7 @@ fn with_reason(kind: EventKind, reason: Option<&str>) -> Option<(EventKind, Valu
 
 impl Transition {
     /// Returns what the transition changes for a VM with the record `before`.
-    pub fn effect(&self, before: &Record) -> Effect {
+    pub(crate) fn effect(&self, before: &Record) -> Effect {
         use Recording::{Fact, Required};
         match self {
             Transition::Started(_) => Effect::visible(
@@ -213,7 +213,7 @@ impl Transition {
 /// # Errors
 /// If the change cannot be recorded. Nothing has happened then, unless it is a fact: clients see
 /// it, and its event is still to be published ([`record_later`]).
-pub async fn transition(host: &Host, before: &Record, transition: Transition) -> Result<(), ServiceError> {
+pub(crate) async fn transition(host: &Host, before: &Record, transition: Transition) -> Result<(), ServiceError> {
     let effect = transition.effect(before);
     let recorded = match effect.recording {
         Recording::None => Ok(()),
@@ -238,7 +238,7 @@ async fn record(host: &Host, id: &VmId, effect: &Effect) -> Result<(), ServiceEr
 
 /// Records a fact in the background once the state can be written, and publishes its event. Gives
 /// up if the VM was started or deleted in the meantime.
-pub fn record_later(host: &Host, before: &Record, fact: Transition) {
+pub(crate) fn record_later(host: &Host, before: &Record, fact: Transition) {
     let (host, before) = (host.clone(), before.clone());
     tokio::spawn(async move {
         let status = fact.effect(&before).status;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// 404; 409 if the VM is not running, or its agent does not respond or cannot trim.
-pub async fn on_demand(host: &Host, reference: &str) -> Result<Trimmed, ServiceError> {
+pub(crate) async fn on_demand(host: &Host, reference: &str) -> Result<Trimmed, ServiceError> {
     let (record, machine) = host.vms.find_with_machine(reference)?;
     let name = record.name;
     let (VmStatus::Running, Some(machine)) = (record.status, machine) else {
@@ -45,7 +45,7 @@ pub async fn on_demand(host: &Host, reference: &str) -> Result<Trimmed, ServiceE
 ///
 /// # Errors
 /// If the agent cannot be reached or refuses.
-pub async fn trim(host: &Host, machine: &Arc<dyn Machine>) -> Result<Bytes, AgentFailed> {
+pub(crate) async fn trim(host: &Host, machine: &Arc<dyn Machine>) -> Result<Bytes, AgentFailed> {
     let trimmed = agent::reach(machine).await?.trim().await?;
     host.reclaim.freed();
     tracing::info!(vm = %machine.id(), trimmed_bytes = trimmed.as_u64(), "guest trimmed");

@@ -7,7 +7,7 @@ use scalebox_api::Vm;
 use scalebox_storage::PoolUsage;
 
 /// Lists all VMs, oldest first.
-pub fn list(host: &Host) -> Vec<Vm> {
+pub(crate) fn list(host: &Host) -> Vec<Vm> {
     let accounts = host.usage.latest();
     let records = host.vms.all();
     records
@@ -20,12 +20,12 @@ pub fn list(host: &Host) -> Vec<Vm> {
 ///
 /// # Errors
 /// 404.
-pub fn get(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
+pub(crate) fn get(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
     host.vms.find(reference).map(|record| describe(host, &record))
 }
 
 /// Describes a VM, with the latest measurement of its disk.
-pub fn describe(host: &Host, record: &Record) -> Vm {
+pub(crate) fn describe(host: &Host, record: &Record) -> Vm {
     describe_by(host, record, host.usage.latest().as_deref())
 }
 

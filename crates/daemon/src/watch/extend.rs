@@ -39,7 +39,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(600);
 const MIN_FILE_SYSTEM_SHARE: f64 = 0.8;
 
 /// Extends disks for as long as it is polled.
-pub async fn run(host: Host) -> Infallible {
+pub(crate) async fn run(host: Host) -> Infallible {
     let schedule = Schedule::default();
     loop {
         tokio::time::sleep(SHORT_INTERVAL).await;

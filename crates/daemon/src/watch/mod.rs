@@ -1,11 +1,11 @@
 //! Background loops, each of which watches one thing for as long as the daemon runs.
 
-pub mod extend;
-pub mod network;
-pub mod reclaim;
-pub mod space;
-pub mod trim;
-pub mod usage;
+pub(crate) mod extend;
+pub(crate) mod network;
+pub(crate) mod reclaim;
+pub(crate) mod space;
+pub(crate) mod trim;
+pub(crate) mod usage;
 
 use crate::host::Host;
 use crate::pool::growth;
@@ -13,7 +13,7 @@ use crate::vm::cleanup;
 use scalebox_units::VmId;
 
 /// Starts all background loops. `unconnected` are the VMs that recovery could not connect.
-pub fn start(host: &Host, unconnected: Vec<VmId>) {
+pub(crate) fn start(host: &Host, unconnected: Vec<VmId>) {
     tokio::spawn(space::run(host.clone()));
     tokio::spawn(reclaim::run(host.clone()));
     tokio::spawn(cleanup::run(host.clone()));

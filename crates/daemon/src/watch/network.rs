@@ -17,7 +17,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Watches the network for as long as it is polled. `missing` lists the VMs that could not be
 /// connected at start.
-pub async fn run(host: Host, mut missing: Vec<VmId>) -> Infallible {
+pub(crate) async fn run(host: Host, mut missing: Vec<VmId>) -> Infallible {
     loop {
         tokio::time::sleep(INTERVAL).await;
         match host.network.is_whole().await {

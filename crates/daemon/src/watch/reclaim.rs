@@ -14,7 +14,7 @@ const MIN_TRIM_INTERVAL: Duration = Duration::from_secs(10);
 ///
 /// btrfs does this by itself, but two minutes later (`discard=async`). A pool on its own device
 /// relies on that: nothing else needs its blocks.
-pub async fn run(host: Host) -> Infallible {
+pub(crate) async fn run(host: Host) -> Infallible {
     loop {
         host.reclaim.trim_requested().await;
         let pool = Arc::clone(&host.pool);

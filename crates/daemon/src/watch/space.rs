@@ -36,7 +36,7 @@ const SHORT_INTERVAL: Duration = Duration::from_millis(200);
 const GROWTH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Watches the pool for as long as it is polled.
-pub async fn run(host: Host) -> Infallible {
+pub(crate) async fn run(host: Host) -> Infallible {
     let mut before: HashMap<VmId, Bytes> = HashMap::new();
     loop {
         let pool = Arc::clone(&host.pool);

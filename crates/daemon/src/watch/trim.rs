@@ -16,7 +16,7 @@ use tokio::time::Instant;
 const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Trims each guest once per interval, for as long as it is polled.
-pub async fn run(host: Host) -> Infallible {
+pub(crate) async fn run(host: Host) -> Infallible {
     let interval = host.settings.guest_trim_interval;
     if interval.is_zero() {
         return std::future::pending().await;

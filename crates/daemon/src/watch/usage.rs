@@ -17,7 +17,7 @@ const IDLE_FACTOR: u32 = 19;
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Measures repeatedly for as long as it is polled.
-pub async fn run(host: Host) -> Infallible {
+pub(crate) async fn run(host: Host) -> Infallible {
     let (started, interval) = (Instant::now(), host.settings.accounting_interval);
     loop {
         let begun = Instant::now();

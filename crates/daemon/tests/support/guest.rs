@@ -10,13 +10,13 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 /// A user's key pair.
-pub struct Key {
+pub(crate) struct Key {
     pub private: PathBuf,
     pub public: String,
 }
 
 impl Key {
-    pub fn new(host: &Host, name: &str) -> Key {
+    pub(crate) fn new(host: &Host, name: &str) -> Key {
         let private = host.folder.join(name);
         run(
             "ssh-keygen",
@@ -29,7 +29,7 @@ impl Key {
         Key { private, public }
     }
 
-    pub fn request(&self, name: &str) -> CreateVm {
+    pub(crate) fn request(&self, name: &str) -> CreateVm {
         let template = "debian-base".parse().unwrap();
         CreateVm {
             name: Some(name.parse().unwrap()),
@@ -37,7 +37,7 @@ impl Key {
         }
     }
 
-    pub fn ssh(&self, vm: &Vm, command: &str) -> Command {
+    pub(crate) fn ssh(&self, vm: &Vm, command: &str) -> Command {
         let mut ssh = Command::new("ssh");
         ssh.args(["-F", "none", "-i", text(&self.private), "-p", &vm.ssh_port.to_string()]);
         for option in [
@@ -55,7 +55,7 @@ impl Key {
     }
 
     /// Returns the output of `command` in the guest.
-    pub fn run(&self, vm: &Vm, command: &str) -> String {
+    pub(crate) fn run(&self, vm: &Vm, command: &str) -> String {
         let output = self.ssh(vm, command).output().unwrap();
         assert!(
             output.status.success(),
@@ -66,7 +66,7 @@ impl Key {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    pub fn is_refused_by(&self, vm: &Vm) {
+    pub(crate) fn is_refused_by(&self, vm: &Vm) {
         let output = self.ssh(vm, "true").output().unwrap();
         assert!(
             !output.status.success() && output_of(&output).contains("Permission denied"),
@@ -76,7 +76,7 @@ impl Key {
     }
 }
 
-pub fn wait_for_ssh(vm: &Vm) {
+pub(crate) fn wait_for_ssh(vm: &Vm) {
     eventually(&format!("the SSH banner of {}", vm.name), || {
         let stream = TcpStream::connect((vm.ip.as_str(), vm.ssh_port)).ok()?;
         // One connection is kept open: each one dropped early costs the guest's sshd a process.
@@ -87,7 +87,7 @@ pub fn wait_for_ssh(vm: &Vm) {
     });
 }
 
-pub fn scalebox(host: &Host, args: &[&str]) -> Output {
+pub(crate) fn scalebox(host: &Host, args: &[&str]) -> Output {
     let program = Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name("scalebox");
     let mut command = Command::new(&program);
     command
@@ -101,7 +101,7 @@ pub fn scalebox(host: &Host, args: &[&str]) -> Output {
 }
 
 /// Lists the hypervisor processes of this host.
-pub fn machines(host: &Host) -> Vec<String> {
+pub(crate) fn machines(host: &Host) -> Vec<String> {
     let folder = host.folder.join("run/vms");
     let ours = |pid: &str| {
         let line = fs::read(Path::new("/proc").join(pid).join("cmdline")).unwrap_or_default();
@@ -116,7 +116,7 @@ pub fn machines(host: &Host) -> Vec<String> {
         .collect()
 }
 
-pub fn machine_of(host: &Host, vm: &Vm) -> rustix::process::Pid {
+pub(crate) fn machine_of(host: &Host, vm: &Vm) -> rustix::process::Pid {
     let command = |pid: &String| fs::read(Path::new("/proc").join(pid).join("cmdline")).unwrap_or_default();
     let ours = |pid: &String| String::from_utf8_lossy(&command(pid)).contains(&vm.id);
     let pid = machines(host).into_iter().find(ours).expect("its machine");

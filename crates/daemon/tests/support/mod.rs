@@ -10,7 +10,7 @@
     reason = "a failed step fails the test"
 )]
 
-pub mod guest;
+pub(crate) mod guest;
 
 use rustix::fs::{FlockOperation, flock};
 use scalebox_api::{CreateVm, Vm};
@@ -24,16 +24,16 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-pub const TOKEN: &str = "a-token-for-tests-0123456789";
+pub(crate) const TOKEN: &str = "a-token-for-tests-0123456789";
 /// A public key whose private key is unknown.
-pub const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0nVq0Z9m2hJb5p0nS9QmVb1cD";
+pub(crate) const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8x1Y3qTqV2yqT7m3U0nVq0Z9m2hJb5p0nS9QmVb1cD";
 
 /// Time limit for everything a test waits for; generous, because test machines are small and
 /// shared.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Waits until `probe` returns a value.
-pub fn eventually<T>(event: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn eventually<T>(event: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
         if let Some(found) = probe() {
@@ -46,12 +46,12 @@ pub fn eventually<T>(event: &str, mut probe: impl FnMut() -> Option<T>) -> T {
 
 /// Checks one promise of `subject`, and first prints the name of the function that checks it: the
 /// last name printed is the promise that failed.
-pub fn promise<T>(subject: &mut T, check: impl FnOnce(&mut T)) {
+pub(crate) fn promise<T>(subject: &mut T, check: impl FnOnce(&mut T)) {
     eprintln!("promise: {}", std::any::type_name_of_val(&check));
     check(subject);
 }
 
-pub fn run(program: &str, args: &[&str]) -> String {
+pub(crate) fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program)
         .args(args)
         .env("LC_ALL", "C")
@@ -61,7 +61,7 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-pub fn output_of(output: &Output) -> String {
+pub(crate) fn output_of(output: &Output) -> String {
     format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),
@@ -69,7 +69,7 @@ pub fn output_of(output: &Output) -> String {
     )
 }
 
-pub fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
@@ -95,7 +95,7 @@ impl NetworkSlot {
 }
 
 /// Deviations from the default host.
-pub struct Options<'a> {
+pub(crate) struct Options<'a> {
     /// `STORAGE_SIZE` of its pool.
     pub pool_size: &'a str,
     /// The folder of the pool image; the scratch folder if `None`.
@@ -114,7 +114,7 @@ impl Default for Options<'_> {
     }
 }
 
-pub struct Host {
+pub(crate) struct Host {
     pub folder: PathBuf,
     env: Vec<(String, String)>,
     daemon: Option<Child>,
@@ -128,7 +128,7 @@ pub struct Host {
 
 impl Host {
     /// Creates a host with an empty pool, whose daemon is not running.
-    pub fn new(options: &Options) -> Host {
+    pub(crate) fn new(options: &Options) -> Host {
         let slot = NetworkSlot::take();
         let scratch = tempfile::tempdir().unwrap();
         let folder = scratch.path().to_owned();
@@ -176,7 +176,7 @@ impl Host {
     }
 
     /// Creates a host with the small template `tiny`, and starts its daemon.
-    pub fn with_tiny_template(options: &Options) -> Host {
+    pub(crate) fn with_tiny_template(options: &Options) -> Host {
         let mut host = Host::new(options);
         host.import_tiny("tiny");
         host.serve();
@@ -184,7 +184,7 @@ impl Host {
     }
 
     /// Adds a template of 64 MiB that does not boot.
-    pub fn import_tiny(&self, name: &str) {
+    pub(crate) fn import_tiny(&self, name: &str) {
         let image = self.folder.join(format!("{name}.image"));
         run("mke2fs", &["-q", "-t", "ext4", text(&image), "64M"]);
         self.scaleboxd_ok(&["template", "import", name, text(&image)]);
@@ -192,19 +192,19 @@ impl Host {
 
     /// Creates the folder of a kernel, for its files, and returns it. Its id is no digest, which
     /// nothing checks.
-    pub fn kernel_folder(&self) -> PathBuf {
+    pub(crate) fn kernel_folder(&self) -> PathBuf {
         let folder = self.folder.join("pool/kernels/0123456789abcdef");
         fs::create_dir_all(&folder).unwrap();
         folder
     }
 
     /// Adds the Debian template and its kernel from the cache that `make test` fills.
-    pub fn import_debian(&self) {
+    pub(crate) fn import_debian(&self) {
         let cache = template_cache();
         self.scaleboxd_ok(&["template", "build", "debian-base", "--cache", text(&cache)]);
     }
 
-    pub fn scaleboxd(&self, args: &[&str]) -> Command {
+    pub(crate) fn scaleboxd(&self, args: &[&str]) -> Command {
         let program = env!("CARGO_BIN_EXE_scaleboxd");
         let mut command = match self.runner.split_first() {
             None => Command::new(program),
@@ -222,13 +222,13 @@ impl Host {
         command
     }
 
-    pub fn scaleboxd_ok(&self, args: &[&str]) -> String {
+    pub(crate) fn scaleboxd_ok(&self, args: &[&str]) -> String {
         let output = self.scaleboxd(args).output().unwrap();
         assert!(output.status.success(), "scaleboxd {args:?}: {}", output_of(&output));
         output_of(&output)
     }
 
-    pub fn scaleboxd_fails(&self, args: &[&str]) -> String {
+    pub(crate) fn scaleboxd_fails(&self, args: &[&str]) -> String {
         let output = self.scaleboxd(args).output().unwrap();
         // 78 is the exit status of `serve` with an invalid configuration.
         assert!(
@@ -240,18 +240,18 @@ impl Host {
     }
 
     /// Runs all further commands under this program.
-    pub fn run_under(&mut self, runner: Option<Vec<String>>) {
+    pub(crate) fn run_under(&mut self, runner: Option<Vec<String>>) {
         self.runner = runner.unwrap_or_default();
     }
 
-    pub fn set(&mut self, key: &str, value: &str) {
+    pub(crate) fn set(&mut self, key: &str, value: &str) {
         self.env.retain(|(known, _)| known != key);
         self.env.push((key.to_owned(), value.to_owned()));
     }
 
     /// Makes a step fail or kill the daemon, as described in crates/fault-points; `None` for no
     /// step.
-    pub fn arm(&self, fault: Option<&str>) {
+    pub(crate) fn arm(&self, fault: Option<&str>) {
         let folder = self.faults();
         match fault {
             // Renamed into place, so that no step reads a partial file.
@@ -263,14 +263,14 @@ impl Host {
     }
 
     /// Returns the folder from which the daemon reads the faults to inject.
-    pub fn faults(&self) -> PathBuf {
+    pub(crate) fn faults(&self) -> PathBuf {
         let folder = self.folder.join("faults");
         fs::create_dir_all(&folder).unwrap();
         folder
     }
 
     /// Starts the daemon and waits until it responds.
-    pub fn serve(&mut self) {
+    pub(crate) fn serve(&mut self) {
         let log_path = self.log_path();
         let log = File::options().create(true).append(true).open(&log_path).unwrap();
         let already = fs::metadata(&log_path).unwrap().len() as usize;
@@ -293,59 +293,59 @@ impl Host {
         self.daemon = Some(daemon);
     }
 
-    pub fn daemon_pid(&self) -> u32 {
+    pub(crate) fn daemon_pid(&self) -> u32 {
         self.daemon.as_ref().expect("a running daemon").id()
     }
 
-    pub fn log_path(&self) -> PathBuf {
+    pub(crate) fn log_path(&self) -> PathBuf {
         self.folder.join("daemon.log")
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
     /// Kills the daemon with `kill -9`, like a crash.
-    pub fn crash(&mut self) {
+    pub(crate) fn crash(&mut self) {
         let mut daemon = self.daemon.take().expect("a running daemon");
         daemon.kill().unwrap();
         assert_eq!(daemon.wait().unwrap().signal(), Some(9));
     }
 
     /// Waits until the daemon has exited at a crash point.
-    pub fn wait_for_crash(&mut self) {
+    pub(crate) fn wait_for_crash(&mut self) {
         let mut daemon = self.daemon.take().expect("a running daemon");
         let status = eventually("the daemon to crash", || daemon.try_wait().unwrap());
         assert_eq!(status.signal(), Some(9), "{status}");
     }
 
     /// Sends SIGTERM, and returns the daemon's exit status.
-    pub fn terminate(&mut self) -> ExitStatus {
+    pub(crate) fn terminate(&mut self) -> ExitStatus {
         let mut daemon = self.daemon.take().expect("a running daemon");
         send_sigterm(&daemon);
         eventually("the daemon to end", || daemon.try_wait().unwrap())
     }
 
     /// Sends SIGTERM without waiting.
-    pub fn begin_terminating(&mut self) -> Child {
+    pub(crate) fn begin_terminating(&mut self) -> Child {
         let daemon = self.daemon.take().expect("a running daemon");
         send_sigterm(&daemon);
         daemon
     }
 
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         Client::new(&self.url, TOKEN).unwrap()
     }
 
     /// Returns a request for a stopped VM from `template`.
-    pub fn stopped(&self, template: &str) -> CreateVm {
+    pub(crate) fn stopped(&self, template: &str) -> CreateVm {
         CreateVm {
             start: false,
             ..CreateVm::new(template.parse().unwrap(), KEY.parse().unwrap())
         }
     }
 
-    pub fn create_stopped(&self, template: &str, disk_size_gib: Option<u64>) -> Vm {
+    pub(crate) fn create_stopped(&self, template: &str, disk_size_gib: Option<u64>) -> Vm {
         let vm = self
             .client()
             .create_vm(&CreateVm {
@@ -358,7 +358,7 @@ impl Host {
     }
 
     /// Sends raw bytes and returns status and body. The connection is closed after one response.
-    pub fn raw(&self, request: &[u8]) -> (u16, String) {
+    pub(crate) fn raw(&self, request: &[u8]) -> (u16, String) {
         let mut stream = TcpStream::connect(self.url.strip_prefix("http://").unwrap()).unwrap();
         stream.set_read_timeout(Some(WAIT_TIMEOUT)).unwrap();
         // A server that rejects the request early may close the connection before all of it is
@@ -385,7 +385,7 @@ impl Host {
     }
 
     /// Sends one request with the right token.
-    pub fn send(&self, method: &str, path: &str, body: &[u8]) -> (u16, String) {
+    pub(crate) fn send(&self, method: &str, path: &str, body: &[u8]) -> (u16, String) {
         let mut request = format!(
             "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {}\r\n\r\n",
             body.len()
@@ -396,7 +396,7 @@ impl Host {
     }
 
     /// Lists what VMs left on the host: disks, taps, forwards, folders of machines.
-    pub fn leftovers(&self) -> Vec<String> {
+    pub(crate) fn leftovers(&self) -> Vec<String> {
         let mut found = names_in(&self.folder.join("pool/vms"));
         found.extend(names_in(&self.folder.join("run/vms")));
         found.extend(names_in(&self.folder.join("state/console")));
@@ -405,21 +405,21 @@ impl Host {
     }
 
     /// Lists the taps on this host's bridge.
-    pub fn taps(&self) -> Vec<String> {
+    pub(crate) fn taps(&self) -> Vec<String> {
         names_in(&Path::new("/sys/class/net").join(&self.bridge).join("brif"))
     }
 
-    pub fn console(&self, vm: &Vm) -> PathBuf {
+    pub(crate) fn console(&self, vm: &Vm) -> PathBuf {
         self.folder.join("state/console").join(&vm.id).join("console.log")
     }
 
-    pub fn disk(&self, vm: &Vm) -> PathBuf {
+    pub(crate) fn disk(&self, vm: &Vm) -> PathBuf {
         self.folder.join("pool/vms").join(format!("{}.ext4", vm.id))
     }
 }
 
 /// Removes the disk usage from VMs, which is measured in the background.
-pub fn unmeasured(vms: impl IntoIterator<Item = Vm>) -> Vec<Vm> {
+pub(crate) fn unmeasured(vms: impl IntoIterator<Item = Vm>) -> Vec<Vm> {
     vms.into_iter().map(|vm| Vm { storage: None, ..vm }).collect()
 }
 
@@ -460,7 +460,7 @@ impl Drop for Host {
 }
 
 /// Returns the folder where `make test` keeps the finished Debian template.
-pub fn template_cache() -> PathBuf {
+pub(crate) fn template_cache() -> PathBuf {
     match std::env::var_os("SCALEBOX_CACHE") {
         Some(folder) => folder.into(),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/template-cache"),
@@ -468,18 +468,18 @@ pub fn template_cache() -> PathBuf {
 }
 
 /// A mounted file system of `size` in a sparse file, used as a host's disk.
-pub struct HostDisk {
+pub(crate) struct HostDisk {
     pub folder: PathBuf,
     _scratch: TempDir,
 }
 
 impl HostDisk {
-    pub fn ext4(size: &str) -> HostDisk {
+    pub(crate) fn ext4(size: &str) -> HostDisk {
         HostDisk::made(size, "mke2fs", &["-q", "-t", "ext4", "-m", "0"])
     }
 
     /// Creates one with the given program.
-    pub fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
+    pub(crate) fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
         run("truncate", &["-s", size, text(&image)]);

@@ -24,7 +24,7 @@ const KEPT: &str = "kept";
 const CONTENT: &str = "kept content\n";
 
 /// An operation on a host. `perform` returns why it failed.
-pub struct Operation {
+pub(crate) struct Operation {
     pub name: &'static str,
     /// How many times it is crashed at each of its steps.
     pub times: usize,
@@ -49,7 +49,7 @@ const OPERATION: Operation = Operation {
     command: false,
 };
 
-pub const DISKS: &[Operation] = &[
+pub(crate) const DISKS: &[Operation] = &[
     Operation {
         name: "create, stopped",
         perform: |scene| scene.create("base", 1, false),
@@ -80,7 +80,7 @@ pub const DISKS: &[Operation] = &[
     },
 ];
 
-pub const MACHINES: &[Operation] = &[
+pub(crate) const MACHINES: &[Operation] = &[
     Operation {
         name: "create, started",
         perform: |scene| scene.create("base", 1, true),
@@ -130,7 +130,7 @@ pub const MACHINES: &[Operation] = &[
     },
 ];
 
-pub const POOLS: &[Operation] = &[
+pub(crate) const POOLS: &[Operation] = &[
     Operation {
         name: "pool grow",
         perform: |scene| done(scene.host.client().grow_pool(Some(POOL + 2))),
@@ -179,7 +179,7 @@ pub const POOLS: &[Operation] = &[
 ];
 
 /// A build takes seconds; therefore these run only once per step.
-pub const BUILDS: &[Operation] = &[
+pub(crate) const BUILDS: &[Operation] = &[
     Operation {
         name: "template build",
         times: 1,
@@ -216,7 +216,7 @@ pub const BUILDS: &[Operation] = &[
 
 /// The guest has no agent, and the daemon waits seconds for one; therefore this runs only once per
 /// step.
-pub const LIVE: &[Operation] = &[Operation {
+pub(crate) const LIVE: &[Operation] = &[Operation {
     name: "grow, running",
     times: 1,
     prepare: |scene| scene.create("base", 1, true).unwrap(),
@@ -230,24 +230,24 @@ fn done<T, E: Display>(result: Result<T, E>) -> Result<(), String> {
 }
 
 #[derive(Default)]
-pub struct Findings {
+pub(crate) struct Findings {
     pub lost: Vec<String>,
     pub leaked: Vec<String>,
 }
 
 /// The state of a host before an operation, as reported to clients.
-pub struct Reported {
+pub(crate) struct Reported {
     vms: Vec<Vm>,
     templates: BTreeSet<String>,
 }
 
-pub struct Scene {
+pub(crate) struct Scene {
     pub host: Host,
     pub image: PathBuf,
 }
 
 impl Scene {
-    pub fn new() -> Scene {
+    pub(crate) fn new() -> Scene {
         let mut host = Host::new(&Options {
             pool_size: &format!("{POOL}G"),
             ..Options::default()
@@ -268,7 +268,7 @@ impl Scene {
         scene
     }
 
-    pub fn reported(&self) -> Reported {
+    pub(crate) fn reported(&self) -> Reported {
         Reported {
             vms: self.host.client().vms().unwrap(),
             templates: self.templates(),
@@ -277,7 +277,7 @@ impl Scene {
 
     /// Compares the host with the reported state, and its layers with each other, until all match
     /// or time is up: some removals happen in the background.
-    pub fn check(&self, operation: &Operation, reported: &Reported, findings: &mut Findings) {
+    pub(crate) fn check(&self, operation: &Operation, reported: &Reported, findings: &mut Findings) {
         let begun = Instant::now();
         let found = eventually("a consistent host", || {
             let found = self.check_once(operation, reported);
@@ -452,7 +452,7 @@ impl Scene {
     }
 
     /// Removes everything that operations created.
-    pub fn reset(&self) {
+    pub(crate) fn reset(&self) {
         if self.made().is_some() {
             self.delete().unwrap();
         }
@@ -602,7 +602,7 @@ impl Scene {
     }
 }
 
-pub fn names_in(folder: &Path) -> Vec<String> {
+pub(crate) fn names_in(folder: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(folder) else {
         return Vec::new();
     };

@@ -22,33 +22,33 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// Timeout for expected events; generous, because machines can be slow.
-pub const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long to wait to conclude that a packet was dropped, which causes no event.
-pub const SILENCE_TIMEOUT: Duration = Duration::from_millis(400);
+pub(crate) const SILENCE_TIMEOUT: Duration = Duration::from_millis(400);
 
-pub const SUBNET: &str = "10.77.0.0/24";
-pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+pub(crate) const SUBNET: &str = "10.77.0.0/24";
+pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The host's address on the link to the outside, and the address of a machine there.
-pub const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 
-pub fn config() -> NetConfig {
+pub(crate) fn config() -> NetConfig {
     NetConfig::new("sbtest0", SUBNET.parse().expect("a subnet"), 22001..=22100).expect("a configuration")
 }
 
 /// Returns the endpoint of VM number `n`: address `10.77.0.(10 + n)`, port `22001 + n`.
-pub fn endpoint(n: u8) -> Endpoint {
+pub(crate) fn endpoint(n: u8) -> Endpoint {
     let ip = Ipv4Addr::new(10, 77, 0, 10 + n);
     Endpoint::new(&id(&format!("vm-00000000000{n:x}")), ip, 22001 + u16::from(n))
 }
 
-pub fn id(text: &str) -> VmId {
+pub(crate) fn id(text: &str) -> VmId {
     text.parse().expect("a VM id")
 }
 
 /// Runs a test on a simulated host. The test's thread, its async runtime, and the programs it
 /// starts are in a new network namespace.
-pub fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
+pub(crate) fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     let namespace = Namespace::new();
     namespace.run(|| {
         ip("link set lo up");
@@ -61,10 +61,10 @@ pub fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
 }
 
 /// A network namespace.
-pub struct Namespace(File);
+pub(crate) struct Namespace(File);
 
 impl Namespace {
-    pub fn new() -> Namespace {
+    pub(crate) fn new() -> Namespace {
         let thread = std::thread::spawn(|| {
             // SAFETY: the only thing that threads stop sharing is the network namespace, and
             // nothing here relies on sharing it.
@@ -74,12 +74,12 @@ impl Namespace {
         thread.join().expect("a namespace")
     }
 
-    pub fn current() -> Namespace {
+    pub(crate) fn current() -> Namespace {
         Namespace(File::open("/proc/thread-self/ns/net").expect("the thread's namespace"))
     }
 
     /// Runs `f` in the namespace, on a thread of its own.
-    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network)).expect("enter a namespace");
@@ -96,7 +96,7 @@ impl Namespace {
 }
 
 /// Runs a program in the calling thread's namespace and returns its output.
-pub fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
+pub(crate) fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
     let output = Command::new(program)
         .args(arguments)
         .output()
@@ -110,28 +110,28 @@ pub fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
 }
 
 /// Runs `ip` in the calling thread's namespace.
-pub fn ip(words: &str) -> String {
+pub(crate) fn ip(words: &str) -> String {
     let arguments: Vec<&str> = words.split_whitespace().collect();
     run("ip", &arguments).unwrap_or_else(|error| panic!("ip {words}: {error}"))
 }
 
 /// Runs `nft` with one command in the calling thread's namespace.
-pub fn nft(command: &str) -> String {
+pub(crate) fn nft(command: &str) -> String {
     run("nft", &[command]).unwrap_or_else(|error| panic!("nft {command}: {error}"))
 }
 
 /// Returns all rules and elements of the namespace, without counter values.
-pub fn rules() -> String {
+pub(crate) fn rules() -> String {
     run("nft", &["--stateless", "list", "ruleset"]).unwrap_or_else(|error| panic!("nft: {error}"))
 }
 
 /// Writes a kernel setting of the calling thread's namespace.
-pub fn sysctl(path: &str, value: &str) {
+pub(crate) fn sysctl(path: &str, value: &str) {
     std::fs::write(format!("/proc/sys/net/{path}"), value).unwrap_or_else(|error| panic!("{path}: {error}"));
 }
 
 /// Returns the names of the namespace's links, except `lo` and the kernel's own (ifb).
-pub fn links() -> Vec<String> {
+pub(crate) fn links() -> Vec<String> {
     let listed = ip("-o link");
     let names = listed.lines().filter_map(|line| line.split(": ").nth(1));
     let mut names: Vec<String> = names
@@ -144,7 +144,7 @@ pub fn links() -> Vec<String> {
 
 /// Creates a machine in the outside world, connected to the host by a veth pair. It has no route to
 /// the guests, unless a test adds one.
-pub fn outside() -> Namespace {
+pub(crate) fn outside() -> Namespace {
     let world = Namespace::new();
     ip(&format!("link add up0 type veth peer name eth0 netns {}", world.path()));
     ip(&format!("addr add {HOST}/24 dev up0"));
@@ -160,14 +160,14 @@ pub fn outside() -> Namespace {
 /// A simulated guest: a namespace with an interface `eth0`, connected to the host's tap. A thread
 /// copies frames between the two; it opens the tap by name as a VMM does. A server on the guest's
 /// port 22 sends `guest A.B.C.D` and then echoes.
-pub struct Guest {
+pub(crate) struct Guest {
     pub inside: Namespace,
     _power: UnixStream,
 }
 
 impl Guest {
     /// Starts a guest with the endpoint's MAC and address.
-    pub fn boot(endpoint: &Endpoint) -> Guest {
+    pub(crate) fn boot(endpoint: &Endpoint) -> Guest {
         let host_side = open_tap(endpoint.tap());
         let inside = Namespace::new();
         let ip_address = endpoint.guest_ip();
@@ -191,7 +191,7 @@ impl Guest {
 }
 
 /// Opens a tap in the calling thread's namespace; creates it if it does not exist.
-pub fn open_tap(name: &str) -> File {
+pub(crate) fn open_tap(name: &str) -> File {
     #[repr(C)]
     struct IfReq {
         name: [u8; 16],
@@ -249,7 +249,7 @@ fn copy_frames(a: File, b: File, plug: UnixStream) {
 /// Starts a server in the calling thread's namespace. It greets each client with a line that ends
 /// in the client's address, and then echoes. Also sends the clients' addresses to the returned
 /// channel.
-pub fn serve(at: SocketAddrV4, greeting: String) -> Receiver<SocketAddr> {
+pub(crate) fn serve(at: SocketAddrV4, greeting: String) -> Receiver<SocketAddr> {
     let listener = TcpListener::bind(at).unwrap_or_else(|error| panic!("listen on {at}: {error}"));
     let (seen, clients) = channel();
     std::thread::spawn(move || {
@@ -270,7 +270,7 @@ fn greet_and_echo(mut client: TcpStream, greeting: &str, address: SocketAddr) ->
 }
 
 /// A connection to one of those servers.
-pub struct Session {
+pub(crate) struct Session {
     reader: BufReader<TcpStream>,
     /// The server's first line.
     pub greeting: String,
@@ -278,11 +278,11 @@ pub struct Session {
 
 impl Session {
     /// Connects, from the calling thread's namespace.
-    pub fn open(to: Ipv4Addr, port: u16) -> io::Result<Session> {
+    pub(crate) fn open(to: Ipv4Addr, port: u16) -> io::Result<Session> {
         Session::open_within(to, port, EVENT_TIMEOUT)
     }
 
-    pub fn open_within(to: Ipv4Addr, port: u16, limit: Duration) -> io::Result<Session> {
+    pub(crate) fn open_within(to: Ipv4Addr, port: u16, limit: Duration) -> io::Result<Session> {
         let stream = TcpStream::connect_timeout(&SocketAddrV4::new(to, port).into(), limit)?;
         stream.set_read_timeout(Some(limit))?;
         let mut session = Session {
@@ -294,7 +294,7 @@ impl Session {
     }
 
     /// Sends a word and waits for its echo.
-    pub fn echo(&mut self, word: &str) -> io::Result<()> {
+    pub(crate) fn echo(&mut self, word: &str) -> io::Result<()> {
         writeln!(self.reader.get_mut(), "{word}")?;
         let received = self.line()?;
         if received == word {
@@ -312,13 +312,13 @@ impl Session {
 }
 
 /// Returns the server's greeting, or the error from connecting.
-pub fn greeting(to: Ipv4Addr, port: u16) -> String {
+pub(crate) fn greeting(to: Ipv4Addr, port: u16) -> String {
     Session::open(to, port).map_or_else(|error| format!("{to}:{port}: {error}"), |session| session.greeting)
 }
 
 /// Asserts that no server responds.
 #[track_caller]
-pub fn unreachable(to: Ipv4Addr, port: u16) {
+pub(crate) fn unreachable(to: Ipv4Addr, port: u16) {
     if let Ok(session) = Session::open_within(to, port, SILENCE_TIMEOUT) {
         panic!("{to}:{port} responded {:?}", session.greeting);
     }
@@ -326,7 +326,7 @@ pub fn unreachable(to: Ipv4Addr, port: u16) {
 
 /// Returns whether the machine responds to a ping (RFC 792), sent from the calling thread's
 /// namespace.
-pub fn responds_to_ping(to: Ipv4Addr) -> bool {
+pub(crate) fn responds_to_ping(to: Ipv4Addr) -> bool {
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, connect, ipproto, recv, send, socket, sockopt};
     const ECHO_REQUEST: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 1];
     const ECHO_REPLY: u8 = 0;
@@ -341,7 +341,7 @@ pub fn responds_to_ping(to: Ipv4Addr) -> bool {
 
 /// Polls until `f` returns a value.
 #[track_caller]
-pub fn eventually<T>(what: &str, mut f: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn eventually<T>(what: &str, mut f: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + EVENT_TIMEOUT;
     loop {
         if let Some(found) = f() {

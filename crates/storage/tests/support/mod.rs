@@ -21,7 +21,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 /// Runs a program, and panics if it fails.
-pub fn run(program: &str, args: &[&str]) -> String {
+pub(crate) fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program)
         .args(args)
         .env("LC_ALL", "C")
@@ -38,24 +38,24 @@ pub fn run(program: &str, args: &[&str]) -> String {
 }
 
 /// Writes to a file and flushes it.
-pub fn write(path: &Path, offset: u64, length: u64) {
+pub(crate) fn write(path: &Path, offset: u64, length: u64) {
     let file = File::options().write(true).open(path).unwrap();
     file.write_all_at(&vec![0x5a; length as usize], offset).unwrap();
     file.sync_all().unwrap();
 }
 
-pub fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().expect("test paths are UTF-8")
 }
 
 /// A mounted file system of `size` in a sparse file: represents a host's disk.
-pub struct HostDisk {
+pub(crate) struct HostDisk {
     pub folder: PathBuf,
     _scratch: TempDir,
 }
 
 impl HostDisk {
-    pub fn ext4(size: Bytes) -> HostDisk {
+    pub(crate) fn ext4(size: Bytes) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
         File::create_new(&image).unwrap().set_len(size.as_u64()).unwrap();
@@ -64,7 +64,7 @@ impl HostDisk {
     }
 
     /// Formats it with the given program.
-    pub fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
+    pub(crate) fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
         run("truncate", &["-s", size, text(&image)]);
@@ -74,7 +74,7 @@ impl HostDisk {
 
     /// Copies the file system in `image` as a power cut would leave it now. Mount it only after the
     /// original is unmounted: the kernel treats two btrfs with one UUID as the same.
-    pub fn after_power_cut(image: &Path) -> impl FnOnce() -> HostDisk + use<> {
+    pub(crate) fn after_power_cut(image: &Path) -> impl FnOnce() -> HostDisk + use<> {
         let scratch = tempfile::tempdir().unwrap();
         let (copy, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
         run("cp", &["--sparse=always", "--reflink=never", text(image), text(&copy)]);
@@ -98,7 +98,7 @@ impl Drop for HostDisk {
 }
 
 /// The location of a pool; [`Place::init`] creates it.
-pub struct Place {
+pub(crate) struct Place {
     pub plan: PoolPlan,
     pub events: Vec<InitEvent>,
     _scratch: Option<TempDir>,
@@ -106,14 +106,14 @@ pub struct Place {
 
 impl Place {
     /// Creates a location in a scratch folder, for a pool of `size` such as `30G`.
-    pub fn new(size: &str) -> Place {
+    pub(crate) fn new(size: &str) -> Place {
         let scratch = tempfile::tempdir().unwrap();
         let mut place = Place::at(scratch.path(), Some(size));
         place._scratch = Some(scratch);
         place
     }
 
-    pub fn at(folder: &Path, size: Option<&str>) -> Place {
+    pub(crate) fn at(folder: &Path, size: Option<&str>) -> Place {
         let plan = PoolPlan {
             data_dir: folder.join("pool"),
             backing: Backing::Image(folder.join("pool.img")),
@@ -130,7 +130,7 @@ impl Place {
     }
 
     /// Returns the path of the pool's image.
-    pub fn image(&self) -> &Path {
+    pub(crate) fn image(&self) -> &Path {
         match &self.plan.backing {
             Backing::Image(image) => image,
             other => panic!("{other:?} is not an image"),
@@ -138,20 +138,20 @@ impl Place {
     }
 
     /// Returns the fstab in which the mount is registered.
-    pub fn fstab(&self) -> &Path {
+    pub(crate) fn fstab(&self) -> &Path {
         self.plan.fstab.as_deref().expect("an fstab")
     }
 
-    pub fn init(&mut self) -> Result<InitOutcome, StorageError> {
+    pub(crate) fn init(&mut self) -> Result<InitOutcome, StorageError> {
         let events = &mut self.events;
         init(&self.plan, &mut |event| events.push(event))
     }
 
-    pub fn open(&self, bounds: Bounds) -> Pool {
+    pub(crate) fn open(&self, bounds: Bounds) -> Pool {
         Pool::open(&self.plan.data_dir, &self.plan.backing, bounds).unwrap()
     }
 
-    pub fn steps(&self) -> Vec<&str> {
+    pub(crate) fn steps(&self) -> Vec<&str> {
         self.events
             .iter()
             .filter_map(|event| {
@@ -164,7 +164,7 @@ impl Place {
             .collect()
     }
 
-    pub fn warnings(&self) -> Vec<&str> {
+    pub(crate) fn warnings(&self) -> Vec<&str> {
         self.events
             .iter()
             .filter_map(|event| {
@@ -187,15 +187,15 @@ impl Drop for Place {
 }
 
 /// Larger than any image in the tests.
-pub const MAX: Bytes = Bytes::from_mib(1 << 20);
+pub(crate) const MAX: Bytes = Bytes::from_mib(1 << 20);
 
-pub const USUAL: Bounds = Bounds {
+pub(crate) const USUAL: Bounds = Bounds {
     buffer: Gib::new(2),
     overcommit_ratio: 4.0,
 };
 
 /// A pool with a small template `tiny` of 64 MiB.
-pub struct Stocked {
+pub(crate) struct Stocked {
     // Dropped before the place: the pool's folder must be closed before it can be unmounted.
     pub pool: Pool,
     pub template: Template,
@@ -204,7 +204,7 @@ pub struct Stocked {
 
 impl Stocked {
     /// Creates and commits the disk labelled `label`, of `size` GiB, from the template.
-    pub fn create(&self, label: &str, size: u64) -> VmId {
+    pub(crate) fn create(&self, label: &str, size: u64) -> VmId {
         let id = vm_id(label);
         let admitted = self.pool.admit(Gib::new(size).bytes()).unwrap();
         self.pool.create_disk(&id, &self.template.name, &admitted).unwrap();
@@ -212,11 +212,11 @@ impl Stocked {
         id
     }
 
-    pub fn new(size: &str, bounds: Bounds) -> Stocked {
+    pub(crate) fn new(size: &str, bounds: Bounds) -> Stocked {
         Stocked::in_place(Place::new(size), bounds)
     }
 
-    pub fn in_place(mut place: Place, bounds: Bounds) -> Stocked {
+    pub(crate) fn in_place(mut place: Place, bounds: Bounds) -> Stocked {
         place.init().unwrap();
         let pool = place.open(bounds);
         let scratch = tempfile::tempdir().unwrap();
@@ -226,12 +226,12 @@ impl Stocked {
     }
 }
 
-pub fn name(text: &str) -> TemplateName {
+pub(crate) fn name(text: &str) -> TemplateName {
     text.parse().unwrap()
 }
 
 /// Returns the id that belongs to a label: tests distinguish disks by labels such as `vm-kept`.
-pub fn vm_id(label: &str) -> VmId {
+pub(crate) fn vm_id(label: &str) -> VmId {
     let hash = label.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
@@ -239,7 +239,7 @@ pub fn vm_id(label: &str) -> VmId {
 }
 
 /// Finishes a snapshot without the identity of its guest, as the daemon does.
-pub fn finish_snapshot(
+pub(crate) fn finish_snapshot(
     pool: &Pool,
     snapshot: PendingSnapshot,
     host_name: &str,
@@ -264,7 +264,7 @@ pub fn finish_snapshot(
 }
 
 /// Creates a bare ext4 image with one file, `/marker`.
-pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
+pub(crate) fn ext4_image(folder: &Path, size: &str) -> PathBuf {
     let (root, image) = (folder.join("root"), folder.join("image.ext4"));
     fs::create_dir(&root).unwrap();
     fs::write(root.join("marker"), "here\n").unwrap();
@@ -272,7 +272,7 @@ pub fn ext4_image(folder: &Path, size: &str) -> PathBuf {
     image
 }
 
-pub fn disk_path(pool: &Pool, id: &VmId) -> PathBuf {
+pub(crate) fn disk_path(pool: &Pool, id: &VmId) -> PathBuf {
     match pool.disk_location(id) {
         scalebox_units::DiskLocation::File(path) => path,
         other => panic!("{other:?} is not a file"),
@@ -281,7 +281,7 @@ pub fn disk_path(pool: &Pool, id: &VmId) -> PathBuf {
 
 /// Returns which of `needles` occur anywhere in an image, including unused space. Holes are
 /// skipped.
-pub fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
+pub(crate) fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
     let scratch = tempfile::tempdir().unwrap();
     let (data, patterns) = (scratch.path().join("data"), scratch.path().join("patterns"));
     fs::write(&patterns, needles.join("\n")).unwrap();
@@ -311,7 +311,7 @@ pub fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
 }
 
 /// Allocates blocks of a file system without writing them.
-pub fn fill(folder: &Path, name: &str, size: Bytes) {
+pub(crate) fn fill(folder: &Path, name: &str, size: Bytes) {
     run(
         "fallocate",
         &["-l", &size.as_u64().to_string(), text(&folder.join(name))],

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Uses of a folder that does not stand before the user's own in `order`; a line each.
 ///
 /// Files at the crate's root are free. A folder that is not in `order` is reported as well.
-pub fn between_folders(read: &Crate, order: &[&str]) -> Vec<String> {
+pub(crate) fn between_folders(read: &Crate, order: &[&str]) -> Vec<String> {
     let mut upward = Vec::new();
     for (module, source) in &read.files {
         let Some(folder) = module.first() else { continue };
@@ -27,7 +27,7 @@ pub fn between_folders(read: &Crate, order: &[&str]) -> Vec<String> {
 }
 
 /// Groups of files that use one another, directly or through others of the group.
-pub fn rings(read: &Crate) -> Vec<Vec<String>> {
+pub(crate) fn rings(read: &Crate) -> Vec<Vec<String>> {
     let uses: BTreeMap<_, _> = read.files.keys().map(|module| (module, read.uses(module))).collect();
     let reached: BTreeMap<_, _> = uses.keys().map(|module| (*module, reach(module, &uses))).collect();
     let mut rings: BTreeSet<Vec<String>> = BTreeSet::new();

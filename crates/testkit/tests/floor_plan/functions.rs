@@ -9,7 +9,7 @@ use syn::visit::{self, Visit};
 /// each.
 ///
 /// Counted are the lines from the signature to the closing brace.
-pub fn longer_than(read: &Crate, max: usize, max_in_tests: usize) -> Vec<String> {
+pub(crate) fn longer_than(read: &Crate, max: usize, max_in_tests: usize) -> Vec<String> {
     let mut long = Vec::new();
     for source in read.files.values() {
         let mut lengths = Lengths {

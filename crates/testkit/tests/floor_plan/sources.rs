@@ -7,14 +7,14 @@ use syn::visit::{self, Visit};
 use syn::{Attribute, Item, ItemMod, ItemUse, Meta, UseTree};
 
 /// A module's path in its crate; the crate's root is the empty one.
-pub type ModulePath = Vec<String>;
+pub(crate) type ModulePath = Vec<String>;
 
 /// A crate's source files.
-pub struct Crate {
+pub(crate) struct Crate {
     pub files: BTreeMap<ModulePath, Source>,
 }
 
-pub struct Source {
+pub(crate) struct Source {
     /// Relative to the crate's folder.
     pub path: PathBuf,
     pub syntax: syn::File,
@@ -25,7 +25,7 @@ pub struct Source {
 
 impl Crate {
     /// Reads all files below `folder`.
-    pub fn read(folder: &Path) -> Crate {
+    pub(crate) fn read(folder: &Path) -> Crate {
         let mut texts = Vec::new();
         collect(folder, folder, &mut texts);
         assert!(!texts.is_empty(), "{}: no Rust files", folder.display());
@@ -33,7 +33,7 @@ impl Crate {
     }
 
     /// As [`Crate::read`], from texts by their paths.
-    pub fn parse(texts: Vec<(PathBuf, String)>) -> Crate {
+    pub(crate) fn parse(texts: Vec<(PathBuf, String)>) -> Crate {
         let files = texts.into_iter().map(|(path, text)| {
             let syntax = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             let source = Source {
@@ -55,14 +55,14 @@ impl Crate {
     }
 
     /// The files that the file of `module` uses, outside its tests.
-    pub fn uses(&self, module: &ModulePath) -> BTreeSet<ModulePath> {
+    pub(crate) fn uses(&self, module: &ModulePath) -> BTreeSet<ModulePath> {
         let paths = self.paths(module);
         let found = paths.iter().filter_map(|path| self.resolve(module, path));
         found.filter(|used| used != module).collect()
     }
 
     /// Whether the file of `module` names `path`, or something in it, outside its tests.
-    pub fn names(&self, module: &ModulePath, path: &[&str]) -> bool {
+    pub(crate) fn names(&self, module: &ModulePath, path: &[&str]) -> bool {
         let found = self.paths(module);
         found
             .iter()
@@ -231,7 +231,7 @@ impl<'syntax> Visit<'syntax> for Paths {
 }
 
 /// Whether an item is for tests alone.
-pub fn is_test(attributes: &[Attribute]) -> bool {
+pub(crate) fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| {
         let path = attribute.path();
         let is_cfg_test = path.is_ident("cfg")

@@ -12,7 +12,7 @@ use std::path::Path;
 
 /// The behaviour of the guest.
 #[derive(Debug, Clone, Copy)]
-pub enum Guest {
+pub(crate) enum Guest {
     /// Prints `up`, then waits for the power button and powers off.
     Obedient,
     /// Prints `up`, then ignores everything.
@@ -29,13 +29,13 @@ pub enum Guest {
 impl Guest {
     /// Writes the guest to a file that a [`MachineSpec`](scalebox_vmm::MachineSpec) can name as its
     /// kernel.
-    pub fn write_to(self, file: &Path) {
+    pub(crate) fn write_to(self, file: &Path) {
         fs::write(file, elf(self.code())).unwrap();
     }
 
     /// Writes the guest as a 64-bit file, the only kind that Firecracker loads. Except for the
     /// serial port, Firecracker's devices are at other addresses.
-    pub fn write_64_to(self, file: &Path) {
+    pub(crate) fn write_64_to(self, file: &Path) {
         fs::write(file, elf_64(self.code())).unwrap();
     }
 

@@ -3,7 +3,7 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-pub mod guest;
+pub(crate) mod guest;
 
 use guest::Guest;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Timeout for any single wait. Generous, for emulation on a busy machine.
-pub const TEST_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Everything that a machine needs to be launched.
-pub struct Lab {
+pub(crate) struct Lab {
     folder: PathBuf,
     tap: String,
     owned: Option<TempDir>,
@@ -30,7 +30,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    pub fn new() -> Lab {
+    pub(crate) fn new() -> Lab {
         let owned = tempfile::Builder::new().prefix("vmm-").tempdir().unwrap();
         let tap = format!("t{}", &unique(owned.path())[..10]);
         run("ip", &["tuntap", "add", "dev", &tap, "mode", "tap"]);
@@ -45,7 +45,7 @@ impl Lab {
     }
 
     /// A lab for the simulated driver, which needs no tap and so no root.
-    pub fn without_tap() -> Lab {
+    pub(crate) fn without_tap() -> Lab {
         let owned = tempfile::Builder::new().prefix("vmm-").tempdir().unwrap();
         Lab {
             folder: owned.path().to_owned(),
@@ -67,12 +67,12 @@ impl Lab {
         }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
     /// Returns the specification of a machine, with newly created disks.
-    pub fn spec(&self, guest: Guest) -> MachineSpec {
+    pub(crate) fn spec(&self, guest: Guest) -> MachineSpec {
         let id: VmId = format!("vm-{}", unique(&self.folder)).parse().unwrap();
         guest.write_to(&self.path("kernel"));
         for (disk, size) in [("root", Bytes::from_mib(16)), ("seed", Bytes::from_mib(1))] {
@@ -100,17 +100,17 @@ impl Lab {
     }
 
     /// Returns the console output so far.
-    pub fn console(&self) -> String {
+    pub(crate) fn console(&self) -> String {
         console_tail(&self.path("console.log"), Bytes::from_mib(8)).unwrap()
     }
 
-    pub async fn wait_for_console(&self, text: &str) {
+    pub(crate) async fn wait_for_console(&self, text: &str) {
         until(&format!("{text:?} on the console"), || self.console().contains(text)).await;
     }
 
     /// Re-runs the test `name` in a child process, which gets the lab by [`Lab::inherited`] and
     /// must die by SIGKILL.
-    pub fn in_a_process_that_dies(&self, name: &str) {
+    pub(crate) fn in_a_process_that_dies(&self, name: &str) {
         let status = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", name, "--nocapture"])
             .env("VMM_LAB", &self.folder)
@@ -125,7 +125,7 @@ impl Lab {
         );
     }
 
-    pub fn inherited() -> Option<Lab> {
+    pub(crate) fn inherited() -> Option<Lab> {
         let folder = std::env::var("VMM_LAB").ok()?;
         Some(Lab::shared(&folder, &std::env::var("VMM_LAB_TAP").unwrap()))
     }
@@ -155,13 +155,13 @@ impl Drop for Lab {
 }
 
 /// Kills this process with SIGKILL: no destructors run.
-pub fn die() -> ! {
+pub(crate) fn die() -> ! {
     signal(std::process::id() as i32, Signal::KILL);
     unreachable!("SIGKILL")
 }
 
 /// Sends a signal to a process of the lab.
-pub fn signal(pid: i32, signal: Signal) {
+pub(crate) fn signal(pid: i32, signal: Signal) {
     if let Ok(pidfd) = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()) {
         // An error means that the process has already ended.
         let _ = pidfd_send_signal(pidfd, signal);
@@ -169,7 +169,7 @@ pub fn signal(pid: i32, signal: Signal) {
 }
 
 /// Returns the hypervisor processes that have `text` in their arguments.
-pub fn processes_with(text: &str) -> Vec<i32> {
+pub(crate) fn processes_with(text: &str) -> Vec<i32> {
     let entries = fs::read_dir("/proc")
         .unwrap()
         .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
@@ -182,7 +182,7 @@ pub fn processes_with(text: &str) -> Vec<i32> {
 }
 
 /// Returns one field of `/proc/PID/status`.
-pub fn status_line(machine: &dyn Machine, key: &str) -> String {
+pub(crate) fn status_line(machine: &dyn Machine, key: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{}/status", machine.pid())).unwrap();
     let line = status
         .lines()
@@ -191,7 +191,7 @@ pub fn status_line(machine: &dyn Machine, key: &str) -> String {
 }
 
 /// Polls until `condition` holds, for states without an event.
-pub async fn until(what: &str, condition: impl Fn() -> bool) {
+pub(crate) async fn until(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < TEST_TIMEOUT, "still waiting for {what}");
@@ -199,7 +199,7 @@ pub async fn until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-pub fn run(program: &str, arguments: &[&str]) {
+pub(crate) fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
 }

@@ -14,7 +14,7 @@ use scalebox_vmm::Machine;
 use std::sync::Arc;
 
 /// Adds the VM to the table, and gives it the status that was decided.
-pub async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn Machine>>, verdict: &Verdict) {
+pub(super) async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn Machine>>, verdict: &Verdict) {
     if *verdict == Verdict::StartAfterReboot {
         tracing::info!(
             vm = %record.id,
@@ -63,7 +63,12 @@ fn transition_to(verdict: &Verdict, machine: Option<&Arc<dyn Machine>>) -> Optio
 }
 
 /// Applies the recorded limits and size of a VM's disk. A crash may have prevented that before.
-pub async fn reconcile(host: &Host, record: &mut Record, machine: Option<&Arc<dyn Machine>>, may_touch_disk: bool) {
+pub(super) async fn reconcile(
+    host: &Host,
+    record: &mut Record,
+    machine: Option<&Arc<dyn Machine>>,
+    may_touch_disk: bool,
+) {
     if let Some(machine) = machine
         && let Err(error) = machine.limit_disk(disk_limits(record.limits)).await
     {

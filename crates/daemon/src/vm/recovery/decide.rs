@@ -4,7 +4,7 @@ use scalebox_api::VmStatus;
 
 /// The observations about one VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Observed {
+pub(super) struct Observed {
     /// The recorded status.
     pub status: VmStatus,
     /// Whether a stop was recorded and not completed.
@@ -21,7 +21,7 @@ pub struct Observed {
 
 /// The state in which a VM's machine was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Found {
+pub(super) enum Found {
     /// The machine was adopted.
     Adopted,
     /// The process may exist, but could not be adopted. Holds the cause and the remedy.
@@ -32,7 +32,7 @@ pub enum Found {
 
 /// The decision about a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub(super) enum Verdict {
     /// The VM runs.
     Run,
     /// The VM runs, and the stop that a crash interrupted is completed.
@@ -59,7 +59,7 @@ pub enum Verdict {
 }
 
 /// Decides what becomes of a VM.
-pub fn decide(observed: &Observed) -> Verdict {
+pub(super) fn decide(observed: &Observed) -> Verdict {
     let was_running = matches!(observed.status, VmStatus::Running | VmStatus::Paused);
     if observed.disk_missing {
         return Verdict::Fail {

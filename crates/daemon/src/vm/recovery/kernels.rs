@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// Gives each VM without a kernel that of its template, or the newest if the template is gone.
 /// While the state is read-only, the choice is not recorded.
-pub async fn assign(host: &Host, mut records: Vec<Record>) -> Result<Vec<Record>, ServiceError> {
+pub(super) async fn assign(host: &Host, mut records: Vec<Record>) -> Result<Vec<Record>, ServiceError> {
     if records.iter().all(|record| record.kernel.is_some()) {
         return Ok(records);
     }

@@ -18,7 +18,7 @@ mod observe;
 mod orphans;
 mod reboot;
 
-pub use reboot::{record_host_down, start_after_reboot};
+pub(crate) use reboot::{record_host_down, start_after_reboot};
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
@@ -35,7 +35,7 @@ use std::sync::Arc;
 
 /// The result of a recovery, for the log.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Recovered {
+pub(crate) struct Recovered {
     /// VMs in the state file.
     pub vms: usize,
     /// Machines that kept running and were adopted.
@@ -57,7 +57,7 @@ pub struct Recovered {
 ///
 /// # Errors
 /// If the state, the pool or the network as a whole cannot be read or repaired.
-pub async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
+pub(crate) async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
     let state = Arc::clone(&host.state);
     let records = blocking(move || state.vms()).await?;
     let records = kernels::assign(host, records).await?;
@@ -135,7 +135,7 @@ async fn restore(
 }
 
 /// Completes the stops that a crash interrupted. All at once, because a guest may take a minute.
-pub fn complete_stops(host: &Host, vms: Vec<VmId>) {
+pub(crate) fn complete_stops(host: &Host, vms: Vec<VmId>) {
     for id in vms {
         let one = host.clone();
         host.tasks.spawn(async move {

@@ -14,7 +14,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 /// Returns whether a stop was recorded and not completed.
-pub fn is_stopping(record: &Record) -> bool {
+pub(super) fn is_stopping(record: &Record) -> bool {
     record.status == VmStatus::Stopped && record.status_reason.as_deref() == Some(STOPPING)
 }
 
@@ -22,7 +22,7 @@ pub fn is_stopping(record: &Record) -> bool {
 ///
 /// # Errors
 /// If the record was damaged outside the daemon.
-pub async fn find_machine(
+pub(super) async fn find_machine(
     host: &Host,
     record: &Record,
     with_process: &HashSet<VmId>,

@@ -11,7 +11,7 @@ use std::fs;
 use std::io;
 
 /// Kills machines, and removes folders, of VMs that have no record.
-pub async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, ServiceError> {
+pub(super) async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, ServiceError> {
     let stray = |id: &VmId| !known.contains(id);
     let mut ended = 0;
     let machines = host.settings.run_dir.join("vms");
@@ -35,7 +35,7 @@ pub async fn kill_orphans(host: &Host, known: &HashSet<VmId>) -> Result<usize, S
 
 /// Removes the jails of machines whose process is gone. After a reboot of the host there may be
 /// many.
-pub async fn sweep_jails(host: &Host, with_process: &HashSet<VmId>) -> Result<(), ServiceError> {
+pub(super) async fn sweep_jails(host: &Host, with_process: &HashSet<VmId>) -> Result<(), ServiceError> {
     let jails = jails_dir(&host.settings.data_dir);
     let running: Vec<VmId> = with_process.iter().cloned().collect();
     blocking(move || scalebox_vmm::sweep_jails(&jails, &running).map_err(ServiceError::from)).await
@@ -45,7 +45,7 @@ pub async fn sweep_jails(host: &Host, with_process: &HashSet<VmId>) -> Result<()
 ///
 /// One scan serves all VMs, because a host has thousands of stopped VMs and few processes. The
 /// driver verifies whether such a process really is the VM's machine.
-pub fn vms_with_process() -> Result<HashSet<VmId>, ServiceError> {
+pub(super) fn vms_with_process() -> Result<HashSet<VmId>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list /proc: {error}"));
     let mut ids = HashSet::new();
     for entry in fs::read_dir("/proc").map_err(failed)? {

@@ -9,13 +9,13 @@ use scalebox_units::VmId;
 use std::sync::Arc;
 
 /// Status reason of a VM that was running before the host's reboot and is not started yet.
-pub const WAITING: &str = "waiting to be started after the host's reboot";
+pub(super) const WAITING: &str = "waiting to be started after the host's reboot";
 
 /// Starts the VMs that were running when the host went down, one after the other.
 ///
 /// Records the boot id when all are started. Until then the state has them as running: after a
 /// crash in between, the next start continues.
-pub async fn start_after_reboot(host: Host, vms: Vec<VmId>) {
+pub(crate) async fn start_after_reboot(host: Host, vms: Vec<VmId>) {
     for id in vms {
         let started = host.detached(|host| async move { start_one_after_reboot(&host, &id).await });
         if let Err(error) = started.await {
@@ -67,7 +67,7 @@ const HOST_DOWN: &str = "down";
 ///
 /// # Errors
 /// If the state cannot be written.
-pub fn record_host_down(state: &State) -> Result<(), ServiceError> {
+pub(crate) fn record_host_down(state: &State) -> Result<(), ServiceError> {
     Ok(state.set_fact(Fact::BootId, HOST_DOWN)?)
 }
 
@@ -76,7 +76,7 @@ fn boot_id() -> Result<String, ServiceError> {
 }
 
 /// Returns whether the host was rebooted since the VMs were last started.
-pub async fn is_another_boot(host: &Host) -> Result<bool, ServiceError> {
+pub(super) async fn is_another_boot(host: &Host) -> Result<bool, ServiceError> {
     let state = Arc::clone(&host.state);
     let last = blocking(move || state.fact(Fact::BootId)).await?;
     Ok(last.is_some() && last != Some(boot_id()?))
