@@ -1,16 +1,12 @@
-//! The errors of building a template or a seed drive.
+//! The errors of writing a seed drive.
 
-use scalebox_programs::ProgramError;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why building a template or a seed drive failed.
+/// Why writing a seed drive failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum Error {
-    /// An outside program is missing or failed; includes its output.
-    #[error(transparent)]
-    Program(#[from] ProgramError),
+pub enum SeedError {
     /// A file operation failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -21,19 +17,9 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// A field of a recipe cannot be passed to the programs of the build.
-    #[error("the recipe's {field} {value:?} is invalid: {reason}")]
-    Recipe {
-        /// The field.
-        field: &'static str,
-        /// The value of the field.
-        value: String,
-        /// The valid values.
-        reason: &'static str,
-    },
-    /// A field of a seed drive cannot be written unambiguously.
+    /// A field cannot be written unambiguously.
     #[error("the seed drive's {field} {value:?} is invalid: {reason}")]
-    Seed {
+    Field {
         /// The field.
         field: &'static str,
         /// The value of the field.
@@ -41,17 +27,11 @@ pub enum Error {
         /// The valid values.
         reason: &'static str,
     },
-    /// The archive's kernel package lacks expected content.
-    #[error("cannot use the archive's kernel package: {0}; build with the suite bookworm, or report a bug")]
-    Kernel(String),
-    /// A file system is still mounted in a scratch directory, which is therefore not removed.
-    #[error("{} is still mounted; unmount it (umount {}) and run the build again", .0.display(), .0.display())]
-    StillMounted(PathBuf),
 }
 
-impl Error {
-    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
+impl SeedError {
+    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> SeedError {
         let path = path.as_ref().to_owned();
-        move |source| Error::Io { action, path, source }
+        move |source| SeedError::Io { action, path, source }
     }
 }

@@ -6,7 +6,7 @@
 //! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: one line `KEY=VALUE` per
 //! fact, where the value extends unquoted to the end of the line. `dns` may occur several times.
 
-use crate::error::Error;
+use crate::error::SeedError;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 use ipnet::Ipv4Net;
 use scalebox_units::{Mac, SshPublicKey, VmName};
@@ -49,16 +49,16 @@ impl SeedDrive {
     /// flushed, because it is written again at each start of its machine.
     ///
     /// # Errors
-    /// [`Error::Seed`] for an invalid field, before anything is written; [`Error::Io`].
-    pub fn write(&self, path: &Path) -> Result<(), Error> {
+    /// [`SeedError::Field`] for an invalid field, before anything is written; [`SeedError::Io`].
+    pub fn write(&self, path: &Path) -> Result<(), SeedError> {
         self.check()?;
-        let image = self.image().map_err(Error::io("write", path))?;
+        let image = self.image().map_err(SeedError::io("write", path))?;
         let dir = path.parent().unwrap_or(Path::new("."));
         // The file is created with mode 0600.
-        let mut file = NamedTempFile::new_in(dir).map_err(Error::io("create a file in", dir))?;
-        file.write_all(&image).map_err(Error::io("write", path))?;
+        let mut file = NamedTempFile::new_in(dir).map_err(SeedError::io("create a file in", dir))?;
+        file.write_all(&image).map_err(SeedError::io("write", path))?;
         file.persist(path)
-            .map_err(|error| Error::io("write", path)(error.error))?;
+            .map_err(|error| SeedError::io("write", path)(error.error))?;
         Ok(())
     }
 
@@ -130,7 +130,7 @@ impl SeedDrive {
         facts
     }
 
-    fn check(&self) -> Result<(), Error> {
+    fn check(&self) -> Result<(), SeedError> {
         let word = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         let id = &self.instance_id;
         check(
@@ -156,11 +156,11 @@ impl SeedDrive {
     }
 }
 
-fn check(field: &'static str, value: &str, reason: &'static str, valid: bool) -> Result<(), Error> {
+fn check(field: &'static str, value: &str, reason: &'static str, valid: bool) -> Result<(), SeedError> {
     if valid {
         return Ok(());
     }
-    Err(Error::Seed {
+    Err(SeedError::Field {
         field,
         value: value.to_owned(),
         reason,
@@ -257,7 +257,7 @@ mod tests {
             let mut drive = drive();
             change(&mut drive);
             match drive.write(&path) {
-                Err(Error::Seed { field: named, .. }) => assert_eq!(named, field),
+                Err(SeedError::Field { field: named, .. }) => assert_eq!(named, field),
                 other => panic!("{field}: {other:?}"),
             }
             assert!(!path.exists());

@@ -33,7 +33,7 @@ pub(crate) enum CommandFailed {
     TemplateName(#[from] InvalidFormat),
     /// The template cannot be built.
     #[error(transparent)]
-    Guest(#[from] scalebox_guest::Error),
+    Image(#[from] scalebox_images::Error),
     /// Recovery or another operation of the service failed.
     #[error(transparent)]
     Host(#[from] ServiceError),

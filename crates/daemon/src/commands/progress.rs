@@ -1,7 +1,7 @@
 //! Shows the progress of long work: a bar on a terminal, one line per step elsewhere.
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use scalebox_guest::{Progress, Step};
+use scalebox_images::{Progress, Step};
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 

@@ -16,8 +16,8 @@ pub(crate) fn build(settings: &Settings, name: &str, replace: bool, cache: Optio
         return Ok(());
     }
     let mut progress = progress::ProgressDisplay::new();
-    let recipe = scalebox_guest::Recipe::default();
-    let built = scalebox_guest::build(&recipe, &pool.build_dir()?, cache, &mut progress)?;
+    let recipe = scalebox_images::Recipe::default();
+    let built = scalebox_images::build(&recipe, &pool.build_dir()?, cache, &mut progress)?;
     let kernel = pool.install_kernel(&KernelFiles {
         vmlinuz: built.kernel.clone(),
         initrd: built.initrd.clone(),

@@ -522,7 +522,7 @@ impl Scene {
     /// yet.
     fn prepare_build(&self) {
         static BUILDS: AtomicUsize = AtomicUsize::new(0);
-        let fingerprint = scalebox_guest::Recipe::default().fingerprint();
+        let fingerprint = scalebox_images::Recipe::default().fingerprint();
         let finished = self.host.folder.join("cache").join(fingerprint);
         fs::create_dir_all(&finished).unwrap();
         fs::copy(self.host.folder.join("base.image"), finished.join("rootfs.ext4")).unwrap();
@@ -551,7 +551,7 @@ impl Scene {
         let Some(kernel) = built.and_then(|template| template.kernel) else {
             return false;
         };
-        let fingerprint = scalebox_guest::Recipe::default().fingerprint();
+        let fingerprint = scalebox_images::Recipe::default().fingerprint();
         let prepared = self.host.folder.join("cache").join(fingerprint).join("initrd.img");
         let installed = self.host.folder.join("pool/kernels").join(kernel).join("initrd.img");
         fs::read(prepared).unwrap() == fs::read(installed).unwrap()

@@ -7,7 +7,7 @@
     reason = "a failed step ends the test"
 )]
 
-use scalebox_guest::scrub;
+use scalebox_images::scrub;
 use scalebox_storage::{
     Backing, Bounds, EditedFile, InitEvent, InitOutcome, PendingSnapshot, Pool, PoolPlan, Scrub, StorageError,
     Template, init, unmount,

@@ -24,7 +24,7 @@ const CRATE_FLOORS: &[&[&str]] = &[
     &["scalebox-fault-points"],
     &["scalebox-mounts", "scalebox-programs", "scalebox-units"],
     &["scalebox-storage", "scalebox-net", "scalebox-api"],
-    &["scalebox-vmm", "scalebox-guest", "scalebox-client"],
+    &["scalebox-vmm", "scalebox-guest", "scalebox-images", "scalebox-client"],
     &["scalebox-testkit"],
     &["scaleboxd", "scalebox", "scalebox-bench"],
 ];

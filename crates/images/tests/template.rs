@@ -3,7 +3,7 @@
 //! template.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "an error fails the test")]
 
-use scalebox_guest::{Artifacts, Recipe, build};
+use scalebox_images::{Artifacts, Recipe, build};
 use std::env;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
