@@ -21,11 +21,11 @@ use std::process::Command;
 
 /// The crates, by floor. A crate uses crates of lower floors only; tests may use any.
 const CRATE_FLOORS: &[&[&str]] = &[
-    &["scalebox-fault-points"],
+    &["scalebox-agent-api", "scalebox-fault-points"],
     &["scalebox-mounts", "scalebox-programs", "scalebox-units"],
     &["scalebox-storage", "scalebox-net", "scalebox-api"],
     &["scalebox-vmm", "scalebox-guest", "scalebox-images", "scalebox-client"],
-    &["scalebox-testkit"],
+    &["scalebox-agent", "scalebox-testkit"],
     &["scaleboxd", "scalebox", "scalebox-bench"],
 ];
 

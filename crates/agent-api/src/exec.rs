@@ -1,0 +1,122 @@
+//! Running commands.
+
+use serde::{Deserialize, Serialize};
+
+/// Maximum total size of the arguments and the environment of an exec, in bytes. The kernel's limit
+/// is a quarter of the stack limit, 2 MiB by default (execve(2)).
+pub const MAX_ARGUMENT_BYTES: usize = 1 << 20;
+/// Maximum length of one argument or `NAME=value`, in bytes: `MAX_ARG_STRLEN` minus the zero.
+pub const MAX_ARGUMENT: usize = (128 << 10) - 1;
+/// Maximum number of arguments, and of variables.
+pub const MAX_ARGUMENTS: usize = 16 << 10;
+/// Maximum number of execs that run at the same time in one guest.
+pub const MAX_RUNNING: usize = 1024;
+/// Number of ended execs that the agent remembers; the oldest are forgotten first.
+pub const MAX_ENDED: usize = 256;
+/// Default size of an exec's output buffer in the guest, in bytes.
+pub const DEFAULT_BUFFER: u64 = 1 << 20;
+/// Maximum size of an exec's output buffer in the guest, in bytes.
+pub const MAX_BUFFER: u64 = 16 << 20;
+
+/// A command to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartExec {
+    /// The exec's id: `exec-` and 12 hexadecimal digits, chosen by the host. A request with the id
+    /// of an existing exec fails with [`Exists`](crate::FailureCode::Exists).
+    pub id: String,
+    /// The program and its arguments; at least one. The program is searched for in the `PATH` of
+    /// `env` unless it contains a slash. No argument contains a zero byte.
+    pub argv: Vec<String>,
+    /// The complete environment except for `HOME`, `USER`, `LOGNAME`, `PATH` and `TERM` (with a
+    /// terminal), which the agent adds if they are absent.
+    #[serde(default)]
+    pub env: Vec<(String, String)>,
+    /// The working directory; by default `/`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    /// `NAME`, `UID`, `NAME:GROUP` or `UID:GID`, as in an image's `User`; by default root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// A terminal for the command. Without one, its output is separated into stdout and stderr.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tty: Option<Terminal>,
+    /// `true` if stdin is a stream that the host writes to. Otherwise it is `/dev/null`. A terminal
+    /// can always be written to.
+    #[serde(default)]
+    pub stdin: bool,
+    /// The process group is killed after this time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// Size of the output buffer in bytes, up to [`MAX_BUFFER`]; by default [`DEFAULT_BUFFER`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub buffer: Option<u64>,
+    /// `true` if the host reads the output from the start: the command waits when the buffer is
+    /// full, until the reader is there (for at most 10 s). Otherwise the oldest output is dropped
+    /// while no one reads.
+    #[serde(default)]
+    pub attached: bool,
+}
+
+/// The terminal of an exec.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// The initial size.
+    pub size: WindowSize,
+    /// The value of `TERM`; by default `xterm-256color`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub term: Option<String>,
+}
+
+/// The size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    /// Number of rows.
+    pub rows: u16,
+    /// Number of columns.
+    pub cols: u16,
+}
+
+/// A signal for the process group of an exec.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Signal {
+    /// The signal's number, 1 to 64.
+    pub signal: i32,
+}
+
+/// The state of an exec.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecStatus {
+    /// The exec's id.
+    pub id: String,
+    /// The command.
+    pub argv: Vec<String>,
+    /// The process id in the guest.
+    pub pid: u32,
+    /// The start time, in milliseconds since 1970 by the guest's clock.
+    pub started_at_ms: u64,
+    /// Time since the start, or between start and end, in milliseconds.
+    pub duration_ms: u64,
+    /// `true` if the command has a terminal.
+    pub tty: bool,
+    /// Offset of the oldest byte in the output buffer.
+    pub output_start: u64,
+    /// Offset after the newest byte: the number of bytes that the command has written.
+    pub output_end: u64,
+    /// How the command ended; none while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<ExecEnd>,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecEnd {
+    /// The exit status, 0 to 255, if the command exited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// The signal's number, if a signal killed the command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// `true` if the agent killed the command after its timeout.
+    #[serde(default)]
+    pub timed_out: bool,
+}

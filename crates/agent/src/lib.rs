@@ -1,0 +1,26 @@
+//! `scalebox-agent`: the program of Scalebox in each guest.
+//!
+//! It serves the protocol of [`scalebox_agent_api`] on the machine's agent port: commands, files
+//! and the state of the guest. It comes with the initramfs and is never on the guest's disk.
+//!
+//! # Layout
+//!
+//! | folder | content |
+//! |---|---|
+//! | `server` | the connection: hello, HTTP/2, routes, errors |
+//! | `exec` | commands: start, output, signals, terminals |
+//! | `files` | files and directories |
+//! | `system` | statistics, flush, freeze, trim, growth, clock, shutdown |
+//! | `transport` | the serial port and the vsock |
+//! | `init` | from the start of the kernel to the root file system; process 1 without an init |
+//!
+//! The agent runs on one thread, plus short-lived threads for operations that block. The host is
+//! trusted: it owns the guest. Programs in the guest cannot reach the agent's port, because only
+//! root may open it.
+
+mod exec;
+mod files;
+mod server;
+mod system;
+
+pub use server::{Agent, serve};

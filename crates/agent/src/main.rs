@@ -1,0 +1,3 @@
+//! The program `scalebox-agent`; see the library.
+
+fn main() {}
