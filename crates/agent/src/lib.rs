@@ -12,6 +12,7 @@
 //! | `files` | files and directories |
 //! | `system` | statistics, flush, freeze, trim, growth, clock, shutdown |
 //! | `transport` | the serial port and the vsock |
+//! | `serve` | the process that serves the host |
 //! | `init` | from the start of the kernel to the root file system; process 1 without an init |
 //!
 //! The agent runs on one thread, plus short-lived threads for operations that block. The host is
@@ -20,7 +21,12 @@
 
 mod exec;
 mod files;
+mod init;
+mod serve;
 mod server;
 mod system;
+mod transport;
 
+pub use init::run as init;
+pub use serve::{ServeOptions, run};
 pub use server::{Agent, serve};

@@ -17,7 +17,7 @@ const MAX_OUTPUT: usize = 64 << 20;
 pub(crate) struct Bootstrapped {
     /// The guest's root.
     pub(crate) root: PathBuf,
-    /// The kernel package and busybox, unpacked but not installed.
+    /// The kernel package, unpacked but not installed.
     pub(crate) kernel: PathBuf,
 }
 

@@ -66,10 +66,8 @@ pub(crate) const PACKAGES: &str = include_str!("../files/packages");
 pub(crate) const MASKED_UNITS: &str = include_str!("../files/masked-units");
 /// Generators that do not run in a guest.
 pub(crate) const MASKED_GENERATORS: &str = include_str!("../files/masked-generators");
-/// The mmdebstrap hook that downloads the kernel and busybox.
+/// The mmdebstrap hook that downloads the kernel.
 pub(crate) const FETCH_KERNEL: &str = include_str!("../files/fetch-kernel");
-/// `/init` of the initramfs.
-pub(crate) const INITRAMFS_INIT: &str = include_str!("../files/initramfs/init");
 /// The kernel modules of the initramfs, in load order.
 pub(crate) const INITRAMFS_MODULES: &str = include_str!("../files/initramfs/modules");
 
@@ -79,7 +77,6 @@ pub(crate) const BUILD_INPUTS: &[&str] = &[
     MASKED_UNITS,
     MASKED_GENERATORS,
     FETCH_KERNEL,
-    INITRAMFS_INIT,
     INITRAMFS_MODULES,
 ];
 

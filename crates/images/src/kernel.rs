@@ -51,12 +51,6 @@ impl KernelPackage {
         Ok(elf.unwrap_or(bzimage))
     }
 
-    /// Returns the static busybox that was downloaded with the kernel.
-    pub(crate) fn busybox(&self) -> Result<Vec<u8>, Error> {
-        let path = self.dir.join("bin/busybox");
-        fs::read(&path).map_err(Error::io("read", &path))
-    }
-
     /// Returns the file of a module; `None` if it is built into the kernel.
     pub(crate) fn module(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         let dir = self.dir.join("lib/modules").join(&self.version);

@@ -19,7 +19,7 @@
 //! | `customize`, `embedded` | turns the installation into a guest: own files, account, units |
 //! | `scrub` | [`scrub`]: what a disk contains of one machine only |
 //! | `kernel`, `lz4` | the kernel package: image and modules |
-//! | `initramfs`, `cpio` | the initramfs, which loads virtio drivers and mounts the root |
+//! | `initramfs`, `cpio` | the initramfs: virtio drivers, and the agent, which mounts the root |
 //! | `mke2fs` | writes the ext4 images, in user space |
 //! | `scratch`, `cache` | the working directory of a build, and finished builds |
 //! | `progress` | progress reports of a build |
@@ -55,6 +55,7 @@ pub mod scrub;
 mod template;
 
 pub use error::Error;
+pub use initramfs::{agent_archive, agent_tag};
 pub use progress::{Progress, Step};
 pub use recipe::Recipe;
 pub use template::{Artifacts, build};

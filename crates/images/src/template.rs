@@ -25,7 +25,8 @@ pub struct Artifacts {
     /// The kernel, for QEMU's `-kernel`: an ELF image (PVH), or a bzImage if the ELF image could
     /// not be extracted.
     pub kernel: PathBuf,
-    /// The initramfs, for `-initrd`.
+    /// The drivers of the initramfs. A guest boots it with [`agent_archive`](crate::agent_archive)
+    /// appended.
     pub initrd: PathBuf,
     /// The modules drive: an ext4 file system with the kernel's modules, as below
     /// `/lib/modules/VERSION`.
@@ -103,7 +104,7 @@ fn build_files(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn P
 
     progress.step(progress::BOOT);
     write_flushed(&out.join(KERNEL), &package.image()?)?;
-    write_flushed(&out.join(INITRD), &initramfs::build(&package)?)?;
+    write_flushed(&out.join(INITRD), &initramfs::drivers(&package)?)?;
 
     progress.step(progress::CUSTOMIZE);
     customize::customize(&root, &kernel, &package.version)?;

@@ -206,9 +206,7 @@ fn check_boot_files(made: &Artifacts) {
         "{modules}"
     );
     for file in [
-        "init",
-        "bin/busybox",
-        "bin/mkdir",
+        "dev/console",
         "modules/order",
         "modules/virtio_blk.ko",
         "modules/vmw_vsock_virtio_transport.ko",

@@ -26,7 +26,7 @@ const MODULES: &str = "modules.img";
 
 /// The mode of a kernel's files. They come from the distribution and are not secret; hypervisor
 /// jails hard-link them, and the jail's account must be able to read them.
-const KERNEL_MODE: u32 = 0o644;
+pub(crate) const KERNEL_MODE: u32 = 0o644;
 
 /// The files of a kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -209,6 +209,7 @@ impl Pool {
         for id in others.into_iter().filter(|id| !named.contains(id)) {
             let folder = self.kernels_dir().join(id.as_str());
             let hidden = self.kernels_dir().join(format!(".{id}.deleted{PARTIAL}"));
+            self.remove_initramfs(&id, None);
             // A crash from here on leaves a name that the next sweep removes.
             fs::rename(&folder, &hidden).map_err(|error| StorageError::io("remove", folder.display(), error))?;
             crash_point("remove kernel: name gone");
@@ -257,7 +258,7 @@ impl Pool {
     }
 }
 
-fn ensure_dir(path: &Path) -> Result<(), StorageError> {
+pub(crate) fn ensure_dir(path: &Path) -> Result<(), StorageError> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             Err(StorageError::io("create", path.display(), error))

@@ -23,6 +23,7 @@
 //! | `template` | listing and deleting templates; resized base images |
 //! | `record`, `publish` | the records of templates; how a template comes into being |
 //! | `kernels` | the guests' kernels, by digest |
+//! | `initramfs` | the initramfs that VMs boot: the kernel's and the daemon's |
 //! | `upgrade` | upgrading pools of earlier releases |
 //! | `import` | template import and export |
 //! | `snapshot` | turning a disk into a template |
@@ -79,6 +80,7 @@ mod disk;
 mod error;
 mod image;
 mod import;
+mod initramfs;
 mod kernels;
 mod local;
 mod measurement;
@@ -100,6 +102,7 @@ pub use disk::SweepResult;
 pub use error::StorageError;
 pub use image::scrub::{EditedFile, Scrub};
 pub use import::TemplateExport;
+pub use initramfs::AppendedArchive;
 pub use kernels::{Kernel, KernelFiles};
 pub use local::backing::{ActualBacking, Backing};
 pub use local::files::try_lock_exclusive;

@@ -3,80 +3,131 @@
 use scalebox_agent_api::PROTOCOL;
 use scalebox_agent_api::hello::{FILLER, LINE, NONCE, find_request, response};
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 
 /// First byte of the HTTP/2 connection preface, `PRI * HTTP/2.0`.
 const PREFACE: u8 = b'P';
+
+/// Size of the read buffer, in bytes. Larger reads bypass it.
+const BUFFER: usize = 4 << 10;
 
 /// Skips bytes until a request arrives, responds once to each nonce, and returns the stream at the
 /// first byte of HTTP/2.
 ///
 /// # Errors
 /// The stream's errors; [`io::ErrorKind::UnexpectedEof`] if it ends before.
-pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) -> io::Result<Started<S>> {
-    let mut newest: Vec<u8> = Vec::with_capacity(2 * LINE);
-    let mut answered: Option<[u8; NONCE]> = None;
+pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(stream: S) -> io::Result<BufReader<S>> {
+    let mut stream = BufReader::with_capacity(BUFFER, stream);
+    let mut search = Search::default();
     loop {
-        let byte = stream.read_u8().await?;
-        if answered.is_some() && newest.is_empty() && byte == PREFACE {
-            return Ok(Started {
-                first: Some(byte),
-                stream,
-            });
+        let buffered = stream.fill_buf().await?;
+        if buffered.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        if byte == FILLER {
-            newest.clear();
-            continue;
-        }
-        if newest.len() == 2 * LINE {
-            newest.drain(..LINE);
-        }
-        newest.push(byte);
-        if let Some((nonce, _host)) = find_request(&newest) {
-            newest.clear();
-            if answered != Some(nonce) {
+        let (used, found) = search.next(buffered);
+        stream.consume(used);
+        match found {
+            Some(Found::Http) => return Ok(stream),
+            Some(Found::Request(nonce)) => {
                 stream.write_all(&response(&nonce, PROTOCOL)).await?;
                 stream.flush().await?;
-                answered = Some(nonce);
             }
+            None => {}
         }
     }
 }
 
-/// A stream after the hello, with the byte that was read ahead.
-pub(crate) struct Started<S> {
-    first: Option<u8>,
-    stream: S,
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    /// A request with a new nonce.
+    Request([u8; NONCE]),
+    /// The first byte of HTTP/2, after a request. It is not consumed.
+    Http,
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Started<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.first.take() {
-            Some(byte) => {
-                buffer.put_slice(&[byte]);
-                Poll::Ready(Ok(()))
+/// A search for requests in a stream that arrives in pieces.
+#[derive(Default)]
+struct Search {
+    /// The newest bytes since the last filler or request.
+    newest: Vec<u8>,
+    answered: Option<[u8; NONCE]>,
+}
+
+impl Search {
+    /// Searches `bytes`. Returns how many of them are consumed, and what follows them.
+    fn next(&mut self, bytes: &[u8]) -> (usize, Option<Found>) {
+        for (at, &byte) in bytes.iter().enumerate() {
+            if byte == FILLER {
+                self.newest.clear();
+                continue;
             }
-            None => Pin::new(&mut self.stream).poll_read(context, buffer),
+            if byte == PREFACE && self.newest.is_empty() && self.answered.is_some() {
+                return (at, Some(Found::Http));
+            }
+            if self.newest.len() == 2 * LINE {
+                self.newest.drain(..LINE);
+            }
+            self.newest.push(byte);
+            let Some((nonce, _protocol)) = find_request(&self.newest) else {
+                continue;
+            };
+            self.newest.clear();
+            if self.answered != Some(nonce) {
+                self.answered = Some(nonce);
+                return (at + 1, Some(Found::Request(nonce)));
+            }
+        }
+        (bytes.len(), None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use scalebox_agent_api::hello::request;
+
+    const A: [u8; NONCE] = *b"0123456789abcdef0123456789abcdef";
+    const B: [u8; NONCE] = *b"fedcba9876543210fedcba9876543210";
+
+    /// Searches a stream that arrives in pieces of `size`, until HTTP/2 begins or the stream ends.
+    fn search(stream: &[u8], size: usize) -> Vec<Found> {
+        let (mut search, mut all) = (Search::default(), Vec::new());
+        for mut piece in stream.chunks(size) {
+            while !piece.is_empty() {
+                let (used, found) = search.next(piece);
+                piece = &piece[used..];
+                let ended = found == Some(Found::Http);
+                all.extend(found);
+                if ended {
+                    return all;
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn repeated_requests_are_answered_once_and_newer_ones_again() {
+        let mut stream = b"PRI * HTTP/2.0 of an earlier connection".to_vec();
+        for nonce in [A, A, B, B] {
+            stream.extend(request(&nonce, PROTOCOL));
+        }
+        stream.extend(b"PRI * HTTP/2.0");
+        for size in [1, 7, 4096, stream.len()] {
+            assert_eq!(
+                search(&stream, size),
+                [Found::Request(A), Found::Request(B), Found::Http],
+                "in pieces of {size} bytes"
+            );
         }
     }
-}
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Started<S> {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    #[test]
+    fn garbage_is_skipped() {
+        assert_eq!(search(&[b'x'; 10_000], 100), []);
+        let mut stream = vec![b'\n'; 1000];
+        stream.extend(&request(&A, PROTOCOL)[100..]);
+        stream.push(b'P');
+        assert_eq!(search(&stream, 33), [Found::Request(A), Found::Http]);
     }
 }

@@ -3,8 +3,9 @@
 use crate::host::error::ServiceError;
 use crate::host::kernels_in_use::KernelInUse;
 use crate::host::{BASE_TEMPLATE, Host, blocking};
-use scalebox_storage::Kernel;
+use scalebox_storage::{AppendedArchive, Kernel};
 use scalebox_units::KernelId;
+use std::path::PathBuf;
 
 /// Chooses the kernel to boot: the preferred one, or the newest if that is not there. `None` while
 /// the host has none. It stays until the returned guard is dropped. Blocks.
@@ -26,6 +27,19 @@ pub(crate) fn require(host: &Host, kernel: Option<&KernelId>) -> Result<Kernel, 
             "this host has no guest kernel yet: run `scaleboxd template build {BASE_TEMPLATE}` on it"
         ))
     })
+}
+
+/// Returns the initramfs that guests of `kernel` boot: its drivers, and this release's agent. Makes
+/// it if it does not exist. Blocks.
+///
+/// # Errors
+/// If the pool cannot be written.
+pub(crate) fn initramfs(host: &Host, kernel: &Kernel) -> Result<PathBuf, ServiceError> {
+    let agent = AppendedArchive {
+        tag: scalebox_images::agent_tag(),
+        content: scalebox_images::agent_archive(),
+    };
+    Ok(host.pool.boot_initramfs(kernel, agent)?)
 }
 
 /// Removes the kernels that no VM and no template uses, except the newest. Failures are logged; the

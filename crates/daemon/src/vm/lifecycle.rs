@@ -196,13 +196,18 @@ async fn spec(
     seed: PathBuf,
 ) -> Result<MachineSpec, ServiceError> {
     let (on, recorded) = (host.clone(), record.kernel.clone());
-    let kernel = blocking(move || kernels::require(&on, recorded.as_ref())).await?.files;
+    let (kernel, initramfs) = blocking(move || {
+        let kernel = kernels::require(&on, recorded.as_ref())?;
+        let initramfs = kernels::initramfs(&on, &kernel)?;
+        Ok::<_, ServiceError>((kernel.files, initramfs))
+    })
+    .await?;
     Ok(MachineSpec {
         id: record.id.clone(),
         vcpus: record.vcpu_count,
         memory_mib: record.mem_size_mib,
         kernel: kernel.vmlinuz,
-        initrd: Some(kernel.initrd),
+        initrd: Some(initramfs),
         cmdline: match kernel.modules {
             Some(_) => scalebox_guest::with_modules_drive(&host.cmdline),
             None => host.cmdline.clone(),

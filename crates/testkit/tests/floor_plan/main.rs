@@ -21,7 +21,7 @@ use std::process::Command;
 
 /// The crates, by floor. A crate uses crates of lower floors only; tests may use any.
 const CRATE_FLOORS: &[&[&str]] = &[
-    &["scalebox-agent-api", "scalebox-fault-points"],
+    &["scalebox-agent-api", "scalebox-agent-binary", "scalebox-fault-points"],
     &["scalebox-mounts", "scalebox-programs", "scalebox-units"],
     &["scalebox-storage", "scalebox-net", "scalebox-api"],
     &["scalebox-vmm", "scalebox-guest", "scalebox-images", "scalebox-client"],

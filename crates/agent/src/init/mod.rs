@@ -1,0 +1,146 @@
+//! From the start of the kernel to the root file system.
+//!
+//! The kernel runs the agent as `/init` of the initramfs. It loads the drivers of disk, network and
+//! agent port, mounts the root file system that the kernel command line names, and starts a second
+//! agent, which serves the host. Then it becomes process 1 of the guest: it runs the init of the
+//! root file system, or does the work of an init itself if there is none.
+//!
+//! Modules are loaded here even for a root file system that has them: an imported image may not.
+//! The other modules come with the kernel too, on a drive of their own.
+
+mod command_line;
+mod modules;
+mod network;
+mod process1;
+mod root;
+mod seed;
+mod switch;
+
+use crate::transport;
+use command_line::CommandLine;
+use rustix::system::{RebootCommand, reboot};
+use scalebox_agent_api::InitKind;
+use std::convert::Infallible;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+/// Where the root file system is mounted before it becomes the root.
+const ROOT: &str = "/root";
+
+/// The name of the serving agent in `ps`. The `@` keeps systemd from killing it during a shutdown,
+/// before the file systems are unmounted ("Root Storage Daemons" of systemd).
+const NAME: &str = "@scalebox-agent";
+
+/// The badness of a process that the kernel never kills for memory, and of an ordinary process
+/// (proc_pid_oom_score_adj(5)).
+const NEVER_KILLED: &str = "-1000";
+const DEFAULT_SCORE: &str = "0";
+
+/// Boots the guest as process 1. On an error, reports it on the console and resets: no one can type
+/// there. QEMU restarts the machine, Firecracker ends it.
+pub fn run() -> ! {
+    let Err(error) = boot();
+    eprintln!("scalebox-agent: {error}");
+    rustix::fs::sync();
+    // A process 1 that ends makes the kernel panic, which resets the machine as well.
+    let _ = reboot(RebootCommand::Restart);
+    std::process::exit(1)
+}
+
+fn boot() -> Result<Infallible, String> {
+    root::mount_kernel_file_systems()?;
+    // Inherited by the agent: the memory of the guest may be used up by its programs.
+    set_oom_score(NEVER_KILLED);
+    modules::load();
+    let parameters = CommandLine::read()?;
+    root::mount(&parameters, Path::new(ROOT))?;
+    let init = choose_init(&parameters)?;
+    if let Some(drive) = &parameters.modules {
+        root::mount_modules(drive, Path::new(ROOT));
+    }
+    match init {
+        InitKind::System => {
+            start_agent(InitKind::System, open_port())?;
+            set_oom_score(DEFAULT_SCORE);
+            switch::to_root(Path::new(ROOT))?;
+            let error = Command::new(&parameters.init).exec();
+            Err(format!("cannot run {}: {error}", parameters.init.display()))
+        }
+        InitKind::Agent => {
+            let facts = seed::read(Path::new(seed::DEVICE));
+            let port = open_port();
+            switch::to_root_with(Path::new(ROOT), || start_agent(InitKind::Agent, port))?;
+            process1::run(&facts)
+        }
+    }
+}
+
+/// Decides which program becomes process 1: as the command line demands, or the root file system's
+/// init if there is one.
+fn choose_init(parameters: &CommandLine) -> Result<InitKind, String> {
+    let inside = root::resolve(Path::new(ROOT), &parameters.init);
+    let exists = inside.is_ok_and(|path| path.exists());
+    match parameters.init_kind {
+        Some(InitKind::Agent) => Ok(InitKind::Agent),
+        Some(InitKind::System) if !exists => Err(format!(
+            "the root file system on {} has no {}",
+            parameters.device.display(),
+            parameters.init.display()
+        )),
+        Some(InitKind::System) => Ok(InitKind::System),
+        None if exists => Ok(InitKind::System),
+        None => Ok(InitKind::Agent),
+    }
+}
+
+/// Opens the agent's serial port, while `/dev` and `/sys` are there. A machine with a vsock has
+/// none.
+fn open_port() -> Option<OwnedFd> {
+    match transport::port::open() {
+        Ok(port) => port,
+        Err(error) => {
+            eprintln!("scalebox-agent: cannot open the agent port: {error}");
+            None
+        }
+    }
+}
+
+/// Starts the agent that serves the host. Its root is the root file system from its first step on.
+fn start_agent(init: InitKind, port: Option<OwnedFd>) -> Result<(), String> {
+    let mut command = Command::new("/init");
+    command.arg0(NAME).arg("serve").current_dir(ROOT);
+    command.arg(match init {
+        InitKind::System => "--init=system",
+        InitKind::Agent => "--init=agent",
+    });
+    if let Some(port) = &port {
+        // The port is passed on: `/sys`, where it could be found, is not mounted yet in the root.
+        let flags = rustix::io::FdFlags::empty();
+        rustix::io::fcntl_setfd(port, flags).map_err(|error| format!("cannot pass on the agent port: {error}"))?;
+        command.arg(format!("--port={}", port.as_raw_fd()));
+    }
+    command
+        .spawn()
+        .map(drop)
+        .map_err(|error| format!("cannot start the agent: {error}"))
+}
+
+fn set_oom_score(score: &str) {
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", score) {
+        eprintln!("scalebox-agent: cannot set the OOM score to {score}: {error}");
+    }
+}
+
+/// Reads a small file of the kernel.
+fn read(path: &str) -> Result<String, String> {
+    fs::read_to_string(path).map_err(cannot("read", path))
+}
+
+fn cannot(action: &str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> String {
+    let what = format!("cannot {action} {}", path.as_ref().display());
+    move |error| format!("{what}: {error}")
+}
