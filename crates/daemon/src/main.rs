@@ -120,12 +120,17 @@ enum PoolCommand {
 
 #[derive(Debug, Subcommand)]
 enum TemplateCommand {
-    /// Build the Debian template and the kernel of all guests
-    #[command(after_help = "Example:\n  scaleboxd template build debian-base")]
+    /// Build a Debian template, and the kernel that guests of it and of later imports boot
+    #[command(
+        after_help = "Examples:\n  scaleboxd template build debian-base\n  scaleboxd template build debian-dev    # \
+        git, python3, a compiler, tmux, docker\n  scaleboxd template build my-tools --packages git,python3"
+    )]
     Build {
-        /// The template to build
-        #[arg(value_parser = [host::BASE_TEMPLATE])]
+        /// The name of the template; `debian-dev` has tools for development and Docker
         name: String,
+        /// Debian packages to add, separated by commas
+        #[arg(long, value_name = "LIST", value_delimiter = ',')]
+        packages: Vec<String>,
         /// Build the template again if it exists
         #[arg(long)]
         replace: bool,
@@ -190,8 +195,14 @@ fn run(arguments: Arguments) -> Result<ExitCode, CommandFailed> {
     match arguments.command {
         Command::Serve => serve::serve(load()?),
         Command::Pool(PoolCommand::Init) => pool_init(&load()?),
-        Command::Template(TemplateCommand::Build { name, replace, cache }) => {
-            template::build(&load()?, &name, replace, cache.as_deref())
+        Command::Template(TemplateCommand::Build {
+            name,
+            packages,
+            replace,
+            cache,
+        }) => {
+            let recipe = scalebox_images::Recipe::of_template(&name, &packages);
+            template::build(&load()?, &name, &recipe, replace, cache.as_deref())
         }
         Command::Template(TemplateCommand::Import { name, file, replace }) => {
             template::import(&load()?, &name, &file, replace)

@@ -62,6 +62,8 @@ pub(crate) const GUEST_FILES: &[GuestFile] = &[
 
 /// The packages of a guest in addition to Debian's `minbase`.
 pub(crate) const PACKAGES: &str = include_str!("../files/packages");
+/// The additional packages of the template `debian-dev`.
+pub(crate) const DEV_PACKAGES: &str = include_str!("../files/packages-dev");
 /// Units that do not run in a guest.
 pub(crate) const MASKED_UNITS: &str = include_str!("../files/masked-units");
 /// Generators that do not run in a guest.
@@ -120,6 +122,8 @@ mod tests {
     fn lists_are_parsed_without_comments() {
         let modules: Vec<_> = entries(INITRAMFS_MODULES).collect();
         assert_eq!(modules[..4], ["virtio_ring", "virtio", "virtio_mmio", "virtio_blk"]);
-        assert!(entries(PACKAGES).all(|package| !package.contains([' ', '#'])));
+        for list in [PACKAGES, DEV_PACKAGES] {
+            assert!(entries(list).all(|package| !package.contains([' ', '#'])));
+        }
     }
 }

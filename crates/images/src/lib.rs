@@ -57,5 +57,5 @@ mod template;
 pub use error::Error;
 pub use initramfs::{agent_archive, agent_tag};
 pub use progress::{Progress, Step};
-pub use recipe::Recipe;
+pub use recipe::{DEV_TEMPLATE, Recipe};
 pub use template::{Artifacts, build};

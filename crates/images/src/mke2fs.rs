@@ -122,6 +122,11 @@ pub(crate) fn write_modules(modules: &Path, image: &Path) -> Result<(), Error> {
     file.sync_all().map_err(Error::io("flush", image))
 }
 
+/// Returns the size of the files below `root`, each in whole blocks.
+pub(crate) fn tree_size(root: &Path) -> Result<Bytes, Error> {
+    Ok(Bytes::new(measure(root)?.bytes))
+}
+
 /// The contents of a folder.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Tree {

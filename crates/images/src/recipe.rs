@@ -7,9 +7,9 @@ use sha2::{Digest, Sha256};
 
 /// The number of this code's generation, incremented when a change affects the result of a build.
 /// Cached templates of older code are then built again.
-const GENERATION: u32 = 4;
+const GENERATION: u32 = 5;
 
-/// The inputs of the template `debian-base`.
+/// The inputs of a Debian template.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
     /// The Debian suite. This crate's files are written for `bookworm` and tested with it.
@@ -22,9 +22,13 @@ pub struct Recipe {
     pub kernel_package: String,
     /// Packages in addition to those that every guest has.
     pub extra_packages: Vec<String>,
-    /// Size of the sparse image. A disk of this size need not be grown.
+    /// Minimum size of the sparse image; it is larger if the packages need it. A disk of the image's
+    /// size need not be grown.
     pub size: Bytes,
 }
+
+/// The template with tools for development and Docker.
+pub const DEV_TEMPLATE: &str = "debian-dev";
 
 impl Default for Recipe {
     /// Returns the recipe of Debian 12 with 2 GiB, the default disk size of a VM.
@@ -40,6 +44,20 @@ impl Default for Recipe {
 }
 
 impl Recipe {
+    /// Returns the recipe of the template `name`, with more packages: for `debian-dev` its tools,
+    /// for others the default.
+    pub fn of_template(name: &str, packages: &[String]) -> Recipe {
+        let mut extra_packages = Vec::new();
+        if name == DEV_TEMPLATE {
+            extra_packages.extend(embedded::entries(embedded::DEV_PACKAGES).map(str::to_owned));
+        }
+        extra_packages.extend_from_slice(packages);
+        Recipe {
+            extra_packages,
+            ..Recipe::default()
+        }
+    }
+
     /// Returns a name for the result of this recipe. It changes with the recipe, the files that go
     /// into the guest, and this crate's build code. It does not depend on the age of the packages:
     /// to get newer ones, remove the cached result.
@@ -147,6 +165,17 @@ mod tests {
         for other in changed {
             assert_ne!(recipe.fingerprint(), other.fingerprint(), "{other:?}");
         }
+    }
+
+    #[test]
+    fn templates_with_tools_have_more_packages() {
+        let packages = ["jq".to_owned()];
+        assert_eq!(Recipe::of_template("debian-base", &[]), Recipe::default());
+        assert_eq!(Recipe::of_template("mine", &packages).extra_packages, packages);
+        let dev = Recipe::of_template(DEV_TEMPLATE, &packages).extra_packages;
+        assert!(dev.iter().any(|package| package == "docker.io"), "{dev:?}");
+        assert_eq!(dev.last(), packages.first());
+        Recipe::of_template(DEV_TEMPLATE, &packages).check().unwrap();
     }
 
     #[test]

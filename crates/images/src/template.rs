@@ -11,6 +11,7 @@ use crate::programs::require_programs;
 use crate::progress::{self, Progress};
 use crate::recipe::Recipe;
 use crate::scratch::Scratch;
+use scalebox_units::{Bytes, Gib};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -110,7 +111,14 @@ fn build_files(recipe: &Recipe, scratch: &Path, out: &Path, progress: &mut dyn P
     customize::customize(&root, &kernel, &package.version)?;
     mke2fs::write_modules(&customize::modules_dir(&root, &package.version), &out.join(MODULES))?;
 
-    mke2fs::write(&root, &out.join(ROOTFS), recipe.size, progress)
+    let size = recipe.size.max(image_size(&root)?);
+    mke2fs::write(&root, &out.join(ROOTFS), size, progress)
+}
+
+/// Returns the smallest whole GiB in which the tree below `root` leaves a third of the blocks free.
+fn image_size(root: &Path) -> Result<Bytes, Error> {
+    let used = mke2fs::tree_size(root)?.as_u64();
+    Ok(Gib::new(used.saturating_mul(3).div_ceil(2).div_ceil(1 << 30)).bytes())
 }
 
 fn write_flushed(path: &Path, content: &[u8]) -> Result<(), Error> {

@@ -3,12 +3,19 @@
 use crate::commands::failed::CommandFailed;
 use crate::commands::progress;
 use crate::settings::Settings;
+use scalebox_images::Recipe;
 use scalebox_storage::{KernelFiles, Pool};
 use scalebox_units::TemplateName;
 use std::path::Path;
 
 /// Runs `scaleboxd template build`.
-pub(crate) fn build(settings: &Settings, name: &str, replace: bool, cache: Option<&Path>) -> Result<(), CommandFailed> {
+pub(crate) fn build(
+    settings: &Settings,
+    name: &str,
+    recipe: &Recipe,
+    replace: bool,
+    cache: Option<&Path>,
+) -> Result<(), CommandFailed> {
     let name: TemplateName = name.parse()?;
     let pool = open_upgraded(settings)?;
     if !replace && pool.newest_kernel()?.is_some() && pool.template(&name).is_ok() {
@@ -16,8 +23,7 @@ pub(crate) fn build(settings: &Settings, name: &str, replace: bool, cache: Optio
         return Ok(());
     }
     let mut progress = progress::ProgressDisplay::new();
-    let recipe = scalebox_images::Recipe::default();
-    let built = scalebox_images::build(&recipe, &pool.build_dir()?, cache, &mut progress)?;
+    let built = scalebox_images::build(recipe, &pool.build_dir()?, cache, &mut progress)?;
     let kernel = pool.install_kernel(&KernelFiles {
         vmlinuz: built.kernel.clone(),
         initrd: built.initrd.clone(),
