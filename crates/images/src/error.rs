@@ -32,10 +32,10 @@ pub enum Error {
         reason: &'static str,
     },
     /// The archive's kernel package lacks expected content.
-    #[error("cannot use the archive's kernel package: {0}; build with the suite bookworm, or report a bug")]
+    #[error("cannot use the archive's kernel package: {0}")]
     Kernel(String),
     /// A file system is still mounted in a scratch directory, which is therefore not removed.
-    #[error("{} is still mounted; unmount it (umount {}) and run the build again", .0.display(), .0.display())]
+    #[error("{} is still mounted", .0.display())]
     StillMounted(PathBuf),
 }
 

@@ -1,4 +1,4 @@
-//! The errors of this crate, each with a remedy.
+//! The errors of this crate.
 
 use ipnet::Ipv4Net;
 use std::io;
@@ -42,12 +42,10 @@ pub enum Error {
         subnet: Ipv4Net,
     },
     /// Every address of the subnet is in use.
-    #[error("no free address in {0}; delete a VM, or set SUBNET to a larger subnet")]
+    #[error("no free address in {0}")]
     NoFreeAddress(Ipv4Net),
     /// Every port is in use, by VMs or by other programs.
-    #[error(
-        "no free port in {min}..{max}: {used} are forwarded to VMs, {skipped} are in use by other programs; delete a VM, or widen PORT_MIN..PORT_MAX"
-    )]
+    #[error("no free port in {min}..{max}: {used} are forwarded to VMs, {skipped} are in use by other programs")]
     NoFreePort {
         /// The first port.
         min: u16,
@@ -59,30 +57,34 @@ pub enum Error {
         skipped: usize,
     },
     /// Two VMs share a port, an address or a tap.
-    #[error("{what} is in use by another VM ({owner}); detach that VM first, or choose another")]
+    #[error("{what} is in use by another VM ({owner})")]
     Taken {
         /// The port, address or tap.
         what: String,
         /// The VM that has the port, address or tap.
         owner: String,
     },
-    /// An existing interface of another owner; it is not changed.
-    #[error("the interface {name} exists and {why}; it was not changed. {remedy}")]
-    Foreign {
+    /// An existing interface of another owner has the bridge's name; it is not changed.
+    #[error("the interface {name} exists and {why}; it was not changed")]
+    ForeignBridge {
         /// The name of the interface.
         name: String,
         /// How its owner was determined.
-        why: String,
-        /// The remedy.
-        remedy: &'static str,
+        why: &'static str,
+    },
+    /// An existing interface of another owner has a tap's name; it is not changed.
+    #[error("the interface {name} exists and {why}; it was not changed")]
+    ForeignTap {
+        /// The name of the interface.
+        name: String,
+        /// How its owner was determined.
+        why: &'static str,
     },
     /// One of our interfaces was deleted by another program.
-    #[error("the interface {0} was deleted by another program; restart the daemon, which creates it again")]
+    #[error("the interface {0} was deleted by another program")]
     Gone(String),
     /// The guests' subnet contains addresses that the host uses elsewhere.
-    #[error(
-        "the subnet {subnet} overlaps with {address} on {interface}; set SUBNET to a private range that this host does not use"
-    )]
+    #[error("the subnet {subnet} overlaps with {address} on {interface}")]
     Overlap {
         /// The guests' subnet.
         subnet: Ipv4Net,
@@ -92,7 +94,7 @@ pub enum Error {
         interface: String,
     },
     /// The kernel rejected a change of links or addresses.
-    #[error("cannot {action}: {source}; this needs CAP_NET_ADMIN (run as root)")]
+    #[error("cannot {action}: {source}")]
     Netlink {
         /// The operation.
         action: String,
@@ -100,7 +102,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A tap could not be created.
-    #[error("cannot {action}: {source}; this needs /dev/net/tun (modprobe tun) and CAP_NET_ADMIN (run as root)")]
+    #[error("cannot {action}: {source}")]
     Tap {
         /// The operation.
         action: String,
@@ -108,9 +110,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A kernel setting could not be read or written.
-    #[error(
-        "cannot set {key}={value}: {source}; run `sysctl -w {key}={value}` as root, and check whether /proc/sys is writable"
-    )]
+    #[error("cannot set {key}={value}: {source}")]
     Sysctl {
         /// The key, as `sysctl` writes it.
         key: String,
@@ -120,8 +120,11 @@ pub enum Error {
         source: io::Error,
     },
     /// The program `nft` is not installed.
-    #[error("the program nft is missing; install the package nftables (apt-get install nftables)")]
-    NftMissing,
+    #[error("the program nft is missing")]
+    NftMissing {
+        /// The Debian package that contains it.
+        package: &'static str,
+    },
     /// The program `nft`, or another one that lists rules, could not be run.
     #[error("cannot run {program} to {action}: {source}")]
     NftStart {
@@ -143,9 +146,7 @@ pub enum Error {
         output: String,
     },
     /// Our tables contain an element that this crate did not add.
-    #[error(
-        "the nftables table {table} contains {what}, which Scalebox did not add; run `nft delete table {table}` and restart, which creates the table again"
-    )]
+    #[error("the nftables table {table} contains {what}, which Scalebox did not add")]
     ForeignElement {
         /// Family and name.
         table: String,

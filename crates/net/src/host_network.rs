@@ -312,11 +312,9 @@ fn check_ours(link: &Link) -> Result<()> {
     } else {
         return Ok(());
     };
-    let remedy = "Set BRIDGE to a free name.";
-    Err(Error::Foreign {
+    Err(Error::ForeignBridge {
         name: link.name.clone(),
-        why: why.to_owned(),
-        remedy,
+        why,
     })
 }
 
@@ -329,11 +327,9 @@ fn check_tap(link: &Link, bridge: Option<&Link>) -> Result<()> {
     } else {
         return Ok(());
     };
-    let remedy = "Find its owner, and remove it (ip link delete).";
-    Err(Error::Foreign {
+    Err(Error::ForeignTap {
         name: link.name.clone(),
-        why: why.to_owned(),
-        remedy,
+        why,
     })
 }
 

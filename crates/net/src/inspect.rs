@@ -23,7 +23,7 @@ pub struct Inspection {
 ///
 /// # Errors
 ///
-/// [`Error::Foreign`] if another program owns an interface with the bridge's name,
+/// [`Error::ForeignBridge`] if another program owns an interface with the bridge's name,
 /// [`Error::Overlap`] if the subnet is in use on this host, [`Error::NftMissing`], and the errors
 /// of the tools.
 pub async fn inspect(config: &NetConfig) -> Result<Inspection> {

@@ -47,7 +47,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::Foreign`] if another program owns an interface with the bridge's name,
+    /// [`Error::ForeignBridge`] if another program owns an interface with the bridge's name,
     /// [`Error::Overlap`] if the subnet is in use on this host (in both cases nothing was changed);
     /// otherwise the errors of the tools. Can be repeated once the cause is gone.
     pub async fn ensure(config: NetConfig) -> Result<Network> {
@@ -105,9 +105,9 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::Foreign`] if an interface of another
-    /// owner has the tap's name; otherwise the errors of the tools. The changes of a failed call
-    /// are undone.
+    /// [`Error::NotAGuestAddress`], [`Error::Taken`], [`Error::ForeignTap`] if an interface of
+    /// another owner has the tap's name; otherwise the errors of the tools. The changes of a failed
+    /// call are undone.
     pub async fn attach(&self, endpoint: &Endpoint) -> Result<()> {
         on_backend!(self, network => network.attach(endpoint).await)
     }
@@ -116,8 +116,8 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::Foreign`] if an interface of another owner has the tap's name; otherwise the errors
-    /// of the tools.
+    /// [`Error::ForeignTap`] if an interface of another owner has the tap's name; otherwise the
+    /// errors of the tools.
     pub async fn detach(&self, endpoint: &Endpoint) -> Result<()> {
         on_backend!(self, network => network.detach(endpoint).await)
     }

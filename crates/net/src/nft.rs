@@ -100,7 +100,7 @@ async fn call_program(program: Program, action: &str, arguments: &[&str], input:
         source,
     };
     let why = |error: ProgramError| match error {
-        ProgramError::Missing { .. } if program == NFT => Error::NftMissing,
+        ProgramError::Missing { package, .. } if program == NFT => Error::NftMissing { package },
         ProgramError::Missing { .. } => failed(io::ErrorKind::NotFound.into()),
         ProgramError::Start { source, .. } => failed(source),
         other => failed(io::Error::other(other)),

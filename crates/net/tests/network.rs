@@ -90,8 +90,7 @@ fn foreign_interfaces_are_rejected_and_not_changed() {
             .expect("a foreign bridge")
             .to_string();
         assert!(
-            error.contains("sbtest0 exists and is a bridge that Scalebox did not create")
-                && error.contains("Set BRIDGE"),
+            error.contains("sbtest0 exists and is a bridge that Scalebox did not create"),
             "{error}"
         );
         assert_eq!((ip("-d link"), rules()), before);
@@ -113,7 +112,6 @@ fn a_subnet_in_use_on_the_host_is_rejected() {
                 error.contains(&format!("{SUBNET} overlaps with {address} on sbother")),
                 "{error}"
             );
-            assert!(error.contains("set SUBNET"), "{error}");
             ip("addr flush dev sbother");
         }
         assert_eq!(links(), ["sbother"]);
@@ -990,9 +988,9 @@ fn teardown_leaves_nothing_behind() {
         assert_eq!((links(), rules()), before);
         network.teardown().await.expect("nothing to tear down");
         assert_eq!((links(), rules()), before);
-        let error = network.attach(&endpoint(1)).await.expect_err("no bridge").to_string();
+        let error = network.attach(&endpoint(1)).await.expect_err("no bridge");
         assert!(
-            error.contains("sbtest0") && error.contains("restart the daemon"),
+            matches!(&error, Error::Gone(interface) if interface == "sbtest0"),
             "{error}"
         );
     });
@@ -1041,14 +1039,10 @@ fn a_missing_capability_is_reported() {
             .enable_all()
             .build()
             .expect("a runtime");
-        runtime
-            .block_on(Network::ensure(config()))
-            .err()
-            .expect("an error")
-            .to_string()
+        runtime.block_on(Network::ensure(config())).err().expect("an error")
     });
     assert!(
-        error.contains("not permitted") && error.contains("needs CAP_NET_ADMIN"),
+        matches!(error, Error::Netlink { .. } | Error::Tap { .. }) && error.to_string().contains("not permitted"),
         "{error}"
     );
 }

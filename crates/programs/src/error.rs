@@ -11,7 +11,7 @@ const MAX_END: usize = 192 << 10;
 #[non_exhaustive]
 pub enum ProgramError {
     /// The program is not installed.
-    #[error("the program {program} is missing; install the package {package} (apt-get install {package})")]
+    #[error("the program {program} is missing")]
     Missing {
         /// Its name.
         program: &'static str,

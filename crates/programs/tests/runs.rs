@@ -54,8 +54,16 @@ fn why(error: ProgramError) -> String {
 fn a_missing_program_is_reported_with_its_package() {
     let error = Run::of(Program::new("no-such-program", "no-package")).stdout();
     let error = error.unwrap_err();
-    assert!(matches!(error, ProgramError::Missing { .. }), "{error:?}");
-    assert!(error.to_string().contains("apt-get install no-package"), "{error}");
+    assert!(
+        matches!(
+            error,
+            ProgramError::Missing {
+                program: "no-such-program",
+                package: "no-package"
+            }
+        ),
+        "{error:?}"
+    );
 }
 
 #[test]

@@ -42,6 +42,7 @@
 //! the space. Exactly one of the two happens, because the guard is consumed.
 
 use crate::error::StorageError;
+use crate::pool_size_error::PoolSizeError;
 use crate::space::Space;
 use scalebox_units::{Bytes, Gib};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -205,16 +206,17 @@ impl Admission {
         let mut ledger = self.ledger();
         let promised = ledger.promises.committed + ledger.promises.reserved;
         if promised > self.limit(size) {
-            return Err(StorageError::PoolSize(format!(
-                "{promised} are committed to VMs, but a pool of {size} can commit at most {}: delete VMs, or choose a larger size",
-                self.limit(size)
-            )));
+            let limit = self.limit(size);
+            return Err(PoolSizeError::Overcommitted { promised, size, limit }.into());
         }
         if let Err(needed) = fits(promised)? {
-            return Err(StorageError::PoolSize(format!(
-                "a pool of {size} cannot hold the used data and the committed disks and keep {} GiB free: at least {needed} GiB are needed",
-                self.bounds.buffer
-            )));
+            let kept_free = self.bounds.buffer;
+            return Err(PoolSizeError::UnderData {
+                size,
+                kept_free,
+                needed,
+            }
+            .into());
         }
         ledger.ceiling = Some(size);
         Ok(LoweredCeiling {

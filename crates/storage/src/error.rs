@@ -1,14 +1,15 @@
 //! Errors of pools, templates and disks.
 
 use crate::local::fstab::FstabError;
-use crate::local::sizing::TooLittleSpace;
+use crate::local::sizing::{MIN_DEFAULT_SIZE, TooLittleSpace};
+use crate::pool_size_error::PoolSizeError;
 use scalebox_programs::ProgramError;
-use scalebox_units::Gib;
+use scalebox_units::{Bytes, Gib};
 use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
 
-/// An error of this crate. Messages name the object, the cause and the remedy.
+/// An error of this crate. Messages name the object and the cause; remedies are the caller's.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StorageError {
@@ -22,23 +23,21 @@ pub enum StorageError {
         need: Gib,
     },
     /// The host disk is too small for a pool.
-    #[error("{source}. POOL_IMAGE would be in {}: set it to a path on a larger disk, or free space there", folder.display())]
+    #[error("{source}")]
     TooLittleSpace {
         /// The free space, in the seed's message.
         source: TooLittleSpace,
-        /// The folder of the image.
+        /// The folder in which the image would be.
         folder: PathBuf,
     },
     /// The template does not exist.
     #[error("template {0:?} does not exist")]
     NoTemplate(String),
     /// The name of a new template is in use.
-    #[error(
-        "template {0} exists already: delete it first, or choose another name; an import can also replace it (--replace)"
-    )]
+    #[error("template {0} exists already")]
     TemplateExists(String),
     /// Another operation is making a template of that name.
-    #[error("template {0} is being created by another operation: wait for it, or choose another name")]
+    #[error("template {0} is being created by another operation")]
     TemplateBeingMade(String),
     /// The disk cannot become a template.
     #[error("the disk cannot become a template: {0}")]
@@ -67,7 +66,7 @@ pub enum StorageError {
         reason: String,
     },
     /// The template's file system is damaged and cannot be grown.
-    #[error("cannot grow a disk from template {template}: its file system {reason}. Import the template again")]
+    #[error("cannot grow a disk from template {template}: its file system {reason}")]
     DamagedTemplate {
         /// The template.
         template: String,
@@ -75,7 +74,7 @@ pub enum StorageError {
         reason: String,
     },
     /// The record of a template is unreadable.
-    #[error("the record of template {template}, {}, is damaged: {reason}. Delete the template and import it again", path.display())]
+    #[error("the record of template {template}, {}, is damaged: {reason}", path.display())]
     DamagedRecord {
         /// The template.
         template: String,
@@ -97,17 +96,14 @@ pub enum StorageError {
     NotATemplate {
         /// The file, or another description of the source.
         what: String,
-        /// The cause and the remedy.
+        /// The cause.
         reason: String,
     },
     /// No pool is mounted.
-    #[error("no pool is mounted at {}: run `scaleboxd pool init`", .0.display())]
+    #[error("no pool is mounted at {}", .0.display())]
     NotMounted(PathBuf),
     /// The pool is missing, and a new one must not take its place.
-    #[error(
-        "the pool is missing, and {disks} VM disks should be in it: restore the storage under {} and mount it. A new pool would be empty; \
-         to give up these VMs for good, move STATE_DIR away first", image.display()
-    )]
+    #[error("the pool is missing, and {disks} VM disks should be in it")]
     PoolMissing {
         /// The expected location of the pool.
         image: PathBuf,
@@ -115,15 +111,12 @@ pub enum StorageError {
         disks: u64,
     },
     /// The kernel does not show the pool's counters in sysfs.
-    #[error(
-        "/sys/fs/btrfs has no entry for the btrfs at {}: mount sysfs (mount -t sysfs sysfs /sys), or bind the host's \
-         /sys/fs/btrfs read-only into the container", .0.display()
-    )]
+    #[error("/sys/fs/btrfs has no entry for the btrfs at {}", .0.display())]
     NoSysfs(PathBuf),
     /// The file system of the pool's folder cannot clone files.
     #[error(
-        "{} is on a {fs_type} file system, which cannot clone files: a pool needs btrfs, or XFS made with reflink=1; set DATA_DIR to a folder on \
-         one, or POOL_IMAGE to the path of a new image", path.display()
+        "{} is on a {fs_type} file system, which cannot clone files: a pool needs btrfs, or XFS made with \
+         reflink=1", path.display()
     )]
     NotAPool {
         /// The folder.
@@ -132,7 +125,7 @@ pub enum StorageError {
         fs_type: String,
     },
     /// Another device is mounted at the pool's folder.
-    #[error("{} is mounted from {}, and POOL_DEVICE is {}: unmount it, or set DATA_DIR to another folder", path.display(), found.display(), device.display())]
+    #[error("{} is mounted from {}, not from {}", path.display(), found.display(), device.display())]
     OtherDevice {
         /// The mount point.
         path: PathBuf,
@@ -146,25 +139,34 @@ pub enum StorageError {
     UnfitDevice {
         /// The device.
         device: PathBuf,
-        /// The cause and the remedy.
-        reason: String,
+        /// The cause.
+        reason: DeviceRefusal,
     },
     /// The mount point has other contents.
-    #[error("{} is not empty, and mounting the pool would hide its contents: move them away, or set DATA_DIR to another folder", .0.display())]
+    #[error("{} is not empty, and mounting the pool would hide its contents", .0.display())]
     NotEmpty(PathBuf),
     /// The pool's folder has other contents.
-    #[error("{} contains files and is not a pool: set DATA_DIR to an empty or new folder", .0.display())]
+    #[error("{} contains files and is not a pool", .0.display())]
     OtherFolder(PathBuf),
     /// The pool image has other contents.
-    #[error("{} contains {found}, not a pool: move it away, or set POOL_IMAGE to another path; it was not changed", path.display())]
+    #[error("{} contains {found}, not a pool; it was not changed", path.display())]
     ForeignImage {
         /// The image.
         path: PathBuf,
         /// The contents of the image.
         found: String,
     },
+    /// The path of the pool image is a symbolic link. The rename of a new image would replace it,
+    /// and the line in fstab must stay valid as long as the image exists.
+    #[error("{} is a symbolic link to {target}, not a pool; it was not changed", path.display())]
+    LinkedImage {
+        /// The link.
+        path: PathBuf,
+        /// Where it points to, or why that is unknown.
+        target: String,
+    },
     /// The pool image is already mounted elsewhere.
-    #[error("{} is already mounted at {}: set DATA_DIR to that folder, or unmount it there first", image.display(), at.display())]
+    #[error("{} is already mounted at {}", image.display(), at.display())]
     MountedElsewhere {
         /// The image.
         image: PathBuf,
@@ -172,15 +174,13 @@ pub enum StorageError {
         at: PathBuf,
     },
     /// The pool cannot have the requested size.
-    #[error("{0}")]
-    PoolSize(String),
+    #[error(transparent)]
+    PoolSize(#[from] PoolSizeError),
     /// The pool is part of a file system that Scalebox does not resize.
-    #[error(
-        "the pool at {} is on an existing file system: resize that file system with its own tools", .0.display()
-    )]
+    #[error("the pool at {} is on an existing file system, which Scalebox does not resize", .0.display())]
     ExistingFileSystem(PathBuf),
     /// Another program is using the pool or the file.
-    #[error("{} is in use by another scaleboxd: wait for it to finish", .0.display())]
+    #[error("{} is in use by another scaleboxd", .0.display())]
     Busy(PathBuf),
     /// `/etc/fstab` could not be written.
     #[error(transparent)]
@@ -197,6 +197,32 @@ pub enum StorageError {
         what: String,
         /// The cause.
         source: io::Error,
+    },
+}
+
+/// Why a device cannot become a pool.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceRefusal {
+    /// The path is a file or a folder.
+    #[error("it is not a block device")]
+    NotABlockDevice,
+    /// It has the signatures of several owners.
+    #[error("it contains {0}, so the owner of its data is unclear")]
+    Ambiguous(String),
+    /// It has other contents.
+    #[error("it contains {0}")]
+    ForeignContents(String),
+    /// It is smaller than any pool.
+    #[error("it has {0}, and a pool needs at least {MIN_DEFAULT_SIZE} GiB")]
+    TooSmall(Bytes),
+    /// It is smaller than the requested size.
+    #[error("it has {found}, less than the requested {requested}")]
+    SmallerThanRequested {
+        /// The size of the device.
+        found: Bytes,
+        /// The requested size, as the operator wrote it.
+        requested: String,
     },
 }
 

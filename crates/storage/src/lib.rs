@@ -85,6 +85,7 @@ mod kernels;
 mod local;
 mod measurement;
 mod pool;
+mod pool_size_error;
 mod programs;
 mod publish;
 mod record;
@@ -99,7 +100,7 @@ mod usage;
 pub use admission::{Admission, Bounds, Promises, Reservation};
 pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
-pub use error::StorageError;
+pub use error::{DeviceRefusal, StorageError};
 pub use image::scrub::{EditedFile, Scrub};
 pub use import::TemplateExport;
 pub use initramfs::AppendedArchive;
@@ -108,7 +109,8 @@ pub use local::backing::{ActualBacking, Backing};
 pub use local::files::try_lock_exclusive;
 pub use local::fstab::{FstabError, registered_source};
 pub use local::group_sync::GroupSync;
-pub use local::init::{InitEvent, InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
+pub use local::init::{InitOutcome, PoolPlan, ensure_direct_io, init, unmount};
+pub use local::init_event::{InitEvent, InitWarning};
 #[cfg(feature = "simulated")]
 pub use local::simulated::SimulatedSpace;
 pub use local::sizing::{
@@ -116,6 +118,7 @@ pub use local::sizing::{
     RequestedSizeError, TooLittleSpace, pool_size,
 };
 pub use pool::{Pool, jails_dir};
+pub use pool_size_error::PoolSizeError;
 pub use programs::{PROGRAMS, require_programs};
 pub use record::TemplateSource;
 pub use snapshot::PendingSnapshot;

@@ -14,18 +14,18 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The hypervisor is not installed.
-    #[error("{program} is not on the PATH; install it (Debian: apt-get install qemu-system-x86)")]
+    #[error("{program} is not on the PATH")]
     NotInstalled {
         /// The missing program.
         program: &'static str,
+        /// The Debian package that contains it.
+        package: &'static str,
     },
-    /// `VMM=firecracker`, but Firecracker is not installed.
-    #[error("{0} is not on the PATH; install a Firecracker release, or set VMM=auto or VMM=qemu")]
+    /// Firecracker, or its jailer, is not installed.
+    #[error("{0} is not on the PATH")]
     NoFirecracker(&'static str),
     /// The machine was launched by another driver.
-    #[error(
-        "{id} runs under another hypervisor ({program}); restore the old VMM setting and stop the VM before changing VMM"
-    )]
+    #[error("{id} runs under another hypervisor ({program})")]
     Foreign {
         /// The machine.
         id: VmId,
@@ -41,8 +41,14 @@ pub enum Error {
         /// program.
         why: String,
     },
-    /// `ACCEL=kvm`, but `/dev/kvm` does not open.
-    #[error("ACCEL=kvm, but {why}; load the kvm module, or set ACCEL=auto or ACCEL=tcg")]
+    /// The installed Firecracker needs libraries, which its jail lacks.
+    #[error("{} cannot be used: it is dynamically linked, and its jail has no libraries", .0.display())]
+    DynamicallyLinked(PathBuf),
+    /// The jailer cannot create device files or run a program in the folder of the jails.
+    #[error("jailer cannot be used: {} is mounted with nodev or noexec", .0.display())]
+    UnfitJails(PathBuf),
+    /// KVM is required, but `/dev/kvm` does not open.
+    #[error("KVM is required, but {why}")]
     NoKvm {
         /// The error from opening `/dev/kvm`.
         why: String,
@@ -57,8 +63,23 @@ pub enum Error {
         /// The problem, and the valid values.
         why: String,
     },
+    /// The installed Firecracker cannot boot the kernel image.
+    #[error(
+        "{id}: kernel: {} is not an ELF image, and Firecracker {version} boots no other format ({min} and later do)",
+        kernel.display()
+    )]
+    KernelFormat {
+        /// The machine.
+        id: VmId,
+        /// The kernel image.
+        kernel: PathBuf,
+        /// The installed version.
+        version: String,
+        /// The first version that boots other formats.
+        min: String,
+    },
     /// The machine is already running, or another process holds it.
-    #[error("{id} is already running{}; adopt it, or stop it first", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default())]
+    #[error("{id} is already running{}", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default())]
     Running {
         /// The machine.
         id: VmId,
@@ -95,7 +116,7 @@ pub enum Error {
     },
     /// The hypervisor did not respond in time: it hangs, or the host is overloaded. The command may
     /// still take effect.
-    #[error("{id}: the hypervisor did not respond to {command} within {after:?}; try again, or kill the machine")]
+    #[error("{id}: the hypervisor did not respond to {command} within {after:?}")]
     Hung {
         /// The machine.
         id: VmId,
@@ -106,9 +127,7 @@ pub enum Error {
     },
     /// The process was killed but has not exited. The kernel keeps it, most often because of a disk
     /// request that the host's storage does not complete.
-    #[error(
-        "{id}: process {pid} was killed but did not exit within {after:?}; the host's storage may be stuck (see dmesg); try again"
-    )]
+    #[error("{id}: process {pid} was killed but did not exit within {after:?}")]
     Unkillable {
         /// The machine.
         id: VmId,

@@ -6,6 +6,7 @@
 use crate::commands::failed::CommandFailed;
 use crate::commands::{log, open};
 use crate::host::BASE_TEMPLATE;
+use crate::host::advice::advice;
 use crate::host::drivers::Drivers;
 use crate::settings::{Settings, VmmChoice, contradictions};
 use crate::state::{Fact, State};
@@ -14,6 +15,7 @@ use scalebox_storage::{Backing, PROGRAMS, Pool, StorageError, pool_size, registe
 use scalebox_units::Bytes;
 use scalebox_vmm::{Accel, AccelSetting};
 use serde::Serialize;
+use std::error::Error;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write as _};
@@ -71,6 +73,11 @@ impl Findings {
 
     fn problem(&mut self, check: &'static str, finding: impl ToString, fix: impl Into<String>) {
         self.add(check, Level::Problem, finding, Some(fix.into()));
+    }
+
+    /// Adds an error as a problem. `fix` is for errors without advice of their own.
+    fn failed(&mut self, check: &'static str, error: &(dyn Error + 'static), fix: &str) {
+        self.problem(check, error, advice(error).unwrap_or_else(|| fix.to_owned()));
     }
 
     fn count(&self, level: Level) -> usize {
@@ -269,9 +276,9 @@ fn hypervisor(found: &mut Findings, settings: &Settings) {
             found.ok("hypervisor", format!("{name} is available; guests run with {accel}"));
             other_drivers(found, settings, name);
         }
-        Err(error) => found.problem(
+        Err(error) => found.failed(
             "hypervisor",
-            error,
+            &error,
             "install the program or change the setting that the error names",
         ),
     }
@@ -312,10 +319,7 @@ fn storage(found: &mut Findings, settings: &Settings) {
     let pool = match Pool::open(&settings.data_dir, &settings.backing, settings.bounds()) {
         Ok(pool) => pool,
         Err(StorageError::NotMounted(_)) => return not_mounted(found, settings),
-        Err(error @ StorageError::NoSysfs(_)) => {
-            return found.problem("pool", error, "mount -t sysfs sysfs /sys; the pool itself is mounted");
-        }
-        Err(error) => return found.problem("pool", error, "set DATA_DIR to the mount point of the pool"),
+        Err(error) => return found.failed("pool", &error, "set DATA_DIR to the mount point of the pool"),
     };
     found.ok(
         "pool",
@@ -484,9 +488,9 @@ fn space_for_a_pool(found: &mut Findings, settings: &Settings, image: &Path) {
 async fn network(found: &mut Findings, settings: &Settings) {
     let resolvers = resolvers(found, settings);
     match scalebox_net::inspect(&settings.net.clone().with_resolvers(&resolvers)).await {
-        Err(error) => found.problem(
+        Err(error) => found.failed(
             "network",
-            error,
+            &error,
             "install nftables, or set BRIDGE and SUBNET to values that are free on this host",
         ),
         Ok(Inspection {

@@ -10,29 +10,30 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// Why a command failed, as a sentence for the operator.
+/// Why a command failed, as a sentence for the operator. An error of a library is also the source,
+/// by which [`advice`](crate::host::advice) finds its remedy.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CommandFailed {
     /// A setting is invalid.
     #[error(transparent)]
     Settings(#[from] SettingsError),
     /// An operation on the pool, a template or a disk failed.
-    #[error(transparent)]
+    #[error("{0}")]
     Storage(#[from] StorageError),
     /// The state file cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
     /// The network cannot be set up.
-    #[error(transparent)]
+    #[error("{0}")]
     Net(#[from] scalebox_net::Error),
     /// The hypervisor cannot be used.
-    #[error(transparent)]
+    #[error("{0}")]
     Vmm(#[from] scalebox_vmm::Error),
     /// A malformed name of a template.
     #[error("the template's name {0}")]
     TemplateName(#[from] InvalidFormat),
     /// The template cannot be built.
-    #[error(transparent)]
+    #[error("{0}")]
     Image(#[from] scalebox_images::Error),
     /// Recovery or another operation of the service failed.
     #[error(transparent)]
@@ -109,6 +110,35 @@ impl From<DriversError> for CommandFailed {
         match error {
             DriversError::Settings(error) => error.into(),
             DriversError::Vmm(error) => error.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::advice::advised;
+    use scalebox_programs::ProgramError;
+
+    #[test]
+    fn remedies_of_library_errors_are_found_and_appended_once() {
+        const SENTENCE: &str = "no pool is mounted at /pool; run `scaleboxd pool init`";
+        let not_mounted = || StorageError::NotMounted("/pool".into());
+        let host = ServiceError::from(not_mounted());
+        for failed in [CommandFailed::from(not_mounted()), CommandFailed::from(host)] {
+            assert_eq!(advised(&failed), SENTENCE);
+        }
+        let (program, package) = ("tool", "tools");
+        let guest = scalebox_images::Error::from(ProgramError::Missing { program, package });
+        let vmm = || scalebox_vmm::Error::NotInstalled { program, package };
+        for failed in [
+            CommandFailed::from(guest),
+            CommandFailed::from(scalebox_net::Error::NftMissing { package }),
+            CommandFailed::from(vmm()),
+            CommandFailed::from(DriversError::from(vmm())),
+        ] {
+            let sentence = advised(&failed);
+            assert!(sentence.contains("apt-get install tools"), "{sentence}");
         }
     }
 }

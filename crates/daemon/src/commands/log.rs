@@ -5,6 +5,7 @@
 //! own timestamps.
 
 use crate::commands::failed::CommandFailed;
+use crate::host::advice::advised;
 use crate::settings::{LogFormat, Settings};
 use std::env;
 use std::io::{self, IsTerminal, Stderr, Write};
@@ -39,7 +40,7 @@ pub(crate) fn start(settings: &Settings) -> Result<(), CommandFailed> {
 /// Reports the error that ends the program, even if logging was not started.
 pub(crate) fn report(error: &CommandFailed) {
     let priority = if is_journal() { priority(Level::ERROR) } else { "" };
-    eprintln!("{priority}error: {error}");
+    eprintln!("{priority}error: {}", advised(error));
 }
 
 /// Returns whether standard error is connected to the journal: systemd passes its device and inode.

@@ -1,6 +1,7 @@
 //! Opening a host: its parts, and recovery from a crash. `serve` and `down` begin with it.
 
 use crate::commands::failed::{CommandFailed, io};
+use crate::host::advice::advised;
 use crate::host::drivers::{self, Drivers};
 use crate::host::events::Events;
 use crate::host::random::random_hex;
@@ -56,19 +57,19 @@ pub(crate) async fn open_host(settings: Settings, state: State) -> Result<(Host,
     prepare_run_dir(&settings.run_dir)?;
     scalebox_storage::ensure_direct_io(&settings.data_dir, &settings.backing, &mut |event| match event {
         InitEvent::Step(step) => tracing::info!("{step}"),
-        InitEvent::Warning(warning) => tracing::warn!("{warning}"),
+        InitEvent::Warning(warning) => tracing::warn!("{}", advised(&warning)),
     })?;
     if let Err(error) = pool.reconcile() {
         // This fails, for example, while btrfs still completes a resize that a previous daemon
         // began. The pool can be used nevertheless.
-        tracing::warn!(%error, "cannot reconcile the size of the pool with its image yet; retrying");
+        tracing::warn!(error = %advised(&error), "cannot reconcile the size of the pool with its image yet; retrying");
     }
     if let Err(error) = pool.upgrade() {
         // For example on a full disk. VMs can be deleted to make room.
-        tracing::error!(%error, "cannot upgrade the pool to this release: its templates and its kernel cannot be used; make room and restart scaleboxd");
+        tracing::error!(error = %advised(&error), "cannot upgrade the pool to this release: its templates and its kernel cannot be used; make room and restart scaleboxd");
     }
     if let Err(error) = pool.make_kernels_readable() {
-        tracing::warn!(%error, "cannot share the kernel between jails; each gets its own copy");
+        tracing::warn!(error = %advised(&error), "cannot share the kernel between jails; each gets its own copy");
     }
     drivers::wait_for_kvm(&settings).await;
     let (vmm, accel) = Drivers::find(&settings)?;

@@ -1,6 +1,7 @@
 //! `scaleboxd pool init`.
 
 use crate::commands::failed::CommandFailed;
+use crate::host::advice::advised;
 use crate::settings::Settings;
 use crate::state::State;
 use scalebox_storage::{InitEvent, InitOutcome, PoolPlan};
@@ -23,6 +24,6 @@ pub(crate) fn init(settings: &Settings) -> Result<(), CommandFailed> {
 fn print_event(event: InitEvent) {
     match event {
         InitEvent::Step(step) => println!("{step}"),
-        InitEvent::Warning(warning) => eprintln!("warning: {warning}"),
+        InitEvent::Warning(warning) => eprintln!("warning: {}", advised(&warning)),
     }
 }

@@ -4,6 +4,7 @@
 //! restart of the daemon, even if `VMM` has changed. A VM that is started again keeps its driver
 //! with `VMM=auto`; a `VMM` that names a driver moves it there.
 
+use crate::host::advice::advised;
 use crate::host::system;
 use crate::settings::{AccelChoice, Settings, SettingsError, VmmChoice};
 use scalebox_storage::jails_dir;
@@ -20,7 +21,7 @@ pub(crate) enum DriversError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
     /// The hypervisor for new VMs cannot be used.
-    #[error(transparent)]
+    #[error("{0}")]
     Vmm(#[from] Error),
 }
 
@@ -45,7 +46,7 @@ impl Drivers {
             (VmmChoice::Qemu, _) | (_, Accel::Tcg) => None,
             (VmmChoice::Firecracker, Accel::Kvm) => Some(FirecrackerDriver::find(&jails)?),
             (VmmChoice::Auto, Accel::Kvm) => FirecrackerDriver::find(&jails)
-                .inspect_err(|error| tracing::info!(%error, "not using Firecracker"))
+                .inspect_err(|error| tracing::info!(error = %advised(error), "not using Firecracker"))
                 .ok(),
         };
         let mut drivers: Vec<Arc<dyn Vmm>> = Vec::new();

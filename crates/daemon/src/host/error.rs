@@ -1,5 +1,6 @@
 //! Why an operation was refused or failed. [`http::error`](crate::http::error) gives each a status.
 
+use crate::host::advice::advised;
 use crate::state::StateError;
 use scalebox_api::Invalid;
 use scalebox_programs::ProgramError;
@@ -122,7 +123,7 @@ impl From<Invalid> for ServiceError {
 
 impl From<StorageError> for ServiceError {
     fn from(error: StorageError) -> Self {
-        let text = error.to_string();
+        let text = advised(&error);
         match error {
             StorageError::Insufficient { available, need } => ServiceError::Insufficient { available, need },
             StorageError::NoTemplate(_) => ServiceError::NotFound(text),
@@ -166,14 +167,18 @@ impl From<StateError> for ServiceError {
 
 impl From<scalebox_net::Error> for ServiceError {
     fn from(error: scalebox_net::Error) -> Self {
+        let text = advised(&error);
         match error {
             // SUBNET was changed, and the VM still has an address of the old one.
-            scalebox_net::Error::NotAGuestAddress { .. } => ServiceError::WrongState(error.to_string()),
+            scalebox_net::Error::NotAGuestAddress { .. } => ServiceError::WrongState(text),
+            scalebox_net::Error::NoFreeAddress(_) | scalebox_net::Error::NoFreePort { .. } => {
+                ServiceError::NotReady(text)
+            }
             scalebox_net::Error::Nft { .. } => ServiceError::HostFailed {
                 sentence: "the host's firewall rules cannot be changed".to_owned(),
-                cause: error.to_string(),
+                cause: text,
             },
-            _ => ServiceError::Internal(error.to_string()),
+            _ => ServiceError::Internal(text),
         }
     }
 }
@@ -189,7 +194,7 @@ impl From<scalebox_vmm::Error> for ServiceError {
                     format!("{why}: {output}")
                 },
             },
-            other => ServiceError::Internal(other.to_string()),
+            other => ServiceError::Internal(advised(&other)),
         }
     }
 }

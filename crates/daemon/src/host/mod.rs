@@ -3,6 +3,7 @@
 //! [`Host`] is the handle that operations get. The operations themselves are functions in
 //! [`vm`](crate::vm), [`pool`](crate::pool) and [`templates`](crate::templates).
 
+pub(crate) mod advice;
 pub(crate) mod agent;
 pub(crate) mod cleanups;
 pub(crate) mod drivers;

@@ -72,10 +72,7 @@ impl Vms {
             Some(name) => name.to_owned(),
             None => free_name(&table.names)?,
         };
-        let lease = table
-            .addresses
-            .claim(usable_port)
-            .map_err(|error| ServiceError::NotReady(error.to_string()))?;
+        let lease = table.addresses.claim(usable_port)?;
         table.names.insert(name.clone(), None);
         let creation = Arc::new(Creation::default());
         table.creations.insert(name.clone(), Arc::clone(&creation));

@@ -1,5 +1,6 @@
 //! Starts and stops the machines of VMs, and watches for their end.
 
+use crate::host::advice::advised;
 use crate::host::cleanups::Cleanup;
 use crate::host::error::ServiceError;
 use crate::host::files::{make_private_dir, remove_dir};
@@ -335,7 +336,7 @@ pub(crate) fn watch(host: &Host, id: VmId, machine: Arc<dyn Machine>) {
             reason = machine.exited() => (reason, None),
             failure = reboot_loop::detect(&machine) => {
                 if let Err(error) = machine.kill().await {
-                    tracing::warn!(vm = %id, %error, "cannot kill a guest that fails to boot");
+                    tracing::warn!(vm = %id, error = %advised(&error), "cannot kill a guest that fails to boot");
                 }
                 (machine.exited().await, Some(failure))
             }

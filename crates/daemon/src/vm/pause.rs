@@ -4,6 +4,7 @@
 //! is found paused when it is adopted.
 
 use crate::host::Host;
+use crate::host::advice::advised;
 use crate::vm::transition::{Transition, transition};
 use scalebox_units::VmId;
 use scalebox_vmm::{Machine, MachineEvent, MachineState};
@@ -51,7 +52,7 @@ pub(crate) async fn resume_paused(host: &Host) {
             // The VM was stopped or deleted in the meantime.
             Err(scalebox_vmm::Error::Ended { .. }) => {}
             Err(error) => {
-                tracing::warn!(vm = %id, %error, "cannot resume the VM; retrying");
+                tracing::warn!(vm = %id, error = %advised(&error), "cannot resume the VM; retrying");
                 host.paused.lock().insert(id, machine);
             }
         }

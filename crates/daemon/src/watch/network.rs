@@ -7,6 +7,7 @@
 //! missing.
 
 use crate::host::Host;
+use crate::host::advice::advised;
 use crate::host::error::ServiceError;
 use crate::vm::spec::endpoint;
 use scalebox_units::VmId;
@@ -31,14 +32,14 @@ pub(crate) async fn run(host: Host, mut missing: Vec<VmId>) -> Infallible {
             Ok(false) => {
                 tracing::warn!("another program has removed the bridge or nftables tables: restoring them");
                 if let Err(error) = host.network.repair().await {
-                    tracing::error!(%error, "cannot restore the network; retrying");
+                    tracing::error!(error = %advised(&error), "cannot restore the network; retrying");
                     continue;
                 }
                 let all = host.vms.all().into_iter().map(|record| record.id).collect();
                 missing = connect(&host, all, true).await;
                 tracing::info!(missing = missing.len(), "network restored");
             }
-            Err(error) => tracing::warn!(%error, "cannot check the network"),
+            Err(error) => tracing::warn!(error = %advised(&error), "cannot check the network"),
         }
     }
 }

@@ -7,6 +7,7 @@
 //! cases the guest sees neither an I/O error nor a read-only root, only a gap in time; the VM is
 //! `paused` with the reason `storage_full`.
 
+use crate::host::advice::advised;
 use crate::host::{Host, blocking};
 use crate::pool::growth;
 use crate::vm::pause;
@@ -106,7 +107,9 @@ async fn pause_growing(host: &Host, before: &HashMap<VmId, Bytes>, now: &HashMap
         }
         match machine.pause().await {
             Ok(()) => pause::mark_paused(host, &id, &machine, pause::STORAGE_FULL).await,
-            Err(error) => tracing::warn!(vm = %id, %error, "cannot pause the VM although the pool is nearly full"),
+            Err(error) => {
+                tracing::warn!(vm = %id, error = %advised(&error), "cannot pause the VM although the pool is nearly full")
+            }
         }
     }
 }

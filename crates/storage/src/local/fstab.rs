@@ -30,10 +30,7 @@ pub enum FstabError {
     #[error("cannot register the pool in {}: it is not a regular file", .0.display())]
     NotAFile(PathBuf),
     /// Another line has the same mount point.
-    #[error(
-        "{}: {} is already the mount point of {other}; remove that line, or set DATA_DIR to another folder",
-        path.display(), target.display()
-    )]
+    #[error("{}: {} is already the mount point of {other}", path.display(), target.display())]
     Claimed {
         /// The fstab file.
         path: PathBuf,

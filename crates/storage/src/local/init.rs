@@ -6,13 +6,14 @@
 //! complete image or foreign, and is never formatted. A device with any known content is never
 //! formatted either. An existing file system is used as it is.
 
-use crate::error::StorageError;
+use crate::error::{DeviceRefusal, StorageError};
 use crate::local::backing::{self, ActualBacking, Backing, FsKind, PoolLocation};
 use crate::local::btrfs;
 use crate::local::files;
 use crate::local::fstab::{self, DEVICE_OPTIONS, FstabError, IMAGE_OPTIONS};
+use crate::local::init_event::{InitEvent, InitWarning};
 use crate::local::signature::{Signature, probe};
-use crate::local::sizing::{MIN_DEFAULT_SIZE, PoolSize, RequestedSize, pool_size};
+use crate::local::sizing::{MIN_DEFAULT_SIZE, RequestedSize, pool_size};
 use crate::local::space;
 use crate::programs::{LOSETUP, MKFS_BTRFS, MOUNT, UMOUNT};
 use rustix::fs::{FlockOperation, flock};
@@ -41,15 +42,6 @@ pub struct PoolPlan {
     /// Space that admission keeps free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger
     /// than its host disk.
     pub buffer: Gib,
-}
-
-/// A message of `pool init` to its operator.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum InitEvent {
-    /// A step that is being done, with the seed's message where it has one.
-    Step(String),
-    /// A problem that does not keep the pool from working.
-    Warning(String),
 }
 
 /// The result of `pool init`.
@@ -147,20 +139,15 @@ fn warn_about_size(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut
             .and_then(|dir| btrfs::chunk_space(&dir).ok())
             .map(|space| space.device_size),
         ActualBacking::Existing => {
-            report(InitEvent::Warning(format!(
-                "STORAGE_SIZE={requested} has no effect: the pool is on an existing file system"
-            )));
-            return;
+            return report(InitEvent::Warning(InitWarning::SizeOfExisting(requested.clone())));
         }
     };
     // File systems consist of whole blocks: an image or a device can be larger by part of a block.
     if let Some(found) =
         found.filter(|found| (*found - requested.bytes()).max(requested.bytes() - *found) >= Bytes::from_mib(1))
     {
-        report(InitEvent::Warning(format!(
-            "STORAGE_SIZE={requested} has no effect: the pool already exists with {found}. \
-             `scalebox pool grow --size` or `scalebox pool shrink --size` changes its size while the daemon is running"
-        )));
+        let requested = requested.clone();
+        report(InitEvent::Warning(InitWarning::OtherSize { requested, found }));
     }
 }
 
@@ -259,12 +246,8 @@ fn register(plan: &PoolPlan, place: &PoolLocation, report: &mut dyn FnMut(InitEv
             Ok(true)
         }
         Err(error) => {
-            let line = fstab::line(&source, &plan.data_dir, options);
-            report(InitEvent::Warning(format!(
-                "{error}. The pool is mounted now, but will not be after a reboot: add the line `{}` to the host's fstab, or set \
-                 FSTAB=none if another program mounts it",
-                line.display()
-            )));
+            let line = fstab::line(&source, &plan.data_dir, options).display().to_string();
+            report(InitEvent::Warning(InitWarning::NotRegistered { error, line }));
             Ok(false)
         }
     }
@@ -299,10 +282,7 @@ pub fn ensure_direct_io(
     if let Some(place) = backing::find(data_dir, backing)?
         && let DirectIo::Refused(error) = try_direct_io(&place)
     {
-        report(InitEvent::Warning(format!(
-            "The pool's loop device does not use direct I/O, which makes the pool slower: {error}. \
-             `scaleboxd down && scaleboxd pool init` tries again with the sector size of the host disk"
-        )));
+        report(InitEvent::Warning(InitWarning::NoDirectIoWhileMounted(error)));
     }
     Ok(())
 }
@@ -392,14 +372,15 @@ fn ensure_image(plan: &PoolPlan, image: &Path, report: &mut dyn FnMut(InitEvent)
         available.floor_gib()
     )));
     if size.bytes > available {
-        report(InitEvent::Warning(larger_than_host(&size, available, plan.buffer)));
+        report(InitEvent::Warning(InitWarning::LargerThanHostDisk {
+            size: size.clone(),
+            available: available.floor_gib(),
+            usable: (available - plan.buffer.bytes()).floor_gib(),
+        }));
     }
     create_image(image, size.bytes)?;
     if files::require_reflink(parent(image)?, parent(image)?).is_ok() {
-        report(InitEvent::Warning(format!(
-            "{} is on a file system that can clone files itself: with POOL_IMAGE=none the pool is a folder on it, without an image",
-            image.display()
-        )));
+        report(InitEvent::Warning(InitWarning::UnnecessaryImage(image.to_owned())));
     }
     Ok(())
 }
@@ -412,9 +393,7 @@ fn ensure_device(plan: &PoolPlan, device: &Path, report: &mut dyn FnMut(InitEven
     };
     let meta = fs::metadata(device).map_err(|error| StorageError::io("read", device.display(), error))?;
     if !meta.file_type().is_block_device() {
-        return Err(unfit(
-            "it is not a block device: set POOL_DEVICE to one, such as /dev/disk/by-id/…, or POOL_IMAGE to the path of a new image".to_owned(),
-        ));
+        return Err(unfit(DeviceRefusal::NotABlockDevice));
     }
     match probe(device)? {
         Some(found) if found.is_pool() => {
@@ -424,30 +403,19 @@ fn ensure_device(plan: &PoolPlan, device: &Path, report: &mut dyn FnMut(InitEven
             )));
             return Ok(());
         }
-        Some(found) if found.ambiguous => {
-            return Err(unfit(format!(
-                "it contains {found}, so the owner of its data is unclear; see wipefs --no-act {}",
-                device.display()
-            )));
-        }
-        Some(found) => {
-            return Err(unfit(format!(
-                "it contains {found}; to erase that for good, run: wipefs --all {}",
-                device.display()
-            )));
-        }
+        Some(found) if found.ambiguous => return Err(unfit(DeviceRefusal::Ambiguous(found.to_string()))),
+        Some(found) => return Err(unfit(DeviceRefusal::ForeignContents(found.to_string()))),
         None => {}
     }
     require_none_expected(plan, device)?;
     let found = space::device_size(device)?;
     let size = match &plan.size {
         None if found < MIN_DEFAULT_SIZE.bytes() => {
-            return Err(unfit(format!(
-                "it has {found}, and a pool needs at least {MIN_DEFAULT_SIZE} GiB"
-            )));
+            return Err(unfit(DeviceRefusal::TooSmall(found)));
         }
         Some(requested) if requested.bytes() > found => {
-            return Err(unfit(format!("it has {found}, less than STORAGE_SIZE")));
+            let requested = requested.to_string();
+            return Err(unfit(DeviceRefusal::SmallerThanRequested { found, requested }));
         }
         requested => requested.as_ref().map_or(found, RequestedSize::bytes),
     };
@@ -470,15 +438,6 @@ fn require_none_expected(plan: &PoolPlan, image: &Path) -> Result<(), StorageErr
     }
 }
 
-fn larger_than_host(size: &PoolSize, available: Bytes, buffer: Gib) -> String {
-    let usable = (available - buffer.bytes()).floor_gib();
-    format!(
-        "The pool ({size}) is larger than the free space on its host disk ({}GB): it is created sparse, and new VMs will be refused \
-         once about {usable}GB are written to it, or earlier if other data fills the host disk.",
-        available.floor_gib()
-    )
-}
-
 enum ImageContent {
     Absent,
     /// A file without a single block: a run was interrupted between creating and formatting it.
@@ -491,7 +450,12 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
     match fs::symlink_metadata(image) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ImageContent::Absent),
         Err(error) => return Err(StorageError::io("read", image.display(), error)),
-        Ok(meta) if meta.is_symlink() => return Ok(ImageContent::Other(link_of(image))),
+        Ok(meta) if meta.is_symlink() => {
+            let target = fs::read_link(image);
+            let target = target.map_or_else(|error| error.to_string(), |target| target.display().to_string());
+            let path = image.to_owned();
+            return Err(StorageError::LinkedImage { path, target });
+        }
         Ok(meta) if !meta.is_file() => {
             return Ok(ImageContent::Other("something other than a regular file".to_owned()));
         }
@@ -503,13 +467,6 @@ fn image_content(image: &Path) -> Result<ImageContent, StorageError> {
         None if space::allocated(image)? == Bytes::ZERO => ImageContent::Unformatted,
         None => ImageContent::Other("data without a file system".to_owned()),
     })
-}
-
-/// Describes a symbolic link. Links are rejected: the rename of a new image would replace the link,
-/// and the line in fstab must stay valid as long as the image exists.
-fn link_of(image: &Path) -> String {
-    let target = fs::read_link(image).map_or_else(|error| error.to_string(), |target| target.display().to_string());
-    format!("a symbolic link to {target} (set POOL_IMAGE to that path itself)")
 }
 
 fn create_image(image: &Path, size: Bytes) -> Result<(), StorageError> {
@@ -652,27 +609,23 @@ fn use_direct_io(
     let DirectIo::Refused(refusal) = try_direct_io(&place) else {
         return Ok(place);
     };
-    let warning = |reason: &dyn std::fmt::Display| {
-        InitEvent::Warning(format!(
-            "The pool's loop device does not use direct I/O, which makes the pool slower: {reason}"
-        ))
-    };
+    let warning = |reason| InitEvent::Warning(InitWarning::NoDirectIo(reason));
     let ActualBacking::Image(image) = &place.backing else {
         return Ok(place);
     };
     if host_sector(image) == DEFAULT_SECTOR_SIZE {
-        report(warning(&refusal));
+        report(warning(refusal));
         return Ok(place);
     }
     if let Err(busy) = Run::of(UMOUNT).args([&plan.data_dir]).stdout() {
-        report(warning(&busy));
+        report(warning(busy));
         return Ok(place);
     }
     mount_image(image, &plan.data_dir)?;
     let place = backing::find(&plan.data_dir, &plan.backing)?;
     let place = place.ok_or_else(|| StorageError::NotMounted(plan.data_dir.clone()))?;
     if let DirectIo::Refused(refusal) = try_direct_io(&place) {
-        report(warning(&refusal));
+        report(warning(refusal));
     }
     Ok(place)
 }
@@ -694,30 +647,11 @@ fn ensure_folders(data_dir: &Path, kind: FsKind, report: &mut dyn FnMut(InitEven
             files::set_nocow(&folder).map_err(|error| StorageError::io("set NOCOW on", folder.display(), error))?;
         changed |= newly_set;
         if newly_set && require_empty(&folder).is_err() {
-            report(InitEvent::Warning(format!(
-                "{} had files before NOCOW was set on it: they stay copy-on-write and slower, and cannot be cloned to new disks \
-                 until they are copied",
-                folder.display()
-            )));
+            report(InitEvent::Warning(InitWarning::CopyOnWriteFiles(folder)));
         }
     }
     if changed {
         files::sync_dir(data_dir)?;
     }
     Ok(changed)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_warning_states_when_creations_will_be_refused() {
-        let size = pool_size(Gib::new(60).bytes(), Some(&"100G".parse().unwrap())).unwrap();
-        let warning = larger_than_host(&size, Gib::new(60).bytes(), Gib::new(2));
-        assert!(
-            warning.contains("(100G)") && warning.contains("(60GB)") && warning.contains("about 58GB"),
-            "{warning}"
-        );
-    }
 }

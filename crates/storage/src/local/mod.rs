@@ -9,6 +9,7 @@ pub(crate) mod files;
 pub(crate) mod fstab;
 pub(crate) mod group_sync;
 pub(crate) mod init;
+pub(crate) mod init_event;
 pub(crate) mod pool_fs;
 pub(crate) mod quota;
 pub(crate) mod resize;

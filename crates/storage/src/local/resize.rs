@@ -17,6 +17,7 @@ use crate::local::pool_fs::PoolFs;
 use crate::local::sizing::{DEFAULT_SHARE_PERCENT, MAX_DEFAULT_SIZE};
 use crate::local::space::{allocated, available, device_size};
 use crate::pool::Pool;
+use crate::pool_size_error::PoolSizeError;
 use crate::programs::{BTRFS, FSTRIM, LOSETUP};
 use scalebox_fault_points::{crash_point, fault_point};
 use scalebox_programs::Run;
@@ -56,16 +57,12 @@ impl Pool {
         let holdable = holdable(image)?;
         let size = size.unwrap_or_else(|| share_of(holdable));
         if size.bytes() < current + MIN_GROWTH {
-            return Err(StorageError::PoolSize(format!(
-                "{size} GiB is not larger than the pool, which has {current}: free space on the host disk, or choose a larger size"
-            )));
+            return Err(PoolSizeError::NotLarger { size, current }.into());
         }
         if size.bytes() + self.bounds().buffer.bytes() > holdable {
-            return Err(StorageError::PoolSize(format!(
-                "{size} GiB is too large: the host disk can hold a pool of at most {} GiB and keep {} GiB free",
-                (holdable - self.bounds().buffer.bytes()).floor_gib(),
-                self.bounds().buffer
-            )));
+            let kept_free = self.bounds().buffer;
+            let max = (holdable - kept_free.bytes()).floor_gib();
+            return Err(PoolSizeError::OverHostDisk { size, max, kept_free }.into());
         }
         self.grow_layers(image, size.bytes())
     }
@@ -100,21 +97,27 @@ impl Pool {
     }
 
     fn grow_on_device(&self, device: &Path, size: Option<Gib>) -> Result<(), StorageError> {
-        let (current, holdable) = (self.file_system_size()?, device_size(device)?);
-        let wanted = size.map_or(holdable, Gib::bytes);
-        if wanted > holdable {
-            return Err(StorageError::PoolSize(format!(
-                "{wanted} does not fit on {}, which has {holdable}",
-                device.display()
-            )));
+        let (current, device_size) = (self.file_system_size()?, device_size(device)?);
+        let size = size.map_or(device_size, Gib::bytes);
+        let device = device.to_owned();
+        if size > device_size {
+            return Err(PoolSizeError::OverDevice {
+                size,
+                device_size,
+                device,
+            }
+            .into());
         }
-        if wanted < current + MIN_GROWTH {
-            return Err(StorageError::PoolSize(format!(
-                "{wanted} is not larger than the pool, which has {current} of the {holdable} of {}: grow the device first",
-                device.display()
-            )));
+        if size < current + MIN_GROWTH {
+            return Err(PoolSizeError::NotLargerOnDevice {
+                size,
+                current,
+                device_size,
+                device,
+            }
+            .into());
         }
-        self.resize_file_system(wanted)
+        self.resize_file_system(size)
     }
 
     /// Grows the pool to its default size if that is at least 1 GiB more, and returns whether it
@@ -165,9 +168,7 @@ impl Pool {
             ActualBacking::Existing => return Err(StorageError::ExistingFileSystem(self.root.clone())),
         };
         if size.bytes() >= current {
-            return Err(StorageError::PoolSize(format!(
-                "{size} GiB is not smaller than the pool, which has {current}"
-            )));
+            return Err(PoolSizeError::NotSmaller { size, current }.into());
         }
         // From here on nothing is admitted that would not fit; the guard lifts this limit on
         // failure.

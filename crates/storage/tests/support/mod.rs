@@ -164,12 +164,12 @@ impl Place {
             .collect()
     }
 
-    pub(crate) fn warnings(&self) -> Vec<&str> {
+    pub(crate) fn warnings(&self) -> Vec<String> {
         self.events
             .iter()
             .filter_map(|event| {
-                if let InitEvent::Warning(text) = event {
-                    Some(text.as_str())
+                if let InitEvent::Warning(warning) = event {
+                    Some(warning.to_string())
                 } else {
                     None
                 }

@@ -160,7 +160,10 @@ impl Vmm for SimVmm {
 
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>> {
         if !self.can_launch() {
-            return Err(Error::NotInstalled { program: self.name });
+            return Err(Error::NotInstalled {
+                program: self.name,
+                package: "sim",
+            });
         }
         spec.check()?;
         let launching = Launching::begin(&self.world, &spec.id)?;

@@ -39,10 +39,7 @@ impl Firecracker {
         let jailer = find_jailer(&named).or_else(|_| find_jailer(&program))?;
         let (version, numbers) = query_version(&program, MIN_VERSION, version)?;
         if is_dynamic(&program).map_err(|error| unusable(&program, error))? {
-            return Err(unusable(
-                &program,
-                "it is dynamically linked, and its jail has no libraries; install a static release build",
-            ));
+            return Err(Error::DynamicallyLinked(program));
         }
         Ok(Firecracker {
             program,
@@ -73,15 +70,11 @@ impl Firecracker {
             return Ok(());
         }
         let (major, minor) = MIN_BZIMAGE_VERSION;
-        Err(Error::Spec {
+        Err(Error::KernelFormat {
             id: spec.id.clone(),
-            what: "kernel",
-            why: format!(
-                "{} is not an ELF image, and Firecracker {} boots no other format ({major}.{minor} and later do); build the \
-                 template with a kernel that is compressed with LZ4",
-                spec.kernel.display(),
-                self.version
-            ),
+            kernel: spec.kernel.clone(),
+            version: self.version.clone(),
+            min: format!("{major}.{minor}"),
         })
     }
 

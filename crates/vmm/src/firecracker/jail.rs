@@ -157,13 +157,7 @@ impl Jails {
             .map_err(Error::io("read the metadata of", &self.base))?
             .f_flag;
         if flags.intersects(StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC) {
-            return Err(Error::Unusable {
-                program: "jailer".to_owned(),
-                why: format!(
-                    "{} is mounted with nodev or noexec; mount it without them, or set VMM=qemu",
-                    self.base.display()
-                ),
-            });
+            return Err(Error::UnfitJails(self.base.clone()));
         }
         Ok(())
     }

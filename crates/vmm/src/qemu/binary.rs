@@ -6,7 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The program's name in Debian.
-pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// The error of a host without QEMU.
+pub(crate) const NOT_INSTALLED: Error = Error::NotInstalled {
+    program: PROGRAM,
+    package: "qemu-system-x86",
+};
 
 /// Minimum version of QEMU: the driver uses features of `microvm` that older versions lack.
 const MIN_VERSION: Version = (7, 2);
@@ -21,7 +27,7 @@ pub(crate) struct Qemu {
 impl Qemu {
     /// Finds QEMU on the `PATH` and queries its version.
     pub(crate) fn find() -> Result<Qemu> {
-        let program = on_path(PROGRAM).ok_or(Error::NotInstalled { program: PROGRAM })?;
+        let program = on_path(PROGRAM).ok_or(NOT_INSTALLED)?;
         let (version, _) = query_version(&program, MIN_VERSION, version)?;
         Ok(Qemu { program, version })
     }

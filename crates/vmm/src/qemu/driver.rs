@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::machine::{Machine, Vmm};
 use crate::process::Process;
 use crate::qemu::arguments::{DiskIo, TRANSLATION_CACHE_MIB, arguments, identifying_arguments};
-use crate::qemu::binary::{PROGRAM, Qemu};
+use crate::qemu::binary::{NOT_INSTALLED, Qemu};
 use crate::qemu::machine::{ConnectError, QemuMachine, connect};
 use crate::run_dir::RunDir;
 use crate::spec::{DiskLimits, MachineSpec};
@@ -93,7 +93,7 @@ impl QemuDriver {
     /// Returns the result of the latter separately, because the process must be killed if it
     /// failed. Blocks.
     fn start_process(&self, spec: &MachineSpec) -> Result<(ClaimedProcess, io::Result<()>)> {
-        let qemu = self.qemu.as_ref().ok_or(Error::NotInstalled { program: PROGRAM })?;
+        let qemu = self.qemu.as_ref().ok_or(NOT_INSTALLED)?;
         spec.check()?;
         require_tap(spec)?;
         let io = disk_io(spec.root_file()?);

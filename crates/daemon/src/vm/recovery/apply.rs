@@ -1,5 +1,6 @@
 //! Carries out what was decided about a VM.
 
+use crate::host::advice::advised;
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
 use crate::state::Record;
@@ -72,7 +73,7 @@ pub(super) async fn reconcile(
     if let Some(machine) = machine
         && let Err(error) = machine.limit_disk(disk_limits(record.limits)).await
     {
-        tracing::warn!(vm = %record.id, %error, "cannot limit the VM's disk as recorded: stop and start the VM");
+        tracing::warn!(vm = %record.id, error = %advised(&error), "cannot limit the VM's disk as recorded: stop and start the VM");
     }
     if may_touch_disk && let Err(error) = reconcile_disk_size(host, record, machine).await {
         tracing::error!(vm = %record.id, %error, "cannot reconcile the size of the VM's disk with its record");

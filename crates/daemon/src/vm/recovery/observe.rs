@@ -1,5 +1,6 @@
 //! Finds out what is left of a VM: its machine, or processes that a crash left of it.
 
+use crate::host::advice::advised;
 use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
 use crate::host::{Host, blocking};
@@ -68,12 +69,15 @@ async fn adopt(host: &Host, record: &Record) -> Result<(Found, Option<Arc<dyn Ma
             Ok((Found::Nothing, None))
         }
         Err(error) => {
-            tracing::error!(vm = %record.id, %error, "cannot adopt the VM's process; continuing with the other VMs");
+            tracing::error!(vm = %record.id, error = %advised(&error), "cannot adopt the VM's process; continuing with the other VMs");
             let why = match error {
                 scalebox_vmm::Error::Hung { .. } => {
                     "the VM's hypervisor does not respond: start or delete the VM to kill it".to_owned()
                 }
-                other => format!("the VM's process could not be adopted ({other}): start or delete the VM to kill it"),
+                other => format!(
+                    "the VM's process could not be adopted ({}): start or delete the VM to kill it",
+                    advised(&other)
+                ),
             };
             Ok((Found::Unreachable(why), None))
         }
