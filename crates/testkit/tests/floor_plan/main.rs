@@ -1,5 +1,5 @@
 //! The floor plan of the workspace: arrows point down, between crates, between the daemon's folders
-//! and between the files of a crate; and functions are short.
+//! and between the files of a crate; functions are short; and the texts of libraries state facts.
 //!
 //! An arrow from A to B means that A uses B. The lists below are ordered from the ground floor up:
 //! an entry may use what stands above it in its list. `docs/architecture.md` describes the rooms.
@@ -13,6 +13,7 @@
 mod arrows;
 mod functions;
 mod sources;
+mod texts;
 
 use sources::Crate;
 use std::collections::BTreeMap;
@@ -51,6 +52,12 @@ const STARTS_PROCESSES: &[&str] = &[
     "vmm/src/qemu/binary.rs",
     "vmm/src/supervise/launch.rs",
 ];
+
+/// The crates that state facts. `host/advice.rs` of the daemon adds what to do about their errors.
+const STATE_FACTS: &[&str] = &["guest", "mounts", "net", "programs", "storage", "units", "vmm"];
+
+/// What advice of the daemon names, apart from settings.
+const ADVICE: &[&str] = &["apt-get install", "`scalebox", "scaleboxd pool", "--replace"];
 
 const MAX_LINES: usize = 60;
 const MAX_LINES_IN_TESTS: usize = 80;
@@ -109,6 +116,22 @@ fn outside_programs_are_run_through_one_crate() {
     }
     found.sort();
     assert_eq!(found, STARTS_PROCESSES);
+}
+
+#[test]
+fn libraries_name_no_setting_or_command_of_the_daemon() {
+    let daemon = Crate::read(&workspace().join("crates/daemon/src"));
+    let table = ["settings".to_owned(), "table".to_owned()].to_vec();
+    let settings = texts::keys(&daemon.files[&table].syntax);
+    assert!(
+        settings.len() > 20 && settings.contains("DATA_DIR") && settings.contains("SUBNET"),
+        "{settings:?}"
+    );
+    for name in STATE_FACTS {
+        let read = Crate::read(&workspace().join("crates").join(name).join("src"));
+        let found = texts::naming(&read, &settings, ADVICE);
+        assert!(found.is_empty(), "{name}: {}", found.join("\n"));
+    }
 }
 
 #[test]
