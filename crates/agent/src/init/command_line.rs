@@ -1,6 +1,6 @@
 //! The kernel command line.
 
-use crate::init::read;
+use crate::init::files::read;
 use scalebox_agent_api::InitKind;
 use std::path::PathBuf;
 

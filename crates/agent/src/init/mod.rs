@@ -8,7 +8,9 @@
 //! Modules are loaded here even for a root file system that has them: an imported image may not.
 //! The other modules come with the kernel too, on a drive of their own.
 
+mod agent_process;
 mod command_line;
+mod files;
 mod modules;
 mod network;
 mod process1;
@@ -17,23 +19,16 @@ mod seed;
 mod switch;
 
 use crate::transport;
+use agent_process::ROOT;
 use command_line::CommandLine;
 use rustix::system::{RebootCommand, reboot};
 use scalebox_agent_api::InitKind;
 use std::convert::Infallible;
 use std::fs;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
-
-/// Where the root file system is mounted before it becomes the root.
-const ROOT: &str = "/root";
-
-/// The name of the serving agent in `ps`. The `@` keeps systemd from killing it during a shutdown,
-/// before the file systems are unmounted ("Root Storage Daemons" of systemd).
-const NAME: &str = "@scalebox-agent";
 
 /// The badness of a process that the kernel never kills for memory, and of an ordinary process
 /// (proc_pid_oom_score_adj(5)).
@@ -64,7 +59,7 @@ fn boot() -> Result<Infallible, String> {
     }
     match init {
         InitKind::System => {
-            start_agent(InitKind::System, open_port())?;
+            agent_process::start(InitKind::System, open_port())?;
             set_oom_score(DEFAULT_SCORE);
             switch::to_root(Path::new(ROOT))?;
             let error = Command::new(&parameters.init).exec();
@@ -73,7 +68,7 @@ fn boot() -> Result<Infallible, String> {
         InitKind::Agent => {
             let facts = seed::read(Path::new(seed::DEVICE));
             let port = open_port();
-            switch::to_root_with(Path::new(ROOT), || start_agent(InitKind::Agent, port))?;
+            switch::to_root_with(Path::new(ROOT), || agent_process::start(InitKind::Agent, port))?;
             process1::run(&facts)
         }
     }
@@ -109,38 +104,8 @@ fn open_port() -> Option<OwnedFd> {
     }
 }
 
-/// Starts the agent that serves the host. Its root is the root file system from its first step on.
-fn start_agent(init: InitKind, port: Option<OwnedFd>) -> Result<(), String> {
-    let mut command = Command::new("/init");
-    command.arg0(NAME).arg("serve").current_dir(ROOT);
-    command.arg(match init {
-        InitKind::System => "--init=system",
-        InitKind::Agent => "--init=agent",
-    });
-    if let Some(port) = &port {
-        // The port is passed on: `/sys`, where it could be found, is not mounted yet in the root.
-        let flags = rustix::io::FdFlags::empty();
-        rustix::io::fcntl_setfd(port, flags).map_err(|error| format!("cannot pass on the agent port: {error}"))?;
-        command.arg(format!("--port={}", port.as_raw_fd()));
-    }
-    command
-        .spawn()
-        .map(drop)
-        .map_err(|error| format!("cannot start the agent: {error}"))
-}
-
 fn set_oom_score(score: &str) {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", score) {
         eprintln!("scalebox-agent: cannot set the OOM score to {score}: {error}");
     }
-}
-
-/// Reads a small file of the kernel.
-fn read(path: &str) -> Result<String, String> {
-    fs::read_to_string(path).map_err(cannot("read", path))
-}
-
-fn cannot(action: &str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> String {
-    let what = format!("cannot {action} {}", path.as_ref().display());
-    move |error| format!("{what}: {error}")
 }

@@ -4,7 +4,7 @@
 use crate::init::root::mount_at;
 use crate::init::seed::Facts;
 use crate::init::switch::ensure_dir;
-use crate::init::{NAME, network};
+use crate::init::{agent_process, network};
 use crate::system;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -14,9 +14,7 @@ use rustix::system::{RebootCommand, reboot, sethostname};
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::sleep;
@@ -139,9 +137,9 @@ async fn supervise() -> Result<Infallible, String> {
     let (pressed, mut button) = tokio::sync::mpsc::channel(1);
     watch_power_button(&pressed);
     loop {
-        if !agent_runs()? {
+        if !agent_process::runs()? {
             sleep(RESTART_DELAY).await;
-            start_agent()?;
+            agent_process::restart()?;
         }
         tokio::select! {
             _ = ended.recv() => reap()?,
@@ -160,24 +158,6 @@ fn reap() -> Result<(), String> {
             Err(error) => return Err(format!("cannot wait for processes: {error}")),
         }
     }
-}
-
-/// Returns whether a child with the agent's name runs.
-fn agent_runs() -> Result<bool, String> {
-    let children = crate::init::read("/proc/1/task/1/children")?;
-    let is_agent =
-        |pid: &str| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(NAME.as_bytes()));
-    Ok(children.split_ascii_whitespace().any(is_agent))
-}
-
-/// Starts the agent again, from this process' own program: the initramfs is gone.
-fn start_agent() -> Result<(), String> {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0(NAME).args(["serve", "--init=agent"]).current_dir("/");
-    command
-        .spawn()
-        .map(drop)
-        .map_err(|error| format!("cannot start the agent: {error}"))
 }
 
 /// Watches the input devices for the power button, by which QEMU requests a shutdown.

@@ -1,7 +1,7 @@
 //! Mounts the root file system and the modules drive.
 
 use crate::init::command_line::CommandLine;
-use crate::init::{cannot, read};
+use crate::init::files::{cannot, read};
 use rustix::mount::{MountFlags, mount as mount_call};
 use std::ffi::CString;
 use std::fs;

@@ -35,9 +35,9 @@ fn try_read(device: &Path) -> Result<Facts, String> {
     crate::init::switch::ensure_dir(target)?;
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_at(&device.to_string_lossy(), target, "vfat", flags, "")?;
-    let text = fs::read_to_string(target.join("scalebox")).map_err(crate::init::cannot("read", target));
+    let text = fs::read_to_string(target.join("scalebox")).map_err(crate::init::files::cannot("read", target));
     let unmounted = unmount(target, UnmountFlags::empty());
-    unmounted.map_err(|error| crate::init::cannot("unmount", target)(error.into()))?;
+    unmounted.map_err(|error| crate::init::files::cannot("unmount", target)(error.into()))?;
     Ok(parse(&text?))
 }
 

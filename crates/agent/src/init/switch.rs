@@ -3,7 +3,7 @@
 //! The same steps as `switch_root(8)`: move the mount over `/`, change the root, remove the files
 //! of the initramfs, which occupy memory.
 
-use crate::init::cannot;
+use crate::init::files::cannot;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir};
 use rustix::mount::{UnmountFlags, mount_move, unmount};
 use rustix::process::{chdir, chroot};

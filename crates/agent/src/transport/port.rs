@@ -45,7 +45,9 @@ pub(crate) struct Port(Arc<AsyncFd<OwnedFd>>);
 impl Port {
     /// Takes a port that was opened without blocking.
     pub(crate) fn new(port: OwnedFd) -> io::Result<Port> {
-        Ok(Port(Arc::new(AsyncFd::new(port)?)))
+        // SAFETY: `OwnedFd` owns a valid descriptor, which nothing replaces or closes before.
+        let registered = unsafe { AsyncFd::register(port) };
+        Ok(Port(Arc::new(registered.map_err(io::Error::from)?)))
     }
 }
 

@@ -44,9 +44,11 @@ const DAEMON_FOLDERS: &[&str] = &[
     "simulated",
 ];
 
-/// The files that start a process themselves, because it outlives them or replaces them: a machine,
-/// and `ssh`. All other programs are run through `scalebox-programs`.
+/// The files that start a process themselves, because it outlives them or replaces them (a machine,
+/// `ssh`), or because they run in a guest (the agent). All other programs are run through `scalebox-programs`.
 const STARTS_PROCESSES: &[&str] = &[
+    "agent/src/init/agent_process.rs",
+    "agent/src/init/mod.rs",
     "cli/src/ssh.rs",
     "vmm/src/firecracker/binary.rs",
     "vmm/src/qemu/binary.rs",
@@ -54,7 +56,9 @@ const STARTS_PROCESSES: &[&str] = &[
 ];
 
 /// The crates that state facts. `host/advice.rs` of the daemon adds what to do about their errors.
-const STATE_FACTS: &[&str] = &["guest", "mounts", "net", "programs", "storage", "units", "vmm"];
+const STATE_FACTS: &[&str] = &[
+    "guest", "images", "mounts", "net", "programs", "storage", "units", "vmm",
+];
 
 /// What advice of the daemon names, apart from settings.
 const ADVICE: &[&str] = &["apt-get install", "`scalebox", "scaleboxd pool", "--replace"];
