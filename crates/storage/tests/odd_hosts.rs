@@ -73,7 +73,7 @@ fn pools_on_host_disks_with_large_sectors_use_direct_io() {
         let warned = place.warnings().iter().any(|warning| warning.contains("direct I/O"));
         assert!(!warned, "{:?}", place.warnings());
 
-        // Like after a reboot: fstab does not contain the sector size.
+        // This is the mount after a reboot: fstab does not contain the sector size.
         fs::write(place.plan.data_dir.join("vms/kept"), "kept").unwrap();
         unmount(&place.plan.data_dir, &place.plan.backing).unwrap();
         assert_eq!(
@@ -305,7 +305,9 @@ fn guest_data_at_the_end_of_a_device_does_not_hide_the_pool() {
         run("btrfs", &["filesystem", "label", &device, "somebody-else-s"]);
         let error = place.init().unwrap_err().to_string();
         assert!(
-            error.contains("signs of something else") && error.contains("wipefs --no-act") && !error.contains("--all"),
+            error.contains("signatures of other contents")
+                && error.contains("wipefs --no-act")
+                && !error.contains("--all"),
             "{error}"
         );
         run("losetup", &["--detach", &device]);
@@ -341,7 +343,7 @@ fn limited_subvolume(simple: bool) -> Option<(HostDisk, PathBuf)> {
     Some((host, subvolume))
 }
 
-/// One subvolume for each kind of accounting that the kernel supports.
+/// Creates one subvolume for each kind of accounting that the kernel supports.
 fn limited_subvolumes() -> impl Iterator<Item = (HostDisk, PathBuf)> {
     let both = [false, true].map(|simple| move || limited_subvolume(simple));
     both.into_iter().filter_map(|make| {
@@ -371,7 +373,7 @@ fn a_quota_under_the_image_limits_the_free_space() {
             free(&pool)
         );
 
-        // Before and after btrfs commits it.
+        // The free space is the same before and after btrfs commits the data.
         fill(&subvolume, "ballast", Gib::new(20).bytes());
         for _ in 0..2 {
             assert!(
