@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 /// The result of this crate's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an operation on the network failed.
+/// The error of an operation on the network.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A bridge name that is not valid for the kernel, or in a rule.
@@ -71,7 +71,7 @@ pub enum Error {
     Foreign {
         /// The name of the interface.
         name: String,
-        /// How its owner was determined.
+        /// The evidence for another owner.
         why: String,
         /// The remedy.
         remedy: &'static str,
@@ -79,7 +79,7 @@ pub enum Error {
     /// One of our interfaces was deleted by another program.
     #[error("the interface {0} was deleted by another program; restart the daemon, which creates it again")]
     Gone(String),
-    /// The guests' subnet contains addresses that the host uses elsewhere.
+    /// The guests' subnet contains addresses that another interface of the host has.
     #[error(
         "the subnet {subnet} overlaps with {address} on {interface}; set SUBNET to a private range that this host does not use"
     )]
