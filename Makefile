@@ -9,7 +9,8 @@
 #   make lint              formatting, clippy, shell scripts, spelling, dependencies
 #   sudo make install      turns this host into a Scalebox host (scripts/install.sh)
 #
-# Under sudo, the user who called it builds the programs, and owns what `make test` builds as root.
+# Under sudo, the user who called it builds the programs, and owns the files that `make test` builds
+# as root.
 
 SHELL := /bin/bash
 export PATH := $(shell scripts/toolchain.sh path)
@@ -39,7 +40,7 @@ release:
 test: test-programs
 	scripts/run-tests.sh
 
-# What the tests run: all programs, and the Debian template.
+# The programs and the Debian template that the tests run.
 test-programs: deps
 	cargo build --locked --workspace --all-targets --features $(TEST_FEATURES)
 	scripts/template-cache.sh target/debug/scaleboxd

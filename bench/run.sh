@@ -33,7 +33,7 @@ down() {
 			sleep 0.1
 		done
 	fi
-	# Unmount what an interrupted seed.sh left mounted.
+	# An interrupted seed.sh may have left a file system mounted.
 	findmnt --raw --noheadings --output TARGET | grep -F -- "$SCRATCH/mnt/" | while read -r mounted; do umount -- "$mounted"; done || true
 	mountpoint -q "$BENCH_EXT4" && umount -- "$BENCH_EXT4"
 	mountpoint -q "$DATA_DIR" && { LOG_LEVEL=warn "$scaleboxd" --config /dev/null down >/dev/null || umount -- "$DATA_DIR"; }

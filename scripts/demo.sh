@@ -63,7 +63,7 @@ step "Create a VM with a disk of $disk_gib GiB from a template of 2 GiB"
 ssh-keygen -q -t ed25519 -N '' -C demo -f "$SCRATCH/key"
 "$cli" vm create debian-base --name demo --disk "$disk_gib" --key "$SCRATCH/key.pub"
 
-step "Wait until it answers SSH"
+step "Wait until the VM responds to SSH"
 "$cli" vm wait demo --timeout 300
 
 step "Run in the guest: df -h /"

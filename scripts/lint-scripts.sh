@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks what cargo does not: shell scripts, including those of guests, and the systemd units.
+# Checks shell scripts, including those of guests, and the systemd units.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 

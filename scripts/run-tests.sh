@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs all tests, then removes what they left on the host, also after an interruption. The run fails
-# if anything was left.
+# Runs all tests, then removes their leftovers from the host, also after an interruption. The run
+# fails if there were any.
 #
 # Arguments are passed to the test runner, such as a part of a test's name.
 set -uo pipefail
@@ -14,8 +14,8 @@ fi
 promtool=$(scripts/promtool.sh)
 PATH=$PATH${promtool:+:$promtool}
 
-# All scratch folders of tests are in here, which identifies what belongs to them. The path is short
-# because the length of socket paths is limited.
+# All scratch folders of tests are in this folder, which identifies the files and processes of
+# tests. The path is short because the length of socket paths is limited.
 TMPDIR=$(mktemp -d /tmp/sbt.XXXXXX)
 export TMPDIR
 
@@ -72,7 +72,7 @@ clean_up() {
 }
 trap 'clean_up; exit 130' INT TERM
 
-# Tests build a daemon that can end itself at fault points; a release has none.
+# Tests build a daemon with fault points, at which it can be killed; a release has none.
 features=scaleboxd/fault-points
 status=0
 if cargo nextest --version >/dev/null 2>&1; then

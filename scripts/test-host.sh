@@ -6,7 +6,7 @@
 #   scripts/test-host.sh               runs all cases in order
 #   scripts/test-host.sh short         runs the cases of CI
 #   scripts/test-host.sh reboot port   runs these cases, after an installation
-#   scripts/test-host.sh --list        lists all cases, with what each checks
+#   scripts/test-host.sh --list        lists all cases, with their descriptions
 #
 # Run it with `make test-host`, which first builds the programs and the template. It needs root (for
 # the server's root disk) and about 6 GiB in target/. KEEP=1 keeps the server running at the end,
@@ -63,7 +63,8 @@ try_case() {
 	set -e
 }
 
-# How often a case is repeated that the server's own kernel did not survive. The table reports it.
+# Maximum number of repetitions of a case in which the server's own kernel crashed. The table has the
+# number.
 readonly breaks_allowed=2
 
 run_case() {

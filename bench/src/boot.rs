@@ -26,7 +26,7 @@ pub(crate) struct Boot {
     pub user_space_s: f64,
 }
 
-/// Creates a VM and waits until its guest answers SSH.
+/// Creates a VM and waits until its guest responds to SSH.
 pub(crate) fn measure(setup: &Setup, factory: &DiskFactory<'_>) -> Outcome<(Boot, Vm)> {
     let mut request = CreateVm::new(TEMPLATE.parse()?, factory.key().clone());
     request.disk_size_gib = Some(3);
@@ -75,7 +75,7 @@ fn kernel_time(setup: &Setup, port: u16) -> Outcome<Duration> {
 
 /// Waits for the banner, which an SSH server sends first (RFC 4253, section 4.2).
 pub(crate) fn wait_for_ssh(port: u16) -> Outcome<()> {
-    wait_until("the guest answers SSH", || {
+    wait_until("the guest responds to SSH", || {
         let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
             return Ok(false);
         };

@@ -19,10 +19,11 @@ pub(crate) struct Passes {
 
 const FILE_SIZE_MIB: usize = 256;
 const PASSES: usize = 3;
-/// On a slow or busy disk a pass ends after this time, without writing every block.
+/// Time limit of a pass, after which it ends without writing every block, on a slow or busy disk.
 const MAX_PASS_SECONDS: u32 = 12;
 
-/// Measures four files. Each is written completely before; a clone shares all its blocks at first.
+/// Measures four files. Each is written completely before the measurement; a clone shares all its
+/// blocks at first.
 pub(crate) fn run(setup: &Setup) -> Outcome<Vec<Passes>> {
     let cow_folder = setup.pool.join("bench-cow");
     fs::create_dir(&cow_folder)?;

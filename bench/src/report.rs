@@ -17,11 +17,11 @@ struct Goal {
     value: f64,
     unit: &'static str,
     goal: f64,
-    /// Whether the goal is a maximum rather than a minimum.
+    /// `true` if the goal is a maximum, `false` if it is a minimum.
     at_most: bool,
     reached: bool,
     /// The same figure of the fastest method that is possible here, measured in the same run. That
-    /// is a bare clone with two flushes, or ext4 without a pool.
+    /// is a bare clone with two flushes.
     limit: Option<f64>,
     /// The measured figure divided by the limit.
     of_limit: Option<f64>,
@@ -79,7 +79,7 @@ impl Results {
     }
 }
 
-/// Returns all figures with their goals, and at the end those that have none.
+/// Returns all figures with their goals, and at the end the figures without a goal.
 fn goals(results: &Results) -> Outcome<Vec<Goal>> {
     let mut goals = creation_goals(results)?;
     goals.push(memory_goal(results));
@@ -90,7 +90,7 @@ fn goals(results: &Results) -> Outcome<Vec<Goal>> {
         ("POST /vms to SSH, median", boot.to_ssh_s),
         ("… until the machine runs", boot.vmm_s),
         ("… until the guest's kernel has started its init", boot.kernel_s),
-        ("… until user space answers SSH", boot.user_space_s),
+        ("… until user space responds to SSH", boot.user_space_s),
     ];
     goals.extend(parts.map(|(figure, seconds)| Goal::none(figure, seconds, "s")));
     Ok(goals)

@@ -17,7 +17,7 @@ pub(crate) struct Setup {
     pub ext4: PathBuf,
     /// The daemon's token.
     pub token: String,
-    /// Whether to do a small run: fewer samples, fewer disks, one guest.
+    /// `true` for a small run: fewer samples, fewer disks, one guest.
     pub quick: bool,
 }
 

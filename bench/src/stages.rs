@@ -58,7 +58,7 @@ pub(crate) struct Results {
     pub boot: Boot,
     /// Duration of `PATCH /vms/{id}` from 10 to 20 GiB with a running, idle guest, in seconds.
     pub live_grow_s: f64,
-    /// Whether the guest confirmed that growth.
+    /// `true` if the guest confirmed that growth.
     pub live_grow_confirmed: bool,
 }
 

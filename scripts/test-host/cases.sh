@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by scripts/test-host.sh: the cases. Each is a function that fails at its first failing
-# command; the comment above it describes what it checks. All cases share the server. Each leaves it
+# command; the comment above it describes its checks. All cases share the server. Each leaves it
 # with a running daemon and without VMs; after a failure, restore_server does that.
 
 # The cases of CI.
@@ -73,7 +73,7 @@ case_reboot() {
 	SH
 }
 
-# After a power cut of the host, guests have all flushed data and answer with their keys.
+# After a power cut of the host, guests have all flushed data and respond with their keys.
 case_power_cut() {
 	on <<-'SH'
 		create old
@@ -97,7 +97,7 @@ case_power_cut() {
 	SH
 }
 
-# A guest killed 0 to 20 s after its first SSH answers with the same host key when started again.
+# A guest killed 0 to 20 s after its first SSH responds with the same host key when started again.
 case_early_kill() {
 	on <<-'SH'
 		kill_after() {
@@ -261,7 +261,7 @@ case_upgrade() {
 		sed -i 's/^Type=notify/Type=exec/; /^RestartPreventExitStatus/d; /^TimeoutStartSec/d' /etc/systemd/system/scaleboxd.service
 		systemctl daemon-reload
 		systemctl restart scaleboxd
-		# That unit does not wait until the daemon answers.
+		# That unit does not wait until the daemon responds.
 		eventually 60 is_running one
 		before=$(pid_of one)
 		in_tree env BIN_DIR=/payload/programs SCALEBOX_CACHE=/payload/cache scripts/install.sh
@@ -273,7 +273,7 @@ case_upgrade() {
 	SH
 }
 
-# With control groups version 1, killing the daemon's whole service does not end VMs.
+# With control groups version 1, killing the daemon's whole service does not kill VMs.
 case_legacy_groups() {
 	server_arguments='systemd.unified_cgroup_hierarchy=0' server_restart
 	on <<-'SH'

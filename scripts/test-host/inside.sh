@@ -37,7 +37,7 @@ new_vm() {
 	scalebox vm create debian-base --name "$name" --key "$vm_key.pub" "$@" >/dev/null
 }
 
-# back NAME: waits until the daemon has started a VM again and its guest answers SSH.
+# back NAME: waits until the daemon has started a VM again and its guest responds to SSH.
 back() {
 	eventually 600 is_running "$1"
 	scalebox vm wait "$1" --timeout 600 >/dev/null

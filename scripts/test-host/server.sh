@@ -100,10 +100,10 @@ server_runs() {
 # That is a fault of the emulation, not of Scalebox.
 server_broke() { grep -qE 'Kernel panic - not syncing|rcu: INFO: .* stall|soft lockup' "$WORK/console" 2>/dev/null; }
 
-# server_answers: whether SSH still works.
+# server_answers: succeeds if SSH still works.
 server_answers() { timeout 120 ssh "${ssh_options[@]}" -o ConnectTimeout=60 root@127.0.0.1 true 2>/dev/null; }
 
-# server_wait BOOT_ID: waits until the server answers with another boot id.
+# server_wait BOOT_ID: waits until the server responds with another boot id.
 server_wait() {
 	local before=$1 deadline=$((SECONDS + server_timeout)) boot
 	while :; do
@@ -115,7 +115,7 @@ server_wait() {
 		[[ -z $boot || $boot == "$before" ]] || return 0
 		if ((SECONDS >= deadline)); then
 			tail -n 40 "$WORK/console" >&2
-			echo "the server did not answer SSH within $server_timeout s" >&2
+			echo "the server did not respond to SSH within $server_timeout s" >&2
 			return 1
 		fi
 		sleep 0.5

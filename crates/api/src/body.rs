@@ -50,7 +50,7 @@ pub enum Invalid {
     /// A required field is missing.
     #[error("{field} is missing: {what}")]
     Missing {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
         /// The value to send.
         what: &'static str,
@@ -64,7 +64,7 @@ pub enum Invalid {
     /// Another number is out of range, or not a whole number.
     #[error("{field} must be a whole number between {min} and {max}")]
     Number {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
         /// The smallest value allowed.
         min: u64,
@@ -80,7 +80,7 @@ pub enum Invalid {
     /// A value has the wrong JSON type.
     #[error("{field} must be {expected}, not {kind}")]
     Type {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
         /// The required JSON type: `a string`, `true or false`, `an object`.
         expected: &'static str,
@@ -90,7 +90,7 @@ pub enum Invalid {
     /// A string has the wrong form.
     #[error("{field} {form}")]
     Form {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
         /// The form that is required.
         form: InvalidFormat,

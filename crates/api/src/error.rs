@@ -28,7 +28,7 @@ pub struct ErrorBody {
 
 macro_rules! codes {
     ($($(#[$doc:meta])+ $name:ident = $text:literal,)+) => {
-        /// Why a request was refused or failed.
+        /// The reason why a request was refused or failed.
         #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum ErrorCode {
             $($(#[$doc])+ #[serde(rename = $text)] $name,)+

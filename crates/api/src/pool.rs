@@ -1,4 +1,4 @@
-//! The pool: its figures, its size, and the usage of what it holds.
+//! The pool: its figures, its size, and the usage of its disks and templates.
 
 use crate::body::{Fields, Invalid, without_byte_order_mark};
 use serde::{Deserialize, Serialize};
@@ -43,8 +43,8 @@ pub struct PoolInfo {
     pub metadata_bytes: u64,
     /// Part of `metadata_bytes` that is in use.
     pub metadata_used_bytes: u64,
-    /// Space that belongs to a single VM's disk. The sum of the four values from here equals
-    /// `used_bytes` at `measured_at`, within 1 %; null until measured.
+    /// Space that belongs to a single VM's disk; null until measured. This value and the next three
+    /// add up to `used_bytes` at `measured_at`, within 1 %.
     #[serde(default)]
     pub vms_exclusive_bytes: Option<u64>,
     /// Space that belongs to a single template and its resized base images.
@@ -106,8 +106,8 @@ const MAX_POOL_SIZE_GIB: u64 = 65_536;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ResizePool {
-    /// New size of the pool, in GiB. Without it, the pool grows to 80 % of what the host disk can
-    /// hold today.
+    /// New size of the pool, in GiB. Without it, the pool grows to 80 % of the space available to
+    /// it on the host disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 65_536))]
     pub size_gib: Option<u64>,

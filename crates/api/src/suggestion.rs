@@ -4,8 +4,8 @@ use strsim::levenshtein;
 
 /// Finds the known field that a misspelt one most resembles.
 ///
-/// It differs only in case and punctuation (`diskSizeGib`), by a few letters (`disk_size_gb`), or
-/// contains the same words (`ssh_key`, `memory`).
+/// The misspelt field differs only in case and punctuation (`diskSizeGib`), by a few letters
+/// (`disk_size_gb`), or contains the same words (`ssh_key`, `memory`).
 pub(crate) fn suggestion(name: &str, known: &'static [&'static str]) -> Option<&'static str> {
     if name.len() > 64 {
         return None;

@@ -20,7 +20,7 @@ pub struct Template {
     pub created_at: String,
     /// Number of existing VMs that were cloned from the template.
     pub used_by: u64,
-    /// Whether the template is protected against deletion.
+    /// `true` if the template is protected against deletion.
     pub protected: bool,
     /// Usage in the pool, with resized base images included in `exclusive_bytes`; absent until
     /// measured.
@@ -67,8 +67,8 @@ pub struct Snapshot {
     /// Time during which the guest could not write, in milliseconds; 0 if it was not running.
     /// Includes the round trips to its agent.
     pub stood_still_ms: u64,
-    /// How writes were prevented: the agent had `frozen` the guest, the host had `paused` it, or it
-    /// was `not_running`.
+    /// The way in which writes were prevented. The agent had `frozen` the guest, the host had
+    /// `paused` it, or it was `not_running`.
     pub held: String,
 }
 

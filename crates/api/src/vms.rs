@@ -1,4 +1,4 @@
-//! VMs: what the API returns about them, and the requests that create and change them.
+//! VMs as the API returns them, and the requests that create and change them.
 //!
 //! Sizes are whole numbers, and the field's name ends in their unit (`_bytes`, `_mib`, `_gib`). The
 //! `parse` functions validate a client's body completely: each field of the value they return is
@@ -61,7 +61,7 @@ pub struct Vm {
     /// without a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_mbps: Option<u64>,
-    /// Whether the VM starts again after a reboot of the host if it was running.
+    /// `true` starts the VM again after a reboot of the host if it was running.
     #[serde(default = "default_autostart")]
     pub autostart: bool,
     /// Growth of the guest's file system; only in the response to a change of the disk.
@@ -84,7 +84,7 @@ pub struct AutoExtend {
     /// Usage of the guest's root file system at which the disk grows: 1 to 99 %. Computed as by
     /// `df` in the guest.
     pub threshold_percent: u64,
-    /// Size to add each time, in GiB; less if the limit or the pool allow no more.
+    /// Size to add each time, in GiB; less if the limit or the pool allows only less.
     pub increment_gib: u64,
     /// Maximum size, in GiB. A request may grow the disk beyond it.
     pub limit_gib: u64,
@@ -94,12 +94,12 @@ pub struct AutoExtend {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Disk {
-    /// Whether the file system is known to have grown with the disk.
+    /// `true` if the file system is known to have grown with the disk.
     pub confirmed: bool,
     /// Size of the root file system as the guest's agent reports it, without the file system's own
     /// overhead. Null if no agent responded.
     pub guest_total_bytes: Option<u64>,
-    /// Why the growth is not confirmed, and what to do.
+    /// Reason why the growth is not confirmed, and the remedy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
@@ -195,11 +195,11 @@ pub struct CreateVm {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 1_000_000))]
     pub net_mbps: Option<u64>,
-    /// Whether the VM starts again after a reboot of the host if it was running.
+    /// `true` starts the VM again after a reboot of the host if it was running.
     #[serde(skip_serializing_if = "is_true")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub autostart: bool,
-    /// Whether to start the VM; false creates it stopped.
+    /// `true` starts the VM; `false` creates it stopped.
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub start: bool,
     /// Key that makes it safe to repeat the request; sent as the header `Idempotency-Key`. While
@@ -309,7 +309,7 @@ pub struct UpdateVm {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000))]
     pub net_mbps: Option<Option<u64>>,
-    /// Whether the VM starts again after a reboot of the host if it was running.
+    /// `true` starts the VM again after a reboot of the host if it was running.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub autostart: Option<bool>,
@@ -354,7 +354,7 @@ impl UpdateVm {
     }
 }
 
-/// Returns `Some(None)` if the field is null, and otherwise what `read` returns.
+/// Returns `Some(None)` if the field is null, and otherwise the result of `read`.
 fn or_null<T>(
     fields: &Fields<'_>,
     field: &'static str,

@@ -176,7 +176,7 @@ pub(crate) enum VmCommand {
         #[arg(long, short)]
         yes: bool,
     },
-    /// Wait until a VM answers SSH
+    /// Wait until a VM responds to SSH
     #[command(after_help = "Example:\n  scalebox vm wait very-silly-penguin --timeout 60")]
     Wait {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
@@ -255,7 +255,7 @@ pub(crate) struct CreateArgs {
     /// exists
     #[arg(long, value_name = "KEY")]
     pub idempotency_key: Option<IdempotencyKey>,
-    /// Wait until the VM answers SSH
+    /// Wait until the VM responds to SSH
     #[arg(long, conflicts_with = "no_start")]
     pub wait: bool,
     #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Maximum time to wait with --wait",
@@ -411,7 +411,7 @@ pub(crate) enum PoolCommand {
     Show,
     /// Grow the pool while it is in use
     #[command(
-        after_help = "Examples:\n  scalebox pool grow                # to 80 % of what the host disk can hold today\n  \
+        after_help = "Examples:\n  scalebox pool grow                # to 80 % of the space available to it on the host disk\n  \
         scalebox pool grow --size 200     # to exactly 200 GiB"
     )]
     Grow {

@@ -5,10 +5,10 @@
 //!
 //! - `args`: every command, its arguments and its help text
 //! - `settings`: finds the server's address and token in flags, environment and files
-//! - `source`: where a setting comes from, for messages
+//! - `source`: the source of a setting, for messages
 //! - `vm`: `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`
 //! - `running`: refuses commands that need a running VM
-//! - `wait`: waits until a guest answers SSH
+//! - `wait`: waits until a guest responds to SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `status`: `scalebox status`
 //! - `template`: `scalebox template list|delete`

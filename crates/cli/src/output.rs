@@ -14,7 +14,7 @@ use std::time::Duration;
 
 /// Prints in the requested format, with color where the terminal supports it.
 pub(crate) struct Output {
-    /// Whether results are printed as JSON.
+    /// `true` if results are printed as JSON.
     pub json: bool,
     color: bool,
     error_color: bool,
@@ -169,8 +169,8 @@ fn printable(text: &str) -> String {
 pub(crate) struct Column {
     title: &'static str,
     right_aligned: bool,
-    /// When the terminal is too narrow, the column with the highest drop order is left out first. A
-    /// column with 0 is always shown.
+    /// Order in which columns are left out when the terminal is too narrow, from the highest number
+    /// down. A column with 0 is always shown.
     drop_order: u8,
 }
 

@@ -18,7 +18,7 @@ const DEFAULT_URL: &str = "http://127.0.0.1:8080";
 /// Settings of this host's daemon, readable by root only.
 const DAEMON_CONFIG: &str = "/etc/scaleboxd/config";
 
-/// A client of the server, and where its token came from.
+/// A client of the server, and the source of its token.
 pub(crate) struct Server {
     pub client: Client,
     pub token_source: Source,

@@ -1,4 +1,4 @@
-//! Where a setting comes from, for messages about it.
+//! The source of a setting, for messages about it.
 
 use std::fmt;
 use std::path::PathBuf;

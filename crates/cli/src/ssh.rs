@@ -105,7 +105,8 @@ pub(crate) fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
 /// Reads a key file. Devices and pipes are rejected, and the size is limited, because they may be
 /// endless.
 fn read_key(path: &Path) -> Result<Vec<u8>, Error> {
-    /// The longest key of `ssh-keygen`, RSA with 16384 bits, is shorter than 3 KiB.
+    /// Maximum size of a key file. The largest key of `ssh-keygen`, RSA with 16384 bits, has less
+    /// than 3 KiB.
     const MAX_KEY_BYTES: u64 = 64 << 10;
     let unreadable = |why| Error::KeyUnreadable {
         path: path.to_owned(),

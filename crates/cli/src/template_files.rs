@@ -91,7 +91,11 @@ fn copy(mut export: Export, mut out: impl Write, bar: &ProgressBar) -> Result<u6
     }
     decoder.flush().map_err(|error| Error::Export(error.to_string()))?;
     if bar.position() != export.image_bytes {
-        return Err(Error::Export("the image is incomplete".to_owned()));
+        return Err(Error::Export(format!(
+            "the image is incomplete: received {} of {} bytes",
+            bar.position(),
+            export.image_bytes
+        )));
     }
     out.flush().map_err(Error::Output)?;
     Ok(compressed_bytes)

@@ -315,7 +315,7 @@ pub(crate) fn wait(client: &Client, vm: &str, timeout: u64, output: &Output) -> 
 }
 
 fn ssh_ready(vm: &Vm, took: Duration) -> String {
-    format!("{} answers SSH (waited {:.1} s)", vm.name, took.as_secs_f64())
+    format!("{} responds to SSH (waited {:.1} s)", vm.name, took.as_secs_f64())
 }
 
 fn summary(vm: &Vm) -> String {

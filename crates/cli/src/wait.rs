@@ -1,4 +1,4 @@
-//! Waits until a guest answers SSH, which means that it has booted.
+//! Waits until a guest responds to SSH, which means that it has booted.
 
 use crate::error::Error;
 use crate::output::Output;
@@ -98,7 +98,7 @@ fn read_ssh_banner(vm: &Vm, timeout: Duration) -> io::Result<()> {
 /// Describes an error that is expected while a guest boots, without its error number.
 fn describe(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no answer".to_owned(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no response".to_owned(),
         io::ErrorKind::Other => error.to_string(),
         kind => kind.to_string(),
     }

@@ -315,7 +315,8 @@ fn addresses_and_tokens_may_have_odd_case_and_white_space() {
             .iter()
             .all(|request| request.authorization == format!("Bearer {TOKEN}"))
     );
-    // As saved by an editor on Windows: a byte order mark, CRLF, and a comment in Latin-1.
+    // This file is as an editor on Windows saves it: a byte order mark, CRLF, and a comment in
+    // Latin-1.
     let config = home.file(".config/scalebox/config", "", 0o600);
     let text = format!(
         "\u{feff}SCALEBOX_URL={}\r\nSCALEBOX_TOKEN={TOKEN}\r\n# Schl\u{1}ssel\r\n",
@@ -605,7 +606,7 @@ fn wait_needs_an_ssh_banner_not_just_a_connection() {
         "in a pipe, only the result is printed"
     );
     assert!(
-        ran.out.starts_with("calm-red-fox answers SSH (waited ") && ran.out.lines().count() == 1,
+        ran.out.starts_with("calm-red-fox responds to SSH (waited ") && ran.out.lines().count() == 1,
         "{}",
         ran.out
     );
@@ -629,7 +630,7 @@ fn create_with_wait_prints_how_to_log_in() {
     let ran = run(home.scalebox(&server, &["vm", "create", "--wait", "--key"]).arg(key));
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
     assert!(
-        ran.out.contains("answers SSH") && ran.out.contains("log in with: scalebox vm ssh calm-red-fox\n"),
+        ran.out.contains("responds to SSH") && ran.out.contains("log in with: scalebox vm ssh calm-red-fox\n"),
         "{}",
         ran.out
     );

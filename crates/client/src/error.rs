@@ -1,8 +1,8 @@
-//! Why a call failed.
+//! The error of a call to the API.
 
 use scalebox_api::{ErrorBody, ErrorCode};
 
-/// The error of a call.
+/// The error of a call to the API.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The server's address is invalid.

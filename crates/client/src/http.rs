@@ -232,8 +232,8 @@ impl Client {
         self.get("/pool")
     }
 
-    /// Sends `POST /pool/grow`. Without a size, the pool grows to 80 % of what the host disk can
-    /// hold today.
+    /// Sends `POST /pool/grow`. Without a size, the pool grows to 80 % of the space available to it
+    /// on the host disk.
     ///
     /// # Errors
     /// See [`ClientError`].

@@ -7,7 +7,7 @@
 //! | folder | content |
 //! |---|---|
 //! | `settings` | the environment, the configuration file, defaults |
-//! | `state` | the state file: what survives a restart |
+//! | `state` | the state file: VMs and facts that survive a restart |
 //! | `host` | the parts of a running daemon: pool, network, hypervisors, VMs in memory, events |
 //! | `pool` | the pool's figures and size, admission, freeing of disks |
 //! | `templates` | the list of templates, and their deletion |
@@ -112,7 +112,7 @@ enum Command {
 enum PoolCommand {
     /// Size, create, mount and register the pool; changes nothing if the pool exists
     #[command(
-        after_help = "Examples:\n  scaleboxd pool init                      # 80 % of what the host disk has free\n  \
+        after_help = "Examples:\n  scaleboxd pool init                      # 80 % of the free space of the host disk\n  \
         STORAGE_SIZE=100G scaleboxd pool init    # exactly 100 GiB"
     )]
     Init,

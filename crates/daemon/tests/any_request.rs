@@ -20,10 +20,10 @@ use std::time::{Duration, Instant};
 use support::{Host, KEY, Options, TOKEN, eventually};
 
 const MAX_REQUESTS: usize = 1500;
-/// On a slow machine, the run ends after this time.
+/// Time limit of the run, for slow machines.
 const MAX_RUN_TIME: Duration = Duration::from_secs(60);
-/// A pause after which the client stops sending: the daemon waits for the rest of a request, or is
-/// processing one.
+/// Pause after which the client stops sending. The daemon then waits for the rest of a request, or
+/// is processing one.
 const IDLE_TIMEOUT: Duration = Duration::from_millis(60);
 /// Time limit for the response after that.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -539,7 +539,7 @@ fn a_pool_grows_automatically_up_to_80_percent_of_its_host_disk() {
     let capacity = |host: &Host| host.client().pool().unwrap().capacity_bytes >> 30;
     let expected = 75..=80;
 
-    // Several concurrent requests make it grow instead of being rejected.
+    // Several concurrent requests make the pool grow instead of being rejected.
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| host.create_stopped("tiny", Some(15)));
@@ -552,7 +552,7 @@ fn a_pool_grows_automatically_up_to_80_percent_of_its_host_disk() {
     };
     assert_eq!(rejection(host.client().create_vm(&too_much).unwrap_err()).0, 507);
 
-    // It also grows at the low-water mark, and not before.
+    // The pool also grows at the low-water mark, and not before.
     for vm in host.client().vms().unwrap() {
         host.client().delete_vm(&vm.id).unwrap();
     }

@@ -16,7 +16,7 @@ use support::{Host, HostDisk, Options, eventually, run, text};
 
 const GIB: u64 = 1 << 30;
 
-/// Creates, grows, snapshots and deletes VMs.
+/// Checks that VMs can be created, grown, snapshotted and deleted.
 fn check_vm_operations(host: &mut Host) {
     let client = host.client();
     let vm = host.create_stopped("tiny", Some(2));

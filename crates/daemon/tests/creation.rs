@@ -120,8 +120,8 @@ fn deleting_a_vm_during_its_creation_undoes_it() {
         ..Options::default()
     });
     let mut size = 2;
-    // Which request is first is chance. The first clone of a size takes long enough for the
-    // deletion to arrive during it, sooner or later.
+    // The order of the requests is random. The first clone of a size takes long enough that in some
+    // round, the deletion arrives during it.
     eventually("a cancelled creation", || {
         size = size % 99 + 1;
         let request = CreateVm {

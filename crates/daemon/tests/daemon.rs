@@ -200,11 +200,11 @@ fn a_daemon_rejects_a_pool_with_disks_that_are_not_in_its_state() {
     let right = text(&host.folder.join("state")).to_owned();
     let wrong = text(&host.folder.join("other")).to_owned();
 
-    // Next to the daemon that uses the pool.
+    // A second daemon starts while the first one uses the pool.
     host.set("STATE_DIR", &wrong);
     let printed = host.scaleboxd_fails(&["serve"]);
     assert!(printed.contains("in use by another scaleboxd"), "{printed}");
-    // Instead of that daemon.
+    // The second daemon starts when the first one has stopped.
     assert!(host.terminate().success());
     for command in ["serve", "down"] {
         let printed = host.scaleboxd_fails(&[command]);

@@ -130,7 +130,7 @@ fn invalid_settings_a_missing_token_and_used_ports_are_reported() {
             &[("MAX_DISK_SIZE_GIB", "lots")][..],
             "settings",
             "MAX_DISK_SIZE_GIB=\"lots\"",
-            "correct it",
+            "correct the setting",
         ),
         (
             &[("LOG_LEVEL", "=/=")],

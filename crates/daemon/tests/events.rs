@@ -106,7 +106,7 @@ fn streams_end_with_the_daemon_and_ids_keep_increasing_afterwards() {
         "{received:?}"
     );
     assert_eq!(kinds(&so_far(&host, received[0].id)), ["deleted"]);
-    // After a crash, just as after a graceful shutdown.
+    // Ids increase after a crash, as they do after a graceful shutdown.
     host.crash();
     host.serve();
     host.client().delete_template("tiny").unwrap();

@@ -1,11 +1,9 @@
-//! Faults at every step of every operation that changes something durable: the daemon is killed
-//! there, or the step returns an error, once or every time. Afterwards the host is compared with
-//! the state reported to clients, at once and after a restart.
+//! Injects faults at every step of every operation that changes something durable. The daemon is
+//! killed at the step, or the step returns an error, once or every time. Afterwards the host is
+//! compared with the state reported to clients, at once and after a restart.
 //!
 //! This test is built only with the feature `fault-points`. The steps of an operation are found by
-//! tracing it. Together they must be all steps in the sources: a step that no operation reaches
-//! fails the test.
-//! the test.
+//! tracing it. The test fails if the sources contain a step that no operation reaches.
 
 #![allow(
     clippy::unwrap_used,
@@ -33,7 +31,7 @@ use walk::{BUILDS, DISKS, Findings, LIVE, MACHINES, Operation, POOLS, Reported, 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     /// The process is killed.
-    End,
+    Kill,
     /// The step returns an error once.
     Once,
     /// The step returns an error every time.
@@ -43,14 +41,14 @@ enum Mode {
 impl Mode {
     fn name(self) -> &'static str {
         match self {
-            Mode::End => "end",
+            Mode::Kill => "kill",
             Mode::Once => "once",
             Mode::Lasting => "lasting",
         }
     }
 }
 
-/// A step of an operation, which may reach it more than once.
+/// A step of an operation. An operation may reach a step more than once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Step {
     name: String,
@@ -62,7 +60,7 @@ struct Step {
 struct Row {
     operation: &'static str,
     step: Step,
-    ended: usize,
+    killed: usize,
     failed_once: usize,
     failed_lasting: usize,
     findings: Findings,
@@ -105,14 +103,14 @@ fn walk(operations: &[Operation], sources: &Sources) -> Vec<Row> {
             let mut row = Row {
                 operation: operation.name,
                 step,
-                ended: 0,
+                killed: 0,
                 failed_once: 0,
                 failed_lasting: 0,
                 findings: Findings::default(),
             };
             for _ in 0..operation.times {
-                walker.end_at(operation, &row.step, &mut row.findings);
-                row.ended += 1;
+                walker.kill_at(operation, &row.step, &mut row.findings);
+                row.killed += 1;
             }
             if sources.fault_points.contains(&row.step.name) {
                 walker.fail_at(operation, &row.step, Mode::Once, &mut row.findings);
@@ -176,11 +174,11 @@ impl Walker {
 
     /// Kills the daemon at a step of the operation, restarts it, checks the host, and repeats the
     /// operation.
-    fn end_at(&mut self, operation: &Operation, step: &Step, findings: &mut Findings) {
+    fn kill_at(&mut self, operation: &Operation, step: &Step, findings: &mut Findings) {
         (operation.prepare)(&self.0);
         let reported = self.0.reported();
         self.restart();
-        self.arm(Mode::End, step);
+        self.arm(Mode::Kill, step);
         // If the step comes after the response, the reported result must hold.
         let answered = (operation.perform)(&self.0).is_ok();
         if operation.command {
@@ -307,7 +305,7 @@ fn table(rows: &[Row]) -> String {
             table,
             "| {operation} | {}{nth} | {} | {} | {} | {} | {} |",
             step.name,
-            row.ended,
+            row.killed,
             row.failed_once,
             row.failed_lasting,
             findings.lost.len(),
@@ -320,7 +318,7 @@ fn table(rows: &[Row]) -> String {
         table,
         "| all | {} | {} | {} | {} | {} | {} |",
         rows.len(),
-        sum(|row| row.ended),
+        sum(|row| row.killed),
         sum(|row| row.failed_once),
         sum(|row| row.failed_lasting),
         sum(|row| row.findings.lost.len()),

@@ -1,6 +1,6 @@
-//! Faults in every system call that an operation makes on the pool and the state, in the daemon and
-//! in the programs it starts. `strace` injects each error once. Afterwards the host is compared
-//! with the state reported to clients, at once and after a restart.
+//! Injects faults into the system calls of operations on the pool and the state. `strace` makes
+//! each call fail once, in the daemon and in the programs that it starts. Afterwards the host is
+//! compared with the state reported to clients, at once and after a restart.
 //!
 //! With `make test` the first few calls of each kind fail, with `make test-faults` all of them.
 
@@ -40,9 +40,9 @@ const FAULTS: &[(&str, &str)] = &[
     ("openat", "EMFILE"),
     ("statx", "EIO"),
 ];
-/// How many calls of each kind fail with `make test`, one per round.
+/// Number of calls of each kind that fail with `make test`, one per round.
 const DEFAULT_LIMIT: usize = 5;
-/// More calls of one kind than any operation makes.
+/// A limit that no operation reaches: more calls of one kind than any operation makes.
 const NO_LIMIT: usize = 2000;
 
 struct Row {
@@ -169,7 +169,7 @@ impl Walker {
         injected
     }
 
-    /// Runs as a separate command, which is traced from its start.
+    /// Runs the operation as a separate command, and traces it from its start.
     fn perform_command(&mut self, operation: &Operation, fault: &str) -> (Result<(), String>, bool) {
         let log = self.scene.host.folder.join("strace");
         let tracer = ["strace", "-f", "-o", text(&log), "-e", &format!("inject={fault}")].map(str::to_owned);

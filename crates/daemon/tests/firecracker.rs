@@ -93,7 +93,7 @@ fn machines_are_jailed_grown_limited_copied_adopted_and_cleaned_up() {
 
     let pid = process_of(&vm).unwrap();
     is_jailed(&host, &vm);
-    // The host's side of every change, independent of whether the guest has booted.
+    // The following checks the host's side of every change; the guest may still be booting.
     let grown = host.client().update_vm("one", &UpdateVm::grow(5)).unwrap();
     assert_eq!(grown.disk_size_gib, 5);
     assert_eq!(host.disk(&vm).metadata().unwrap().len(), 5 << 30);
@@ -137,7 +137,7 @@ fn machines_are_jailed_grown_limited_copied_adopted_and_cleaned_up() {
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
-/// The behaviour of guests under Firecracker.
+/// Checks the behaviour of guests under Firecracker.
 #[test]
 fn guests_boot_grow_are_copied_power_off_and_survive_a_daemon_restart() {
     if let Some(why) = missing().or_else(no_guests) {
@@ -160,8 +160,8 @@ fn guests_boot_grow_are_copied_power_off_and_survive_a_daemon_restart() {
 
     let begun = Instant::now();
     let mut size = 2;
-    // A growth is confirmed by the agent, which starts after sshd: until then each attempt grows
-    // the disk without being confirmed.
+    // The agent confirms a growth, and starts after sshd: until then each attempt grows the disk
+    // without a confirmation.
     eventually("a growth that the agent confirms", || {
         size += 1;
         let grown = host.client().update_vm("one", &UpdateVm::grow(size)).unwrap();
@@ -204,7 +204,7 @@ fn resident_mb(pid: Pid) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1000
 }
 
-/// `auto` selects the hypervisor for new VMs; existing VMs keep theirs.
+/// Checks that `auto` selects the hypervisor for new VMs only, and that existing VMs keep theirs.
 #[test]
 fn existing_vms_keep_their_hypervisor_when_new_vms_get_another() {
     if let Some(why) = missing() {
@@ -232,7 +232,7 @@ fn existing_vms_keep_their_hypervisor_when_new_vms_get_another() {
     let doctor = output_of(&host.scaleboxd(&["doctor"]).output().unwrap());
     assert!(doctor.contains("1 VMs use qemu, new VMs use firecracker"), "{doctor}");
 
-    // And back: the machine under Firecracker is adopted too.
+    // With the first setting again, the machine under Firecracker is adopted too.
     assert!(host.terminate().success());
     host.set("VMM", "qemu");
     host.serve();

@@ -1,5 +1,5 @@
-//! One parser for each value that clients send: every later stage accepts what the API's parser
-//! accepts. Nothing is started.
+//! Checks that all later code accepts every value that the API's parser accepts. Nothing is
+//! started.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 

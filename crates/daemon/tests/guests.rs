@@ -1,4 +1,4 @@
-//! The main features with real guests: Debian booted by QEMU and reached over SSH through the
+//! Tests the main features with real guests: Debian booted by QEMU and reached over SSH through the
 //! forward.
 //!
 //! Guests are emulated on most machines and take many seconds to boot, so few are booted, and each
@@ -18,7 +18,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 use support::guest::{Key, machine_of, machines, scalebox, wait_for_ssh};
-use support::{Host, Options, eventually, output_of, promise, run, text};
+use support::{Host, Options, eventually, guarantee, output_of, run, text};
 
 fn root_size_gib(key: &Key, vm: &Vm) -> f64 {
     let bytes: f64 = key.run(vm, "df --output=size -B1 / | tail -n 1").parse().unwrap();
@@ -37,23 +37,23 @@ struct Guests {
 #[test]
 fn guests_have_their_own_disks_names_and_keys_and_survive_the_daemon() {
     let mut guests = Guests::boot();
-    promise(&mut guests, Guests::guests_have_their_own_keys_disks_and_identities);
-    promise(&mut guests, Guests::the_command_line_runs_commands_in_a_guest);
-    promise(&mut guests, Guests::disks_grow_live);
-    promise(&mut guests, Guests::disk_limits_apply_from_setting_to_removal);
-    promise(&mut guests, Guests::disks_extend_themselves_up_to_their_limit);
-    promise(&mut guests, Guests::the_agent_responds_on_a_vsock);
-    promise(&mut guests, Guests::sessions_survive_a_killed_daemon);
-    promise(&mut guests, Guests::machines_survive_sigterm);
-    promise(&mut guests, Guests::a_stop_shuts_the_guest_down_cleanly);
-    promise(&mut guests, Guests::a_guest_that_powers_off_is_stopped);
-    promise(&mut guests, Guests::a_stopped_vm_starts_with_its_port_and_its_files);
-    promise(
+    guarantee(&mut guests, Guests::guests_have_their_own_keys_disks_and_identities);
+    guarantee(&mut guests, Guests::the_command_line_runs_commands_in_a_guest);
+    guarantee(&mut guests, Guests::disks_grow_live);
+    guarantee(&mut guests, Guests::disk_limits_apply_from_setting_to_removal);
+    guarantee(&mut guests, Guests::disks_extend_themselves_up_to_their_limit);
+    guarantee(&mut guests, Guests::the_agent_responds_on_a_vsock);
+    guarantee(&mut guests, Guests::sessions_survive_a_killed_daemon);
+    guarantee(&mut guests, Guests::machines_survive_sigterm);
+    guarantee(&mut guests, Guests::a_stop_shuts_the_guest_down_cleanly);
+    guarantee(&mut guests, Guests::a_guest_that_powers_off_is_stopped);
+    guarantee(&mut guests, Guests::a_stopped_vm_starts_with_its_port_and_its_files);
+    guarantee(
         &mut guests,
         Guests::a_root_without_modules_for_its_kernel_gets_them_from_their_drive,
     );
-    promise(&mut guests, Guests::a_vm_whose_process_dies_is_failed);
-    promise(&mut guests, Guests::deleted_vms_leave_nothing_behind);
+    guarantee(&mut guests, Guests::a_vm_whose_process_dies_is_failed);
+    guarantee(&mut guests, Guests::deleted_vms_leave_nothing_behind);
 }
 
 impl Guests {
@@ -79,7 +79,8 @@ impl Guests {
         let waited = scalebox(&host, &["vm", "wait", "second", "--timeout", "300"]);
         assert!(waited.status.success(), "{}", output_of(&waited));
         wait_for_ssh(&first);
-        // Reported by the hypervisor: a guest that has booted may reboot as often as it likes.
+        // The hypervisor reports that the agent is up: a guest that has booted may reboot as often
+        // as it likes.
         eventually("its agent", || {
             host.log().contains("the guest opened its agent port").then_some(())
         });
@@ -136,7 +137,7 @@ impl Guests {
         assert!(output_of(&by_cli).contains("through the CLI"), "{}", output_of(&by_cli));
     }
 
-    /// The response confirms the growth only when the guest's file system has grown.
+    /// Checks that the response confirms a growth only when the guest's file system has grown.
     fn disks_grow_live(&mut self) {
         let grown = self.host.client().update_vm("first", &UpdateVm::grow(6)).unwrap();
         let disk = grown.disk.expect("the state of the file system");
@@ -149,7 +150,7 @@ impl Guests {
         );
     }
 
-    /// Limits apply from the moment they are set until they are removed, as seen in the guest.
+    /// Checks in the guest that limits apply from the moment they are set until they are removed.
     fn disk_limits_apply_from_setting_to_removal(&mut self) {
         let limit = |disk_iops, disk_mbps| {
             let change = UpdateVm {
@@ -178,7 +179,8 @@ impl Guests {
         assert!(write("4k", 400) < by_requests);
     }
 
-    /// A disk extends itself before its guest is full, by its increment and up to its limit.
+    /// Checks that a disk extends itself before its guest is full, by its increment and up to its
+    /// limit.
     fn disks_extend_themselves_up_to_their_limit(&mut self) {
         let client = self.host.client();
         let extend = AutoExtend {
@@ -222,8 +224,8 @@ impl Guests {
         self.anna.run(&self.first, "rm one two");
     }
 
-    /// The agent's other transport, which QEMU has no host end for here. The guest connects to
-    /// itself, through a loopback transport that it refuses to load.
+    /// Checks the agent's other transport, a vsock. QEMU has no host end for it here, so the guest
+    /// connects to itself, through a loopback transport that it refuses to load.
     fn the_agent_responds_on_a_vsock(&mut self) {
         let (key, vm) = (&self.anna, &self.first);
         let refused = key.ssh(vm, "sudo modprobe vsock_loopback").output().unwrap();
@@ -244,7 +246,7 @@ impl Guests {
         });
     }
 
-    /// The daemon is killed with three VMs running and an SSH session open. Machines and session
+    /// Kills the daemon with three VMs running and an SSH session open. Machines and session
     /// continue, and the next daemon adopts them.
     fn sessions_survive_a_killed_daemon(&mut self) {
         let host = &mut self.host;
@@ -291,7 +293,7 @@ impl Guests {
         self.host.serve();
     }
 
-    /// The disk and the port of a stopped VM are kept.
+    /// Checks that a stopped VM keeps its disk and its port.
     fn a_stop_shuts_the_guest_down_cleanly(&mut self) {
         let (host, second) = (&self.host, &self.second);
         self.ben.run(second, "echo kept > note && sync");
@@ -301,7 +303,7 @@ impl Guests {
             "/dev/vda",
             "the root has its own modules"
         );
-        // Like the root of an older template.
+        // This is the root of an older template.
         self.ben
             .run(second, "cd /usr/lib/modules && sudo mv $(uname -r) 0.0-older && sync");
         let stopped = host.client().stop_vm("second").unwrap();
@@ -373,11 +375,11 @@ struct AfterCrash {
 #[test]
 fn a_crash_during_eight_creations_loses_no_vm_and_leaves_no_orphaned_machine() {
     let mut crashed = AfterCrash::new();
-    promise(&mut crashed, AfterCrash::every_reported_vm_runs_and_nothing_is_orphaned);
-    promise(&mut crashed, AfterCrash::unrecorded_and_hung_machines_are_killed);
-    promise(&mut crashed, AfterCrash::an_adopted_guest_is_reachable);
-    promise(&mut crashed, AfterCrash::running_vms_are_started_after_a_reboot);
-    promise(&mut crashed, AfterCrash::the_last_vm_leaves_nothing_behind);
+    guarantee(&mut crashed, AfterCrash::every_reported_vm_runs_and_nothing_is_orphaned);
+    guarantee(&mut crashed, AfterCrash::unrecorded_and_hung_machines_are_killed);
+    guarantee(&mut crashed, AfterCrash::an_adopted_guest_is_reachable);
+    guarantee(&mut crashed, AfterCrash::running_vms_are_started_after_a_reboot);
+    guarantee(&mut crashed, AfterCrash::the_last_vm_leaves_nothing_behind);
 }
 
 impl AfterCrash {
@@ -433,7 +435,8 @@ impl AfterCrash {
         assert_eq!(host.client().pool().unwrap().reserved_bytes, 0);
     }
 
-    /// Two other leftovers of a crash: a machine whose start was not recorded, and one that hangs.
+    /// Checks that two other leftovers of a crash are killed. They are a machine whose start was
+    /// not recorded, and one that hangs.
     fn unrecorded_and_hung_machines_are_killed(&mut self) {
         let AfterCrash { host, listed, .. } = self;
         let [_, unrecorded, hung, ..] = listed.as_slice() else {
@@ -461,7 +464,8 @@ impl AfterCrash {
         );
     }
 
-    /// One guest is checked over SSH; the others are deleted so that it can boot.
+    /// Checks one adopted guest over SSH. Deletes the other VMs first, so that this guest has the
+    /// processor to itself.
     fn an_adopted_guest_is_reachable(&mut self) {
         let (kept, hung) = (&self.listed[0], &self.listed[2]);
         for vm in self.listed.iter().filter(|vm| vm.id != kept.id && vm.id != hung.id) {
@@ -471,7 +475,7 @@ impl AfterCrash {
         assert_eq!(self.key.run(kept, "hostname"), kept.name);
     }
 
-    /// After a reboot of the host all machines are gone and the boot id differs.
+    /// Simulates a reboot of the host: all machines are gone, and the boot id differs.
     fn running_vms_are_started_after_a_reboot(&mut self) {
         let (host, kept) = (&mut self.host, &self.listed[0]);
         host.crash();

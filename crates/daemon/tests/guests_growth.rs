@@ -1,4 +1,4 @@
-//! A guest whose file system cannot grow while mounted: the advice in the response works.
+//! Checks the advice in the response for a guest whose file system cannot grow while mounted.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

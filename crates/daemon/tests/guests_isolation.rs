@@ -1,5 +1,5 @@
-//! Isolation of guests. Each attempt is made from inside a real guest, together with one that must
-//! succeed, so that a rejection is meaningful.
+//! Tests the isolation of guests. Each attempt is made from inside a real guest, next to a similar
+//! attempt that must succeed, so that a rejection is meaningful.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -12,7 +12,7 @@ mod support;
 use scalebox_api::Vm;
 use std::net::TcpListener;
 use support::guest::{Key, wait_for_ssh};
-use support::{Host, Options, eventually, promise, run};
+use support::{Host, Options, eventually, guarantee, run};
 
 /// Makes one attempt from inside `vm` and returns whether it succeeded.
 fn gets_through(key: &Key, vm: &Vm, attempt: &str) -> bool {
@@ -65,14 +65,15 @@ struct Neighbours {
 #[test]
 fn a_guest_reaches_neither_guests_nor_host_nor_api_and_cannot_spoof_its_address() {
     let mut neighbours = Neighbours::boot();
-    promise(&mut neighbours, Neighbours::only_permitted_attempts_get_through);
-    promise(&mut neighbours, Neighbours::deleted_tables_are_restored);
-    promise(&mut neighbours, Neighbours::frames_with_another_mac_are_dropped);
-    promise(&mut neighbours, Neighbours::deleted_vms_leave_nothing_behind);
+    guarantee(&mut neighbours, Neighbours::only_permitted_attempts_get_through);
+    guarantee(&mut neighbours, Neighbours::deleted_tables_are_restored);
+    guarantee(&mut neighbours, Neighbours::frames_with_another_mac_are_dropped);
+    guarantee(&mut neighbours, Neighbours::deleted_vms_leave_nothing_behind);
 }
 
 impl Neighbours {
-    /// The worst case: the API and another service listen on all addresses of the host.
+    /// Boots two guests in the worst case: the API and another service listen on all addresses of
+    /// the host.
     fn boot() -> Neighbours {
         let mut host = Host::new(&Options {
             env: &[("API_BIND", "0.0.0.0")],
@@ -197,8 +198,8 @@ impl Neighbours {
         );
     }
 
-    /// A restart of a firewall deletes all tables. After they are restored, the guest is isolated
-    /// again.
+    /// Deletes all tables, as a restart of a firewall does. Checks that the guest is isolated again
+    /// once they are restored.
     fn deleted_tables_are_restored(&mut self) {
         let Neighbours { host, key, inside, .. } = self;
         for family in ["ip", "bridge"] {
@@ -213,8 +214,8 @@ impl Neighbours {
         assert!(!gets_through(key, inside, &connect(&self.gateway, self.service_port)));
     }
 
-    /// Another MAC also cuts the guest's own connection, so the guest tries by itself and reports
-    /// later.
+    /// Lets the guest send with another MAC. That also cuts its own connection, so it tries by
+    /// itself and reports later.
     fn frames_with_another_mac_are_dropped(&mut self) {
         let Neighbours {
             key,

@@ -1,5 +1,5 @@
-//! Guests after a power cut: what they showed to clients is there after the next boot, and damaged
-//! files are restored.
+//! Tests guests after a power cut. The data that clients have seen is there after the next boot,
+//! and damaged files are restored.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
 mod support;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use support::guest::{Key, machine_of, wait_for_ssh};
 use support::{Host, Options, eventually, run, text};
 
-/// How many seconds after their first SSH connection guests are killed; `make test-host` tries
-/// every second up to 20.
+/// Seconds from a guest's first SSH connection to its kill; `make test-host` tries every second up
+/// to 20.
 const MOMENTS: [u64; 3] = [0, 1, 8];
 
 /// Returns the SSH host key that a guest presents.
@@ -63,7 +63,7 @@ fn a_guest_restores_files_damaged_by_a_power_cut() {
     let vm = host.client().create_vm(&key.request("healed")).unwrap();
     wait_for_ssh(&vm);
     let shown = host_key(&vm);
-    // As with delayed allocation: the files exist, but their content is lost.
+    // This is the effect of delayed allocation: the files exist, but their content is lost.
     let damage = |paths: &[&str]| {
         host.client().stop_vm("healed").unwrap();
         for path in paths {

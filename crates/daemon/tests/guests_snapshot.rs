@@ -11,7 +11,7 @@ mod support;
 use scalebox_api::{CreateVm, SnapshotVm, Vm};
 use std::process::{Command, Stdio};
 use support::guest::{Key, scalebox, wait_for_ssh};
-use support::{Host, Options, eventually, output_of, promise, run, text};
+use support::{Host, Options, eventually, guarantee, output_of, run, text};
 
 const IDENTITY: &str = "cat /etc/machine-id; cat /etc/ssh/ssh_host_ed25519_key.pub; hostname";
 const SOURCE: &str = "unmistakable-source";
@@ -32,18 +32,18 @@ struct Source {
 #[test]
 fn a_snapshot_of_a_writing_guest_is_consistent_and_its_copy_has_its_own_identity() {
     let mut source = Source::boot();
-    promise(
+    guarantee(
         &mut source,
         Source::a_writing_guest_is_frozen_and_continues_after_the_snapshot,
     );
-    promise(
+    guarantee(
         &mut source,
         Source::the_template_is_sound_and_does_not_identify_its_source,
     );
-    promise(&mut source, Source::a_template_name_is_used_once);
-    promise(&mut source, Source::a_copy_has_the_files_and_its_own_identity);
-    promise(&mut source, Source::the_command_line_snapshots_a_stopped_vm);
-    promise(&mut source, Source::deletions_leave_nothing_behind);
+    guarantee(&mut source, Source::a_template_name_is_used_once);
+    guarantee(&mut source, Source::a_copy_has_the_files_and_its_own_identity);
+    guarantee(&mut source, Source::the_command_line_snapshots_a_stopped_vm);
+    guarantee(&mut source, Source::deletions_leave_nothing_behind);
 }
 
 impl Source {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use support::guest::{Key, wait_for_ssh};
-use support::{Host, HostDisk, Options, eventually, output_of, promise, run, text};
+use support::{Host, HostDisk, Options, eventually, guarantee, output_of, run, text};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -28,8 +28,8 @@ const BLOCK: &str = "use strict; use Fcntl; use IO::Handle; \
         syswrite($f, block($n)) == 1 << 20 or die qq($file: $!); $f->sync or die qq($file: $!); } \
     sub check { my ($file, $n) = @_; open(my $f, q(<), $file) or die qq($file: $!); local $/; <$f> eq block($n) or die qq($file differs); }";
 
-/// Writes blocks to 40 files in turn until stopped, and keeps the number of each block outside the
-/// disk once it is flushed.
+/// Writes blocks to 40 files in turn until stopped. Keeps the number of each flushed block outside
+/// the disk.
 const WRITER: &str = "my ($n, @last) = 0; mkdir q(data); until (-e q(/dev/shm/stop)) { put(q(data/) . $n % 40, $n); \
     $last[$n % 40] = $n; $n++; open(my $f, q(>), q(/dev/shm/written.new)); print $f qq($n @last\n); close $f; \
     rename q(/dev/shm/written.new), q(/dev/shm/written); }";
@@ -115,7 +115,8 @@ fn saw_no_error(key: &Key, vm: &Vm) {
 
 /// Three booted guests on a pool of 60 GiB, most of which is taken by `ballast`.
 struct Elastic {
-    // Dropped before the disk: the pool's image must be closed before the disk can be unmounted.
+    // The host is dropped before the disk, because the pool's image must be closed before the disk
+    // can be unmounted.
     host: Host,
     disk: HostDisk,
     /// A file in the pool that takes space.
@@ -127,10 +128,10 @@ struct Elastic {
 #[test]
 fn a_pool_shrinks_grows_and_runs_full_under_writing_guests_and_deleted_blocks_return_to_the_host() {
     let mut elastic = Elastic::boot();
-    promise(&mut elastic, Elastic::a_pool_shrinks_and_grows_under_writing_guests);
-    promise(&mut elastic, Elastic::deleted_blocks_return_to_the_host);
-    promise(&mut elastic, Elastic::a_full_pool_pauses_only_the_guest_that_fills_it);
-    promise(&mut elastic, Elastic::a_stopped_vm_is_not_trimmed_and_its_disk_is_sound);
+    guarantee(&mut elastic, Elastic::a_pool_shrinks_and_grows_under_writing_guests);
+    guarantee(&mut elastic, Elastic::deleted_blocks_return_to_the_host);
+    guarantee(&mut elastic, Elastic::a_full_pool_pauses_only_the_guest_that_fills_it);
+    guarantee(&mut elastic, Elastic::a_stopped_vm_is_not_trimmed_and_its_disk_is_sound);
 }
 
 impl Elastic {
@@ -169,7 +170,7 @@ impl Elastic {
         let writers = start_writers(key, vms);
         wait_for_writes(key, vms, 5);
         fs::remove_file(&self.ballast).unwrap();
-        // Its blocks are free once btrfs has committed the deletion.
+        // The blocks of the ballast are free once btrfs has committed the deletion.
         run("btrfs", &["filesystem", "sync", text(&self.host.folder.join("pool"))]);
 
         let begun = Instant::now();
@@ -185,7 +186,7 @@ impl Elastic {
         stop_writers(key, vms, writers);
     }
 
-    /// A guest writes and deletes 200 MiB. It keeps the blocks until it trims.
+    /// Lets a guest write and delete 200 MiB. The guest keeps the blocks until it trims.
     fn deleted_blocks_return_to_the_host(&mut self) {
         let (client, folder) = (self.host.client(), &self.disk.folder);
         let guest = &self.vms[0];
@@ -214,8 +215,8 @@ impl Elastic {
         );
     }
 
-    /// One guest fills the pool while two others write. It is paused before the last block is used,
-    /// the others continue, and it resumes when there is space.
+    /// Fills the pool from one guest while two others write. That guest is paused before the last
+    /// block is used, and resumes when there is space; the others continue.
     fn a_full_pool_pauses_only_the_guest_that_fills_it(&mut self) {
         let Elastic { key, vms, .. } = self;
         let client = self.host.client();

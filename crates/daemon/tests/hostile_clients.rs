@@ -70,7 +70,7 @@ fn connections_of_a_client_that_does_not_read_are_closed() {
 #[test]
 fn unread_exports_delay_neither_other_requests_nor_the_shutdown() {
     let mut host = Host::new(&Options::default());
-    // More data than fits into any buffer.
+    // The export has more data than fits into any buffer.
     let (folder, image) = (host.folder.join("root"), host.folder.join("image"));
     fs::create_dir(&folder).unwrap();
     let noise = folder.join("noise");
@@ -103,10 +103,10 @@ fn unread_exports_delay_neither_other_requests_nor_the_shutdown() {
     let (status, body) = host.send("GET", "/templates/noise/export", b"");
     assert_eq!(status, 503, "{body}");
     assert!(body.contains("try again later"), "{body}");
-    // HEAD compresses nothing.
+    // A response to HEAD compresses nothing.
     assert_eq!(host.send("HEAD", "/templates/noise/export", b"").0, 200);
     assert_eq!(host.client().templates().unwrap().len(), 1);
-    // Sooner than the time limit for operations in progress.
+    // The daemon must end before the time limit for operations in progress.
     let signalled = std::time::Instant::now();
     assert_eq!(host.terminate().code(), Some(0));
     assert!(

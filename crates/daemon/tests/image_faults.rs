@@ -1,4 +1,4 @@
-//! System calls that fail during work on an image, in e2fsprogs and in the daemon itself. A
+//! Makes system calls fail during work on an image, in e2fsprogs and in the daemon itself. A
 //! template never contains deleted data or keys, a disk never has wrong content, and a failure
 //! changes nothing.
 //!
@@ -100,7 +100,7 @@ impl StandIns {
             .collect()
     }
 
-    /// Returns a fault for each call of `program`, taken from its longest run.
+    /// Returns a fault for each call of `program` in the trace of its run with the most calls.
     fn faults(&self, program: &'static str) -> Vec<Fault> {
         let longest = self
             .traces(program)
@@ -109,7 +109,7 @@ impl StandIns {
             .unwrap_or_default();
         let (mut counts, mut faults) = (BTreeMap::<&str, usize>::new(), Vec::new());
         for line in longest.lines() {
-            // Like `12345 pwrite64(4, …`.
+            // The line begins like `12345 pwrite64(4, …`.
             let Some(call) = line.split_whitespace().nth(1).and_then(|word| word.split('(').next()) else {
                 continue;
             };
@@ -200,8 +200,8 @@ fn base_images(host: &Host) -> Vec<PathBuf> {
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// Only the changed parts of the superblock are written, so a run may make one or two calls fewer
-/// than the traced one.
+/// Asserts that nearly all faults were reached. Only the changed parts of the superblock are
+/// written, so a run may make one or two calls fewer than the traced one.
 fn assert_reached(reached: usize, faults: usize) {
     assert!(reached + 3 >= faults, "{reached} of {faults} faults were reached");
 }

@@ -60,7 +60,7 @@ fn two_hundred_stopped_vms_are_all_there_after_a_crash() {
         })
         .collect();
     took.sort();
-    // Only printed, not checked: test machines are shared.
+    // The time is printed and not checked, because test machines are shared.
     let p99 = took[LISTINGS * 99 / 100];
     println!("{VMS} stopped VMs: ready {ready:?} after a crash; GET /vms p99 {p99:?}, a connection each");
 }

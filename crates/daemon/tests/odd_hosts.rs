@@ -1,5 +1,5 @@
-//! The daemon on unusual hosts: system files in other encodings, a read-only `/etc`, an unmounted
-//! pool, foreign files in the pool.
+//! Tests the daemon on unusual hosts. They have system files in other encodings, a read-only
+//! `/etc`, an unmounted pool, or foreign files in the pool.
 
 #![allow(
     clippy::unwrap_used,
@@ -119,7 +119,7 @@ fn pool_init_only_warns_if_etc_is_read_only() {
 fn contradictory_settings_are_rejected_by_all_commands() {
     let host = Host::new(&Options::default());
     let image = host.folder.join("pool/pool.img");
-    // 78: systemd does not restart a service whose configuration is wrong.
+    // With exit status 78, systemd does not restart the service.
     for (args, status) in [(&["pool", "init"][..], 1), (&["serve"], 78), (&["doctor"], 1)] {
         let output = host.scaleboxd(args).env("POOL_IMAGE", &image).output().unwrap();
         let printed = output_of(&output);
@@ -144,7 +144,7 @@ fn an_unmounted_pool_is_not_replaced_by_a_new_one() {
     run("umount", &[text(&pool)]);
     fs::rename(&image, &away).unwrap();
 
-    // An exit status after which systemd restarts the daemon.
+    // With this exit status, systemd restarts the daemon.
     let printed = host.scaleboxd_fails(&["serve"]);
     assert!(
         printed.contains("the state has 1 VMs")

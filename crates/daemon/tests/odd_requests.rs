@@ -1,5 +1,5 @@
-//! Unusual requests, as people, proxies and other programs send them by mistake. None causes a 500,
-//! and each rejection has a JSON body with the cause. No guest is booted.
+//! Sends unusual requests, as people, proxies and other programs send them by mistake. No request
+//! causes a 500, and each rejection has a JSON body with the cause. No guest is booted.
 
 #![allow(
     clippy::unwrap_used,
@@ -110,7 +110,7 @@ fn malformed_heads_are_rejected_with_a_json_body() {
         assert_eq!(found, status, "{shown:?}: {answer}");
         assert!(error_of(&answer).contains(expected), "{shown:?}: {answer}");
     }
-    // Also after another response on the same connection.
+    // The error also comes after another response on the same connection.
     let first = format!("GET /vms HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n");
     let (status, answers) = host.raw(format!("{first}nonsense\r\n\r\n").as_bytes());
     assert_eq!(status, 200);

@@ -131,7 +131,7 @@ fn responses_to_generated_requests_match_the_document() {
         env: &[("MAX_DISK_SIZE_GIB", "4")],
         ..Options::default()
     });
-    // A name that the API neither deletes nor replaces.
+    // The API neither deletes nor replaces a template of this name.
     host.import_tiny("debian-base");
     host.serve();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/schemathesis.sh");

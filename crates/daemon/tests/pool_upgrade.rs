@@ -1,5 +1,5 @@
-//! A pool of the release before template records and kernels by id is upgraded when the daemon
-//! starts, whatever step of it is killed or fails.
+//! Tests the upgrade of a pool of the release before template records and kernels by id. The daemon
+//! upgrades it when it starts, and is killed or gets an error at each step.
 //!
 //! This test is built only with the feature `fault-points`.
 
@@ -24,7 +24,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use support::{Host, Options, eventually, output_of};
 
-/// The steps of an upgrade: those of its own, and those of a kernel's installation and of a record.
+/// Prefixes of the names of an upgrade's steps, including those that install a kernel and write a
+/// record.
 const PREFIXES: [&str; 3] = ["upgrade: ", "kernel: ", "template: "];
 
 fn names_in(folder: &Path) -> BTreeSet<String> {
@@ -55,7 +56,7 @@ fn downgrade(host: &Host) {
     state.execute("UPDATE vms SET kernel = NULL", []).unwrap();
 }
 
-/// A host of the earlier release with two templates and a VM that has run.
+/// Creates a host of the earlier release, with two templates and a VM that has run.
 fn earlier_host() -> (Host, Vm) {
     let mut host = Host::new(&Options::default());
     Guest::Obedient.write_to(&host.kernel_folder().join("vmlinuz"));
@@ -122,7 +123,7 @@ fn trace(host: &mut Host) -> Vec<String> {
     steps
 }
 
-/// The steps in the sources that only an upgrade reaches.
+/// Returns the steps in the sources that only an upgrade reaches.
 fn steps_in_the_sources() -> BTreeSet<String> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../storage/src/upgrade.rs");
     let source = fs::read_to_string(source).unwrap();
@@ -139,7 +140,7 @@ fn an_upgrade_that_is_killed_or_fails_at_any_step_is_completed_by_the_next_start
     assert!(reached.is_superset(&steps_in_the_sources()), "{reached:?}");
     for step in &steps {
         downgrade(&host);
-        host.arm(Some(&format!("end 1 {step}")));
+        host.arm(Some(&format!("kill 1 {step}")));
         let ended = host.scaleboxd(&["serve"]).output().unwrap();
         assert_eq!(ended.status.signal(), Some(9), "{step}: {}", output_of(&ended));
         host.arm(None);

@@ -1,6 +1,6 @@
 //! A client of the previous release sees no difference but added fields.
 //!
-//! `data/previous-release.json` has what version 0.1.0 answered to the requests below, with each
+//! `data/previous-release.json` has the responses of version 0.1.0 to the requests below, with each
 //! value replaced by its type.
 
 #![allow(
@@ -15,7 +15,8 @@ mod support;
 use serde_json::{Map, Value, json};
 use support::{Host, KEY, Options};
 
-/// Method, path, body. Together they give every status that needs no guest.
+/// Returns the requests: method, path and body. Together they cause every status that needs no
+/// guest.
 fn requests() -> Vec<(&'static str, &'static str, Value)> {
     let create = |fields: Value| {
         let mut body = json!({ "template": "tiny", "ssh_public_key": KEY, "start": false });
@@ -90,7 +91,7 @@ fn shape(value: &Value) -> Value {
     }
 }
 
-/// Lists what is in `before` and not in `now`. A value that was null may be anything.
+/// Lists the parts of `before` that `now` lacks. A value that was null may be anything.
 fn missing(path: &str, before: &Value, now: &Value, found: &mut Vec<String>) {
     match (before, now) {
         (Value::Null, _) => {}
@@ -144,7 +145,7 @@ fn a_client_of_the_previous_release_sees_added_fields_only() {
             &mut found,
         );
         if (&before["request"], &before["status"]) != (&now["request"], &now["status"]) {
-            found.push(format!("{before} was answered {now}"));
+            found.push(format!("{before} has become {now}"));
         }
     }
     assert!(found.is_empty(), "{}", found.join("\n"));

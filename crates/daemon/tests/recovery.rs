@@ -1,5 +1,5 @@
-//! One VM in trouble does not affect the others: at start, after a reboot of the host, or when the
-//! network tables are removed. The guests are a few bytes of code.
+//! Checks that one VM in trouble does not affect the others. The trouble occurs at start, after a
+//! reboot of the host, or when the network tables are removed. The guests are a few bytes of code.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -62,7 +62,7 @@ fn an_interrupted_growth_that_fails_is_rolled_back_and_other_vms_are_served() {
     assert_eq!(host.client().pool().unwrap().committed_bytes, 4 << 30);
     assert!(host.log().contains("rolling it back"));
 
-    // A request to grow it is rejected with the remedy.
+    // A request to grow its disk is rejected with the remedy.
     let (status, answer) = host.send("PATCH", &format!("/vms/{}", broken.id), br#"{"disk_size_gib": 3}"#);
     assert_eq!(status, 409, "{answer}");
     assert!(answer.contains("tune2fs -O ^mmp"), "{answer}");
@@ -73,7 +73,7 @@ fn an_interrupted_growth_that_fails_is_rolled_back_and_other_vms_are_served() {
     );
     assert_eq!(status, 409, "{answer}");
     assert!(answer.contains("tune2fs -O ^mmp"), "{answer}");
-    // A VM whose disk is missing too.
+    // A VM whose disk is missing fails too.
     fs::remove_file(host.disk(&sound)).unwrap();
     for (method, path, body) in [
         ("PATCH", "", r#"{"disk_size_gib": 5}"#),
@@ -99,7 +99,8 @@ fn a_vm_started_by_a_client_while_it_waits_after_a_reboot_keeps_running() {
     }
     change_state(&host, "UPDATE facts SET value = 'another' WHERE key = 'boot_id'");
     host.serve();
-    // In reverse order: the daemon reaches each VM while it is being started, or runs.
+    // The requests are in reverse order: the daemon reaches each VM while a request starts it, or
+    // when it runs.
     for vm in vms.iter().rev() {
         match host.client().start_vm(&vm.id) {
             Ok(_) | Err(ClientError::Refused { status: 409, .. }) => {}
@@ -136,12 +137,12 @@ fn a_vm_whose_tap_is_unusable_does_not_keep_others_from_the_network() {
     run("ip", &["link", "add", &foreign, "type", "bridge"]);
     run("ip", &["link", "set", &tap, "master", &foreign]);
 
-    // At start.
+    // The first case is the daemon's start.
     host.crash();
     host.serve();
     assert!(host.log().contains("is a port of another bridge"));
     assert_eq!(machines(&host).len(), 2);
-    // After the tables are removed.
+    // The second case is the removal of the tables.
     sweep(&host);
     eventually("the other's forward to be back", || {
         has_forward(&host, &other).then_some(())
@@ -165,7 +166,7 @@ fn a_machine_that_does_not_respond_at_one_start_is_adopted_by_a_later_one() {
     let mut host = host_with_kernel();
     let vm = create_running(&host);
     let machine = machine_of(&host, &vm);
-    // Not earlier: a stopped process whose parent dies receives SIGHUP.
+    // The process is stopped only now, because a stopped process whose parent dies receives SIGHUP.
     host.crash();
     kill_process(machine, Signal::STOP).unwrap();
     host.serve();

@@ -179,12 +179,12 @@ fn running_vms_are_started_again_after_down() {
 #[test]
 fn a_machine_is_adopted_by_the_driver_that_launched_it() {
     let mut host = host_with_kernel(&Options::default());
-    // Left by a Firecracker that was removed since.
+    // A Firecracker that was removed since left this folder.
     fs::create_dir(host.folder.join("pool/jails")).unwrap();
     let vm = create_running(&host);
     assert_eq!(driver_of(&host, &vm).as_deref(), Some("qemu"));
     let before = machines(&host);
-    // As an earlier release recorded it, and as after a crash during a change.
+    // The records are those of an earlier release, and of a crash during a change.
     for recorded in ["NULL", "'firecracker'"] {
         host.crash();
         change_state(&host, &format!("UPDATE vms SET vmm = {recorded}"));

@@ -1,4 +1,4 @@
-//! `scaleboxd settings`: what it lists, and what it never shows.
+//! Tests of `scaleboxd settings`: the list, and the token that is never shown.
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 

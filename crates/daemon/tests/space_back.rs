@@ -33,7 +33,7 @@ fn a_deleted_vm_s_blocks_return_to_the_host_disk_and_stay_committed_until_they_a
     let vm = host.create_stopped("tiny", Some(20));
     let (empty, path) = (free(&disk.folder), host.disk(&vm));
     let mut written = File::options().write(true).open(&path).unwrap();
-    // In many extents, which take the kernel time to free.
+    // The disk has many extents, which take the kernel time to free.
     for _ in 0..300 {
         written.write_all(&[7; MIB as usize]).unwrap();
         written.sync_data().unwrap();
@@ -46,7 +46,7 @@ fn a_deleted_vm_s_blocks_return_to_the_host_disk_and_stay_committed_until_they_a
 
     host.client().delete_vm(&vm.id).unwrap();
     let answered = Instant::now();
-    // The space committed to it is all there is, but the request is not rejected.
+    // The whole pool is still committed to the deleted disk, but the request is not rejected.
     let next = host.create_stopped("tiny", Some(20));
     eventually("the host disk's free space", || {
         (free(&disk.folder) > empty - 20 * MIB).then_some(())

@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use support::{Host, HostDisk, Options, run, text};
 use tempfile::TempDir;
 
-/// An ext4 file system on a device that accepts writes only while its backing store has space, like
-/// a thin volume. Other writes fail.
+/// An ext4 file system on a device like a thin volume. Writes to it fail once its backing store is
+/// full.
 struct ThinDisk {
     store: PathBuf,
     folder: PathBuf,
@@ -53,8 +53,8 @@ impl ThinDisk {
         disk
     }
 
-    /// A loop device reports success for a request that it has written in part, so requests are
-    /// limited to one block of the store.
+    /// Limits the device's requests to one block of the store. Otherwise the loop device could
+    /// write a request in part and report success.
     fn refuse_whole_requests(&self) {
         let device = run("findmnt", &["-n", "-o", "SOURCE", text(&self.folder)]);
         let name = device.trim().trim_start_matches("/dev/");

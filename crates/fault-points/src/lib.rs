@@ -14,7 +14,7 @@
 //!
 //! | mode | action |
 //! |---|---|
-//! | `end` | the process is killed like by `kill -9`: no destructor runs, nothing is flushed |
+//! | `kill` | the process is killed, as by `kill -9`: no destructor runs, and nothing is flushed |
 //! | `once` | the step returns an error |
 //! | `lasting` | the step and every later one of this name return an error |
 //!
@@ -101,7 +101,7 @@ mod enabled {
 
     enum Action {
         Nothing,
-        End,
+        Kill,
         Error,
     }
 
@@ -115,7 +115,7 @@ mod enabled {
         trace(folder, step).unwrap_or_else(|error| fail(&format!("cannot append to the trace of steps: {error}")));
         match action(folder, step) {
             Action::Nothing => Ok(()),
-            Action::End => {
+            Action::Kill => {
                 let killed = kill_process(getpid(), Signal::KILL);
                 killed.unwrap_or_else(|error| fail(&format!("cannot kill the process at {step:?}: {error}")));
                 Ok(())
@@ -152,10 +152,10 @@ mod enabled {
         }
         let seen = armed.seen + 1;
         let action = match mode {
-            Some("end") if seen == nth => Action::End,
+            Some("kill") if seen == nth => Action::Kill,
             Some("once") if seen == nth => Action::Error,
             Some("lasting") if seen >= nth => Action::Error,
-            Some("end" | "once" | "lasting") => Action::Nothing,
+            Some("kill" | "once" | "lasting") => Action::Nothing,
             _ => fail(&format!("the fault {:?} is not MODE N STEP", armed.text)),
         };
         armed.seen = seen;

@@ -20,13 +20,13 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 const TRIM_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Limit on the responses of one connection. The agent runs in the guest and is not trusted, and
-/// responses are buffered whole. The longest lists every mounted file system of the guest.
+/// responses are buffered whole. The largest response lists every mounted file system of the guest.
 const MAX_RESPONSE_BYTES: u64 = 1 << 20;
 
 /// Interval between two polls of the same status.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Why a request to the agent failed.
+/// The error of a request to the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The host could not provide a random number.
@@ -101,7 +101,7 @@ impl Agent {
             Ok(Ok(all)) => all,
             Ok(Err(error)) => {
                 return Err(AgentError::Refused {
-                    action: "list its file systems",
+                    action: "list the guest's file systems",
                     response: error.to_string(),
                 });
             }
@@ -124,7 +124,7 @@ impl Agent {
     /// [`AgentError::Unfinished`]; [`AgentError::Refused`], also if no file system could be
     /// trimmed.
     pub async fn trim(&self) -> Result<Bytes, AgentError> {
-        const ACTION: &str = "trim its file systems";
+        const ACTION: &str = "trim the guest's file systems";
         let refused = |response| AgentError::Refused {
             action: ACTION,
             response,
@@ -186,7 +186,7 @@ impl Agent {
     /// [`AgentError::Timeout`], [`AgentError::Refused`].
     pub async fn freeze(&self) -> Result<(), AgentError> {
         self.request(
-            "freeze its file systems",
+            "freeze the guest's file systems",
             RESPONSE_TIMEOUT,
             qga::guest_fsfreeze_freeze {},
         )
@@ -199,9 +199,13 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Timeout`], [`AgentError::Refused`].
     pub async fn thaw(&self) -> Result<(), AgentError> {
-        self.request("thaw its file systems", RESPONSE_TIMEOUT, qga::guest_fsfreeze_thaw {})
-            .await
-            .map(drop)
+        self.request(
+            "thaw the guest's file systems",
+            RESPONSE_TIMEOUT,
+            qga::guest_fsfreeze_thaw {},
+        )
+        .await
+        .map(drop)
     }
 
     async fn request<C: qga::QgaCommand>(

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why writing a seed drive failed.
+/// The error of writing a seed drive.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SeedError {
@@ -12,7 +12,7 @@ pub enum SeedError {
     Io {
         /// The operation.
         action: &'static str,
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
         /// The cause.
         source: io::Error,
@@ -20,7 +20,7 @@ pub enum SeedError {
     /// A field cannot be written unambiguously.
     #[error("the seed drive's {field} {value:?} is invalid: {reason}")]
     Field {
-        /// The field.
+        /// The name of the field.
         field: &'static str,
         /// The value of the field.
         value: String,

@@ -1,5 +1,5 @@
-//! What the host exchanges with a guest: kernel parameters, the seed drive with its identity, and
-//! the conversation with its agent.
+//! The interface between host and guest: kernel parameters, the seed drive with the guest's
+//! identity, and the guest agent.
 //!
 //! Everything except [`Agent`] is synchronous.
 //!

@@ -3,8 +3,8 @@
 //!
 //! It has two readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and
 //! `network-config`, written as JSON, which is a subset of YAML. The guest's own unit
-//! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: one line `KEY=VALUE` per
-//! fact, where the value extends unquoted to the end of the line. `dns` may occur several times.
+//! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: lines of `KEY=VALUE`,
+//! where the value extends unquoted to the end of the line. `dns` may occur several times.
 
 use crate::error::SeedError;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};

@@ -1,8 +1,8 @@
 //! The mount table of the kernel, read from `/proc/self/mountinfo` (proc(5)).
 //!
-//! The parser is our own because the one of the crate `procfs` (0.18) reads UTF-8 only: one mount
-//! point with another name makes it reject the whole table. It also leaves the kernel's escapes in
-//! the paths.
+//! The crate has its own parser, because the parser of the crate `procfs` (0.18) reads UTF-8 only:
+//! one mount point with another name makes it reject the whole table. `procfs` also leaves the
+//! kernel's escapes in the paths.
 
 use std::ffi::OsString;
 use std::fs;
@@ -17,7 +17,7 @@ pub struct Mount {
     pub root: PathBuf,
     /// The mount point.
     pub target: PathBuf,
-    /// Such as `btrfs`.
+    /// The type of the file system, such as `btrfs`.
     pub fs_type: String,
     /// The device; for a file system without one, any text.
     pub source: PathBuf,
@@ -44,7 +44,8 @@ pub fn all() -> io::Result<Vec<Mount>> {
 /// Returns the file system mounted at exactly `dir`: the topmost one, if several are stacked there.
 ///
 /// # Errors
-/// If the folder or the kernel's table cannot be read. A folder that does not exist is no error.
+/// If the folder or the kernel's table cannot be read. A folder that does not exist is not an
+/// error.
 pub fn mounted_at(dir: &Path) -> io::Result<Option<Mount>> {
     let Some(dir) = resolved(dir)? else { return Ok(None) };
     Ok(all()?.into_iter().rfind(|mount| mount.target == dir))

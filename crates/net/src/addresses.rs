@@ -18,9 +18,9 @@ pub struct Lease {
 /// The addresses and ports of a network, and which of them are in use.
 ///
 /// The search starts after the last one allocated (next-fit), not at the first. A freed address or
-/// port is reused last, so that a client's `known_hosts` does not soon meet another machine's key.
-/// After a restart, call [`occupy`](Addresses::occupy) with the leases of the state file, oldest VM
-/// first; the search continues after the newest.
+/// port is reused last, so that a client does not soon find another machine's key at an address in
+/// its `known_hosts`. After a restart, call [`occupy`](Addresses::occupy) with the leases of the
+/// state file, oldest VM first; the search continues after the newest.
 #[derive(Debug, Clone)]
 pub struct Addresses {
     config: NetConfig,
@@ -186,8 +186,8 @@ mod tests {
     }
 
     proptest! {
-        /// Checks leases under any order of claims and releases. No lease is handed out twice, none
-        /// is out of range, and errors occur only if nothing is left.
+        /// Checks leases under any order of claims and releases. Each lease is claimed once at a
+        /// time and is in range, and errors occur only if nothing is free.
         #[test]
         fn leases_never_overlap(
             prefix in 26u8..=30,

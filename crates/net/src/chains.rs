@@ -4,8 +4,8 @@
 //! Some conditions of a rule cannot be evaluated for a hypothetical packet: a port, a mark, a rate.
 //! Such a rule *may* match. If a rule that may match names the bridge or the guests' subnet, it was
 //! written for guests: its `accept` counts. So does the `accept` of a rule for all traffic of one
-//! of the host's uplinks. Any other rule that may match is ignored: it concerns some packets, and
-//! the question is what happens to the rest.
+//! of the host's uplinks. Any other rule that may match is ignored: it concerns only some packets,
+//! and the verdict is about the others.
 
 use ipnet::Ipv4Net;
 use std::collections::HashMap;
@@ -75,16 +75,16 @@ pub(crate) struct Packet<'a> {
     pub(crate) from_bridge: bool,
     /// The packet leaves by the bridge; otherwise by another interface, or it is for the host.
     pub(crate) to_bridge: bool,
-    /// Whether the packet belongs to an existing connection; otherwise it starts one.
+    /// `true` if the packet belongs to an existing connection; otherwise it starts one.
     pub(crate) established: bool,
     pub(crate) destination_translated: bool,
-    /// `None`: any address.
+    /// The source addresses of the packet; `None` for any address.
     pub(crate) source: Option<Addresses>,
     pub(crate) destination: Option<Addresses>,
     pub(crate) destination_port: Option<u16>,
 }
 
-/// Whether a condition holds for a packet.
+/// The result of a condition for a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Match {
     Yes,
@@ -105,8 +105,8 @@ pub(crate) enum Verdict {
     Drop,
 }
 
-/// How certainly a packet reaches a rule. `certain`: the rule and those that jumped to it match for
-/// certain. `named`: one of them names the guests.
+/// The certainty that a packet reaches a rule. `certain`: the rule and those that jumped to it
+/// match for certain. `named`: one of them names the guests.
 #[derive(Debug, Clone, Copy)]
 struct Certainty {
     certain: bool,
@@ -248,7 +248,7 @@ impl Packet<'_> {
 enum Step {
     Verdict(Verdict),
     Return,
-    /// Continue with the next rule.
+    /// The packet reached the end of the chain.
     End,
 }
 

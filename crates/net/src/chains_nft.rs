@@ -13,7 +13,7 @@ use std::ops::RangeInclusive;
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     pub(crate) chains: Chains,
-    /// Whether `iptables` created rules in this table.
+    /// `true` if `iptables` created rules in this table.
     pub(crate) by_iptables: bool,
     sets: HashMap<String, Vec<Value>>,
 }

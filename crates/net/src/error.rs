@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 /// The result of this crate's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an operation on the network failed.
+/// The error of an operation on the network.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A bridge name that is not valid for the kernel, or in a rule.
@@ -69,7 +69,7 @@ pub enum Error {
     ForeignBridge {
         /// The name of the interface.
         name: String,
-        /// How its owner was determined.
+        /// The evidence for another owner.
         why: &'static str,
     },
     /// An existing interface of another owner has a tap's name; it is not changed.
@@ -77,13 +77,13 @@ pub enum Error {
     ForeignTap {
         /// The name of the interface.
         name: String,
-        /// How its owner was determined.
+        /// The evidence for another owner.
         why: &'static str,
     },
     /// One of our interfaces was deleted by another program.
     #[error("the interface {0} was deleted by another program")]
     Gone(String),
-    /// The guests' subnet contains addresses that the host uses elsewhere.
+    /// The guests' subnet contains addresses that another interface of the host has.
     #[error("the subnet {subnet} overlaps with {address} on {interface}")]
     Overlap {
         /// The guests' subnet.

@@ -71,7 +71,7 @@ impl FirewallDrop {
         }
     }
 
-    /// Describes what does not work.
+    /// Describes the traffic that the firewall drops.
     pub fn finding(&self) -> String {
         let what = match self.dropped {
             Dropped::Sent => "outgoing traffic of guests".to_owned(),

@@ -34,8 +34,8 @@ impl HostNetwork {
         let links = Links::open()?;
         check_bridge(&links, &config).await?;
         check_overlap(&links, &config).await?;
-        // The rules come first, forwarding last: at no moment can a guest reach more than it
-        // should.
+        // The rules come first and forwarding last, so that a guest never reaches more than the
+        // rules allow.
         let ruleset = ensure_tables(&config, guard).await?;
         ensure_bridge(&links, &config).await?;
         Sysctl::forwarding().ensure()?;

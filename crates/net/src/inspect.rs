@@ -13,7 +13,7 @@ use crate::ruleset::{Guard, Ruleset};
 pub struct Inspection {
     /// The host's firewall chains that drop guests' packets.
     pub firewall_drops: Vec<FirewallDrop>,
-    /// Whether the kernel can check frames per tap; see
+    /// `true` if the kernel can check frames per tap; see
     /// [`Network::guards_taps`](crate::Network::guards_taps).
     pub guards_taps: bool,
 }

@@ -8,9 +8,9 @@
 //! ```
 //!
 //! The kernel does all the work: no process of ours carries packets, so a session through a forward
-//! survives a restart of the daemon. [`Network::ensure`] creates what is missing,
-//! [`Network::attach`] and [`Network::detach`] add and remove one VM, and [`Network::reconcile`]
-//! repairs the state after a crash. All of them can be repeated.
+//! survives a restart of the daemon. [`Network::ensure`] creates missing parts, [`Network::attach`]
+//! and [`Network::detach`] add and remove one VM, and [`Network::reconcile`] repairs the state
+//! after a crash. All of them can be repeated.
 //!
 //! # What a guest can reach
 //!

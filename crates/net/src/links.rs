@@ -10,8 +10,7 @@ use scalebox_units::Mac;
 use std::io;
 use std::net::IpAddr;
 
-/// A netlink connection for the interfaces of one network namespace: that of the thread which
-/// opened it.
+/// A netlink connection for the interfaces of the network namespace of the thread that opened it.
 #[derive(Clone)]
 pub(crate) struct Links(Handle);
 

@@ -66,7 +66,8 @@ impl Network {
         }
     }
 
-    /// Returns the test's end of a [simulated](Network::simulated) network; `None` for a host's.
+    /// Returns the handle with which a test controls a [simulated](Network::simulated) network;
+    /// `None` for the network of a host.
     #[cfg(any(test, feature = "simulated"))]
     pub fn simulation(&self) -> Option<&Simulation> {
         match &self.backend {
@@ -84,7 +85,7 @@ impl Network {
     ///
     /// This needs a kernel with `CONFIG_NF_TABLES_BRIDGE`; [`ensure`](Network::ensure) logs a
     /// warning otherwise. Without the check, a guest with root can take over the address *and* MAC
-    /// of another VM, and can answer the host's ARP requests in its place. Packets whose source
+    /// of another VM, and can respond to the host's ARP requests in its place. Packets whose source
     /// belongs to no VM are dropped in any case.
     pub fn guards_taps(&self) -> bool {
         on_backend!(self, network => network.guards_taps())
@@ -101,7 +102,7 @@ impl Network {
     }
 
     /// Adds a VM's tap, address, forward and rate limit. Existing parts are kept, except for
-    /// another rate limit, which is replaced: this is also how a limit is changed.
+    /// another rate limit, which is replaced. Call it again to change a limit.
     ///
     /// # Errors
     ///

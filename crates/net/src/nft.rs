@@ -9,7 +9,7 @@ use std::io;
 use std::process::Output;
 use std::time::Duration;
 
-/// Timeout of a program: changes of all VMs wait for each other, and a listing of the largest
+/// Timeout of a program. Changes of all VMs wait for each other, and a listing of the largest
 /// rulesets takes seconds.
 const TIMEOUT: Duration = Duration::from_secs(120);
 /// Maximum output of a program, in bytes: the listing of a set with a million elements.

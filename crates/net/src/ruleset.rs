@@ -28,7 +28,7 @@ fn listed(items: &[impl ToString]) -> String {
     items.join(", ")
 }
 
-/// How strictly guests' frames are checked; depends on the kernel.
+/// The strictness of the check of guests' frames; depends on the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Guard {
     /// Every frame that leaves a tap is checked against the MAC and address of the tap's VM.
@@ -45,7 +45,7 @@ pub(crate) struct Ruleset {
     guard: Guard,
 }
 
-/// The content of the maps and sets: everything that the tables know about VMs.
+/// The content of the maps and sets: all data about VMs in the tables.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Elements(BTreeSet<Element>);
 
@@ -53,7 +53,7 @@ pub(crate) struct Elements(BTreeSet<Element>);
 #[derive(Debug)]
 pub(crate) struct Present {
     pub(crate) elements: Elements,
-    /// Whether all tables exist. Another program's `flush ruleset` deletes them.
+    /// `true` if all tables exist. Another program's `flush ruleset` deletes them.
     pub(crate) is_whole: bool,
 }
 
@@ -283,7 +283,7 @@ table ip {table} {{
         )
     }
 
-    /// Returns the chains that decide what guests can reach.
+    /// Returns the chains that limit the destinations of guests.
     fn filter_chains(&self) -> String {
         let (bridge, gateway) = (self.config.bridge(), self.config.gateway());
         let denied = listed(self.config.denied());
@@ -517,7 +517,7 @@ impl Elements {
     }
 
     /// Returns the change that adds the missing elements of `wanted`, which belong to one endpoint.
-    /// Removes only another rate of that endpoint.
+    /// The change removes nothing but another rate of that endpoint.
     pub(crate) fn adding(&self, wanted: &Elements, endpoint: &Endpoint) -> Change {
         let rates = self.rates_of(endpoint);
         Change {

@@ -1,7 +1,7 @@
 //! A network in memory, for tests without root. Its operations are those of the network of a host.
 //!
 //! It keeps three things apart, as a host does: the bridge, the taps, and the rules of each VM. So
-//! a test can take away what another program could remove, and see it restored.
+//! a test can remove a part, as another program could, and check that it is restored.
 
 use crate::config::NetConfig;
 use crate::endpoint::Endpoint;
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The test's end of a simulated network.
+/// The handle with which a test controls a simulated network.
 pub struct Simulation {
     config: NetConfig,
     state: Mutex<State>,

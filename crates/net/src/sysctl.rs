@@ -8,7 +8,7 @@ use std::path::PathBuf;
 pub(crate) struct Sysctl {
     path: String,
     value: &'static str,
-    /// Whether the setting may be missing (IPv6 disabled at boot).
+    /// `true` if the setting may be missing (IPv6 disabled at boot).
     optional: bool,
 }
 

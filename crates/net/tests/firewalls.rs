@@ -2,8 +2,8 @@
 //!
 //! The rules in `data/` were created by the firewalls themselves, on a host with one network
 //! interface: firewalld 1.3.3 and ufw 0.36.2 of Debian 12, saved while they ran; and Docker's, as
-//! it creates them for its first bridge. The tests compare each report with what a guest can reach,
-//! before and after following the advice.
+//! it creates them for its first bridge. The tests compare each report with the addresses that a
+//! guest can reach, before and after following the advice.
 
 // Steps of a test are functions too; a failure in them fails the test.
 #![allow(clippy::expect_used, clippy::panic)]
@@ -26,7 +26,7 @@ const UFW: &str = include_str!("data/ufw.save");
 const FIREWALLD: &str = include_str!("data/firewalld.nft");
 /// firewalld after the bridge was added to the zone `trusted`.
 const FIREWALLD_TRUSTED: &str = include_str!("data/firewalld-trusted.nft");
-/// As on Red Hat distributions before firewalld.
+/// The rules of Red Hat distributions before firewalld.
 const FINAL_REJECT: &str = "*filter
 :INPUT ACCEPT [0:0]
 :FORWARD ACCEPT [0:0]

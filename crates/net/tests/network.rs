@@ -317,7 +317,8 @@ fn a_guest_reaches_only_the_resolver_on_the_host() {
             assert_eq!(greeting(HOST, 53), format!("host to {}", endpoint(1).guest_ip()));
             assert!(responds(HOST, EVENT_TIMEOUT));
             unreachable(HOST, 80);
-            // Only the address that is the resolver, not the host's other addresses.
+            // The guest reaches port 53 of the resolver's address only, not of the host's other
+            // addresses.
             unreachable(GATEWAY, 53);
             assert!(!responds(GATEWAY, SILENCE_TIMEOUT));
             assert!(!responds_to_ping(HOST));
@@ -353,7 +354,7 @@ fn a_guest_cannot_reach_another_guest() {
                 .run(|| drop(ip(&format!("route add {}/32 via {GATEWAY}", one.guest_ip()))))
         };
         guests[0].inside.run(|| {
-            // Directly, then through the gateway, then through the other guest's forward.
+            // The attempts go directly, through the gateway, and through the other guest's forward.
             unreachable(two.guest_ip(), 22);
             let neighbours = ip("neigh show dev eth0");
             assert!(!neighbours.contains(&two.mac().to_string()), "{neighbours}");
@@ -634,7 +635,7 @@ fn a_session_survives_a_flushed_ruleset() {
         first.attach(&endpoint(1)).await.expect("attach");
         let _guest = Guest::boot(&endpoint(1));
         let mut session = Session::open(LOOPBACK, 22002).expect("a session");
-        // As a restart of the distribution's firewall service does.
+        // A restart of the distribution's firewall service does the same.
         nft("flush ruleset");
         unreachable(LOOPBACK, 22002);
         first.reconcile(&[endpoint(1)]).await.expect("reconcile");
@@ -805,13 +806,14 @@ fn rates_limit_their_own_guest_and_no_other() {
         let _clients = world.run(|| serve(SocketAddrV4::new(OUTSIDE, 443), "internet".to_owned()));
         let (slow, fast) = (Guest::boot(&endpoint(1)), Guest::boot(&endpoint(2)));
 
-        // At 1 MB per second, minus one second's worth that may pass at once.
+        // The minimum time is that at 1 MB per second, minus the second's worth that may pass at
+        // once.
         let took = slow.inside.run(|| round_trip(4 * MEGABYTE));
         assert!(took > Duration::from_millis(2800), "{took:?}");
         let free = fast.inside.run(|| round_trip(4 * MEGABYTE));
         assert!(free < took, "{free:?} without a rate");
 
-        // From the host itself too, through the forward.
+        // The limit also applies to a client on the host itself, through the forward.
         let start = Instant::now();
         let mut session = TcpStream::connect((LOOPBACK, 22002)).expect("connect");
         let mut back = session.try_clone().expect("another handle");

@@ -1,4 +1,4 @@
-//! Why an outside program could not be run, or failed.
+//! The errors of outside programs.
 
 use std::io;
 
@@ -6,14 +6,14 @@ use std::io;
 const MAX_START: usize = 64 << 10;
 const MAX_END: usize = 192 << 10;
 
-/// Why an outside program could not be run, or failed.
+/// The errors of outside programs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProgramError {
     /// The program is not installed.
     #[error("the program {program} is missing")]
     Missing {
-        /// Its name.
+        /// The program's name.
         program: &'static str,
         /// The Debian package that contains it.
         package: &'static str,
@@ -21,7 +21,7 @@ pub enum ProgramError {
     /// The program could not be started, fed, read or waited for.
     #[error("cannot run {program}: {source}")]
     Start {
-        /// Its name or path.
+        /// The program's name or path.
         program: String,
         /// The cause.
         source: io::Error,
@@ -31,9 +31,9 @@ pub enum ProgramError {
     Failed {
         /// The program and its arguments.
         command: String,
-        /// Its exit status, or the signal that killed it.
+        /// The exit status, or the signal that killed the program.
         status: String,
-        /// Its output on both streams, trimmed. Of more than 256 KiB the middle is left out.
+        /// The output on both streams, trimmed. Of more than 256 KiB the middle is left out.
         output: String,
     },
     /// The program was killed: it did not end, or wrote too much.
@@ -46,7 +46,7 @@ pub enum ProgramError {
     },
 }
 
-/// Several lines of output begin on a line of their own.
+/// Returns the text before an output: a line break if the output has several lines.
 fn separator(output: &str) -> &'static str {
     if output.contains('\n') { "\n" } else { " " }
 }

@@ -1,9 +1,9 @@
-//! The one door to outside programs: everything that Scalebox starts and waits for.
+//! Runs outside programs. Scalebox starts all programs that it waits for through this crate.
 //!
 //! A program is called with an argument vector, never through a shell, and with a fixed `PATH` and
-//! locale. None is trusted to end by itself, because some read file systems that guests have
-//! written: each has a limit on its output and most have a limit on their time, and each dies with
-//! the thread that waits for it. A program over its limits is killed together with its children.
+//! locale. No program is trusted to end by itself, because some read file systems that guests have
+//! written. Each has a limit on its output, most have a time limit, and each is killed when the
+//! thread that waits for it ends. A program over its limits is killed together with its children.
 //!
 //! Exit status and standard error together decide whether a program succeeded: several exit with 0
 //! after printing an error. [`Run::output`] returns both for the caller to judge.

@@ -17,8 +17,8 @@ pub struct Program {
 }
 
 impl Program {
-    /// A program by the name of its executable, and the Debian package that contains it. It may run
-    /// for as long as it takes.
+    /// Describes a program by the name of its executable and the Debian package that contains it.
+    /// The program has no time limit.
     pub const fn new(name: &'static str, package: &'static str) -> Program {
         Program {
             name,
@@ -27,7 +27,7 @@ impl Program {
         }
     }
 
-    /// The same program, which is killed when it runs for longer than `limit`.
+    /// Returns the same program with a time limit, after which it is killed.
     pub const fn within(self, limit: Duration) -> Program {
         Program {
             time_limit: Some(limit),
@@ -40,17 +40,19 @@ impl Program {
         self.name
     }
 
-    /// Returns the Debian package that contains it.
+    /// Returns the Debian package that contains the program.
     pub const fn package(self) -> &'static str {
         self.package
     }
 
-    /// Returns how long it may run; `None` if that depends on the size of its task.
+    /// Returns the time limit of the program; `None` if its duration depends on the size of its
+    /// task.
     pub const fn time_limit(self) -> Option<Duration> {
         self.time_limit
     }
 
-    /// Returns whether it is installed in the search path, which is not the caller's `PATH`.
+    /// Returns whether the program is installed in the search path, which is not the caller's
+    /// `PATH`.
     pub fn is_installed(self) -> bool {
         SEARCH_PATH
             .split(':')

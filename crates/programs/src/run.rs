@@ -1,4 +1,4 @@
-//! One run of a program: arguments, input, environment and limits, and what came of it.
+//! One run of a program: its arguments, input, environment and limits, and its result.
 
 use crate::error::{ProgramError, bounded};
 use crate::program::{Program, search_path};
@@ -38,20 +38,21 @@ pub struct Run {
 
 #[derive(Debug)]
 enum Which {
-    /// Looked up in the search path.
+    /// A program that is looked up in the search path.
     Named(Program),
-    /// Found by the caller.
+    /// A program whose path the caller has found.
     File(PathBuf),
 }
 
 impl Run {
-    /// A run of a program that is looked up in the search path. Its `PATH` is that path.
+    /// Prepares a run of a program that is looked up in the search path. The program's `PATH` is
+    /// the search path too.
     pub fn of(program: Program) -> Run {
         Run::new(Which::Named(program), program.time_limit())
     }
 
-    /// A run of the program at `file`, for at most `limit`. It keeps the caller's `PATH`, in which
-    /// the caller found it.
+    /// Prepares a run of the program at `file`, for at most `limit`. The program gets the caller's
+    /// `PATH`, in which the caller found it.
     pub fn of_file(file: &Path, limit: Duration) -> Run {
         Run::new(Which::File(file.to_owned()), Some(limit))
     }
@@ -85,7 +86,7 @@ impl Run {
         self
     }
 
-    /// Gives the program nothing of the caller's environment.
+    /// Removes the caller's variables from the program's environment.
     pub fn clean_environment(mut self) -> Run {
         self.clean_environment = true;
         self
@@ -139,7 +140,7 @@ impl Run {
         Ok((self, stop))
     }
 
-    /// Runs the program and returns what it wrote to standard output.
+    /// Runs the program and returns its standard output.
     ///
     /// # Errors
     /// All of [`ProgramError`]; every exit code except 0 is a failure.
@@ -147,8 +148,8 @@ impl Run {
         self.stdout_accepting(&[0]).map(|(_, stdout)| stdout)
     }
 
-    /// Runs a program that has several successful exit codes, and returns the code and what it
-    /// wrote to standard output.
+    /// Runs a program that has several successful exit codes, and returns the code and its standard
+    /// output.
     ///
     /// # Errors
     /// All of [`ProgramError`]; every exit code that is not in `codes` is a failure.
@@ -169,8 +170,8 @@ impl Run {
         }
     }
 
-    /// Runs the program and returns its exit status and output. The caller decides what a success
-    /// is.
+    /// Runs the program and returns its exit status and output. The caller decides whether the
+    /// program succeeded.
     ///
     /// # Errors
     /// All of [`ProgramError`] except [`ProgramError::Failed`].
@@ -186,8 +187,8 @@ impl Run {
         Ok(Output { status, stdout, stderr })
     }
 
-    /// Runs the program, passes each line that it writes to `line` at once, and returns all of
-    /// them: both streams, in the order of writing.
+    /// Runs the program, and passes each line to `line` when it is written. Returns all lines of
+    /// both streams, in the order of writing.
     ///
     /// # Errors
     /// All of [`ProgramError`]; every exit code except 0 is a failure.
@@ -198,7 +199,8 @@ impl Run {
         let mut command = self.prepared();
         command.stdout(stdout).stderr(stderr);
         let child = command.spawn().map_err(|error| self.not_started(error))?;
-        // It holds the write end of the pipe; while it does, the reader sees no end.
+        // The command holds the write end of the pipe; as long as it exists, the reader sees no
+        // end.
         drop(command);
         let collected = Collected::new(Some(reader.into()), self.max_output).by_line(&mut line);
         let ([collected], status) = self.finish(child, [collected])?;
@@ -245,7 +247,8 @@ impl Run {
                 if let Some(mask) = mask {
                     umask(mask);
                 }
-                // Sent when the thread that starts the program ends; that thread waits for it.
+                // The kernel sends this signal when the thread that starts the program ends; that
+                // thread waits for the program.
                 set_parent_process_death_signal(Some(Signal::KILL))?;
                 match getppid() == Some(parent) {
                     true => Ok(()),
@@ -297,7 +300,7 @@ impl Run {
         }
     }
 
-    /// A missing folder has the same error as a missing program.
+    /// Checks the folder, because a missing folder causes the same error as a missing program.
     fn folder_exists(&self) -> bool {
         self.folder.as_ref().is_none_or(|folder| folder.is_dir())
     }

@@ -1,4 +1,4 @@
-//! Ends a run from outside: a waiter on another thread, such as an async task, may give up.
+//! Kills a run from another thread, such as an async task that no longer waits for it.
 
 use std::io::{self, PipeReader, PipeWriter};
 
@@ -6,12 +6,12 @@ use std::io::{self, PipeReader, PipeWriter};
 #[derive(Debug)]
 #[must_use = "a dropped Stop kills the run at once"]
 pub struct Stop {
-    /// Closed on drop, which the thread that waits for the program notices.
+    /// The write end of a pipe. The thread that waits for the program detects that it is closed.
     _open: PipeWriter,
 }
 
 impl Stop {
-    /// Returns the handle, and the end of a pipe that hangs up when the handle is dropped.
+    /// Returns the handle, and the read end of a pipe that is closed when the handle is dropped.
     pub(crate) fn new() -> io::Result<(Stop, PipeReader)> {
         let (reader, writer) = io::pipe()?;
         Ok((Stop { _open: writer }, reader))

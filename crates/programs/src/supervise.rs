@@ -1,7 +1,8 @@
 //! Feeds a running program, reads its output, and kills it and its children over its limits.
 //!
-//! One loop on one thread waits for all of it, so that a program that writes much before it reads
-//! its input cannot block. A child of the program that keeps its output open counts as not ended.
+//! One loop on one thread waits for input, output and exit, so that a program that writes much
+//! before it reads its input cannot block. A child of the program that keeps its output open counts
+//! as not ended.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -18,9 +19,9 @@ const CHUNK: usize = 64 << 10;
 
 pub(crate) struct Limits {
     pub(crate) time: Option<Duration>,
-    /// Whether the program leads a process group of its own, which is then killed with it.
+    /// `true` if the program leads a process group of its own, which is then killed with it.
     pub(crate) whole_group: bool,
-    /// Hangs up when the caller has given up.
+    /// The pipe that is closed when the caller no longer waits.
     pub(crate) stop: Option<PipeReader>,
 }
 
@@ -84,7 +85,7 @@ fn wait(events: &mut [PollFd<'_>], left: Option<Duration>) -> io::Result<bool> {
     let timeout = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
     match poll(events, timeout.as_ref()) {
         Ok(ready) => Ok(ready > 0),
-        // The caller computes what is left of the time.
+        // The caller computes the remaining time.
         Err(Errno::INTR) => Ok(true),
         Err(errno) => Err(errno.into()),
     }
@@ -94,7 +95,7 @@ fn is_ready(file: impl AsFd) -> io::Result<bool> {
     wait(&mut [PollFd::new(&file, PollFlags::IN)], Some(Duration::ZERO))
 }
 
-/// A program that is killed, with its group, unless it is reaped first.
+/// A running program. On drop it is killed with its group, unless it was reaped before.
 struct Running {
     child: Child,
     whole_group: bool,
@@ -158,7 +159,8 @@ impl Feed {
                 Ok(count) => self.written += count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // It does not read the rest; its status and output say whether that is a failure.
+                // The program does not read the rest; its status and output show whether that is a
+                // failure.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => self.pipe = None,
                 Err(error) => return Err(error),
             }
@@ -167,14 +169,14 @@ impl Feed {
     }
 }
 
-/// What a program has written to one stream.
+/// The output of a program on one stream.
 pub(crate) struct Collected<'a> {
-    /// `None` after its end.
+    /// The stream; `None` after its end.
     file: Option<File>,
     bytes: Vec<u8>,
     limit: usize,
     by_line: Option<&'a mut dyn FnMut(&str)>,
-    /// Where the line starts that is not complete yet.
+    /// The start of the line that is not complete yet.
     line: usize,
 }
 
@@ -190,7 +192,7 @@ impl<'a> Collected<'a> {
         }
     }
 
-    /// Also passes each line to `line`, as soon as it is complete, without white space at its end.
+    /// Passes each line to `line` when it is complete, without white space at its end.
     pub(crate) fn by_line(mut self, line: &'a mut dyn FnMut(&str)) -> Collected<'a> {
         self.by_line = Some(line);
         self
@@ -208,7 +210,7 @@ impl<'a> Collected<'a> {
         self.file.is_some()
     }
 
-    /// Reads what is there, up to one chunk after the limit.
+    /// Reads the available output, up to one chunk after the limit.
     fn read(&mut self) -> io::Result<()> {
         let mut chunk = [0; CHUNK];
         while let Some(file) = &mut self.file
@@ -235,7 +237,7 @@ impl<'a> Collected<'a> {
         }
     }
 
-    /// Passes on the last line, if it has no end.
+    /// Passes the last line to `line`, if it has no line break.
     fn finish_line(&mut self) {
         if let Some(by_line) = &mut self.by_line
             && self.line < self.bytes.len()

@@ -1,4 +1,4 @@
-//! What every program is held to, tried on shell scripts.
+//! Tests the limits and the errors of runs with shell scripts.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step fails the test")]
 
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const SHELL: Program = Program::new("sh", "dash").within(Duration::from_secs(60));
-const SOON: Duration = Duration::from_millis(200);
+const KILL_TIMEOUT: Duration = Duration::from_millis(200);
 
 fn shell(script: &str) -> Run {
     Run::of(SHELL).args(["-c", script])
@@ -73,7 +73,9 @@ fn a_missing_folder_or_file_is_not_a_missing_package() {
         folder.to_string().starts_with("cannot run sh: No such file"),
         "{folder}"
     );
-    let file = Run::of_file(Path::new("/nonexistent/tool"), SOON).output().unwrap_err();
+    let file = Run::of_file(Path::new("/nonexistent/tool"), KILL_TIMEOUT)
+        .output()
+        .unwrap_err();
     assert!(
         file.to_string()
             .starts_with("cannot run /nonexistent/tool: No such file"),
@@ -124,7 +126,7 @@ fn long_output_on_both_streams_is_collected() {
 
 #[test]
 fn input_is_fed_while_output_is_read() {
-    // More than both pipes hold, and `cat` stops reading while its output is full.
+    // The input is more than both pipes hold, and `cat` stops reading while its output is full.
     let input = "0123456789abcde\n".repeat(1 << 16);
     let output = shell("cat; cat >&2").input(input.clone()).stdout().unwrap();
     assert!(output == input, "{} of {} bytes", output.len(), input.len());
@@ -150,7 +152,7 @@ fn a_file_can_be_the_input() {
 #[test]
 fn the_time_limit_kills_a_program_that_ignores_signals() {
     let begun = Instant::now();
-    let shell = Program::new("sh", "dash").within(SOON);
+    let shell = Program::new("sh", "dash").within(KILL_TIMEOUT);
     let error = Run::of(shell).args(["-c", "trap '' TERM; exec sleep 1000"]).stdout();
     let error = error.unwrap_err();
     assert_eq!(
@@ -206,7 +208,7 @@ fn lines_are_passed_on_in_order_and_returned() {
 fn lines_are_passed_on_while_the_program_runs() {
     let folder = tempfile::tempdir().unwrap();
     let seen = folder.path().join("seen");
-    // Ends only after its first line was seen.
+    // The program ends only after its first line was passed on.
     let script = format!(
         "echo first; while ! test -e {0}; do sleep 0.01; done; echo second",
         seen.display()
@@ -283,7 +285,7 @@ fn a_program_that_cannot_be_executed_is_reported_with_the_cause() {
     let file = folder.path().join("tool");
     let plain = File::options().create_new(true).write(true).mode(0o600).open(&file);
     drop(plain.unwrap());
-    let error = Run::of_file(&file, SOON).output().unwrap_err().to_string();
+    let error = Run::of_file(&file, KILL_TIMEOUT).output().unwrap_err().to_string();
     assert_eq!(
         error,
         format!("cannot run {}: Permission denied (os error 13)", file.display())

@@ -1,4 +1,4 @@
-//! Admission: deciding that a disk fits before anything is created.
+//! Admission: the decision that a disk fits, made before anything is created.
 //!
 //! Two bounds hold at every admission, with all concurrent requests counted:
 //!
@@ -7,7 +7,7 @@
 //! committed + reserved + size      ≤ overcommit ratio × capacity
 //! ```
 //!
-//! With a ratio of 1 or less, every promised byte is backed. A third bound ensures it:
+//! With a ratio of 1 or less, every committed byte is backed. A third bound ensures that:
 //!
 //! ```text
 //! unreclaimable + committed + reserved + size + buffer ≤ worst-case capacity
@@ -15,7 +15,7 @@
 //!
 //! The *worst-case capacity* is the data that pool and host disk can hold in total, with the
 //! metadata for it in its worst case ([`Space::worst_case_capacity`]). The *unreclaimable usage* is
-//! everything in use that no promise covers ([`Space::unreclaimable`]). That is all blocks except
+//! all used space that no commitment covers ([`Space::unreclaimable`]). That is all blocks except
 //! those that a disk maps in extents referenced by nothing else.
 //!
 //! Why this is sufficient: take the moment of the decision, and any later moment at which the same
@@ -24,18 +24,18 @@
 //! guest wrote it since. A guest's write goes in place where the disk owns the block exclusively
 //! (NOCOW). Where the block is shared or missing, the write goes to a new block, mapped at that
 //! offset from then on. So each offset of a disk has at most one such block, and all of them
-//! together are at most the promised size: used ≤ unreclaimable + promised. The bound keeps that
+//! together are at most the committed size: used ≤ unreclaimable + committed. The bound keeps that
 //! sum, plus the buffer, within the worst-case capacity. Operations that raise the unreclaimable
 //! usage are admitted themselves: the import of a template for its data, and a snapshot for the
 //! disk's blocks, which are shared from then on. Deleting a template changes nothing, because the
 //! unreclaimable usage includes the extents that clones still share. Deleting a disk removes its
-//! promise and its blocks; the blocks it shared stay in the unreclaimable usage until the next
+//! commitment and its blocks; the blocks it shared stay in the unreclaimable usage until the next
 //! measurement.
 //!
 //! The argument does not cover a guest that discards parts of an extent of its own and writes them
 //! again. The extent stays whole on disk, and the new blocks are additional. The next measurement
-//! detects it: the unreclaimable usage rises, and that space is no longer promised. Nor does the
-//! argument cover another program that fills the host disk.
+//! detects it: the unreclaimable usage rises, and that space can no longer be committed. Nor does
+//! the argument cover another program that fills the host disk.
 //!
 //! A request holds a [`Reservation`] from its admission until its disk is recorded or the request
 //! fails. Recording turns the reservation into a commitment; a failure drops the guard and releases
@@ -52,13 +52,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Bounds {
     /// Space that is always left free.
     pub buffer: Gib,
-    /// How many times the capacity may be promised; with 1, every promised byte is backed.
+    /// Multiple of the capacity that may be committed; with 1, every committed byte is backed.
     pub overcommit_ratio: f64,
 }
 
-/// Sums of promised sizes, in bytes.
+/// Sums of committed and reserved sizes, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Promises {
+pub struct Commitments {
     /// Provisioned sizes of the existing disks.
     pub committed: Bytes,
     /// Sizes admitted for requests in progress.
@@ -76,8 +76,8 @@ pub struct Admission {
 
 #[derive(Debug, Default)]
 struct Ledger {
-    promises: Promises,
-    /// While the pool is being shrunk: its size afterwards, which limits admission.
+    commitments: Commitments,
+    /// The size of the pool after a shrink in progress, which limits admission.
     ceiling: Option<Bytes>,
 }
 
@@ -110,17 +110,17 @@ impl Admission {
         self.bounds
     }
 
-    /// Returns the current promises.
-    pub fn promises(&self) -> Promises {
-        self.ledger().promises
+    /// Returns the current sums.
+    pub fn commitments(&self) -> Commitments {
+        self.ledger().commitments
     }
 
-    /// Returns the largest sum of promises for a pool of this capacity.
+    /// Returns the maximum of committed and reserved space together, for a pool of this capacity.
     pub fn limit(&self, capacity: Bytes) -> Bytes {
         capacity.scaled(self.bounds.overcommit_ratio)
     }
 
-    /// Returns whether every promised byte must be backed.
+    /// Returns whether every committed byte must be backed.
     pub fn backs_every_byte(&self) -> bool {
         self.bounds.overcommit_ratio <= 1.0
     }
@@ -151,7 +151,7 @@ impl Admission {
     ) -> Result<Reservation, StorageError> {
         let mut ledger = self.ledger();
         let space = ledger.after_shrink(space()?);
-        let Promises { committed, reserved } = ledger.promises;
+        let Commitments { committed, reserved } = ledger.commitments;
         let writable = space.free - reserved;
         let promisable = self.limit(space.capacity) - committed - reserved;
         let backed = if self.backs_every_byte() {
@@ -172,7 +172,7 @@ impl Admission {
                 need: size.ceil_gib() + self.bounds.buffer,
             });
         }
-        ledger.promises.reserved += size;
+        ledger.commitments.reserved += size;
         Ok(Reservation {
             size,
             ledger: self.clone(),
@@ -181,30 +181,30 @@ impl Admission {
 
     /// Adds an existing disk, at start.
     pub fn restore(&self, size: Bytes) {
-        self.ledger().promises.committed += size;
+        self.ledger().commitments.committed += size;
     }
 
     /// Removes a deleted disk.
     pub fn release(&self, size: Bytes) {
         let mut ledger = self.ledger();
-        debug_assert!(ledger.promises.committed >= size, "released more than was committed");
-        ledger.promises.committed = ledger.promises.committed - size;
+        debug_assert!(ledger.commitments.committed >= size, "released more than was committed");
+        ledger.commitments.committed = ledger.commitments.committed - size;
     }
 
     /// Limits admission to a pool of `size` until the guard is dropped; for use before a shrink.
-    /// `fits` receives the sum of promises and checks that they and the used data fit; if not, it
-    /// returns the required size.
+    /// `fits` receives the sum of committed and reserved space, and checks that it fits together
+    /// with the used data; if not, it returns the required size.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when the used data or the promises do not fit; any error of
-    /// `fits`.
+    /// [`StorageError::PoolSize`] when the used data, or the committed and reserved space, does not
+    /// fit; any error of `fits`.
     pub fn lower_ceiling(
         &self,
         size: Bytes,
         fits: impl FnOnce(Bytes) -> Result<Result<(), Gib>, StorageError>,
     ) -> Result<LoweredCeiling, StorageError> {
         let mut ledger = self.ledger();
-        let promised = ledger.promises.committed + ledger.promises.reserved;
+        let promised = ledger.commitments.committed + ledger.commitments.reserved;
         if promised > self.limit(size) {
             let limit = self.limit(size);
             return Err(PoolSizeError::Overcommitted { promised, size, limit }.into());
@@ -263,15 +263,15 @@ impl Reservation {
     pub fn commit(mut self) {
         let size = std::mem::take(&mut self.size);
         let mut ledger = self.ledger.ledger();
-        ledger.promises.reserved = ledger.promises.reserved - size;
-        ledger.promises.committed += size;
+        ledger.commitments.reserved = ledger.commitments.reserved - size;
+        ledger.commitments.committed += size;
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut ledger = self.ledger.ledger();
-        ledger.promises.reserved = ledger.promises.reserved - self.size;
+        ledger.commitments.reserved = ledger.commitments.reserved - self.size;
     }
 }
 
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ratio_of_one_never_promises_a_byte_twice() {
+    fn a_ratio_of_one_never_commits_a_byte_twice() {
         let admission = admission(2, 1.0);
         admission
             .admit(Gib::new(20).bytes(), || Ok(space(30, 30)))
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ratio_of_one_does_not_promise_the_space_of_templates() {
+    fn a_ratio_of_one_does_not_commit_the_space_of_templates() {
         let room = |unreclaimable| {
             move || {
                 Ok(Space {

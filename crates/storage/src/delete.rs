@@ -1,8 +1,9 @@
-//! Deleting a disk in two steps: first its name, then its blocks.
+//! Deletes a disk in two steps: first its name, then its blocks.
 //!
 //! Freeing a large disk takes the kernel a while. So the file stays open while it is unlinked, and
 //! its blocks are freed when it is closed. If the program ends in between, the kernel closes the
-//! file; if the host crashes, the next mount drops files without a name. Nothing is left to sweep.
+//! file; if the host crashes, the next mount drops files without a name. So a sweep finds no
+//! leftover.
 
 use crate::error::StorageError;
 use crate::local::files;
@@ -40,9 +41,9 @@ impl Pool {
         }
     }
 
-    /// Frees the blocks of a disk, and waits until they are available in the pool. btrfs makes
-    /// freed blocks writable only when it commits its transaction, by default every 30 s; this
-    /// commits it at once.
+    /// Frees the blocks of a disk, and waits until they are available in the pool. On btrfs, freed
+    /// blocks are writable only after a commit, by default every 30 s; this function commits at
+    /// once.
     ///
     /// # Errors
     /// [`StorageError::Io`]; the disk is deleted nevertheless.

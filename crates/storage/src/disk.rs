@@ -44,10 +44,10 @@ impl Pool {
         made
     }
 
-    /// Makes the name of a new, already flushed file survive a power cut. On btrfs nothing is left
-    /// to do: the log that `fsync` writes for a new file includes its name (`INODE_REF`, from which
-    /// the replay recreates the folder's entry). Flushing the folder would be a second commit of
-    /// the log, as slow as the first. RocksDB has relied on this since 2021
+    /// Makes the name of a new, already flushed file survive a power cut. On btrfs this does
+    /// nothing: the log that `fsync` writes for a new file includes its name (`INODE_REF`, from
+    /// which the replay recreates the folder's entry). Flushing the folder would be a second commit
+    /// of the log, as slow as the first. RocksDB has relied on this since 2021
     /// (facebook/rocksdb#8903); a test here cuts the power.
     fn sync_new_name(&self) -> Result<(), StorageError> {
         if self.file_system.fsync_keeps_name() {
@@ -102,7 +102,7 @@ impl Pool {
     /// Returns whether the disk `id` exists.
     ///
     /// # Errors
-    /// [`StorageError::Io`] when the host cannot find out.
+    /// [`StorageError::Io`] when the host cannot determine that.
     pub fn has_disk(&self, id: &VmId) -> Result<bool, StorageError> {
         self.require_mounted()?;
         let path = self.disk_path(id);

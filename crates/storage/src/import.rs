@@ -245,7 +245,7 @@ impl Pool {
         Ok(pending)
     }
 
-    /// Checks the imported image, and gives it its name.
+    /// Checks the imported image, and publishes it as a template.
     fn finish_import(&self, mut pending: PendingImport, what: &str) -> Result<Template, StorageError> {
         let (partial, name) = (pending.partial.as_path(), &pending.name);
         let refused = |error| match error {

@@ -1,4 +1,4 @@
-//! Guest kernels: `kernels/ID/`, a folder for each, named after the digest of its files.
+//! Guest kernels, each in a folder `kernels/ID/`, where the id is the digest of its files.
 //!
 //! A template names its kernel, and so does a VM. A new kernel therefore changes nothing for
 //! existing ones. A folder with its final name is complete and never changes.
@@ -33,7 +33,7 @@ pub(crate) const KERNEL_MODE: u32 = 0o644;
 pub struct KernelFiles {
     /// The kernel that the hypervisor boots.
     pub vmlinuz: PathBuf,
-    /// Its initramfs.
+    /// The initramfs of the kernel.
     pub initrd: PathBuf,
     /// The image of a file system with its modules. Kernels of earlier releases have none.
     pub modules: Option<PathBuf>,
@@ -42,18 +42,18 @@ pub struct KernelFiles {
 /// An installed kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Kernel {
-    /// Its id.
+    /// The id of the kernel.
     pub id: KernelId,
-    /// Its files.
+    /// The files of the kernel.
     pub files: KernelFiles,
 }
 
-/// How a kernel's files get into the pool.
+/// The way in which a kernel's files get into the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Transfer {
-    /// Copied from anywhere.
+    /// The files are copied from any place.
     Copy,
-    /// Hard-linked from within the pool.
+    /// The files are in the pool, and are hard-linked.
     Link,
 }
 
@@ -76,9 +76,9 @@ impl KernelFiles {
         .filter_map(|(name, path)| Some((name, path?.as_path())))
     }
 
-    /// Computes the id: the digest of the kernel and the initramfs, and whether there are modules.
-    /// The modules themselves are of the kernel's package, and their image is made again by each
-    /// build, with other times in it.
+    /// Computes the id from the digest of the kernel and the initramfs, and from the presence of
+    /// modules. The content of the modules' image is left out, because each build makes it again
+    /// from the kernel's package, with other times in it.
     fn id(&self) -> Result<KernelId, StorageError> {
         let mut hash = Sha256::new();
         for (name, path) in self.named() {
@@ -119,7 +119,7 @@ impl Pool {
             return Ok(id);
         }
         let partial = self.kernels_dir().join(format!(".{id}{PARTIAL}"));
-        // Locked, so that no sweep removes it.
+        // The folder is locked, so that no sweep removes it.
         let folder = claim_dir(&partial)?;
         let placed = fill(files, &partial, by)
             .and_then(|()| make_newest(&partial))
@@ -132,7 +132,7 @@ impl Pool {
         Ok(id)
     }
 
-    /// Returns an installed kernel; `None` if it is not there.
+    /// Returns an installed kernel; `None` if it is missing.
     pub fn kernel(&self, id: &KernelId) -> Option<Kernel> {
         let files = KernelFiles::in_folder(&self.kernels_dir().join(id.as_str()));
         (files.vmlinuz.is_file() && files.initrd.is_file()).then(|| Kernel { id: id.clone(), files })
@@ -153,7 +153,7 @@ impl Pool {
             }
             match path.symlink_metadata().and_then(|meta| meta.modified()) {
                 Ok(modified) => found.push((modified, id)),
-                // Removed since the listing.
+                // The folder was removed since the listing.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(StorageError::io("read", path.display(), error)),
             }
@@ -170,7 +170,7 @@ impl Pool {
         Ok(self.kernels()?.into_iter().next())
     }
 
-    /// Returns the kernel to boot: the preferred one, or the newest if that is not there.
+    /// Returns the kernel to boot: the preferred one, or the newest if that is missing.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -183,7 +183,7 @@ impl Pool {
 
     /// Removes the kernels that no template names and that are not in `used`, and returns their
     /// ids. The newest one stays, because imported templates get it. While a template's record is
-    /// damaged, all stay.
+    /// damaged, no kernel is removed.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -331,7 +331,7 @@ fn copy(from: &Path, to: &Path) -> Result<io::Result<File>, StorageError> {
     Ok(files::copy_sparse(&source, &target).map(|()| target))
 }
 
-/// The newest kernel is that whose folder was changed last.
+/// Sets the modification time of the kernel's folder, which makes the kernel the newest.
 fn make_newest(folder: &Path) -> Result<(), StorageError> {
     let touched = File::open(folder).and_then(|open| {
         open.set_modified(SystemTime::now())?;

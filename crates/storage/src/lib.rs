@@ -16,12 +16,12 @@
 //! | file | contents |
 //! |---|---|
 //! | `pool` | [`Pool`]: the handle on a mounted pool |
-//! | `admission`, `space` | the decision that a disk fits, its ledger, and the numbers it rests on |
+//! | `admission`, `space` | the decision that a disk fits, its ledger, and the numbers that it uses |
 //! | `usage`, `measurement` | disk usage: the owner of each extent |
 //! | `disk` | cloning, growing, deleting and sweeping disks |
 //! | `delete` | deleting a disk and returning its blocks to the pool and the host disk |
 //! | `template` | listing and deleting templates; resized base images |
-//! | `record`, `publish` | the records of templates; how a template comes into being |
+//! | `record`, `publish` | the records of templates; publishing a template |
 //! | `kernels` | the guests' kernels, by digest |
 //! | `initramfs` | the initramfs that VMs boot: the kernel's and the daemon's |
 //! | `upgrade` | upgrading pools of earlier releases |
@@ -30,8 +30,8 @@
 //! | `programs` | the outside programs that pools need |
 //! | `simulated` (feature `simulated`) | pools for tests of other crates |
 //!
-//! `local` is the pool on this host: its file system, the devices under it, and what the kernel
-//! reports of both.
+//! `local` is the pool on this host: its file system, the devices under it, and the kernel's
+//! reports about both.
 //!
 //! | file | contents |
 //! |---|---|
@@ -40,7 +40,7 @@
 //! | `resize` | growing, shrinking and trimming the pool |
 //! | `backing`, `pool_fs` | the image, device or existing file system under the pool; differences between btrfs and XFS |
 //! | `fstab` | entries in `/etc/fstab` |
-//! | `signature` | detecting what a file or device holds |
+//! | `signature` | detecting the contents of a file or device |
 //! | `space`, `btrfs`, `quota` | the writable space, as the kernel reports it |
 //! | `extents`, `fiemap`, `tree_search` | the extents of files |
 //! | `files`, `group_sync` | cloning, sparse copying, flushing; one flush shared by concurrent callers |
@@ -50,9 +50,9 @@
 //! | file | contents |
 //! |---|---|
 //! | `images` | the operations that a pool needs |
-//! | `e2fsprogs` | running programs of e2fsprogs, and judging what they print |
+//! | `e2fsprogs` | running programs of e2fsprogs, and judging their output |
 //! | `ext4` | inspecting, checking, growing and zeroing the ext4 file system |
-//! | `live_growth` | whether a guest can grow its file system while it is mounted |
+//! | `live_growth` | the check that a guest can grow its mounted file system |
 //! | `defragment` | reducing the number of extents in a base image |
 //! | `scrub` | removing files and lines from the file system |
 //! | `pack`, `format` | compression with zstd; recognizing other formats |
@@ -97,7 +97,7 @@ mod template;
 mod upgrade;
 mod usage;
 
-pub use admission::{Admission, Bounds, Promises, Reservation};
+pub use admission::{Admission, Bounds, Commitments, Reservation};
 pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
 pub use error::{DeviceRefusal, StorageError};

@@ -20,6 +20,6 @@ pub(crate) struct Measurements {
     pub(crate) forgotten: u64,
 }
 
-/// When an entry of the templates' folders was last created, renamed or removed, in nanoseconds.
+/// The time of the last change in each of the templates' folders, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FolderTimes(pub(crate) [i128; 2]);

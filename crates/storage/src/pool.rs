@@ -1,6 +1,6 @@
 //! An open pool: the handle for creating templates and disks.
 
-use crate::admission::{Admission, Bounds, LoweredCeiling, Promises, Reservation};
+use crate::admission::{Admission, Bounds, Commitments, LoweredCeiling, Reservation};
 use crate::error::StorageError;
 use crate::image::images::Images;
 use crate::local::backing::{self, ActualBacking, Backing};
@@ -126,8 +126,8 @@ impl Pool {
         }
     }
 
-    /// Records `owner` durably: the program that knows which disks are in use. Another program then
-    /// does not treat them as orphaned.
+    /// Records `owner` durably. It identifies the state file that has the records of the disks. A
+    /// daemon with another state then does not treat the disks as orphaned.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -275,9 +275,9 @@ impl Pool {
         self.admission.release(size);
     }
 
-    /// Returns what is promised now.
-    pub fn promises(&self) -> Promises {
-        self.admission.promises()
+    /// Returns the sums of committed and reserved sizes.
+    pub fn commitments(&self) -> Commitments {
+        self.admission.commitments()
     }
 
     /// Returns the bounds of admission.
@@ -285,7 +285,7 @@ impl Pool {
         self.admission.bounds()
     }
 
-    /// Returns the largest sum of promises for a pool of this capacity.
+    /// Returns the maximum of committed and reserved space together, for a pool of this capacity.
     pub fn commitment_limit(&self, capacity: Bytes) -> Bytes {
         self.admission.limit(capacity)
     }

@@ -18,18 +18,18 @@ pub(crate) struct NewTemplate<'a> {
     pub(crate) name: &'a TemplateName,
     /// The image, locked, so that no sweep removes it while no record names it.
     pub(crate) file: &'a File,
-    /// Its present path.
+    /// The present path of the image.
     pub(crate) path: &'a Path,
     pub(crate) source: TemplateSource,
     pub(crate) kernel: Option<KernelId>,
     pub(crate) digest: Option<String>,
-    /// Whether it replaces a template of that name.
+    /// `true` if the new template may replace a template of that name.
     pub(crate) replace: bool,
 }
 
 impl Pool {
-    /// Gives the image its name, and durably writes the record, with which the template exists or
-    /// is replaced.
+    /// Publishes a template: renames the image into place, then durably writes the record. The
+    /// record makes the template exist, or replaces the previous one.
     ///
     /// # Errors
     /// [`StorageError::TemplateExists`], [`StorageError::TemplateBeingMade`], [`StorageError::Io`].

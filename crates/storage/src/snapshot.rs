@@ -1,4 +1,4 @@
-//! Snapshots: turning a disk into a template.
+//! Snapshots, which turn a disk into a template.
 //!
 //! [`Pool::begin_snapshot`] reserves a name and space, [`Pool::take_snapshot`] clones the disk, and
 //! [`Pool::finish_snapshot`] turns the clone into a template. Only [`Pool::take_snapshot`] needs
@@ -46,7 +46,8 @@ impl Drop for PendingSnapshot {
 }
 
 impl PendingSnapshot {
-    /// Records the kernel that VMs of the template boot: that of the VM whose disk it is.
+    /// Records the kernel that VMs of the template boot. It is the kernel of the VM whose disk is
+    /// cloned.
     pub fn set_kernel(&mut self, kernel: Option<KernelId>) {
         self.kernel = kernel;
     }
@@ -101,8 +102,8 @@ impl Pool {
     /// freeze the guest's file systems first to include it.
     ///
     /// From here on the template shares the blocks, and the guest's next write to each of them
-    /// takes a new block. Where every promised byte must be backed, there has to be space for
-    /// those: it is admitted before the guest resumes. Once the template is in place, its own usage
+    /// takes a new block. Where every committed byte must be backed, the new blocks need space,
+    /// which is admitted before the guest resumes. Once the template is in place, its own usage
     /// covers it.
     ///
     /// # Errors
@@ -122,9 +123,9 @@ impl Pool {
         Ok(())
     }
 
-    /// Turns the clone into a template. It replays the journal, removes what `scrub` names, zeroes
-    /// unused blocks, and checks the file system. The template appears under its name when it is
-    /// complete and durable.
+    /// Turns the clone into a template. It replays the journal, removes the contents of `scrub`,
+    /// zeroes unused blocks, and checks the file system. The template appears under its name when
+    /// it is complete and durable.
     ///
     /// # Errors
     /// [`StorageError::UnfitDisk`] with the reason, [`StorageError::TemplateExists`],

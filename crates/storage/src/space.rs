@@ -1,4 +1,4 @@
-//! The space of a pool at one moment, whatever it is made of.
+//! The space of a pool at one moment, for every kind of backing.
 
 use scalebox_units::Bytes;
 

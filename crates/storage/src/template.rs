@@ -32,7 +32,7 @@ pub struct Template {
     pub used: Bytes,
     /// The time of creation.
     pub created_at: SystemTime,
-    /// Its origin; `None` for a template of a release that recorded none.
+    /// The origin of the template; `None` for a template of a release that recorded none.
     pub source: Option<TemplateSource>,
     /// The kernel that its VMs boot; `None` if it was imported into a pool without a kernel.
     pub kernel: Option<KernelId>,
@@ -57,13 +57,14 @@ impl Template {
     }
 }
 
-/// How often an unfinished file is created again after a concurrent sweep removed it.
+/// Maximum number of attempts to create an unfinished file that concurrent sweeps remove.
 const MAX_CLAIM_ATTEMPTS: u32 = 16;
-/// How often a template is opened again after it was replaced concurrently.
+/// Maximum number of attempts to open a template that is replaced concurrently.
 const MAX_OPEN_ATTEMPTS: u32 = 16;
 
 impl Pool {
-    /// Lists all templates, sorted by name. One whose record is damaged is logged and left out.
+    /// Lists all templates, sorted by name. Logs a template whose record is damaged, and leaves it
+    /// out.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -232,7 +233,7 @@ impl Pool {
             let path = self.templates_dir().join(&record.image);
             match open(&path) {
                 Ok(opened) => return Ok((record, opened)),
-                // Replaced or deleted since the record was read.
+                // The template was replaced or deleted since its record was read.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(StorageError::io("read", path.display(), error)),
             }
@@ -394,7 +395,7 @@ impl Pool {
             };
             let is_recorded = || match self.record(&name) {
                 Ok(record) => Ok(record.is_some_and(|record| record.image == file)),
-                // It may name the image.
+                // A damaged record may name the image.
                 Err(StorageError::DamagedRecord { .. }) => Ok(true),
                 Err(error) => Err(error),
             };

@@ -1,5 +1,5 @@
-//! Upgrading a pool of an earlier release, which had one kernel for all templates, in `kernel/`,
-//! and no records of templates.
+//! Upgrades a pool of an earlier release. Such a pool has one kernel for all templates, in
+//! `kernel/`, and no records of templates.
 //!
 //! The folder `kernel/` marks such a pool. The upgrade installs its kernel under its id, gives each
 //! image a record, and removes the folder last. Nothing is copied. After a crash at any step, the
@@ -42,8 +42,8 @@ impl Pool {
         names.iter().all(ours) || names.iter().any(is_kernel)
     }
 
-    /// Also finds a pool of an earlier release whose folder `kernel/` was removed by hand: the
-    /// sweep must not take its templates for leftovers.
+    /// Detects a pool of an earlier release whose folder `kernel/` was removed by hand. The sweep
+    /// must not take its templates for leftovers.
     fn has_images_without_any_record(&self) -> bool {
         let files = list(&self.templates_dir()).unwrap_or_default();
         let names = || files.iter().filter_map(|path| path.file_name()?.to_str());
@@ -137,8 +137,8 @@ impl Pool {
         self.root.join(PREVIOUS_KERNEL)
     }
 
-    /// Removes the folder of the previous kernel, and nothing in it that is not of the earlier
-    /// release.
+    /// Removes the folder of the previous kernel. Files in it that are not of the earlier release
+    /// stay.
     fn remove_previous_kernel(&self) -> Result<(), StorageError> {
         let folder = self.previous_kernel_dir();
         for name in PREVIOUS_FILES {

@@ -13,7 +13,7 @@
 //! A template and its resized base images are one owner, because they are deleted together.
 //!
 //! The walk costs about a microsecond per reference, and about 50 bytes of memory per distinct
-//! extent. Nothing waits for it.
+//! extent. No operation waits for it.
 
 use crate::error::StorageError;
 use crate::local::backing::ActualBacking;
@@ -39,7 +39,7 @@ use std::time::{Duration, Instant, SystemTime};
 /// The space of one disk or template.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// The size promised to a guest; for a template, the size of its image.
+    /// The size committed to a guest; for a template, the size of its image.
     pub provisioned: Bytes,
     /// The blocks that the disk or template maps, shared or exclusive.
     pub used: Bytes,
@@ -51,7 +51,7 @@ pub struct Usage {
 /// The pool's extents by owner, at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolUsage {
-    /// When the walk started.
+    /// The time when the walk started.
     pub measured_at: SystemTime,
     /// Duration of the walk.
     pub took: Duration,
@@ -78,8 +78,8 @@ impl PoolUsage {
     }
 
     /// Returns the unreclaimable usage: everything in use except the blocks that disks map in
-    /// extents of their own. Promises to guests do not cover it, so admission subtracts it where
-    /// every promised byte must be backed.
+    /// extents of their own. No commitment covers it, so admission subtracts it where every
+    /// committed byte must be backed.
     pub fn unreclaimable(&self) -> Bytes {
         self.unreclaimable
     }
@@ -94,7 +94,7 @@ const SHARED: Owner = u32::MAX - 1;
 struct ExtentUsage {
     size: u64,
     owner: Owner,
-    /// How many of its bytes files map; only used while the extent has one owner.
+    /// Number of its bytes that files map; only used while the extent has one owner.
     mapped: u64,
 }
 
@@ -433,7 +433,7 @@ mod tests {
         ];
         assert_eq!(sums, [70, 110, 50, 7].map(Bytes::new));
         assert_eq!(accounts.total(), Bytes::new(237));
-        // The disk maps 40 bytes of its own extent; no promise covers the other 30.
+        // The disk maps 40 bytes of its own extent; no commitment covers the other 30.
         assert_eq!(accounts.unreclaimable(), Bytes::new(237 - 40));
     }
 

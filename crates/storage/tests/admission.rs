@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use proptest::prelude::*;
-use scalebox_storage::{Admission, Bounds, Promises, Reservation, Space};
+use scalebox_storage::{Admission, Bounds, Commitments, Reservation, Space};
 use scalebox_units::{Bytes, Gib};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
@@ -18,7 +18,7 @@ fn admission(buffer: u64, overcommit_ratio: f64) -> Admission {
     })
 }
 
-/// Returns the space of a pool of `capacity` with `used` written, of which no promise covers
+/// Returns the space of a pool of `capacity` with `used` written, of which no commitment covers
 /// `unreclaimable`.
 fn space(capacity: u64, used: u64, unreclaimable: u64) -> Space {
     let free = gib(capacity) - gib(used);
@@ -44,7 +44,7 @@ enum Request {
     Commit(usize),
     Fail(usize),
     Delete(usize),
-    /// Other data is written or deleted: this much is used now.
+    /// Other data is written or deleted; holds the usage afterwards.
     Used(u64),
     /// The pool is resized.
     Capacity(u64),
@@ -215,7 +215,7 @@ proptest! {
                 && let Ok(reservation) = admission.admit(gib(size), || Ok(now))
             {
                 in_progress.push((reservation, disk));
-                let Promises { committed, reserved } = admission.promises();
+                let Commitments { committed, reserved } = admission.commitments();
                 prop_assert!(reserved + gib(buffer) <= now.free);
                 prop_assert!(committed + reserved <= admission.limit(now.capacity));
                 if ratio <= 1.0 {
@@ -249,17 +249,17 @@ proptest! {
                 }
                 _ => {}
             }
-            let promises = admission.promises();
-            prop_assert_eq!(promises.reserved, in_progress.iter().map(|(reservation, _)| reservation.size()).sum());
-            prop_assert_eq!(promises.committed, disks.iter().copied().flatten().sum());
+            let commitments = admission.commitments();
+            prop_assert_eq!(commitments.reserved, in_progress.iter().map(|(reservation, _)| reservation.size()).sum());
+            prop_assert_eq!(commitments.committed, disks.iter().copied().flatten().sum());
         }
         drop(in_progress);
         disks.into_iter().flatten().for_each(|size| admission.release(size));
-        prop_assert_eq!(admission.promises(), Promises::default());
+        prop_assert_eq!(admission.commitments(), Commitments::default());
     }
 
     #[test]
-    fn with_a_ratio_of_one_guests_can_always_write_all_promised_bytes(actions in actions(), buffer in 0u64..4) {
+    fn with_a_ratio_of_one_guests_can_always_write_all_committed_bytes(actions in actions(), buffer in 0u64..4) {
         let admission = admission(buffer, 1.0);
         let mut model = Model { capacity: 200, disks: Vec::new(), templates: Vec::new(), orphaned: 0, measured: None };
         for action in actions {
@@ -339,7 +339,7 @@ fn threads_share_a_pool(ratio: f64) {
                 }
                 _ => {}
             }
-            let Promises { committed, reserved } = admission.promises();
+            let Commitments { committed, reserved } = admission.commitments();
             assert!(committed + reserved <= admission.limit(gib(CAPACITY)));
             assert!(reserved + gib(BUFFER) <= gib(CAPACITY));
         }
@@ -353,7 +353,7 @@ fn threads_share_a_pool(ratio: f64) {
         let threads: Vec<_> = (0..8).map(|seed| scope.spawn(move || work(seed))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    assert_eq!(admission.promises(), Promises::default());
+    assert_eq!(admission.commitments(), Commitments::default());
     assert_eq!(written.into_inner(), 0);
     // Checks that both admissions and refusals occurred often.
     let (made, refused) = counts

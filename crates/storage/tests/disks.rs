@@ -41,8 +41,8 @@ fn a_disk_is_a_sound_clone_of_the_requested_size() {
         run("e2fsck", &["-fn", text(&path)]);
         assert_eq!(run("debugfs", &["-R", "cat /marker", text(&path)]), "here\n");
     }
-    assert_eq!(pool.promises().committed, Gib::new(21).bytes());
-    assert_eq!(pool.promises().reserved, Bytes::ZERO);
+    assert_eq!(pool.commitments().committed, Gib::new(21).bytes());
+    assert_eq!(pool.commitments().reserved, Bytes::ZERO);
     assert!(
         pool.space().unwrap().used < Bytes::from_mib(64),
         "clones share their blocks"
@@ -158,8 +158,8 @@ fn eight_concurrent_requests_never_exceed_a_bound() {
     });
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     for refused in results.into_iter().filter_map(Result::err) {
-        // The 10 GiB that are not promised also cover the metadata for 20 GiB of scattered blocks.
-        // The rest depends on whether the first request was still running.
+        // The 10 GiB that are not committed also cover the metadata for 20 GiB of scattered blocks.
+        // The remaining figures depend on the first request, which may still be running.
         let StorageError::Insufficient { available, need } = refused else {
             panic!("{refused}")
         };
@@ -179,7 +179,7 @@ fn eight_concurrent_requests_never_exceed_a_bound() {
 fn a_nearly_full_pool_refuses_disks() {
     let stocked = Stocked::new("30G", USUAL);
     let free = stocked.pool.space().unwrap().free;
-    // Slightly under five GiB stay free: four, rounded down.
+    // Slightly less than five GiB stay free, which is four, rounded down.
     fill(
         stocked.pool.path(),
         "vms/ballast",
@@ -372,7 +372,7 @@ fn a_disk_with_an_unknown_feature_is_rejected_and_not_changed() {
     let pool = &stocked.pool;
     let disk = stocked.create("vm-a", 1);
     let path = disk_path(pool, &disk);
-    // As root in the guest can do.
+    // Root in a guest can do the same.
     run("debugfs", &["-w", "-R", "feature FEATURE_I31 FEATURE_R29", text(&path)]);
     let grown = pool.grow_disk(&disk, Gib::new(2).bytes()).unwrap_err();
     let snapshot = pool.begin_snapshot(&name("derived")).and_then(|mut snapshot| {
@@ -493,7 +493,7 @@ fn failed_creations_leave_nothing_behind() {
     ));
     drop(admitted);
     assert!(!disk_path(pool, &vm_id("vm-a")).exists());
-    assert_eq!(pool.promises(), Default::default());
+    assert_eq!(pool.commitments(), Default::default());
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use support::{MAX, Place, disk_path, fill, name, run, text, vm_id};
 
-/// No buffer, and practically unlimited promises.
+/// Bounds without a buffer, and with a practically unlimited ratio.
 const UNLIMITED: Bounds = Bounds {
     buffer: Gib::new(0),
     overcommit_ratio: 1000.0,

@@ -27,17 +27,17 @@ const HOST_NAME: &str = "so-secret-otter";
 const HOST_KEY: &str = "the-private-host-key";
 const SEEDED: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIJustAPublicKeyThatWasSeeded";
 const DELETED: &str = "a-file-that-the-guest-deleted";
-/// Must not occur in any byte of the template's image.
+/// Texts that must not occur in any byte of the template's image.
 const SECRETS: [&str; 4] = [HOST_NAME, HOST_KEY, SEEDED, DELETED];
 
 /// Options of mke2fs, and the expected reason of a rejected import; empty if it is accepted.
 type Set = (&'static str, &'static str);
 
-/// The only feature that prevents growth.
+/// The feature that prevents growth; no other feature does.
 const NOT_GROWN: &str = "bigalloc";
 
-/// Every feature of ext4(5), on or off unless that is the default, and the sets that distributions
-/// used.
+/// The sets of features to test: each feature of ext4(5), switched from its default, and the
+/// defaults of distributions.
 const SETS: &[Set] = &[
     ("", ""),
     ("-O 64bit,extent", ""),
@@ -411,7 +411,7 @@ fn large_pool() -> (HostDisk, Place, Pool) {
         overcommit_ratio: 100.0,
     };
     let pool = place.open(bounds);
-    // Dropped in reverse order by the caller.
+    // The caller drops these in reverse order.
     (host, place, pool)
 }
 

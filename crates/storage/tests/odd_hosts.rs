@@ -75,7 +75,7 @@ fn pools_on_host_disks_with_large_sectors_use_direct_io() {
         let warned = place.warnings().iter().any(|warning| warning.contains("direct I/O"));
         assert!(!warned, "{:?}", place.warnings());
 
-        // Like after a reboot: fstab does not contain the sector size.
+        // This is the mount after a reboot: fstab does not contain the sector size.
         fs::write(place.plan.data_dir.join("vms/kept"), "kept").unwrap();
         unmount(&place.plan.data_dir, &place.plan.backing).unwrap();
         assert_eq!(
@@ -310,7 +310,7 @@ fn guest_data_at_the_end_of_a_device_does_not_hide_the_pool() {
             matches!(
                 &error,
                 StorageError::UnfitDevice { reason: DeviceRefusal::Ambiguous(found), .. }
-                    if found.contains("signs of something else")
+                    if found.contains("signatures of other contents")
             ),
             "{error}"
         );
@@ -347,7 +347,7 @@ fn limited_subvolume(simple: bool) -> Option<(HostDisk, PathBuf)> {
     Some((host, subvolume))
 }
 
-/// One subvolume for each kind of accounting that the kernel supports.
+/// Creates one subvolume for each kind of accounting that the kernel supports.
 fn limited_subvolumes() -> impl Iterator<Item = (HostDisk, PathBuf)> {
     let both = [false, true].map(|simple| move || limited_subvolume(simple));
     both.into_iter().filter_map(|make| {
@@ -377,7 +377,7 @@ fn a_quota_under_the_image_limits_the_free_space() {
             free(&pool)
         );
 
-        // Before and after btrfs commits it.
+        // The free space is the same before and after btrfs commits the data.
         fill(&subvolume, "ballast", Gib::new(20).bytes());
         for _ in 0..2 {
             assert!(

@@ -102,19 +102,20 @@ fn an_interrupted_init_is_finished_by_the_next() {
     let image = place.image().to_owned();
     let image = image.as_path();
 
-    // Killed while creating the file system.
+    // The first run was killed while it created the file system.
     let partial = image.with_extension("img.partial");
     fs::write(&partial, "half a file system").unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert!(!partial.exists());
 
-    // Killed after creating the image and before mounting it.
+    // The first run was killed after it created the image and before it mounted it.
     fs::write(plan.data_dir.join("vms/kept"), "kept").unwrap();
     unmount(&plan.data_dir, &plan.backing).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
     assert_eq!(fs::read_to_string(plan.data_dir.join("vms/kept")).unwrap(), "kept");
 
-    // Killed after mounting and before creating the folders and registering.
+    // The first run was killed after it mounted the pool, before it created the folders and
+    // registered it.
     fs::remove_file(plan.fstab.as_ref().unwrap()).unwrap();
     fs::remove_dir(plan.data_dir.join("kernels")).unwrap();
     assert_eq!(place.init().unwrap(), InitOutcome::Ready);
@@ -164,7 +165,7 @@ fn a_mounted_ext4_is_rejected() {
     let mut place = Place::new("30G");
     place.plan.data_dir = host.folder.clone();
     assert!(matches!(place.init(), Err(StorageError::NotAPool { .. })));
-    // The host disk unmounts itself; the place must not.
+    // The host disk unmounts itself; the pool's guard must not unmount it.
     place.plan.data_dir = "/nonexistent".into();
 }
 
@@ -277,7 +278,7 @@ fn kernel_and_initramfs_are_readable_for_every_account() {
     let KernelFiles { vmlinuz, initrd, .. } = pool.kernel(&id).unwrap().files;
     let modes = || [&vmlinuz, &initrd].map(|file| file.metadata().unwrap().mode() & 0o777);
     assert_eq!(modes(), [0o644; 2]);
-    // The mode set by earlier releases.
+    // Earlier releases created the image with this mode.
     for file in [&vmlinuz, &initrd] {
         fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
     }
@@ -362,7 +363,7 @@ fn a_resize_changes_all_layers_and_keeps_the_data() {
     assert_eq!(layers(), [60; 3]);
     pool.shrink(Gib::new(40)).unwrap();
     assert_eq!(layers(), [40; 3]);
-    // By default 80 % of the host disk; the image's own blocks count as free.
+    // The default size is 80 % of the host disk; the image's own blocks count as free.
     pool.grow(None).unwrap();
     assert!((75..=80).contains(&layers()[0]), "{:?}", layers());
     assert_eq!(run("sha256sum", &[text(&file)]), sum);
@@ -385,7 +386,7 @@ fn a_resize_changes_all_layers_and_keeps_the_data() {
 }
 
 #[test]
-fn a_pool_is_not_shrunk_below_its_promises() {
+fn a_pool_is_not_shrunk_below_its_commitments() {
     let host = HostDisk::ext4(Gib::new(100).bytes());
     let mut place = Place::at(&host.folder, Some("60G"));
     place.init().unwrap();
@@ -479,5 +480,5 @@ fn free_space_is_limited_by_the_host_disk() {
             after.free.floor_gib()
         )
     );
-    assert_eq!(pool.promises().reserved, Bytes::ZERO);
+    assert_eq!(pool.commitments().reserved, Bytes::ZERO);
 }

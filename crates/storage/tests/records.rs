@@ -75,13 +75,13 @@ fn a_record_names_source_kernel_and_digest() {
     let admitted = pool.admit(Bytes::from_mib(1)).unwrap();
     let vm = vm_id("vm-a");
     pool.create_disk(&vm, &name("built"), &admitted).unwrap();
-    let mut snapshot = pool.begin_snapshot(&name("golden")).unwrap();
+    let mut snapshot = pool.begin_snapshot(&name("base")).unwrap();
     snapshot.set_kernel(Some(first.clone()));
     pool.take_snapshot(&mut snapshot, &vm).unwrap();
-    let golden = pool.finish_snapshot(snapshot, &Default::default()).unwrap();
-    assert_eq!(golden.source, Some(TemplateSource::Snapshot(vm)));
-    assert_eq!((&golden.kernel, &golden.digest), (&Some(first), &None));
-    assert_eq!(pool.template(&name("golden")).unwrap(), golden);
+    let base = pool.finish_snapshot(snapshot, &Default::default()).unwrap();
+    assert_eq!(base.source, Some(TemplateSource::Snapshot(vm)));
+    assert_eq!((&base.kernel, &base.digest), (&Some(first), &None));
+    assert_eq!(pool.template(&name("base")).unwrap(), base);
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn images_that_no_record_names_are_swept() {
     assert!(matches!(error, StorageError::DamagedRecord { .. }), "{error}");
     assert!(matches!(pool.template(&name("lost")), Err(StorageError::NoTemplate(_))));
 
-    // Both can be made again.
+    // Both templates can be made again.
     pool.delete_template(&name("damaged")).unwrap();
     assert_eq!(pool.sweep_partials().unwrap(), [templates.join("damaged.ext4")]);
     for template in ["damaged", "lost"] {
@@ -169,7 +169,7 @@ fn kernels_that_nothing_uses_are_removed_except_the_newest() {
     pool.import_built(&name("box"), &image, &of_template).unwrap();
     let used: HashSet<_> = [of_vm.clone()].into();
     assert_eq!(pool.remove_unused_kernels(&used).unwrap(), [unused]);
-    // A record that cannot be read may name any of them.
+    // A record that cannot be read may name any kernel.
     let record = pool.path().join("templates/box.json");
     let intact = fs::read(&record).unwrap();
     fs::write(&record, "{").unwrap();
@@ -180,7 +180,7 @@ fn kernels_that_nothing_uses_are_removed_except_the_newest() {
     assert_eq!(pool.remove_unused_kernels(&no_vms()).unwrap(), [of_template]);
     assert_eq!(pool.kernels().unwrap(), [newest]);
 
-    // What a crash leaves.
+    // A crash can leave these folders.
     let half = pool.kernels_dir().join(".fedcba9876543210.partial");
     fs::create_dir(&half).unwrap();
     file(&half, "vmlinuz", "half");
@@ -267,7 +267,7 @@ fn images_in_a_pool_without_any_record_are_recorded_and_not_swept() {
     pool.upgrade().unwrap();
     assert!(pool.is_upgraded());
     assert_eq!(pool.template(&name("box")).unwrap().size, Bytes::new(7));
-    // With another template's record, an image without one is a leftover.
+    // Since another template has a record, an image without a record is a leftover.
     pool.import_template(&name("other"), &image, MAX, false).unwrap();
     fs::remove_file(pool.path().join("templates/box.json")).unwrap();
     assert_eq!(pool.sweep_partials().unwrap(), [pool.path().join("templates/box.ext4")]);

@@ -25,7 +25,7 @@ const CONTENTS: &[u8] = b"the contents of a template";
 
 /// Runs `test` in an empty folder of an unprivileged user, in a thread of its own.
 fn as_an_ordinary_user(test: impl FnOnce(&Path) + Send) {
-    // Not in TMPDIR, which may be in a folder that only root can enter.
+    // The folder is not in TMPDIR, which may be in a folder that only root can enter.
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     thread::scope(|scope| {
         let running = scope.spawn(|| {
@@ -86,12 +86,12 @@ fn disks_templates_and_snapshots_work_without_root() {
         pool.grow_disk(&vm(1), Gib::new(20).bytes()).unwrap();
         assert_eq!(fs::metadata(&disk).unwrap().len(), 20 << 30);
 
-        let mut snapshot = pool.begin_snapshot(&name("golden")).unwrap();
+        let mut snapshot = pool.begin_snapshot(&name("base")).unwrap();
         pool.flush_disk(&vm(1)).unwrap();
         pool.take_snapshot(&mut snapshot, &vm(1)).unwrap();
-        let golden = pool.finish_snapshot(snapshot, &Default::default()).unwrap();
-        assert_eq!(golden.size, Gib::new(20).bytes());
-        create(&pool, &vm(2), "golden", golden.size).unwrap();
+        let base = pool.finish_snapshot(snapshot, &Default::default()).unwrap();
+        assert_eq!(base.size, Gib::new(20).bytes());
+        create(&pool, &vm(2), "base", base.size).unwrap();
         let mut head = vec![0; CONTENTS.len()];
         let clone = fs::File::open(path_of(&pool, &vm(2))).unwrap();
         std::os::unix::fs::FileExt::read_exact_at(&clone, &mut head, 0).unwrap();
@@ -101,7 +101,7 @@ fn disks_templates_and_snapshots_work_without_root() {
         let mut packed = Vec::new();
         exported.write_to(&mut packed, |_| {}).unwrap();
         pool.unpack_template(&name("again"), &packed[..], MAX, false).unwrap();
-        pool.delete_template(&name("golden")).unwrap();
+        pool.delete_template(&name("base")).unwrap();
         let names: Vec<_> = pool.templates().unwrap().into_iter().map(|it| it.name).collect();
         assert_eq!(names, [name("again"), name("tiny")]);
 
@@ -140,7 +140,7 @@ fn a_pool_that_is_opened_again_has_its_disks_and_loses_the_orphaned_ones() {
 
         let pool = Pool::simulated(folder, BOUNDS, space.clone()).unwrap();
         assert_eq!(pool.owner().unwrap().as_deref(), Some("this test"));
-        assert_eq!(pool.promises().committed, Bytes::ZERO);
+        assert_eq!(pool.commitments().committed, Bytes::ZERO);
         pool.restore(size);
         let swept = pool.sweep(&HashSet::from([vm(1), vm(3)])).unwrap();
         assert_eq!(swept.removed, [path_of(&pool, &vm(2))]);

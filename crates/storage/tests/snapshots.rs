@@ -171,18 +171,18 @@ fn with_a_ratio_of_one_a_snapshot_is_admitted_for_the_shared_blocks() {
     let disk = disk_path(pool, &vm_id("vm-1"));
     run("fallocate", &["-l", "5G", text(&disk)]);
     pool.measure().unwrap();
-    let before = pool.promises();
+    let before = pool.commitments();
     let refused = snapshot(pool, "derived").unwrap_err();
     assert!(matches!(refused, StorageError::Insufficient { .. }), "{refused}");
-    assert_eq!(pool.promises(), before);
+    assert_eq!(pool.commitments(), before);
     assert!(!template_path(&stocked, ".derived").with_extension("partial").exists());
 
     pool.delete_disk(&vm_id("vm-2")).unwrap();
     pool.release(Gib::new(7).bytes());
     pool.measure().unwrap();
     snapshot(pool, "derived").unwrap();
-    assert_eq!(pool.promises().reserved, Bytes::ZERO);
-    // The shared blocks are no longer promised.
+    assert_eq!(pool.commitments().reserved, Bytes::ZERO);
+    // The shared blocks are no longer committed.
     pool.measure().unwrap();
     assert!(pool.admit(Gib::new(7).bytes()).is_err());
 }
@@ -246,9 +246,9 @@ fn a_template_name_is_used_once_and_failures_leave_nothing_behind() {
         Err(StorageError::TemplateBeingMade(_))
     ));
     assert!(matches!(snapshot(pool, "tiny"), Err(StorageError::TemplateExists(_))));
-    let reserved = pool.promises().reserved;
+    let reserved = pool.commitments().reserved;
     drop(held);
-    assert!(pool.promises().reserved < reserved, "the reservation is released");
+    assert!(pool.commitments().reserved < reserved, "the reservation is released");
 
     // A disk without a file system.
     let disk = disk_path(pool, &vm_id("vm-1"));

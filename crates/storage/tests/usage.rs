@@ -54,7 +54,7 @@ fn used_and_exclusive_match_btrfs() {
     let stocked = Stocked::new("30G", USUAL);
     let pool = &stocked.pool;
     let [a, b, c] = ["vm-a", "vm-b", "vm-c"].map(|id| stocked.create(id, 1));
-    // Over the template's own blocks, and in a hole.
+    // The writes go over the template's own blocks, and into a hole.
     write(&disk_path(pool, &a), 0, 64 * 1024);
     write(&disk_path(pool, &a), 300 * MIB, 100 * MIB);
     write(&disk_path(pool, &b), 500 * MIB, 40 * MIB);
@@ -67,7 +67,7 @@ fn used_and_exclusive_match_btrfs() {
     }
     let template = accounts.templates[&stocked.template.name];
     assert_eq!(template.provisioned, stocked.template.size);
-    // With its record.
+    // The template's usage includes its record.
     let record = template.used - stocked.template.used;
     assert!(record <= Bytes::new(4096), "{record}");
     assert_eq!(
@@ -100,7 +100,7 @@ fn a_deletion_frees_the_exclusive_bytes_also_after_a_partial_discard() {
     );
     assert!(
         accounts.unreclaimable() >= Bytes::from_mib(32),
-        "no promise covers the unmapped part of an extent"
+        "no commitment covers the unmapped part of an extent"
     );
 
     let before = pool.space().unwrap().used;
@@ -190,7 +190,7 @@ fn a_measurement_is_valid_until_templates_change() {
     assert_eq!(pool.space().unwrap().unreclaimable, accounts.unreclaimable());
     assert!(
         accounts.unreclaimable() < Bytes::from_mib(64),
-        "the promise covers what the disk wrote: {accounts:?}"
+        "the commitment covers the blocks that the disk wrote: {accounts:?}"
     );
     // A disk from an existing base image changes nothing. Another size needs a new base image,
     // which is part of the templates.

@@ -1,8 +1,8 @@
 //! Tools that the tests of several crates share. None of them is in a release.
 //!
 //! * [`SimVmm`]: a simulated hypervisor, for tests without root and real machines
-//! * `tests/floor_plan` checks the structure of the whole workspace: which crate, folder and file
-//!   may use which other one, and how long a function may be
+//! * `tests/floor_plan` checks the structure of the whole workspace: the dependencies between
+//!   crates, folders and files, and the length of functions
 
 mod sim_vmm;
 

@@ -1,5 +1,5 @@
-//! Tests of the simulated hypervisor: it keeps the promises of the traits, and does what tests ask
-//! of it.
+//! Checks that the simulated hypervisor keeps the guarantees of the traits, and has the faults that
+//! tests set.
 
 #![allow(
     clippy::unwrap_used,

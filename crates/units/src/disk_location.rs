@@ -1,4 +1,4 @@
-//! Where a disk is.
+//! The location of a disk.
 
 use std::path::PathBuf;
 

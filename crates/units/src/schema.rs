@@ -1,5 +1,5 @@
-//! The JSON schema of each type, for the OpenAPI document. The patterns match what the parsers
-//! accept.
+//! The JSON schema of each type, for the OpenAPI document. The patterns match the texts that the
+//! parsers accept.
 
 use crate::{SshPublicKey, TemplateName, VmName};
 use std::borrow::Cow;

@@ -150,7 +150,7 @@ impl fmt::Display for Gib {
     }
 }
 
-/// Why a text is not a size; each message shows a valid example.
+/// The reason why a text is not a size; each message shows a valid example.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSizeError {
     /// The text is not a number followed by a unit.

@@ -1,4 +1,4 @@
-//! The parsers' rules, and the form of accepted values on which all later code relies.
+//! Tests the parsers' rules, and the form of accepted values on which all later code relies.
 
 #![allow(clippy::unwrap_used, reason = "a failed step ends the test")]
 
@@ -89,8 +89,8 @@ fn keys_recorded_by_an_earlier_version_are_still_read() {
 }
 
 proptest! {
-    /// Accepted keys are one line without characters that end it for a guest's readers, whatever
-    /// surrounded them in the input.
+    /// Checks that an accepted key is one line, whatever surrounds it in the input. No character in
+    /// it ends a line for a program in the guest.
     #[test]
     fn accepted_keys_are_one_short_line_that_parses_to_the_same_key(
         before in "\\PC{0,3}|[\\s\u{feff}\u{a0}]{0,4}",

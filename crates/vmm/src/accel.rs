@@ -1,4 +1,4 @@
-//! Detects whether KVM can run guests on this host, and why not.
+//! Detects whether KVM can run guests on this host, and the reason if it cannot.
 //!
 //! An openable `/dev/kvm` is not enough. Inside a virtual machine without nested virtualisation the
 //! device may exist, and KVM may even create a VM, but no guest ever runs. The processor must also
@@ -24,7 +24,7 @@ pub enum AccelSetting {
     Tcg,
 }
 
-/// How the guest's instructions are executed.
+/// The way in which the guest's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
     /// Execution by the processor, through `/dev/kvm`.

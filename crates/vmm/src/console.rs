@@ -73,7 +73,7 @@ pub(crate) async fn drain(mut console: impl AsyncRead + Unpin, log: PathBuf) {
 
 struct ConsoleLog {
     path: PathBuf,
-    /// Whether the last write failed: a full disk is logged once, not for every line.
+    /// `true` if the last write failed: a full disk is logged once, not for every line.
     failed: bool,
 }
 

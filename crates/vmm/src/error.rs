@@ -9,7 +9,7 @@ use std::time::Duration;
 /// The result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why launching, adopting or controlling a machine failed.
+/// The error of launching, adopting or controlling a machine.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -37,8 +37,7 @@ pub enum Error {
     Unusable {
         /// Path of the program.
         program: String,
-        /// The reason: what was found and what is required, or the whole output of a failed
-        /// program.
+        /// The reason: the found and the required version, or the whole output of a failed program.
         why: String,
     },
     /// The installed Firecracker needs libraries, which its jail lacks.
@@ -93,7 +92,7 @@ pub enum Error {
         id: VmId,
         /// The cause.
         why: String,
-        /// Everything that the hypervisor wrote to stderr.
+        /// The whole output of the hypervisor on stderr.
         output: String,
     },
     /// The hypervisor rejected a command, or the connection to it broke.

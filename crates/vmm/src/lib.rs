@@ -8,10 +8,10 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `machine` | the traits [`Vmm`] and [`Machine`], as a state diagram, and what may block |
-//! | `spec` | everything a machine consists of |
-//! | `state` | the states and events of a machine, and how it ends |
-//! | `supervise/` | what the drivers share: the supervision of a machine's process |
+//! | `machine` | the traits [`Vmm`] and [`Machine`], as a state diagram, and rules about blocking |
+//! | `spec` | the specification of a machine |
+//! | `state` | the states, events and ends of a machine |
+//! | `supervise/` | the supervision of a machine's process, which the drivers share |
 //! | `confine/` | limits on memory, CPU and file access of a machine's process: control groups, Landlock |
 //! | `qemu/` | the QEMU `microvm` driver: launch and adopt, commands and events, arguments, control socket |
 //! | `firecracker/` | the Firecracker driver: launch and adopt, commands, API socket, jail, vsock |
@@ -20,7 +20,7 @@
 //! | `console` | the console log, of bounded size |
 //! | `stderr` | the hypervisor's stderr, of bounded size, also while no process reads it |
 //! | `run_dir` | the files of a running machine: ownership and removal |
-//! | `accel` | whether KVM can run guests on this host, and why not |
+//! | `accel` | detects whether KVM can run guests on this host |
 //! | `blocking` | runs file work off the runtime's threads |
 //! | `error` | the errors of this crate |
 

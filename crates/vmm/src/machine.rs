@@ -24,7 +24,7 @@
 //! where [`Vmm::adopt`] fails with [`Error::Hung`]. It refuses a machine that has a holder; use
 //! [`kill`](Machine::kill) on the handle instead.
 //!
-//! # What may block
+//! # Blocking
 //!
 //! No method of the two traits blocks the calling thread. Drivers open, copy and remove files, read
 //! /proc, and spawn processes on the runtime's blocking threads. On the calling thread they make
@@ -129,10 +129,10 @@ pub trait Machine: Send + Sync {
     /// time the pid is used.
     fn pid(&self) -> i32;
 
-    /// Asks the hypervisor for the machine's state.
+    /// Queries the machine's state from the hypervisor.
     async fn state(&self) -> Result<MachineState>;
 
-    /// Stops the guest's vCPUs; memory and disk stay. Does nothing on a paused machine.
+    /// Pauses the guest's vCPUs; memory and disk stay. Does nothing on a paused machine.
     async fn pause(&self) -> Result<()>;
 
     /// Resumes a paused or stalled guest. A stalled guest repeats the disk request that failed on
@@ -166,12 +166,12 @@ pub trait Machine: Send + Sync {
     /// Returns how the machine ended. Works whatever the hypervisor is doing.
     async fn kill(&self) -> Result<ExitReason>;
 
-    /// Waits for the machine's end. May be awaited many times, also after the end. By then its
-    /// files in `run_dir` are removed and the console log is complete.
+    /// Waits until the machine has ended. By then, its files in `run_dir` are removed and the
+    /// console log is complete. May be awaited many times, also after the end.
     async fn exited(&self) -> ExitReason;
 
     /// Subscribes to the machine's events from now on. A receiver that falls behind loses the
-    /// oldest events and should then ask for the [`state`](Machine::state).
+    /// oldest events and should then query the [`state`](Machine::state).
     fn events(&self) -> broadcast::Receiver<MachineEvent>;
 
     /// Opens a connection to the guest agent, ready for the agent's protocol. Some hypervisors

@@ -142,7 +142,7 @@ impl Process {
         Ok(())
     }
 
-    /// Waits for the end. May be awaited concurrently, and also after the end.
+    /// Waits until the process has ended. May be awaited concurrently, and also after the end.
     pub(crate) async fn exited(&self) {
         if self.pidfd.readable().await.is_err() {
             // Happens only when the runtime shuts down, which drops this future.

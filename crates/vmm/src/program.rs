@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long a program may take to print its version.
+/// Timeout of a program that prints its version.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Major and minor version.

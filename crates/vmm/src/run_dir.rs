@@ -120,7 +120,7 @@ impl RunDir {
             };
             match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) if self.is_current(&folder) => return Ok(Some(Lock(folder))),
-                // The last holder removed it between opening and locking: try again.
+                // The last holder removed the folder between opening and locking: try again.
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
                     let pid = self.read(id).ok().flatten().map(|record| record.process.pid);
@@ -188,8 +188,8 @@ impl RunDir {
         recorded.lines().map(PathBuf::from).collect()
     }
 
-    /// Removes all files of the machine, and the folder if nothing else is in it. Logs what cannot
-    /// be removed; the next launch tries again.
+    /// Removes all files of the machine, and the folder if nothing else is in it. Logs files that
+    /// cannot be removed; the next launch tries again.
     pub(crate) fn clear(&self) {
         self.clear_files();
         match fs::remove_dir(&self.0) {

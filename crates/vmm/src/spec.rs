@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use scalebox_units::{DiskLocation, Mac, VmId};
 use std::path::{Path, PathBuf};
 
-/// Everything a machine consists of. The files and devices it names must exist; only the content of
+/// The specification of a machine. The files and devices it names must exist; only the content of
 /// `run_dir` is created.
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
@@ -128,7 +128,7 @@ fn is_interface_name(name: &str) -> bool {
 /// A machine's network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nic {
-    /// The host's end: an existing tap.
+    /// The existing tap on the host.
     pub tap: String,
     /// The guest's MAC address.
     pub mac: Mac,

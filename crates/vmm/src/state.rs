@@ -1,4 +1,4 @@
-//! The states and events of a machine, and how it ends.
+//! The states, events and ends of a machine.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub enum MachineState {
     Ended(ExitReason),
 }
 
-/// How a machine ended.
+/// The reason why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitReason {
     /// The guest powered itself off: its file systems are clean. Also a reboot, under a hypervisor

@@ -43,7 +43,7 @@ struct Bench {
 /// The requirements of a test, besides the traits.
 #[derive(Clone, Copy, PartialEq)]
 enum Needs {
-    /// Nothing: the test uses the traits only, so that it also runs with the simulated driver.
+    /// The test uses the traits only, so that it also runs with the simulated driver.
     Traits,
     /// A process of the host.
     Process,
@@ -97,7 +97,7 @@ struct Candidate {
     name: &'static str,
     driver: Result<Arc<dyn Vmm>, String>,
     guests: Result<(), String>,
-    /// On the same file system as the lab's disks.
+    /// The folder of jails, on the same file system as the lab's disks.
     jails: TempDir,
 }
 
@@ -165,7 +165,7 @@ async fn every_driver_keeps_the_guarantees_of_the_traits() {
     assert_eq!(failed, 0, "\n{}", table.join("\n"));
 }
 
-/// Runs without root.
+/// Checks the simulated driver, without root.
 #[tokio::test]
 async fn the_simulated_driver_keeps_them_as_well() {
     let sim = SimVmm::new();
@@ -364,7 +364,7 @@ async fn deaf_guest(bench: Bench) {
 async fn interrupted(bench: Bench) {
     let machine = bench.vmm.launch(&bench.spec).await.unwrap();
     drop(machine);
-    // As if the daemon had died between the start of the process and its record.
+    // This is the state after the daemon died between the start of the process and its record.
     std::fs::remove_file(bench.spec.run_dir.join("machine.json")).unwrap();
     let found = bench.vmm.adopt(&bench.spec.id, &bench.spec.run_dir).await.unwrap();
     assert!(found.is_none());
@@ -420,7 +420,7 @@ async fn no_agent(bench: Bench) {
     assert!(matches!(machine.agent().await, Err(Error::Agent { .. })));
 }
 
-/// A machine launched by one driver is neither adopted by the other nor taken for dead.
+/// Checks that a driver neither adopts a machine of another driver nor takes it for dead.
 #[tokio::test]
 async fn machines_of_other_drivers_are_not_touched() {
     let [qemu, _, firecracker] = candidates();

@@ -99,11 +99,11 @@ async fn a_root_hypervisor_can_open_only_its_own_files() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     fs::write(lab.path("another-disk"), "readable by all").unwrap();
-    // Dropped, so that its control socket is free.
+    // The machine is dropped, so that its control socket is free.
     drop(lab.driver.launch(&spec).await.unwrap());
     let ask = async |node: String, file: PathBuf| {
         let spec = spec.clone();
-        // Off the runtime's thread, which still has to close the dropped connection.
+        // The call is not on the runtime's thread, which still has to close the dropped connection.
         let asked = tokio::task::spawn_blocking(move || open_in_qemu(&spec, &node, &file));
         timeout(TEST_TIMEOUT, asked).await.unwrap().unwrap()
     };
@@ -203,7 +203,7 @@ async fn qemu_executes_pause_resume_and_grow() {
     assert_eq!(machine.state().await.unwrap(), MachineState::Paused);
     wait_for(&mut events, |event| *event == MachineEvent::Stopped).await;
 
-    // As the pool does it: first the file, then the device; then the device alone.
+    // The pool grows the file first and then the device; here, the device alone grows at last.
     fs::File::options()
         .write(true)
         .open(lab.path("root"))
@@ -320,7 +320,7 @@ async fn adopting_undoes_an_interrupted_launch() {
     let spec = lab.spec(Guest::Deaf);
     let machine = lab.driver.launch(&spec).await.unwrap();
     drop(machine);
-    // As if the daemon had died between the start of the process and its record.
+    // This is the state after the daemon died between the start of the process and its record.
     fs::remove_file(spec.run_dir.join("machine.json")).unwrap();
 
     assert!(adopt(&lab, &spec).await.is_none());
@@ -361,7 +361,7 @@ async fn a_hung_machine_can_be_force_stopped() {
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("adopted a process that is stopped"),
     }
-    // It was left unchanged: had it only been slow, it could still be adopted.
+    // The machine was left unchanged, so that a machine that is only slow can be adopted later.
     signal(pid, Signal::CONT);
     let machine = adopt(&lab, &spec).await.expect("it runs again");
     assert_eq!(
@@ -378,10 +378,10 @@ async fn a_hung_machine_can_be_force_stopped() {
     assert!(!spec.run_dir.exists());
 }
 
-/// Well within the 10 s timeout of a command to the hypervisor.
+/// Force-stops the machine, well within the 10 s timeout of a command to the hypervisor.
 async fn force_stop(lab: &Lab, spec: &MachineSpec) -> bool {
     let ended = timeout(Duration::from_secs(9), lab.driver.force_stop(&spec.id, &spec.run_dir)).await;
-    // It sends the hypervisor no command.
+    // The force-stop sends no command to the hypervisor.
     ended.unwrap().unwrap()
 }
 

@@ -100,7 +100,7 @@ fn read(stream: &TcpStream) -> std::io::Result<Request> {
 fn write(mut stream: &TcpStream, status: u16, body: &Value) -> std::io::Result<()> {
     let body = match body {
         _ if status == 204 => String::new(),
-        // Sent unchanged, for responses that are not JSON.
+        // The text is sent unchanged, for responses that are not JSON.
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };

@@ -33,9 +33,9 @@ const MIN_CLOCK: i64 = 1_704_067_200;
 #[serde(rename_all = "lowercase")]
 enum Level {
     Ok,
-    /// Works, but could be better.
+    /// A part of the host works, but can be improved.
     Note,
-    /// Something does not work until it is fixed.
+    /// A part of the host does not work until it is fixed.
     Problem,
 }
 
@@ -107,7 +107,7 @@ pub(crate) fn run(config: Option<&Path>, json: bool) -> Result<ExitCode, Command
         Err(error) => found.problem(
             "settings",
             error,
-            "correct it; pool, network and ports are checked once the settings are valid",
+            "correct the setting; pool, network and ports are checked once all settings are valid",
         ),
     }
     let text = if json {
@@ -304,10 +304,12 @@ fn other_drivers(found: &mut Findings, settings: &Settings, for_new: &str) {
         let finding = format!("{vms} VMs use {driver}, new VMs use {for_new}");
         let fix = match settings.vmm {
             VmmChoice::Auto => {
-                format!("no action needed: they keep {driver}; with VMM={for_new}, each moves at its next start")
+                format!(
+                    "no action needed: these VMs keep {driver}; with VMM={for_new}, they use {for_new} from their next start"
+                )
             }
             _ => format!(
-                "running VMs keep {driver} until they are stopped; set VMM={driver} or VMM=auto to keep it for longer"
+                "set VMM={driver} or VMM=auto if these VMs must keep {driver}; otherwise they use {for_new} from their next start"
             ),
         };
         found.note("hypervisor", finding, fix);
@@ -576,7 +578,7 @@ fn try_bind(address: SocketAddr) -> io::Result<()> {
     } else {
         TcpSocket::new_v6()?
     };
-    // The daemon does so too. Otherwise connections in TIME_WAIT would block the port.
+    // The daemon sets this option too. Otherwise connections in TIME_WAIT would block the port.
     socket.set_reuseaddr(true)?;
     socket.bind(address)
 }

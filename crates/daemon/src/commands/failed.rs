@@ -1,4 +1,4 @@
-//! Why a command failed.
+//! The error of a command.
 
 use crate::host::drivers::DriversError;
 use crate::host::error::ServiceError;
@@ -10,8 +10,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// Why a command failed, as a sentence for the operator. An error of a library is also the source,
-/// by which [`advice`](crate::host::advice) finds its remedy.
+/// The error of a command, as a sentence for the operator.
+///
+/// An error of a library is also the source, by which [`advice`](crate::host::advice) finds its
+/// remedy.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CommandFailed {
     /// A setting is invalid.
@@ -100,7 +102,7 @@ impl CommandFailed {
     }
 }
 
-/// Turns an I/O error into a [`CommandFailed`] that names what was attempted.
+/// Turns an I/O error into a [`CommandFailed`] that names the attempted operation.
 pub(crate) fn io(doing: &'static str) -> impl Fn(io::Error) -> CommandFailed {
     move |source| CommandFailed::Io { doing, source }
 }

@@ -1,4 +1,4 @@
-//! Opening a host: its parts, and recovery from a crash. `serve` and `down` begin with it.
+//! Opens the parts of a host, and recovers from a crash. `serve` and `down` begin with it.
 
 use crate::commands::failed::{CommandFailed, io};
 use crate::host::advice::advised;
@@ -60,12 +60,12 @@ pub(crate) async fn open_host(settings: Settings, state: State) -> Result<(Host,
         InitEvent::Warning(warning) => tracing::warn!("{}", advised(&warning)),
     })?;
     if let Err(error) = pool.reconcile() {
-        // This fails, for example, while btrfs still completes a resize that a previous daemon
-        // began. The pool can be used nevertheless.
+        // The reconciliation fails, for example, while btrfs still completes a resize that a
+        // previous daemon began. The pool can be used nevertheless.
         tracing::warn!(error = %advised(&error), "cannot reconcile the size of the pool with its image yet; retrying");
     }
     if let Err(error) = pool.upgrade() {
-        // For example on a full disk. VMs can be deleted to make room.
+        // The write fails on a full disk, for example. VMs can be deleted to make room.
         tracing::error!(error = %advised(&error), "cannot upgrade the pool to this release: its templates and its kernel cannot be used; make room and restart scaleboxd");
     }
     if let Err(error) = pool.make_kernels_readable() {
@@ -113,7 +113,7 @@ fn claim_pool(pool: &Pool, state: &State, settings: &Settings) -> Result<(), Com
 /// Creates RUN_DIR, so that an unusable folder is reported now and not by the first machine.
 fn prepare_run_dir(run_dir: &Path) -> Result<(), CommandFailed> {
     let vms = run_dir.join("vms");
-    // The longest socket path in it: `vm-0123456789ab/control.sock`.
+    // The path of a socket in this folder continues with at most `vm-0123456789ab/control.sock`.
     let max_length = vms.as_os_str().len() + 1 + "vm-0123456789ab".len() + scalebox_vmm::MAX_SOCKET_NAME;
     if max_length > MAX_SOCKET_PATH {
         let expected = format!(

@@ -1,4 +1,4 @@
-//! Shows the progress of long work: a bar on a terminal, one line per step elsewhere.
+//! Shows the progress of long work: a bar on a terminal, otherwise one line per step.
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use scalebox_images::{Progress, Step};

@@ -38,7 +38,7 @@ pub(crate) fn serve(settings: Settings) -> Result<(), CommandFailed> {
             "recovery finished"
         );
         let local = listener.local_addr().map_err(io("read the API's address"))?;
-        // A client that waits for the daemon to be ready may stop it at once.
+        // A client that waits until the daemon is ready may then stop it at once.
         let signals = Signals::handle().map_err(io("handle signals"))?;
         tracing::info!(address = %local, "scaleboxd ready");
         notify_systemd(&[NotifyState::Ready]);
@@ -55,7 +55,7 @@ pub(crate) fn serve(settings: Settings) -> Result<(), CommandFailed> {
     served
 }
 
-/// Notifies the service manager of the daemon's state, if it asked for that (`Type=notify`).
+/// Notifies the service manager of the daemon's state, if it requested that (`Type=notify`).
 fn notify_systemd(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::warn!(%error, "cannot notify systemd: it considers the start unfinished");

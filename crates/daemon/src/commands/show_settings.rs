@@ -1,4 +1,4 @@
-//! `scaleboxd settings`: the settings in effect, and what each of them means.
+//! `scaleboxd settings`: the settings in effect, with their meanings.
 
 use crate::commands::failed::CommandFailed;
 use crate::settings::{self, Origin, SettingInEffect};

@@ -4,7 +4,7 @@ use scalebox_guest::{Agent, AgentError};
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 
-/// Why a request to a guest agent failed.
+/// The error of a request to a guest agent.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentFailed {
     /// The connection to the agent failed.

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 #[derive(Default)]
 pub(crate) struct Cleanups {
     pub failed: Mutex<Vec<Cleanup>>,
-    /// Whether partial or deleted files may be left in the pool.
+    /// `true` if partial or deleted files may be left in the pool.
     pub sweep: AtomicBool,
 }
 
@@ -33,12 +33,12 @@ impl Cleanups {
     }
 }
 
-/// Everything a VM has left on the host. Each part is cleared once it is removed.
+/// The remains of a VM on the host. Each part is cleared once it is removed.
 pub(crate) struct Cleanup {
     pub record: Record,
     /// A machine to kill; `None` if it has ended or was not adopted.
     pub machine: Option<Arc<dyn Machine>>,
-    /// Whether a process may exist that was not adopted, for example one that does not respond.
+    /// `true` if a process may exist that was not adopted, for example because it does not respond.
     pub may_run: bool,
     /// Tap and forward.
     pub endpoint: Option<Endpoint>,
@@ -51,7 +51,7 @@ pub(crate) struct Cleanup {
 pub(crate) struct Deleted {
     /// The address and port, reserved while tap and forward exist.
     pub lease: Option<LeaseGuard>,
-    /// Whether the disk still has its name and is still committed.
+    /// `true` if the disk still has its name and is still committed.
     pub has_disk: bool,
     pub console_dir: PathBuf,
 }

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Why the hypervisors cannot be used.
+/// The reason why the hypervisors cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DriversError {
     /// Two settings contradict each other.
@@ -29,7 +29,7 @@ pub(crate) enum DriversError {
 pub(crate) struct Drivers {
     /// The first driver is used for new VMs.
     drivers: Vec<Arc<dyn Vmm>>,
-    /// Whether a VM that is started keeps its recorded driver.
+    /// `true` if a VM that is started keeps its recorded driver.
     keep_recorded: bool,
 }
 
@@ -78,8 +78,8 @@ impl Drivers {
         Ok((Drivers::new(drivers, keep_recorded), accel.accel.to_string()))
     }
 
-    /// Combines `drivers`, of which the first is used for new VMs. `keep_recorded`: whether a VM
-    /// that is started keeps its recorded driver.
+    /// Combines `drivers`, of which the first is used for new VMs. With `keep_recorded`, a VM that
+    /// is started keeps its recorded driver.
     pub(crate) fn new(drivers: Vec<Arc<dyn Vmm>>, keep_recorded: bool) -> Drivers {
         Drivers { drivers, keep_recorded }
     }
@@ -134,8 +134,8 @@ impl Drivers {
     }
 }
 
-/// How long after booting a host may take to load the KVM module. udev loads it in the background,
-/// and services do not wait for it.
+/// Timeout for the KVM module to be loaded, from the boot of the host. Services do not wait for
+/// udev, which loads it in the background.
 const KVM_LOAD_TIMEOUT: Duration = Duration::from_secs(90);
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 

@@ -1,4 +1,4 @@
-//! Why an operation was refused or failed. [`http::error`](crate::http::error) gives each a status.
+//! The errors of operations. [`http::error`](crate::http::error) gives each a status.
 
 use crate::host::advice::advised;
 use crate::state::StateError;

@@ -3,7 +3,7 @@
 //! The last [`MAX_EVENTS`] events are kept in memory, for a client that reconnects
 //! (`Last-Event-ID`) or connects later (`since`). Ids increase and are never reused, even after a
 //! restart or a crash: each start of the daemon is counted in the state file, and its ids begin at
-//! count × [`IDS_PER_START`]. Events of earlier starts are gone; a client that asks for older
+//! count × [`IDS_PER_START`]. Events of earlier starts are gone; a client that requests older
 //! events first receives `missed`. An event is published after its change is durable, and a crash
 //! at that moment may lose it: the state is authoritative, events announce that it changed.
 //!
@@ -20,8 +20,8 @@ use tokio::sync::watch;
 
 /// Limit on kept events: a few minutes of a busy host, in one or two megabytes.
 const MAX_EVENTS: usize = 4096;
-/// More than a daemon publishes in its lifetime. Nine million starts stay below 2⁵³, above which
-/// JavaScript numbers have gaps.
+/// Number of ids for each start: more than a daemon publishes in its lifetime. Nine million starts
+/// stay below 2⁵³, above which JavaScript numbers have gaps.
 const IDS_PER_START: u64 = 1_000_000_000;
 
 /// The events since this start of the daemon.

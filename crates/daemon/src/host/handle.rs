@@ -50,7 +50,7 @@ pub(crate) struct Inner {
     pub limits: Limits,
     pub pool: Arc<Pool>,
     pub state: Arc<State>,
-    /// Every change of a VM, a template or the pool is published here.
+    /// The events, in which every change of a VM, a template or the pool is published.
     pub events: Arc<Events>,
     pub network: Network,
     pub resolvers: Vec<Ipv4Addr>,
@@ -71,11 +71,12 @@ pub(crate) struct Inner {
     pub templates_in_use: TemplatesInUse,
     pub kernels_in_use: KernelsInUse,
     pub started: Instant,
-    /// The token is cancelled when the daemon is asked to stop.
+    /// The token that is cancelled when the daemon is to stop.
     pub closing: CancellationToken,
     /// Limits the number of template exports and imports.
     pub transfers: Arc<Semaphore>,
-    /// Operations outlive the connection that started them; a shutdown waits for them.
+    /// The operations in progress. They outlive the connection that started them; a shutdown waits
+    /// for them.
     pub tasks: TaskTracker,
 }
 
@@ -87,7 +88,7 @@ pub(crate) struct Parts {
     pub pool: Pool,
     /// The open state file.
     pub state: State,
-    /// Where events are published.
+    /// The events of this start of the daemon.
     pub events: Events,
     /// The bridge, taps, forwards and firewall rules.
     pub network: Network,

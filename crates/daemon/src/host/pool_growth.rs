@@ -10,6 +10,6 @@ use tokio::time::Instant;
 pub(crate) struct PoolGrowth {
     /// The time of the last growth, if it failed.
     pub failed: Mutex<Option<Instant>>,
-    /// Whether `pool::growth::reconcile` is running.
+    /// `true` while `pool::growth::reconcile` is running.
     pub reconciling: AtomicBool,
 }

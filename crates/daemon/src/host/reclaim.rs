@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
-/// How long a request that does not fit waits for deleted disks. The largest disk takes a fraction
-/// of this on an idle host.
+/// Timeout of a request that does not fit and waits for deleted disks. Freeing the largest disk
+/// takes a fraction of this on an idle host.
 const FREE_TIMEOUT: Duration = Duration::from_secs(20);
 /// The deleted disks whose blocks are being freed.
 pub(crate) struct Reclaim {

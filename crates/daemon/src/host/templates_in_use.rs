@@ -35,7 +35,7 @@ impl TemplatesInUse {
         let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if counts.contains_key(template) {
             return Err(ServiceError::Busy(format!(
-                "a VM is being created from the template {template}: try again later"
+                "cannot delete template {template}: a VM is being created from it. Try again later"
             )));
         }
         Ok(())

@@ -81,7 +81,7 @@ impl History {
     const MAX_AGE: Duration = Duration::from_secs(24 * 3600);
     /// Minimum history for an estimate: one VM filling its disk is not a trend.
     const MIN_HISTORY: Duration = Duration::from_secs(3600);
-    /// Maximum estimate: beyond it, the only information is that there is no hurry.
+    /// Maximum estimate; a longer time is reported as unknown.
     const MAX_DAYS: f64 = 3650.0;
 
     fn add(&mut self, at: Duration, used: Bytes) {

@@ -2,7 +2,7 @@
 //! ports in use.
 //!
 //! A std mutex guards the table. It is held for look-ups and small changes, never across an await;
-//! the slowest step under it asks the kernel whether a port is free.
+//! the slowest step under it is a query to the kernel for a free port.
 
 use crate::host::error::{ServiceError, quoted};
 use crate::state::Record;
@@ -198,7 +198,7 @@ impl Vms {
             // is noticed.
             let mut ended = std::pin::pin!(self.idle.notified());
             ended.as_mut().enable();
-            // A creation of the same name that began since then makes another VM.
+            // If a creation of the same name has begun since then, it makes another VM.
             let in_progress = self
                 .lock()
                 .creations
@@ -264,7 +264,7 @@ impl Vms {
             .collect()
     }
 
-    /// Lists those of them that have auto-extend enabled and a disk below its limit.
+    /// Lists the VMs of [`Vms::running`] whose disk extends automatically and is below its limit.
     pub(crate) fn extending(&self) -> Vec<(Record, Arc<dyn Machine>)> {
         let table = self.lock();
         let extending = table.running().filter(|entry| {
@@ -350,7 +350,7 @@ fn usable_port(port: u16) -> bool {
 #[derive(Default)]
 struct Creation {
     cancelled: AtomicBool,
-    /// The id; set when the VM has been created.
+    /// The VM's id; set when the VM has been created.
     id: OnceLock<VmId>,
 }
 

@@ -2,9 +2,9 @@
 //!
 //! hyper responds to a malformed or too large head before there is a request. It sends no body, and
 //! has no setting to change that. Therefore this module inspects the bytes written to a connection:
-//! while no request is being answered, an error response from hyper at the end of the written bytes
-//! gets a body. Content cannot be mistaken for such a response, because content is only written
-//! while its request is being answered.
+//! while no response is being written, an error response from hyper at the end of the written bytes
+//! gets a body. Content cannot be mistaken for such a response, because content is only written as
+//! a part of a response.
 
 use crate::host::error::ServiceError;
 use crate::http::error;
@@ -163,7 +163,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ErrorBodies<S> {
     }
 }
 
-/// How many bytes at the end of a write are inspected. The head of such a response has four lines.
+/// Number of bytes at the end of a write that are inspected. The head of such a response has four
+/// lines.
 const TAIL_BYTES: usize = 256;
 
 fn tail(buffers: &[io::IoSlice<'_>]) -> Vec<u8> {

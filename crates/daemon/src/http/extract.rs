@@ -1,4 +1,4 @@
-//! Extractors: what a handler takes from a request, within limits of size and time.
+//! Extractors for handlers, which read parts of a request within limits of size and time.
 
 use crate::host::error::{ServiceError, quoted};
 use axum::body::{Bytes, to_bytes};
@@ -8,9 +8,9 @@ use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use axum::http::request::Parts;
 use std::time::Duration;
 
-/// The largest body that is read; a request with the longest SSH key is a hundredth of it.
+/// Maximum size of a body; a request with an SSH key of maximum length is a hundredth of it.
 const MAX_BODY_BYTES: usize = 1 << 20;
-/// Time limit for a body to arrive, or for the next piece of one that is streamed.
+/// Time limit for a body to arrive, or for the next piece of a streamed body.
 pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The variable segment of a route's path, percent-decoded.
@@ -85,7 +85,7 @@ pub(crate) fn require_supported_encoding(headers: &HeaderMap, supported: &[&str]
     }
 }
 
-/// Returns the innermost cause; the outer errors only report that reading a body failed.
+/// Returns the innermost cause, because the outer errors only report that reading a body failed.
 pub(crate) fn root_cause(error: &axum::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {

@@ -127,11 +127,15 @@ fn current(host: &Host, pool: &scalebox_api::PoolInfo) -> Result<Registry, prome
             "Maximum commitment.",
             Some(pool.commitment_limit_bytes),
         ),
-        ("reserved", "Admitted but not yet used.", Some(pool.reserved_bytes)),
+        (
+            "reserved",
+            "Space reserved for operations that are running.",
+            Some(pool.reserved_bytes),
+        ),
         ("buffer", "Always kept free.", Some(pool.buffer_bytes)),
         (
             "host_free",
-            "Free on the file system of the pool's image.",
+            "Free space of the file system that contains the pool's image.",
             pool.host_free_bytes,
         ),
         ("unallocated", "Unallocated by btrfs.", Some(pool.unallocated_bytes)),

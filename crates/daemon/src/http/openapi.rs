@@ -50,7 +50,7 @@ const VM_REFERENCE: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
 const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
 /// Matches an idempotency key, with or without quotes around it.
 const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;
-/// The largest event id: the largest integer that JSON numbers hold exactly in every language.
+/// Maximum event id: the largest integer that JSON numbers hold exactly in every language.
 pub(crate) const MAX_EVENT_ID: u64 = (1 << 53) - 1;
 
 /// Adds the common responses and this host's bounds to the description.

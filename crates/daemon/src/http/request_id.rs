@@ -13,8 +13,8 @@ use tracing::Instrument;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Gives each request an id and logs its end. A valid id sent by the client is kept. The id is in
-/// every log line of the request and in the response.
+/// Assigns an id to each request, and logs the request when it has ended. A valid id sent by the
+/// client is kept. The id is in every log line of the request and in the response.
 pub(crate) async fn with_request_id(request: Request<Body>, next: Next) -> Response {
     let id = request
         .headers()

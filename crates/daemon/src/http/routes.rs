@@ -264,7 +264,7 @@ async fn pool(State(host): State<Host>) -> Result<Json<PoolInfo>, ServiceError> 
     post, path = "/pool/grow", tag = "Pool", request_body = Option<ResizePool>,
     responses(
         (status = 200, body = PoolInfo),
-        (status = 400, description = "The size is not larger than the pool or exceeds the space available, or the pool's size is not Scalebox's to change."),
+        (status = 400, description = "The size is not larger than the pool or exceeds the space available, or the pool is on an existing file system, which Scalebox does not resize."),
         (status = 409, description = "The pool is already being resized."),
         (status = 503, description = "The pool is not mounted."),
     )

@@ -28,7 +28,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 
-/// Connections served at once; more wait in the kernel's queue.
+/// Limit on concurrent connections; further connections wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 1024;
 /// Limit per remote peer. Loopback is exempt: it may be a proxy for everyone.
 const MAX_CONNECTIONS_PER_PEER: usize = MAX_CONNECTIONS / 2;
@@ -36,9 +36,9 @@ const MAX_CONNECTIONS_PER_PEER: usize = MAX_CONNECTIONS / 2;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Time limit for a request's head, including the idle time since the previous request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a shutdown waits for operations in progress; longer than the longest of them, a stop.
+/// Timeout of a shutdown for operations in progress; longer than the maximum duration of a stop.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(90);
-/// How long a shutdown waits for clients to read their responses, once all operations have ended.
+/// Timeout of a shutdown for clients to read their responses, once all operations have ended.
 const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after a failed `accept`, for example when file descriptors have run out.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -192,7 +192,7 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Handles SIGTERM and SIGINT from now on, instead of being ended by them.
+    /// Handles SIGTERM and SIGINT from now on, so that they no longer kill the process.
     ///
     /// # Errors
     /// If the handlers cannot be installed.

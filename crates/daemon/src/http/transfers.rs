@@ -84,7 +84,7 @@ pub(crate) async fn export(
         let _transfer = transfer;
         let mut out = BufWriter::with_capacity(CHUNK_BYTES, &mut chunks);
         let written = packing.write_to(&mut out, |_| {}).and_then(|()| out.flush());
-        // After a failure, the rest of the buffer is useless.
+        // After a failure, the rest of the buffer is discarded.
         let (_chunks, _unsent) = out.into_parts();
         let last = match written {
             Ok(()) => Ok(Chunk::End),
@@ -115,7 +115,7 @@ fn export_head(name: &str, size: Bytes) -> Result<[(HeaderName, HeaderValue); 3]
     post, path = "/templates/{name}/import", tag = "Templates",
     params(
         ("name" = String, Path, description = "Name of the template to create."),
-        ("replace" = Option<bool>, Query, description = "Whether to replace an existing template of this name."),
+        ("replace" = Option<bool>, Query, description = "`true` replaces an existing template of this name."),
     ),
     request_body(content = [u8], content_type = "application/octet-stream"),
     responses(

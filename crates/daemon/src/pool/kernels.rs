@@ -1,4 +1,4 @@
-//! The guests' kernels: which one a VM boots, and the removal of those that nothing uses.
+//! The guests' kernels: chooses the kernel that a VM boots, and removes unused kernels.
 
 use crate::host::error::ServiceError;
 use crate::host::kernels_in_use::KernelInUse;
@@ -7,8 +7,8 @@ use scalebox_storage::{AppendedArchive, Kernel};
 use scalebox_units::KernelId;
 use std::path::PathBuf;
 
-/// Chooses the kernel to boot: the preferred one, or the newest if that is not there. `None` while
-/// the host has none. It stays until the returned guard is dropped. Blocks.
+/// Chooses the kernel to boot: the preferred one, or the newest if that is missing. `None` while
+/// the host has none. The kernel is not removed until the returned guard is dropped. Blocks.
 ///
 /// # Errors
 /// If the pool cannot be read.
@@ -20,7 +20,7 @@ pub(crate) fn choose(host: &Host, preferred: Option<&KernelId>) -> Result<Option
 /// Returns the files of a kernel.
 ///
 /// # Errors
-/// 503 if it is not there.
+/// 503 if the kernel is missing.
 pub(crate) fn require(host: &Host, kernel: Option<&KernelId>) -> Result<Kernel, ServiceError> {
     kernel.and_then(|id| host.pool.kernel(id)).ok_or_else(|| {
         ServiceError::NotReady(format!(
@@ -55,7 +55,7 @@ pub(crate) async fn remove_unused(host: &Host) {
     match removed.await {
         Ok(removed) => {
             for kernel in removed {
-                // For files that could not be removed.
+                // The sweep removes files that could not be removed here.
                 host.cleanups.sweep_soon();
                 tracing::info!(kernel = kernel.as_str(), "removed a kernel that nothing uses");
             }

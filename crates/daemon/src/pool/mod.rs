@@ -21,7 +21,7 @@ pub(crate) async fn figures(host: &Host) -> Result<PoolInfo, ServiceError> {
     let pool = Arc::clone(&host.pool);
     let space = blocking(move || pool.space()).await?;
     let pool = &host.pool;
-    let promises = pool.promises();
+    let commitments = pool.commitments();
     let accounts = host.usage.latest();
     let measured = |sum: fn(&PoolUsage) -> Bytes| accounts.as_deref().map(|accounts| sum(accounts).as_u64());
     Ok(PoolInfo {
@@ -32,10 +32,10 @@ pub(crate) async fn figures(host: &Host) -> Result<PoolInfo, ServiceError> {
         capacity_bytes: space.capacity.as_u64(),
         free_bytes: space.free.as_u64(),
         used_bytes: space.used.as_u64(),
-        committed_bytes: promises.committed.as_u64(),
+        committed_bytes: commitments.committed.as_u64(),
         commitment_limit_bytes: pool.commitment_limit(space.capacity).as_u64(),
         overcommit_ratio: pool.bounds().overcommit_ratio,
-        reserved_bytes: promises.reserved.as_u64(),
+        reserved_bytes: commitments.reserved.as_u64(),
         buffer_bytes: Bytes::from(pool.bounds().buffer).as_u64(),
         pool_free_bytes: space.pool_free.as_u64(),
         host_free_bytes: space.host_free.map(Bytes::as_u64),

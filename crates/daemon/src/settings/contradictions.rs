@@ -1,4 +1,4 @@
-//! Checks for settings that are each valid but contradict one another: one check for all commands.
+//! Checks for settings that are each valid but contradict one another. All commands use this check.
 //!
 //! Settings that cannot work stop the command. Settings that work but may mislead are caveats,
 //! which `serve` logs and `doctor` lists.

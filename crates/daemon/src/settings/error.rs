@@ -1,15 +1,15 @@
-//! Why the settings are rejected.
+//! The errors of rejected settings.
 
 use std::io;
 use std::path::PathBuf;
 
-/// Why the settings are rejected.
+/// The errors of rejected settings.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SettingsError {
     /// A value does not have the expected form.
     #[error("{key}={value:?} cannot be used: {expected}")]
     Value {
-        /// The setting.
+        /// The name of the setting.
         key: &'static str,
         /// The value.
         value: String,
@@ -19,15 +19,15 @@ pub(crate) enum SettingsError {
     /// A required setting is missing.
     #[error("{key} is not set: {expected}")]
     Missing {
-        /// The setting.
+        /// The name of the setting.
         key: &'static str,
-        /// How to set it.
+        /// The value that is required, and a way to set it.
         expected: &'static str,
     },
     /// The file cannot be read.
     #[error("cannot read the settings in {}: {source}", path.display())]
     File {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
         /// The cause.
         source: io::Error,
@@ -35,7 +35,7 @@ pub(crate) enum SettingsError {
     /// A line of the file is not `KEY=VALUE`, or its key is unknown.
     #[error("{} line {number}: {problem}", path.display())]
     Line {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
         /// The number of the line, starting at one.
         number: usize,

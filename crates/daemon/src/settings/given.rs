@@ -1,4 +1,4 @@
-//! The values that are set, as text, and their parsers by the form in the table.
+//! The values that are set, as text, and their parsers.
 
 use crate::settings::error::SettingsError;
 use crate::settings::table::{self, DefaultValue, Form};
@@ -20,7 +20,7 @@ pub(crate) enum Source {
 pub(crate) struct Given(HashMap<&'static str, (String, Source)>);
 
 impl Given {
-    /// Sets a value, in place of one from another source.
+    /// Sets a value, and replaces the value of another source.
     pub(crate) fn set(&mut self, key: &'static str, value: String, source: Source) {
         self.0.insert(key, (value, source));
     }
@@ -30,7 +30,7 @@ impl Given {
         self.0.get(key).map(|(value, _)| value.as_str())
     }
 
-    /// Returns where the value comes from, if it is set.
+    /// Returns the source of the value, if it is set.
     pub(crate) fn source(&self, key: &str) -> Option<Source> {
         self.0.get(key).map(|(_, source)| *source)
     }

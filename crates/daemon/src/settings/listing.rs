@@ -18,7 +18,7 @@ pub(crate) struct SettingInEffect {
     pub value: Option<String>,
     /// The place that the value comes from.
     pub source: Origin,
-    /// The default, or a description of what applies without a value.
+    /// The default, or a description of the value that applies otherwise.
     pub default: String,
     /// The meaning.
     pub meaning: String,

@@ -14,7 +14,7 @@
 //! | `contradictions` | settings that are valid but do not fit together |
 //! | `load` | reads the environment and the file |
 //! | `listing` | the settings in effect, for people and programs |
-//! | `error` | why settings are rejected |
+//! | `error` | the errors of rejected settings |
 //!
 //! To add a setting: an entry in `table`, a field in `values`, and the README's table, which a test
 //! in `table` prints.

@@ -19,14 +19,14 @@ pub(super) struct Setting {
 /// The value that applies if a setting is not set.
 #[derive(Debug)]
 pub(super) enum DefaultValue {
-    /// This value; it is parsed like a value that is set.
+    /// A fixed value, which is parsed like a value that is set.
     Fixed(&'static str),
-    /// No fixed value: a description of what applies.
+    /// No fixed value; describes the value that applies.
     Depends(&'static str),
 }
 
 impl DefaultValue {
-    /// Returns the value, or the description of what applies.
+    /// Returns the value, or the description of the value that applies.
     pub(super) fn text(&self) -> &'static str {
         match self {
             DefaultValue::Fixed(text) | DefaultValue::Depends(text) => text,
@@ -39,7 +39,7 @@ impl DefaultValue {
 pub(super) enum Form {
     /// A whole number in this range.
     Number(RangeInclusive<u64>),
-    /// One of these words.
+    /// A value must be one of these words.
     Word(&'static [&'static str]),
     /// An absolute path. Where the meaning mentions it, `none` is valid too.
     Path,
@@ -62,7 +62,7 @@ impl Form {
 /// The minimum memory, in MiB, with which the Debian guest boots to a login.
 pub(super) const MIN_MEM_MIB: u64 = 128;
 
-/// The only setting whose value is never shown.
+/// The key of the token, the only setting whose value is never shown.
 pub(super) const SECRET: &str = "API_TOKEN";
 
 /// All settings, in the order in which they are listed.
@@ -77,7 +77,7 @@ pub(super) static SETTINGS: [Setting; 31] = [
         key: "POOL_AUTO_GROW",
         default: DefaultValue::Depends("`on`; `off` if `STORAGE_SIZE` is set"),
         form: Form::Word(&["on", "off"]),
-        meaning: "whether the pool grows automatically, up to 80 % of its host disk",
+        meaning: "`on` grows the pool automatically, up to 80 % of its host disk",
     },
     Setting {
         key: "POOL_LOW_WATER_GIB",

@@ -18,7 +18,7 @@ use std::time::Duration;
 pub(crate) struct Settings {
     /// `STORAGE_SIZE`: the size of a new pool; 80 % of the free space if not set.
     pub storage_size: Option<RequestedSize>,
-    /// `POOL_AUTO_GROW`: whether the pool grows automatically; if not set, it does unless
+    /// `POOL_AUTO_GROW`: `true` if the pool grows automatically; if not set, `true` unless
     /// `STORAGE_SIZE` is set.
     pub pool_auto_grow: bool,
     /// `POOL_LOW_WATER_GIB`: the free space below which the pool grows.

@@ -1,4 +1,4 @@
-//! Growth of a disk, limits, settings.
+//! Tests of the growth of a disk, of limits and of settings.
 
 use crate::simulated::sim::{Sim, id};
 use scalebox_api::{EventKind, UpdateVm, VmStatus};

@@ -1,4 +1,4 @@
-//! Creation, and what an error leaves behind.
+//! Tests of creations, and of the host after a creation fails.
 
 use crate::host::error::ServiceError;
 use crate::simulated::sim::{CAPACITY, Sim, TEMPLATE, create_request, id};
@@ -193,7 +193,7 @@ fn a_host_without_a_guest_kernel_says_what_to_do() {
     let error = sim.try_create(json!({ "name": "box" })).unwrap_err();
     assert!(error.to_string().contains("scaleboxd template build"), "{error}");
     sim.assert_nothing_but(&[]);
-    // A stopped VM needs none.
+    // A stopped VM needs no kernel.
     sim.create_stopped("box");
 }
 

@@ -1,4 +1,4 @@
-//! The kernel that a VM boots, and how long it stays.
+//! Tests of the kernel that a VM boots, and of the removal of kernels.
 
 use crate::simulated::sim::{Sim, TEMPLATE, id, install_kernel};
 use crate::vm;
@@ -6,7 +6,7 @@ use scalebox_api::{SnapshotVm, Vm};
 use scalebox_units::KernelId;
 use serde_json::json;
 
-/// The id of the kernel that the VM's machine was launched with.
+/// Returns the id of the kernel that the VM's machine was launched with.
 fn booted(sim: &Sim, vm: &Vm) -> KernelId {
     let kernel = sim.machine(vm).spec().kernel.clone();
     kernel
@@ -70,8 +70,8 @@ fn vms_boot_the_kernel_of_their_template_whatever_was_installed_since() {
     sim.restart();
     sim.start(&vm).unwrap();
     assert_eq!(booted(&sim, &vm), first);
-    snapshot(&sim, &vm, "golden");
-    let from_snapshot = sim.try_create(json!({ "template": "golden" })).unwrap();
+    snapshot(&sim, &vm, "base");
+    let from_snapshot = sim.try_create(json!({ "template": "base" })).unwrap();
     assert_eq!(booted(&sim, &from_snapshot), first);
     assert_eq!(kernels(&sim), [second, first]);
 }
@@ -81,16 +81,16 @@ fn a_kernel_goes_with_the_last_vm_or_template_that_uses_it() {
     let mut sim = Sim::new();
     let first = kernels(&sim).remove(0);
     let (one, two) = (sim.create("one"), sim.create_stopped("two"));
-    snapshot(&sim, &one, "golden");
+    snapshot(&sim, &one, "base");
     let newest = install(&sim, "newest");
     delete_template(&sim, TEMPLATE);
     sim.delete(&one).unwrap();
-    delete_template(&sim, "golden");
+    delete_template(&sim, "base");
     assert_eq!(kernels(&sim), [newest.clone(), first], "a VM still boots it");
     sim.delete(&two).unwrap();
     assert_eq!(kernels(&sim), std::slice::from_ref(&newest));
 
-    // One that was left over is removed by the next start.
+    // The next start removes a kernel that was left over.
     let latest = install(&sim, "latest");
     sim.restart();
     assert_eq!(kernels(&sim), [latest]);
@@ -114,9 +114,9 @@ fn vms_without_a_recorded_kernel_get_that_of_their_template_at_the_next_start() 
     let mut sim = Sim::new();
     let first = kernels(&sim).remove(0);
     let (kept, orphaned) = (sim.create_stopped("kept"), sim.create_stopped("orphaned"));
-    snapshot(&sim, &orphaned, "golden");
-    let of_gone = sim.try_create(json!({ "template": "golden", "start": false })).unwrap();
-    delete_template(&sim, "golden");
+    snapshot(&sim, &orphaned, "base");
+    let of_gone = sim.try_create(json!({ "template": "base", "start": false })).unwrap();
+    delete_template(&sim, "base");
     let newest = install(&sim, "newest");
     sim.restart_after(|sim| {
         for vm in [&kept, &of_gone] {
@@ -143,18 +143,18 @@ fn templates_are_listed_with_source_kernel_and_digest() {
     let sim = Sim::new();
     let first = kernels(&sim).remove(0);
     let vm = sim.create_stopped("box");
-    snapshot(&sim, &vm, "golden");
+    snapshot(&sim, &vm, "base");
     let templates = sim.run(async |host| crate::templates::list(&host).await).unwrap();
-    let [golden, tiny] = &templates[..] else {
+    let [base, tiny] = &templates[..] else {
         panic!("{templates:?}")
     };
-    for template in [golden, tiny] {
+    for template in [base, tiny] {
         assert_eq!(template.kernel.as_deref(), Some(first.as_str()));
     }
     assert_eq!(
-        (golden.source.as_deref(), golden.source_vm.as_ref()),
+        (base.source.as_deref(), base.source_vm.as_ref()),
         (Some("snapshot"), Some(&vm.id))
     );
     assert_eq!((tiny.source.as_deref(), &tiny.source_vm), (Some("import"), &None));
-    assert!(golden.digest.is_none() && tiny.digest.as_ref().unwrap().starts_with("blocks-sha256:"));
+    assert!(base.digest.is_none() && tiny.digest.as_ref().unwrap().starts_with("blocks-sha256:"));
 }

@@ -1,4 +1,4 @@
-//! Start, stop, restart, deletion, and the end of a machine.
+//! Tests of start, stop, restart, deletion, and of machines that end.
 
 use crate::host::error::ServiceError;
 use crate::simulated::sim::{Sim, id};

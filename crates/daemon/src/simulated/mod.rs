@@ -8,12 +8,12 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `sim` | the simulated host, and what tests do with it |
-//! | `create` | creation, and what an error leaves behind |
-//! | `lifecycle` | start, stop, restart, deletion, the end of a machine |
+//! | `sim` | the simulated host, and the operations of tests on it |
+//! | `create` | creation, and the host after a creation fails |
+//! | `lifecycle` | start, stop, restart, deletion, machines that end |
 //! | `change` | growth of a disk, limits, settings |
-//! | `snapshot` | how a guest is kept from writing |
-//! | `kernels` | the kernel that a VM boots, and how long it stays |
+//! | `snapshot` | snapshots: freezing or pausing the guest |
+//! | `kernels` | the kernel that a VM boots, and the removal of kernels |
 //! | `recovery` | recovery at the daemon's next start |
 //! | `watches` | the pool watch, auto-extend, clean-up, the network |
 

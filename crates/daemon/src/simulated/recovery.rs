@@ -1,4 +1,4 @@
-//! Recovery at the daemon's next start.
+//! Tests of recovery at the daemon's next start.
 
 use crate::host::error::ServiceError;
 use crate::simulated::sim::{Sim, create_request, id};

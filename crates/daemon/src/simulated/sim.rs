@@ -1,4 +1,4 @@
-//! The simulated host, and what tests do with it.
+//! The simulated host, and the operations of tests on it.
 
 use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
@@ -36,7 +36,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Sim {
     pub vmm: SimVmm,
     pub space: SimulatedSpace,
-    /// The daemon that runs; there is none while it restarts.
+    /// The running daemon; `None` while it restarts.
     life: Option<Life>,
     settings: Vec<(&'static str, String)>,
     /// The result of recovery at the last start.
@@ -57,8 +57,8 @@ impl Sim {
 
     /// Creates a host with these settings, besides its folders.
     pub(super) fn with(settings: &[(&'static str, &str)]) -> Sim {
-        // The folder is in memory: flushing a disk would take most of the time, and nothing here
-        // cuts its power.
+        // The folder is in memory, because flushing a disk would take most of the time, and these
+        // tests do not simulate a power cut.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut all: Vec<(&'static str, String)> = vec![("POOL_AUTO_GROW", "off".to_owned())];
         for (key, name) in [("DATA_DIR", "pool"), ("STATE_DIR", "state"), ("RUN_DIR", "run")] {

@@ -1,4 +1,4 @@
-//! How a guest is kept from writing while its disk becomes a template.
+//! Tests of snapshots: the guest is frozen or paused while its disk is cloned.
 
 use crate::host::error::ServiceError;
 use crate::simulated::sim::{Sim, TEMPLATE, id};
@@ -27,20 +27,20 @@ fn a_guest_with_an_agent_is_frozen_and_runs_on() {
     let sim = Sim::new();
     let vm = sim.create("box");
     sim.wait(std::time::Duration::from_secs(1));
-    let made = snapshot(&sim, &vm, "golden").unwrap();
+    let made = snapshot(&sim, &vm, "base").unwrap();
     assert_eq!(
         (made.held.as_str(), made.source_vm.as_str()),
         ("frozen", vm.id.as_str())
     );
     assert!(!sim.machine(&vm).is_frozen());
     assert_eq!(sim.machine(&vm).state(), MachineState::Running);
-    assert_eq!(templates(&sim), ["golden", TEMPLATE]);
+    assert_eq!(templates(&sim), ["base", TEMPLATE]);
     let kinds = sim.events();
     assert_eq!(
         kinds[kinds.len() - 2..],
         [EventKind::Snapshotted, EventKind::TemplateCreated]
     );
-    sim.try_create(json!({ "template": "golden" })).unwrap();
+    sim.try_create(json!({ "template": "base" })).unwrap();
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn a_guest_without_an_agent_is_paused_and_runs_on() {
     let sim = Sim::new();
     sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
     let vm = sim.create("box");
-    assert_eq!(snapshot(&sim, &vm, "golden").unwrap().held, "paused");
+    assert_eq!(snapshot(&sim, &vm, "base").unwrap().held, "paused");
     assert_eq!(sim.machine(&vm).state(), MachineState::Running);
     assert_eq!(sim.status(&vm), VmStatus::Running);
 }
@@ -60,7 +60,7 @@ fn a_guest_that_refuses_to_freeze_is_paused() {
         .set_guest(|guest| guest.rejected = vec!["guest-fsfreeze-freeze"]);
     let vm = sim.create("box");
     sim.wait(std::time::Duration::from_secs(1));
-    assert_eq!(snapshot(&sim, &vm, "golden").unwrap().held, "paused");
+    assert_eq!(snapshot(&sim, &vm, "base").unwrap().held, "paused");
     assert_eq!(sim.machine(&vm).state(), MachineState::Running);
 }
 
@@ -68,7 +68,7 @@ fn a_guest_that_refuses_to_freeze_is_paused() {
 fn a_stopped_vm_is_not_touched() {
     let sim = Sim::new();
     let vm = sim.create_stopped("box");
-    let made = snapshot(&sim, &vm, "golden").unwrap();
+    let made = snapshot(&sim, &vm, "base").unwrap();
     assert_eq!((made.held.as_str(), made.stood_still_ms), ("not_running", 0));
 }
 
@@ -78,13 +78,13 @@ fn a_pause_that_fails_makes_no_template_and_the_guest_runs_on() {
     sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
     let vm = sim.create("box");
     sim.machine(&vm).next(Operation::Pause).fails();
-    snapshot(&sim, &vm, "golden").unwrap_err();
+    snapshot(&sim, &vm, "base").unwrap_err();
     assert_eq!(templates(&sim), [TEMPLATE]);
     assert_eq!(
         (sim.machine(&vm).state(), sim.status(&vm)),
         (MachineState::Running, VmStatus::Running)
     );
-    snapshot(&sim, &vm, "golden").unwrap();
+    snapshot(&sim, &vm, "base").unwrap();
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn a_guest_is_resumed_even_if_the_first_attempts_fail() {
     for _ in 0..3 {
         sim.machine(&vm).next(Operation::Resume).fails();
     }
-    snapshot(&sim, &vm, "golden").unwrap();
+    snapshot(&sim, &vm, "base").unwrap();
     assert_eq!(sim.machine(&vm).state(), MachineState::Running);
 }
 
@@ -107,7 +107,7 @@ fn a_guest_that_a_crash_left_frozen_is_thawed() {
     let vm = sim.create("box");
     sim.wait(std::time::Duration::from_secs(1));
     let begun = sim.run(async |host| {
-        let snapshot = vm::snapshot::snapshot(&host, vm.id.clone(), request("golden"));
+        let snapshot = vm::snapshot::snapshot(&host, vm.id.clone(), request("base"));
         tokio::time::timeout(std::time::Duration::from_secs(3), snapshot).await
     });
     assert!(begun.is_err() && sim.machine(&vm).is_frozen(), "it waits for the thaw");
@@ -120,9 +120,9 @@ fn a_guest_that_a_crash_left_frozen_is_thawed() {
 fn a_template_s_name_is_taken_once() {
     let sim = Sim::new();
     let vm = sim.create_stopped("box");
-    snapshot(&sim, &vm, "golden").unwrap();
-    let error = snapshot(&sim, &vm, "golden").unwrap_err();
-    assert!(error.to_string().contains("golden"), "{error}");
+    snapshot(&sim, &vm, "base").unwrap();
+    let error = snapshot(&sim, &vm, "base").unwrap_err();
+    assert!(error.to_string().contains("base"), "{error}");
     let error = snapshot(&sim, &vm, "debian-base").unwrap_err();
     assert!(matches!(error, ServiceError::Forbidden(_)), "{error}");
 }

@@ -1,4 +1,4 @@
-//! The pool watch, auto-extend, trim, and the network.
+//! Tests of the background loops: the pool watch, auto-extend, trim, and the network.
 
 use crate::simulated::sim::{CAPACITY, Sim};
 use scalebox_api::{EventKind, Vm, VmStatus};

@@ -23,13 +23,13 @@ use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// After this many commits, the log is written to the state file and restarted.
+/// Number of commits after which the log is written to the state file and restarted.
 const COMMITS_PER_CHECKPOINT: u32 = 128;
 
 /// A change of the state: statements that return how many rows they changed. It may run twice.
 pub(super) type Change = Box<dyn Fn(&Connection) -> rusqlite::Result<usize> + Send>;
 
-/// Why a change was not made. Changes that were committed together share it.
+/// The error of a change. Changes that were committed together share it.
 pub(super) type Failure = Arc<StateError>;
 
 /// The only writer of the state file.
@@ -55,7 +55,7 @@ struct Writer {
     folder: PathBuf,
     /// `None` while the state file is being replaced.
     connection: Option<Connection>,
-    /// Whether a write has failed since the file was last replaced.
+    /// `true` if a write has failed since the file was last replaced.
     is_suspect: bool,
     commits_since_checkpoint: u32,
 }

@@ -1,17 +1,17 @@
-//! Why the state cannot be read or changed.
+//! The errors of the state file.
 
 use rusqlite::ErrorCode;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Why the state cannot be read or written.
+/// The reason why the state cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StateError {
     /// SQLite or the disk failed.
     #[error("the state file {}: {source}", path.display())]
     Database {
-        /// The state file.
+        /// The path of the state file.
         path: PathBuf,
         /// The error from SQLite.
         source: Arc<rusqlite::Error>,
@@ -34,7 +34,7 @@ pub(crate) enum StateError {
     /// The VM to be changed is not in the state file.
     #[error("the state file {} has no VM {id}: nothing was changed", path.display())]
     NoSuchVm {
-        /// The state file.
+        /// The path of the state file.
         path: PathBuf,
         /// The id of the VM.
         id: String,
@@ -42,7 +42,7 @@ pub(crate) enum StateError {
     /// The state folder or its lock cannot be used.
     #[error("cannot use the state folder {}: {source}", path.display())]
     Folder {
-        /// The folder.
+        /// The path of the folder.
         path: PathBuf,
         /// The cause.
         source: io::Error,
@@ -53,7 +53,7 @@ pub(crate) enum StateError {
     /// The state was written by a later release.
     #[error("{} was written by a later release (schema {found}, but this release supports up to {known}): install that release again", path.display())]
     LaterSchema {
-        /// The state file.
+        /// The path of the state file.
         path: PathBuf,
         /// The schema of the file.
         found: usize,

@@ -1,4 +1,4 @@
-//! The state file: everything the daemon must remember after a crash, in SQLite under `STATE_DIR`.
+//! The state file: the data that must survive a crash of the daemon, in SQLite under `STATE_DIR`.
 //!
 //! The state is outside the pool, so that a full pool does not stop the daemon. A change has two
 //! outcomes: it succeeded and survives a power cut, or it failed and was not made, now and after a
@@ -51,7 +51,7 @@ pub(crate) struct Record {
     pub auto_extend: Option<AutoExtend>,
     /// The limits on disk and network.
     pub limits: VmLimits,
-    /// Whether the VM is started again after a reboot of the host.
+    /// `true` if the VM is started again after a reboot of the host.
     pub autostart: bool,
     /// The driver of the VM's machine, as in the setting `VMM`. `None` for VMs of releases that did
     /// not record it.

@@ -49,7 +49,7 @@ pub(super) fn finish(folder: &Path) -> Result<(), StateError> {
     let finished = match fs::symlink_metadata(&replacement) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
-        // The log first: it must never be next to a file that it does not belong to.
+        // The log is removed first: it must never be next to a file that it does not belong to.
         Ok(_) => remove(&folder.join("state.db-wal"))
             .and_then(|()| remove(&folder.join("state.db-shm")))
             .and_then(|()| sync(folder))

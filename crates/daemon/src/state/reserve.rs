@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// The size of the reserve: some thousand deletions.
 const RESERVE_BYTES: u64 = 8 << 20;
-/// With less free space than this, no reserve is created: it would cause the shortage it is for.
+/// Minimum free space for creating the reserve, which would otherwise cause a shortage itself.
 const MIN_FREE_BYTES: u64 = 8 * RESERVE_BYTES;
 
 /// The file that holds the reserved space, present or released.

@@ -76,7 +76,7 @@ async fn admit_growth(host: &Host, operation: &Operation, size: Gib) -> Result<R
     // has the old disk open.
     if operation.machine.is_none() && host.run_dir(&record.id).exists() {
         return Err(ServiceError::WrongState(format!(
-            "the hypervisor of VM {} does not respond: start or delete the VM to kill it",
+            "cannot grow VM {}: its hypervisor does not respond. Start the VM, which kills the hypervisor first, or delete the VM",
             record.name
         )));
     }
@@ -93,7 +93,7 @@ async fn grow_and_confirm(host: &Host, operation: &Operation, admitted: Reservat
     Ok(match &operation.machine {
         Some(machine) => {
             let (pool, disk) = (Arc::clone(&host.pool), operation.record.id.clone());
-            // On an error, the general advice is given.
+            // If this fails, the response has the general advice.
             let obstacle = blocking(move || pool.obstacle_to_live_growth(&disk))
                 .await
                 .ok()

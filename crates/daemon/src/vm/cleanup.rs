@@ -3,7 +3,7 @@
 //! A stop has succeeded once the machine has ended, and a deletion once the record is gone; the
 //! remaining removals cannot change that. If one of them fails, because of an I/O error or a
 //! program that does not start, it is logged and retried until it succeeds. If the daemon ends
-//! before that, the next start removes what is left.
+//! before that, the next start removes the rest.
 
 use crate::host::cleanups::{Cleanup, Deleted};
 use crate::host::error::ServiceError;
@@ -41,8 +41,8 @@ impl Cleanup {
         })
     }
 
-    /// Cleans up after a machine that was not adopted and could not be killed. Its folder may also
-    /// be what could not be removed.
+    /// Cleans up after a machine that was not adopted and could not be killed. Its folder may be
+    /// the part that could not be removed.
     pub(crate) fn of_unadopted(host: &Host, record: &Record) -> Cleanup {
         Cleanup {
             record: record.clone(),
@@ -76,14 +76,14 @@ impl Cleanup {
         }
     }
 
-    /// Tries once now, and leaves the rest to [`run`].
+    /// Tries once now, and queues the rest for [`run`].
     pub(crate) async fn begin(mut self, host: &Host) {
         if let Err(error) = self.proceed(host).await {
             self.begin_later(host, &error);
         }
     }
 
-    /// Leaves the whole cleanup to [`run`].
+    /// Queues the whole cleanup for [`run`].
     pub(crate) fn begin_later(self, host: &Host, error: &ServiceError) {
         tracing::warn!(vm = %self.record.id, %error, "cannot clean up after the VM; retrying");
         host.cleanups.lock().push(self);

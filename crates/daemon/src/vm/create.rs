@@ -35,7 +35,7 @@ pub(crate) async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, Ser
         // One blocking task for both: a second thread hop costs as much as the clone.
         blocking(move || admit_and_clone(&host, &request, name, lease))
     };
-    // The kernel stays until the VM is in the table.
+    // The guard keeps the kernel from being removed until the VM is in the table.
     let (record, reservation, _kernel) = admission::until_admitted(host, admit_and_clone).await?;
 
     drop(in_use);

@@ -26,7 +26,7 @@ use std::time::Duration;
 /// Time limit for a guest to shut down before it is killed. An emulated Debian takes about 8 s.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How much console output is added to the reason of a failure: a few lines.
+/// Maximum console output, a few lines, in the reason of a failure.
 const MAX_CONSOLE_TAIL: Bytes = Bytes::new(512);
 
 pub(crate) async fn start_now(host: &Host, reference: &str) -> Result<Vm, ServiceError> {
@@ -98,8 +98,8 @@ async fn assign_driver(host: &Host, record: &Record) -> Result<Record, ServiceEr
     })
 }
 
-/// Selects the kernel for a VM that is about to be started: its own, or the newest if it has none
-/// or its own is gone. Records a change, and returns the new record.
+/// Selects the kernel for a VM that is about to be started. This is the VM's own kernel, or the
+/// newest if it has none or its own is gone. Records a change, and returns the new record.
 async fn assign_kernel(host: &Host, record: &Record) -> Result<Record, ServiceError> {
     let (on, current) = (host.clone(), record.kernel.clone());
     let chosen = blocking(move || kernels::choose(&on, current.as_ref())).await?;
@@ -326,7 +326,7 @@ pub(crate) async fn force_stop_once(host: &Host, id: &VmId) -> Result<bool, Serv
     Ok(ended)
 }
 
-/// Waits for a machine to end, in the background, and records the VM's new status.
+/// Waits in the background until a machine ends, and records the VM's new status.
 pub(crate) fn watch(host: &Host, id: VmId, machine: Arc<dyn Machine>) {
     let host = host.clone();
     // The task is not tracked in `tasks`, because a shutdown of the daemon does not wait for
@@ -388,7 +388,7 @@ async fn handle_exit(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, reason:
     }
 }
 
-/// Removes what the machine of a stopped VM leaves on the host, or leaves that to the retries.
+/// Removes the remains of a stopped VM's machine from the host, or queues them for retries.
 async fn clean_up_after_stop(host: &Host, record: &Record) {
     match Cleanup::of_stopped(host, record) {
         Ok(cleanup) => cleanup.begin(host).await,

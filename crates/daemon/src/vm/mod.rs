@@ -25,8 +25,8 @@ use scalebox_api::{CreateVm, Trimmed, UpdateVm, Vm};
 
 /// Creates a VM. Completes even if the caller stops waiting.
 ///
-/// If an earlier request with the same idempotency key created a VM, returns that VM; the
-/// second value reports which case it is.
+/// If an earlier request with the same idempotency key created a VM, returns that VM; the second
+/// value is then `true`.
 ///
 /// # Errors
 /// 404 if there is no such template, 400 if the disk is smaller than the template, 409 if the
@@ -58,8 +58,8 @@ pub(crate) async fn stop(host: &Host, reference: String) -> Result<Vm, ServiceEr
 /// Changes a VM. Grows its disk and the file system on it: live if the VM runs, otherwise
 /// offline.
 ///
-/// Waits for the operation in progress on the VM, so that the largest size wins when several
-/// requests arrive at once.
+/// Waits for the operation in progress on the VM, so that of several concurrent requests, the
+/// largest size takes effect.
 ///
 /// # Errors
 /// 404; 400 if the disk would become smaller; 507 if it does not fit. Nothing is changed then.

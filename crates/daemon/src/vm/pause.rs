@@ -15,7 +15,7 @@ use tokio::sync::broadcast::error::RecvError;
 /// The reason of a VM that is paused because the pool or its host disk is full.
 pub(crate) const STORAGE_FULL: &str = "storage_full";
 
-/// Marks a VM as paused, if the machine is still the one that it has.
+/// Marks a VM as paused, if `machine` is still the VM's machine.
 pub(crate) async fn mark_paused(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, reason: &str) {
     tracing::warn!(vm = %id, reason, "VM paused");
     change(

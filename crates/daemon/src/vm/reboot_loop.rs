@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
 
-/// This many reboots in a row are a loop.
+/// Number of reboots in a row that count as a loop.
 const LOOP_REBOOTS: u32 = 6;
 /// Maximum interval between reboots in a row. An emulated guest takes about ten seconds to fail to
 /// boot.

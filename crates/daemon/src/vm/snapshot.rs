@@ -1,6 +1,6 @@
 //! Snapshots: creates a template from a VM's disk.
 //!
-//! The guest is stopped from writing only while its disk is cloned, which copies nothing: its agent
+//! The guest is kept from writing only while its disk is cloned, which copies no data: its agent
 //! freezes the file systems, or the VM is paused if no agent responds. All other steps work on the
 //! clone, when other operations on the VM are allowed again.
 
@@ -32,7 +32,7 @@ const MAX_ATTEMPTS: u32 = 20;
 /// Pause between two attempts.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How a guest was kept from writing while its disk was cloned, and for how long.
+/// The way in which a guest was kept from writing while its disk was cloned, and the duration.
 enum Quiesced {
     NotRunning,
     Paused(Duration),
@@ -66,7 +66,7 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
     let (mut clone, quiesced) = clone_quiesced(host, &operation, clone).await?;
     let record = operation.record.clone();
     let (on, kernel) = (host.clone(), record.kernel.clone());
-    // It stays until the template names it, even if the VM is deleted meanwhile.
+    // The guard keeps the kernel until the template names it, even if the VM is deleted meanwhile.
     let kernel = blocking(move || kernels::choose(&on, kernel.as_ref())).await?;
     clone.set_kernel(kernel.as_ref().map(|held| held.id().clone()));
     // Other operations on the VM are allowed from here on.
@@ -74,12 +74,12 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
 
     let (pool, source) = (Arc::clone(&host.pool), record.clone());
     let made = blocking(move || finish(&pool, clone, &source)).await?;
-    let (held, stood_still) = match quiesced {
+    let (held, held_for) = match quiesced {
         Quiesced::NotRunning => ("not_running", Duration::ZERO),
         Quiesced::Paused(time) => ("paused", time),
         Quiesced::Frozen(time) => ("frozen", time),
     };
-    let stood_still_ms = stood_still.as_millis() as u64;
+    let stood_still_ms = held_for.as_millis() as u64;
     tracing::info!(
         vm = %record.id,
         name = record.name,
@@ -105,7 +105,7 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
     })
 }
 
-/// Clones a VM's disk while its guest writes nothing. The guest continues in every case.
+/// Clones a VM's disk while its guest writes nothing. The guest resumes in every case.
 async fn clone_quiesced(
     host: &Host,
     operation: &Operation,
@@ -133,9 +133,9 @@ async fn clone_quiesced(
         };
         // The guest is thawed also after an error, because it may have frozen after the time limit.
         thaw(host, &record.id, machine, Some(agent)).await;
-        let stood_still = begun.elapsed();
+        let held_for = begun.elapsed();
         return match cloned {
-            Ok(cloned) => Ok((cloned?, Quiesced::Frozen(stood_still))),
+            Ok(cloned) => Ok((cloned?, Quiesced::Frozen(held_for))),
             Err((clone, error)) => {
                 tracing::info!(vm = %record.id, %error, "cannot freeze the guest; pausing the VM instead");
                 clone_paused(host, record, machine, clone).await

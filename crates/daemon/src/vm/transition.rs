@@ -2,12 +2,11 @@
 //!
 //! A status is in three places: the state file, the table in memory, and the events that clients
 //! follow. [`transition`] changes them in this order: it records, then updates the table, then
-//! publishes. If the change cannot be recorded, nothing happens.
+//! publishes. If the change cannot be recorded, it is not made.
 //!
-//! Facts are the exception. A machine that has ended has ended, whether or not that can be
-//! recorded: the table is updated in every case, and the event waits for the record
-//! ([`record_later`]). A paused machine is not recorded at all: after a restart of the daemon, the
-//! machine itself shows that it is paused.
+//! Facts are the exception. When a machine has ended, the table is updated even if the record
+//! cannot be written, and the event is published once it is ([`record_later`]). A paused machine is
+//! not recorded at all: after a restart of the daemon, the machine itself shows that it is paused.
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
@@ -43,11 +42,11 @@ pub(crate) enum Transition {
         /// `request` or `guest`.
         by: &'static str,
     },
-    /// A start that was due after the host's reboot is not wanted any more.
+    /// A start that was due after the host's reboot was cancelled.
     StartCancelled,
     /// The machine ended while no daemon was running.
     FoundEnded {
-        /// Why it ended, if the VM is stopped for another reason than a request.
+        /// The reason of the end, if it was not a request.
         reason: Option<String>,
     },
     /// The machine was shut down with the host. The state keeps it as running.
@@ -75,28 +74,27 @@ pub(crate) enum Transition {
     Resumed(Arc<dyn Machine>),
 }
 
-/// Whether a transition is recorded, and what a failure to do so means.
+/// The kind of record of a transition, and the effect of a failure to write it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Recording {
-    /// Without the record, nothing has happened.
+    /// The transition is only made if its record can be written.
     Required,
-    /// The change has happened already; the record follows as soon as possible.
+    /// The transition has already happened, and is recorded as soon as possible.
     Fact,
-    /// The state file keeps what it has.
+    /// The transition is not recorded: the state file does not change.
     None,
 }
 
-/// The changes that a transition makes. Pure: nothing is read but the transition and the VM's
-/// record.
+/// The changes that a transition makes, computed only from the transition and the VM's record.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Effect {
     /// The VM's new status.
     pub status: VmStatus,
     /// The reason of the new status.
     pub reason: Option<String>,
-    /// Whether it is recorded.
+    /// The kind of record of the transition.
     pub recording: Recording,
-    /// Whether clients see it. Otherwise, only the state file changes.
+    /// `true` if clients see the transition; otherwise only the state file changes.
     pub visible: bool,
     /// The event that is published, with its details.
     pub event: Option<(EventKind, Value)>,
@@ -132,7 +130,7 @@ fn with_reason(kind: EventKind, reason: Option<&str>) -> Option<(EventKind, Valu
 }
 
 impl Transition {
-    /// Returns what the transition changes for a VM with the record `before`.
+    /// Returns the changes that the transition makes to a VM with the record `before`.
     pub(crate) fn effect(&self, before: &Record) -> Effect {
         use Recording::{Fact, Required};
         match self {
@@ -143,7 +141,7 @@ impl Transition {
                 Some((EventKind::Started, Value::Null)),
             ),
             Transition::Adopted(_) => {
-                // A machine that ran all the time is not news.
+                // For clients, the adoption of a machine that kept running is not a change.
                 let is_news = (before.status, &before.status_reason) != (VmStatus::Running, &None);
                 let event = is_news.then_some((EventKind::Resumed, json!({ "reason": null })));
                 let recording = if is_news { Fact } else { Recording::None };
@@ -191,7 +189,7 @@ impl Transition {
         }
     }
 
-    /// Updates the table. Returns whether the change is news for clients.
+    /// Updates the table. Returns whether the status changed for clients.
     fn update_table(&self, host: &Host, id: &VmId, effect: &Effect) -> bool {
         let (status, reason) = (effect.status, effect.reason.clone());
         match self {
@@ -211,8 +209,8 @@ impl Transition {
 /// Changes a VM's status: records it, then updates the table, then publishes the event.
 ///
 /// # Errors
-/// If the change cannot be recorded. Nothing has happened then, unless it is a fact: clients see
-/// it, and its event is still to be published ([`record_later`]).
+/// If the change cannot be recorded. The transition is not made then, unless it is a fact: clients
+/// see a fact, and its event is published later ([`record_later`]).
 pub(crate) async fn transition(host: &Host, before: &Record, transition: Transition) -> Result<(), ServiceError> {
     let effect = transition.effect(before);
     let recorded = match effect.recording {

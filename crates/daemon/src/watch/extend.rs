@@ -3,8 +3,8 @@
 //! Only the guest knows how full its file system is, so its agent is queried every few seconds, and
 //! every second close to the threshold. The disk then grows as with `PATCH /vms/{vm}`: admitted,
 //! live, and recorded before it is done. It grows by the increment, or by as much as the limit and
-//! the pool allow. Each step is logged and published as an event; so is a step that fails, once
-//! until it succeeds.
+//! the pool allow. Each step is logged and published as an event; a step that keeps failing is
+//! reported once.
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
@@ -28,14 +28,15 @@ use tokio::time::Instant;
 const SHORT_INTERVAL: Duration = Duration::from_secs(1);
 /// Query interval for all other guests.
 const INTERVAL: Duration = Duration::from_secs(5);
-/// Within this distance of its threshold, in percent, a file system counts as nearly full.
+/// Distance from its threshold, in percentage points, within which a file system counts as nearly
+/// full.
 const NEARLY_FULL_MARGIN: u64 = 10;
 /// Limit on concurrent queries; a guest that does not respond delays few others.
 const MAX_CONCURRENT_QUERIES: usize = 8;
-/// How long the same failure is not reported again.
+/// Time before the same failure is reported again.
 const REPORT_INTERVAL: Duration = Duration::from_secs(600);
-/// Minimum share of its disk for a root file system that has followed the last growth. Below it,
-/// growing the disk again would not help.
+/// Minimum size of a root file system, as a share of its disk. A smaller one has not followed the
+/// last growth, so growing the disk again would not help.
 const MIN_FILE_SYSTEM_SHARE: f64 = 0.8;
 
 /// Extends disks for as long as it is polled.

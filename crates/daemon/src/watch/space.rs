@@ -17,18 +17,18 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// With less free space than this, disk growth is checked several times a second. A fast host
-/// writes half of it in a second.
+/// Free space below which the growth of disks is checked several times a second. A fast host writes
+/// half of it in a second.
 const WATCH_BELOW: Bytes = Bytes::from_mib(4096);
-/// With less free space than this, VMs are paused that grow by more than [`TOLERATED_GROWTH`]
-/// between two checks.
+/// Free space below which VMs are paused that grow by more than [`TOLERATED_GROWTH`] between two
+/// checks.
 const PAUSE_BELOW: Bytes = Bytes::from_mib(1024);
-/// With less free space than this, VMs are paused that grow at all.
+/// Free space below which VMs are paused that grow at all.
 const PAUSE_ALL_BELOW: Bytes = Bytes::from_mib(256);
-/// With this much free space, paused VMs are resumed. The distance to [`PAUSE_BELOW`] prevents VMs
-/// from being paused and resumed in turn.
+/// Free space from which paused VMs are resumed. The distance to [`PAUSE_BELOW`] prevents VMs from
+/// being paused and resumed in turn.
 const RESUME_FROM: Bytes = Bytes::from_mib(1536);
-/// More than a guest's logs write between two checks.
+/// Growth between two checks that does not pause a VM: more than the logs of a guest take.
 const TOLERATED_GROWTH: Bytes = Bytes::from_mib(1);
 
 const INTERVAL: Duration = Duration::from_secs(1);

@@ -1,8 +1,8 @@
 //! Trims guests, one at a time, through their agents: by schedule and on demand.
 //!
 //! A guest that deletes a file keeps its blocks allocated until it trims. Then the hypervisor
-//! punches holes in the disk, the pool frees the blocks, and the host disk gets them back (see
-//! [`reclaim`](crate::pool::reclaim)).
+//! punches holes in the disk, the pool frees the blocks, and the blocks return to the host disk
+//! (see [`reclaim`](crate::pool::reclaim)).
 
 use crate::host::Host;
 use crate::vm::trim;
@@ -12,7 +12,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How often to check which guests are due.
+/// Interval of checks for guests that are due.
 const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Trims each guest once per interval, for as long as it is polled.

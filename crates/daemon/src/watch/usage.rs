@@ -1,8 +1,8 @@
 //! Measures disk usage in the background, and estimates how many days the pool's free space lasts.
 //!
-//! A measurement walks every extent, so it is rare: it is made every `ACCOUNTING_SECONDS`, earlier
-//! after a template was created or deleted (until then, admission assumes less space), and takes at
-//! most a twentieth of the time. Requests are answered from the latest measurement.
+//! A measurement walks every extent, so it is rare. It is made every `ACCOUNTING_SECONDS`, and
+//! earlier after a template was created or deleted, because admission assumes less space until
+//! then. Measuring takes at most a twentieth of the time. Responses contain the latest measurement.
 
 use crate::host::{Host, blocking};
 use std::convert::Infallible;
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 /// Idle time after a measurement, as a multiple of its duration. At most 1/20 of the time is spent
 /// on measuring.
 const IDLE_FACTOR: u32 = 19;
-/// How often to check whether a measurement is due.
+/// Interval of checks for a measurement that is due.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Measures repeatedly for as long as it is polled.

@@ -1,5 +1,5 @@
-//! A complete Scalebox host for a test: its own pool, network and daemon, used through the same
-//! programs and socket as by users.
+//! A complete Scalebox host for a test, with its own pool, network and daemon. Tests use it through
+//! the same programs and socket as users do.
 //!
 //! Everything is in one scratch folder and is removed with the [`Host`], even when the test fails.
 #![allow(dead_code, reason = "each test uses only a part of it")]
@@ -44,10 +44,10 @@ pub(crate) fn eventually<T>(event: &str, mut probe: impl FnMut() -> Option<T>) -
     }
 }
 
-/// Checks one promise of `subject`, and first prints the name of the function that checks it: the
-/// last name printed is the promise that failed.
-pub(crate) fn promise<T>(subject: &mut T, check: impl FnOnce(&mut T)) {
-    eprintln!("promise: {}", std::any::type_name_of_val(&check));
+/// Checks one guarantee of `subject`, and first prints the name of the function that checks it. The
+/// last printed name is then the guarantee that failed.
+pub(crate) fn guarantee<T>(subject: &mut T, check: impl FnOnce(&mut T)) {
+    eprintln!("guarantee: {}", std::any::type_name_of_val(&check));
     check(subject);
 }
 
@@ -81,7 +81,7 @@ struct NetworkSlot {
 
 impl NetworkSlot {
     fn take() -> NetworkSlot {
-        // Not in TMPDIR: concurrent test runs must see each other's locks.
+        // The locks are not in TMPDIR, because concurrent test runs must see each other's locks.
         let folder = Path::new("/run/lock/scalebox-test-networks");
         fs::create_dir_all(folder).unwrap();
         let free = (0..60).find_map(|number| {
@@ -190,7 +190,7 @@ impl Host {
         self.scaleboxd_ok(&["template", "import", name, text(&image)]);
     }
 
-    /// Creates the folder of a kernel, for its files, and returns it. Its id is no digest, which
+    /// Creates the folder of a kernel, for its files, and returns it. Its id is not a digest, which
     /// nothing checks.
     pub(crate) fn kernel_folder(&self) -> PathBuf {
         let folder = self.folder.join("pool/kernels/0123456789abcdef");
@@ -254,7 +254,7 @@ impl Host {
     pub(crate) fn arm(&self, fault: Option<&str>) {
         let folder = self.faults();
         match fault {
-            // Renamed into place, so that no step reads a partial file.
+            // The file is renamed into place, so that no step reads a partial file.
             Some(fault) => fs::write(folder.join("new"), fault)
                 .and_then(|()| fs::rename(folder.join("new"), folder.join("fault")))
                 .unwrap(),
@@ -353,7 +353,7 @@ impl Host {
                 ..self.stopped(template)
             })
             .unwrap();
-        // On a busy machine its disk may be measured before the response is sent.
+        // On a busy machine the VM's disk may be measured before the response is sent.
         Vm { storage: None, ..vm }
     }
 
@@ -395,7 +395,7 @@ impl Host {
         self.raw(&request)
     }
 
-    /// Lists what VMs left on the host: disks, taps, forwards, folders of machines.
+    /// Lists the leftovers of VMs on the host: disks, taps, forwards, folders of machines.
     pub(crate) fn leftovers(&self) -> Vec<String> {
         let mut found = names_in(&self.folder.join("pool/vms"));
         found.extend(names_in(&self.folder.join("run/vms")));
@@ -478,7 +478,7 @@ impl HostDisk {
         HostDisk::made(size, "mke2fs", &["-q", "-t", "ext4", "-m", "0"])
     }
 
-    /// Creates one with the given program.
+    /// Creates a disk and formats it with the given program.
     pub(crate) fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));

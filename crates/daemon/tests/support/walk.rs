@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 const POOL: u64 = 20;
 /// The name of the VM that operations create and change.
 const MADE: &str = "made";
-/// The template that can be built.
+/// The name of the template that a build makes.
 const BUILT: &str = "debian-base";
 /// The name of a VM that exists throughout, with a file in it.
 const KEPT: &str = "kept";
@@ -26,16 +26,16 @@ const CONTENT: &str = "kept content\n";
 /// An operation on a host. `perform` returns why it failed.
 pub(crate) struct Operation {
     pub name: &'static str,
-    /// How many times it is crashed at each of its steps.
+    /// Number of times that the daemon is killed at each step of the operation.
     pub times: usize,
     pub prepare: fn(&Scene),
     pub perform: fn(&Scene) -> Result<(), String>,
     /// Returns whether the operation has taken effect.
     pub reached: fn(&Scene) -> bool,
-    /// Whether it ends a VM's machine, or deletes the VM or the template: from its begin on, these
-    /// need not exist any more.
+    /// `true` if the operation kills a VM's machine, or deletes the VM or the template. From its
+    /// start on, these need not exist any more.
     pub ends: bool,
-    /// Whether it is a command rather than a request to the daemon.
+    /// `true` if the operation is a separate command rather than a request to the daemon.
     pub command: bool,
 }
 
@@ -275,8 +275,8 @@ impl Scene {
         }
     }
 
-    /// Compares the host with the reported state, and its layers with each other, until all match
-    /// or time is up: some removals happen in the background.
+    /// Compares the host with the reported state, and its layers with each other. Repeats that
+    /// until all match or a time limit passes, because some removals happen in the background.
     pub(crate) fn check(&self, operation: &Operation, reported: &Reported, findings: &mut Findings) {
         let begun = Instant::now();
         let found = eventually("a consistent host", || {
@@ -400,8 +400,8 @@ impl Scene {
         record["image"].as_str().unwrap_or_default().to_owned()
     }
 
-    /// Returns the kernels that a template names; the newest, which stays; and the one before it,
-    /// which stays until the next deletion or start.
+    /// Returns the kernels that may exist. These are the kernels that a template names; the newest,
+    /// which stays; and the one before it, which stays until the next deletion or start.
     fn kernels(&self) -> BTreeSet<String> {
         let templates = self.host.client().templates().unwrap();
         let folder = self.host.folder.join("pool/kernels");
@@ -481,7 +481,8 @@ impl Scene {
         done(self.host.client().update_vm(MADE, &UpdateVm::grow(disk_size_gib)))
     }
 
-    /// A stop that a crash interrupted may be in progress, or just completed.
+    /// Stops the VM. An earlier stop, which a crash interrupted, may be in progress or just
+    /// completed.
     fn stop(&self) -> Result<(), String> {
         eventually("no other operation", || {
             let Err(error) = self.host.client().stop_vm(MADE) else {

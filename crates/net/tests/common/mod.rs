@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 /// Timeout for expected events; generous, because machines can be slow.
 pub(crate) const EVENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long to wait to conclude that a packet was dropped, which causes no event.
+/// Timeout after which a packet counts as dropped, because a drop causes no event.
 pub(crate) const SILENCE_TIMEOUT: Duration = Duration::from_millis(400);
 
 pub(crate) const SUBNET: &str = "10.77.0.0/24";
@@ -269,7 +269,7 @@ fn greet_and_echo(mut client: TcpStream, greeting: &str, address: SocketAddr) ->
     Ok(())
 }
 
-/// A connection to one of those servers.
+/// A connection to a server of [`serve`].
 pub(crate) struct Session {
     reader: BufReader<TcpStream>,
     /// The server's first line.
@@ -277,7 +277,7 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Connects, from the calling thread's namespace.
+    /// Connects to a server from the calling thread's namespace.
     pub(crate) fn open(to: Ipv4Addr, port: u16) -> io::Result<Session> {
         Session::open_within(to, port, EVENT_TIMEOUT)
     }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// The unit that is left out if all of it is zero.
+/// Size of the blocks, in bytes; a block of zeros is left out.
 const BLOCK: u64 = 4096;
 /// Bytes read at a time; a multiple of [`BLOCK`].
 const PIECE: u64 = 1 << 20;
@@ -16,9 +16,9 @@ const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 /// Returns the digest of an image: `blocks-sha256:` and 64 hex digits.
 ///
 /// It is the SHA-256 of the image's size, followed by each block of 4 KiB that is not all zeros,
-/// after its offset. Numbers are 8 bytes, least significant first. So images with equal bytes have
-/// equal digests, whatever is a hole in them, and a large image with little data takes little time:
-/// only data is read.
+/// after its offset. Numbers are 8 bytes, little-endian. So images with equal bytes have equal
+/// digests, wherever their files have holes. A large image with little data takes little time,
+/// because only data is read.
 ///
 /// # Errors
 /// Any error of reading.

@@ -1,4 +1,4 @@
-//! Runs e2fsprogs on an image, and judges what they print.
+//! Runs e2fsprogs on an image, and judges their output.
 //!
 //! Exit code and standard error together decide whether a program succeeded: several of e2fsprogs
 //! exit with 0 after printing an error. The callers verify that a program changed nothing else.
@@ -30,7 +30,7 @@ impl ImageRun {
         lines.find(|line| !line.is_empty() && !harmless(line))
     }
 
-    /// Returns its output on both streams, with the name of the image replaced.
+    /// Returns the program's output on both streams, with the name of the image replaced.
     pub(crate) fn output(&self) -> String {
         let stdout = self.stdout.replace(&self.image, "the image");
         let parts = [stdout.trim(), self.complaints.trim()];
@@ -48,8 +48,8 @@ impl ImageRun {
         self.code.is_none() || HOST_FAULTS.iter().any(|fault| output.contains(fault))
     }
 
-    /// Like [`ImageRun::is_fault_of_host`], for an image that was just found sound and is therefore
-    /// readable.
+    /// Returns the same as [`ImageRun::is_fault_of_host`], for an image that was just found sound
+    /// and is therefore readable.
     pub(crate) fn is_fault_on_sound_image(&self) -> bool {
         let output = self.output();
         self.is_fault_of_host() || UNREADABLE.iter().any(|fault| output.contains(fault))

@@ -1,4 +1,4 @@
-//! Whether a guest can grow the file system on its disk while it is mounted.
+//! Checks whether a guest can grow the file system on its disk while it is mounted.
 
 use std::fs::File;
 use std::io;

@@ -1,4 +1,4 @@
-//! Work on one disk image.
+//! The operations on one disk image.
 
 pub(crate) mod defragment;
 pub(crate) mod digest;

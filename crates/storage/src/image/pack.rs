@@ -18,13 +18,12 @@ const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// The first bytes of a skippable frame. The lower half of the first byte is arbitrary and zero
 /// here (RFC 8878, 3.1.2). `pzstd` output begins with such a frame.
 const SKIPPABLE: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
-/// The compression level: as fast as most disks and networks; a Debian image is compressed to a
-/// third of its size.
+/// The compression level, which is as fast as most disks and networks. A Debian image is compressed
+/// to a third of its size.
 const LEVEL: i32 = 3;
 /// Bytes read and written at once.
 const PIECE: usize = 1 << 20;
-/// Zeros become holes in units of this size: the block size at which file systems share and free
-/// space.
+/// Unit in which zeros become holes: the block size at which file systems share and free space.
 const BLOCK: usize = 4096;
 const ZEROS: [u8; BLOCK] = [0; BLOCK];
 
@@ -64,7 +63,7 @@ fn next_data(image: &File, from: u64, size: u64) -> io::Result<u64> {
     }
 }
 
-/// Why an image could not be decompressed.
+/// The error of decompressing an image.
 #[derive(Debug)]
 pub(crate) enum UnpackError<E> {
     /// The input is damaged, ends early, or is too large.

@@ -8,8 +8,8 @@
 //! The blocks of a deleted file still contain its data, folders keep deleted names, and the journal
 //! contains old copies of both. So unused space is zeroed afterwards ([`ext4::zero_unused`]).
 //!
-//! `debugfs` can fail to write and report success. So the image is inspected again: nothing to be
-//! removed may be left, removed inodes must be unused, and no other file may have changed.
+//! `debugfs` can fail to write and report success. So the image is inspected again: all items to
+//! remove must be gone, removed inodes must be unused, and no other file may have changed.
 
 use crate::error::StorageError;
 use crate::image::e2fsprogs::{bare_name, run_on_image};
@@ -65,8 +65,8 @@ const REGULAR: u32 = 0o100_000;
 const KIND: u32 = 0o170_000;
 
 /// Removes the contents of `scrub` from the ext4 image `path`, open as `image`. Its journal was
-/// replayed, and nobody else uses it. Afterwards its file system is sound, and its unused space is
-/// zeroed.
+/// replayed, and no other process uses it. Afterwards its file system is sound, and its unused
+/// space is zeroed.
 ///
 /// # Errors
 /// [`StorageError::UnfitDisk`], [`StorageError::FileSystem`], [`StorageError::Host`]: the image
@@ -146,7 +146,7 @@ struct Pass<'i> {
     folders: usize,
     /// The inodes of removed files.
     removed: HashSet<u64>,
-    /// The inodes of everything that changes: removed files, truncated files, and their folders.
+    /// The inodes that change: those of removed files, truncated files, and their folders.
     touched: HashSet<u64>,
     /// The inodes of recreated files and folders.
     kept: HashSet<u64>,
@@ -167,7 +167,7 @@ impl<'i> Pass<'i> {
         })
     }
 
-    /// Processes everything that `scrub` names.
+    /// Processes all lists of `scrub`.
     fn all(&mut self, scrub: &Scrub<'_>) -> Result<(), StorageError> {
         for path in scrub.removed_files {
             if let Some(entry) = self.find(path)?

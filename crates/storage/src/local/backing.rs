@@ -39,7 +39,7 @@ pub(crate) struct PoolLocation {
     /// The mount source.
     pub(crate) device: PathBuf,
     pub(crate) kind: FsKind,
-    /// Whether the pool's folder is itself a mount point, not a folder inside a mounted file
+    /// `true` if the pool's folder is itself a mount point, not a folder inside a mounted file
     /// system.
     pub(crate) is_mount_point: bool,
 }

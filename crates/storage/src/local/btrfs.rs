@@ -236,7 +236,7 @@ pub(crate) fn chunk_space(file: impl AsFd) -> io::Result<ChunkSpace> {
     Ok(space)
 }
 
-/// How often the commit thread is woken; longer than most commits take.
+/// Interval at which the commit thread is woken; longer than most commits take.
 const WAKE_INTERVAL: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// Commits the current transaction and waits for it. Unlike `syncfs`, it does not flush dirty

@@ -1,9 +1,9 @@
 //! The extents of a btrfs and the files that refer to them: one walk over a subvolume's tree, by
 //! ioctl.
 //!
-//! FIEMAP shows which blocks a file maps, not which extents it keeps in use: a partly overwritten
-//! extent stays whole on disk as long as any file refers to a block of it. The tree has both
-//! numbers in each `EXTENT_DATA` item. It is read in batches, each from a consistent tree;
+//! FIEMAP shows the blocks that a file maps, not the extents that it keeps in use: a partly
+//! overwritten extent stays whole on disk as long as any file refers to a block of it. The tree has
+//! both numbers in each `EXTENT_DATA` item. It is read in batches, each from a consistent tree;
 //! concurrent writes may or may not be included. Layouts: `include/uapi/linux/btrfs.h` and
 //! `btrfs_tree.h` of the kernel.
 
@@ -16,9 +16,9 @@ const BATCH: usize = 256 << 10;
 
 const FIRST_INODE: u64 = 256;
 const EXTENT_DATA: u32 = 108;
-/// A file so small that its data is in the tree itself.
+/// Type of an extent whose data is in the tree itself, because the file is small.
 const INLINE: u8 = 0;
-/// The subvolume of the file passed to the ioctl.
+/// The number that stands for the subvolume of the file passed to the ioctl.
 const OWN_TREE: u64 = 0;
 
 /// A reference of a file to an extent.
@@ -30,7 +30,7 @@ pub(crate) struct Reference {
     pub(crate) start: u64,
     /// The size of the whole extent, in bytes.
     pub(crate) size: u64,
-    /// How many bytes of the extent this reference maps.
+    /// Number of bytes of the extent that this reference maps.
     pub(crate) mapped: u64,
 }
 

@@ -17,9 +17,10 @@ const FIEMAP: Opcode = opcode::read_write::<Head>(b'f', 11);
 const BATCH: usize = 256;
 
 const LAST: u32 = 1 << 0;
-/// The location is unknown, or not allocated yet.
+/// Flags of an extent whose location is unknown, or not allocated yet.
 const NOWHERE: u32 = 1 << 1 | 1 << 2;
-/// Compressed, encrypted or not in whole blocks: two such extents at one location may differ.
+/// Flags of an extent that is compressed, encrypted or not in whole blocks. Two such extents at one
+/// location may differ.
 const ENCODED: u32 = 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10;
 const UNWRITTEN: u32 = 1 << 11;
 /// Makes the kernel flush the file first.

@@ -33,7 +33,7 @@ pub(crate) fn create_new(path: &Path) -> Result<File, StorageError> {
         .map_err(|error| StorageError::io("create", path.display(), error))
 }
 
-/// With these flags, opening never follows a link in the last component, and never waits for the
+/// Flags for opening a file. It neither follows a link in the last component nor waits for the
 /// other end of a pipe.
 const SAFE_OPEN_FLAGS: i32 = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).bits() as i32;
 
@@ -314,7 +314,7 @@ pub(crate) fn set_nocow(path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// How long and how often a held lock is retried.
+/// Timeout and interval of retries of a held lock.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 

@@ -15,7 +15,7 @@ pub(crate) const IMAGE_OPTIONS: &str = "loop,nofail,noatime,discard=async";
 /// Mount options of a pool on a device.
 pub(crate) const DEVICE_OPTIONS: &str = "nofail,noatime,discard=async";
 
-/// Why the mount could not be registered.
+/// The reason why the mount could not be registered.
 #[derive(Debug, thiserror::Error)]
 pub enum FstabError {
     /// Reading or writing fstab failed.
@@ -123,7 +123,8 @@ pub(crate) fn register(path: &Path, source: &Source, target: &Path, options: &st
     Ok(true)
 }
 
-/// Reads fstab as bytes: its comments may be in any encoding. A missing file is empty.
+/// Reads fstab as bytes, because its comments may be in any encoding. Returns no bytes for a
+/// missing file.
 fn read(path: &Path) -> Result<Vec<u8>, FstabError> {
     let io = |source| FstabError::Io {
         path: path.to_owned(),
@@ -182,7 +183,7 @@ fn append(path: &Path, line: &[u8]) -> io::Result<()> {
     }
     let written = file.write_all(line).and_then(|()| file.sync_all());
     if written.is_err() {
-        // Half a line would be another mount.
+        // A partial line could describe another mount.
         file.set_len(before.len())?;
     }
     written

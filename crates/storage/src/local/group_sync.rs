@@ -1,4 +1,4 @@
-//! One flush shared by concurrent callers.
+//! Shares one flush between concurrent callers.
 
 use std::io;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -61,7 +61,8 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    /// Every write is flushed when `sync` returns, and every flush has a waiting caller.
+    /// Checks that every write is flushed when `sync` returns, and that every flush has a waiting
+    /// caller.
     #[test]
     fn data_written_before_the_call_is_flushed_when_it_returns() {
         let (group, written, flushed, flushes) = (

@@ -37,7 +37,8 @@ pub struct PoolPlan {
     /// The requested size (`STORAGE_SIZE`); `None` takes 80 % of the free space, or the whole
     /// device.
     pub size: Option<RequestedSize>,
-    /// How many disks the caller expects in the pool. If there are any, no new pool is created.
+    /// Number of disks that the caller expects in the pool. If there are any, no new pool is
+    /// created.
     pub expected_disks: u64,
     /// Space that admission keeps free (`STORAGE_BUFFER_GIB`), for the warning about a pool larger
     /// than its host disk.
@@ -53,11 +54,11 @@ pub enum InitOutcome {
     Ready,
 }
 
-/// The folders of a pool, and whether their files are NOCOW. A clone of a NOCOW file must be NOCOW
+/// The folders of a pool; `true` if their files are NOCOW. A clone of a NOCOW file must be NOCOW
 /// too, so the flag is set before the first file is created.
 const FOLDERS: [(&str, bool); 3] = [("templates", true), ("vms", true), (KERNELS, false)];
 
-/// The folder of the kernels, and what a pool of an earlier release has in its place.
+/// The folder of the kernels, and the folder in its place in a pool of an earlier release.
 pub(crate) const KERNELS: &str = "kernels";
 pub(crate) const PREVIOUS_KERNEL: &str = "kernel";
 
@@ -103,8 +104,8 @@ pub fn init(plan: &PoolPlan, report: &mut dyn FnMut(InitEvent)) -> Result<InitOu
     })
 }
 
-/// Fails if fstab mounts something else at the pool's folder: that would hide the pool after a
-/// reboot. Checked before anything is created. An unreadable fstab does not prevent a pool.
+/// Fails if fstab mounts something else at the pool's folder, which would hide the pool after a
+/// reboot. Call it before anything is created. An unreadable fstab does not prevent a pool.
 fn require_unclaimed(plan: &PoolPlan) -> Result<(), StorageError> {
     let (Some(table), Some((source, _))) = (&plan.fstab, planned_source(plan)?) else {
         return Ok(());
@@ -536,7 +537,8 @@ fn mount_image(image: &Path, target: &Path) -> Result<(), StorageError> {
     let args = ["--find", "--show", "--sector-size", &sector, "--direct-io=on"];
     let attached = Run::of(LOSETUP).args(args).args([image]).stdout();
     let Ok(device) = attached else {
-        // The kernel, losetup or host disk does not support it: works too, only slower.
+        // The kernel, losetup or the host disk does not support it; the pool then works without it,
+        // more slowly.
         return mount(image, target, IMAGE_OPTIONS);
     };
     let device = PathBuf::from(device.trim());

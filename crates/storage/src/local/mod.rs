@@ -1,4 +1,4 @@
-//! The pool on this host: its file system, the devices under it, and what the kernel reports of
+//! The pool on this host: its file system, the devices under it, and the kernel's reports about
 //! both.
 
 pub(crate) mod backing;

@@ -41,7 +41,8 @@ impl PoolFs {
         }
     }
 
-    /// Gives the empty file `target` the contents of `source`, which share their blocks.
+    /// Clones the contents of `source` into the empty file `target`. The two files share their
+    /// blocks.
     ///
     /// # Errors
     /// Those of [`files::reflink`].

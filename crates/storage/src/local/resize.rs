@@ -36,8 +36,8 @@ const MIN_GROWTH: Bytes = Bytes::from_mib(1);
 const BLOCK: u64 = 4096;
 
 impl Pool {
-    /// Grows the pool online to `size`. Without a size, it grows to 80 % of what the host disk can
-    /// hold today, or to the whole device.
+    /// Grows the pool online to `size`. Without a size, it grows to 80 % of the space available to
+    /// it on the host disk, or to the whole device.
     ///
     /// # Errors
     /// [`StorageError::PoolSize`] when the size is not larger, or more than the host disk or the
@@ -121,8 +121,8 @@ impl Pool {
     }
 
     /// Grows the pool to its default size if that is at least 1 GiB more, and returns whether it
-    /// grew. The default is 80 % of what the host disk can hold today, or the whole device. Does
-    /// nothing if the pool is being resized or is an existing file system.
+    /// grew. The default is 80 % of the space available to it on the host disk, or the whole
+    /// device. Does nothing if the pool is being resized or is an existing file system.
     ///
     /// # Errors
     /// [`StorageError::NotMounted`], [`StorageError::Io`], [`StorageError::Program`].
@@ -158,9 +158,9 @@ impl Pool {
     /// first, which can take minutes. Admission counts with the smaller size from the start.
     ///
     /// # Errors
-    /// [`StorageError::PoolSize`] when the used data, the promises or the buffer do not fit, with
-    /// nothing changed; [`StorageError::ExistingFileSystem`]; [`StorageError::Busy`] during another
-    /// resize.
+    /// [`StorageError::PoolSize`] when the used data, the committed and reserved space, or the
+    /// buffer do not fit, with nothing changed; [`StorageError::ExistingFileSystem`];
+    /// [`StorageError::Busy`] during another resize.
     pub fn shrink(&self, size: Gib) -> Result<(), StorageError> {
         let _changing = self.begin_change()?;
         let current = match &self.backing {
@@ -170,9 +170,8 @@ impl Pool {
         if size.bytes() >= current {
             return Err(PoolSizeError::NotSmaller { size, current }.into());
         }
-        // From here on nothing is admitted that would not fit; the guard lifts this limit on
-        // failure.
-        let lowered = self.lower_ceiling(size.bytes(), |promised| self.fits_in(size.bytes(), promised))?;
+        // From here on, admission uses the smaller size; the guard lifts this limit on failure.
+        let lowered = self.lower_ceiling(size.bytes(), |commitments| self.fits_in(size.bytes(), commitments))?;
         let shrunk = self.shrink_layers(size.bytes());
         self.or_undo(shrunk, current)?;
         crash_point("pool shrink: device smaller");
@@ -180,20 +179,20 @@ impl Pool {
         Ok(())
     }
 
-    /// Checks that a pool of `size` can hold the used data, the promises and the buffer. Returns
-    /// the required size if not.
-    fn fits_in(&self, size: Bytes, promised: Bytes) -> Result<Result<(), Gib>, StorageError> {
+    /// Checks that a pool of `size` can hold the used data, the committed and reserved space, and
+    /// the buffer. Returns the required size if not.
+    fn fits_in(&self, size: Bytes, commitments: Bytes) -> Result<Result<(), Gib>, StorageError> {
         let space = self.space()?;
         let needed = space.used
             + space.metadata_total
             + space.metadata_total
             + self.bounds().buffer.bytes()
             + RELOCATION_SPACE.bytes();
-        // If every promise is backed, guests' future blocks count like present ones.
+        // If every committed byte is backed, guests' future blocks count like present ones.
         let backed = match self.bounds().overcommit_ratio {
             ratio if ratio <= 1.0 => {
                 let overhead = space.capacity - space.worst_case_capacity;
-                space.unreclaimable + promised + self.bounds().buffer.bytes() + overhead
+                space.unreclaimable + commitments + self.bounds().buffer.bytes() + overhead
             }
             _ => Bytes::ZERO,
         };
@@ -232,7 +231,7 @@ impl Pool {
         Ok(Bytes::new(bytes.unwrap_or(0)))
     }
 
-    /// Gives all layers one size. This is the size before a failed change; after a crash during a
+    /// Sets all layers to one size. This is the size before a failed change; after a crash during a
     /// change it is the size of the image.
     ///
     /// # Errors

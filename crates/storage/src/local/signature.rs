@@ -1,8 +1,8 @@
 //! Detecting the contents of a file or device by signatures.
 //!
 //! `blkid` looks for magic numbers wherever a file system or a RAID may have them, including near
-//! the end, where a pool keeps its guests' data. A guest must not be able to change what the pool
-//! is detected as. So the btrfs superblock is read here first, and takes precedence over other
+//! the end, where a pool keeps its guests' data. A guest must not be able to change the detected
+//! type of the pool. So the btrfs superblock is read here first, and takes precedence over other
 //! findings.
 
 use crate::error::StorageError;
@@ -21,8 +21,7 @@ pub(crate) struct Signature {
     pub(crate) kind: String,
     pub(crate) label: Option<String>,
     pub(crate) uuid: Option<String>,
-    /// Whether several signatures were found. A person must then decide what the contents really
-    /// are.
+    /// `true` if several signatures were found. A person must then determine the contents.
     pub(crate) ambiguous: bool,
 }
 
@@ -49,7 +48,7 @@ impl fmt::Display for Signature {
             write!(f, " (label {label:?})")?;
         }
         if self.ambiguous && self.kind == "btrfs" {
-            f.write_str(", and signs of something else")?;
+            f.write_str(", and signatures of other contents")?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Stands in for a pool's file system in tests of other crates: any folder, for any user.
 //!
-//! Clones are copies. The space is what the test sets, whatever the disks take.
+//! Clones are copies. The test sets the space, independent of the disks.
 
 use crate::local::fiemap::Mapped;
 use crate::local::files::allocated_of;
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The space of a simulated pool, set by a test.
 ///
-/// Clones of this handle are about the same pool. Disks that are created or deleted do not change
+/// Clones of this handle belong to the same pool. Disks that are created or deleted do not change
 /// its numbers.
 #[derive(Debug, Clone)]
 pub struct SimulatedSpace(Arc<Mutex<Numbers>>);

@@ -21,7 +21,7 @@ pub struct RequestedSize {
     bytes: Bytes,
 }
 
-/// Why a requested pool size is rejected.
+/// The reason why a requested pool size is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RequestedSizeError {
     /// The text is not a size.

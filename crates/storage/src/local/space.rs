@@ -28,8 +28,8 @@ const METADATA_PER_BLOCK: f64 = 256.0;
 const XFS_METADATA_PER_BLOCK: f64 = 104.0;
 
 /// Minimum free metadata space when no further metadata chunk can be allocated. Below it nothing
-/// counts as free: the transaction in progress, and the deletions that free space again, still have
-/// to fit.
+/// counts as free, because the transaction in progress, and the deletions that free space again,
+/// must still fit.
 const METADATA_FLOOR: Bytes = Bytes::from_mib(32);
 
 /// Reads the space of the pool whose root folder is `pool`. `image` is the backing file of its
@@ -132,9 +132,9 @@ fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Resul
 
 /// Returns the data bytes that btrfs can still take. They are the free space in its data chunks,
 /// plus unallocated space minus the share that metadata will need. `pending` is the metadata that
-/// the transaction in progress may take, including btrfs' own reserve. It is several times what the
-/// transaction will use, so it only decides whether anything is left when no chunk can be allocated
-/// for it.
+/// the transaction in progress may take, including btrfs' own reserve. That is several times the
+/// metadata that the transaction will use, so it only matters when no further chunk can be
+/// allocated.
 fn writable(chunks: &ChunkSpace, pending: Bytes) -> Bytes {
     let unused = chunks.metadata_total - chunks.metadata_used;
     let wanted = |free: Bytes| Bytes::from_blocks((METADATA_HEADROOM - free).as_u64(), chunks.metadata_copies);
@@ -282,7 +282,7 @@ mod tests {
         };
         assert!(writable(&full, Bytes::from_mib(300)) > Bytes::ZERO);
         assert_eq!(writable(&full, Bytes::from_mib(390)), Bytes::ZERO);
-        // Where a chunk can be allocated for it, it takes nothing.
+        // Where a chunk can be allocated for the metadata, no data space is set aside.
         assert_eq!(
             writable(&chunks(), Bytes::from_mib(390)),
             writable(&chunks(), Bytes::ZERO)

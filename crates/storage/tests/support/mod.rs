@@ -63,7 +63,7 @@ impl HostDisk {
         HostDisk::mount(scratch, &image, folder)
     }
 
-    /// Formats it with the given program.
+    /// Creates a disk and formats it with the given program.
     pub(crate) fn made(size: &str, program: &str, args: &[&str]) -> HostDisk {
         let scratch = tempfile::tempdir().unwrap();
         let (image, folder) = (scratch.path().join("host.img"), scratch.path().join("host"));
@@ -186,7 +186,7 @@ impl Drop for Place {
     }
 }
 
-/// Larger than any image in the tests.
+/// Limit for imports, larger than any image in the tests.
 pub(crate) const MAX: Bytes = Bytes::from_mib(1 << 20);
 
 pub(crate) const USUAL: Bounds = Bounds {
@@ -196,7 +196,8 @@ pub(crate) const USUAL: Bounds = Bounds {
 
 /// A pool with a small template `tiny` of 64 MiB.
 pub(crate) struct Stocked {
-    // Dropped before the place: the pool's folder must be closed before it can be unmounted.
+    // The pool is dropped before the place, because its folder must be closed before it can be
+    // unmounted.
     pub pool: Pool,
     pub template: Template,
     pub place: Place,
@@ -279,8 +280,8 @@ pub(crate) fn disk_path(pool: &Pool, id: &VmId) -> PathBuf {
     }
 }
 
-/// Returns which of `needles` occur anywhere in an image, including unused space. Holes are
-/// skipped.
+/// Returns the texts of `needles` that occur anywhere in an image, including unused space. Holes
+/// are skipped.
 pub(crate) fn found_in<'n>(image: &Path, needles: &[&'n str]) -> Vec<&'n str> {
     let scratch = tempfile::tempdir().unwrap();
     let (data, patterns) = (scratch.path().join("data"), scratch.path().join("patterns"));

@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 /// Real time without a request after which a connection counts as idle.
-const IDLE_TIME: Duration = Duration::from_millis(100);
+const IDLE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Opens a connection to the agent.
 pub(crate) fn connect(world: &Arc<World>, body: &Arc<Body>) -> io::Result<UnixStream> {
@@ -32,7 +32,7 @@ pub(crate) fn connect(world: &Arc<World>, body: &Arc<Body>) -> io::Result<UnixSt
     let responds = inside.agent_responds();
     drop(inside);
     ours.set_nonblocking(true)?;
-    theirs.set_read_timeout(Some(IDLE_TIME))?;
+    theirs.set_read_timeout(Some(IDLE_TIMEOUT))?;
     let mut session = Session {
         world: world.clone(),
         body: body.clone(),
@@ -74,7 +74,7 @@ struct Session {
     received: Vec<u8>,
 }
 
-/// Why the agent does not serve a connection at the moment.
+/// The reason why the agent does not serve a connection at the moment.
 enum Outcome {
     Closed,
     Idle,

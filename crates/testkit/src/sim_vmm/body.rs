@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 
-/// How many events a slow receiver may lag behind.
+/// Number of events that a slow receiver may lag behind.
 const MAX_BUFFERED_EVENTS: usize = 64;
-/// Disk sizes are multiples of this.
+/// Unit of disk sizes, in bytes.
 const SECTOR_BYTES: u64 = 512;
 
 /// One machine, from its launch to its end.
@@ -26,12 +26,12 @@ pub(crate) struct Body {
 }
 
 pub(crate) struct Inside {
-    /// `Ended` is final.
+    /// The state of the machine; `Ended` is final.
     pub(crate) state: MachineState,
     pub(crate) holder: Option<Arc<Holding>>,
-    /// The hypervisor responds to nothing.
+    /// `true` if the hypervisor does not respond.
     pub(crate) is_hung: bool,
-    /// Every disk request fails on the host.
+    /// `true` if every disk request fails on the host.
     pub(crate) is_disk_full: bool,
     pub(crate) disk_size: Bytes,
     pub(crate) limits: DiskLimits,
@@ -159,7 +159,7 @@ impl Body {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the machine. Returns whether nobody holds it and a later adoption learns the reason.
+    /// Ends the machine. Returns whether it has no holder and a later adoption reports the reason.
     pub(crate) fn end(&self, reason: ExitReason) -> bool {
         let mut inside = self.lock();
         if inside.exit_reason().is_none() {

@@ -1,4 +1,4 @@
-//! A simulated machine, as the test sees it.
+//! The handle with which a test controls a simulated machine.
 
 use crate::sim_vmm::body::Body;
 use crate::sim_vmm::faults::Operation;
@@ -9,7 +9,7 @@ use scalebox_units::Bytes;
 use scalebox_vmm::{DiskLimits, ExitReason, MachineEvent, MachineSpec, MachineState};
 use std::sync::Arc;
 
-/// The test's end of one machine, from its launch to its end.
+/// The handle with which a test controls one machine, from its launch to its end.
 #[derive(Clone)]
 pub struct SimMachine {
     pub(crate) world: Arc<World>,
@@ -17,7 +17,7 @@ pub struct SimMachine {
 }
 
 impl SimMachine {
-    /// Returns what the machine was launched with.
+    /// Returns the specification that the machine was launched with.
     pub fn spec(&self) -> &MachineSpec {
         &self.body.spec
     }
@@ -52,7 +52,7 @@ impl SimMachine {
         self.body.lock().trims
     }
 
-    /// Decides what happens to the next call of `operation` for this machine.
+    /// Sets the outcome of the next call of `operation` for this machine.
     pub fn next(&self, operation: Operation) -> NextCall {
         NextCall {
             world: self.world.clone(),

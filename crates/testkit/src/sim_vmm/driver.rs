@@ -44,8 +44,8 @@ impl SimVmm {
         }
     }
 
-    /// Ends the daemon, as a crash does, and returns the driver of the next one. All machines run
-    /// on without a holder.
+    /// Ends the daemon, as a crash does, and returns the driver of the next one. All machines keep
+    /// running, without a holder.
     ///
     /// Handles of the ended daemon do nothing any more: their calls never return, and they receive
     /// no events.
@@ -57,7 +57,7 @@ impl SimVmm {
         self.clone()
     }
 
-    /// Returns the test's end of a machine.
+    /// Returns the handle with which a test controls a machine.
     ///
     /// # Panics
     /// If the machine does not exist.
@@ -66,8 +66,8 @@ impl SimVmm {
         self.find(id).unwrap_or_else(|| panic!("{id} does not exist"))
     }
 
-    /// Returns the test's end of a machine, if it exists. A machine that has ended does not, unless
-    /// its guest powered off while nobody held it.
+    /// Returns the handle of [`SimVmm::machine`], if the machine exists. A machine that has ended
+    /// does not exist, unless its guest powered off while the machine had no holder.
     pub fn find(&self, id: &VmId) -> Option<SimMachine> {
         let body = self.world.lock().machines.get(id)?.clone();
         Some(SimMachine {
@@ -81,7 +81,7 @@ impl SimVmm {
         self.world.lock().machines.keys().cloned().collect()
     }
 
-    /// Decides what happens to the next call of `operation`, for any machine.
+    /// Sets the outcome of the next call of `operation`, for any machine.
     pub fn next(&self, operation: Operation) -> NextCall {
         NextCall {
             world: self.world.clone(),

@@ -1,4 +1,4 @@
-//! How a call of the simulated hypervisor can fail.
+//! The faults of calls of the simulated hypervisor.
 
 use scalebox_units::VmId;
 use scalebox_vmm::{Error, Result};
@@ -61,7 +61,7 @@ impl Operation {
     }
 }
 
-/// Holds up one call; dropping it lets the call proceed.
+/// A gate that one call waits for; dropping it lets the call proceed.
 #[must_use = "dropping the gate opens it"]
 pub struct Gate {
     arrived: watch::Sender<bool>,
@@ -113,7 +113,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    /// Does to a call what was decided.
+    /// Applies the fault to a call.
     pub(crate) async fn happen(self, id: &VmId, operation: Operation) -> Result<()> {
         match self {
             Fault::Fail(error) => Err(error(id)),
@@ -128,7 +128,7 @@ impl Fault {
     }
 }
 
-/// Waits as long as a hypervisor has time to respond, and returns the error.
+/// Waits until the timeout of a hypervisor's response has passed, and returns the error.
 pub(crate) async fn hang(id: &VmId, operation: Operation) -> Error {
     sleep(HANG_TIMEOUT).await;
     Error::Hung {

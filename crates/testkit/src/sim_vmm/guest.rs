@@ -3,12 +3,12 @@
 use scalebox_units::Bytes;
 use std::time::Duration;
 
-/// How a guest behaves.
+/// The behaviour of a guest.
 #[derive(Debug, Clone)]
 pub struct SimGuest {
     /// Time from launch or reboot until the agent responds.
     pub boot_time: Duration,
-    /// Whether the guest has an agent.
+    /// The guest agent, or its absence.
     pub agent: SimAgent,
     /// Time from a shutdown request to the power-off. `None`: the guest ignores requests.
     pub shutdown_time: Option<Duration>,
@@ -29,7 +29,7 @@ pub struct SimGuest {
 pub enum SimAgent {
     /// The agent responds once the guest has booted, while the guest runs.
     Responsive,
-    /// Connections are accepted but nobody responds, as under QEMU without an agent.
+    /// Connections are accepted but get no response, as under QEMU without an agent.
     Silent,
     /// Connections are refused, as under Firecracker without an agent.
     Unreachable,

@@ -23,8 +23,8 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Waits forever if the daemon of this handle has ended; then does to the call what the test
-    /// has decided.
+    /// Applies the fault that the test has set for the call. Waits forever if the daemon of this
+    /// handle has ended.
     async fn begin(&self, operation: Operation) -> Result<()> {
         self.unless_released().await;
         self.world.fault(self.id(), operation).await?;
@@ -59,7 +59,7 @@ impl Handle {
         }
     }
 
-    /// Requests a shutdown. The hypervisor passes nothing on while it hangs.
+    /// Requests a shutdown. A hypervisor that hangs does not pass the request on.
     fn request_shutdown(&self) {
         if !self.body.lock().is_hung {
             self.world.request_shutdown(&self.body);

@@ -1,10 +1,10 @@
 //! A simulated hypervisor: machines in memory, without root, processes or sockets of the host.
 //!
-//! [`SimVmm`] is a driver like those of `scalebox_vmm`, and keeps the promises of its traits.
+//! [`SimVmm`] is a driver like those of `scalebox_vmm`, and keeps the guarantees of its traits.
 //! Machines live in a world that outlives the driver: [`SimVmm::restart`] returns the driver of the
-//! next daemon, which adopts the machines that ran. A test holds the other end: [`SimMachine`]
-//! crashes a machine, powers off its guest or fills the host's disk, and [`NextCall`] makes a call
-//! fail, hang or wait.
+//! next daemon, which adopts the machines that ran. A test controls them: [`SimMachine`] crashes a
+//! machine, powers off its guest or fills the host's disk, and [`NextCall`] makes a call fail, hang
+//! or wait.
 //!
 //! ```
 //! use scalebox_testkit::{Operation, SimVmm};
@@ -36,12 +36,12 @@
 //! |---|---|
 //! | `driver` | the driver: launch, adopt, force stop |
 //! | `machine` | the handle, as the daemon sees it |
-//! | `control` | the machine, as the test sees it |
+//! | `control` | the handle with which a test controls a machine |
 //! | `guest` | the settings of a guest |
 //! | `agent` | the guest agent |
 //! | `body` | the state of one machine |
 //! | `world` | all machines, and the calls that are to fail |
-//! | `faults`, `next_call` | how a call can fail |
+//! | `faults`, `next_call` | the faults of calls |
 
 mod agent;
 mod body;

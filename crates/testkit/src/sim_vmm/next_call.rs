@@ -1,4 +1,4 @@
-//! Decides what happens to the next call of an operation.
+//! Sets the outcome of the next call of an operation.
 
 use crate::sim_vmm::faults::{Armed, Fault, Gate, Operation};
 use crate::sim_vmm::world::World;
@@ -6,7 +6,8 @@ use scalebox_units::VmId;
 use scalebox_vmm::Error;
 use std::sync::Arc;
 
-/// Decides what happens to the next call of an operation. Decisions are used up in their order.
+/// Sets the outcome of the next call of an operation. Several outcomes apply to the next calls in
+/// order.
 #[must_use = "nothing happens to the call before it is decided"]
 pub struct NextCall {
     pub(crate) world: Arc<World>,

@@ -8,7 +8,7 @@ use scalebox_vmm::{ExitReason, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Above the largest pid that Linux gives to a process (`PID_MAX_LIMIT`).
+/// The first pid of simulated machines, above the maximum pid on Linux (`PID_MAX_LIMIT`).
 const FIRST_PID: i32 = 1 << 23;
 
 /// The simulated host.
@@ -16,7 +16,7 @@ const FIRST_PID: i32 = 1 << 23;
 pub(crate) struct World(Mutex<State>);
 
 pub(crate) struct State {
-    /// Running machines, and those that ended while nobody held them and whose end is known.
+    /// Running machines, and machines that ended for a known reason while they had no holder.
     pub(crate) machines: BTreeMap<VmId, Arc<Body>>,
     pub(crate) launching: BTreeSet<VmId>,
     pub(crate) faults: Vec<Armed>,
@@ -54,7 +54,7 @@ impl World {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does to a call what a test has decided for it.
+    /// Applies the fault that a test has set for a call.
     pub(crate) async fn fault(&self, id: &VmId, operation: Operation) -> Result<()> {
         let fault = {
             let faults = &mut self.lock().faults;

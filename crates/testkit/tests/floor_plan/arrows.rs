@@ -1,9 +1,9 @@
-//! Which file uses which, and where that is not as it should be.
+//! Finds dependencies that the floor plan does not allow.
 
 use crate::sources::{Crate, ModulePath};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Uses of a folder that does not stand before the user's own in `order`; a line each.
+/// Lists uses of a folder that is not before the user's own in `order`; one line each.
 ///
 /// Files at the crate's root are free. A folder that is not in `order` is reported as well.
 pub(crate) fn between_folders(read: &Crate, order: &[&str]) -> Vec<String> {
@@ -26,7 +26,8 @@ pub(crate) fn between_folders(read: &Crate, order: &[&str]) -> Vec<String> {
     upward
 }
 
-/// Groups of files that use one another, directly or through others of the group.
+/// Lists dependency cycles: groups of files that use one another, directly or through other files
+/// of the group.
 pub(crate) fn rings(read: &Crate) -> Vec<Vec<String>> {
     let uses: BTreeMap<_, _> = read.files.keys().map(|module| (module, read.uses(module))).collect();
     let reached: BTreeMap<_, _> = uses.keys().map(|module| (*module, reach(module, &uses))).collect();

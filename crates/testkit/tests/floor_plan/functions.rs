@@ -1,14 +1,14 @@
-//! How long functions are.
+//! Measures the length of functions.
 
 use crate::sources::{Crate, is_test};
 use std::path::Path;
 use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 
-/// The functions with more than `max` lines, tests those with more than `max_in_tests`; a line
+/// Lists functions with more than `max` lines, and tests with more than `max_in_tests`; one line
 /// each.
 ///
-/// Counted are the lines from the signature to the closing brace.
+/// The lines from the signature to the closing brace count.
 pub(crate) fn longer_than(read: &Crate, max: usize, max_in_tests: usize) -> Vec<String> {
     let mut long = Vec::new();
     for source in read.files.values() {

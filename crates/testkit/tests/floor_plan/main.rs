@@ -1,8 +1,9 @@
-//! The floor plan of the workspace: arrows point down, between crates, between the daemon's folders
-//! and between the files of a crate; functions are short; and the texts of libraries state facts.
+//! Checks the floor plan of the workspace. Dependencies point down, between crates and between the
+//! daemon's folders; the files of a crate have no dependency cycle; functions are short; and the
+//! texts of libraries state facts.
 //!
-//! An arrow from A to B means that A uses B. The lists below are ordered from the ground floor up:
-//! an entry may use what stands above it in its list. `docs/architecture.md` describes the rooms.
+//! The lists below are ordered from the ground floor up: an entry may use the entries above it in
+//! its list. `docs/architecture.md` describes the crates and folders.
 
 #![allow(
     clippy::unwrap_used,
@@ -30,7 +31,7 @@ const CRATE_FLOORS: &[&[&str]] = &[
     &["scaleboxd", "scalebox", "scalebox-bench"],
 ];
 
-/// The folders of the daemon. The files of one use folders before it only; `main.rs` uses any.
+/// The folders of the daemon. A file uses only folders before its own; `main.rs` uses any.
 const DAEMON_FOLDERS: &[&str] = &[
     "settings",
     "state",
@@ -164,14 +165,14 @@ fn workspace() -> &'static Path {
     here.ancestors().nth(2).unwrap()
 }
 
-/// The `src` folders of all crates.
+/// Returns the `src` folders of all crates.
 fn source_folders() -> Vec<std::path::PathBuf> {
     let crates = std::fs::read_dir(workspace().join("crates")).unwrap();
     let folders = crates.map(|entry| entry.unwrap().path().join("src"));
     folders.chain([workspace().join("bench/src")]).collect()
 }
 
-/// The crates of the workspace that each of them is built with, apart from its tests.
+/// Returns the dependencies of each crate in the workspace, except those of its tests.
 fn workspace_dependencies() -> BTreeMap<String, Vec<String>> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--no-deps", "--locked", "--format-version", "1"])

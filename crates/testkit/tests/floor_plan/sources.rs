@@ -15,11 +15,10 @@ pub(crate) struct Crate {
 }
 
 pub(crate) struct Source {
-    /// Relative to the crate's folder.
+    /// The path of the file, relative to the crate's folder.
     pub path: PathBuf,
     pub syntax: syn::File,
-    /// The path that a name at the top of the file stands for, where it is in another module (`pub
-    /// use`).
+    /// The names that the file exports from other modules (`pub use`), with their paths.
     exports: BTreeMap<String, ModulePath>,
 }
 
@@ -32,7 +31,7 @@ impl Crate {
         Crate::parse(texts)
     }
 
-    /// As [`Crate::read`], from texts by their paths.
+    /// Parses the texts of files with these paths, like [`Crate::read`].
     pub(crate) fn parse(texts: Vec<(PathBuf, String)>) -> Crate {
         let files = texts.into_iter().map(|(path, text)| {
             let syntax = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -54,14 +53,14 @@ impl Crate {
         read
     }
 
-    /// The files that the file of `module` uses, outside its tests.
+    /// Returns the files that the file of `module` uses, outside its tests.
     pub(crate) fn uses(&self, module: &ModulePath) -> BTreeSet<ModulePath> {
         let paths = self.paths(module);
         let found = paths.iter().filter_map(|path| self.resolve(module, path));
         found.filter(|used| used != module).collect()
     }
 
-    /// Whether the file of `module` names `path`, or something in it, outside its tests.
+    /// Returns whether the file of `module` names `path`, or an item in it, outside its tests.
     pub(crate) fn names(&self, module: &ModulePath, path: &[&str]) -> bool {
         let found = self.paths(module);
         found
@@ -69,7 +68,7 @@ impl Crate {
             .any(|found| found.windows(path.len()).any(|part| part == path))
     }
 
-    /// The paths in the file of `module`, as written there, outside its tests.
+    /// Returns the paths in the file of `module`, as written there, outside its tests.
     fn paths(&self, module: &ModulePath) -> Vec<Vec<String>> {
         let mut paths = Paths::default();
         for item in &self.files[module].syntax.items {
@@ -96,14 +95,15 @@ impl Crate {
         exports
     }
 
-    /// The file that holds what `path`, as written in `module`, names; `None` for other crates.
+    /// Returns the file with the item that `path`, as written in `module`, names; `None` for other
+    /// crates.
     fn resolve(&self, module: &ModulePath, path: &[String]) -> Option<ModulePath> {
         if !matches!(path.first()?.as_str(), "crate" | "self" | "super") && !self.is_child(module, &path[0]) {
             return None;
         }
         let whole = absolute(module, path, &self.files);
         let file = self.nearest(&whole)?;
-        // A name that the file only passes on belongs to the file that it comes from.
+        // A name that the file only exports belongs to the file that defines it.
         match whole
             .get(file.len())
             .and_then(|name| self.files[&file].exports.get(name))
@@ -119,7 +119,7 @@ impl Crate {
         self.files.contains_key(&child)
     }
 
-    /// The longest beginning of `path` that is a file.
+    /// Returns the file of `path`, or of the nearest module above it.
     fn nearest(&self, path: &[String]) -> Option<ModulePath> {
         (0..=path.len())
             .rev()
@@ -140,7 +140,8 @@ fn collect(root: &Path, folder: &Path, texts: &mut Vec<(PathBuf, String)>) {
     }
 }
 
-/// `vm/mod.rs` and `vm.rs` are `vm`; `lib.rs` and `main.rs` are the root.
+/// Returns the module of a file: `vm` for `vm/mod.rs` and `vm.rs`, the root for `lib.rs` and
+/// `main.rs`.
 fn module_of(path: &Path) -> ModulePath {
     let text = path.with_extension("").to_str().unwrap().replace('/', "::");
     let mut module: ModulePath = text.split("::").map(str::to_owned).collect();
@@ -151,7 +152,7 @@ fn module_of(path: &Path) -> ModulePath {
     module
 }
 
-/// The path from the crate's root.
+/// Returns the path from the crate's root.
 fn absolute(module: &ModulePath, path: &[String], files: &BTreeMap<ModulePath, Source>) -> ModulePath {
     let mut base = module.clone();
     let mut rest = path;
@@ -169,7 +170,7 @@ fn absolute(module: &ModulePath, path: &[String], files: &BTreeMap<ModulePath, S
     base
 }
 
-/// The paths that a `use` item names, each with the name that it gives it.
+/// Returns the paths that a `use` item names, each with the name that the item defines.
 fn leaves(item: &ItemUse) -> Vec<(Vec<String>, String)> {
     fn walk(tree: &UseTree, at: &mut Vec<String>, found: &mut Vec<(Vec<String>, String)>) {
         match tree {
@@ -230,7 +231,7 @@ impl<'syntax> Visit<'syntax> for Paths {
     }
 }
 
-/// Whether an item is for tests alone.
+/// Returns whether an item is for tests alone.
 pub(crate) fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| {
         let path = attribute.path();

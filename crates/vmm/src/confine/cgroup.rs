@@ -18,11 +18,11 @@ use std::time::{Duration, SystemTime};
 const PARENT: &str = "scalebox";
 /// Period over which the CPU quota is counted: the kernel's default.
 const CPU_PERIOD_US: u64 = 100_000;
-/// Empty groups younger than this are not swept: a machine may be about to join one.
+/// Minimum age of an empty group that is swept: a machine may be about to join a younger one.
 const MIN_SWEEP_AGE: Duration = Duration::from_secs(60);
 
-/// A process that has ended leaves its group a moment later. Removal is retried this often, at this
-/// interval.
+/// Number and interval of attempts to remove a group. A process that has ended leaves its group a
+/// moment later.
 const MAX_REMOVE_ATTEMPTS: u32 = 20;
 const REMOVE_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -244,7 +244,7 @@ fn limit(controller: Controller, folder: &Path, share: ResourceLimits) -> io::Re
     let files: &[(&str, String)] = &match controller {
         Controller::Unified => vec![
             ("memory.max", memory),
-            // Kill the whole group or nothing.
+            // The kernel must kill the whole group or nothing.
             ("memory.oom.group", "1".to_owned()),
             ("cpu.max", format!("{quota} {CPU_PERIOD_US}")),
         ],

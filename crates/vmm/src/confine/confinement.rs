@@ -40,7 +40,7 @@ pub(crate) struct Confined {
 }
 
 impl Confinement {
-    /// Probes the host, and logs what is missing once.
+    /// Probes the host, and logs missing kinds of confinement once.
     pub(crate) fn find() -> Confinement {
         for gap in missing_confinement() {
             tracing::warn!("{gap}");

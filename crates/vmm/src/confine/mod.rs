@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `confinement` | both together, for one process |
+//! | `confinement` | applies both to one process |
 //! | `cgroup` | limits memory and CPU with a control group |
 //! | `landlock` | restricts files with Landlock rules |
 

@@ -25,7 +25,7 @@ const ROOT_DRIVE: &str = "root";
 /// vsock of its own.
 const GUEST_CID: u32 = 3;
 
-/// Why a request failed.
+/// The error of a request.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ApiError {
     #[error("no response within {RESPONSE_TIMEOUT:?}")]
@@ -200,8 +200,8 @@ fn rate_limiter(limits: DiskLimits) -> Value {
 
 type SendError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Adds `reboot=k`: a reboot of the guest is then a reset by the keyboard controller, which is the
-/// only end of a guest that Firecracker notices.
+/// Adds `reboot=k`, which makes a reboot of the guest a reset by the keyboard controller.
+/// Firecracker detects no other end of a guest.
 fn cmdline(line: &str) -> String {
     format!("{line} reboot=k")
 }

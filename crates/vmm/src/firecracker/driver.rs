@@ -2,7 +2,7 @@
 //!
 //! A machine is one Firecracker process, confined by its jailer to a folder (`jail`) and controlled
 //! through the API socket there. [`FirecrackerMachine`] is the handle. `docs/firecracker.md` lists
-//! what this driver cannot guarantee, compared to QEMU.
+//! the differences from QEMU.
 
 use crate::blocking::blocking;
 use crate::confine::Confinement;
@@ -42,7 +42,7 @@ const NOT_STARTED: &str = "Not started";
 /// guest.
 #[derive(Debug, Clone)]
 pub struct FirecrackerDriver {
-    /// `None`: Firecracker is not installed.
+    /// The installed Firecracker; `None` if it is not installed.
     firecracker: Option<Firecracker>,
     jails: Jails,
     confinement: Confinement,
@@ -213,7 +213,7 @@ impl Vmm for FirecrackerDriver {
 }
 
 /// Waits for a newly started process, writes its record, configures the machine and starts the
-/// guest. Returns the process, and why it must be killed.
+/// guest. Returns the process, and the error because of which it must be killed.
 async fn start_guest(spec: &MachineSpec, claimed: ClaimedProcess, api: &Api) -> (ClaimedProcess, Result<(), String>) {
     if let Err(why) = wait_until_responsive(&claimed.process, api).await {
         return (claimed, Err(why));
@@ -242,7 +242,7 @@ fn own_account() -> RunAs {
     }
 }
 
-/// Waits for Firecracker's first response, or for the end of its process.
+/// Waits until Firecracker sends its first response or its process ends.
 async fn wait_until_responsive(process: &Process, api: &Api) -> Result<(), String> {
     let deadline = Instant::now() + LAUNCH_TIMEOUT;
     loop {
@@ -260,7 +260,7 @@ async fn wait_until_responsive(process: &Process, api: &Api) -> Result<(), Strin
     }
 }
 
-/// Opens the console for reading only, so that the end of the process is seen as end-of-file.
+/// Opens the console for reading only, so that it reads end-of-file when the process ends.
 fn open_console(dir: &RunDir) -> Result<pipe::Receiver> {
     let path = dir.console_pipe();
     pipe::OpenOptions::new()

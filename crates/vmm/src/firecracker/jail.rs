@@ -126,7 +126,7 @@ impl Jails {
     /// Creates the jail of a machine, with its files owned by `account`. Replaces a leftover jail.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Jails::remove`] then removes what was created.
+    /// [`Error::Io`]; [`Jails::remove`] then removes the partial jail.
     pub(crate) fn make(&self, spec: &MachineSpec, disk: &Path, account: RunAs) -> Result<Jail> {
         self.remove(&spec.id);
         let jail = Jail(self.base.join(&self.program).join(spec.id.as_str()));
@@ -175,7 +175,7 @@ impl Jail {
     }
 
     /// Removes the jail and all files that the process created in it, without following links. Logs
-    /// what cannot be removed; a later start tries again.
+    /// files that cannot be removed; a later start tries again.
     pub(crate) fn remove(&self) {
         match fs::remove_dir_all(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -365,7 +365,7 @@ mod tests {
     #[tokio::test]
     async fn connecting_does_not_follow_symbolic_links() {
         let folder = tempfile::tempdir().unwrap();
-        // Longer than the limit for a socket's path.
+        // The path is longer than the limit for a socket's path.
         let deep = folder.path().join("x".repeat(120));
         fs::create_dir(&deep).unwrap();
         let (other, link) = (folder.path().join("other.sock"), deep.join("api.sock"));

@@ -1,4 +1,4 @@
-//! A machine that runs in one Firecracker process: its commands, and how its end is recognized.
+//! A machine that runs in one Firecracker process: its commands, and the detection of its end.
 //!
 //! Firecracker emits no events: a pause is published by the call that caused it, and the guest
 //! receives an error for a disk request that fails on the host. [`MachineState::Stalled`] does not
@@ -71,7 +71,7 @@ impl FirecrackerMachine {
 }
 
 impl FirecrackerMachine {
-    /// Presses Ctrl+Alt+Del and asks the agent for a reboot, which ends the machine.
+    /// Presses Ctrl+Alt+Del and requests a reboot from the agent, which ends the machine.
     async fn request_shutdown(&self) {
         let agent = agent::request_shutdown(self.agent(), GuestShutdownMode::Reboot);
         let (sent, ()) = futures::join!(self.api.ctrl_alt_del(), agent);

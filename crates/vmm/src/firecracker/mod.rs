@@ -3,7 +3,7 @@
 //! | file | content |
 //! |---|---|
 //! | `driver` | launch and adopt, each step with its undo |
-//! | `machine` | the commands of a running machine, and how its end is recognized |
+//! | `machine` | the commands of a running machine, and the detection of its end |
 //! | `api` | the API socket: every request, in order |
 //! | `jail` | the folder to which the jailer confines a process |
 //! | `vsock` | connections to a guest's vsock |

@@ -25,13 +25,13 @@ const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 /// 1 GiB, for every machine.
 pub(crate) const TRANSLATION_CACHE_MIB: u64 = 256;
 
-/// How QEMU accesses the root disk's file.
+/// The mode in which QEMU accesses the root disk's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DiskIo {
     /// Bypasses the host's page cache, with Linux native asynchronous I/O.
     Direct,
-    /// Through the page cache with a thread pool, for file systems without `O_DIRECT`. A guest's
-    /// flush still reaches the disk.
+    /// Uses the page cache and a thread pool, for file systems without `O_DIRECT`. A guest's flush
+    /// still reaches the disk.
     Buffered,
 }
 

@@ -44,7 +44,7 @@ const ADOPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// inspection.
 #[derive(Debug, Clone)]
 pub struct QemuDriver {
-    /// `None`: QEMU is not installed.
+    /// The installed QEMU; `None` if it is not installed.
     qemu: Option<Qemu>,
     accel: Accel,
     confinement: Confinement,

@@ -24,7 +24,7 @@ const RECONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout from the guest's power-off to the exit of the process. In between QEMU flushes the disk.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why connecting to a process failed.
+/// The reason why connecting to a process failed.
 #[derive(Debug)]
 pub(crate) enum ConnectError {
     /// The process has ended.
@@ -124,7 +124,7 @@ impl QemuMachine {
         }
     }
 
-    /// Presses the power button and asks the agent; either may be enough.
+    /// Presses the power button and requests a shutdown from the agent; either may be enough.
     async fn request_shutdown(&self) {
         let button = self.execute("system_powerdown", qmp::system_powerdown {});
         let agent = agent::request_shutdown(self.agent(), GuestShutdownMode::Powerdown);
@@ -290,7 +290,7 @@ impl Connection {
             if timeout(QUIT_TIMEOUT, machine.process.exited()).await.is_ok() {
                 return;
             }
-            tracing::warn!(machine = %machine.id, ?quit, "QEMU did not exit after the guest powered off; killing it");
+            tracing::warn!(machine = %machine.id, ?quit, "QEMU did not exit after the guest powered off; killing QEMU");
             if let Err(error) = machine.process.kill() {
                 tracing::warn!(machine = %machine.id, %error, "cannot kill QEMU");
             }

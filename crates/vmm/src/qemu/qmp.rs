@@ -50,7 +50,7 @@ enum Connection {
     Broken(String),
 }
 
-/// Why a command failed.
+/// The error of a command.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum QmpError {
     #[error("no response within {0:?}")]

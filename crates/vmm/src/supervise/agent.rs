@@ -14,11 +14,11 @@ use tokio::time::timeout;
 /// Timeout of one attempt. An agent that obeys sends no response, and neither does a missing one.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Limit on what the agent may send during one attempt. It runs in the guest and is not trusted,
-/// and a response is buffered whole.
+/// Limit on the data that the agent may send during one attempt. It runs in the guest and is not
+/// trusted, and a response is buffered whole.
 const MAX_RESPONSE_BYTES: u64 = 64 << 10;
 
-/// Asks the agent to shut the guest down. The only sign of success is the end of the machine.
+/// Requests a shutdown of the guest from the agent. The request was successful if the machine ends.
 pub(crate) async fn request_shutdown(agent: impl Future<Output = Result<UnixStream>>, mode: GuestShutdownMode) {
     let attempt = async {
         let stream = agent.await.map_err(std::io::Error::other)?;

@@ -1,4 +1,4 @@
-//! Takes hold of a machine: by its lock, its record and its process.
+//! Claims a machine: by its lock, its record and its process.
 
 use crate::blocking::blocking;
 use crate::error::{Error, Result};
@@ -52,7 +52,7 @@ enum Found {
     Recorded(ClaimedProcess),
 }
 
-/// Takes hold of a machine that an earlier process launched.
+/// Claims a machine that an earlier process launched.
 ///
 /// Returns `None` if it is gone; its leftovers are removed. A process without a record belongs to
 /// an interrupted launch and is killed.

@@ -5,7 +5,8 @@ use crate::run_dir::RunDir;
 use scalebox_units::VmId;
 use std::path::PathBuf;
 
-/// How a driver finds a machine's process again, and which files it gives the machine.
+/// The driver-specific parts of supervision: the machine's process, and its files outside the run
+/// folder.
 pub(crate) trait Driver: Clone + Send + Sync + 'static {
     /// Returns the arguments by which a machine's process is recognized. No other process has all
     /// of them.

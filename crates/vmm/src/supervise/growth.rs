@@ -5,12 +5,12 @@ use crate::error::{Error, Result};
 use crate::supervise::supervised::Supervised;
 use scalebox_units::Bytes;
 
-/// Disk sizes are multiples of this: virtio counts in sectors (virtio 1.2, section 5.2.4).
+/// Unit of disk sizes, in bytes: virtio counts in sectors (virtio 1.2, section 5.2.4).
 const SECTOR_BYTES: u64 = 512;
 
 impl Supervised {
-    /// Implements [`Machine::resize_root`](crate::Machine::resize_root). `grow` makes the
-    /// hypervisor and the disk's file follow; it gets the size in bytes.
+    /// Implements [`Machine::resize_root`](crate::Machine::resize_root). `grow` resizes the disk's
+    /// file and the hypervisor's device to the given size in bytes.
     pub(crate) async fn grow_root<F>(&self, size: Bytes, grow: impl FnOnce(i64) -> F) -> Result<()>
     where
         F: Future<Output = Result<()>>,

@@ -22,7 +22,7 @@ pub(crate) async fn kill_and_wait(id: &VmId, process: &Process) -> Result<Option
     Ok(process.reap())
 }
 
-/// Waits for the exit of a process that was killed.
+/// Waits until a process that was killed has exited.
 ///
 /// # Errors
 /// [`Error::Unkillable`].

@@ -3,13 +3,13 @@
 //! | file | content |
 //! |---|---|
 //! | `driver` | the differences between drivers |
-//! | `claim` | takes hold of a machine: by its lock, its record and its process |
+//! | `claim` | claims a machine: by its lock, its record and its process |
 //! | `launch` | launches a machine's process, each step with its undo |
 //! | `supervised` | the state of a held machine, which its handle and its monitor share |
 //! | `monitor` | the tasks behind a held machine, and the handle that ends them |
 //! | `growth` | grows the root disk |
-//! | `stop` | asks the guest to shut down, and kills it after its grace period |
-//! | `agent` | asks the guest agent to shut the guest down |
+//! | `stop` | requests a shutdown of the guest, and kills the machine after a grace period |
+//! | `agent` | requests a shutdown from the guest agent |
 //! | `force_stop`, `kill` | kill a process and wait until it is gone |
 
 pub(crate) mod agent;

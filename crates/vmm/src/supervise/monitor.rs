@@ -104,8 +104,9 @@ async fn monitor(machine: Arc<Supervised>, mut observer: impl Observer, drain: J
     machine.publish_end(cause.unwrap_or_else(|| crash_reason(status, &output, out_of_memory)));
 }
 
-/// Removes the machine's files and releases it. Returns whether it ran out of memory; `None` if the
-/// handle was dropped, so that the files may be another holder's by now.
+/// Removes the machine's files and releases it. Returns whether the machine ran out of memory;
+/// `None` if the handle was dropped, because another process may then hold the machine and its
+/// files.
 async fn clean_up(machine: &Supervised, observer: impl Observer) -> Option<bool> {
     // The cleanup owns the lock: also if the handle is dropped meanwhile, no other process takes
     // the machine before the cleanup is done.

@@ -1,4 +1,4 @@
-//! Stops a machine: the guest is asked to shut down, and killed after its grace period.
+//! Stops a machine: requests a shutdown of the guest, and kills the machine after a grace period.
 
 use crate::error::Result;
 use crate::state::ExitReason;
@@ -11,7 +11,7 @@ const SHUTDOWN_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Supervised {
     /// Implements [`Machine::stop`](crate::Machine::stop). `resume` resumes a paused guest, which
-    /// could not react; each call of `request` asks for the shutdown once.
+    /// could not react; each call of `request` requests the shutdown once.
     pub(crate) async fn stop<F>(
         &self,
         grace: Duration,
@@ -45,7 +45,7 @@ impl Supervised {
             // bounded time; or another caller killed the machine.
             return Ok(self.exited().await);
         }
-        tracing::warn!(machine = %self.id, ?grace, "the guest did not shut down in time; killing it");
+        tracing::warn!(machine = %self.id, ?grace, "the guest did not shut down in time; killing the machine");
         self.kill_and_wait().await
     }
 }

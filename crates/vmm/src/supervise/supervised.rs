@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 /// Timeout for reading the last events and console output of an ended machine.
 pub(crate) const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-/// How many events a slow receiver may lag behind.
+/// Number of events that a slow receiver may lag behind.
 const MAX_BUFFERED_EVENTS: usize = 64;
 
 /// A machine that this process holds.
@@ -31,7 +31,7 @@ pub(crate) struct Supervised {
     /// execute a smaller, delayed request, and truncate the disk.
     pub(crate) max_requested: tokio::sync::Mutex<Bytes>,
     lock: Mutex<Option<Lock>>,
-    /// How the machine is about to end, once known.
+    /// The reason why the machine is about to end, once known.
     cause: Mutex<Option<ExitReason>>,
     events: broadcast::Sender<MachineEvent>,
     ended: watch::Sender<Option<ExitReason>>,
@@ -64,12 +64,12 @@ impl Supervised {
         self.events.subscribe()
     }
 
-    /// Records how the machine is about to end. The first cause that is set wins.
+    /// Records the reason why the machine is about to end. Later calls change nothing.
     pub(crate) fn set_cause(&self, cause: ExitReason) {
         self.cause().get_or_insert(cause);
     }
 
-    /// Returns how the machine is about to end, if that is known.
+    /// Returns the reason why the machine is about to end, if that is known.
     pub(crate) fn cause(&self) -> MutexGuard<'_, Option<ExitReason>> {
         self.cause.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -128,7 +128,7 @@ impl Supervised {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Converts the result of connecting to the guest agent.
+    /// Converts an I/O error of a connection to the guest agent into [`Error::Agent`].
     pub(crate) fn agent(&self, connected: io::Result<UnixStream>) -> Result<UnixStream> {
         connected.map_err(|error| Error::Agent {
             id: self.id.clone(),

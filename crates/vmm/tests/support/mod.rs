@@ -20,7 +20,7 @@ use tempfile::TempDir;
 /// Timeout for any single wait. Generous, for emulation on a busy machine.
 pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Everything that a machine needs to be launched.
+/// The files and devices with which a machine is launched.
 pub(crate) struct Lab {
     folder: PathBuf,
     tap: String,
@@ -44,7 +44,7 @@ impl Lab {
         }
     }
 
-    /// A lab for the simulated driver, which needs no tap and so no root.
+    /// Creates a lab for the simulated driver, which needs no tap and so no root.
     pub(crate) fn without_tap() -> Lab {
         let owned = tempfile::Builder::new().prefix("vmm-").tempdir().unwrap();
         Lab {
@@ -56,7 +56,7 @@ impl Lab {
         }
     }
 
-    /// The same lab, used from another process.
+    /// Opens the same lab in another process.
     fn shared(folder: &str, tap: &str) -> Lab {
         Lab {
             folder: folder.into(),

@@ -1,4 +1,4 @@
-//! Carries out what was decided about a VM.
+//! Applies the decision about a VM.
 
 use crate::host::advice::advised;
 use crate::host::error::ServiceError;
@@ -14,7 +14,7 @@ use scalebox_api::VmStatus;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
 
-/// Adds the VM to the table, and gives it the status that was decided.
+/// Adds the VM to the table, and sets its status as decided.
 pub(super) async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn Machine>>, verdict: &Verdict) {
     if *verdict == Verdict::StartAfterReboot {
         tracing::info!(

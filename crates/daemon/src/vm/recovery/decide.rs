@@ -1,4 +1,4 @@
-//! Decides what becomes of a VM at the daemon's start. The decision is a pure function.
+//! Decides the status of a VM at the daemon's start. The decision is a pure function.
 
 use scalebox_api::VmStatus;
 
@@ -7,15 +7,15 @@ use scalebox_api::VmStatus;
 pub(super) struct Observed {
     /// The recorded status.
     pub status: VmStatus,
-    /// Whether a stop was recorded and not completed.
+    /// `true` if a stop was recorded and not completed.
     pub stopping: bool,
     /// The state of the VM's machine.
     pub machine: Found,
-    /// Whether the VM's disk is missing from the pool.
+    /// `true` if the VM's disk is missing from the pool.
     pub disk_missing: bool,
-    /// Whether the host was rebooted since the VMs were last started.
+    /// `true` if the host was rebooted since the VMs were last started.
     pub rebooted: bool,
-    /// Whether the VM is started after a reboot of the host.
+    /// `true` if the VM is started after a reboot of the host.
     pub autostart: bool,
 }
 
@@ -41,7 +41,7 @@ pub(super) enum Verdict {
     StartAfterReboot,
     /// The VM has stopped.
     Stop {
-        /// Why, if not by request.
+        /// The reason, if it was not a request.
         reason: Option<&'static str>,
     },
     /// The VM has failed.
@@ -58,7 +58,7 @@ pub(super) enum Verdict {
     Keep,
 }
 
-/// Decides what becomes of a VM.
+/// Decides the status of a VM.
 pub(super) fn decide(observed: &Observed) -> Verdict {
     let was_running = matches!(observed.status, VmStatus::Running | VmStatus::Paused);
     if observed.disk_missing {

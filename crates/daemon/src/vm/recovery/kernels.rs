@@ -5,8 +5,8 @@ use crate::host::{Host, blocking};
 use crate::state::Record;
 use std::sync::Arc;
 
-/// Gives each VM without a kernel that of its template, or the newest if the template is gone.
-/// While the state is read-only, the choice is not recorded.
+/// Assigns a kernel to each VM without one: that of its template, or the newest if the template is
+/// gone. While the state is read-only, the choice is not recorded.
 pub(super) async fn assign(host: &Host, mut records: Vec<Record>) -> Result<Vec<Record>, ServiceError> {
     if records.iter().all(|record| record.kernel.is_some()) {
         return Ok(records);
@@ -22,7 +22,7 @@ pub(super) async fn assign(host: &Host, mut records: Vec<Record>) -> Result<Vec<
             if !state.is_read_only()
                 && let Err(error) = state.set_kernel(&record.id, &kernel)
             {
-                tracing::warn!(vm = %record.id, %error, "cannot record the VM's kernel; the next start does");
+                tracing::warn!(vm = %record.id, %error, "cannot record the VM's kernel; the next start records it");
             }
             record.kernel = Some(kernel);
         }

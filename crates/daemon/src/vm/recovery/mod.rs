@@ -4,12 +4,11 @@
 //! still runs. Machines, taps, forwards, disks and folders without a record are orphaned and
 //! removed. Files and interfaces whose names do not match our format are never touched.
 //!
-//! A VM that cannot be recovered is reported as failed, with the reason, and does not keep the
-//! others from being served.
-
+//! A VM that cannot be recovered is reported as failed, with the reason. It does not affect the
+//! other VMs.
 //!
-//! Each VM is observed ([`observe`]), decided upon ([`decide`](decide::decide), which is pure) and
-//! changed accordingly ([`apply`]).
+//! For each VM, [`observe`] finds its remains, the pure function [`decide`](decide::decide) decides
+//! its status, and [`apply`] makes the changes.
 
 mod apply;
 mod decide;
@@ -134,7 +133,8 @@ async fn restore(
     Ok(verdict)
 }
 
-/// Completes the stops that a crash interrupted. All at once, because a guest may take a minute.
+/// Completes the stops that a crash interrupted. The stops run concurrently, because a guest may
+/// take a minute.
 pub(crate) fn complete_stops(host: &Host, vms: Vec<VmId>) {
     for id in vms {
         let one = host.clone();

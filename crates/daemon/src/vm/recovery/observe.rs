@@ -1,4 +1,4 @@
-//! Finds out what is left of a VM: its machine, or processes that a crash left of it.
+//! Finds the remains of a VM: its machine, or a process that a crash left behind.
 
 use crate::host::advice::advised;
 use crate::host::error::ServiceError;
@@ -19,7 +19,7 @@ pub(super) fn is_stopping(record: &Record) -> bool {
     record.status == VmStatus::Stopped && record.status_reason.as_deref() == Some(STOPPING)
 }
 
-/// Adopts the machine of a VM that should have one, and kills what a crash left of another's.
+/// Adopts the machine of a VM that should have one, and kills a leftover machine of any other VM.
 ///
 /// # Errors
 /// If the record was damaged outside the daemon.
@@ -44,15 +44,13 @@ pub(super) async fn find_machine(
     }
 }
 
-/// Kills the process that a crash left of a stopped VM's machine.
+/// Kills the process that a crash left behind for a stopped VM.
 async fn kill_leftover(host: &Host, record: &Record) -> Found {
     match lifecycle::force_stop_once(host, &record.id).await {
         Ok(_) => Found::Nothing,
         Err(error) => {
-            tracing::error!(vm = %record.id, %error, "cannot kill the process that a crash left of the VM's machine");
-            Found::Unreachable(format!(
-                "the process that a crash left of the VM's machine cannot be killed: {error}"
-            ))
+            tracing::error!(vm = %record.id, %error, "cannot kill the leftover process of the VM's machine");
+            Found::Unreachable(format!("cannot kill the leftover process of the VM's machine: {error}"))
         }
     }
 }
@@ -72,10 +70,10 @@ async fn adopt(host: &Host, record: &Record) -> Result<(Found, Option<Arc<dyn Ma
             tracing::error!(vm = %record.id, error = %advised(&error), "cannot adopt the VM's process; continuing with the other VMs");
             let why = match error {
                 scalebox_vmm::Error::Hung { .. } => {
-                    "the VM's hypervisor does not respond: start or delete the VM to kill it".to_owned()
+                    "the VM's hypervisor does not respond. Start the VM, which kills the hypervisor first, or delete the VM".to_owned()
                 }
                 other => format!(
-                    "the VM's process could not be adopted ({}): start or delete the VM to kill it",
+                    "the VM's process could not be adopted ({}). Start the VM, which kills the process first, or delete the VM",
                     advised(&other)
                 ),
             };

@@ -13,7 +13,7 @@ use scalebox_programs::ProgramError;
 use std::fs::File;
 use std::path::Path;
 
-/// Replays the journal and repairs what is safe to repair.
+/// Replays the journal and makes the repairs that are safe.
 ///
 /// # Errors
 /// [`StorageError::FileSystem`] when it has other damage, or a feature that is not supported;

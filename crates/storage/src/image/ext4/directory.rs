@@ -31,7 +31,7 @@ pub(super) struct Directory<'i> {
     index: HashMap<u64, usize>,
     /// The initial value of a block's checksum.
     seed: Option<u32>,
-    /// Whether the folder's names are encrypted; some of them are then followed by a hash.
+    /// `true` if the folder's names are encrypted; some of them are then followed by a hash.
     encrypted: bool,
 }
 

@@ -186,7 +186,8 @@ pub(super) struct Piece {
     /// The first block, counted from the start of the image.
     pub(super) physical: u64,
     pub(super) length: u64,
-    /// Whether these blocks were written. Unwritten blocks read as zeros and can contain anything.
+    /// `true` if these blocks were written. Unwritten blocks read as zeros and can contain any
+    /// data.
     pub(super) written: bool,
 }
 

@@ -1,5 +1,5 @@
-//! The ext4 file system in an image. e2fsprogs check, grow and edit it in user space; our own code
-//! inspects it and zeroes its unused space.
+//! The ext4 file system in an image. The programs of e2fsprogs check, grow and edit it in user
+//! space; our own code inspects it and zeroes its unused space.
 //!
 //! Guests can write everything in these images, including the superblock. The superblock is
 //! inspected before any program runs, because some of its fields make programs wait for another

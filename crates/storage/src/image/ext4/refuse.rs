@@ -1,5 +1,5 @@
-//! Which file systems cannot be a disk. With the allowed features, e2fsprogs can check and grow a
-//! file system, and the guests' kernel can mount and write it.
+//! Rejects file systems that cannot be a disk. With the allowed features, e2fsprogs can check and
+//! grow a file system, and the guests' kernel can mount and write it.
 
 use super::features::{Compat, Incompat, RoCompat};
 use super::superblock::Superblock;

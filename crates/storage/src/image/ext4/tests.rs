@@ -119,8 +119,8 @@ fn free_blocks_match_dumpe2fs() {
     }
 }
 
-/// Deleted names stay in their folder, also after the folder's index; short files stay in their
-/// inode.
+/// Checks that deleted names in a folder, also after the folder's index, and short files in their
+/// inode are zeroed.
 #[test]
 fn deleted_names_and_files_are_zeroed() {
     for options in [
