@@ -172,9 +172,9 @@ fn unfit_devices_are_advised() {
         ),
         row(
             unfit(DeviceRefusal::Ambiguous(
-                "btrfs, with signs of something else".to_owned(),
+                "btrfs, and signatures of other contents".to_owned(),
             )),
-            "/dev/a cannot become a pool: it contains btrfs, with signs of something else, so the owner of its data is \
+            "/dev/a cannot become a pool: it contains btrfs, and signatures of other contents, so the owner of its data is \
              unclear; it was not changed; see wipefs --no-act /dev/a",
         ),
         row(
