@@ -286,7 +286,9 @@ impl Host {
             if let Some(status) = daemon.try_wait().unwrap() {
                 panic!("the daemon ended with {status}:\n{log}");
             }
-            let ready = log.lines().find(|line| line.contains(" ready "))?;
+            // A line without its end may still be being written.
+            let mut lines = log.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+            let ready = lines.find(|line| line.contains(" ready "))?;
             Some(ready.split_once("address=")?.1.trim().to_owned())
         });
         self.url = format!("http://{address}");
