@@ -127,9 +127,6 @@ mod tests {
     #[test]
     fn numbers_need_no_database() {
         let etc = tempfile::tempdir().unwrap();
-        assert_eq!(
-            Account::find_in(etc.path(), "7:8"),
-            Ok(Account { uid: 7, gid: 8 })
-        );
+        assert_eq!(Account::find_in(etc.path(), "7:8"), Ok(Account { uid: 7, gid: 8 }));
     }
 }

@@ -1,5 +1,7 @@
 //! A host that talks to an agent in this process.
 
+#![allow(dead_code, reason = "each test file uses a part")]
+
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
@@ -12,6 +14,8 @@ use scalebox_agent_api::{AgentFailure, InitKind, PROTOCOL};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -44,12 +48,38 @@ pub(crate) async fn connect(agent: &Arc<Agent>) -> Host {
 }
 
 impl Host {
+    /// Returns the connection, for requests that may fail.
+    pub(crate) fn sender(&self) -> SendRequest<Body> {
+        self.0.clone()
+    }
+
     /// Sends a request and returns its response, whose body may still arrive.
     pub(crate) async fn send(&self, method: Method, path: &str, body: Body) -> Response<hyper::body::Incoming> {
         let request = hyper::Request::builder()
             .method(method)
             .uri(format!("http://agent{path}"));
         self.0.clone().send_request(request.body(body).unwrap()).await.unwrap()
+    }
+
+    /// Sends a request with a body and returns the status and the whole body of the response.
+    pub(crate) async fn call(&self, method: Method, path: &str, body: Body) -> (StatusCode, Bytes) {
+        let response = self.send(method, path, body).await;
+        let status = response.status();
+        (status, response.into_body().collect().await.unwrap().to_bytes())
+    }
+
+    /// Sends a request with a body, which must succeed, and returns the body of the response.
+    pub(crate) async fn succeed(&self, method: Method, path: &str, body: Body) -> Bytes {
+        let (status, body) = self.call(method, path, body).await;
+        assert!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body));
+        body
+    }
+
+    /// Sends a request with a body, which must fail, and returns the error.
+    pub(crate) async fn fail(&self, method: Method, path: &str, body: Body) -> AgentFailure {
+        let (status, body) = self.call(method, path, body).await;
+        assert!(!status.is_success(), "{path}: {}", String::from_utf8_lossy(&body));
+        failure(&body)
     }
 
     /// Sends JSON and returns the status and the whole body of the response.
@@ -77,6 +107,22 @@ impl Host {
 /// Returns a body of bytes.
 pub(crate) fn bytes(content: Vec<u8>) -> Body {
     Full::new(Bytes::from(content)).map_err(|never| match never {}).boxed()
+}
+
+/// Returns an empty body.
+pub(crate) fn nothing() -> Body {
+    bytes(Vec::new())
+}
+
+/// Returns a body of pieces; an error resets the stream.
+pub(crate) fn pieces(pieces: impl Iterator<Item = io::Result<Bytes>> + Send + Sync + 'static) -> Body {
+    let frames = futures::stream::iter(pieces.map(|piece| piece.map(hyper::body::Frame::data)));
+    BodyExt::boxed(http_body_util::StreamBody::new(frames))
+}
+
+/// Percent-encodes a path for a query.
+pub(crate) fn query(path: &Path) -> String {
+    percent_encoding::percent_encode(path.as_os_str().as_bytes(), percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
 /// Parses the body of an error.

@@ -44,8 +44,10 @@ const DAEMON_FOLDERS: &[&str] = &[
 ];
 
 /// The files that start a process themselves, because it outlives them or replaces them: a machine,
-/// and `ssh`. All other programs are run through `scalebox-programs`.
+/// and `ssh`; or because they run in the guest: the agent. All other programs are run through
+/// `scalebox-programs`.
 const STARTS_PROCESSES: &[&str] = &[
+    "agent/src/system/shutdown.rs",
     "cli/src/ssh.rs",
     "vmm/src/firecracker/binary.rs",
     "vmm/src/qemu/binary.rs",

@@ -77,7 +77,8 @@ impl Read for Limited {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.reader.read(buffer)?;
         let left = self.left.get().checked_sub(read as u64);
-        self.left.set(left.ok_or_else(|| io::Error::other("the headers of an entry are too long"))?);
+        self.left
+            .set(left.ok_or_else(|| io::Error::other("the headers of an entry are too long"))?);
         Ok(read)
     }
 }
@@ -117,10 +118,7 @@ impl Item<'_> {
 }
 
 fn refuse(shown: &str, why: &str) -> Failure {
-    Failure::new(
-        FailureCode::Invalid,
-        format!("the archive's entry {shown} {why}"),
-    )
+    Failure::new(FailureCode::Invalid, format!("the archive's entry {shown} {why}"))
 }
 
 fn malformed(error: io::Error) -> Failure {
@@ -194,18 +192,14 @@ impl Unpacker {
         }
     }
 
-    fn item<'a>(
-        &self,
-        entry: &Entry<'_, Limited>,
-        path: &'a Path,
-        shown: String,
-    ) -> Result<Item<'a>, Failure> {
+    fn item<'a>(&self, entry: &Entry<'_, Limited>, path: &'a Path, shown: String) -> Result<Item<'a>, Failure> {
         let header = entry.header();
         let mode = header.mode().map_err(malformed)?;
         let number = |number: io::Result<u64>| {
             let number = u32::try_from(number.map_err(malformed)?).ok();
-            number.filter(|number| *number != u32::MAX)
-        .ok_or_else(|| refuse(&shown, "has an owner that is out of bounds"))
+            number
+                .filter(|number| *number != u32::MAX)
+                .ok_or_else(|| refuse(&shown, "has an owner that is out of bounds"))
         };
         let in_header = Account {
             uid: number(header.uid())?,
