@@ -4,7 +4,6 @@
 
 mod support;
 
-use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::Method;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -17,7 +16,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
-use support::{Host, bytes, host, nothing, pieces, query};
+use support::{Host, broken, bytes, host, nothing, query};
 use tar::{Builder, EntryType, Header};
 use tempfile::{TempDir, tempdir};
 
@@ -281,17 +280,18 @@ async fn uploads_of_archives_that_break_off_leave_no_partial_file() {
     let mut second = Header::new_gnu();
     second.set_path("second").unwrap();
     second.set_size(1 << 20);
+    second.set_mode(0o644);
+    second.set_uid(0);
+    second.set_gid(0);
+    second.set_mtime(0);
     second.set_cksum();
     archive.extend_from_slice(second.as_bytes());
     archive.extend(vec![b'x'; 100_000]);
-    let broken = [Ok(Bytes::from(archive)), Err(io::Error::other("the client is gone"))];
-    let request = hyper::Request::builder()
-        .method(Method::PUT)
-        .uri(format!("http://agent{}", tar_of(&path)));
-    let _ = host
-        .sender()
-        .send_request(request.body(pieces(broken.into_iter())).unwrap())
-        .await;
+    let folder = path.clone();
+    let body = broken(archive, move || {
+        folder.join("first").exists() && describe(&folder).len() == 2
+    });
+    host.send_broken(Method::PUT, &tar_of(&path), body).await;
     for _ in 0..3000 {
         let mut left = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name());
         if left.next().is_some_and(|name| name == "first") && left.next().is_none() {

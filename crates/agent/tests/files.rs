@@ -14,13 +14,12 @@ use scalebox_agent_api::files::MAX_ENTRIES;
 use scalebox_agent_api::{FailureCode, FileInfo, FileKind, Listing, headers};
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use support::{Host, bytes, host, nothing, pieces, query};
+use support::{Host, broken, bytes, host, nothing, query};
 use tempfile::{TempDir, tempdir};
 
 const PUT: Method = Method::PUT;
@@ -126,19 +125,12 @@ async fn uploads_that_end_early_leave_nothing() {
     let (host, _folder, path) = start().await;
     fs::write(path.join("kept"), "old").unwrap();
     for name in ["kept", "new"] {
-        let broken = [
-            Ok(Bytes::from(vec![b'x'; 100_000])),
-            Err(io::Error::other("the client is gone")),
-        ];
-        let request = hyper::Request::builder()
-            .method(PUT)
-            .uri(format!("http://agent{}", file(&path.join(name))));
-        let sent = host
-            .sender()
-            .send_request(request.body(pieces(broken.into_iter())).unwrap());
-        let _ = sent.await;
+        let folder = path.clone();
+        // The temporary file exists.
+        let body = broken(vec![b'x'; 100_000], move || names(&folder).len() == 2);
+        host.send_broken(PUT, &file(&path.join(name)), body).await;
+        wait_for_names(&path, &["kept"]).await;
     }
-    wait_for_names(&path, &["kept"]).await;
     assert_eq!(fs::read(path.join("kept")).unwrap(), b"old");
 }
 
@@ -239,7 +231,10 @@ async fn files_that_change_while_they_are_read_end_at_their_size_or_with_an_erro
         while let Some(frame) = body.frame().await {
             match frame {
                 Ok(frame) => length += frame.into_data().unwrap().len() as u64,
-                Err(_) => ended = None,
+                Err(_) => {
+                    ended = None;
+                    break;
+                }
             }
         }
         assert_eq!(ended.map(|()| length), expected);

@@ -17,6 +17,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -48,9 +49,13 @@ pub(crate) async fn connect(agent: &Arc<Agent>) -> Host {
 }
 
 impl Host {
-    /// Returns the connection, for requests that may fail.
-    pub(crate) fn sender(&self) -> SendRequest<Body> {
-        self.0.clone()
+    /// Sends a request whose body breaks off, so that there is no response.
+    pub(crate) async fn send_broken(&self, method: Method, path: &str, body: Body) {
+        let request = hyper::Request::builder()
+            .method(method)
+            .uri(format!("http://agent{path}"));
+        let sent = self.0.clone().send_request(request.body(body).unwrap()).await;
+        assert!(sent.is_err(), "{sent:?}");
     }
 
     /// Sends a request and returns its response, whose body may still arrive.
@@ -117,6 +122,22 @@ pub(crate) fn nothing() -> Body {
 /// Returns a body of pieces; an error resets the stream.
 pub(crate) fn pieces(pieces: impl Iterator<Item = io::Result<Bytes>> + Send + Sync + 'static) -> Body {
     let frames = futures::stream::iter(pieces.map(|piece| piece.map(hyper::body::Frame::data)));
+    BodyExt::boxed(http_body_util::StreamBody::new(frames))
+}
+
+/// Returns a body that breaks off after its content, as soon as `is_time`: a stream that is reset
+/// at once would not send anything.
+pub(crate) fn broken(content: Vec<u8>, is_time: impl Fn() -> bool + Send + Sync + 'static) -> Body {
+    let frames = futures::stream::unfold((Some(content), is_time), |(content, is_time)| async move {
+        if let Some(content) = content {
+            let frame = hyper::body::Frame::data(Bytes::from(content));
+            return Some((Ok(frame), (None, is_time)));
+        }
+        while !is_time() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Some((Err(io::Error::other("the client is gone")), (None, is_time)))
+    });
     BodyExt::boxed(http_body_util::StreamBody::new(frames))
 }
 

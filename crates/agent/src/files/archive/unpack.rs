@@ -97,7 +97,6 @@ struct Item<'a> {
     path: &'a Path,
     /// The path, for error messages.
     shown: String,
-    kind: EntryType,
     mode: u32,
     owner: Account,
     times: Timestamps,
@@ -211,7 +210,6 @@ impl Unpacker {
         };
         Ok(Item {
             path,
-            kind: header.entry_type(),
             mode: match self.owner {
                 Some(_) => mode & 0o1777,
                 None => mode & 0o7777,
