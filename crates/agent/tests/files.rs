@@ -382,18 +382,20 @@ async fn full_file_systems_are_reported_and_nothing_is_left() {
     let error = host
         .fail(PUT, &file(&path.join("large")), bytes(vec![1; 1 << 20]))
         .await;
-    assert_eq!(error.code, FailureCode::NoSpace);
+    assert_eq!(error.code, FailureCode::NoSpace, "{}", error.error);
     let mut archive = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_size(1 << 20);
     header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
     archive
         .append_data(&mut header, "large", &vec![1; 1 << 20][..])
         .unwrap();
     let error = host
         .fail(PUT, &of("tar", &path), bytes(archive.into_inner().unwrap()))
         .await;
-    assert_eq!(error.code, FailureCode::NoSpace);
+    assert_eq!(error.code, FailureCode::NoSpace, "{}", error.error);
     assert!(error.error.contains("large"), "{}", error.error);
     assert!(names(&path).is_empty());
     host.succeed(PUT, &file(&path.join("small")), bytes(vec![1; 1000]))
