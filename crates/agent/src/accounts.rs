@@ -19,7 +19,8 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    /// Finds `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in the guest's `/etc/passwd` and `/etc/group`.
+    /// Finds `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in the guest's `/etc/passwd` and
+    /// `/etc/group`.
     /// Without a group it is the user's own, or 0 for a number that has no entry.
     ///
     /// # Errors

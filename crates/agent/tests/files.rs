@@ -48,7 +48,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Waits until a folder has these entries: the agent cleans up after it has noticed a broken stream.
+/// Waits until a folder has these entries: the agent cleans up after it noticed a broken stream.
 async fn wait_for_names(folder: &Path, expected: &[&str]) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while names(folder) != expected {

@@ -1,5 +1,5 @@
-//! The guest as a whole. Freeze, thaw, trim and growth are tested beside their code, on file systems
-//! of their own: here they would freeze the machine that runs the tests.
+//! The guest as a whole. Freeze, thaw, trim and growth are tested beside their code, on file
+//! systems of their own: here they would freeze the machine that runs the tests.
 
 #![allow(clippy::unwrap_used, reason = "a test that fails panics")]
 

@@ -158,5 +158,4 @@ fn open_mount(mount: &Mount) -> rustix::io::Result<Option<OwnedFd>> {
 }
 
 #[cfg(test)]
-#[path = "volumes_tests.rs"]
 mod tests;

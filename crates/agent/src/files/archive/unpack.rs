@@ -43,8 +43,8 @@ const MAX_HEADERS: u64 = 1 << 20;
 /// Unpacks the body of a request.
 ///
 /// # Errors
-/// [`FailureCode::Invalid`] for a malformed archive, and for an entry that would leave the folder or
-/// is a device or FIFO; the text names it. Those of the file system.
+/// [`FailureCode::Invalid`] for a malformed archive, and for an entry that would leave the folder
+/// or is a device or FIFO; the text names it. Those of the file system.
 pub(crate) async fn unpack(
     path: PathBuf,
     owner: Option<Account>,
