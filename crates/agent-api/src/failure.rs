@@ -34,7 +34,7 @@ pub enum FailureCode {
     Busy,
     /// A timeout of the agent is over.
     Timeout,
-    /// The guest's kernel does not support it (`EOPNOTSUPP`, `ENOTTY`, `ENOSYS`).
+    /// The guest's kernel does not support it (`EOPNOTSUPP`, `ENOTTY`, `ENOSYS`, `EXDEV`).
     Unsupported,
     /// Any other error.
     #[serde(other)]

@@ -5,6 +5,11 @@ use serde::{Deserialize, Serialize};
 /// Maximum number of entries in one [`Listing`].
 pub const MAX_ENTRIES: usize = 10_000;
 
+/// Maximum length of a file that the kernel generates, as in `/proc`, in bytes.
+pub const MAX_GENERATED: u64 = 16 << 20;
+/// Maximum number of entries in an archive that the agent unpacks.
+pub const MAX_UNPACKED: u64 = 1_000_000;
+
 /// The headers of a response with a file's content.
 pub mod headers {
     /// The permissions, in octal.
@@ -15,8 +20,10 @@ pub mod headers {
     pub const GID: &str = "x-scalebox-gid";
     /// The time of the last change of the content, in milliseconds since 1970.
     pub const MODIFIED_MS: &str = "x-scalebox-modified-ms";
-    /// The size at the time of opening, in bytes. The stream has this size unless the file changes
-    /// while it is read; a shorter or longer one ends with an error of the stream.
+    /// The size at the time of opening, in bytes. The stream has this size, even if the file becomes
+    /// longer while it is read; if it becomes shorter, the stream ends with an error. Absent for
+    /// files that the kernel generates, as in `/proc`: their streams end with the content, or with
+    /// an error after [`MAX_GENERATED`](super::MAX_GENERATED) bytes.
     pub const SIZE: &str = "x-scalebox-size";
 }
 

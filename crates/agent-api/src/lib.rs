@@ -31,7 +31,7 @@
 //! | `GET /v1/files/info?path=` | → [`FileInfo`] |
 //! | `GET /v1/files/list?path=` | → [`Listing`] |
 //! | `GET /v1/files/tar?path=` | → a tar archive |
-//! | `PUT /v1/files/tar?path=` | a tar archive → nothing |
+//! | `PUT /v1/files/tar?path=&user=&parents=` | a tar archive → nothing |
 //! | `POST /v1/files/mkdir?path=&mode=&user=&parents=` | → [`FileInfo`] |
 //! | `POST /v1/files/rename?path=&to=` | → [`FileInfo`] |
 //! | `GET /v1/stats` | → [`Stats`] |

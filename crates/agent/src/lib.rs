@@ -15,10 +15,15 @@
 //! | `serve` | the process that serves the host |
 //! | `init` | from the start of the kernel to the root file system; process 1 without an init |
 //!
+//! `accounts` reads the guest's users and groups, and `blocking` has the threads for operations
+//! that block.
+//!
 //! The agent runs on one thread, plus short-lived threads for operations that block. The host is
 //! trusted: it owns the guest. Programs in the guest cannot reach the agent's port, because only
 //! root may open it.
 
+mod accounts;
+mod blocking;
 mod exec;
 mod files;
 mod init;

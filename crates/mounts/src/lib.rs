@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 /// One mounted file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// The major and minor number of the file system's device; the major number is 0 for a file
+    /// system without one, and for btrfs.
+    pub device: (u32, u32),
     /// The folder of the file system that is visible at `target`; `/` unless a part is mounted.
     pub root: PathBuf,
     /// The mount point.
@@ -87,11 +90,13 @@ pub fn parse(table: &[u8]) -> Vec<Mount> {
 /// Parses `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`.
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
-    let (root, target) = (fields.nth(3)?, fields.next()?);
+    let device = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
+    let (root, target) = (fields.next()?, fields.next()?);
     let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
     let (fs_type, source) = (rest.next()?, rest.next()?);
     let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
     Some(Mount {
+        device: (device.0.parse().ok()?, device.1.parse().ok()?),
         root: unescape(root),
         target: unescape(target),
         fs_type: text(fs_type),
@@ -145,6 +150,7 @@ mod tests {
     fn mountinfo_lines_are_parsed_with_their_escapes() {
         let line = br"36 35 7:3 /part /mnt/with\040space rw,noatime shared:1 - btrfs /dev/loop3 rw,space_cache=v2";
         let mount = parse_line(line).unwrap();
+        assert_eq!(mount.device, (7, 3));
         assert_eq!(mount.root, Path::new("/part"));
         assert_eq!(mount.target, Path::new("/mnt/with space"));
         assert_eq!(mount.fs_type, "btrfs");

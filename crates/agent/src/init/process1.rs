@@ -143,9 +143,9 @@ async fn supervise() -> Result<Infallible, String> {
         }
         tokio::select! {
             _ = ended.recv() => reap()?,
-            _ = reset.recv() => system::end_guest(RebootCommand::Restart),
-            _ = power_off.recv() => system::end_guest(RebootCommand::PowerOff),
-            Some(()) = button.recv() => system::end_guest(RebootCommand::PowerOff),
+            _ = reset.recv() => system::end(true),
+            _ = power_off.recv() => system::end(false),
+            Some(()) = button.recv() => system::end(false),
         }
     }
 }

@@ -20,9 +20,12 @@ impl Failure {
     }
 
     /// Returns a function that converts the error of an operation: "cannot {action}: …".
-    pub(crate) fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Failure {
+    pub(crate) fn io<E: Into<io::Error>>(action: impl Into<String>) -> impl FnOnce(E) -> Failure {
         let action = action.into();
-        move |error| Failure::new(code(&error), format!("cannot {action}: {error}"))
+        move |error| {
+            let error = error.into();
+            Failure::new(code(&error), format!("cannot {action}: {error}"))
+        }
     }
 
     /// Returns the response.
@@ -43,7 +46,7 @@ fn code(error: &io::Error) -> FailureCode {
         Some(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => FailureCode::NoSpace,
         Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN | Errno::BUSY) => FailureCode::Busy,
         Some(Errno::INVAL | Errno::NAMETOOLONG | Errno::TOOBIG) => FailureCode::Invalid,
-        Some(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) => FailureCode::Unsupported,
+        Some(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS | Errno::XDEV) => FailureCode::Unsupported,
         _ => FailureCode::Other,
     }
 }

@@ -10,6 +10,7 @@ pub(crate) use http::{Query, Request, Response, json, no_content, read_json, str
 pub(crate) use routes::no_route;
 
 use crate::exec::Execs;
+use crate::system::Frozen;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -25,6 +26,8 @@ pub struct Agent {
     pub(crate) execs: Execs,
     /// The program that is process 1.
     pub(crate) init: InitKind,
+    /// Whether the guest's file systems are frozen.
+    pub(crate) frozen: Arc<Frozen>,
 }
 
 impl Agent {
@@ -33,6 +36,7 @@ impl Agent {
         Arc::new(Agent {
             execs: Execs::default(),
             init,
+            frozen: Arc::default(),
         })
     }
 }

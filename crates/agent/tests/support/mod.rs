@@ -1,5 +1,7 @@
 //! A host that talks to an agent in this process.
 
+#![allow(dead_code, reason = "each test file uses a part")]
+
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
@@ -12,7 +14,10 @@ use scalebox_agent_api::{AgentFailure, InitKind, PROTOCOL};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -44,12 +49,42 @@ pub(crate) async fn connect(agent: &Arc<Agent>) -> Host {
 }
 
 impl Host {
+    /// Sends a request whose body breaks off, so that there is no response.
+    pub(crate) async fn send_broken(&self, method: Method, path: &str, body: Body) {
+        let request = hyper::Request::builder()
+            .method(method)
+            .uri(format!("http://agent{path}"));
+        let sent = self.0.clone().send_request(request.body(body).unwrap()).await;
+        assert!(sent.is_err(), "{sent:?}");
+    }
+
     /// Sends a request and returns its response, whose body may still arrive.
     pub(crate) async fn send(&self, method: Method, path: &str, body: Body) -> Response<hyper::body::Incoming> {
         let request = hyper::Request::builder()
             .method(method)
             .uri(format!("http://agent{path}"));
         self.0.clone().send_request(request.body(body).unwrap()).await.unwrap()
+    }
+
+    /// Sends a request with a body and returns the status and the whole body of the response.
+    pub(crate) async fn call(&self, method: Method, path: &str, body: Body) -> (StatusCode, Bytes) {
+        let response = self.send(method, path, body).await;
+        let status = response.status();
+        (status, response.into_body().collect().await.unwrap().to_bytes())
+    }
+
+    /// Sends a request with a body, which must succeed, and returns the body of the response.
+    pub(crate) async fn succeed(&self, method: Method, path: &str, body: Body) -> Bytes {
+        let (status, body) = self.call(method, path, body).await;
+        assert!(status.is_success(), "{status}: {}", String::from_utf8_lossy(&body));
+        body
+    }
+
+    /// Sends a request with a body, which must fail, and returns the error.
+    pub(crate) async fn fail(&self, method: Method, path: &str, body: Body) -> AgentFailure {
+        let (status, body) = self.call(method, path, body).await;
+        assert!(!status.is_success(), "{path}: {}", String::from_utf8_lossy(&body));
+        failure(&body)
     }
 
     /// Sends JSON and returns the status and the whole body of the response.
@@ -77,6 +112,38 @@ impl Host {
 /// Returns a body of bytes.
 pub(crate) fn bytes(content: Vec<u8>) -> Body {
     Full::new(Bytes::from(content)).map_err(|never| match never {}).boxed()
+}
+
+/// Returns an empty body.
+pub(crate) fn nothing() -> Body {
+    bytes(Vec::new())
+}
+
+/// Returns a body of pieces; an error resets the stream.
+pub(crate) fn pieces(pieces: impl Iterator<Item = io::Result<Bytes>> + Send + Sync + 'static) -> Body {
+    let frames = futures::stream::iter(pieces.map(|piece| piece.map(hyper::body::Frame::data)));
+    BodyExt::boxed(http_body_util::StreamBody::new(frames))
+}
+
+/// Returns a body that breaks off after its content, as soon as `is_time`: a stream that is reset
+/// at once would not send anything.
+pub(crate) fn broken(content: Vec<u8>, is_time: impl Fn() -> bool + Send + Sync + 'static) -> Body {
+    let frames = futures::stream::unfold((Some(content), is_time), |(content, is_time)| async move {
+        if let Some(content) = content {
+            let frame = hyper::body::Frame::data(Bytes::from(content));
+            return Some((Ok(frame), (None, is_time)));
+        }
+        while !is_time() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Some((Err(io::Error::other("the client is gone")), (None, is_time)))
+    });
+    BodyExt::boxed(http_body_util::StreamBody::new(frames))
+}
+
+/// Percent-encodes a path for a query.
+pub(crate) fn query(path: &Path) -> String {
+    percent_encoding::percent_encode(path.as_os_str().as_bytes(), percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
 /// Parses the body of an error.

@@ -45,11 +45,13 @@ const DAEMON_FOLDERS: &[&str] = &[
     "simulated",
 ];
 
-/// The files that start a process themselves, because it outlives them or replaces them (a machine,
-/// `ssh`), or because they run in a guest (the agent). All other programs are run through `scalebox-programs`.
+/// The files that start a process themselves, because it outlives them or replaces them: a machine,
+/// and `ssh`; or because they run in the guest: the agent. All other programs are run through
+/// `scalebox-programs`.
 const STARTS_PROCESSES: &[&str] = &[
     "agent/src/init/agent_process.rs",
     "agent/src/init/mod.rs",
+    "agent/src/system/shutdown.rs",
     "cli/src/ssh.rs",
     "vmm/src/firecracker/binary.rs",
     "vmm/src/qemu/binary.rs",
