@@ -16,7 +16,7 @@ run=(
 	# to build the Debian template
 	mmdebstrap debian-archive-keyring cpio zstd kmod
 )
-test=(openssh-client xfsprogs dosfstools mtools procps curl shellcheck strace systemd fio iptables python3-venv)
+test=(openssh-client xfsprogs dosfstools mtools procps curl shellcheck strace systemd fio iptables python3-venv busybox-static)
 
 list=false
 if [[ ${1:-} == --list ]]; then

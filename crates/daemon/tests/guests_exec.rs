@@ -1,0 +1,289 @@
+//! Commands and files in real guests, without SSH. One guest is Debian; the others have no init: a
+//! busybox root and a root with a single static program.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed step fails the test"
+)]
+
+mod support;
+
+use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, OutputLine, SnapshotVm, UpdateVm, Vm};
+use scalebox_client::{Client, Upload};
+use std::fs;
+use std::io::{Cursor, Read};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use support::guest::{Key, scalebox, wait_for_ssh};
+use support::{Host, Options, eventually, guarantee, output_of, run, text};
+
+const VM: &str = "box";
+
+fn create(client: &Client, template: &str, name: &str) -> Vm {
+    let request = CreateVm {
+        name: Some(name.parse().unwrap()),
+        ..CreateVm::new(template.parse().unwrap(), None)
+    };
+    let query = CreateVmQuery::wait_for_agent(Some(300));
+    client.create_vm_and_wait(&request, query).unwrap()
+}
+
+/// Returns the output of a command line, which must succeed.
+fn sh(client: &Client, vm: &str, command: &str) -> String {
+    let ended = client.run_exec(vm, &CreateExec::of_command(command)).unwrap();
+    assert_eq!(ended.exit_code, Some(0), "{command}: {ended:?}");
+    ended.stdout.trim().to_owned()
+}
+
+struct Scene {
+    host: Host,
+    client: Client,
+}
+
+#[test]
+fn a_debian_guest_runs_commands_and_transfers_files_without_ssh() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    host.serve();
+    let client = host.client();
+    let begun = Instant::now();
+    create(&client, "debian-base", VM);
+    let first = sh(&client, VM, "echo ready");
+    assert_eq!(first, "ready");
+    println!("POST /vms to the first exec: {:.1} s", begun.elapsed().as_secs_f64());
+    let mut scene = Scene { host, client };
+    guarantee(&mut scene, commands_have_their_own_output_status_user_and_signals);
+    guarantee(&mut scene, files_arrive_whole_and_with_their_mode);
+    guarantee(&mut scene, the_command_line_passes_streams_and_status_on);
+    guarantee(&mut scene, a_killed_daemon_loses_no_line_of_a_background_command);
+    guarantee(&mut scene, a_disk_grows_and_the_agent_confirms_it);
+    guarantee(&mut scene, a_snapshot_contains_nothing_of_the_agent);
+    guarantee(&mut scene, a_rebooted_guest_is_reached_again);
+    guarantee(&mut scene, ssh_and_the_agent_are_timed_in_one_run);
+}
+
+fn commands_have_their_own_output_status_user_and_signals(scene: &mut Scene) {
+    let run = |request: CreateExec| scene.client.run_exec(VM, &request).unwrap();
+    let ended = run(CreateExec::of_command("echo out; echo err >&2; exit 7"));
+    assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("out\n", "err\n"));
+    assert_eq!(ended.exit_code, Some(7));
+    let as_user = CreateExec {
+        user: Some("user".parse().unwrap()),
+        cwd: Some("/tmp".parse().unwrap()),
+        env: [("GREETING".to_owned(), "hello world".to_owned())].into(),
+        stdin: Some("typed".into()),
+        ..CreateExec::of_command("id -un; pwd; echo $GREETING; cat; echo; echo $HOME")
+    };
+    assert_eq!(run(as_user).stdout, "user\n/tmp\nhello world\ntyped\n/home/user\n");
+    let slow = CreateExec {
+        timeout_seconds: Some(1),
+        ..CreateExec::of_command("sleep 1000 & sleep 1000")
+    };
+    let ended = run(slow);
+    assert!(ended.timed_out && ended.exit_code.is_none(), "{ended:?}");
+    assert_eq!(sh(&scene.client, VM, "pgrep -c sleep || true"), "0", "the whole group is killed");
+}
+
+fn files_arrive_whole_and_with_their_mode(scene: &mut Scene) {
+    let content: Vec<u8> = (0..5 << 20).map(|at: u32| (at % 251) as u8).collect();
+    let path = "/root/some file".parse().unwrap();
+    let upload = Upload {
+        mode: Some("0750".parse().unwrap()),
+        ..Upload::default()
+    };
+    let reader = Cursor::new(content.clone());
+    let written = scene.client.write_file(VM, &path, &upload, reader, None).unwrap();
+    assert_eq!(written.size, content.len() as u64);
+    assert_eq!(sh(&scene.client, VM, "stat -c '%a %U %s' '/root/some file'"), "750 root 5242880");
+    let mut read = Vec::new();
+    let mut download = scene.client.read_file(VM, &path).unwrap();
+    download.content.read_to_end(&mut read).unwrap();
+    assert!(read == content, "the content differs");
+    scene.client.delete_file(VM, &path, false).unwrap();
+}
+
+fn the_command_line_passes_streams_and_status_on(scene: &mut Scene) {
+    let output = scalebox(&scene.host, &["exec", VM, "--", "sh", "-c", "echo out; echo err >&2; exit 3"]);
+    assert_eq!(output.status.code(), Some(3), "{}", output_of(&output));
+    assert_eq!((&*output.stdout, &*output.stderr), (&b"out\n"[..], &b"err\n"[..]));
+    let folder = scene.host.folder.join("copied");
+    fs::create_dir_all(folder.join("below")).unwrap();
+    fs::write(folder.join("below/file"), "content\n").unwrap();
+    let output = scalebox(&scene.host, &["cp", "-r", text(&folder), &format!("{VM}:/srv/copied")]);
+    assert!(output.status.success(), "{}", output_of(&output));
+    assert_eq!(sh(&scene.client, VM, "cat /srv/copied/below/file"), "content");
+}
+
+/// The lines of a background command are read up to the kill of the daemon, and from that offset
+/// after its restart.
+fn a_killed_daemon_loses_no_line_of_a_background_command(scene: &mut Scene) {
+    let counter = "i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo line $i; sleep 0.05; done";
+    let exec = scene.client.start_exec(VM, &CreateExec::of_command(counter)).unwrap();
+    let (mut output, mut offset) = (String::new(), 0);
+    for line in scene.client.exec_output(VM, &exec, 0, true).unwrap().take(20) {
+        take(line.unwrap(), &mut output, &mut offset);
+    }
+    scene.host.crash();
+    scene.host.serve();
+    scene.client = scene.host.client();
+    for line in scene.client.exec_output(VM, &exec, offset, true).unwrap() {
+        take(line.unwrap(), &mut output, &mut offset);
+    }
+    let expected: String = (1..=200).map(|number| format!("line {number}\n")).collect();
+    assert_eq!(output, expected);
+}
+
+fn take(line: OutputLine, output: &mut String, next: &mut u64) {
+    match line {
+        OutputLine::Stdout { bytes, offset } => {
+            assert_eq!(offset, *next, "a gap or a repetition");
+            *next += bytes.len() as u64;
+            output.push_str(std::str::from_utf8(&bytes).unwrap());
+        }
+        OutputLine::Exit(end) => assert_eq!(end.exit_code, Some(0)),
+        OutputLine::Exec(_) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+fn a_disk_grows_and_the_agent_confirms_it(scene: &mut Scene) {
+    let bigger = UpdateVm {
+        disk_size_gib: Some(6),
+        ..UpdateVm::default()
+    };
+    let vm = scene.client.update_vm(VM, &bigger).unwrap();
+    assert_eq!(vm.disk_size_gib, 6);
+    eventually("the growth of the file system", || {
+        let size: u64 = sh(&scene.client, VM, "df --output=size -BG / | tail -1 | tr -dc 0-9").parse().unwrap();
+        (size >= 5).then_some(())
+    });
+}
+
+/// Returns whether a file of the image's file system contains one of the agent's names.
+fn a_snapshot_contains_nothing_of_the_agent(scene: &mut Scene) {
+    let request = SnapshotVm {
+        template: "kept".parse().unwrap(),
+    };
+    scene.client.snapshot_vm(VM, &request).unwrap();
+    let image = image_of(&scene.host, "kept");
+    let found = run("grep", &["-c", "-a", "scalebox-agent hello", text(&image)].map(|word| word));
+    assert_eq!(found.trim(), "0", "the agent's program is in the image");
+}
+
+fn image_of(host: &Host, template: &str) -> PathBuf {
+    host.folder.join("pool/templates").join(format!("{template}.ext4"))
+}
+
+fn a_rebooted_guest_is_reached_again(scene: &mut Scene) {
+    let boot = |client: &Client| sh(client, VM, "cat /proc/sys/kernel/random/boot_id");
+    let before = boot(&scene.client);
+    let _ended = scene.client.run_exec(VM, &CreateExec::of_command("systemctl reboot"));
+    eventually("another boot", || {
+        let read = CreateExec::of_command("cat /proc/sys/kernel/random/boot_id");
+        let ended = scene.client.run_exec(VM, &read).ok()?;
+        (ended.exit_code == Some(0) && ended.stdout.trim() != before).then_some(())
+    });
+}
+
+fn ssh_and_the_agent_are_timed_in_one_run(scene: &mut Scene) {
+    let key = Key::new(&scene.host, "key");
+    let begun = Instant::now();
+    let vm = scene.client.create_vm_and_wait(&key.request("timed"), CreateVmQuery::wait_for_agent(Some(300)));
+    let vm = vm.unwrap();
+    sh(&scene.client, "timed", "true");
+    let agent = begun.elapsed();
+    wait_for_ssh(&vm);
+    let ssh = begun.elapsed();
+    let mut execs: Vec<Duration> = (0..20)
+        .map(|_| {
+            let begun = Instant::now();
+            sh(&scene.client, "timed", "true");
+            begun.elapsed()
+        })
+        .collect();
+    execs.sort();
+    println!(
+        "POST /vms to the first exec {:.1} s, to SSH {:.1} s: {:.2}; exec of `true`, p50: {:.1} ms",
+        agent.as_secs_f64(),
+        ssh.as_secs_f64(),
+        agent.as_secs_f64() / ssh.as_secs_f64(),
+        execs[10].as_secs_f64() * 1000.0
+    );
+}
+
+/// Creates a root file system of busybox, without an init.
+fn busybox_root(folder: &Path) -> PathBuf {
+    let root = folder.join("busybox-root");
+    fs::create_dir_all(root.join("bin")).unwrap();
+    fs::create_dir_all(root.join("etc")).unwrap();
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for applet in ["sh", "cat", "echo", "id", "hostname", "ip", "ps", "df", "sleep"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n").unwrap();
+    root
+}
+
+fn import(host: &Host, name: &str, root: &Path) {
+    let image = host.folder.join(format!("{name}.ext4"));
+    run("mke2fs", &["-q", "-t", "ext4", "-d", text(root), text(&image), "64M"]);
+    host.scaleboxd_ok(&["template", "import", name, text(&image)]);
+}
+
+#[test]
+fn roots_without_an_init_boot_with_the_agent_as_process_1() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    let root = busybox_root(&host.folder);
+    import(&host, "alpine-like", &root);
+    let single = host.folder.join("single-root");
+    fs::create_dir_all(&single).unwrap();
+    fs::copy("/bin/busybox", single.join("tool")).unwrap();
+    import(&host, "distroless-like", &single);
+    host.serve();
+    let client = host.client();
+    let mut scene = Scene { host, client };
+    guarantee(&mut scene, a_busybox_root_has_name_network_and_users);
+    guarantee(&mut scene, a_root_of_one_program_runs_it_and_grows);
+}
+
+fn a_busybox_root_has_name_network_and_users(scene: &mut Scene) {
+    let begun = Instant::now();
+    let vm = create(&scene.client, "alpine-like", "alp");
+    assert_eq!(sh(&scene.client, "alp", "hostname"), "alp");
+    println!("POST /vms to the first exec without an init: {:.1} s", begun.elapsed().as_secs_f64());
+    let addresses = sh(&scene.client, "alp", "ip -4 -o address");
+    assert!(addresses.contains(&format!("{}/", vm.ip)), "{addresses}");
+    assert!(sh(&scene.client, "alp", "ip route").contains("default via"));
+    assert!(sh(&scene.client, "alp", "cat /etc/resolv.conf").contains("nameserver"));
+    let as_web = CreateExec {
+        user: Some("web".parse().unwrap()),
+        ..CreateExec::of_command("id -u; echo $HOME")
+    };
+    assert_eq!(scene.client.run_exec("alp", &as_web).unwrap().stdout, "33\n/srv\n");
+    let zombies = sh(&scene.client, "alp", "(sleep 0.1 &); sleep 1; ps -o stat,comm | grep -c '^Z' || true");
+    assert_eq!(zombies, "0");
+    scene.client.stop_vm("alp").unwrap();
+    scene.client.delete_vm("alp").unwrap();
+}
+
+fn a_root_of_one_program_runs_it_and_grows(scene: &mut Scene) {
+    create(&scene.client, "distroless-like", "one");
+    let tool = |arguments: &[&str]| {
+        let argv = arguments.iter().map(|&word| word.to_owned()).collect();
+        scene.client.run_exec("one", &CreateExec::of_argv(argv)).unwrap()
+    };
+    assert_eq!(tool(&["/tool", "echo", "hello"]).stdout, "hello\n");
+    let bigger = UpdateVm {
+        disk_size_gib: Some(4),
+        ..UpdateVm::default()
+    };
+    scene.client.update_vm("one", &bigger).unwrap();
+    eventually("the growth of the file system", || {
+        let size = tool(&["/tool", "df", "-m", "/"]).stdout;
+        let blocks: u64 = size.lines().last()?.split_whitespace().nth(1)?.parse().ok()?;
+        (blocks > 3500).then_some(())
+    });
+    scene.client.delete_vm("one").unwrap();
+}
