@@ -15,8 +15,8 @@
 //! All buffers of a guest share [`TOTAL_BUFFER`], so that the agent's memory stays small. When they
 //! exceed it, the largest are cut to the same size, at least [`MIN_BUFFER`] each, oldest output
 //! first. Unread output is never cut; the command waits instead. More than
-//! `TOTAL_BUFFER / MIN_BUFFER` = 128 full buffers take more than the total, at most
-//! (`MAX_RUNNING + MAX_ENDED`) × `MIN_BUFFER` = 40 MiB. A buffer's size is the memory that it takes,
+//! `TOTAL_BUFFER / MIN_BUFFER` = 85 full buffers take more than the total, at most
+//! (`MAX_RUNNING + MAX_ENDED`) × `MIN_BUFFER` = 30 MiB. A buffer's size is the memory that it takes,
 //! which includes 64 bytes for each change between stdout and stderr.
 
 use serde::{Deserialize, Serialize};
@@ -35,11 +35,11 @@ pub const MAX_ENDED: usize = 256;
 /// Default size of an exec's output buffer in the guest, in bytes.
 pub const DEFAULT_BUFFER: u64 = 1 << 20;
 /// Minimum size of an exec's output buffer in the guest, in bytes.
-pub const MIN_BUFFER: u64 = 32 << 10;
+pub const MIN_BUFFER: u64 = 24 << 10;
 /// Maximum size of an exec's output buffer in the guest, in bytes.
 pub const MAX_BUFFER: u64 = TOTAL_BUFFER;
 /// Size of all output buffers of a guest together, in bytes.
-pub const TOTAL_BUFFER: u64 = 4 << 20;
+pub const TOTAL_BUFFER: u64 = 2 << 20;
 /// Maximum size of the arguments in an [`ExecStatus`], in bytes.
 pub const MAX_STATUS_ARGV: usize = 1 << 10;
 

@@ -14,10 +14,13 @@
 //! | `transport` | the serial port and the vsock |
 //! | `init` | from the start of the kernel to the root file system; process 1 without an init |
 //!
+//! `accounts` finds the guest's users.
+//!
 //! The agent runs on one thread, plus short-lived threads for operations that block. The host is
 //! trusted: it owns the guest. Programs in the guest cannot reach the agent's port, because only
 //! root may open it.
 
+mod accounts;
 mod exec;
 mod files;
 mod server;

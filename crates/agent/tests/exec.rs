@@ -31,7 +31,10 @@ async fn stdout_and_stderr_are_separated_and_in_order() {
     assert_eq!((status.end, status.tty), (None, false));
     // Each frame's offset is compared with the bytes before it.
     let ran = host.finish(&request.id).await;
-    assert_eq!((ran.stdout().as_str(), ran.stderr().as_str()), ("out\nout again\n", "err\n"));
+    assert_eq!(
+        (ran.stdout().as_str(), ran.stderr().as_str()),
+        ("out\nout again\n", "err\n")
+    );
     let end = ExecEnd {
         exit_code: Some(7),
         signal: None,
@@ -53,7 +56,17 @@ async fn the_environment_is_the_requested_one_with_defaults() {
     let mut lines: Vec<&str> = ran.lines().filter(|line| !line.starts_with("SHELL=")).collect();
     lines.sort_unstable();
     let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    assert_eq!(lines, ["A=two = 2", "EMPTY=", "HOME=/nowhere", "LOGNAME=root", path, "USER=root"]);
+    assert_eq!(
+        lines,
+        [
+            "A=two = 2",
+            "EMPTY=",
+            "HOME=/nowhere",
+            "LOGNAME=root",
+            path,
+            "USER=root"
+        ]
+    );
     let mut elsewhere = exec(&["env"]);
     elsewhere.env = vec![("PATH".into(), "/nowhere".into())];
     assert_eq!(host.refused(&elsewhere).await, FailureCode::NotFound);
@@ -65,7 +78,9 @@ async fn commands_run_in_their_folder_and_as_their_user() {
         return;
     }
     let host = host().await;
-    let ran = host.run(&script("pwd; umask; id -u; id -G; cat /proc/self/oom_score_adj")).await;
+    let ran = host
+        .run(&script("pwd; umask; id -u; id -G; cat /proc/self/oom_score_adj"))
+        .await;
     assert_eq!(ran.stdout().lines().take(3).collect::<Vec<_>>(), ["/", "0022", "0"]);
     assert_eq!(ran.stdout().lines().last(), Some("0"));
     let mut request = script("pwd; id -u; id -g; id -G; echo $USER $HOME; echo reopened > /dev/stderr");
@@ -145,8 +160,10 @@ async fn a_command_that_does_not_read_its_stdin_stops_no_other() {
 #[tokio::test]
 async fn signals_reach_the_process_group_until_the_end() {
     let host = host().await;
-    let request = script("sh -c 'trap \"echo child; exit\" USR1; echo ready; while :; do sleep 0.05; done' & \
-        trap 'echo parent; wait; exit 3' USR1; wait");
+    let request = script(
+        "sh -c 'trap \"echo child; exit\" USR1; echo ready; while :; do sleep 0.05; done' & \
+        trap 'echo parent; wait; exit 3' USR1; wait",
+    );
     host.start(&request).await;
     let (mut frames, mut ran) = (host.output(&request.id, 0, true).await, Ran::default());
     frames.until(&mut ran, "ready").await;
@@ -159,8 +176,14 @@ async fn signals_reach_the_process_group_until_the_end() {
     frames.rest(&mut ran).await;
     assert_eq!(ran.exit_code(), Some(3));
     assert!(ran.stdout().contains("child") && ran.stdout().contains("parent"));
-    assert_eq!(host.ask(&request.id, "signal", usr1.clone()).await, Err(FailureCode::Ended));
-    assert_eq!(host.ask("exec-nowhere", "signal", usr1).await, Err(FailureCode::NotFound));
+    assert_eq!(
+        host.ask(&request.id, "signal", usr1.clone()).await,
+        Err(FailureCode::Ended)
+    );
+    assert_eq!(
+        host.ask("exec-nowhere", "signal", usr1).await,
+        Err(FailureCode::NotFound)
+    );
 }
 
 #[tokio::test]
@@ -197,7 +220,9 @@ async fn terminals_have_a_size_and_control_characters() {
     let size = br#"{"rows":1,"cols":1}"#.to_vec();
     assert_eq!(host.ask(&plain.id, "resize", size).await, Err(FailureCode::Ended));
     assert_eq!(host.ask(&plain.id, "stdin", Vec::new()).await, Err(FailureCode::Ended));
-    host.ask(&plain.id, "signal", br#"{"signal":9}"#.to_vec()).await.unwrap();
+    host.ask(&plain.id, "signal", br#"{"signal":9}"#.to_vec())
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -284,7 +309,10 @@ async fn malformed_requests_are_rejected() {
     }
     let long = "x".repeat(MAX_ARGUMENT + 1);
     assert_eq!(refused(|request| request.argv.push(long.clone())).await, invalid);
-    assert_eq!(refused(|request| request.argv.resize(MAX_ARGUMENTS + 1, "x".into())).await, invalid);
+    assert_eq!(
+        refused(|request| request.argv.resize(MAX_ARGUMENTS + 1, "x".into())).await,
+        invalid
+    );
     let large = |request: &mut StartExec| {
         let value = "x".repeat(100 << 10);
         request.env = (0..11).map(|number| (format!("N{number}"), value.clone())).collect();

@@ -1,7 +1,7 @@
 //! A program with its arguments and environment, ready to be executed after fork(2), where no
 //! memory may be allocated.
 
-use crate::exec::user::Account;
+use crate::accounts::Account;
 use scalebox_agent_api::StartExec;
 use std::collections::HashMap;
 use std::ffi::{CString, NulError, c_char};

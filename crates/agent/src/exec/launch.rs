@@ -1,8 +1,8 @@
 //! Launches the process of an exec.
 
+use crate::accounts::Account;
 use crate::exec::image::Image;
 use crate::exec::streams::{self, Streams};
-use crate::exec::user::{self, Account};
 use crate::server::Failure;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Gid, Pid, Resource, Rlimit, Uid, geteuid, getrlimit, setrlimit, setsid, umask};
@@ -29,7 +29,7 @@ pub(crate) struct Launched {
 /// # Errors
 /// Those of finding the user, the working directory and the program. Nothing is left of the command.
 pub(crate) fn launch(request: &StartExec) -> Result<Launched, Failure> {
-    let account = user::find(request.user.as_deref().unwrap_or("0"), Path::new("/etc"))?;
+    let account = Account::find(request.user.as_deref().unwrap_or("0"))?;
     let cwd = request.cwd.as_deref().unwrap_or("/");
     let folder = metadata(cwd).map_err(Failure::io(format!("use the working directory {cwd}")))?;
     if !folder.is_dir() {
@@ -119,10 +119,7 @@ impl Setup {
         if self.terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
-        for signal in 1..=64 {
-            // SAFETY: sets no handler. Fails for the signals that cannot be changed.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
+        reset_signals();
         reset_oom_score();
         setrlimit(Resource::Nofile, self.files)?;
         umask(Mode::WGRP | Mode::WOTH);
@@ -132,6 +129,26 @@ impl Setup {
         set_thread_res_gid(self.gid, self.gid, self.gid)?;
         set_thread_res_uid(self.uid, self.uid, self.uid)?;
         Ok(())
+    }
+}
+
+/// Sets the default action of all signals: those that the agent's parent ignores are inherited.
+fn reset_signals() {
+    // The kernel's `struct sigaction` with `SIG_DFL`, no flags and no signals; and the size of a
+    // set of signals. The function of libc refuses signals 32 and 33.
+    let (default, set) = ([0_u64; 4], size_of::<u64>());
+    for signal in 1..=64 {
+        // SAFETY: the kernel reads the structure and sets no handler. Fails for the signals that
+        // cannot be changed.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null::<u64>(),
+                set,
+            )
+        };
     }
 }
 

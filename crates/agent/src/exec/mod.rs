@@ -3,7 +3,7 @@
 //! | file | content |
 //! |---|---|
 //! | `start` | from a request to a running exec |
-//! | `check`, `user`, `image`, `streams`, `launch` | its steps: limits, user, program, pipes, process |
+//! | `check`, `image`, `streams`, `launch` | its steps: limits, program, pipes, process |
 //! | `wait`, `copy` | from a running exec to its end |
 //! | `buffer`, `ring` | the output in between, in bounded memory |
 //! | `output`, `stdin`, `signal`, `resize` | requests for an exec |
@@ -22,7 +22,6 @@ mod start;
 mod stdin;
 mod streams;
 mod table;
-mod user;
 mod wait;
 
 pub(crate) use table::Execs;

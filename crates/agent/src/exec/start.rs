@@ -98,9 +98,9 @@ fn exec(execs: &Execs, request: &StartExec, launched: &Launched) -> Exec {
 fn shortened(argv: &[String]) -> Vec<String> {
     let (mut kept, mut left) = (Vec::new(), MAX_STATUS_ARGV);
     for argument in argv {
-        if argument.len() <= left {
+        if argument.len() < left {
             kept.push(argument.clone());
-            left = left.saturating_sub(argument.len() + 1);
+            left -= argument.len() + 1;
         } else {
             let cut = (0..=left).rev().find(|at| argument.is_char_boundary(*at)).unwrap_or(0);
             kept.push(format!("{}…", &argument[..cut]));

@@ -53,7 +53,9 @@ pub(crate) fn open(request: &StartExec, owner: Option<u32>) -> io::Result<(Strea
 
 fn watched(fd: OwnedFd) -> io::Result<Fd> {
     ioctl_fionbio(&fd, true)?;
-    Ok(Arc::new(AsyncFd::new(fd)?))
+    // SAFETY: an `OwnedFd` refers to the same open file until it is dropped, and nothing takes it
+    // out of the `AsyncFd` before.
+    Ok(Arc::new(unsafe { AsyncFd::register(fd) }?))
 }
 
 fn open_terminal(size: WindowSize) -> io::Result<(OwnedFd, OwnedFd)> {

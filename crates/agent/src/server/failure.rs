@@ -1,7 +1,5 @@
-//! Errors as responses.
+//! Errors as codes.
 
-use crate::server::http::Response;
-use hyper::StatusCode;
 use rustix::io::Errno;
 use scalebox_agent_api::{AgentFailure, FailureCode};
 use std::io;
@@ -23,14 +21,6 @@ impl Failure {
     pub(crate) fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Failure {
         let action = action.into();
         move |error| Failure::new(code(&error), format!("cannot {action}: {error}"))
-    }
-
-    /// Returns the response.
-    pub(crate) fn response(&self) -> Response {
-        let status = StatusCode::from_u16(self.0.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = crate::server::json(&self.0);
-        *response.status_mut() = status;
-        response
     }
 }
 

@@ -1,19 +1,18 @@
 //! Serves the protocol on a connection.
 
+mod agent;
 mod failure;
 mod hello;
 mod http;
 mod routes;
 
+pub use agent::Agent;
 pub(crate) use failure::Failure;
-pub(crate) use http::{Query, Request, Response, json, no_content, read_json, stream};
-pub(crate) use routes::no_route;
+pub(crate) use http::{Query, Request, Response, json, no_content, no_route, read_json, stream};
 
-use crate::exec::Execs;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use scalebox_agent_api::InitKind;
 use scalebox_agent_api::hello::MAX_FRAME;
 use std::io;
 use std::sync::Arc;
@@ -30,24 +29,6 @@ const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
 /// Bytes of a response that wait for the connection. Output that waits in its buffer is shared by
 /// all readers, and counted.
 const SEND_BUFFER: usize = MAX_FRAME;
-
-/// What all connections share.
-pub struct Agent {
-    /// The commands.
-    pub(crate) execs: Arc<Execs>,
-    /// The program that is process 1.
-    pub(crate) init: InitKind,
-}
-
-impl Agent {
-    /// Creates the state of an agent without commands.
-    pub fn new(init: InitKind) -> Arc<Agent> {
-        Arc::new(Agent {
-            execs: Arc::default(),
-            init,
-        })
-    }
-}
 
 /// Serves one connection until the host closes it: the hello, then HTTP/2. After garbage, searches
 /// for the next hello on the same stream.

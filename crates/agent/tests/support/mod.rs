@@ -36,9 +36,14 @@ pub(crate) async fn host() -> Host {
 
 /// Opens another connection to an agent.
 pub(crate) async fn connect(agent: &Arc<Agent>) -> Host {
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
     let agent = Arc::clone(agent);
     tokio::spawn(async move { serve(&agent, theirs).await });
+    connect_to(ours).await
+}
+
+/// Opens a connection to an agent at the other end of a stream.
+pub(crate) async fn connect_to(mut ours: UnixStream) -> Host {
     let nonce = *b"00112233445566778899aabbccddeeff";
     ours.write_all(&hello::request(&nonce, PROTOCOL)).await.unwrap();
     let mut response = [0; hello::LINE];

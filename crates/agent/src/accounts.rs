@@ -40,15 +40,27 @@ struct Entry {
     shell: String,
 }
 
-/// Finds the user `spec`, `NAME|UID[:GROUP|GID]`, in the files of the folder `etc`. Blocks.
-///
-/// A number need not have an entry: then its group is 0 and its home `/`. With a group in `spec`,
-/// the user has no supplementary groups.
-///
-/// # Errors
-/// [`FailureCode::NotFound`] for a name without an entry; [`FailureCode::Invalid`] for an empty name
-/// or a number out of range; the errors of reading the files.
-pub(crate) fn find(spec: &str, etc: &Path) -> Result<Account, Failure> {
+impl Account {
+    /// Finds the user `spec`, `NAME|UID[:GROUP|GID]`, in the guest's `/etc/passwd` and `/etc/group`.
+    /// Blocks.
+    ///
+    /// A number need not have an entry: then its group is 0 and its home `/`. With a group in
+    /// `spec`, the user has no supplementary groups.
+    ///
+    /// # Errors
+    /// [`FailureCode::NotFound`] for a name without an entry; [`FailureCode::Invalid`] for another
+    /// form or a number out of range; the errors of reading the files.
+    pub(crate) fn find(spec: &str) -> Result<Account, Failure> {
+        find(spec, Path::new("/etc"))
+    }
+}
+
+/// Finds a user in the files of the folder `etc`.
+fn find(spec: &str, etc: &Path) -> Result<Account, Failure> {
+    if spec.contains(['\0', '\n']) || spec.matches(':').count() > 1 {
+        let error = format!("the user {spec:?} is not of the form NAME|UID[:GROUP|GID]");
+        return Err(Failure::new(FailureCode::Invalid, error));
+    }
     let (user, group) = match spec.split_once(':') {
         Some((user, group)) => (user, Some(group)),
         None => (spec, None),
@@ -255,7 +267,16 @@ mod tests {
         for unknown in ["bob", "ann:nobody", "broken", "-1", "+5", "root "] {
             assert_eq!(code(unknown), FailureCode::NotFound, "{unknown}");
         }
-        for invalid in ["", ":", "ann:", "4294967295", "0:4294967295", "99999999999"] {
+        for invalid in [
+            "",
+            ":",
+            "a:b:c",
+            "a\0",
+            "ann:",
+            "4294967295",
+            "0:4294967295",
+            "99999999999",
+        ] {
             assert_eq!(code(invalid), FailureCode::Invalid, "{invalid}");
         }
     }
