@@ -1,6 +1,6 @@
 //! Commands: how they are started, and how they end.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that fails panics")]
+#![allow(clippy::unwrap_used, reason = "a test that fails panics")]
 
 mod support;
 

@@ -1,6 +1,6 @@
 //! The output of commands: buffers, followers, offsets, memory.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that fails panics")]
+#![allow(clippy::unwrap_used, reason = "a test that fails panics")]
 
 mod support;
 

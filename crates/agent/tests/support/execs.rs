@@ -124,7 +124,7 @@ impl Frames {
     /// Adds frames to `ran` until its stdout contains `text`.
     pub(crate) async fn until(&mut self, ran: &mut Ran, text: &str) {
         while !String::from_utf8_lossy(&ran.stdout).contains(text) {
-            ran.add(self.next().await.expect("more output"));
+            ran.add(self.next().await.unwrap());
         }
     }
 }
