@@ -15,7 +15,7 @@
 //! | `serve` | the process that serves the host |
 //! | `init` | from the start of the kernel to the root file system; process 1 without an init |
 //!
-//! `accounts` reads the guest's users and groups, and `blocking` has the threads for operations
+//! `accounts` finds the guest's users and groups, and `blocking` has the threads for operations
 //! that block.
 //!
 //! The agent runs on one thread, plus short-lived threads for operations that block. The host is

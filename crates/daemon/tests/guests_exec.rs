@@ -82,7 +82,11 @@ fn commands_have_their_own_output_status_user_and_signals(scene: &mut Scene) {
     };
     let ended = run(slow);
     assert!(ended.timed_out && ended.exit_code.is_none(), "{ended:?}");
-    assert_eq!(sh(&scene.client, VM, "pgrep -c sleep || true"), "0", "the whole group is killed");
+    assert_eq!(
+        sh(&scene.client, VM, "pgrep -c sleep || true"),
+        "0",
+        "the whole group is killed"
+    );
 }
 
 fn files_arrive_whole_and_with_their_mode(scene: &mut Scene) {
@@ -95,7 +99,10 @@ fn files_arrive_whole_and_with_their_mode(scene: &mut Scene) {
     let reader = Cursor::new(content.clone());
     let written = scene.client.write_file(VM, &path, &upload, reader, None).unwrap();
     assert_eq!(written.size, content.len() as u64);
-    assert_eq!(sh(&scene.client, VM, "stat -c '%a %U %s' '/root/some file'"), "750 root 5242880");
+    assert_eq!(
+        sh(&scene.client, VM, "stat -c '%a %U %s' '/root/some file'"),
+        "750 root 5242880"
+    );
     let mut read = Vec::new();
     let mut download = scene.client.read_file(VM, &path).unwrap();
     download.content.read_to_end(&mut read).unwrap();
@@ -104,7 +111,10 @@ fn files_arrive_whole_and_with_their_mode(scene: &mut Scene) {
 }
 
 fn the_command_line_passes_streams_and_status_on(scene: &mut Scene) {
-    let output = scalebox(&scene.host, &["exec", VM, "--", "sh", "-c", "echo out; echo err >&2; exit 3"]);
+    let output = scalebox(
+        &scene.host,
+        &["exec", VM, "--", "sh", "-c", "echo out; echo err >&2; exit 3"],
+    );
     assert_eq!(output.status.code(), Some(3), "{}", output_of(&output));
     assert_eq!((&*output.stdout, &*output.stderr), (&b"out\n"[..], &b"err\n"[..]));
     let folder = scene.host.folder.join("copied");
@@ -155,7 +165,9 @@ fn a_disk_grows_and_the_agent_confirms_it(scene: &mut Scene) {
     let vm = scene.client.update_vm(VM, &bigger).unwrap();
     assert_eq!(vm.disk_size_gib, 6);
     eventually("the growth of the file system", || {
-        let size: u64 = sh(&scene.client, VM, "df --output=size -BG / | tail -1 | tr -dc 0-9").parse().unwrap();
+        let size: u64 = sh(&scene.client, VM, "df --output=size -BG / | tail -1 | tr -dc 0-9")
+            .parse()
+            .unwrap();
         (size >= 5).then_some(())
     });
 }
@@ -167,7 +179,10 @@ fn a_snapshot_contains_nothing_of_the_agent(scene: &mut Scene) {
     };
     scene.client.snapshot_vm(VM, &request).unwrap();
     let image = image_of(&scene.host, "kept");
-    let found = run("grep", &["-c", "-a", "scalebox-agent hello", text(&image)].map(|word| word));
+    let found = run(
+        "grep",
+        &["-c", "-a", "scalebox-agent hello", text(&image)].map(|word| word),
+    );
     assert_eq!(found.trim(), "0", "the agent's program is in the image");
 }
 
@@ -189,7 +204,9 @@ fn a_rebooted_guest_is_reached_again(scene: &mut Scene) {
 fn ssh_and_the_agent_are_timed_in_one_run(scene: &mut Scene) {
     let key = Key::new(&scene.host, "key");
     let begun = Instant::now();
-    let vm = scene.client.create_vm_and_wait(&key.request("timed"), CreateVmQuery::wait_for_agent(Some(300)));
+    let vm = scene
+        .client
+        .create_vm_and_wait(&key.request("timed"), CreateVmQuery::wait_for_agent(Some(300)));
     let vm = vm.unwrap();
     sh(&scene.client, "timed", "true");
     let agent = begun.elapsed();
@@ -221,7 +238,11 @@ fn busybox_root(folder: &Path) -> PathBuf {
     for applet in ["sh", "cat", "echo", "id", "hostname", "ip", "ps", "df", "sleep"] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n").unwrap();
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0:root:/:/bin/sh\nweb:x:33:33::/srv:/bin/sh\n",
+    )
+    .unwrap();
     root
 }
 
@@ -252,7 +273,10 @@ fn a_busybox_root_has_name_network_and_users(scene: &mut Scene) {
     let begun = Instant::now();
     let vm = create(&scene.client, "alpine-like", "alp");
     assert_eq!(sh(&scene.client, "alp", "hostname"), "alp");
-    println!("POST /vms to the first exec without an init: {:.1} s", begun.elapsed().as_secs_f64());
+    println!(
+        "POST /vms to the first exec without an init: {:.1} s",
+        begun.elapsed().as_secs_f64()
+    );
     let addresses = sh(&scene.client, "alp", "ip -4 -o address");
     assert!(addresses.contains(&format!("{}/", vm.ip)), "{addresses}");
     assert!(sh(&scene.client, "alp", "ip route").contains("default via"));
@@ -262,7 +286,11 @@ fn a_busybox_root_has_name_network_and_users(scene: &mut Scene) {
         ..CreateExec::of_command("id -u; echo $HOME")
     };
     assert_eq!(scene.client.run_exec("alp", &as_web).unwrap().stdout, "33\n/srv\n");
-    let zombies = sh(&scene.client, "alp", "(sleep 0.1 &); sleep 1; ps -o stat,comm | grep -c '^Z' || true");
+    let zombies = sh(
+        &scene.client,
+        "alp",
+        "(sleep 0.1 &); sleep 1; ps -o stat,comm | grep -c '^Z' || true",
+    );
     assert_eq!(zombies, "0");
     scene.client.stop_vm("alp").unwrap();
     scene.client.delete_vm("alp").unwrap();

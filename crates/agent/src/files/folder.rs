@@ -1,6 +1,6 @@
 //! Folders: opening, making, flushing.
 
-use crate::accounts::Account;
+use crate::accounts::Owner;
 use crate::files::names::encode;
 use crate::server::Failure;
 use rustix::fd::{AsFd, OwnedFd};
@@ -42,7 +42,7 @@ pub(crate) fn split(path: &Path) -> Result<(&Path, &OsStr), Failure> {
 ///
 /// # Errors
 /// Those of the file system, such as [`Errno::EXIST`]. A folder whose owner cannot be set stays.
-pub(crate) fn make_at(parent: impl AsFd, name: &OsStr, mode: u32, owner: Option<Account>) -> io::Result<()> {
+pub(crate) fn make_at(parent: impl AsFd, name: &OsStr, mode: u32, owner: Option<Owner>) -> io::Result<()> {
     mkdirat(&parent, name, Mode::RWXU)?;
     let folder = open_at(&parent, name, OFlags::NOFOLLOW)?;
     set_owner_and_mode(&folder, owner, mode)?;
@@ -51,8 +51,8 @@ pub(crate) fn make_at(parent: impl AsFd, name: &OsStr, mode: u32, owner: Option<
 
 /// Sets the owner and the permissions of an open file: in this order, because a new owner clears
 /// the bits setuid and setgid.
-pub(crate) fn set_owner_and_mode(file: impl AsFd, owner: Option<Account>, mode: u32) -> io::Result<()> {
-    if let Some(Account { uid, gid }) = owner {
+pub(crate) fn set_owner_and_mode(file: impl AsFd, owner: Option<Owner>, mode: u32) -> io::Result<()> {
+    if let Some(Owner { uid, gid }) = owner {
         fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
     }
     fchmod(&file, Mode::from_raw_mode(mode))
@@ -62,7 +62,7 @@ pub(crate) fn set_owner_and_mode(file: impl AsFd, owner: Option<Account>, mode: 
 ///
 /// # Errors
 /// Those of the file system; [`FailureCode::WrongKind`] if something else has the name.
-pub(crate) fn make_all(path: &Path, mode: u32, owner: Option<Account>) -> Result<(), Failure> {
+pub(crate) fn make_all(path: &Path, mode: u32, owner: Option<Owner>) -> Result<(), Failure> {
     let mut missing: Vec<&Path> = Vec::new();
     let mut nearest = None;
     for ancestor in path.ancestors() {
@@ -94,7 +94,7 @@ pub(crate) fn make_all(path: &Path, mode: u32, owner: Option<Account>) -> Result
 ///
 /// # Errors
 /// Those of the file system; [`FailureCode::Exists`] if anything has the name.
-pub(crate) fn make(path: &PathBuf, mode: u32, owner: Option<Account>) -> Result<(), Failure> {
+pub(crate) fn make(path: &PathBuf, mode: u32, owner: Option<Owner>) -> Result<(), Failure> {
     let (parent, name) = split(path)?;
     let made = open(parent).and_then(|parent| make_at(parent, name, mode, owner));
     made.map_err(Failure::io(format!("make {}", encode(path))))

@@ -17,7 +17,7 @@ mod rename;
 mod temporary;
 mod write;
 
-use crate::accounts::Account;
+use crate::accounts::{Account, Owner};
 use crate::blocking;
 use crate::server::{Failure, Query, Request, Response, json, no_content, no_route};
 use hyper::Method;
@@ -97,9 +97,9 @@ fn mode(query: &Query) -> Result<Option<u32>, Failure> {
 }
 
 /// Returns the owner of the query.
-async fn owner(query: &Query) -> Result<Option<Account>, Failure> {
+async fn owner(query: &Query) -> Result<Option<Owner>, Failure> {
     let Some(text) = query.text("user")?.map(str::to_owned) else {
         return Ok(None);
     };
-    blocking::run(move || Account::find(&text).map(Some)).await
+    blocking::run(move || Account::find(&text).map(|account| Some(account.owner()))).await
 }

@@ -4,7 +4,7 @@
 //! program in the guest sees the old content or all of the new one, also after a crash. Extended
 //! attributes of the old file are not kept.
 
-use crate::accounts::Account;
+use crate::accounts::Owner;
 use crate::blocking;
 use crate::files::folder;
 use crate::files::info::info;
@@ -35,7 +35,7 @@ pub(crate) struct Target {
     /// The permissions.
     pub(crate) mode: Option<u32>,
     /// The owner.
-    pub(crate) owner: Option<Account>,
+    pub(crate) owner: Option<Owner>,
     /// `true` if folders that do not exist are made; they belong to the owner, too.
     pub(crate) parents: bool,
 }
@@ -117,7 +117,7 @@ struct Draft {
     path: PathBuf,
     file: Temporary,
     mode: u32,
-    owner: Option<Account>,
+    owner: Option<Owner>,
 }
 
 impl Draft {
@@ -145,7 +145,7 @@ impl Draft {
             Err(error) => return Err(failed()(error)),
         };
         let present_mode = present.map(|stat| stat.st_mode & 0o7777);
-        let present_owner = present.map(|stat| Account {
+        let present_owner = present.map(|stat| Owner {
             uid: stat.st_uid,
             gid: stat.st_gid,
         });

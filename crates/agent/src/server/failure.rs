@@ -1,7 +1,5 @@
-//! Errors as responses.
+//! Errors as codes.
 
-use crate::server::http::Response;
-use hyper::StatusCode;
 use rustix::io::Errno;
 use scalebox_agent_api::{AgentFailure, FailureCode};
 use std::io;
@@ -27,14 +25,6 @@ impl Failure {
             Failure::new(code(&error), format!("cannot {action}: {error}"))
         }
     }
-
-    /// Returns the response.
-    pub(crate) fn response(&self) -> Response {
-        let status = StatusCode::from_u16(self.0.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = crate::server::json(&self.0);
-        *response.status_mut() = status;
-        response
-    }
 }
 
 fn code(error: &io::Error) -> FailureCode {
@@ -45,7 +35,7 @@ fn code(error: &io::Error) -> FailureCode {
         Some(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => FailureCode::Denied,
         Some(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => FailureCode::NoSpace,
         Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN | Errno::BUSY) => FailureCode::Busy,
-        Some(Errno::INVAL | Errno::NAMETOOLONG | Errno::TOOBIG) => FailureCode::Invalid,
+        Some(Errno::INVAL | Errno::NAMETOOLONG | Errno::TOOBIG | Errno::NOEXEC) => FailureCode::Invalid,
         Some(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS | Errno::XDEV) => FailureCode::Unsupported,
         _ => FailureCode::Other,
     }

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use futures::Stream;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, Limited, StreamBody};
+use hyper::StatusCode;
 use hyper::body::{Frame, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use percent_encoding::percent_decode_str;
@@ -34,10 +35,25 @@ pub(crate) fn json<T: Serialize>(value: &T) -> Response {
     response
 }
 
+/// Returns the response for an error.
+pub(crate) fn failed(failure: &Failure) -> Response {
+    let status = StatusCode::from_u16(failure.0.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut response = json(&failure.0);
+    *response.status_mut() = status;
+    response
+}
+
+/// Returns the failure for a method and path that the protocol does not have.
+pub(crate) fn no_route(request: &Request) -> Failure {
+    let (method, path) = (request.method(), request.uri().path());
+    let error = format!("this agent does not support {method} {path}");
+    Failure::new(FailureCode::Unsupported, error)
+}
+
 /// Returns a successful response without content.
 pub(crate) fn no_content() -> Response {
     let mut response = hyper::Response::new(Full::default().map_err(|never| match never {}).boxed());
-    *response.status_mut() = hyper::StatusCode::NO_CONTENT;
+    *response.status_mut() = StatusCode::NO_CONTENT;
     response
 }
 

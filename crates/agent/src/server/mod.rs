@@ -1,45 +1,34 @@
 //! Serves the protocol on a connection.
 
+mod agent;
 mod failure;
 mod hello;
 mod http;
 mod routes;
 
+pub use agent::Agent;
 pub(crate) use failure::Failure;
-pub(crate) use http::{Query, Request, Response, json, no_content, read_json, stream};
-pub(crate) use routes::no_route;
+pub(crate) use http::{Query, Request, Response, json, no_content, no_route, read_json, stream};
 
-use crate::exec::Execs;
-use crate::system::Frozen;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use scalebox_agent_api::InitKind;
 use scalebox_agent_api::hello::MAX_FRAME;
 use std::io;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// What all connections share.
-pub struct Agent {
-    /// The commands.
-    pub(crate) execs: Execs,
-    /// The program that is process 1.
-    pub(crate) init: InitKind,
-    /// Whether the guest's file systems are frozen.
-    pub(crate) frozen: Arc<Frozen>,
-}
-
-impl Agent {
-    /// Creates the state of an agent without commands.
-    pub fn new(init: InitKind) -> Arc<Agent> {
-        Arc::new(Agent {
-            execs: Execs::default(),
-            init,
-            frozen: Arc::default(),
-        })
-    }
-}
+/// Maximum number of requests at the same time: each running exec may have two that last, for its
+/// output and its stdin.
+const MAX_STREAMS: u32 = 4096;
+/// Bytes of a request that the agent accepts before a handler reads them.
+const STREAM_WINDOW: u32 = 256 << 10;
+/// The same for all requests together. A command that does not read its stdin takes up one window,
+/// and must not stop the other requests.
+const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
+/// Bytes of a response that wait for the connection. Output that waits in its buffer is shared by
+/// all readers, and counted.
+const SEND_BUFFER: usize = MAX_FRAME;
 
 /// Serves one connection until the host closes it: the hello, then HTTP/2. After garbage, searches
 /// for the next hello on the same stream.
@@ -59,6 +48,10 @@ where
     http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_frame_size(MAX_FRAME as u32)
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
         .serve_connection(TokioIo::new(stream), service)
         .await
         .map_err(io::Error::other)

@@ -24,7 +24,7 @@ pub(crate) async fn respond(agent: &Arc<Agent>, request: Request, rest: &[&str])
     match (request.method(), rest) {
         (&Method::GET, ["info"]) => info(agent).await,
         (&Method::GET, ["stats"]) => {
-            let running = agent.execs.running();
+            let running = agent.execs.running() as u64;
             blocking::run(move || Ok(json(&stats::read(running)?))).await
         }
         (&Method::POST, ["sync"]) => {

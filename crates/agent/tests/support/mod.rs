@@ -2,10 +2,12 @@
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub(crate) mod execs;
+
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http2::{SendRequest, handshake};
+use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use scalebox_agent::{Agent, serve};
@@ -25,7 +27,10 @@ pub(crate) type Body = BoxBody<Bytes, io::Error>;
 
 /// A connection to an agent.
 #[derive(Clone)]
-pub(crate) struct Host(SendRequest<Body>);
+pub(crate) struct Host {
+    sender: SendRequest<Body>,
+    connection: tokio::task::AbortHandle,
+}
 
 /// Starts an agent and connects to it.
 pub(crate) async fn host() -> Host {
@@ -34,18 +39,31 @@ pub(crate) async fn host() -> Host {
 
 /// Opens another connection to an agent.
 pub(crate) async fn connect(agent: &Arc<Agent>) -> Host {
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
     let agent = Arc::clone(agent);
     tokio::spawn(async move { serve(&agent, theirs).await });
+    connect_to(ours).await
+}
+
+/// Opens a connection to an agent at the other end of a stream.
+pub(crate) async fn connect_to(mut ours: UnixStream) -> Host {
     let nonce = *b"00112233445566778899aabbccddeeff";
     ours.write_all(&hello::request(&nonce, PROTOCOL)).await.unwrap();
     let mut response = [0; hello::LINE];
     ours.read_exact(&mut response).await.unwrap();
     let expected: Option<([u8; NONCE], u32)> = Some((nonce, PROTOCOL));
     assert_eq!(hello::find_response(&response), expected);
-    let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(ours)).await.unwrap();
-    tokio::spawn(connection);
-    Host(sender)
+    let (sender, connection) = Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(256 << 10)
+        .initial_connection_window_size(1 << 20)
+        .handshake(TokioIo::new(ours))
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    Host {
+        sender,
+        connection: connection.abort_handle(),
+    }
 }
 
 impl Host {
@@ -54,8 +72,13 @@ impl Host {
         let request = hyper::Request::builder()
             .method(method)
             .uri(format!("http://agent{path}"));
-        let sent = self.0.clone().send_request(request.body(body).unwrap()).await;
+        let sent = self.sender.clone().send_request(request.body(body).unwrap()).await;
         assert!(sent.is_err(), "{sent:?}");
+    }
+
+    /// Breaks the connection.
+    pub(crate) fn disconnect(self) {
+        self.connection.abort();
     }
 
     /// Sends a request and returns its response, whose body may still arrive.
@@ -63,7 +86,9 @@ impl Host {
         let request = hyper::Request::builder()
             .method(method)
             .uri(format!("http://agent{path}"));
-        self.0.clone().send_request(request.body(body).unwrap()).await.unwrap()
+        let mut sender = self.sender.clone();
+        sender.ready().await.unwrap();
+        sender.send_request(request.body(body).unwrap()).await.unwrap()
     }
 
     /// Sends a request with a body and returns the status and the whole body of the response.

@@ -46,9 +46,10 @@ const DAEMON_FOLDERS: &[&str] = &[
 ];
 
 /// The files that start a process themselves, because it outlives them or replaces them: a machine,
-/// and `ssh`; or because they run in the guest: the agent. All other programs are run through
-/// `scalebox-programs`.
+/// and `ssh`; and the agent, which runs commands in the guest, not on the host. All other programs
+/// are run through `scalebox-programs`.
 const STARTS_PROCESSES: &[&str] = &[
+    "agent/src/exec/launch.rs",
     "agent/src/init/agent_process.rs",
     "agent/src/init/mod.rs",
     "agent/src/system/shutdown.rs",

@@ -9,7 +9,7 @@
 //! user, all entries belong to it, and setuid and setgid are cleared: they were meant for another
 //! owner. The mode and owner of the folder itself are not changed.
 
-use crate::accounts::Account;
+use crate::accounts::Owner;
 use crate::blocking;
 use crate::files::archive::path::inside;
 use crate::files::archive::turn;
@@ -45,12 +45,7 @@ const MAX_HEADERS: u64 = 1 << 20;
 /// # Errors
 /// [`FailureCode::Invalid`] for a malformed archive, and for an entry that would leave the folder
 /// or is a device or FIFO; the text names it. Those of the file system.
-pub(crate) async fn unpack(
-    path: PathBuf,
-    owner: Option<Account>,
-    parents: bool,
-    body: Incoming,
-) -> Result<(), Failure> {
+pub(crate) async fn unpack(path: PathBuf, owner: Option<Owner>, parents: bool, body: Incoming) -> Result<(), Failure> {
     let turn = turn().await?;
     let (feeder, reader) = from_host();
     let unpacking = blocking::run_apart(move || {
@@ -85,7 +80,7 @@ impl Read for Limited {
 
 struct Unpacker {
     root: Arc<OwnedFd>,
-    owner: Option<Account>,
+    owner: Option<Owner>,
     /// The folder of the last entry.
     last: Option<(PathBuf, Arc<OwnedFd>)>,
     /// The folders around the last entry, with the times that they get after their last entry.
@@ -98,7 +93,7 @@ struct Item<'a> {
     /// The path, for error messages.
     shown: String,
     mode: u32,
-    owner: Account,
+    owner: Owner,
     times: Timestamps,
 }
 
@@ -125,7 +120,7 @@ fn malformed(error: io::Error) -> Failure {
 }
 
 impl Unpacker {
-    fn new(root: Arc<OwnedFd>, owner: Option<Account>) -> Unpacker {
+    fn new(root: Arc<OwnedFd>, owner: Option<Owner>) -> Unpacker {
         Unpacker {
             root,
             owner,
@@ -200,7 +195,7 @@ impl Unpacker {
                 .filter(|number| *number != u32::MAX)
                 .ok_or_else(|| refuse(&shown, "has an owner that is out of bounds"))
         };
-        let in_header = Account {
+        let in_header = Owner {
             uid: number(header.uid())?,
             gid: number(header.gid())?,
         };
