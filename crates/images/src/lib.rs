@@ -38,6 +38,7 @@
 
 mod bootstrap;
 mod cache;
+pub mod convert;
 mod cpio;
 mod customize;
 mod embedded;
@@ -47,6 +48,7 @@ mod kernel;
 mod lz4;
 mod mirrors;
 mod mke2fs;
+pub mod oci;
 mod programs;
 mod progress;
 mod recipe;
