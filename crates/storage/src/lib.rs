@@ -99,7 +99,7 @@ pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
 pub use error::StorageError;
 pub use image::scrub::{EditedFile, Scrub};
-pub use import::TemplateExport;
+pub use import::{ConvertedImage, TemplateExport};
 pub use kernels::{Kernel, KernelFiles};
 pub use local::backing::{ActualBacking, Backing};
 pub use local::files::try_lock_exclusive;
@@ -114,7 +114,7 @@ pub use local::sizing::{
 };
 pub use pool::{Pool, jails_dir};
 pub use programs::{PROGRAMS, require_programs};
-pub use record::TemplateSource;
+pub use record::{PulledImage, TemplateSource};
 pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;

@@ -10,6 +10,7 @@ use crate::scratch::Scratch;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use scalebox_programs::Run;
+use scalebox_units::Init;
 use serde::Deserialize;
 use std::fs::File;
 use std::io;
@@ -78,6 +79,7 @@ pub(super) fn root_of(raw: &Path, scratch: Scratch, task: &Task) -> Result<Made,
     Ok(Made {
         image,
         config: None,
+        init: Init::System,
         reference: None,
         digest: None,
         _scratch: scratch,

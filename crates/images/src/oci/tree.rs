@@ -162,6 +162,24 @@ impl Tree {
         Ok(trail.last().copied())
     }
 
+    /// Returns the name of the file that a path leads to in the end.
+    pub(crate) fn file_at(&mut self, path: &[u8]) -> Option<Vec<u8>> {
+        let mut path = path.to_vec();
+        for _ in 0..MAX_LINKS {
+            let parts: Vec<&[u8]> = path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()).collect();
+            let (name, parents) = parts.split_last()?;
+            let folder = self.walk(parents, None).ok()??;
+            let there = self.folder(folder)?.get(*name)?.node;
+            path = match &self.node(there).body {
+                Body::File(..) => return Some(name.to_vec()),
+                Body::Folder(_) => return None,
+                Body::Symlink(target) if target.starts_with(b"/") => target.clone(),
+                Body::Symlink(target) => [parents.join(&b'/').as_slice(), b"/", target].concat(),
+            };
+        }
+        None
+    }
+
     fn add_folder(&mut self, parent: NodeId, name: Vec<u8>, layer: usize, meta: Meta) -> NodeId {
         let body = Body::Folder(BTreeMap::new());
         self.add(parent, name, layer, meta, body)
