@@ -93,7 +93,9 @@ impl FromStr for Line {
     fn from_str(text: &str) -> Result<Self, InvalidFormat> {
         match (1..=4096).contains(&text.len()) && !text.chars().any(char::is_control) {
             true => Ok(Line(text.to_owned())),
-            false => Err(InvalidFormat::new("must have 1 to 4096 bytes and no control characters")),
+            false => Err(InvalidFormat::new(
+                "must have 1 to 4096 bytes and no control characters",
+            )),
         }
     }
 }
@@ -131,7 +133,10 @@ mod tests {
     #[test]
     fn pulls_name_an_image_and_a_user_with_a_password() {
         let parsed = PullTemplate::parse(br#"{"reference": "a:1", "username": "u", "password": "secret"}"#).unwrap();
-        assert_eq!((parsed.reference.as_str(), parsed.insecure, parsed.replace), ("a:1", false, false));
+        assert_eq!(
+            (parsed.reference.as_str(), parsed.insecure, parsed.replace),
+            ("a:1", false, false)
+        );
         assert!(!format!("{parsed:?}").contains("secret"));
         for body in [
             r#"{}"#,

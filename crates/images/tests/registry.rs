@@ -37,7 +37,11 @@ struct Registry {
 impl Registry {
     fn start() -> Registry {
         let folder = tempfile::tempdir().unwrap();
-        let host = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let host = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .to_string();
         let path = |name: &str| folder.path().join(name);
         fs::write(path("htpasswd"), HTPASSWD).unwrap();
         let config = format!(
@@ -57,7 +61,11 @@ impl Registry {
         let registry = Registry { process, folder, host };
         let begun = Instant::now();
         while TcpStream::connect(&registry.host).is_err() {
-            assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", fs::read_to_string(registry.path("log")));
+            assert!(
+                begun.elapsed() < Duration::from_secs(60),
+                "{:?}",
+                fs::read_to_string(registry.path("log"))
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         registry
@@ -72,7 +80,14 @@ impl Registry {
         let target = format!("docker://{}/{name}", self.host);
         run(
             "skopeo",
-            &["copy", "-q", "--dest-tls-verify=false", "--dest-creds=user:secret", &layout.image(), &target],
+            &[
+                "copy",
+                "-q",
+                "--dest-tls-verify=false",
+                "--dest-creds=user:secret",
+                &layout.image(),
+                &target,
+            ],
         );
     }
 
@@ -189,7 +204,11 @@ impl Place {
 }
 
 fn ask(made: &Made, command: &str) -> String {
-    let output = Command::new("debugfs").args(["-R", command]).arg(&made.image).output().unwrap();
+    let output = Command::new("debugfs")
+        .args(["-R", command])
+        .arg(&made.image)
+        .output()
+        .unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -200,8 +219,14 @@ fn assert_is_small(made: &Made) {
     assert!(ask(made, "stat /usr/bin/again").contains("Links: 2"));
     assert!(!ask(made, "ls /etc").contains("removed"));
     let config = made.config.as_ref().unwrap();
-    assert_eq!((config.cmd.as_slice(), config.env.as_slice()), (&["/bin/tool".to_owned()][..], &["A=1".to_owned()][..]));
-    assert_eq!((config.working_dir.as_deref(), config.user.as_deref()), (Some("/etc"), Some("1234")));
+    assert_eq!(
+        (config.cmd.as_slice(), config.env.as_slice()),
+        (&["/bin/tool".to_owned()][..], &["A=1".to_owned()][..])
+    );
+    assert_eq!(
+        (config.working_dir.as_deref(), config.user.as_deref()),
+        (Some("/etc"), Some("1234"))
+    );
     assert_eq!(config.exposed_ports, ["80/tcp"]);
     assert_eq!(made.init, Init::Agent);
     assert_eq!(made.image.metadata().unwrap().len(), 1 << 30);
@@ -214,14 +239,20 @@ async fn an_image_is_pulled_from_a_registry_with_a_password() {
     let made = place.pull(&registry.request("team/box:1")).await.unwrap();
     assert_is_small(&made);
     let digest = made.digest.clone().unwrap();
-    let again = place.pull(&registry.request(&format!("team/box@{digest}"))).await.unwrap();
+    let again = place
+        .pull(&registry.request(&format!("team/box@{digest}")))
+        .await
+        .unwrap();
     assert_is_small(&again);
 
     let anonymous = PullRequest {
         credentials: None,
         ..registry.request("team/box:1")
     };
-    assert!(matches!(place.pull(&anonymous).await, Err(OciError::Unauthorized { .. })));
+    assert!(matches!(
+        place.pull(&anonymous).await,
+        Err(OciError::Unauthorized { .. })
+    ));
     let mut wrong = registry.request("team/box:1");
     wrong.credentials.as_mut().unwrap().password = "wrong".to_owned();
     assert!(matches!(place.pull(&wrong).await, Err(OciError::Unauthorized { .. })));
@@ -234,9 +265,15 @@ async fn an_image_is_pulled_from_a_registry_with_a_password() {
 #[test]
 fn archives_of_skopeo_are_imported() {
     let (layout, place) = (small(), Place::new());
-    for (kind, transport) in [(Kind::OciArchive, "oci-archive"), (Kind::DockerArchive, "docker-archive")] {
+    for (kind, transport) in [
+        (Kind::OciArchive, "oci-archive"),
+        (Kind::DockerArchive, "docker-archive"),
+    ] {
         let archive = layout.path(transport);
-        run("skopeo", &["copy", "-q", &layout.image(), &format!("{transport}:{archive}:box:1")]);
+        run(
+            "skopeo",
+            &["copy", "-q", &layout.image(), &format!("{transport}:{archive}:box:1")],
+        );
         assert_eq!(recognise(archive.as_ref()).unwrap(), kind);
         assert_is_small(&convert(archive.as_ref(), &place.work(), &Place::task()).unwrap());
     }
@@ -268,13 +305,29 @@ async fn a_pull_is_measured_against_skopeo_and_umoci() {
     let begun = Instant::now();
     let source = format!("docker://{}/big:1", registry.host);
     let copy = layout.path("copy");
-    run("skopeo", &["copy", "-q", "--src-tls-verify=false", "--src-creds=user:secret", &source, &format!("oci:{copy}:1")]);
-    run("umoci", &["unpack", "--image", &format!("{copy}:1"), &layout.path("unpacked")]);
+    run(
+        "skopeo",
+        &[
+            "copy",
+            "-q",
+            "--src-tls-verify=false",
+            "--src-creds=user:secret",
+            &source,
+            &format!("oci:{copy}:1"),
+        ],
+    );
+    run(
+        "umoci",
+        &["unpack", "--image", &format!("{copy}:1"), &layout.path("unpacked")],
+    );
     let others = begun.elapsed();
     let begun = Instant::now();
     let made = place.pull(&registry.request("big:1")).await.unwrap();
     let ours = begun.elapsed();
-    let size = Bytes::from_blocks(std::os::unix::fs::MetadataExt::blocks(&made.image.metadata().unwrap()), 512);
+    let size = Bytes::from_blocks(
+        std::os::unix::fs::MetadataExt::blocks(&made.image.metadata().unwrap()),
+        512,
+    );
     println!(
         "pull {ours:.2?}, skopeo and umoci {others:.2?}: {:.2} times; {size} of ext4",
         ours.as_secs_f64() / others.as_secs_f64()

@@ -8,9 +8,7 @@
 
 mod support;
 
-use scalebox_storage::{
-    ConvertedImage, KernelFiles, Pool, PulledImage, SimulatedSpace, StorageError, TemplateSource,
-};
+use scalebox_storage::{ConvertedImage, KernelFiles, Pool, PulledImage, SimulatedSpace, StorageError, TemplateSource};
 use scalebox_units::{Bytes, Gib, ImageConfig, Init, KernelId};
 use std::collections::HashSet;
 use std::fs;

@@ -4,6 +4,7 @@ use crate::host::drivers::DriversError;
 use crate::host::error::ServiceError;
 use crate::settings::SettingsError;
 use crate::state::StateError;
+use scalebox_images::oci::OciError;
 use scalebox_storage::StorageError;
 use scalebox_units::InvalidFormat;
 use std::io;
@@ -34,6 +35,9 @@ pub(crate) enum CommandFailed {
     /// The template cannot be built.
     #[error(transparent)]
     Image(#[from] scalebox_images::Error),
+    /// A disk image or an archive cannot be converted.
+    #[error(transparent)]
+    Conversion(#[from] OciError),
     /// Recovery or another operation of the service failed.
     #[error(transparent)]
     Host(#[from] ServiceError),

@@ -64,7 +64,11 @@ impl Jobs {
             error: None,
         };
         let mut table = self.lock();
-        let running: Vec<Job> = table.iter().map(|entry| entry.describe()).filter(Job::is_running).collect();
+        let running: Vec<Job> = table
+            .iter()
+            .map(|entry| entry.describe())
+            .filter(Job::is_running)
+            .collect();
         if let Some(other) = running.iter().find(|job| job.template == template) {
             return Err(ServiceError::Busy(format!(
                 "the template {template} is already being made by {}: wait for it, or cancel it",
@@ -72,7 +76,9 @@ impl Jobs {
             )));
         }
         if running.len() >= MAX_RUNNING {
-            return Err(ServiceError::NotReady(format!("{MAX_RUNNING} jobs are already running: try again later")));
+            return Err(ServiceError::NotReady(format!(
+                "{MAX_RUNNING} jobs are already running: try again later"
+            )));
         }
         if table.len() >= MAX_JOBS
             && let Some(oldest) = table.iter().position(|entry| !entry.describe().is_running())
@@ -156,7 +162,10 @@ impl JobEntry {
     pub(crate) fn cancel(&self) -> Result<(), ServiceError> {
         let job = self.describe();
         if !job.is_running() {
-            return Err(ServiceError::WrongState(format!("{} has ended already: it is {}", job.id, job.status)));
+            return Err(ServiceError::WrongState(format!(
+                "{} has ended already: it is {}",
+                job.id, job.status
+            )));
         }
         self.cancel.cancel();
         Ok(())

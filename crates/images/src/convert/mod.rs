@@ -45,7 +45,8 @@ pub fn convert(source: &Path, work: &Path, task: &Task) -> Result<Made, OciError
         Kind::PartitionedDisk => partitions::root_of(source, Scratch::new(work)?, task),
         Kind::Ext4 | Kind::Compressed => Err(OciError::Disk("it needs no conversion: import it as it is".to_owned())),
         Kind::Unknown => Err(OciError::Disk(
-            "its format is unknown; known are ext4, disks with GPT or MBR, qcow2, OCI archives and docker save".to_owned(),
+            "its format is unknown; known are ext4, disks with GPT or MBR, qcow2, OCI archives and docker save"
+                .to_owned(),
         )),
     }
 }

@@ -65,9 +65,9 @@ pub(super) fn root_of(raw: &Path, scratch: Scratch, task: &Task) -> Result<Made,
     let disk = File::open(raw).map_err(OciError::io("open", raw))?;
     let table = read_table(raw)?;
     let failed = OciError::io("read", raw);
-    let root = choose(&disk, &table).map_err(failed)?.ok_or_else(|| {
-        OciError::Disk("no partition has an ext4 file system; templates need one".to_owned())
-    })?;
+    let root = choose(&disk, &table)
+        .map_err(failed)?
+        .ok_or_else(|| OciError::Disk("no partition has an ext4 file system; templates need one".to_owned()))?;
     if root.size > task.limits.max_disk.as_u64() {
         return Err(OciError::TooLarge {
             what: "the root partition".to_owned(),
@@ -87,7 +87,10 @@ pub(super) fn root_of(raw: &Path, scratch: Scratch, task: &Task) -> Result<Made,
 }
 
 fn read_table(raw: &Path) -> Result<Table, OciError> {
-    let text = Run::of(SFDISK.within(LIMIT)).args(["--json", "--"]).args([raw]).stdout()?;
+    let text = Run::of(SFDISK.within(LIMIT))
+        .args(["--json", "--"])
+        .args([raw])
+        .stdout()?;
     let output: Output = serde_json::from_str(&text)
         .map_err(|error| OciError::Disk(format!("sfdisk does not understand its partition table: {error}")))?;
     Ok(output.partitiontable)

@@ -26,6 +26,16 @@ pub enum Kind {
     Unknown,
 }
 
+impl Kind {
+    /// Returns whether [`convert`](super::convert) turns it into an ext4 image.
+    pub fn is_convertible(self) -> bool {
+        match self {
+            Kind::PartitionedDisk | Kind::Qcow2 | Kind::OciArchive | Kind::DockerArchive => true,
+            Kind::Ext4 | Kind::Compressed | Kind::Unknown => false,
+        }
+    }
+}
+
 /// Bytes of a header of tar, and the unit of its content.
 const BLOCK: u64 = 512;
 /// Maximum number of entries that are looked at in a tar archive.
@@ -82,7 +92,10 @@ fn tar_kind(file: &File) -> io::Result<Kind> {
             _ => {}
         }
         let Some(size) = size(&header[124..136]) else { break };
-        let Some(next) = size.checked_next_multiple_of(BLOCK).and_then(|size| at.checked_add(BLOCK + size)) else {
+        let Some(next) = size
+            .checked_next_multiple_of(BLOCK)
+            .and_then(|size| at.checked_add(BLOCK + size))
+        else {
             break;
         };
         at = next;

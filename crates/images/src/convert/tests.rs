@@ -12,7 +12,12 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 fn run(program: &str, args: &[&str], input: &str) {
-    let mut child = Command::new(program).args(args).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut child = Command::new(program)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success(), "{program} {args:?}");
 }
@@ -46,7 +51,19 @@ impl Place {
         fs::create_dir(&root).unwrap();
         fs::write(root.join("name"), name).unwrap();
         File::create(&image).unwrap().set_len(mib << 20).unwrap();
-        run("mke2fs", &["-q", "-F", "-t", "ext4", "-d", root.to_str().unwrap(), image.to_str().unwrap()], "");
+        run(
+            "mke2fs",
+            &[
+                "-q",
+                "-F",
+                "-t",
+                "ext4",
+                "-d",
+                root.to_str().unwrap(),
+                image.to_str().unwrap(),
+            ],
+            "",
+        );
         fs::read(image).unwrap()
     }
 
@@ -74,7 +91,10 @@ impl Place {
 }
 
 fn read(made: &Made, path: &str) -> String {
-    let output = Command::new("debugfs").args(["-R", &format!("cat {path}")]).arg(&made.image).output();
+    let output = Command::new("debugfs")
+        .args(["-R", &format!("cat {path}")])
+        .arg(&made.image)
+        .output();
     String::from_utf8(output.unwrap().stdout).unwrap()
 }
 
@@ -90,8 +110,15 @@ fn the_root_partition_is_found_by_type_or_else_by_size() {
     assert_eq!(recognise(&disk).unwrap(), Kind::PartitionedDisk);
     let made = place.convert(&disk).unwrap();
     assert_eq!(read(&made, "/name"), "root");
-    assert_eq!(made.image.metadata().unwrap().len(), 16 << 20, "the size of the partition");
-    let mbr = place.disk("label: dos\nstart=2048, size=16384, type=83\nstart=18432, size=65536, type=83\n", &[(1, &root), (9, &data)]);
+    assert_eq!(
+        made.image.metadata().unwrap().len(),
+        16 << 20,
+        "the size of the partition"
+    );
+    let mbr = place.disk(
+        "label: dos\nstart=2048, size=16384, type=83\nstart=18432, size=65536, type=83\n",
+        &[(1, &root), (9, &data)],
+    );
     assert_eq!(read(&place.convert(&mbr).unwrap(), "/name"), "data");
     let none = place.disk(GPT, &[]);
     assert!(place.refused(&none).to_string().contains("no partition has an ext4"));
@@ -108,12 +135,25 @@ fn qcow2_images_are_converted_unless_they_refer_to_other_files() {
     assert_eq!(read(&place.convert(qcow2.as_ref()).unwrap(), "/name"), "root");
 
     let backed = place.text("backed.qcow2");
-    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/passwd", &backed], "");
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/passwd", &backed],
+        "",
+    );
     assert!(place.refused(backed.as_ref()).to_string().contains("backing file"));
     let external = place.text("external.qcow2");
     let option = format!("data_file={}", place.text("data"));
-    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, &external, "1M"], "");
-    assert!(place.refused(external.as_ref()).to_string().contains("external data file"));
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-o", &option, &external, "1M"],
+        "",
+    );
+    assert!(
+        place
+            .refused(external.as_ref())
+            .to_string()
+            .contains("external data file")
+    );
     let huge = place.text("huge.qcow2");
     run("qemu-img", &["create", "-q", "-f", "qcow2", &huge, "200G"], "");
     assert!(matches!(place.refused(huge.as_ref()), OciError::TooLarge { .. }));
@@ -175,13 +215,19 @@ fn docker_save_archives_of_one_image_are_accepted() {
     let (tar, config) = parts();
     let entry = json!({"Config": "config.json", "RepoTags": ["box:1"], "Layers": ["a/layer.tar"]});
     let archive = |images: Value| {
-        let archive = Tar::new().file("config.json", &config).symlink("a/layer.tar", "../b/layer.tar").file("b/layer.tar", &tar);
+        let archive = Tar::new()
+            .file("config.json", &config)
+            .symlink("a/layer.tar", "../b/layer.tar")
+            .file("b/layer.tar", &tar);
         archive.file("manifest.json", images.to_string().as_bytes()).done()
     };
     let good = place.write("saved.tar", &archive(json!([entry])));
     assert_eq!(recognise(&good).unwrap(), Kind::DockerArchive);
     let made = place.convert(&good).unwrap();
-    assert_eq!((read(&made, "/name").as_str(), made.reference.as_deref()), ("image", Some("box:1")));
+    assert_eq!(
+        (read(&made, "/name").as_str(), made.reference.as_deref()),
+        ("image", Some("box:1"))
+    );
     drop(made);
     let two = place.write("two.tar", &archive(json!([entry, entry])));
     assert!(place.refused(&two).to_string().contains("has 2 images"));

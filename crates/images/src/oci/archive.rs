@@ -44,7 +44,10 @@ struct Saved {
 /// An entry of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Entry {
-    File { at: u64, size: u64 },
+    File {
+        at: u64,
+        size: u64,
+    },
     /// A link to another entry. Older versions of Docker write equal layers once.
     Link(String),
 }

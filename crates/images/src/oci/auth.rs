@@ -45,8 +45,16 @@ pub(crate) async fn answer(registry: &Registry, challenge: &HeaderMap, repositor
     };
     let headers = challenge.get_all(WWW_AUTHENTICATE).iter();
     let texts: Vec<&str> = headers.filter_map(|value| value.to_str().ok()).collect();
-    let challenges: Vec<ChallengeRef<'_>> = texts.iter().filter_map(|text| parse_challenges(text).ok()).flatten().collect();
-    let of = |scheme: &str| challenges.iter().find(|challenge| challenge.scheme.eq_ignore_ascii_case(scheme));
+    let challenges: Vec<ChallengeRef<'_>> = texts
+        .iter()
+        .filter_map(|text| parse_challenges(text).ok())
+        .flatten()
+        .collect();
+    let of = |scheme: &str| {
+        challenges
+            .iter()
+            .find(|challenge| challenge.scheme.eq_ignore_ascii_case(scheme))
+    };
     if let Some(bearer) = of("bearer") {
         return token(registry, bearer, repository).await;
     }

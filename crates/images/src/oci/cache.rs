@@ -88,13 +88,19 @@ impl LayerCache {
     /// Begins a layer; `None` while another pull writes it.
     pub(crate) fn begin(&self, digest: &Digest) -> Result<Option<PartialLayer>, OciError> {
         let path = self.dir.join(format!("{}{PARTIAL}", digest.hex()));
-        let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let opened = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path);
         let file = opened.map_err(OciError::io("create", &path))?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Ok(None);
         }
         // Before the lock, it could have been renamed or removed.
-        let is_same = fs::metadata(&path).is_ok_and(|there| file.metadata().is_ok_and(|ours| there.ino() == ours.ino()));
+        let is_same =
+            fs::metadata(&path).is_ok_and(|there| file.metadata().is_ok_and(|ours| there.ino() == ours.ino()));
         if !is_same {
             return Ok(None);
         }
@@ -104,7 +110,10 @@ impl LayerCache {
             target: self.dir.join(digest.hex()),
             finished: false,
         };
-        partial.file.set_len(0).map_err(OciError::io("truncate", &partial.path))?;
+        partial
+            .file
+            .set_len(0)
+            .map_err(OciError::io("truncate", &partial.path))?;
         Ok(Some(partial))
     }
 
@@ -221,7 +230,12 @@ mod tests {
         let (old, new) = (put(&cache, b"old layer"), put(&cache, b"new layer"));
         let path = cache.dir.join(old.digest.hex());
         let past = SystemTime::now() - std::time::Duration::from_secs(100);
-        File::options().write(true).open(&path).unwrap().set_modified(past).unwrap();
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_modified(past)
+            .unwrap();
         cache.prune(Bytes::new(10)).unwrap();
         assert!(cache.get(&old).unwrap().is_none() && cache.get(&new).unwrap().is_some());
         assert_eq!(dir.path().join("sha256").metadata().unwrap().mode() & 0o777, 0o700);

@@ -73,7 +73,13 @@ mod tests {
         let empty = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(Digest::of(b"").to_string(), empty);
         assert_eq!(empty.parse(), Ok(Digest::of(b"")));
-        for wrong in ["", "sha256:", &empty[..70], &empty.to_uppercase(), &empty.replace("sha256", "sha512")] {
+        for wrong in [
+            "",
+            "sha256:",
+            &empty[..70],
+            &empty.to_uppercase(),
+            &empty.replace("sha256", "sha512"),
+        ] {
             assert_eq!(wrong.parse::<Digest>(), Err(InvalidDigest), "{wrong}");
         }
         assert!(format!("sha256:{}/", "a".repeat(63)).parse::<Digest>().is_err());

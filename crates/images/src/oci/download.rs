@@ -37,7 +37,13 @@ pub(crate) struct Downloads<'d> {
 }
 
 impl<'d> Downloads<'d> {
-    pub(crate) fn new(registry: &'d Registry, repository: &'d str, cache: &'d LayerCache, task: &'d Task, total: u64) -> Self {
+    pub(crate) fn new(
+        registry: &'d Registry,
+        repository: &'d str,
+        cache: &'d LayerCache,
+        task: &'d Task,
+        total: u64,
+    ) -> Self {
         Downloads {
             registry,
             repository,
@@ -104,7 +110,9 @@ impl<'d> Downloads<'d> {
             written
         });
         let received = self.receive(blob, sender, counted).await;
-        let written = writing.await.unwrap_or_else(|error| Err(OciError::FileSystem(error.to_string())));
+        let written = writing
+            .await
+            .unwrap_or_else(|error| Err(OciError::FileSystem(error.to_string())));
         match (received, written) {
             (Err(error), Err(OciError::WrongSize { .. })) => Err(error),
             // The receiver stopped because the disk failed.
@@ -191,7 +199,10 @@ fn write(mut partial: PartialLayer, mut chunks: mpsc::Receiver<Chunk>, expected:
     while let Some(chunk) = chunks.blocking_recv() {
         hasher.update(&chunk);
         size += chunk.len() as u64;
-        partial.file.write_all(&chunk).map_err(OciError::io("write", &partial.path))?;
+        partial
+            .file
+            .write_all(&chunk)
+            .map_err(OciError::io("write", &partial.path))?;
     }
     let what = format!("the layer {}", expected.digest);
     if size != expected.size {

@@ -58,7 +58,9 @@ pub enum OciError {
         message: String,
     },
     /// The registry demands credentials, or rejects the given ones.
-    #[error("{registry} denies access: {reason}; check the user name and the password, and that they allow pulling the image")]
+    #[error(
+        "{registry} denies access: {reason}; check the user name and the password, and that they allow pulling the image"
+    )]
     Unauthorized {
         /// The registry.
         registry: String,
@@ -194,7 +196,9 @@ pub enum OciError {
         limit: u64,
     },
     /// A layer is compressed implausibly well.
-    #[error("layer {layer} is more than {limit} times as large as its compressed form: it looks like a decompression bomb")]
+    #[error(
+        "layer {layer} is more than {limit} times as large as its compressed form: it looks like a decompression bomb"
+    )]
     Ratio {
         /// The number of the layer.
         layer: usize,

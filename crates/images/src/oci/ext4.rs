@@ -145,7 +145,9 @@ impl Writer<'_> {
         self.meta(b"/", &self.tree.node(ROOT).meta, 0o040_000)?;
         let mut queue: Vec<(Vec<u8>, NodeId)> = vec![(Vec::new(), ROOT)];
         while let Some((path, folder)) = queue.pop() {
-            let Some(names) = self.tree.folder(folder) else { continue };
+            let Some(names) = self.tree.folder(folder) else {
+                continue;
+            };
             self.make_room(&path, names)?;
             for (name, there) in names {
                 let path = [path.as_slice(), b"/", name].concat();
@@ -274,7 +276,9 @@ impl Writer<'_> {
             .output()?;
         let complaints = String::from_utf8_lossy(&output.stderr);
         // The first line is the version.
-        let complaint = complaints.lines().find(|line| !line.is_empty() && !line.starts_with("debugfs 1."));
+        let complaint = complaints
+            .lines()
+            .find(|line| !line.is_empty() && !line.starts_with("debugfs 1."));
         if let Some(complaint) = complaint.or((!output.status.success()).then_some("debugfs failed")) {
             return Err(OciError::FileSystem(quoted(complaint.as_bytes())));
         }
@@ -312,6 +316,9 @@ fn require_inodes(image: &Path, inodes: u64) -> Result<(), OciError> {
     // The root is one of the reserved inodes.
     match u64::from(used) + 1 == inodes {
         true => Ok(()),
-        false => Err(OciError::FileSystem(format!("it has {used} files instead of {}", inodes - 1))),
+        false => Err(OciError::FileSystem(format!(
+            "it has {used} files instead of {}",
+            inodes - 1
+        ))),
     }
 }

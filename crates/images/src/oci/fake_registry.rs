@@ -81,7 +81,10 @@ impl FakeRegistry {
     }
 
     /// Serves `image`, after `first` had its chance to answer otherwise.
-    pub(crate) fn of(image: &FakeImage, first: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static) -> FakeRegistry {
+    pub(crate) fn of(
+        image: &FakeImage,
+        first: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static,
+    ) -> FakeRegistry {
         let contents = image.contents.clone();
         FakeRegistry::start(move |request| first(request).unwrap_or_else(|| served(&contents, request)))
     }
@@ -94,7 +97,10 @@ impl FakeRegistry {
     /// Returns the requests so far whose path contains `part`.
     pub(crate) fn seen(&self, part: &str) -> Vec<Request> {
         let seen = self.seen.lock().unwrap();
-        seen.iter().filter(|request| request.path.contains(part)).cloned().collect()
+        seen.iter()
+            .filter(|request| request.path.contains(part))
+            .cloned()
+            .collect()
     }
 }
 
@@ -141,10 +147,20 @@ fn serve(
             lines.push(line.trim().to_owned());
         }
         let header = |name: &str| {
-            let of = |line: &String| line.split_once(": ").filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.to_owned());
+            let of = |line: &String| {
+                line.split_once(": ")
+                    .filter(|(key, _)| key.eq_ignore_ascii_case(name))
+                    .map(|(_, value)| value.to_owned())
+            };
             lines.iter().find_map(of)
         };
-        let range = header("range").map(|range| range.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap());
+        let range = header("range").map(|range| {
+            range
+                .trim_start_matches("bytes=")
+                .trim_end_matches('-')
+                .parse()
+                .unwrap()
+        });
         let request = Request {
             path: lines[0].split(' ').nth(1).unwrap_or_default().to_owned(),
             authorization: header("authorization"),
@@ -162,8 +178,15 @@ fn send(mut stream: &TcpStream, reader: &mut BufReader<TcpStream>, reply: Reply)
     };
     match reply {
         Reply::Full(status, headers, body) => {
-            let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-            write!(stream, "HTTP/1.1 {status} X\r\n{headers}content-length: {}\r\n\r\n", body.len())?;
+            let headers: String = headers
+                .iter()
+                .map(|(name, value)| format!("{name}: {value}\r\n"))
+                .collect();
+            write!(
+                stream,
+                "HTTP/1.1 {status} X\r\n{headers}content-length: {}\r\n\r\n",
+                body.len()
+            )?;
             stream.write_all(&body)
         }
         Reply::Cut(body, length) => {
@@ -202,7 +225,9 @@ pub(crate) struct FakeImage {
 impl FakeImage {
     /// An image with one layer, which holds `/hello` with a content of some hundred KiB.
     pub(crate) fn new() -> FakeImage {
-        let content: Vec<u8> = (0..100_000_u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        let content: Vec<u8> = (0..100_000_u32)
+            .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
+            .collect();
         let tar = Tar::new().file("hello", &content).done();
         let layer = gzip(&tar);
         let config = json!({"os": "linux", "architecture": "amd64", "config": {"Cmd": ["/hello"]},

@@ -29,7 +29,14 @@ impl Tar {
     }
 
     /// Adds an entry of type `kind` with mode and owner.
-    pub(crate) fn entry(mut self, kind: u8, path: &[u8], target: &[u8], content: &[u8], (mode, owner): (u32, u32)) -> Tar {
+    pub(crate) fn entry(
+        mut self,
+        kind: u8,
+        path: &[u8],
+        target: &[u8],
+        content: &[u8],
+        (mode, owner): (u32, u32),
+    ) -> Tar {
         let pax = std::mem::take(&mut self.pax);
         if !pax.is_empty() {
             self.raw(b'x', b"pax", b"", &pax, (0o644, 0));

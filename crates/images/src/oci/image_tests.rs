@@ -116,7 +116,10 @@ fn owners_modes_times_attributes_and_contents_come_out_as_in_the_layers() {
     let made = make(&[gzip(&layer)]).unwrap();
     assert!(made.read("/home/user/big") == big);
     for (path, texts) in [
-        ("/home/user", &["Mode:  0700", "User:  1000   Group:  1000", "directory"][..]),
+        (
+            "/home/user",
+            &["Mode:  0700", "User:  1000   Group:  1000", "directory"][..],
+        ),
         ("/home/user/big", &["Mode:  0640", "User:  1000", "mtime: 0x6553f100"]),
         ("/usr/bin/su", &["Mode:  04755", "User:     0", "Links: 2"]),
         ("/far", &["User: 100000   Group: 100000"]),
@@ -130,7 +133,11 @@ fn owners_modes_times_attributes_and_contents_come_out_as_in_the_layers() {
         }
     }
     assert_eq!(made.read("/etc/su"), b"#!");
-    assert_eq!(made.read("/odd \u{fffd}\"\"name"), b"", "not valid UTF-8, and not this name");
+    assert_eq!(
+        made.read("/odd \u{fffd}\"\"name"),
+        b"",
+        "not valid UTF-8, and not this name"
+    );
     assert!(made.ask("ls -p /").windows(9).any(|window| window == b"odd \xff\"nam"));
     let attributes = made.ask("ea_list /usr/bin/ping");
     let attributes = String::from_utf8_lossy(&attributes);
@@ -174,7 +181,11 @@ fn layers_are_merged_as_by_a_container_engine() {
     assert_eq!(made.names("/var/cache"), ["deep", "new"]);
     assert_eq!(made.names("/var/cache/deep"), ["new"]);
     assert_eq!(made.names("/usr/bin"), ["env"]);
-    assert_eq!(made.read("/usr/bin/env"), b"2", "written through the link, inside the image");
+    assert_eq!(
+        made.read("/usr/bin/env"),
+        b"2",
+        "written through the link, inside the image"
+    );
     assert!(made.stat("/bin").contains("symlink"));
     assert!(made.stat("/was-file").contains("directory"));
     assert_eq!(made.read("/was-folder"), b"2");
@@ -203,7 +214,10 @@ fn links_lead_nowhere_outside_of_the_image() {
     for path in ["/etc/passwd", "/below-root", "/absolute", &format!("{host}/inside")] {
         assert_eq!(made.read(path), b"image", "{path}");
     }
-    let there: Vec<_> = fs::read_dir(outside.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let there: Vec<_> = fs::read_dir(outside.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
     assert_eq!(there, ["victim"], "the host is untouched");
 }
 
@@ -225,7 +239,10 @@ fn hard_links_share_a_file_and_never_leave_the_image() {
         ("/", "is the root"),
     ] {
         let error = refused(&[Tar::new().folder("etc").hard_link("x", target).done()]);
-        assert!(matches!(&error, OciError::HardLink { reason, .. } if reason.contains(why)), "{target}: {error}");
+        assert!(
+            matches!(&error, OciError::HardLink { reason, .. } if reason.contains(why)),
+            "{target}: {error}"
+        );
     }
 }
 
@@ -245,7 +262,10 @@ fn invalid_entries_are_refused_with_their_path() {
         (long.as_str(), "too long"),
     ] {
         let error = refused(&[Tar::new().file(path, b"x").done()]);
-        assert!(matches!(&error, OciError::Path { reason, .. } if reason.contains(why)), "{path}: {error}");
+        assert!(
+            matches!(&error, OciError::Path { reason, .. } if reason.contains(why)),
+            "{path}: {error}"
+        );
     }
     let loops = Tar::new().symlink("a", "b").symlink("b", "a").file("a/x", b"").done();
     assert!(matches!(refused(&[loops]), OciError::Path { .. }));
@@ -272,7 +292,9 @@ fn device_nodes_and_unknown_entries_are_refused_except_below_dev() {
 
 #[test]
 fn damaged_and_truncated_layers_are_refused() {
-    let content: Vec<u8> = (0..50_000_u32).flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let content: Vec<u8> = (0..50_000_u32)
+        .flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes())
+        .collect();
     let layer = Tar::new().file("file", &content).done();
     let packed = gzip(&layer);
     let mut damaged = layer.clone();
@@ -310,15 +332,22 @@ fn bombs_are_refused_by_size_ratio_entries_and_work() {
         ..Limits::default()
     };
     let with = |layer: &[u8], limits| make_with(&[layer], limits).err().unwrap();
-    assert!(matches!(with(&bomb, Limits::default()), OciError::Ratio { limit: 200, .. }));
+    assert!(matches!(
+        with(&bomb, Limits::default()),
+        OciError::Ratio { limit: 200, .. }
+    ));
     assert!(matches!(with(&bomb, small), OciError::TooLarge { .. }));
-    let entries = (0..1001).fold(Tar::new(), |tar, number| tar.file(&number.to_string(), b"")).done();
+    let entries = (0..1001)
+        .fold(Tar::new(), |tar, number| tar.file(&number.to_string(), b""))
+        .done();
     assert!(matches!(with(&entries, small), OciError::TooMany { limit: 1000, .. }));
     // Each entry leads through a long chain of links.
     let chain = (0..35).fold(Tar::new(), |tar, number| {
         tar.symlink(&format!("l{number}"), &format!("{}l{}", "x/../".repeat(40), number + 1))
     });
-    let chain = (0..500).fold(chain.folder("x").folder("l35"), |tar, number| tar.file(&format!("l0/{number}"), b""));
+    let chain = (0..500).fold(chain.folder("x").folder("l35"), |tar, number| {
+        tar.file(&format!("l0/{number}"), b"")
+    });
     assert!(matches!(with(&chain.done(), small), OciError::TooMany { .. }));
     let value = vec![b'x'; 4000];
     let large = Tar::new().pax("SCHILY.xattr.user.large", &value).file("x", b"").done();
@@ -329,7 +358,10 @@ fn bombs_are_refused_by_size_ratio_entries_and_work() {
 fn a_refused_reservation_and_a_cancellation_end_the_work() {
     struct Full;
     impl crate::oci::task::Supervisor for Full {
-        fn reserve(&self, _: scalebox_units::Bytes) -> Result<crate::oci::Room, Box<dyn std::error::Error + Send + Sync>> {
+        fn reserve(
+            &self,
+            _: scalebox_units::Bytes,
+        ) -> Result<crate::oci::Room, Box<dyn std::error::Error + Send + Sync>> {
             Err("the pool is full".into())
         }
         fn progress(&self, _: crate::oci::Phase, _: scalebox_units::Bytes, _: scalebox_units::Bytes) {}

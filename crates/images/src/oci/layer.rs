@@ -107,7 +107,10 @@ impl<'a> Layer<'a> {
         task: &'a Task,
         max_unpacked: u64,
     ) -> Result<Layer<'a>, OciError> {
-        let counted = Counted { inner: stored, bytes: 0 };
+        let counted = Counted {
+            inner: stored,
+            bytes: 0,
+        };
         let decoder = Decoder::of(BufReader::with_capacity(CHUNK, counted));
         let mut limits = TarLimits::new();
         limits.max_metadata_size = MAX_HEADERS;
@@ -321,7 +324,11 @@ impl Entry {
             uid: entry.uid,
             gid: entry.gid,
             mtime: entry.mtime,
-            xattrs: entry.xattrs.iter().map(|(name, value)| (own(name), own(value))).collect(),
+            xattrs: entry
+                .xattrs
+                .iter()
+                .map(|(name, value)| (own(name), own(value)))
+                .collect(),
         }
     }
 }

@@ -50,7 +50,12 @@ pub(crate) fn parse(body: &[u8], what: &str, limits: &Limits) -> Result<Document
     let value: serde_json::Value = json(body, &format!("the manifest of {what}"))?;
     match value.get("schemaVersion").and_then(serde_json::Value::as_u64) {
         Some(2) => {}
-        Some(1) => return Err(unusable(what, "it has the obsolete manifest schema 1; push it again with a current tool")),
+        Some(1) => {
+            return Err(unusable(
+                what,
+                "it has the obsolete manifest schema 1; push it again with a current tool",
+            ));
+        }
         _ => return Err(unusable(what, "it is not a manifest")),
     }
     if value.get("manifests").is_some() {
@@ -78,7 +83,9 @@ pub(crate) fn choose(index: &ImageIndex, what: &str) -> Result<Digest, OciError>
     let ranked = index.manifests().iter().filter_map(|entry| Some((rank(entry)?, entry)));
     let Some((_, chosen)) = ranked.min_by_key(|(rank, _)| *rank) else {
         let platforms = index.manifests().iter().filter_map(|entry| entry.platform().as_ref());
-        let mut names: Vec<String> = platforms.map(|platform| format!("{}/{}", platform.os(), platform.architecture())).collect();
+        let mut names: Vec<String> = platforms
+            .map(|platform| format!("{}/{}", platform.os(), platform.architecture()))
+            .collect();
         names.sort();
         names.dedup();
         return Err(OciError::Platform {
@@ -96,7 +103,11 @@ fn image(manifest: &ImageManifest, what: &str, limits: &Limits) -> Result<Manife
             limit: MAX_LAYERS as u64,
         });
     }
-    let layers: Vec<Blob> = manifest.layers().iter().map(|layer| layer_blob(layer, what)).collect::<Result<_, _>>()?;
+    let layers: Vec<Blob> = manifest
+        .layers()
+        .iter()
+        .map(|layer| layer_blob(layer, what))
+        .collect::<Result<_, _>>()?;
     let config = blob(manifest.config(), what)?;
     if config.size > MAX_DOCUMENT {
         return Err(OciError::TooLarge {
@@ -120,7 +131,10 @@ fn layer_blob(layer: &Descriptor, what: &str) -> Result<Blob, OciError> {
     let is_layer = kind.contains("image.layer.") || kind.contains("image.rootfs.");
     match is_layer && kind.contains(".tar") && !kind.contains("encrypted") {
         true => blob(layer, what),
-        false => Err(unusable(what, &format!("it has a layer of the kind {}", quoted(kind.as_bytes())))),
+        false => Err(unusable(
+            what,
+            &format!("it has a layer of the kind {}", quoted(kind.as_bytes())),
+        )),
     }
 }
 
@@ -131,7 +145,10 @@ fn blob(descriptor: &Descriptor, what: &str) -> Result<Blob, OciError> {
             digest,
             size: descriptor.size(),
         }),
-        Err(_) => Err(unusable(what, &format!("the digest {} is not SHA-256", quoted(text.as_bytes())))),
+        Err(_) => Err(unusable(
+            what,
+            &format!("the digest {} is not SHA-256", quoted(text.as_bytes())),
+        )),
     }
 }
 
@@ -149,7 +166,10 @@ pub(crate) fn configuration(body: &[u8], what: &str, layers: usize) -> Result<Co
         .collect::<Result<_, _>>()
         .map_err(|_| unusable(what, "a digest of a layer is not SHA-256"))?;
     if diff_ids.len() != layers {
-        return Err(unusable(what, &format!("it has {layers} layers, and digests for {}", diff_ids.len())));
+        return Err(unusable(
+            what,
+            &format!("it has {layers} layers, and digests for {}", diff_ids.len()),
+        ));
     }
     Ok(Configuration {
         config: settings(&parsed),
@@ -222,22 +242,35 @@ mod tests {
             entry('d', "linux", "amd64", None),
             entry('e', "unknown", "unknown", None),
         ];
-        assert_eq!(list(entries.clone()).unwrap(), Document::List(digest('d').parse().unwrap()));
+        assert_eq!(
+            list(entries.clone()).unwrap(),
+            Document::List(digest('d').parse().unwrap())
+        );
         let error = list(vec![entries[0].clone(), entries[4].clone()]).unwrap_err();
-        assert!(error.to_string().ends_with("only for: linux/arm64, unknown/unknown"), "{error}");
+        assert!(
+            error.to_string().ends_with("only for: linux/arm64, unknown/unknown"),
+            "{error}"
+        );
         assert!(matches!(list(vec![]), Err(OciError::Platform { .. })));
     }
 
     #[test]
     fn unusable_manifests_are_rejected_with_the_reason() {
-        let layer = |kind: &str, digest: &str, size: u64| manifest(json!({"mediaType": kind, "digest": digest, "size": size}));
+        let layer =
+            |kind: &str, digest: &str, size: u64| manifest(json!({"mediaType": kind, "digest": digest, "size": size}));
         let tar = "application/vnd.oci.image.layer.v1.tar+gzip";
         let docker = "application/vnd.docker.image.rootfs.diff.tar.gzip";
         assert!(matches!(parsed(layer(tar, &digest('a'), 5)), Ok(Document::Image(_))));
         assert!(matches!(parsed(layer(docker, &digest('a'), 5)), Ok(Document::Image(_))));
         for (value, reason) in [
-            (layer("application/vnd.oci.image.layer.v1.tar+encrypted", &digest('a'), 5), "kind"),
-            (layer("application/vnd.wasm.content.layer.v1+wasm", &digest('a'), 5), "kind"),
+            (
+                layer("application/vnd.oci.image.layer.v1.tar+encrypted", &digest('a'), 5),
+                "kind",
+            ),
+            (
+                layer("application/vnd.wasm.content.layer.v1+wasm", &digest('a'), 5),
+                "kind",
+            ),
             (layer(tar, &format!("sha512:{}", "a".repeat(128)), 5), "SHA-256"),
             (layer(tar, "sha256:../../etc/passwd", 5), "cannot use"),
             (layer(tar, &digest('a'), u64::MAX), "larger"),
@@ -267,6 +300,9 @@ mod tests {
         assert_eq!(read.config, expected);
         assert!(configuration(body.to_string().as_bytes(), "box", 2).is_err());
         let arm = body.to_string().replace("amd64", "arm64");
-        assert!(matches!(configuration(arm.as_bytes(), "box", 1), Err(OciError::Platform { .. })));
+        assert!(matches!(
+            configuration(arm.as_bytes(), "box", 1),
+            Err(OciError::Platform { .. })
+        ));
     }
 }

@@ -46,7 +46,9 @@ fn parse(text: &str) -> Result<Reference, OciError> {
         reference: quoted(text.as_bytes()),
         reason,
     };
-    let reference: Reference = text.parse().map_err(|error: oci_spec::distribution::ParseError| invalid(error.to_string()))?;
+    let reference: Reference = text
+        .parse()
+        .map_err(|error: oci_spec::distribution::ParseError| invalid(error.to_string()))?;
     match reference.digest().map(str::parse::<Digest>) {
         Some(Err(error)) => Err(invalid(error.to_string())),
         _ => Ok(reference),
@@ -72,7 +74,9 @@ pub async fn pull(request: &PullRequest, cache: &LayerCache, work: &Path, task: 
         match found {
             Ok(fetched) => return finish(fetched, &reference, work, task).await,
             Err(error @ (OciError::Refused(_) | OciError::Cancelled)) => return Err(error),
-            Err(error) => tracing::warn!(%mirror, image = %reference, %error, "cannot pull from a mirror; trying the next"),
+            Err(error) => {
+                tracing::warn!(%mirror, image = %reference, %error, "cannot pull from a mirror; trying the next")
+            }
         }
     }
     let credentials = request.credentials.clone();
@@ -144,14 +148,23 @@ async fn resolve(registry: &Registry, reference: &Reference, task: &Task) -> Res
             Document::List(next) => wanted = Some(next),
         }
     }
-    Err(manifest::unusable(&name, "its lists of manifests are nested too deeply"))
+    Err(manifest::unusable(
+        &name,
+        "its lists of manifests are nested too deeply",
+    ))
 }
 
 async fn config_blob(registry: &Registry, repository: &str, blob: &Blob) -> Result<Vec<u8>, OciError> {
     let digest = blob.digest.to_string();
     let get = || async {
         let response = registry.blob(repository, &digest, 0).await?;
-        read_document(response, registry.name(), "an image configuration", registry.deadlines()).await
+        read_document(
+            response,
+            registry.name(),
+            "an image configuration",
+            registry.deadlines(),
+        )
+        .await
     };
     let body = registry.retrying(get).await?;
     let actual = Digest::of(&body);

@@ -150,7 +150,10 @@ impl Registry {
     }
 
     /// Calls `attempt` until it succeeds, fails for good, or has failed too often.
-    pub(crate) async fn retrying<T, F: Future<Output = Result<T, OciError>>>(&self, attempt: impl Fn() -> F) -> Result<T, OciError> {
+    pub(crate) async fn retrying<T, F: Future<Output = Result<T, OciError>>>(
+        &self,
+        attempt: impl Fn() -> F,
+    ) -> Result<T, OciError> {
         let mut failures = 0;
         loop {
             match attempt().await {
@@ -184,7 +187,10 @@ impl Registry {
             let access = own.then(|| self.access()).flatten();
             let response = self.send(&url, access.as_ref(), headers.clone()).await?;
             let status = response.status();
-            let location = response.headers().get(LOCATION).map(|value| value.as_bytes().to_owned());
+            let location = response
+                .headers()
+                .get(LOCATION)
+                .map(|value| value.as_bytes().to_owned());
             match (status, location) {
                 (StatusCode::OK | StatusCode::PARTIAL_CONTENT, _) => return Ok(response),
                 (StatusCode::UNAUTHORIZED, _) if own && !challenged => {
@@ -213,7 +219,12 @@ impl Registry {
     }
 
     /// Sends one request, and waits for the head of its response.
-    pub(crate) async fn send(&self, url: &Url, access: Option<&Access>, headers: HeaderMap) -> Result<Response, OciError> {
+    pub(crate) async fn send(
+        &self,
+        url: &Url,
+        access: Option<&Access>,
+        headers: HeaderMap,
+    ) -> Result<Response, OciError> {
         let mut request = self.client.get(url.clone()).headers(headers);
         request = match access {
             Some(Access::Basic(credentials)) => request.basic_auth(&credentials.username, Some(&credentials.password)),
@@ -262,7 +273,10 @@ fn is_loopback(url: &Url) -> bool {
 fn message(body: &[u8]) -> String {
     let parsed: Option<serde_json::Value> = serde_json::from_slice(body).ok();
     let field = |name| parsed.as_ref()?.pointer(&format!("/errors/0/{name}"))?.as_str();
-    match field("message").filter(|text| !text.is_empty()).or_else(|| field("code")) {
+    match field("message")
+        .filter(|text| !text.is_empty())
+        .or_else(|| field("code"))
+    {
         Some(text) => quoted(text.as_bytes()),
         None => quoted(body),
     }
@@ -278,7 +292,13 @@ pub(crate) async fn read_document(
     read(response, host, MAX_DOCUMENT, what, deadlines).await
 }
 
-async fn read(mut response: Response, host: &str, limit: u64, what: &str, deadlines: &Deadlines) -> Result<Vec<u8>, OciError> {
+async fn read(
+    mut response: Response,
+    host: &str,
+    limit: u64,
+    what: &str,
+    deadlines: &Deadlines,
+) -> Result<Vec<u8>, OciError> {
     let deadline = Instant::now() + deadlines.request;
     let mut body = Vec::new();
     let reading = async {

@@ -42,7 +42,9 @@ impl Place {
 
     fn names(&self, folder: &str) -> Vec<String> {
         let entries = fs::read_dir(self.folder.path().join(folder)).unwrap();
-        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
     }
 
     fn assert_nothing_is_left(&self) {
@@ -86,7 +88,10 @@ fn count() -> Arc<AtomicU32> {
 }
 
 fn hello(image: &Path) -> Vec<u8> {
-    let output = std::process::Command::new("debugfs").args(["-R", "cat /hello"]).arg(image).output();
+    let output = std::process::Command::new("debugfs")
+        .args(["-R", "cat /hello"])
+        .arg(image)
+        .output();
     output.unwrap().stdout
 }
 
@@ -101,7 +106,11 @@ async fn an_image_is_pulled_and_its_layers_are_reused() {
     let by_digest = named(&format!("{}/box@{}", registry.host(), image.digest));
     let again = place.pull(&by_digest).await.unwrap();
     assert_eq!(again.digest, made.digest);
-    assert_eq!(registry.seen(&image.layer).len(), 1, "the second time, it was in the cache");
+    assert_eq!(
+        registry.seen(&image.layer).len(),
+        1,
+        "the second time, it was in the cache"
+    );
     drop((made, again));
     assert_eq!(place.names("work"), [""; 0]);
 }
@@ -160,7 +169,10 @@ async fn an_absent_image_and_a_closed_port_are_reported() {
     let (image, place) = (FakeImage::new(), Place::new());
     let registry = FakeRegistry::of(&image, |_| None);
     let error = place.refused(&named(&format!("{}/absent:1", registry.host()))).await;
-    assert!(matches!(&error, OciError::NotFound { what, .. } if what == "absent:1"), "{error}");
+    assert!(
+        matches!(&error, OciError::NotFound { what, .. } if what == "absent:1"),
+        "{error}"
+    );
     assert_eq!(registry.seen("absent").len(), 1);
     let request = request(&registry);
     drop(registry);
@@ -172,7 +184,9 @@ async fn an_absent_image_and_a_closed_port_are_reported() {
 #[tokio::test]
 async fn a_registry_that_answers_401_for_ever_is_given_up() {
     let (image, place) = (FakeImage::new(), Place::new());
-    let registry = FakeRegistry::of(&image, |_| Some(Reply::with(401, "www-authenticate", "Basic realm=\"x\"")));
+    let registry = FakeRegistry::of(&image, |_| {
+        Some(Reply::with(401, "www-authenticate", "Basic realm=\"x\""))
+    });
     let error = place.refused(&request(&registry)).await;
     assert!(error.to_string().contains("user name and a password"), "{error}");
     let error = place.refused(&with_password(request(&registry))).await;
@@ -182,7 +196,11 @@ async fn a_registry_that_answers_401_for_ever_is_given_up() {
     // Also if it hands out tokens.
     let registry = FakeRegistry::start(|request| match request.path.starts_with("/token") {
         true => Reply::ok(br#"{"token": "abc"}"#),
-        false => Reply::with(401, "www-authenticate", format!("Bearer realm=\"/token\",service=\"s\"")),
+        false => Reply::with(
+            401,
+            "www-authenticate",
+            format!("Bearer realm=\"/token\",service=\"s\""),
+        ),
     });
     let error = place.refused(&with_password(request(&registry))).await;
     assert!(matches!(error, OciError::Unauthorized { .. }), "{error}");
@@ -216,7 +234,10 @@ async fn tokens_are_fetched_within_limits_and_shown_to_the_registry() {
         (Reply::ok(b""), "file:///etc/passwd"),
     ] {
         let error = Place::new().refused(&request(&with_token(reply, realm))).await;
-        let fits = matches!(error, OciError::TooLarge { .. } | OciError::Unauthorized { .. } | OciError::Redirect { .. });
+        let fits = matches!(
+            error,
+            OciError::TooLarge { .. } | OciError::Unauthorized { .. } | OciError::Redirect { .. }
+        );
         assert!(fits, "{realm}: {error}");
     }
 }
@@ -240,7 +261,13 @@ async fn credentials_do_not_follow_a_redirect() {
 
 #[tokio::test]
 async fn redirects_to_forbidden_places_and_in_circles_are_not_followed() {
-    for target in ["http://169.254.169.254/latest/meta-data", "file:///etc/passwd", "ftp://x/", "http://", "/v2/again"] {
+    for target in [
+        "http://169.254.169.254/latest/meta-data",
+        "file:///etc/passwd",
+        "ftp://x/",
+        "http://",
+        "/v2/again",
+    ] {
         let (image, place) = (FakeImage::new(), Place::new());
         let registry = FakeRegistry::of(&image, move |request| {
             (request.path != "/v2/").then(|| Reply::with(302, "location", target))
@@ -270,14 +297,30 @@ async fn stalled_endless_and_forged_answers_end_with_an_error_and_leave_nothing(
     let forged = vec![b'x'; image.layer_bytes().len()];
     let short = image.layer_bytes()[..1000].to_vec();
     let cases: [(&str, Reply, Fits); 8] = [
-        (manifest, Reply::Stall(Vec::new()), |error| matches!(error, OciError::Stalled { .. })),
-        (manifest, Reply::Endless, |error| matches!(error, OciError::TooLarge { .. })),
-        (manifest, Reply::ok(b"<html>"), |error| matches!(error, OciError::Manifest { .. })),
-        (layer, Reply::Stall(short.clone()), |error| matches!(error, OciError::Stalled { .. })),
-        (layer, Reply::Endless, |error| matches!(error, OciError::WrongSize { .. })),
-        (layer, Reply::ok(&forged), |error| matches!(error, OciError::WrongDigest { .. })),
-        (layer, Reply::ok(&short), |error| matches!(error, OciError::WrongSize { .. })),
-        (layer, Reply::status(404), |error| matches!(error, OciError::NotFound { .. })),
+        (manifest, Reply::Stall(Vec::new()), |error| {
+            matches!(error, OciError::Stalled { .. })
+        }),
+        (manifest, Reply::Endless, |error| {
+            matches!(error, OciError::TooLarge { .. })
+        }),
+        (manifest, Reply::ok(b"<html>"), |error| {
+            matches!(error, OciError::Manifest { .. })
+        }),
+        (layer, Reply::Stall(short.clone()), |error| {
+            matches!(error, OciError::Stalled { .. })
+        }),
+        (layer, Reply::Endless, |error| {
+            matches!(error, OciError::WrongSize { .. })
+        }),
+        (layer, Reply::ok(&forged), |error| {
+            matches!(error, OciError::WrongDigest { .. })
+        }),
+        (layer, Reply::ok(&short), |error| {
+            matches!(error, OciError::WrongSize { .. })
+        }),
+        (layer, Reply::status(404), |error| {
+            matches!(error, OciError::NotFound { .. })
+        }),
     ];
     for (path, reply, fits) in cases {
         let (place, path) = (Place::new(), path.to_owned());
@@ -292,9 +335,17 @@ async fn stalled_endless_and_forged_answers_end_with_an_error_and_leave_nothing(
 #[tokio::test]
 async fn a_forged_manifest_is_recognized_by_the_digest_of_the_reference() {
     let (image, place) = (FakeImage::new(), Place::new());
-    let other = image.contents[&image.manifest].iter().copied().chain([b' ']).collect::<Vec<u8>>();
-    let registry = FakeRegistry::of(&image, move |request| request.path.contains("manifests").then(|| Reply::ok(&other)));
-    let error = place.refused(&named(&format!("{}/box@{}", registry.host(), image.digest))).await;
+    let other = image.contents[&image.manifest]
+        .iter()
+        .copied()
+        .chain([b' '])
+        .collect::<Vec<u8>>();
+    let registry = FakeRegistry::of(&image, move |request| {
+        request.path.contains("manifests").then(|| Reply::ok(&other))
+    });
+    let error = place
+        .refused(&named(&format!("{}/box@{}", registry.host(), image.digest)))
+        .await;
     assert!(matches!(error, OciError::WrongDigest { .. }), "{error}");
     place.assert_nothing_is_left();
 }
@@ -303,7 +354,9 @@ async fn a_forged_manifest_is_recognized_by_the_digest_of_the_reference() {
 async fn a_dropped_pull_removes_what_it_has_written() {
     let (image, place) = (FakeImage::new(), Place::new());
     let (layer, part) = (image.layer.clone(), image.layer_bytes()[..1000].to_vec());
-    let registry = FakeRegistry::of(&image, move |request| (request.path == layer).then(|| Reply::Stall(part.clone())));
+    let registry = FakeRegistry::of(&image, move |request| {
+        (request.path == layer).then(|| Reply::Stall(part.clone()))
+    });
     let mut slow = request(&registry);
     slow.deadlines.stall = Duration::from_secs(60);
     let begun = async {
@@ -329,7 +382,16 @@ async fn a_dropped_pull_removes_what_it_has_written() {
 #[tokio::test]
 async fn malformed_references_are_rejected() {
     let place = Place::new();
-    for reference in ["", "UPPER", "a b", "../x", "x@sha256:12", "x:tag:tag", "http://host/x", "x@md5:0123456789abcdef0123456789abcdef"] {
+    for reference in [
+        "",
+        "UPPER",
+        "a b",
+        "../x",
+        "x@sha256:12",
+        "x:tag:tag",
+        "http://host/x",
+        "x@md5:0123456789abcdef0123456789abcdef",
+    ] {
         let error = place.refused(&named(reference)).await;
         assert!(matches!(error, OciError::Reference { .. }), "{reference}: {error}");
     }

@@ -57,7 +57,10 @@ pub struct Task {
 
 impl fmt::Debug for Task {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Task").field("limits", &self.limits).finish_non_exhaustive()
+        formatter
+            .debug_struct("Task")
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
     }
 }
 

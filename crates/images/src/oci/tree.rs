@@ -135,7 +135,10 @@ impl Tree {
                 }
                 _ => {}
             }
-            let found = self.folder(here).and_then(|names| names.get(&name)).map(|name| name.node);
+            let found = self
+                .folder(here)
+                .and_then(|names| names.get(&name))
+                .map(|name| name.node);
             let next = match (found, layer) {
                 (Some(found), _) => found,
                 (None, None) => return Ok(None),
@@ -166,7 +169,10 @@ impl Tree {
     pub(crate) fn file_at(&mut self, path: &[u8]) -> Option<Vec<u8>> {
         let mut path = path.to_vec();
         for _ in 0..MAX_LINKS {
-            let parts: Vec<&[u8]> = path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()).collect();
+            let parts: Vec<&[u8]> = path
+                .split(|byte| *byte == b'/')
+                .filter(|part| !part.is_empty())
+                .collect();
             let (name, parents) = parts.split_last()?;
             let folder = self.walk(parents, None).ok()??;
             let there = self.folder(folder)?.get(*name)?.node;
@@ -196,7 +202,9 @@ impl Tree {
     /// Gives a node another name, replacing what has it.
     pub(crate) fn link(&mut self, parent: NodeId, name: Vec<u8>, layer: usize, node: NodeId) {
         self.node_mut(node).links += 1;
-        let old = self.names_mut(parent).and_then(|names| names.insert(name, Name { node, layer }));
+        let old = self
+            .names_mut(parent)
+            .and_then(|names| names.insert(name, Name { node, layer }));
         if let Some(old) = old {
             self.unlink(old.node);
         }

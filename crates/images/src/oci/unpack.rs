@@ -117,12 +117,25 @@ impl<'t> Unpacker<'t> {
     /// Returns the merged layers, with the empty folders that every system needs.
     pub(crate) fn finish(mut self) -> Unpacked<'t> {
         if self.left_out > 0 {
-            tracing::info!(count = self.left_out, "left out device nodes below /dev and unsupported extended attributes");
+            tracing::info!(
+                count = self.left_out,
+                "left out device nodes below /dev and unsupported extended attributes"
+            );
         }
-        for (name, mode) in [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777)] {
-            let is_there = self.tree.folder(ROOT).is_some_and(|names| names.contains_key(name.as_bytes()));
+        for (name, mode) in [
+            ("dev", 0o755),
+            ("proc", 0o555),
+            ("sys", 0o555),
+            ("run", 0o755),
+            ("tmp", 0o1777),
+        ] {
+            let is_there = self
+                .tree
+                .folder(ROOT)
+                .is_some_and(|names| names.contains_key(name.as_bytes()));
             if !is_there {
-                self.tree.make_folder(ROOT, name.as_bytes(), usize::MAX, Meta::folder(mode));
+                self.tree
+                    .make_folder(ROOT, name.as_bytes(), usize::MAX, Meta::folder(mode));
             }
         }
         Unpacked {
@@ -144,8 +157,16 @@ impl<'t> Unpacker<'t> {
         self.metadata += (entry.path.len() + entry.target.len() + xattrs) as u64;
         let exceeded = [
             (self.entries > max, "too many entries", max),
-            (self.metadata > MAX_METADATA, "too many bytes of names and attributes", MAX_METADATA),
-            (self.tree.steps > max.saturating_mul(STEPS), "too many entries that undo each other", max),
+            (
+                self.metadata > MAX_METADATA,
+                "too many bytes of names and attributes",
+                MAX_METADATA,
+            ),
+            (
+                self.tree.steps > max.saturating_mul(STEPS),
+                "too many entries that undo each other",
+                max,
+            ),
         ];
         match exceeded.into_iter().find(|(exceeded, ..)| *exceeded) {
             Some((_, what, limit)) => Err(OciError::TooMany { what, limit }),
@@ -199,7 +220,8 @@ impl<'t> Unpacker<'t> {
             Kind::File => {
                 let meta = self.meta(entry, number)?;
                 let staged = self.stage(layer, entry.size)?;
-                self.tree.add(parent, name.to_vec(), number, meta, Body::File(staged, entry.size));
+                self.tree
+                    .add(parent, name.to_vec(), number, meta, Body::File(staged, entry.size));
             }
             Kind::Symlink => {
                 let target = link_target(&entry.target).map_err(|reason| OciError::Path {
@@ -208,7 +230,8 @@ impl<'t> Unpacker<'t> {
                     reason,
                 })?;
                 let meta = self.meta(entry, number)?;
-                self.tree.add(parent, name.to_vec(), number, meta, Body::Symlink(target));
+                self.tree
+                    .add(parent, name.to_vec(), number, meta, Body::Symlink(target));
             }
             Kind::HardLink => self.hard_link(number, entry, parent, name)?,
             Kind::Node(_) | Kind::Unknown => {
@@ -262,7 +285,11 @@ impl<'t> Unpacker<'t> {
             _ if self.tree.node(node).links >= 65_000 => return Err(invalid("has too many links")),
             _ => {}
         }
-        let is_itself = self.tree.folder(parent).and_then(|names| names.get(name)).is_some_and(|name| name.node == node);
+        let is_itself = self
+            .tree
+            .folder(parent)
+            .and_then(|names| names.get(name))
+            .is_some_and(|name| name.node == node);
         if !is_itself {
             self.tree.link(parent, name.to_vec(), layer, node);
         }
