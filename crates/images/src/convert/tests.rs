@@ -239,13 +239,15 @@ fn docker_save_archives_of_one_image_are_accepted() {
 #[test]
 fn other_files_are_not_taken_for_images() {
     let place = Place::new();
-    for (content, kind) in [
-        (b"".as_slice(), Kind::Unknown),
+    let archive = Tar::new().file("etc/passwd", b"x").done();
+    let cases: [(&[u8], Kind); 5] = [
+        (b"", Kind::Unknown),
         (b"QFI\xfb", Kind::Qcow2),
         (&[0x28, 0xb5, 0x2f, 0xfd, 0], Kind::Compressed),
-        (&Tar::new().file("etc/passwd", b"x").done(), Kind::Unknown),
-        (&vec![0; 4096], Kind::Unknown),
-    ] {
+        (&archive, Kind::Unknown),
+        (&[0; 4096], Kind::Unknown),
+    ];
+    for (content, kind) in cases {
         let path = place.write("file", content);
         assert_eq!(recognise(&path).unwrap(), kind);
         place.refused(&path);

@@ -52,7 +52,7 @@ mod ext4;
 #[cfg(test)]
 mod fake_registry;
 #[cfg(test)]
-mod hand_made;
+pub(crate) mod hand_made;
 #[cfg(test)]
 mod image_tests;
 mod layer;
