@@ -115,6 +115,7 @@ fn the_root_partition_is_found_by_type_or_else_by_size() {
         16 << 20,
         "the size of the partition"
     );
+    drop(made);
     let mbr = place.disk(
         "label: dos\nstart=2048, size=16384, type=83\nstart=18432, size=65536, type=83\n",
         &[(1, &root), (9, &data)],

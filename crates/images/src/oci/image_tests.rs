@@ -8,6 +8,7 @@ use crate::oci::limits::Limits;
 use crate::oci::task::Task;
 use crate::oci::unpack::{StoredLayer, Unpacker};
 use std::fs;
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -78,13 +79,12 @@ fn make(layers: &[Vec<u8>]) -> Result<Made, OciError> {
 
 fn uncompressed(layer: &[u8]) -> Vec<u8> {
     let mut plain = Vec::new();
-    match layer.starts_with(&[0x1f, 0x8b]) {
-        true => {
-            let mut decoder = flate2::read::GzDecoder::new(layer);
-            let _damaged = std::io::Read::read_to_end(&mut decoder, &mut plain);
-        }
-        false => plain.extend(layer),
-    }
+    // Of a damaged layer, the part before the damage.
+    let _damaged = match layer {
+        [0x1f, 0x8b, ..] => flate2::read::GzDecoder::new(layer).read_to_end(&mut plain),
+        [0x28, 0xb5, ..] => zstd::Decoder::new(layer).unwrap().read_to_end(&mut plain),
+        mut other => other.read_to_end(&mut plain),
+    };
     plain
 }
 
@@ -325,7 +325,7 @@ fn damaged_and_truncated_layers_are_refused() {
 #[test]
 fn bombs_are_refused_by_size_ratio_entries_and_work() {
     let zeros = vec![0; 80 << 20];
-    let bomb = gzip(&Tar::new().file("zeros", &zeros).done());
+    let bomb = zstd::encode_all(Tar::new().file("zeros", &zeros).done().as_slice(), 1).unwrap();
     let small = Limits {
         max_unpacked: scalebox_units::Bytes::from_mib(4),
         max_entries: 1000,
