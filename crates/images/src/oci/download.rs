@@ -56,8 +56,9 @@ impl<'d> Downloads<'d> {
 
     /// Returns all layers, open for reading, in their order.
     pub(crate) async fn all(&self, layers: &[Blob]) -> Result<Vec<File>, OciError> {
-        let layers = stream::iter(layers).map(|layer| self.layer(layer));
-        layers.buffered(PARALLEL).try_collect().await
+        // Futures do nothing before they are polled.
+        let layers: Vec<_> = layers.iter().map(|layer| self.layer(layer)).collect();
+        stream::iter(layers).buffered(PARALLEL).try_collect().await
     }
 
     /// Returns one layer: from the cache, or from the registry.
