@@ -15,8 +15,11 @@ run=(
 	btrfs-progs e2fsprogs util-linux mount nftables iproute2 qemu-system-x86
 	# to build the Debian template
 	mmdebstrap debian-archive-keyring cpio zstd kmod
+	# to import disk images
+	qemu-utils fdisk
 )
-test=(openssh-client xfsprogs dosfstools mtools procps curl shellcheck strace systemd fio iptables python3-venv busybox-static)
+test=(openssh-client xfsprogs dosfstools mtools procps curl shellcheck strace systemd fio iptables python3-venv
+	busybox-static docker-registry skopeo umoci)
 
 list=false
 if [[ ${1:-} == --list ]]; then

@@ -90,6 +90,14 @@ kinds! {
     TemplateCreated = "template_created",
     /// A template was deleted. Details: `template`.
     TemplateDeleted = "template_deleted",
+    /// A job was started. Details: `job`, `kind`, `template`.
+    JobStarted = "job_started",
+    /// A running job made progress; at most one event a second for each job. Details: `job`,
+    /// `phase`, `done_bytes`, `total_bytes`.
+    JobProgress = "job_progress",
+    /// A job ended. Details: `job`, `status` (`done`, `failed` or `cancelled`), and `reason` if it
+    /// failed.
+    JobEnded = "job_ended",
     /// The pool grew. Details: `capacity_bytes`, `free_bytes`.
     PoolGrown = "pool_grown",
     /// The pool shrank. Details: `capacity_bytes`, `free_bytes`.

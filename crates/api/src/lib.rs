@@ -11,6 +11,7 @@
 //! |---|---|
 //! | `vms` | VMs, and the requests that create and change them |
 //! | `templates` | templates and snapshots |
+//! | `jobs` | jobs, and the request that pulls a template |
 //! | `pool` | the pool, its size, and the usage of disks |
 //! | `host` | the host's hardware, limits and counts |
 //! | `events` | the events of `GET /events` |
@@ -27,6 +28,7 @@ mod error;
 mod events;
 mod host;
 mod idempotency;
+mod jobs;
 mod limits;
 mod pool;
 mod suggestion;
@@ -38,8 +40,9 @@ pub use error::{ErrorBody, ErrorCode};
 pub use events::{Event, EventKind, EventVm};
 pub use host::{Cpu, Health, HostInfo, HostLimits, Memory, VmCounts};
 pub use idempotency::IdempotencyKey;
+pub use jobs::{Job, JobList, PullTemplate};
 pub use limits::Limits;
 pub use pool::{PoolInfo, ResizePool, StorageUsage, Trimmed};
-pub use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};
+pub use scalebox_units::{ImageConfig, Init, InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};
 pub use templates::{Snapshot, SnapshotVm, Template, TemplateList};
 pub use vms::{AutoExtend, CreateVm, Disk, UpdateVm, Vm, VmList, VmStatus};

@@ -2,7 +2,7 @@
 
 use crate::body::{Fields, Invalid};
 use crate::pool::StorageUsage;
-use scalebox_units::TemplateName;
+use scalebox_units::{ImageConfig, Init, TemplateName};
 use serde::{Deserialize, Serialize};
 
 /// A template, as `GET /templates` returns it.
@@ -26,13 +26,27 @@ pub struct Template {
     /// measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
-    /// Origin: `build`, `import` or `snapshot`; absent for templates of releases that did not
+    /// Origin: `build`, `import`, `snapshot` or `pull`; absent for templates of releases that did not
     /// record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Id of the VM that the disk belonged to, if the source is `snapshot`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_vm: Option<String>,
+    /// Complete reference of the image, such as `docker.io/library/python:3.12-slim`, if the source
+    /// is `pull`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
+    /// Digest of the manifest that the reference stood for, `sha256:` and 64 hex digits, if the
+    /// source is `pull`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest_digest: Option<String>,
+    /// Settings of the image that the template was made of; absent if it had none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<ImageConfig>,
+    /// First process of its VMs; absent means the init system in its file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<Init>,
     /// Id of the kernel that new VMs boot; absent if the template was imported before there was
     /// one.
     #[serde(default, skip_serializing_if = "Option::is_none")]

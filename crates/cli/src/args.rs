@@ -57,7 +57,7 @@ pub(crate) enum Command {
         after_help = "Example:\n  scalebox vm create --name box --disk 10 --wait && scalebox vm ssh box"
     )]
     Vm(VmCommand),
-    /// List, export, import and delete the templates that disks are cloned from
+    /// List, pull, export, import and delete the templates that disks are cloned from
     #[command(subcommand, after_help = "Example:\n  scalebox template list")]
     Template(TemplateCommand),
     /// Show, grow, shrink and trim the pool, which holds all disks and templates
@@ -387,6 +387,8 @@ pub(crate) enum TemplateCommand {
         #[arg(long)]
         replace: bool,
     },
+    /// Create a template from an image in a container registry
+    Pull(PullArgs),
     /// Delete templates; VMs created from them are not changed
     #[command(
         visible_alias = "rm",
@@ -400,6 +402,31 @@ pub(crate) enum TemplateCommand {
         #[arg(long, short)]
         yes: bool,
     },
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The server pulls the image for linux/amd64, and goes on if this command is interrupted. With --username, the \
+    password or access token is read from standard input.\n\n\
+    Examples:\n  scalebox template pull python:3.12-slim\n  \
+    scalebox template pull ghcr.io/owner/tool:1 --name tool --username me < token-file"
+)]
+pub(crate) struct PullArgs {
+    /// Image to pull: [REGISTRY/]NAME[:TAG][@sha256:DIGEST]
+    #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
+    pub reference: String,
+    /// Name of the new template [default: name and tag of the image, such as python-3.12-slim]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<TemplateName>,
+    /// Replace an existing template of this name; VMs created from it are not changed
+    #[arg(long)]
+    pub replace: bool,
+    /// User name at the registry
+    #[arg(long, value_name = "USER", value_parser = NonEmptyStringValueParser::new())]
+    pub username: Option<String>,
+    /// Allow plain HTTP if HTTPS does not work; a registry on the server itself may always use it
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -63,6 +63,10 @@ pub(crate) enum Error {
     File { path: PathBuf, why: io::Error },
     #[error("the export failed: {0}; try again")]
     Export(String),
+    #[error("cannot derive the name of a template from {0:?}: choose one with --name")]
+    NoTemplateName(String),
+    #[error("cannot pull {name}: {reason}")]
+    Pull { name: String, reason: String },
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }
@@ -102,6 +106,7 @@ impl Error {
                 | KeyUnreadable { .. }
                 | Key { .. }
                 | FileExists(_)
+                | NoTemplateName(_)
         )
     }
 

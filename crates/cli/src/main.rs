@@ -12,6 +12,7 @@
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `status`: `scalebox status`
 //! - `template`: `scalebox template list|delete`
+//! - `template_pull`: `scalebox template pull`
 //! - `template_files`: `scalebox template export|import`
 //! - `pool`: `scalebox pool …`
 //! - `events`: `scalebox events`
@@ -32,6 +33,7 @@ mod ssh;
 mod status;
 mod template;
 mod template_files;
+mod template_pull;
 mod vm;
 mod wait;
 
@@ -86,6 +88,7 @@ fn run(args: Args, output: &Output) -> Result<(), Error> {
             file,
             replace,
         }) => template_files::import(&server.client, template.as_str(), &file, replace, output),
+        Command::Template(TemplateCommand::Pull(args)) => template_pull::pull(&server.client, &args, output),
         Command::Template(TemplateCommand::Delete { templates, yes }) => {
             template::delete(&server.client, &templates, yes, output)
         }

@@ -4,8 +4,8 @@ use crate::error::ClientError;
 use crate::event_stream::EventStream;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use scalebox_api::{
-    CreateVm, ErrorBody, Health, HostInfo, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList, Trimmed,
-    UpdateVm, Vm, VmList,
+    CreateVm, ErrorBody, Health, HostInfo, Job, JobList, PoolInfo, PullTemplate, ResizePool, Snapshot, SnapshotVm,
+    Template, TemplateList, Trimmed, UpdateVm, Vm, VmList,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -179,6 +179,46 @@ impl Client {
     /// See [`ClientError`].
     pub fn templates(&self) -> Result<Vec<Template>, ClientError> {
         self.get("/templates").map(|TemplateList { templates }| templates)
+    }
+
+    /// Sends `GET /templates/{name}`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn template(&self, name: &str) -> Result<Template, ClientError> {
+        self.get(&template_path(name, ""))
+    }
+
+    /// Sends `POST /templates/{name}/pull`. Returns the job, which has just started.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn pull_template(&self, name: &str, request: &PullTemplate) -> Result<Job, ClientError> {
+        self.send_json(Method::POST, &template_path(name, "/pull"), request)
+    }
+
+    /// Sends `GET /jobs`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn jobs(&self) -> Result<Vec<Job>, ClientError> {
+        self.get("/jobs").map(|JobList { jobs }| jobs)
+    }
+
+    /// Sends `GET /jobs/{job}`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn job(&self, id: &str) -> Result<Job, ClientError> {
+        self.get(&job_path(id))
+    }
+
+    /// Sends `DELETE /jobs/{job}`, which cancels a running job.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn cancel_job(&self, id: &str) -> Result<(), ClientError> {
+        self.delete(&job_path(id))
     }
 
     /// Sends `DELETE /templates/{name}`.
@@ -591,6 +631,10 @@ fn is_loopback(base: &str) -> bool {
 
 fn template_path(name: &str, rest: &str) -> String {
     format!("/templates/{}{rest}", percent_encoded(name))
+}
+
+fn job_path(id: &str) -> String {
+    format!("/jobs/{}", percent_encoded(id))
 }
 
 fn vm_path(id_or_name: &str) -> String {

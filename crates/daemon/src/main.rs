@@ -10,7 +10,7 @@
 //! | `state` | the state file: VMs and facts that survive a restart |
 //! | `host` | the parts of a running daemon: pool, network, hypervisors, VMs in memory, events |
 //! | `pool` | the pool's figures and size, admission, freeing of disks |
-//! | `templates` | the list of templates, and their deletion |
+//! | `templates` | the list of templates, their deletion, and pulls from registries |
 //! | `vm` | operations on one VM, and recovery at start |
 //! | `watch` | background loops: space, disk extension, trim, network, usage |
 //! | `http` | the server, routes, events, metrics, the OpenAPI document |

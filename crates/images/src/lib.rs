@@ -1,4 +1,7 @@
-//! Builds what a template consists of: a root file system, a kernel and its initramfs.
+//! Makes what a template consists of: a root file system, a kernel and its initramfs.
+//!
+//! The root file system is built from Debian's archive ([`build`]), pulled from a registry
+//! ([`oci`]), or converted from a disk image or an archive ([`convert`]).
 //!
 //! The template `debian-base` is Debian, installed by `mmdebstrap` from Debian's archive and
 //! prepared for cloning: it contains nothing that belongs to a single machine. A guest reads its
@@ -6,7 +9,7 @@
 //! files that go into a guest are in this crate's folder `files/`, where they can be read and
 //! checked as they are.
 //!
-//! Everything is synchronous; [`build`] takes a minute or two.
+//! Everything is synchronous, except pulling; [`build`] takes a minute or two.
 //!
 //! # Layout
 //!
@@ -21,6 +24,8 @@
 //! | `kernel`, `lz4` | the kernel package: image and modules |
 //! | `initramfs`, `cpio` | the initramfs: virtio drivers, and the agent, which mounts the root |
 //! | `mke2fs` | writes the ext4 images, in user space |
+//! | `oci/` | images of containers: registries, archives, layers |
+//! | `convert/` | recognising images, and converting disk images |
 //! | `scratch`, `cache` | the working directory of a build, and finished builds |
 //! | `progress` | progress reports of a build |
 //! | `programs` | the outside programs of a build |
@@ -38,6 +43,7 @@
 
 mod bootstrap;
 mod cache;
+pub mod convert;
 mod cpio;
 mod customize;
 mod embedded;
@@ -47,6 +53,7 @@ mod kernel;
 mod lz4;
 mod mirrors;
 mod mke2fs;
+pub mod oci;
 mod programs;
 mod progress;
 mod recipe;

@@ -31,51 +31,62 @@ const RESERVED_PERCENT: &str = "1";
 /// Checks the result.
 pub(crate) fn write(root: &Path, image: &Path, size: Bytes, progress: &mut dyn Progress) -> Result<(), Error> {
     progress.step(progress::IMAGE);
+    create(image, size, Some(root))?;
+    progress.fraction(0.3);
+    finish(image)?;
+    progress.fraction(1.0);
+    Ok(())
+}
+
+/// Writes the tree below `root`, or nothing, to the new file `image`, as a sparse ext4 file system
+/// of `size`.
+pub(crate) fn create(image: &Path, size: Bytes, root: Option<&Path>) -> Result<(), Error> {
     let file = File::create_new(image).map_err(Error::io("create", image))?;
     file.set_len(size.as_u64())
         .map_err(Error::io("set the size of", image))?;
-    let (root, path) = (root.to_string_lossy(), image.to_string_lossy());
     // mke2fs detects that the new file reads as zeros and marks the inode tables as zeroed, so that
     // no clone zeroes them at its first boot.
-    run(MKE2FS)
-        .args([
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-b",
-            "4096",
-            "-I",
-            "256",
-            "-i",
-            "16384",
-            "-m",
-            RESERVED_PERCENT,
-            "-G",
-            FLEX_GROUPS,
-            "-J",
-            JOURNAL_MIB,
-            "-L",
-            "scalebox-root",
-            "-O",
-            FEATURES,
-            "-d",
-            &root,
-            &path,
-        ])
-        .stdout()?;
-    progress.fraction(0.3);
+    let mut mke2fs = run(MKE2FS).args([
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-b",
+        "4096",
+        "-I",
+        "256",
+        "-i",
+        "16384",
+        "-m",
+        RESERVED_PERCENT,
+        "-G",
+        FLEX_GROUPS,
+        "-J",
+        JOURNAL_MIB,
+        "-L",
+        "scalebox-root",
+        "-O",
+        FEATURES,
+    ]);
+    if let Some(root) = root {
+        mke2fs = mke2fs.args(["-d".as_ref(), root.as_os_str()]);
+    }
+    mke2fs.args([image]).stdout()?;
+    Ok(())
+}
+
+/// Sets the options of a filled image, checks it, and flushes it.
+pub(crate) fn finish(image: &Path) -> Result<(), Error> {
     // `noinit_itable` becomes a default mount option. The inode tables that growth adds (1.6
     // GB for 100 GiB) are not marked as zeroed, and the kernel would write them in the background,
     // and while growing. They are holes, which read as zeros anyway.
     run(TUNE2FS)
-        .args(["-e", "remount-ro", "-E", "mount_opts=noinit_itable", &path])
+        .args(["-e", "remount-ro", "-E", "mount_opts=noinit_itable"])
+        .args([image])
         .stdout()?;
-    run(E2FSCK).args(["-f", "-n", &path]).stdout()?;
-    progress.fraction(0.5);
-    file.sync_all().map_err(Error::io("flush", image))?;
-    progress.fraction(1.0);
-    Ok(())
+    run(E2FSCK).args(["-f", "-n"]).args([image]).stdout()?;
+    let file = File::open(image).map_err(Error::io("open", image))?;
+    file.sync_all().map_err(Error::io("flush", image))
 }
 
 /// The features of the modules drive, which is never written: no journal, nothing for growth.

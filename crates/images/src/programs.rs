@@ -10,14 +10,20 @@ use scalebox_programs::{Program, Run};
 pub(crate) const APT_GET: Program = Program::new("apt-get", "apt");
 /// Runs a program of the new root, inside it.
 pub(crate) const CHROOT: Program = Program::new("chroot", "coreutils");
+/// Fills an image with files, in user space.
+pub(crate) const DEBUGFS: Program = Program::new("debugfs", "e2fsprogs");
 /// Checks the finished image.
 pub(crate) const E2FSCK: Program = Program::new("e2fsck", "e2fsprogs");
 /// Creates the image from a directory, in user space.
 pub(crate) const MKE2FS: Program = Program::new("mke2fs", "e2fsprogs");
 /// Installs Debian into a directory.
 pub(crate) const MMDEBSTRAP: Program = Program::new("mmdebstrap", "mmdebstrap");
+/// Converts disk images.
+pub(crate) const QEMU_IMG: Program = Program::new("qemu-img", "qemu-utils");
 /// Removes a tree without crossing into other file systems.
 pub(crate) const RM: Program = Program::new("rm", "coreutils");
+/// Reads partition tables.
+pub(crate) const SFDISK: Program = Program::new("sfdisk", "fdisk");
 /// Sets options that `mke2fs` lacks.
 pub(crate) const TUNE2FS: Program = Program::new("tune2fs", "e2fsprogs");
 /// Runs another program in a mount namespace of its own.

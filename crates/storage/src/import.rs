@@ -9,11 +9,11 @@ use crate::image::pack::{self, UnpackError};
 use crate::local::files::{self, PARTIAL};
 use crate::pool::Pool;
 use crate::publish::NewTemplate;
-use crate::record::TemplateSource;
+use crate::record::{PulledImage, TemplateSource};
 use crate::template::Template;
 use rustix::fs::OFlags;
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::{Bytes, KernelId, TemplateName};
+use scalebox_units::{Bytes, ImageConfig, Init, KernelId, TemplateName};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -26,6 +26,8 @@ const RESERVATION_STEP: Bytes = Bytes::from_mib(256);
 struct PendingImport {
     name: TemplateName,
     source: TemplateSource,
+    config: Option<ImageConfig>,
+    init: Option<Init>,
     kernel: Option<KernelId>,
     replace: bool,
     partial: PathBuf,
@@ -41,6 +43,19 @@ impl Drop for PendingImport {
             files::discard(&self.partial);
         }
     }
+}
+
+/// A bare ext4 image that was made of an image of another kind.
+#[derive(Debug, Clone)]
+pub struct ConvertedImage<'i> {
+    /// The file.
+    pub path: &'i Path,
+    /// The image in a registry, if it was pulled.
+    pub pulled: Option<PulledImage>,
+    /// The settings of the image, if it had any.
+    pub config: Option<ImageConfig>,
+    /// The first process of its VMs.
+    pub init: Option<Init>,
 }
 
 /// A template opened for export. Deleting the template does not affect it.
@@ -122,6 +137,27 @@ impl Pool {
         let mut pending = self.begin_import(name, true)?;
         pending.source = TemplateSource::Build;
         pending.kernel = Some(kernel.clone());
+        self.copy_image(pending, &what, &file)
+    }
+
+    /// Imports a converted image as template `name`, which its record describes. With `replace`, it
+    /// replaces a template of that name. Its VMs boot the newest kernel of the pool.
+    ///
+    /// # Errors
+    /// As for [`Pool::import_template`].
+    pub fn import_converted(
+        &self,
+        name: &TemplateName,
+        image: ConvertedImage<'_>,
+        replace: bool,
+    ) -> Result<Template, StorageError> {
+        let what = name.to_string();
+        self.images.require_template(&what, image.path)?;
+        let file = File::open(image.path).map_err(|error| StorageError::io("read", &what, error))?;
+        let mut pending = self.begin_import(name, replace)?;
+        pending.source = image.pulled.map_or(TemplateSource::Import, TemplateSource::Pull);
+        pending.config = image.config;
+        pending.init = image.init;
         self.copy_image(pending, &what, &file)
     }
 
@@ -233,6 +269,8 @@ impl Pool {
         let mut pending = PendingImport {
             name: name.clone(),
             source: TemplateSource::Import,
+            config: None,
+            init: None,
             kernel: None,
             replace,
             partial,
@@ -268,6 +306,8 @@ impl Pool {
             file: &pending.file,
             path: partial,
             source: pending.source.clone(),
+            config: pending.config.clone(),
+            init: pending.init,
             kernel: pending.kernel.clone(),
             digest: Some(digest),
             replace: pending.replace,

@@ -102,7 +102,7 @@ pub use delete::UnlinkedDisk;
 pub use disk::SweepResult;
 pub use error::{DeviceRefusal, StorageError};
 pub use image::scrub::{EditedFile, Scrub};
-pub use import::TemplateExport;
+pub use import::{ConvertedImage, TemplateExport};
 pub use initramfs::AppendedArchive;
 pub use kernels::{Kernel, KernelFiles};
 pub use local::backing::{ActualBacking, Backing};
@@ -120,7 +120,7 @@ pub use local::sizing::{
 pub use pool::{Pool, jails_dir};
 pub use pool_size_error::PoolSizeError;
 pub use programs::{PROGRAMS, require_programs};
-pub use record::TemplateSource;
+pub use record::{PulledImage, TemplateSource};
 pub use snapshot::PendingSnapshot;
 pub use space::Space;
 pub use template::Template;

@@ -205,6 +205,11 @@ impl Pool {
         }
     }
 
+    /// Returns the folder of the layers of pulled images. It need not exist.
+    pub fn layers_dir(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
     pub(crate) fn templates_dir(&self) -> PathBuf {
         self.root.join("templates")
     }

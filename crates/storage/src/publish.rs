@@ -6,7 +6,7 @@ use crate::pool::Pool;
 use crate::record::{IMAGE, Record, TemplateSource};
 use crate::template::Template;
 use scalebox_fault_points::fault_point;
-use scalebox_units::{KernelId, TemplateName};
+use scalebox_units::{ImageConfig, Init, KernelId, TemplateName};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
@@ -21,6 +21,8 @@ pub(crate) struct NewTemplate<'a> {
     /// The present path of the image.
     pub(crate) path: &'a Path,
     pub(crate) source: TemplateSource,
+    pub(crate) config: Option<ImageConfig>,
+    pub(crate) init: Option<Init>,
     pub(crate) kernel: Option<KernelId>,
     pub(crate) digest: Option<String>,
     /// `true` if the new template may replace a template of that name.
@@ -41,19 +43,7 @@ impl Pool {
             .metadata()
             .map_err(|error| StorageError::io("read", name, error))?;
         let image = self.free_image_path(name, meta.ino());
-        let record = Record {
-            image: image.file_name().and_then(OsStr::to_str).unwrap_or_default().to_owned(),
-            size_bytes: meta.len(),
-            created_at: jiff::Timestamp::now(),
-            source: Some(new.source.as_str().to_owned()),
-            source_vm: match new.source {
-                TemplateSource::Snapshot(vm) => Some(vm),
-                TemplateSource::Build | TemplateSource::Import => None,
-            },
-            kernel: new.kernel,
-            digest: new.digest,
-            other: serde_json::Map::new(),
-        };
+        let record = record_of(&new, &image, meta.len());
         // Until it is renamed or removed, no one else publishes a template of this name.
         let (_locked, partial) = self.write_record(name, &record)?;
         let replaced = self.replaceable(name, new.replace);
@@ -114,6 +104,33 @@ impl Pool {
             Err(error) if error.kind() == io::ErrorKind::NotFound => first,
             _ => self.templates_dir().join(format!("{name}@{inode}{IMAGE}")),
         }
+    }
+}
+
+/// Returns the record of a new template.
+fn record_of(new: &NewTemplate<'_>, image: &Path, size_bytes: u64) -> Record {
+    let (mut source_vm, mut reference, mut manifest_digest) = (None, None, None);
+    match &new.source {
+        TemplateSource::Snapshot(vm) => source_vm = Some(vm.clone()),
+        TemplateSource::Pull(pulled) => {
+            reference = Some(pulled.reference.clone());
+            manifest_digest = Some(pulled.digest.clone());
+        }
+        TemplateSource::Build | TemplateSource::Import => {}
+    }
+    Record {
+        image: image.file_name().and_then(OsStr::to_str).unwrap_or_default().to_owned(),
+        size_bytes,
+        created_at: jiff::Timestamp::now(),
+        source: Some(new.source.as_str().to_owned()),
+        source_vm,
+        reference,
+        manifest_digest,
+        config: new.config.clone(),
+        init: new.init,
+        kernel: new.kernel.clone(),
+        digest: new.digest.clone(),
+        other: serde_json::Map::new(),
     }
 }
 

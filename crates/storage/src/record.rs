@@ -7,7 +7,7 @@ use crate::error::StorageError;
 use crate::local::files::{self, PARTIAL};
 use crate::pool::Pool;
 use scalebox_fault_points::fault_point;
-use scalebox_units::{KernelId, TemplateName, VmId};
+use scalebox_units::{ImageConfig, Init, KernelId, TemplateName, VmId};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs::File;
@@ -30,6 +30,18 @@ pub enum TemplateSource {
     Import,
     /// The disk of this VM.
     Snapshot(VmId),
+    /// An image from a registry.
+    Pull(PulledImage),
+}
+
+/// The image in a registry that a template was made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PulledImage {
+    /// The complete reference, such as `docker.io/library/python:3.12-slim`.
+    pub reference: String,
+    /// The digest of the manifest, or list of manifests, that the reference stood for: `sha256:` and
+    /// 64 hex digits.
+    pub digest: String,
 }
 
 impl TemplateSource {
@@ -39,6 +51,7 @@ impl TemplateSource {
             TemplateSource::Build => "build",
             TemplateSource::Import => "import",
             TemplateSource::Snapshot(_) => "snapshot",
+            TemplateSource::Pull(_) => "pull",
         }
     }
 }
@@ -56,6 +69,17 @@ pub(crate) struct Record {
     /// The VM, if the source is a snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) source_vm: Option<VmId>,
+    /// The reference and the digest of the image, if the source is a pull.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) reference: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) manifest_digest: Option<String>,
+    /// The settings of the image that the template was made of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) config: Option<ImageConfig>,
+    /// The first process of its VMs; none means an init system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) init: Option<Init>,
     /// The kernel that VMs of the template boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) kernel: Option<KernelId>,
@@ -73,6 +97,10 @@ impl Record {
             ("build", _) => Some(TemplateSource::Build),
             ("import", _) => Some(TemplateSource::Import),
             ("snapshot", Some(vm)) => Some(TemplateSource::Snapshot(vm.clone())),
+            ("pull", _) => Some(TemplateSource::Pull(PulledImage {
+                reference: self.reference.clone()?,
+                digest: self.manifest_digest.clone()?,
+            })),
             _ => None,
         }
     }
@@ -160,13 +188,27 @@ mod tests {
 
     #[test]
     fn fields_of_later_releases_survive_a_rewrite() {
-        let text = br#"{"image":"a.b.ext4","size_bytes":4096,"created_at":"2026-01-02T03:04:05Z","source":"pull",
+        let text = br#"{"image":"a.b.ext4","size_bytes":4096,"created_at":"2026-01-02T03:04:05Z","source":"later",
             "kernel":"0123456789abcdef","labels":{"team":"x"}}"#;
         let record = Record::parse(text, &"a.b".parse().unwrap()).unwrap();
         assert_eq!((record.source(), record.digest.as_deref()), (None, None));
         let rewritten: Value = serde_json::from_slice(&serde_json::to_vec(&record).unwrap()).unwrap();
         let original: Value = serde_json::from_slice(text).unwrap();
         assert_eq!(rewritten, original);
+    }
+
+    #[test]
+    fn a_pulled_image_is_recorded_with_its_settings() {
+        let text = br#"{"image":"a.ext4","size_bytes":4096,"created_at":"2026-01-02T03:04:05Z","source":"pull",
+            "reference":"docker.io/library/a:1","manifest_digest":"sha256:00","config":{"env":["A=1"],"later":1},"init":"agent"}"#;
+        let record = Record::parse(text, &"a".parse().unwrap()).unwrap();
+        let pulled = PulledImage {
+            reference: "docker.io/library/a:1".to_owned(),
+            digest: "sha256:00".to_owned(),
+        };
+        assert_eq!(record.source(), Some(TemplateSource::Pull(pulled)));
+        assert_eq!(record.config.unwrap().env, ["A=1"]);
+        assert_eq!(record.init, Some(Init::Agent));
     }
 
     #[test]

@@ -149,6 +149,8 @@ impl Pool {
             file,
             path: partial,
             source: TemplateSource::Snapshot(source),
+            config: None,
+            init: None,
             kernel: snapshot.kernel.clone(),
             digest: None,
             replace: false,

@@ -12,7 +12,7 @@ use crate::pool::Pool;
 use crate::record::{self, IMAGE, Record, TemplateSource};
 use rustix::fs::{FlockOperation, flock};
 use scalebox_fault_points::{crash_point, fault_point};
-use scalebox_units::{Bytes, Gib, KernelId, TemplateName};
+use scalebox_units::{Bytes, Gib, ImageConfig, Init, KernelId, TemplateName};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -34,6 +34,10 @@ pub struct Template {
     pub created_at: SystemTime,
     /// The origin of the template; `None` for a template of a release that recorded none.
     pub source: Option<TemplateSource>,
+    /// The settings of the image that it was made of, if that had any.
+    pub config: Option<ImageConfig>,
+    /// The first process of its VMs; `None` means the init system in its file system.
+    pub init: Option<Init>,
     /// The kernel that its VMs boot; `None` if it was imported into a pool without a kernel.
     pub kernel: Option<KernelId>,
     /// The digest of its image: `blocks-sha256:` and 64 hex digits. `None` for a snapshot, because
@@ -50,6 +54,8 @@ impl Template {
             used: Bytes::from_blocks(image.blocks(), 512),
             created_at: record.created_at.into(),
             source: record.source(),
+            config: record.config.clone(),
+            init: record.init,
             kernel: record.kernel.clone(),
             digest: record.digest.clone(),
             inode: image.ino(),

@@ -8,8 +8,8 @@
 
 mod support;
 
-use scalebox_storage::{KernelFiles, Pool, SimulatedSpace, StorageError, TemplateSource};
-use scalebox_units::{Bytes, Gib, KernelId};
+use scalebox_storage::{ConvertedImage, KernelFiles, Pool, PulledImage, SimulatedSpace, StorageError, TemplateSource};
+use scalebox_units::{Bytes, Gib, ImageConfig, Init, KernelId};
 use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -52,6 +52,38 @@ fn files_in(folder: &Path) -> Vec<String> {
 
 fn no_vms() -> HashSet<KernelId> {
     HashSet::new()
+}
+
+#[test]
+fn a_pulled_image_keeps_its_reference_settings_and_init() {
+    let (folder, pool) = simulated();
+    let image = file(folder.path(), "image", "content");
+    let pulled = PulledImage {
+        reference: "docker.io/library/box:1".to_owned(),
+        digest: format!("sha256:{}", "a".repeat(64)),
+    };
+    let config = ImageConfig {
+        cmd: vec!["/bin/sh".to_owned()],
+        ..ImageConfig::default()
+    };
+    let converted = ConvertedImage {
+        path: &image,
+        pulled: Some(pulled.clone()),
+        config: Some(config.clone()),
+        init: Some(Init::Agent),
+    };
+    pool.import_converted(&name("box"), converted.clone(), false).unwrap();
+    let template = pool.template(&name("box")).unwrap();
+    assert_eq!(template.source, Some(TemplateSource::Pull(pulled)));
+    assert_eq!((template.config, template.init), (Some(config), Some(Init::Agent)));
+    let again = pool.import_converted(&name("box"), converted.clone(), false);
+    assert!(matches!(again, Err(StorageError::TemplateExists(_))));
+    let imported = ConvertedImage {
+        pulled: None,
+        ..converted
+    };
+    let replaced = pool.import_converted(&name("box"), imported, true).unwrap();
+    assert_eq!(replaced.source, Some(TemplateSource::Import));
 }
 
 #[test]

@@ -15,6 +15,8 @@
 //! | `key` | [`SshPublicKey`] |
 //! | `mac` | [`Mac`] |
 //! | `disk_location` | [`DiskLocation`] |
+//! | `image_config` | [`ImageConfig`]: the settings that an image carries |
+//! | `init` | [`Init`]: the first process of a guest |
 //! | `format` | [`InvalidFormat`]: the error of the parsers |
 //! | `schema` (feature `openapi`) | the JSON schema of each type |
 
@@ -22,6 +24,8 @@
 
 mod disk_location;
 mod format;
+mod image_config;
+mod init;
 mod kernel_id;
 mod key;
 mod mac;
@@ -33,6 +37,8 @@ mod vm_id;
 
 pub use disk_location::DiskLocation;
 pub use format::InvalidFormat;
+pub use image_config::ImageConfig;
+pub use init::Init;
 pub use kernel_id::KernelId;
 pub use key::SshPublicKey;
 pub use mac::Mac;

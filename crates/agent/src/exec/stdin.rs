@@ -80,8 +80,7 @@ fn is_closed(error: Option<Errno>) -> bool {
 
 /// Sends the character that means the end of the input to a command that reads lines.
 async fn end_of_file(exec: &Exec, terminal: &Fd) -> Result<(), Failure> {
-    let attributes =
-        tcgetattr(terminal.get_ref()).map_err(Failure::io("read the terminal's mode"))?;
+    let attributes = tcgetattr(terminal.get_ref()).map_err(Failure::io("read the terminal's mode"))?;
     match attributes.local_modes.contains(LocalModes::ICANON) {
         true => write_all(exec, terminal, &[attributes.special_codes[SpecialCodeIndex::VEOF]]).await,
         false => Ok(()),

@@ -3,6 +3,7 @@
 use crate::host::advice::advised;
 use crate::state::StateError;
 use scalebox_api::Invalid;
+use scalebox_images::oci::OciError;
 use scalebox_programs::ProgramError;
 use scalebox_storage::StorageError;
 use scalebox_units::Gib;
@@ -97,6 +98,15 @@ impl ServiceError {
         }
     }
 
+    /// Returns the error as a sentence for clients: without the cause of a failure of the host,
+    /// which is for the log.
+    pub(crate) fn sentence(&self) -> String {
+        match self {
+            ServiceError::HostFailed { sentence, .. } => sentence.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// Returns whether an admission was refused for lack of space.
     pub(crate) fn is_insufficient(&self) -> bool {
         matches!(self, ServiceError::Insufficient { .. })
@@ -150,6 +160,37 @@ impl From<StorageError> for ServiceError {
                 }
             }
             _ => ServiceError::Internal(text),
+        }
+    }
+}
+
+impl From<OciError> for ServiceError {
+    fn from(error: OciError) -> Self {
+        let text = error.to_string();
+        match error {
+            OciError::Reference { .. } => ServiceError::invalid_field("reference", text),
+            OciError::Unauthorized { .. } => ServiceError::Forbidden(text),
+            OciError::NotFound { .. } => ServiceError::NotFound(text),
+            OciError::Stalled { .. } | OciError::Deadline { .. } => ServiceError::Timeout(text),
+            OciError::Unreachable { .. } | OciError::Status { .. } => ServiceError::NotReady(text),
+            OciError::Refused(reason) => match reason.downcast::<StorageError>() {
+                Ok(refused) => (*refused).into(),
+                Err(reason) => ServiceError::Internal(reason.to_string()),
+            },
+            OciError::Program(ProgramError::Failed { command, .. } | ProgramError::Killed { command, .. }) => {
+                ServiceError::HostFailed {
+                    sentence: format!("the program {} failed", command.split(' ').next().unwrap_or_default()),
+                    cause: text,
+                }
+            }
+            OciError::Program(_) => ServiceError::NotReady(text),
+            OciError::Cancelled => ServiceError::WrongState(text),
+            OciError::FileSystem(cause) => ServiceError::HostFailed {
+                sentence: "the host cannot write the file system of the image".to_owned(),
+                cause,
+            },
+            OciError::Io { .. } => ServiceError::Internal(text),
+            _ => ServiceError::invalid(text),
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::host::cleanups::Cleanups;
 use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
 use crate::host::events::Events;
+use crate::host::jobs::Jobs;
 use crate::host::kernels_in_use::KernelsInUse;
 use crate::host::keys_in_use::KeysInUse;
 use crate::host::paused_vms::PausedVms;
@@ -70,6 +71,7 @@ pub(crate) struct Inner {
     pub cleanups: Cleanups,
     pub templates_in_use: TemplatesInUse,
     pub kernels_in_use: KernelsInUse,
+    pub jobs: Jobs,
     pub started: Instant,
     /// The token that is cancelled when the daemon is to stop.
     pub closing: CancellationToken,
@@ -140,6 +142,7 @@ impl Host {
             cleanups: Cleanups::default(),
             templates_in_use: TemplatesInUse::default(),
             kernels_in_use: KernelsInUse::default(),
+            jobs: Jobs::default(),
             started: Instant::now(),
             closing: CancellationToken::new(),
             transfers: Arc::new(Semaphore::new(MAX_TRANSFERS)),

@@ -11,6 +11,7 @@ pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod files;
 pub(crate) mod handle;
+pub(crate) mod jobs;
 pub(crate) mod kernels_in_use;
 pub(crate) mod keys_in_use;
 pub(crate) mod names;

@@ -6,6 +6,7 @@ pub(crate) mod error_bodies;
 pub(crate) mod event_stream;
 pub(crate) mod extract;
 pub(crate) mod info;
+pub(crate) mod jobs;
 pub(crate) mod logins;
 pub(crate) mod metrics;
 pub(crate) mod openapi;

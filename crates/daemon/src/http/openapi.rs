@@ -30,7 +30,7 @@ use utoipa::{Modify, OpenApi};
     security(("token" = [])),
     modifiers(&TokenScheme),
     tags(
-        (name = "VMs"), (name = "Templates"), (name = "Pool"), (name = "Host", description = "The host, its events and its metrics.")
+        (name = "VMs"), (name = "Templates"), (name = "Jobs"), (name = "Pool"), (name = "Host", description = "The host, its events and its metrics.")
     )
 )]
 pub(crate) struct Api;

@@ -6,7 +6,7 @@ use crate::http::auth::{CLOSE_AFTER_RESPONSE, Guard, require_token};
 use crate::http::extract::{RawBody, Segment};
 use crate::http::metrics::{self, Metrics};
 use crate::http::request_id::with_request_id;
-use crate::http::{event_stream, info, openapi, transfers};
+use crate::http::{event_stream, info, jobs, openapi, transfers};
 use crate::settings::Token;
 use crate::vm::{self, snapshot, view};
 use crate::{pool, templates};
@@ -43,6 +43,9 @@ pub(crate) fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router
         .routes(routes!(get_template, delete_template))
         .routes(routes!(transfers::export))
         .routes(routes!(transfers::import))
+        .routes(routes!(jobs::pull))
+        .routes(routes!(jobs::list))
+        .routes(routes!(jobs::get, jobs::cancel))
         .routes(routes!(pool))
         .routes(routes!(grow_pool))
         .routes(routes!(shrink_pool))

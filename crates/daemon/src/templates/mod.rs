@@ -1,4 +1,7 @@
-//! The list of templates, and their deletion. Export and import are in [`http`](crate::http).
+//! The list of templates, their deletion, and pulls. Export and import are in
+//! [`http`](crate::http).
+
+pub(crate) mod pull;
 
 use crate::host::error::ServiceError;
 use crate::host::{BASE_TEMPLATE, Host, blocking, rfc3339, template_name, usage_tracker};
@@ -32,6 +35,10 @@ pub(crate) async fn get(host: &Host, name: String) -> Result<Template, ServiceEr
 /// Describes a template, with the latest measurement of its blocks.
 pub(crate) fn describe(host: &Host, template: scalebox_storage::Template) -> Template {
     let accounts = host.usage.latest();
+    let pulled = match &template.source {
+        Some(TemplateSource::Pull(pulled)) => Some(pulled.clone()),
+        _ => None,
+    };
     Template {
         storage: accounts
             .as_deref()
@@ -43,10 +50,14 @@ pub(crate) fn describe(host: &Host, template: scalebox_storage::Template) -> Tem
         protected: template.name.as_str() == BASE_TEMPLATE,
         name: template.name.to_string(),
         source: template.source.as_ref().map(|source| source.as_str().to_owned()),
-        source_vm: match template.source {
+        source_vm: match &template.source {
             Some(TemplateSource::Snapshot(vm)) => Some(vm.to_string()),
             _ => None,
         },
+        reference: pulled.as_ref().map(|pulled| pulled.reference.clone()),
+        manifest_digest: pulled.map(|pulled| pulled.digest),
+        config: template.config,
+        init: template.init,
         kernel: template.kernel.map(Into::into),
         digest: template.digest,
     }
