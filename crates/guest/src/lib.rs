@@ -1,7 +1,7 @@
 //! What the host exchanges with a guest: kernel parameters, the seed drive with its identity, and
-//! the conversation with its agent.
+//! the conversation with its agents.
 //!
-//! Everything except [`Agent`] is synchronous.
+//! Everything except [`Qga`] is synchronous.
 //!
 //! # Layout
 //!
@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `cmdline` | [`kernel_cmdline`]: the kernel parameters of a guest |
 //! | `seed` | [`SeedDrive`]: the identity of a guest |
-//! | `agent` | [`Agent`]: queries a running guest |
+//! | `qga` | [`Qga`]: `qemu-guest-agent` in a running guest |
 //!
 //! # Example
 //!
@@ -31,12 +31,12 @@
 //! # }
 //! ```
 
-mod agent;
 mod cmdline;
 mod error;
+mod qga;
 mod seed;
 
-pub use agent::{Agent, AgentError, FsUsage};
 pub use cmdline::{kernel_cmdline, with_modules_drive};
 pub use error::SeedError;
+pub use qga::{FsUsage, Qga, QgaError};
 pub use seed::SeedDrive;

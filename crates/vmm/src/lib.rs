@@ -45,7 +45,7 @@ pub use confine::missing_confinement;
 pub use console::{CONSOLE_LIMIT, console_tail};
 pub use error::{Error, Result};
 pub use firecracker::{FirecrackerDriver, sweep_jails};
-pub use machine::{Machine, Vmm};
+pub use machine::{Channel, Machine, Vmm};
 pub use qemu::QemuDriver;
 pub use spec::{DiskLimits, MAX_CMDLINE, MAX_SOCKET_NAME, MIN_MEMORY_MIB, MachineSpec, Nic, RunAs};
 pub use state::{ExitReason, MachineEvent, MachineState};

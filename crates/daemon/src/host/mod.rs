@@ -3,7 +3,6 @@
 //! [`Host`] is the handle that operations get. The operations themselves are functions in
 //! [`vm`](crate::vm), [`pool`](crate::pool) and [`templates`](crate::templates).
 
-pub(crate) mod agent;
 pub(crate) mod cleanups;
 pub(crate) mod drivers;
 pub(crate) mod error;
@@ -15,6 +14,7 @@ pub(crate) mod keys_in_use;
 pub(crate) mod names;
 pub(crate) mod paused_vms;
 pub(crate) mod pool_growth;
+pub(crate) mod qga;
 pub(crate) mod random;
 pub(crate) mod reclaim;
 pub(crate) mod system;

@@ -2,7 +2,7 @@
 //!
 //! The size confirms that the file system has grown with its disk; the usage triggers auto-extend.
 
-use crate::host::agent::{self, AgentFailed};
+use crate::host::qga::{self, QgaFailed};
 use scalebox_api::Disk;
 use scalebox_guest::FsUsage;
 use scalebox_units::Bytes;
@@ -30,7 +30,7 @@ pub(crate) async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
 
 /// Queries the guest's root file system; `None` if the agent does not respond.
 pub(crate) async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FsUsage> {
-    let query = async { Ok::<_, AgentFailed>(agent::reach(machine).await?.root_file_system().await?) };
+    let query = async { Ok::<_, QgaFailed>(qga::reach(machine).await?.root_file_system().await?) };
     match query.await {
         Ok(root) => Some(root),
         Err(error) => {

@@ -7,12 +7,12 @@
 use crate::host::error::ServiceError;
 use crate::host::files::vm_folders;
 use crate::host::vms::Operation;
-use crate::host::{BASE_TEMPLATE, Host, agent, blocking};
+use crate::host::{BASE_TEMPLATE, Host, blocking, qga};
 use crate::pool::kernels;
 use crate::state::Record;
 use crate::vm::lifecycle;
 use scalebox_api::{EventKind, Snapshot, SnapshotVm, VmStatus};
-use scalebox_guest::{Agent, AgentError};
+use scalebox_guest::{Qga, QgaError};
 use scalebox_images::scrub;
 use scalebox_storage::{EditedFile, PendingSnapshot, Pool, Scrub, StorageError, Template};
 use scalebox_units::VmId;
@@ -177,10 +177,10 @@ async fn clone_disk_now(
 }
 
 /// Thaws a guest, with retries. The next start retries a guest that is still frozen then.
-async fn thaw(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, first: Option<&Agent>) {
-    let mut last: Result<(), AgentError> = match first {
+async fn thaw(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, first: Option<&Qga>) {
+    let mut last: Result<(), QgaError> = match first {
         Some(agent) => agent.thaw().await,
-        None => Err(AgentError::Timeout),
+        None => Err(QgaError::Timeout),
     };
     for _ in 0..MAX_ATTEMPTS {
         if last.is_ok() || matches!(machine.state().await, Ok(MachineState::Ended(_))) {
@@ -266,8 +266,8 @@ async fn resume(machine: &Arc<dyn Machine>) -> Result<(), ServiceError> {
     Ok(last?)
 }
 
-async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
-    match agent::reach(machine).await {
+async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Qga> {
+    match qga::reach(machine).await {
         Ok(agent) => Some(agent),
         Err(error) => {
             tracing::debug!(vm = %machine.id(), %error, "the guest agent does not respond");

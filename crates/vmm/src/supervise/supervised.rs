@@ -128,8 +128,8 @@ impl Supervised {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Converts the result of connecting to the guest agent.
-    pub(crate) fn agent(&self, connected: io::Result<UnixStream>) -> Result<UnixStream> {
+    /// Converts the result of connecting to an agent in the guest.
+    pub(crate) fn channel(&self, connected: io::Result<UnixStream>) -> Result<UnixStream> {
         connected.map_err(|error| Error::Agent {
             id: self.id.clone(),
             why: error.to_string(),
