@@ -1,7 +1,7 @@
 //! What the host exchanges with a guest: kernel parameters, the seed drive with its identity, and
 //! the conversation with its agents.
 //!
-//! Everything except [`Qga`] is synchronous.
+//! Everything except [`AgentConnection`] and [`Qga`] is synchronous.
 //!
 //! # Layout
 //!
@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `cmdline` | [`kernel_cmdline`]: the kernel parameters of a guest |
 //! | `seed` | [`SeedDrive`]: the identity of a guest |
+//! | `agent/` | [`AgentConnection`]: our own agent in a running guest |
 //! | `qga` | [`Qga`]: `qemu-guest-agent` in a running guest |
 //!
 //! # Example
@@ -31,11 +32,13 @@
 //! # }
 //! ```
 
+mod agent;
 mod cmdline;
 mod error;
 mod qga;
 mod seed;
 
+pub use agent::{AgentConnection, AgentError, Download, FileHead, Output, PutFile, Upload};
 pub use cmdline::{kernel_cmdline, with_modules_drive};
 pub use error::SeedError;
 pub use qga::{FsUsage, Qga, QgaError};
