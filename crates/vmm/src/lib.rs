@@ -42,7 +42,7 @@ mod supervise;
 
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator, kvm_is_missing};
 pub use confine::missing_confinement;
-pub use console::{CONSOLE_LIMIT, console_tail};
+pub use console::{CONSOLE_LIMIT, ConsoleReader, console_tail};
 pub use error::{Error, Result};
 pub use firecracker::{FirecrackerDriver, sweep_jails};
 pub use machine::{Channel, Machine, Vmm};
