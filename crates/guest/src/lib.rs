@@ -21,7 +21,7 @@
 //! SeedDrive {
 //!     instance_id: "vm-0123456789ab".into(),
 //!     hostname: "very-silly-penguin".parse()?,
-//!     ssh_public_key: key.parse()?,
+//!     ssh_public_key: Some(key.parse()?),
 //!     mac: "52:54:00:12:34:56".parse()?,
 //!     address: "172.16.0.2/16".parse()?,
 //!     gateway: "172.16.0.1".parse()?,

@@ -137,7 +137,11 @@ pub(crate) async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> R
     let drive = SeedDrive {
         instance_id: record.id.to_string(),
         hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
-        ssh_public_key: SshPublicKey::from_record(&record.ssh_public_key)
+        ssh_public_key: record
+            .ssh_public_key
+            .as_deref()
+            .map(SshPublicKey::from_record)
+            .transpose()
             .map_err(|form| unusable(record, "ssh_public_key", form))?,
         mac: endpoint.mac(),
         address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())

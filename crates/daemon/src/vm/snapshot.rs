@@ -279,7 +279,8 @@ async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Qga> {
 /// Makes a template of the clone, without the identity of the VM whose disk it is.
 fn finish(pool: &Pool, clone: PendingSnapshot, source: &Record) -> Result<Template, StorageError> {
     let hosts = |line: &[u8]| scrub::without_host(line, source.name.as_bytes());
-    let keys = |line: &[u8]| scrub::without_key(line, &source.ssh_public_key);
+    let key = source.ssh_public_key.as_deref().unwrap_or_default();
+    let keys = |line: &[u8]| scrub::without_key(line, key);
     let mut edited = vec![EditedFile {
         path: scrub::HOSTS,
         edit: &hosts,
