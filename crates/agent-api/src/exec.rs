@@ -1,4 +1,23 @@
 //! Running commands.
+//!
+//! # The end of an exec
+//!
+//! An exec ends when its main process has ended and its output was read: at the end of the pipes,
+//! or 200 ms later if processes that it left behind hold them open. Later output of those processes
+//! is dropped, and they live on. With a terminal, they receive `SIGHUP`. Signals and the timeout
+//! reach the process group of the main process, but not processes that have left it, as daemons do.
+//!
+//! # Output buffers
+//!
+//! The guest keeps the newest output of an exec, also after its end. While a `follow`ing request
+//! exists, unread output is not dropped: the command waits for the slowest reader, for at most 10 s.
+//!
+//! All buffers of a guest share [`TOTAL_BUFFER`], so that the agent's memory stays small. When they
+//! exceed it, the largest are cut to the same size, at least [`MIN_BUFFER`] each, oldest output
+//! first. Unread output is never cut; the command waits instead. More than
+//! `TOTAL_BUFFER / MIN_BUFFER` = 128 full buffers take more than the total, at most
+//! (`MAX_RUNNING + MAX_ENDED`) × `MIN_BUFFER` = 40 MiB. A buffer's size is the memory that it takes,
+//! which includes 64 bytes for each change between stdout and stderr.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,8 +34,14 @@ pub const MAX_RUNNING: usize = 1024;
 pub const MAX_ENDED: usize = 256;
 /// Default size of an exec's output buffer in the guest, in bytes.
 pub const DEFAULT_BUFFER: u64 = 1 << 20;
+/// Minimum size of an exec's output buffer in the guest, in bytes.
+pub const MIN_BUFFER: u64 = 32 << 10;
 /// Maximum size of an exec's output buffer in the guest, in bytes.
-pub const MAX_BUFFER: u64 = 16 << 20;
+pub const MAX_BUFFER: u64 = TOTAL_BUFFER;
+/// Size of all output buffers of a guest together, in bytes.
+pub const TOTAL_BUFFER: u64 = 4 << 20;
+/// Maximum size of the arguments in an [`ExecStatus`], in bytes.
+pub const MAX_STATUS_ARGV: usize = 1 << 10;
 
 /// A command to run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,27 +52,30 @@ pub struct StartExec {
     /// The program and its arguments; at least one. The program is searched for in the `PATH` of
     /// `env` unless it contains a slash. No argument contains a zero byte.
     pub argv: Vec<String>,
-    /// The complete environment except for `HOME`, `USER`, `LOGNAME`, `PATH` and `TERM` (with a
-    /// terminal), which the agent adds if they are absent.
+    /// The complete environment except for `HOME`, `USER`, `LOGNAME`, `SHELL`, `PATH` and `TERM`
+    /// (with a terminal), which the agent adds if they are absent and known.
     #[serde(default)]
     pub env: Vec<(String, String)>,
-    /// The working directory; by default `/`.
+    /// The working directory, an absolute path; by default `/`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
-    /// `NAME`, `UID`, `NAME:GROUP` or `UID:GID`, as in an image's `User`; by default root.
+    /// `NAME|UID[:GROUP|GID]`, as in an image's `User`; by default root. A number need not have an
+    /// entry in `/etc/passwd`. With a group, the command has no supplementary groups.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
     /// A terminal for the command. Without one, its output is separated into stdout and stderr.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tty: Option<Terminal>,
     /// `true` if stdin is a stream that the host writes to. Otherwise it is `/dev/null`. A terminal
-    /// can always be written to.
+    /// can always be written to; closing it sends its end-of-file character to a command that reads
+    /// lines.
     #[serde(default)]
     pub stdin: bool,
-    /// The process group is killed after this time.
+    /// The process group is killed after this time, at least 1 ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
     /// Size of the output buffer in bytes, up to [`MAX_BUFFER`]; by default [`DEFAULT_BUFFER`].
+    /// Smaller sizes than [`MIN_BUFFER`] count as that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub buffer: Option<u64>,
     /// `true` if the host reads the output from the start: the command waits when the buffer is
@@ -88,7 +116,8 @@ pub struct Signal {
 pub struct ExecStatus {
     /// The exec's id.
     pub id: String,
-    /// The command.
+    /// The command. Arguments beyond [`MAX_STATUS_ARGV`] bytes are left out; the last one that is
+    /// there ends with `…` then.
     pub argv: Vec<String>,
     /// The process id in the guest.
     pub pid: u32,

@@ -16,7 +16,8 @@ pub struct AgentFailure {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FailureCode {
-    /// The request is malformed, or a value is out of bounds.
+    /// The request is malformed, a value is out of bounds, or a file is not a program (`EINVAL`,
+    /// `E2BIG`, `ENAMETOOLONG`, `ENOEXEC`).
     Invalid,
     /// The exec, the file, the program, the user or the directory does not exist (`ENOENT`).
     NotFound,

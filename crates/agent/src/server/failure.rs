@@ -42,7 +42,7 @@ fn code(error: &io::Error) -> FailureCode {
         Some(Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::TXTBSY) => FailureCode::Denied,
         Some(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => FailureCode::NoSpace,
         Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN | Errno::BUSY) => FailureCode::Busy,
-        Some(Errno::INVAL | Errno::NAMETOOLONG | Errno::TOOBIG) => FailureCode::Invalid,
+        Some(Errno::INVAL | Errno::NAMETOOLONG | Errno::TOOBIG | Errno::NOEXEC) => FailureCode::Invalid,
         Some(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) => FailureCode::Unsupported,
         _ => FailureCode::Other,
     }

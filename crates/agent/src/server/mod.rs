@@ -19,10 +19,22 @@ use std::io;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+/// Maximum number of requests at the same time: each running exec may have two that last, for its
+/// output and its stdin.
+const MAX_STREAMS: u32 = 4096;
+/// Bytes of a request that the agent accepts before a handler reads them.
+const STREAM_WINDOW: u32 = 256 << 10;
+/// The same for all requests together. A command that does not read its stdin takes up one window,
+/// and must not stop the other requests.
+const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
+/// Bytes of a response that wait for the connection. Output that waits in its buffer is shared by
+/// all readers, and counted.
+const SEND_BUFFER: usize = MAX_FRAME;
+
 /// What all connections share.
 pub struct Agent {
     /// The commands.
-    pub(crate) execs: Execs,
+    pub(crate) execs: Arc<Execs>,
     /// The program that is process 1.
     pub(crate) init: InitKind,
 }
@@ -31,7 +43,7 @@ impl Agent {
     /// Creates the state of an agent without commands.
     pub fn new(init: InitKind) -> Arc<Agent> {
         Arc::new(Agent {
-            execs: Execs::default(),
+            execs: Arc::default(),
             init,
         })
     }
@@ -55,6 +67,10 @@ where
     http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_frame_size(MAX_FRAME as u32)
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
         .serve_connection(TokioIo::new(stream), service)
         .await
         .map_err(io::Error::other)

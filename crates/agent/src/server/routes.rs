@@ -10,7 +10,7 @@ pub(crate) async fn respond(agent: &Arc<Agent>, request: Request) -> Response {
     let path = request.uri().path().to_owned();
     let parts: Vec<&str> = path.split('/').skip(1).collect();
     let responded = match parts.as_slice() {
-        ["v1", "execs", rest @ ..] => exec::respond(agent, request, rest).await,
+        ["v1", "execs", rest @ ..] => exec::respond(&agent.execs, request, rest).await,
         ["v1", "files", rest @ ..] => files::respond(request, rest).await,
         ["v1", rest @ ..] => system::respond(agent, request, rest).await,
         _ => Err(no_route(&request)),

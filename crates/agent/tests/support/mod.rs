@@ -1,9 +1,13 @@
 //! A host that talks to an agent in this process.
 
+#![allow(dead_code, reason = "each test file uses a part")]
+
+pub(crate) mod execs;
+
 use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http2::{SendRequest, handshake};
+use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use scalebox_agent::{Agent, serve};
@@ -20,7 +24,10 @@ pub(crate) type Body = BoxBody<Bytes, io::Error>;
 
 /// A connection to an agent.
 #[derive(Clone)]
-pub(crate) struct Host(SendRequest<Body>);
+pub(crate) struct Host {
+    sender: SendRequest<Body>,
+    connection: tokio::task::AbortHandle,
+}
 
 /// Starts an agent and connects to it.
 pub(crate) async fn host() -> Host {
@@ -38,18 +45,33 @@ pub(crate) async fn connect(agent: &Arc<Agent>) -> Host {
     ours.read_exact(&mut response).await.unwrap();
     let expected: Option<([u8; NONCE], u32)> = Some((nonce, PROTOCOL));
     assert_eq!(hello::find_response(&response), expected);
-    let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(ours)).await.unwrap();
-    tokio::spawn(connection);
-    Host(sender)
+    let (sender, connection) = Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(256 << 10)
+        .initial_connection_window_size(1 << 20)
+        .handshake(TokioIo::new(ours))
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    Host {
+        sender,
+        connection: connection.abort_handle(),
+    }
 }
 
 impl Host {
+    /// Breaks the connection.
+    pub(crate) fn disconnect(self) {
+        self.connection.abort();
+    }
+
     /// Sends a request and returns its response, whose body may still arrive.
     pub(crate) async fn send(&self, method: Method, path: &str, body: Body) -> Response<hyper::body::Incoming> {
         let request = hyper::Request::builder()
             .method(method)
             .uri(format!("http://agent{path}"));
-        self.0.clone().send_request(request.body(body).unwrap()).await.unwrap()
+        let mut sender = self.sender.clone();
+        sender.ready().await.unwrap();
+        sender.send_request(request.body(body).unwrap()).await.unwrap()
     }
 
     /// Sends JSON and returns the status and the whole body of the response.

@@ -45,8 +45,10 @@ const DAEMON_FOLDERS: &[&str] = &[
 ];
 
 /// The files that start a process themselves, because it outlives them or replaces them: a machine,
-/// and `ssh`. All other programs are run through `scalebox-programs`.
+/// and `ssh`; and the agent, which runs commands in the guest, not on the host. All other programs
+/// are run through `scalebox-programs`.
 const STARTS_PROCESSES: &[&str] = &[
+    "agent/src/exec/launch.rs",
     "cli/src/ssh.rs",
     "vmm/src/firecracker/binary.rs",
     "vmm/src/qemu/binary.rs",
