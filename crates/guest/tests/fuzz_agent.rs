@@ -46,7 +46,12 @@ fn session(random: &mut Random) -> Vec<u8> {
         let stream = [0, 1, 1, 1, 3, 5, 7, random.next() as u32][random.below(8)];
         let next = match random.below(8) {
             0 => frame(HEADERS, END_HEADERS | random.below(2) as u8, stream, STATUS_200),
-            1 => frame(DATA, random.below(2) as u8, stream, br#"{"version":"1","boot_id":"x","init":"agent"}"#),
+            1 => frame(
+                DATA,
+                random.below(2) as u8,
+                stream,
+                br#"{"version":"1","boot_id":"x","init":"agent"}"#,
+            ),
             2 => {
                 let mut output = Vec::new();
                 let frame_of = Frame::Stdout {
@@ -56,7 +61,12 @@ fn session(random: &mut Random) -> Vec<u8> {
                 frame_of.encode(&mut output);
                 frame(DATA, 0, stream, &output)
             }
-            3 => frame(SETTINGS, 0, 0, &[0, random.below(8) as u8, 0, 0, random.next() as u8, random.next() as u8]),
+            3 => frame(
+                SETTINGS,
+                0,
+                0,
+                &[0, random.below(8) as u8, 0, 0, random.next() as u8, random.next() as u8],
+            ),
             4 => frame(WINDOW_UPDATE, 0, stream, &(random.next() as u32).to_be_bytes()),
             5 => frame(PING, random.below(2) as u8, 0, &[7; 8]),
             6 => frame(random.next() as u8, random.next() as u8, stream, &random.bytes(100)),
@@ -99,9 +109,13 @@ async fn round(seed: u64) {
 
 #[tokio::test]
 async fn random_bytes_neither_hang_nor_crash_the_host() {
-    let seconds = std::env::var("SCALEBOX_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
+    let seconds = std::env::var("SCALEBOX_FUZZ_SECONDS")
+        .ok()
+        .and_then(|text| text.parse().ok());
     let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(2));
-    let start = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let start = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
     let (mut seed, mut rounds) = (start.as_nanos() as u64, 0);
     while Instant::now() < until {
         seed = seed.wrapping_add(1);

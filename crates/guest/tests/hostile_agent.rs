@@ -32,24 +32,29 @@ const MAX_FLOOD: usize = 6 << 20;
 async fn flood(mut stream: UnixStream, first: Vec<u8>, again: Vec<u8>, sent: Arc<AtomicUsize>) {
     let many = again.repeat((64 << 10) / again.len().max(1) + 1);
     // The settings are the first frame of a server.
+    stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+    wait_for_request(&mut stream).await;
     let (mut reader, mut writer) = stream.split();
     let write = async {
-        writer.write_all(&[frame(SETTINGS, 0, 0, &[]), first].concat()).await?;
-        loop {
-            writer.write_all(&many).await?;
-            sent.fetch_add(many.len(), Ordering::Relaxed);
+        let mut next = &first;
+        while writer.write_all(next).await.is_ok() {
+            sent.fetch_add(next.len(), Ordering::Relaxed);
+            next = &many;
         }
     };
     let mut ignored = [0; 4096];
     let read = async { while reader.read(&mut ignored).await.is_ok_and(|read| read > 0) {} };
-    let _: (Result<(), std::io::Error>, ()) = tokio::join!(write, read);
+    tokio::join!(write, read);
 }
 
 async fn flooded(first: Vec<u8>, again: Vec<u8>) -> (AgentError, usize) {
     let sent = Arc::new(AtomicUsize::new(0));
     let count = sent.clone();
     let connection = connect(|stream| flood(stream, first, again, count)).await.unwrap();
-    let error = timeout(Duration::from_secs(60), connection.info()).await.unwrap().unwrap_err();
+    let error = timeout(Duration::from_secs(60), connection.info())
+        .await
+        .unwrap()
+        .unwrap_err();
     (error, sent.load(Ordering::Relaxed))
 }
 
@@ -71,7 +76,11 @@ async fn floods_of_frames_end_the_connection() {
         ("empty data", open.clone(), frame(DATA, 0, FIRST, &[])),
         ("another stream", open, frame(DATA, 0, FIRST + 2, b"x")),
         ("pushed streams", vec![], frame(HEADERS, END_HEADERS, 2, STATUS_200)),
-        ("a huge frame", vec![0xff, 0xff, 0xff, DATA, 0, 0, 0, 0, 1], vec![b'x'; 100]),
+        (
+            "a huge frame",
+            vec![0xff, 0xff, 0xff, DATA, 0, 0, 0, 0, 1],
+            vec![b'x'; 100],
+        ),
     ] {
         let (error, sent) = flooded(first, again).await;
         println!("{name}: {error} after {sent} bytes");
@@ -86,7 +95,9 @@ async fn floods_of_frames_end_the_connection() {
 /// A guest that sends this after the hello, and then nothing.
 async fn stalls_after(bytes: Vec<u8>) -> AgentError {
     let connection = connect(|mut stream| async move {
-        stream.write_all(&[frame(SETTINGS, 0, 0, &[]), bytes].concat()).await.unwrap();
+        stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+        wait_for_request(&mut stream).await;
+        stream.write_all(&bytes).await.unwrap();
         let mut ignored = [0; 4096];
         while stream.read(&mut ignored).await.is_ok_and(|read| read > 0) {}
     });
@@ -111,7 +122,11 @@ async fn guests_that_stall_time_out() {
         let begun = tokio::time::Instant::now();
         let error = stalls_after(bytes).await;
         assert!(matches!(error, AgentError::Timeout { .. }), "{name}: {error:?}");
-        assert!(begun.elapsed() <= Duration::from_secs(10), "{name}: {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() <= Duration::from_secs(10),
+            "{name}: {:?}",
+            begun.elapsed()
+        );
     }
 }
 
@@ -160,7 +175,10 @@ async fn endless_responses_are_cut_off() {
 
 #[tokio::test]
 async fn errors_of_the_agent_have_one_line_of_bounded_length() {
-    let long = format!("{{\"error\": \"a\\n\\u001b[31m{}\", \"code\": \"no_space\"}}", "x".repeat(5000));
+    let long = format!(
+        "{{\"error\": \"a\\n\\u001b[31m{}\", \"code\": \"no_space\"}}",
+        "x".repeat(5000)
+    );
     let connection = served(move |path| match path {
         "/v1/info" => (507, text(&long)),
         "/v1/stats" => (302, text("")),
@@ -171,8 +189,15 @@ async fn errors_of_the_agent_have_one_line_of_bounded_length() {
         panic!("not refused");
     };
     assert_eq!(failure.code, FailureCode::NoSpace);
-    assert!(failure.error.len() <= 1000 && !failure.error.contains(char::is_control), "{}", failure.error);
-    for error in [connection.stats().await.unwrap_err(), connection.execs().await.unwrap_err()] {
+    assert!(
+        failure.error.len() <= 1000 && !failure.error.contains(char::is_control),
+        "{}",
+        failure.error
+    );
+    for error in [
+        connection.stats().await.unwrap_err(),
+        connection.execs().await.unwrap_err(),
+    ] {
         assert!(matches!(error, AgentError::Malformed { .. }), "{error:?}");
     }
 }
@@ -237,7 +262,11 @@ async fn output_that_is_not_in_order_is_rejected() {
         ("an overlap", encode(&[stdout(5, 2), stdout(6, 1)]), 1),
         ("another start", encode(&[stdout(0, 1)]), 0),
         ("an unknown frame", [encode(&[stdout(5, 3)]), vec![9; 13]].concat(), 1),
-        ("a huge frame", vec![1, 5, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], 0),
+        (
+            "a huge frame",
+            vec![1, 5, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
+            0,
+        ),
         ("a frame cut off", encode(&[stdout(5, 3)])[..14].to_vec(), 0),
     ] {
         let body = bytes.clone();

@@ -10,7 +10,9 @@
 use scalebox_guest::{Qga, QgaError};
 use scalebox_testkit::{Operation, SimQga, SimVmm};
 use scalebox_units::{Bytes, DiskLocation, VmId};
-use scalebox_vmm::{Channel, DiskLimits, Error, ExitReason, Machine, MachineEvent, MachineSpec, MachineState, Nic, Vmm};
+use scalebox_vmm::{
+    Channel, DiskLimits, Error, ExitReason, Machine, MachineEvent, MachineSpec, MachineState, Nic, Vmm,
+};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -264,7 +266,9 @@ async fn the_agent_serves_the_host_while_the_clock_is_paused() {
     });
     booted(&machine).await;
     machine.resize_root(Bytes::from_mib(8)).await.unwrap();
-    let agent = Qga::connect(machine.channel(Channel::Qga).await.unwrap()).await.unwrap();
+    let agent = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .unwrap();
     let root = agent.root_file_system().await.unwrap();
     assert_eq!((root.total, root.used), (Bytes::from_mib(8), Bytes::from_mib(3)));
     assert_eq!(agent.trim().await.unwrap(), Bytes::from_mib(2));
@@ -283,18 +287,26 @@ async fn an_agent_that_does_not_respond_lets_the_clock_run() {
     let sim = SimVmm::new();
     let machine = sim.launch(&spec()).await.unwrap();
     // The guest is still booting.
-    let silent = Qga::connect(machine.channel(Channel::Qga).await.unwrap()).await.err().unwrap();
+    let silent = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .err()
+        .unwrap();
     assert!(matches!(silent, QgaError::Timeout), "{silent}");
     sleep(Duration::from_secs(1)).await;
     let control = sim.machine(&id());
     control.set_guest(|guest| guest.unanswered.push("guest-fstrim"));
-    let agent = Qga::connect(machine.channel(Channel::Qga).await.unwrap()).await.unwrap();
+    let agent = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .unwrap();
     let unfinished = agent.trim().await.unwrap_err();
     assert!(matches!(unfinished, QgaError::Unfinished { .. }), "{unfinished}");
     drop(agent);
 
     machine.pause().await.unwrap();
-    let paused = Qga::connect(machine.channel(Channel::Qga).await.unwrap()).await.err().unwrap();
+    let paused = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .err()
+        .unwrap();
     assert!(matches!(paused, QgaError::Timeout), "{paused}");
     control.set_guest(|guest| guest.qga = SimQga::Unreachable);
     assert!(matches!(machine.channel(Channel::Qga).await, Err(Error::Agent { .. })));

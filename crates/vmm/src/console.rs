@@ -72,7 +72,9 @@ impl ConsoleReader {
         };
         let mut left = tail;
         for name in [log.to_owned(), previous(log)] {
-            let Some(mut file) = open_if_exists(&name)? else { continue };
+            let Some(mut file) = open_if_exists(&name)? else {
+                continue;
+            };
             let length = file.seek(SeekFrom::End(0))?;
             file.seek(SeekFrom::Start(length.saturating_sub(left)))?;
             left = left.saturating_sub(length);
@@ -295,7 +297,12 @@ mod tests {
         let mut reader = ConsoleReader::open(&path, 0).unwrap();
         fs::write(&path, b"a\xc3").unwrap();
         assert_eq!(read_all(&mut reader), "a");
-        File::options().append(true).open(&path).unwrap().write_all(b"\xb6\x1b\r\n").unwrap();
+        File::options()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(b"\xb6\x1b\r\n")
+            .unwrap();
         assert_eq!(read_all(&mut reader), "ö\n");
     }
 }

@@ -18,8 +18,8 @@ use rustix::process::Signal;
 use scalebox_testkit::{SimQga, SimVmm};
 use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{
-    Accel, AccelSetting, Channel, DiskLimits, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec, MachineState,
-    QemuDriver, RunAs, Vmm, accelerator,
+    Accel, AccelSetting, Channel, DiskLimits, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec,
+    MachineState, QemuDriver, RunAs, Vmm, accelerator,
 };
 use std::fs::{self, File};
 use std::panic::AssertUnwindSafe;

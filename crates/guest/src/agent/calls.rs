@@ -55,7 +55,10 @@ pub struct PutFile {
 impl PutFile {
     fn query(&self) -> String {
         let mode = self.mode.map(|mode| format!("&mode={mode:o}")).unwrap_or_default();
-        let user = self.user.as_ref().map(|user| format!("&user={}", encoded(user.as_bytes())));
+        let user = self
+            .user
+            .as_ref()
+            .map(|user| format!("&user={}", encoded(user.as_bytes())));
         format!("{mode}{}&parents={}", user.unwrap_or_default(), self.parents)
     }
 }

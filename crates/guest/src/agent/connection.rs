@@ -5,9 +5,9 @@ use crate::agent::error::AgentError;
 use crate::agent::hello::greet;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::combinators::{BoxBody, UnsyncBoxBody};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited, StreamBody};
-use hyper::body::{Body, Frame, Incoming};
+use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http2;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -47,7 +47,7 @@ const MAX_SENTENCE: usize = 1000;
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 type RequestBody = UnsyncBoxBody<Bytes, io::Error>;
-type ResponseBody = UnsyncBoxBody<Bytes, hyper::Error>;
+type ResponseBody = BoxBody<Bytes, hyper::Error>;
 
 /// A connection to the agent of one guest. Clones share it; dropping the last one closes it.
 #[derive(Clone)]
@@ -189,7 +189,9 @@ impl AgentConnection {
             return Err(AgentError::malformed(format!("the status {status}")));
         }
         let reading = tokio::time::timeout_at(deadline, read_failure(status, response.into_body()));
-        Err(reading.await.unwrap_or_else(|_| AgentError::malformed("an incomplete error")))
+        Err(reading
+            .await
+            .unwrap_or_else(|_| AgentError::malformed("an incomplete error")))
     }
 }
 
@@ -199,7 +201,7 @@ fn counted(body: Incoming, budget: Arc<Budget>) -> ResponseBody {
         budget.body(frame.data_ref().map_or(0, Bytes::len));
         frame
     };
-    body.map_frame(count).boxed_unsync()
+    body.map_frame(count).boxed()
 }
 
 /// A request.
@@ -331,11 +333,6 @@ impl Download {
                 Err(_trailers) => {}
             }
         }
-    }
-
-    /// Returns whether nothing was sent yet and nothing follows.
-    pub fn is_empty(&self) -> bool {
-        self.body.is_end_stream()
     }
 }
 

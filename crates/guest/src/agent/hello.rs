@@ -23,26 +23,32 @@ where
 {
     let nonce = nonce().map_err(AgentError::unreachable)?;
     let (mut reader, mut writer) = split(stream);
-    let requests = async {
-        // A write may wait for ever: a guest that boots reads nothing.
-        let mut ticks = interval(REPEAT_INTERVAL);
-        loop {
-            ticks.tick().await;
-            writer.write_all(&request(&nonce, PROTOCOL)).await?;
-            writer.flush().await?;
-        }
-    };
     let exchange = async {
         tokio::select! {
             biased;
             found = response(&mut reader, &nonce) => found,
-            ended = requests => ended.map_err(|error: io::Error| AgentError::stream(&error)),
+            error = repeat(&mut writer, &nonce) => Err(AgentError::stream(&error)),
         }
     };
     let begun = Instant::now();
     let greeted = timeout(within, exchange).await;
     tracing::trace!(elapsed = ?begun.elapsed(), ok = matches!(greeted, Ok(Ok(()))), "hello to a guest's agent");
     greeted.unwrap_or(Err(AgentError::Timeout { after: within }))
+}
+
+/// Sends requests until the stream fails. A write may wait for ever: a guest that boots reads
+/// nothing.
+async fn repeat(writer: &mut (impl AsyncWrite + Unpin), nonce: &[u8; NONCE]) -> io::Error {
+    let mut ticks = interval(REPEAT_INTERVAL);
+    loop {
+        ticks.tick().await;
+        if let Err(error) = writer.write_all(&request(nonce, PROTOCOL)).await {
+            return error;
+        }
+        if let Err(error) = writer.flush().await {
+            return error;
+        }
+    }
 }
 
 /// Skips bytes until the response to `nonce`.

@@ -33,6 +33,19 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// Reads until the head of the host's first request.
+pub async fn wait_for_request(stream: &mut UnixStream) {
+    let mut preface = [0; 24];
+    let mut head = [0; 9];
+    stream.read_exact(&mut preface).await.unwrap();
+    while head[3] != HEADERS {
+        stream.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; length as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+    }
+}
+
 /// Responds to the host's hello.
 pub async fn greet(stream: &mut UnixStream) {
     let mut read = Vec::new();

@@ -21,7 +21,8 @@ use tokio::net::UnixStream;
 
 type ResponseBody = BoxBody<Bytes, hyper::Error>;
 
-/// Bytes between this module and the real agent that are not read yet.
+/// Bytes between this module and the real agent that are not read yet, of each kind. Small, because
+/// tests measure the memory of the whole process.
 const PIPE_BYTES: usize = 64 << 10;
 
 /// Serves one connection of the host.
@@ -76,8 +77,12 @@ where
     stream.write_all(&hello::request(&[b'0'; NONCE], PROTOCOL)).await?;
     let mut response = [0; LINE];
     stream.read_exact(&mut response).await?;
-    let handshake = client::handshake(TokioExecutor::new(), TokioIo::new(stream));
-    let (sender, connection) = handshake.await.map_err(io::Error::other)?;
+    let mut builder = client::Builder::new(TokioExecutor::new());
+    builder
+        .initial_stream_window_size(PIPE_BYTES as u32)
+        .initial_connection_window_size(PIPE_BYTES as u32);
+    let handshake = builder.handshake(TokioIo::new(stream)).await;
+    let (sender, connection) = handshake.map_err(io::Error::other)?;
     tokio::spawn(connection);
     Ok(sender)
 }
@@ -115,7 +120,12 @@ async fn respond(
             world.request_shutdown(&body);
             no_content()
         }
-        _ => return real.send_request(request).await.map(|response| response.map(BodyExt::boxed)),
+        _ => {
+            return real
+                .send_request(request)
+                .await
+                .map(|response| response.map(BodyExt::boxed));
+        }
     };
     Ok(simulated)
 }
