@@ -55,6 +55,7 @@ fn every_route_is_described_and_every_described_route_exists() {
     for route in &described {
         let (method, path) = route.split_once(' ').unwrap();
         let path = path.replace("{vm}", "nobody").replace("{name}", "nothing");
+        let path = path.replace("{exec}", "exec-0123456789ab");
         let path = if path == "/events" {
             "/events?follow=false"
         } else {

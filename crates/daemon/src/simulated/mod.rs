@@ -12,13 +12,19 @@
 //! | `create` | creation, and what an error leaves behind |
 //! | `lifecycle` | start, stop, restart, deletion, the end of a machine |
 //! | `change` | growth of a disk, limits, settings |
+//! | `agent` | the connection to a guest's agent |
+//! | `exec` | commands and files in a guest, with the real agent |
+//! | `http` | requests to the API, without a socket |
 //! | `snapshot` | how a guest is kept from writing |
 //! | `kernels` | the kernel that a VM boots, and how long it stays |
 //! | `recovery` | recovery at the daemon's next start |
 //! | `watches` | the pool watch, auto-extend, clean-up, the network |
 
+mod agent;
 mod change;
 mod create;
+mod exec;
+mod http;
 mod kernels;
 mod lifecycle;
 mod recovery;

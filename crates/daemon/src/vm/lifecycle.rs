@@ -246,7 +246,8 @@ pub(crate) async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Ma
     transition(host, record, Transition::Stopping).await?;
     let ended = async {
         fault_point("stop: intent recorded")?;
-        Ok::<_, ServiceError>(machine.stop(STOP_TIMEOUT).await?)
+        let (ended, ()) = tokio::join!(machine.stop(STOP_TIMEOUT), ask_agent(host, record, machine));
+        Ok::<_, ServiceError>(ended?)
     };
     let outcome = match ended.await {
         Ok(outcome) => outcome,
@@ -267,6 +268,19 @@ pub(crate) async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Ma
     crash_point("stop: recorded");
     tracing::info!(vm = %record.id, name = record.name, ?outcome, "VM stopped");
     view::get(host, record.id.as_str())
+}
+
+/// Asks our own agent to shut the guest down, where it responds. The machine's own request may need
+/// a program that the guest does not have.
+async fn ask_agent(host: &Host, record: &Record, machine: &Arc<dyn Machine>) {
+    let Some(agent) = host.agents.find(machine).await else {
+        return;
+    };
+    // Firecracker ends a machine that resets.
+    let reboot = record.vmm.as_deref() == Some("firecracker");
+    if let Err(error) = agent.shut_down(reboot).await {
+        tracing::debug!(vm = %record.id, %error, "the guest's agent did not confirm the shutdown");
+    }
 }
 
 /// Stops and starts a VM as one operation.
