@@ -121,7 +121,12 @@ async fn guests_that_stall_time_out() {
     ] {
         let begun = tokio::time::Instant::now();
         let error = stalls_after(bytes).await;
-        assert!(matches!(error, AgentError::Timeout { .. }), "{name}: {error:?}");
+        // A body ends with the connection, whose ping had no response.
+        let is_lost = name == "in the body" && matches!(error, AgentError::Unreachable { .. });
+        assert!(
+            is_lost || matches!(error, AgentError::Timeout { .. }),
+            "{name}: {error:?}"
+        );
         assert!(
             begun.elapsed() <= Duration::from_secs(10),
             "{name}: {:?}",

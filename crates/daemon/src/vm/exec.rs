@@ -16,13 +16,18 @@ use scalebox_agent_api::{self as wire, FailureCode};
 use scalebox_api::{CreateExec, Exec, ExecEnd, ExecStatus, Signal, WindowSize};
 use scalebox_guest::{AgentError, Output, Upload};
 use scalebox_units::{ExecId, InvalidFormat};
-use tokio::time::Instant;
+use std::time::Duration;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
 
 /// Size of the guest's output buffer for a command whose output is read from the start. Small,
 /// because the command waits for the reader: a hundred of them fit into the agent's memory.
 const FOLLOWED_BUFFER: u64 = 64 << 10;
 /// Limit on reconnections without any output in between.
 const MAX_RECONNECTS: u32 = 3;
+
+/// Time for a command to read its first stdin, if more may follow.
+const STDIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A command that was started.
 pub(crate) struct Started {
@@ -60,7 +65,11 @@ pub(crate) async fn start(host: &Host, reference: &str, request: &CreateExec) ->
     let begun = Instant::now();
     start_on(&mut guest, &exec).await?;
     if !stdin.is_empty() {
-        write_stdin_later(&guest, &id, stdin, !request.open_stdin);
+        let written = write_stdin_later(&guest, &id, stdin, !request.open_stdin);
+        // What the client writes next comes after it. A command that does not read is not awaited.
+        if request.open_stdin {
+            let _ = timeout(STDIN_TIMEOUT, written).await;
+        }
     }
     let vm = &guest.record.id;
     exec_events::started(host, &guest.record, &id, &exec.argv);
@@ -120,7 +129,7 @@ fn of_size(size: WindowSize) -> wire::WindowSize {
 }
 
 /// Writes stdin while the output is read: a command may wait for either.
-fn write_stdin_later(guest: &Guest, id: &ExecId, stdin: Vec<u8>, close: bool) {
+fn write_stdin_later(guest: &Guest, id: &ExecId, stdin: Vec<u8>, close: bool) -> JoinHandle<()> {
     let (agent, id) = (guest.agent.clone(), id.clone());
     tokio::spawn(async move {
         let written = agent.write_stdin(id.as_str(), Upload::bytes(stdin), close).await;
@@ -128,7 +137,7 @@ fn write_stdin_later(guest: &Guest, id: &ExecId, stdin: Vec<u8>, close: bool) {
             // Usual for a command that does not read it.
             tracing::debug!(exec = %id, %error, "stdin of a command was not written");
         }
-    });
+    })
 }
 
 /// Makes a new id: `exec-` and 48 random bits in hex.

@@ -39,8 +39,9 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum size of a response in JSON, in bytes: the largest listing, or an exec with the largest
 /// arguments, escaped.
 const MAX_JSON: usize = 8 << 20;
-/// Maximum size of the JSON of an error, in bytes.
-const MAX_FAILURE: usize = 64 << 10;
+/// Maximum size of the JSON of an error, in bytes: its sentence may have the longest argument,
+/// escaped.
+const MAX_FAILURE: usize = 1 << 20;
 /// Maximum length of an error's sentence, in characters.
 const MAX_SENTENCE: usize = 1000;
 /// Time limit for the guest to read more of an upload, and to store it.

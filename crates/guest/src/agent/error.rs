@@ -73,6 +73,8 @@ impl AgentError {
     pub(crate) fn stream(error: &io::Error) -> AgentError {
         match error.kind() {
             io::ErrorKind::InvalidData => AgentError::malformed(error),
+            // The streams of a connection that has ended, for example because of a missing ping.
+            io::ErrorKind::BrokenPipe => AgentError::unreachable("the connection was lost"),
             _ => AgentError::unreachable(error),
         }
     }

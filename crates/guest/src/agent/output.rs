@@ -2,7 +2,7 @@
 
 use crate::agent::connection::Download;
 use crate::agent::error::AgentError;
-use scalebox_agent_api::frame::{Decoder, Frame};
+use scalebox_agent_api::frame::{Decoder, Frame, Malformed};
 use std::collections::VecDeque;
 
 /// The output of a command, frame by frame.
@@ -12,6 +12,8 @@ pub struct Output {
     download: Download,
     decoder: Decoder,
     frames: VecDeque<Frame>,
+    /// Nothing after the last frame can be decoded.
+    malformed: Option<Malformed>,
     /// Offset of the next frame.
     next: u64,
     has_ended: bool,
@@ -24,6 +26,7 @@ impl Output {
             download,
             decoder: Decoder::default(),
             frames: VecDeque::new(),
+            malformed: None,
             next: since,
             has_ended: false,
         }
@@ -48,6 +51,9 @@ impl Output {
             if let Some(frame) = self.frames.pop_front() {
                 return Some(self.in_order(frame));
             }
+            if let Some(malformed) = self.malformed {
+                return Some(Err(AgentError::malformed(malformed)));
+            }
             let piece = match self.download.next().await {
                 Some(Ok(piece)) => piece,
                 Some(Err(error)) => return Some(Err(error)),
@@ -55,9 +61,7 @@ impl Output {
                 None => return Some(Err(AgentError::malformed("a frame of output that is cut off"))),
             };
             let mut decoded = Vec::new();
-            if let Err(malformed) = self.decoder.push(&piece, &mut decoded) {
-                return Some(Err(AgentError::malformed(malformed)));
-            }
+            self.malformed = self.decoder.push(&piece, &mut decoded).err();
             self.frames.extend(decoded);
         }
     }
