@@ -101,18 +101,7 @@ fn current(host: &Host, pool: &scalebox_api::PoolInfo) -> Result<Registry, prome
         vms.with_label_values(&[status.as_str()]).inc();
     }
     registry.register(Box::new(vms))?;
-    let events = IntCounter::new(
-        "scalebox_events_total",
-        "Events published by GET /events since the start.",
-    )?;
-    events.inc_by(host.events.count());
-    registry.register(Box::new(events))?;
-    let execs = IntCounter::new(
-        "scalebox_execs_total",
-        "Commands started in guests by POST /vms/{vm}/exec since the start.",
-    )?;
-    execs.inc_by(host.execs.total());
-    registry.register(Box::new(execs))?;
+    register_counters(&registry, host)?;
     let cleanups = IntGauge::new(
         "scalebox_cleanups_pending",
         "Stopped and deleted VMs whose cleanup on the host failed and is being retried.",
@@ -151,6 +140,22 @@ fn current(host: &Host, pool: &scalebox_api::PoolInfo) -> Result<Registry, prome
         registry.register(Box::new(gauge))?;
     }
     Ok(registry)
+}
+
+fn register_counters(registry: &Registry, host: &Host) -> Result<(), prometheus::Error> {
+    let events = IntCounter::new(
+        "scalebox_events_total",
+        "Events published by GET /events since the start.",
+    )?;
+    events.inc_by(host.events.count());
+    registry.register(Box::new(events))?;
+    let execs = IntCounter::new(
+        "scalebox_execs_total",
+        "Commands started in guests by POST /vms/{vm}/exec since the start.",
+    )?;
+    execs.inc_by(host.execs.total());
+    registry.register(Box::new(execs))?;
+    Ok(())
 }
 
 /// Returns metrics for Prometheus.

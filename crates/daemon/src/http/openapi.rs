@@ -127,23 +127,9 @@ fn server_sent_event() -> Value {
 fn complete_operation(path: &str, operation: &mut Value) {
     let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
     for parameter in parameters.into_iter().flatten() {
-        let schema = match parameter["name"].as_str() {
-            Some("vm") => json!({ "type": "string", "pattern": VM_REFERENCE }),
-            Some("name") => json!({ "type": "string", "pattern": TEMPLATE_NAME }),
-            Some("exec") => json!({ "type": "string", "pattern": EXEC_ID }),
-            Some("path") => json!({ "type": "string", "minLength": 1, "maxLength": 4095, "pattern": "^/" }),
-            Some("tail") => json!({ "type": "integer", "minimum": 0 }),
-            Some("mode") => json!({ "type": "string", "pattern": "^[0-7]{1,4}$" }),
-            Some("wait") => json!({ "type": "string", "enum": ["agent"] }),
-            Some("format") => json!({ "type": "string", "enum": ["tar"] }),
-            Some("wait_seconds") => {
-                json!({ "type": "integer", "minimum": 1, "maximum": CreateVmQuery::MAX_WAIT_SECONDS })
-            }
-            Some("Idempotency-Key") => json!({ "type": "string", "pattern": IDEMPOTENCY_KEY }),
-            Some("since" | "Last-Event-ID") => json!({ "type": "integer", "minimum": 0, "maximum": MAX_EVENT_ID }),
-            _ => continue,
-        };
-        parameter["schema"] = schema;
+        if let Some(schema) = parameter["name"].as_str().and_then(parameter_schema) {
+            parameter["schema"] = schema;
+        }
     }
     let body = operation["requestBody"]["content"].as_object();
     let (has_body, is_streamed) = (
@@ -189,6 +175,26 @@ fn complete_operation(path: &str, operation: &mut Value) {
             response["content"] = json_body("ErrorBody");
         }
     }
+}
+
+/// Returns the schema of a parameter, if its type does not express it.
+fn parameter_schema(name: &str) -> Option<Value> {
+    Some(match name {
+        "vm" => json!({ "type": "string", "pattern": VM_REFERENCE }),
+        "name" => json!({ "type": "string", "pattern": TEMPLATE_NAME }),
+        "exec" => json!({ "type": "string", "pattern": EXEC_ID }),
+        "path" => json!({ "type": "string", "minLength": 1, "maxLength": 4095, "pattern": "^/" }),
+        "tail" => json!({ "type": "integer", "minimum": 0 }),
+        "mode" => json!({ "type": "string", "pattern": "^[0-7]{1,4}$" }),
+        "wait" => json!({ "type": "string", "enum": ["agent"] }),
+        "format" => json!({ "type": "string", "enum": ["tar"] }),
+        "wait_seconds" => {
+            json!({ "type": "integer", "minimum": 1, "maximum": CreateVmQuery::MAX_WAIT_SECONDS })
+        }
+        "Idempotency-Key" => json!({ "type": "string", "pattern": IDEMPOTENCY_KEY }),
+        "since" | "Last-Event-ID" => json!({ "type": "integer", "minimum": 0, "maximum": MAX_EVENT_ID }),
+        _ => return None,
+    })
 }
 
 fn add(responses: &mut Map<String, Value>, status: &str, description: &str) {

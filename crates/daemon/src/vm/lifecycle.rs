@@ -134,21 +134,7 @@ pub(crate) async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> R
     let run_dir = host.run_dir(&record.id);
     let seed = run_dir.join("seed.img");
 
-    let drive = SeedDrive {
-        instance_id: record.id.to_string(),
-        hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
-        ssh_public_key: record
-            .ssh_public_key
-            .as_deref()
-            .map(SshPublicKey::from_record)
-            .transpose()
-            .map_err(|form| unusable(record, "ssh_public_key", form))?,
-        mac: endpoint.mac(),
-        address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())
-            .map_err(|error| ServiceError::Internal(error.to_string()))?,
-        gateway: inner.settings.net.gateway(),
-        dns: inner.resolvers.clone(),
-    };
+    let drive = seed_drive(host, record, &endpoint)?;
     {
         let (run_dir, console, seed) = (run_dir.clone(), host.console_dir(&record.id), seed.clone());
         blocking(move || {
@@ -190,6 +176,24 @@ pub(crate) async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> R
         "machine launched"
     );
     Ok(machine)
+}
+
+fn seed_drive(host: &Host, record: &Record, endpoint: &Endpoint) -> Result<SeedDrive, ServiceError> {
+    Ok(SeedDrive {
+        instance_id: record.id.to_string(),
+        hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
+        ssh_public_key: record
+            .ssh_public_key
+            .as_deref()
+            .map(SshPublicKey::from_record)
+            .transpose()
+            .map_err(|form| unusable(record, "ssh_public_key", form))?,
+        mac: endpoint.mac(),
+        address: ipnet::Ipv4Net::new(record.guest_ip, host.settings.net.subnet().prefix_len())
+            .map_err(|error| ServiceError::Internal(error.to_string()))?,
+        gateway: host.settings.net.gateway(),
+        dns: host.resolvers.clone(),
+    })
 }
 
 async fn spec(
