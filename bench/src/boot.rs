@@ -28,7 +28,7 @@ pub(crate) struct Boot {
 
 /// Creates a VM and waits until its guest responds to SSH.
 pub(crate) fn measure(setup: &Setup, factory: &DiskFactory<'_>) -> Outcome<(Boot, Vm)> {
-    let mut request = CreateVm::new(TEMPLATE.parse()?, factory.key().clone());
+    let mut request = CreateVm::new(TEMPLATE.parse()?, Some(factory.key().clone()));
     request.disk_size_gib = Some(3);
     let begun = Instant::now();
     let vm = factory.client().create_vm(&request)?;

@@ -117,7 +117,7 @@ impl<'a> DiskFactory<'a> {
                 Ok((time, id))
             }
             Method::Api => {
-                let mut request = CreateVm::new(TEMPLATE.parse()?, self.key.clone());
+                let mut request = CreateVm::new(TEMPLATE.parse()?, Some(self.key.clone()));
                 (request.disk_size_gib, request.start) = (Some(size_gib), false);
                 let (time, vm) = timed(|| Ok(self.daemon.client().create_vm(&request)?))?;
                 Ok((time, vm.id))

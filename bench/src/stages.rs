@@ -130,7 +130,7 @@ fn fill(factory: &DiskFactory<'_>, daemon: &Daemon, disks: usize) -> Outcome<()>
 fn boot(factory: &DiskFactory<'_>, daemon: &Daemon, guests: usize) -> Outcome<Vec<String>> {
     let mut booted = Vec::new();
     for _ in 0..guests {
-        let request = CreateVm::new(TEMPLATE.parse()?, factory.key().clone());
+        let request = CreateVm::new(TEMPLATE.parse()?, Some(factory.key().clone()));
         booted.push(daemon.client().create_vm(&request)?);
     }
     for vm in &booted {

@@ -87,7 +87,7 @@ pub enum Invalid {
         /// The JSON type of the value: `an array`, `null` …
         kind: &'static str,
     },
-    /// A string has the wrong form.
+    /// A string has the wrong form, or two fields contradict each other.
     #[error("{field} {form}")]
     Form {
         /// The name of the field.
@@ -98,6 +98,15 @@ pub enum Invalid {
 }
 
 impl Invalid {
+    /// Returns the error for a name that does not exist, with a suggestion.
+    pub(crate) fn unknown(name: &str, known: &'static [&'static str]) -> Invalid {
+        let list = match suggestion(name, known) {
+            Some(field) => format!("unknown field {:?} (did you mean {field}?)", shortened(name)),
+            None => format!("unknown field {:?}", shortened(name)),
+        };
+        Invalid::Unknown { list, known }
+    }
+
     /// Returns the field that the error is about; `None` if it is about the whole body or several
     /// fields.
     pub fn field(&self) -> Option<&str> {
@@ -178,6 +187,67 @@ impl<'a> Fields<'a> {
         field: &'static str,
     ) -> Result<Option<T>, Invalid> {
         self.0.get(field).map(|json| read_text(field, json)).transpose()
+    }
+
+    /// Parses an optional array of strings. The errors of elements name the field.
+    pub(crate) fn optional_texts<T: FromStr<Err = InvalidFormat>>(
+        &self,
+        field: &'static str,
+    ) -> Result<Option<Vec<T>>, Invalid> {
+        let Some(json) = self.0.get(field).copied() else {
+            return Ok(None);
+        };
+        let elements: Vec<&RawValue> = match json.starts_with('[') {
+            true => serde_json::from_str(json).map_err(not_json)?,
+            false => {
+                return Err(Invalid::Type {
+                    field,
+                    expected: "an array of strings",
+                    kind: kind(json),
+                });
+            }
+        };
+        let elements = elements.iter().map(|element| read_text(field, element.get()));
+        elements.collect::<Result<_, _>>().map(Some)
+    }
+
+    /// Parses an optional object whose names are chosen by the client and whose values are strings.
+    /// The errors of values name the field.
+    pub(crate) fn optional_text_map<T: FromStr<Err = InvalidFormat>>(
+        &self,
+        field: &'static str,
+    ) -> Result<Option<BTreeMap<String, T>>, Invalid> {
+        let Some(json) = self.0.get(field).copied() else {
+            return Ok(None);
+        };
+        if !json.starts_with('{') {
+            return Err(Invalid::Type {
+                field,
+                expected: "an object of strings",
+                kind: kind(json),
+            });
+        }
+        let Pairs(pairs) = serde_json::from_str(json).map_err(not_json)?;
+        let mut map = BTreeMap::new();
+        for (name, value) in pairs {
+            let value = read_text(field, value.get())?;
+            if map.contains_key(&name) {
+                return Err(Invalid::Duplicate(format!("{field}.{}", shortened(&name))));
+            }
+            map.insert(name, value);
+        }
+        Ok(Some(map))
+    }
+
+    /// Returns whether the field is an object.
+    pub(crate) fn is_object(&self, field: &'static str) -> bool {
+        self.0.get(field).is_some_and(|json| json.starts_with('{'))
+    }
+
+    /// Returns the number as a string, if the field is a number: for values that have both forms.
+    pub(crate) fn as_number_text(&self, field: &'static str) -> Option<&'a str> {
+        let json = self.0.get(field).copied()?;
+        json.starts_with(|c: char| c.is_ascii_digit()).then_some(json)
     }
 
     /// Parses a required whole number.

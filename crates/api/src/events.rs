@@ -82,6 +82,10 @@ kinds! {
     Resumed = "resumed",
     /// A template was created from a VM's disk. Details: `template`, `stood_still_ms`.
     Snapshotted = "snapshotted",
+    /// A request started a command in a VM. Details: `exec`, `program`.
+    ExecStarted = "exec_started",
+    /// Such a command ended. Details: `exec`, `exit_code`, `signal`.
+    ExecEnded = "exec_ended",
     /// A VM's process ended unexpectedly, or the VM could not be started. Details: `reason`.
     Failed = "failed",
     /// A VM was deleted, with its disk.

@@ -10,6 +10,12 @@
 //! | file | contents |
 //! |---|---|
 //! | `vms` | VMs, and the requests that create and change them |
+//! | `exec` | commands that run in a VM |
+//! | `output` | the output of an exec, as lines of NDJSON |
+//! | `attach` | the messages of an attached terminal |
+//! | `signal` | signals by name and number |
+//! | `files` | files in a VM |
+//! | `stats` | load and memory of a VM |
 //! | `templates` | templates and snapshots |
 //! | `jobs` | jobs, and the request that pulls a template |
 //! | `pool` | the pool, its size, and the usage of disks |
@@ -23,26 +29,40 @@
 
 #![warn(missing_docs)]
 
+pub mod attach;
 mod body;
 mod error;
 mod events;
+mod exec;
+pub mod files;
 mod host;
 mod idempotency;
 mod jobs;
 mod limits;
+mod output;
 mod pool;
+mod signal;
+mod stats;
 mod suggestion;
 mod templates;
 mod vms;
 
+pub use attach::AttachMessage;
 pub use body::Invalid;
 pub use error::{ErrorBody, ErrorCode};
 pub use events::{Event, EventKind, EventVm};
+pub use exec::{
+    CreateExec, Encoding, Exec, ExecEnd, ExecList, ExecResult, ExecStatus, SignalExec, StartedExec, Tty, WindowSize,
+};
+pub use files::{FileEntry, FileKind, FileList, FileMode, FileOwner, GuestPath, MakeDirectory, RenameFile};
 pub use host::{Cpu, Health, HostInfo, HostLimits, Memory, VmCounts};
 pub use idempotency::IdempotencyKey;
 pub use jobs::{Job, JobList, PullTemplate};
 pub use limits::Limits;
+pub use output::OutputLine;
 pub use pool::{PoolInfo, ResizePool, StorageUsage, Trimmed};
-pub use scalebox_units::{ImageConfig, Init, InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};
+pub use scalebox_units::{ExecId, ImageConfig, Init, InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};
+pub use signal::Signal;
+pub use stats::{AgentInfo, VmStats};
 pub use templates::{Snapshot, SnapshotVm, Template, TemplateList};
-pub use vms::{AutoExtend, CreateVm, Disk, UpdateVm, Vm, VmList, VmStatus};
+pub use vms::{AutoExtend, CreateVm, CreateVmQuery, Disk, UpdateVm, Vm, VmList, VmStatus, WaitFor};

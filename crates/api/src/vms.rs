@@ -8,7 +8,7 @@ use crate::body::{Fields, Invalid};
 use crate::idempotency::IdempotencyKey;
 use crate::limits::Limits;
 use crate::pool::StorageUsage;
-use scalebox_units::{SshPublicKey, TemplateName, VmName};
+use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmName};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -159,8 +159,11 @@ const AUTOSTART: &str = "autostart";
 pub struct CreateVm {
     /// Template to clone the disk from.
     pub template: TemplateName,
-    /// SSH public key that may log in to the guest's account `user`.
-    pub ssh_public_key: SshPublicKey,
+    /// SSH public key that may log in to the guest's account `user`; without one, nobody can log in
+    /// over SSH.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub ssh_public_key: Option<SshPublicKey>,
     /// Name of the VM; by default generated from three words.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
@@ -231,7 +234,7 @@ impl CreateVm {
     ];
 
     /// Creates a request for a running VM; the host chooses everything else.
-    pub fn new(template: TemplateName, ssh_public_key: SshPublicKey) -> Self {
+    pub fn new(template: TemplateName, ssh_public_key: Option<SshPublicKey>) -> Self {
         CreateVm {
             template,
             ssh_public_key,
@@ -256,10 +259,8 @@ impl CreateVm {
     /// Returns the first problem found, with the field and its valid values.
     pub fn parse(body: &[u8], limits: &Limits) -> Result<Self, Invalid> {
         const TEMPLATE: &str = "send the name of a template; GET /templates lists them";
-        const KEY: &str = "send an OpenSSH public key, such as: ssh-ed25519 AAAAC3Nza... me@laptop";
         let fields = Fields::read(body, &Self::FIELDS)?;
         fields.require("template", TEMPLATE)?;
-        fields.require("ssh_public_key", KEY)?;
         let mem_mib = limits.min_mem_mib..=limits.max_mem_mib;
         let vcpus = fields.optional_number("vcpu_count", 1..=limits.max_vcpus.into())?;
         Ok(CreateVm {
@@ -274,10 +275,95 @@ impl CreateVm {
             start: fields.optional_bool("start")?.unwrap_or(true),
             template: fields.text("template", TEMPLATE)?,
             name: fields.optional_text("name")?,
-            ssh_public_key: fields.text("ssh_public_key", KEY)?,
+            ssh_public_key: fields.optional_text("ssh_public_key")?,
             idempotency_key: None,
         })
     }
+}
+
+/// The query of `POST /vms`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CreateVmQuery {
+    /// The event after which the response is sent; none for the start of the machine.
+    pub wait: Option<WaitFor>,
+    /// Maximum time to wait, 1 to [`MAX_WAIT_SECONDS`](Self::MAX_WAIT_SECONDS); by default
+    /// [`DEFAULT_WAIT_SECONDS`](Self::DEFAULT_WAIT_SECONDS).
+    pub wait_seconds: Option<u64>,
+}
+
+/// An event after which the response to `POST /vms` is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitFor {
+    /// The agent in the guest responds (`wait=agent`).
+    Agent,
+}
+
+impl CreateVmQuery {
+    /// The default of `wait_seconds`.
+    pub const DEFAULT_WAIT_SECONDS: u64 = 120;
+    /// The maximum of `wait_seconds`.
+    pub const MAX_WAIT_SECONDS: u64 = 600;
+
+    const FIELDS: [&str; 2] = ["wait", "wait_seconds"];
+
+    /// Parses the decoded parameters of a query.
+    ///
+    /// # Errors
+    /// An unknown or repeated parameter, an invalid value, or `wait_seconds` without `wait`.
+    pub fn parse<'q>(parameters: impl IntoIterator<Item = (&'q str, &'q str)>) -> Result<Self, Invalid> {
+        let mut query = CreateVmQuery::default();
+        for (name, value) in parameters {
+            let is_repeated = match name {
+                "wait" => query.wait.replace(WaitFor::read(value)?).is_some(),
+                "wait_seconds" => query.wait_seconds.replace(wait_seconds(value)?).is_some(),
+                other => return Err(Invalid::unknown(other, &Self::FIELDS)),
+            };
+            if is_repeated {
+                return Err(Invalid::Duplicate(name.to_owned()));
+            }
+        }
+        if query.wait.is_none() && query.wait_seconds.is_some() {
+            let form = InvalidFormat::new("is only valid together with wait=agent");
+            return Err(Invalid::Form {
+                field: "wait_seconds",
+                form,
+            });
+        }
+        Ok(query)
+    }
+}
+
+impl WaitFor {
+    /// Returns the value of the parameter `wait`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            WaitFor::Agent => "agent",
+        }
+    }
+
+    fn read(value: &str) -> Result<Self, Invalid> {
+        match value {
+            "agent" => Ok(WaitFor::Agent),
+            _ => Err(Invalid::Form {
+                field: "wait",
+                form: InvalidFormat::new("must be agent"),
+            }),
+        }
+    }
+}
+
+fn wait_seconds(value: &str) -> Result<u64, Invalid> {
+    let range = 1..=CreateVmQuery::MAX_WAIT_SECONDS;
+    let is_number = value.bytes().all(|byte| byte.is_ascii_digit());
+    let seconds = value
+        .parse()
+        .ok()
+        .filter(|seconds| is_number && range.contains(seconds));
+    seconds.ok_or(Invalid::Number {
+        field: "wait_seconds",
+        min: *range.start(),
+        max: *range.end(),
+    })
 }
 
 /// The body of `PATCH /vms/{id or name}`. Absent fields are not changed.
@@ -429,6 +515,33 @@ mod tests {
         });
         assert_eq!(serde_json::to_value(vm()).unwrap(), expected);
         assert_eq!(serde_json::from_value::<Vm>(expected).unwrap(), vm());
+    }
+
+    #[test]
+    fn the_query_of_a_creation_is_parsed_strictly() {
+        let parse = |pairs: &[(&'static str, &'static str)]| CreateVmQuery::parse(pairs.iter().copied());
+        assert_eq!(parse(&[]), Ok(CreateVmQuery::default()));
+        let wait = Some(WaitFor::Agent);
+        for (seconds, wait_seconds) in [("1", 1), ("600", 600), ("007", 7)] {
+            let parsed = parse(&[("wait_seconds", seconds), ("wait", "agent")]);
+            let wait_seconds = Some(wait_seconds);
+            assert_eq!(parsed, Ok(CreateVmQuery { wait, wait_seconds }));
+        }
+        for (pairs, field) in [
+            (&[("wait", "ssh")][..], Some("wait")),
+            (&[("wait", "agent"), ("wait", "agent")], Some("wait")),
+            (&[("wait", "agent"), ("wait_seconds", "0")], Some("wait_seconds")),
+            (&[("wait", "agent"), ("wait_seconds", "601")], Some("wait_seconds")),
+            (&[("wait", "agent"), ("wait_seconds", "+5")], Some("wait_seconds")),
+            (&[("wait", "agent"), ("wait_seconds", "")], Some("wait_seconds")),
+            (&[("wait_seconds", "5")], Some("wait_seconds")),
+            (&[("waits", "agent")], None),
+        ] {
+            let refused = parse(pairs).unwrap_err();
+            assert_eq!(refused.field(), field, "{refused}");
+        }
+        let unknown = parse(&[("waits", "agent")]).unwrap_err().to_string();
+        assert!(unknown.contains("did you mean wait?"), "{unknown}");
     }
 
     #[test]

@@ -44,7 +44,7 @@ fn create_request(args: &CreateArgs) -> Result<CreateVm, Error> {
         autostart: !args.no_autostart,
         start: !args.no_start,
         idempotency_key: args.idempotency_key.clone(),
-        ..CreateVm::new(template, ssh::public_key(args.key.as_deref())?)
+        ..CreateVm::new(template, Some(ssh::public_key(args.key.as_deref())?))
     })
 }
 

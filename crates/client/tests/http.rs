@@ -54,7 +54,7 @@ fn client(address: SocketAddr) -> Client {
 #[test]
 fn create_sends_the_token_and_the_request_and_returns_the_vm() {
     let (address, server) = serve_once(response("201 Created", VM));
-    let mut request = CreateVm::new("debian-base".parse().unwrap(), KEY.parse().unwrap());
+    let mut request = CreateVm::new("debian-base".parse().unwrap(), Some(KEY.parse().unwrap()));
     request.disk_size_gib = Some(10);
     let vm = client(address).create_vm(&request).unwrap();
     assert_eq!((vm.id.as_str(), vm.disk_size_gib), ("vm-0123456789ab", 10));

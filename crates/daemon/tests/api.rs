@@ -63,7 +63,6 @@ fn invalid_input_gets_a_400_that_names_the_field_and_creates_nothing() {
         (vec![b'['; 100_000], "JSON"),
         (with("disk_size_gb", json!(10)), "disk_size_gb"),
         (without("template"), "template"),
-        (without("ssh_public_key"), "ssh_public_key"),
         (with("template", json!("")), "template"),
         (with("template", json!("../x")), "template"),
         (with("template", json!(7)), "template"),

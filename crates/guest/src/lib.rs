@@ -1,7 +1,7 @@
 //! The interface between host and guest: kernel parameters, the seed drive with the guest's
-//! identity, and the guest agent.
+//! identity, and the clients of the guest's agents.
 //!
-//! Everything except [`Agent`] is synchronous.
+//! Everything except [`AgentConnection`] and [`Qga`] is synchronous.
 //!
 //! # Layout
 //!
@@ -9,7 +9,8 @@
 //! |---|---|
 //! | `cmdline` | [`kernel_cmdline`]: the kernel parameters of a guest |
 //! | `seed` | [`SeedDrive`]: the identity of a guest |
-//! | `agent` | [`Agent`]: queries a running guest |
+//! | `agent/` | [`AgentConnection`]: our own agent in a running guest |
+//! | `qga` | [`Qga`]: `qemu-guest-agent` in a running guest |
 //!
 //! # Example
 //!
@@ -20,7 +21,7 @@
 //! SeedDrive {
 //!     instance_id: "vm-0123456789ab".into(),
 //!     hostname: "very-silly-penguin".parse()?,
-//!     ssh_public_key: key.parse()?,
+//!     ssh_public_key: Some(key.parse()?),
 //!     mac: "52:54:00:12:34:56".parse()?,
 //!     address: "172.16.0.2/16".parse()?,
 //!     gateway: "172.16.0.1".parse()?,
@@ -34,9 +35,11 @@
 mod agent;
 mod cmdline;
 mod error;
+mod qga;
 mod seed;
 
-pub use agent::{Agent, AgentError, FsUsage};
+pub use agent::{AgentConnection, AgentError, Download, FileHead, Output, PutFile, Upload};
 pub use cmdline::{kernel_cmdline, with_modules_drive};
 pub use error::SeedError;
+pub use qga::{FsUsage, Qga, QgaError};
 pub use seed::SeedDrive;

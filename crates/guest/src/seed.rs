@@ -31,8 +31,8 @@ pub struct SeedDrive {
     pub instance_id: String,
     /// The guest's host name.
     pub hostname: VmName,
-    /// The key that the account `user` accepts.
-    pub ssh_public_key: SshPublicKey,
+    /// The key that the account `user` accepts; without one it accepts no login.
+    pub ssh_public_key: Option<SshPublicKey>,
     /// MAC of the network interface that gets the address, in transmission order.
     pub mac: Mac,
     /// The guest's address, with the prefix length of its network.
@@ -94,7 +94,7 @@ impl SeedDrive {
                 "shell": "/bin/bash",
                 "sudo": "ALL=(ALL) NOPASSWD:ALL",
                 "lock_passwd": true,
-                "ssh_authorized_keys": [self.ssh_public_key.as_str()],
+                "ssh_authorized_keys": self.ssh_public_key.iter().map(SshPublicKey::as_str).collect::<Vec<_>>(),
             }],
             "growpart": { "mode": "auto", "devices": ["/"] },
             "resize_rootfs": true,
@@ -120,7 +120,9 @@ impl SeedDrive {
         };
         fact("instance-id", &self.instance_id);
         fact("hostname", &self.hostname);
-        fact("ssh-key", &self.ssh_public_key);
+        if let Some(key) = &self.ssh_public_key {
+            fact("ssh-key", key);
+        }
         fact("mac", &self.mac);
         fact("address", &self.address);
         fact("gateway", &self.gateway);
@@ -180,7 +182,7 @@ mod tests {
         SeedDrive {
             instance_id: "vm-0123456789ab".into(),
             hostname: "very-silly-penguin".parse().unwrap(),
-            ssh_public_key: format!("{KEY} some: \"one\" # 'here' $(x) `y`").parse().unwrap(),
+            ssh_public_key: Some(format!("{KEY} some: \"one\" # 'here' $(x) `y`").parse().unwrap()),
             mac: Mac::new([0x52, 0x54, 0x00, 0xab, 0xcd, 0x01]),
             address: "172.16.3.4/16".parse().unwrap(),
             gateway: Ipv4Addr::new(172, 16, 0, 1),
@@ -219,7 +221,8 @@ mod tests {
         output("fsck.fat", &["-n", image]);
 
         let facts = output("mtype", &["-i", image, "::scalebox"]);
-        let key = format!("ssh-key={}", drive.ssh_public_key);
+        let ssh_public_key = drive.ssh_public_key.unwrap();
+        let key = format!("ssh-key={ssh_public_key}");
         for line in [
             "instance-id=vm-0123456789ab",
             "hostname=very-silly-penguin",
@@ -240,13 +243,24 @@ mod tests {
         assert_eq!(read("meta-data")["instance-id"], "vm-0123456789ab");
         assert_eq!(read("meta-data")["local-hostname"], "very-silly-penguin");
         let user = &read("user-data")["users"][0];
-        assert_eq!(user["ssh_authorized_keys"][0], drive.ssh_public_key.as_str());
+        assert_eq!(user["ssh_authorized_keys"][0], ssh_public_key.as_str());
         assert_eq!(user["uid"], 1000);
         let interface = &read("network-config")["ethernets"]["eth0"];
         assert_eq!(interface["match"]["macaddress"], "52:54:00:ab:cd:01");
         assert_eq!(interface["addresses"][0], "172.16.3.4/16");
         assert_eq!(interface["routes"][0]["via"], "172.16.0.1");
         assert_eq!(interface["nameservers"]["addresses"][1], "192.0.2.2");
+    }
+
+    #[test]
+    fn a_guest_without_a_key_accepts_no_login() {
+        let drive = SeedDrive {
+            ssh_public_key: None,
+            ..drive()
+        };
+        assert!(!drive.facts().contains("ssh-key"));
+        let user_data: Value = serde_json::from_str(drive.user_data().trim_start_matches("#cloud-config\n")).unwrap();
+        assert_eq!(user_data["users"][0]["ssh_authorized_keys"], json!([]));
     }
 
     #[test]

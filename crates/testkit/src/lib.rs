@@ -6,4 +6,4 @@
 
 mod sim_vmm;
 
-pub use sim_vmm::{Gate, NextCall, Operation, SimAgent, SimGuest, SimMachine, SimVmm};
+pub use sim_vmm::{Gate, NextCall, Operation, SimAgent, SimGuest, SimMachine, SimQga, SimVmm};

@@ -7,10 +7,12 @@
     reason = "helpers of tests are not in a `cfg(test)`"
 )]
 
-use scalebox_guest::{Agent, AgentError};
-use scalebox_testkit::{Operation, SimAgent, SimVmm};
+use scalebox_guest::{Qga, QgaError};
+use scalebox_testkit::{Operation, SimQga, SimVmm};
 use scalebox_units::{Bytes, DiskLocation, VmId};
-use scalebox_vmm::{DiskLimits, Error, ExitReason, Machine, MachineEvent, MachineSpec, MachineState, Nic, Vmm};
+use scalebox_vmm::{
+    Channel, DiskLimits, Error, ExitReason, Machine, MachineEvent, MachineSpec, MachineState, Nic, Vmm,
+};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -264,7 +266,9 @@ async fn the_agent_serves_the_host_while_the_clock_is_paused() {
     });
     booted(&machine).await;
     machine.resize_root(Bytes::from_mib(8)).await.unwrap();
-    let agent = Agent::connect(machine.agent().await.unwrap()).await.unwrap();
+    let agent = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .unwrap();
     let root = agent.root_file_system().await.unwrap();
     assert_eq!((root.total, root.used), (Bytes::from_mib(8), Bytes::from_mib(3)));
     assert_eq!(agent.trim().await.unwrap(), Bytes::from_mib(2));
@@ -273,7 +277,7 @@ async fn the_agent_serves_the_host_while_the_clock_is_paused() {
     agent.freeze().await.unwrap();
     assert!(control.is_frozen());
     let refused = agent.trim().await.unwrap_err();
-    assert!(matches!(refused, AgentError::Refused { .. }), "{refused}");
+    assert!(matches!(refused, QgaError::Refused { .. }), "{refused}");
     agent.thaw().await.unwrap();
     assert!(!control.is_frozen());
 }
@@ -283,21 +287,29 @@ async fn an_agent_that_does_not_respond_lets_the_clock_run() {
     let sim = SimVmm::new();
     let machine = sim.launch(&spec()).await.unwrap();
     // The guest is still booting.
-    let silent = Agent::connect(machine.agent().await.unwrap()).await.err().unwrap();
-    assert!(matches!(silent, AgentError::Timeout), "{silent}");
+    let silent = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .err()
+        .unwrap();
+    assert!(matches!(silent, QgaError::Timeout), "{silent}");
     sleep(Duration::from_secs(1)).await;
     let control = sim.machine(&id());
     control.set_guest(|guest| guest.unanswered.push("guest-fstrim"));
-    let agent = Agent::connect(machine.agent().await.unwrap()).await.unwrap();
+    let agent = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .unwrap();
     let unfinished = agent.trim().await.unwrap_err();
-    assert!(matches!(unfinished, AgentError::Unfinished { .. }), "{unfinished}");
+    assert!(matches!(unfinished, QgaError::Unfinished { .. }), "{unfinished}");
     drop(agent);
 
     machine.pause().await.unwrap();
-    let paused = Agent::connect(machine.agent().await.unwrap()).await.err().unwrap();
-    assert!(matches!(paused, AgentError::Timeout), "{paused}");
-    control.set_guest(|guest| guest.agent = SimAgent::Unreachable);
-    assert!(matches!(machine.agent().await, Err(Error::Agent { .. })));
+    let paused = Qga::connect(machine.channel(Channel::Qga).await.unwrap())
+        .await
+        .err()
+        .unwrap();
+    assert!(matches!(paused, QgaError::Timeout), "{paused}");
+    control.set_guest(|guest| guest.qga = SimQga::Unreachable);
+    assert!(matches!(machine.channel(Channel::Qga).await, Err(Error::Agent { .. })));
 }
 
 #[tokio::test(start_paused = true)]

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `size` | [`Bytes`] and [`Gib`]: sizes, and their rounding |
 //! | `vm_id` | [`VmId`] |
+//! | `exec_id` | [`ExecId`] |
 //! | `kernel_id` | [`KernelId`] |
 //! | `names` | [`TemplateName`] and [`VmName`] |
 //! | `key` | [`SshPublicKey`] |
@@ -23,6 +24,7 @@
 #![warn(missing_docs)]
 
 mod disk_location;
+mod exec_id;
 mod format;
 mod image_config;
 mod init;
@@ -36,6 +38,7 @@ mod size;
 mod vm_id;
 
 pub use disk_location::DiskLocation;
+pub use exec_id::ExecId;
 pub use format::InvalidFormat;
 pub use image_config::ImageConfig;
 pub use init::Init;

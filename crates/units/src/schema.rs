@@ -1,7 +1,7 @@
 //! The JSON schema of each type, for the OpenAPI document. The patterns match the texts that the
 //! parsers accept.
 
-use crate::{SshPublicKey, TemplateName, VmName};
+use crate::{ExecId, SshPublicKey, TemplateName, VmName};
 use std::borrow::Cow;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaFormat, SchemaType, Type};
 use utoipa::openapi::{KnownFormat, RefOr};
@@ -9,6 +9,22 @@ use utoipa::{PartialSchema, ToSchema};
 
 fn text() -> ObjectBuilder {
     ObjectBuilder::new().schema_type(SchemaType::Type(Type::String))
+}
+
+impl ToSchema for ExecId {
+    fn name() -> Cow<'static, str> {
+        "ExecId".into()
+    }
+}
+
+impl PartialSchema for ExecId {
+    fn schema() -> RefOr<Schema> {
+        text()
+            .description(Some("An exec's id: `exec-` and twelve lower-case hex digits."))
+            .pattern(Some("^exec-[0-9a-f]{12}$"))
+            .examples(["exec-0123456789ab"])
+            .into()
+    }
 }
 
 impl ToSchema for TemplateName {

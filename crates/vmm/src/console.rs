@@ -6,10 +6,11 @@
 //! no daemon runs, nothing is recorded.
 
 use scalebox_units::Bytes;
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
@@ -37,9 +38,110 @@ pub fn console_tail(log: &Path, max: Bytes) -> io::Result<String> {
         }
     }
     let max = usize::try_from(max.as_u64()).unwrap_or(usize::MAX);
-    let tail = &tail[tail.len().saturating_sub(max)..];
-    let printable = |char: &char| !char.is_control() || matches!(char, '\n' | '\t');
-    Ok(String::from_utf8_lossy(tail).chars().filter(printable).collect())
+    Ok(printable(&tail[tail.len().saturating_sub(max)..]))
+}
+
+fn printable(bytes: &[u8]) -> String {
+    let is_printable = |char: &char| !char.is_control() || matches!(char, '\n' | '\t');
+    String::from_utf8_lossy(bytes).chars().filter(is_printable).collect()
+}
+
+/// Reads a console log piece by piece, also while it is written. Its text has the form of
+/// [`console_tail`].
+///
+/// Output is missing if the log grows by more than [`CONSOLE_LIMIT`] between two reads.
+pub struct ConsoleReader {
+    log: PathBuf,
+    /// The files that are not read to their end; the last one may be the current file.
+    files: VecDeque<File>,
+    /// The first bytes of a character whose rest was not read.
+    partial: Vec<u8>,
+}
+
+impl ConsoleReader {
+    /// Returns a reader that begins `tail` bytes before the end of the log, which may be missing.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// I/O errors, except for missing files.
+    pub fn open(log: &Path, tail: u64) -> io::Result<ConsoleReader> {
+        let mut reader = ConsoleReader {
+            log: log.to_owned(),
+            files: VecDeque::new(),
+            partial: Vec::new(),
+        };
+        let mut left = tail;
+        for name in [log.to_owned(), previous(log)] {
+            let Some(mut file) = open_if_exists(&name)? else {
+                continue;
+            };
+            let length = file.seek(SeekFrom::End(0))?;
+            file.seek(SeekFrom::Start(length.saturating_sub(left)))?;
+            left = left.saturating_sub(length);
+            reader.files.push_front(file);
+        }
+        Ok(reader)
+    }
+
+    /// Returns the next piece; empty if there is none yet. Blocks.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn read(&mut self) -> io::Result<String> {
+        let mut buffer = vec![0; READ_BYTES];
+        loop {
+            // Checked before the read: what is written to a file before it is replaced is read.
+            let was_replaced = self.current_is_missing()?;
+            let Some(file) = self.files.front_mut() else {
+                return Ok(String::new());
+            };
+            let read = file.read(&mut buffer)?;
+            if read > 0 {
+                let text = self.text(&buffer[..read]);
+                if !text.is_empty() {
+                    return Ok(text);
+                }
+            } else if self.files.len() > 1 || was_replaced {
+                self.files.pop_front();
+            } else {
+                return Ok(String::new());
+            }
+        }
+    }
+
+    /// Returns whether the current file is not among those that are open. Opens it if none is.
+    fn current_is_missing(&mut self) -> io::Result<bool> {
+        let Some(last) = self.files.back() else {
+            self.files.extend(open_if_exists(&self.log)?);
+            return Ok(false);
+        };
+        let (last, current) = (last.metadata()?, fs::metadata(&self.log));
+        match current {
+            Ok(current) => Ok((current.ino(), current.dev()) != (last.ino(), last.dev())),
+            // Between the two steps of a replacement, or removed with its VM.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn text(&mut self, bytes: &[u8]) -> String {
+        self.partial.extend_from_slice(bytes);
+        let incomplete = match std::str::from_utf8(&self.partial) {
+            Err(error) if error.error_len().is_none() => self.partial.len() - error.valid_up_to(),
+            _ => 0,
+        };
+        let rest = self.partial.split_off(self.partial.len() - incomplete);
+        let whole = std::mem::replace(&mut self.partial, rest);
+        printable(&whole)
+    }
+}
+
+fn open_if_exists(file: &Path) -> io::Result<Option<File>> {
+    match File::open(file) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Copies a console to its log until the machine has ended.
@@ -149,5 +251,58 @@ mod tests {
             console_tail(&path, Bytes::from_kib(1)).unwrap(),
             "old\n[31mred\u{fffd}\tnew\n"
         );
+    }
+    fn read_all(reader: &mut ConsoleReader) -> String {
+        let mut all = String::new();
+        loop {
+            match reader.read().unwrap() {
+                text if text.is_empty() => return all,
+                text => all.push_str(&text),
+            }
+        }
+    }
+
+    #[test]
+    fn a_reader_follows_the_log_across_replacements() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console.log");
+        let mut log = ConsoleLog {
+            path: path.clone(),
+            failed: false,
+        };
+        let mut reader = ConsoleReader::open(&path, 100).unwrap();
+        assert_eq!(read_all(&mut reader), "");
+        let (mut written, mut seen) = (String::new(), String::new());
+        for number in 0..60_000 {
+            let line = format!("line {number} ö\n");
+            log.append(line.as_bytes());
+            written.push_str(&line);
+            if number % 500 == 0 {
+                seen.push_str(&read_all(&mut reader));
+            }
+        }
+        seen.push_str(&read_all(&mut reader));
+        assert!(seen == written, "{} of {} bytes", seen.len(), written.len());
+        let mut late = ConsoleReader::open(&path, 14).unwrap();
+        assert_eq!(read_all(&mut late), "line 59999 ö\n");
+        let mut whole = ConsoleReader::open(&path, CONSOLE_LIMIT.as_u64()).unwrap();
+        let all = read_all(&mut whole);
+        assert!(written.ends_with(&all) && all.len() as u64 > CONSOLE_LIMIT.as_u64() / 2);
+    }
+
+    #[test]
+    fn characters_are_not_torn_between_two_reads() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console.log");
+        let mut reader = ConsoleReader::open(&path, 0).unwrap();
+        fs::write(&path, b"a\xc3").unwrap();
+        assert_eq!(read_all(&mut reader), "a");
+        File::options()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(b"\xb6\x1b\r\n")
+            .unwrap();
+        assert_eq!(read_all(&mut reader), "ö\n");
     }
 }

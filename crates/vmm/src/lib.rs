@@ -42,10 +42,10 @@ mod supervise;
 
 pub use accel::{Accel, AccelChoice, AccelSetting, accelerator, kvm_is_missing};
 pub use confine::missing_confinement;
-pub use console::{CONSOLE_LIMIT, console_tail};
+pub use console::{CONSOLE_LIMIT, ConsoleReader, console_tail};
 pub use error::{Error, Result};
 pub use firecracker::{FirecrackerDriver, sweep_jails};
-pub use machine::{Machine, Vmm};
+pub use machine::{Channel, Machine, Vmm};
 pub use qemu::QemuDriver;
 pub use spec::{DiskLimits, MAX_CMDLINE, MAX_SOCKET_NAME, MIN_MEMORY_MIB, MachineSpec, Nic, RunAs};
 pub use state::{ExitReason, MachineEvent, MachineState};

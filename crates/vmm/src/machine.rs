@@ -174,12 +174,22 @@ pub trait Machine: Send + Sync {
     /// oldest events and should then query the [`state`](Machine::state).
     fn events(&self) -> broadcast::Receiver<MachineEvent>;
 
-    /// Opens a connection to the guest agent, ready for the agent's protocol. Some hypervisors
-    /// serve one client at a time: a second client gets its first response once the first client
-    /// has disconnected.
+    /// Opens a connection to an agent in the guest, ready for the agent's protocol. Some
+    /// hypervisors serve one client of each channel at a time: a second client gets its first
+    /// response once the first client has disconnected.
     ///
     /// # Errors
-    /// [`Error::Agent`] if the agent cannot be reached. A guest that is booting or has no agent may
-    /// simply not respond.
-    async fn agent(&self) -> Result<UnixStream>;
+    /// [`Error::Agent`] if the agent cannot be reached, also if the machine was launched by a
+    /// release that did not have the channel. A guest that is booting or has no agent may simply
+    /// not respond.
+    async fn channel(&self, channel: Channel) -> Result<UnixStream>;
+}
+
+/// A connection between the host and a program in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channel {
+    /// `qemu-guest-agent`, which many images have.
+    Qga,
+    /// Scalebox's own agent, which speaks the protocol of [`scalebox_agent_api`].
+    Agent,
 }

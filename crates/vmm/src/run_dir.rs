@@ -6,6 +6,7 @@
 
 use crate::confine::cgroup;
 use crate::error::{Error, Result};
+use crate::machine::Channel;
 use crate::process::Identity;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, open, stat};
 use rustix::io::Errno;
@@ -64,9 +65,12 @@ impl RunDir {
         self.0.join("console.pipe")
     }
 
-    /// Returns the path of the socket of the guest agent's port.
-    pub(crate) fn agent(&self) -> PathBuf {
-        self.0.join("agent.sock")
+    /// Returns the path of the socket of a channel's port.
+    pub(crate) fn channel(&self, channel: Channel) -> PathBuf {
+        self.0.join(match channel {
+            Channel::Qga => "agent.sock",
+            Channel::Agent => "scalebox.sock",
+        })
     }
 
     /// Returns the path of the pipe that receives QEMU's stderr.
@@ -208,7 +212,8 @@ impl RunDir {
             self.control(),
             self.console(),
             self.console_pipe(),
-            self.agent(),
+            self.channel(Channel::Qga),
+            self.channel(Channel::Agent),
             self.stderr_pipe(),
             self.part(),
             self.record(),

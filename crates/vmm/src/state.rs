@@ -55,8 +55,8 @@ pub enum MachineEvent {
     /// The guest rebooted; the machine continues. A guest that reboots every few seconds is stuck
     /// in a loop.
     GuestReboot,
-    /// A program in the guest opened the agent's port: the guest's system is up. Not every
-    /// hypervisor reports this.
+    /// `qemu-guest-agent` opened its port: the guest's system is up. Not every hypervisor reports
+    /// this.
     AgentUp,
     /// The guest powered itself off; [`MachineEvent::Ended`] follows.
     GuestShutdown,

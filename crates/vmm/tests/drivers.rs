@@ -15,13 +15,13 @@ mod support;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use rustix::process::Signal;
-use scalebox_testkit::{SimAgent, SimVmm};
+use scalebox_testkit::{SimQga, SimVmm};
 use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{
-    Accel, AccelSetting, DiskLimits, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec, MachineState,
-    QemuDriver, RunAs, Vmm, accelerator,
+    Accel, AccelSetting, Channel, DiskLimits, Error, ExitReason, FirecrackerDriver, MachineEvent, MachineSpec,
+    MachineState, QemuDriver, RunAs, Vmm, accelerator,
 };
-use std::fs::File;
+use std::fs::{self, File};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -89,6 +89,9 @@ const TESTS: &[Test] = &[
     }),
     ("a missing agent blocks no one", Needs::Traits, |bench| {
         no_agent(bench).boxed()
+    }),
+    ("older machines lack the agent's socket", Needs::Traits, |bench| {
+        no_socket_of_the_agent(bench).boxed()
     }),
 ];
 
@@ -169,7 +172,7 @@ async fn every_driver_keeps_the_guarantees_of_the_traits() {
 #[tokio::test]
 async fn the_simulated_driver_keeps_them_as_well() {
     let sim = SimVmm::new();
-    sim.set_guest(|guest| (guest.shutdown_time, guest.agent) = (None, SimAgent::Silent));
+    sim.set_guest(|guest| (guest.shutdown_time, guest.qga) = (None, SimQga::Silent));
     let vmm: Arc<dyn Vmm> = Arc::new(sim);
     let tests = TESTS.iter().filter(|(_, needs, _)| *needs == Needs::Traits);
     for (name, _, test) in tests {
@@ -407,17 +410,36 @@ async fn own_account(mut bench: Bench) {
 
 async fn no_agent(bench: Bench) {
     let machine = bench.vmm.launch(&bench.spec).await.unwrap();
-    match timeout(TEST_TIMEOUT, machine.agent()).await.unwrap() {
-        // A serial port accepts every client, but no program responds.
-        Ok(mut stream) => {
-            stream.write_all(b"{\"execute\":\"guest-ping\"}\n").await.unwrap();
-            let silence = timeout(Duration::from_millis(300), stream.read_u8()).await;
-            assert!(silence.is_err(), "{silence:?}");
+    for channel in [Channel::Qga, Channel::Agent] {
+        match timeout(TEST_TIMEOUT, machine.channel(channel)).await.unwrap() {
+            // A serial port accepts every client, but no program responds.
+            Ok(mut stream) => {
+                stream.write_all(b"{\"execute\":\"guest-ping\"}\n").await.unwrap();
+                let silence = timeout(Duration::from_millis(300), stream.read_u8()).await;
+                assert!(silence.is_err(), "{silence:?}");
+            }
+            Err(error) => assert!(matches!(error, Error::Agent { .. }), "{error}"),
         }
-        Err(error) => assert!(matches!(error, Error::Agent { .. }), "{error}"),
     }
     machine.kill().await.unwrap();
-    assert!(matches!(machine.agent().await, Err(Error::Agent { .. })));
+    for channel in [Channel::Qga, Channel::Agent] {
+        assert!(matches!(machine.channel(channel).await, Err(Error::Agent { .. })));
+    }
+}
+
+/// A release without our own agent launched machines without its socket.
+async fn no_socket_of_the_agent(bench: Bench) {
+    let machine = bench.vmm.launch(&bench.spec).await.unwrap();
+    let _ = fs::remove_file(bench.spec.run_dir.join("scalebox.sock"));
+    drop(machine);
+    let machine = bench.vmm.adopt(&bench.spec.id, &bench.spec.run_dir).await.unwrap();
+    let machine = machine.expect("it runs");
+    let refused = timeout(TEST_TIMEOUT, machine.channel(Channel::Agent)).await.unwrap();
+    assert!(matches!(refused, Err(Error::Agent { .. })), "{:?}", refused.err());
+    machine.pause().await.unwrap();
+    machine.resume().await.unwrap();
+    machine.kill().await.unwrap();
+    bench.assert_no_leftovers();
 }
 
 /// Checks that a driver neither adopts a machine of another driver nor takes it for dead.

@@ -2,11 +2,14 @@
 
 use crate::host::advice::advised;
 use crate::state::StateError;
+use scalebox_agent_api::FailureCode;
 use scalebox_api::Invalid;
+use scalebox_guest::AgentError;
 use scalebox_images::oci::OciError;
 use scalebox_programs::ProgramError;
 use scalebox_storage::StorageError;
 use scalebox_units::Gib;
+use serde_json::Value;
 
 /// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +70,20 @@ pub(crate) enum ServiceError {
     /// The disk of `STATE_DIR` is full.
     #[error("{0}")]
     StateFull(String),
+    /// The agent in a guest cannot be reached, or does not keep to its protocol.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The guest did not do it in time.
+    #[error("{message}")]
+    GuestTimeout {
+        /// What was not done, and for how long, as a sentence.
+        message: String,
+        /// The names in the sentence, for programs: an object.
+        details: Value,
+    },
+    /// The disk of a guest is full.
+    #[error("{0}")]
+    GuestFull(String),
     /// Something on the host failed.
     #[error("{0}")]
     Internal(String),
@@ -104,6 +121,26 @@ impl ServiceError {
         match self {
             ServiceError::HostFailed { sentence, .. } => sentence.clone(),
             other => other.to_string(),
+        }
+    }
+
+    /// Returns the error of a request to the agent of the VM `name`.
+    pub(crate) fn of_agent(name: &str, error: &AgentError) -> ServiceError {
+        let message = format!("VM {name}: {error}");
+        let AgentError::Refused(failure) = error else {
+            return ServiceError::Unreachable(message);
+        };
+        match failure.code {
+            FailureCode::Invalid => ServiceError::invalid(message),
+            FailureCode::NotFound => ServiceError::NotFound(message),
+            FailureCode::Denied => ServiceError::Forbidden(message),
+            FailureCode::NoSpace => ServiceError::GuestFull(message),
+            FailureCode::Busy => ServiceError::Busy(message),
+            FailureCode::Timeout => ServiceError::GuestTimeout {
+                message,
+                details: Value::Null,
+            },
+            _ => ServiceError::WrongState(message),
         }
     }
 

@@ -1,15 +1,18 @@
 //! The handle on a running daemon: its parts, and the state that they share.
 
+use crate::host::agent_link::AgentLinks;
 use crate::host::cleanups::Cleanups;
 use crate::host::drivers::Drivers;
 use crate::host::error::ServiceError;
 use crate::host::events::Events;
+use crate::host::guest_requests::GuestRequests;
 use crate::host::jobs::Jobs;
 use crate::host::kernels_in_use::KernelsInUse;
 use crate::host::keys_in_use::KeysInUse;
 use crate::host::paused_vms::PausedVms;
 use crate::host::pool_growth::PoolGrowth;
 use crate::host::reclaim::Reclaim;
+use crate::host::started_execs::StartedExecs;
 use crate::host::system;
 use crate::host::tasks::task_failed;
 use crate::host::templates_in_use::TemplatesInUse;
@@ -72,6 +75,12 @@ pub(crate) struct Inner {
     pub templates_in_use: TemplatesInUse,
     pub kernels_in_use: KernelsInUse,
     pub jobs: Jobs,
+    /// The connections to the agents of guests.
+    pub agents: AgentLinks,
+    /// Limits the number of requests that use them.
+    pub guest_requests: GuestRequests,
+    /// The commands whose end is to be published.
+    pub execs: StartedExecs,
     pub started: Instant,
     /// The token that is cancelled when the daemon is to stop.
     pub closing: CancellationToken,
@@ -143,6 +152,9 @@ impl Host {
             templates_in_use: TemplatesInUse::default(),
             kernels_in_use: KernelsInUse::default(),
             jobs: Jobs::default(),
+            agents: AgentLinks::default(),
+            guest_requests: GuestRequests::default(),
+            execs: StartedExecs::default(),
             started: Instant::now(),
             closing: CancellationToken::new(),
             transfers: Arc::new(Semaphore::new(MAX_TRANSFERS)),

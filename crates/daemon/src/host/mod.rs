@@ -4,12 +4,14 @@
 //! [`vm`](crate::vm), [`pool`](crate::pool) and [`templates`](crate::templates).
 
 pub(crate) mod advice;
-pub(crate) mod agent;
+pub(crate) mod agent_link;
 pub(crate) mod cleanups;
 pub(crate) mod drivers;
 pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod files;
+pub(crate) mod guest_agent;
+pub(crate) mod guest_requests;
 pub(crate) mod handle;
 pub(crate) mod jobs;
 pub(crate) mod kernels_in_use;
@@ -19,6 +21,7 @@ pub(crate) mod paused_vms;
 pub(crate) mod pool_growth;
 pub(crate) mod random;
 pub(crate) mod reclaim;
+pub(crate) mod started_execs;
 pub(crate) mod system;
 pub(crate) mod tasks;
 pub(crate) mod templates_in_use;

@@ -6,6 +6,7 @@ use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use axum::http::request::Parts;
+use scalebox_units::ExecId;
 use std::time::Duration;
 
 /// Maximum size of a body; a request with an SSH key of maximum length is a hundredth of it.
@@ -27,6 +28,29 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
                 quoted(parts.uri.path())
             ))),
         }
+    }
+}
+
+/// The path of an exec: a VM's id or name, percent-decoded, and the exec's id.
+pub(crate) struct ExecPath {
+    pub vm: String,
+    pub exec: ExecId,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ExecPath {
+    type Rejection = ServiceError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ServiceError> {
+        let Ok(Path((vm, exec))) = Path::<(String, String)>::from_request_parts(parts, state).await else {
+            return Err(ServiceError::invalid(format!(
+                "the path {} does not decode to UTF-8: send the ids or names as the API lists them",
+                quoted(parts.uri.path())
+            )));
+        };
+        // A malformed id cannot belong to an exec.
+        let unknown = |_| ServiceError::NotFound(format!("there is no exec {}", quoted(&exec)));
+        let exec = exec.parse().map_err(unknown)?;
+        Ok(ExecPath { vm, exec })
     }
 }
 

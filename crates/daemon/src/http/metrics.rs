@@ -101,12 +101,7 @@ fn current(host: &Host, pool: &scalebox_api::PoolInfo) -> Result<Registry, prome
         vms.with_label_values(&[status.as_str()]).inc();
     }
     registry.register(Box::new(vms))?;
-    let events = IntCounter::new(
-        "scalebox_events_total",
-        "Events published by GET /events since the start.",
-    )?;
-    events.inc_by(host.events.count());
-    registry.register(Box::new(events))?;
+    register_counters(&registry, host)?;
     let cleanups = IntGauge::new(
         "scalebox_cleanups_pending",
         "Stopped and deleted VMs whose cleanup on the host failed and is being retried.",
@@ -151,6 +146,22 @@ fn current(host: &Host, pool: &scalebox_api::PoolInfo) -> Result<Registry, prome
     Ok(registry)
 }
 
+fn register_counters(registry: &Registry, host: &Host) -> Result<(), prometheus::Error> {
+    let events = IntCounter::new(
+        "scalebox_events_total",
+        "Events published by GET /events since the start.",
+    )?;
+    events.inc_by(host.events.count());
+    registry.register(Box::new(events))?;
+    let execs = IntCounter::new(
+        "scalebox_execs_total",
+        "Commands started in guests by POST /vms/{vm}/exec since the start.",
+    )?;
+    execs.inc_by(host.execs.total());
+    registry.register(Box::new(execs))?;
+    Ok(())
+}
+
 /// Returns metrics for Prometheus.
 #[utoipa::path(
     get, path = "/metrics", tag = "Host",
@@ -174,16 +185,19 @@ pub(crate) async fn count(State(metrics): State<Arc<Metrics>>, request: Request,
         Method::GET => "GET",
         Method::POST => "POST",
         Method::PATCH => "PATCH",
+        Method::PUT => "PUT",
         Method::DELETE => "DELETE",
         // A client may invent methods.
         _ => "other",
     };
     let path = request.extensions().get::<MatchedPath>().cloned();
     let response = next.run(request).await;
-    if response.status() == StatusCode::INSUFFICIENT_STORAGE {
+    let route = path.as_ref().map_or("none", MatchedPath::as_str);
+    // Elsewhere, the disk of a guest may be full.
+    let concerns_pool = !route.starts_with("/vms/{vm}/files") && !route.starts_with("/vms/{vm}/exec");
+    if response.status() == StatusCode::INSUFFICIENT_STORAGE && concerns_pool {
         metrics.refusals.inc();
     }
-    let route = path.as_ref().map_or("none", MatchedPath::as_str);
     metrics
         .requests
         .with_label_values(&[method, route, response.status().as_str()])

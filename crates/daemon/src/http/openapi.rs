@@ -8,7 +8,7 @@
 use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use scalebox_api::{ErrorBody, ErrorCode, Limits};
+use scalebox_api::{CreateVmQuery, ErrorBody, ErrorCode, Limits};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use utoipa::openapi::OpenApi as Document;
@@ -30,7 +30,7 @@ use utoipa::{Modify, OpenApi};
     security(("token" = [])),
     modifiers(&TokenScheme),
     tags(
-        (name = "VMs"), (name = "Templates"), (name = "Jobs"), (name = "Pool"), (name = "Host", description = "The host, its events and its metrics.")
+        (name = "VMs"), (name = "Exec", description = "Commands in VMs."), (name = "Files", description = "Files of VMs."), (name = "Templates"), (name = "Jobs"), (name = "Pool"), (name = "Host", description = "The host, its events and its metrics.")
     )
 )]
 pub(crate) struct Api;
@@ -47,6 +47,7 @@ impl Modify for TokenScheme {
 
 /// Matches the id or the name of a VM in a path.
 const VM_REFERENCE: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
+const EXEC_ID: &str = "^exec-[0-9a-f]{12}$";
 const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
 /// Matches an idempotency key, with or without quotes around it.
 const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;
@@ -66,10 +67,7 @@ pub(crate) fn complete(document: &Document, limits: &Limits) -> Value {
             }
         }
     }
-    let image = &mut document["paths"]["/templates/{name}/import"]["post"]["requestBody"]["content"];
-    image["application/octet-stream"] = json!({ "schema": { "type": "string", "format": "binary" } });
-    let packed = &mut document["paths"]["/templates/{name}/export"]["get"]["responses"]["200"]["content"];
-    packed["application/zstd"] = json!({ "schema": { "type": "string", "format": "binary" } });
+    describe_bytes(&mut document["paths"]);
     document["paths"]["/events"]["get"]["responses"]["200"]["content"] = json!({
         "text/event-stream": { "schema": server_sent_event() }
     });
@@ -82,6 +80,24 @@ pub(crate) fn complete(document: &Document, limits: &Limits) -> Value {
     bound_requests(&mut document["components"]["schemas"], limits);
     without_links(&mut document);
     document
+}
+
+/// Describes the content of all media types that are bytes.
+fn describe_bytes(value: &mut Value) {
+    match value {
+        Value::Object(object) => {
+            for (key, value) in object {
+                match key.as_str() {
+                    "application/octet-stream" | "application/x-tar" | "application/zstd" => {
+                        *value = json!({ "schema": { "type": "string", "format": "binary" } });
+                    }
+                    _ => describe_bytes(value),
+                }
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(describe_bytes),
+        _ => {}
+    }
 }
 
 fn json_body(schema: &str) -> Value {
@@ -111,14 +127,9 @@ fn server_sent_event() -> Value {
 fn complete_operation(path: &str, operation: &mut Value) {
     let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
     for parameter in parameters.into_iter().flatten() {
-        let schema = match parameter["name"].as_str() {
-            Some("vm") => json!({ "type": "string", "pattern": VM_REFERENCE }),
-            Some("name") => json!({ "type": "string", "pattern": TEMPLATE_NAME }),
-            Some("Idempotency-Key") => json!({ "type": "string", "pattern": IDEMPOTENCY_KEY }),
-            Some("since" | "Last-Event-ID") => json!({ "type": "integer", "minimum": 0, "maximum": MAX_EVENT_ID }),
-            _ => continue,
-        };
-        parameter["schema"] = schema;
+        if let Some(schema) = parameter["name"].as_str().and_then(parameter_schema) {
+            parameter["schema"] = schema;
+        }
     }
     let body = operation["requestBody"]["content"].as_object();
     let (has_body, is_streamed) = (
@@ -164,6 +175,26 @@ fn complete_operation(path: &str, operation: &mut Value) {
             response["content"] = json_body("ErrorBody");
         }
     }
+}
+
+/// Returns the schema of a parameter, if its type does not express it.
+fn parameter_schema(name: &str) -> Option<Value> {
+    Some(match name {
+        "vm" => json!({ "type": "string", "pattern": VM_REFERENCE }),
+        "name" => json!({ "type": "string", "pattern": TEMPLATE_NAME }),
+        "exec" => json!({ "type": "string", "pattern": EXEC_ID }),
+        "path" => json!({ "type": "string", "minLength": 1, "maxLength": 4095, "pattern": "^/" }),
+        "tail" => json!({ "type": "integer", "minimum": 0 }),
+        "mode" => json!({ "type": "string", "pattern": "^[0-7]{1,4}$" }),
+        "wait" => json!({ "type": "string", "enum": ["agent"] }),
+        "format" => json!({ "type": "string", "enum": ["tar"] }),
+        "wait_seconds" => {
+            json!({ "type": "integer", "minimum": 1, "maximum": CreateVmQuery::MAX_WAIT_SECONDS })
+        }
+        "Idempotency-Key" => json!({ "type": "string", "pattern": IDEMPOTENCY_KEY }),
+        "since" | "Last-Event-ID" => json!({ "type": "integer", "minimum": 0, "maximum": MAX_EVENT_ID }),
+        _ => return None,
+    })
 }
 
 fn add(responses: &mut Map<String, Value>, status: &str, description: &str) {

@@ -5,8 +5,9 @@ use crate::host::error::{ServiceError, quoted};
 use crate::http::auth::{CLOSE_AFTER_RESPONSE, Guard, require_token};
 use crate::http::extract::{RawBody, Segment};
 use crate::http::metrics::{self, Metrics};
+use crate::http::query::Params;
 use crate::http::request_id::with_request_id;
-use crate::http::{event_stream, info, jobs, openapi, transfers};
+use crate::http::{attach, console, event_stream, exec, files, info, jobs, openapi, transfers};
 use crate::settings::Token;
 use crate::vm::{self, snapshot, view};
 use crate::{pool, templates};
@@ -16,11 +17,12 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::IntoResponse;
 use axum::{Extension, Json, Router};
 use scalebox_api::{
-    CreateVm, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template, TemplateList,
-    Trimmed, UpdateVm, Vm, VmList,
+    CreateVm, CreateVmQuery, Health, HostInfo, IdempotencyKey, PoolInfo, ResizePool, Snapshot, SnapshotVm, Template,
+    TemplateList, Trimmed, UpdateVm, Vm, VmList, WaitFor,
 };
 use scalebox_units::Gib;
 use std::sync::Arc;
+use std::time::Duration;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -39,6 +41,19 @@ pub(crate) fn router(host: Host, token: &Token, metrics: Arc<Metrics>) -> Router
         .routes(routes!(restart_vm))
         .routes(routes!(trim_vm))
         .routes(routes!(snapshot_vm))
+        .routes(routes!(exec::run))
+        .routes(routes!(exec::list))
+        .routes(routes!(exec::get))
+        .routes(routes!(exec::output))
+        .routes(routes!(exec::stdin))
+        .routes(routes!(exec::signal))
+        .routes(routes!(exec::resize))
+        .routes(routes!(attach::attach))
+        .routes(routes!(files::read, files::write, files::remove))
+        .routes(routes!(files::make_directory))
+        .routes(routes!(files::rename))
+        .routes(routes!(console::stats))
+        .routes(routes!(console::console))
         .routes(routes!(list_templates))
         .routes(routes!(get_template, delete_template))
         .routes(routes!(transfers::export))
@@ -82,9 +97,13 @@ async fn health() -> impl IntoResponse {
 /// Creates a VM and starts it.
 #[utoipa::path(
     post, path = "/vms", tag = "VMs", request_body = CreateVm,
-    params(("Idempotency-Key" = Option<String>, Header, description = "While the VM exists, repeating the request with the same key returns this VM instead of creating another.")),
+    params(
+        ("Idempotency-Key" = Option<String>, Header, description = "While the VM exists, repeating the request with the same key returns this VM instead of creating another."),
+        ("wait" = Option<String>, Query, description = "`agent` responds when the agent in the guest does, which is when commands can run."),
+        ("wait_seconds" = Option<u64>, Query, description = "Maximum time to wait, 1 to 600; by default 120."),
+    ),
     responses(
-        (status = 201, body = Vm, description = "The VM. Its guest is still booting.", headers(
+        (status = 201, body = Vm, description = "The VM. Its guest is still booting, unless the request waits for its agent.", headers(
             ("Idempotent-Replayed" = Option<String>, description = "`true` if an earlier request with the same key created the VM.")
         )),
         (status = 400, description = "A field is invalid; the error names it."),
@@ -92,17 +111,29 @@ async fn health() -> impl IntoResponse {
         (status = 409, description = "The name is in use, a request with this key is still running, or the VM was deleted while it was being created."),
         (status = 422, description = "The key was used for a different request."),
         (status = 503, description = "The host is not ready: it has no guest kernel or no free port, or the pool is not mounted."),
+        (status = 504, description = "The agent did not respond in time. The VM is kept; `details` has its `id` and `name`."),
         (status = 507, description = "The disk does not fit into the pool, or the state disk is full."),
     )
 )]
 async fn create_vm(
     State(host): State<Host>,
+    uri: Uri,
     headers: HeaderMap,
     RawBody(body): RawBody,
 ) -> Result<impl IntoResponse, ServiceError> {
+    let query = Params::parse(&uri, &["wait", "wait_seconds"])?;
+    let query = CreateVmQuery::parse(query.texts()?)?;
     let mut request = CreateVm::parse(&body, host.limits())?;
+    if query.wait.is_some() && !request.start {
+        let advice = "wait=agent needs a VM that is started: omit it, or send \"start\": true";
+        return Err(ServiceError::invalid_field("wait", advice));
+    }
     request.idempotency_key = idempotency_key(&headers)?;
     let (vm, replayed) = vm::create(&host, request).await?;
+    if query.wait == Some(WaitFor::Agent) {
+        let seconds = query.wait_seconds.unwrap_or(CreateVmQuery::DEFAULT_WAIT_SECONDS);
+        vm::guest::wait_for_agent(&host, &vm.id, Duration::from_secs(seconds)).await?;
+    }
     // A replay has the same status as the first response, as
     // draft-ietf-httpapi-idempotency-key-header requires; the header marks it.
     let mark = replayed.then_some([(IDEMPOTENT_REPLAYED, "true")]);

@@ -11,11 +11,11 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, Uri};
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
+use hyper::server::conn::http1::{self, UpgradeableConnection};
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
@@ -23,10 +23,12 @@ use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Limit on concurrent connections; further connections wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 1024;
@@ -40,6 +42,10 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(90);
 /// Timeout of a shutdown for clients to read their responses, once all operations have ended.
 const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time without data after which the kernel probes a peer, and between two probes.
+const KEEP_ALIVE_TIME: Duration = Duration::from_secs(60);
+/// Number of probes without a response after which a peer is gone.
+const KEEP_ALIVE_PROBES: u32 = 5;
 /// Pause after a failed `accept`, for example when file descriptors have run out.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -49,7 +55,7 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 pub(crate) async fn run(listener: TcpListener, router: Router, host: &Host, mut signals: Signals) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let peers = Peers::default();
-    let graceful = GracefulShutdown::new();
+    let open = OpenConnections::default();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
 
@@ -78,15 +84,18 @@ pub(crate) async fn run(listener: TcpListener, router: Router, host: &Host, mut 
             tracing::debug!(%peer, "connection rejected: the peer has too many connections");
             continue;
         };
+        if let Err(error) = detect_dead_peer(&stream) {
+            tracing::debug!(%peer, %error, "cannot set the keep-alive of a connection");
+        }
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(WRITE_TIMEOUT));
         let in_progress = RequestsInProgress::default();
         let stream = ErrorBodies::new(Box::pin(stream), in_progress.clone());
         let connection = http.serve_connection(TokioIo::new(stream), routed(router.clone(), in_progress, peer));
-        let connection = graceful.watch(connection);
-        tokio::spawn(async move {
+        let served = open.serve(connection.with_upgrades());
+        open.tasks.spawn(async move {
             let _held = (permit, counted);
-            if let Err(error) = connection.await {
+            if let Err(error) = served.await {
                 tracing::debug!(%error, "connection ended early");
             }
         });
@@ -95,7 +104,7 @@ pub(crate) async fn run(listener: TcpListener, router: Router, host: &Host, mut 
     drop(listener);
     host.closing.cancel();
     tokio::select! {
-        ended = tokio::time::timeout(SHUTDOWN_TIMEOUT, finish(graceful, host)) => if ended.is_err() {
+        ended = tokio::time::timeout(SHUTDOWN_TIMEOUT, finish(&open, host)) => if ended.is_err() {
             tracing::warn!(seconds = SHUTDOWN_TIMEOUT.as_secs(), "some operations did not end in time; the next start completes or undoes them");
         },
         name = signals.next() => tracing::warn!("{name} received again: stopping now; the next start completes or undoes the operations in progress"),
@@ -103,13 +112,13 @@ pub(crate) async fn run(listener: TcpListener, router: Router, host: &Host, mut 
 }
 
 /// Waits for the operations in progress, and then briefly for clients to read their responses.
-async fn finish(graceful: GracefulShutdown, host: &Host) {
+async fn finish(open: &OpenConnections, host: &Host) {
     // Clients of the event stream receive the events of these operations; then their streams end.
     let last_events = async {
         host.finish().await;
         host.events.end();
     };
-    let (mut responses, mut last_events) = (pin!(graceful.shutdown()), pin!(last_events));
+    let (mut responses, mut last_events) = (pin!(open.shut_down()), pin!(last_events));
     let all_sent = tokio::select! {
         () = &mut responses => true,
         () = &mut last_events => false,
@@ -123,6 +132,53 @@ async fn finish(graceful: GracefulShutdown, host: &Host) {
     }
     // A request that was still arriving may have begun another operation.
     host.finish().await;
+}
+
+/// The connections that are served, until they become WebSockets.
+#[derive(Default)]
+struct OpenConnections {
+    tasks: TaskTracker,
+    stopping: CancellationToken,
+}
+
+impl OpenConnections {
+    /// Serves a connection. When the daemon stops, it ends after the request in progress.
+    fn serve<I, S>(
+        &self,
+        connection: UpgradeableConnection<I, S>,
+    ) -> impl Future<Output = hyper::Result<()>> + use<I, S>
+    where
+        S: hyper::service::HttpService<Incoming, ResBody = Body>,
+        S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+        I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    {
+        let stopping = self.stopping.clone();
+        async move {
+            let mut connection = pin!(connection);
+            tokio::select! {
+                served = connection.as_mut() => return served,
+                () = stopping.cancelled() => connection.as_mut().graceful_shutdown(),
+            }
+            connection.await
+        }
+    }
+
+    /// Ends all connections after their requests in progress.
+    async fn shut_down(&self) {
+        self.stopping.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+/// Makes the kernel close the connection of a peer that is gone. A stream of output may be silent
+/// for days, and then nothing else detects it.
+fn detect_dead_peer(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEP_ALIVE_TIME)?;
+    sockopt::set_tcp_keepintvl(stream, KEEP_ALIVE_TIME)?;
+    sockopt::set_tcp_keepcnt(stream, KEEP_ALIVE_PROBES)?;
+    Ok(())
 }
 
 /// Wraps the router as a connection's service. Each request carries its peer's address.
@@ -140,6 +196,7 @@ fn routed(
     service_fn(move |mut request: Request<Incoming>| {
         let guard = in_progress.begin();
         request.extensions_mut().insert(Peer(peer));
+        request.extensions_mut().insert(in_progress.clone());
         let response = router.call(without_trailing_slash(request.map(Body::new)));
         async move { response.await.map(|response| guard.until_sent(response)) }
     })

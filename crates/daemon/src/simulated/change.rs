@@ -3,7 +3,7 @@
 use crate::simulated::sim::{Sim, id};
 use scalebox_api::{EventKind, UpdateVm, VmStatus};
 use scalebox_net::NetworkCall;
-use scalebox_testkit::{Operation, SimAgent};
+use scalebox_testkit::{Operation, SimQga};
 use scalebox_units::Bytes;
 use serde_json::json;
 
@@ -35,7 +35,7 @@ fn a_running_vm_s_disk_grows_live_and_its_guest_confirms() {
 #[test]
 fn a_guest_that_does_not_confirm_is_reported_and_its_disk_stays_grown() {
     let sim = Sim::new();
-    sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
+    sim.vmm.set_guest(|guest| guest.qga = SimQga::Silent);
     let vm = sim.create("box");
     let disk = sim.update(&vm, json!({ "disk_size_gib": 6 })).unwrap().disk.unwrap();
     assert!(!disk.confirmed && disk.note.is_some(), "{disk:?}");

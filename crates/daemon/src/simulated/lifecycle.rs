@@ -5,7 +5,7 @@ use crate::simulated::sim::{Sim, id};
 use crate::vm;
 use scalebox_api::{EventKind, VmStatus};
 use scalebox_net::NetworkCall;
-use scalebox_testkit::{Operation, SimAgent};
+use scalebox_testkit::{Operation, SimQga};
 use std::time::Duration;
 
 #[test]
@@ -50,7 +50,7 @@ fn a_guest_that_ignores_the_request_is_killed_after_a_minute() {
     let sim = Sim::new();
     sim.vmm.set_guest(|guest| {
         guest.shutdown_time = None;
-        guest.agent = SimAgent::Silent;
+        guest.qga = SimQga::Silent;
     });
     let vm = sim.create("box");
     let begun = sim.run(async |_| tokio::time::Instant::now());
@@ -172,7 +172,7 @@ fn a_vm_that_was_started_again_is_not_recorded_as_ended() {
 #[test]
 fn a_guest_that_reboots_over_and_over_is_ended_as_failed() {
     let sim = Sim::new();
-    sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
+    sim.vmm.set_guest(|guest| guest.qga = SimQga::Silent);
     let vm = sim.create("box");
     for _ in 0..6 {
         sim.wait(Duration::from_secs(10));
@@ -188,7 +188,7 @@ fn a_guest_that_reboots_over_and_over_is_ended_as_failed() {
 #[test]
 fn a_guest_that_reboots_now_and_then_runs_on() {
     let sim = Sim::new();
-    sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
+    sim.vmm.set_guest(|guest| guest.qga = SimQga::Silent);
     let vm = sim.create("box");
     for _ in 0..12 {
         sim.wait(Duration::from_secs(90));

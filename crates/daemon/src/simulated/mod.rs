@@ -12,13 +12,19 @@
 //! | `create` | creation, and the host after a creation fails |
 //! | `lifecycle` | start, stop, restart, deletion, machines that end |
 //! | `change` | growth of a disk, limits, settings |
+//! | `agent` | the connection to a guest's agent |
+//! | `exec` | commands and files in a guest, with the real agent |
+//! | `http` | requests to the API, without a socket |
 //! | `snapshot` | snapshots: freezing or pausing the guest |
 //! | `kernels` | the kernel that a VM boots, and the removal of kernels |
 //! | `recovery` | recovery at the daemon's next start |
 //! | `watches` | the pool watch, auto-extend, clean-up, the network |
 
+mod agent;
 mod change;
 mod create;
+mod exec;
+mod http;
 mod kernels;
 mod lifecycle;
 mod recovery;

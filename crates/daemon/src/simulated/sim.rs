@@ -42,6 +42,8 @@ pub(super) struct Sim {
     /// The result of recovery at the last start.
     pub recovered: Recovered,
     folder: TempDir,
+    /// Whether the clock of the daemon is paused.
+    is_paused: bool,
 }
 
 /// One run of the daemon, with the threads and timers that end with it.
@@ -57,6 +59,15 @@ impl Sim {
 
     /// Creates a host with these settings, besides its folders.
     pub(super) fn with(settings: &[(&'static str, &str)]) -> Sim {
+        Sim::build(settings, true)
+    }
+
+    /// Creates a host on the real clock, for tests that run commands of this host.
+    pub(super) fn in_real_time() -> Sim {
+        Sim::build(&[], false)
+    }
+
+    fn build(settings: &[(&'static str, &str)], is_paused: bool) -> Sim {
         // The folder is in memory, because flushing a disk would take most of the time, and these
         // tests do not simulate a power cut.
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -74,6 +85,7 @@ impl Sim {
             settings: all,
             recovered: Recovered::default(),
             folder,
+            is_paused,
         };
         sim.add_template();
         sim.start_daemon();
@@ -96,7 +108,7 @@ impl Sim {
     fn start_daemon(&mut self) {
         let runtime = Builder::new_current_thread()
             .enable_all()
-            .start_paused(true)
+            .start_paused(self.is_paused)
             .build()
             .unwrap();
         let (host, recovered) = runtime.block_on(async {
@@ -187,6 +199,16 @@ impl Sim {
     /// Lets the daemon run for this long.
     pub(super) fn wait(&self, time: Duration) {
         self.life().runtime.block_on(async { sleep(time).await });
+    }
+
+    /// Lets time pass at once, on a host on the real clock. What happens on other threads meanwhile
+    /// takes no time.
+    pub(super) fn skip(&self, time: Duration) {
+        self.life().runtime.block_on(async {
+            tokio::time::pause();
+            sleep(time).await;
+            tokio::time::resume();
+        });
     }
 
     /// Lets the daemon run until the condition holds.

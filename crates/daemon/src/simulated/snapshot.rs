@@ -4,7 +4,7 @@ use crate::host::error::ServiceError;
 use crate::simulated::sim::{Sim, TEMPLATE, id};
 use crate::vm;
 use scalebox_api::{EventKind, Snapshot, SnapshotVm, Vm, VmStatus};
-use scalebox_testkit::{Operation, SimAgent};
+use scalebox_testkit::{Operation, SimQga};
 use scalebox_vmm::MachineState;
 use serde_json::json;
 
@@ -46,7 +46,7 @@ fn a_guest_with_an_agent_is_frozen_and_runs_on() {
 #[test]
 fn a_guest_without_an_agent_is_paused_and_runs_on() {
     let sim = Sim::new();
-    sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
+    sim.vmm.set_guest(|guest| guest.qga = SimQga::Silent);
     let vm = sim.create("box");
     assert_eq!(snapshot(&sim, &vm, "base").unwrap().held, "paused");
     assert_eq!(sim.machine(&vm).state(), MachineState::Running);
@@ -75,7 +75,7 @@ fn a_stopped_vm_is_not_touched() {
 #[test]
 fn a_pause_that_fails_makes_no_template_and_the_guest_runs_on() {
     let sim = Sim::new();
-    sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
+    sim.vmm.set_guest(|guest| guest.qga = SimQga::Silent);
     let vm = sim.create("box");
     sim.machine(&vm).next(Operation::Pause).fails();
     snapshot(&sim, &vm, "base").unwrap_err();
@@ -90,7 +90,7 @@ fn a_pause_that_fails_makes_no_template_and_the_guest_runs_on() {
 #[test]
 fn a_guest_is_resumed_even_if_the_first_attempts_fail() {
     let sim = Sim::new();
-    sim.vmm.set_guest(|guest| guest.agent = SimAgent::Silent);
+    sim.vmm.set_guest(|guest| guest.qga = SimQga::Silent);
     let vm = sim.create("box");
     for _ in 0..3 {
         sim.machine(&vm).next(Operation::Resume).fails();

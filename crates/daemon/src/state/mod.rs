@@ -37,8 +37,8 @@ pub(crate) struct Record {
     pub name: String,
     /// The template that the VM's disk was cloned from.
     pub template: String,
-    /// The SSH key of the guest's account.
-    pub ssh_public_key: String,
+    /// The SSH key of the guest's account, if it has one.
+    pub ssh_public_key: Option<String>,
     /// The time of creation: RFC 3339, UTC.
     pub created_at: String,
     /// The number of processors.
@@ -443,6 +443,9 @@ fn copy_to(folder: &Path, scratch: &Path) -> io::Result<PathBuf> {
     Ok(copy)
 }
 
+/// The value of the column `ssh_public_key`, which is not null, for a VM without a key.
+const NO_KEY: &str = "";
+
 fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
     connection
         .prepare_cached(
@@ -456,7 +459,7 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             vm.id.as_str(),
             vm.name,
             vm.template,
-            vm.ssh_public_key,
+            vm.ssh_public_key.as_deref().unwrap_or(NO_KEY),
             vm.created_at,
             vm.vcpu_count,
             vm.mem_size_mib,
@@ -485,7 +488,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
         id: vm_id(row, "id")?,
         name: row.get("name")?,
         template: row.get("template")?,
-        ssh_public_key: row.get("ssh_public_key")?,
+        ssh_public_key: Some(row.get("ssh_public_key")?).filter(|key| key != NO_KEY),
         created_at: row.get("created_at")?,
         vcpu_count: row.get("vcpu_count")?,
         mem_size_mib: row.get("mem_size_mib")?,
@@ -543,7 +546,7 @@ pub(crate) fn example_record(n: u16) -> Record {
         id: format!("vm-{n:012x}").parse().unwrap(),
         name: format!("vm-{n}"),
         template: "debian-base".into(),
-        ssh_public_key: "ssh-ed25519 AAAA".into(),
+        ssh_public_key: (n % 2 == 0).then(|| "ssh-ed25519 AAAA".into()),
         created_at: format!("2026-01-02T03:04:{n:02}Z"),
         vcpu_count: 1,
         mem_size_mib: 512,

@@ -86,7 +86,7 @@ async fn admit_growth(host: &Host, operation: &Operation, size: Gib) -> Result<R
 async fn grow_and_confirm(host: &Host, operation: &Operation, admitted: Reservation) -> Result<Disk, ServiceError> {
     let growth = admitted.size();
     let before = match &operation.machine {
-        Some(machine) => guest_fs::guest_total(machine).await,
+        Some(machine) => guest_fs::guest_total(host, machine).await,
         None => None,
     };
     grow_and_publish(host, operation, admitted, json!({ "by": "request" })).await?;
@@ -98,7 +98,7 @@ async fn grow_and_confirm(host: &Host, operation: &Operation, admitted: Reservat
                 .await
                 .ok()
                 .flatten();
-            guest_fs::confirm(machine, before, growth, obstacle).await
+            guest_fs::confirm(host, machine, before, growth, obstacle).await
         }
         None => Disk {
             confirmed: true,

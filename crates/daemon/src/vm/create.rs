@@ -140,7 +140,7 @@ fn new_record(
         id: new_id()?,
         name,
         template: request.template.as_str().to_owned(),
-        ssh_public_key: request.ssh_public_key.as_str().to_owned(),
+        ssh_public_key: request.ssh_public_key.as_ref().map(|key| key.as_str().to_owned()),
         created_at: rfc3339(jiff::Timestamp::now()),
         vcpu_count: request
             .vcpu_count

@@ -2,7 +2,8 @@
 //!
 //! The size confirms that the file system has grown with its disk; the usage triggers auto-extend.
 
-use crate::host::agent::{self, AgentFailed};
+use crate::host::Host;
+use crate::host::guest_agent::{GuestAgent, GuestAgentError};
 use scalebox_api::Disk;
 use scalebox_guest::FsUsage;
 use scalebox_units::Bytes;
@@ -19,19 +20,30 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Returns the size of the guest's root file system; `None` if no agent responds. Retries, because
 /// the agent of a guest on a busy host may take a few seconds.
-pub(crate) async fn guest_total(machine: &Arc<dyn Machine>) -> Option<Bytes> {
+pub(crate) async fn guest_total(host: &Host, machine: &Arc<dyn Machine>) -> Option<Bytes> {
     for _ in 0..MAX_ATTEMPTS {
-        if let Some(root) = root_file_system(machine).await {
-            return Some(root.total);
+        if let Some(total) = grown_total(host, machine).await {
+            return Some(total);
         }
     }
     None
 }
 
-/// Queries the guest's root file system; `None` if the agent does not respond.
-pub(crate) async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FsUsage> {
-    let query = async { Ok::<_, AgentFailed>(agent::reach(machine).await?.root_file_system().await?) };
-    match query.await {
+/// Returns the size of the guest's root file system, after making our own agent grow it; `None` if
+/// no agent responds.
+async fn grown_total(host: &Host, machine: &Arc<dyn Machine>) -> Option<Bytes> {
+    let query = async { GuestAgent::reach(host, machine).await?.grown_root().await };
+    logged(machine, query.await).map(|root| root.total)
+}
+
+/// Queries the guest's root file system; `None` if no agent responds.
+pub(crate) async fn root_file_system(host: &Host, machine: &Arc<dyn Machine>) -> Option<FsUsage> {
+    let query = async { GuestAgent::reach(host, machine).await?.root_file_system().await };
+    logged(machine, query.await)
+}
+
+fn logged(machine: &Arc<dyn Machine>, queried: Result<FsUsage, GuestAgentError>) -> Option<FsUsage> {
+    match queried {
         Ok(root) => Some(root),
         Err(error) => {
             tracing::debug!(vm = %machine.id(), %error, "the guest agent does not respond");
@@ -43,6 +55,7 @@ pub(crate) async fn root_file_system(machine: &Arc<dyn Machine>) -> Option<FsUsa
 /// Waits until a guest's root file system has grown by about `growth` over `before`. `obstacle` is
 /// the known reason why it cannot grow while mounted; the advice then differs.
 pub(crate) async fn confirm(
+    host: &Host,
     machine: &Arc<dyn Machine>,
     before: Option<Bytes>,
     growth: Bytes,
@@ -64,7 +77,7 @@ pub(crate) async fn confirm(
     let expected = before + growth.scaled(0.9);
     let begun = Instant::now();
     loop {
-        let total = root_file_system(machine).await.map(|root| root.total);
+        let total = grown_total(host, machine).await;
         if total.is_some_and(|total| total >= expected) {
             return Disk {
                 confirmed: true,

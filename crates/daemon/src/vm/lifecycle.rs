@@ -135,17 +135,7 @@ pub(crate) async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> R
     let run_dir = host.run_dir(&record.id);
     let seed = run_dir.join("seed.img");
 
-    let drive = SeedDrive {
-        instance_id: record.id.to_string(),
-        hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
-        ssh_public_key: SshPublicKey::from_record(&record.ssh_public_key)
-            .map_err(|form| unusable(record, "ssh_public_key", form))?,
-        mac: endpoint.mac(),
-        address: ipnet::Ipv4Net::new(record.guest_ip, inner.settings.net.subnet().prefix_len())
-            .map_err(|error| ServiceError::Internal(error.to_string()))?,
-        gateway: inner.settings.net.gateway(),
-        dns: inner.resolvers.clone(),
-    };
+    let drive = seed_drive(host, record, &endpoint)?;
     {
         let (run_dir, console, seed) = (run_dir.clone(), host.console_dir(&record.id), seed.clone());
         blocking(move || {
@@ -187,6 +177,24 @@ pub(crate) async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> R
         "machine launched"
     );
     Ok(machine)
+}
+
+fn seed_drive(host: &Host, record: &Record, endpoint: &Endpoint) -> Result<SeedDrive, ServiceError> {
+    Ok(SeedDrive {
+        instance_id: record.id.to_string(),
+        hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
+        ssh_public_key: record
+            .ssh_public_key
+            .as_deref()
+            .map(SshPublicKey::from_record)
+            .transpose()
+            .map_err(|form| unusable(record, "ssh_public_key", form))?,
+        mac: endpoint.mac(),
+        address: ipnet::Ipv4Net::new(record.guest_ip, host.settings.net.subnet().prefix_len())
+            .map_err(|error| ServiceError::Internal(error.to_string()))?,
+        gateway: host.settings.net.gateway(),
+        dns: host.resolvers.clone(),
+    })
 }
 
 async fn spec(
@@ -248,7 +256,8 @@ pub(crate) async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Ma
     transition(host, record, Transition::Stopping).await?;
     let ended = async {
         fault_point("stop: intent recorded")?;
-        Ok::<_, ServiceError>(machine.stop(STOP_TIMEOUT).await?)
+        let (ended, ()) = tokio::join!(machine.stop(STOP_TIMEOUT), ask_agent(host, record, machine));
+        Ok::<_, ServiceError>(ended?)
     };
     let outcome = match ended.await {
         Ok(outcome) => outcome,
@@ -269,6 +278,19 @@ pub(crate) async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Ma
     crash_point("stop: recorded");
     tracing::info!(vm = %record.id, name = record.name, ?outcome, "VM stopped");
     view::get(host, record.id.as_str())
+}
+
+/// Asks our own agent to shut the guest down, where it responds. The machine's own request may need
+/// a program that the guest does not have.
+async fn ask_agent(host: &Host, record: &Record, machine: &Arc<dyn Machine>) {
+    let Some(agent) = host.agents.find(machine).await else {
+        return;
+    };
+    // Firecracker ends a machine that resets.
+    let reboot = record.vmm.as_deref() == Some("firecracker");
+    if let Err(error) = agent.shut_down(reboot).await {
+        tracing::debug!(vm = %record.id, %error, "the guest's agent did not confirm the shutdown");
+    }
 }
 
 /// Stops and starts a VM as one operation.

@@ -6,13 +6,14 @@
 
 use crate::host::error::ServiceError;
 use crate::host::files::vm_folders;
+use crate::host::guest_agent::{GuestAgent, GuestAgentError};
 use crate::host::vms::Operation;
-use crate::host::{BASE_TEMPLATE, Host, agent, blocking};
+use crate::host::{BASE_TEMPLATE, Host, blocking};
 use crate::pool::kernels;
 use crate::state::Record;
 use crate::vm::lifecycle;
 use scalebox_api::{EventKind, Snapshot, SnapshotVm, VmStatus};
-use scalebox_guest::{Agent, AgentError};
+use scalebox_guest::QgaError;
 use scalebox_images::scrub;
 use scalebox_storage::{EditedFile, PendingSnapshot, Pool, Scrub, StorageError, Template};
 use scalebox_units::VmId;
@@ -120,7 +121,7 @@ async fn clone_quiesced(
         // paused it.
         _ => return Ok((clone_disk_now(host, record, clone).await?, Quiesced::NotRunning)),
     };
-    let agent = agent_of(machine).await;
+    let agent = agent_of(host, machine).await;
     if let Some(agent) = &agent {
         if let Err(error) = agent.flush(FLUSH_TIMEOUT).await {
             tracing::debug!(vm = %record.id, %error, "cannot flush the guest before freezing it");
@@ -177,10 +178,10 @@ async fn clone_disk_now(
 }
 
 /// Thaws a guest, with retries. The next start retries a guest that is still frozen then.
-async fn thaw(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, first: Option<&Agent>) {
-    let mut last: Result<(), AgentError> = match first {
+async fn thaw(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, first: Option<&GuestAgent>) {
+    let mut last: Result<(), GuestAgentError> = match first {
         Some(agent) => agent.thaw().await,
-        None => Err(AgentError::Timeout),
+        None => Err(QgaError::Timeout.into()),
     };
     for _ in 0..MAX_ATTEMPTS {
         if last.is_ok() || matches!(machine.state().await, Ok(MachineState::Ended(_))) {
@@ -188,7 +189,7 @@ async fn thaw(host: &Host, id: &VmId, machine: &Arc<dyn Machine>, first: Option<
             return;
         }
         tokio::time::sleep(RETRY_INTERVAL).await;
-        if let Some(agent) = agent_of(machine).await {
+        if let Some(agent) = agent_of(host, machine).await {
             last = agent.thaw().await;
         }
     }
@@ -266,8 +267,8 @@ async fn resume(machine: &Arc<dyn Machine>) -> Result<(), ServiceError> {
     Ok(last?)
 }
 
-async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
-    match agent::reach(machine).await {
+async fn agent_of(host: &Host, machine: &Arc<dyn Machine>) -> Option<GuestAgent> {
+    match GuestAgent::reach(host, machine).await {
         Ok(agent) => Some(agent),
         Err(error) => {
             tracing::debug!(vm = %machine.id(), %error, "the guest agent does not respond");
@@ -279,7 +280,8 @@ async fn agent_of(machine: &Arc<dyn Machine>) -> Option<Agent> {
 /// Makes a template of the clone, without the identity of the VM whose disk it is.
 fn finish(pool: &Pool, clone: PendingSnapshot, source: &Record) -> Result<Template, StorageError> {
     let hosts = |line: &[u8]| scrub::without_host(line, source.name.as_bytes());
-    let keys = |line: &[u8]| scrub::without_key(line, &source.ssh_public_key);
+    let key = source.ssh_public_key.as_deref().unwrap_or_default();
+    let keys = |line: &[u8]| scrub::without_key(line, key);
     let mut edited = vec![EditedFile {
         path: scrub::HOSTS,
         edit: &hosts,

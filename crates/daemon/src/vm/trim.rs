@@ -1,10 +1,9 @@
 //! Trimming a guest: its agent discards the blocks that its file systems do not use.
 
 use crate::host::Host;
-use crate::host::agent::{self, AgentFailed};
 use crate::host::error::ServiceError;
+use crate::host::guest_agent::{GuestAgent, GuestAgentError};
 use scalebox_api::{Trimmed, VmStatus};
-use scalebox_guest::AgentError;
 use scalebox_units::Bytes;
 use scalebox_vmm::Machine;
 use std::sync::Arc;
@@ -28,11 +27,9 @@ pub(crate) async fn on_demand(host: &Host, reference: &str) -> Result<Trimmed, S
         )));
     }
     let trimmed = trim(host, &machine).await.map_err(|why| {
-        let advice = match why {
-            AgentFailed::Unreachable(_) | AgentFailed::Rejected(AgentError::Timeout) => {
-                "; if the guest has no agent, run `fstrim /` in it"
-            }
-            AgentFailed::Rejected(_) => "",
+        let advice = match why.is_missing() {
+            true => "; if the guest has no agent, run `fstrim /` in it",
+            false => "",
         };
         ServiceError::WrongState(format!("cannot trim VM {name}: {why}{advice}"))
     })?;
@@ -45,8 +42,8 @@ pub(crate) async fn on_demand(host: &Host, reference: &str) -> Result<Trimmed, S
 ///
 /// # Errors
 /// If the agent cannot be reached or refuses.
-pub(crate) async fn trim(host: &Host, machine: &Arc<dyn Machine>) -> Result<Bytes, AgentFailed> {
-    let trimmed = agent::reach(machine).await?.trim().await?;
+pub(crate) async fn trim(host: &Host, machine: &Arc<dyn Machine>) -> Result<Bytes, GuestAgentError> {
+    let trimmed = GuestAgent::reach(host, machine).await?.trim().await?;
     host.reclaim.freed();
     tracing::info!(vm = %machine.id(), trimmed_bytes = trimmed.as_u64(), "guest trimmed");
     Ok(trimmed)

@@ -60,7 +60,7 @@ pub(crate) async fn run(host: Host) -> Infallible {
 async fn check_guest(host: &Host, schedule: &Schedule, vm: Record, machine: Arc<dyn Machine>) {
     let Some(extend) = vm.auto_extend else { return };
     // The usage is unknown without an agent, or while the guest boots.
-    let Some(root) = guest_fs::root_file_system(&machine).await else {
+    let Some(root) = guest_fs::root_file_system(host, &machine).await else {
         schedule.check_in(&vm.id, INTERVAL);
         return;
     };

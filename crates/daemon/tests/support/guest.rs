@@ -33,7 +33,7 @@ impl Key {
         let template = "debian-base".parse().unwrap();
         CreateVm {
             name: Some(name.parse().unwrap()),
-            ..CreateVm::new(template, self.public.parse().unwrap())
+            ..CreateVm::new(template, Some(self.public.parse().unwrap()))
         }
     }
 

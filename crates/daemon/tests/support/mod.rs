@@ -343,7 +343,7 @@ impl Host {
     pub(crate) fn stopped(&self, template: &str) -> CreateVm {
         CreateVm {
             start: false,
-            ..CreateVm::new(template.parse().unwrap(), KEY.parse().unwrap())
+            ..CreateVm::new(template.parse().unwrap(), Some(KEY.parse().unwrap()))
         }
     }
 

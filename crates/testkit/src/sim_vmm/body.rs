@@ -1,6 +1,7 @@
 //! The state of one simulated machine.
 
-use crate::sim_vmm::guest::{SimAgent, SimGuest};
+use crate::sim_vmm::agent::Served;
+use crate::sim_vmm::guest::{SimGuest, SimQga};
 use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{DiskLimits, Error, ExitReason, MachineEvent, MachineSpec, MachineState, Result};
 use std::fs::{self, File};
@@ -42,8 +43,10 @@ pub(crate) struct Inside {
     /// Counts boots, so that only the latest finishes.
     boots: u32,
     is_shutting_down: bool,
-    /// The agent's connections, to close them at the end.
+    /// The agents' connections, to close them at the end.
     connections: Vec<UnixStream>,
+    /// Our own agent, while it serves connections of this boot.
+    pub(crate) served: Served,
 }
 
 /// The channels to the holder of a machine.
@@ -81,9 +84,9 @@ impl Inside {
         self.guest.fs_total.unwrap_or(self.disk_size)
     }
 
-    /// Returns whether the agent responds right now.
-    pub(crate) fn agent_responds(&self) -> bool {
-        self.state == MachineState::Running && self.is_booted && self.guest.agent == SimAgent::Responsive
+    /// Returns whether `qemu-guest-agent` responds right now.
+    pub(crate) fn qga_responds(&self) -> bool {
+        self.state == MachineState::Running && self.is_booted && self.guest.qga == SimQga::Responsive
     }
 
     /// Keeps a connection, to close it at the end.
@@ -145,6 +148,7 @@ impl Body {
             boots: 0,
             is_shutting_down: false,
             connections: Vec::new(),
+            served: Served::default(),
         };
         Arc::new(Body {
             spec,
@@ -164,6 +168,7 @@ impl Body {
         let mut inside = self.lock();
         if inside.exit_reason().is_none() {
             inside.state = MachineState::Ended(reason.clone());
+            inside.served.stop();
             for connection in inside.connections.drain(..) {
                 // An error means that the other end is closed.
                 let _ = connection.shutdown(Shutdown::Both);
@@ -231,6 +236,7 @@ impl Body {
         }
         inside.is_booted = false;
         inside.is_frozen = false;
+        inside.served.stop();
         inside.boots += 1;
         Some((inside.boots, inside.guest.boot_time))
     }
@@ -239,7 +245,8 @@ impl Body {
         let mut inside = self.lock();
         if inside.boots == boot && inside.exit_reason().is_none() {
             inside.is_booted = true;
-            if inside.guest.agent == SimAgent::Responsive {
+            inside.served.start();
+            if inside.guest.qga == SimQga::Responsive {
                 inside.publish(MachineEvent::AgentUp);
             }
         }

@@ -61,6 +61,11 @@ impl SimMachine {
         }
     }
 
+    /// Returns how many connections to our own agent were opened since the launch.
+    pub fn agent_connections(&self) -> usize {
+        self.body.lock().served.opened()
+    }
+
     /// Changes the settings of the guest.
     pub fn set_guest(&self, change: impl FnOnce(&mut SimGuest)) {
         change(&mut self.body.lock().guest);

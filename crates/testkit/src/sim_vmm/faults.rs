@@ -11,7 +11,7 @@ pub(crate) const HANG_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A method of [`Vmm`](scalebox_vmm::Vmm) or [`Machine`](scalebox_vmm::Machine).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names are those of the methods")]
+#[allow(missing_docs, reason = "the names are those of the methods and of the channels")]
 pub enum Operation {
     Launch,
     Adopt,
@@ -23,6 +23,7 @@ pub enum Operation {
     LimitDisk,
     Stop,
     Kill,
+    Qga,
     Agent,
 }
 
@@ -40,7 +41,7 @@ impl Operation {
             Operation::LimitDisk => "block_set_io_throttle",
             Operation::Stop => "system_powerdown",
             Operation::Kill => "kill",
-            Operation::Agent => "agent",
+            Operation::Qga | Operation::Agent => "agent",
         }
     }
 
@@ -55,7 +56,7 @@ impl Operation {
             },
             Operation::Adopt => Error::Hung { id, command, after },
             Operation::ForceStop | Operation::Stop | Operation::Kill => Error::Unkillable { id, pid: 0, after },
-            Operation::Agent => Error::Agent { id, why },
+            Operation::Qga | Operation::Agent => Error::Agent { id, why },
             _ => Error::Control { id, command, why },
         }
     }

@@ -1,12 +1,12 @@
 //! The handle to a simulated machine, as the daemon sees it.
 
-use crate::sim_vmm::agent;
 use crate::sim_vmm::body::{Body, Holding};
 use crate::sim_vmm::faults::{Operation, hang};
 use crate::sim_vmm::world::World;
+use crate::sim_vmm::{agent, qga};
 use async_trait::async_trait;
 use scalebox_units::{Bytes, VmId};
-use scalebox_vmm::{DiskLimits, Error, ExitReason, Machine, MachineEvent, MachineState, Result};
+use scalebox_vmm::{Channel, DiskLimits, Error, ExitReason, Machine, MachineEvent, MachineState, Result};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -169,9 +169,18 @@ impl Machine for Handle {
         self.holding.events.subscribe()
     }
 
-    async fn agent(&self) -> Result<UnixStream> {
-        self.begin(Operation::Agent).await?;
-        agent::connect(&self.world, &self.body).map_err(|error| Error::Agent {
+    async fn channel(&self, channel: Channel) -> Result<UnixStream> {
+        let connected = match channel {
+            Channel::Qga => {
+                self.begin(Operation::Qga).await?;
+                qga::connect(&self.world, &self.body)
+            }
+            Channel::Agent => {
+                self.begin(Operation::Agent).await?;
+                agent::connect(&self.world, &self.body)
+            }
+        };
+        connected.map_err(|error| Error::Agent {
             id: self.id().clone(),
             why: error.to_string(),
         })

@@ -29,8 +29,9 @@
 //! # Ok::<(), scalebox_vmm::Error>(()) }).unwrap();
 //! ```
 //!
-//! All delays use Tokio's clock, so a test may pause it. Then a guest agent that responds holds the
-//! clock while a connection is in use, and one that does not lets it run.
+//! All delays use Tokio's clock, so a test may pause it. Then a `qemu-guest-agent` that responds
+//! holds the clock while a connection is in use, and one that does not lets it run. Our own agent
+//! runs on the real clock and does not hold it.
 //!
 //! | file | content |
 //! |---|---|
@@ -38,7 +39,8 @@
 //! | `machine` | the handle, as the daemon sees it |
 //! | `control` | the handle with which a test controls a machine |
 //! | `guest` | the settings of a guest |
-//! | `agent` | the guest agent |
+//! | `qga` | `qemu-guest-agent` |
+//! | `agent` | our own agent |
 //! | `body` | the state of one machine |
 //! | `world` | all machines, and the calls that are to fail |
 //! | `faults`, `next_call` | the faults of calls |
@@ -51,10 +53,11 @@ mod faults;
 mod guest;
 mod machine;
 mod next_call;
+mod qga;
 mod world;
 
 pub use control::SimMachine;
 pub use driver::SimVmm;
 pub use faults::{Gate, Operation};
-pub use guest::{SimAgent, SimGuest};
+pub use guest::{SimAgent, SimGuest, SimQga};
 pub use next_call::NextCall;

@@ -27,7 +27,8 @@ const CRATE_FLOORS: &[&[&str]] = &[
     &["scalebox-mounts", "scalebox-programs", "scalebox-units"],
     &["scalebox-storage", "scalebox-net", "scalebox-api"],
     &["scalebox-vmm", "scalebox-guest", "scalebox-images", "scalebox-client"],
-    &["scalebox-agent", "scalebox-testkit"],
+    &["scalebox-agent"],
+    &["scalebox-testkit"],
     &["scaleboxd", "scalebox", "scalebox-bench"],
 ];
 

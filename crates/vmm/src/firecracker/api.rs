@@ -76,8 +76,8 @@ impl Api {
         }
         let nic = json!({ "iface_id": "net", "host_dev_name": spec.nic.tap, "guest_mac": spec.nic.mac.to_string() });
         self.put("/network-interfaces/net", nic).await?;
-        let agent = json!({ "guest_cid": GUEST_CID, "uds_path": jail::AGENT });
-        self.put("/vsock", agent).await?;
+        let vsock = json!({ "guest_cid": GUEST_CID, "uds_path": jail::VSOCK });
+        self.put("/vsock", vsock).await?;
         self.put("/entropy", json!({})).await
     }
 

@@ -34,7 +34,7 @@ pub(crate) const MODULES: &str = "/modules";
 pub(crate) const ROOT: &str = "/disk";
 pub(crate) const SEED: &str = "/seed";
 pub(crate) const API: &str = "/api.sock";
-pub(crate) const AGENT: &str = "/agent.sock";
+pub(crate) const VSOCK: &str = "/agent.sock";
 pub(crate) const STDERR_PIPE: &str = "/messages.pipe";
 
 /// The jails of all machines.

@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 use crate::firecracker::api::{Api, ApiError, RESPONSE_TIMEOUT};
 use crate::firecracker::jail::{self, Jail};
 use crate::firecracker::vsock;
-use crate::machine::Machine;
+use crate::machine::{Channel, Machine};
 use crate::spec::DiskLimits;
 use crate::state::{ExitReason, MachineEvent, MachineState};
-use crate::supervise::{ClaimedProcess, Handle, Observer, Supervised, agent};
+use crate::supervise::{ClaimedProcess, Handle, Observer, Supervised, qga};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
 use scalebox_units::{Bytes, VmId};
@@ -26,9 +26,9 @@ use tokio::sync::broadcast;
 /// Firecracker logs this when the guest has rebooted: the only end that is not an error.
 const CLEAN_EXIT: &str = "exit_code=0";
 
-/// The vsock port of the guest's agent: the first one that an unprivileged program may use
+/// The vsock port of `qemu-guest-agent`: the first one that an unprivileged program may use
 /// (vsock(7)).
-const AGENT_PORT: u32 = 1024;
+const QGA_PORT: u32 = 1024;
 
 /// A handle to the machine. Dropping it releases the machine for another process to adopt.
 pub(crate) struct FirecrackerMachine {
@@ -73,7 +73,7 @@ impl FirecrackerMachine {
 impl FirecrackerMachine {
     /// Presses Ctrl+Alt+Del and requests a reboot from the agent, which ends the machine.
     async fn request_shutdown(&self) {
-        let agent = agent::request_shutdown(self.agent(), GuestShutdownMode::Reboot);
+        let agent = qga::request_shutdown(self.channel(Channel::Qga), GuestShutdownMode::Reboot);
         let (sent, ()) = futures::join!(self.api.ctrl_alt_del(), agent);
         if let Err(error) = sent {
             tracing::debug!(machine = %self.handle.id, %error, "cannot send Ctrl+Alt+Del");
@@ -153,9 +153,13 @@ impl Machine for FirecrackerMachine {
         self.handle.events()
     }
 
-    async fn agent(&self) -> Result<UnixStream> {
-        let stream = vsock::connect(&self.jail.path(jail::AGENT), AGENT_PORT).await;
-        self.handle.agent(stream)
+    async fn channel(&self, channel: Channel) -> Result<UnixStream> {
+        let port = match channel {
+            Channel::Qga => QGA_PORT,
+            Channel::Agent => scalebox_agent_api::VSOCK_PORT,
+        };
+        let stream = vsock::connect(&self.jail.path(jail::VSOCK), port).await;
+        self.handle.channel(stream)
     }
 }
 

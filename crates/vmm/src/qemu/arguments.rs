@@ -6,6 +6,7 @@
 
 use crate::accel::Accel;
 use crate::error::{Error, Result};
+use crate::machine::Channel;
 use crate::run_dir::RunDir;
 use crate::spec::MachineSpec;
 use scalebox_units::VmId;
@@ -19,7 +20,13 @@ pub(crate) const ROOT_NODE: &str = "root";
 pub(crate) const ROOT_DEVICE: &str = "root-device";
 
 /// The virtio-serial port on which `qemu-guest-agent` listens in the guest.
-const AGENT_PORT: &str = "org.qemu.guest_agent.0";
+const QGA_PORT_NAME: &str = "org.qemu.guest_agent.0";
+
+/// Id of the device of that port; events name it.
+pub(crate) const QGA_PORT: &str = "agent-port";
+
+/// Id of the device of our own agent's port.
+const AGENT_PORT: &str = "scalebox-port";
 
 /// Size of QEMU's cache of translated code. QEMU's default is an eighth of the host's memory, up to
 /// 1 GiB, for every machine.
@@ -57,7 +64,10 @@ pub(crate) fn arguments(spec: &MachineSpec, dir: &RunDir, accel: Accel, io: Disk
     argv.network(spec);
     argv.words(&["-object", "rng-builtin,id=rng"]);
     argv.json("-device", json!({ "driver": "virtio-rng-device", "rng": "rng" }));
-    argv.agent_port(&utf8(&spec.id, "run_dir", &dir.agent())?);
+    argv.json("-device", json!({ "driver": "virtio-serial-device" }));
+    for channel in [Channel::Qga, Channel::Agent] {
+        argv.port(channel, &utf8(&spec.id, "run_dir", &dir.channel(channel))?);
+    }
     argv.console(&utf8(&spec.id, "run_dir", &dir.console())?);
     argv.pair("-chardev", control);
     argv.words(&["-mon", "chardev=control,mode=control"]);
@@ -193,13 +203,17 @@ impl Argv {
         );
     }
 
-    fn agent_port(&mut self, socket: &str) {
-        self.pair("-chardev", socket_chardev("agent", socket));
-        self.json("-device", json!({ "driver": "virtio-serial-device" }));
+    /// Adds the port of a channel, on the serial device added before it.
+    fn port(&mut self, channel: Channel, socket: &str) {
+        let (chardev, id, name) = match channel {
+            Channel::Qga => ("agent", QGA_PORT, QGA_PORT_NAME),
+            Channel::Agent => ("scalebox", AGENT_PORT, scalebox_agent_api::PORT_NAME),
+        };
+        self.pair("-chardev", socket_chardev(chardev, socket));
         // QEMU emits VSERPORT_CHANGE only for a port that has an id.
         self.json(
             "-device",
-            json!({ "driver": "virtserialport", "id": "agent-port", "chardev": "agent", "name": AGENT_PORT }),
+            json!({ "driver": "virtserialport", "id": id, "chardev": chardev, "name": name }),
         );
     }
 
@@ -311,6 +325,24 @@ mod tests {
         let root: Value = serde_json::from_str(value_after(&argv, "-blockdev")).unwrap();
         assert_eq!(root["file"]["aio"], "threads");
         assert_eq!(root["file"]["cache"], json!({ "direct": false, "no-flush": false }));
+    }
+
+    #[test]
+    fn each_agent_has_a_port_and_a_socket_of_its_own() {
+        let argv = argv(&spec(), Accel::Kvm, DiskIo::Direct);
+        let ports: Vec<Value> = argv
+            .iter()
+            .filter_map(|word| serde_json::from_str::<Value>(word).ok())
+            .filter(|device| device["driver"] == "virtserialport")
+            .collect();
+        let names: Vec<_> = ports.iter().map(|port| port["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["org.qemu.guest_agent.0", "scalebox.agent.0"]);
+        assert_ne!(ports[0]["id"], ports[1]["id"]);
+        for (port, socket) in ports.iter().zip(["agent.sock", "scalebox.sock"]) {
+            let id = port["chardev"].as_str().unwrap();
+            let chardev = argv.iter().find(|word| word.starts_with(&format!("socket,id={id},")));
+            assert!(chardev.is_some_and(|word| word.contains(socket)), "{chardev:?}");
+        }
     }
 
     #[test]

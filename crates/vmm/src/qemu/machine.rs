@@ -1,14 +1,14 @@
 //! A machine that runs in one QEMU process: its commands, and the events of its control socket.
 
 use crate::error::{Error, Result};
-use crate::machine::Machine;
+use crate::machine::{Channel, Machine};
 use crate::process::Process;
-use crate::qemu::arguments::{ROOT_DEVICE, ROOT_NODE};
+use crate::qemu::arguments::{QGA_PORT, ROOT_DEVICE, ROOT_NODE};
 use crate::qemu::qmp::{Events, Qmp, QmpError};
 use crate::run_dir::RunDir;
 use crate::spec::DiskLimits;
 use crate::state::{ExitReason, MachineEvent, MachineState};
-use crate::supervise::{CONNECT_INTERVAL, ClaimedProcess, Handle, Observer, Supervised, agent};
+use crate::supervise::{CONNECT_INTERVAL, ClaimedProcess, Handle, Observer, Supervised, qga};
 use async_trait::async_trait;
 use qapi::qga::GuestShutdownMode;
 use qapi::qmp::{self, BlockErrorAction, Event, QmpCommand, RunState, ShutdownCause};
@@ -127,7 +127,7 @@ impl QemuMachine {
     /// Presses the power button and requests a shutdown from the agent; either may be enough.
     async fn request_shutdown(&self) {
         let button = self.execute("system_powerdown", qmp::system_powerdown {});
-        let agent = agent::request_shutdown(self.agent(), GuestShutdownMode::Powerdown);
+        let agent = qga::request_shutdown(self.channel(Channel::Qga), GuestShutdownMode::Powerdown);
         let (button, ()) = futures::join!(button, agent);
         if let Err(error) = button {
             tracing::debug!(machine = %self.handle.id, %error, "cannot press the power button");
@@ -223,9 +223,9 @@ impl Machine for QemuMachine {
         self.handle.events()
     }
 
-    async fn agent(&self) -> Result<UnixStream> {
-        let stream = UnixStream::connect(self.handle.dir.agent()).await;
-        self.handle.agent(stream)
+    async fn channel(&self, channel: Channel) -> Result<UnixStream> {
+        let stream = UnixStream::connect(self.handle.dir.channel(channel)).await;
+        self.handle.channel(stream)
     }
 }
 
@@ -328,9 +328,9 @@ impl Connection {
                 other => tracing::warn!(machine = %machine.id, reason = ?other, "unexpected shutdown"),
             },
             Event::RESET { data, .. } if data.guest => machine.publish(MachineEvent::GuestReboot),
-            // The agent's port is the only one with an id.
-            Event::VSERPORT_CHANGE { data, .. } if data.open => {
-                tracing::debug!(machine = %machine.id, "the guest opened its agent port");
+            // Our own agent opens its port long before the guest's system is up.
+            Event::VSERPORT_CHANGE { data, .. } if data.open && data.id == QGA_PORT => {
+                tracing::debug!(machine = %machine.id, "qemu-guest-agent opened its port");
                 machine.publish(MachineEvent::AgentUp);
             }
             Event::STOP { .. } => {

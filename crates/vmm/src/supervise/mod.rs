@@ -9,10 +9,9 @@
 //! | `monitor` | the tasks behind a held machine, and the handle that ends them |
 //! | `growth` | grows the root disk |
 //! | `stop` | requests a shutdown of the guest, and kills the machine after a grace period |
-//! | `agent` | requests a shutdown from the guest agent |
+//! | `qga` | requests a shutdown from `qemu-guest-agent` |
 //! | `force_stop`, `kill` | kill a process and wait until it is gone |
 
-pub(crate) mod agent;
 mod claim;
 mod driver;
 mod force_stop;
@@ -20,6 +19,7 @@ mod growth;
 mod kill;
 mod launch;
 mod monitor;
+pub(crate) mod qga;
 mod stop;
 mod supervised;
 

@@ -128,8 +128,8 @@ impl Supervised {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Converts an I/O error of a connection to the guest agent into [`Error::Agent`].
-    pub(crate) fn agent(&self, connected: io::Result<UnixStream>) -> Result<UnixStream> {
+    /// Converts an I/O error of a connection to an agent in the guest into [`Error::Agent`].
+    pub(crate) fn channel(&self, connected: io::Result<UnixStream>) -> Result<UnixStream> {
         connected.map_err(|error| Error::Agent {
             id: self.id.clone(),
             why: error.to_string(),

@@ -1,5 +1,4 @@
-//! A client for the guest agent: `qemu-guest-agent` in the guest, over a virtio serial port or a
-//! vsock.
+//! A client for `qemu-guest-agent` in the guest, over a virtio serial port or a vsock.
 //!
 //! Protocol: <https://www.qemu.org/docs/master/interop/qemu-ga-ref.html>. A serial port serves one
 //! client at a time, so a connection is used for one task and then dropped. Every request has a
@@ -28,7 +27,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The error of a request to the agent.
 #[derive(Debug, thiserror::Error)]
-pub enum AgentError {
+pub enum QgaError {
     /// The host could not provide a random number.
     #[error("cannot query the guest agent: no random number: {0}")]
     Random(io::Error),
@@ -64,53 +63,53 @@ pub struct FsUsage {
 }
 
 /// A connection to the agent of one guest.
-pub struct Agent {
+pub struct Qga {
     service: QapiService<QgaStreamTokio<WriteHalf<UnixStream>>>,
     read_task: tokio::task::JoinHandle<()>,
 }
 
-impl Agent {
+impl Qga {
     /// Waits until the agent at the other end of `stream` responds.
     ///
     /// # Errors
-    /// [`AgentError::Timeout`], [`AgentError::Refused`].
-    pub async fn connect(stream: UnixStream) -> Result<Agent, AgentError> {
+    /// [`QgaError::Timeout`], [`QgaError::Refused`].
+    pub async fn connect(stream: UnixStream) -> Result<Qga, QgaError> {
         let (reader, writer) = tokio::io::split(stream);
         let (service, read_task) = QgaStreamTokio::open_split(reader.take(MAX_RESPONSE_BYTES), writer).spawn_tokio();
-        let agent = Agent { service, read_task };
+        let agent = Qga { service, read_task };
         // A response to an earlier client may still be on its way; the number distinguishes it from
         // ours.
-        let number = sync_number().map_err(AgentError::Random)?;
+        let number = sync_number().map_err(QgaError::Random)?;
         match timeout(RESPONSE_TIMEOUT, agent.service.guest_sync(number)).await {
             Ok(Ok(())) => Ok(agent),
-            Ok(Err(error)) => Err(AgentError::Refused {
+            Ok(Err(error)) => Err(QgaError::Refused {
                 action: "start a session",
                 response: error.to_string(),
             }),
-            Err(_) => Err(AgentError::Timeout),
+            Err(_) => Err(QgaError::Timeout),
         }
     }
 
     /// Returns the usage of the guest's root file system.
     ///
     /// # Errors
-    /// [`AgentError::Timeout`], [`AgentError::Refused`], [`AgentError::NoRoot`].
-    pub async fn root_file_system(&self) -> Result<FsUsage, AgentError> {
+    /// [`QgaError::Timeout`], [`QgaError::Refused`], [`QgaError::NoRoot`].
+    pub async fn root_file_system(&self) -> Result<FsUsage, QgaError> {
         let response = timeout(RESPONSE_TIMEOUT, self.service.execute(qga::guest_get_fsinfo {})).await;
         let all = match response {
             Ok(Ok(all)) => all,
             Ok(Err(error)) => {
-                return Err(AgentError::Refused {
+                return Err(QgaError::Refused {
                     action: "list the guest's file systems",
                     response: error.to_string(),
                 });
             }
-            Err(_) => return Err(AgentError::Timeout),
+            Err(_) => return Err(QgaError::Timeout),
         };
         let root = all.into_iter().find(|found| found.mountpoint == "/");
         let sizes = root
             .and_then(|root| root.total_bytes.zip(root.used_bytes))
-            .ok_or(AgentError::NoRoot)?;
+            .ok_or(QgaError::NoRoot)?;
         Ok(FsUsage {
             total: Bytes::new(sizes.0),
             used: Bytes::new(sizes.1),
@@ -121,11 +120,11 @@ impl Agent {
     /// that support it. ext4 skips blocks that were already discarded since the mount.
     ///
     /// # Errors
-    /// [`AgentError::Unfinished`]; [`AgentError::Refused`], also if no file system could be
+    /// [`QgaError::Unfinished`]; [`QgaError::Refused`], also if no file system could be
     /// trimmed.
-    pub async fn trim(&self) -> Result<Bytes, AgentError> {
+    pub async fn trim(&self) -> Result<Bytes, QgaError> {
         const ACTION: &str = "trim the guest's file systems";
-        let refused = |response| AgentError::Refused {
+        let refused = |response| QgaError::Refused {
             action: ACTION,
             response,
         };
@@ -133,7 +132,7 @@ impl Agent {
         let paths = match response {
             Ok(Ok(response)) => response.paths,
             Ok(Err(error)) => return Err(refused(error.to_string())),
-            Err(_) => return Err(AgentError::Unfinished { action: ACTION }),
+            Err(_) => return Err(QgaError::Unfinished { action: ACTION }),
         };
         let sizes: Vec<u64> = paths.iter().filter_map(|path| path.trimmed?.try_into().ok()).collect();
         if sizes.is_empty() {
@@ -148,13 +147,13 @@ impl Agent {
     }
 }
 
-impl Agent {
-    /// Flushes the guest's file systems, for at most `within`, so that a [freeze](Agent::freeze)
+impl Qga {
+    /// Flushes the guest's file systems, for at most `within`, so that a [freeze](Qga::freeze)
     /// has little left to write.
     ///
     /// # Errors
-    /// [`AgentError::Timeout`]; [`AgentError::Refused`], also if the agent does not run programs.
-    pub async fn flush(&self, within: Duration) -> Result<(), AgentError> {
+    /// [`QgaError::Timeout`]; [`QgaError::Refused`], also if the agent does not run programs.
+    pub async fn flush(&self, within: Duration) -> Result<(), QgaError> {
         let run = qga::guest_exec {
             path: "sync".to_owned(),
             arg: None,
@@ -176,15 +175,15 @@ impl Agent {
                 tokio::time::sleep(POLL_INTERVAL).await;
             }
         };
-        timeout(within, ended).await.unwrap_or(Err(AgentError::Timeout))
+        timeout(within, ended).await.unwrap_or(Err(QgaError::Timeout))
     }
 
-    /// Freezes the guest's file systems: writes wait until the [thaw](Agent::thaw). After an error
+    /// Freezes the guest's file systems: writes wait until the [thaw](Qga::thaw). After an error
     /// they may be frozen nevertheless, so thaw them.
     ///
     /// # Errors
-    /// [`AgentError::Timeout`], [`AgentError::Refused`].
-    pub async fn freeze(&self) -> Result<(), AgentError> {
+    /// [`QgaError::Timeout`], [`QgaError::Refused`].
+    pub async fn freeze(&self) -> Result<(), QgaError> {
         self.request(
             "freeze the guest's file systems",
             RESPONSE_TIMEOUT,
@@ -197,8 +196,8 @@ impl Agent {
     /// Thaws the guest's file systems. Does nothing to those that are not frozen.
     ///
     /// # Errors
-    /// [`AgentError::Timeout`], [`AgentError::Refused`].
-    pub async fn thaw(&self) -> Result<(), AgentError> {
+    /// [`QgaError::Timeout`], [`QgaError::Refused`].
+    pub async fn thaw(&self) -> Result<(), QgaError> {
         self.request(
             "thaw the guest's file systems",
             RESPONSE_TIMEOUT,
@@ -213,19 +212,19 @@ impl Agent {
         action: &'static str,
         within: Duration,
         command: C,
-    ) -> Result<C::Ok, AgentError> {
+    ) -> Result<C::Ok, QgaError> {
         match timeout(within, self.service.execute(command)).await {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(AgentError::Refused {
+            Ok(Err(error)) => Err(QgaError::Refused {
                 action,
                 response: error.to_string(),
             }),
-            Err(_) => Err(AgentError::Timeout),
+            Err(_) => Err(QgaError::Timeout),
         }
     }
 }
 
-impl Drop for Agent {
+impl Drop for Qga {
     fn drop(&mut self) {
         self.read_task.abort();
     }
@@ -265,9 +264,9 @@ mod tests {
     async fn endless_responses_are_cut_off() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let agent = tokio::spawn(endless(theirs));
-        let client = Agent::connect(ours).await.unwrap();
+        let client = Qga::connect(ours).await.unwrap();
         let error = client.trim().await.unwrap_err();
-        assert!(matches!(error, AgentError::Refused { .. }), "{error}");
+        assert!(matches!(error, QgaError::Refused { .. }), "{error}");
         drop(client);
         // The sockets buffer some bytes in addition to those that were read.
         let sent = agent.await.unwrap();

@@ -1,4 +1,4 @@
-//! Shutdown through the guest agent.
+//! Shutdown through `qemu-guest-agent`.
 //!
 //! The power button and Ctrl+Alt+Del need a program in the guest that reacts to them. The agent
 //! needs none.

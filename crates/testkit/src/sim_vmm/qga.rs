@@ -1,11 +1,11 @@
-//! The simulated guest agent: the part of the protocol of `qemu-guest-agent` that the host uses.
+//! The simulated `qemu-guest-agent`: the part of its protocol that the host uses.
 //!
 //! A connection is served by a blocking task while the agent responds: such a task holds a paused
 //! clock, so that no timeout passes before a response that is already on its way. A connection that
 //! is idle or gets no response is left to an ordinary task, which lets the clock run.
 
 use crate::sim_vmm::body::{Body, Inside};
-use crate::sim_vmm::guest::SimAgent;
+use crate::sim_vmm::guest::SimQga;
 use crate::sim_vmm::world::World;
 use scalebox_vmm::MachineState;
 use serde_json::{Value, json};
@@ -24,12 +24,12 @@ const IDLE_TIMEOUT: Duration = Duration::from_millis(100);
 pub(crate) fn connect(world: &Arc<World>, body: &Arc<Body>) -> io::Result<UnixStream> {
     let (ours, theirs) = StdStream::pair()?;
     let mut inside = body.lock();
-    let is_unreachable = inside.guest.agent == SimAgent::Unreachable;
+    let is_unreachable = inside.guest.qga == SimQga::Unreachable;
     if is_unreachable || matches!(inside.state, MachineState::Ended(_)) {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
     inside.add_connection(theirs.try_clone()?);
-    let responds = inside.agent_responds();
+    let responds = inside.qga_responds();
     drop(inside);
     ours.set_nonblocking(true)?;
     theirs.set_read_timeout(Some(IDLE_TIMEOUT))?;
@@ -131,7 +131,7 @@ impl Session {
         let request: Value = serde_json::from_slice(&line[start..]).ok()?;
         let command = request["execute"].as_str()?;
         let mut inside = self.body.lock();
-        if !inside.agent_responds() || inside.guest.unanswered.contains(&command) {
+        if !inside.qga_responds() || inside.guest.unanswered.contains(&command) {
             return None;
         }
         if command == "guest-shutdown" {
