@@ -152,7 +152,10 @@ mod tests {
             AttachMessage::Resize(WindowSize { rows: 1, cols: 2 }).encode(),
             b"\x04{\"rows\":1,\"cols\":2}"
         );
-        assert_eq!(AttachMessage::Signal(Signal::TERM).encode(), b"\x05{\"signal\":\"TERM\"}");
+        assert_eq!(
+            AttachMessage::Signal(Signal::TERM).encode(),
+            b"\x05{\"signal\":\"TERM\"}"
+        );
     }
 
     #[test]

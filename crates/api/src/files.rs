@@ -126,7 +126,9 @@ macro_rules! as_text {
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+                String::deserialize(deserializer)?
+                    .parse()
+                    .map_err(de::Error::custom)
             }
         }
     };
@@ -293,13 +295,7 @@ mod schema {
         511,
         "user:users"
     );
-    text_schema!(
-        FileMode,
-        "Permissions in octal.",
-        "^[0-7]{1,4}$",
-        4,
-        "0644"
-    );
+    text_schema!(FileMode, "Permissions in octal.", "^[0-7]{1,4}$", 4, "0644");
 }
 
 #[cfg(test)]
@@ -309,10 +305,26 @@ mod tests {
 
     #[test]
     fn paths_are_absolute_and_without_parents() {
-        for path in ["/", "/etc/hostname", "//x/", "/a..b/...", "/ö \n", &format!("/{}", "x".repeat(4094))] {
+        for path in [
+            "/",
+            "/etc/hostname",
+            "//x/",
+            "/a..b/...",
+            "/ö \n",
+            &format!("/{}", "x".repeat(4094)),
+        ] {
             assert_eq!(path.parse::<GuestPath>().unwrap().as_str(), path);
         }
-        for path in ["", "etc", "./x", "/..", "/a/../b", "/a/..", "/a\0b", &format!("/{}", "x".repeat(4095))] {
+        for path in [
+            "",
+            "etc",
+            "./x",
+            "/..",
+            "/a/../b",
+            "/a/..",
+            "/a\0b",
+            &format!("/{}", "x".repeat(4095)),
+        ] {
             assert!(path.parse::<GuestPath>().is_err(), "{path:?}");
         }
     }
@@ -346,7 +358,10 @@ mod tests {
         assert_eq!(serde_json::to_value(entry).unwrap(), json);
         let mut newer = json;
         newer["kind"] = json!("door");
-        assert_eq!(serde_json::from_value::<FileEntry>(newer).unwrap().kind, FileKind::Other);
+        assert_eq!(
+            serde_json::from_value::<FileEntry>(newer).unwrap().kind,
+            FileKind::Other
+        );
     }
 
     #[test]

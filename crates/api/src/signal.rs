@@ -38,6 +38,10 @@ impl Signal {
     pub const HUP: Signal = Signal(1);
     /// `SIGINT`.
     pub const INT: Signal = Signal(2);
+    /// `SIGQUIT`.
+    pub const QUIT: Signal = Signal(3);
+    /// `SIGPIPE`.
+    pub const PIPE: Signal = Signal(13);
     /// `SIGKILL`.
     pub const KILL: Signal = Signal(9);
     /// `SIGTERM`.
@@ -74,8 +78,14 @@ impl FromStr for Signal {
         }
         let upper = text.to_ascii_uppercase();
         let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-        let alias = ALIASES.iter().find(|(alias, _)| *alias == name).map(|&(_, number)| number);
-        let number = (1..).zip(NAMES).find(|(_, known)| *known == name).map(|(number, _)| number);
+        let alias = ALIASES
+            .iter()
+            .find(|(alias, _)| *alias == name)
+            .map(|&(_, number)| number);
+        let number = (1..)
+            .zip(NAMES)
+            .find(|(_, known)| *known == name)
+            .map(|(number, _)| number);
         number.or(alias).map(Signal).ok_or_else(invalid)
     }
 }
@@ -168,7 +178,17 @@ mod tests {
 
     #[test]
     fn other_names_and_numbers_are_rejected() {
-        for text in ["", "0", "65", "-1", "SIG", "SIGSIGTERM", "TERMINATE", "9999999999", "TERM "] {
+        for text in [
+            "",
+            "0",
+            "65",
+            "-1",
+            "SIG",
+            "SIGSIGTERM",
+            "TERMINATE",
+            "9999999999",
+            "TERM ",
+        ] {
             assert!(text.parse::<Signal>().is_err(), "{text:?}");
         }
         for json in [json!(0), json!(65), json!(-9), json!(1.5), json!(null), json!(u64::MAX)] {

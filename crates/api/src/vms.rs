@@ -324,7 +324,10 @@ impl CreateVmQuery {
         }
         if query.wait.is_none() && query.wait_seconds.is_some() {
             let form = InvalidFormat::new("is only valid together with wait=agent");
-            return Err(Invalid::Form { field: "wait_seconds", form });
+            return Err(Invalid::Form {
+                field: "wait_seconds",
+                form,
+            });
         }
         Ok(query)
     }
@@ -352,7 +355,10 @@ impl WaitFor {
 fn wait_seconds(value: &str) -> Result<u64, Invalid> {
     let range = 1..=CreateVmQuery::MAX_WAIT_SECONDS;
     let is_number = value.bytes().all(|byte| byte.is_ascii_digit());
-    let seconds = value.parse().ok().filter(|seconds| is_number && range.contains(seconds));
+    let seconds = value
+        .parse()
+        .ok()
+        .filter(|seconds| is_number && range.contains(seconds));
     seconds.ok_or(Invalid::Number {
         field: "wait_seconds",
         min: *range.start(),

@@ -49,28 +49,52 @@ fn the_daemon_parses_what_the_client_serializes() {
 fn invalid_requests_name_the_field_and_what_is_valid() {
     let long = "x".repeat(128 << 10);
     for (body, message) in [
-        (json!({}), "argv is missing: send the program and its arguments, or a command line as command"),
-        (json!({"argv": ["a"], "command": "b"}), "command must not be sent together with argv"),
+        (
+            json!({}),
+            "argv is missing: send the program and its arguments, or a command line as command",
+        ),
+        (
+            json!({"argv": ["a"], "command": "b"}),
+            "command must not be sent together with argv",
+        ),
         (json!({"argv": []}), "argv must begin with the name of a program"),
         (json!({"argv": [""]}), "argv must begin with the name of a program"),
-        (json!({"argv": "df -h"}), "argv must be an array of strings, not a string"),
+        (
+            json!({"argv": "df -h"}),
+            "argv must be an array of strings, not a string",
+        ),
         (json!({"argv": ["a", 1]}), "argv must be a string, not a number"),
         (json!({"argv": ["a\u{0}b"]}), "argv must not contain a zero byte"),
         (
             json!({"argv": ["a", long]}),
             "argv must not have a string of over 131071 bytes, the limit of Linux",
         ),
-        (json!({"argv": vec!["a"; 20_000]}), "argv must have at most 16384 arguments"),
+        (
+            json!({"argv": vec!["a"; 20_000]}),
+            "argv must have at most 16384 arguments",
+        ),
         (json!({"command": " \n"}), "command must not be empty"),
         (json!({"command": null}), "command must be a string, not null"),
-        (json!({"argv": ["a"], "env": []}), "env must be an object of strings, not an array"),
-        (json!({"argv": ["a"], "env": {"A": 1}}), "env must be a string, not a number"),
-        (json!({"argv": ["a"], "env": {"A": "\u{0}"}}), "env must not contain a zero byte"),
+        (
+            json!({"argv": ["a"], "env": []}),
+            "env must be an object of strings, not an array",
+        ),
+        (
+            json!({"argv": ["a"], "env": {"A": 1}}),
+            "env must be a string, not a number",
+        ),
+        (
+            json!({"argv": ["a"], "env": {"A": "\u{0}"}}),
+            "env must not contain a zero byte",
+        ),
         (
             json!({"argv": ["a"], "env": {"A=B": ""}}),
             "env must not have the variable \"A=B\": a name is neither empty nor contains = or a zero byte",
         ),
-        (json!({"argv": ["a"], "cwd": "tmp"}), "cwd must be an absolute path, which begins with /"),
+        (
+            json!({"argv": ["a"], "cwd": "tmp"}),
+            "cwd must be an absolute path, which begins with /",
+        ),
         (
             json!({"argv": ["a"], "user": "a:b:c"}),
             "user must be a user's name or number, optionally with a group, such as user, 1000 or user:users",
@@ -91,7 +115,10 @@ fn invalid_requests_name_the_field_and_what_is_valid() {
             json!({"argv": ["a"], "timeout_seconds": 604_801}),
             "timeout_seconds must be a whole number between 1 and 604800",
         ),
-        (json!({"argv": ["a"], "background": 1}), "background must be true or false, not a number"),
+        (
+            json!({"argv": ["a"], "background": 1}),
+            "background must be true or false, not a number",
+        ),
         (
             json!({"argv": ["a"], "open_stdin": true}),
             "open_stdin is only valid together with \"background\": true",
@@ -118,11 +145,20 @@ fn invalid_requests_name_the_field_and_what_is_valid() {
 #[test]
 fn arguments_and_environment_share_the_limit_of_the_kernel() {
     let half = "x".repeat(100 << 10);
-    let arguments = vec!["a".to_owned(); 1].into_iter().chain(vec![half.clone(); 6]).collect::<Vec<_>>();
+    let arguments = vec!["a".to_owned(); 1]
+        .into_iter()
+        .chain(vec![half.clone(); 6])
+        .collect::<Vec<_>>();
     assert!(parse(&json!({"argv": arguments})).is_ok());
-    let env: Value = (0..6).map(|i| (format!("V{i}"), json!(half))).collect::<serde_json::Map<_, _>>().into();
+    let env: Value = (0..6)
+        .map(|i| (format!("V{i}"), json!(half)))
+        .collect::<serde_json::Map<_, _>>()
+        .into();
     let refused = parse(&json!({"argv": arguments, "env": env})).unwrap_err();
-    assert!(refused.starts_with("env is too large: arguments and environment together"), "{refused}");
+    assert!(
+        refused.starts_with("env is too large: arguments and environment together"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -152,7 +188,10 @@ fn responses_have_the_documented_form() {
     let result = json!({"exec": "exec-0123456789ab", "exit_code": null, "signal": "KILL", "timed_out": true,
         "stdout": "hi\n", "stderr": "/w==", "stderr_encoding": "base64", "truncated": false, "duration_ms": 12});
     let read: ExecResult = serde_json::from_value(result.clone()).unwrap();
-    assert_eq!((read.signal, read.stderr_encoding), (Some(Signal::KILL), Encoding::Base64));
+    assert_eq!(
+        (read.signal, read.stderr_encoding),
+        (Some(Signal::KILL), Encoding::Base64)
+    );
     assert_eq!(serde_json::to_value(read).unwrap(), result);
     let exec = json!({"exec": "exec-0123456789ab", "argv": ["sleep", "9"], "status": "running", "tty": false,
         "started_at": "2026-01-02T03:04:05.678Z", "duration_ms": 12, "output_start": 0, "output_end": 7});
