@@ -20,6 +20,7 @@ use ureq::{Agent, Body, SendBody, Timeout};
 /// A client of one daemon. It is cheap to create.
 ///
 /// Each call opens a new connection, so that a restart of the daemon between two calls is harmless.
+#[derive(Clone)]
 pub struct Client {
     agent: Agent,
     base: String,
