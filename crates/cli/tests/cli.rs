@@ -884,7 +884,11 @@ fn every_command_has_an_example_in_its_help_and_a_completion() {
     }
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = run(&mut home.bare(&["completions", shell]));
-        assert!(script.code == 0 && script.out.contains("COMPLETE"), "{shell}: {}", script.out);
+        assert!(
+            script.code == 0 && script.out.contains("COMPLETE"),
+            "{shell}: {}",
+            script.out
+        );
     }
 }
 

@@ -19,7 +19,10 @@ fn quiet(command: &mut Command) -> &mut Command {
 }
 
 fn start(command: &mut Command) -> Child {
-    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let command = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     command.spawn().unwrap()
 }
 
@@ -66,13 +69,19 @@ fn signals_timeouts_and_failures_have_the_exit_codes_of_docker() {
     let error = json!({"error": "VM box: its agent does not respond", "code": "unreachable"});
     guest.respond("POST /vms/box/exec", 503, error.clone());
     let ran = run(quiet(&mut Home::new().at(&guest.url(), &["exec", "box", "true"])));
-    assert_eq!((ran.code, ran.err.as_str()), (125, "error: VM box: its agent does not respond\n"));
+    assert_eq!(
+        (ran.code, ran.err.as_str()),
+        (125, "error: VM box: its agent does not respond\n")
+    );
     let guest = Guest::new(|_, socket| exit(socket, 0));
     let attach = format!("GET /vms/box/execs/{EXEC}/attach?since=0");
     guest.respond(&attach, 503, error.clone());
     guest.respond(&format!("GET /vms/box/execs/{EXEC}"), 503, error);
     let ran = run(quiet(&mut Home::new().at(&guest.url(), &["exec", "box", "true"])));
-    assert_eq!((ran.code, ran.err.as_str()), (125, "error: VM box: its agent does not respond\n"));
+    assert_eq!(
+        (ran.code, ran.err.as_str()),
+        (125, "error: VM box: its agent does not respond\n")
+    );
     let ran = run(quiet(&mut Home::new().at(&guest.url(), &["exec", "-t", "box", "true"])));
     assert!(ran.code == 125 && ran.err.contains("not a terminal"), "{ran:?}");
 }
@@ -81,7 +90,10 @@ fn signals_timeouts_and_failures_have_the_exit_codes_of_docker() {
 fn standard_input_is_sent_up_to_its_end() {
     let guest = Guest::new(|_, socket| {
         let input = stdin(socket);
-        out(socket, &format!("{} {}", input.len(), input.iter().all(|byte| *byte == b'x')));
+        out(
+            socket,
+            &format!("{} {}", input.len(), input.iter().all(|byte| *byte == b'x')),
+        );
         exit(socket, 0);
     });
     let home = Home::new();
@@ -198,26 +210,40 @@ fn json_prints_the_result_and_exits_with_the_code_of_the_command() {
     let result = json!({"exec": EXEC, "exit_code": 4, "signal": null, "timed_out": false, "stdout": "hi\n",
         "stderr": "", "truncated": false, "duration_ms": 3});
     guest.respond("POST /vms/box/exec", 200, result.clone());
-    let ran = run(quiet(&mut Home::new().at(&guest.url(), &["--json", "exec", "box", "true"])));
+    let ran = run(quiet(
+        &mut Home::new().at(&guest.url(), &["--json", "exec", "box", "true"]),
+    ));
     assert_eq!(ran.code, 4, "{}", ran.err);
     assert_eq!(serde_json::from_str::<serde_json::Value>(&ran.out).unwrap(), result);
     assert_eq!(guest.body("POST /vms/box/exec"), json!({ "argv": ["true"] }));
 }
 
-/// Runs a shell script in a pseudo-terminal of 31 × 97 characters, and returns what it showed.
-fn in_a_terminal(home: &Home, guest: &Guest, script: &str, keys: &str) -> String {
+/// Runs a shell script in a pseudo-terminal of 31 × 97 characters, types the keys that it receives,
+/// and returns what was shown.
+fn in_a_terminal(home: &Home, guest: &Guest, script: &str, keys: mpsc::Receiver<&'static str>) -> String {
     let binary = env!("CARGO_BIN_EXE_scalebox");
-    let script = format!("stty rows 31 cols 97; tty > $HOME/tty; {}", script.replace("scalebox", binary));
+    let script = format!(
+        "stty rows 31 cols 97; tty > $HOME/tty; {}",
+        script.replace("scalebox", binary)
+    );
     let mut command = Command::new("script");
     command.args(["--quiet", "--return", "--command", &script, "/dev/null"]);
-    command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", home.path());
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("HOME", home.path());
     command.env("TERM", "xterm").env("SHELL", "/bin/sh");
-    command.env("SCALEBOX_URL", guest.url()).env("SCALEBOX_TOKEN", api::TOKEN);
+    command
+        .env("SCALEBOX_URL", guest.url())
+        .env("SCALEBOX_TOKEN", api::TOKEN);
     let mut child = start(&mut command);
     let mut input = child.stdin.take().unwrap();
-    input.write_all(keys.as_bytes()).unwrap();
+    let typing = std::thread::spawn(move || {
+        keys.iter().for_each(|keys| input.write_all(keys.as_bytes()).unwrap());
+        input
+    });
     let ran = child.wait_with_output().unwrap();
-    drop(input);
+    drop(typing);
     String::from_utf8(ran.stdout).unwrap()
 }
 
@@ -226,40 +252,45 @@ fn a_terminal_is_raw_while_the_command_runs_and_follows_the_window() {
     let home = Home::new();
     let tty = home.path().join("tty");
     let (seen, sizes) = mpsc::channel();
+    let (typed, keys) = mpsc::channel();
     let guest = Guest::new(move |_, socket| {
         seen.send(receive(socket)).unwrap();
         let tty = std::fs::read_to_string(&tty).unwrap();
-        let resized = Command::new("stty").args(["-F", tty.trim(), "rows", "40", "cols", "120"]).status();
+        let resized = Command::new("stty")
+            .args(["-F", tty.trim(), "rows", "40", "cols", "120"])
+            .status();
         assert!(resized.unwrap().success());
-        let mut keys = Vec::new();
-        while !keys.ends_with(b"q") {
+        seen.send(receive(socket)).unwrap();
+        // Ctrl-C, Ctrl-Z, Ctrl-D and the return key arrive as bytes.
+        let keys = "\x03\x1a\x04\r";
+        typed.send(keys).unwrap();
+        let mut received = Vec::new();
+        while received.len() < keys.len() {
             match receive(socket) {
-                AttachMessage::Stdin(bytes) => keys.extend(bytes),
-                other => seen.send(other).unwrap(),
-            }
-            if keys.ends_with(b"\x03") {
-                // Ctrl-C has arrived as a byte; now the other keys are typed.
-                out(socket, "interrupted\r\n");
+                AttachMessage::Stdin(bytes) => received.extend(bytes),
+                other => panic!("{other:?}"),
             }
         }
+        assert_eq!(received, keys.as_bytes());
         out(socket, "bye\r\n");
         exit(socket, 5);
     });
-    let shown = in_a_terminal(
-        &home,
-        &guest,
-        "scalebox exec -t box -- vi; echo code $?; stty -a",
-        "\x03q",
-    );
+    let shown = in_a_terminal(&home, &guest, "scalebox exec -t box -- vi; echo code $?; stty -a", keys);
     assert!(shown.contains("bye\r\ncode 5\r\n"), "{shown}");
     for restored in [" isig", " icanon", " echo ", " opost"] {
-        assert!(shown.contains(restored) && !shown.contains(&restored.replace(' ', " -")), "{shown}");
+        assert!(
+            shown.contains(restored) && !shown.contains(&restored.replace(' ', " -")),
+            "{shown}"
+        );
     }
     let size = |rows, cols| AttachMessage::Resize(WindowSize { rows, cols });
     assert_eq!(sizes.recv().unwrap(), size(31, 97));
     assert_eq!(sizes.recv().unwrap(), size(40, 120));
     let sent = guest.body("POST /vms/box/exec");
-    assert_eq!((&sent["tty"], &sent["env"]["TERM"]), (&json!({"rows": 31, "cols": 97}), &json!("xterm")));
+    assert_eq!(
+        (&sent["tty"], &sent["env"]["TERM"]),
+        (&json!({"rows": 31, "cols": 97}), &json!("xterm"))
+    );
 }
 
 #[test]
@@ -269,8 +300,12 @@ fn a_terminal_is_restored_after_an_error() {
         let error = json!({"error": "the VM stopped", "code": "wrong_state"});
         send(socket, &AttachMessage::Failed(serde_json::from_value(error).unwrap()));
     });
-    let shown = in_a_terminal(&home, &guest, "scalebox shell box; echo code $?; stty -a", "");
-    assert!(shown.contains("the VM stopped") && shown.contains("code 125"), "{shown}");
+    let (_, keys) = mpsc::channel();
+    let shown = in_a_terminal(&home, &guest, "scalebox shell box; echo code $?; stty -a", keys);
+    assert!(
+        shown.contains("the VM stopped") && shown.contains("code 125"),
+        "{shown}"
+    );
     assert!(shown.contains(" icanon") && shown.contains(" echo "), "{shown}");
     let sent = guest.body("POST /vms/box/exec");
     assert!(sent["argv"][2].as_str().unwrap().contains("/bin/bash -l"));
@@ -284,7 +319,11 @@ fn entry(name: &str, kind: &str, size: usize) -> serde_json::Value {
 #[test]
 fn files_are_copied_into_directories_under_their_name() {
     let guest = Guest::new(|_, _| {});
-    guest.respond("GET /vms/box/files?path=%2Fsrv&info=true", 200, entry("/srv", "directory", 0));
+    guest.respond(
+        "GET /vms/box/files?path=%2Fsrv&info=true",
+        200,
+        entry("/srv", "directory", 0),
+    );
     let put = "PUT /vms/box/files?path=%2Fsrv%2Fa%20b&mode=0600&user=user";
     guest.respond(put, 200, entry("/srv/a b", "file", 5));
     let home = Home::new();
@@ -302,7 +341,9 @@ fn files_are_copied_from_a_vm_to_a_file_or_standard_output() {
     guest.respond("GET /vms/box/files?path=%2Fa&info=true", 200, entry("/a", "file", 6));
     guest.respond_bytes("GET /vms/box/files?path=%2Fa", 200, b"a\x1b[\xff\0b".to_vec());
     let home = Home::new();
-    let ran = quiet(&mut home.at(&guest.url(), &["cp", "box:/a", "-"])).output().unwrap();
+    let ran = quiet(&mut home.at(&guest.url(), &["cp", "box:/a", "-"]))
+        .output()
+        .unwrap();
     assert_eq!(ran.stdout, b"a\x1b[\xff\0b");
     let mut command = home.at(&guest.url(), &["cp", "box:/a"]);
     let ran = run(command.arg(home.path()));
@@ -328,7 +369,11 @@ fn directories_are_copied_as_archives_both_ways() {
     assert_eq!(ran.code, 0, "{}", ran.err);
     let archive = guest.requests().pop().unwrap().bytes;
 
-    guest.respond("GET /vms/box/files?path=%2Fsrv%2Fnew&info=true", 200, entry("/srv/new", "directory", 0));
+    guest.respond(
+        "GET /vms/box/files?path=%2Fsrv%2Fnew&info=true",
+        200,
+        entry("/srv/new", "directory", 0),
+    );
     guest.respond_bytes("GET /vms/box/files?path=%2Fsrv%2Fnew&format=tar", 200, archive);
     let to = home.path().join("to");
     let ran = run(home.at(&guest.url(), &["cp", "-r", "box:/srv/new"]).arg(&to));
@@ -361,15 +406,26 @@ fn archives_of_hostile_guests_write_nothing_outside_of_the_directory() {
     let outside = home.path().to_str().unwrap().to_owned();
     let harmless = archive.into_inner().unwrap();
     let guest = Guest::new(|_, _| {});
-    guest.respond("GET /vms/box/files?path=%2Fd&info=true", 200, entry("/d", "directory", 0));
+    guest.respond(
+        "GET /vms/box/files?path=%2Fd&info=true",
+        200,
+        entry("/d", "directory", 0),
+    );
     let line = "GET /vms/box/files?path=%2Fd&format=tar";
     guest.respond_bytes(line, 200, harmless);
     let to = home.path().join("to");
     let ran = run(home.at(&guest.url(), &["cp", "-r", "box:/d"]).arg(&to));
     assert_eq!(ran.code, 0, "{}", ran.err);
-    assert!(ran.err.contains("../victim was skipped") && ran.err.contains("device was skipped"), "{}", ran.err);
+    assert!(
+        ran.err.contains("../victim was skipped") && ran.err.contains("device was skipped"),
+        "{}",
+        ran.err
+    );
     assert!(!to.join("device").exists());
-    assert_eq!(std::fs::metadata(to.join("setuid")).unwrap().permissions().mode() & 0o7777, 0o755);
+    assert_eq!(
+        std::fs::metadata(to.join("setuid")).unwrap().permissions().mode() & 0o7777,
+        0o755
+    );
 
     let mut archive = tar::Builder::new(Vec::new());
     let mut link = tar::Header::new_gnu();
@@ -381,7 +437,9 @@ fn archives_of_hostile_guests_write_nothing_outside_of_the_directory() {
     file.set_mode(0o644);
     archive.append_data(&mut file, "out/victim", &b"theirs"[..]).unwrap();
     guest.respond_bytes(line, 200, archive.into_inner().unwrap());
-    let ran = run(home.at(&guest.url(), &["cp", "-r", "box:/d"]).arg(home.path().join("other")));
+    let ran = run(home
+        .at(&guest.url(), &["cp", "-r", "box:/d"])
+        .arg(home.path().join("other")));
     assert_eq!(ran.code, 1, "{}", ran.err);
     assert_eq!(std::fs::read(home.path().join("victim")).unwrap(), b"mine");
 }
@@ -391,8 +449,14 @@ fn logs_are_printed_unchanged() {
     let guest = Guest::new(|_, _| {});
     let line = "GET /vms/box/console?follow=false&tail=100";
     guest.respond_bytes(line, 200, b"[ 0.1] \x1b[32mok\x1b[0m\xff\n".to_vec());
-    let ran = Home::new().at(&guest.url(), &["logs", "--tail", "100", "box"]).output().unwrap();
-    assert_eq!((ran.status.code(), ran.stdout.as_slice()), (Some(0), &b"[ 0.1] \x1b[32mok\x1b[0m\xff\n"[..]));
+    let ran = Home::new()
+        .at(&guest.url(), &["logs", "--tail", "100", "box"])
+        .output()
+        .unwrap();
+    assert_eq!(
+        (ran.status.code(), ran.stdout.as_slice()),
+        (Some(0), &b"[ 0.1] \x1b[32mok\x1b[0m\xff\n"[..])
+    );
 }
 
 #[test]
@@ -406,19 +470,37 @@ fn statistics_are_a_table_and_vms_without_an_agent_have_a_warning() {
     guest.respond("GET /vms/box/stats", 200, stats.clone());
     let error = json!({"error": "VM old: its agent does not respond", "code": "unreachable"});
     guest.respond("GET /vms/old/stats", 503, error);
-    let vms = [vm(json!({"name": "box"})), vm(json!({"name": "old"})), vm(json!({"name": "off", "status": "stopped"}))];
+    let vms = [
+        vm(json!({"name": "box"})),
+        vm(json!({"name": "old"})),
+        vm(json!({"name": "off", "status": "stopped"})),
+    ];
     guest.respond("GET /vms", 200, json!({ "vms": vms }));
     let home = Home::new();
     let ran = run(&mut home.at(&guest.url(), &["stats"]));
-    assert_eq!((ran.code, ran.err.as_str()), (0, "warning: VM old: its agent does not respond\n"));
+    assert_eq!(
+        (ran.code, ran.err.as_str()),
+        (0, "warning: VM old: its agent does not respond\n")
+    );
     let lines: Vec<_> = ran.out.lines().collect();
-    assert!(lines[1].starts_with("box   0 %  0.50  384 MiB of 512 MiB (75 %)  1 GiB of 10 GiB (10 %)"), "{}", ran.out);
-    assert!(lines[1].ends_with("42      2  2 h") && lines[2].starts_with("old     -"), "{}", ran.out);
+    assert!(
+        lines[1].starts_with("box   0 %  0.50  384 MiB of 512 MiB (75 %)  1 GiB of 10 GiB (10 %)"),
+        "{}",
+        ran.out
+    );
+    assert!(
+        lines[1].ends_with("42      2  2 h") && lines[2].starts_with("old     -"),
+        "{}",
+        ran.out
+    );
     let json = run(&mut home.at(&guest.url(), &["stats", "--json", "box"]));
     let printed: serde_json::Value = serde_json::from_str(&json.out).unwrap();
     assert_eq!(printed, json!({"vms": [{"name": "box", "stats": stats}]}));
     let failed = run(&mut home.at(&guest.url(), &["stats", "old"]));
-    assert_eq!((failed.code, failed.err.as_str()), (1, "error: VM old: its agent does not respond\n"));
+    assert_eq!(
+        (failed.code, failed.err.as_str()),
+        (1, "error: VM old: its agent does not respond\n")
+    );
 }
 
 #[test]
@@ -434,7 +516,19 @@ fn run_creates_a_vm_copies_folders_runs_the_command_and_deletes_the_vm() {
     let home = Home::new();
     home.file("project/file", "content", 0o644);
     let volume = format!("{}:/srv", home.path().join("project").display());
-    let arguments = ["run", "--name", "job", "--disk", "3", "--cpus", "2", "-v", &volume, "debian-base", "make"];
+    let arguments = [
+        "run",
+        "--name",
+        "job",
+        "--disk",
+        "3",
+        "--cpus",
+        "2",
+        "-v",
+        &volume,
+        "debian-base",
+        "make",
+    ];
     let ran = run(quiet(&mut home.at(&guest.url(), &arguments)));
     assert_eq!((ran.code, ran.out.as_str(), ran.err.as_str()), (9, "done\n", ""));
     let created = guest.body("POST /vms?wait=agent&wait_seconds=120");
@@ -455,7 +549,9 @@ fn run_deletes_the_vm_after_errors_but_never_one_that_it_did_not_create() {
         let guest = Guest::new(|_, _| {});
         for_run(&guest, "job");
         guest.respond("POST /vms?wait=agent&wait_seconds=120", status, error);
-        let ran = run(quiet(&mut home.at(&guest.url(), &["run", "--name", "job", "debian-base", "true"])));
+        let ran = run(quiet(
+            &mut home.at(&guest.url(), &["run", "--name", "job", "debian-base", "true"]),
+        ));
         assert_eq!(ran.code, 125, "{}", ran.err);
         let deleted = guest.lines().contains(&"DELETE /vms/job".to_owned());
         assert_eq!(deleted, is_deleted);
@@ -463,10 +559,16 @@ fn run_deletes_the_vm_after_errors_but_never_one_that_it_did_not_create() {
     let guest = Guest::new(|_, _| {});
     for_run(&guest, "job");
     guest.respond("GET /vms/job", 200, vm(json!({"name": "job"})));
-    let ran = run(quiet(&mut home.at(&guest.url(), &["run", "--name", "job", "debian-base", "true"])));
+    let ran = run(quiet(
+        &mut home.at(&guest.url(), &["run", "--name", "job", "debian-base", "true"]),
+    ));
     assert!(ran.code == 125 && ran.err.contains("in use"), "{}", ran.err);
     let ran = run(quiet(&mut home.at(&guest.url(), &["run", "python:3.12", "true"])));
-    assert!(ran.code == 125 && ran.err.contains("the templates are debian-base"), "{}", ran.err);
+    assert!(
+        ran.code == 125 && ran.err.contains("the templates are debian-base"),
+        "{}",
+        ran.err
+    );
     assert!(guest.lines().iter().all(|line| line.starts_with("GET ")));
 }
 
@@ -494,8 +596,14 @@ fn run_keeps_the_vm_on_request_with_a_key_of_its_own() {
     let guest = Guest::new(|_, socket| exit(socket, 0));
     for_run(&guest, "job");
     let home = Home::new();
-    let ran = run(quiet(&mut home.at(&guest.url(), &["run", "--keep", "--name", "job", "debian-base", "true"])));
-    assert!(ran.code == 0 && ran.err.contains("scalebox vm delete job"), "{}", ran.err);
+    let ran = run(quiet(
+        &mut home.at(&guest.url(), &["run", "--keep", "--name", "job", "debian-base", "true"]),
+    ));
+    assert!(
+        ran.code == 0 && ran.err.contains("scalebox vm delete job"),
+        "{}",
+        ran.err
+    );
     assert!(!guest.lines().contains(&"DELETE /vms/job".to_owned()));
     let key = home.path().join(".config/scalebox/id_ed25519");
     assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
@@ -515,16 +623,26 @@ fn login_stores_a_checked_token_with_mode_600_and_logout_removes_it() {
         child.stdin.take().unwrap().write_all(token.as_bytes()).unwrap();
         child.wait_with_output().unwrap()
     };
-    guest.respond("GET /info", 401, json!({"error": "unauthorized", "code": "unauthorized"}));
+    guest.respond(
+        "GET /info",
+        401,
+        json!({"error": "unauthorized", "code": "unauthorized"}),
+    );
     let refused = login("wrong\n");
     assert_eq!(refused.status.code(), Some(1));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "# mine\nSCALEBOX_TOKEN=old\n");
     guest.respond("GET /info", 200, api::info());
     let accepted = login("s3cret-token\n");
     let shown = String::from_utf8(accepted.stdout).unwrap();
-    assert!(shown.starts_with("logged in to big-iron at ") && !shown.contains("s3cret"), "{shown}");
+    assert!(
+        shown.starts_with("logged in to big-iron at ") && !shown.contains("s3cret"),
+        "{shown}"
+    );
     let stored = std::fs::read_to_string(&path).unwrap();
-    assert_eq!(stored, format!("# mine\nSCALEBOX_URL={url}\nSCALEBOX_TOKEN=s3cret-token\n"));
+    assert_eq!(
+        stored,
+        format!("# mine\nSCALEBOX_URL={url}\nSCALEBOX_TOKEN=s3cret-token\n")
+    );
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(run(&mut home.bare(&["logout"])).code, 0);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "# mine\n");
@@ -534,11 +652,17 @@ fn login_stores_a_checked_token_with_mode_600_and_logout_removes_it() {
 fn completions_know_the_names_of_vms_and_templates() {
     let guest = Guest::new(|_, _| {});
     for_run(&guest, "job");
-    guest.respond("GET /vms", 200, json!({"vms": [vm(json!({"name": "box"})), vm(json!({"name": "other"}))]}));
+    guest.respond(
+        "GET /vms",
+        200,
+        json!({"vms": [vm(json!({"name": "box"})), vm(json!({"name": "other"}))]}),
+    );
     let home = Home::new();
     let complete = |words: &[&str]| {
         let mut command = home.at(&guest.url(), &[&["--", "scalebox"], words].concat());
-        command.env("COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", words.len().to_string());
+        command
+            .env("COMPLETE", "bash")
+            .env("_CLAP_COMPLETE_INDEX", words.len().to_string());
         command.env("_CLAP_IFS", "\n").env("_CLAP_COMPLETE_COMP_TYPE", "9");
         run(&mut command).out
     };

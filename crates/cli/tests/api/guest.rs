@@ -112,12 +112,17 @@ impl Guest {
     }
 
     fn serve(&self, stream: TcpStream, command: &(impl Fn(usize, &mut Socket) + Sync)) {
-        let Ok((request, head)) = read_request(&stream) else { return };
+        let Ok((request, head)) = read_request(&stream) else {
+            return;
+        };
         let line = request.line.clone();
         let attached = {
             let mut requests = self.requests.lock().unwrap();
             requests.push(request);
-            requests.iter().filter(|request| request.line.contains("/attach")).count()
+            requests
+                .iter()
+                .filter(|request| request.line.contains("/attach"))
+                .count()
         };
         let response = self.responses.lock().unwrap().get(&line).cloned();
         if line.contains("/attach?") && response.is_none() {
