@@ -102,12 +102,13 @@ impl<'c> Session<'c> {
         self.raw_mode = Some(RawMode::enter().map_err(Error::Terminal)?);
         self.send_stdin()?;
         self.stdin = Stdin::Terminal;
-        self.link.send(AttachMessage::Resize(window_size()));
         let link = self.link();
         let resize = move || {
             link.send(AttachMessage::Resize(window_size()));
         };
         on_signal(rustix::process::Signal::WINCH, resize).map_err(Error::Terminal)?;
+        // The size may have changed since the command was started.
+        self.link.send(AttachMessage::Resize(window_size()));
         // In raw mode, this process must not die of a signal: the terminal would stay in it.
         self.forward(Signal::QUIT)
     }
