@@ -207,7 +207,9 @@ impl<'a> Fields<'a> {
                 });
             }
         };
-        let elements = elements.iter().map(|element| read_text(field, element.get()));
+        let elements = elements
+            .iter()
+            .map(|element| read_member(field, "an array", element.get()));
         elements.collect::<Result<_, _>>().map(Some)
     }
 
@@ -230,7 +232,7 @@ impl<'a> Fields<'a> {
         let Pairs(pairs) = serde_json::from_str(json).map_err(not_json)?;
         let mut map = BTreeMap::new();
         for (name, value) in pairs {
-            let value = read_text(field, value.get())?;
+            let value = read_member(field, "an object", value.get())?;
             if map.contains_key(&name) {
                 return Err(Invalid::Duplicate(format!("{field}.{}", shortened(&name))));
             }
@@ -379,6 +381,21 @@ fn read_text<T: FromStr<Err = InvalidFormat>>(field: &'static str, json: &str) -
         .map_err(not_text)
         .and_then(|text: String| text.parse());
     form.map_err(|form| Invalid::Form { field, form })
+}
+
+/// Parses a string in an array or an object.
+fn read_member<T: FromStr<Err = InvalidFormat>>(
+    field: &'static str,
+    collection: &'static str,
+    json: &str,
+) -> Result<T, Invalid> {
+    read_text(field, json).map_err(|invalid| match invalid {
+        Invalid::Type { field, kind, .. } => Invalid::Form {
+            field,
+            form: InvalidFormat::new(format!("must be {collection} of strings; it contains {kind}")),
+        },
+        other => other,
+    })
 }
 
 /// Parses a whole number in any JSON form: `10`, `10.0` and `1e1` are equal (RFC 8259, section 6).

@@ -38,6 +38,10 @@ impl Signal {
     pub const HUP: Signal = Signal(1);
     /// `SIGINT`.
     pub const INT: Signal = Signal(2);
+    /// `SIGQUIT`.
+    pub const QUIT: Signal = Signal(3);
+    /// `SIGPIPE`.
+    pub const PIPE: Signal = Signal(13);
     /// `SIGKILL`.
     pub const KILL: Signal = Signal(9);
     /// `SIGTERM`.

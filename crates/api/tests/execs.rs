@@ -45,10 +45,16 @@ fn the_daemon_parses_what_the_client_serializes() {
     assert_eq!(request.stdin_bytes(), Ok(Some(vec![0, 255])));
 }
 
+fn check_rejected(rows: &[(Value, &str)]) {
+    for (body, message) in rows {
+        assert_eq!(parse(body).unwrap_err(), *message, "{body:.100}");
+    }
+}
+
 #[test]
-fn invalid_requests_name_the_field_and_what_is_valid() {
+fn invalid_commands_are_rejected_with_what_is_valid() {
     let long = "x".repeat(128 << 10);
-    for (body, message) in [
+    check_rejected(&[
         (
             json!({}),
             "argv is missing: send the program and its arguments, or a command line as command",
@@ -63,7 +69,10 @@ fn invalid_requests_name_the_field_and_what_is_valid() {
             json!({"argv": "df -h"}),
             "argv must be an array of strings, not a string",
         ),
-        (json!({"argv": ["a", 1]}), "argv must be a string, not a number"),
+        (
+            json!({"argv": ["a", 1]}),
+            "argv must be an array of strings; it contains a number",
+        ),
         (json!({"argv": ["a\u{0}b"]}), "argv must not contain a zero byte"),
         (
             json!({"argv": ["a", long]}),
@@ -75,13 +84,21 @@ fn invalid_requests_name_the_field_and_what_is_valid() {
         ),
         (json!({"command": " \n"}), "command must not be empty"),
         (json!({"command": null}), "command must be a string, not null"),
+    ]);
+    let unknown = parse(&json!({"argv": ["a"], "cmd": "b"})).unwrap_err();
+    assert!(unknown.starts_with("unknown field \"cmd\""), "{unknown}");
+}
+
+#[test]
+fn invalid_surroundings_are_rejected_with_what_is_valid() {
+    check_rejected(&[
         (
             json!({"argv": ["a"], "env": []}),
             "env must be an object of strings, not an array",
         ),
         (
             json!({"argv": ["a"], "env": {"A": 1}}),
-            "env must be a string, not a number",
+            "env must be an object of strings; it contains a number",
         ),
         (
             json!({"argv": ["a"], "env": {"A": "\u{0}"}}),
@@ -99,6 +116,14 @@ fn invalid_requests_name_the_field_and_what_is_valid() {
             json!({"argv": ["a"], "user": "a:b:c"}),
             "user must be a user's name or number, optionally with a group, such as user, 1000 or user:users",
         ),
+    ]);
+    let twice = CreateExec::parse(br#"{"argv": ["a"], "env": {"A": "1", "A": "2"}}"#).unwrap_err();
+    assert_eq!(twice.field(), Some("env.A"));
+}
+
+#[test]
+fn invalid_streams_and_times_are_rejected_with_what_is_valid() {
+    check_rejected(&[
         (
             json!({"argv": ["a"], "tty": "yes"}),
             "tty must be true, false or an object with rows and cols, not a string",
@@ -131,15 +156,9 @@ fn invalid_requests_name_the_field_and_what_is_valid() {
             json!({"argv": ["a"], "stdin": "x", "stdin_encoding": "hex"}),
             "stdin_encoding must be \"utf8\" or \"base64\"",
         ),
-    ] {
-        assert_eq!(parse(&body).unwrap_err(), message, "{body:.100}");
-    }
+    ]);
     let base64 = parse(&json!({"argv": ["a"], "stdin": "?", "stdin_encoding": "base64"})).unwrap_err();
     assert!(base64.starts_with("stdin must be base64 with padding: "), "{base64}");
-    let unknown = parse(&json!({"argv": ["a"], "cmd": "b"})).unwrap_err();
-    assert!(unknown.starts_with("unknown field \"cmd\""), "{unknown}");
-    let twice = CreateExec::parse(br#"{"argv": ["a"], "env": {"A": "1", "A": "2"}}"#).unwrap_err();
-    assert_eq!(twice.field(), Some("env.A"));
 }
 
 #[test]

@@ -1,8 +1,13 @@
 //! Defines every command, its arguments and its help text.
 
+use crate::complete;
+use crate::guest_args::{CopyArgs, ExecArgs, LogsArgs, RunArgs, ShellArgs, StatsArgs};
+use crate::numbers::{processor_count, whole_number};
+use crate::settings::Connection;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
+use clap_complete::engine::ArgValueCompleter;
 use scalebox_api::{AutoExtend, IdempotencyKey, TemplateName, VmName};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -14,11 +19,13 @@ The server's address and token are taken from the first source that has them:
   3. ~/.config/scalebox/config, with lines such as SCALEBOX_TOKEN=... (mode 600)
   4. for root on a Scalebox host, the daemon's settings in /etc/scaleboxd/config
 
-Exit codes: 0 success; 1 the request failed or the server cannot be reached; 2 invalid usage or settings.
+Exit codes: 0 success; 1 the request failed or the server cannot be reached; 2 invalid usage or settings. run, exec \
+and shell exit with the code of the command; see their help.
 
-Example, a first VM:
+Examples, a VM for one command, and a VM that stays:
+  scalebox run debian-base -- df -h /
   scalebox vm create --disk 10 --name first --wait
-  scalebox vm ssh first -- df -h /
+  scalebox shell first
   scalebox vm delete first";
 
 /// Manage disposable VMs on a Scalebox host.
@@ -31,23 +38,34 @@ pub(crate) struct Args {
     pub command: Command,
 }
 
-/// Options of every command: the server, its token and the output format.
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Server and output")]
-pub(crate) struct Connection {
-    /// Address of the server [default: http://127.0.0.1:8080]
-    #[arg(long, global = true, value_name = "URL")]
-    pub url: Option<String>,
-    /// API token; prefer SCALEBOX_TOKEN, because other users can read arguments in the process list
-    #[arg(long, global = true, value_name = "TOKEN")]
-    pub token: Option<String>,
-    /// Print the server's response as JSON
-    #[arg(long, global = true)]
-    pub json: bool,
-}
-
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Create a VM, run a command in it, and delete it
+    Run(Box<RunArgs>),
+    /// Run a command in a VM
+    Exec(Box<ExecArgs>),
+    /// Open a shell in a VM
+    Shell(ShellArgs),
+    /// Copy files and directories to and from a VM
+    Cp(CopyArgs),
+    /// Print the log of a VM's console
+    Logs(LogsArgs),
+    /// Show the load, memory and disk of VMs
+    Stats(StatsArgs),
+    /// Check and store the address and the token of a server
+    #[command(
+        after_help = "Reads the token from standard input, without showing it on a terminal, and stores it in \
+        ~/.config/scalebox/config with mode 0600.\n\n\
+        Examples:\n  scalebox login https://box.example\n  sudo scaleboxd client-config | sed -n 's/^SCALEBOX_TOKEN=//p' | scalebox login"
+    )]
+    Login {
+        /// Address of the server [default: SCALEBOX_URL, or http://127.0.0.1:8080]
+        #[arg(value_name = "URL")]
+        server: Option<String>,
+    },
+    /// Remove the stored address and token
+    #[command(after_help = "Example:\n  scalebox logout")]
+    Logout,
     /// Show the host's version, pool, memory and VM counts
     #[command(after_help = "Example:\n  scalebox status")]
     Status,
@@ -80,8 +98,11 @@ pub(crate) enum Command {
         no_follow: bool,
     },
     /// Print a completion script for a shell
-    #[command(after_help = "Examples:\n  source <(scalebox completions bash)\n  \
-        scalebox completions fish > ~/.config/fish/completions/scalebox.fish")]
+    #[command(
+        after_help = "Names of VMs and templates are completed too; the script asks the server for them.\n\n\
+        Examples:\n  source <(scalebox completions bash)\n  \
+        scalebox completions fish > ~/.config/fish/completions/scalebox.fish"
+    )]
     Completions {
         /// Shell to complete in
         shell: Shell,
@@ -102,31 +123,36 @@ pub(crate) enum VmCommand {
     /// Show a VM's status, disk, limits and SSH command
     #[command(after_help = "Example:\n  scalebox vm get very-silly-penguin")]
     Get {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
     },
     /// Start a stopped VM
     #[command(after_help = "Example:\n  scalebox vm start very-silly-penguin && scalebox vm wait very-silly-penguin")]
     Start {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
     },
     /// Shut a VM down and keep its disk
     #[command(after_help = "Example:\n  scalebox vm stop very-silly-penguin")]
     Stop {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
     },
     /// Restart a VM, or start it if it is stopped
     #[command(after_help = "Example:\n  scalebox vm restart very-silly-penguin")]
     Restart {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
     },
     /// Grow a VM's disk, also while it is running; disks cannot shrink
     #[command(after_help = "Example:\n  scalebox vm resize very-silly-penguin --disk 20")]
     Resize {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
         /// New size of the disk in GiB
         #[arg(long, value_name = "GIB", value_parser = whole_number)]
@@ -137,7 +163,8 @@ pub(crate) enum VmCommand {
         scalebox vm set very-silly-penguin --extend-to 50 --extend-by 10 --extend-at 90\n  \
         scalebox vm set very-silly-penguin --no-extend --disk-iops 500 --net-mbps none --autostart off")]
     Set {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
         #[command(flatten)]
         changes: SetArgs,
@@ -148,7 +175,8 @@ pub(crate) enum VmCommand {
         Example:\n  scalebox vm trim very-silly-penguin"
     )]
     Trim {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
     },
     /// Create a template from the disk of a running or stopped VM
@@ -157,7 +185,8 @@ pub(crate) enum VmCommand {
         Examples:\n  scalebox vm snapshot very-silly-penguin my-template\n  scalebox vm create my-template --wait"
     )]
     Snapshot {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
         /// Name of the new template
         #[arg(value_name = "TEMPLATE")]
@@ -170,7 +199,8 @@ pub(crate) enum VmCommand {
         Example:\n  scalebox vm delete --yes very-silly-penguin so-calm-otter"
     )]
     Delete {
-        #[arg(value_name = "NAME", help = VM, required = true, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, required = true, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vms: Vec<String>,
         /// Delete without asking for confirmation
         #[arg(long, short)]
@@ -179,7 +209,8 @@ pub(crate) enum VmCommand {
     /// Wait until a VM responds to SSH
     #[command(after_help = "Example:\n  scalebox vm wait very-silly-penguin --timeout 60")]
     Wait {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
         #[arg(long, value_name = "SECONDS", default_value_t = 120, help = TIMEOUT,
               value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -192,9 +223,10 @@ pub(crate) enum VmCommand {
         Examples:\n  scalebox vm ssh very-silly-penguin\n  scalebox vm ssh very-silly-penguin -- df -h /"
     )]
     Ssh {
-        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::vms))]
         vm: String,
-        /// Private key to log in with [default: the keys that ssh tries]
+        /// Private key to log in with [default: the keys that ssh tries, and scalebox's own]
         #[arg(long, short, value_name = "FILE")]
         identity: Option<PathBuf>,
         /// Command to run instead of a login shell
@@ -213,7 +245,8 @@ const TIMEOUT: &str = "Maximum time to wait";
 )]
 pub(crate) struct CreateArgs {
     /// Template to clone the disk from
-    #[arg(value_name = "TEMPLATE", default_value = "debian-base")]
+    #[arg(value_name = "TEMPLATE", default_value = "debian-base",
+          add = ArgValueCompleter::new(complete::templates))]
     pub template: TemplateName,
     /// Same as the argument TEMPLATE
     #[arg(long = "template", value_name = "TEMPLATE", conflicts_with = "template")]
@@ -245,7 +278,8 @@ pub(crate) struct CreateArgs {
     #[arg(long)]
     pub no_autostart: bool,
     /// SSH public key that may log in [default: the first of ~/.ssh/id_ed25519.pub, id_ecdsa.pub,
-    /// id_rsa.pub, id_ed25519_sk.pub, id_ecdsa_sk.pub]
+    /// id_rsa.pub, id_ed25519_sk.pub, id_ecdsa_sk.pub; without one, a key that scalebox creates in
+    /// ~/.config/scalebox]
     #[arg(long, value_name = "FILE")]
     pub key: Option<PathBuf>,
     /// Create the VM without starting it
@@ -311,21 +345,6 @@ pub(crate) struct SetArgs {
     pub autostart: Option<Switch>,
 }
 
-/// Parses digits only. A unit, a sign or a fraction is rejected, because its meaning would be a
-/// guess.
-fn whole_number(text: &str) -> Result<u64, String> {
-    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err("write a whole number without a unit, such as 10".to_owned());
-    }
-    text.parse().map_err(|_| "the number is too large".to_owned())
-}
-
-fn processor_count(text: &str) -> Result<u32, String> {
-    whole_number(text)?
-        .try_into()
-        .map_err(|_| "the number is too large".to_owned())
-}
-
 /// A limit; `None` removes it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limit(pub Option<u64>);
@@ -362,7 +381,8 @@ pub(crate) enum TemplateCommand {
     )]
     Export {
         /// Name of the template
-        #[arg(value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::templates))]
         template: String,
         /// File to write, or - for standard output [default: NAME.ext4.zst]
         #[arg(value_name = "FILE")]
@@ -396,7 +416,8 @@ pub(crate) enum TemplateCommand {
     )]
     Delete {
         /// Name of the template
-        #[arg(value_name = "NAME", required = true, value_parser = NonEmptyStringValueParser::new())]
+        #[arg(value_name = "NAME", required = true, value_parser = NonEmptyStringValueParser::new(),
+              add = ArgValueCompleter::new(complete::templates))]
         templates: Vec<String>,
         /// Delete without asking for confirmation
         #[arg(long, short)]

@@ -1,7 +1,7 @@
 //! The command line's errors: their messages, exit codes and JSON form.
 
 use crate::source::Source;
-use scalebox_api::{ErrorBody, ErrorCode, VmStatus};
+use scalebox_api::{ErrorBody, ErrorCode, InvalidFormat, VmStatus};
 use scalebox_client::ClientError;
 use serde_json::Map;
 use std::io;
@@ -26,8 +26,6 @@ pub(crate) enum Error {
     ConfigUnreadable { path: PathBuf, why: io::Error },
     #[error("{}, line {line}: {why}; write SCALEBOX_URL=... or SCALEBOX_TOKEN=...", path.display())]
     ConfigLine { path: PathBuf, line: usize, why: String },
-    #[error("no SSH public key found at {looked_for}: pass one with --key, or create one: ssh-keygen -t ed25519")]
-    NoKey { looked_for: String },
     #[error("cannot read the SSH key {}: {why}", path.display())]
     KeyUnreadable { path: PathBuf, why: io::Error },
     #[error("{}: the SSH key {why}", path.display())]
@@ -61,6 +59,31 @@ pub(crate) enum Error {
     FileExists(PathBuf),
     #[error("{}: {why}", path.display())]
     File { path: PathBuf, why: io::Error },
+    /// The server lost the command that this process was attached to.
+    #[error("{}", .0.error)]
+    Exec(Box<ErrorBody>),
+    #[error("cannot use the terminal or handle signals: {0}")]
+    Terminal(io::Error),
+    #[error("standard input is not a terminal: omit --tty, or run the command in a terminal")]
+    NoTerminal,
+    #[error("{given:?} is not a path in a VM: the path {form}")]
+    RemotePath { given: String, form: InvalidFormat },
+    #[error("cannot copy {0}")]
+    Copy(&'static str),
+    #[error("{0} is a directory: copy it with --recursive")]
+    NotRecursive(String),
+    #[error("the archive from the VM is damaged or incomplete: {0}")]
+    Archive(String),
+    #[error("the transfer from the VM failed: {0}")]
+    Download(String),
+    #[error("there is no template {image:?}; {}", known_templates(known))]
+    NoImage { image: String, known: Vec<String> },
+    #[error("name {0} is in use by another VM; choose another, or omit --name to have one generated")]
+    NameInUse(String),
+    #[error("the server at {url} refused the token; nothing was stored")]
+    LoginRefused { url: String },
+    #[error("cannot create an SSH key at {}: {why}", path.display())]
+    OwnKey { path: PathBuf, why: String },
     #[error("the export failed: {0}; try again")]
     Export(String),
     #[error("cannot derive the name of a template from {0:?}: choose one with --name")]
@@ -69,6 +92,13 @@ pub(crate) enum Error {
     Pull { name: String, reason: String },
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
+}
+
+fn known_templates(known: &[String]) -> String {
+    match known {
+        [] => "create one on the server with: scaleboxd template build debian-base".to_owned(),
+        known => format!("the templates are {}", known.join(", ")),
+    }
 }
 
 fn reason_of(reason: &Option<String>) -> String {
@@ -102,11 +132,15 @@ impl Error {
                 | NoToken { .. }
                 | ConfigUnreadable { .. }
                 | ConfigLine { .. }
-                | NoKey { .. }
                 | KeyUnreadable { .. }
                 | Key { .. }
                 | FileExists(_)
                 | NoTemplateName(_)
+                | NoTerminal
+                | RemotePath { .. }
+                | Copy(_)
+                | NotRecursive(_)
+                | NameInUse(_)
         )
     }
 
@@ -116,13 +150,16 @@ impl Error {
             Error::Client(ClientError::Refused { body, .. }) => {
                 (body.code.clone(), body.field.clone(), body.details.clone())
             }
+            Error::Exec(body) => (body.code.clone(), body.field.clone(), body.details.clone()),
+            Error::NoImage { .. } => (ErrorCode::NotFound, None, Map::new()),
+            Error::LoginRefused { .. } => (ErrorCode::Unauthorized, None, Map::new()),
             Error::Client(ClientError::Unreachable { .. } | ClientError::Lost { .. }) => {
                 (ErrorCode::Unreachable, None, Map::new())
             }
             Error::TokenRefused { .. } | Error::NoToken { .. } => (ErrorCode::Unauthorized, None, Map::new()),
             Error::NotRunning { .. } => (ErrorCode::WrongState, None, Map::new()),
             Error::SshTimeout { .. } => (ErrorCode::Timeout, None, Map::new()),
-            Error::FileExists(_) => (ErrorCode::NameTaken, None, Map::new()),
+            Error::FileExists(_) | Error::NameInUse(_) => (ErrorCode::NameTaken, None, Map::new()),
             _ if self.is_user_error() => (ErrorCode::InvalidRequest, None, Map::new()),
             _ => (ErrorCode::Other("failed".to_owned()), None, Map::new()),
         };

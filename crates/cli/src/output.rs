@@ -2,7 +2,8 @@
 //! warnings, questions and progress go to standard error.
 
 use crate::error::Error;
-use clap_complete::{Shell, generate};
+use clap_complete::Shell;
+use clap_complete::env::Shells;
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Color};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
@@ -64,11 +65,26 @@ impl Output {
         print(&lines.collect::<String>())
     }
 
-    /// Prints the completion script for `shell`.
-    pub(crate) fn completions(&self, shell: Shell, mut command: clap::Command) -> Result<(), Error> {
+    /// Prints the completion script for `shell`. It calls this program for the candidates.
+    pub(crate) fn completions(&self, shell: Shell) -> Result<(), Error> {
         let mut script = Vec::new();
-        generate(shell, &mut command, "scalebox", &mut script);
+        if let Some(completer) = Shells::builtins().completer(&shell.to_string()) {
+            completer.write_registration("COMPLETE", "scalebox", "scalebox", "scalebox", &mut script)?;
+        }
         print(&String::from_utf8_lossy(&script))
+    }
+
+    /// Clears the terminal for an update; elsewhere prints an empty line between two updates.
+    pub(crate) fn clear(&self) -> Result<(), Error> {
+        match io::stdout().is_terminal() {
+            true => print("\x1b[H\x1b[J"),
+            false => print("\n"),
+        }
+    }
+
+    /// Prints a question to standard error, without a line break.
+    pub(crate) fn prompt(&self, question: &str) {
+        print_to_stderr(&printable(question));
     }
 
     /// Reports an error that ended the command or a part of it.
@@ -116,7 +132,12 @@ impl Output {
     /// shows a spinner.
     pub(crate) fn bar(&self, text: &str, total_bytes: Option<u64>) -> ProgressBar {
         let Some(total_bytes) = total_bytes else {
-            return self.progress(text);
+            let spinner = self.progress(text);
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed}  {bytes}, {bytes_per_sec}  {wide_msg}")
+            {
+                spinner.set_style(style);
+            }
+            return spinner;
         };
         let bar = ProgressBar::new(total_bytes).with_finish(ProgressFinish::AndClear);
         let style = "{msg}  {bar:30} {percent:>3}%  {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";

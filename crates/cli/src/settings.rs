@@ -1,7 +1,6 @@
 //! Finds the server's address and token. Flags take precedence over the environment, which takes
 //! precedence over `~/.config/scalebox/config`. For root, the daemon's settings come last.
 
-use crate::args::Connection;
 use crate::error::Error;
 use crate::output::Output;
 use crate::source::Source;
@@ -17,6 +16,21 @@ const DEFAULT_URL: &str = "http://127.0.0.1:8080";
 
 /// Settings of this host's daemon, readable by root only.
 const DAEMON_CONFIG: &str = "/etc/scaleboxd/config";
+
+/// Options of every command: the server, its token and the output format.
+#[derive(Debug, Default, clap::Args)]
+#[command(next_help_heading = "Server and output")]
+pub(crate) struct Connection {
+    /// Address of the server [default: http://127.0.0.1:8080]
+    #[arg(long, global = true, value_name = "URL")]
+    pub url: Option<String>,
+    /// API token; prefer SCALEBOX_TOKEN, because other users can read arguments in the process list
+    #[arg(long, global = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Print the server's response as JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+}
 
 /// A client of the server, and the source of its token.
 pub(crate) struct Server {
@@ -60,9 +74,19 @@ fn variable(name: &str) -> Option<String> {
     Some(value).filter(|value| !value.is_empty())
 }
 
-/// Returns `$XDG_CONFIG_HOME/scalebox/config`, by default `~/.config/scalebox/config`.
-fn config_path() -> PathBuf {
-    xdg_folder("XDG_CONFIG_HOME", ".config").join("config")
+/// Returns the address to log in to if none is given.
+pub(crate) fn default_url() -> String {
+    variable("SCALEBOX_URL").unwrap_or_else(|| DEFAULT_URL.to_owned())
+}
+
+/// Returns `$XDG_CONFIG_HOME/scalebox`, by default `~/.config/scalebox`.
+pub(crate) fn config_folder() -> PathBuf {
+    xdg_folder("XDG_CONFIG_HOME", ".config")
+}
+
+/// Returns the path of the user's configuration file.
+pub(crate) fn config_path() -> PathBuf {
+    config_folder().join("config")
 }
 
 /// Returns the folder `scalebox` in an XDG base directory. Relative paths in the variable are

@@ -1,6 +1,8 @@
 //! Runs the system's `ssh`, and finds the public key to give to a new VM.
 
 use crate::error::Error;
+use crate::output::Output;
+use crate::own_key;
 use crate::running::check_runs;
 use crate::settings::{home, is_file, xdg_folder};
 use scalebox_api::{InvalidFormat, SshPublicKey, Vm, VmId};
@@ -21,16 +23,26 @@ pub(crate) fn connect(client: &Client, vm: &str, identity: Option<&Path>, comman
         return Err(Error::InvalidVmId(vm.id));
     }
     let known_hosts = known_hosts()?;
+    let identities = match identity {
+        Some(identity) => vec![identity.to_owned()],
+        None => own_key::identities(&default_keys()),
+    };
     Err(Error::Ssh(
         Command::new("ssh")
-            .args(arguments(&vm, identity, &known_hosts, command))
+            .args(arguments(&vm, &identities, identity.is_some(), &known_hosts, command))
             .exec(),
     ))
 }
 
 /// Builds the arguments of `ssh`. Host keys are stored under the VM's id rather than its address,
 /// because a port of the host can belong to another VM later.
-fn arguments(vm: &Vm, identity: Option<&Path>, known_hosts: &Path, command: &[String]) -> Vec<OsString> {
+fn arguments(
+    vm: &Vm,
+    identities: &[PathBuf],
+    only_these: bool,
+    known_hosts: &Path,
+    command: &[String],
+) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = vec!["-p".into(), vm.ssh_port.to_string().into()];
     let mut option = |option: OsString| arguments.extend(["-o".into(), option]);
     option(format!("HostKeyAlias={}", vm.id).into());
@@ -43,8 +55,10 @@ fn arguments(vm: &Vm, identity: Option<&Path>, known_hosts: &Path, command: &[St
         )
         .into(),
     );
-    if let Some(identity) = identity {
+    if only_these {
         option("IdentitiesOnly=yes".into());
+    }
+    for identity in identities {
         arguments.extend(["-i".into(), identity.into()]);
     }
     // After --, ssh does not parse the address as an option.
@@ -64,27 +78,26 @@ fn known_hosts() -> Result<PathBuf, Error> {
     Ok(folder.join("known_hosts"))
 }
 
-/// Reads the key in `file`, or the first existing one of ssh-keygen's default files. Keys on
-/// security keys come last, because they must be touched at each login.
-pub(crate) fn public_key(file: Option<&Path>) -> Result<SshPublicKey, Error> {
-    const DEFAULTS: [&str; 5] = [
-        "id_ed25519.pub",
-        "id_ecdsa.pub",
-        "id_rsa.pub",
-        "id_ed25519_sk.pub",
-        "id_ecdsa_sk.pub",
-    ];
-    let candidates = DEFAULTS.map(|name| home().join(".ssh").join(name));
-    let path = match file {
-        Some(file) => file,
-        None => candidates
-            .iter()
-            .map(PathBuf::as_path)
-            .find(|path| is_file(path))
-            .ok_or_else(|| Error::NoKey {
-                looked_for: candidates.each_ref().map(|path| path.display().to_string()).join(", "),
-            })?,
-    };
+/// Returns the private keys in ssh-keygen's default files. Keys on security keys come last, because
+/// they must be touched at each login.
+fn default_keys() -> [PathBuf; 5] {
+    ["id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk"].map(|name| home().join(".ssh").join(name))
+}
+
+/// Reads the key in `file`, or the first existing default key of the user, or a key of scalebox's
+/// own, which is created if necessary. Returns `None` if there is no key and no `ssh-keygen`.
+pub(crate) fn public_key_or_own(file: Option<&Path>, output: &Output) -> Result<Option<SshPublicKey>, Error> {
+    let defaults = default_keys().map(|key| key.with_extension("pub"));
+    match file.or_else(|| defaults.iter().map(PathBuf::as_path).find(|path| is_file(path))) {
+        Some(file) => public_key(file).map(Some),
+        None => match own_key::get_or_create(output)? {
+            Some(file) => public_key(&file).map(Some),
+            None => Ok(None),
+        },
+    }
+}
+
+fn public_key(path: &Path) -> Result<SshPublicKey, Error> {
     let text = read_key(path)?;
     if text.starts_with(b"\xff\xfe") || text.starts_with(b"\xfe\xff") {
         return Err(Error::Key {

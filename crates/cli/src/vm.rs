@@ -11,7 +11,7 @@ use scalebox_client::{Client, ClientError};
 use std::time::Duration;
 
 pub(crate) fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
-    let request = create_request(args)?;
+    let request = create_request(args, output)?;
     let creating = output.progress("creating the VM");
     let mut vm = client.create_vm(&request)?;
     drop(creating);
@@ -30,7 +30,7 @@ pub(crate) fn create(client: &Client, args: &CreateArgs, output: &Output) -> Res
     output.line(&next_step(&vm))
 }
 
-fn create_request(args: &CreateArgs) -> Result<CreateVm, Error> {
+fn create_request(args: &CreateArgs, output: &Output) -> Result<CreateVm, Error> {
     let template = args.template_flag.as_ref().unwrap_or(&args.template).clone();
     Ok(CreateVm {
         name: args.name.clone(),
@@ -44,7 +44,7 @@ fn create_request(args: &CreateArgs) -> Result<CreateVm, Error> {
         autostart: !args.no_autostart,
         start: !args.no_start,
         idempotency_key: args.idempotency_key.clone(),
-        ..CreateVm::new(template, Some(ssh::public_key(args.key.as_deref())?))
+        ..CreateVm::new(template, ssh::public_key_or_own(args.key.as_deref(), output)?)
     })
 }
 

@@ -4,8 +4,8 @@ use crate::error::ClientError;
 use crate::event_stream::EventStream;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use scalebox_api::{
-    CreateVm, ErrorBody, Health, HostInfo, Job, JobList, PoolInfo, PullTemplate, ResizePool, Snapshot, SnapshotVm,
-    Template, TemplateList, Trimmed, UpdateVm, Vm, VmList,
+    CreateVm, CreateVmQuery, ErrorBody, Health, HostInfo, Job, JobList, PoolInfo, PullTemplate, ResizePool, Snapshot,
+    SnapshotVm, Template, TemplateList, Trimmed, UpdateVm, Vm, VmList,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,6 +20,7 @@ use ureq::{Agent, Body, SendBody, Timeout};
 /// A client of one daemon. It is cheap to create.
 ///
 /// Each call opens a new connection, so that a restart of the daemon between two calls is harmless.
+#[derive(Clone)]
 pub struct Client {
     agent: Agent,
     base: String,
@@ -36,14 +37,17 @@ impl fmt::Debug for Client {
 }
 
 /// Timeout to open a connection, including TLS.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout of queries.
-const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout of operations. It exceeds every timeout of the daemon (a guest's shutdown, the check of
 /// a template), so that the client receives the result.
-const OPERATION_TIMEOUT: Duration = Duration::from_secs(300);
+pub(crate) const OPERATION_TIMEOUT: Duration = Duration::from_secs(300);
 /// Maximum silence on a stream. On a stream of events, the daemon sends data every 15 seconds.
 const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+const IS_RUNNING: &str = "is it running? (systemctl status scaleboxd)";
+const ADDRESS: &str = "check the address";
+const TLS: &str = "https needs a server with TLS and a certificate that this system trusts";
 /// Maximum size of a response: some ten thousand VMs.
 const MAX_RESPONSE_BYTES: u64 = 16 << 20;
 
@@ -76,6 +80,11 @@ impl Client {
         })
     }
 
+    /// Returns the value of the header `Authorization`.
+    pub(crate) fn authorization(&self) -> &str {
+        &self.authorization
+    }
+
     /// Returns the daemon's address, without a trailing slash.
     pub fn url(&self) -> &str {
         &self.base
@@ -94,7 +103,21 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn create_vm(&self, request: &CreateVm) -> Result<Vm, ClientError> {
-        let mut call = ApiRequest::new(self, Method::POST, "/vms", OPERATION_TIMEOUT);
+        self.create_vm_and_wait(request, CreateVmQuery::default())
+    }
+
+    /// Sends `POST /vms` with a query: `wait` returns only when the guest's agent responds.
+    ///
+    /// # Errors
+    /// See [`ClientError`]. After a refusal with the code `timeout`, the VM exists.
+    pub fn create_vm_and_wait(&self, request: &CreateVm, query: CreateVmQuery) -> Result<Vm, ClientError> {
+        let mut path = "/vms".to_owned();
+        if let Some(wait) = query.wait {
+            let seconds = query.wait_seconds.unwrap_or(CreateVmQuery::DEFAULT_WAIT_SECONDS);
+            path += &format!("?wait={}&wait_seconds={seconds}", wait.as_str());
+        }
+        let waiting = Duration::from_secs(query.wait_seconds.unwrap_or(0));
+        let mut call = ApiRequest::new(self, Method::POST, &path, OPERATION_TIMEOUT + waiting);
         call.idempotency_key = request.idempotency_key.as_ref().map(|key| format!("\"{key}\""));
         let body = serde_json::to_vec(request).map_err(|error| call.protocol(error.to_string()))?;
         call.run(Some(body))?.json()
@@ -235,7 +258,7 @@ impl Client {
     /// See [`ClientError`]. The reader reports later failures.
     pub fn export_template(&self, name: &str) -> Result<Export, ClientError> {
         let call = ApiRequest::new(self, Method::GET, &template_path(name, "/export"), QUERY_TIMEOUT);
-        let (response, call) = call.begin("application/zstd")?;
+        let (response, call) = call.begin("application/zstd", None, Some(STREAM_IDLE_TIMEOUT))?;
         let image_bytes = response
             .headers()
             .get("Scalebox-Image-Bytes")
@@ -260,7 +283,7 @@ impl Client {
     ) -> Result<Template, ClientError> {
         let path = template_path(name, &format!("/import?replace={replace}"));
         ApiRequest::new(self, Method::POST, &path, OPERATION_TIMEOUT)
-            .upload(image)?
+            .upload(image, None)?
             .json()
     }
 
@@ -322,7 +345,7 @@ impl Client {
         self.get("/info")
     }
 
-    fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+    pub(crate) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         ApiRequest::new(self, Method::GET, path, QUERY_TIMEOUT)
             .run(None)?
             .json()
@@ -334,13 +357,13 @@ impl Client {
             .json()
     }
 
-    fn delete(&self, path: &str) -> Result<(), ClientError> {
+    pub(crate) fn delete(&self, path: &str) -> Result<(), ClientError> {
         ApiRequest::new(self, Method::DELETE, path, OPERATION_TIMEOUT)
             .run(None)
             .map(drop)
     }
 
-    fn send_json<T: DeserializeOwned>(
+    pub(crate) fn send_json<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
@@ -362,7 +385,7 @@ pub struct Export {
 }
 
 /// A request to the API.
-struct ApiRequest<'c> {
+pub(crate) struct ApiRequest<'c> {
     client: &'c Client,
     method: Method,
     url: String,
@@ -372,13 +395,13 @@ struct ApiRequest<'c> {
 }
 
 /// A response with a status under 300.
-struct ApiResponse<'c> {
+pub(crate) struct ApiResponse<'c> {
     request: ApiRequest<'c>,
     body: String,
 }
 
 impl<'c> ApiRequest<'c> {
-    fn new(client: &'c Client, method: Method, path: &str, timeout: Duration) -> Self {
+    pub(crate) fn new(client: &'c Client, method: Method, path: &str, timeout: Duration) -> Self {
         ApiRequest {
             client,
             method,
@@ -388,7 +411,8 @@ impl<'c> ApiRequest<'c> {
         }
     }
 
-    fn run(self, body: Option<Vec<u8>>) -> Result<ApiResponse<'c>, ClientError> {
+    /// Sends the request with a JSON body, or without one.
+    pub(crate) fn run(self, body: Option<Vec<u8>>) -> Result<ApiResponse<'c>, ClientError> {
         let response = self.transmit(body).map_err(|error| self.failed(error))?;
         self.read(response)
     }
@@ -456,27 +480,37 @@ impl<'c> ApiRequest<'c> {
 
     /// Sends the request, and returns the response as a stream of events without a total timeout.
     fn stream(self) -> Result<EventStream, ClientError> {
-        let (response, request) = self.begin("text/event-stream")?;
+        let (response, request) = self.begin("text/event-stream", None, Some(STREAM_IDLE_TIMEOUT))?;
         Ok(EventStream::new(
             response.into_body().into_reader(),
             request.to_string(),
         ))
     }
 
-    /// Sends the request, and returns the response before its body was read. Reading the body fails
-    /// after a silence of [`STREAM_IDLE_TIMEOUT`].
-    fn begin(self, accept: &str) -> Result<(Response<Body>, Self), ClientError> {
+    /// Sends the request, optionally with a JSON body, and returns the response before its body was
+    /// read. Reading the body fails after a silence of `idle`.
+    pub(crate) fn begin(
+        self,
+        accept: &str,
+        body: Option<Vec<u8>>,
+        idle: Option<Duration>,
+    ) -> Result<(Response<Body>, Self), ClientError> {
         let request = self.request().header(header::ACCEPT, accept);
         let agent = &self.client.agent;
-        let result = request.body(()).map_err(ureq::Error::from).and_then(|request| {
-            let request = agent.configure_request(request);
-            agent.run(
-                request
-                    .timeout_recv_response(Some(self.timeout))
-                    .timeout_per_read(Some(STREAM_IDLE_TIMEOUT))
-                    .build(),
-            )
-        });
+        let timeout = Some(self.timeout);
+        let result = match body {
+            None => request.body(()).map_err(ureq::Error::from).and_then(|request| {
+                let request = agent.configure_request(request).timeout_recv_response(timeout);
+                agent.run(request.timeout_per_read(idle).build())
+            }),
+            Some(body) => {
+                let request = request.header(header::CONTENT_TYPE, "application/json");
+                request.body(body).map_err(ureq::Error::from).and_then(|request| {
+                    let request = agent.configure_request(request).timeout_recv_response(timeout);
+                    agent.run(request.timeout_per_read(idle).build())
+                })
+            }
+        };
         let response = result.map_err(|error| self.failed(error))?;
         if !response.status().is_success() {
             return match self.read(response) {
@@ -487,13 +521,17 @@ impl<'c> ApiRequest<'c> {
         Ok((response, self))
     }
 
-    /// Sends a body of any length, after the server has accepted the head (`100 Continue`).
-    fn upload(self, body: impl Read + 'static) -> Result<ApiResponse<'c>, ClientError> {
-        let request = self
+    /// Sends a body of the given length, or of any length, after the server has accepted the head
+    /// (`100 Continue`). A body that ends before its length is an error of the connection.
+    pub(crate) fn upload(self, body: impl Read + 'static, length: Option<u64>) -> Result<ApiResponse<'c>, ClientError> {
+        let mut request = self
             .request()
             .header(header::ACCEPT, "application/json")
             .header(header::CONTENT_TYPE, "application/octet-stream")
             .header(header::EXPECT, "100-continue");
+        if let Some(length) = length {
+            request = request.header(header::CONTENT_LENGTH, length);
+        }
         let agent = &self.client.agent;
         let body = SendBody::from_owned_reader(body);
         let result = request.body(body).map_err(ureq::Error::from).and_then(|request| {
@@ -511,25 +549,39 @@ impl<'c> ApiRequest<'c> {
             .header(header::AUTHORIZATION, &self.client.authorization)
     }
 
+    /// Returns the address, with path and query.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Describes an error of a connection.
+    pub(crate) fn io_error(&self, error: io::Error) -> ClientError {
+        use io::ErrorKind::{
+            AddrNotAvailable, ConnectionRefused, HostUnreachable, InvalidData, NetworkUnreachable, TimedOut,
+        };
+        match error.kind() {
+            kind @ ConnectionRefused => self.unreachable(kind.to_string(), IS_RUNNING),
+            kind @ (AddrNotAvailable | HostUnreachable | NetworkUnreachable | TimedOut) => {
+                self.unreachable(kind.to_string(), ADDRESS)
+            }
+            // rustls failed in the handshake: the server has no trusted certificate, or no TLS.
+            InvalidData if self.url.starts_with("https:") => self.tls_error(&error),
+            // The standard library has no error kind for this, only the message.
+            _ if error.to_string().starts_with("failed to lookup address information") => {
+                self.unreachable("no such host".to_owned(), ADDRESS)
+            }
+            _ => self.lost(error.to_string()),
+        }
+    }
+
+    /// Describes an error of TLS.
+    pub(crate) fn tls_error(&self, error: &impl fmt::Display) -> ClientError {
+        self.unreachable(error.to_string(), TLS)
+    }
+
     fn failed(&self, error: ureq::Error) -> ClientError {
-        use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, InvalidData, NetworkUnreachable};
-        const IS_RUNNING: &str = "is it running? (systemctl status scaleboxd)";
-        const ADDRESS: &str = "check the address";
-        const TLS: &str = "https needs a server with TLS and a certificate that this system trusts";
         match error {
-            ureq::Error::Io(error) => match error.kind() {
-                kind @ ConnectionRefused => self.unreachable(kind.to_string(), IS_RUNNING),
-                kind @ (AddrNotAvailable | HostUnreachable | NetworkUnreachable) => {
-                    self.unreachable(kind.to_string(), ADDRESS)
-                }
-                // rustls failed in the handshake: the server has no trusted certificate, or no TLS.
-                InvalidData if self.url.starts_with("https:") => self.unreachable(error.to_string(), TLS),
-                // The standard library has no error kind for this, only the message.
-                _ if error.to_string().starts_with("failed to lookup address information") => {
-                    self.unreachable("no such host".to_owned(), ADDRESS)
-                }
-                _ => self.lost(error.to_string()),
-            },
+            ureq::Error::Io(error) => self.io_error(error),
             ureq::Error::HostNotFound => self.unreachable("no such host".to_owned(), ADDRESS),
             ureq::Error::ConnectionFailed => self.unreachable("the connection failed".to_owned(), ADDRESS),
             ureq::Error::Timeout(Timeout::Resolve | Timeout::Connect) => {
@@ -537,12 +589,12 @@ impl<'c> ApiRequest<'c> {
                 self.unreachable(why, "check the address and firewalls")
             }
             ureq::Error::Timeout(_) => self.lost(format!("timed out after {} s", self.timeout.as_secs())),
-            error @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => self.unreachable(error.to_string(), TLS),
+            error @ (ureq::Error::Tls(_) | ureq::Error::Rustls(_)) => self.tls_error(&error),
             error => self.protocol(format!("something that is not HTTP ({error})")),
         }
     }
 
-    fn unreachable(&self, why: String, hint: &'static str) -> ClientError {
+    pub(crate) fn unreachable(&self, why: String, hint: &'static str) -> ClientError {
         ClientError::Unreachable {
             url: self.client.base.clone(),
             why,
@@ -550,7 +602,7 @@ impl<'c> ApiRequest<'c> {
         }
     }
 
-    fn lost(&self, why: String) -> ClientError {
+    pub(crate) fn lost(&self, why: String) -> ClientError {
         let hint = if self.method == Method::GET {
             "try again"
         } else {
@@ -563,7 +615,7 @@ impl<'c> ApiRequest<'c> {
         }
     }
 
-    fn protocol(&self, why: String) -> ClientError {
+    pub(crate) fn protocol(&self, why: String) -> ClientError {
         ClientError::Protocol {
             call: self.to_string(),
             why,
@@ -579,7 +631,7 @@ impl fmt::Display for ApiRequest<'_> {
 }
 
 impl ApiResponse<'_> {
-    fn json<T: DeserializeOwned>(self) -> Result<T, ClientError> {
+    pub(crate) fn json<T: DeserializeOwned>(self) -> Result<T, ClientError> {
         serde_json::from_str(&self.body).map_err(|error| {
             self.request
                 .protocol(format!("a body that this client does not understand ({error})"))
@@ -637,7 +689,7 @@ fn job_path(id: &str) -> String {
     format!("/jobs/{}", percent_encoded(id))
 }
 
-fn vm_path(id_or_name: &str) -> String {
+pub(crate) fn vm_path(id_or_name: &str) -> String {
     format!("/vms/{}", percent_encoded(id_or_name))
 }
 
@@ -645,6 +697,6 @@ fn vm_path(id_or_name: &str) -> String {
 /// separator (RFC 3986, section 3.3).
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'~').remove(b'.');
 
-fn percent_encoded(segment: &str) -> PercentEncode<'_> {
+pub(crate) fn percent_encoded(segment: &str) -> PercentEncode<'_> {
     utf8_percent_encode(segment, ENCODED)
 }

@@ -9,7 +9,7 @@
 
 mod support;
 
-use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, OutputLine, SnapshotVm, UpdateVm, Vm};
+use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, OutputLine, SnapshotVm, UpdateVm, Vm, WaitFor};
 use scalebox_client::{Client, Upload};
 use std::fs;
 use std::io::{Cursor, Read};
@@ -20,13 +20,17 @@ use support::{Host, Options, eventually, guarantee, output_of, run, text};
 
 const VM: &str = "box";
 
+const WAIT: CreateVmQuery = CreateVmQuery {
+    wait: Some(WaitFor::Agent),
+    wait_seconds: Some(300),
+};
+
 fn create(client: &Client, template: &str, name: &str) -> Vm {
     let request = CreateVm {
         name: Some(name.parse().unwrap()),
         ..CreateVm::new(template.parse().unwrap(), None)
     };
-    let query = CreateVmQuery::wait_for_agent(Some(300));
-    client.create_vm_and_wait(&request, query).unwrap()
+    client.create_vm_and_wait(&request, WAIT).unwrap()
 }
 
 /// Returns the output of a command line, which must succeed.
@@ -151,8 +155,8 @@ fn take(line: OutputLine, output: &mut String, next: &mut u64) {
             *next += bytes.len() as u64;
             output.push_str(std::str::from_utf8(&bytes).unwrap());
         }
-        OutputLine::Exit(end) => assert_eq!(end.exit_code, Some(0)),
-        OutputLine::Exec(_) => {}
+        OutputLine::Exit { exit: end } => assert_eq!(end.exit_code, Some(0)),
+        OutputLine::Started { .. } => {}
         other => panic!("{other:?}"),
     }
 }
@@ -175,7 +179,7 @@ fn a_disk_grows_and_the_agent_confirms_it(scene: &mut Scene) {
 /// Returns whether a file of the image's file system contains one of the agent's names.
 fn a_snapshot_contains_nothing_of_the_agent(scene: &mut Scene) {
     let request = SnapshotVm {
-        template: "kept".parse().unwrap(),
+        template_name: "kept".parse().unwrap(),
     };
     scene.client.snapshot_vm(VM, &request).unwrap();
     let image = image_of(&scene.host, "kept");
@@ -204,9 +208,7 @@ fn a_rebooted_guest_is_reached_again(scene: &mut Scene) {
 fn ssh_and_the_agent_are_timed_in_one_run(scene: &mut Scene) {
     let key = Key::new(&scene.host, "key");
     let begun = Instant::now();
-    let vm = scene
-        .client
-        .create_vm_and_wait(&key.request("timed"), CreateVmQuery::wait_for_agent(Some(300)));
+    let vm = scene.client.create_vm_and_wait(&key.request("timed"), WAIT);
     let vm = vm.unwrap();
     sh(&scene.client, "timed", "true");
     let agent = begun.elapsed();

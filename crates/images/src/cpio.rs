@@ -11,7 +11,6 @@ pub(crate) struct Archive {
 
 const DIR: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
-const LINK: u32 = 0o120_000;
 const CHAR_DEVICE: u32 = 0o020_000;
 
 impl Archive {
@@ -28,10 +27,6 @@ impl Archive {
 
     pub(crate) fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
         self.entry(path, FILE | mode, (0, 0), content);
-    }
-
-    pub(crate) fn link(&mut self, path: &str, target: &str) {
-        self.entry(path, LINK | 0o777, (0, 0), target.as_bytes());
     }
 
     pub(crate) fn char_device(&mut self, path: &str, major: u32, minor: u32) {

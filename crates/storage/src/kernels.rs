@@ -277,10 +277,15 @@ fn claim_dir(partial: &Path) -> Result<File, StorageError> {
             io::ErrorKind::AlreadyExists => StorageError::Busy(partial.to_owned()),
             _ => StorageError::io("create", partial.display(), error),
         })?;
-    let folder = File::open(partial).map_err(|error| StorageError::io("open", partial.display(), error))?;
-    match lock_at(&folder, partial)? {
-        true => Ok(folder),
-        false => Err(StorageError::Busy(partial.to_owned())),
+    let folder = File::open(partial).map_err(|error| StorageError::io("open", partial.display(), error));
+    let locked = folder.and_then(|folder| Ok((lock_at(&folder, partial)?, folder)));
+    match locked {
+        Ok((true, folder)) => Ok(folder),
+        Ok((false, _)) => Err(StorageError::Busy(partial.to_owned())),
+        Err(error) => {
+            discard_dir(partial);
+            Err(error)
+        }
     }
 }
 

@@ -338,8 +338,13 @@ impl Pool {
                 other => other?,
             };
             // Before it is locked, a concurrent sweep may take it for a leftover and remove it.
-            if lock_at(&file, partial)? {
-                return Ok(file);
+            match lock_at(&file, partial) {
+                Ok(true) => return Ok(file),
+                Ok(false) => {}
+                Err(error) => {
+                    files::discard(partial);
+                    return Err(error);
+                }
             }
         }
         Err(busy())

@@ -1,6 +1,8 @@
 //! A fake API server on loopback with canned responses, and `scalebox` in a home directory of its
 //! own.
 
+pub(crate) mod guest;
+
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -19,6 +21,8 @@ pub(crate) struct Request {
     /// `Bearer …`
     pub authorization: String,
     pub body: String,
+    /// The body as it was received.
+    pub bytes: Vec<u8>,
 }
 
 /// A server with canned responses. Its thread runs until the test process ends.
@@ -42,10 +46,12 @@ impl Server {
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 // Some tests close the connection early.
-                let Ok(request) = read(&stream) else { continue };
+                let Ok((request, _)) = read_request(&stream) else {
+                    continue;
+                };
                 let (status, body) = next_response(&mut responses, &request.line);
                 seen.lock().unwrap().push(request);
-                let _ = write(&stream, status, &body);
+                let _ = write(&stream, status, &text_of(status, &body));
             }
         });
         Server { address, requests }
@@ -72,43 +78,77 @@ fn next_response(responses: &mut Vec<(String, u16, Value)>, line: &str) -> (u16,
     }
 }
 
-fn read(stream: &TcpStream) -> std::io::Result<Request> {
+/// Reads a request, with a body of a known length or in chunks. Returns it with its head.
+fn read_request(mut stream: &TcpStream) -> std::io::Result<(Request, Vec<u8>)> {
     let mut reader = BufReader::new(stream);
-    let mut first = String::new();
-    reader.read_line(&mut first)?;
-    let (mut length, mut authorization) = (0, String::new());
+    let mut head = String::new();
+    reader.read_line(&mut head)?;
+    let line = head.trim().trim_end_matches(" HTTP/1.1").to_owned();
+    let (mut length, mut authorization, mut is_chunked) = (0, String::new(), false);
     loop {
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        match line.trim().split_once(": ") {
+        let start = head.len();
+        reader.read_line(&mut head)?;
+        match head[start..].trim().split_once(": ") {
             None => break,
             Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.parse().unwrap(),
             Some((name, value)) if name.eq_ignore_ascii_case("authorization") => authorization = value.to_owned(),
+            Some((name, _)) if name.eq_ignore_ascii_case("transfer-encoding") => is_chunked = true,
+            Some((name, _)) if name.eq_ignore_ascii_case("expect") => {
+                stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+            }
             Some(_) => {}
         }
     }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body)?;
-    let line = first.trim().trim_end_matches(" HTTP/1.1").to_owned();
-    Ok(Request {
+    let bytes = match is_chunked {
+        true => read_chunks(&mut reader)?,
+        false => read_exactly(&mut reader, length)?,
+    };
+    let body = String::from_utf8_lossy(&bytes).into_owned();
+    let request = Request {
         line,
         authorization,
-        body: String::from_utf8(body).unwrap(),
-    })
+        body,
+        bytes,
+    };
+    Ok((request, head.into_bytes()))
 }
 
-fn write(mut stream: &TcpStream, status: u16, body: &Value) -> std::io::Result<()> {
-    let body = match body {
-        _ if status == 204 => String::new(),
-        // The text is sent unchanged, for responses that are not JSON.
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
+fn read_exactly(reader: &mut impl Read, length: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    reader.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn read_chunks(reader: &mut impl BufRead) -> std::io::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let mut size = String::new();
+        reader.read_line(&mut size)?;
+        let size = usize::from_str_radix(size.trim(), 16).map_err(std::io::Error::other)?;
+        body.extend(read_exactly(reader, size)?);
+        read_exactly(reader, 2)?;
+        if size == 0 {
+            return Ok(body);
+        }
+    }
+}
+
+fn text_of(status: u16, body: &Value) -> Vec<u8> {
+    match body {
+        _ if status == 204 => Vec::new(),
+        // Sent unchanged, for responses that are not JSON.
+        Value::String(text) => text.clone().into_bytes(),
+        other => other.to_string().into_bytes(),
+    }
+}
+
+fn write(mut stream: &TcpStream, status: u16, body: &[u8]) -> std::io::Result<()> {
     let length = body.len();
     write!(
         stream,
-        "HTTP/1.1 {status} X\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
-    )
+        "HTTP/1.1 {status} X\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
+    )?;
+    stream.write_all(body)
 }
 
 /// An empty home directory in which `scalebox` runs, without this machine's environment.
@@ -142,8 +182,13 @@ impl Home {
 
     /// Returns a `scalebox` command with the server's address and token in its environment.
     pub(crate) fn scalebox(&self, server: &Server, arguments: &[&str]) -> Command {
+        self.at(&server.url(), arguments)
+    }
+
+    /// Returns a `scalebox` command with this address and the token in its environment.
+    pub(crate) fn at(&self, url: &str, arguments: &[&str]) -> Command {
         let mut command = self.bare(arguments);
-        command.env("SCALEBOX_URL", server.url()).env("SCALEBOX_TOKEN", TOKEN);
+        command.env("SCALEBOX_URL", url).env("SCALEBOX_TOKEN", TOKEN);
         command
     }
 }
@@ -188,5 +233,16 @@ pub(crate) fn pool() -> Value {
         "unallocated_bytes": 70 * GIB, "metadata_bytes": GIB, "metadata_used_bytes": GIB / 2,
         "vms_exclusive_bytes": 15 * GIB, "templates_exclusive_bytes": 2 * GIB, "shared_bytes": 7 * GIB, "other_bytes": GIB,
         "measured_at": "2026-01-02T03:04:05.000Z", "days_left": 12.5, "cleanups_pending": 0,
+    })
+}
+
+/// Returns a response to `GET /info`.
+pub(crate) fn info() -> Value {
+    json!({
+        "version": "0.1.0", "hostname": "big-iron", "host_ip": "192.0.2.7", "uptime_seconds": 7300, "vmm": "qemu", "accel": "tcg",
+        "storage": pool(), "memory": {"total_bytes": 8u64 << 30, "available_bytes": 3u64 << 29},
+        "cpu": {"count": 2, "model": "Some CPU"}, "vms": {"total": 3, "running": 2, "stopped": 0, "paused": 0, "failed": 1},
+        "templates": 1, "limits": {"default_disk_size_gib": 2, "max_disk_size_gib": 100, "default_vcpu_count": 1,
+        "max_vcpu_count": 2, "default_mem_size_mib": 512, "min_mem_size_mib": 128, "max_mem_size_mib": 7000},
     })
 }

@@ -127,6 +127,11 @@ async fn assign_kernel(host: &Host, record: &Record) -> Result<Record, ServiceEr
     })
 }
 
+fn ssh_public_key(record: &Record) -> Result<Option<SshPublicKey>, ServiceError> {
+    let key = record.ssh_public_key.as_deref().map(SshPublicKey::from_record);
+    key.transpose().map_err(|form| unusable(record, "ssh_public_key", form))
+}
+
 /// Writes the seed drive, attaches tap and forward, and launches the machine. Adds the undo of
 /// each completed step to `steps`.
 pub(crate) async fn launch(host: &Host, record: &Record, steps: &mut Steps) -> Result<Arc<dyn Machine>, ServiceError> {
@@ -183,12 +188,7 @@ fn seed_drive(host: &Host, record: &Record, endpoint: &Endpoint) -> Result<SeedD
     Ok(SeedDrive {
         instance_id: record.id.to_string(),
         hostname: record.name.parse().map_err(|form| unusable(record, "name", form))?,
-        ssh_public_key: record
-            .ssh_public_key
-            .as_deref()
-            .map(SshPublicKey::from_record)
-            .transpose()
-            .map_err(|form| unusable(record, "ssh_public_key", form))?,
+        ssh_public_key: ssh_public_key(record)?,
         mac: endpoint.mac(),
         address: ipnet::Ipv4Net::new(record.guest_ip, host.settings.net.subnet().prefix_len())
             .map_err(|error| ServiceError::Internal(error.to_string()))?,

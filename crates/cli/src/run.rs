@@ -1,0 +1,216 @@
+//! The command `scalebox run`: a VM for one command.
+
+use crate::copy::Target;
+use crate::error::Error;
+use crate::exec;
+use crate::guest_args::{RunArgs, Streams};
+use crate::output::Output;
+use crate::session::{Link, exit_code};
+use crate::signals::on_signal;
+use crate::ssh;
+use rustix::process::Signal;
+use scalebox_api::{AttachMessage, CreateVm, CreateVmQuery, ErrorCode, TemplateName, VmName, WaitFor};
+use scalebox_client::{Client, ClientError};
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
+    let template = template_of(client, &args.image)?;
+    let name = match &args.name {
+        Some(name) => free_name(client, name)?,
+        None => generated_name()?,
+    };
+    let vm = Disposable {
+        client: client.clone(),
+        name: name.as_str().to_owned(),
+        phase: Arc::default(),
+    };
+    vm.handle_signals()?;
+    let result = vm
+        .create(&create_request(template, name, args, output)?, args.wait, output)
+        .and_then(|()| vm.use_it(args, output));
+    vm.end(args.keep, output);
+    result
+}
+
+/// Returns the template that an image is created from.
+fn template_of(client: &Client, image: &str) -> Result<TemplateName, Error> {
+    let templates = client.templates()?;
+    let found = templates.iter().find(|template| template.name == image);
+    match found.and_then(|template| template.name.parse().ok()) {
+        Some(name) => Ok(name),
+        None => Err(Error::NoImage {
+            image: image.to_owned(),
+            known: templates.into_iter().map(|template| template.name).collect(),
+        }),
+    }
+}
+
+/// Checks that a name is free. The VM with this name is deleted at the end, so it must be the one
+/// that this command creates.
+fn free_name(client: &Client, name: &VmName) -> Result<VmName, Error> {
+    match client.vm(name.as_str()) {
+        Err(error) if error.status() == Some(404) => Ok(name.clone()),
+        Err(error) => Err(error.into()),
+        Ok(_) => Err(Error::NameInUse(name.as_str().to_owned())),
+    }
+}
+
+fn generated_name() -> Result<VmName, Error> {
+    let mut random = [0; 4];
+    let filled = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
+    filled.map_err(|error| Error::Terminal(error.into()))?;
+    let name = format!("run-{:08x}", u32::from_ne_bytes(random));
+    name.parse().map_err(|_| Error::InvalidVmId(name))
+}
+
+fn create_request(template: TemplateName, name: VmName, args: &RunArgs, output: &Output) -> Result<CreateVm, Error> {
+    // Only a VM that is kept is of use for SSH.
+    let ssh_public_key = match args.keep {
+        true => ssh::public_key_or_own(None, output)?,
+        false => None,
+    };
+    Ok(CreateVm {
+        name: Some(name),
+        disk_size_gib: args.disk,
+        mem_size_mib: args.memory,
+        vcpu_count: args.cpus,
+        autostart: args.keep,
+        ..CreateVm::new(template, ssh_public_key)
+    })
+}
+
+/// A VM that is deleted at the end.
+struct Disposable {
+    client: Client,
+    name: String,
+    phase: Arc<Mutex<Phase>>,
+}
+
+/// What the VM is used for; decides what a signal does.
+#[derive(Default)]
+enum Phase {
+    /// It does not exist.
+    #[default]
+    Absent,
+    /// It is being created, or files are copied to it.
+    Preparing,
+    /// The command runs.
+    Running(Arc<Link>),
+    /// It is being deleted.
+    Ending,
+}
+
+impl Disposable {
+    /// While the VM is prepared, a signal deletes it and ends this process. While the command runs,
+    /// the command receives the signal; if the terminal is closed, the VM is deleted as well.
+    fn handle_signals(&self) -> Result<(), Error> {
+        for (signal, sent) in [
+            (Signal::HUP, scalebox_api::Signal::HUP),
+            (Signal::INT, scalebox_api::Signal::INT),
+            (Signal::TERM, scalebox_api::Signal::TERM),
+        ] {
+            let (client, name, phase) = (self.client.clone(), self.name.clone(), self.phase.clone());
+            let act = move || {
+                let running = match &*lock(&phase) {
+                    Phase::Running(link) => Some(link.clone()),
+                    Phase::Ending => return,
+                    Phase::Absent => std::process::exit(128 + signal.as_raw()),
+                    Phase::Preparing => None,
+                };
+                if let Some(link) = running
+                    && link.send(AttachMessage::Signal(sent))
+                    && signal != Signal::HUP
+                {
+                    return;
+                }
+                // There is no one to report an error to who could act on it better than `vm list`.
+                let _deleted = client.delete_vm(&name);
+                std::process::exit(128 + signal.as_raw());
+            };
+            on_signal(signal, act).map_err(Error::Terminal)?;
+        }
+        Ok(())
+    }
+
+    fn enter(&self, phase: Phase) {
+        *lock(&self.phase) = phase;
+    }
+
+    fn create(&self, request: &CreateVm, wait_seconds: u64, output: &Output) -> Result<(), Error> {
+        let creating = output.progress(&format!(
+            "creating the VM {} and waiting until it has booted",
+            self.name
+        ));
+        let query = CreateVmQuery {
+            wait: Some(WaitFor::Agent),
+            wait_seconds: Some(wait_seconds),
+        };
+        self.enter(Phase::Preparing);
+        let created = self.client.create_vm_and_wait(request, query);
+        creating.finish_and_clear();
+        if let Err(ClientError::Refused { body, .. }) = &created
+            && body.code != ErrorCode::Timeout
+        {
+            self.enter(Phase::Absent);
+        }
+        created.map(drop).map_err(Error::from)
+    }
+
+    fn use_it(&self, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
+        for volume in &args.volume {
+            let target = Target {
+                client: &self.client,
+                vm: &self.name,
+                path: &volume.remote,
+                user: args.surroundings.user.as_ref(),
+            };
+            target.upload_as(&volume.local, output)?;
+        }
+        let is_terminal = io::stdin().is_terminal();
+        let shell = args.command.is_empty();
+        let mut request = match shell {
+            true => exec::login_shell(&args.surroundings),
+            false => exec::request(args.command.clone(), &args.surroundings),
+        };
+        request.timeout_seconds = args.timeout;
+        let streams = Streams {
+            tty: args.streams.tty || (shell && is_terminal),
+            ..args.streams
+        };
+        let session = exec::start(&self.client, &self.name, request, streams)?;
+        self.enter(Phase::Running(session.link()));
+        Ok(exit_code(&session.run(output)?))
+    }
+
+    /// Deletes the VM, if it exists and is not kept.
+    fn end(&self, keep: bool, output: &Output) {
+        let before = std::mem::replace(&mut *lock(&self.phase), Phase::Ending);
+        if matches!(before, Phase::Absent) {
+            return;
+        }
+        let name = &self.name;
+        if keep {
+            output.hint(&format!(
+                "kept the VM {name}; log in with: scalebox shell {name}\n             delete it with: scalebox vm delete {name}"
+            ));
+            return;
+        }
+        let deleting = output.progress(&format!("deleting {name}"));
+        let deleted = self.client.delete_vm(name);
+        deleting.finish_and_clear();
+        match deleted {
+            Err(error) if error.status() != Some(404) => {
+                output.warning(&format!(
+                    "the VM {name} could not be deleted: {error}; delete it with: scalebox vm delete {name}"
+                ));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn lock(phase: &Mutex<Phase>) -> MutexGuard<'_, Phase> {
+    phase.lock().unwrap_or_else(PoisonError::into_inner)
+}

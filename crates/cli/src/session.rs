@@ -1,0 +1,266 @@
+//! Connects this process to a command in a VM: its streams, its terminal and its signals.
+
+use crate::error::Error;
+use crate::output::Output;
+use crate::signals::on_signal;
+use crate::terminal::{RawMode, window_size};
+use scalebox_api::{AttachMessage, ExecEnd, ExecId, Signal};
+use scalebox_client::{AttachSender, Attachment, Client, ClientError};
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Exit code if a command was killed because of its timeout, as of timeout(1).
+const TIMED_OUT: u8 = 124;
+/// Exit code if scalebox itself fails, as of docker.
+pub(crate) const FAILED: u8 = 125;
+
+/// Maximum time to reconnect: longer than a restart of the daemon.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Size of a piece of standard input.
+const PIECE: usize = 32 << 10;
+
+/// The present connection to a command, shared by the threads that send to it.
+pub(crate) struct Link(Mutex<AttachSender>);
+
+impl Link {
+    /// Sends a message. Returns false if the connection is lost.
+    pub(crate) fn send(&self, message: AttachMessage) -> bool {
+        // The lock is released before sending, which waits while the server does not read.
+        let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        sender.send(message).is_ok()
+    }
+
+    fn replace(&self, sender: AttachSender) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = sender;
+    }
+}
+
+/// A command in a VM whose output this process receives.
+pub(crate) struct Session<'c> {
+    client: &'c Client,
+    vm: &'c str,
+    exec: ExecId,
+    attachment: Attachment,
+    link: Arc<Link>,
+    /// Offset of the next byte of the output.
+    offset: u64,
+    stdin: Stdin,
+    raw_mode: Option<RawMode>,
+}
+
+/// What is known about standard input.
+enum Stdin {
+    /// It is not sent.
+    Unused,
+    /// It is the terminal of the command.
+    Terminal,
+    /// It is sent; true when its end was sent.
+    Stream(Arc<AtomicBool>),
+}
+
+impl<'c> Session<'c> {
+    /// Connects to a command, whose output is shown from `offset` on.
+    pub(crate) fn attach(client: &'c Client, vm: &'c str, exec: ExecId, offset: u64) -> Result<Self, Error> {
+        let attachment = client.attach(vm, &exec, offset)?;
+        let link = Arc::new(Link(Mutex::new(attachment.sender())));
+        Ok(Session {
+            client,
+            vm,
+            exec,
+            attachment,
+            link,
+            offset,
+            stdin: Stdin::Unused,
+            raw_mode: None,
+        })
+    }
+
+    pub(crate) fn link(&self) -> Arc<Link> {
+        self.link.clone()
+    }
+
+    /// Sends standard input to the command.
+    pub(crate) fn send_stdin(&mut self) -> Result<(), Error> {
+        let ended = Arc::new(AtomicBool::new(false));
+        let (link, has_ended) = (self.link(), ended.clone());
+        let thread = thread::Builder::new().name("stdin".to_owned());
+        thread
+            .spawn(move || forward_stdin(&link, &has_ended))
+            .map_err(Error::Terminal)?;
+        self.stdin = Stdin::Stream(ended);
+        Ok(())
+    }
+
+    /// Makes this terminal the terminal of the command.
+    pub(crate) fn take_terminal(&mut self) -> Result<(), Error> {
+        self.raw_mode = Some(RawMode::enter().map_err(Error::Terminal)?);
+        self.send_stdin()?;
+        self.stdin = Stdin::Terminal;
+        let link = self.link();
+        let resize = move || {
+            link.send(AttachMessage::Resize(window_size()));
+        };
+        on_signal(rustix::process::Signal::WINCH, resize).map_err(Error::Terminal)?;
+        // The size may have changed since the command was started.
+        self.link.send(AttachMessage::Resize(window_size()));
+        // In raw mode, this process must not die of a signal: the terminal would stay in it.
+        self.forward(Signal::QUIT)
+    }
+
+    /// Sends the signals that end a program to the command instead.
+    pub(crate) fn forward_signals(&self) -> Result<(), Error> {
+        [Signal::HUP, Signal::INT, Signal::TERM]
+            .into_iter()
+            .try_for_each(|signal| self.forward(signal))
+    }
+
+    fn forward(&self, signal: Signal) -> Result<(), Error> {
+        let link = self.link();
+        let Some(received) = rustix::process::Signal::from_named_raw(signal.number()) else {
+            return Ok(());
+        };
+        let forward = move || {
+            link.send(AttachMessage::Signal(signal));
+        };
+        on_signal(received, forward).map_err(Error::Terminal)
+    }
+
+    /// Shows the output until the command ends. Reconnects if the connection is lost.
+    pub(crate) fn run(mut self, output: &Output) -> Result<ExecEnd, Error> {
+        let mut is_read = true;
+        loop {
+            let written = match self.attachment.receive() {
+                Ok(AttachMessage::Stdout(bytes)) => self.show(&bytes, is_read, &mut io::stdout().lock()),
+                Ok(AttachMessage::Stderr(bytes)) => self.show(&bytes, is_read, &mut io::stderr().lock()),
+                Ok(AttachMessage::End(end)) => return Ok(end),
+                Ok(AttachMessage::Failed(error)) => return Err(Error::Exec(error)),
+                Ok(_) => Ok(()),
+                Err(ClientError::Lost { call, why, hint }) => {
+                    self.reconnect(ClientError::Lost { call, why, hint }, output)?;
+                    Ok(())
+                }
+                Err(error) => return Err(error.into()),
+            };
+            match written {
+                Ok(()) => {}
+                // The reader has closed the pipe. The command is told so in the way of a pipe.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    is_read = false;
+                    self.link.send(AttachMessage::Signal(Signal::PIPE));
+                }
+                Err(error) => return Err(Error::Output(error)),
+            }
+        }
+    }
+
+    fn show(&mut self, bytes: &[u8], is_read: bool, out: &mut dyn Write) -> io::Result<()> {
+        self.offset += bytes.len() as u64;
+        if !is_read {
+            return Ok(());
+        }
+        out.write_all(bytes)?;
+        out.flush()
+    }
+
+    fn reconnect(&mut self, lost: ClientError, output: &Output) -> Result<(), Error> {
+        // Parts of standard input may be lost on the way, and the command would not notice.
+        if let Stdin::Stream(ended) = &self.stdin
+            && !ended.load(Ordering::SeqCst)
+        {
+            return Err(lost.into());
+        }
+        if self.raw_mode.is_none() {
+            output.hint("lost the connection to the server; reconnecting");
+        }
+        let began = Instant::now();
+        loop {
+            let why = match self.client.attach(self.vm, &self.exec, self.offset) {
+                Ok(attachment) => {
+                    self.link.replace(attachment.sender());
+                    self.attachment = attachment;
+                    return self.greet();
+                }
+                Err(error) => error,
+            };
+            let may_return = match &why {
+                ClientError::Unreachable { .. } | ClientError::Lost { .. } => true,
+                error => error.status() == Some(503),
+            };
+            if !may_return || began.elapsed() >= RECONNECT_TIMEOUT {
+                return Err(why.into());
+            }
+            thread::sleep(RECONNECT_INTERVAL);
+        }
+    }
+
+    /// Repeats what a new connection does not know.
+    fn greet(&self) -> Result<(), Error> {
+        match &self.stdin {
+            Stdin::Terminal => self.link.send(AttachMessage::Resize(window_size())),
+            Stdin::Stream(_) => self.link.send(AttachMessage::CloseStdin),
+            Stdin::Unused => true,
+        };
+        Ok(())
+    }
+}
+
+fn forward_stdin(link: &Link, ended: &AtomicBool) {
+    let (mut stdin, mut piece) = (io::stdin().lock(), vec![0; PIECE]);
+    loop {
+        let read = match stdin.read(&mut piece) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        // While a terminal reconnects, keys are dropped.
+        link.send(AttachMessage::Stdin(piece[..read].to_vec()));
+    }
+    link.send(AttachMessage::CloseStdin);
+    ended.store(true, Ordering::SeqCst);
+}
+
+/// Returns the exit code of this process for the end of a command.
+pub(crate) fn exit_code(end: &ExecEnd) -> ExitCode {
+    ExitCode::from(exit_number(end))
+}
+
+fn exit_number(end: &ExecEnd) -> u8 {
+    let signal = end.signal.and_then(|signal| u8::try_from(128 + signal.number()).ok());
+    let code = end.exit_code.and_then(|code| u8::try_from(code).ok());
+    match end.timed_out {
+        true => TIMED_OUT,
+        false => signal.or(code).unwrap_or(FAILED),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_those_of_a_shell() {
+        let end = |exit_code, signal, timed_out| ExecEnd {
+            exit_code,
+            signal,
+            timed_out,
+            duration_ms: 1,
+        };
+        for (end, code) in [
+            (end(Some(0), None, false), 0),
+            (end(Some(255), None, false), 255),
+            (end(None, Some(Signal::KILL), false), 137),
+            (end(None, Some(Signal::KILL), true), 124),
+            (end(Some(300), None, false), 125),
+            (end(None, None, false), 125),
+        ] {
+            assert_eq!(exit_number(&end), code);
+        }
+    }
+}
