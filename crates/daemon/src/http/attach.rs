@@ -151,16 +151,16 @@ impl Session {
     /// Sends output, or ends the session.
     async fn send(&mut self, frame: Option<Result<Frame, ServiceError>>) -> Result<(), End> {
         let failed = |error: &ServiceError| End::Last(AttachMessage::Failed(Box::new(error::body(error))));
-        let (bytes, message): (Vec<u8>, fn(Vec<u8>) -> AttachMessage) = match frame {
+        let message = match frame {
             None => return Err(failed(&self.follow.interrupted())),
             Some(Err(error)) => return Err(failed(&error)),
             Some(Ok(Frame::End { end, .. })) => return Err(End::Last(AttachMessage::End(self.follow.end(end).await))),
             // The protocol has no message for it: a terminal shows what is left.
             Some(Ok(Frame::Lost { .. })) => return Ok(()),
-            Some(Ok(Frame::Stdout { bytes, .. })) => (bytes, AttachMessage::Stdout),
-            Some(Ok(Frame::Stderr { bytes, .. })) => (bytes, AttachMessage::Stderr),
+            Some(Ok(Frame::Stdout { bytes, .. })) => AttachMessage::Stdout(bytes),
+            Some(Ok(Frame::Stderr { bytes, .. })) => AttachMessage::Stderr(bytes),
         };
-        let message = Message::binary(message(bytes).encode());
+        let message = Message::binary(message.encode());
         self.client.send(message).await.map_err(|_| End::Left)
     }
 

@@ -10,22 +10,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 /// Types of HTTP/2 frames (RFC 9113, section 6).
-pub const DATA: u8 = 0;
-pub const HEADERS: u8 = 1;
-pub const RST_STREAM: u8 = 3;
-pub const SETTINGS: u8 = 4;
-pub const PING: u8 = 6;
-pub const WINDOW_UPDATE: u8 = 8;
-pub const CONTINUATION: u8 = 9;
+pub(crate) const DATA: u8 = 0;
+pub(crate) const HEADERS: u8 = 1;
+pub(crate) const RST_STREAM: u8 = 3;
+pub(crate) const SETTINGS: u8 = 4;
+pub(crate) const PING: u8 = 6;
+pub(crate) const WINDOW_UPDATE: u8 = 8;
+pub(crate) const CONTINUATION: u8 = 9;
 /// The flag of the last frame of a block of headers.
-pub const END_HEADERS: u8 = 4;
+pub(crate) const END_HEADERS: u8 = 4;
 /// `:status: 200`, compressed (RFC 7541, appendix A).
-pub const STATUS_200: &[u8] = &[0x88];
+pub(crate) const STATUS_200: &[u8] = &[0x88];
 /// The stream of the first request of a connection.
-pub const FIRST: u32 = 1;
+pub(crate) const FIRST: u32 = 1;
 
 /// Returns an HTTP/2 frame.
-pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = (payload.len() as u32).to_be_bytes();
     let mut frame = vec![length[1], length[2], length[3], kind, flags];
     frame.extend(stream.to_be_bytes());
@@ -34,7 +34,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// Reads until the head of the host's first request.
-pub async fn wait_for_request(stream: &mut UnixStream) {
+pub(crate) async fn wait_for_request(stream: &mut UnixStream) {
     let mut preface = [0; 24];
     let mut head = [0; 9];
     stream.read_exact(&mut preface).await.unwrap();
@@ -47,7 +47,7 @@ pub async fn wait_for_request(stream: &mut UnixStream) {
 }
 
 /// Responds to the host's hello.
-pub async fn greet(stream: &mut UnixStream) {
+pub(crate) async fn greet(stream: &mut UnixStream) {
     let mut read = Vec::new();
     loop {
         read.push(stream.read_u8().await.unwrap());
@@ -58,7 +58,7 @@ pub async fn greet(stream: &mut UnixStream) {
 }
 
 /// Connects a host to a guest that does something after the hello. Returns the host's connection.
-pub async fn connect<F>(guest: impl FnOnce(UnixStream) -> F) -> Result<AgentConnection, AgentError>
+pub(crate) async fn connect<F>(guest: impl FnOnce(UnixStream) -> F) -> Result<AgentConnection, AgentError>
 where
     F: Future<Output = ()> + Send + 'static,
 {

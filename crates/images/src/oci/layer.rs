@@ -44,7 +44,7 @@ type Source<'a> = BufReader<Counted<Box<dyn Read + 'a>>>;
 
 enum Decoder<'a> {
     Plain(Source<'a>),
-    Gzip(MultiGzDecoder<Source<'a>>),
+    Gzip(Box<MultiGzDecoder<Source<'a>>>),
     Zstd(Box<zstd::stream::read::Decoder<'static, Source<'a>>>),
 }
 
@@ -52,7 +52,7 @@ impl<'a> Decoder<'a> {
     fn of(mut source: Source<'a>) -> io::Result<Decoder<'a>> {
         let head = source.fill_buf()?;
         if head.starts_with(&GZIP) {
-            return Ok(Decoder::Gzip(MultiGzDecoder::new(source)));
+            return Ok(Decoder::Gzip(Box::new(MultiGzDecoder::new(source))));
         }
         let skippable = |head: &[u8; 4]| [head[0] & 0xf0, head[1], head[2], head[3]] == ZSTD_SKIPPABLE;
         if head.starts_with(&ZSTD) || head.first_chunk().is_some_and(skippable) {

@@ -248,10 +248,10 @@ impl Tree {
             None => return,
         };
         for (name, there) in names {
-            if self.is_gone_without(there, layer) {
-                if let Some(removed) = self.names_mut(folder).and_then(|names| names.remove(&name)) {
-                    self.unlink(removed.node);
-                }
+            if self.is_gone_without(there, layer)
+                && let Some(removed) = self.names_mut(folder).and_then(|names| names.remove(&name))
+            {
+                self.unlink(removed.node);
             }
         }
     }
