@@ -199,7 +199,7 @@ async fn a_registry_that_answers_401_for_ever_is_given_up() {
         false => Reply::with(
             401,
             "www-authenticate",
-            format!("Bearer realm=\"/token\",service=\"s\""),
+            "Bearer realm=\"/token\",service=\"s\"".to_owned(),
         ),
     });
     let error = place.refused(&with_password(request(&registry))).await;
