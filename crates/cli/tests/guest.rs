@@ -144,6 +144,31 @@ fn a_lost_connection_is_resumed_at_the_next_byte() {
 }
 
 #[test]
+fn a_connection_that_is_lost_after_all_of_standard_input_was_received_is_resumed() {
+    let guest = Guest::new(|count, socket| match count {
+        1 => {
+            assert_eq!(stdin(socket), b"input");
+            out(socket, "one\n");
+            // The socket answers pings while it reads.
+            socket.get_mut().set_nonblocking(true);
+            while !matches!(socket.read(), Err(tungstenite::Error::Io(_))) {}
+            socket.flush().unwrap();
+        }
+        _ => exit(socket, 3),
+    });
+    let home = Home::new();
+    let mut child = start(&mut home.at(&guest.url(), &["exec", "box", "cat"]));
+    child.stdin.take().unwrap().write_all(b"input").unwrap();
+    let ran = child.wait_with_output().unwrap();
+    let error = String::from_utf8(ran.stderr).unwrap();
+    assert_eq!(
+        (ran.status.code(), ran.stdout.as_slice()),
+        (Some(3), &b"one\n"[..]),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_connection_that_is_lost_while_standard_input_is_sent_is_an_error() {
     let guest = Guest::new(|_, socket| {
         receive(socket);
