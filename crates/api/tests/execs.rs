@@ -1,5 +1,7 @@
 //! Tests which execs are valid, and the message for each invalid one.
 
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+
 use scalebox_api::{CreateExec, Encoding, Exec, ExecResult, ExecStatus, Signal, SignalExec, Tty, WindowSize};
 use serde_json::{Value, json};
 

@@ -54,13 +54,16 @@ impl Callback for AcceptProtocol {
     }
 }
 
+/// Status and body for each request line.
+type Responses = BTreeMap<String, (u16, Vec<u8>)>;
+
 /// A host with one VM, `box`.
 #[derive(Clone)]
 pub(crate) struct Guest {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
     /// Responses by request line; others than below are 404.
-    responses: Arc<Mutex<BTreeMap<String, (u16, Vec<u8>)>>>,
+    responses: Arc<Mutex<Responses>>,
 }
 
 impl Guest {
