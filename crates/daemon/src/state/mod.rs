@@ -546,7 +546,7 @@ pub(crate) fn example_record(n: u16) -> Record {
         id: format!("vm-{n:012x}").parse().unwrap(),
         name: format!("vm-{n}"),
         template: "debian-base".into(),
-        ssh_public_key: (n % 2 == 0).then(|| "ssh-ed25519 AAAA".into()),
+        ssh_public_key: n.is_multiple_of(2).then(|| "ssh-ed25519 AAAA".into()),
         created_at: format!("2026-01-02T03:04:{n:02}Z"),
         vcpu_count: 1,
         mem_size_mib: 512,
