@@ -46,7 +46,8 @@ Examples:
   scalebox exec very-silly-penguin -- sh -c 'cd /srv && ls | wc -l'
   tar c folder | scalebox exec very-silly-penguin -- tar x -C /srv
   scalebox exec -t very-silly-penguin -- top
-  id=$(scalebox exec --detach very-silly-penguin -- make) && scalebox exec --attach $id very-silly-penguin";
+  id=$(scalebox exec --detach very-silly-penguin -- make)
+  scalebox exec --attach $id very-silly-penguin";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXEC)]
@@ -166,7 +167,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = RUN)]
 pub(crate) struct RunArgs {
-    /// Name of the VM [default: run- and eight digits]
+    /// Name of the VM [default: run- and eight hex digits]
     #[arg(long, value_name = "NAME")]
     pub name: Option<VmName>,
     /// Keep the VM when the command has ended

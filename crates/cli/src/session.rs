@@ -9,7 +9,7 @@ use scalebox_client::{AttachSender, Attachment, Client, ClientError};
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,18 +26,43 @@ const RECONNECT_INTERVAL: Duration = Duration::from_millis(250);
 const PIECE: usize = 32 << 10;
 
 /// The present connection to a command, shared by the threads that send to it.
-pub(crate) struct Link(Mutex<AttachSender>);
+pub(crate) struct Link {
+    state: Mutex<LinkState>,
+    changed: Condvar,
+}
+
+enum LinkState {
+    Connected(AttachSender),
+    /// The connection is lost, and a new one is being made.
+    Reconnecting,
+    Closed,
+}
 
 impl Link {
-    /// Sends a message. Returns false if the connection is lost.
+    fn new(sender: AttachSender) -> Self {
+        Link {
+            state: Mutex::new(LinkState::Connected(sender)),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Sends a message, after a reconnection if there is one. Returns false if the connection is
+    /// lost.
     pub(crate) fn send(&self, message: AttachMessage) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_reconnecting = |state: &mut LinkState| matches!(state, LinkState::Reconnecting);
+        let state = self.changed.wait_while(state, is_reconnecting);
+        let sender = match &*state.unwrap_or_else(PoisonError::into_inner) {
+            LinkState::Connected(sender) => sender.clone(),
+            LinkState::Reconnecting | LinkState::Closed => return false,
+        };
         // The lock is released before sending, which waits while the server does not read.
-        let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         sender.send(message).is_ok()
     }
 
-    fn replace(&self, sender: AttachSender) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = sender;
+    fn enter(&self, state: LinkState) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        self.changed.notify_all();
     }
 }
 
@@ -50,25 +75,34 @@ pub(crate) struct Session<'c> {
     link: Arc<Link>,
     /// Offset of the next byte of the output.
     offset: u64,
+    /// Whether the server has received all of standard input, on this connection or an earlier one.
+    is_stdin_received: bool,
     stdin: Stdin,
     raw_mode: Option<RawMode>,
 }
 
-/// What is known about standard input.
+/// How standard input is used.
 enum Stdin {
     /// It is not sent.
     Unused,
     /// It is the terminal of the command.
     Terminal,
-    /// It is sent; true when its end was sent.
-    Stream(Arc<AtomicBool>),
+    /// It is sent.
+    Stream(Arc<Forwarded>),
+}
+
+/// What the thread that sends standard input has read. It sets each before it sends that.
+#[derive(Default)]
+struct Forwarded {
+    content: AtomicBool,
+    end: AtomicBool,
 }
 
 impl<'c> Session<'c> {
     /// Connects to a command, whose output is shown from `offset` on.
     pub(crate) fn attach(client: &'c Client, vm: &'c str, exec: ExecId, offset: u64) -> Result<Self, Error> {
         let attachment = client.attach(vm, &exec, offset)?;
-        let link = Arc::new(Link(Mutex::new(attachment.sender())));
+        let link = Arc::new(Link::new(attachment.sender()));
         Ok(Session {
             client,
             vm,
@@ -76,6 +110,7 @@ impl<'c> Session<'c> {
             attachment,
             link,
             offset,
+            is_stdin_received: false,
             stdin: Stdin::Unused,
             raw_mode: None,
         })
@@ -87,13 +122,13 @@ impl<'c> Session<'c> {
 
     /// Sends standard input to the command.
     pub(crate) fn send_stdin(&mut self) -> Result<(), Error> {
-        let ended = Arc::new(AtomicBool::new(false));
-        let (link, has_ended) = (self.link(), ended.clone());
+        let forwarded = Arc::new(Forwarded::default());
+        let (link, sent) = (self.link(), forwarded.clone());
         let thread = thread::Builder::new().name("stdin".to_owned());
         thread
-            .spawn(move || forward_stdin(&link, &has_ended))
+            .spawn(move || forward_stdin(&link, &sent))
             .map_err(Error::Terminal)?;
-        self.stdin = Stdin::Stream(ended);
+        self.stdin = Stdin::Stream(forwarded);
         Ok(())
     }
 
@@ -169,23 +204,39 @@ impl<'c> Session<'c> {
     }
 
     fn reconnect(&mut self, lost: ClientError, output: &Output) -> Result<(), Error> {
+        self.link.enter(LinkState::Reconnecting);
+        self.is_stdin_received |= self.attachment.is_stdin_received();
         // Parts of standard input may be lost on the way, and the command would not notice.
-        if let Stdin::Stream(ended) = &self.stdin
-            && !ended.load(Ordering::SeqCst)
+        if let Stdin::Stream(forwarded) = &self.stdin
+            && forwarded.content.load(Ordering::SeqCst)
+            && !self.is_stdin_received
         {
+            self.link.enter(LinkState::Closed);
             return Err(lost.into());
         }
         if self.raw_mode.is_none() {
             output.hint("lost the connection to the server; reconnecting");
         }
+        self.attachment = self
+            .attach_again()
+            .inspect_err(|_| self.link.enter(LinkState::Closed))?;
+        self.link.enter(LinkState::Connected(self.attachment.sender()));
+        // The new connection does not know these.
+        match &self.stdin {
+            Stdin::Terminal => self.link.send(AttachMessage::Resize(window_size())),
+            Stdin::Stream(forwarded) if forwarded.end.load(Ordering::SeqCst) => {
+                self.link.send(AttachMessage::CloseStdin)
+            }
+            Stdin::Stream(_) | Stdin::Unused => true,
+        };
+        Ok(())
+    }
+
+    fn attach_again(&self) -> Result<Attachment, ClientError> {
         let began = Instant::now();
         loop {
             let why = match self.client.attach(self.vm, &self.exec, self.offset) {
-                Ok(attachment) => {
-                    self.link.replace(attachment.sender());
-                    self.attachment = attachment;
-                    return self.greet();
-                }
+                Ok(attachment) => return Ok(attachment),
                 Err(error) => error,
             };
             let may_return = match &why {
@@ -193,24 +244,14 @@ impl<'c> Session<'c> {
                 error => error.status() == Some(503),
             };
             if !may_return || began.elapsed() >= RECONNECT_TIMEOUT {
-                return Err(why.into());
+                return Err(why);
             }
             thread::sleep(RECONNECT_INTERVAL);
         }
     }
-
-    /// Repeats what a new connection does not know.
-    fn greet(&self) -> Result<(), Error> {
-        match &self.stdin {
-            Stdin::Terminal => self.link.send(AttachMessage::Resize(window_size())),
-            Stdin::Stream(_) => self.link.send(AttachMessage::CloseStdin),
-            Stdin::Unused => true,
-        };
-        Ok(())
-    }
 }
 
-fn forward_stdin(link: &Link, ended: &AtomicBool) {
+fn forward_stdin(link: &Link, forwarded: &Forwarded) {
     let (mut stdin, mut piece) = (io::stdin().lock(), vec![0; PIECE]);
     loop {
         let read = match stdin.read(&mut piece) {
@@ -219,11 +260,11 @@ fn forward_stdin(link: &Link, ended: &AtomicBool) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(_) => break,
         };
-        // While a terminal reconnects, keys are dropped.
+        forwarded.content.store(true, Ordering::SeqCst);
         link.send(AttachMessage::Stdin(piece[..read].to_vec()));
     }
+    forwarded.end.store(true, Ordering::SeqCst);
     link.send(AttachMessage::CloseStdin);
-    ended.store(true, Ordering::SeqCst);
 }
 
 /// Returns the exit code of this process for the end of a command.

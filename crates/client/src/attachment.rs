@@ -15,10 +15,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
-use tungstenite::Message;
+use tungstenite::{Bytes, Message};
 
 /// Maximum number of messages that wait in each direction.
 const QUEUE: usize = 16;
+/// Content of the ping that follows the end of stdin.
+const END_OF_STDIN: &[u8] = b"end of stdin";
 /// Maximum silence of the server, which sends a ping every 20 seconds.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum time to send the last messages after the attachment was dropped.
@@ -29,6 +31,7 @@ pub struct Attachment {
     incoming: Receiver<Result<AttachMessage, ClientError>>,
     sender: AttachSender,
     dropped: Arc<AtomicBool>,
+    stdin_received: Arc<AtomicBool>,
 }
 
 /// Sends messages to an attached command.
@@ -67,12 +70,14 @@ impl Attachment {
         let (outgoing, queued) = sync_channel(QUEUE);
         let (received, incoming) = sync_channel(QUEUE);
         let dropped = Arc::new(AtomicBool::new(false));
+        let stdin_received = Arc::new(AtomicBool::new(false));
         let connection = Connection {
             socket,
             queued,
             received,
             wake: event.clone(),
             dropped: dropped.clone(),
+            stdin_received: stdin_received.clone(),
             call: call.clone(),
         };
         let thread = thread::Builder::new().name("attachment".to_owned());
@@ -82,12 +87,18 @@ impl Attachment {
             incoming,
             sender,
             dropped,
+            stdin_received,
         })
     }
 
     /// Returns a sender, for use in any thread.
     pub fn sender(&self) -> AttachSender {
         self.sender.clone()
+    }
+
+    /// Returns whether the server has received the end of stdin, and so everything before it.
+    pub fn is_stdin_received(&self) -> bool {
+        self.stdin_received.load(Ordering::SeqCst)
     }
 
     /// Waits for the next message. The last one is [`AttachMessage::End`] or
@@ -128,6 +139,7 @@ struct Connection {
     received: SyncSender<Result<AttachMessage, ClientError>>,
     wake: Arc<OwnedFd>,
     dropped: Arc<AtomicBool>,
+    stdin_received: Arc<AtomicBool>,
     call: String,
 }
 
@@ -196,7 +208,14 @@ impl Connection {
                 Err(error) => return Err(self.failed(error)),
             };
             *heard = Instant::now();
-            let Message::Binary(bytes) = message else { continue };
+            let bytes = match message {
+                Message::Binary(bytes) => bytes,
+                Message::Pong(token) if *token == *END_OF_STDIN => {
+                    self.stdin_received.store(true, Ordering::SeqCst);
+                    continue;
+                }
+                _ => continue,
+            };
             let message = AttachMessage::decode(&bytes).map_err(|why| self.protocol(why.to_string()))?;
             let is_last = matches!(message, AttachMessage::End(_) | AttachMessage::Failed(_));
             if self.received.send(Ok(message)).is_err() || is_last {
@@ -214,14 +233,23 @@ impl Connection {
                 Err(error) => return Err(self.failed(error)),
             }
             let message = match self.queued.try_recv() {
-                Ok(message) => Message::Binary(message.encode().into()),
+                Ok(message) => message,
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(false),
             };
-            match self.socket.write(message) {
-                Ok(()) => {}
-                Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-                Err(error) => return Err(self.failed(error)),
+            let is_end_of_stdin = message == AttachMessage::CloseStdin;
+            self.queue(Message::Binary(message.encode().into()))?;
+            if is_end_of_stdin {
+                // The response to this ping confirms everything before it.
+                self.queue(Message::Ping(Bytes::from_static(END_OF_STDIN)))?;
             }
+        }
+    }
+
+    /// Adds a message to the bytes that the next flush sends.
+    fn queue(&mut self, message: Message) -> Result<(), ClientError> {
+        match self.socket.write(message) {
+            Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            result => result.map_err(|error| self.failed(error)),
         }
     }
 
