@@ -12,7 +12,7 @@ use tokio::time::sleep;
 
 /// Time between two connections on the serial port. The port reads as ended while no host is
 /// connected.
-const RECONNECT_INTERVAL: Duration = Duration::from_millis(20);
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Serves the host for as long as the guest runs: on the serial port if the machine has one,
 /// otherwise on the vsock.
@@ -27,9 +27,9 @@ pub(crate) async fn run(agent: Arc<Agent>, opened: Option<OwnedFd>) -> io::Resul
     let Some(opened) = opened else {
         return vsock::serve_all(agent).await;
     };
-    let port = port::Port::new(opened)?;
     loop {
-        if let Err(error) = serve(&agent, port.clone()).await
+        let port = port::Port::new(opened.try_clone()?)?;
+        if let Err(error) = serve(&agent, port).await
             && error.kind() != io::ErrorKind::UnexpectedEof
         {
             eprintln!("scalebox-agent: the connection to the host ended: {error}");

@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -37,17 +36,19 @@ pub(crate) fn open() -> io::Result<Option<OwnedFd>> {
     Ok(None)
 }
 
-/// The opened port, as a stream. It reads as ended while no host is connected, and continues when
-/// one connects again.
-#[derive(Clone)]
-pub(crate) struct Port(Arc<AsyncFd<OwnedFd>>);
+/// The port during one connection. The connection ends when the host disconnects: the port then
+/// reads as ended.
+///
+/// Each connection registers the port again. The runtime takes a hang-up for final, but the port
+/// continues when a host connects.
+pub(crate) struct Port(AsyncFd<OwnedFd>);
 
 impl Port {
     /// Takes a port that was opened without blocking.
     pub(crate) fn new(port: OwnedFd) -> io::Result<Port> {
         // SAFETY: `OwnedFd` owns a valid descriptor, which nothing replaces or closes before.
         let registered = unsafe { AsyncFd::register(port) };
-        Ok(Port(Arc::new(registered.map_err(io::Error::from)?)))
+        Ok(Port(registered.map_err(io::Error::from)?))
     }
 }
 
@@ -61,6 +62,8 @@ impl AsyncRead for Port {
                     buffer.advance(read?);
                     return Poll::Ready(Ok(()));
                 }
+                // The host has disconnected, and connected again since.
+                Err(_would_block) if guard.ready().is_read_closed() => return Poll::Ready(Ok(())),
                 Err(_would_block) => {}
             }
         }
@@ -69,15 +72,17 @@ impl AsyncRead for Port {
 
 impl AsyncWrite for Port {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let disconnected = || io::Error::from(io::ErrorKind::BrokenPipe);
         loop {
             let mut guard = ready!(self.0.poll_write_ready(context))?;
             let written = guard.try_io(|port| match rustix::io::write(port, bytes) {
-                // The host has disconnected.
-                Ok(0) | Err(Errno::PIPE | Errno::NODEV) => Err(io::ErrorKind::BrokenPipe.into()),
+                Ok(0) | Err(Errno::PIPE | Errno::NODEV) => Err(disconnected()),
                 other => Ok(other?),
             });
             match written {
                 Ok(written) => return Poll::Ready(written),
+                // Without a host, the port accepts no bytes.
+                Err(_would_block) if guard.ready().is_write_closed() => return Poll::Ready(Err(disconnected())),
                 Err(_would_block) => {}
             }
         }
