@@ -670,7 +670,12 @@ mod tests {
             status_reason: Some("its process ended".into()),
             ..vm(2)
         };
-        assert_eq!(vms, [vm(1), failed]);
+        // That release required a key.
+        let running = Record {
+            ssh_public_key: failed.ssh_public_key.clone(),
+            ..vm(1)
+        };
+        assert_eq!(vms, [running, failed]);
         let state = State::open(folder.path(), folder.path()).unwrap();
         assert_eq!(
             state.fact(Fact::PoolOwner).unwrap().as_deref(),

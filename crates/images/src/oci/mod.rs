@@ -31,7 +31,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `pull` | [`pull`]: from a reference to a file system |
-//! | `registry`, `auth`, `address` | requests to a registry; its challenges; where it may lead |
+//! | `registry`, `access`, `address` | requests to a registry; its challenges; where it may lead |
 //! | `download`, `cache` | layers: fetching, resuming and verifying them; where they are kept |
 //! | `manifest`, `digest` | documents of an image; digests |
 //! | `archive` | OCI archives, and what `docker save` writes |
@@ -40,9 +40,9 @@
 //! | `ext4` | the file system of a merged tree |
 //! | `limits`, `task`, `error` | bounds; the caller's side; errors |
 
+mod access;
 mod address;
 pub(crate) mod archive;
-mod auth;
 mod build;
 mod cache;
 mod digest;
@@ -66,7 +66,7 @@ mod task;
 mod tree;
 mod unpack;
 
-pub use auth::Credentials;
+pub use access::Credentials;
 pub use build::Made;
 pub use cache::LayerCache;
 pub use digest::{Digest, InvalidDigest};

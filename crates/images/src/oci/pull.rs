@@ -1,6 +1,6 @@
 //! Pulls an image: from a reference to a file system.
 
-use crate::oci::auth::Credentials;
+use crate::oci::access::Credentials;
 use crate::oci::build::{Made, Stored, build};
 use crate::oci::cache::LayerCache;
 use crate::oci::digest::Digest;

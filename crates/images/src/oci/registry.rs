@@ -5,14 +5,16 @@
 //! without encryption only if the registry is on loopback, or the caller allows it, and then only
 //! if HTTPS does not work.
 
+use crate::oci::access::{Access, Credentials};
 use crate::oci::address::{Forbidden, Reach, Resolver, authority};
-use crate::oci::auth::{self, Access, Credentials};
 use crate::oci::error::{OciError, quoted};
 use crate::oci::limits::{Deadlines, MAX_ATTEMPTS, MAX_DOCUMENT, MAX_REDIRECTS};
-use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION, RANGE};
+use http_auth::{ChallengeRef, parse_challenges};
+use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION, RANGE, WWW_AUTHENTICATE};
 use reqwest::redirect::Policy;
 use reqwest::{Client, Response, StatusCode, Url};
 use scalebox_units::Bytes;
+use serde::Deserialize;
 use std::error::Error;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -195,7 +197,7 @@ impl Registry {
                 (StatusCode::OK | StatusCode::PARTIAL_CONTENT, _) => return Ok(response),
                 (StatusCode::UNAUTHORIZED, _) if own && !challenged => {
                     challenged = true;
-                    let access = auth::answer(self, response.headers(), repository).await?;
+                    let access = answer(self, response.headers(), repository).await?;
                     *self.access.lock().unwrap_or_else(PoisonError::into_inner) = Some(access);
                 }
                 (_, Some(location)) if status.is_redirection() => {
@@ -280,6 +282,82 @@ fn message(body: &[u8]) -> String {
         Some(text) => quoted(text.as_bytes()),
         None => quoted(body),
     }
+}
+
+/// The answer of a token service; the two fields are the same.
+#[derive(Deserialize)]
+struct Token {
+    token: Option<String>,
+    access_token: Option<String>,
+}
+
+/// Returns the access that a registry asks for with status 401 (RFC 9110, section 11; Docker's token
+/// protocol).
+async fn answer(registry: &Registry, challenge: &HeaderMap, repository: &str) -> Result<Access, OciError> {
+    let denied = |reason: &str| OciError::Unauthorized {
+        registry: registry.name().to_owned(),
+        reason: reason.to_owned(),
+    };
+    let headers = challenge.get_all(WWW_AUTHENTICATE).iter();
+    let texts: Vec<&str> = headers.filter_map(|value| value.to_str().ok()).collect();
+    let challenges: Vec<ChallengeRef<'_>> = texts
+        .iter()
+        .filter_map(|text| parse_challenges(text).ok())
+        .flatten()
+        .collect();
+    let of = |scheme: &str| {
+        challenges
+            .iter()
+            .find(|challenge| challenge.scheme.eq_ignore_ascii_case(scheme))
+    };
+    if let Some(bearer) = of("bearer") {
+        return token(registry, bearer, repository).await;
+    }
+    match (of("basic"), registry.credentials()) {
+        (Some(_), Some(credentials)) => Ok(Access::Basic(credentials.clone())),
+        (Some(_), None) => Err(denied("it needs a user name and a password")),
+        (None, _) => Err(denied("it offers no way to log in that is supported (Basic or Bearer)")),
+    }
+}
+
+/// Asks a token service for a token that allows pulling from `repository`.
+async fn token(registry: &Registry, challenge: &ChallengeRef<'_>, repository: &str) -> Result<Access, OciError> {
+    let parameter = |name: &str| {
+        let mut parameters = challenge.params.iter();
+        let found = parameters.find(|(key, _)| key.eq_ignore_ascii_case(name));
+        found.map(|(_, value)| value.to_unescaped())
+    };
+    // The same rules as for a redirect: not to other places, and not without encryption.
+    let mut service = registry.follow(parameter("realm").unwrap_or_default().as_bytes())?;
+    if let Some(name) = parameter("service") {
+        service.query_pairs_mut().append_pair("service", &name);
+    }
+    let scope = format!("repository:{repository}:pull");
+    service.query_pairs_mut().append_pair("scope", &scope);
+    let host = authority(&service);
+    let access = registry.credentials().cloned().map(Access::Basic);
+    let response = registry.send(&service, access.as_ref(), HeaderMap::new()).await?;
+    let status = response.status();
+    let body = read_document(response, &host, "a token", registry.deadlines()).await?;
+    if matches!(status.as_u16(), 400 | 401 | 403) {
+        return Err(OciError::Unauthorized {
+            registry: registry.name().to_owned(),
+            reason: format!("{host} answered {}", status.as_u16()),
+        });
+    }
+    if !status.is_success() {
+        return Err(OciError::Status {
+            host,
+            status: status.as_u16(),
+            message: quoted(&body),
+        });
+    }
+    let token: Option<Token> = serde_json::from_slice(&body).ok();
+    let value = token.and_then(|token| token.token.or(token.access_token));
+    value.map(Access::Bearer).ok_or_else(|| OciError::Unauthorized {
+        registry: registry.name().to_owned(),
+        reason: format!("{host} did not send a token"),
+    })
 }
 
 /// Reads a manifest, token or configuration.

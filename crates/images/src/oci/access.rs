@@ -1,0 +1,25 @@
+//! Access to a registry: credentials, and what a request carries.
+
+use std::fmt;
+
+/// A user name and a password, or an access token in place of a password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Credentials {
+    /// The user name.
+    pub username: String,
+    /// The password.
+    pub password: String,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Credentials").finish_non_exhaustive()
+    }
+}
+
+/// What a request shows to be let in.
+#[derive(Clone)]
+pub(crate) enum Access {
+    Basic(Credentials),
+    Bearer(String),
+}
