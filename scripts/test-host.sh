@@ -63,8 +63,8 @@ try_case() {
 	set -e
 }
 
-# Maximum number of repetitions of a case in which the server's own kernel crashed. The table has the
-# number.
+# Maximum number of repetitions of a case in which the server's own kernel crashed. The table has
+# the number.
 readonly breaks_allowed=2
 
 run_case() {

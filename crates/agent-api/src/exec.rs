@@ -10,14 +10,15 @@
 //! # Output buffers
 //!
 //! The guest keeps the newest output of an exec, also after its end. While a `follow`ing request
-//! exists, unread output is not dropped: the command waits for the slowest reader, for at most 10 s.
+//! exists, unread output is not dropped: the command waits for the slowest reader, for at most 10
+//! s.
 //!
 //! All buffers of a guest share [`TOTAL_BUFFER`], so that the agent's memory stays small. When they
 //! exceed it, the largest are cut to the same size, at least [`MIN_BUFFER`] each, oldest output
-//! first. Unread output is never cut; the command waits instead. More than
-//! `TOTAL_BUFFER / MIN_BUFFER` = 85 full buffers take more than the total, at most
-//! (`MAX_RUNNING + MAX_ENDED`) × `MIN_BUFFER` = 30 MiB. A buffer's size is the memory that it takes,
-//! which includes 64 bytes for each change between stdout and stderr.
+//! first. Unread output is never cut; the command waits instead. More than `TOTAL_BUFFER /
+//! MIN_BUFFER` = 85 full buffers take more than the total, at most (`MAX_RUNNING + MAX_ENDED`) ×
+//! `MIN_BUFFER` = 30 MiB. A buffer's size is the memory that it takes, which includes 64 bytes for
+//! each change between stdout and stderr.
 
 use serde::{Deserialize, Serialize};
 

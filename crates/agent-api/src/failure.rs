@@ -23,7 +23,8 @@ pub enum FailureCode {
     NotFound,
     /// The exec or the file exists (`EEXIST`, `ENOTEMPTY`).
     Exists,
-    /// A path component is not a directory, or a file is a directory (`ENOTDIR`, `EISDIR`, `ELOOP`).
+    /// A path component is not a directory, or a file is a directory (`ENOTDIR`, `EISDIR`,
+    /// `ELOOP`).
     WrongKind,
     /// The operation needs rights that it does not have (`EACCES`, `EPERM`, `EROFS`).
     Denied,

@@ -20,18 +20,18 @@ pub mod headers {
     pub const GID: &str = "x-scalebox-gid";
     /// The time of the last change of the content, in milliseconds since 1970.
     pub const MODIFIED_MS: &str = "x-scalebox-modified-ms";
-    /// The size at the time of opening, in bytes. The stream has this size, even if the file becomes
-    /// longer while it is read; if it becomes shorter, the stream ends with an error. Absent for
-    /// files that the kernel generates, as in `/proc`: their streams end with the content, or with
-    /// an error after [`MAX_GENERATED`](super::MAX_GENERATED) bytes.
+    /// The size at the time of opening, in bytes. The stream has this size, even if the file
+    /// becomes longer while it is read; if it becomes shorter, the stream ends with an error.
+    /// Absent for files that the kernel generates, as in `/proc`: their streams end with the
+    /// content, or with an error after [`MAX_GENERATED`](super::MAX_GENERATED) bytes.
     pub const SIZE: &str = "x-scalebox-size";
 }
 
 /// A file and its properties.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileInfo {
-    /// The name, or the path in the request; bytes that are not UTF-8 are percent-encoded, and so is
-    /// `%`.
+    /// The name, or the path in the request; bytes that are not UTF-8 are percent-encoded, and so
+    /// is `%`.
     pub name: String,
     /// The kind; of a symbolic link, not of its target.
     pub kind: FileKind,

@@ -48,8 +48,8 @@ struct Entry {
 }
 
 impl Account {
-    /// Finds the user `spec`, `NAME|UID[:GROUP|GID]`, in the guest's `/etc/passwd` and `/etc/group`.
-    /// Blocks.
+    /// Finds the user `spec`, `NAME|UID[:GROUP|GID]`, in the guest's `/etc/passwd` and
+    /// `/etc/group`. Blocks.
     ///
     /// A number need not have an entry: then its group is 0 and its home `/`. With a group in
     /// `spec`, the user has no supplementary groups.

@@ -13,7 +13,8 @@ use std::fmt;
 /// The WebSocket subprotocol (RFC 6455, section 1.9).
 pub const SUBPROTOCOL: &str = "v1.exec.scalebox";
 
-/// Maximum size of a message that either side sends, in bytes. A longer output has several messages.
+/// Maximum size of a message that either side sends, in bytes. A longer output has several
+/// messages.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
 
 const STDIN: u8 = 0;

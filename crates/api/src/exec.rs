@@ -485,7 +485,8 @@ pub struct ExecList {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SignalExec {
-    /// The signal for the command and its children: a name such as `TERM` or `SIGTERM`, or a number.
+    /// The signal for the command and its children: a name such as `TERM` or `SIGTERM`, or a
+    /// number.
     pub signal: Signal,
 }
 

@@ -26,8 +26,8 @@ pub struct Template {
     /// measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<StorageUsage>,
-    /// Origin: `build`, `import`, `snapshot` or `pull`; absent for templates of releases that did not
-    /// record it.
+    /// Origin: `build`, `import`, `snapshot` or `pull`; absent for templates of releases that did
+    /// not record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// Id of the VM that the disk belonged to, if the source is `snapshot`.

@@ -1,5 +1,5 @@
-//! Guests that do not keep to the protocol: each costs the host a bounded amount of memory and time,
-//! and gives a clear error.
+//! Guests that do not keep to the protocol: each costs the host a bounded amount of memory and
+//! time, and gives a clear error.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 

@@ -1,7 +1,7 @@
 //! Builds the initramfs in two parts: the drivers of a kernel, and the agent of this release.
 //!
-//! The kernel unpacks one after the other. The drivers are installed with their kernel; the agent is
-//! appended when a guest boots, so that an upgrade of the host upgrades it. Neither part is
+//! The kernel unpacks one after the other. The drivers are installed with their kernel; the agent
+//! is appended when a guest boots, so that an upgrade of the host upgrades it. Neither part is
 //! compressed: decompressing 3 MB would take an emulated CPU longer than loading them.
 
 use crate::cpio::Archive;

@@ -22,8 +22,8 @@ pub struct Recipe {
     pub kernel_package: String,
     /// Packages in addition to those that every guest has.
     pub extra_packages: Vec<String>,
-    /// Minimum size of the sparse image; it is larger if the packages need it. A disk of the image's
-    /// size need not be grown.
+    /// Minimum size of the sparse image; it is larger if the packages need it. A disk of the
+    /// image's size need not be grown.
     pub size: Bytes,
 }
 

@@ -39,8 +39,8 @@ pub enum TemplateSource {
 pub struct PulledImage {
     /// The complete reference, such as `docker.io/library/python:3.12-slim`.
     pub reference: String,
-    /// The digest of the manifest, or list of manifests, that the reference stood for: `sha256:` and
-    /// 64 hex digits.
+    /// The digest of the manifest, or list of manifests, that the reference stood for: `sha256:`
+    /// and 64 hex digits.
     pub digest: String,
 }
 

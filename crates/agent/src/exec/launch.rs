@@ -27,7 +27,8 @@ pub(crate) struct Launched {
 /// Starts the program of a checked request. Blocks until the kernel has loaded it.
 ///
 /// # Errors
-/// Those of finding the user, the working directory and the program. Nothing is left of the command.
+/// Those of finding the user, the working directory and the program. Nothing is left of the
+/// command.
 pub(crate) fn launch(request: &StartExec) -> Result<Launched, Failure> {
     let account = Account::find(request.user.as_deref().unwrap_or("0"))?;
     let cwd = request.cwd.as_deref().unwrap_or("/");

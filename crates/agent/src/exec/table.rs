@@ -56,7 +56,8 @@ impl Execs {
     /// Reserves an id for a new exec.
     ///
     /// # Errors
-    /// [`FailureCode::Exists`] for an id in use; [`FailureCode::Busy`] if [`MAX_RUNNING`] execs run.
+    /// [`FailureCode::Exists`] for an id in use; [`FailureCode::Busy`] if [`MAX_RUNNING`] execs
+    /// run.
     pub(crate) fn reserve(&self, id: &str) -> Result<Reservation, Failure> {
         let mut table = lock(&self.table);
         if table.execs.contains_key(id) {
@@ -105,7 +106,8 @@ impl Execs {
         lock(&self.table).running
     }
 
-    /// Records that a running exec has ended, and forgets the oldest ended one beyond [`MAX_ENDED`].
+    /// Records that a running exec has ended, and forgets the oldest ended one beyond
+    /// [`MAX_ENDED`].
     pub(crate) fn ended(&self, id: &str) {
         let mut table = lock(&self.table);
         table.running -= 1;

@@ -115,8 +115,8 @@ impl AgentLinks {
         }
     }
 
-    /// Returns the connection to the agent of a machine, for an operation that can use another agent;
-    /// `None` if it does not respond soon, or did not a short time ago.
+    /// Returns the connection to the agent of a machine, for an operation that can use another
+    /// agent; `None` if it does not respond soon, or did not a short time ago.
     pub(crate) async fn find(&self, machine: &Arc<dyn Machine>) -> Option<Agent> {
         let id = machine.id();
         let was_absent = self.lock().absent.get(id).copied();

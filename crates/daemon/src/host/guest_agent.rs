@@ -1,4 +1,5 @@
-//! The agent for operations on a whole guest: our own, or `qemu-guest-agent` in guests that lack it.
+//! The agent for operations on a whole guest: our own, or `qemu-guest-agent` in guests that lack
+//! it.
 
 use crate::host::Host;
 use crate::host::agent_link::Agent;

@@ -24,8 +24,8 @@ const MAX_CACHE: Bytes = Bytes::from_mib(10 << 10);
 /// Starts to pull an image as the template `name`.
 ///
 /// # Errors
-/// 400 for a malformed name or reference; 403 for [`BASE_TEMPLATE`]; 409 if the name is in use, or a
-/// job makes the template already; 503 if too many jobs are running.
+/// 400 for a malformed name or reference; 403 for [`BASE_TEMPLATE`]; 409 if the name is in use, or
+/// a job makes the template already; 503 if too many jobs are running.
 pub(crate) async fn pull(host: &Host, name: String, request: PullTemplate) -> Result<Job, ServiceError> {
     if name == BASE_TEMPLATE {
         return Err(ServiceError::Forbidden(format!(

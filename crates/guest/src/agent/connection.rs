@@ -316,8 +316,8 @@ impl Download {
         }
     }
 
-    /// Returns the next piece, of at most 16 KiB; `None` at the end. The wait has no time limit, but
-    /// ends with an error if the agent does not respond to pings.
+    /// Returns the next piece, of at most 16 KiB; `None` at the end. The wait has no time limit,
+    /// but ends with an error if the agent does not respond to pings.
     ///
     /// # Errors
     /// If the agent interrupts the stream, or the connection ends.

@@ -1,7 +1,7 @@
 //! A client for our own agent in a guest: commands, files, statistics.
 //!
-//! [`AgentConnection::open`] starts a connection on a stream to the agent's port; clones of it share
-//! the connection. The protocol is described in [`scalebox_agent_api`].
+//! [`AgentConnection::open`] starts a connection on a stream to the agent's port; clones of it
+//! share the connection. The protocol is described in [`scalebox_agent_api`].
 //!
 //! The agent runs in the guest and is not trusted. Everything that it sends is bounded: the bytes
 //! before its [`hello`], the size of headers and of JSON, the data that nobody has read, and the

@@ -21,9 +21,9 @@
 //!
 //! # Why not the crate oci-client
 //!
-//! Its `Client` (0.18) builds its own HTTP client: the policy for redirects and the look-up of names
-//! cannot be set, and it reads manifests, tokens and errors into memory without a limit. So the
-//! requests are made here, with reqwest. References, manifests and configurations are parsed by
+//! Its `Client` (0.18) builds its own HTTP client: the policy for redirects and the look-up of
+//! names cannot be set, and it reads manifests, tokens and errors into memory without a limit. So
+//! the requests are made here, with reqwest. References, manifests and configurations are parsed by
 //! oci-spec, which oci-client uses as well.
 //!
 //! # Layout

@@ -291,8 +291,8 @@ struct Token {
     access_token: Option<String>,
 }
 
-/// Returns the access that a registry asks for with status 401 (RFC 9110, section 11; Docker's token
-/// protocol).
+/// Returns the access that a registry asks for with status 401 (RFC 9110, section 11; Docker's
+/// token protocol).
 async fn answer(registry: &Registry, challenge: &HeaderMap, repository: &str) -> Result<Access, OciError> {
     let denied = |reason: &str| OciError::Unauthorized {
         registry: registry.name().to_owned(),
