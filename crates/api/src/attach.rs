@@ -121,6 +121,7 @@ fn invalid(channel: u8, why: impl fmt::Display) -> InvalidMessage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorCode;
     use proptest::prelude::*;
 
     #[test]
@@ -133,7 +134,7 @@ mod tests {
         };
         let error = ErrorBody {
             error: "VM box: its agent does not respond".into(),
-            code: crate::ErrorCode::Unreachable,
+            code: ErrorCode::Unreachable,
             field: None,
             details: Default::default(),
         };

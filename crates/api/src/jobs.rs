@@ -75,6 +75,19 @@ pub struct PullTemplate {
     pub replace: bool,
 }
 
+impl PullTemplate {
+    /// Creates a request for an image that needs no credentials.
+    pub fn of(reference: impl Into<String>) -> Self {
+        PullTemplate {
+            reference: reference.into(),
+            username: None,
+            password: None,
+            insecure: false,
+            replace: false,
+        }
+    }
+}
+
 /// The password stays out of logs.
 impl std::fmt::Debug for PullTemplate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

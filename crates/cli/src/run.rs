@@ -8,15 +8,16 @@ use crate::output::Output;
 use crate::session::{Link, exit_code};
 use crate::signals::on_signal;
 use crate::ssh;
+use crate::template_pull;
 use rustix::process::Signal;
-use scalebox_api::{AttachMessage, CreateVm, CreateVmQuery, ErrorCode, TemplateName, VmName, WaitFor};
+use scalebox_api::{AttachMessage, CreateVm, CreateVmQuery, ErrorCode, PullTemplate, TemplateName, VmName, WaitFor};
 use scalebox_client::{Client, ClientError};
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
-    let template = template_of(client, &args.image)?;
+    let template = template_of(client, &args.image, output)?;
     let name = match &args.name {
         Some(name) => free_name(client, name)?,
         None => generated_name()?,
@@ -34,17 +35,44 @@ pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<Ex
     result
 }
 
-/// Returns the template that an image is created from.
-fn template_of(client: &Client, image: &str) -> Result<TemplateName, Error> {
+/// Returns the template that an image is created from. An image of a registry that is not a
+/// template yet is pulled first.
+fn template_of(client: &Client, image: &str, output: &Output) -> Result<TemplateName, Error> {
     let templates = client.templates()?;
     let found = templates.iter().find(|template| template.name == image);
-    match found.and_then(|template| template.name.parse().ok()) {
-        Some(name) => Ok(name),
-        None => Err(Error::NoImage {
+    if let Some(name) = found.and_then(|template| template.name.parse().ok()) {
+        return Ok(name);
+    }
+    // A name without a tag is more likely a misspelled template than an image of a registry.
+    if !image.contains(['/', ':', '@']) {
+        return Err(Error::NoImage {
             image: image.to_owned(),
             known: templates.into_iter().map(|template| template.name).collect(),
+        });
+    }
+    let name = template_pull::name_of(image).map_err(|_| Error::NoTemplateName(image.to_owned()))?;
+    let Some(other) = templates.into_iter().find(|template| template.name == name.as_str()) else {
+        template_pull::pull_image(client, &name, &PullTemplate::of(image), output)?;
+        return Ok(name);
+    };
+    match other.reference {
+        Some(reference) if is_reference_to(&reference, image) => Ok(name),
+        _ => Err(Error::OtherImage {
+            image: image.to_owned(),
+            name: other.name,
         }),
     }
+}
+
+/// Returns whether a complete reference, such as `docker.io/library/nginx:latest`, is that of
+/// `image`.
+fn is_reference_to(reference: &str, image: &str) -> bool {
+    let last = image.rsplit('/').next().unwrap_or(image);
+    let tagged = match last.contains([':', '@']) {
+        true => image.to_owned(),
+        false => format!("{image}:latest"),
+    };
+    reference == tagged || reference.ends_with(&format!("/{tagged}"))
 }
 
 /// Checks that a name is free. The VM with this name is deleted at the end, so it must be the one

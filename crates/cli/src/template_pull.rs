@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::human::bytes;
 use crate::output::Output;
 use indicatif::ProgressBar;
-use scalebox_api::{InvalidFormat, Job, PullTemplate, TemplateName};
+use scalebox_api::{InvalidFormat, Job, PullTemplate, Template, TemplateName};
 use scalebox_client::Client;
 use std::io::{self, BufRead};
 use std::thread::sleep;
@@ -29,7 +29,26 @@ pub(crate) fn pull(client: &Client, args: &PullArgs, output: &Output) -> Result<
         insecure: args.insecure,
         replace: args.replace,
     };
-    let mut job = client.pull_template(name.as_str(), &request)?;
+    let template = pull_image(client, &name, &request, output)?;
+    if output.json {
+        return output.json(&template);
+    }
+    output.line(&format!(
+        "pulled {} as the template {name}: {} used of {}",
+        template.reference.as_deref().unwrap_or(&args.reference),
+        bytes(template.used_bytes),
+        bytes(template.size_bytes)
+    ))
+}
+
+/// Pulls an image as the template `name`, shows the progress, and returns the template.
+pub(crate) fn pull_image(
+    client: &Client,
+    name: &TemplateName,
+    request: &PullTemplate,
+    output: &Output,
+) -> Result<Template, Error> {
+    let mut job = client.pull_template(name.as_str(), request)?;
     let mut shown = Shown::default();
     while job.is_running() {
         shown.update(&job, output);
@@ -46,20 +65,11 @@ pub(crate) fn pull(client: &Client, args: &PullArgs, output: &Output) -> Result<
             reason,
         });
     }
-    let template = client.template(name.as_str())?;
-    if output.json {
-        return output.json(&template);
-    }
-    output.line(&format!(
-        "pulled {} as the template {name}: {} used of {}",
-        template.reference.as_deref().unwrap_or(&args.reference),
-        bytes(template.used_bytes),
-        bytes(template.size_bytes)
-    ))
+    Ok(client.template(name.as_str())?)
 }
 
 /// Derives the name of a template: `ghcr.io/a/python:3.12-slim` becomes `python-3.12-slim`.
-fn name_of(reference: &str) -> Result<TemplateName, InvalidFormat> {
+pub(crate) fn name_of(reference: &str) -> Result<TemplateName, InvalidFormat> {
     let (tagged, _digest) = reference.split_once('@').unwrap_or((reference, ""));
     let last = tagged.rsplit('/').next().unwrap_or(tagged);
     let name: String = last.strip_suffix(":latest").unwrap_or(last).replace(':', "-");

@@ -82,7 +82,7 @@ impl Guests {
         // The hypervisor reports that the agent is up: a guest that has booted may reboot as often
         // as it likes.
         eventually("its agent", || {
-            host.log().contains("the guest opened its agent port").then_some(())
+            host.log().contains("qemu-guest-agent opened its port").then_some(())
         });
         Guests {
             host,

@@ -7,8 +7,12 @@
     reason = "a failed step fails the test"
 )]
 
+#[path = "../../images/tests/support/registry.rs"]
+#[allow(dead_code, reason = "this test uses only a part of it")]
+mod registry;
 mod support;
 
+use registry::{Layout, PASSWORD, Registry, USER};
 use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, OutputLine, SnapshotVm, UpdateVm, Vm, WaitFor};
 use scalebox_client::{Client, Upload};
 use std::fs;
@@ -16,7 +20,7 @@ use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::guest::{Key, scalebox, wait_for_ssh};
+use support::guest::{Key, scalebox, scalebox_with_input, wait_for_ssh};
 use support::{Host, Options, eventually, guarantee, output_of, run, text};
 
 const VM: &str = "box";
@@ -314,4 +318,45 @@ fn a_root_of_one_program_runs_it_and_grows(scene: &mut Scene) {
         (blocks > 3500).then_some(())
     });
     scene.client.delete_vm("one").unwrap();
+}
+
+/// An Alpine-like image with settings, as users pull it.
+fn tools_image(folder: &Path) -> Layout {
+    let layout = Layout::new();
+    layout.layer(|root| {
+        for entry in fs::read_dir(busybox_root(folder)).unwrap() {
+            let from = entry.unwrap().path();
+            run("cp", &["-a", text(&from), text(root)]);
+        }
+        fs::create_dir(root.join("sbin")).unwrap();
+        std::os::unix::fs::symlink("/bin/busybox", root.join("sbin/init")).unwrap();
+    });
+    layout
+}
+
+#[test]
+fn an_image_of_a_registry_runs_one_command_and_leaves_nothing() {
+    let mut host = Host::new(&Options::default());
+    host.import_debian();
+    let registry = Registry::start();
+    registry.push(&tools_image(&host.folder), "team/tools:1");
+    host.serve();
+    let image = format!("{}/team/tools:1", registry.host);
+    let refused = scalebox(&host, &["run", &image, "--", "true"]);
+    assert_ne!(refused.status.code(), Some(0));
+    assert!(output_of(&refused).contains("denies access"), "{}", output_of(&refused));
+    let pull = ["template", "pull", &image, "--username", USER];
+    let pulled = scalebox_with_input(&host, &pull, PASSWORD);
+    assert!(pulled.status.success(), "{}", output_of(&pulled));
+    let begun = Instant::now();
+    let command = ["run", &image, "--", "sh", "-c", "echo from the image; exit 5"];
+    let output = scalebox(&host, &command);
+    assert_eq!(output.status.code(), Some(5), "{}", output_of(&output));
+    assert!(
+        String::from_utf8_lossy(&output.stdout).ends_with("from the image\n"),
+        "{}",
+        output_of(&output)
+    );
+    println!("scalebox run of a pulled image: {:.1} s", begun.elapsed().as_secs_f64());
+    assert!(host.client().vms().unwrap().is_empty(), "the VM is left");
 }

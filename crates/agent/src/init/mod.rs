@@ -77,8 +77,7 @@ fn boot() -> Result<Infallible, String> {
 /// Decides which program becomes process 1: as the command line demands, or the root file system's
 /// init if there is one.
 fn choose_init(parameters: &CommandLine) -> Result<InitKind, String> {
-    let inside = root::resolve(Path::new(ROOT), &parameters.init);
-    let exists = inside.is_ok_and(|path| path.exists());
+    let exists = has_init(Path::new(ROOT), &parameters.init);
     match parameters.init_kind {
         Some(InitKind::Agent) => Ok(InitKind::Agent),
         Some(InitKind::System) if !exists => Err(format!(
@@ -104,8 +103,44 @@ fn open_port() -> Option<OwnedFd> {
     }
 }
 
+/// Returns whether a root file system has an init that starts a system. Container images of Alpine
+/// link `/sbin/init` to busybox, without the scripts that it would run.
+fn has_init(root: &Path, init: &Path) -> bool {
+    let Ok(program) = root::resolve(root, init) else {
+        return false;
+    };
+    let is_busybox = program.file_name().is_some_and(|name| name == "busybox");
+    let scripts = ["sbin/openrc", "etc/init.d/rcS"].map(|script| root.join(script).exists());
+    program.exists() && (!is_busybox || scripts.contains(&true))
+}
+
 fn set_oom_score(score: &str) {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", score) {
         eprintln!("scalebox-agent: cannot set the OOM score to {score}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_busybox_without_scripts_is_not_an_init() {
+        let root = tempfile::tempdir().unwrap();
+        let (root, init) = (root.path(), Path::new("/sbin/init"));
+        assert!(!has_init(root, init), "an empty root");
+        for folder in ["bin", "sbin", "etc/init.d", "lib/systemd"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        fs::write(root.join("bin/busybox"), "").unwrap();
+        symlink("/bin/busybox", root.join("sbin/init")).unwrap();
+        assert!(!has_init(root, init), "as in a container image");
+        fs::write(root.join("etc/init.d/rcS"), "").unwrap();
+        assert!(has_init(root, init), "with scripts");
+        fs::remove_file(root.join("sbin/init")).unwrap();
+        fs::write(root.join("lib/systemd/systemd"), "").unwrap();
+        symlink("../lib/systemd/systemd", root.join("sbin/init")).unwrap();
+        assert!(has_init(root, init), "systemd");
     }
 }

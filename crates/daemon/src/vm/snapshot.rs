@@ -121,11 +121,15 @@ async fn clone_quiesced(
         // paused it.
         _ => return Ok((clone_disk_now(host, record, clone).await?, Quiesced::NotRunning)),
     };
-    let agent = agent_of(host, machine).await;
+    let mut agent = agent_of(host, machine).await;
+    if let Some(flushed) = &agent
+        && let Err(error) = flushed.flush(FLUSH_TIMEOUT).await
+    {
+        tracing::debug!(vm = %record.id, %error, "cannot flush the guest before freezing it");
+        // The connection may have ended with it.
+        agent = agent_of(host, machine).await;
+    }
     if let Some(agent) = &agent {
-        if let Err(error) = agent.flush(FLUSH_TIMEOUT).await {
-            tracing::debug!(vm = %record.id, %error, "cannot flush the guest before freezing it");
-        }
         mark_frozen(host, &record.id).await?;
         let begun = Instant::now();
         let cloned = match agent.freeze().await {

@@ -87,7 +87,13 @@ pub(crate) fn wait_for_ssh(vm: &Vm) {
     });
 }
 
+/// Runs the command line without a terminal, key or input.
 pub(crate) fn scalebox(host: &Host, args: &[&str]) -> Output {
+    scalebox_with_input(host, args, "")
+}
+
+/// Runs the command line with `input` on stdin.
+pub(crate) fn scalebox_with_input(host: &Host, args: &[&str], input: &str) -> Output {
     let program = Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name("scalebox");
     let mut command = Command::new(&program);
     command
@@ -95,7 +101,10 @@ pub(crate) fn scalebox(host: &Host, args: &[&str]) -> Output {
         .env("SCALEBOX_URL", &host.url)
         .env("SCALEBOX_TOKEN", TOKEN)
         .env("HOME", &host.folder);
-    command.stdin(Stdio::null()).output().unwrap_or_else(|error| {
+    let file = host.folder.join("input");
+    fs::write(&file, input).unwrap();
+    let input = fs::File::open(&file).unwrap();
+    command.stdin(input).output().unwrap_or_else(|error| {
         panic!("{}: {error}; `make test` builds it", program.display());
     })
 }

@@ -83,13 +83,17 @@ pub(crate) const DISKS: &[Operation] = &[
 pub(crate) const MACHINES: &[Operation] = &[
     Operation {
         name: "create, started",
+        prepare: Scene::remove_initramfs,
         perform: |scene| scene.create("base", 1, true),
         reached: |scene| scene.made().is_some(),
         ..OPERATION
     },
     Operation {
         name: "start",
-        prepare: |scene| scene.create("base", 1, false).unwrap(),
+        prepare: |scene| {
+            scene.create("base", 1, false).unwrap();
+            scene.remove_initramfs();
+        },
         perform: |scene| done(scene.host.client().start_vm(MADE)),
         reached: |scene| scene.made().is_some_and(|vm| vm.status == VmStatus::Running),
         ..OPERATION
@@ -540,6 +544,14 @@ impl Scene {
     }
 
     /// Deletes a template: the daemon then removes the kernels that nothing uses.
+    /// Removes the initramfs that VMs boot, so that the next start makes it.
+    fn remove_initramfs(&self) {
+        let folder = self.host.folder.join("pool/kernels/initramfs");
+        if folder.exists() {
+            fs::remove_dir_all(folder).unwrap();
+        }
+    }
+
     fn remove_unused_kernels(&self) {
         self.import(MADE, false).unwrap();
         self.host.client().delete_template(MADE).unwrap();

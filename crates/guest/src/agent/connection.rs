@@ -35,7 +35,7 @@ const MAX_SEND_BUFFER: usize = 256 << 10;
 /// Interval of pings while a stream is open.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// Time for the response to a ping, after which the connection is closed.
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum size of a response in JSON, in bytes: the largest listing, or an exec with the largest
 /// arguments, escaped.
 const MAX_JSON: usize = 8 << 20;
