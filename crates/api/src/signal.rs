@@ -121,7 +121,7 @@ impl<'de> Deserialize<'de> for Signal {
 
 #[cfg(feature = "openapi")]
 mod schema {
-    use super::{MAX, NAMES, Signal};
+    use crate::signal::{MAX, NAMES, Signal};
     use std::borrow::Cow;
     use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaType, Type};
     use utoipa::openapi::{OneOfBuilder, RefOr};
