@@ -68,8 +68,8 @@ const STATE_FACTS: &[&str] = &[
 /// What advice of the daemon names, apart from settings.
 const ADVICE: &[&str] = &["apt-get install", "`scalebox", "scaleboxd pool", "--replace"];
 
-/// The only dependency cycle: a simulated machine holds the connections to its agent, which refer to
-/// the machine.
+/// The only dependency cycle: a simulated machine holds the connections to its agent, which refer
+/// to the machine.
 const KNOWN_RINGS: &[&str] =
     &["crates/testkit/src: sim_vmm::agent -> sim_vmm::agent::operations -> sim_vmm::body -> sim_vmm::world"];
 
