@@ -60,8 +60,8 @@ def before_call(context, case, kwargs):
         if isinstance(case.body.get("template"), str) and not case.body["template"].startswith("-"):
             case.body["template"] = TEMPLATE
     # The VM is not started, so that there is no agent to wait for.
-    if label == "POST /vms" and (case.query or {}).get("wait") == "agent":
-        case.query = {name: value for name, value in case.query.items() if name != "wait"}
+    if label == "POST /vms" and (case.query or {}).get("wait") in (None, "agent"):
+        case.query = {name: value for name, value in (case.query or {}).items() if not name.startswith("wait")}
     # With follow=true the stream does not end.
     if label == "GET /events" and (case.query or {}).get("follow") in (None, True, "true"):
         case.query = {**(case.query or {}), "follow": "false"}
@@ -94,6 +94,8 @@ def is_refused_for_state(label, status, error):
     # The schema does not have the grammar of image references, and no rules across fields.
     if label == "POST /templates/{name}/pull":
         return status == 400 and error.startswith(("reference", "username", "password", "insecure"))
+    if "/vms/{vm}/files" in label:
+        return status == 400 and error.startswith(("user", "mode", "path", "to "))
     if label == "POST /vms/{vm}/exec":
         return status == 400 and error.startswith(("argv", "command", "env", "open_stdin", "stdin"))
     if label == "POST /templates/{name}/import":

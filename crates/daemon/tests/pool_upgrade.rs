@@ -32,7 +32,7 @@ fn names_in(folder: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(folder).unwrap();
     entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| name != ".grown")
+        .filter(|name| ![".grown", "initramfs"].contains(&name.as_str()))
         .collect()
 }
 
