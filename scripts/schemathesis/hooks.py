@@ -95,7 +95,9 @@ def is_refused_for_state(label, status, error):
     if label == "POST /templates/{name}/pull":
         return status == 400 and error.startswith(("reference", "username", "password", "insecure"))
     if "/vms/{vm}/files" in label:
-        return status == 400 and error.startswith(("user", "mode", "path", "to "))
+        return status == 400 and error.startswith(
+            ("user", "mode", "path", "to ", "format", "list", "info", "parents", "recursive", "content")
+        )
     if label == "POST /vms/{vm}/exec":
         return status == 400 and error.startswith(("argv", "command", "env", "open_stdin", "stdin"))
     if label == "POST /templates/{name}/import":
