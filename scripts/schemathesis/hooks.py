@@ -63,7 +63,7 @@ def before_call(context, case, kwargs):
     if label == "POST /vms" and (case.query or {}).get("wait") in (None, "agent"):
         case.query = {name: value for name, value in (case.query or {}).items() if not name.startswith("wait")}
     # With follow=true the stream does not end.
-    if label == "GET /events" and (case.query or {}).get("follow") in (None, True, "true"):
+    if label.endswith(("/events", "/console", "/output")) and (case.query or {}).get("follow") in (None, True, "true"):
         case.query = {**(case.query or {}), "follow": "false"}
 
 
