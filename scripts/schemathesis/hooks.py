@@ -93,7 +93,10 @@ def is_refused_for_state(label, status, error):
         return status == 400 and not error.startswith(("size_gib", "the body", "the request", "unknown"))
     # The schema does not have the grammar of image references, and no rules across fields.
     if label == "POST /templates/{name}/pull":
-        return status == 400 and error.startswith(("reference", "username", "password", "insecure"))
+        fields = ("reference", "username", "password", "insecure")
+        return status == 400 and (error.startswith(fields) or "is not an image reference" in error)
+    if label.endswith("/attach"):
+        return status == 400 and error.startswith("cannot attach without a WebSocket")
     if "/vms/{vm}/files" in label:
         return status == 400 and error.startswith(
             ("user", "mode", "path", "to ", "format", "list", "info", "parents", "recursive", "content")

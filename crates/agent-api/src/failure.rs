@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// An error of the agent: the body of a response with a status of 400 to 599.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentFailure {
-    /// What failed and why, in one sentence.
+    /// The failed operation and the cause, in one sentence.
     pub error: String,
     /// The kind of the error.
     pub code: FailureCode,

@@ -7,7 +7,7 @@ mod support;
 use http_body_util::BodyExt;
 use hyper::Method;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use scalebox_agent_api::FailureCode;
+use scalebox_agent_api::{FailureCode, Listing};
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::io;
@@ -15,13 +15,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use support::{Host, broken, bytes, host, nothing, query};
 use tar::{Builder, EntryType, Header};
 use tempfile::{TempDir, tempdir};
 
 fn tar_of(path: &Path) -> String {
     format!("/v1/files/tar?path={}", query(path))
+}
+
+fn list_of(path: &Path) -> String {
+    format!("/v1/files/list?path={}", query(path))
 }
 
 async fn start() -> (Host, TempDir, PathBuf) {
@@ -292,12 +296,13 @@ async fn uploads_of_archives_that_break_off_leave_no_partial_file() {
         folder.join("first").exists() && describe(&folder).len() == 2
     });
     host.send_broken(Method::PUT, &tar_of(&path), body).await;
-    for _ in 0..3000 {
-        let mut left = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name());
-        if left.next().is_some_and(|name| name == "first") && left.next().is_none() {
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(30) {
+        // Each response gives the agent the time to remove the unfinished file.
+        let listed: Listing = host.get(&list_of(&path)).await;
+        if listed.entries.iter().map(|entry| entry.name.as_str()).eq(["first"]) {
             return;
         }
-        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     panic!("{:?}", describe(&path));
 }

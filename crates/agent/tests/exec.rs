@@ -5,6 +5,9 @@
 mod support;
 
 use futures::future::join_all;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use scalebox_agent_api::exec::{MAX_ARGUMENT, MAX_ARGUMENTS, MAX_BUFFER, MAX_ENDED};
 use scalebox_agent_api::{ExecEnd, ExecStatus, FailureCode, StartExec};
 use std::fs;
@@ -12,6 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 use support::execs::{Ran, exec, script, terminal};
 use support::host;
+use tokio::time::timeout;
 
 fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
@@ -250,12 +254,12 @@ async fn the_timeout_kills_the_whole_process_group() {
         timed_out: true,
     };
     assert_eq!(ran.end, Some(end));
-    let stat = format!("/proc/{}/stat", ran.stdout().trim());
-    let started = Instant::now();
-    // Process 1 reaps it.
-    while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
-        assert!(started.elapsed() < Duration::from_secs(10), "the child lives");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    let child = Pid::from_raw(ran.stdout().trim().parse().unwrap()).unwrap();
+    // The child may have been reaped by process 1 already.
+    if let Ok(child) = pidfd_open(child, PidfdFlags::empty()) {
+        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
+        let ended = poll(&mut [PollFd::new(&child, PollFlags::IN)], Some(&limit)).unwrap();
+        assert_eq!(ended, 1, "the child lives");
     }
 }
 
@@ -264,6 +268,7 @@ async fn processes_that_are_left_behind_do_not_keep_an_exec_open() {
     let host = host().await;
     let file = tempfile::tempdir().unwrap();
     let left = file.path().join("left");
+    mknodat(CWD, &left, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     let request = script(&format!(
         "(sleep 2; echo dropped; echo dropped >&2; echo written > {}) & echo started",
         left.display()
@@ -272,10 +277,12 @@ async fn processes_that_are_left_behind_do_not_keep_an_exec_open() {
     let ran = host.run(&request).await;
     assert_eq!((ran.exit_code(), ran.stdout().as_str()), (Some(0), "started\n"));
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
-    while fs::read_to_string(&left).unwrap_or_default() != "written\n" {
-        assert!(started.elapsed() < Duration::from_secs(30), "its writes do not fail");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    // Reading the FIFO waits for the writer.
+    let written = tokio::task::spawn_blocking(move || fs::read_to_string(left));
+    let written = timeout(Duration::from_secs(30), written)
+        .await
+        .expect("its writes do not fail");
+    assert_eq!(written.unwrap().unwrap(), "written\n");
     assert_eq!(host.state(&request.id).await.output_end, 8);
     let flood = host.run(&script("yes & echo $! >&2")).await;
     assert_eq!(flood.exit_code(), Some(0));

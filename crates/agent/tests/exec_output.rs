@@ -7,15 +7,18 @@ mod support;
 use futures::future::join_all;
 use http_body_util::BodyExt;
 use hyper::Method;
-use scalebox_agent::{Agent, serve};
+use rustix::io::FdFlags;
+use scalebox_agent::Agent;
 use scalebox_agent_api::exec::{MIN_BUFFER, TOTAL_BUFFER};
 use scalebox_agent_api::frame::{Decoder, Frame};
 use scalebox_agent_api::{FailureCode, InitKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use support::execs::{Ran, exec, script};
 use support::{Host, bytes, connect, connect_to, host};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
 /// Returns the output of `seq 1 LAST`.
@@ -75,13 +78,13 @@ async fn a_slow_follower_loses_nothing() {
     let mut request = exec(&["seq", "1", "1200000"]);
     request.buffer = Some(64 << 10);
     host.start(&request).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The follower begins when the command has filled most of the buffer, which it then waits for.
+    while host.state(&request.id).await.output_end < 32 << 10 {}
     let (mut frames, mut ran) = (host.output(&request.id, 0, true).await, Ran::default());
     while let Some(frame) = frames.next().await {
         ran.add(frame);
-        if ran.offset % 50 == 0 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        // A request after each frame makes the follower slower than the command.
+        host.state(&request.id).await;
     }
     assert_eq!((ran.lost, ran.exit_code()), (0, Some(0)));
     assert!(ran.stdout() == numbers(1_200_000));
@@ -125,32 +128,22 @@ async fn output_is_read_without_following_while_the_command_runs() {
         .unwrap();
 }
 
-const AGENT_SOCKET: &str = "SCALEBOX_TEST_AGENT_SOCKET";
-
-/// Serves one host in a process of its own, whose memory is the agent's.
-#[tokio::test]
-#[ignore = "another test starts it"]
-async fn agent_process() {
-    let stream = UnixStream::connect(std::env::var_os(AGENT_SOCKET).unwrap())
-        .await
-        .unwrap();
-    let agent = Agent::new(InitKind::System);
-    serve(&agent, stream).await.unwrap();
-}
-
-/// Starts an agent in a process of its own.
+/// Starts the program in a process of its own, whose memory is the agent's. Its port is a socket.
+/// Needs root, because the agent changes its root.
 async fn start_agent() -> (Child, Host) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
-    let listener = UnixListener::bind(&path).unwrap();
-    let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "agent_process"])
-        .env(AGENT_SOCKET, &path)
+    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_scalebox-agent"))
+        .args(["serve", "--init=system", &format!("--port={}", theirs.as_raw_fd())])
+        .current_dir("/")
         .stdout(Stdio::null())
         .kill_on_drop(true)
         .spawn()
         .unwrap();
-    let (stream, _) = listener.accept().await.unwrap();
+    drop(theirs);
+    let stream = UnixStream::from_std(ours).unwrap();
     (child, connect_to(stream).await)
 }
 

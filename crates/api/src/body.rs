@@ -246,10 +246,9 @@ impl<'a> Fields<'a> {
         self.0.get(field).is_some_and(|json| json.starts_with('{'))
     }
 
-    /// Returns the number as a string, if the field is a number: for values that have both forms.
-    pub(crate) fn as_number_text(&self, field: &'static str) -> Option<&'a str> {
-        let json = self.0.get(field).copied()?;
-        json.starts_with(|c: char| c.is_ascii_digit()).then_some(json)
+    /// Returns the whole number, if the field is one: for values that have both forms.
+    pub(crate) fn as_number(&self, field: &'static str) -> Option<u64> {
+        self.0.get(field).copied().and_then(whole_number)
     }
 
     /// Parses a required whole number.

@@ -55,12 +55,12 @@ pub struct CreateExec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, minimum = 1, maximum = 604_800))]
     pub timeout_seconds: Option<u64>,
-    /// Whether to respond when the command has started, with its id.
+    /// `true` for a response when the command has started, with its id.
     #[serde(skip_serializing_if = "is_false")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = false))]
     pub background: bool,
-    /// Whether stdin stays open after `stdin`, for `POST …/stdin` and an attached client; only with
-    /// `background`.
+    /// `true` if stdin stays open after `stdin`, for `POST …/stdin` and an attached client; only
+    /// with `background`.
     #[serde(skip_serializing_if = "is_false")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = false))]
     pub open_stdin: bool,
@@ -375,7 +375,7 @@ pub struct ExecEnd {
     /// The signal that killed the command, such as `KILL`.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub signal: Option<Signal>,
-    /// Whether the command was killed because of its timeout.
+    /// `true` if the command was killed because of its timeout.
     pub timed_out: bool,
     /// Time between start and end, in milliseconds.
     pub duration_ms: u64,
@@ -392,7 +392,7 @@ pub struct ExecResult {
     /// The signal that killed the command, such as `KILL`.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub signal: Option<Signal>,
-    /// Whether the command was killed because of its timeout.
+    /// `true` if the command was killed because of its timeout.
     pub timed_out: bool,
     /// The first MiB of stdout.
     pub stdout: String,
@@ -406,7 +406,7 @@ pub struct ExecResult {
     #[serde(default, skip_serializing_if = "Encoding::is_utf8")]
     #[cfg_attr(feature = "openapi", schema(required = false))]
     pub stderr_encoding: Encoding,
-    /// Whether the command wrote more than the response contains.
+    /// `true` if the command wrote more than the response contains.
     pub truncated: bool,
     /// Time between start and end, in milliseconds.
     pub duration_ms: u64,
@@ -420,7 +420,7 @@ pub struct Exec {
     pub exec: ExecId,
     /// The program and its arguments.
     pub argv: Vec<String>,
-    /// Whether the command still runs.
+    /// `running` or `ended`.
     pub status: ExecStatus,
     /// The exit status, 0 to 255; absent while the command runs and if a signal killed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -429,7 +429,7 @@ pub struct Exec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub signal: Option<Signal>,
-    /// Whether the command was killed because of its timeout; absent while it runs.
+    /// `true` if the command was killed because of its timeout; absent while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timed_out: Option<bool>,
     /// Time of the start by the guest's clock: RFC 3339, in UTC.
@@ -437,7 +437,7 @@ pub struct Exec {
     pub started_at: String,
     /// Time since the start, or between start and end, in milliseconds.
     pub duration_ms: u64,
-    /// Whether the command has a terminal.
+    /// `true` if the command has a terminal.
     pub tty: bool,
     /// Offset of the oldest byte of the output that can still be read.
     pub output_start: u64,
@@ -445,7 +445,7 @@ pub struct Exec {
     pub output_end: u64,
 }
 
-/// Whether a command runs.
+/// The status of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
@@ -497,8 +497,8 @@ impl SignalExec {
     /// Returns the first problem found, with the field and its valid values.
     pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
         let fields = Fields::read(body, &["signal"])?;
-        if let Some(number) = fields.as_number_text("signal") {
-            let signal = number.parse();
+        if let Some(number) = fields.as_number("signal") {
+            let signal = number.to_string().parse();
             return signal
                 .map(|signal| SignalExec { signal })
                 .map_err(|form| Invalid::Form { field: "signal", form });

@@ -185,7 +185,7 @@ pub enum FileKind {
 pub struct FileList {
     /// The entries of the directory by name, at most 10,000.
     pub entries: Vec<FileEntry>,
-    /// Whether the directory has more entries.
+    /// `true` if the directory has more entries.
     pub truncated: bool,
 }
 
@@ -204,7 +204,7 @@ pub struct MakeDirectory {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub user: Option<FileOwner>,
-    /// Whether to create missing parents, and to accept an existing directory.
+    /// `true` to create missing parents, and to accept an existing directory.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = false))]
     pub parents: bool,

@@ -68,10 +68,10 @@ pub struct PullTemplate {
     /// Password, or an access token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password: Option<String>,
-    /// Whether plain HTTP may be used if HTTPS does not work. Registries on loopback may always use
-    /// it.
+    /// `true` if plain HTTP may be used when HTTPS does not work. Registries on loopback may always
+    /// use it.
     pub insecure: bool,
-    /// Whether to replace an existing template of this name.
+    /// `true` to replace an existing template of this name.
     pub replace: bool,
 }
 

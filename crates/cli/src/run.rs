@@ -116,7 +116,7 @@ struct Disposable {
     phase: Arc<Mutex<Phase>>,
 }
 
-/// What the VM is used for; decides what a signal does.
+/// The present use of the VM, which decides the effect of a signal.
 #[derive(Default)]
 enum Phase {
     /// It does not exist.

@@ -75,7 +75,8 @@ pub(crate) struct Session<'c> {
     link: Arc<Link>,
     /// Offset of the next byte of the output.
     offset: u64,
-    /// Whether the server has received all of standard input, on this connection or an earlier one.
+    /// `true` if the server has received all of standard input, on this connection or an earlier
+    /// one.
     is_stdin_received: bool,
     stdin: Stdin,
     raw_mode: Option<RawMode>,
@@ -91,7 +92,7 @@ enum Stdin {
     Stream(Arc<Forwarded>),
 }
 
-/// What the thread that sends standard input has read. It sets each before it sends that.
+/// The progress of the thread that sends standard input. It sets each field before it sends.
 #[derive(Default)]
 struct Forwarded {
     content: AtomicBool,

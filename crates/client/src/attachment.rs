@@ -143,7 +143,7 @@ struct Connection {
     call: String,
 }
 
-/// Whether to continue.
+/// The next step of the connection's thread.
 #[derive(PartialEq, Eq)]
 enum Next {
     Continue,

@@ -29,7 +29,7 @@ pub struct Upload {
     pub mode: Option<FileMode>,
     /// Owner; root by default.
     pub user: Option<FileOwner>,
-    /// Whether to create missing parents.
+    /// `true` to create missing parents.
     pub parents: bool,
 }
 

@@ -10,7 +10,7 @@ pub struct OutputStream {
     lines: BufReader<Box<dyn Read + Send>>,
     /// The request, for error messages.
     call: String,
-    /// Whether the stream may end without a last line, because it shows only past output.
+    /// `true` if the stream may end without a last line, because it shows only past output.
     may_end: bool,
     has_ended: bool,
 }

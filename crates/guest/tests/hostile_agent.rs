@@ -293,7 +293,7 @@ async fn closing_a_connection_ends_its_streams_at_once() {
     let connection = served(move |_| (200, endless(count.clone()))).await;
     let mut download = connection.read_tar(b"/x").await.unwrap();
     download.next().await.unwrap().unwrap();
-    // Nobody reads: the agent can send no more than the window.
+    // The host does not read: the agent can send no more than the window.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(taken.load(Ordering::Relaxed) < 2 << 20);
     connection.close();

@@ -147,21 +147,21 @@ fn tree(folder: &Path) -> PathBuf {
         .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())
         .take(5_000_001)
         .collect();
-    put("work/large", &large);
-    put("work/empty", b"");
-    put("work/short", b"short\n");
-    put("work/mail", "a line of two hundred bytes or so, ".repeat(6).as_bytes());
+    put("data/large", &large);
+    put("data/empty", b"");
+    put("data/short", b"short\n");
+    put("data/mail", "a line of two hundred bytes or so, ".repeat(6).as_bytes());
     for nth in 0..300 {
         put(
-            &format!("work/many/file-with-a-long-name-{nth:04}"),
+            &format!("data/many/file-with-a-long-name-{nth:04}"),
             format!("{nth}\n").as_bytes(),
         );
     }
-    symlink("short", root.join("work/link")).unwrap();
-    symlink("x/".repeat(80), root.join("work/long-link")).unwrap();
-    fs::hard_link(root.join("work/large"), root.join("work/again")).unwrap();
+    symlink("short", root.join("data/link")).unwrap();
+    symlink("x/".repeat(80), root.join("data/long-link")).unwrap();
+    fs::hard_link(root.join("data/large"), root.join("data/again")).unwrap();
     rustix::fs::setxattr(
-        root.join("work/mail"),
+        root.join("data/mail"),
         "user.note",
         b"kept",
         rustix::fs::XattrFlags::empty(),
@@ -394,7 +394,7 @@ fn same_tree(row: &mut Row, root: &Path, image: &Path, scratch: &Path, when: &st
         ));
     }
     if !row.options.contains("^ext_attr") && !row.options.contains("-O none ") && !row.options.contains("-r 0") {
-        let note = run("debugfs", &["-R", "ea_get /work/mail user.note", text(image)]);
+        let note = run("debugfs", &["-R", "ea_get /data/mail user.note", text(image)]);
         row.require(note.contains("kept"), &format!("the attribute, {when}, changed"));
     }
 }

@@ -118,7 +118,7 @@ impl Output {
             let limit = self.budget.limit(self.limit);
             match self.change(|ring| ring.make_room(limit, Instant::now())) {
                 Room::Free => return,
-                // Whether a follower has read or the time is over, the next attempt decides.
+                // The next attempt finds out: a follower has read, or the time is over.
                 Room::Until(time) => drop(timeout_at(time.into(), freed).await),
             }
         }

@@ -82,7 +82,7 @@ fn explain(error: io::Error, request: &StartExec, cwd: &str) -> Failure {
     }
 }
 
-/// What a new process does before it becomes the program.
+/// The steps of a new process before it becomes the program.
 struct Setup {
     image: Image,
     terminal: bool,

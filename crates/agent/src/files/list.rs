@@ -41,7 +41,7 @@ pub(crate) async fn list(path: PathBuf) -> Result<Response, Failure> {
     Ok(response)
 }
 
-/// What is left to send of a listing.
+/// The part of a listing that is not sent yet.
 struct Rest {
     folder: Arc<OwnedFd>,
     /// The names, in reverse order.

@@ -53,7 +53,7 @@ pub(crate) async fn read(path: PathBuf) -> Result<Response, Failure> {
     Ok(response)
 }
 
-/// What is left to send of a file.
+/// The part of a file that is not sent yet.
 struct Content {
     file: OwnedFd,
     end: End,

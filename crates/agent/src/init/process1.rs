@@ -82,7 +82,7 @@ fn mount_all() -> Result<(), String> {
         ("/dev/stdout", "/proc/self/fd/1"),
         ("/dev/stderr", "/proc/self/fd/2"),
     ] {
-        // One that exists is right already.
+        // An existing link is right already.
         let _ = std::os::unix::fs::symlink(target, link);
     }
     match failed.is_empty() {

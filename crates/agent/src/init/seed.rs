@@ -12,7 +12,7 @@ pub(crate) const DEVICE: &str = "/dev/vdb";
 /// Where it is mounted for a moment, in the initramfs.
 const TARGET: &str = "/seed";
 
-/// What the host tells the guest: the file `scalebox` of the seed drive, `KEY=VALUE` per line.
+/// The guest's identity: the file `scalebox` of the seed drive, `KEY=VALUE` per line.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
     pub(crate) hostname: Option<String>,

@@ -5,13 +5,13 @@ use crate::system::Frozen;
 use scalebox_agent_api::InitKind;
 use std::sync::Arc;
 
-/// What all connections share.
+/// The state that all connections share.
 pub struct Agent {
     /// The commands.
     pub(crate) execs: Arc<Execs>,
     /// The program that is process 1.
     pub(crate) init: InitKind,
-    /// Whether the guest's file systems are frozen.
+    /// The state of freezing the guest's file systems.
     pub(crate) frozen: Arc<Frozen>,
 }
 

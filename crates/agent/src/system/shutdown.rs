@@ -90,7 +90,7 @@ fn signal_init(signal: i32) {
     // SAFETY: the number is not 0, and not one of the two that the C library reserves. This process
     // only sends it.
     let signal = unsafe { Signal::from_raw_unchecked(signal) };
-    // Nobody is left to report an error to: the host ends a machine that does not end itself.
+    // An error cannot be reported any more: the host kills a machine that does not end itself.
     let _ = kill_process(Pid::INIT, signal);
 }
 

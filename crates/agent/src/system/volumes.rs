@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Whether the guest's file systems are frozen.
+/// The state of freezing the guest's file systems.
 #[derive(Default)]
 pub(crate) struct Frozen(Mutex<bool>);
 

@@ -1,4 +1,4 @@
-//! What to do about the errors of the libraries.
+//! The remedies for the errors of the libraries.
 //!
 //! The libraries state facts: they know neither the settings and commands of the daemon nor how its
 //! host was installed. The remedies are here, one for each variant of an error. [`advised`] appends

@@ -76,7 +76,7 @@ pub(crate) enum ServiceError {
     /// The guest did not do it in time.
     #[error("{message}")]
     GuestTimeout {
-        /// What was not done, and for how long, as a sentence.
+        /// The operation that did not finish, and the time limit, as a sentence.
         message: String,
         /// The names in the sentence, for programs: an object.
         details: Value,

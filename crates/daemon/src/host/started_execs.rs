@@ -29,7 +29,7 @@ struct Budget {
     at: Instant,
 }
 
-/// What the start of a command entails.
+/// The effects of the start of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Start {
     /// The events of the command are to be published.

@@ -42,7 +42,7 @@ pub(super) struct Sim {
     /// The result of recovery at the last start.
     pub recovered: Recovered,
     folder: TempDir,
-    /// Whether the clock of the daemon is paused.
+    /// `true` if the clock of the daemon is paused.
     is_paused: bool,
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct Finished {
     pub(crate) stdout: Spool,
     /// The beginning of stderr.
     pub(crate) stderr: Spool,
-    /// Whether the command wrote more.
+    /// `true` if the command wrote more.
     pub(crate) truncated: bool,
 }
 
@@ -66,7 +66,7 @@ pub(crate) async fn start(host: &Host, reference: &str, request: &CreateExec) ->
     start_on(&mut guest, &exec).await?;
     if !stdin.is_empty() {
         let written = write_stdin_later(&guest, &id, stdin, !request.open_stdin);
-        // What the client writes next comes after it. A command that does not read is not awaited.
+        // Later input of the client comes after it. A command that does not read is not awaited.
         if request.open_stdin {
             let _ = timeout(STDIN_TIMEOUT, written).await;
         }

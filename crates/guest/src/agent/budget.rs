@@ -22,7 +22,7 @@ const PER_BODY_BYTE: u64 = 4;
 /// Bytes for each second: responses to pings.
 const PER_SECOND: u64 = 4 << 10;
 
-/// What the agent may send, in bytes.
+/// The number of bytes that the agent may send.
 #[derive(Debug)]
 pub(crate) struct Budget {
     allowed: AtomicU64,

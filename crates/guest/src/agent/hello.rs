@@ -140,7 +140,7 @@ mod tests {
         let (greeted, ()) = tokio::join!(greet(&mut host, Duration::from_secs(5)), late);
         greeted.unwrap();
 
-        // Nobody reads: the stream's buffer is full after a few requests.
+        // No process reads: the stream's buffer is full after a few requests.
         let (mut host, _guest) = duplex(1 << 15);
         let error = greet(&mut host, Duration::from_secs(5)).await.unwrap_err();
         assert!(matches!(error, AgentError::Timeout { .. }), "{error}");

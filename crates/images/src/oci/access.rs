@@ -17,7 +17,7 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// What a request shows to be let in.
+/// The authorization that a request carries.
 #[derive(Clone)]
 pub(crate) enum Access {
     Basic(Credentials),

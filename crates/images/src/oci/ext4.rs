@@ -77,7 +77,7 @@ pub(crate) fn write(unpacked: Unpacked<'_>, image: &Path, task: &Task) -> Result
     Ok(mke2fs::finish(image)?)
 }
 
-/// What a tree needs in a file system.
+/// The needs of a tree in a file system.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Plan {
     inodes: u64,

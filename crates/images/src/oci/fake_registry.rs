@@ -19,7 +19,7 @@ pub(crate) struct Request {
     pub(crate) from: Option<usize>,
 }
 
-/// What it answers.
+/// The response of the fake registry.
 #[derive(Debug, Clone)]
 pub(crate) enum Reply {
     /// A status, headers and a body.

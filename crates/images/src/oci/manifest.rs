@@ -29,7 +29,7 @@ impl Manifest {
     }
 }
 
-/// What a reference leads to.
+/// The target of a reference.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Document {
     Image(Manifest),

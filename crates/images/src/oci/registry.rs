@@ -37,7 +37,7 @@ pub(crate) struct Registry {
     client: Client,
     reach: Arc<Reach>,
     credentials: Option<Credentials>,
-    /// What the last challenge was answered with.
+    /// The response to the last challenge.
     access: Mutex<Option<Access>>,
     deadlines: Deadlines,
 }

@@ -1,4 +1,4 @@
-//! What `pool init` reports while it runs.
+//! The reports of `pool init` while it runs.
 
 use crate::local::fstab::FstabError;
 use crate::local::sizing::{PoolSize, RequestedSize};

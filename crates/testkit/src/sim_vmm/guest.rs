@@ -10,9 +10,9 @@ use std::time::Duration;
 pub struct SimGuest {
     /// Time from launch or reboot until the agents respond.
     pub boot_time: Duration,
-    /// Whether the guest has `qemu-guest-agent`.
+    /// `qemu-guest-agent` of the guest, or its absence.
     pub qga: SimQga,
-    /// Whether the guest has our own agent.
+    /// Our own agent of the guest, or its absence.
     pub agent: SimAgent,
     /// Time from a shutdown request to the power-off. `None`: the guest ignores requests.
     pub shutdown_time: Option<Duration>,

@@ -65,7 +65,7 @@ const STATE_FACTS: &[&str] = &[
     "guest", "images", "mounts", "net", "programs", "storage", "units", "vmm",
 ];
 
-/// What advice of the daemon names, apart from settings.
+/// Words of the daemon's advice, apart from settings.
 const ADVICE: &[&str] = &["apt-get install", "`scalebox", "scaleboxd pool", "--replace"];
 
 /// The only dependency cycle: a simulated machine holds the connections to its agent, which refer

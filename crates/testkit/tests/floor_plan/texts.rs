@@ -1,4 +1,4 @@
-//! What the texts of a crate name.
+//! Finds words and phrases in the texts of a crate.
 
 use crate::sources::{Crate, is_test};
 use std::collections::BTreeSet;

@@ -11,7 +11,7 @@ const MAX_PATH: usize = 4095;
 /// the folder itself.
 ///
 /// # Errors
-/// What is wrong with the path, as the end of a sentence.
+/// The fault of the path, as the end of a sentence.
 pub(crate) fn inside(bytes: &[u8]) -> Result<PathBuf, &'static str> {
     if bytes.is_empty() {
         return Err("is empty");
