@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Runs the main path, from nothing to SSH in a VM whose root file system has the requested size.
-# Everything is in a scratch folder, which is removed at the end unless KEEP=1.
+# Runs the main paths, from nothing to SSH in a VM whose root file system has the requested size,
+# and to a command in a VM of an image from a registry. Everything is in a scratch folder, which is
+# removed at the end unless KEEP=1.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 # shellcheck source=scripts/scratch.sh
 source scripts/scratch.sh
+# shellcheck source=scripts/registry.sh
+source scripts/registry.sh
 
 daemon=$PWD/target/release/scaleboxd
 cli=$PWD/target/release/scalebox
@@ -38,6 +41,7 @@ tear_down() {
 	fi
 	finish_step
 	step "Clean up"
+	registry_down
 	scratch_down "$daemon"
 	finish_step
 	if [[ $status -eq 0 ]]; then
@@ -83,6 +87,24 @@ if ((blocks < disk_gib * 1073741824 * 9 / 10 || blocks > disk_gib * 1073741824))
 fi
 "$cli" vm list
 "$cli" pool show
+
+step "Start a registry with a password, and push an image"
+registry_up "$SCRATCH/registry"
+registry_image team/tools:1 >/dev/null 2>&1
+
+step "Pull the image as a template"
+printf '%s\n' "$REGISTRY_PASSWORD" | "$cli" template pull "$REGISTRY/team/tools:1" --username "$REGISTRY_USER"
+registry_down
+
+step "Run a command of the image in a VM of its own: no SSH, no key"
+status=0
+# shellcheck disable=SC2016 # the guest expands it
+output=$(HOME=$SCRATCH/home "$cli" run "$REGISTRY/team/tools:1" -- sh -c 'echo "hello from $(uname -s)"; exit 7') || status=$?
+printf '%s\nexit status: %s\n' "$output" "$status"
+if [[ $output != "hello from Linux" || $status != 7 ]]; then
+	echo "demo.sh: expected the output \"hello from Linux\" and the exit status 7" >&2
+	exit 1
+fi
 finish_step
 
 if [[ ${KEEP:-0} == 1 ]]; then

@@ -20,13 +20,16 @@ scratch_up() {
 }
 
 scratch_serve() {
-	local daemon=$1 log=$SCRATCH/daemon.log address tries
+	local daemon=$1 log=$SCRATCH/daemon.log address='' line tries
 	# The loop reads the log immediately, perhaps before the daemon's redirection creates it.
 	: >>"$log"
 	"$daemon" --config /dev/null serve 2>>"$log" &
 	DAEMON_PID=$!
 	for ((tries = 0; tries < 300; tries++)); do
-		address=$(sed -n 's/.* ready address=//p' "$log" | tail -n 1)
+		# A line without its end may still be being written: `read` skips it.
+		while IFS= read -r line; do
+			[[ $line != *' ready address='* ]] || address=${line##* ready address=}
+		done <"$log"
 		[[ -n $address ]] && break
 		kill -0 "$DAEMON_PID" 2>/dev/null || break
 		sleep 0.1
