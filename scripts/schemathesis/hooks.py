@@ -1,9 +1,10 @@
 """Adapts schemathesis to a scratch host: boots no guests, and removes created VMs and templates.
 
-Failures are ignored in four cases only: a job that can be read after it was cancelled; and,
+Failures are ignored in a few cases only: a job that can be read after it was cancelled; and,
 recognized by the error message, a valid request that the state of the host does not allow (a disk
-that would shrink), a host without a kernel for guests, and a full pool, which other requests of the
-run cause by shrinking it.
+that would shrink) or that breaks a rule which the schema cannot state, a host without a kernel for
+guests, a host with the maximum of jobs, and a full pool, which other requests of the run cause by
+shrinking it.
 """
 
 import base64
@@ -122,5 +123,6 @@ def filter_failure(context, failure, case, response):
     if type(failure).__name__ == "ServerError":
         no_kernel = response.status_code == 503 and "has no guest kernel" in error
         full = response.status_code == 507 and error.startswith("Insufficient storage: ")
-        return not (no_kernel or full)
+        busy = response.status_code == 503 and "jobs are already running" in error
+        return not (no_kernel or full or busy)
     return True

@@ -76,7 +76,10 @@ pub(crate) enum Error {
     Archive(String),
     #[error("the transfer from the VM failed: {0}")]
     Download(String),
-    #[error("there is no template {image:?}; {}; an image of a registry has a tag, such as {image}:latest", known_templates(known))]
+    #[error(
+        "there is no template {image:?}; {}; an image of a registry has a tag, such as {image}:latest",
+        known_templates(known)
+    )]
     NoImage { image: String, known: Vec<String> },
     #[error(
         "the template {name} is not the image {image}; pull it under another name: scalebox template pull {image} --name NAME"

@@ -3,7 +3,7 @@
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
 use crate::http::extract::Segment;
-use crate::http::query::Params;
+use crate::http::query::{MAX_OFFSET, Params};
 use crate::vm::guest;
 use axum::Json;
 use axum::body::{Body, Bytes};
@@ -58,7 +58,7 @@ pub(crate) async fn console(
     let params = Params::parse(&uri, &["follow", "tail"])?;
     let follow = params.flag("follow")?;
     let max = CONSOLE_LIMIT.as_u64();
-    let tail = params.number("tail", u64::MAX)?.unwrap_or(max).min(max);
+    let tail = params.number("tail", MAX_OFFSET)?.unwrap_or(max).min(max);
     let id = host.vms.find(&vm)?.id;
     let log = host.console_log(&id);
     let reader = blocking(move || ConsoleReader::open(&log, tail).map_err(unreadable)).await?;

@@ -5,7 +5,7 @@ use crate::host::error::ServiceError;
 use crate::http::error;
 use crate::http::exec_result;
 use crate::http::extract::{ExecPath, RawBody, Segment};
-use crate::http::query::Params;
+use crate::http::query::{MAX_OFFSET, Params};
 use crate::http::upload::upload;
 use crate::vm::exec::{self, Follow};
 use crate::vm::guest;
@@ -22,9 +22,6 @@ use std::convert::Infallible;
 
 /// The media type of a stream of JSON lines.
 const NDJSON: &str = "application/x-ndjson";
-/// The largest offset of a request: the largest integer that JSON numbers hold exactly.
-pub(crate) const MAX_OFFSET: u64 = (1 << 53) - 1;
-
 /// Runs a command in a VM, and returns its output and exit status.
 ///
 /// With `Accept: application/x-ndjson` the output is streamed while the command runs. With

@@ -5,6 +5,7 @@
 //! adds the responses that are common to all routes, and the bounds that come from this host's
 //! settings and size.
 
+use crate::http::query::MAX_OFFSET;
 use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -184,7 +185,7 @@ fn parameter_schema(name: &str) -> Option<Value> {
         "name" => json!({ "type": "string", "pattern": TEMPLATE_NAME }),
         "exec" => json!({ "type": "string", "pattern": EXEC_ID }),
         "path" => json!({ "type": "string", "minLength": 1, "maxLength": 4095, "pattern": "^/" }),
-        "tail" => json!({ "type": "integer", "minimum": 0 }),
+        "tail" => json!({ "type": "integer", "minimum": 0, "maximum": MAX_OFFSET }),
         "mode" => json!({ "type": "string", "pattern": "^[0-7]{1,4}$" }),
         "wait" => json!({ "type": "string", "enum": ["agent"] }),
         "format" => json!({ "type": "string", "enum": ["tar"] }),

@@ -7,6 +7,9 @@ use scalebox_api::GuestPath;
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
+/// The largest offset of a request: the largest integer that JSON numbers hold exactly.
+pub(crate) const MAX_OFFSET: u64 = (1 << 53) - 1;
+
 /// The parameters of a query, decoded.
 pub(crate) struct Params(BTreeMap<&'static str, Vec<u8>>);
 
