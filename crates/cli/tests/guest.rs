@@ -587,7 +587,7 @@ fn run_deletes_the_vm_after_errors_but_never_one_that_it_did_not_create() {
         &mut home.at(&guest.url(), &["run", "--name", "job", "debian-base", "true"]),
     ));
     assert!(ran.code == 125 && ran.err.contains("in use"), "{}", ran.err);
-    let ran = run(quiet(&mut home.at(&guest.url(), &["run", "debain-base", "true"])));
+    let ran = run(quiet(&mut home.at(&guest.url(), &["run", "debian-bass", "true"])));
     assert!(
         ran.code == 125 && ran.err.contains("the templates are debian-base"),
         "{}",
