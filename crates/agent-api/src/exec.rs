@@ -120,7 +120,7 @@ pub struct ExecStatus {
     /// The command. Arguments beyond [`MAX_STATUS_ARGV`] bytes are left out; the last one that is
     /// there ends with `…` then.
     pub argv: Vec<String>,
-    /// The process id in the guest.
+    /// The process id in the guest; 0 if the main process could not be started.
     pub pid: u32,
     /// The start time, in milliseconds since 1970 by the guest's clock.
     pub started_at_ms: u64,
@@ -135,6 +135,18 @@ pub struct ExecStatus {
     /// How the command ended; none while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end: Option<ExecEnd>,
+    /// The restarts of the main process; none for other execs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<Restarts>,
+}
+
+/// How often the main process was started again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restarts {
+    /// The number of restarts.
+    pub count: u64,
+    /// `true` if it has ended and is about to be started again.
+    pub pending: bool,
 }
 
 /// How a command ended.

@@ -50,11 +50,13 @@ pub mod failure;
 pub mod files;
 pub mod frame;
 pub mod hello;
+pub mod main_process;
 pub mod system;
 
-pub use exec::{ExecEnd, ExecStatus, Signal, StartExec, Terminal, WindowSize};
+pub use exec::{ExecEnd, ExecStatus, Restarts, Signal, StartExec, Terminal, WindowSize};
 pub use failure::{AgentFailure, FailureCode};
 pub use files::{FileInfo, FileKind, Listing, headers};
+pub use main_process::{MainProcess, RestartPolicy};
 pub use system::{Clock, Info, InitKind, RootSize, Shutdown, Stats, Trimmed};
 
 /// The virtio-serial port of the agent, as in `/sys/class/virtio-ports/*/name`.

@@ -15,8 +15,8 @@
 //! | `serve` | the process that serves the host |
 //! | `init` | from the start of the kernel to the root file system; process 1 without an init |
 //!
-//! `accounts` finds the guest's users and groups, and `blocking` has the threads for operations
-//! that block.
+//! `accounts` finds the guest's users and groups, `blocking` has the threads for operations that
+//! block, and `run_dir` the files by which process 1 and the agent know about the main process.
 //!
 //! The agent runs on one thread, plus short-lived threads for operations that block. The host is
 //! trusted: it owns the guest. Programs in the guest cannot reach the agent's port, because only
@@ -27,6 +27,7 @@ mod blocking;
 mod exec;
 mod files;
 mod init;
+mod run_dir;
 mod serve;
 mod server;
 mod system;

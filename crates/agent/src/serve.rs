@@ -1,11 +1,14 @@
 //! Serves the host, in a process of its own.
 
+use crate::run_dir::{self, RunDir};
 use crate::server::Agent;
 use crate::transport;
 use rustix::process::{chdir, chroot};
 use scalebox_agent_api::InitKind;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::sync::Arc;
 
 /// How the agent was started.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,7 +54,26 @@ pub fn run(options: ServeOptions) -> io::Result<()> {
         rustix::io::fcntl_setfd(port, rustix::io::FdFlags::CLOEXEC)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(transport::run(Agent::new(options.init), port))
+    runtime.block_on(async {
+        let agent = Agent::new(options.init);
+        if options.init == InitKind::Agent {
+            start_main(&agent);
+        }
+        transport::run(agent, port).await
+    })
+}
+
+/// Starts the main process of a guest without an init, if it has one.
+fn start_main(agent: &Arc<Agent>) {
+    let folder = Path::new(run_dir::FOLDER);
+    match RunDir::at(folder).read_main() {
+        Ok(Some(main)) => {
+            let agent = Arc::clone(agent);
+            tokio::spawn(async move { agent.supervise(main, folder).await });
+        }
+        Ok(None) => {}
+        Err(error) => eprintln!("scalebox-agent: cannot start the main process: {error}"),
+    }
 }
 
 #[cfg(test)]

@@ -10,18 +10,27 @@ use scalebox_agent_api::{FailureCode, StartExec};
 /// [`FailureCode::Invalid`].
 pub(crate) fn check(request: &StartExec) -> Result<(), Failure> {
     check_id(&request.id)?;
+    check_command(request)?;
+    if request.timeout_ms == Some(0) {
+        return invalid("the timeout is 0 ms");
+    }
+    if request.buffer.is_some_and(|size| size > MAX_BUFFER) {
+        return invalid(format!("the buffer is larger than {MAX_BUFFER} bytes"));
+    }
+    Ok(())
+}
+
+/// Checks the command itself: arguments, environment, working directory.
+///
+/// # Errors
+/// [`FailureCode::Invalid`].
+pub(crate) fn check_command(request: &StartExec) -> Result<(), Failure> {
     check_strings(request)?;
     check_size(request)?;
     if let Some(cwd) = &request.cwd
         && !cwd.starts_with('/')
     {
         return invalid(format!("the working directory {cwd:?} is not an absolute path"));
-    }
-    if request.timeout_ms == Some(0) {
-        return invalid("the timeout is 0 ms");
-    }
-    if request.buffer.is_some_and(|size| size > MAX_BUFFER) {
-        return invalid(format!("the buffer is larger than {MAX_BUFFER} bytes"));
     }
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! | `start` | from a request to a running exec |
 //! | `check`, `image`, `streams`, `launch` | its steps: limits, program, pipes, process |
 //! | `wait`, `copy` | from a running exec to its end |
+//! | `supervise` | the main process of a guest without an init, and its restarts |
 //! | `buffer`, `ring` | the output in between, in bounded memory |
 //! | `output`, `stdin`, `signal`, `resize` | requests for an exec |
 //! | `table` | all execs |
@@ -21,9 +22,11 @@ mod signal;
 mod start;
 mod stdin;
 mod streams;
+mod supervise;
 mod table;
 mod wait;
 
+pub(crate) use supervise::supervise;
 pub(crate) use table::Execs;
 
 use crate::server::{Failure, Query, Request, Response, json, no_content, no_route, read_json};

@@ -15,11 +15,11 @@ pub(crate) fn send(exec: &Exec, signal: i32) -> Result<(), Failure> {
         return Err(Failure::new(FailureCode::Invalid, error));
     }
     // After the end, the number may belong to another process group.
-    if !exec.is_running() {
+    let Some(pid) = exec.pid.filter(|_| exec.is_running()) else {
         return Err(exec.has_ended());
-    }
+    };
     // SAFETY: has no effect on the memory of this process.
-    match unsafe { libc::kill(-exec.pid.as_raw_pid(), signal) } {
+    match unsafe { libc::kill(-pid.as_raw_pid(), signal) } {
         0 => Ok(()),
         _ => Err(Failure::io(format!("send the signal {signal} to exec {}", exec.id))(
             io::Error::last_os_error(),

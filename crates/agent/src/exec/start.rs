@@ -2,12 +2,13 @@
 
 use crate::exec::buffer::Output;
 use crate::exec::check::check;
-use crate::exec::launch::{Launched, launch};
+use crate::exec::launch::launch;
 use crate::exec::ring::MAX_STALL;
 use crate::exec::streams::Streams;
-use crate::exec::table::{Exec, Execs, Phase};
+use crate::exec::table::{Exec, Execs, Fd, Phase};
 use crate::exec::wait;
 use crate::server::Failure;
+use rustix::process::Pid;
 use scalebox_agent_api::exec::{DEFAULT_BUFFER, MAX_STATUS_ARGV};
 use scalebox_agent_api::{ExecStatus, FailureCode, StartExec};
 use std::io;
@@ -57,7 +58,13 @@ async fn start_checked(execs: Arc<Execs>, request: StartExec) -> Result<ExecStat
         .map_err(io::Error::other)
         .map_err(Failure::io("start the command"))?;
     let launched = launched?;
-    let exec = Arc::new(exec(&execs, &request, &launched));
+    let output = Output::new(
+        &execs.budget,
+        usize::try_from(request.buffer.unwrap_or(DEFAULT_BUFFER)).unwrap_or(usize::MAX),
+        request.attached.then(|| Instant::now() + MAX_STALL),
+    );
+    let input = input_of(&launched.streams);
+    let exec = Arc::new(exec(&request, Some(launched.pid), input, output));
     reservation.fill(&exec);
     let timeout = request.timeout_ms.map(Duration::from_millis);
     let status = exec.status();
@@ -65,31 +72,32 @@ async fn start_checked(execs: Arc<Execs>, request: StartExec) -> Result<ExecStat
     Ok(status)
 }
 
-fn exec(execs: &Execs, request: &StartExec, launched: &Launched) -> Exec {
-    let started = Instant::now();
-    let reserved_until = request.attached.then_some(started + MAX_STALL);
-    let size = request.buffer.unwrap_or(DEFAULT_BUFFER);
-    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let input = match &launched.streams {
+fn input_of(streams: &Streams) -> Option<Fd> {
+    match streams {
         Streams::Pipes { stdin, .. } => stdin.clone(),
         Streams::Terminal(terminal) => Some(Arc::clone(terminal)),
-    };
+    }
+}
+
+/// Returns a new exec. `pid` is that of its process, if one was started.
+pub(crate) fn exec(request: &StartExec, pid: Option<Pid>, input: Option<Fd>, output: Arc<Output>) -> Exec {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Exec {
         id: request.id.clone(),
         argv: shortened(&request.argv),
-        pid: launched.pid,
-        started,
+        pid,
+        started: Instant::now(),
         started_at_ms: u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX),
         tty: request.tty.is_some(),
-        output: Output::new(
-            &execs.budget,
-            usize::try_from(size).unwrap_or(usize::MAX),
-            reserved_until,
-        ),
+        output,
         input: Mutex::new(input),
         input_order: tokio::sync::Mutex::new(()),
-        phase: watch::Sender::new(Phase::Running),
+        phase: watch::Sender::new(match pid {
+            Some(_) => Phase::Running,
+            None => Phase::Exited,
+        }),
         end: OnceLock::new(),
+        restarts: None,
     }
 }
 

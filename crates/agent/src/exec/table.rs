@@ -4,7 +4,7 @@ use crate::exec::buffer::{Budget, Output};
 use crate::server::Failure;
 use rustix::process::Pid;
 use scalebox_agent_api::exec::{MAX_ENDED, MAX_RUNNING};
-use scalebox_agent_api::{ExecEnd, ExecStatus, FailureCode};
+use scalebox_agent_api::{ExecEnd, ExecStatus, FailureCode, Restarts};
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -106,6 +106,18 @@ impl Execs {
         lock(&self.table).running
     }
 
+    /// Replaces the exec of the guest's main process by the one of its next run.
+    pub(crate) fn replace(&self, exec: &Arc<Exec>) {
+        lock(&self.table)
+            .execs
+            .insert(exec.id.clone(), Entry::Started(Arc::clone(exec)));
+    }
+
+    /// Records that the guest's main process is not started again. It is not forgotten.
+    pub(crate) fn main_ended(&self) {
+        lock(&self.table).running -= 1;
+    }
+
     /// Records that a running exec has ended, and forgets the oldest ended one beyond
     /// [`MAX_ENDED`].
     pub(crate) fn ended(&self, id: &str) {
@@ -158,8 +170,8 @@ pub(crate) enum Phase {
 pub(crate) struct Exec {
     pub(crate) id: String,
     pub(crate) argv: Vec<String>,
-    /// The main process, and its process group.
-    pub(crate) pid: Pid,
+    /// The main process, and its process group; none if it could not be started.
+    pub(crate) pid: Option<Pid>,
     pub(crate) started: Instant,
     pub(crate) started_at_ms: u64,
     pub(crate) tty: bool,
@@ -170,6 +182,8 @@ pub(crate) struct Exec {
     pub(crate) input_order: tokio::sync::Mutex<()>,
     pub(crate) phase: watch::Sender<Phase>,
     pub(crate) end: OnceLock<(ExecEnd, Duration)>,
+    /// For the main process of the guest: its restarts.
+    pub(crate) restarts: Option<Mutex<Restarts>>,
 }
 
 impl Exec {
@@ -181,13 +195,28 @@ impl Exec {
         ExecStatus {
             id: self.id.clone(),
             argv: self.argv.clone(),
-            pid: self.pid.as_raw_pid().unsigned_abs(),
+            pid: self.pid.map_or(0, |pid| pid.as_raw_pid().unsigned_abs()),
             started_at_ms: self.started_at_ms,
             duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
             tty: self.tty,
             output_start,
             output_end,
             end: end.map(|(end, _)| *end),
+            restarts: self.restarts.as_ref().map(|restarts| *lock(restarts)),
+        }
+    }
+
+    /// Records the end, and closes stdin or releases the terminal.
+    pub(crate) fn record_end(&self, end: ExecEnd, duration: Duration) {
+        self.close_input();
+        // There is one end.
+        let _ = self.end.set((end, duration));
+    }
+
+    /// Records whether the guest's main process is about to be started again.
+    pub(crate) fn set_pending_restart(&self, pending: bool) {
+        if let Some(restarts) = &self.restarts {
+            lock(restarts).pending = pending;
         }
     }
 

@@ -18,27 +18,41 @@ use tokio::process::Child;
 
 /// Runs an exec from its start to its end.
 pub(crate) async fn run(execs: Arc<Execs>, exec: Arc<Exec>, launched: Launched, timeout: Option<Duration>) {
-    let main = main_process(&exec, launched.child, timeout);
+    let ((end, duration), open) = to_end(&exec, launched, timeout).await;
+    // The state first: who has read the end also sees it in the state.
+    exec.record_end(end, duration);
+    execs.ended(&exec.id);
+    exec.output.finish(end);
+    drop(exec);
+    drain_all(execs, open).await;
+}
+
+/// Waits until the main process of an exec has ended and its output was read. Returns the end, the
+/// time from the start to it, and the pipes that other processes hold open.
+pub(crate) async fn to_end(
+    exec: &Exec,
+    launched: Launched,
+    timeout: Option<Duration>,
+) -> ((ExecEnd, Duration), Vec<Fd>) {
+    let main = main_process(exec, launched.child, timeout);
     match launched.streams {
         Streams::Terminal(terminal) => {
-            let ((end, duration), _) = tokio::join!(main, copy(&exec, &terminal, Stream::Stdout));
+            let (end, _) = tokio::join!(main, copy(exec, &terminal, Stream::Stdout));
             // Closing the terminal sends SIGHUP to the processes that still use it.
             drop(terminal);
-            finish(&execs, &exec, end, duration);
+            (end, Vec::new())
         }
         Streams::Pipes { stdin, stdout, stderr } => {
             // Else the agent would keep a pipe that the host closes.
             drop(stdin);
-            let ((end, duration), stdout_open, stderr_open) = tokio::join!(
+            let (end, stdout_open, stderr_open) = tokio::join!(
                 main,
-                copy(&exec, &stdout, Stream::Stdout),
-                copy(&exec, &stderr, Stream::Stderr)
+                copy(exec, &stdout, Stream::Stdout),
+                copy(exec, &stderr, Stream::Stderr)
             );
-            finish(&execs, &exec, end, duration);
             let open = [(stdout, stdout_open), (stderr, stderr_open)];
             let open = open.into_iter().filter_map(|(fd, is_open)| is_open.then_some(fd));
-            drop(exec);
-            drain_all(&execs, open.collect()).await;
+            (end, open.collect())
         }
     }
 }
@@ -72,15 +86,8 @@ fn end(status: Option<ExitStatus>, timed_out: bool) -> ExecEnd {
     }
 }
 
-fn finish(execs: &Execs, exec: &Exec, end: ExecEnd, duration: Duration) {
-    exec.close_input();
-    // The state first: who has read the end also sees it in the state.
-    let _ = exec.end.set((end, duration));
-    execs.ended(&exec.id);
-    exec.output.finish(end);
-}
-
-async fn drain_all(execs: &Execs, open: Vec<Fd>) {
+/// Drains pipes until they are closed, unless too many others are being drained.
+pub(crate) async fn drain_all(execs: Arc<Execs>, open: Vec<Fd>) {
     if open.is_empty() {
         return;
     }

@@ -59,7 +59,7 @@ fn boot() -> Result<Infallible, String> {
     }
     match init {
         InitKind::System => {
-            agent_process::start(InitKind::System, open_port())?;
+            agent_process::start_beside_init(open_port())?;
             set_oom_score(DEFAULT_SCORE);
             switch::to_root(Path::new(ROOT))?;
             let error = Command::new(&parameters.init).exec();
@@ -68,8 +68,8 @@ fn boot() -> Result<Infallible, String> {
         InitKind::Agent => {
             let facts = seed::read(Path::new(seed::DEVICE));
             let port = open_port();
-            switch::to_root_with(Path::new(ROOT), || agent_process::start(InitKind::Agent, port))?;
-            process1::run(&facts)
+            switch::to_root(Path::new(ROOT))?;
+            process1::run(&facts, port)
         }
     }
 }

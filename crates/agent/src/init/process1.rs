@@ -5,6 +5,7 @@ use crate::init::root::mount_at;
 use crate::init::seed::Facts;
 use crate::init::switch::ensure_dir;
 use crate::init::{agent_process, network};
+use crate::run_dir::{self, RunDir};
 use crate::system;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -14,24 +15,23 @@ use rustix::system::{RebootCommand, reboot, sethostname};
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::sleep;
 
-/// Where the generated files are, which cover those of the image.
-const GENERATED: &str = "/run/scalebox";
-
 /// Delay before an agent that has ended is started again.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
 
-/// Runs process 1 for as long as the guest runs.
-pub(crate) fn run(facts: &Facts) -> Result<Infallible, String> {
+/// Runs process 1 for as long as the guest runs. The agent gets the opened agent port, once the
+/// guest is set up for its commands.
+pub(crate) fn run(facts: &Facts, port: Option<OwnedFd>) -> Result<Infallible, String> {
     // Ctrl+Alt+Del, by which Firecracker requests a shutdown, becomes a signal instead of a reset.
     if let Err(error) = reboot(RebootCommand::CadOff) {
         eprintln!("scalebox-agent: Ctrl+Alt+Del resets this guest: {error}");
     }
-    for failed in [mount_all(), name(facts), generate(facts)]
+    for failed in [mount_all(), name(facts), generate(facts), write_main(facts)]
         .into_iter()
         .filter_map(Result::err)
     {
@@ -43,6 +43,7 @@ pub(crate) fn run(facts: &Facts) -> Result<Infallible, String> {
         if let Err(error) = network::configure(facts).await {
             eprintln!("scalebox-agent: {error}");
         }
+        agent_process::start(port)?;
         supervise().await
     })
 }
@@ -107,7 +108,7 @@ fn generate(facts: &Facts) -> Result<(), String> {
         resolvers.push_str(&format!("nameserver {server}\n"));
     }
     let hosts = format!("127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost ip6-localhost ip6-loopback\n");
-    for folder in [GENERATED, "/etc"] {
+    for folder in [run_dir::FOLDER, "/etc"] {
         ensure_dir(Path::new(folder))?;
     }
     for (file, content) in [
@@ -115,10 +116,19 @@ fn generate(facts: &Facts) -> Result<(), String> {
         ("hosts", hosts),
         ("resolv.conf", resolvers),
     ] {
-        let (from, to) = (Path::new(GENERATED).join(file), Path::new("/etc").join(file));
+        let (from, to) = (Path::new(run_dir::FOLDER).join(file), Path::new("/etc").join(file));
         cover(&from, &to, &content).map_err(|error| format!("cannot write {}: {error}", to.display()))?;
     }
     Ok(())
+}
+
+/// Hands the main process over to the agent.
+fn write_main(facts: &Facts) -> Result<(), String> {
+    let Some(main) = &facts.main else {
+        return Ok(());
+    };
+    let written = RunDir::at(Path::new(run_dir::FOLDER)).write_main(main);
+    written.map_err(|error| format!("cannot start the main process: {error}"))
 }
 
 fn cover(from: &Path, to: &Path, content: &str) -> std::io::Result<()> {
@@ -139,7 +149,7 @@ async fn supervise() -> Result<Infallible, String> {
     loop {
         if !agent_process::runs()? {
             sleep(RESTART_DELAY).await;
-            agent_process::restart()?;
+            agent_process::start(None)?;
         }
         tokio::select! {
             _ = ended.recv() => reap()?,

@@ -1,7 +1,10 @@
 //! Reads the identity of the guest from its seed drive.
 
+use crate::init::files::cannot;
 use crate::init::root::mount_at;
+use crate::init::switch::ensure_dir;
 use rustix::mount::{MountFlags, UnmountFlags, unmount};
+use scalebox_agent_api::main_process;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -12,7 +15,8 @@ pub(crate) const DEVICE: &str = "/dev/vdb";
 /// Where it is mounted for a moment, in the initramfs.
 const TARGET: &str = "/seed";
 
-/// The guest's identity: the file `scalebox` of the seed drive, `KEY=VALUE` per line.
+/// The content of the seed drive: the guest's identity, from the file `scalebox` with a `KEY=VALUE`
+/// per line, and its main process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
     pub(crate) hostname: Option<String>,
@@ -20,6 +24,8 @@ pub(crate) struct Facts {
     pub(crate) address: Option<(Ipv4Addr, u8)>,
     pub(crate) gateway: Option<Ipv4Addr>,
     pub(crate) dns: Vec<Ipv4Addr>,
+    /// The file `main`: the main process, as JSON.
+    pub(crate) main: Option<String>,
 }
 
 /// Reads the facts. A failure is reported on the console, and the guest starts without them.
@@ -32,13 +38,15 @@ pub(crate) fn read(device: &Path) -> Facts {
 
 fn try_read(device: &Path) -> Result<Facts, String> {
     let target = Path::new(TARGET);
-    crate::init::switch::ensure_dir(target)?;
+    ensure_dir(target)?;
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_at(&device.to_string_lossy(), target, "vfat", flags, "")?;
-    let text = fs::read_to_string(target.join("scalebox")).map_err(crate::init::files::cannot("read", target));
+    let text = fs::read_to_string(target.join("scalebox")).map_err(cannot("read", target));
+    // Absent if the guest has no main process.
+    let main = fs::read_to_string(target.join(main_process::SEED_FILE)).ok();
     let unmounted = unmount(target, UnmountFlags::empty());
-    unmounted.map_err(|error| crate::init::files::cannot("unmount", target)(error.into()))?;
-    Ok(parse(&text?))
+    unmounted.map_err(|error| cannot("unmount", target)(error.into()))?;
+    Ok(Facts { main, ..parse(&text?) })
 }
 
 fn parse(text: &str) -> Facts {

@@ -15,12 +15,6 @@ use std::path::Path;
 
 /// Switches to `root`. `/dev` moves along; the root file system's init mounts the others itself.
 pub(crate) fn to_root(root: &Path) -> Result<(), String> {
-    to_root_with(root, || Ok(()))
-}
-
-/// Switches to `root`, and calls `start` while `/dev` is in its final place and the initramfs is
-/// still there.
-pub(crate) fn to_root_with(root: &Path, start: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
     // Lazily: the agent, which starts meanwhile, may read there.
     for mounted in ["/sys", "/proc"] {
         unmount(mounted, UnmountFlags::DETACH).map_err(|error| cannot("unmount", mounted)(error.into()))?;
@@ -28,7 +22,6 @@ pub(crate) fn to_root_with(root: &Path, start: impl FnOnce() -> Result<(), Strin
     let dev = root.join("dev");
     ensure_dir(&dev)?;
     mount_move("/dev", &dev).map_err(|error| cannot("move /dev to", &dev)(error.into()))?;
-    start()?;
     let initramfs = open_dir(CWD, Path::new("/")).map_err(cannot("open", "/"))?;
     chdir(root).map_err(|error| cannot("enter", root)(error.into()))?;
     mount_move(".", "/").map_err(|error| cannot("move the root file system from", root)(error.into()))?;

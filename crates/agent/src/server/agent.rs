@@ -1,8 +1,10 @@
 //! The state of the agent.
 
-use crate::exec::Execs;
+use crate::exec::{Execs, supervise};
+use crate::run_dir::RunDir;
 use crate::system::Frozen;
-use scalebox_agent_api::InitKind;
+use scalebox_agent_api::{InitKind, MainProcess};
+use std::path::Path;
 use std::sync::Arc;
 
 /// The state that all connections share.
@@ -23,5 +25,11 @@ impl Agent {
             init,
             frozen: Arc::default(),
         })
+    }
+
+    /// Runs the main process of the guest as the exec `main`, until its policy demands no other
+    /// start. `run_dir` is an existing folder, for the files that process 1 reads.
+    pub async fn supervise(&self, main: MainProcess, run_dir: &Path) {
+        supervise(Arc::clone(&self.execs), main, RunDir::at(run_dir)).await;
     }
 }

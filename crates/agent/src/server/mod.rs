@@ -26,9 +26,9 @@ const STREAM_WINDOW: u32 = 256 << 10;
 /// The same for all requests together. A command that does not read its stdin takes up one window,
 /// and must not stop the other requests.
 const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
-/// Bytes of a response that wait for the connection. Output that waits in its buffer is shared by
-/// all readers, and counted.
-const SEND_BUFFER: usize = MAX_FRAME;
+/// Bytes of a response that wait for the connection, beside the piece that is read next. Few: output
+/// that waits in its buffer is shared by all readers, and counted.
+const SEND_BUFFER: usize = 4 << 10;
 
 /// Serves one connection until the host closes it: the hello, then HTTP/2. After garbage, searches
 /// for the next hello on the same stream.

@@ -4,6 +4,7 @@
 //! processes, flushes and makes the file systems read-only itself.
 
 use crate::blocking;
+use crate::run_dir::{self, RunDir, Running};
 use crate::server::Failure;
 use rustix::fs::sync;
 use rustix::mount::{MountFlags, mount_remount};
@@ -18,7 +19,9 @@ use std::time::{Duration, Instant};
 
 /// Time for the response to leave the guest.
 const DELAY: Duration = Duration::from_millis(100);
-/// Maximum time that processes have after SIGTERM.
+/// Maximum time that the main process has after its signal: that of `docker stop`.
+const MAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum time that the other processes have after SIGTERM.
 const TERM_TIMEOUT: Duration = Duration::from_secs(2);
 /// Interval of the checks whether processes have ended.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
@@ -97,6 +100,7 @@ fn signal_init(signal: i32) {
 /// Ends all processes and the machine, where the agent is process 1. Continues after errors: the
 /// machine must end.
 pub(crate) fn end(is_reboot: bool) {
+    end_main(&RunDir::at(Path::new(run_dir::FOLDER)));
     signal_all(Signal::TERM);
     let deadline = Instant::now() + TERM_TIMEOUT;
     while Instant::now() < deadline && has_processes() {
@@ -114,6 +118,20 @@ pub(crate) fn end(is_reboot: bool) {
         false => RebootCommand::PowerOff,
     };
     let _ = reboot(command);
+}
+
+/// Asks the main process to end, by the signal that its image demands, and waits for it.
+fn end_main(run_dir: &RunDir) {
+    run_dir.mark_ending();
+    let Some(Running { pid, stop_signal }) = run_dir.read_running() else {
+        return;
+    };
+    // SAFETY: has no effect on the memory of this process.
+    unsafe { libc::kill(-pid.as_raw_pid(), stop_signal) };
+    let deadline = Instant::now() + MAIN_TIMEOUT;
+    while Instant::now() < deadline && run_dir.read_running().is_some() {
+        sleep(CHECK_INTERVAL);
+    }
 }
 
 /// Sends a signal to all processes except this one. The "group 1" is -1 in kill(2), which stands
@@ -155,5 +173,31 @@ mod tests {
     #[test]
     fn other_processes_are_seen() {
         assert!(has_processes());
+    }
+
+    #[test]
+    fn the_main_process_gets_its_signal_and_the_time_to_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::at(folder.path());
+        let script = "trap 'echo quit > ended; exit 0' QUIT; : > ready; while :; do sleep 0.05; done";
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", script]).current_dir(&folder);
+        let mut main = std::os::unix::process::CommandExt::process_group(&mut shell, 0)
+            .spawn()
+            .unwrap();
+        while !folder.path().join("ready").exists() {
+            std::thread::yield_now();
+        }
+        let running = Running {
+            pid: Pid::from_child(&main),
+            stop_signal: libc::SIGQUIT,
+        };
+        run_dir.write_running(running).unwrap();
+        // As the agent does, which is its parent.
+        let reaped = std::thread::spawn(move || main.wait().unwrap());
+        end_main(&run_dir);
+        assert!(reaped.join().unwrap().success());
+        assert!(run_dir.is_ending());
+        assert_eq!(fs::read_to_string(folder.path().join("ended")).unwrap(), "quit\n");
     }
 }
