@@ -1,11 +1,12 @@
 //! Execs: commands that run in a VM.
 
 use crate::body::{Fields, Invalid};
+use crate::command::{Text, form, read_argv, read_env, size_of_env};
 use crate::files::{FileOwner, GuestPath};
 use crate::signal::Signal;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use scalebox_agent_api::exec::{MAX_ARGUMENT, MAX_ARGUMENT_BYTES, MAX_ARGUMENTS};
+use scalebox_agent_api::exec::MAX_ARGUMENT_BYTES;
 use scalebox_units::{ExecId, InvalidFormat};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -25,16 +26,16 @@ pub struct CreateExec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false, min_length = 1))]
     pub command: Option<String>,
-    /// The environment. `HOME`, `USER`, `LOGNAME`, `PATH` and, with a terminal, `TERM` are added if
-    /// they are absent.
+    /// The environment, in addition to that of the VM and its image. `HOME`, `USER`, `LOGNAME`,
+    /// `PATH` and, with a terminal, `TERM` are added if they are absent.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[cfg_attr(feature = "openapi", schema(required = false))]
     pub env: BTreeMap<String, String>,
-    /// The working directory; `/` by default.
+    /// The working directory; by default that of the image, or `/`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub cwd: Option<GuestPath>,
-    /// The user, by name or number, optionally with a group; root by default.
+    /// The user, by name or number, optionally with a group; by default that of the image, or root.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub user: Option<FileOwner>,
@@ -160,24 +161,6 @@ impl WindowSize {
     }
 }
 
-/// A string without zero bytes, which no argument or variable of Linux can have.
-struct Text(String);
-
-impl FromStr for Text {
-    type Err = InvalidFormat;
-
-    fn from_str(text: &str) -> Result<Self, InvalidFormat> {
-        if text.contains('\0') {
-            return Err(InvalidFormat::new("must not contain a zero byte"));
-        }
-        if text.len() > MAX_ARGUMENT {
-            let form = format!("must not have a string of over {MAX_ARGUMENT} bytes, the limit of Linux");
-            return Err(InvalidFormat::new(form));
-        }
-        Ok(Text(text.to_owned()))
-    }
-}
-
 /// Any string.
 struct Any(String);
 
@@ -231,13 +214,10 @@ impl CreateExec {
     /// environment are within the agent's limits.
     pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
         let fields = Fields::read(body, &Self::FIELDS)?;
-        let text = |Text(text)| text;
-        let argv = fields.optional_texts("argv")?;
-        let env = fields.optional_text_map("env")?.unwrap_or_default();
         let request = CreateExec {
-            argv: argv.map(|argv| argv.into_iter().map(text).collect()),
-            command: fields.optional_text("command")?.map(text),
-            env: env.into_iter().map(|(name, Text(value))| (name, value)).collect(),
+            argv: read_argv(&fields, "argv")?,
+            command: fields.optional_text("command")?.map(|Text(text)| text),
+            env: read_env(&fields)?,
             cwd: fields.optional_text("cwd")?,
             user: fields.optional_text("user")?,
             stdin: fields.optional_text("stdin")?.map(|Any(text)| text),
@@ -275,20 +255,10 @@ impl CreateExec {
                 what: "send the program and its arguments, or a command line as command",
             }),
             (Some(_), Some(_)) => Err(form("command", "must not be sent together with argv")),
-            (Some(argv), None) if argv.first().is_none_or(String::is_empty) => {
-                Err(form("argv", "must begin with the name of a program"))
-            }
             (None, Some(command)) if command.trim().is_empty() => Err(form("command", "must not be empty")),
             _ => Ok(()),
         }?;
         self.check_sizes()?;
-        if let Some(name) = self.env.keys().find(|name| !is_variable(name)) {
-            let why = format!(
-                "must not have the variable {:?}: a name is neither empty nor contains = or a zero byte",
-                name.chars().take(40).collect::<String>()
-            );
-            return Err(form("env", why));
-        }
         if self.open_stdin && !self.background {
             return Err(form("open_stdin", "is only valid together with \"background\": true"));
         }
@@ -301,19 +271,8 @@ impl CreateExec {
     /// Checks the limits of execve(2), as far as they depend on the request.
     fn check_sizes(&self) -> Result<(), Invalid> {
         let argv = self.argv.iter().flatten().chain(&self.command);
-        let (count, size) = argv.fold((0, 0), |(count, size), text| (count + 1, size + text.len() + 1));
-        if count > MAX_ARGUMENTS {
-            return Err(form("argv", format!("must have at most {MAX_ARGUMENTS} arguments")));
-        }
-        if self.env.len() > MAX_ARGUMENTS {
-            return Err(form("env", format!("must have at most {MAX_ARGUMENTS} variables")));
-        }
-        let variables = self.env.iter().map(|(name, value)| name.len() + value.len() + 2);
-        if variables.clone().any(|size| size - 1 > MAX_ARGUMENT) {
-            let why = format!("must not have a variable of over {MAX_ARGUMENT} bytes, the limit of Linux");
-            return Err(form("env", why));
-        }
-        if size + variables.sum::<usize>() > MAX_ARGUMENT_BYTES {
+        let size: usize = argv.map(|text| text.len() + 1).sum();
+        if size + size_of_env(&self.env) > MAX_ARGUMENT_BYTES {
             let field = if size > MAX_ARGUMENT_BYTES { "argv" } else { "env" };
             let why = format!("is too large: arguments and environment together may have {MAX_ARGUMENT_BYTES} bytes");
             return Err(form(field, why));
@@ -345,17 +304,6 @@ impl CreateExec {
             },
         }
     }
-}
-
-fn form(field: &'static str, form: impl Into<String>) -> Invalid {
-    Invalid::Form {
-        field,
-        form: InvalidFormat::new(form),
-    }
-}
-
-fn is_variable(name: &str) -> bool {
-    !name.is_empty() && !name.contains(['=', '\0'])
 }
 
 /// The response to `POST /vms/{vm}/exec` with `background`.
@@ -420,7 +368,7 @@ pub struct Exec {
     pub exec: ExecId,
     /// The program and its arguments.
     pub argv: Vec<String>,
-    /// `running` or `ended`.
+    /// Present status.
     pub status: ExecStatus,
     /// The exit status, 0 to 255; absent while the command runs and if a signal killed it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -443,6 +391,10 @@ pub struct Exec {
     pub output_start: u64,
     /// Number of bytes that the command has written.
     pub output_end: u64,
+    /// Number of times that a main process was started again; absent for other execs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub restarts: Option<u64>,
 }
 
 /// The status of a command.
@@ -452,6 +404,8 @@ pub struct Exec {
 pub enum ExecStatus {
     /// The command runs.
     Running,
+    /// The main process of the VM has ended, and is about to be started again.
+    Restarting,
     /// The command has ended.
     Ended,
 }
@@ -461,6 +415,7 @@ impl ExecStatus {
     pub const fn as_str(self) -> &'static str {
         match self {
             ExecStatus::Running => "running",
+            ExecStatus::Restarting => "restarting",
             ExecStatus::Ended => "ended",
         }
     }

@@ -11,6 +11,8 @@
 //! |---|---|
 //! | `vms` | VMs, and the requests that create and change them |
 //! | `exec` | commands that run in a VM |
+//! | `command` | arguments and environment of commands |
+//! | `main_process` | the main process of a VM |
 //! | `output` | the output of an exec, as lines of NDJSON |
 //! | `attach` | the messages of an attached terminal |
 //! | `signal` | signals by name and number |
@@ -31,6 +33,7 @@
 
 pub mod attach;
 mod body;
+mod command;
 mod error;
 mod events;
 mod exec;
@@ -39,6 +42,7 @@ mod host;
 mod idempotency;
 mod jobs;
 mod limits;
+mod main_process;
 mod output;
 mod pool;
 mod signal;
@@ -59,6 +63,7 @@ pub use host::{Cpu, Health, HostInfo, HostLimits, Memory, VmCounts};
 pub use idempotency::IdempotencyKey;
 pub use jobs::{Job, JobList, PullTemplate};
 pub use limits::Limits;
+pub use main_process::{CreateMain, MainProcess, RestartPolicy};
 pub use output::OutputLine;
 pub use pool::{PoolInfo, ResizePool, StorageUsage, Trimmed};
 pub use scalebox_units::{ExecId, ImageConfig, Init, InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};

@@ -5,11 +5,14 @@
 //! valid.
 
 use crate::body::{Fields, Invalid};
+use crate::command;
 use crate::idempotency::IdempotencyKey;
 use crate::limits::Limits;
+use crate::main_process::{CreateMain, MainProcess};
 use crate::pool::StorageUsage;
 use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmName};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 
@@ -64,6 +67,10 @@ pub struct Vm {
     /// `true` starts the VM again after a reboot of the host if it was running.
     #[serde(default = "default_autostart")]
     pub autostart: bool,
+    /// The main process; absent if the VM has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub main: Option<MainProcess>,
     /// Growth of the guest's file system; only in the response to a change of the disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
@@ -202,6 +209,15 @@ pub struct CreateVm {
     #[serde(skip_serializing_if = "is_true")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub autostart: bool,
+    /// The environment of all commands in the VM, in addition to that of its image. It is stored,
+    /// but not shown again, and not part of snapshots.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "openapi", schema(required = false))]
+    pub env: BTreeMap<String, String>,
+    /// How the main process is run; only for images without an init system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub main: Option<CreateMain>,
     /// `true` starts the VM; `false` creates it stopped.
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub start: bool,
@@ -218,7 +234,7 @@ fn is_true(value: &bool) -> bool {
 }
 
 impl CreateVm {
-    const FIELDS: [&str; 12] = [
+    const FIELDS: [&str; 14] = [
         "template",
         "ssh_public_key",
         "name",
@@ -230,8 +246,13 @@ impl CreateVm {
         "disk_mbps",
         "net_mbps",
         "autostart",
+        "env",
+        CreateMain::FIELD,
         "start",
     ];
+
+    /// Maximum size of `env`, in bytes, with two for each variable.
+    pub const MAX_ENV_BYTES: usize = 64 << 10;
 
     /// Creates a request for a running VM; the host chooses everything else.
     pub fn new(template: TemplateName, ssh_public_key: Option<SshPublicKey>) -> Self {
@@ -247,6 +268,8 @@ impl CreateVm {
             disk_mbps: None,
             net_mbps: None,
             autostart: true,
+            env: BTreeMap::new(),
+            main: None,
             start: true,
             idempotency_key: None,
         }
@@ -272,12 +295,25 @@ impl CreateVm {
             disk_mbps: fields.optional_number(DISK_MBPS, RATES)?,
             net_mbps: fields.optional_number(NET_MBPS, RATES)?,
             autostart: fields.optional_bool(AUTOSTART)?.unwrap_or(true),
+            env: Self::read_env(&fields)?,
+            main: CreateMain::read(&fields)?,
             start: fields.optional_bool("start")?.unwrap_or(true),
             template: fields.text("template", TEMPLATE)?,
             name: fields.optional_text("name")?,
             ssh_public_key: fields.optional_text("ssh_public_key")?,
             idempotency_key: None,
         })
+    }
+
+    fn read_env(fields: &Fields<'_>) -> Result<BTreeMap<String, String>, Invalid> {
+        let env = command::read_env(fields)?;
+        match command::size_of_env(&env) <= Self::MAX_ENV_BYTES {
+            true => Ok(env),
+            false => Err(command::form(
+                "env",
+                format!("must have at most {} bytes", Self::MAX_ENV_BYTES),
+            )),
+        }
     }
 }
 
@@ -500,6 +536,7 @@ mod tests {
             disk_mbps: None,
             net_mbps: None,
             autostart: true,
+            main: None,
             disk: None,
             storage: None,
         }

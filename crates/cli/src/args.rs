@@ -1,14 +1,14 @@
 //! Defines every command, its arguments and its help text.
 
 use crate::complete;
-use crate::guest_args::{CopyArgs, ExecArgs, LogsArgs, RunArgs, ShellArgs, StatsArgs};
+use crate::guest_args::{CopyArgs, ExecArgs, LogsArgs, RunArgs, ShellArgs, StatsArgs, variable};
 use crate::numbers::{processor_count, whole_number};
 use crate::settings::Connection;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use clap_complete::engine::ArgValueCompleter;
-use scalebox_api::{AutoExtend, IdempotencyKey, TemplateName, VmName};
+use scalebox_api::{AutoExtend, CreateMain, IdempotencyKey, RestartPolicy, TemplateName, VmName};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -241,7 +241,9 @@ const TIMEOUT: &str = "Maximum time to wait";
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Prints the VM's name and how to log in. Without --name, the server generates a name of three words.\n\n\
-    Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait"
+    Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait\n  \
+    scalebox vm create nginx --name web --env TZ=Europe/Berlin --restart always\n  \
+    scalebox vm create python-3.12-slim -- python -m http.server 80"
 )]
 pub(crate) struct CreateArgs {
     /// Template to clone the disk from
@@ -295,6 +297,40 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Maximum time to wait with --wait",
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub timeout: u64,
+    #[command(flatten)]
+    pub commands: CommandArgs,
+}
+
+/// Options for the commands that run in a VM.
+#[derive(Debug, clap::Args)]
+pub(crate) struct CommandArgs {
+    /// Set a variable for all commands in the VM; without a value, take it from the environment here
+    #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
+    pub env: Vec<(String, String)>,
+    /// When to start the main process again: always, on_failure or never [default: on_failure]
+    #[arg(long, value_name = "POLICY")]
+    pub restart: Option<RestartPolicy>,
+    /// Do not run a main process
+    #[arg(long, conflicts_with_all = ["restart", "command"])]
+    pub no_main: bool,
+    /// Main process and its arguments [default: the entrypoint and command of the image]
+    #[arg(value_name = "COMMAND", last = true)]
+    pub command: Vec<String>,
+}
+
+impl CommandArgs {
+    /// Returns the API's form of the main process; `None` for the template's own.
+    pub(crate) fn main(&self) -> Option<CreateMain> {
+        if self.no_main {
+            return Some(CreateMain::none());
+        }
+        let argv = Some(self.command.clone()).filter(|argv| !argv.is_empty());
+        (argv.is_some() || self.restart.is_some()).then(|| CreateMain {
+            argv,
+            restart: self.restart.unwrap_or_default(),
+            ..CreateMain::default()
+        })
+    }
 }
 
 /// Options that make a disk extend automatically.

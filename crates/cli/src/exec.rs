@@ -102,7 +102,7 @@ fn attach(client: &Client, vm: &str, exec: &ExecId, streams: Streams, output: &O
         ));
     }
     let mut session = Session::attach(client, vm, exec.clone(), status.output_start)?;
-    let runs = status.status == ExecStatus::Running;
+    let runs = status.status != ExecStatus::Ended;
     let is_terminal = io::stdin().is_terminal();
     if runs && status.tty && is_terminal {
         session.take_terminal()?;
@@ -155,6 +155,7 @@ fn row(exec: &Exec, now: Timestamp) -> Vec<String> {
     const MAX_COMMAND: usize = 60;
     let status = match (exec.status, exec.exit_code, exec.signal) {
         (ExecStatus::Running, _, _) => "running".to_owned(),
+        (ExecStatus::Restarting, _, _) => "restarting".to_owned(),
         (ExecStatus::Ended, _, _) if exec.timed_out == Some(true) => "timed out".to_owned(),
         (ExecStatus::Ended, Some(code), _) => format!("exit {code}"),
         (ExecStatus::Ended, None, Some(signal)) => format!("SIG{signal}"),

@@ -16,10 +16,10 @@ pub(crate) struct Surroundings {
     /// Set a variable; without a value, take it from the environment here
     #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
     pub env: Vec<(String, String)>,
-    /// Run in this directory [default: /]
+    /// Run in this directory [default: that of the image, or /]
     #[arg(long, short = 'w', value_name = "PATH")]
     pub cwd: Option<GuestPath>,
-    /// Run as this user [default: root]
+    /// Run as this user [default: that of the image, or root]
     #[arg(long, short, value_name = "USER[:GROUP]")]
     pub user: Option<FileOwner>,
 }
@@ -121,9 +121,11 @@ pub(crate) struct CopyArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "The log has what the VM's kernel and services printed, also of a VM that is stopped or cannot boot. \
-    It is printed unchanged.\n\n\
-    Examples:\n  scalebox logs very-silly-penguin --tail 4000\n  scalebox logs --follow very-silly-penguin"
+    after_help = "Prints the output of the VM's main process, which VMs of images without an init system have. For \
+    other VMs, and with --console, prints the console: what the kernel and the services printed, also of a VM that is \
+    stopped or cannot boot. Both are printed unchanged.\n\n\
+    Examples:\n  scalebox logs very-silly-penguin --tail 4000\n  scalebox logs --follow web\n  \
+    scalebox logs --console web"
 )]
 pub(crate) struct LogsArgs {
     /// Continue with new output until interrupted
@@ -132,6 +134,9 @@ pub(crate) struct LogsArgs {
     /// Start with the last bytes [default: the whole log]
     #[arg(long, value_name = "BYTES", value_parser = whole_number)]
     pub tail: Option<u64>,
+    /// Print the console, also for a VM with a main process
+    #[arg(long)]
+    pub console: bool,
     #[arg(value_name = "VM", help = VM, value_parser = NonEmptyStringValueParser::new(),
           add = ArgValueCompleter::new(complete::vms))]
     pub vm: String,
@@ -154,7 +159,7 @@ pub(crate) struct StatsArgs {
 
 const RUN: &str = "\
 Creates a VM, runs the command in it with this terminal or these pipes, and deletes the VM, also after an error or \
-Ctrl-C. Without a command it starts a shell.
+Ctrl-C. Without a command it runs that of the image, or a shell if the image has none.
 
 The exit code is that of the command; 128 + N if signal N killed it; 124 after --timeout; 125 if scalebox itself fails.
 
@@ -201,7 +206,7 @@ pub(crate) struct RunArgs {
     #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new(),
           add = ArgValueCompleter::new(complete::templates))]
     pub image: String,
-    /// Command and its arguments [default: a shell]
+    /// Command and its arguments [default: the entrypoint and command of the image, or a shell]
     #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<String>,
 }
@@ -225,7 +230,7 @@ fn volume(text: &str) -> Result<Volume, String> {
     })
 }
 
-fn variable(text: &str) -> Result<(String, String), String> {
+pub(crate) fn variable(text: &str) -> Result<(String, String), String> {
     let (name, value) = match text.split_once('=') {
         Some((name, value)) => (name, value.to_owned()),
         None => {

@@ -108,7 +108,7 @@ fn run(args: Args, output: &Output) -> Result<ExitCode, Error> {
         Command::Exec(args) => exec::exec(client, &args, output),
         Command::Shell(args) => exec::shell(client, &args, output),
         Command::Cp(args) => done(copy::copy(client, &args, output)),
-        Command::Logs(args) => done(logs::logs(client, &args)),
+        Command::Logs(args) => done(logs::logs(client, &args, output)),
         Command::Stats(args) => done(stats::stats(client, &args, output)),
         Command::Status => done(status::status(client, output)),
         Command::Vm(command) => done(vm_command(client, command, output)),

@@ -10,7 +10,10 @@ use crate::signals::on_signal;
 use crate::ssh;
 use crate::template_pull;
 use rustix::process::Signal;
-use scalebox_api::{AttachMessage, CreateVm, CreateVmQuery, ErrorCode, PullTemplate, TemplateName, VmName, WaitFor};
+use scalebox_api::{
+    AttachMessage, CreateMain, CreateVm, CreateVmQuery, ErrorCode, PullTemplate, Template, TemplateName, VmName,
+    WaitFor,
+};
 use scalebox_client::{Client, ClientError};
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -18,6 +21,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
     let template = template_of(client, &args.image, output)?;
+    let clone_of = template
+        .name
+        .parse()
+        .map_err(|_| Error::NoTemplateName(template.name.clone()))?;
+    let command = match args.command.is_empty() {
+        true => command_of(&template),
+        false => args.command.clone(),
+    };
     let name = match &args.name {
         Some(name) => free_name(client, name)?,
         None => generated_name()?,
@@ -29,19 +40,18 @@ pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<Ex
     };
     vm.handle_signals()?;
     let result = vm
-        .create(&create_request(template, name, args, output)?, args.wait, output)
-        .and_then(|()| vm.use_it(args, output));
+        .create(&create_request(clone_of, name, args, output)?, args.wait, output)
+        .and_then(|()| vm.use_it(command, args, output));
     vm.end(args.keep, output);
     result
 }
 
 /// Returns the template that an image is created from. An image of a registry that is not a
 /// template yet is pulled first.
-fn template_of(client: &Client, image: &str, output: &Output) -> Result<TemplateName, Error> {
+fn template_of(client: &Client, image: &str, output: &Output) -> Result<Template, Error> {
     let templates = client.templates()?;
-    let found = templates.iter().find(|template| template.name == image);
-    if let Some(name) = found.and_then(|template| template.name.parse().ok()) {
-        return Ok(name);
+    if let Some(found) = templates.iter().find(|template| template.name == image) {
+        return Ok(found.clone());
     }
     // A name without a tag is more likely a misspelled template than an image of a registry.
     if !image.contains(['/', ':', '@']) {
@@ -52,16 +62,21 @@ fn template_of(client: &Client, image: &str, output: &Output) -> Result<Template
     }
     let name = template_pull::name_of(image).map_err(|_| Error::NoTemplateName(image.to_owned()))?;
     let Some(other) = templates.into_iter().find(|template| template.name == name.as_str()) else {
-        template_pull::pull_image(client, &name, &PullTemplate::of(image), output)?;
-        return Ok(name);
+        return template_pull::pull_image(client, &name, &PullTemplate::of(image), output);
     };
-    match other.reference {
-        Some(reference) if is_reference_to(&reference, image) => Ok(name),
+    match &other.reference {
+        Some(reference) if is_reference_to(reference, image) => Ok(other),
         _ => Err(Error::OtherImage {
             image: image.to_owned(),
             name: other.name,
         }),
     }
+}
+
+/// Returns the command of the image that a template was made of; empty if there is none.
+fn command_of(template: &Template) -> Vec<String> {
+    let config = template.config.clone().unwrap_or_default();
+    [config.entrypoint, config.cmd].concat()
 }
 
 /// Returns whether a complete reference, such as `docker.io/library/nginx:latest`, is that of
@@ -105,6 +120,8 @@ fn create_request(template: TemplateName, name: VmName, args: &RunArgs, output: 
         mem_size_mib: args.memory,
         vcpu_count: args.cpus,
         autostart: args.keep,
+        // The command of this call takes its place.
+        main: Some(CreateMain::none()),
         ..CreateVm::new(template, ssh_public_key)
     })
 }
@@ -186,7 +203,8 @@ impl Disposable {
         created.map(drop).map_err(Error::from)
     }
 
-    fn use_it(&self, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
+    /// Copies files to the VM and runs the command; without one, a shell.
+    fn use_it(&self, command: Vec<String>, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
         for volume in &args.volume {
             let target = Target {
                 client: &self.client,
@@ -197,10 +215,10 @@ impl Disposable {
             target.upload_as(&volume.local, output)?;
         }
         let is_terminal = io::stdin().is_terminal();
-        let shell = args.command.is_empty();
+        let shell = command.is_empty();
         let mut request = match shell {
             true => exec::login_shell(&args.surroundings),
-            false => exec::request(args.command.clone(), &args.surroundings),
+            false => exec::request(command, &args.surroundings),
         };
         request.timeout_seconds = args.timeout;
         let streams = Streams {

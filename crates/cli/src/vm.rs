@@ -6,7 +6,7 @@ use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
 use crate::{ssh, wait};
 use jiff::Timestamp;
-use scalebox_api::{CreateVm, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
+use scalebox_api::{CreateVm, RestartPolicy, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
 use scalebox_client::{Client, ClientError};
 use std::time::Duration;
 
@@ -42,6 +42,8 @@ fn create_request(args: &CreateArgs, output: &Output) -> Result<CreateVm, Error>
         disk_mbps: args.disk_mbps,
         net_mbps: args.net_mbps,
         autostart: !args.no_autostart,
+        env: args.commands.env.iter().cloned().collect(),
+        main: args.commands.main(),
         start: !args.no_start,
         idempotency_key: args.idempotency_key.clone(),
         ..CreateVm::new(template, ssh::public_key_or_own(args.key.as_deref(), output)?)
@@ -128,6 +130,14 @@ pub(crate) fn get(client: &Client, vm: &str, output: &Output) -> Result<(), Erro
         ),
     ];
     properties.extend(settings);
+    if let Some(main) = vm.main {
+        let restart = match main.restart {
+            RestartPolicy::Always => "always restarted",
+            RestartPolicy::OnFailure => "restarted on failure",
+            RestartPolicy::Never => "never restarted",
+        };
+        properties.push(("main", format!("{} ({restart})", main.argv.join(" "))));
+    }
     properties.extend(vm.url.map(|url| ("url", url)));
     output.properties(&properties)
 }

@@ -1,14 +1,16 @@
 //! Writes the seed drive: a small FAT image with the volume label `cidata` that contains a guest's
 //! identity.
 //!
-//! It has two readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and
+//! It has several readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and
 //! `network-config`, written as JSON, which is a subset of YAML. The guest's own unit
 //! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: lines of `KEY=VALUE`,
-//! where the value extends unquoted to the end of the line. `dns` may occur several times.
+//! where the value extends unquoted to the end of the line. `dns` may occur several times. Where the
+//! agent is process 1, it reads that file too, and the main process from the file `main`.
 
 use crate::error::SeedError;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 use ipnet::Ipv4Net;
+use scalebox_agent_api::{MainProcess, main_process};
 use scalebox_units::{Mac, SshPublicKey, VmName};
 use serde_json::{Value, json};
 use std::fmt::Display;
@@ -41,6 +43,8 @@ pub struct SeedDrive {
     pub gateway: Ipv4Addr,
     /// Name servers, in order of preference.
     pub dns: Vec<Ipv4Addr>,
+    /// The main process, for a guest whose first process is the agent.
+    pub main: Option<MainProcess>,
 }
 
 impl SeedDrive {
@@ -73,6 +77,10 @@ impl SeedDrive {
             ("scalebox", self.facts()),
         ] {
             volume.root_dir().create_file(name)?.write_all(content.as_bytes())?;
+        }
+        if let Some(main) = &self.main {
+            let mut file = volume.root_dir().create_file(main_process::SEED_FILE)?;
+            file.write_all(&serde_json::to_vec(main)?)?;
         }
         volume.unmount()?;
         Ok(image)
@@ -141,6 +149,13 @@ impl SeedDrive {
             "must be 1 to 128 letters, digits, '-', '_' and '.'",
             (1..=128).contains(&id.len()) && id.bytes().all(word),
         )?;
+        let main = serde_json::to_vec(&self.main).map_or(usize::MAX, |json| json.len());
+        check(
+            "main",
+            &format!("of {main} bytes"),
+            "must have at most 256 KiB as JSON",
+            main <= main_process::MAX_BYTES,
+        )?;
         let own = self.address.addr();
         let edges = [self.address.network(), self.address.broadcast()];
         check(
@@ -172,11 +187,23 @@ fn check(field: &'static str, value: &str, reason: &'static str, valid: bool) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use scalebox_agent_api::RestartPolicy;
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::process::Command;
 
     const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S";
+
+    fn main() -> MainProcess {
+        MainProcess {
+            argv: vec!["nginx".into(), "-g".into(), "daemon off;".into()],
+            env: vec![("GREETING".into(), "grüß\n\"dich\"".into())],
+            cwd: Some("/srv".into()),
+            user: None,
+            restart: RestartPolicy::OnFailure,
+            stop_signal: Some(3),
+        }
+    }
 
     fn drive() -> SeedDrive {
         SeedDrive {
@@ -187,6 +214,7 @@ mod tests {
             address: "172.16.3.4/16".parse().unwrap(),
             gateway: Ipv4Addr::new(172, 16, 0, 1),
             dns: vec![Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)],
+            main: Some(main()),
         }
     }
 
@@ -250,6 +278,8 @@ mod tests {
         assert_eq!(interface["addresses"][0], "172.16.3.4/16");
         assert_eq!(interface["routes"][0]["via"], "172.16.0.1");
         assert_eq!(interface["nameservers"]["addresses"][1], "192.0.2.2");
+        let read: MainProcess = serde_json::from_str(&output("mtype", &["-i", image, "::main"])).unwrap();
+        assert_eq!(read, main());
     }
 
     #[test]
@@ -281,5 +311,11 @@ mod tests {
         check_rejected("address", &|drive| drive.address = "172.16.0.0/16".parse().unwrap());
         check_rejected("gateway", &|drive| drive.gateway = Ipv4Addr::new(10, 0, 0, 1));
         check_rejected("gateway", &|drive| drive.gateway = drive.address.addr());
+        check_rejected("main", &|drive| {
+            drive.main = Some(MainProcess {
+                argv: vec!["x".repeat(main_process::MAX_BYTES)],
+                ..main()
+            });
+        });
     }
 }

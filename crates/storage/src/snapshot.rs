@@ -15,7 +15,7 @@ use crate::record::TemplateSource;
 use crate::template::Template;
 use scalebox_fault_points::{crash_point, fault_point};
 use scalebox_programs::ProgramError;
-use scalebox_units::{Bytes, KernelId, TemplateName, VmId};
+use scalebox_units::{Bytes, ImageConfig, Init, KernelId, TemplateName, VmId};
 use std::fs::File;
 use std::path::PathBuf;
 
@@ -31,6 +31,8 @@ pub struct PendingSnapshot {
     /// The VM whose disk was cloned.
     source: Option<VmId>,
     kernel: Option<KernelId>,
+    config: Option<ImageConfig>,
+    init: Option<Init>,
     partial: PathBuf,
     file: File,
     finished: bool,
@@ -46,6 +48,12 @@ impl Drop for PendingSnapshot {
 }
 
 impl PendingSnapshot {
+    /// Records the image settings of the template and the first process of its VMs, as its source
+    /// has them. Without this call, it has none.
+    pub fn set_image(&mut self, config: Option<ImageConfig>, init: Option<Init>) {
+        (self.config, self.init) = (config, init);
+    }
+
     /// Records the kernel that VMs of the template boot. It is the kernel of the VM whose disk is
     /// cloned.
     pub fn set_kernel(&mut self, kernel: Option<KernelId>) {
@@ -71,6 +79,8 @@ impl Pool {
             name: name.clone(),
             source: None,
             kernel: None,
+            config: None,
+            init: None,
             partial,
             file,
             finished: false,
@@ -149,8 +159,8 @@ impl Pool {
             file,
             path: partial,
             source: TemplateSource::Snapshot(source),
-            config: None,
-            init: None,
+            config: snapshot.config.clone(),
+            init: snapshot.init,
             kernel: snapshot.kernel.clone(),
             digest: None,
             replace: false,

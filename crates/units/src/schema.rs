@@ -21,7 +21,7 @@ impl PartialSchema for ExecId {
     fn schema() -> RefOr<Schema> {
         text()
             .description(Some("An exec's id: `exec-` and twelve lower-case hex digits."))
-            .pattern(Some("^exec-[0-9a-f]{12}$"))
+            .pattern(Some("^(main|exec-[0-9a-f]{12})$"))
             .examples(["exec-0123456789ab"])
             .into()
     }

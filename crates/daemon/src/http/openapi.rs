@@ -48,7 +48,7 @@ impl Modify for TokenScheme {
 
 /// Matches the id or the name of a VM in a path.
 const VM_REFERENCE: &str = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$";
-const EXEC_ID: &str = "^exec-[0-9a-f]{12}$";
+const EXEC_ID: &str = "^(main|exec-[0-9a-f]{12})$";
 const TEMPLATE_NAME: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$";
 /// Matches an idempotency key, with or without quotes around it.
 const IDEMPOTENCY_KEY: &str = r#"^([!#-\[\]-~]{1,255}|"[!#-\[\]-~]{1,255}")$"#;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// The steps that migrate a state file to the current schema, one per schema version. The version
 /// is the number of completed steps, in `PRAGMA user_version`. Steps are only ever appended.
-pub(super) const MIGRATIONS: [&str; 7] = [
+pub(super) const MIGRATIONS: [&str; 8] = [
     "CREATE TABLE vms (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -37,6 +37,8 @@ pub(super) const MIGRATIONS: [&str; 7] = [
     "DELETE FROM idempotency_keys WHERE vm NOT IN (SELECT id FROM vms)",
     "ALTER TABLE vms ADD COLUMN vmm TEXT",
     "ALTER TABLE vms ADD COLUMN kernel TEXT",
+    // JSON; null for VMs without settings.
+    "ALTER TABLE vms ADD COLUMN guest_config TEXT",
 ];
 
 /// Opens the file and migrates it.

@@ -7,6 +7,7 @@
 mod commits;
 mod connection;
 mod error;
+mod guest_config;
 mod keyed_request;
 mod renewal;
 mod reserve;
@@ -15,6 +16,7 @@ use commits::Commits;
 use connection::connect;
 pub(crate) use error::StateError;
 use error::failed;
+pub(crate) use guest_config::GuestConfig;
 pub(crate) use keyed_request::KeyedRequest;
 use reserve::Reserve;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
@@ -59,6 +61,8 @@ pub(crate) struct Record {
     /// The kernel that the VM boots. `None` while there is none, and for VMs of releases that did
     /// not record it until the next start of the daemon.
     pub kernel: Option<KernelId>,
+    /// The settings of the guest's commands. Boxed, because most VMs have none.
+    pub guest: Option<Box<GuestConfig>>,
     /// The guest's address in `SUBNET`; unique.
     pub guest_ip: Ipv4Addr,
     /// The host port that is forwarded to port 22 of the guest; unique.
@@ -452,8 +456,8 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             "INSERT INTO vms (id, name, template, ssh_public_key, created_at, vcpu_count, mem_size_mib, disk_size_gib,
                 guest_ip, ssh_port, status, status_reason,
                 extend_threshold_percent, extend_increment_gib, extend_limit_gib,
-                disk_iops, disk_mbps, net_mbps, autostart, vmm, kernel)
-            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                disk_iops, disk_mbps, net_mbps, autostart, vmm, kernel, guest_config)
+            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         )?
         .execute(params![
             vm.id.as_str(),
@@ -477,13 +481,20 @@ fn insert(connection: &Connection, vm: &Record) -> rusqlite::Result<usize> {
             vm.autostart,
             vm.vmm,
             vm.kernel.as_ref().map(KernelId::as_str),
+            guest_json(vm)?,
         ])
+}
+
+fn guest_json(vm: &Record) -> rusqlite::Result<Option<String>> {
+    let json = vm.guest.as_ref().map(serde_json::to_string).transpose();
+    json.map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
 }
 
 fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
     let ip: String = row.get("guest_ip")?;
     let status: String = row.get("status")?;
     let kernel: Option<String> = row.get("kernel")?;
+    let guest: Option<String> = row.get("guest_config")?;
     Ok(Record {
         id: vm_id(row, "id")?,
         name: row.get("name")?,
@@ -503,6 +514,10 @@ fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
         vmm: row.get("vmm")?,
         kernel: match kernel {
             Some(id) => Some(id.parse().map_err(|_| malformed("kernel", &id))?),
+            None => None,
+        },
+        guest: match guest {
+            Some(json) => Some(serde_json::from_str(&json).map_err(|_| malformed("guest_config", &json))?),
             None => None,
         },
         guest_ip: ip.parse().map_err(|_| malformed("guest_ip", &ip))?,
@@ -556,6 +571,7 @@ pub(crate) fn example_record(n: u16) -> Record {
         autostart: true,
         vmm: None,
         kernel: None,
+        guest: None,
         guest_ip: Ipv4Addr::new(172, 16, 0, 2 + n as u8),
         ssh_port: 22001 + n,
         status: VmStatus::Running,
@@ -567,6 +583,7 @@ pub(crate) fn example_record(n: u16) -> Record {
 mod tests {
     use super::example_record as vm;
     use super::*;
+    use scalebox_api::{Init, MainProcess, RestartPolicy};
 
     #[test]
     fn changes_are_there_after_reopening() {
@@ -588,6 +605,15 @@ mod tests {
             autostart: false,
             vmm: Some("firecracker".into()),
             kernel: Some("0123456789abcdef".parse().unwrap()),
+            guest: Some(Box::new(GuestConfig {
+                init: Some(Init::Agent),
+                env: [("KEY".to_owned(), "va\"lue".to_owned())].into(),
+                main: Some(MainProcess {
+                    argv: vec!["nginx".into(), "-g".into(), "daemon off;".into()],
+                    restart: RestartPolicy::Always,
+                }),
+                ..GuestConfig::default()
+            })),
             ..vm(3)
         };
         state.insert(&vm(1), None).unwrap();

@@ -15,7 +15,7 @@ use crate::host::vms::Claim;
 use crate::host::{Host, blocking, fault_point, rfc3339};
 use crate::pool::{admission, kernels};
 use crate::state::{KeyedRequest, Record, VmLimits};
-use crate::vm::{auto_extend, lifecycle, view};
+use crate::vm::{auto_extend, lifecycle, main_process, view};
 use scalebox_api::{CreateVm, EventKind, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_net::Lease;
@@ -110,11 +110,13 @@ fn admit_and_clone(
     if let Some(extend) = request.disk_auto_extend {
         auto_extend::check(extend, disk_size)?;
     }
+    let guest = main_process::guest_config(&template, request)?;
     let reservation = inner.pool.admit(disk_size.bytes())?;
 
     let kernel = kernels::choose(host, template.kernel.as_ref())?;
     let mut record = new_record(host, request, name, lease, disk_size)?;
     record.kernel = kernel.as_ref().map(|held| held.id().clone());
+    record.guest = guest;
     tracing::info!(
         vm = %record.id,
         name = record.name,
@@ -149,6 +151,7 @@ fn new_record(
         disk_size,
         vmm: Some(inner.vmm.for_new().name().to_owned()),
         kernel: None,
+        guest: None,
         auto_extend: request.disk_auto_extend,
         limits: VmLimits {
             disk_iops: request.disk_iops,

@@ -8,6 +8,7 @@ use crate::host::error::ServiceError;
 use crate::host::random::random_hex;
 use crate::host::started_execs::Following;
 use crate::host::{Host, blocking, rfc3339};
+use crate::state::{GuestConfig, Record};
 use crate::vm::exec_events;
 use crate::vm::guest::{self, Guest};
 use crate::vm::spool::Spool;
@@ -61,7 +62,7 @@ pub(crate) async fn start(host: &Host, reference: &str, request: &CreateExec) ->
     let mut guest = guest::reach(host, reference).await?;
     let id = new_id()?;
     let stdin = request.stdin_bytes()?.unwrap_or_default();
-    let exec = of_request(request, &id, !stdin.is_empty());
+    let exec = of_request(request, &guest.record, &id, !stdin.is_empty());
     let begun = Instant::now();
     start_on(&mut guest, &exec).await?;
     if !stdin.is_empty() {
@@ -102,14 +103,20 @@ async fn start_on(guest: &mut Guest, exec: &wire::StartExec) -> Result<(), Servi
     }
 }
 
-fn of_request(request: &CreateExec, id: &ExecId, has_stdin: bool) -> wire::StartExec {
+/// Returns the request to the agent, with the settings of the VM for what `request` leaves out.
+fn of_request(request: &CreateExec, vm: &Record, id: &ExecId, has_stdin: bool) -> wire::StartExec {
     let size = request.tty.and_then(scalebox_api::Tty::size);
+    let guest = vm.guest.as_deref();
+    let mut env = guest.map(GuestConfig::environment).unwrap_or_default();
+    env.extend(request.env.clone());
+    let cwd = request.cwd.as_ref().map(ToString::to_string);
+    let user = request.user.as_ref().map(ToString::to_string);
     wire::StartExec {
         id: id.to_string(),
         argv: request.arguments(),
-        env: request.env.clone().into_iter().collect(),
-        cwd: request.cwd.as_ref().map(ToString::to_string),
-        user: request.user.as_ref().map(ToString::to_string),
+        env,
+        cwd: cwd.or_else(|| guest.and_then(GuestConfig::working_dir)),
+        user: user.or_else(|| guest.and_then(GuestConfig::user)),
         tty: size.map(|size| wire::Terminal {
             size: of_size(size),
             term: None,
@@ -378,9 +385,10 @@ fn describe(status: wire::ExecStatus) -> Result<Exec, AgentError> {
     Ok(Exec {
         exec: status.id.parse().map_err(|_| malformed("an invalid id of an exec"))?,
         argv: status.argv,
-        status: match status.end {
-            None => ExecStatus::Running,
-            Some(_) => ExecStatus::Ended,
+        status: match (status.end, status.restarts) {
+            (None, _) => ExecStatus::Running,
+            (Some(_), Some(restarts)) if restarts.pending => ExecStatus::Restarting,
+            (Some(_), _) => ExecStatus::Ended,
         },
         exit_code: status.end.and_then(|end| end.exit_code),
         signal: status.end.and_then(|end| end.signal).and_then(Signal::new),
@@ -390,6 +398,7 @@ fn describe(status: wire::ExecStatus) -> Result<Exec, AgentError> {
         tty: status.tty,
         output_start: status.output_start,
         output_end: status.output_end,
+        restarts: status.restarts.map(|restarts| restarts.count),
     })
 }
 

@@ -11,7 +11,7 @@ use crate::pool::kernels;
 use crate::state::Record;
 use crate::vm::spec::{disk_limits, endpoint, vmm_user};
 use crate::vm::transition::{Transition, record_later, transition};
-use crate::vm::{pause, reboot_loop, view};
+use crate::vm::{main_process, pause, reboot_loop, view};
 use scalebox_api::{EventKind, InvalidFormat, SshPublicKey, Vm, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_guest::SeedDrive;
@@ -194,6 +194,7 @@ fn seed_drive(host: &Host, record: &Record, endpoint: &Endpoint) -> Result<SeedD
             .map_err(|error| ServiceError::Internal(error.to_string()))?,
         gateway: host.settings.net.gateway(),
         dns: host.resolvers.clone(),
+        main: record.guest.as_deref().and_then(main_process::of),
     })
 }
 

@@ -14,6 +14,7 @@ pub(crate) mod guest;
 pub(crate) mod guest_fs;
 pub(crate) mod idempotency;
 pub(crate) mod lifecycle;
+pub(crate) mod main_process;
 pub(crate) mod pause;
 pub(crate) mod reboot_loop;
 pub(crate) mod recovery;

@@ -70,6 +70,9 @@ async fn snapshot_now(host: &Host, reference: &str, request: &SnapshotVm) -> Res
     // The guard keeps the kernel until the template names it, even if the VM is deleted meanwhile.
     let kernel = blocking(move || kernels::choose(&on, kernel.as_ref())).await?;
     clone.set_kernel(kernel.as_ref().map(|held| held.id().clone()));
+    if let Some(guest) = &record.guest {
+        clone.set_image(guest.image.clone(), guest.init);
+    }
     // Other operations on the VM are allowed from here on.
     drop(operation);
 

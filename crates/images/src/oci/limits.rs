@@ -56,6 +56,9 @@ impl Default for Deadlines {
 
 /// Maximum size of a manifest, a token or an image configuration, in bytes.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
+/// Maximum size of the settings that a template keeps of an image, as JSON, in bytes. Each of its
+/// VMs keeps them too.
+pub(crate) const MAX_SETTINGS: usize = 128 << 10;
 /// Maximum number of layers. Container engines build at most 127.
 pub(crate) const MAX_LAYERS: usize = 512;
 /// Number of attempts at one request, without progress between them.

@@ -2,7 +2,7 @@
 
 use crate::oci::digest::Digest;
 use crate::oci::error::{OciError, quoted};
-use crate::oci::limits::{Limits, MAX_DOCUMENT, MAX_LAYERS};
+use crate::oci::limits::{Limits, MAX_DOCUMENT, MAX_LAYERS, MAX_SETTINGS};
 use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Os};
 use scalebox_units::{Bytes, ImageConfig};
 use serde::de::DeserializeOwned;
@@ -171,10 +171,15 @@ pub(crate) fn configuration(body: &[u8], what: &str, layers: usize) -> Result<Co
             &format!("it has {layers} layers, and digests for {}", diff_ids.len()),
         ));
     }
-    Ok(Configuration {
-        config: settings(&parsed),
-        diff_ids,
-    })
+    let config = settings(&parsed);
+    let size = serde_json::to_vec(&config).map_or(usize::MAX, |json| json.len());
+    if size > MAX_SETTINGS {
+        return Err(unusable(
+            what,
+            &format!("its environment, commands and other settings take {size} bytes, more than {MAX_SETTINGS}"),
+        ));
+    }
+    Ok(Configuration { config, diff_ids })
 }
 
 fn settings(parsed: &ImageConfiguration) -> ImageConfig {
@@ -299,6 +304,11 @@ mod tests {
         };
         assert_eq!(read.config, expected);
         assert!(configuration(body.to_string().as_bytes(), "box", 2).is_err());
+        let large = body
+            .to_string()
+            .replace("A=1", &format!("A={}", "1".repeat(MAX_SETTINGS)));
+        let error = configuration(large.as_bytes(), "box", 1).unwrap_err().to_string();
+        assert!(error.contains("131072"), "{error}");
         let arm = body.to_string().replace("amd64", "arm64");
         assert!(matches!(
             configuration(arm.as_bytes(), "box", 1),
