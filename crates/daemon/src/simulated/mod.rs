@@ -16,6 +16,7 @@
 //! | `exec` | commands and files in a guest, with the real agent |
 //! | `http` | requests to the API, without a socket |
 //! | `snapshot` | snapshots: freezing or pausing the guest |
+//! | `main_process` | settings of images: the main process, and the defaults of commands |
 //! | `kernels` | the kernel that a VM boots, and the removal of kernels |
 //! | `recovery` | recovery at the daemon's next start |
 //! | `watches` | the pool watch, auto-extend, clean-up, the network |
@@ -27,6 +28,7 @@ mod exec;
 mod http;
 mod kernels;
 mod lifecycle;
+mod main_process;
 mod recovery;
 mod sim;
 mod snapshot;
