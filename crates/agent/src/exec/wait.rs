@@ -27,7 +27,7 @@ pub(crate) async fn run(execs: Arc<Execs>, exec: Arc<Exec>, launched: Launched, 
             finish(&execs, &exec, end, duration);
         }
         Streams::Pipes { stdin, stdout, stderr } => {
-            // Else the agent would keep a pipe that the host closes.
+            // Otherwise the agent would keep a pipe that the host closes.
             drop(stdin);
             let ((end, duration), stdout_open, stderr_open) = tokio::join!(
                 main,
@@ -74,7 +74,7 @@ fn end(status: Option<ExitStatus>, timed_out: bool) -> ExecEnd {
 
 fn finish(execs: &Execs, exec: &Exec, end: ExecEnd, duration: Duration) {
     exec.close_input();
-    // The state first: who has read the end also sees it in the state.
+    // The state is set first: a client that has read the end also sees it in the state.
     let _ = exec.end.set((end, duration));
     execs.ended(&exec.id);
     exec.output.finish(end);

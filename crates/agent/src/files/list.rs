@@ -80,7 +80,7 @@ fn read_names(path: &Path) -> rustix::io::Result<Rest> {
 }
 
 impl Rest {
-    /// Returns the next piece of the JSON document, and what is left after it.
+    /// Returns the next piece of the JSON document, and the rest of the listing.
     fn next_piece(mut self) -> io::Result<(Bytes, Option<Rest>)> {
         let mut piece = Vec::new();
         if !std::mem::replace(&mut self.has_begun, true) {

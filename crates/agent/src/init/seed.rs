@@ -25,7 +25,7 @@ pub(crate) struct Facts {
 /// Reads the facts. A failure is reported on the console, and the guest starts without them.
 pub(crate) fn read(device: &Path) -> Facts {
     try_read(device).unwrap_or_else(|error| {
-        eprintln!("scalebox-agent: no host name and no network: {error}");
+        eprintln!("scalebox-agent: cannot read the seed drive: {error}; the guest has no host name and no network");
         Facts::default()
     })
 }

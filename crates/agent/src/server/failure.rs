@@ -9,7 +9,7 @@ use std::io;
 pub(crate) struct Failure(pub(crate) AgentFailure);
 
 impl Failure {
-    /// Creates a failure from what failed and why, in one sentence.
+    /// Creates a failure. The sentence states the operation and the cause.
     pub(crate) fn new(code: FailureCode, error: impl Into<String>) -> Failure {
         Failure(AgentFailure {
             error: error.into(),
