@@ -30,7 +30,7 @@ pub(crate) struct Streams {
     /// Give the command a terminal, which is this one
     #[arg(long, short)]
     pub tty: bool,
-    /// Send standard input to the command also if it is a terminal; a pipe or file always is sent
+    /// Send standard input to the command also from a terminal; a pipe or file is always sent
     #[arg(long, short)]
     pub interactive: bool,
 }
@@ -121,7 +121,7 @@ pub(crate) struct CopyArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "The log has what the VM's kernel and services printed, also of a VM that is stopped or cannot boot. \
+    after_help = "The log has the output of the VM's kernel and services, also if the VM is stopped or cannot boot. \
     It is printed unchanged.\n\n\
     Examples:\n  scalebox logs very-silly-penguin --tail 4000\n  scalebox logs --follow very-silly-penguin"
 )]

@@ -73,7 +73,7 @@ use scalebox_client::Client;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // Ends the process if a shell asks for completions.
+    // Prints completions and ends the process, if a shell requests them.
     CompleteEnv::with_factory(Args::command).complete();
     let args = Args::parse();
     let output = Output::new(args.connection.json);
