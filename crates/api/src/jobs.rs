@@ -1,4 +1,4 @@
-//! Jobs: work that goes on after the response to the request that started it.
+//! Jobs: work that continues after the response to the request that started it.
 
 use crate::body::{Fields, Invalid};
 use crate::error::ErrorBody;

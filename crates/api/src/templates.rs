@@ -37,7 +37,7 @@ pub struct Template {
     /// is `pull`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
-    /// Digest of the manifest that the reference stood for, `sha256:` and 64 hex digits, if the
+    /// Digest of the manifest that the reference resolved to, `sha256:` and 64 hex digits, if the
     /// source is `pull`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest_digest: Option<String>,

@@ -25,7 +25,7 @@ pub(crate) enum ServiceError {
     /// The token is missing or wrong. The message does not name which.
     #[error("a valid token is required in the header Authorization: Bearer TOKEN")]
     Unauthorized,
-    /// Forbidden for everyone.
+    /// Forbidden for all clients.
     #[error("{0}")]
     Forbidden(String),
     /// No VM, template or route has this name.
@@ -115,8 +115,8 @@ impl ServiceError {
         }
     }
 
-    /// Returns the error as a sentence for clients: without the cause of a failure of the host,
-    /// which is for the log.
+    /// Returns the error as a sentence for clients. The cause of a failure of the host is only
+    /// logged.
     pub(crate) fn sentence(&self) -> String {
         match self {
             ServiceError::HostFailed { sentence, .. } => sentence.clone(),

@@ -104,7 +104,7 @@ impl GuestAgent {
         Ok(())
     }
 
-    /// Thaws the guest's file systems. Does nothing to those that are not frozen.
+    /// Thaws the guest's file systems. Does nothing if they are not frozen.
     pub(crate) async fn thaw(&self) -> Result<(), GuestAgentError> {
         match self {
             GuestAgent::Own(agent) => agent.thaw().await?,

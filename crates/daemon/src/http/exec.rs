@@ -81,7 +81,8 @@ fn ndjson(lines: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static)
     ([(CONTENT_TYPE, NDJSON)], Body::from_stream(lines)).into_response()
 }
 
-/// Returns the lines of a command's output. With `to_the_end`, the last one is its end or an error.
+/// Returns the lines of a command's output. With `to_the_end`, the last line is the end of the
+/// command or an error.
 fn lines(
     first: Option<OutputLine>,
     follow: Follow,
@@ -114,7 +115,7 @@ fn failed(error: &ServiceError) -> OutputLine {
 }
 
 fn encode(line: &OutputLine) -> Bytes {
-    // The type has only strings as keys, so that it always serialises.
+    // Serialization cannot fail: the type has only strings as keys.
     let mut json = serde_json::to_vec(line).unwrap_or_default();
     json.push(b'\n');
     json.into()

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 /// Pause between two attempts to reach the agent of a guest that boots.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// Longest version of an agent that is passed on, in characters.
+/// Maximum length of an agent's version in a response, in characters.
 const MAX_VERSION: usize = 64;
 
 /// A running VM whose agent responds, for one request.
