@@ -30,7 +30,7 @@ pub enum PoolSizeError {
         /// The device.
         device: PathBuf,
     },
-    /// A growth beyond what the host disk can hold.
+    /// A growth beyond the capacity of the host disk.
     #[error(
         "{size} GiB is too large: the host disk can hold a pool of at most {max} GiB and keep {kept_free} GiB free"
     )]

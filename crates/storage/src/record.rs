@@ -39,7 +39,7 @@ pub enum TemplateSource {
 pub struct PulledImage {
     /// The complete reference, such as `docker.io/library/python:3.12-slim`.
     pub reference: String,
-    /// The digest of the manifest, or list of manifests, that the reference stood for: `sha256:`
+    /// The digest of the manifest, or list of manifests, that the reference resolved to: `sha256:`
     /// and 64 hex digits.
     pub digest: String,
 }
@@ -114,7 +114,7 @@ impl Record {
     }
 }
 
-/// Returns the template that an image belongs to, by the image's file name: `NAME.ext4`, or
+/// Returns the template that an image belongs to, by the image's file name. It is `NAME.ext4`, or
 /// `NAME@INODE.ext4` if the first was in use.
 pub(crate) fn image_owner(file: &str) -> Option<TemplateName> {
     let stem = file.strip_suffix(IMAGE)?;

@@ -337,7 +337,7 @@ impl Pool {
                 }
                 other => other?,
             };
-            // Before it is locked, a concurrent sweep may take it for a leftover and remove it.
+            // Before it is locked, a concurrent sweep may mistake it for a leftover and remove it.
             match lock_at(&file, partial) {
                 Ok(true) => return Ok(file),
                 Ok(false) => {}

@@ -3,8 +3,8 @@
 //!
 //! The folder `kernel/` marks such a pool. The upgrade installs its kernel under its id, gives each
 //! image a record, and removes the folder last. Nothing is copied. After a crash at any step, the
-//! next upgrade completes the rest. A folder `kernel/` of someone else, in a pool on an existing
-//! file system, is not touched. A pool that has images and not a single record is upgraded too.
+//! next upgrade completes the rest. A folder `kernel/` of another program, in a pool on an existing
+//! file system, is not changed. A pool that has images and not a single record is upgraded too.
 
 use crate::error::StorageError;
 use crate::kernels::{INITRD, KernelFiles, Transfer, VMLINUZ};

@@ -73,7 +73,7 @@ impl SshPublicKey {
     /// Reads a key from a record. An earlier version with other rules for types and comments may
     /// have accepted it.
     ///
-    /// Checks only what a guest needs: one line, and not too long.
+    /// Checks only the properties that a guest needs: one line, and not too long.
     ///
     /// # Errors
     /// A text that is empty, has several lines or is too long.

@@ -77,7 +77,7 @@ fn e2fsck(image: &Path, options: &[&str]) -> Result<(), StorageError> {
     if let Some((_, features)) = output.split_once("has unsupported feature(s): ") {
         let features = features.lines().next().unwrap_or_default();
         return Err(StorageError::FileSystem(format!(
-            "has features that e2fsck does not know: {features}"
+            "has features that e2fsck does not support: {features}"
         )));
     }
     match answer.code {
