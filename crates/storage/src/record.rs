@@ -34,7 +34,7 @@ pub enum TemplateSource {
     Pull(PulledImage),
 }
 
-/// The image in a registry that a template was made of.
+/// The image in a registry that a template was made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PulledImage {
     /// The complete reference, such as `docker.io/library/python:3.12-slim`.
@@ -74,7 +74,7 @@ pub(crate) struct Record {
     pub(crate) reference: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) manifest_digest: Option<String>,
-    /// The settings of the image that the template was made of.
+    /// The settings of the image that the template was made from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) config: Option<ImageConfig>,
     /// The first process of its VMs; none means an init system.

@@ -43,7 +43,7 @@ impl Pool {
     }
 
     /// Detects a pool of an earlier release whose folder `kernel/` was removed by hand. The sweep
-    /// must not take its templates for leftovers.
+    /// must not treat its templates as leftovers.
     fn has_images_without_any_record(&self) -> bool {
         let files = list(&self.templates_dir()).unwrap_or_default();
         let names = || files.iter().filter_map(|path| path.file_name()?.to_str());

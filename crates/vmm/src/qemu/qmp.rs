@@ -44,7 +44,7 @@ pub(crate) struct Qmp {
 
 enum Connection {
     Open(QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>),
-    /// A command timed out. A late response would be taken for that of another command.
+    /// A command timed out. A late response would be mistaken for that of another command.
     TimedOut,
     /// The socket is broken: QEMU has ended, or is about to.
     Broken(String),
