@@ -41,7 +41,7 @@ pub struct Template {
     /// source is `pull`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest_digest: Option<String>,
-    /// Settings of the image that the template was made of; absent if it had none.
+    /// Settings of the image that the template was made from; absent if the image had none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ImageConfig>,
     /// First process of its VMs; absent means the init system in its file system.

@@ -134,7 +134,7 @@ enum TemplateCommand {
         /// Build the template again if it exists
         #[arg(long)]
         replace: bool,
-        /// Keep finished parts in this folder, and reuse those that are there
+        /// Keep finished parts in this folder, and reuse existing ones
         #[arg(long, value_name = "DIR")]
         cache: Option<PathBuf>,
     },

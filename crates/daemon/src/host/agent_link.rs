@@ -232,7 +232,7 @@ async fn run(links: AgentLinks, link: Arc<Link>) {
             () = reboot(&mut events) => break "the guest rebooted".to_owned(),
             () = connection.closed() => break "the connection ended".to_owned(),
             () = link.idle() => if links.remove_idle(&link) {
-                break "it is not used".to_owned();
+                break "the connection is idle".to_owned();
             },
         }
     };

@@ -22,7 +22,7 @@ pub(crate) enum ServiceError {
         /// The field with the wrong value.
         field: Option<String>,
     },
-    /// The token is missing or wrong. The message does not name which.
+    /// The token is missing or wrong. The message does not distinguish the two.
     #[error("a valid token is required in the header Authorization: Bearer TOKEN")]
     Unauthorized,
     /// Forbidden for all clients.
@@ -70,10 +70,10 @@ pub(crate) enum ServiceError {
     /// The disk of `STATE_DIR` is full.
     #[error("{0}")]
     StateFull(String),
-    /// The agent in a guest cannot be reached, or does not keep to its protocol.
+    /// The agent in a guest cannot be reached, or violates its protocol.
     #[error("{0}")]
     Unreachable(String),
-    /// The guest did not do it in time.
+    /// The guest did not complete an operation in time.
     #[error("{message}")]
     GuestTimeout {
         /// The operation that did not finish, and the time limit, as a sentence.

@@ -87,7 +87,7 @@ pub(crate) async fn wait_for_agent(host: &Host, id: &str, within: Duration) -> R
             let (record, machine) = running(host, id)?;
             match host.agents.reach(&machine).await {
                 Ok(_agent) => return Ok(()),
-                Err(error) => tracing::trace!(vm = %record.id, %error, "the guest still boots"),
+                Err(error) => tracing::trace!(vm = %record.id, %error, "the guest is still booting"),
             }
             sleep(RETRY_INTERVAL).await;
         }
