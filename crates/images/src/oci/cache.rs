@@ -175,7 +175,7 @@ impl Drop for PartialLayer {
         if !self.finished
             && let Err(error) = remove(&self.path)
         {
-            tracing::warn!(%error, "cannot remove an unfinished layer; the next start removes it");
+            tracing::warn!(%error, "cannot remove an unfinished layer; the next pull removes it");
         }
     }
 }

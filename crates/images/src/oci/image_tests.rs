@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
-/// An image that was made of layers, in a folder of its own.
+/// An image that was made from layers, in a folder of its own.
 struct Made {
     folder: tempfile::TempDir,
 }

@@ -316,7 +316,7 @@ async fn answer(registry: &Registry, challenge: &HeaderMap, repository: &str) ->
     match (of("basic"), registry.credentials()) {
         (Some(_), Some(credentials)) => Ok(Access::Basic(credentials.clone())),
         (Some(_), None) => Err(denied("it needs a user name and a password")),
-        (None, _) => Err(denied("it offers no way to log in that is supported (Basic or Bearer)")),
+        (None, _) => Err(denied("it supports neither Basic nor Bearer authentication")),
     }
 }
 
