@@ -104,7 +104,7 @@ pub(crate) enum Command {
         scalebox completions fish > ~/.config/fish/completions/scalebox.fish"
     )]
     Completions {
-        /// Shell to complete in
+        /// Shell to print the script for
         shell: Shell,
     },
 }

@@ -16,7 +16,7 @@
 //! - `logs`: `scalebox logs`
 //! - `stats`: `scalebox stats`
 //! - `login`: `scalebox login` and `scalebox logout`
-//! - `running`: refuses commands that need a running VM
+//! - `running`: rejects commands that need a running VM
 //! - `wait`: waits until a guest responds to SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `own_key`: an SSH key for users who have none
