@@ -159,7 +159,7 @@ const AUTOSTART: &str = "autostart";
 pub struct CreateVm {
     /// Template to clone the disk from.
     pub template: TemplateName,
-    /// SSH public key that may log in to the guest's account `user`; without a key, logins over SSH
+    /// SSH public key that may log in to the guest's account `user`. Without a key, logins over SSH
     /// are not possible.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]

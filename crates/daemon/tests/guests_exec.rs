@@ -132,7 +132,7 @@ fn the_command_line_passes_streams_and_status_on(scene: &mut Scene) {
     assert_eq!(sh(&scene.client, VM, "cat /srv/copied/below/file"), "content");
 }
 
-/// Reads the lines of a background command up to the kill of the daemon, and from that offset after
+/// Reads the lines of a background command until the daemon is killed, and from that offset after
 /// its restart.
 fn a_killed_daemon_loses_no_line_of_a_background_command(scene: &mut Scene) {
     let counter = "i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo line $i; sleep 0.05; done";

@@ -166,8 +166,8 @@ fn chroot(root: &Path, argv: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Creates a folder of the guest and its parents, readable by all users of the guest, regardless of
-/// this process' umask.
+/// Creates a folder of the guest and its parents, readable by all users of the guest. The modes do
+/// not depend on this process' umask.
 fn make_dir(path: &Path) -> Result<(), Error> {
     if path.is_dir() {
         return Ok(());

@@ -89,7 +89,7 @@ impl Rest {
         for _ in 0..GROUP {
             let Some(name) = self.names.pop() else { break };
             let info = match info_at(&self.folder, OsStr::from_bytes(&name)) {
-                // It vanished after the names were read.
+                // The file vanished after the names were read.
                 Err(Errno::NOENT) => continue,
                 info => info?,
             };

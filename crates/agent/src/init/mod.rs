@@ -30,8 +30,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-/// The OOM score of a process that the kernel never kills for lack of memory, and of an ordinary
-/// process (proc_pid_oom_score_adj(5)).
+/// OOM scores of a process that the kernel never kills for lack of memory, and of an ordinary one
+/// (proc_pid_oom_score_adj(5)).
 const NEVER_KILLED: &str = "-1000";
 const DEFAULT_SCORE: &str = "0";
 

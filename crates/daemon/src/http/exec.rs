@@ -183,7 +183,7 @@ pub(crate) async fn output(
     ),
     request_body(content = [u8], content_type = "application/octet-stream"),
     responses(
-        (status = 204, description = "The command's pipe or terminal has all of the body."),
+        (status = 204, description = "The whole body was written to the command's pipe or terminal."),
         (status = 404, description = "No such VM or exec."),
         (status = 409, description = "The VM is not running, the command has ended, or its stdin is closed."),
         (status = 503, description = "The VM's agent does not respond."),

@@ -26,8 +26,8 @@ pub struct LayerCache {
 }
 
 impl LayerCache {
-    /// Opens the cache in the folder `dir`, which is created if it is missing, and removes the
-    /// leftovers of interrupted pulls.
+    /// Opens the cache in the folder `dir`, creating it if necessary, and removes the leftovers of
+    /// interrupted pulls.
     ///
     /// # Errors
     /// [`OciError::Io`].
