@@ -133,12 +133,12 @@ pub struct ExecStatus {
     pub output_start: u64,
     /// Offset after the newest byte: the number of bytes that the command has written.
     pub output_end: u64,
-    /// How the command ended; none while it runs.
+    /// The end of the command; none while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end: Option<ExecEnd>,
 }
 
-/// How a command ended.
+/// The end of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecEnd {
     /// The exit status, 0 to 255, if the command exited.

@@ -7,7 +7,7 @@ use scalebox_agent_api::InitKind;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-/// How the agent was started.
+/// The arguments with which the agent was started.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ServeOptions {
     init: InitKind,

@@ -45,7 +45,7 @@ pub enum OutputLine {
     },
     /// The command has ended: the last line.
     Exit {
-        /// How it ended.
+        /// The end of the command.
         exit: ExecEnd,
     },
     /// The daemon can no longer follow the command: the last line.

@@ -57,7 +57,7 @@ fn report(source: &str, target: &str, size: u64, output: &Output) -> Result<(), 
     }
 }
 
-/// Where files are copied to.
+/// The destination of copied files.
 pub(crate) struct Target<'c> {
     pub client: &'c Client,
     pub vm: &'c str,

@@ -82,7 +82,7 @@ pub(crate) struct Session<'c> {
     raw_mode: Option<RawMode>,
 }
 
-/// How standard input is used.
+/// The use of standard input.
 enum Stdin {
     /// Standard input is not sent.
     Unused,

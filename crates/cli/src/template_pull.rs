@@ -11,7 +11,7 @@ use std::io::{self, BufRead};
 use std::thread::sleep;
 use std::time::Duration;
 
-/// How often the progress of the job is queried.
+/// Interval of queries for the progress of the job.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// Maximum length of a template's name.
 const MAX_NAME: usize = 63;

@@ -22,7 +22,7 @@ pub struct Download {
     pub content: Box<dyn Read + Send>,
 }
 
-/// How a file is written.
+/// The properties of a file that is written.
 #[derive(Debug, Clone, Default)]
 pub struct Upload {
     /// Permissions; the daemon's default is 0644, or those of the file that is replaced.

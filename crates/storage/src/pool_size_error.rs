@@ -1,9 +1,9 @@
-//! Why the pool cannot have a requested size.
+//! The reason why the pool cannot have a requested size.
 
 use scalebox_units::{Bytes, Gib};
 use std::path::PathBuf;
 
-/// Why the pool cannot have a requested size. Nothing was changed.
+/// The reason why the pool cannot have a requested size. Nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PoolSizeError {

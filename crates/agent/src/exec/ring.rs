@@ -68,7 +68,7 @@ pub(crate) struct Ring {
     end: u64,
     followers: Vec<Follower>,
     next_follower: u64,
-    /// Since when a command waits for a follower.
+    /// The time at which a command began to wait for a follower.
     blocked_since: Option<Instant>,
     /// Nothing is dropped before this time, because the first follower is expected.
     reserved_until: Option<Instant>,

@@ -61,7 +61,7 @@ struct Content {
     first: Option<Vec<u8>>,
 }
 
-/// Where the content ends.
+/// The end of the content.
 enum End {
     /// After this number of bytes.
     At(u64),

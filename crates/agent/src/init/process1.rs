@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::sleep;
 
-/// Where the generated files are, which cover those of the image.
+/// The folder of the generated files, which cover those of the image.
 const GENERATED: &str = "/run/scalebox";
 
 /// Delay before an agent that has ended is started again.

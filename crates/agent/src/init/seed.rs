@@ -9,7 +9,7 @@ use std::path::Path;
 /// The seed drive: the machine's second disk.
 pub(crate) const DEVICE: &str = "/dev/vdb";
 
-/// Where it is mounted for a moment, in the initramfs.
+/// The folder of the initramfs on which the seed drive is mounted while it is read.
 const TARGET: &str = "/seed";
 
 /// The guest's identity: the file `scalebox` of the seed drive, `KEY=VALUE` per line.

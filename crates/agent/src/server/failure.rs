@@ -4,7 +4,7 @@ use rustix::io::Errno;
 use scalebox_agent_api::{AgentFailure, FailureCode};
 use std::io;
 
-/// Why a request failed.
+/// The reason why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure(pub(crate) AgentFailure);
 

@@ -29,7 +29,7 @@ const SYSTEMD_POWER_OFF: i32 = 34 + 4;
 /// `SIGRTMIN+5` of systemd(1): starts `reboot.target`.
 const SYSTEMD_REBOOT: i32 = 34 + 5;
 
-/// How the guest is ended.
+/// The way in which the guest is ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// By a signal to process 1.

@@ -20,11 +20,11 @@ use tokio::time::{Instant, sleep, timeout};
 /// Time for the agent to respond to the hello. A running agent takes milliseconds, also under
 /// emulation; a guest that boots does not respond.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection that is not used stays open.
+/// Time after which an idle connection is closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for the agent to respond to an operation that can use another agent.
 const FIND_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long such operations use the other agent after our own did not respond.
+/// Time for which such operations use the other agent after our own did not respond.
 const ABSENT_TIME: Duration = Duration::from_secs(30);
 
 /// The connections to all agents. A clone is another handle on the same table.

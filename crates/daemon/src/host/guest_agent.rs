@@ -9,7 +9,7 @@ use scalebox_vmm::{Channel, Machine};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Why a request to the agent of a guest failed.
+/// The reason why a request to the agent of a guest failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestAgentError {
     /// The connection to `qemu-guest-agent` failed.

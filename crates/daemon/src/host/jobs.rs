@@ -16,7 +16,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 const MAX_RUNNING: usize = 4;
 /// Maximum number of jobs that are kept, running or ended.
 const MAX_JOBS: usize = 100;
-/// How often a job reports its progress as an event.
+/// Minimum interval between two events about the progress of a job.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The jobs of a running daemon, oldest first.

@@ -89,7 +89,7 @@ struct Session {
     _guard: Option<RequestGuard>,
 }
 
-/// Why a session ends.
+/// The reason why a session ends.
 enum End {
     /// The client has left.
     Left,

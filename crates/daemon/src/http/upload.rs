@@ -16,7 +16,7 @@ const MAX_BUFFERED: usize = 4;
 /// Time limit for reading the rest of a body that is no longer needed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(900);
 
-/// Why a body did not arrive completely.
+/// The reason why a body did not arrive completely.
 #[derive(Clone, Default)]
 pub(crate) struct BodyFailure(Arc<Mutex<Option<ServiceError>>>);
 

@@ -43,7 +43,7 @@ pub(crate) struct Started {
 pub(crate) struct Finished {
     /// The command's id.
     pub(crate) id: ExecId,
-    /// How it ended.
+    /// The end of the command: its exit status or signal.
     pub(crate) end: ExecEnd,
     /// The beginning of stdout.
     pub(crate) stdout: Spool,

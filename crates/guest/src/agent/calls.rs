@@ -41,7 +41,7 @@ pub struct FileHead {
     pub size: u64,
 }
 
-/// How a file or directory is to be created.
+/// The properties of a file or directory that is created.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PutFile {
     /// The permissions: the lowest 12 bits of the mode.

@@ -345,7 +345,7 @@ pub(crate) fn header<T>(headers: &HeaderMap, name: &str, parse: impl Fn(&str) ->
         .ok_or_else(|| AgentError::malformed(format!("a response without a valid header {name}")))
 }
 
-/// When the guest last took a piece of an upload.
+/// The time at which the guest last took a piece of an upload.
 struct Progress(Mutex<Instant>);
 
 impl Progress {

@@ -1,11 +1,11 @@
-//! Why a request to the agent failed.
+//! The reason why a request to the agent failed.
 
 use scalebox_agent_api::AgentFailure;
 use std::error::Error;
 use std::io;
 use std::time::Duration;
 
-/// Why a request to the agent failed.
+/// The reason why a request to the agent failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AgentError {
     /// There is no connection, or the connection has ended: the guest or the agent is restarting or

@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 const PARALLEL: usize = 3;
 /// Number of received parts that wait for the disk.
 const QUEUE: usize = 16;
-/// How often a pull checks whether another pull has finished a layer.
+/// Interval at which a pull checks whether another pull has finished a layer.
 const WAIT: Duration = Duration::from_millis(200);
 
 /// The layers of one image that are being downloaded.

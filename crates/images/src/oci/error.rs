@@ -1,4 +1,4 @@
-//! Why an image could not be fetched or turned into a file system.
+//! The reason why an image could not be fetched or turned into a file system.
 
 use scalebox_programs::ProgramError;
 use scalebox_units::Bytes;
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 /// Maximum length of a text from a registry or an archive in a message, in characters.
 const MAX_QUOTED: usize = 200;
 
-/// Why an image could not be fetched or turned into a file system. Nothing is left behind except
-/// complete and verified layers in the cache.
+/// The reason why an image could not be fetched or turned into a file system. Nothing is left
+/// behind except complete, verified layers in the cache.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OciError {

@@ -66,7 +66,7 @@ pub(crate) struct Name {
     layer: usize,
 }
 
-/// Why a path cannot be used. The text continues the sentence "the path … which …".
+/// The reason why a path cannot be used. The text continues the sentence "the path … which …".
 pub(crate) type Invalid = &'static str;
 
 /// The merged tree.
