@@ -58,7 +58,7 @@ pub(crate) struct DiskFactory<'a> {
 
 impl<'a> DiskFactory<'a> {
     /// Opens the pool in this process, while the daemon also has it open. Admission here does not
-    /// know the daemon's disks, and the disks it admits are removed again.
+    /// count the daemon's disks, and the disks it admits are removed again.
     pub(crate) fn open(setup: &'a Setup, daemon: &'a Daemon) -> Outcome<DiskFactory<'a>> {
         let bounds = Bounds {
             buffer: Gib::new(2),

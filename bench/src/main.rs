@@ -1,5 +1,5 @@
 //! Compares Scalebox with the commands of the original system, in one run on one pool.
-//! `bench/run.sh` sets up what it needs and cleans up.
+//! `bench/run.sh` prepares the scratch folder and cleans up.
 //!
 //! # Layout
 //!
@@ -10,7 +10,7 @@
 //! | `daemon` | the daemon under test |
 //! | `setup` | reads the environment that `bench/run.sh` has prepared |
 //! | `outcome` | the result of a step |
-//! | `boot` | measures a guest's way to SSH |
+//! | `boot` | measures the time of a guest to SSH |
 //! | `measure` | measures operations, sequential or concurrent |
 //! | `wait` | waits for something to happen |
 //! | `random_writes` | random writes with fio |

@@ -31,7 +31,7 @@ pub const MAX_ARGUMENT: usize = (128 << 10) - 1;
 pub const MAX_ARGUMENTS: usize = 16 << 10;
 /// Maximum number of execs that run at the same time in one guest.
 pub const MAX_RUNNING: usize = 1024;
-/// Number of ended execs that the agent remembers; the oldest are forgotten first.
+/// Number of ended execs that the agent keeps; the oldest are removed first.
 pub const MAX_ENDED: usize = 256;
 /// Default size of an exec's output buffer in the guest, in bytes.
 pub const DEFAULT_BUFFER: u64 = 1 << 20;
@@ -53,8 +53,9 @@ pub struct StartExec {
     /// The program and its arguments; at least one. The program is searched for in the `PATH` of
     /// `env` unless it contains a slash. No argument contains a zero byte.
     pub argv: Vec<String>,
-    /// The complete environment except for `HOME`, `USER`, `LOGNAME`, `SHELL`, `PATH` and `TERM`
-    /// (with a terminal), which the agent adds if they are absent and known.
+    /// The environment, complete except for variables that the agent adds. These are `HOME`,
+    /// `USER`, `LOGNAME`, `SHELL`, `PATH`, and `TERM` with a terminal, if they are absent and
+    /// known.
     #[serde(default)]
     pub env: Vec<(String, String)>,
     /// The working directory, an absolute path; by default `/`.
@@ -76,12 +77,12 @@ pub struct StartExec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
     /// Size of the output buffer in bytes, up to [`MAX_BUFFER`]; by default [`DEFAULT_BUFFER`].
-    /// Smaller sizes than [`MIN_BUFFER`] count as that.
+    /// Sizes below [`MIN_BUFFER`] count as [`MIN_BUFFER`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub buffer: Option<u64>,
-    /// `true` if the host reads the output from the start: the command waits when the buffer is
-    /// full, until the reader is there (for at most 10 s). Otherwise the oldest output is dropped
-    /// while no one reads.
+    /// `true` if the host reads the output from the start. The command then waits up to 10 s for
+    /// the reader when the buffer is full. With `false`, the oldest output is dropped while there
+    /// is no reader.
     #[serde(default)]
     pub attached: bool,
 }
@@ -117,8 +118,8 @@ pub struct Signal {
 pub struct ExecStatus {
     /// The exec's id.
     pub id: String,
-    /// The command. Arguments beyond [`MAX_STATUS_ARGV`] bytes are left out; the last one that is
-    /// there ends with `…` then.
+    /// The command. Arguments beyond [`MAX_STATUS_ARGV`] bytes are left out, and the last remaining
+    /// argument then ends with `…`.
     pub argv: Vec<String>,
     /// The process id in the guest; 0 if the main process could not be started.
     pub pid: u32,
@@ -132,7 +133,7 @@ pub struct ExecStatus {
     pub output_start: u64,
     /// Offset after the newest byte: the number of bytes that the command has written.
     pub output_end: u64,
-    /// How the command ended; none while it runs.
+    /// The end of the command; none while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end: Option<ExecEnd>,
     /// The restarts of the main process; none for other execs.
@@ -149,7 +150,7 @@ pub struct Restarts {
     pub pending: bool,
 }
 
-/// How a command ended.
+/// The end of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecEnd {
     /// The exit status, 0 to 255, if the command exited.

@@ -16,8 +16,8 @@ pub struct AgentFailure {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FailureCode {
-    /// The request is malformed, a value is out of bounds, or a file is not a program (`EINVAL`,
-    /// `E2BIG`, `ENAMETOOLONG`, `ENOEXEC`).
+    /// The request is malformed or out of bounds, or a file is not a program (`EINVAL`, `E2BIG`,
+    /// `ENAMETOOLONG`, `ENOEXEC`).
     Invalid,
     /// The exec, the file, the program, the user or the directory does not exist (`ENOENT`).
     NotFound,
@@ -26,7 +26,7 @@ pub enum FailureCode {
     /// A path component is not a directory, or a file is a directory (`ENOTDIR`, `EISDIR`,
     /// `ELOOP`).
     WrongKind,
-    /// The operation needs rights that it does not have (`EACCES`, `EPERM`, `EROFS`).
+    /// The operation is not permitted (`EACCES`, `EPERM`, `EROFS`).
     Denied,
     /// The file system is full, or a quota is used up (`ENOSPC`, `EDQUOT`).
     NoSpace,
@@ -34,9 +34,10 @@ pub enum FailureCode {
     Ended,
     /// A limit of the agent is reached: retry later (`EMFILE`, `ENOMEM`, `EAGAIN`).
     Busy,
-    /// A timeout of the agent is over.
+    /// A timeout of the agent has expired.
     Timeout,
-    /// The guest's kernel does not support it (`EOPNOTSUPP`, `ENOTTY`, `ENOSYS`, `EXDEV`).
+    /// The guest's kernel does not support the operation (`EOPNOTSUPP`, `ENOTTY`, `ENOSYS`,
+    /// `EXDEV`).
     Unsupported,
     /// Any other error.
     #[serde(other)]

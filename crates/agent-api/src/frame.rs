@@ -47,12 +47,12 @@ pub enum Frame {
     End {
         /// Total length of the output.
         offset: u64,
-        /// How the command ended.
+        /// The end of the command.
         end: ExecEnd,
     },
 }
 
-/// Why bytes are not a stream of frames.
+/// The reason why bytes are not a stream of frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Malformed;
 

@@ -1,4 +1,4 @@
-//! The start of a connection: agreement on where its bytes begin.
+//! The start of a connection: both sides determine where its bytes begin.
 //!
 //! The host sends [`request`] and waits for [`response`] with the same nonce, skipping all bytes
 //! before it. It repeats the request while no response arrives. The agent skips bytes until it has
@@ -6,8 +6,8 @@
 //! hello: the agent skips them until the first byte of HTTP/2.
 //!
 //! The request starts with a [`flush`](FLUSH) that is longer than any HTTP/2 frame. An agent that
-//! is still reading a frame of an earlier connection completes it with these bytes, takes the next
-//! ones for an invalid frame, gives the connection up, and finds the request.
+//! is still reading a frame of an earlier connection completes it with these bytes, rejects the
+//! next ones as an invalid frame, drops the connection, and finds the request.
 
 /// Length of the nonce, in hexadecimal digits.
 pub const NONCE: usize = 32;
@@ -28,8 +28,8 @@ pub const MAX_SKIPPED: usize = 4 << 20;
 const REQUEST: &str = "\nscalebox-agent hello ";
 const RESPONSE: &str = "\nscalebox-agent ready ";
 
-/// Length of a request or response without the filler, in bytes: the word, the nonce, a blank, the
-/// protocol's version in three digits, a newline.
+/// Length of a request or response without the filler, in bytes. Each has the word, the nonce, a
+/// blank, the protocol's version in three digits, and a newline.
 pub const LINE: usize = REQUEST.len() + NONCE + 5;
 
 /// Returns a host's request, filler included.

@@ -6,7 +6,7 @@
 //! is the virtio-serial port [`PORT_NAME`], which carries one connection at a time; under
 //! Firecracker it is a connection to the vsock port [`VSOCK_PORT`].
 //!
-//! A serial port does not say where a connection begins, and may hold bytes of an earlier one. So
+//! A serial port does not mark where a connection begins, and may hold bytes of an earlier one. So
 //! each connection starts with a [`hello`]: the host sends it, and repeats it until the agent
 //! responds with the same nonce. Bytes before the response belong to an earlier connection.
 //!
@@ -43,7 +43,7 @@
 //!
 //! An error has a status of 400 to 599 and the body [`AgentFailure`].
 //!
-//! The host does not trust the agent: whoever controls the guest can answer in its place.
+//! The host does not trust the agent: anyone who controls the guest can respond in its place.
 
 pub mod exec;
 pub mod failure;

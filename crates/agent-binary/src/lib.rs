@@ -1,4 +1,4 @@
-//! The guest's agent as a static program, embedded in the daemon: a host has the same release of
+//! The guest's agent as a static program, embedded in the daemon. A host has the same release of
 //! both, and an image needs no file of Scalebox.
 
 /// `scalebox-agent`, an x86-64 ELF program without an interpreter.

@@ -1,7 +1,7 @@
 //! Users of the guest, from its `/etc/passwd` and `/etc/group`.
 //!
-//! The agent is a static program, so that it cannot load the guest's NSS modules: users from LDAP
-//! and the like are known by number only.
+//! The agent is a static program and cannot load the guest's NSS modules: it finds users of LDAP
+//! and similar services by number only.
 
 use crate::server::Failure;
 use rustix::fs::{Mode, OFlags};
@@ -18,7 +18,7 @@ const MAX_FILE: u64 = 16 << 20;
 /// Maximum number of supplementary groups; the kernel's limit is 65,536.
 const MAX_GROUPS: usize = 1024;
 
-/// A user as whom commands run.
+/// A user that runs commands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Account {
     pub(crate) uid: u32,

@@ -1,8 +1,8 @@
 //! Threads for operations that block.
 //!
-//! Operations on files share a few threads. None of them waits for the host, so that a stalled
-//! stream does not keep a thread. What may wait for long gets a thread of its own: archives, and
-//! operations on whole file systems, of which a thaw must work while all others hang.
+//! Operations on files share a few threads, and never wait for the host on them: a stalled stream
+//! must not occupy a thread. Operations that may wait for long get a thread of their own: archives,
+//! and operations on whole file systems, because a thaw must work while all others hang.
 
 use crate::server::Failure;
 use scalebox_agent_api::FailureCode;

@@ -10,7 +10,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
-/// How the agent was started.
+/// The arguments with which the agent was started.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ServeOptions {
     init: InitKind,

@@ -163,7 +163,7 @@ async fn files_that_become_shorter_are_padded() {
     assert_eq!(sizes, [0, SIZE]);
 }
 
-/// An archive with one entry, whose path and target are not checked.
+/// Returns an archive with one entry, whose path and target are not checked.
 fn hostile(kind: EntryType, path: &[u8], target: &[u8]) -> Vec<u8> {
     let mut archive = Builder::new(Vec::new());
     append(&mut archive, kind, path, target);
@@ -221,7 +221,7 @@ async fn hostile_entries_are_refused_by_name_and_nothing_leaves_the_folder() {
         let name = String::from_utf8_lossy(name).into_owned();
         assert!(error.error.contains(&name), "{name}: {}", error.error);
     }
-    // A link that the archive brings itself.
+    // A link that the archive itself contains.
     let mut archive = Builder::new(Vec::new());
     append(&mut archive, EntryType::Symlink, b"a", outside.as_os_str().as_bytes());
     append(&mut archive, EntryType::Regular, b"a/made", b"");

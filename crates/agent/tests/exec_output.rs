@@ -42,7 +42,7 @@ async fn a_second_connection_continues_where_the_first_one_broke() {
     assert_eq!((ran.lost, ran.exit_code()), (0, Some(0)));
     assert_eq!(ran.stdout(), numbers(3000));
     assert_eq!(ran.stderr(), "end\n");
-    // Once more from an offset in the middle of a line, by two readers.
+    // Read again from an offset in the middle of a line, by two readers.
     for _ in 0..2 {
         let mut part = Ran {
             offset: 1000,
@@ -97,7 +97,7 @@ async fn several_followers_receive_the_same_output() {
     request.buffer = Some(64 << 10);
     host.start(&request).await;
     let runs = join_all((0..3).map(|_| host.finish(&request.id))).await;
-    // The later ones may miss what the first one had read before they came.
+    // Later readers may miss output that the first one read before they connected.
     assert_eq!(runs[0].lost, 0);
     let all = numbers(200_000);
     assert!(runs.iter().all(|ran| ran.stdout() == all[ran.lost as usize..]));

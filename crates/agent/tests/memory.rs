@@ -36,7 +36,7 @@ async fn large_streams_need_little_memory() {
         format!("/v1/files/tar?path={target}"),
     );
     let unpacked = format!("/v1/files/tar?path={}", query(folder.path()));
-    // The first request loads what all need.
+    // The first request loads the code and buffers that all requests need.
     host.succeed(Method::PUT, &file, nothing()).await;
     reset_max();
     let before = max_memory();

@@ -36,7 +36,7 @@ pub enum AttachMessage {
     Stderr(Vec<u8>),
     /// The command has ended; the last message (channel 3, from the daemon).
     End(ExecEnd),
-    /// The daemon can no longer tell how the command ends; the last message (channel 3).
+    /// The daemon can no longer determine how the command ends; the last message (channel 3).
     Failed(Box<ErrorBody>),
     /// A new window size (channel 4, from the client).
     Resize(WindowSize),

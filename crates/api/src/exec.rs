@@ -71,7 +71,7 @@ fn is_false(value: &bool) -> bool {
     !*value
 }
 
-/// How a string of the API represents bytes.
+/// The form in which a string of the API represents bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
@@ -314,7 +314,7 @@ pub struct StartedExec {
     pub exec: ExecId,
 }
 
-/// How a command ended.
+/// The end of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ExecEnd {

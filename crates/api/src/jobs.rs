@@ -1,4 +1,4 @@
-//! Jobs: work that goes on after the response to the request that started it.
+//! Jobs: work that continues after the response to the request that started it.
 
 use crate::body::{Fields, Invalid};
 use crate::error::ErrorBody;
@@ -35,7 +35,7 @@ pub struct Job {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(format = DateTime))]
     pub ended_at: Option<String>,
-    /// Why the job failed.
+    /// The reason why the job failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorBody>,
 }

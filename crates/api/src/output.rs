@@ -36,7 +36,7 @@ pub enum OutputLine {
         /// Offset of the first byte.
         offset: u64,
     },
-    /// Bytes that were dropped before anyone read them.
+    /// Bytes that were dropped before a client read them.
     Lost {
         /// Number of bytes.
         lost: u64,
@@ -45,7 +45,7 @@ pub enum OutputLine {
     },
     /// The command has ended: the last line.
     Exit {
-        /// How it ended.
+        /// The end of the command.
         exit: ExecEnd,
     },
     /// The daemon can no longer follow the command: the last line.

@@ -37,11 +37,11 @@ pub struct Template {
     /// is `pull`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
-    /// Digest of the manifest that the reference stood for, `sha256:` and 64 hex digits, if the
+    /// Digest of the manifest that the reference resolved to, `sha256:` and 64 hex digits, if the
     /// source is `pull`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest_digest: Option<String>,
-    /// Settings of the image that the template was made of; absent if it had none.
+    /// Settings of the image that the template was made from; absent if the image had none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ImageConfig>,
     /// First process of its VMs; absent means the init system in its file system.

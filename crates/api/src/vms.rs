@@ -166,8 +166,8 @@ const AUTOSTART: &str = "autostart";
 pub struct CreateVm {
     /// Template to clone the disk from.
     pub template: TemplateName,
-    /// SSH public key that may log in to the guest's account `user`; without one, nobody can log in
-    /// over SSH.
+    /// SSH public key that may log in to the guest's account `user`. Without a key, logins over SSH
+    /// are not possible.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
     pub ssh_public_key: Option<SshPublicKey>,

@@ -97,7 +97,7 @@ fn pack_entry(builder: &mut Builder<io::BufWriter<PipeWriter>>, path: &Path, nam
         return Ok(Packing::Skipped);
     }
     let file = fs::File::open(path)?;
-    // The size at this moment: what the file grows by later is left out.
+    // The size at this moment: bytes that are appended later are omitted.
     let size = file.metadata()?.size();
     header.set_size(size);
     let mut content = file.take(size);

@@ -99,12 +99,12 @@ pub(crate) enum Command {
     },
     /// Print a completion script for a shell
     #[command(
-        after_help = "Names of VMs and templates are completed too; the script asks the server for them.\n\n\
+        after_help = "Names of VMs and templates are completed too; the script queries the server for them.\n\n\
         Examples:\n  source <(scalebox completions bash)\n  \
         scalebox completions fish > ~/.config/fish/completions/scalebox.fish"
     )]
     Completions {
-        /// Shell to complete in
+        /// Shell to print the script for
         shell: Shell,
     },
 }
@@ -463,8 +463,8 @@ pub(crate) enum TemplateCommand {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "The server pulls the image for linux/amd64, and goes on if this command is interrupted. With --username, the \
-    password or access token is read from standard input.\n\n\
+    after_help = "The server pulls the image for linux/amd64, and continues if this command is interrupted. With \
+    --username, the password or access token is read from standard input.\n\n\
     Examples:\n  scalebox template pull python:3.12-slim\n  \
     scalebox template pull ghcr.io/owner/tool:1 --name tool --username me < token-file"
 )]

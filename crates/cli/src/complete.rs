@@ -1,4 +1,4 @@
-//! Completions that the server knows: names of VMs and templates.
+//! Completions from the server: names of VMs and templates.
 
 use crate::output::Output;
 use crate::settings::{self, Connection};
@@ -37,7 +37,8 @@ fn names_of_vms() -> Vec<String> {
     ask(|client| Some(client.vms().ok()?.into_iter().map(|vm| vm.name).collect()))
 }
 
-/// Asks the server. Without an answer there are no candidates: a shell cannot show an error.
+/// Queries the server. Without a response there are no candidates, because a shell cannot show an
+/// error.
 fn ask(query: impl FnOnce(&Client) -> Option<Vec<String>> + Send + 'static) -> Vec<String> {
     let (answer, answered) = mpsc::channel();
     thread::spawn(move || {

@@ -57,7 +57,7 @@ fn report(source: &str, target: &str, size: u64, output: &Output) -> Result<(), 
     }
 }
 
-/// Where files are copied to.
+/// The destination of copied files.
 pub(crate) struct Target<'c> {
     pub client: &'c Client,
     pub vm: &'c str,
@@ -111,7 +111,7 @@ impl Target<'_> {
         Ok(entry.size)
     }
 
-    /// Returns the path of the copy: inside of the target if that is a directory.
+    /// Returns the path of the copy. It is inside the target if the target is a directory.
     fn path_for(&self, source: &Path) -> Result<GuestPath, Error> {
         let is_directory = match self.client.file_info(self.vm, self.path) {
             Ok(entry) => entry.kind == FileKind::Directory,
@@ -213,7 +213,7 @@ fn save(download: Download, target: &Path, bar: &ProgressBar) -> Result<u64, Err
     let mut partial = target.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    // Setuid bits of a guest mean nothing here.
+    // Setuid bits of a guest are not kept on this machine.
     let mode = download.mode.map_or(0o644, FileMode::bits) & 0o777;
     let written = File::options()
         .write(true)

@@ -87,7 +87,7 @@ pub(crate) enum Error {
     OtherImage { image: String, name: String },
     #[error("name {0} is in use by another VM; choose another, or omit --name to have one generated")]
     NameInUse(String),
-    #[error("the server at {url} refused the token; nothing was stored")]
+    #[error("the server at {url} rejected the token; nothing was stored")]
     LoginRefused { url: String },
     #[error("cannot create an SSH key at {}: {why}", path.display())]
     OwnKey { path: PathBuf, why: String },

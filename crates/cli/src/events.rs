@@ -12,7 +12,7 @@ const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Prints events, and resumes after the last one when the connection is lost.
 pub(crate) fn events(client: &Client, since: Option<u64>, follow: bool, output: &Output) -> Result<(), Error> {
-    // Without following, only past events are of use: start with the oldest.
+    // Without following, the stream has only past events: start with the oldest.
     let mut since = since.or((!follow).then_some(0));
     let mut stream = client.events(since, follow)?;
     loop {

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 const VM: &str = "Name or id of the VM";
 
-/// How a command runs.
+/// The environment, working directory and user of a command.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct Surroundings {
     /// Set a variable; without a value, take it from the environment here
@@ -30,7 +30,7 @@ pub(crate) struct Streams {
     /// Give the command a terminal, which is this one
     #[arg(long, short)]
     pub tty: bool,
-    /// Send standard input to the command also if it is a terminal; a pipe or file always is sent
+    /// Send standard input to the command also from a terminal; a pipe or file is always sent
     #[arg(long, short)]
     pub interactive: bool,
 }
@@ -114,7 +114,7 @@ pub(crate) struct CopyArgs {
     /// File or directory to copy, or - for standard input
     #[arg(value_name = "SOURCE", add = ArgValueCompleter::new(complete::places))]
     pub source: String,
-    /// Where to copy it, or - for standard output
+    /// Path to copy to, or - for standard output
     #[arg(value_name = "TARGET", add = ArgValueCompleter::new(complete::places))]
     pub target: String,
 }

@@ -13,7 +13,7 @@ use std::path::Path;
 /// Maximum length of a token on standard input.
 const MAX_TOKEN_BYTES: u64 = 64 << 10;
 
-/// Asks for the token, checks it against the server, and stores both.
+/// Prompts for the token, checks it against the server, and stores address and token.
 pub(crate) fn login(url: Option<&str>, flags: &Connection, output: &Output) -> Result<(), Error> {
     let url = url
         .or(flags.url.as_deref())
@@ -98,7 +98,7 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     let partial = path.with_extension("partial");
-    // A file that was left behind may have another mode.
+    // A file that an interrupted login left may have another mode.
     match fs::remove_file(&partial) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

@@ -16,7 +16,7 @@
 //! - `logs`: `scalebox logs`
 //! - `stats`: `scalebox stats`
 //! - `login`: `scalebox login` and `scalebox logout`
-//! - `running`: refuses commands that need a running VM
+//! - `running`: rejects commands that need a running VM
 //! - `wait`: waits until a guest responds to SSH
 //! - `ssh`: `scalebox vm ssh`, and finding a public key
 //! - `own_key`: an SSH key for users who have none
@@ -73,7 +73,7 @@ use scalebox_client::Client;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // Ends the process if a shell asks for completions.
+    // Prints completions and ends the process, if a shell requests them.
     CompleteEnv::with_factory(Args::command).complete();
     let args = Args::parse();
     let output = Output::new(args.connection.json);

@@ -114,7 +114,7 @@ impl Output {
         print_to_stderr(&format!("{kind} {}\n", printable(text)));
     }
 
-    /// Asks for confirmation. Without a terminal it does not ask, and the command proceeds.
+    /// Prompts for confirmation. Without a terminal there is no prompt, and the command proceeds.
     pub(crate) fn confirm(&self, question: &str) -> Result<(), Error> {
         if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
             return Ok(());

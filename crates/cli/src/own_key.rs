@@ -55,9 +55,9 @@ fn create(private: &Path) -> Result<(), String> {
     created.map(drop).map_err(|error| error.to_string())
 }
 
-/// Returns the private keys for `ssh`: none, which leaves the choice to ssh, if there is no key of
-/// scalebox's own. Otherwise that one and those of `defaults` that exist, because ssh tries no
-/// default keys beside those that it is given.
+/// Returns the private keys for `ssh`. Without a key of scalebox's own the list is empty, and ssh
+/// chooses. Otherwise it has that key and the existing ones of `defaults`, because ssh then tries
+/// no default keys.
 pub(crate) fn identities(defaults: &[PathBuf]) -> Vec<PathBuf> {
     let own = private_key();
     if !is_file(&own) {

@@ -46,8 +46,8 @@ pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<Ex
     result
 }
 
-/// Returns the template that an image is created from. An image of a registry that is not a
-/// template yet is pulled first.
+/// Returns the template of an image. An image of a registry that is not a template yet is pulled
+/// first.
 fn template_of(client: &Client, image: &str, output: &Output) -> Result<Template, Error> {
     let templates = client.templates()?;
     if let Some(found) = templates.iter().find(|template| template.name == image) {
@@ -109,7 +109,7 @@ fn generated_name() -> Result<VmName, Error> {
 }
 
 fn create_request(template: TemplateName, name: VmName, args: &RunArgs, output: &Output) -> Result<CreateVm, Error> {
-    // Only a VM that is kept is of use for SSH.
+    // Only a VM that is kept needs a key for SSH.
     let ssh_public_key = match args.keep {
         true => ssh::public_key_or_own(None, output)?,
         false => None,
@@ -136,20 +136,21 @@ struct Disposable {
 /// The present use of the VM, which decides the effect of a signal.
 #[derive(Default)]
 enum Phase {
-    /// It does not exist.
+    /// The VM does not exist.
     #[default]
     Absent,
-    /// It is being created, or files are copied to it.
+    /// The VM is being created, or files are being copied to it.
     Preparing,
     /// The command runs.
     Running(Arc<Link>),
-    /// It is being deleted.
+    /// The VM is being deleted.
     Ending,
 }
 
 impl Disposable {
-    /// While the VM is prepared, a signal deletes it and ends this process. While the command runs,
-    /// the command receives the signal; if the terminal is closed, the VM is deleted as well.
+    /// Handles signals. While the VM is prepared, a signal deletes the VM and ends this process.
+    /// While the command runs, the command receives the signal; if the terminal is closed, the VM
+    /// is deleted as well.
     fn handle_signals(&self) -> Result<(), Error> {
         for (signal, sent) in [
             (Signal::HUP, scalebox_api::Signal::HUP),
@@ -170,7 +171,7 @@ impl Disposable {
                 {
                     return;
                 }
-                // There is no one to report an error to who could act on it better than `vm list`.
+                // A failure is ignored: `vm list` shows a VM that is left.
                 let _deleted = client.delete_vm(&name);
                 std::process::exit(128 + signal.as_raw());
             };

@@ -1,4 +1,4 @@
-//! Refuses commands that need a running VM.
+//! Rejects commands that need a running VM.
 
 use crate::error::Error;
 use scalebox_api::{Vm, VmStatus};

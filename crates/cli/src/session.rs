@@ -82,13 +82,13 @@ pub(crate) struct Session<'c> {
     raw_mode: Option<RawMode>,
 }
 
-/// How standard input is used.
+/// The use of standard input.
 enum Stdin {
-    /// It is not sent.
+    /// Standard input is not sent.
     Unused,
-    /// It is the terminal of the command.
+    /// Standard input is the terminal of the command.
     Terminal,
-    /// It is sent.
+    /// Standard input is sent.
     Stream(Arc<Forwarded>),
 }
 
@@ -145,11 +145,12 @@ impl<'c> Session<'c> {
         on_signal(rustix::process::Signal::WINCH, resize).map_err(Error::Terminal)?;
         // The size may have changed since the command was started.
         self.link.send(AttachMessage::Resize(window_size()));
-        // In raw mode, this process must not die of a signal: the terminal would stay in it.
+        // A signal must not kill this process in raw mode, because the terminal would stay in raw
+        // mode.
         self.forward(Signal::QUIT)
     }
 
-    /// Sends the signals that end a program to the command instead.
+    /// Forwards the signals that end a program to the command.
     pub(crate) fn forward_signals(&self) -> Result<(), Error> {
         [Signal::HUP, Signal::INT, Signal::TERM]
             .into_iter()
@@ -185,7 +186,8 @@ impl<'c> Session<'c> {
             };
             match written {
                 Ok(()) => {}
-                // The reader has closed the pipe. The command is told so in the way of a pipe.
+                // The reader has closed the pipe. The command receives SIGPIPE, as if it wrote to
+                // the pipe itself.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                     is_read = false;
                     self.link.send(AttachMessage::Signal(Signal::PIPE));
@@ -207,7 +209,7 @@ impl<'c> Session<'c> {
     fn reconnect(&mut self, lost: ClientError, output: &Output) -> Result<(), Error> {
         self.link.enter(LinkState::Reconnecting);
         self.is_stdin_received |= self.attachment.is_stdin_received();
-        // Parts of standard input may be lost on the way, and the command would not notice.
+        // Parts of standard input may be lost, and the command could not detect that.
         if let Stdin::Stream(forwarded) = &self.stdin
             && forwarded.content.load(Ordering::SeqCst)
             && !self.is_stdin_received
@@ -222,7 +224,7 @@ impl<'c> Session<'c> {
             .attach_again()
             .inspect_err(|_| self.link.enter(LinkState::Closed))?;
         self.link.enter(LinkState::Connected(self.attachment.sender()));
-        // The new connection does not know these.
+        // The window size and the end of standard input are sent again on the new connection.
         match &self.stdin {
             Stdin::Terminal => self.link.send(AttachMessage::Resize(window_size())),
             Stdin::Stream(forwarded) if forwarded.end.load(Ordering::SeqCst) => {

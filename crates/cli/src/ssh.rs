@@ -84,8 +84,8 @@ fn default_keys() -> [PathBuf; 5] {
     ["id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk"].map(|name| home().join(".ssh").join(name))
 }
 
-/// Reads the key in `file`, or the first existing default key of the user, or a key of scalebox's
-/// own, which is created if necessary. Returns `None` if there is no key and no `ssh-keygen`.
+/// Reads the key in `file`, the user's first default key, or scalebox's own, which it creates if
+/// necessary. Returns `None` if there is no key and no `ssh-keygen`.
 pub(crate) fn public_key_or_own(file: Option<&Path>, output: &Output) -> Result<Option<SshPublicKey>, Error> {
     let defaults = default_keys().map(|key| key.with_extension("pub"));
     match file.or_else(|| defaults.iter().map(PathBuf::as_path).find(|path| is_file(path))) {

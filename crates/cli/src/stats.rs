@@ -22,7 +22,7 @@ struct Sample {
     name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     stats: Option<VmStats>,
-    /// Why there are no numbers.
+    /// The reason why there are no numbers.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     #[serde(skip)]

@@ -11,12 +11,13 @@ use std::io::{self, BufRead};
 use std::thread::sleep;
 use std::time::Duration;
 
-/// How often the job is asked for its progress.
+/// Interval of queries for the progress of the job.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// Maximum length of a template's name.
 const MAX_NAME: usize = 63;
 
-/// Pulls an image, and waits until it is a template. Interrupting the wait does not end the job.
+/// Pulls an image, and waits until it is a template. An interruption of the wait does not end the
+/// job.
 pub(crate) fn pull(client: &Client, args: &PullArgs, output: &Output) -> Result<(), Error> {
     let name = match &args.name {
         Some(name) => name.clone(),

@@ -34,7 +34,7 @@ impl RawMode {
     }
 }
 
-/// Hides what is typed until it is dropped.
+/// Hides typed text until it is dropped.
 pub(crate) struct NoEcho {
     _restore: Restore,
 }

@@ -272,7 +272,7 @@ pub(crate) fn delete(client: &Client, vms: &[String], yes: bool, output: &Output
     )
 }
 
-/// Asks for confirmation, then deletes each of `names`, also if some cannot be deleted.
+/// Prompts for confirmation, then deletes each of `names`, also if some cannot be deleted.
 pub(crate) fn delete_all(
     names: &[String],
     question: &str,

@@ -92,7 +92,7 @@ fn read_ssh_banner(vm: &Vm, timeout: Duration) -> io::Result<()> {
             n => received.extend_from_slice(&buffer[..n]),
         }
     }
-    Err(io::Error::other("the reply is not SSH"))
+    Err(io::Error::other("the response is not SSH"))
 }
 
 /// Describes an error that is expected while a guest boots, without its error number.

@@ -149,7 +149,7 @@ fn a_connection_that_is_lost_after_all_of_standard_input_was_received_is_resumed
         1 => {
             assert_eq!(stdin(socket), b"input");
             out(socket, "one\n");
-            // The socket answers pings while it reads.
+            // The socket responds to pings while it reads.
             socket.get_mut().set_nonblocking(true);
             while !matches!(socket.read(), Err(tungstenite::Error::Io(_))) {}
             socket.flush().unwrap();
@@ -243,8 +243,8 @@ fn json_prints_the_result_and_exits_with_the_code_of_the_command() {
     assert_eq!(guest.body("POST /vms/box/exec"), json!({ "argv": ["true"] }));
 }
 
-/// Runs a shell script in a pseudo-terminal of 31 × 97 characters, types the keys that it receives,
-/// and returns what was shown.
+/// Runs a shell script in a pseudo-terminal of 31 × 97 characters, and types the received keys.
+/// Returns the output.
 fn in_a_terminal(home: &Home, guest: &Guest, script: &str, keys: mpsc::Receiver<&'static str>) -> String {
     let binary = env!("CARGO_BIN_EXE_scalebox");
     let script = format!(

@@ -26,7 +26,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Maximum time to send the last messages after the attachment was dropped.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A connection to the input and output of a command. Dropped, it disconnects; the command runs on.
+/// A connection to the input and output of a command. Dropping it disconnects; the command
+/// continues to run.
 pub struct Attachment {
     incoming: Receiver<Result<AttachMessage, ClientError>>,
     sender: AttachSender,
@@ -197,7 +198,7 @@ impl Connection {
         let _counted = rustix::io::read(&*self.wake, &mut counter);
     }
 
-    /// Passes on everything that has arrived.
+    /// Forwards all messages that have arrived.
     fn read(&mut self, heard: &mut Instant) -> Result<Next, ClientError> {
         loop {
             let message = match self.socket.read() {

@@ -47,7 +47,7 @@ pub enum ClientError {
         /// The response, with its code.
         body: Box<ErrorBody>,
     },
-    /// The response is not from scaleboxd, or from a version that this client does not understand.
+    /// The response is not from scaleboxd, or from a version that this client does not support.
     #[error("{call} returned {why}; is this the address of scaleboxd?")]
     Protocol {
         /// Method and address.

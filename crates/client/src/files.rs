@@ -13,8 +13,8 @@ const DOWNLOAD_IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The content of a file in a VM.
 pub struct Download {
-    /// Size when the file was opened; none for an archive. A content of another size ends with an
-    /// error of the reader.
+    /// Size when the file was opened; none for an archive. If the content has another size, the
+    /// reader returns an error at its end.
     pub size: Option<u64>,
     /// Permissions; none for an archive.
     pub mode: Option<FileMode>,
@@ -22,7 +22,7 @@ pub struct Download {
     pub content: Box<dyn Read + Send>,
 }
 
-/// How a file is written.
+/// The properties of a file that is written.
 #[derive(Debug, Clone, Default)]
 pub struct Upload {
     /// Permissions; the daemon's default is 0644, or those of the file that is replaced.
@@ -105,10 +105,10 @@ impl Client {
     }
 
     /// Sends `PUT /vms/{vm}/files?path=…&format=tar`: unpacks a tar archive below a directory. With
-    /// a user in `upload`, everything belongs to it; its mode is not used.
+    /// a user in `upload`, everything belongs to that user. The mode in `upload` is not used.
     ///
     /// # Errors
-    /// See [`ClientError`]. What was unpacked before an error stays.
+    /// See [`ClientError`]. Files that were unpacked before an error stay.
     pub fn write_archive(
         &self,
         vm: &str,

@@ -75,7 +75,7 @@ enum Command {
     /// again, except those with autostart off.
     #[command(after_help = "Example:\n  systemctl stop scaleboxd && scaleboxd down")]
     Down,
-    /// Print all settings: the value in effect, where it comes from, the default and the meaning
+    /// Print all settings: the value in effect, its source, the default and the meaning
     ///
     /// The token is not shown.
     #[command(after_help = "Examples:\n  scaleboxd settings\n  \
@@ -134,7 +134,7 @@ enum TemplateCommand {
         /// Build the template again if it exists
         #[arg(long)]
         replace: bool,
-        /// Keep finished parts in this folder, and reuse those that are there
+        /// Keep finished parts in this folder, and reuse existing ones
         #[arg(long, value_name = "DIR")]
         cache: Option<PathBuf>,
     },

@@ -79,8 +79,8 @@ impl Guests {
         let waited = scalebox(&host, &["vm", "wait", "second", "--timeout", "300"]);
         assert!(waited.status.success(), "{}", output_of(&waited));
         wait_for_ssh(&first);
-        // The hypervisor reports that the agent is up: a guest that has booted may reboot as often
-        // as it likes.
+        // The hypervisor reports that the agent is up: a guest that has booted may reboot any
+        // number of times.
         eventually("its agent", || {
             host.log().contains("qemu-guest-agent opened its port").then_some(())
         });
@@ -436,7 +436,7 @@ impl AfterCrash {
     }
 
     /// Checks that two other leftovers of a crash are killed. They are a machine whose start was
-    /// not recorded, and one that hangs.
+    /// not recorded, and a machine that hangs.
     fn unrecorded_and_hung_machines_are_killed(&mut self) {
         let AfterCrash { host, listed, .. } = self;
         let [_, unrecorded, hung, ..] = listed.as_slice() else {

@@ -132,8 +132,8 @@ fn the_command_line_passes_streams_and_status_on(scene: &mut Scene) {
     assert_eq!(sh(&scene.client, VM, "cat /srv/copied/below/file"), "content");
 }
 
-/// The lines of a background command are read up to the kill of the daemon, and from that offset
-/// after its restart.
+/// Reads the lines of a background command until the daemon is killed, and from that offset after
+/// its restart.
 fn a_killed_daemon_loses_no_line_of_a_background_command(scene: &mut Scene) {
     let counter = "i=0; while [ $i -lt 200 ]; do i=$((i+1)); echo line $i; sleep 0.05; done";
     let exec = scene.client.start_exec(VM, &CreateExec::of_command(counter)).unwrap();
@@ -185,7 +185,7 @@ fn a_snapshot_contains_nothing_of_the_agent(scene: &mut Scene) {
     };
     scene.client.snapshot_vm(VM, &request).unwrap();
     let image = image_of(&scene.host, "kept");
-    // The status 1 stands for no match.
+    // The status 1 means no match.
     let searched = Command::new("grep")
         .args(["-q", "-a", "scalebox-agent hello", text(&image)])
         .status();
@@ -320,7 +320,7 @@ fn a_root_of_one_program_runs_it_and_grows(scene: &mut Scene) {
     scene.client.delete_vm("one").unwrap();
 }
 
-/// An Alpine-like image with settings, as users pull it.
+/// Makes an Alpine-like image with settings, as users pull it.
 fn tools_image(folder: &Path) -> Layout {
     let layout = Layout::new();
     layout.layer(|root| {

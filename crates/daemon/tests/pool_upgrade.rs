@@ -75,7 +75,7 @@ fn earlier_host() -> (Host, Vm) {
     (host, vm)
 }
 
-/// Checks that nothing of the upgrade is missing, and nothing left behind.
+/// Checks that the upgrade is complete, and has left nothing behind.
 fn check_upgraded(host: &Host, vm: &Vm, inode: u64) {
     let pool = host.folder.join("pool");
     let kernels = names_in(&pool.join("kernels"));

@@ -35,7 +35,8 @@ fn ended(client: &Client, job: &Job) -> Job {
     })
 }
 
-/// Lists what a pull may not leave: intermediate files, and unfinished layers and templates.
+/// Lists the files that a pull must not leave: intermediate files, and unfinished layers and
+/// templates.
 fn leftovers(host: &Host) -> Vec<String> {
     let names = |folder: &str| {
         let entries = fs::read_dir(host.folder.join("pool").join(folder));
@@ -123,7 +124,7 @@ fn a_running_pull_can_be_cancelled() {
     let mut host = Host::new(&Options::default());
     host.serve();
     let client = host.client();
-    // It accepts connections, and never answers.
+    // The registry accepts connections, and never responds.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let reference = format!("{}/box:1", silent.local_addr().unwrap());
     let job = client.pull_template("box", &request(&reference)).unwrap();

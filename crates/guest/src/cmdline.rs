@@ -9,7 +9,8 @@ const PARAMETERS: [&str; 11] = [
     // to the hypervisor.
     "console=ttyS0",
     "quiet",
-    // Reset one second after a panic, as a hardware watchdog does: no one can type at the console.
+    // Reset one second after a panic, as a hardware watchdog does, because the console has no
+    // input.
     "panic=1",
     // The root is the first disk, and is mounted writable at once: see the initramfs and the
     // template's fstab.

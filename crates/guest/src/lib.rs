@@ -1,5 +1,5 @@
-//! The interface between host and guest: kernel parameters, the seed drive with the guest's
-//! identity, and the clients of the guest's agents.
+//! The interface between host and guest. It has the kernel parameters, the seed drive with the
+//! guest's identity, and the clients of the guest's agents.
 //!
 //! Everything except [`AgentConnection`] and [`Qga`] is synchronous.
 //!

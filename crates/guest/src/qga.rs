@@ -193,7 +193,7 @@ impl Qga {
         .map(drop)
     }
 
-    /// Thaws the guest's file systems. Does nothing to those that are not frozen.
+    /// Thaws the guest's file systems. Does nothing if they are not frozen.
     ///
     /// # Errors
     /// [`QgaError::Timeout`], [`QgaError::Refused`].

@@ -89,7 +89,7 @@ async fn round(seed: u64) {
     let bytes = session(&mut random);
     let connection = connect(|mut stream| async move {
         let _ = stream.write_all(&bytes).await;
-        // The host's requests are read, so that it is not held up.
+        // The host's requests are read, so that the host is not blocked.
         let mut ignored = [0; 4096];
         let _ = timeout(Duration::from_millis(20), async {
             while stream.read(&mut ignored).await.is_ok_and(|read| read > 0) {}

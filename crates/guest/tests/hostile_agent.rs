@@ -1,5 +1,5 @@
-//! Guests that do not keep to the protocol: each costs the host a bounded amount of memory and
-//! time, and gives a clear error.
+//! Tests with guests that violate the protocol. Each costs the host a bounded amount of memory and
+//! time, and results in a clear error.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
@@ -25,7 +25,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// Most bytes that a host reads from a guest that floods it, with the buffers of the sockets.
+/// Maximum number of bytes that a host reads from a guest that floods it, with the buffers of the
+/// sockets.
 const MAX_FLOOD: usize = 6 << 20;
 
 /// Sends the same bytes until the host closes the connection. Counts the bytes.
@@ -92,7 +93,7 @@ async fn floods_of_frames_end_the_connection() {
     }
 }
 
-/// A guest that sends this after the hello, and then nothing.
+/// Connects to a guest that sends `bytes` after the hello, and then nothing. Returns the error.
 async fn stalls_after(bytes: Vec<u8>) -> AgentError {
     let connection = connect(|mut stream| async move {
         stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
@@ -141,7 +142,7 @@ fn text(text: &str) -> Body {
     Full::new(Bytes::from(text.to_owned())).boxed()
 }
 
-/// An endless body; counts the bytes that were taken.
+/// Returns an endless body, which counts the bytes that were taken.
 fn endless(taken: Arc<AtomicUsize>) -> Body {
     let piece = Bytes::from(vec![b'"'; 16 << 10]);
     StreamBody::new(stream::repeat_with(move || {
@@ -151,7 +152,7 @@ fn endless(taken: Arc<AtomicUsize>) -> Body {
     .boxed()
 }
 
-/// Connects to an agent that keeps to HTTP/2, but whose responses are not those of the protocol.
+/// Connects to an agent that uses HTTP/2, but whose responses violate the protocol.
 async fn served(respond: impl Fn(&str) -> (u16, Body) + Send + Sync + 'static) -> AgentConnection {
     let respond = Arc::new(respond);
     let connection = connect(move |stream| async move {

@@ -23,7 +23,7 @@ const ENABLED_UNITS: [&str; 5] = [
 /// Files that the build or its packages leave, and that are useless in a guest. Those of one
 /// machine only are in [`scrub`].
 const REMOVED_PATHS: [&str; 10] = [
-    // mmdebstrap's own; ours is next to it.
+    // mmdebstrap's file; ours is next to it.
     "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
     "etc/apt/apt.conf.d/99mmdebstrap",
     // The presence of this folder makes the journal persistent.
@@ -118,7 +118,7 @@ fn add_account(root: &Path) -> Result<(), Error> {
     )
 }
 
-/// Removes what belongs to one machine only, and would be identical in every clone.
+/// Removes the files that belong to one machine only, and would be identical in every clone.
 fn remove_identity(root: &Path) -> Result<(), Error> {
     for path in scrub::REMOVED_FILES {
         remove(&inside(root, path))?;
@@ -166,8 +166,8 @@ fn chroot(root: &Path, argv: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Creates a folder of the guest and its parents, readable by all users of the guest, whatever this
-/// process' umask.
+/// Creates a folder of the guest and its parents, readable by all users of the guest. The modes do
+/// not depend on this process' umask.
 fn make_dir(path: &Path) -> Result<(), Error> {
     if path.is_dir() {
         return Ok(());

@@ -30,7 +30,7 @@ macro_rules! guest_file {
 /// A drop-in that orders a unit after sshd and the network.
 const AFTER_SSH: &str = include_str!("../files/after-ssh.conf");
 
-/// Parts of packages that dpkg leaves out, when the template is built and later in the guest.
+/// Parts of packages that dpkg does not install, when the template is built and later in the guest.
 pub(crate) const DPKG_OPTIONS: &str = include_str!("../files/root/etc/dpkg/dpkg.cfg.d/scalebox");
 
 /// All files that are added to those of the guest's packages.

@@ -4,7 +4,7 @@ use scalebox_programs::ProgramError;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why building a template failed.
+/// The reason why building a template failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -1,4 +1,4 @@
-//! Makes what a template consists of: a root file system, a kernel and its initramfs.
+//! Makes the parts of a template: a root file system, a kernel and its initramfs.
 //!
 //! The root file system is built from Debian's archive ([`build`]), pulled from a registry
 //! ([`oci`]), or converted from a disk image or an archive ([`convert`]).
@@ -20,7 +20,7 @@
 //! | `mirrors` | chooses the package archive |
 //! | `bootstrap` | installs the packages into a directory, with mmdebstrap |
 //! | `customize`, `embedded` | turns the installation into a guest: own files, account, units |
-//! | `scrub` | [`scrub`]: what a disk contains of one machine only |
+//! | `scrub` | [`scrub`]: the parts of a disk that belong to one machine only |
 //! | `kernel`, `lz4` | the kernel package: image and modules |
 //! | `initramfs`, `cpio` | the initramfs: virtio drivers, and the agent, which mounts the root |
 //! | `mke2fs` | writes the ext4 images, in user space |

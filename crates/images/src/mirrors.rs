@@ -3,9 +3,8 @@
 use crate::programs::{APT_GET, run};
 use crate::recipe::Recipe;
 
-/// The format in which `apt-get indextargets` prints each package index it knows; fields are
-/// documented in apt's `acquire-additional-files.md`. A field that a source lacks is printed
-/// literally.
+/// The format in which `apt-get indextargets` prints each package index; fields are documented in
+/// apt's `acquire-additional-files.md`. A field that a source lacks is printed literally.
 const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(REPO_URI)|$(ORIGIN)";
 
 /// Returns mmdebstrap's arguments for its package sources. Without any, mmdebstrap uses its

@@ -14,8 +14,8 @@ use std::path::Path;
 const FEATURES: &str = "none,has_journal,ext_attr,resize_inode,dir_index,sparse_super,large_file,huge_file,filetype,extent,\
                         flex_bg,64bit,metadata_csum,dir_nlink,extra_isize";
 
-/// Journal size in MiB. The journal is written as a ring: all of it becomes exclusive to each VM,
-/// whatever else is shared.
+/// Journal size in MiB. The journal is written as a ring, so all of it becomes exclusive to each
+/// VM.
 const JOURNAL_MIB: &str = "size=32";
 
 /// Number of block groups that share one place for bitmaps and inode tables: 32 GiB of groups. A
@@ -99,7 +99,7 @@ const BLOCK: u64 = 4096;
 /// it. Checks the result.
 pub(crate) fn write_modules(modules: &Path, image: &Path) -> Result<(), Error> {
     let tree = measure(modules)?;
-    // Beside the files: inodes of 256 bytes, and a few bitmaps and indexes.
+    // In addition to the files: inodes of 256 bytes, and a few bitmaps and indexes.
     let size = tree.bytes + tree.bytes / 20 + tree.entries * 256 + (4 << 20);
     let file = File::create_new(image).map_err(Error::io("create", image))?;
     file.set_len(size.next_multiple_of(1 << 20))

@@ -1,7 +1,7 @@
 //! The outside programs of a build: mmdebstrap, e2fsprogs, coreutils and apt.
 //!
-//! A build takes as long as the network does, so none of them has a time limit. They stay in the
-//! process group of the command that builds, so that Ctrl-C ends all of them.
+//! The duration of a build depends on the network, so these programs have no time limit. They stay
+//! in the process group of the command that builds, so that Ctrl-C ends all of them.
 
 use crate::error::Error;
 use scalebox_programs::{Program, Run};

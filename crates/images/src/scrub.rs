@@ -1,7 +1,7 @@
 //! Lists the parts of a disk that belong to one machine only. They must not be in a template.
 //!
-//! Both kinds of templates use these lists: one built from packages, which [`customize`] prepares,
-//! and one made from a VM's disk.
+//! Both kinds of templates use these lists: templates built from packages, which [`customize`]
+//! prepares, and templates made from a VM's disk.
 //!
 //! [`customize`]: crate::customize
 

@@ -17,7 +17,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The result of a build. Without a cache the files exist as long as this value; with a cache,
-/// until someone removes them from it. Do not modify them: a pool imports a copy of the root file
+/// until they are removed from it. Do not modify them: a pool imports a copy of the root file
 /// system.
 #[derive(Debug)]
 pub struct Artifacts {

@@ -1,5 +1,5 @@
-//! Pulls from a real registry: Debian's `docker-registry` with a password, on loopback, filled by
-//! `skopeo` and `umoci` with an image that is made here.
+//! Pulls from a real registry. It is Debian's `docker-registry` with a password, on loopback,
+//! filled by `skopeo` and `umoci` with an image that is made here.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -136,7 +136,7 @@ fn archives_of_skopeo_are_imported() {
     assert_eq!(fs::read_dir(place.work()).unwrap().count(), 0);
 }
 
-/// Also prints the time of the pull, compared to copying and unpacking the image with other tools.
+/// Prints the time of the pull too, compared to copying and unpacking the image with other tools.
 #[tokio::test]
 async fn an_image_of_five_layers_arrives_complete() {
     let (registry, place, layout) = (Registry::start(), Place::new(), Layout::new());

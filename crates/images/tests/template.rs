@@ -88,7 +88,7 @@ fn check_file_system(rootfs: &Path) {
             .any(|line| line.starts_with("Filesystem state:") && line.ends_with("clean"))
     );
 
-    // As for a VM's disk: grown without a check in between.
+    // The image is grown without a check in between, like a VM's disk.
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("disk");
     let disk = disk.to_str().unwrap();

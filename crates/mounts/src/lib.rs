@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 /// One mounted file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// The major and minor number of the file system's device; the major number is 0 for a file
-    /// system without one, and for btrfs.
+    /// The major and minor number of the file system's device. The major number is 0 for a file
+    /// system without a device, and for btrfs.
     pub device: (u32, u32),
     /// The folder of the file system that is visible at `target`; `/` unless a part is mounted.
     pub root: PathBuf,

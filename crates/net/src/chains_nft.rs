@@ -1,6 +1,6 @@
 //! Parses nftables chains from the output of `nft -j` (`man libnftables-json`), including those
-//! that `iptables` keeps in nftables. Of iptables matches that nft does not understand, only the
-//! name is known.
+//! that `iptables` keeps in nftables. For iptables matches that nft does not support, the output
+//! has only the name.
 
 use crate::chains::{Action, Addresses, Chains, Condition, Rule, all_of};
 use ipnet::Ipv4Net;

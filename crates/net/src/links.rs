@@ -90,7 +90,7 @@ impl Links {
         self.change(message, format!("bring {} up", link.name)).await
     }
 
-    /// Brings an interface down.
+    /// Deactivates an interface.
     pub(crate) async fn set_down(&self, link: &Link) -> Result<()> {
         let message = LinkUnspec::new_with_index(link.index).down().build();
         self.change(message, format!("bring {} down", link.name)).await

@@ -14,9 +14,9 @@ const TUNSETOWNER: rustix::ioctl::Opcode = opcode::write::<c_int>(b'T', 204);
 
 /// Ethernet frames instead of IP packets.
 const IFF_TAP: u16 = 0x0002;
-/// No four bytes of packet information before each frame.
+/// Omits the four bytes of packet information before each frame.
 const IFF_NO_PI: u16 = 0x1000;
-/// Fail if the interface exists, instead of attaching to it.
+/// Fails if the interface exists, instead of attaching to it.
 const IFF_TUN_EXCL: u16 = 0x8000;
 
 /// `struct ifreq` (linux/if.h): a zero-terminated name, and a union of 24 bytes that starts with

@@ -911,7 +911,8 @@ fn reconcile_removes_orphaned_items_and_keeps_foreign_ones() {
         nft("add table ip theirs { chain c { type filter hook forward priority 0; policy accept; }; }");
         let theirs = nft("list table ip theirs");
 
-        // Wanted: 1, which exists; 2, half of which is missing; 4, which was never created.
+        // Three endpoints are wanted: 1, which exists; 2, which is partly missing; 4, which was
+        // never created.
         ip("link delete sb000000000002");
         let again = network().await;
         let done = again

@@ -33,7 +33,7 @@ pub enum ProgramError {
         command: String,
         /// The exit status, or the signal that killed the program.
         status: String,
-        /// The output on both streams, trimmed. Of more than 256 KiB the middle is left out.
+        /// The output on both streams, trimmed. The middle of an output over 256 KiB is omitted.
         output: String,
     },
     /// The program was killed: it did not end, or wrote too much.

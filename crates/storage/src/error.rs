@@ -162,7 +162,7 @@ pub enum StorageError {
     LinkedImage {
         /// The link.
         path: PathBuf,
-        /// Where it points to, or why that is unknown.
+        /// The target of the link, or the reason why it is unknown.
         target: String,
     },
     /// The pool image is already mounted elsewhere.
@@ -170,7 +170,7 @@ pub enum StorageError {
     MountedElsewhere {
         /// The image.
         image: PathBuf,
-        /// Where it is mounted.
+        /// The mount point.
         at: PathBuf,
     },
     /// The pool cannot have the requested size.
@@ -200,7 +200,7 @@ pub enum StorageError {
     },
 }
 
-/// Why a device cannot become a pool.
+/// The reason why a device cannot become a pool.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceRefusal {

@@ -45,7 +45,7 @@ impl Drop for PendingImport {
     }
 }
 
-/// A bare ext4 image that was made of an image of another kind.
+/// A bare ext4 image that was made from an image of another kind.
 #[derive(Debug, Clone)]
 pub struct ConvertedImage<'i> {
     /// The file.

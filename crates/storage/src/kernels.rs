@@ -77,8 +77,8 @@ impl KernelFiles {
     }
 
     /// Computes the id from the digest of the kernel and the initramfs, and from the presence of
-    /// modules. The content of the modules' image is left out, because each build makes it again
-    /// from the kernel's package, with other times in it.
+    /// modules. The content of the modules' image is not included, because each build makes it
+    /// again from the kernel's package, with other times in it.
     fn id(&self) -> Result<KernelId, StorageError> {
         let mut hash = Sha256::new();
         for (name, path) in self.named() {

@@ -6,8 +6,8 @@
 //! disk is *admitted* before it is created: the pool and the host disk under it must have room for
 //! it, with all concurrent requests counted.
 //!
-//! The crate knows nothing of virtual machines, HTTP or networks. It is synchronous, prints nothing
-//! and has no globals.
+//! The crate does not deal with virtual machines, HTTP or networks. It is synchronous, prints
+//! nothing and has no globals.
 //!
 //! # Layout
 //!

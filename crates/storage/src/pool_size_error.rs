@@ -1,9 +1,9 @@
-//! Why the pool cannot have a requested size.
+//! The reason why the pool cannot have a requested size.
 
 use scalebox_units::{Bytes, Gib};
 use std::path::PathBuf;
 
-/// Why the pool cannot have a requested size. Nothing was changed.
+/// The reason why the pool cannot have a requested size. Nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PoolSizeError {
@@ -30,7 +30,7 @@ pub enum PoolSizeError {
         /// The device.
         device: PathBuf,
     },
-    /// A growth beyond what the host disk can hold.
+    /// A growth beyond the capacity of the host disk.
     #[error(
         "{size} GiB is too large: the host disk can hold a pool of at most {max} GiB and keep {kept_free} GiB free"
     )]

@@ -44,7 +44,8 @@ impl Pool {
             .map_err(|error| StorageError::io("read", name, error))?;
         let image = self.free_image_path(name, meta.ino());
         let record = record_of(&new, &image, meta.len());
-        // Until it is renamed or removed, no one else publishes a template of this name.
+        // The locked record prevents other publications of this name until it is renamed or
+        // removed.
         let (_locked, partial) = self.write_record(name, &record)?;
         let replaced = self.replaceable(name, new.replace);
         let published = self.rename_both(name, (new.path, &image), &partial, replaced.is_some());

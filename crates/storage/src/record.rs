@@ -34,12 +34,12 @@ pub enum TemplateSource {
     Pull(PulledImage),
 }
 
-/// The image in a registry that a template was made of.
+/// The image in a registry that a template was made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PulledImage {
     /// The complete reference, such as `docker.io/library/python:3.12-slim`.
     pub reference: String,
-    /// The digest of the manifest, or list of manifests, that the reference stood for: `sha256:`
+    /// The digest of the manifest, or list of manifests, that the reference resolved to: `sha256:`
     /// and 64 hex digits.
     pub digest: String,
 }
@@ -74,7 +74,7 @@ pub(crate) struct Record {
     pub(crate) reference: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) manifest_digest: Option<String>,
-    /// The settings of the image that the template was made of.
+    /// The settings of the image that the template was made from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) config: Option<ImageConfig>,
     /// The first process of its VMs; none means an init system.
@@ -114,7 +114,7 @@ impl Record {
     }
 }
 
-/// Returns the template that an image belongs to, by the image's file name: `NAME.ext4`, or
+/// Returns the template that an image belongs to, by the image's file name. It is `NAME.ext4`, or
 /// `NAME@INODE.ext4` if the first was in use.
 pub(crate) fn image_owner(file: &str) -> Option<TemplateName> {
     let stem = file.strip_suffix(IMAGE)?;

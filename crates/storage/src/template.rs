@@ -34,7 +34,7 @@ pub struct Template {
     pub created_at: SystemTime,
     /// The origin of the template; `None` for a template of a release that recorded none.
     pub source: Option<TemplateSource>,
-    /// The settings of the image that it was made of, if that had any.
+    /// The settings of the image that the template was made from, if the image had any.
     pub config: Option<ImageConfig>,
     /// The first process of its VMs; `None` means the init system in its file system.
     pub init: Option<Init>,
@@ -69,8 +69,7 @@ const MAX_CLAIM_ATTEMPTS: u32 = 16;
 const MAX_OPEN_ATTEMPTS: u32 = 16;
 
 impl Pool {
-    /// Lists all templates, sorted by name. Logs a template whose record is damaged, and leaves it
-    /// out.
+    /// Lists all templates, sorted by name. Logs and omits a template whose record is damaged.
     ///
     /// # Errors
     /// [`StorageError::Io`].
@@ -337,7 +336,7 @@ impl Pool {
                 }
                 other => other?,
             };
-            // Before it is locked, a concurrent sweep may take it for a leftover and remove it.
+            // Before it is locked, a concurrent sweep may mistake it for a leftover and remove it.
             match lock_at(&file, partial) {
                 Ok(true) => return Ok(file),
                 Ok(false) => {}

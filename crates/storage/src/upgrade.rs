@@ -3,8 +3,8 @@
 //!
 //! The folder `kernel/` marks such a pool. The upgrade installs its kernel under its id, gives each
 //! image a record, and removes the folder last. Nothing is copied. After a crash at any step, the
-//! next upgrade completes the rest. A folder `kernel/` of someone else, in a pool on an existing
-//! file system, is not touched. A pool that has images and not a single record is upgraded too.
+//! next upgrade completes the rest. A folder `kernel/` of another program, in a pool on an existing
+//! file system, is not changed. A pool that has images and not a single record is upgraded too.
 
 use crate::error::StorageError;
 use crate::kernels::{INITRD, KernelFiles, Transfer, VMLINUZ};
@@ -43,7 +43,7 @@ impl Pool {
     }
 
     /// Detects a pool of an earlier release whose folder `kernel/` was removed by hand. The sweep
-    /// must not take its templates for leftovers.
+    /// must not treat its templates as leftovers.
     fn has_images_without_any_record(&self) -> bool {
         let files = list(&self.templates_dir()).unwrap_or_default();
         let names = || files.iter().filter_map(|path| path.file_name()?.to_str());

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// The settings of an OCI image: defaults of the programs that run in its file system.
 ///
-/// Empty fields are left out of the JSON. Values are the image's own: they are not checked, and
+/// Empty fields are omitted from the JSON. Values are the image's own: they are not checked, and
 /// must be treated as data.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -12,8 +12,8 @@ use std::str::FromStr;
 ///
 /// Surrounding white space is removed, including a line break at the end, so the contents of
 /// `id_ed25519.pub` are accepted. Inputs are rejected that would grant access to other people than
-/// the holder of one key, or to no one: several keys, options before the key, certificates, DSA,
-/// RSA under 2048 bits, and types that `sshd` does not support.
+/// the holder of one key, or that would grant no access: several keys, options before the key,
+/// certificates, DSA, RSA under 2048 bits, and types that `sshd` does not support.
 ///
 /// ```
 /// use scalebox_units::SshPublicKey;
@@ -73,7 +73,7 @@ impl SshPublicKey {
     /// Reads a key from a record. An earlier version with other rules for types and comments may
     /// have accepted it.
     ///
-    /// Checks only what a guest needs: one line, and not too long.
+    /// Checks only the properties that a guest needs: one line, and not too long.
     ///
     /// # Errors
     /// A text that is empty, has several lines or is too long.

@@ -90,7 +90,8 @@ impl ConsoleReader {
     pub fn read(&mut self) -> io::Result<String> {
         let mut buffer = vec![0; READ_BYTES];
         loop {
-            // Checked before the read: what is written to a file before it is replaced is read.
+            // Checked before the read, so that text that is written before a replacement is not
+            // missed.
             let was_replaced = self.current_is_missing()?;
             let Some(file) = self.files.front_mut() else {
                 return Ok(String::new());
@@ -109,7 +110,7 @@ impl ConsoleReader {
         }
     }
 
-    /// Returns whether the current file is not among those that are open. Opens it if none is.
+    /// Returns whether the current log file is not open. Opens it if no file is open.
     fn current_is_missing(&mut self) -> io::Result<bool> {
         let Some(last) = self.files.back() else {
             self.files.extend(open_if_exists(&self.log)?);

@@ -74,7 +74,7 @@ pub trait Vmm: Send + Sync {
     /// for an invalid field; [`Error::Launch`] with the hypervisor's whole output.
     async fn launch(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>>;
 
-    /// Takes over a machine that an earlier process launched.
+    /// Adopts a machine that an earlier process launched.
     ///
     /// Returns `Some` if the machine exists, in any state. This includes [`MachineState::Ended`] if
     /// the guest powered itself off while no process held the machine; the reason is then known.

@@ -3,7 +3,8 @@
 //! A file could grow without limit (a guest can provoke some of QEMU's warnings), and a pipe to
 //! this process would break when the process ends. So stderr is a named pipe that the hypervisor
 //! itself holds open at both ends, in non-blocking mode. It never breaks, holds at most 64 KiB
-//! (pipe(7)), drops what does not fit, and can be reopened by a process that adopts the machine.
+//! (pipe(7)), drops data that does not fit, and can be reopened by a process that adopts the
+//! machine.
 
 use crate::error::{Error, Result};
 use rustix::fs::{CWD, Mode, OFlags, mkfifoat, open};

@@ -427,7 +427,7 @@ async fn no_agent(bench: Bench) {
     }
 }
 
-/// A release without our own agent launched machines without its socket.
+/// Tests a machine without the socket of our own agent, as an earlier release launched it.
 async fn no_socket_of_the_agent(bench: Bench) {
     let machine = bench.vmm.launch(&bench.spec).await.unwrap();
     let _ = fs::remove_file(bench.spec.run_dir.join("scalebox.sock"));
@@ -442,7 +442,7 @@ async fn no_socket_of_the_agent(bench: Bench) {
     bench.assert_no_leftovers();
 }
 
-/// Checks that a driver neither adopts a machine of another driver nor takes it for dead.
+/// Checks that a driver neither adopts a machine of another driver nor considers it dead.
 #[tokio::test]
 async fn machines_of_other_drivers_are_not_touched() {
     let [qemu, _, firecracker] = candidates();

@@ -567,7 +567,8 @@ async fn a_cancelled_launch_leaves_nothing() {
     let lab = Lab::new();
     let spec = lab.spec(Guest::Deaf);
     for limit in [Duration::ZERO, Duration::from_millis(20)] {
-        // The launch may have succeeded in time; a caller that gave up has no machine either way.
+        // The launch may have succeeded in time; a caller that stopped waiting has no machine
+        // either way.
         let _ = timeout(limit, lab.driver.launch(&spec)).await.map(drop);
         let gone = || !spec.run_dir.exists() && processes_with(spec.id.as_str()).is_empty();
         until("the cancelled launch to be undone", gone).await;

@@ -19,7 +19,7 @@ const MIN: usize = MIN_BUFFER as usize;
 #[derive(Default)]
 pub(crate) struct Budget {
     used: AtomicUsize,
-    /// The limit of each buffer; 0 while there is none.
+    /// The limit of each buffer; 0 while buffers are not limited.
     share: AtomicUsize,
     outputs: Mutex<Vec<Weak<Output>>>,
 }
@@ -118,7 +118,7 @@ impl Output {
             let limit = self.budget.limit(self.limit);
             match self.change(|ring| ring.make_room(limit, Instant::now())) {
                 Room::Free => return,
-                // The next attempt finds out: a follower has read, or the time is over.
+                // A follower has read, or the time has expired; the next attempt checks which.
                 Room::Until(time) => drop(timeout_at(time.into(), freed).await),
             }
         }
@@ -161,7 +161,7 @@ impl Output {
         (position, ring.finished().filter(|_| position >= ring.end()))
     }
 
-    /// Returns a future that ends when the output has grown after this call, or has ended.
+    /// Returns a future that completes when the output has grown after this call, or has ended.
     pub(crate) fn grown(&self) -> impl Future<Output = ()> + Send + Sync + '_ {
         self.grown.notified()
     }

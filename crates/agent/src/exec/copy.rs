@@ -1,4 +1,4 @@
-//! Copies what a command writes to its buffer.
+//! Copies the output of a command to its buffer.
 
 use crate::exec::ring::{PIECE, Stream};
 use crate::exec::table::{Exec, Fd};
@@ -6,12 +6,12 @@ use std::io;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
-/// Time after the end of the main process in which its output is read although other processes
-/// hold the pipe open.
+/// Time to read the output of a main process that has ended, while other processes hold the pipe
+/// open.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// Copies until the end of the stream, or until the main process has ended and all of its output
-/// was read. Returns `true` if the stream is still open, held by other processes.
+/// Copies until the stream ends, or until the main process has ended and its output was read.
+/// Returns `true` if the stream is still open, held by other processes.
 pub(crate) async fn copy(exec: &Exec, source: &Fd, stream: Stream) -> bool {
     let mut grace: Option<Grace> = None;
     loop {
@@ -47,10 +47,10 @@ pub(crate) async fn copy(exec: &Exec, source: &Fd, stream: Stream) -> bool {
     }
 }
 
-/// The time after the end of the main process.
+/// Decides when the output of a main process that has ended is complete.
 ///
-/// All that it wrote is in the pipe. So the output is complete at the pipe's end; or when nothing
-/// arrives any more; or, if other processes go on writing, when as many bytes were read as the pipe
+/// By then, the pipe holds all of it. The output is complete at the end of the pipe, when no more
+/// bytes arrive, or, if other processes continue to write, when as many bytes were read as the pipe
 /// can hold.
 struct Grace {
     deadline: Instant,
@@ -68,7 +68,8 @@ impl Grace {
         }
     }
 
-    /// Counts bytes that were read after a wait for the reader, which does not count as time.
+    /// Counts bytes that were read, and returns whether the output is complete. The time since
+    /// `waits_since`, spent waiting for the reader, does not count.
     fn is_over(&mut self, length: usize, waits_since: Instant) -> bool {
         self.deadline += waits_since.elapsed();
         self.left = self.left.saturating_sub(length);
@@ -76,8 +77,8 @@ impl Grace {
     }
 }
 
-/// Reads and drops the output of processes that outlive their exec, until they close the pipe: a
-/// closed one would end them with `SIGPIPE`.
+/// Reads and drops the output of processes that outlive their exec. If the agent closed the pipe,
+/// `SIGPIPE` would kill them.
 pub(crate) async fn drain(source: &Fd) {
     while let Ok(mut ready) = source.readable().await {
         tokio::task::consume_budget().await;

@@ -153,8 +153,7 @@ fn reset_signals() {
     }
 }
 
-/// Makes the command as likely to be killed for lack of memory as any other. The agent itself is
-/// not.
+/// Gives the command the default OOM score. The agent itself is never killed for lack of memory.
 fn reset_oom_score() {
     // Fails only without /proc.
     if let Ok(file) = rustix::fs::open(
@@ -166,8 +165,8 @@ fn reset_oom_score() {
     }
 }
 
-/// Raises the agent's limit of open files, once. Returns the limit for commands: the one before,
-/// because some programs take time or memory for each file that they might open.
+/// Raises the agent's limit of open files, once. Returns the previous limit, which commands get:
+/// some programs take time or memory for each file that they might open.
 fn open_files() -> Rlimit {
     static BEFORE: OnceLock<Rlimit> = OnceLock::new();
     *BEFORE.get_or_init(|| {

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 pub(crate) const PIECE: usize = 8 << 10;
 /// Memory that a chunk takes in addition to its bytes: its entry and the allocator's header.
 const OVERHEAD: usize = 64;
-/// Maximum time that a command waits for a follower that does not read, or for the first follower
-/// of an attached exec.
+/// Maximum time that a command waits for a stalled follower, or for the first follower of an
+/// attached exec.
 pub(crate) const MAX_STALL: Duration = Duration::from_secs(10);
 
 // A buffer without chunks has room for a piece, whatever its size.
@@ -27,7 +27,7 @@ pub(crate) enum Stream {
     Stderr,
 }
 
-/// The answer to a request for room.
+/// The result of a request for room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Room {
     /// A piece can be added.
@@ -68,7 +68,7 @@ pub(crate) struct Ring {
     end: u64,
     followers: Vec<Follower>,
     next_follower: u64,
-    /// Since when a command waits for a follower.
+    /// The time at which a command began to wait for a follower.
     blocked_since: Option<Instant>,
     /// Nothing is dropped before this time, because the first follower is expected.
     reserved_until: Option<Instant>,
@@ -132,7 +132,7 @@ impl Ring {
         Room::Free
     }
 
-    /// Drops the oldest output until at most `limit` bytes of memory are left, except output that a
+    /// Drops the oldest output until at most `limit` bytes of memory are left. Keeps output that a
     /// follower has not read.
     pub(crate) fn trim(&mut self, limit: usize, now: Instant) {
         while self.cost > limit {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-/// Maximum time that a start waits for others that are under way.
+/// Maximum time that a start waits for other starts in progress.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Starts an exec and returns its state.

@@ -26,7 +26,7 @@ pub(crate) async fn respond(exec: &Exec, request: Request, close: bool) -> Resul
         match frame {
             None => break,
             Some(Err(error)) => {
-                let error = format!("the request for stdin of exec {} broke off: {error}", exec.id);
+                let error = format!("the request for stdin of exec {} was interrupted: {error}", exec.id);
                 return Err(Failure::new(FailureCode::Other, error));
             }
             Some(Ok(frame)) => {
@@ -73,7 +73,7 @@ async fn write_all(exec: &Exec, input: &Fd, mut bytes: &[u8]) -> Result<(), Fail
     Ok(())
 }
 
-/// A pipe without a reader, or a terminal that no process has open.
+/// Returns whether an error means that no process has the pipe or the terminal open.
 fn is_closed(error: Option<Errno>) -> bool {
     matches!(error, Some(Errno::PIPE | Errno::IO))
 }

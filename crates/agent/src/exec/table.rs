@@ -17,7 +17,8 @@ pub(crate) type Fd = Arc<AsyncFd<OwnedFd>>;
 
 /// Maximum number of programs that are started at the same time, each on a thread of its own.
 const MAX_STARTS: usize = 4;
-/// Maximum number of ended execs whose pipes are read on for processes that they left behind.
+/// Maximum number of ended execs whose pipes the agent still reads, for processes that they left
+/// behind.
 const MAX_DRAINED: usize = 256;
 
 /// The execs of a guest.
@@ -157,7 +158,7 @@ impl Drop for Reservation {
     }
 }
 
-/// How far an exec is.
+/// The phase of an exec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// Its main process runs.

@@ -19,7 +19,7 @@ use tokio::process::Child;
 /// Runs an exec from its start to its end.
 pub(crate) async fn run(execs: Arc<Execs>, exec: Arc<Exec>, launched: Launched, timeout: Option<Duration>) {
     let ((end, duration), open) = to_end(&exec, launched, timeout).await;
-    // The state first: who has read the end also sees it in the state.
+    // The state is set first: a client that has read the end also sees it in the state.
     exec.record_end(end, duration);
     execs.ended(&exec.id);
     exec.output.finish(end);
@@ -43,7 +43,7 @@ pub(crate) async fn to_end(
             (end, Vec::new())
         }
         Streams::Pipes { stdin, stdout, stderr } => {
-            // Else the agent would keep a pipe that the host closes.
+            // Otherwise the agent would keep a pipe that the host closes.
             drop(stdin);
             let (end, stdout_open, stderr_open) = tokio::join!(
                 main,

@@ -77,8 +77,8 @@ fn enter(folder: &OwnedFd, name: &OsStr) -> io::Result<OwnedFd> {
     }
 }
 
-/// Deletes entries of a directory up to the first one that is a directory, and returns its name;
-/// `None` if the directory is empty.
+/// Deletes entries of a directory up to the first subdirectory, and returns its name; `None` if the
+/// directory is empty.
 fn empty(folder: &OwnedFd) -> io::Result<Option<OsString>> {
     for entry in Dir::read_from(folder)? {
         let entry = entry?;

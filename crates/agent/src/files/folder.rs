@@ -49,8 +49,8 @@ pub(crate) fn make_at(parent: impl AsFd, name: &OsStr, mode: u32, owner: Option<
     fsync(&parent)
 }
 
-/// Sets the owner and the permissions of an open file: in this order, because a new owner clears
-/// the bits setuid and setgid.
+/// Sets the owner of an open file, then its permissions: a new owner clears the bits setuid and
+/// setgid.
 pub(crate) fn set_owner_and_mode(file: impl AsFd, owner: Option<Owner>, mode: u32) -> io::Result<()> {
     if let Some(Owner { uid, gid }) = owner {
         fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;

@@ -80,7 +80,7 @@ fn read_names(path: &Path) -> rustix::io::Result<Rest> {
 }
 
 impl Rest {
-    /// Returns the next piece of the JSON document, and what is left after it.
+    /// Returns the next piece of the JSON document, and the rest of the listing.
     fn next_piece(mut self) -> io::Result<(Bytes, Option<Rest>)> {
         let mut piece = Vec::new();
         if !std::mem::replace(&mut self.has_begun, true) {
@@ -89,7 +89,7 @@ impl Rest {
         for _ in 0..GROUP {
             let Some(name) = self.names.pop() else { break };
             let info = match info_at(&self.folder, OsStr::from_bytes(&name)) {
-                // It vanished after the names were read.
+                // The file vanished after the names were read.
                 Err(Errno::NOENT) => continue,
                 info => info?,
             };

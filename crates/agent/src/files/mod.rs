@@ -1,8 +1,8 @@
 //! Files and directories.
 //!
-//! Paths are resolved as for any program in the guest: the host owns the guest, so a symbolic link
-//! leads it nowhere that it may not go. Only archives, whose content comes from elsewhere, are
-//! confined to their folder.
+//! Paths are resolved as for any program in the guest: the host owns the guest, so it may follow
+//! any symbolic link. Only archives, whose content comes from elsewhere, are confined to their
+//! folder.
 
 mod archive;
 mod delete;

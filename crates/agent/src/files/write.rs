@@ -44,8 +44,8 @@ pub(crate) struct Target {
 ///
 /// # Errors
 /// Those of the file system; [`FailureCode::WrongKind`] if the path names a directory or a special
-/// file; [`FailureCode::Other`] if the body ends early. None of them leaves anything, except for
-/// folders that were made.
+/// file; [`FailureCode::Other`] if the body ends early. An error leaves nothing, except for folders
+/// that were made.
 pub(crate) async fn write(target: Target, mut body: Incoming) -> Result<FileInfo, Failure> {
     let path = encode(&target.path);
     let mut upload = Upload(Some(blocking::run(move || Draft::begin(target)).await?));

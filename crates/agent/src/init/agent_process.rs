@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Where the root file system is mounted before it becomes the root.
+/// The folder on which the root file system is mounted before it becomes the root.
 pub(crate) const ROOT: &str = "/root";
 
 /// The name of the serving agent in `ps`. The `@` keeps systemd from killing it during a shutdown,

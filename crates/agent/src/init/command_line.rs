@@ -4,7 +4,7 @@ use crate::init::files::read;
 use scalebox_agent_api::InitKind;
 use std::path::PathBuf;
 
-/// The parameters that the initramfs understands.
+/// The parameters that the initramfs supports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CommandLine {
     /// `root=`: the block device of the root file system.
@@ -17,8 +17,8 @@ pub(crate) struct CommandLine {
     pub(crate) writable: bool,
     /// `init=`: the program of the root file system that becomes process 1.
     pub(crate) init: PathBuf,
-    /// `scalebox.init=system` or `=agent`: which program becomes process 1, whatever the root file
-    /// system has.
+    /// `scalebox.init=system` or `=agent`: which program becomes process 1, regardless of the root
+    /// file system.
     pub(crate) init_kind: Option<InitKind>,
     /// `scalebox.modules=`: the block device with the kernel's modules.
     pub(crate) modules: Option<PathBuf>,

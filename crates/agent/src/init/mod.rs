@@ -30,13 +30,13 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-/// The badness of a process that the kernel never kills for memory, and of an ordinary process
+/// OOM scores of a process that the kernel never kills for lack of memory, and of an ordinary one
 /// (proc_pid_oom_score_adj(5)).
 const NEVER_KILLED: &str = "-1000";
 const DEFAULT_SCORE: &str = "0";
 
-/// Boots the guest as process 1. On an error, reports it on the console and resets: no one can type
-/// there. QEMU restarts the machine, Firecracker ends it.
+/// Boots the guest as process 1. On an error, reports it on the console and resets, because the
+/// console has no input. QEMU restarts the machine, Firecracker ends it.
 pub fn run() -> ! {
     let Err(error) = boot();
     eprintln!("scalebox-agent: {error}");
@@ -74,8 +74,8 @@ fn boot() -> Result<Infallible, String> {
     }
 }
 
-/// Decides which program becomes process 1: as the command line demands, or the root file system's
-/// init if there is one.
+/// Chooses process 1: the program that the command line names, or else the root file system's init,
+/// if any.
 fn choose_init(parameters: &CommandLine) -> Result<InitKind, String> {
     let exists = has_init(Path::new(ROOT), &parameters.init);
     match parameters.init_kind {

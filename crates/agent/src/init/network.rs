@@ -8,7 +8,7 @@ use std::net::Ipv4Addr;
 /// The interface of the machine: the kernel command line keeps this name.
 const INTERFACE: &str = "eth0";
 
-/// Brings up `lo` and the machine's interface, with its address and the default route.
+/// Activates `lo` and the machine's interface, with its address and the default route.
 pub(crate) async fn configure(facts: &Facts) -> Result<(), String> {
     let (connection, handle, _) =
         rtnetlink::new_connection().map_err(|error| format!("cannot open netlink: {error}"))?;

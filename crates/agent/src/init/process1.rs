@@ -1,5 +1,5 @@
-//! The agent as process 1 of a guest without an init: mounts what a system needs, sets up host name
-//! and network, reaps processes, and shuts the guest down on request.
+//! The agent as process 1 of a guest without an init. It mounts the file systems that a system
+//! needs, sets up host name and network, reaps processes, and shuts the guest down on request.
 
 use crate::init::root::mount_at;
 use crate::init::seed::Facts;
@@ -29,7 +29,7 @@ const RESTART_DELAY: Duration = Duration::from_secs(1);
 pub(crate) fn run(facts: &Facts, port: Option<OwnedFd>) -> Result<Infallible, String> {
     // Ctrl+Alt+Del, by which Firecracker requests a shutdown, becomes a signal instead of a reset.
     if let Err(error) = reboot(RebootCommand::CadOff) {
-        eprintln!("scalebox-agent: Ctrl+Alt+Del resets this guest: {error}");
+        eprintln!("scalebox-agent: cannot disable the reset on Ctrl+Alt+Del: {error}");
     }
     for failed in [mount_all(), name(facts), generate(facts), write_main(facts)]
         .into_iter()
@@ -83,7 +83,7 @@ fn mount_all() -> Result<(), String> {
         ("/dev/stdout", "/proc/self/fd/1"),
         ("/dev/stderr", "/proc/self/fd/2"),
     ] {
-        // An existing link is right already.
+        // An existing link is already correct.
         let _ = std::os::unix::fs::symlink(target, link);
     }
     match failed.is_empty() {
@@ -138,8 +138,8 @@ fn cover(from: &Path, to: &Path, content: &str) -> std::io::Result<()> {
     Ok(mount_bind(from, to)?)
 }
 
-/// Reaps every process that ends, starts the agent again if it ends, and shuts the guest down when
-/// the host presses a button.
+/// Reaps every process that ends, and restarts the agent if it ends. Shuts the guest down when the
+/// host presses a button.
 async fn supervise() -> Result<Infallible, String> {
     let listen = |kind| signal(kind).map_err(|error| format!("cannot receive signals: {error}"));
     let mut ended = listen(SignalKind::child())?;

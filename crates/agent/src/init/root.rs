@@ -91,7 +91,7 @@ fn options(parameters: &CommandLine) -> (MountFlags, String) {
 /// failure is reported on the console only: the guest has its disk and network without it.
 pub(crate) fn mount_modules(drive: &Path, root: &Path) {
     if let Err(error) = try_mount_modules(drive, root) {
-        eprintln!("scalebox-agent: no kernel modules: {error}");
+        eprintln!("scalebox-agent: cannot mount the kernel modules: {error}");
     }
 }
 

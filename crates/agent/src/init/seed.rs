@@ -12,7 +12,7 @@ use std::path::Path;
 /// The seed drive: the machine's second disk.
 pub(crate) const DEVICE: &str = "/dev/vdb";
 
-/// Where it is mounted for a moment, in the initramfs.
+/// The folder of the initramfs on which the seed drive is mounted while it is read.
 const TARGET: &str = "/seed";
 
 /// The content of the seed drive: the guest's identity, from the file `scalebox` with a `KEY=VALUE`
@@ -31,7 +31,7 @@ pub(crate) struct Facts {
 /// Reads the facts. A failure is reported on the console, and the guest starts without them.
 pub(crate) fn read(device: &Path) -> Facts {
     try_read(device).unwrap_or_else(|error| {
-        eprintln!("scalebox-agent: no host name and no network: {error}");
+        eprintln!("scalebox-agent: cannot read the seed drive: {error}; the guest has no host name and no network");
         Facts::default()
     })
 }

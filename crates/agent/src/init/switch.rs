@@ -46,8 +46,8 @@ fn open_dir(at: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat(at, path, flags, Mode::empty())?)
 }
 
-/// Removes what a directory of the initramfs contains. Does not enter other file systems: the root
-/// file system is mounted on it.
+/// Removes the contents of a directory of the initramfs. Does not enter other file systems: the
+/// root file system is mounted on it.
 fn remove_content(dir: &OwnedFd) -> io::Result<()> {
     let device = rustix::fs::fstat(dir)?.st_dev;
     let mut buffer = [MaybeUninit::uninit(); 4096];

@@ -4,12 +4,12 @@ use rustix::io::Errno;
 use scalebox_agent_api::{AgentFailure, FailureCode};
 use std::io;
 
-/// Why a request failed.
+/// The reason why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure(pub(crate) AgentFailure);
 
 impl Failure {
-    /// Creates a failure from what failed and why, in one sentence.
+    /// Creates a failure. The sentence states the operation and the cause.
     pub(crate) fn new(code: FailureCode, error: impl Into<String>) -> Failure {
         Failure(AgentFailure {
             error: error.into(),

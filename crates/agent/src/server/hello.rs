@@ -11,7 +11,7 @@ const PREFACE: u8 = b'P';
 /// Size of the read buffer, in bytes. Larger reads bypass it.
 const BUFFER: usize = 4 << 10;
 
-/// Skips bytes until a request arrives, responds once to each nonce, and returns the stream at the
+/// Skips bytes until a request arrives, and responds once to each nonce. Returns the stream at the
 /// first byte of HTTP/2.
 ///
 /// # Errors
@@ -54,7 +54,8 @@ struct Search {
 }
 
 impl Search {
-    /// Searches `bytes`. Returns how many of them are consumed, and what follows them.
+    /// Searches `bytes`. Returns the number of consumed bytes, and the request or the start of
+    /// HTTP/2 that was found.
     fn next(&mut self, bytes: &[u8]) -> (usize, Option<Found>) {
         for (at, &byte) in bytes.iter().enumerate() {
             if byte == FILLER {

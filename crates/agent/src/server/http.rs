@@ -58,7 +58,7 @@ pub(crate) fn no_content() -> Response {
 }
 
 /// Returns a response whose body is a stream. An error of the stream resets it, so that the host
-/// does not take it for complete.
+/// does not treat it as complete.
 pub(crate) fn stream<S>(bytes: S) -> Response
 where
     S: Stream<Item = io::Result<Bytes>> + Send + Sync + 'static,

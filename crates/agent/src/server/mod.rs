@@ -18,16 +18,16 @@ use std::io;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Maximum number of requests at the same time: each running exec may have two that last, for its
-/// output and its stdin.
+/// Maximum number of concurrent requests. Each running exec may have two long ones, for its output
+/// and its stdin.
 const MAX_STREAMS: u32 = 4096;
 /// Bytes of a request that the agent accepts before a handler reads them.
 const STREAM_WINDOW: u32 = 256 << 10;
-/// The same for all requests together. A command that does not read its stdin takes up one window,
-/// and must not stop the other requests.
+/// Bytes of all requests that the agent accepts before handlers read them. A command that does not
+/// read its stdin occupies one stream window, and must not stop the other requests.
 const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
-/// Bytes of a response that wait for the connection, beside the piece that is read next. Few: output
-/// that waits in its buffer is shared by all readers, and counted.
+/// Bytes of a response that wait for the connection, besides the last piece. Further output waits in
+/// the buffer of its exec, which all readers share and whose memory is counted.
 const SEND_BUFFER: usize = 4 << 10;
 
 /// Serves one connection until the host closes it: the hello, then HTTP/2. After garbage, searches

@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-/// Bytes of a sector in `/sys/dev/block/*/size`, whatever the disk's own sectors are.
+/// Bytes of a sector in `/sys/dev/block/*/size`, regardless of the disk's own sectors.
 const SECTOR: u64 = 512;
 
 /// Grows the file system that is mounted at `target`, and returns its size. Does nothing if it has

@@ -1,7 +1,7 @@
 //! Ends the guest: power-off or reset.
 //!
-//! An image's own init is asked in its own way. Where the agent is process 1, it ends all
-//! processes, flushes and makes the file systems read-only itself.
+//! An image's own init receives the request in the form that it supports. Where the agent is
+//! process 1, it ends all processes, flushes and makes the file systems read-only itself.
 
 use crate::blocking;
 use crate::run_dir::{self, RunDir, Running};
@@ -32,7 +32,7 @@ const SYSTEMD_POWER_OFF: i32 = 34 + 4;
 /// `SIGRTMIN+5` of systemd(1): starts `reboot.target`.
 const SYSTEMD_REBOOT: i32 = 34 + 5;
 
-/// How the guest is ended.
+/// The way in which the guest is ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// By a signal to process 1.
@@ -81,7 +81,8 @@ fn choose(init: InitKind, is_reboot: bool, exists: impl Fn(&str) -> bool) -> Way
     }
 }
 
-/// The signals of BusyBox's init (`init/init.c`): SIGUSR2 for a power-off, SIGTERM for a reset.
+/// Returns the signal for BusyBox's init (`init/init.c`): SIGUSR2 for a power-off, SIGTERM for a
+/// reset.
 fn busybox_signal(is_reboot: bool) -> i32 {
     match is_reboot {
         true => Signal::TERM.as_raw(),

@@ -43,8 +43,8 @@ impl Frozen {
         Ok(())
     }
 
-    /// Thaws the file systems, also those that someone else froze. Those that are not frozen stay
-    /// as they are.
+    /// Thaws the file systems, also those that another program froze. File systems that are not
+    /// frozen stay unchanged.
     ///
     /// # Errors
     /// Those of the kernel; the other file systems are thawed.

@@ -14,8 +14,8 @@ use tokio::time::sleep;
 /// connected.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Serves the host for as long as the guest runs: on the serial port if the machine has one,
-/// otherwise on the vsock.
+/// Serves the host for as long as the guest runs. Uses the serial port if the machine has one,
+/// otherwise the vsock.
 ///
 /// # Errors
 /// If the machine has neither.

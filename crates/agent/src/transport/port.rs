@@ -39,7 +39,7 @@ pub(crate) fn open() -> io::Result<Option<OwnedFd>> {
 /// The port during one connection. The connection ends when the host disconnects: the port then
 /// reads as ended.
 ///
-/// Each connection registers the port again. The runtime takes a hang-up for final, but the port
+/// Each connection registers the port again. The runtime treats a hang-up as final, but the port
 /// continues when a host connects.
 pub(crate) struct Port(AsyncFd<OwnedFd>);
 

@@ -1,4 +1,4 @@
-//! A host that talks to an agent in this process.
+//! A host that is connected to an agent in this process.
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
@@ -150,8 +150,8 @@ pub(crate) fn pieces(pieces: impl Iterator<Item = io::Result<Bytes>> + Send + Sy
     BodyExt::boxed(http_body_util::StreamBody::new(frames))
 }
 
-/// Returns a body that breaks off after its content, as soon as `is_time`: a stream that is reset
-/// at once would not send anything.
+/// Returns a body that breaks off after its content, as soon as `is_time`. A stream that is reset
+/// at once would send nothing.
 pub(crate) fn broken(content: Vec<u8>, is_time: impl Fn() -> bool + Send + Sync + 'static) -> Body {
     let frames = futures::stream::unfold((Some(content), is_time), |(content, is_time)| async move {
         if let Some(content) = content {

@@ -1,4 +1,4 @@
-//! A fake server with a fake guest: it speaks HTTP and the WebSocket of an attached command, and
+//! A fake server with a fake guest. It serves HTTP and the WebSocket of an attached command, and
 //! each test plays the command.
 
 use super::{Request, read_request, vm, write};
@@ -62,12 +62,13 @@ type Responses = BTreeMap<String, (u16, Vec<u8>)>;
 pub(crate) struct Guest {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
-    /// Responses by request line; others than below are 404.
+    /// Responses by request line; all other requests get a 404.
     responses: Arc<Mutex<Responses>>,
 }
 
 impl Guest {
-    /// Starts a host on which `command` plays each attachment; it is told how many there were.
+    /// Starts a host on which `command` plays each attachment. Its first argument is the number of
+    /// earlier attachments.
     pub(crate) fn new(command: impl Fn(usize, &mut Socket) + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let guest = Guest {
@@ -190,7 +191,7 @@ pub(crate) fn end(socket: &mut Socket, exit_code: Option<i32>, signal: Option<Si
     while socket.read().is_ok() {}
 }
 
-/// Adds what `run` needs: a template, and a VM that can be created and deleted.
+/// Adds the responses for `run`: a template, and a VM that can be created and deleted.
 pub(crate) fn for_run(guest: &Guest, name: &str) {
     let template = json!({"name": "debian-base", "size_bytes": 1, "used_bytes": 1, "created_at": "2026-01-02T03:04:05Z",
                           "used_by": 0, "protected": true});

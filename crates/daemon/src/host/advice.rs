@@ -1,9 +1,9 @@
 //! The remedies for the errors of the libraries.
 //!
-//! The libraries state facts: they know neither the settings and commands of the daemon nor how its
-//! host was installed. The remedies are here, one for each variant of an error. [`advised`] appends
-//! them where a sentence leaves the daemon: in the body of a response, in the log, and in the last
-//! line of a failed command.
+//! The libraries state facts: they depend neither on the settings and commands of the daemon nor on
+//! the installation of its host. The remedies are here, one for each variant of an error.
+//! [`advised`] appends them where a sentence leaves the daemon: in the body of a response, in the
+//! log, and in the last line of a failed command.
 
 use scalebox_images::Error as ImageError;
 use scalebox_net::Error as NetError;

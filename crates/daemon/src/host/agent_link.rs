@@ -1,7 +1,7 @@
-//! Connections to the agents of guests: at most one for each machine, and none that is not used.
+//! Connections to the agents of guests: at most one for each machine, and only while it is used.
 //!
-//! The first use of a machine's agent opens the connection, and later uses share it. It is closed
-//! when nobody has used it for a while, when the machine ends and when its guest reboots. Then the
+//! The first use of a machine's agent opens the connection, and later uses share it. The connection
+//! is closed when it was idle for a minute, when the machine ends and when its guest reboots. The
 //! next use opens another one. Each connection has one task, which ends with it.
 //!
 //! A std mutex guards the table. It is held for a look-up or a small change, never across an await.
@@ -17,14 +17,14 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-/// Time for the agent to respond to the hello. A running one takes milliseconds, also under
+/// Time for the agent to respond to the hello. A running agent takes milliseconds, also under
 /// emulation; a guest that boots does not respond.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a connection that is not used stays open.
+/// Time after which an idle connection is closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for the agent to respond to an operation that can use another agent.
 const FIND_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long such operations do without an agent that did not respond.
+/// Time for which such operations use the other agent after our own did not respond.
 const ABSENT_TIME: Duration = Duration::from_secs(30);
 
 /// The connections to all agents. A clone is another handle on the same table.
@@ -34,7 +34,7 @@ pub(crate) struct AgentLinks(Arc<Mutex<Table>>);
 #[derive(Default)]
 struct Table {
     links: HashMap<VmId, Arc<Link>>,
-    /// When an agent did not respond in [`FIND_TIMEOUT`].
+    /// Times at which agents did not respond within [`FIND_TIMEOUT`].
     absent: HashMap<VmId, Instant>,
 }
 
@@ -116,7 +116,8 @@ impl AgentLinks {
     }
 
     /// Returns the connection to the agent of a machine, for an operation that can use another
-    /// agent; `None` if it does not respond soon, or did not a short time ago.
+    /// agent. Returns `None` if the agent does not respond soon, or did not respond a short time
+    /// ago.
     pub(crate) async fn find(&self, machine: &Arc<dyn Machine>) -> Option<Agent> {
         let id = machine.id();
         let was_absent = self.lock().absent.get(id).copied();
@@ -190,7 +191,7 @@ impl Link {
         }
     }
 
-    /// Waits until nobody has used the link for [`IDLE_TIMEOUT`].
+    /// Waits until the link has been idle for [`IDLE_TIMEOUT`].
     async fn idle(&self) {
         let mut uses = self.uses.subscribe();
         loop {
@@ -204,7 +205,7 @@ impl Link {
     }
 }
 
-/// Opens a link's connection, and closes it when it is no longer used or of use.
+/// Opens a link's connection, and closes it when it is idle or its agent has ended.
 async fn run(links: AgentLinks, link: Arc<Link>) {
     let machine = &link.machine;
     // Subscribed first, so that a reboot during the hello is noticed.
@@ -231,7 +232,7 @@ async fn run(links: AgentLinks, link: Arc<Link>) {
             () = reboot(&mut events) => break "the guest rebooted".to_owned(),
             () = connection.closed() => break "the connection ended".to_owned(),
             () = link.idle() => if links.remove_idle(&link) {
-                break "it is not used".to_owned();
+                break "the connection is idle".to_owned();
             },
         }
     };
@@ -256,7 +257,7 @@ async fn reboot(events: &mut broadcast::Receiver<MachineEvent>) {
     loop {
         match events.recv().await {
             Ok(MachineEvent::GuestReboot) => return,
-            // Among the lost events may have been a reboot.
+            // One of the lost events may have been a reboot.
             Err(RecvError::Lagged(_)) => return,
             Err(RecvError::Closed) => return std::future::pending().await,
             Ok(_) => {}

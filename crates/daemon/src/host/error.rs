@@ -22,10 +22,10 @@ pub(crate) enum ServiceError {
         /// The field with the wrong value.
         field: Option<String>,
     },
-    /// The token is missing or wrong. The message does not name which.
+    /// The token is missing or wrong. The message does not distinguish the two.
     #[error("a valid token is required in the header Authorization: Bearer TOKEN")]
     Unauthorized,
-    /// Forbidden for everyone.
+    /// Forbidden for all clients.
     #[error("{0}")]
     Forbidden(String),
     /// No VM, template or route has this name.
@@ -70,10 +70,10 @@ pub(crate) enum ServiceError {
     /// The disk of `STATE_DIR` is full.
     #[error("{0}")]
     StateFull(String),
-    /// The agent in a guest cannot be reached, or does not keep to its protocol.
+    /// The agent in a guest cannot be reached, or violates its protocol.
     #[error("{0}")]
     Unreachable(String),
-    /// The guest did not do it in time.
+    /// The guest did not complete an operation in time.
     #[error("{message}")]
     GuestTimeout {
         /// The operation that did not finish, and the time limit, as a sentence.
@@ -115,8 +115,8 @@ impl ServiceError {
         }
     }
 
-    /// Returns the error as a sentence for clients: without the cause of a failure of the host,
-    /// which is for the log.
+    /// Returns the error as a sentence for clients. The cause of a failure of the host is only
+    /// logged.
     pub(crate) fn sentence(&self) -> String {
         match self {
             ServiceError::HostFailed { sentence, .. } => sentence.clone(),

@@ -27,7 +27,7 @@ pub(crate) fn remove_dir(dir: &Path) -> Result<(), ServiceError> {
     }
 }
 
-/// Lists the VM ids that `folder` has a folder for. Ignores other names: they are not ours.
+/// Lists the VM ids that `folder` has a folder for. Ignores other names.
 pub(crate) fn vm_folders(folder: &Path) -> Result<Vec<VmId>, ServiceError> {
     let failed = |error: io::Error| ServiceError::Internal(format!("cannot list {}: {error}", folder.display()));
     let entries = match fs::read_dir(folder) {

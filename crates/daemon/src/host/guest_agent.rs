@@ -9,7 +9,7 @@ use scalebox_vmm::{Channel, Machine};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Why a request to the agent of a guest failed.
+/// The reason why a request to the agent of a guest failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestAgentError {
     /// The connection to `qemu-guest-agent` failed.
@@ -104,7 +104,7 @@ impl GuestAgent {
         Ok(())
     }
 
-    /// Thaws the guest's file systems. Does nothing to those that are not frozen.
+    /// Thaws the guest's file systems. Does nothing if they are not frozen.
     pub(crate) async fn thaw(&self) -> Result<(), GuestAgentError> {
         match self {
             GuestAgent::Own(agent) => agent.thaw().await?,

@@ -1,7 +1,7 @@
-//! Jobs: operations that go on after the response to the request that started them.
+//! Jobs: operations that continue after the response to the request that started them.
 //!
-//! Jobs are in memory: a restart of the daemon ends and forgets them. What an interrupted job left
-//! in the pool is removed at the next start.
+//! Jobs are in memory: a restart of the daemon ends and forgets them. The leftovers of an
+//! interrupted job in the pool are removed later, by the next pull or build.
 
 use crate::host::error::ServiceError;
 use crate::host::random::random_hex;
@@ -16,7 +16,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 const MAX_RUNNING: usize = 4;
 /// Maximum number of jobs that are kept, running or ended.
 const MAX_JOBS: usize = 100;
-/// How often a job reports its progress as an event.
+/// Minimum interval between two events about the progress of a job.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The jobs of a running daemon, oldest first.
@@ -32,7 +32,7 @@ pub(crate) struct JobEntry {
 }
 
 struct State {
-    /// Without its error, which gets its form where it is shown.
+    /// The job without its error, which is added when the job is shown.
     job: Job,
     failure: Option<Arc<ServiceError>>,
     reported: Option<Instant>,
@@ -155,7 +155,7 @@ impl JobEntry {
         state.job.clone()
     }
 
-    /// Asks the job to end.
+    /// Cancels the job, which ends soon afterwards.
     ///
     /// # Errors
     /// 409 if it has ended.
@@ -171,7 +171,7 @@ impl JobEntry {
         Ok(())
     }
 
-    /// Waits until the job is asked to end.
+    /// Waits until the job is cancelled.
     pub(crate) fn cancelled(&self) -> WaitForCancellationFuture<'_> {
         self.cancel.cancelled()
     }

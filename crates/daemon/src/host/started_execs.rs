@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
-/// Number of commands whose events are published in a row, after a quiet time.
+/// Maximum number of commands whose events are published in a burst.
 const MAX_BURST: f64 = 100.0;
 /// Number of commands per second whose events are published. Clients would lose all other events
 /// if thousands of commands filled the ring of events.
@@ -34,11 +34,12 @@ struct Budget {
 pub(crate) struct Start {
     /// The events of the command are to be published.
     pub publish: bool,
-    /// It is the first command of its VM: a watch is to be started.
+    /// The command is the first of its VM: a watch is to be started.
     pub watch: bool,
 }
 
-/// A stream that follows a command to its end, until it is dropped. The watch need not ask for it.
+/// A stream that follows a command to its end, until it is dropped. The watch does not query such
+/// commands.
 pub(crate) struct Following {
     execs: StartedExecs,
     vm: VmId,

@@ -28,7 +28,8 @@ use tokio::time::{Instant, interval_at, sleep_until};
 
 /// Interval of pings.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
-/// Time without any message from the client, a response to a ping included, after which it is gone.
+/// Maximum time without a message from the client, pongs included. The client is disconnected after
+/// it.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Messages for stdin that wait for the command.
 const MAX_WAITING: usize = 8;
@@ -88,7 +89,7 @@ struct Session {
     _guard: Option<RequestGuard>,
 }
 
-/// Why a session ends.
+/// The reason why a session ends.
 enum End {
     /// The client has left.
     Left,
@@ -154,7 +155,7 @@ impl Session {
             None => return Err(failed(&self.follow.interrupted())),
             Some(Err(error)) => return Err(failed(&error)),
             Some(Ok(Frame::End { end, .. })) => return Err(End::Last(AttachMessage::End(self.follow.end(end).await))),
-            // The protocol has no message for it: a terminal shows what is left.
+            // The protocol has no message for lost output: a terminal shows the rest.
             Some(Ok(Frame::Lost { .. })) => return Ok(()),
             Some(Ok(Frame::Stdout { bytes, .. })) => AttachMessage::Stdout(bytes),
             Some(Ok(Frame::Stderr { bytes, .. })) => AttachMessage::Stderr(bytes),
@@ -187,7 +188,7 @@ impl Session {
             Ok(_) => return invalid("the message has a channel of the daemon".to_owned()),
         };
         if let Err(error) = done {
-            // Usual for a command that has just ended; the output decides.
+            // Common for a command that has just ended; its output has the result.
             tracing::debug!(exec = %self.exec, %error, "a message of an attached client failed");
         }
         Ok(())

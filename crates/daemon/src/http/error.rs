@@ -1,4 +1,4 @@
-//! The HTTP status, the code and the body of each error. No other module knows a status.
+//! The HTTP status, the code and the body of each error. No other module uses a status.
 
 use crate::host::error::ServiceError;
 use axum::Json;

@@ -81,7 +81,8 @@ fn ndjson(lines: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static)
     ([(CONTENT_TYPE, NDJSON)], Body::from_stream(lines)).into_response()
 }
 
-/// Returns the lines of a command's output. With `to_the_end`, the last one is its end or an error.
+/// Returns the lines of a command's output. With `to_the_end`, the last line is the end of the
+/// command or an error.
 fn lines(
     first: Option<OutputLine>,
     follow: Follow,
@@ -114,7 +115,7 @@ fn failed(error: &ServiceError) -> OutputLine {
 }
 
 fn encode(line: &OutputLine) -> Bytes {
-    // The type has only strings as keys, so that it always serialises.
+    // Serialization cannot fail: the type has only strings as keys.
     let mut json = serde_json::to_vec(line).unwrap_or_default();
     json.push(b'\n');
     json.into()
@@ -182,7 +183,7 @@ pub(crate) async fn output(
     ),
     request_body(content = [u8], content_type = "application/octet-stream"),
     responses(
-        (status = 204, description = "The command's pipe or terminal has all of the body."),
+        (status = 204, description = "The whole body was written to the command's pipe or terminal."),
         (status = 404, description = "No such VM or exec."),
         (status = 409, description = "The VM is not running, the command has ended, or its stdin is closed."),
         (status = 503, description = "The VM's agent does not respond."),

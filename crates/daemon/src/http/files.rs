@@ -114,7 +114,7 @@ fn body(reading: Reading) -> Body {
 }
 
 /// Returns the content piece by piece. An error closes the client's connection, so that it does not
-/// take the content for complete.
+/// treat the content as complete.
 fn pieces(reading: Reading) -> impl Stream<Item = io::Result<Bytes>> + Send {
     stream::unfold(Some(reading), |reading| async {
         let mut reading = reading?;
@@ -150,7 +150,7 @@ fn pieces(reading: Reading) -> impl Stream<Item = io::Result<Bytes>> + Send {
     request_body(content = [u8], content_type = "application/octet-stream"),
     responses(
         (status = 200, body = FileEntry),
-        (status = 400, description = "A query parameter is invalid; the error names it. Or the archive is invalid."),
+        (status = 400, description = "A query parameter is invalid, and the error names it; or the archive is invalid."),
         (status = 403, description = "The guest's kernel does not allow it."),
         (status = 404, description = "No such VM, user or directory."),
         (status = 409, description = "The VM is not running, or the file is of another kind."),

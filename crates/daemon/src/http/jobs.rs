@@ -13,7 +13,7 @@ use axum::http::header::LOCATION;
 use axum::response::IntoResponse;
 use scalebox_api::{Job, JobList, PullTemplate};
 
-/// Pulls an image from a registry as a template. The response comes at once; the job goes on.
+/// Pulls an image from a registry as a template. The response comes at once; the job continues.
 #[utoipa::path(
     post, path = "/templates/{name}/pull", tag = "Templates", request_body = PullTemplate,
     params(("name" = String, Path, description = "Name of the template to create.")),
@@ -53,7 +53,7 @@ pub(crate) async fn get(State(host): State<Host>, Segment(id): Segment) -> Resul
     host.jobs.get(&id).map(|job| Json(shown(&job)))
 }
 
-/// Cancels a running job. It ends soon after; what it has made is removed.
+/// Cancels a running job. It ends soon afterwards, and its files are removed.
 #[utoipa::path(
     delete, path = "/jobs/{job}", tag = "Jobs", params(("job" = String, Path, description = "Id of the job.")),
     responses((status = 202, body = Job), (status = 404, description = "No such job."), (status = 409, description = "The job has ended."))

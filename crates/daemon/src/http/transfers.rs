@@ -185,7 +185,7 @@ fn export_chunks(
         match chunk {
             Ok(Chunk::Data(bytes)) => Some((Ok(bytes), Some((receiver, closing)))),
             Ok(Chunk::End) => None,
-            // Closes the connection, so that the client does not take the partial image for
+            // Closes the connection, so that the client does not treat the partial image as
             // complete.
             Err(error) => Some((Err(error), None)),
         }

@@ -13,16 +13,15 @@ use tokio::time::timeout;
 
 /// Pieces that wait for the guest.
 const MAX_BUFFERED: usize = 4;
-/// Time limit for reading the rest of a body that nobody needs.
+/// Time limit for reading the rest of a body that is no longer needed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(900);
 
-/// Why a body did not arrive completely.
+/// The reason why a body did not arrive completely.
 #[derive(Clone, Default)]
 pub(crate) struct BodyFailure(Arc<Mutex<Option<ServiceError>>>);
 
 impl BodyFailure {
-    /// Returns the result of an upload: the failure of its body, if there was one, is the cause of
-    /// its error.
+    /// Returns the result of an upload. If its body failed, returns the error of the body.
     pub(crate) fn explain<T>(&self, result: Result<T, ServiceError>) -> Result<T, ServiceError> {
         let failure = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         result.map_err(|error| failure.unwrap_or(error))
@@ -35,8 +34,8 @@ impl BodyFailure {
 
 /// Returns a body as an upload. Each piece must arrive within [`BODY_TIMEOUT`].
 ///
-/// A task of its own reads the body, also after the upload has failed: a client that sends all of
-/// it before it reads would not receive the response otherwise.
+/// A task of its own reads the body, also after the upload has failed: otherwise, a client that
+/// sends the whole body before it reads would not receive the response.
 pub(crate) fn upload(body: Body) -> (Upload, BodyFailure) {
     let (sender, receiver) = mpsc::channel(MAX_BUFFERED);
     let failure = BodyFailure::default();

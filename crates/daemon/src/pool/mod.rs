@@ -81,7 +81,7 @@ async fn change(
     host.detached(|host| async move {
         let pool = Arc::clone(&host.pool);
         if let Err(error) = blocking(move || change(&pool)).await {
-            // Reverts in the background whatever the operation could not revert itself.
+            // Reverts in the background the steps that the operation could not revert itself.
             tokio::spawn(growth::reconcile(host.clone()));
             return Err(error);
         }

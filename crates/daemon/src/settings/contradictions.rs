@@ -150,7 +150,7 @@ mod tests {
         Settings::of(pairs).err().map(|error| error.to_string())
     }
 
-    /// The settings, the wrong one, and the one whose path contains it.
+    /// The settings, the rejected setting, and the setting whose path contains its path.
     type Clash = (&'static [(&'static str, &'static str)], &'static str, &'static str);
     const CLASHES: [Clash; 10] = [
         (

@@ -16,7 +16,7 @@ pub(crate) struct SettingInEffect {
     pub key: &'static str,
     /// The value; `None` if there is none, if the host decides it, and for the token.
     pub value: Option<String>,
-    /// The place that the value comes from.
+    /// The source of the value.
     pub source: Origin,
     /// The default, or a description of the value that applies otherwise.
     pub default: String,
@@ -24,7 +24,7 @@ pub(crate) struct SettingInEffect {
     pub meaning: String,
 }
 
-/// The place that a value comes from.
+/// The source of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Origin {

@@ -1,5 +1,5 @@
-//! The connection to a guest's agent: one for each machine, none that is not used, and no error
-//! that lasts.
+//! Tests of the connection to a guest's agent: one for each machine, closed when idle, and opened
+//! again after errors.
 
 use crate::host::error::ServiceError;
 use crate::simulated::http::{call, post};
@@ -24,7 +24,7 @@ use std::time::Duration;
 
 type Respond = dyn Fn(&str) -> (u16, String) + Send + Sync;
 
-/// Returns an agent that keeps to the protocol of connections, with these responses.
+/// Returns an agent that follows the protocol of connections, with these responses.
 pub(super) fn scripted(respond: impl Fn(&str) -> (u16, String) + Send + Sync + 'static) -> SimAgent {
     let respond: Arc<Respond> = Arc::new(respond);
     SimAgent::Scripted(Arc::new(move |stream| serve(stream, respond.clone())))

@@ -1,5 +1,5 @@
-//! Commands and files in a guest, through the API, with the real agent: it runs the commands on the
-//! host of the test, as its user.
+//! Tests of commands and files in a guest, through the API, with the real agent. It runs the
+//! commands on the host of the test, as the user of the test.
 
 use crate::simulated::agent::scripted;
 use crate::simulated::http::{attach, call, post, read_until, send, whole};
@@ -409,7 +409,7 @@ fn streams_end_with_an_error_when_their_vm_does() {
     });
 }
 
-/// Returns the state of an exec that runs, whatever its id.
+/// Returns the state of a running exec with any id.
 fn running(exec: &str) -> String {
     json!({ "id": exec, "argv": ["x"], "pid": 1, "started_at_ms": 0, "duration_ms": 0, "tty": false,
             "output_start": 0, "output_end": 0 })
@@ -430,7 +430,7 @@ fn an_agent_that_answers_for_another_exec_or_ends_early_is_an_error() {
             "{}",
             answer.json()
         );
-        // Its output is JSON, which is not a frame.
+        // The agent sends JSON as output, which is not a frame.
         let output = call(&host, "GET", "/vms/liar/execs/exec-0123456789ab/output?follow=true", "").await;
         assert_eq!(output.lines().last().unwrap()["code"], "unreachable");
     });

@@ -201,8 +201,8 @@ impl Sim {
         self.life().runtime.block_on(async { sleep(time).await });
     }
 
-    /// Lets time pass at once, on a host on the real clock. What happens on other threads meanwhile
-    /// takes no time.
+    /// Lets time pass at once, on a host on the real clock. Work on other threads meanwhile takes
+    /// no time.
     pub(super) fn skip(&self, time: Duration) {
         self.life().runtime.block_on(async {
             tokio::time::pause();
@@ -312,7 +312,7 @@ impl Sim {
         self.events().iter().filter(|event| *event == kind).count()
     }
 
-    /// Checks that nothing of a VM is left on the host: no record, machine, disk, folder, tap.
+    /// Checks that a VM has left nothing on the host: no record, machine, disk, folder or tap.
     #[track_caller]
     pub(super) fn assert_gone(&self, vm: &str) {
         let records = self.host().state.vms().unwrap();

@@ -1,7 +1,8 @@
 //! Pulls a template from a registry, as a job.
 //!
-//! Layers and intermediate files are in the pool, and are admitted like disks. Until the file
-//! system is complete, the job can be cancelled; then it becomes a template like an import.
+//! Layers and intermediate files are in the pool, and are admitted like disks. The job can be
+//! cancelled until the file system is complete. Then the file system becomes a template, like an
+//! import.
 
 use crate::host::error::ServiceError;
 use crate::host::jobs::JobEntry;

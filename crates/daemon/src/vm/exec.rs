@@ -44,7 +44,7 @@ pub(crate) struct Started {
 pub(crate) struct Finished {
     /// The command's id.
     pub(crate) id: ExecId,
-    /// How it ended.
+    /// The end of the command: its exit status or signal.
     pub(crate) end: ExecEnd,
     /// The beginning of stdout.
     pub(crate) stdout: Spool,
@@ -67,7 +67,8 @@ pub(crate) async fn start(host: &Host, reference: &str, request: &CreateExec) ->
     start_on(&mut guest, &exec).await?;
     if !stdin.is_empty() {
         let written = write_stdin_later(&guest, &id, stdin, !request.open_stdin);
-        // Later input of the client comes after it. A command that does not read is not awaited.
+        // Later input of the client comes after it. The start does not wait for a command that does
+        // not read.
         if request.open_stdin {
             let _ = timeout(STDIN_TIMEOUT, written).await;
         }
@@ -141,7 +142,7 @@ fn write_stdin_later(guest: &Guest, id: &ExecId, stdin: Vec<u8>, close: bool) ->
     tokio::spawn(async move {
         let written = agent.write_stdin(id.as_str(), Upload::bytes(stdin), close).await;
         if let Err(error) = written {
-            // Usual for a command that does not read it.
+            // Common for a command that does not read its stdin.
             tracing::debug!(exec = %id, %error, "stdin of a command was not written");
         }
     })
@@ -266,8 +267,8 @@ impl Follow {
         &self.guest
     }
 
-    /// Returns the next frame; `None` at the end of the output, which for a followed command is an
-    /// interruption unless [`Frame::End`] came before.
+    /// Returns the next frame; `None` at the end of the output. For a followed command this is an
+    /// interruption, unless [`Frame::End`] came before.
     ///
     /// # Errors
     /// 503 if the VM has ended, its agent does not respond any more, or the daemon stops.
@@ -348,7 +349,7 @@ impl Follow {
 
     fn stopping(&self) -> ServiceError {
         ServiceError::NotReady(format!(
-            "scaleboxd is stopping; the command {} runs on, and its output can be read later",
+            "scaleboxd is stopping; the command {} continues to run, and its output can be read later",
             self.id
         ))
     }

@@ -1,7 +1,7 @@
 //! The events of commands: `exec_started` and `exec_ended`.
 //!
-//! A stream that follows a command learns its end. For commands that nobody follows, one task for
-//! each VM asks the agent, as long as there are any.
+//! A stream that follows a command receives its end. For all other commands of a VM, one task
+//! queries the agent, until there are none.
 
 use crate::host::Host;
 use crate::state::Record;
@@ -12,11 +12,12 @@ use serde_json::json;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// How often the agent is asked for the ends of commands. Longer if it responds slowly.
+/// Interval at which the agent is queried for the ends of commands. Longer if the agent responds
+/// slowly.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
-/// Part of its time that the agent spends on the responses: one of this many seconds.
+/// The agent spends at most one of this many seconds on the responses.
 const SHARE: u32 = 20;
-/// Longest name of a program in an event, in characters.
+/// Maximum length of the name of a program in an event, in characters.
 const MAX_PROGRAM: usize = 200;
 
 /// Publishes that a request started a command, and watches for its end.
@@ -37,7 +38,7 @@ pub(crate) fn started(host: &Host, vm: &Record, exec: &ExecId, argv: &[String]) 
     }
 }
 
-/// Publishes the end of a command, once. `None` if the guest no longer knows how it ended.
+/// Publishes the end of a command, once. `end` is `None` if the guest no longer has the result.
 pub(crate) fn ended(host: &Host, vm: &Record, exec: &ExecId, end: Option<ExecEnd>) {
     if host.execs.end(&vm.id, exec) {
         let signal = end.and_then(|end| end.signal).and_then(Signal::new);
@@ -50,7 +51,7 @@ pub(crate) fn ended(host: &Host, vm: &Record, exec: &ExecId, end: Option<ExecEnd
     }
 }
 
-/// Publishes the ends of a VM's commands that nobody follows, until there are none or the VM has
+/// Publishes the ends of a VM's commands that no stream follows, until there are none or the VM has
 /// ended.
 async fn watch(host: Host, vm: Record) {
     let mut pause = WATCH_INTERVAL;
@@ -63,7 +64,7 @@ async fn watch(host: Host, vm: Record) {
             return;
         };
         if !runs(&host, &vm.id) {
-            // Its commands have ended with it; the VM's own event reports that.
+            // The commands have ended with their VM; the VM's own event reports that.
             host.execs.forget(&vm.id);
             return;
         }
@@ -91,7 +92,7 @@ async fn ask(host: &Host, vm: &Record, unattended: Vec<ExecId>) {
     let listed = match listed {
         Ok(listed) => listed,
         Err(error) => {
-            tracing::debug!(vm = %vm.id, %error, "cannot ask for the ends of commands; retrying");
+            tracing::debug!(vm = %vm.id, %error, "cannot query the ends of commands; retrying");
             return;
         }
     };

@@ -127,7 +127,8 @@ fn entry(guest: &Guest, info: Result<wire::FileInfo, AgentError>) -> Result<File
 }
 
 fn describe(info: wire::FileInfo) -> FileEntry {
-    // A file's time may be any number; one that no date can express is shown as the nearest.
+    // A file's time may be any number. A time that no date can express is shown as the nearest
+    // date.
     let modified = jiff::Timestamp::from_millisecond(info.modified_ms).unwrap_or(match info.modified_ms {
         ..0 => jiff::Timestamp::MIN,
         _ => jiff::Timestamp::MAX,

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 /// Pause between two attempts to reach the agent of a guest that boots.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// Longest version of an agent that is passed on, in characters.
+/// Maximum length of an agent's version in a response, in characters.
 const MAX_VERSION: usize = 64;
 
 /// A running VM whose agent responds, for one request.
@@ -87,7 +87,7 @@ pub(crate) async fn wait_for_agent(host: &Host, id: &str, within: Duration) -> R
             let (record, machine) = running(host, id)?;
             match host.agents.reach(&machine).await {
                 Ok(_agent) => return Ok(()),
-                Err(error) => tracing::trace!(vm = %record.id, %error, "the guest still boots"),
+                Err(error) => tracing::trace!(vm = %record.id, %error, "the guest is still booting"),
             }
             sleep(RETRY_INTERVAL).await;
         }

@@ -1,4 +1,4 @@
-//! Asks a guest's agent for the size and usage of its root file system.
+//! Queries a guest's agent for the size and usage of its root file system.
 //!
 //! The size confirms that the file system has grown with its disk; the usage triggers auto-extend.
 
@@ -11,7 +11,7 @@ use scalebox_vmm::Machine;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Time limit for a guest to grow its file system. An emulated one takes about a second.
+/// Time limit for a guest to grow its file system. An emulated guest takes about a second.
 const GROW_TIMEOUT: Duration = Duration::from_secs(20);
 /// Limit on attempts before a guest counts as having no agent. Each attempt has its own deadline.
 const MAX_ATTEMPTS: u32 = 3;
@@ -29,8 +29,8 @@ pub(crate) async fn guest_total(host: &Host, machine: &Arc<dyn Machine>) -> Opti
     None
 }
 
-/// Returns the size of the guest's root file system, after making our own agent grow it; `None` if
-/// no agent responds.
+/// Makes our own agent grow the guest's root file system. Returns its size; `None` if no agent
+/// responds.
 async fn grown_total(host: &Host, machine: &Arc<dyn Machine>) -> Option<Bytes> {
     let query = async { GuestAgent::reach(host, machine).await?.grown_root().await };
     logged(machine, query.await).map(|root| root.total)

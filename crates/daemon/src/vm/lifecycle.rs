@@ -281,8 +281,8 @@ pub(crate) async fn shut_down(host: &Host, record: &Record, machine: &Arc<dyn Ma
     view::get(host, record.id.as_str())
 }
 
-/// Asks our own agent to shut the guest down, where it responds. The machine's own request may need
-/// a program that the guest does not have.
+/// Requests a shutdown of the guest from our own agent, if it responds. The machine's own request
+/// may need a program that the guest does not have.
 async fn ask_agent(host: &Host, record: &Record, machine: &Arc<dyn Machine>) {
     let Some(agent) = host.agents.find(machine).await else {
         return;

@@ -2,7 +2,7 @@
 //!
 //! A guest that reboots over and over does not start: its kernel panics, or it finds no root file
 //! system. It would use a processor for ever and appear to be running. A guest whose agent was up
-//! in between did boot, and may reboot as often as it likes.
+//! in between did boot, and may reboot any number of times.
 
 use scalebox_vmm::{Machine, MachineEvent};
 use std::sync::Arc;

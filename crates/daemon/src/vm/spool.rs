@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// Limit on what is kept of one stream, in bytes.
+/// Maximum number of bytes that are kept of one stream.
 pub(crate) const MAX_KEPT: usize = 1 << 20;
-/// Limit on what is kept in memory of one stream, in bytes.
+/// Maximum number of bytes of one stream that are kept in memory.
 const MAX_IN_MEMORY: usize = 64 << 10;
 /// Size of the pieces in which a file is read. A multiple of 3, for base64.
 const PIECE: usize = 12 << 10;
@@ -26,7 +26,7 @@ pub(crate) struct Spool {
 }
 
 impl Spool {
-    /// Creates an empty one. A long stream is kept in `folder`.
+    /// Creates an empty spool. A long stream is kept in a file in `folder`.
     pub(crate) fn new(folder: &Path) -> Spool {
         Spool {
             folder: folder.to_owned(),
@@ -39,7 +39,7 @@ impl Spool {
         }
     }
 
-    /// Adds bytes; those over [`MAX_KEPT`] are dropped. Returns those that must be
+    /// Adds bytes, and drops bytes over [`MAX_KEPT`]. Returns the bytes that must be
     /// [written](Spool::write) to the file next.
     #[must_use = "the bytes are not kept before they are written"]
     pub(crate) fn push(&mut self, mut bytes: Vec<u8>) -> Option<Vec<u8>> {
@@ -90,7 +90,7 @@ impl Spool {
             self.kept = self.kept.saturating_sub(bytes.len());
             self.limit = self.kept;
             self.truncated = true;
-            // Of the checked bytes, the last ones are not kept.
+            // The last of the checked bytes are not kept.
             self.text = TextCheck {
                 is_valid: false,
                 partial: Vec::new(),
@@ -239,7 +239,7 @@ mod tests {
             assert!(!spooled([bytes.to_vec()]).is_text(), "{bytes:?}");
             assert!(!spooled(bytes.chunks(1).map(<[u8]>::to_vec)).is_text(), "{bytes:?}");
         }
-        // The limit cuts a character: it is left out, and the rest is still text.
+        // The limit cuts a character: the character is omitted, and the rest is still text.
         let spool = spooled([vec![b'x'; MAX_KEPT - 1], "€".as_bytes().to_vec()]);
         assert!(spool.is_text() && spool.is_truncated());
         assert_eq!(content(spool), vec![b'x'; MAX_KEPT - 1]);

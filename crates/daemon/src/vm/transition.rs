@@ -234,8 +234,8 @@ async fn record(host: &Host, id: &VmId, effect: &Effect) -> Result<(), ServiceEr
     blocking(move || state.set_status(&id, status, reason.as_deref())).await
 }
 
-/// Records a fact in the background once the state can be written, and publishes its event. Gives
-/// up if the VM was started or deleted in the meantime.
+/// Records a fact in the background once the state can be written, and publishes its event. Stops
+/// if the VM was started or deleted in the meantime.
 pub(crate) fn record_later(host: &Host, before: &Record, fact: Transition) {
     let (host, before) = (host.clone(), before.clone());
     tokio::spawn(async move {

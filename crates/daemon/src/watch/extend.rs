@@ -1,10 +1,10 @@
 //! Auto-extend: grows a VM's disk before its guest's root file system is full.
 //!
-//! Only the guest knows how full its file system is, so its agent is queried every few seconds, and
-//! every second close to the threshold. The disk then grows as with `PATCH /vms/{vm}`: admitted,
-//! live, and recorded before it is done. It grows by the increment, or by as much as the limit and
-//! the pool allow. Each step is logged and published as an event; a step that keeps failing is
-//! reported once.
+//! Only the guest can determine the usage of its file system, so its agent is queried every few
+//! seconds, and every second close to the threshold. The disk then grows as with `PATCH /vms/{vm}`:
+//! admitted, live, and recorded before it is done. It grows by the increment, or by as much as the
+//! limit and the pool allow. Each step is logged and published as an event; a step that keeps
+//! failing is reported once.
 
 use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};

@@ -421,8 +421,8 @@ impl Scene {
             .collect()
     }
 
-    /// Checks a disk. Record, file and file system must agree in size, and the file system must be
-    /// sound. A running guest grows its own file system.
+    /// Checks a disk. Record, file and file system must have the same size, and the file system
+    /// must not be damaged. A running guest grows its own file system.
     fn wrong_with_disk(&self, vm: &Vm) -> Option<String> {
         let disk = self.host.disk(vm);
         let Ok(meta) = fs::metadata(&disk) else {

@@ -41,7 +41,7 @@ pub struct FileHead {
     pub size: u64,
 }
 
-/// How a file or directory is to be created.
+/// The properties of a file or directory that is created.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PutFile {
     /// The permissions: the lowest 12 bits of the mode.
@@ -233,7 +233,7 @@ impl AgentConnection {
         self.done(Call::post("/v1/freeze".to_owned()), RESPONSE_TIMEOUT).await
     }
 
-    /// Thaws the guest's file systems. Does nothing to those that are not frozen.
+    /// Thaws the guest's file systems. Does nothing if they are not frozen.
     pub async fn thaw(&self) -> Result<(), AgentError> {
         self.done(Call::post("/v1/thaw".to_owned()), RESPONSE_TIMEOUT).await
     }
@@ -254,14 +254,14 @@ impl AgentConnection {
         self.done(call, RESPONSE_TIMEOUT).await
     }
 
-    /// Asks the guest to shut down. The sign of success is the end of its machine.
+    /// Requests a shutdown of the guest. The end of its machine shows success.
     pub async fn shut_down(&self, reboot: bool) -> Result<(), AgentError> {
         let call = Call::post("/v1/shutdown".to_owned()).with_json(&Shutdown { reboot });
         self.done(call, RESPONSE_TIMEOUT).await
     }
 }
 
-/// Checks the state of an exec: that it is the requested one, and its numbers.
+/// Checks that the state is that of the requested exec, and its numbers.
 fn checked(status: ExecStatus, id: &str) -> Result<ExecStatus, AgentError> {
     if status.id != id {
         return Err(AgentError::malformed("the state of another exec"));

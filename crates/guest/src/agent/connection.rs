@@ -26,9 +26,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 /// Maximum size of a response's headers, in bytes.
 const MAX_HEADERS: u32 = 16 << 10;
-/// Data of one stream that nobody has read, in bytes.
+/// Unread data of one stream, in bytes.
 const STREAM_WINDOW: u32 = 256 << 10;
-/// Data of all streams that nobody has read, in bytes.
+/// Unread data of all streams, in bytes.
 const CONNECTION_WINDOW: u32 = 1 << 20;
 /// Data that waits for the guest to read it, for each stream, in bytes.
 const MAX_SEND_BUFFER: usize = 256 << 10;
@@ -39,7 +39,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum size of a response in JSON, in bytes: the largest listing, or an exec with the largest
 /// arguments, escaped.
 const MAX_JSON: usize = 8 << 20;
-/// Maximum size of the JSON of an error, in bytes: its sentence may have the longest argument,
+/// Maximum size of the JSON of an error, in bytes. Its sentence may have the longest argument,
 /// escaped.
 const MAX_FAILURE: usize = 1 << 20;
 /// Maximum length of an error's sentence, in characters.
@@ -166,7 +166,7 @@ impl AgentConnection {
 
     async fn dispatch(&self, call: Call) -> Result<Response<ResponseBody>, AgentError> {
         self.shared.budget.request();
-        // The authority is required by HTTP/2 and means nothing here.
+        // HTTP/2 requires an authority, which has no meaning here.
         let uri = format!("http://agent{}", call.target);
         let request = Request::builder().method(call.method).uri(uri).body(call.body);
         let request = request.map_err(AgentError::malformed)?;
@@ -295,7 +295,7 @@ impl Upload {
     }
 
     /// Returns an upload of a stream. An error of the stream resets the request, so that the agent
-    /// does not take it for complete.
+    /// does not treat it as complete.
     pub fn stream(pieces: impl Stream<Item = io::Result<Bytes>> + Send + 'static) -> Upload {
         Upload(Box::pin(pieces))
     }
@@ -345,7 +345,7 @@ pub(crate) fn header<T>(headers: &HeaderMap, name: &str, parse: impl Fn(&str) ->
         .ok_or_else(|| AgentError::malformed(format!("a response without a valid header {name}")))
 }
 
-/// When the guest last took a piece of an upload.
+/// The time at which the guest last took a piece of an upload.
 struct Progress(Mutex<Instant>);
 
 impl Progress {

@@ -1,14 +1,15 @@
-//! Why a request to the agent failed.
+//! The reason why a request to the agent failed.
 
 use scalebox_agent_api::AgentFailure;
 use std::error::Error;
 use std::io;
 use std::time::Duration;
 
-/// Why a request to the agent failed.
+/// The reason why a request to the agent failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AgentError {
-    /// There is no connection, or it has ended: the guest or the agent restarts, or is gone.
+    /// There is no connection, or the connection has ended: the guest or the agent is restarting or
+    /// has ended.
     #[error("its agent cannot be reached: {why}")]
     Unreachable {
         /// The error of the connection.
@@ -46,8 +47,8 @@ impl AgentError {
         matches!(self, AgentError::Refused(_))
     }
 
-    /// Converts an error of the HTTP/2 connection. `ping` is the time after which it gives up an
-    /// agent that does not respond to pings.
+    /// Converts an error of the HTTP/2 connection. `ping` is the time after which the connection to
+    /// an agent that does not respond to pings is closed.
     pub(crate) fn http(error: &hyper::Error, ping: Duration) -> AgentError {
         if error.is_timeout() {
             return AgentError::Timeout { after: ping };

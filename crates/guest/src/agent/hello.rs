@@ -55,7 +55,7 @@ async fn repeat(writer: &mut (impl AsyncWrite + Unpin), nonce: &[u8; NONCE]) -> 
 async fn response(reader: &mut (impl AsyncRead + Unpin), nonce: &[u8; NONCE]) -> Result<(), AgentError> {
     let mut newest = Newest::default();
     for _ in 0..MAX_SKIPPED {
-        // Read byte by byte: what follows the response belongs to HTTP/2.
+        // The response is read byte by byte, because the bytes after it belong to HTTP/2.
         newest.push(reader.read_u8().await.map_err(|error| AgentError::stream(&error))?);
         if newest.last() == Some(&b'\n')
             && let Some((answered, _agent)) = find_response(newest.bytes())
@@ -67,7 +67,7 @@ async fn response(reader: &mut (impl AsyncRead + Unpin), nonce: &[u8; NONCE]) ->
     Err(AgentError::malformed(format!("no hello within {MAX_SKIPPED} bytes")))
 }
 
-/// The newest bytes of a stream: at least [`LINE`], if it has that many.
+/// The newest bytes of a stream: at least [`LINE`], if there are that many.
 #[derive(Default)]
 struct Newest(Vec<u8>);
 

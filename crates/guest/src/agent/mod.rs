@@ -4,9 +4,9 @@
 //! share the connection. The protocol is described in [`scalebox_agent_api`].
 //!
 //! The agent runs in the guest and is not trusted. Everything that it sends is bounded: the bytes
-//! before its [`hello`], the size of headers and of JSON, the data that nobody has read, and the
-//! bytes that are neither. Every wait has a timeout, except for the output of a command, which may
-//! be silent for days; pings then detect an agent that is gone.
+//! before its [`hello`], the size of headers and of JSON, unread data, and all other bytes. Every
+//! wait has a timeout, except for the output of a command, which may be silent for days; pings then
+//! detect an agent that has ended.
 //!
 //! | file | content |
 //! |---|---|

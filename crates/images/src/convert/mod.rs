@@ -1,4 +1,4 @@
-//! Turns the images that people have into bare ext4 images.
+//! Turns disk images and archives into bare ext4 images.
 //!
 //! The kind of a file is recognised by its content, never by its name. Disk images are read by
 //! `qemu-img` and `sfdisk`, with deadlines; their file systems are only copied here, and are
@@ -29,7 +29,7 @@ use std::path::Path;
 /// # Errors
 /// All of [`OciError`]; [`OciError::Disk`] also for kinds that cannot be converted.
 pub fn convert(source: &Path, work: &Path, task: &Task) -> Result<Made, OciError> {
-    // qemu-img takes a relative name with a colon for a protocol.
+    // qemu-img mistakes a relative name with a colon for a protocol.
     let source = &std::path::absolute(source).map_err(OciError::io("find", source))?;
     match recognise(source)? {
         Kind::OciArchive | Kind::DockerArchive => {

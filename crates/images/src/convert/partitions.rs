@@ -1,8 +1,8 @@
 //! The root partition of a raw disk.
 //!
 //! `sfdisk` reads the table, in a process of its own with a deadline: the Rust libraries for GPT
-//! and MBR allocate whatever the table says (gptman 3.1), or follow a ring of extended partitions
-//! for ever (mbrman 0.6).
+//! and MBR allocate as much memory as the table specifies (gptman 3.1), or follow a ring of
+//! extended partitions for ever (mbrman 0.6).
 
 use crate::oci::{Made, OciError, Phase, Task};
 use crate::programs::SFDISK;
@@ -92,7 +92,7 @@ fn read_table(raw: &Path) -> Result<Table, OciError> {
         .args([raw])
         .stdout()?;
     let output: Output = serde_json::from_str(&text)
-        .map_err(|error| OciError::Disk(format!("sfdisk does not understand its partition table: {error}")))?;
+        .map_err(|error| OciError::Disk(format!("sfdisk cannot read its partition table: {error}")))?;
     Ok(output.partitiontable)
 }
 
@@ -157,7 +157,7 @@ fn next_data(disk: &File, from: u64, end: u64) -> io::Result<Option<u64>> {
     }
 }
 
-/// Returns how much data a range has.
+/// Returns the number of bytes of data in a range.
 fn data_in(disk: &File, range: Range) -> io::Result<u64> {
     let (end, mut at, mut total) = (range.at + range.size, range.at, 0);
     while at < end

@@ -1,8 +1,8 @@
 //! qcow2 to raw, with `qemu-img`.
 //!
 //! A qcow2 image can name other files as its backing file or data file, which `qemu-img` would then
-//! read with the rights of this process. So its description is checked first, and the conversion
-//! names the format, so that nothing is probed.
+//! read with the rights of this process. Therefore its description is checked first, and the
+//! conversion names the format, so that nothing is probed.
 
 use crate::oci::{OciError, Phase, Task};
 use crate::programs::QEMU_IMG;
@@ -74,15 +74,16 @@ pub(super) fn convert(source: &Path, raw: &Path, task: &Task) -> Result<(), OciE
 }
 
 fn info(source: &Path) -> Result<Info, OciError> {
-    // No lock: nobody writes the file, and a lock of another reader does not matter.
+    // No lock: the file is not written, and a lock of another reader does not matter.
     let text = Run::of(QEMU_IMG.within(INFO_LIMIT))
         .args(["info", "--output=json", "-U", "-f", "qcow2", "--"])
         .args([source])
         .stdout()?;
-    serde_json::from_str(&text).map_err(|error| OciError::Disk(format!("qemu-img does not understand it: {error}")))
+    serde_json::from_str(&text).map_err(|error| OciError::Disk(format!("qemu-img cannot read it: {error}")))
 }
 
-/// Rejects what refers to other files, or cannot be read. The text continues "its qcow2 image …".
+/// Rejects images that refer to other files, or cannot be read. The text continues "its qcow2 image
+/// …".
 fn check(info: &Info) -> Result<(), &'static str> {
     if info.format != "qcow2" {
         return Err("has another format inside");

@@ -38,7 +38,7 @@ impl Kind {
 
 /// Bytes of a header of tar, and the unit of its content.
 const BLOCK: u64 = 512;
-/// Maximum number of entries that are looked at in a tar archive.
+/// Maximum number of entries that are inspected in a tar archive.
 const MAX_ENTRIES: usize = 10_000;
 
 /// Recognises the kind of a file. Reads only a few bytes, except of tar archives, whose headers are
@@ -63,8 +63,8 @@ fn kind(file: &File) -> io::Result<Kind> {
     if has(0, &[0x28, 0xb5, 0x2f, 0xfd]) || skippable {
         return Ok(Kind::Compressed);
     }
-    // Before the partition tables: the first 1024 bytes of a file system are free, and can hold
-    // what looks like one.
+    // ext4 is checked before the partition tables: the first 1024 bytes of a file system are free,
+    // and can look like a partition table.
     if has(1080, &[0x53, 0xef]) {
         return Ok(Kind::Ext4);
     }

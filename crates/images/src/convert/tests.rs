@@ -162,7 +162,7 @@ fn qcow2_images_are_converted_unless_they_refer_to_other_files() {
     place.refused(&cut);
 }
 
-/// The layers of an image, its configuration, and the digests of both.
+/// Returns the layers of an image, its configuration, and the digests of both.
 fn parts() -> (Vec<u8>, Vec<u8>) {
     let tar = Tar::new().file("name", b"image").done();
     let config = json!({"os": "linux", "architecture": "amd64", "config": {"Env": ["A=1"]},

@@ -1,4 +1,4 @@
-//! Access to a registry: credentials, and what a request carries.
+//! Access to a registry: credentials, and the authorization of a request.
 
 use std::fmt;
 
@@ -17,7 +17,7 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// The authorization that a request carries.
+/// The authorization of a request.
 #[derive(Clone)]
 pub(crate) enum Access {
     Basic(Credentials),

@@ -1,10 +1,10 @@
-//! Where a registry may lead: redirects and token services.
+//! Checks the addresses that a registry refers to: redirects and token services.
 //!
-//! A registry answers with addresses of other hosts, which are then contacted from this host. So it
-//! could make the daemon talk to services that only this host reaches. Public addresses are always
-//! allowed; private ones only if the registry itself has a private or loopback address, and
-//! loopback only if the registry is on loopback. The check is at the look-up of each name for a
-//! connection, so a name cannot change its address after it.
+//! A registry responds with addresses of other hosts, to which the daemon then connects. Without a
+//! check, it could make the daemon connect to services that only this host reaches. Public
+//! addresses are always allowed; private ones only if the registry itself has a private or loopback
+//! address, and loopback only if the registry is on loopback. Each connection looks its name up and
+//! checks the address, so a name cannot change its address after the check.
 
 use crate::oci::error::{OciError, quoted};
 use reqwest::Url;
@@ -12,14 +12,14 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 
-/// A kind of address; later kinds may lead to earlier ones only.
+/// A kind of address. A registry may refer to addresses of its own kind or of an earlier one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Place {
     Public,
     Private,
     Loopback,
-    /// Link-local addresses, among them the metadata services of clouds; multicast and others that
-    /// no registry has.
+    /// Link-local addresses, among them the metadata services of clouds; multicast, and other
+    /// addresses that no registry can have.
     Never,
 }
 
@@ -63,17 +63,17 @@ impl Place {
     }
 }
 
-/// The places that one registry may lead to.
+/// The addresses that one registry may refer to.
 #[derive(Debug)]
 pub(crate) struct Reach {
     /// The host name of the registry.
     registry: String,
-    /// Its place, once it is looked up.
+    /// The kind of its address, once the name is looked up.
     place: OnceLock<Place>,
 }
 
 impl Reach {
-    /// The reach of the registry with the URL `base`.
+    /// Creates the reach of the registry with the URL `base`.
     pub(crate) fn of(base: &Url) -> Arc<Reach> {
         let reach = Reach {
             registry: base.host_str().unwrap_or_default().to_owned(),
@@ -88,7 +88,8 @@ impl Reach {
     fn allows(&self, host: &str, address: IpAddr) -> bool {
         let place = Place::of(address);
         match host == self.registry {
-            // It names itself by its first address, and has no others later.
+            // The registry's first address decides, and later ones must be of the same kind or an
+            // earlier one.
             true => place != Place::Never && place <= *self.place.get_or_init(|| place),
             false => place != Place::Never && place <= self.place.get().copied().unwrap_or(Place::Public),
         }
@@ -118,7 +119,7 @@ impl Reach {
         match (literal(&target), target.host_str()) {
             (_, None) => Err(refuse("it has no host")),
             (Some(address), Some(host)) if !self.allows(host, address) => {
-                Err(refuse("the registry may not lead to this address"))
+                Err(refuse("this address must not be reached through the registry"))
             }
             _ => Ok(target),
         }

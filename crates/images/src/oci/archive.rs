@@ -1,8 +1,8 @@
-//! Images in a file: OCI archives and what `docker save` writes.
+//! Images in a file: OCI archives and archives of `docker save`.
 //!
-//! Both are tar archives. Nothing is extracted: an index of the entries says where each blob is,
-//! and layers are read from their place. The chain of digests, from the manifest to the
-//! configuration to each uncompressed layer, is verified like that of a registry.
+//! Both are tar archives. Nothing is extracted: an index of the entries has the place of each blob,
+//! and layers are read from there. The chain of digests, from the manifest to the configuration to
+//! each uncompressed layer, is verified like that of a registry.
 
 use crate::oci::build::{Made, Stored, build};
 use crate::oci::digest::Digest;
@@ -19,11 +19,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Maximum number of entries of an archive; those of one image have a few for each layer.
+/// Maximum number of entries of an archive. An archive of one image has a few for each layer.
 const MAX_ENTRIES: usize = 10_000;
 /// Maximum number of lists of manifests that lead from one to the next.
 const MAX_LISTS: usize = 3;
-/// The words for the archive in messages.
+/// The name of the archive in messages.
 const WHAT: &str = "the archive";
 
 /// A file that marks the kind of an archive.
@@ -203,7 +203,8 @@ fn path_of(digest: &Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }
 
-/// The archive is read like a layer; its errors name none.
+/// Converts an error of reading the archive. The archive is read like a layer, but its errors must
+/// not name one.
 fn damaged(error: OciError) -> OciError {
     match error {
         OciError::Layer { reason, .. } => unusable(WHAT, &format!("it is damaged or cut off: {reason}")),

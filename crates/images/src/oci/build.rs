@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 /// A layer as it is stored, compressed or not.
 pub(crate) type Stored = Box<dyn Read>;
 
-/// A file system that was made of an image, in a folder that is removed with this value.
+/// A file system that was made from an image, in a folder that is removed with this value.
 #[derive(Debug)]
 pub struct Made {
     /// A bare, sparse ext4 image, cleanly unmounted and checked.
@@ -26,7 +26,7 @@ pub struct Made {
     pub init: Init,
     /// The complete reference that was pulled.
     pub reference: Option<String>,
-    /// The digest of the manifest, or list of manifests, that the reference stood for.
+    /// The digest of the manifest, or list of manifests, that the reference resolved to.
     pub digest: Option<Digest>,
     /// Keeps the file.
     pub(crate) _scratch: Scratch,
@@ -60,8 +60,8 @@ pub(crate) fn build(
     })
 }
 
-/// Returns whether an image has an init system. That of busybox does not count without OpenRC: the
-/// images of Alpine have the program, and nothing that it would start.
+/// Returns whether an image has an init system. The init of busybox counts only with OpenRC: the
+/// images of Alpine have the program, but no services for it to start.
 fn init_of(tree: &mut Tree) -> Init {
     match tree.file_at(b"/sbin/init") {
         None => Init::Agent,

@@ -1,9 +1,9 @@
 //! The cache of layers: each is stored under its digest, as the registry sends it.
 //!
-//! A layer is written under another name, and renamed once it is complete, verified and flushed. So
-//! a file with a digest for its name is that layer. The unfinished file is locked while it is
-//! written: of two pulls that need the same layer, the second waits for the first. Unfinished files
-//! of interrupted pulls are not locked, and are removed when the cache is opened.
+//! A layer is written under another name, and renamed once it is complete, verified and flushed.
+//! Therefore a file whose name is a digest is a complete layer. The unfinished file is locked while
+//! it is written: if two pulls need the same layer, the second waits for the first. Unfinished
+//! files of interrupted pulls are not locked, and are removed when the cache is opened.
 
 use crate::oci::digest::Digest;
 use crate::oci::error::OciError;
@@ -26,8 +26,8 @@ pub struct LayerCache {
 }
 
 impl LayerCache {
-    /// Opens the cache in the folder `dir`, which is created if it is missing, and removes what
-    /// interrupted pulls left.
+    /// Opens the cache in the folder `dir`, creating it if necessary, and removes the leftovers of
+    /// interrupted pulls.
     ///
     /// # Errors
     /// [`OciError::Io`].
@@ -98,7 +98,7 @@ impl LayerCache {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Ok(None);
         }
-        // Before the lock, it could have been renamed or removed.
+        // The file may have been renamed or removed before it was locked.
         let is_same =
             fs::metadata(&path).is_ok_and(|there| file.metadata().is_ok_and(|ours| there.ino() == ours.ino()));
         if !is_same {
@@ -175,7 +175,7 @@ impl Drop for PartialLayer {
         if !self.finished
             && let Err(error) = remove(&self.path)
         {
-            tracing::warn!(%error, "cannot remove an unfinished layer; the next start removes it");
+            tracing::warn!(%error, "cannot remove an unfinished layer; the next pull removes it");
         }
     }
 }

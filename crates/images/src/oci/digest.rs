@@ -9,7 +9,7 @@ use std::str::FromStr;
 pub struct Digest(String);
 
 impl Digest {
-    /// The digest of `bytes`.
+    /// Computes the digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Digest {
         let mut hasher = Hasher::new();
         hasher.update(bytes);

@@ -18,11 +18,11 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
-/// Number of layers that are downloaded at a time, as by container engines.
+/// Number of layers that are downloaded at a time, as container engines do.
 const PARALLEL: usize = 3;
 /// Number of received parts that wait for the disk.
 const QUEUE: usize = 16;
-/// How often a pull looks whether another one has finished a layer.
+/// Interval at which a pull checks whether another pull has finished a layer.
 const WAIT: Duration = Duration::from_millis(200);
 
 /// The layers of one image that are being downloaded.
@@ -79,7 +79,7 @@ impl<'d> Downloads<'d> {
                     let before = AtomicU64::new(0);
                     let limit = BLOB_GRACE + Duration::from_secs(blob.size / MIN_SPEED);
                     let fetched = timeout(limit, self.fetch(blob, partial, &before)).await;
-                    // It is counted once more when it is found in the cache.
+                    // The layer is counted again when it is found in the cache.
                     self.done.fetch_sub(before.load(Ordering::Relaxed), Ordering::Relaxed);
                     fetched.unwrap_or_else(|_| Err(self.too_slow(blob, limit)))?;
                 }
@@ -122,7 +122,7 @@ impl<'d> Downloads<'d> {
         }
     }
 
-    /// Receives a layer, in as many attempts as it takes while each makes progress.
+    /// Receives a layer. Retries for as long as each attempt makes progress.
     async fn receive(&self, blob: &Blob, sender: mpsc::Sender<Chunk>, counted: &AtomicU64) -> Result<(), OciError> {
         let (mut received, mut failures) = (0, 0);
         while received < blob.size {
@@ -140,7 +140,7 @@ impl<'d> Downloads<'d> {
                 }
                 Err(error) => return Err(error),
             }
-            // Without an error, the body ended early: that is what a cut connection looks like.
+            // Without an error, the body ended early, as it does when a connection is cut.
             if failures + 1 >= MAX_ATTEMPTS {
                 return Err(self.wrong_size(blob, received));
             }
@@ -162,7 +162,7 @@ impl<'d> Downloads<'d> {
         let mut response = self.registry.blob(self.repository, &digest, *received).await?;
         let mut skip = match response.status() {
             StatusCode::PARTIAL_CONTENT => 0,
-            // It begins at the start again.
+            // The response begins at the start again.
             _ => *received,
         };
         let deadlines = *self.registry.deadlines();
@@ -178,7 +178,7 @@ impl<'d> Downloads<'d> {
             counted.fetch_add(length, Ordering::Relaxed);
             self.count(length);
             if sender.send(chunk).await.is_err() {
-                // The writer reports why.
+                // The writer reports the cause.
                 return Err(OciError::Cancelled);
             }
         }

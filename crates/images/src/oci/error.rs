@@ -1,4 +1,4 @@
-//! Why an image could not be fetched or turned into a file system.
+//! The reason why an image could not be fetched or turned into a file system.
 
 use scalebox_programs::ProgramError;
 use scalebox_units::Bytes;
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 /// Maximum length of a text from a registry or an archive in a message, in characters.
 const MAX_QUOTED: usize = 200;
 
-/// Why an image could not be fetched or turned into a file system. Nothing is left behind then,
-/// except complete and verified layers in the cache.
+/// The reason why an image could not be fetched or turned into a file system. Nothing is left
+/// behind except complete, verified layers in the cache.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OciError {
@@ -47,8 +47,8 @@ pub enum OciError {
         /// The deadline.
         seconds: u64,
     },
-    /// The host answered with an error.
-    #[error("{host} answered {status}: {message}")]
+    /// The host responded with an error.
+    #[error("{host} responded with {status}: {message}")]
     Status {
         /// The host, and its port.
         host: String,
@@ -57,7 +57,7 @@ pub enum OciError {
         /// The host's message, shortened.
         message: String,
     },
-    /// The registry demands credentials, or rejects the given ones.
+    /// The registry requires credentials, or rejects the given ones.
     #[error(
         "{registry} denies access: {reason}; check the user name and the password, and that they allow pulling the image"
     )]
@@ -75,7 +75,7 @@ pub enum OciError {
         /// The image or the blob.
         what: String,
     },
-    /// The registry redirects to a place that must not be followed.
+    /// The registry redirects to an address that must not be reached through it.
     #[error("{host} redirects to {target:?}, which is not followed: {reason}")]
     Redirect {
         /// The host that redirects.
@@ -85,8 +85,8 @@ pub enum OciError {
         /// The cause.
         reason: &'static str,
     },
-    /// A name stands for an address that must not be reached through this registry.
-    #[error("{host} has the address {address}, which the registry may not lead to")]
+    /// A name has an address that must not be reached through this registry.
+    #[error("{host} has the address {address}, which must not be reached through the registry")]
     ForbiddenAddress {
         /// The host name.
         host: String,
@@ -101,8 +101,8 @@ pub enum OciError {
         /// The limit.
         limit: Bytes,
     },
-    /// A blob is longer or shorter than the manifest says.
-    #[error("{what} has {} {actual} bytes, and the manifest says {expected}", if actual > expected { "at least" } else { "only" })]
+    /// A blob is longer or shorter than its size in the manifest.
+    #[error("{what} has {} {actual} bytes, and {expected} in the manifest", if actual > expected { "at least" } else { "only" })]
     WrongSize {
         /// The blob.
         what: String,
@@ -165,7 +165,7 @@ pub enum OciError {
         /// The kind, such as "a block device".
         kind: &'static str,
     },
-    /// A hard link leads nowhere.
+    /// The target of a hard link does not exist.
     #[error("layer {layer} has a hard link \"{path}\" to \"{target}\", which {reason}")]
     HardLink {
         /// The number of the layer.
@@ -211,7 +211,7 @@ pub enum OciError {
     /// The caller refused the space that the image needs.
     #[error(transparent)]
     Refused(Box<dyn std::error::Error + Send + Sync>),
-    /// The caller gave up.
+    /// The caller cancelled the task.
     #[error("cancelled")]
     Cancelled,
     /// The file system was not written as planned.
@@ -265,7 +265,7 @@ impl From<crate::Error> for OciError {
     }
 }
 
-/// Returns a text of a stranger in a form that is safe in a message: printable and short.
+/// Returns an untrusted text in a form that is safe in a message: printable and short.
 pub(crate) fn quoted(text: &[u8]) -> String {
     let printable: String = text.escape_ascii().map(char::from).take(MAX_QUOTED + 1).collect();
     match printable.len() > MAX_QUOTED {

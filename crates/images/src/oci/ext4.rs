@@ -2,9 +2,9 @@
 //! `debugfs` fill it. Nothing is mounted.
 //!
 //! Paths of the image are arguments in these scripts. They begin with a slash, are quoted, and
-//! contain no line breaks ([`super::unpack`] rejects them), so none is taken for an option, for the
-//! number of an inode, or for another command. `debugfs` exits with 0 after errors: each line on
-//! its standard error is a failure, and the number of used inodes is compared at the end.
+//! contain no line breaks ([`super::unpack`] rejects them), so none is mistaken for an option, for
+//! the number of an inode, or for another command. `debugfs` exits with 0 after errors: each line
+//! on its standard error is a failure, and the number of used inodes is compared at the end.
 
 use crate::mke2fs;
 use crate::oci::error::{OciError, quoted};
@@ -27,14 +27,14 @@ const BYTES_PER_INODE: u64 = 16384;
 const OVERHEAD: u64 = 256 << 20;
 /// Maximum size of one script, in bytes. debugfs prints each line again.
 const MAX_SCRIPT: usize = 4 << 20;
-/// Contents that one script writes at most, in bytes, except that one file can be larger.
+/// Maximum size of the contents that one script writes, in bytes. A single file can be larger.
 const MAX_CONTENTS: u64 = 1 << 30;
 /// Maximum length of a line of a script (`BUFSIZ` of debugfs), with its end.
 const MAX_LINE: usize = 8190;
-/// Maximum number of folders in one folder: each is a link to it, and ext4 has 16 bits for their
+/// Maximum number of folders in one folder. Each is a link to it, and ext4 has 16 bits for their
 /// number.
 const MAX_FOLDERS: usize = 64_000;
-/// The slowest writing, in bytes a second.
+/// Minimum speed of writing, in bytes per second.
 const MIN_SPEED: u64 = 4 << 20;
 /// Inodes of an empty file system: the reserved ones, and `lost+found`.
 const FIRST_INODES: u32 = 11;
@@ -115,7 +115,7 @@ impl Plan {
     }
 }
 
-/// The size of a name in a folder.
+/// Returns the size of a name in a folder.
 fn entry_size(name: &[u8]) -> u64 {
     (8 + name.len() as u64).next_multiple_of(4)
 }
@@ -160,7 +160,7 @@ impl Writer<'_> {
         self.flush()
     }
 
-    /// Enlarges a folder for its further names of files: `ln` of debugfs does not.
+    /// Grows a folder for additional names of files, because `ln` of debugfs does not grow it.
     fn make_room(&mut self, path: &[u8], names: &BTreeMap<Vec<u8>, Name>) -> Result<(), OciError> {
         let links = names.iter().filter(|(_, there)| self.tree.node(there.node).links > 1);
         let bytes: u64 = links.map(|(name, _)| entry_size(name)).sum();
@@ -171,7 +171,7 @@ impl Writer<'_> {
                 limit: MAX_FOLDERS as u64,
             });
         }
-        // A block has at least this many bytes for names, whatever their lengths.
+        // A block has at least this many bytes for names, regardless of their lengths.
         let blocks = bytes.div_ceil(BLOCK - 24 - entry_size(&[0; 255]));
         let path = if path.is_empty() { b"/" } else { path };
         for _ in 0..blocks {
@@ -191,7 +191,7 @@ impl Writer<'_> {
         }
         match &node.body {
             Body::Folder(_) => {
-                // mke2fs made it.
+                // mke2fs has created it.
                 if path != b"/lost+found" {
                     self.line(&[b"mkdir", path])?;
                 }
@@ -221,7 +221,7 @@ impl Writer<'_> {
     fn meta(&mut self, path: &[u8], meta: &Meta, kind: u32) -> Result<(), OciError> {
         self.set(path, "mode", format_args!("0{:o}", kind | meta.mode))?;
         self.set(path, "mtime", format_args!("@{}", meta.mtime.min(MAX_TIME)))?;
-        // The file system has root's files, and other owners take a command each.
+        // Files belong to root by default; each other owner takes a command.
         if meta.uid != 0 {
             self.set(path, "uid", meta.uid)?;
         }

@@ -1,4 +1,4 @@
-//! A registry for tests that can answer anything, without encryption, on loopback.
+//! A registry for tests that can send any response, without encryption, on loopback.
 
 use crate::oci::digest::Digest;
 use crate::oci::hand_made::{Tar, gzip};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, spawn};
 
-/// A request that a registry got.
+/// A request that a registry received.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
     pub(crate) path: String,
@@ -26,7 +26,7 @@ pub(crate) enum Reply {
     Full(u16, Vec<(&'static str, String)>, Vec<u8>),
     /// A body that ends before its announced length.
     Cut(Vec<u8>, usize),
-    /// These bytes of a body, and then nothing until the client gives up.
+    /// These bytes of a body, and then nothing until the client disconnects.
     Stall(Vec<u8>),
     /// A body that never ends.
     Endless,
@@ -67,7 +67,7 @@ impl FakeRegistry {
                         break;
                     }
                     let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
-                    // A client that hangs up is no failure of the test.
+                    // A client that hangs up does not fail the test.
                     spawn(move || stream.and_then(|stream| serve(stream, &seen, &*answer)));
                 }
             }
@@ -80,7 +80,7 @@ impl FakeRegistry {
         }
     }
 
-    /// Serves `image`, after `first` had its chance to answer otherwise.
+    /// Serves `image`, unless `first` returns another response.
     pub(crate) fn of(
         image: &FakeImage,
         first: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static,
@@ -223,7 +223,7 @@ pub(crate) struct FakeImage {
 }
 
 impl FakeImage {
-    /// An image with one layer, which holds `/hello` with a content of some hundred KiB.
+    /// Creates an image with one layer, which holds `/hello` with a content of some hundred KiB.
     pub(crate) fn new() -> FakeImage {
         let content: Vec<u8> = (0..100_000_u32)
             .flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes())

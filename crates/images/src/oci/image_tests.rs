@@ -1,4 +1,4 @@
-//! Layers, good and hostile, from their bytes to the file system that comes out.
+//! Tests of layers, good and hostile, from their bytes to the resulting file system.
 
 use crate::oci::digest::Digest;
 use crate::oci::error::OciError;
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
-/// An image that was made of layers, in a folder of its own.
+/// An image that was made from layers, in a folder of its own.
 struct Made {
     folder: tempfile::TempDir,
 }
@@ -38,7 +38,7 @@ impl Made {
         String::from_utf8_lossy(&self.ask(&format!("stat \"{path}\""))).into_owned()
     }
 
-    /// The names in a folder, without `.` and `..`.
+    /// Returns the names in a folder, without `.` and `..`.
     fn names(&self, path: &str) -> Vec<String> {
         let listed = self.ask(&format!("ls -p \"{path}\""));
         let name = |line: &str| line.split('/').nth(5).map(str::to_owned);
@@ -79,7 +79,7 @@ fn make(layers: &[Vec<u8>]) -> Result<Made, OciError> {
 
 fn uncompressed(layer: &[u8]) -> Vec<u8> {
     let mut plain = Vec::new();
-    // Of a damaged layer, the part before the damage.
+    // The part before the damage is enough for a damaged layer.
     let _damaged = match layer {
         [0x1f, 0x8b, ..] => flate2::read::GzDecoder::new(layer).read_to_end(&mut plain),
         [0x28, 0xb5, ..] => zstd::Decoder::new(layer).unwrap().read_to_end(&mut plain),
@@ -88,7 +88,7 @@ fn uncompressed(layer: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The error of an image that must be rejected.
+/// Returns the error of an image that must be rejected.
 fn refused(layers: &[Vec<u8>]) -> OciError {
     match make(layers) {
         Ok(_) => panic!("accepted"),

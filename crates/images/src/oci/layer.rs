@@ -1,8 +1,7 @@
 //! Reads a layer: decompresses it within limits, and parses the tar inside.
 //!
-//! The compression is recognised by its first bytes, whatever the manifest says, as container
-//! engines do. Nothing of a layer is kept in memory except the header of one entry, of at most 1
-//! MiB.
+//! Like container engines, it recognises the compression by the first bytes, not by the manifest.
+//! It keeps only the header of one entry in memory, at most 1 MiB.
 
 use crate::oci::digest::{Digest, Hasher};
 use crate::oci::error::{OciError, quoted};
@@ -94,13 +93,13 @@ pub(crate) struct Layer<'a> {
     content: u64,
     padding: u64,
     hasher: Hasher,
-    /// The uncompressed bytes of this layer, and how many the image may still have.
+    /// The uncompressed bytes of this layer, and the number that the image may still have.
     unpacked: u64,
     max_unpacked: u64,
 }
 
 impl<'a> Layer<'a> {
-    /// Begins with layer `number`, of which at most `max_unpacked` bytes may come out.
+    /// Begins with layer `number`, which may have at most `max_unpacked` bytes uncompressed.
     pub(crate) fn new(
         number: usize,
         stored: Box<dyn Read + 'a>,
@@ -131,22 +130,22 @@ impl<'a> Layer<'a> {
         })
     }
 
-    /// The bytes of the compressed layer that are read so far.
+    /// Returns the number of bytes of the compressed layer that were read.
     pub(crate) fn stored(&self) -> u64 {
         self.decoder.stored()
     }
 
-    /// The uncompressed bytes so far.
+    /// Returns the number of uncompressed bytes so far.
     pub(crate) fn unpacked(&self) -> u64 {
         self.unpacked
     }
 
-    /// The place in the uncompressed layer of the next byte of content.
+    /// Returns the offset of the next byte of content in the uncompressed layer.
     pub(crate) fn position(&self) -> u64 {
         self.unpacked - (self.buffer.len() - self.used) as u64
     }
 
-    /// Returns the next entry; `None` at the end. Skips what is left of the present one.
+    /// Returns the next entry; `None` at the end. Skips the rest of the present one.
     pub(crate) fn next(&mut self) -> Result<Option<Entry>, OciError> {
         while self.content > 0 {
             let there = self.available()?;
@@ -166,7 +165,7 @@ impl<'a> Layer<'a> {
             let event = parsed.map_err(|error| OciError::layer(self.number, quoted(error.to_string().as_bytes())))?;
             match event {
                 ParseEvent::NeedData { min_bytes } => {
-                    // Some programs leave out the blocks of zeros that end an archive.
+                    // Some programs omit the blocks of zeros that end an archive.
                     if !self.fill_to(min_bytes)? {
                         return Ok(None);
                     }
@@ -235,7 +234,7 @@ impl<'a> Layer<'a> {
     fn fill_to(&mut self, bytes: usize) -> Result<bool, OciError> {
         while self.buffer.len() - self.used < bytes {
             if self.read_more()? == 0 {
-                // Also some programs end an archive with a single block of zeros.
+                // Some programs end an archive with a single block of zeros.
                 if self.buffer.iter().all(|byte| *byte == 0) {
                     return Ok(false);
                 }

@@ -3,7 +3,7 @@
 use scalebox_units::Bytes;
 use std::time::Duration;
 
-/// Limits of one image. Whatever exceeds them is rejected.
+/// Limits of one image. An image that exceeds them is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Maximum number of entries in all layers together.
@@ -14,7 +14,7 @@ pub struct Limits {
     pub max_unpacked: Bytes,
     /// Maximum size of a layer divided by its compressed size. Checked from 64 MiB on.
     pub max_ratio: u64,
-    /// Maximum size of the disk that comes out.
+    /// Maximum size of the resulting disk.
     pub max_disk: Bytes,
 }
 
@@ -65,7 +65,7 @@ pub(crate) const MAX_LAYERS: usize = 512;
 pub(crate) const MAX_ATTEMPTS: u32 = 4;
 /// Number of redirects that one request follows.
 pub(crate) const MAX_REDIRECTS: u32 = 5;
-/// The lowest average speed of a blob, in bytes a second, after the first ten minutes.
+/// Minimum average speed of a blob, in bytes per second, after the first ten minutes.
 pub(crate) const MIN_SPEED: u64 = 64 << 10;
-/// Time for each blob in addition to what its size takes at [`MIN_SPEED`].
+/// Time for each blob in addition to the time for its size at [`MIN_SPEED`].
 pub(crate) const BLOB_GRACE: Duration = Duration::from_secs(600);

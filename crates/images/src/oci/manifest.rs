@@ -23,7 +23,7 @@ pub(crate) struct Manifest {
 }
 
 impl Manifest {
-    /// The size of all layers, as they are stored.
+    /// Returns the size of all layers, as they are stored.
     pub(crate) fn stored(&self) -> u64 {
         self.layers.iter().map(|layer| layer.size).sum()
     }
@@ -45,7 +45,7 @@ pub(crate) struct Configuration {
     pub(crate) diff_ids: Vec<Digest>,
 }
 
-/// Parses a manifest or a list of `what`, which is an image's name.
+/// Parses a manifest or a list of manifests. `what` is the name of the image, for messages.
 pub(crate) fn parse(body: &[u8], what: &str, limits: &Limits) -> Result<Document, OciError> {
     let value: serde_json::Value = json(body, &format!("the manifest of {what}"))?;
     match value.get("schemaVersion").and_then(serde_json::Value::as_u64) {
@@ -77,7 +77,7 @@ pub(crate) fn choose(index: &ImageIndex, what: &str) -> Result<Digest, OciError>
             }
         }
         Some(_) => None,
-        // An archive with a single image often leaves the platform out. The configuration has it.
+        // An archive with a single image often omits the platform. The configuration has it.
         None => Some(2),
     };
     let ranked = index.manifests().iter().filter_map(|entry| Some((rank(entry)?, entry)));
@@ -152,7 +152,7 @@ fn blob(descriptor: &Descriptor, what: &str) -> Result<Blob, OciError> {
     }
 }
 
-/// Parses the configuration of the image `what`, which has `layers` layers.
+/// Parses the configuration of an image with `layers` layers. `what` is its name, for messages.
 pub(crate) fn configuration(body: &[u8], what: &str, layers: usize) -> Result<Configuration, OciError> {
     let parsed: ImageConfiguration = json(body, &format!("the configuration of {what}"))?;
     if (parsed.os(), parsed.architecture()) != (&Os::Linux, &Arch::Amd64) {

@@ -22,7 +22,7 @@ const MAX_LISTS: usize = 3;
 pub struct PullRequest {
     /// The image, such as `python:3.12-slim` or `localhost:5000/a/b@sha256:…`.
     pub reference: String,
-    /// For a registry that demands them.
+    /// The credentials for a registry that requires them.
     pub credentials: Option<Credentials>,
     /// Allows plain HTTP, if HTTPS does not work. Registries on loopback may always use it.
     pub insecure: bool,
@@ -57,8 +57,8 @@ fn parse(text: &str) -> Result<Reference, OciError> {
 
 /// Pulls an image into the new file system in [`Made::image`], below `work`.
 ///
-/// Layers go to `cache` first, and stay there. Dropping the future ends the pull and removes what
-/// it has made; the blocking part notices within seconds.
+/// Layers go to `cache` first, and stay there. Dropping the future ends the pull and removes its
+/// files; the blocking part ends within seconds.
 ///
 /// # Errors
 /// All of [`OciError`].
@@ -125,7 +125,7 @@ async fn fetch(
     })
 }
 
-/// Returns the digest that the reference stands for, and the manifest for this platform.
+/// Returns the digest that the reference resolves to, and the manifest for this platform.
 async fn resolve(registry: &Registry, reference: &Reference, task: &Task) -> Result<(Digest, Manifest), OciError> {
     let (repository, name) = (reference.repository(), reference.whole());
     let mut wanted = reference.digest().and_then(|digest| digest.parse().ok());

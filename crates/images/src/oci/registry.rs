@@ -1,9 +1,9 @@
 //! Requests to one registry, by the OCI distribution specification.
 //!
 //! Credentials and tokens are sent to the registry's own host and port only, never along a
-//! redirect; a token service gets the credentials, as the protocol demands. Connections use HTTP
-//! without encryption only if the registry is on loopback, or the caller allows it, and then only
-//! if HTTPS does not work.
+//! redirect; a token service receives the credentials, as the protocol requires. Connections use
+//! HTTP without encryption only if the registry is on loopback, or the caller allows it, and then
+//! only if HTTPS does not work.
 
 use crate::oci::access::{Access, Credentials};
 use crate::oci::address::{Forbidden, Reach, Resolver, authority};
@@ -43,7 +43,7 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// Finds out how to reach the registry `name`, which is a host with an optional port.
+    /// Determines how to reach the registry `name`, which is a host with an optional port.
     ///
     /// # Errors
     /// [`OciError::Reference`], [`OciError::Unreachable`].
@@ -78,7 +78,7 @@ impl Registry {
     }
 
     fn at(name: &str, base: Url, credentials: Option<Credentials>, deadlines: Deadlines) -> Result<Registry, OciError> {
-        // Fails if there is one already, which is as good.
+        // Fails if a provider is installed already, which is equally good.
         let _installed = rustls::crypto::ring::default_provider().install_default();
         let reach = Reach::of(&base);
         let client = Client::builder()
@@ -135,8 +135,8 @@ impl Registry {
         self.retrying(get).await
     }
 
-    /// Returns the response with a blob, from byte `offset` on. Its status says whether the
-    /// registry heeds the offset.
+    /// Returns the response with a blob, from byte `offset` on. Its status shows whether the
+    /// registry supports the offset.
     ///
     /// # Errors
     /// As for [`Registry::manifest`]. This makes one attempt.
@@ -242,7 +242,7 @@ impl Registry {
         }
     }
 
-    /// Turns a response with an error into one.
+    /// Turns an error response into an [`OciError`].
     async fn failure(&self, url: &Url, response: Response, what: &str) -> OciError {
         let (status, host) = (response.status(), authority(url));
         let body = read(response, &host, MAX_ERROR, "an error", &self.deadlines).await;
@@ -250,7 +250,7 @@ impl Registry {
         match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => OciError::Unauthorized {
                 registry: self.name.clone(),
-                reason: format!("it answered {}: {message}", status.as_u16()),
+                reason: format!("it responded with {}: {message}", status.as_u16()),
             },
             StatusCode::NOT_FOUND => OciError::NotFound {
                 registry: self.name.clone(),
@@ -284,14 +284,14 @@ fn message(body: &[u8]) -> String {
     }
 }
 
-/// The answer of a token service; the two fields are the same.
+/// The response of a token service; the two fields are the same.
 #[derive(Deserialize)]
 struct Token {
     token: Option<String>,
     access_token: Option<String>,
 }
 
-/// Returns the access that a registry asks for with status 401 (RFC 9110, section 11; Docker's
+/// Returns the access that a registry requires with status 401 (RFC 9110, section 11; Docker's
 /// token protocol).
 async fn answer(registry: &Registry, challenge: &HeaderMap, repository: &str) -> Result<Access, OciError> {
     let denied = |reason: &str| OciError::Unauthorized {
@@ -316,11 +316,11 @@ async fn answer(registry: &Registry, challenge: &HeaderMap, repository: &str) ->
     match (of("basic"), registry.credentials()) {
         (Some(_), Some(credentials)) => Ok(Access::Basic(credentials.clone())),
         (Some(_), None) => Err(denied("it needs a user name and a password")),
-        (None, _) => Err(denied("it offers no way to log in that is supported (Basic or Bearer)")),
+        (None, _) => Err(denied("it supports neither Basic nor Bearer authentication")),
     }
 }
 
-/// Asks a token service for a token that allows pulling from `repository`.
+/// Requests a token that allows pulling from `repository` from a token service.
 async fn token(registry: &Registry, challenge: &ChallengeRef<'_>, repository: &str) -> Result<Access, OciError> {
     let parameter = |name: &str| {
         let mut parameters = challenge.params.iter();
@@ -342,7 +342,7 @@ async fn token(registry: &Registry, challenge: &ChallengeRef<'_>, repository: &s
     if matches!(status.as_u16(), 400 | 401 | 403) {
         return Err(OciError::Unauthorized {
             registry: registry.name().to_owned(),
-            reason: format!("{host} answered {}", status.as_u16()),
+            reason: format!("{host} responded with {}", status.as_u16()),
         });
     }
     if !status.is_success() {

@@ -1,4 +1,4 @@
-//! Pulls from registries that are slow, broken or hostile.
+//! Tests of pulls from registries that are slow, broken or hostile.
 
 use crate::oci::address::{Reach, Resolver};
 use crate::oci::fake_registry::{FakeImage, FakeRegistry, Reply, Request};
@@ -32,7 +32,7 @@ impl Place {
         pull(request, &self.cache(), &self.folder.path().join("work"), &task).await
     }
 
-    /// Pulls an image that must be refused.
+    /// Pulls an image that must be rejected.
     async fn refused(&self, request: &PullRequest) -> OciError {
         match self.pull(request).await {
             Ok(_) => panic!("pulled"),
@@ -193,7 +193,7 @@ async fn a_registry_that_answers_401_for_ever_is_given_up() {
     assert!(matches!(error, OciError::Unauthorized { .. }), "{error}");
     assert!(registry.seen("manifests").len() <= 3, "{:?}", registry.seen(""));
 
-    // Also if it hands out tokens.
+    // Also if the registry issues tokens.
     let registry = FakeRegistry::start(|request| match request.path.starts_with("/token") {
         true => Reply::ok(br#"{"token": "abc"}"#),
         false => Reply::with(

@@ -22,12 +22,13 @@ pub enum Phase {
     Write,
 }
 
-/// Space that is admitted until this value is dropped. By then its bytes are written, or given up.
+/// Space that is admitted until this value is dropped. By then its bytes are written, or no longer
+/// needed.
 pub type Room = Box<dyn Send>;
 
 /// The caller's side of a pull or an import.
 pub trait Supervisor: Send + Sync {
-    /// Admits `bytes` that will be written next, or refuses them.
+    /// Admits or refuses `bytes` that will be written next.
     ///
     /// # Errors
     /// The reason, which ends the task as [`OciError::Refused`].
@@ -47,7 +48,7 @@ impl Supervisor for () {
     fn progress(&self, _phase: Phase, _done: Bytes, _total: Bytes) {}
 }
 
-/// One pull or import: who watches it, its limits, and whether it goes on.
+/// One pull or import: its supervisor, its limits, and whether it is cancelled.
 #[derive(Clone)]
 pub struct Task {
     supervisor: Arc<dyn Supervisor>,
@@ -65,7 +66,7 @@ impl fmt::Debug for Task {
 }
 
 impl Task {
-    /// A task that `supervisor` watches.
+    /// Creates a task with `supervisor`.
     pub fn new(supervisor: Arc<dyn Supervisor>, limits: Limits) -> Task {
         Task {
             supervisor,
@@ -111,7 +112,7 @@ impl<'t> GrowingRoom<'t> {
         }
     }
 
-    /// Takes `bytes` out of the admitted space; asks for more if necessary.
+    /// Takes `bytes` out of the admitted space. Requests more if necessary.
     pub(crate) fn take(&mut self, bytes: u64) -> Result<(), OciError> {
         if self.left < bytes {
             let step = (bytes - self.left).max(STEP);

@@ -2,8 +2,8 @@
 //!
 //! Names of layers are keys of this tree and nothing else: no path of an image is ever used on the
 //! host. A symbolic link in the middle of a path is followed inside the tree, with `/` and `..`
-//! ending at the image's root, as in a container engine that unpacks into a chroot. So no link
-//! leads anywhere else, whatever it says.
+//! ending at the image's root, as in a container engine that unpacks into a chroot. Therefore no
+//! link can lead out of the tree.
 
 use std::collections::BTreeMap;
 
@@ -29,7 +29,7 @@ pub(crate) struct Meta {
 }
 
 impl Meta {
-    /// A folder of root that no layer describes.
+    /// Returns the metadata of a folder that no layer describes; it belongs to root.
     pub(crate) fn folder(mode: u32) -> Meta {
         Meta {
             mode,
@@ -66,7 +66,7 @@ pub(crate) struct Name {
     layer: usize,
 }
 
-/// Why a path cannot be used. The text continues the sentence "the path … which …".
+/// The reason why a path cannot be used. The text continues the sentence "the path … which …".
 pub(crate) type Invalid = &'static str;
 
 /// The merged tree.
@@ -116,8 +116,8 @@ impl Tree {
         }
     }
 
-    /// Returns the folder with the path `components`, following links. Creates what is missing as
-    /// part of `layer`, or returns `None` if `layer` is.
+    /// Returns the folder with the path `components`, following links. Creates missing folders as
+    /// part of `layer`; without a `layer`, returns `None` if one is missing.
     pub(crate) fn walk(&mut self, components: &[&[u8]], layer: Option<usize>) -> Result<Option<NodeId>, Invalid> {
         let mut trail = vec![ROOT];
         let mut left: Vec<Vec<u8>> = components.iter().rev().map(|part| part.to_vec()).collect();
@@ -191,7 +191,7 @@ impl Tree {
         self.add(parent, name, layer, meta, body)
     }
 
-    /// Adds a new node under a name, replacing what has the name.
+    /// Adds a new node under a name, and replaces a node of the same name.
     pub(crate) fn add(&mut self, parent: NodeId, name: Vec<u8>, layer: usize, meta: Meta, body: Body) -> NodeId {
         let node = self.nodes.len() as NodeId;
         self.nodes.push(Node { meta, body, links: 0 });
@@ -199,7 +199,7 @@ impl Tree {
         node
     }
 
-    /// Gives a node another name, replacing what has it.
+    /// Gives a node another name, and replaces a node of the same name.
     pub(crate) fn link(&mut self, parent: NodeId, name: Vec<u8>, layer: usize, node: NodeId) {
         self.node_mut(node).links += 1;
         let old = self
@@ -210,7 +210,7 @@ impl Tree {
         }
     }
 
-    /// Makes `name` a folder: a new one, or the one that is there, with other metadata.
+    /// Makes `name` a folder. An existing folder is kept, with the new metadata.
     pub(crate) fn make_folder(&mut self, parent: NodeId, name: &[u8], layer: usize, meta: Meta) {
         let there = self.folder(parent).and_then(|names| names.get(name)).copied();
         match there {
@@ -230,7 +230,7 @@ impl Tree {
         self.node_mut(ROOT).meta = meta;
     }
 
-    /// Removes what layers below `layer` have under a name.
+    /// Removes the entries of layers below `layer` under a name.
     pub(crate) fn whiteout(&mut self, parent: NodeId, name: &[u8], layer: usize) {
         let there = self.folder(parent).and_then(|names| names.get(name)).copied();
         if there.is_some_and(|there| self.is_gone_without(there, layer)) {
@@ -241,7 +241,7 @@ impl Tree {
         }
     }
 
-    /// Removes everything that layers below `layer` have in a folder.
+    /// Removes the entries of layers below `layer` in a folder.
     pub(crate) fn make_opaque(&mut self, folder: NodeId, layer: usize) {
         let names: Vec<(Vec<u8>, Name)> = match self.folder(folder) {
             Some(names) => names.iter().map(|(name, there)| (name.clone(), *there)).collect(),
@@ -256,8 +256,8 @@ impl Tree {
         }
     }
 
-    /// Removes what layers below `layer` have under a name, except the name itself. Returns whether
-    /// the name can be removed, too: the layer has nothing under it.
+    /// Removes the entries of layers below `layer` under a name, except the name itself. Returns
+    /// whether the name can be removed, too: the layer has no entries under it.
     fn is_gone_without(&mut self, name: Name, layer: usize) -> bool {
         self.steps += 1;
         if self.folder(name.node).is_some() {

@@ -17,18 +17,18 @@ use std::path::{Path, PathBuf};
 const WHITEOUT: &[u8] = b".wh.";
 /// The name of an entry that makes its folder hide all lower layers.
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// The prefix of bookkeeping entries of AUFS, which mean nothing here.
+/// The prefix of bookkeeping entries of AUFS, which are ignored here.
 const AUFS: &[u8] = b".wh..wh.";
 /// Maximum length of a name (NAME_MAX).
 const MAX_NAME: usize = 255;
-/// Maximum size of the extended attributes of one file, with their names, in bytes. They have to
-/// fit into a block of the file system.
+/// Maximum size of the extended attributes of one file, with their names, in bytes. They must fit
+/// into a block of the file system.
 const MAX_XATTRS: usize = 3500;
 /// Maximum size of all names, link targets and attributes of an image, in bytes: they are in
 /// memory.
 const MAX_METADATA: u64 = 256 << 20;
-/// Steps of look-ups and removals for each entry of the limit, on average. Honest images need less
-/// than ten.
+/// Maximum average number of steps of look-ups and removals for each entry of the limit.
+/// Well-formed images need less than ten.
 const STEPS: u64 = 64;
 /// Contents are staged in units of this size; those of zeros become holes.
 const BLOCK: usize = 4096;
@@ -62,13 +62,13 @@ pub(crate) struct Unpacker<'t> {
     metadata: u64,
     /// Bytes of stored layers: those done, and all.
     stored: (u64, u64),
-    /// Entries that were left out: nodes below /dev, and unsupported attributes.
+    /// Entries that were omitted: nodes below /dev, and unsupported attributes.
     left_out: u64,
 }
 
 impl<'t> Unpacker<'t> {
-    /// Begins with no layer; `stored` is the size of all layers that will come. Creates a folder in
-    /// `work`.
+    /// Begins without layers; `stored` is the size of all layers that will follow. Creates a folder
+    /// in `work`.
     pub(crate) fn new(task: &'t Task, work: &Path, stored: u64) -> Result<Unpacker<'t>, OciError> {
         let staged = work.join("staged");
         fs::create_dir(&staged).map_err(OciError::io("create", &staged))?;
@@ -119,7 +119,7 @@ impl<'t> Unpacker<'t> {
         if self.left_out > 0 {
             tracing::info!(
                 count = self.left_out,
-                "left out device nodes below /dev and unsupported extended attributes"
+                "skipped device nodes below /dev and unsupported extended attributes"
             );
         }
         for (name, mode) in [
@@ -252,7 +252,7 @@ impl<'t> Unpacker<'t> {
         if matches!(hidden, b"" | b"." | b"..") {
             return Err("is not a valid whiteout");
         }
-        // A whiteout of something that is not there is fine.
+        // A whiteout of an entry that does not exist is valid.
         let Some(folder) = self.tree.walk(parents, None)? else {
             return Ok(());
         };
@@ -419,7 +419,7 @@ fn link_target(target: &[u8]) -> Result<Vec<u8>, &'static str> {
     }
 }
 
-/// Rejects what a script for debugfs cannot express.
+/// Rejects a text that a script for debugfs cannot express.
 fn check_text(text: &[u8]) -> Result<(), &'static str> {
     match text.iter().any(|byte| matches!(byte, 0 | b'\n' | b'\r')) {
         true => Err("contains a line break or a NUL"),

@@ -115,7 +115,7 @@ impl Layout {
         format!("oci:{}:1", self.path("image"))
     }
 
-    /// Adds a layer with what `fill` changes in the root.
+    /// Adds a layer with the changes that `fill` makes in the root.
     pub(crate) fn layer(&self, fill: impl FnOnce(&Path)) {
         let (image, bundle) = (format!("{}:1", self.path("image")), self.path("bundle"));
         run("umoci", &["unpack", "--image", &image, &bundle]);
@@ -130,7 +130,7 @@ impl Layout {
     }
 }
 
-/// An image with three layers: base, a change, and a removal.
+/// Makes an image with three layers: base, a change, and a removal.
 pub(crate) fn small() -> Layout {
     let layout = Layout::new();
     layout.layer(|root| {

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Size of the blocks, in bytes; a block of zeros is left out.
+/// Size of the blocks, in bytes; a block of zeros is omitted.
 const BLOCK: u64 = 4096;
 /// Bytes read at a time; a multiple of [`BLOCK`].
 const PIECE: u64 = 1 << 20;

@@ -110,7 +110,8 @@ pub(crate) fn run_on_image(
     })
 }
 
-/// Returns the file's name relative to its folder, in a form that no program takes for an option.
+/// Returns the file's name relative to its folder, in a form that no program mistakes for an
+/// option.
 pub(crate) fn bare_name(file: &Path) -> OsString {
     let mut name = OsString::from("./");
     name.push(file.file_name().unwrap_or_default());

@@ -98,7 +98,7 @@ fn of_btrfs(pool: &File, pending: &PendingWrites, image: Option<&Path>) -> Resul
     let pending = pending.data().map_err(unread)?;
     pool_free = pool_free - pending;
     if chunks.devices > 1 {
-        // Only btrfs knows how much of it can be placed on several devices at once.
+        // Only btrfs can determine how much of it can be placed on several devices at once.
         let stat = fstatvfs(pool).map_err(|errno| StorageError::io("read the space of", "the pool", errno.into()))?;
         pool_free = pool_free.min(Bytes::from_blocks(stat.f_bavail, stat.f_frsize));
     }

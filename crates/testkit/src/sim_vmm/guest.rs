@@ -44,7 +44,7 @@ pub enum SimQga {
 pub enum SimAgent {
     /// Connections are refused, as by a machine of a release before the agent.
     Unreachable,
-    /// Connections are accepted but nobody responds, as under QEMU without the agent.
+    /// Connections are accepted without a response, as under QEMU without the agent.
     Silent,
     /// The real agent serves connections once the guest has booted. It runs commands on this host,
     /// as the user of the test, and does not stop while the machine is paused.

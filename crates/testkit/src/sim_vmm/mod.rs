@@ -30,7 +30,7 @@
 //! ```
 //!
 //! All delays use Tokio's clock, so a test may pause it. Then a `qemu-guest-agent` that responds
-//! holds the clock while a connection is in use, and one that does not lets it run. Our own agent
+//! holds the clock while a connection is in use; without responses, the clock runs. Our own agent
 //! runs on the real clock and does not hold it.
 //!
 //! | file | content |

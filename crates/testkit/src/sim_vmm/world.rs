@@ -82,8 +82,8 @@ impl World {
         }
     }
 
-    /// Asks the guest to shut down. It obeys after its own time, if it runs and does not ignore
-    /// requests.
+    /// Requests a shutdown of the guest. It obeys after its own time, if it runs and does not
+    /// ignore requests.
     pub(crate) fn request_shutdown(self: &Arc<World>, body: &Arc<Body>) {
         let Some(after) = body.begin_shutdown() else { return };
         let (world, body) = (self.clone(), body.clone());

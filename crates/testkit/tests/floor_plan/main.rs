@@ -46,9 +46,9 @@ const DAEMON_FOLDERS: &[&str] = &[
     "simulated",
 ];
 
-/// The files that start a process themselves, because it outlives them or replaces them: a machine,
-/// and `ssh`; and the agent, which runs commands in the guest, not on the host. All other programs
-/// are run through `scalebox-programs`.
+/// The files that start processes without `scalebox-programs`. A machine outlives its daemon, `ssh`
+/// replaces `scalebox`, and the agent runs commands in the guest, not on the host. All other files
+/// run programs through that crate.
 const STARTS_PROCESSES: &[&str] = &[
     "agent/src/exec/launch.rs",
     "agent/src/init/agent_process.rs",
@@ -60,7 +60,7 @@ const STARTS_PROCESSES: &[&str] = &[
     "vmm/src/supervise/launch.rs",
 ];
 
-/// The crates that state facts. `host/advice.rs` of the daemon adds what to do about their errors.
+/// The crates that state facts. `host/advice.rs` of the daemon adds the remedies for their errors.
 const STATE_FACTS: &[&str] = &[
     "guest", "images", "mounts", "net", "programs", "storage", "units", "vmm",
 ];

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use syn::visit::{self, Visit};
 
-/// The texts of a crate, outside its tests and comments, that contain one of `phrases` or, as a
-/// whole word, one of `words`; a line each.
+/// Lists the texts of a crate that contain one of `phrases` or, as a whole word, one of `words`.
+/// Each is one line. Tests and comments are not searched.
 pub(crate) fn naming(read: &Crate, words: &BTreeSet<String>, phrases: &[&str]) -> Vec<String> {
     let mut found = Vec::new();
     for source in read.files.values() {
@@ -21,7 +21,7 @@ pub(crate) fn naming(read: &Crate, words: &BTreeSet<String>, phrases: &[&str]) -
     found
 }
 
-/// The texts of a file's literals, outside its tests and comments, that are `key: "TEXT"`.
+/// Returns the texts of literals `key: "TEXT"` in a file, outside its tests and comments.
 pub(crate) fn keys(file: &syn::File) -> BTreeSet<String> {
     let mut keys = Keys::default();
     keys.visit_file(file);
@@ -51,7 +51,7 @@ impl<'syntax> Visit<'syntax> for Texts<'_> {
         self.check(&text.value());
     }
 
-    /// The texts of `#[error("…")]`, but not those of doc comments.
+    /// Checks the texts of `#[error("…")]`, but not of doc comments.
     fn visit_attribute(&mut self, attribute: &'syntax syn::Attribute) {
         if let syn::Meta::List(list) = &attribute.meta {
             self.check(&list.tokens.to_string());

@@ -4,8 +4,8 @@
 //! number commands (it would on the capability `oob`, which it does not recognise), so a response
 //! belongs to whichever caller waits. If a caller's future is dropped, its command still runs to
 //! completion. A command that times out closes the connection, and the next command uses a new one.
-//! So does a command that could not be sent: `qapi` keeps waiting for its response, and would take
-//! the next command for a second one of the same number.
+//! So does a command that could not be sent: `qapi` keeps waiting for its response, and would treat
+//! the next command as a second one of the same number.
 //!
 //! Responses arrive through the event stream: while commands are sent, some task must poll the
 //! [`Events`].
@@ -44,7 +44,7 @@ pub(crate) struct Qmp {
 
 enum Connection {
     Open(QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>),
-    /// A command timed out. A late response would be taken for that of another command.
+    /// A command timed out. A late response would be mistaken for that of another command.
     TimedOut,
     /// The socket is broken: QEMU has ended, or is about to.
     Broken(String),

@@ -2,9 +2,9 @@
 //!
 //! Modes, owners, times in seconds, symbolic links and hard links are kept; extended attributes and
 //! holes of sparse files are not. Devices, FIFOs and sockets are skipped, and so are files that
-//! vanish meanwhile. As with GNU tar, a file that becomes shorter is padded with zeros, and of one
-//! that becomes longer the first part is packed. File systems whose content the kernel generates,
-//! such as `/proc`, are packed as empty directories.
+//! vanish meanwhile. As with GNU tar, a file that becomes shorter is padded with zeros, and a file
+//! that becomes longer is cut off. File systems whose content the kernel generates, such as
+//! `/proc`, are packed as empty directories.
 
 use crate::blocking;
 use crate::files::archive::turn;

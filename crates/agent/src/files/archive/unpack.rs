@@ -37,7 +37,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use tar::{Archive, Entry, EntryType};
 
-/// Maximum size of what describes one entry: its headers with long names, in bytes.
+/// Maximum size of the headers of one entry, including long names, in bytes.
 const MAX_HEADERS: u64 = 1 << 20;
 
 /// Unpacks the body of a request.
@@ -87,7 +87,7 @@ struct Unpacker {
     around: Vec<(PathBuf, Timestamps)>,
 }
 
-/// An entry, with what is needed of its header.
+/// An entry, with the needed fields of its header.
 struct Item<'a> {
     path: &'a Path,
     /// The path, for error messages.
@@ -303,7 +303,7 @@ impl Unpacker {
     }
 }
 
-/// Refuses the sparse files of `tar --sparse --format=posix`, whose content would be unpacked
+/// Rejects the sparse files of `tar --sparse --format=posix`, whose content would be unpacked
 /// together with its map.
 fn refuse_pax_sparse(entry: &mut Entry<'_, Limited>, shown: &str) -> Result<(), Failure> {
     let Some(extensions) = entry.pax_extensions().map_err(malformed)? else {

@@ -108,7 +108,7 @@ fn a_freeze_that_fails_thaws_what_it_has_frozen() {
     let frozen = Frozen::default();
     assert_eq!(frozen.freeze(&volumes).unwrap_err().0.code, FailureCode::Busy);
     fs::write(first.target().join("file"), "content").unwrap();
-    // Also one that someone else froze.
+    // Also a file system that another program froze.
     frozen.thaw(&volumes).unwrap();
     fs::write(second.target().join("file"), "content").unwrap();
 }

@@ -62,7 +62,7 @@ fn replay(image: &Path) -> Result<(), StorageError> {
 }
 
 /// Runs e2fsck. Exit code 1 means that errors were corrected, 4 that some were not (e2fsck(8)).
-/// Others are faults of the host, except for a feature that this e2fsck does not know.
+/// Others are faults of the host, except for a feature that this e2fsck does not support.
 fn e2fsck(image: &Path, options: &[&str]) -> Result<(), StorageError> {
     const CORRECTED: i32 = 1;
     const UNCORRECTED: i32 = 4;
@@ -77,7 +77,7 @@ fn e2fsck(image: &Path, options: &[&str]) -> Result<(), StorageError> {
     if let Some((_, features)) = output.split_once("has unsupported feature(s): ") {
         let features = features.lines().next().unwrap_or_default();
         return Err(StorageError::FileSystem(format!(
-            "has features that e2fsck does not know: {features}"
+            "has features that e2fsck does not support: {features}"
         )));
     }
     match answer.code {

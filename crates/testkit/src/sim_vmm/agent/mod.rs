@@ -1,8 +1,8 @@
-//! Our own agent in a simulated guest: the real one, served on a thread of its own, or a function
-//! of the test in its place.
+//! Our own agent in a simulated guest. It is the real agent, served on a thread of its own, or a
+//! function of the test in its place.
 //!
-//! `operations` is between the host and the real agent: it simulates what concerns the guest as a
-//! whole, which the real agent would do to the host of the test.
+//! `operations` is between the host and the real agent: it simulates the operations on the guest as
+//! a whole, which the real agent would perform on the host of the test.
 
 mod operations;
 
@@ -85,7 +85,7 @@ impl Served {
     pub(crate) fn start(&mut self) {
         self.is_booted = true;
         for session in std::mem::take(&mut self.waiting) {
-            // The host sees an error as a connection to which nobody responds.
+            // For the host, an error looks like an agent that does not respond.
             let _ = self.add(session);
         }
     }
