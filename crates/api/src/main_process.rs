@@ -38,6 +38,10 @@ pub enum RestartPolicy {
 }
 
 impl RestartPolicy {
+    fn is_default(&self) -> bool {
+        *self == RestartPolicy::default()
+    }
+
     /// Returns the API's string for the policy.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -71,6 +75,7 @@ impl FromStr for RestartPolicy {
 #[serde(deny_unknown_fields)]
 pub struct CreateMain {
     /// `false` starts no main process.
+    #[serde(skip_serializing_if = "is_true")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = true))]
     pub run: bool,
     /// The program and its arguments; by default the entrypoint and the command of the image.
@@ -78,8 +83,13 @@ pub struct CreateMain {
     #[cfg_attr(feature = "openapi", schema(nullable = false, min_items = 1))]
     pub argv: Option<Vec<String>>,
     /// When the main process is started again after its end.
+    #[serde(skip_serializing_if = "RestartPolicy::is_default")]
     #[cfg_attr(feature = "openapi", schema(required = false, default = "on_failure"))]
     pub restart: RestartPolicy,
+}
+
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 impl Default for CreateMain {

@@ -1,7 +1,7 @@
 //! Tests which requests are valid, and the message for each invalid one.
 
 use proptest::prelude::*;
-use scalebox_api::{AutoExtend, CreateVm, Invalid, Limits, SshPublicKey, UpdateVm};
+use scalebox_api::{AutoExtend, CreateMain, CreateVm, Invalid, Limits, RestartPolicy, SshPublicKey, UpdateVm};
 use serde_json::{Value, json};
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
@@ -14,7 +14,7 @@ const LIMITS: Limits = Limits {
 const DISK: &str = "disk_size_gib must be between 1 and 100";
 const VCPUS: &str = "vcpu_count must be a whole number between 1 and 4";
 const MEM: &str = "mem_size_mib must be a whole number between 128 and 4096";
-const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, disk_auto_extend, disk_iops, disk_mbps, net_mbps, autostart, start";
+const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, disk_auto_extend, disk_iops, disk_mbps, net_mbps, autostart, env, main, start";
 const EXTEND: AutoExtend = AutoExtend {
     threshold_percent: 80,
     increment_gib: 5,
@@ -65,6 +65,12 @@ fn the_daemon_parses_what_the_client_serializes() {
         disk_mbps: Some(20),
         net_mbps: Some(100),
         autostart: false,
+        env: [("A".to_owned(), "b=c".to_owned())].into(),
+        main: Some(CreateMain {
+            argv: Some(vec!["nginx".into()]),
+            restart: RestartPolicy::Never,
+            ..CreateMain::default()
+        }),
         start: false,
         ..CreateVm::new("debian-base".parse().unwrap(), Some(KEY.parse().unwrap()))
     };
@@ -297,6 +303,53 @@ fn start_is_true_or_false() {
         "start must be true or false, not a string"
     );
     assert_eq!(refusal(with("start", "null")), "start must be true or false, not null");
+}
+
+#[test]
+fn invalid_main_processes_and_environments_are_rejected_by_field() {
+    let large = format!(r#"{{"A": "{}"}}"#, "x".repeat(CreateVm::MAX_ENV_BYTES));
+    for (field, value, message) in [
+        ("main", "true", "main must be an object"),
+        (
+            "main",
+            r#"{"argv": []}"#,
+            "main.argv must begin with the name of a program",
+        ),
+        (
+            "main",
+            r#"{"argv": [""]}"#,
+            "main.argv must begin with the name of a program",
+        ),
+        (
+            "main",
+            r#"{"argv": ["a", "b\u0000"]}"#,
+            "main.argv must not contain a zero byte",
+        ),
+        (
+            "main",
+            r#"{"argv": ["a"], "run": false}"#,
+            "main.argv must not be sent together with",
+        ),
+        (
+            "main",
+            r#"{"restart": "sometimes"}"#,
+            "main.restart must be \"always\", \"on_failure\"",
+        ),
+        ("main", r#"{"run": "no"}"#, "main.run must be"),
+        ("main", r#"{"command": "a"}"#, "main.command"),
+        ("env", r#"{"A=B": "c"}"#, "env must not have the variable \"A=B\""),
+        ("env", r#"{"A": 1}"#, "env"),
+        ("env", &large, "env must have at most 65536 bytes"),
+    ] {
+        let refused = refusal(with(field, value));
+        assert!(refused.contains(message), "{field} {value}: {refused}");
+    }
+    let main = with("main", "{}").unwrap().main;
+    assert_eq!(main, Some(CreateMain::default()));
+    assert_eq!(
+        with("main", r#"{"run": false}"#).unwrap().main,
+        Some(CreateMain::none())
+    );
 }
 
 #[test]

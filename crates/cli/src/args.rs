@@ -304,7 +304,8 @@ pub(crate) struct CreateArgs {
 /// Options for the commands that run in a VM.
 #[derive(Debug, clap::Args)]
 pub(crate) struct CommandArgs {
-    /// Set a variable for all commands in the VM; without a value, take it from the environment here
+    /// Set a variable for all commands in the VM; without a value, take it from the environment
+    /// here
     #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
     pub env: Vec<(String, String)>,
     /// When to start the main process again: always, on_failure or never [default: on_failure]

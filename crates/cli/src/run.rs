@@ -11,8 +11,7 @@ use crate::ssh;
 use crate::template_pull;
 use rustix::process::Signal;
 use scalebox_api::{
-    AttachMessage, CreateMain, CreateVm, CreateVmQuery, ErrorCode, PullTemplate, Template, TemplateName, VmName,
-    WaitFor,
+    AttachMessage, CreateMain, CreateVm, CreateVmQuery, ErrorCode, Init, PullTemplate, Template, VmName, WaitFor,
 };
 use scalebox_client::{Client, ClientError};
 use std::io::{self, IsTerminal};
@@ -21,10 +20,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
     let template = template_of(client, &args.image, output)?;
-    let clone_of = template
-        .name
-        .parse()
-        .map_err(|_| Error::NoTemplateName(template.name.clone()))?;
     let command = match args.command.is_empty() {
         true => command_of(&template),
         false => args.command.clone(),
@@ -40,7 +35,7 @@ pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<Ex
     };
     vm.handle_signals()?;
     let result = vm
-        .create(&create_request(clone_of, name, args, output)?, args.wait, output)
+        .create(&create_request(&template, name, args, output)?, args.wait, output)
         .and_then(|()| vm.use_it(command, args, output));
     vm.end(args.keep, output);
     result
@@ -108,7 +103,9 @@ fn generated_name() -> Result<VmName, Error> {
     name.parse().map_err(|_| Error::InvalidVmId(name))
 }
 
-fn create_request(template: TemplateName, name: VmName, args: &RunArgs, output: &Output) -> Result<CreateVm, Error> {
+fn create_request(template: &Template, name: VmName, args: &RunArgs, output: &Output) -> Result<CreateVm, Error> {
+    let invalid = |_| Error::NoTemplateName(template.name.clone());
+    let clone_of = template.name.parse().map_err(invalid)?;
     // Only a VM that is kept needs a key for SSH.
     let ssh_public_key = match args.keep {
         true => ssh::public_key_or_own(None, output)?,
@@ -121,8 +118,8 @@ fn create_request(template: TemplateName, name: VmName, args: &RunArgs, output: 
         vcpu_count: args.cpus,
         autostart: args.keep,
         // The command of this call takes its place.
-        main: Some(CreateMain::none()),
-        ..CreateVm::new(template, ssh_public_key)
+        main: (template.init == Some(Init::Agent)).then(CreateMain::none),
+        ..CreateVm::new(clone_of, ssh_public_key)
     })
 }
 

@@ -470,6 +470,14 @@ fn create_sends_its_flags_and_the_first_default_key() {
         "--memory",
         "1024",
         "--no-start",
+        "--env",
+        "A=b=c",
+        "--restart",
+        "always",
+        "--",
+        "nginx",
+        "-g",
+        "daemon off;",
     ];
     let ran = run(&mut home.scalebox(&server, &arguments));
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
@@ -479,15 +487,18 @@ fn create_sends_its_flags_and_the_first_default_key() {
          start it with: scalebox vm start calm-red-fox\n"
     );
     run(&mut home.scalebox(&server, &["vm", "create", "--template", "debian-base"]));
+    run(&mut home.scalebox(&server, &["vm", "create", "web", "--no-main"]));
     let sent: Vec<Value> = server
         .requests()
         .iter()
         .map(|request| serde_json::from_str(&request.body).unwrap())
         .collect();
-    let everything = json!({"template": "custom", "ssh_public_key": KEY, "name": "box", "disk_size_gib": 10,
+    let everything = json!({"template": "custom", "env": {"A": "b=c"},
+        "main": {"argv": ["nginx", "-g", "daemon off;"], "restart": "always"}, "ssh_public_key": KEY, "name": "box", "disk_size_gib": 10,
         "vcpu_count": 2, "mem_size_mib": 1024, "start": false});
     let nothing = json!({"template": "debian-base", "ssh_public_key": KEY, "start": true});
-    assert_eq!(sent, [everything, nothing]);
+    let without = json!({"template": "web", "ssh_public_key": KEY, "main": {"run": false}, "start": true});
+    assert_eq!(sent, [everything, nothing, without]);
 }
 
 #[test]

@@ -471,6 +471,7 @@ fn archives_of_hostile_guests_write_nothing_outside_of_the_directory() {
 #[test]
 fn logs_are_printed_unchanged() {
     let guest = Guest::new(|_, _| {});
+    guest.respond("GET /vms/box", 200, vm(json!({"name": "box"})));
     let line = "GET /vms/box/console?follow=false&tail=100";
     guest.respond_bytes(line, 200, b"[ 0.1] \x1b[32mok\x1b[0m\xff\n".to_vec());
     let ran = Home::new()
@@ -480,6 +481,58 @@ fn logs_are_printed_unchanged() {
     assert_eq!(
         (ran.status.code(), ran.stdout.as_slice()),
         (Some(0), &b"[ 0.1] \x1b[32mok\x1b[0m\xff\n"[..])
+    );
+}
+
+#[test]
+fn logs_of_a_vm_with_a_main_process_are_its_output() {
+    let guest = Guest::new(|_, socket| {
+        out(socket, "more\n");
+        exit(socket, 0);
+    });
+    let main = json!({"argv": ["nginx"], "restart": "always"});
+    guest.respond("GET /vms/box", 200, vm(json!({"name": "box", "main": main})));
+    let exec = json!({"exec": "main", "argv": ["nginx"], "status": "running", "started_at": "2026-01-02T03:04:05Z",
+        "duration_ms": 5, "tty": false, "output_start": 100, "output_end": 106, "restarts": 2});
+    guest.respond("GET /vms/box/execs/main", 200, exec);
+    let lines = "{\"stdout\": \"b2sK\", \"offset\": 100}\n{\"stderr\": \"bm8K\", \"offset\": 103}\n";
+    for since in [100, 103] {
+        let line = format!("GET /vms/box/execs/main/output?since={since}&follow=false");
+        guest.respond_bytes(&line, 200, lines.as_bytes().to_vec());
+    }
+    let home = Home::new();
+    let ran = run(&mut home.at(&guest.url(), &["logs", "box"]));
+    let dropped = "the first 100 B of the output are no longer available\n";
+    let expected = format!("{dropped}no\n");
+    assert_eq!(
+        (ran.code, ran.out.as_str(), ran.err.as_str()),
+        (0, "ok\n", expected.as_str())
+    );
+    let ran = run(&mut home.at(&guest.url(), &["logs", "--tail", "3", "box"]));
+    assert_eq!((ran.code, ran.err.as_str()), (0, "no\n"));
+    let ran = run(&mut home.at(&guest.url(), &["logs", "--follow", "box"]));
+    assert_eq!((ran.code, ran.out.as_str()), (0, "more\n"));
+    guest.respond_bytes("GET /vms/box/console?follow=false", 200, b"[ 0.1] Linux\n".to_vec());
+    let ran = run(&mut home.at(&guest.url(), &["logs", "--console", "box"]));
+    assert_eq!((ran.code, ran.out.as_str()), (0, "[ 0.1] Linux\n"));
+}
+
+#[test]
+fn run_without_a_command_runs_that_of_the_image_instead_of_a_main_process() {
+    let guest = Guest::new(|_, socket| exit(socket, 0));
+    for_run(&guest, "job");
+    let web = json!({"name": "web", "size_bytes": 1, "used_bytes": 1, "created_at": "2026-01-02T03:04:05Z",
+        "used_by": 0, "protected": false, "init": "agent",
+        "config": {"entrypoint": ["/entry"], "cmd": ["--serve", "80"], "env": ["A=1"]}});
+    guest.respond("GET /templates", 200, json!({ "templates": [web] }));
+    let home = Home::new();
+    let ran = run(quiet(&mut home.at(&guest.url(), &["run", "--name", "job", "web"])));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let created = guest.body("POST /vms?wait=agent&wait_seconds=120");
+    assert_eq!(created["main"], json!({"run": false}));
+    assert_eq!(
+        guest.body("POST /vms/job/exec")["argv"],
+        json!(["/entry", "--serve", "80"])
     );
 }
 

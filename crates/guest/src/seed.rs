@@ -4,8 +4,8 @@
 //! It has several readers. cloud-init (data source NoCloud) reads `meta-data`, `user-data` and
 //! `network-config`, written as JSON, which is a subset of YAML. The guest's own unit
 //! (`files/root/usr/lib/scalebox/apply-seed`) reads the file `scalebox`: lines of `KEY=VALUE`,
-//! where the value extends unquoted to the end of the line. `dns` may occur several times. Where the
-//! agent is process 1, it reads that file too, and the main process from the file `main`.
+//! where the value extends unquoted to the end of the line. `dns` may occur several times. Where
+//! the agent is process 1, it reads that file too, and the main process from the file `main`.
 
 use crate::error::SeedError;
 use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};

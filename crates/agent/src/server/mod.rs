@@ -26,8 +26,8 @@ const STREAM_WINDOW: u32 = 256 << 10;
 /// Bytes of all requests that the agent accepts before handlers read them. A command that does not
 /// read its stdin occupies one stream window, and must not stop the other requests.
 const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
-/// Bytes of a response that wait for the connection, besides the last piece. Further output waits in
-/// the buffer of its exec, which all readers share and whose memory is counted.
+/// Bytes of a response that wait for the connection, besides the last piece. Further output waits
+/// in the buffer of its exec, which all readers share and whose memory is counted.
 const SEND_BUFFER: usize = 4 << 10;
 
 /// Serves one connection until the host closes it: the hello, then HTTP/2. After garbage, searches
