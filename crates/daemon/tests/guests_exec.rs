@@ -13,7 +13,9 @@ mod registry;
 mod support;
 
 use registry::{Layout, PASSWORD, Registry, USER};
-use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, OutputLine, SnapshotVm, UpdateVm, Vm, WaitFor};
+use scalebox_api::{
+    CreateExec, CreateVm, CreateVmQuery, ExecId, ExecStatus, OutputLine, Signal, SnapshotVm, UpdateVm, Vm, WaitFor,
+};
 use scalebox_client::{Client, Upload};
 use std::fs;
 use std::io::{Cursor, Read};
@@ -330,7 +332,23 @@ fn tools_image(folder: &Path) -> Layout {
         }
         fs::create_dir(root.join("sbin")).unwrap();
         std::os::unix::fs::symlink("/bin/busybox", root.join("sbin/init")).unwrap();
+        fs::create_dir(root.join("srv")).unwrap();
+        std::os::unix::fs::chown(root.join("srv"), Some(33), Some(33)).unwrap();
     });
+    let script = "trap 'echo asked to end > end; exit 0' QUIT; echo \"started as $(id -u) in $PWD with $MODE\"; \
+                  while :; do sleep 0.2; done";
+    let settings = [
+        "--config.workingdir=/srv",
+        "--config.user=web",
+        "--config.stopsignal=SIGQUIT",
+    ];
+    layout.config(&settings);
+    layout.config(&[
+        "--config.env=MODE=image",
+        "--config.entrypoint=/bin/sh",
+        "--config.entrypoint=-c",
+    ]);
+    layout.config(&["--config.cmd", script]);
     layout
 }
 
@@ -358,5 +376,66 @@ fn an_image_of_a_registry_runs_one_command_and_leaves_nothing() {
         output_of(&output)
     );
     println!("scalebox run of a pulled image: {:.1} s", begun.elapsed().as_secs_f64());
-    assert!(host.client().vms().unwrap().is_empty(), "the VM is left");
+    let client = host.client();
+    assert!(client.vms().unwrap().is_empty(), "the VM is left");
+    let mut scene = Scene { host, client };
+    guarantee(&mut scene, the_main_process_of_an_image_is_supervised);
+    guarantee(
+        &mut scene,
+        a_guest_that_stops_asks_its_main_process_by_the_signal_of_the_image,
+    );
+}
+
+fn the_main_process_of_an_image_is_supervised(scene: &mut Scene) {
+    let (host, client) = (&scene.host, &scene.client);
+    let create = [
+        "vm",
+        "create",
+        "tools-1",
+        "--name",
+        "web",
+        "--env",
+        "MODE=vm",
+        "--restart",
+        "always",
+    ];
+    let created = scalebox(host, &create);
+    assert!(created.status.success(), "{}", output_of(&created));
+    let line = "started as 33 in /srv with vm\n";
+    let logs = |times: usize| {
+        eventually("the output of the main process", || {
+            let logs = scalebox(host, &["logs", "web"]);
+            (logs.stdout == line.repeat(times).as_bytes()).then_some(())
+        });
+    };
+    logs(1);
+    let main = ExecId::main();
+    client.signal_exec("web", &main, Signal::KILL).unwrap();
+    logs(2);
+    let status = client.exec("web", &main).unwrap();
+    assert_eq!((status.status, status.restarts), (ExecStatus::Running, Some(1)));
+    // Other commands have the same user, folder and environment.
+    let command = "echo $(id -u) $PWD $MODE; ps -o pid,args | grep -c '[s]tarted as'";
+    assert_eq!(sh(client, "web", command), "33 /srv vm\n1");
+    let shown = scalebox(host, &["vm", "get", "web"]);
+    assert!(
+        output_of(&shown).contains("(always restarted)"),
+        "{}",
+        output_of(&shown)
+    );
+    // The console is a log of its own.
+    let console = scalebox(host, &["logs", "--console", "web"]);
+    assert!(!output_of(&console).contains("started as"), "{}", output_of(&console));
+}
+
+fn a_guest_that_stops_asks_its_main_process_by_the_signal_of_the_image(scene: &mut Scene) {
+    let client = &scene.client;
+    client.stop_vm("web").unwrap();
+    client.start_vm("web").unwrap();
+    eventually("the main process after a start", || {
+        let status = client.exec("web", &ExecId::main()).ok()?;
+        (status.status == ExecStatus::Running).then_some(())
+    });
+    assert_eq!(sh(client, "web", "cat end"), "asked to end");
+    client.delete_vm("web").unwrap();
 }
