@@ -86,7 +86,15 @@ def remove_old(kind, key):
 def is_refused_for_state(label, status, error):
     """Return whether a valid request was refused because of the host's state."""
     if label in ("PATCH /vms/{vm}", "POST /vms"):
-        reasons = ("disks do not shrink", ": the template ", "disk_auto_extend.limit_gib must be at least the size of the disk")
+        reasons = (
+            "disks do not shrink",
+            ": the template ",
+            "disk_auto_extend.limit_gib must be at least the size of the disk",
+            # No rules across fields, and none about the names in objects and the images of templates.
+            "has no main process",
+            "main.argv must",
+            "env must not have",
+        )
         return (status == 400 and any(reason in error for reason in reasons)) or (
             status == 422 and "was used for a different request" in error
         )
