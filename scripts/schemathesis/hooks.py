@@ -93,7 +93,7 @@ def is_refused_for_state(label, status, error):
             # No rules across fields, and none about the names in objects and the images of templates.
             "has no main process",
             "main.argv must",
-            "env must not have",
+            "env must",
         )
         return (status == 400 and any(reason in error for reason in reasons)) or (
             status == 422 and "was used for a different request" in error
