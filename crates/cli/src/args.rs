@@ -8,7 +8,7 @@ use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use clap_complete::engine::ArgValueCompleter;
-use scalebox_api::{AutoExtend, IdempotencyKey, TemplateName, VmName};
+use scalebox_api::{AutoExtend, IdempotencyKey, ImageReference, TemplateName, VmName};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -241,7 +241,8 @@ const TIMEOUT: &str = "Maximum time to wait";
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Prints the VM's name and how to log in. Without --name, the server generates a name of three words.\n\n\
-    Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait"
+    Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait\n  \
+    scalebox vm create --image python:3.12-slim --name py"
 )]
 pub(crate) struct CreateArgs {
     /// Template to clone the disk from
@@ -251,6 +252,9 @@ pub(crate) struct CreateArgs {
     /// Same as the argument TEMPLATE
     #[arg(long = "template", value_name = "TEMPLATE", conflicts_with = "template")]
     pub template_flag: Option<TemplateName>,
+    /// Image of a registry instead of a template; the server pulls it if it is not a template yet
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["template", "template_flag"])]
+    pub image: Option<ImageReference>,
     /// Name of the VM, also the guest's host name: lower-case letters, digits and dashes
     #[arg(long, value_name = "NAME")]
     pub name: Option<VmName>,
@@ -434,8 +438,8 @@ pub(crate) enum TemplateCommand {
 )]
 pub(crate) struct PullArgs {
     /// Image to pull: [REGISTRY/]NAME[:TAG][@sha256:DIGEST]
-    #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
-    pub reference: String,
+    #[arg(value_name = "IMAGE")]
+    pub reference: ImageReference,
     /// Name of the new template [default: name and tag of the image, such as python-3.12-slim]
     #[arg(long, value_name = "NAME")]
     pub name: Option<TemplateName>,

@@ -565,6 +565,23 @@ fn run_creates_a_vm_copies_folders_runs_the_command_and_deletes_the_vm() {
 }
 
 #[test]
+fn run_creates_a_vm_of_an_image_with_a_tag() {
+    let home = Home::new();
+    let guest = Guest::new(|_, socket| end(socket, Some(0), None, false));
+    for_run(&guest, "job");
+    let ran = run(quiet(
+        &mut home.at(&guest.url(), &["run", "--name", "job", "team/box:1", "true"]),
+    ));
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    let created = guest.body("POST /vms?wait=agent&wait_seconds=120");
+    let expected = json!({"image": "team/box:1", "name": "job", "autostart": false, "start": true});
+    assert_eq!(created, expected);
+    let lines = guest.lines();
+    assert!(!lines.contains(&"GET /templates".to_owned()));
+    assert_eq!(lines.last().unwrap(), "DELETE /vms/job");
+}
+
+#[test]
 fn run_deletes_the_vm_after_errors_but_never_one_that_it_did_not_create() {
     let home = Home::new();
     let timeout = json!({"error": "the agent did not respond within 120 s", "code": "timeout"});
