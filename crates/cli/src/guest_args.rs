@@ -203,8 +203,8 @@ pub(crate) struct RunArgs {
     pub surroundings: Surroundings,
     #[command(flatten)]
     pub streams: Streams,
-    /// Template, or image of a registry with a tag, a digest or a path; the server pulls an image if
-    /// it is not a template yet
+    /// Template, or image of a registry with a tag, a digest or a path; the server pulls an image
+    /// that is not a template yet
     #[arg(value_name = "IMAGE", add = ArgValueCompleter::new(complete::templates))]
     pub image: ImageReference,
     /// Command and its arguments [default: the entrypoint and command of the image, or a shell]
