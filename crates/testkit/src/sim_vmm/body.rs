@@ -1,7 +1,7 @@
 //! The state of one simulated machine.
 
-use crate::sim_vmm::agent::Served;
 use crate::sim_vmm::guest::{SimGuest, SimQga};
+use crate::sim_vmm::served::Served;
 use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{DiskLimits, Error, ExitReason, MachineEvent, MachineSpec, MachineState, Result};
 use std::fs::{self, File};

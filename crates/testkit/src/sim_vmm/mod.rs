@@ -40,7 +40,8 @@
 //! | `control` | the handle with which a test controls a machine |
 //! | `guest` | the settings of a guest |
 //! | `qga` | `qemu-guest-agent` |
-//! | `agent` | our own agent |
+//! | `agent` | our own agent: connections, and operations on the guest as a whole |
+//! | `served` | the threads of our own agent, from one boot to the next |
 //! | `body` | the state of one machine |
 //! | `world` | all machines, and the calls that are to fail |
 //! | `faults`, `next_call` | the faults of calls |
@@ -54,6 +55,7 @@ mod guest;
 mod machine;
 mod next_call;
 mod qga;
+mod served;
 mod world;
 
 pub use control::SimMachine;

@@ -68,11 +68,6 @@ const STATE_FACTS: &[&str] = &[
 /// Words of the daemon's advice, apart from settings.
 const ADVICE: &[&str] = &["apt-get install", "`scalebox", "scaleboxd pool", "--replace"];
 
-/// The only dependency cycle: a simulated machine holds the connections to its agent, which refer
-/// to the machine.
-const KNOWN_RINGS: &[&str] =
-    &["crates/testkit/src: sim_vmm::agent -> sim_vmm::agent::operations -> sim_vmm::body -> sim_vmm::world"];
-
 const MAX_LINES: usize = 60;
 const MAX_LINES_IN_TESTS: usize = 80;
 
@@ -109,7 +104,7 @@ fn no_ring_of_files_uses_itself() {
         let rings = arrows::rings(&Crate::read(&folder));
         found.extend(rings.iter().map(|ring| format!("{name}: {}", ring.join(" -> "))));
     }
-    assert_eq!(found, KNOWN_RINGS);
+    assert!(found.is_empty(), "{found:#?}");
 }
 
 #[test]
