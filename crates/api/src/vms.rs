@@ -10,7 +10,7 @@ use crate::idempotency::IdempotencyKey;
 use crate::limits::Limits;
 use crate::main_process::{CreateMain, MainProcess};
 use crate::pool::StorageUsage;
-use scalebox_units::{ImageReference, InvalidFormat, SshPublicKey, TemplateName, VmName};
+use scalebox_units::{ImageReference, Init, InvalidFormat, SshPublicKey, TemplateName, VmName};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -68,6 +68,11 @@ pub struct Vm {
     /// `true` starts the VM again after a reboot of the host if it was running.
     #[serde(default = "default_autostart")]
     pub autostart: bool,
+    /// First process of the guest, as its template defines it; absent means the init system in the
+    /// file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(nullable = false))]
+    pub init: Option<Init>,
     /// The main process; absent if the VM has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(nullable = false))]
@@ -592,6 +597,7 @@ mod tests {
             disk_mbps: None,
             net_mbps: None,
             autostart: true,
+            init: None,
             main: None,
             disk: None,
             storage: None,

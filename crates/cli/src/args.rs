@@ -206,7 +206,7 @@ pub(crate) enum VmCommand {
         #[arg(long, short)]
         yes: bool,
     },
-    /// Wait until a VM responds to SSH
+    /// Wait until a VM responds to SSH, or its agent if it has no init system
     #[command(after_help = "Example:\n  scalebox vm wait very-silly-penguin --timeout 60")]
     Wait {
         #[arg(value_name = "NAME", help = VM, value_parser = NonEmptyStringValueParser::new(),
@@ -294,7 +294,7 @@ pub(crate) struct CreateArgs {
     /// exists
     #[arg(long, value_name = "KEY")]
     pub idempotency_key: Option<IdempotencyKey>,
-    /// Wait until the VM responds to SSH
+    /// Wait until the VM responds to SSH, or its agent if it has no init system
     #[arg(long, conflicts_with = "no_start")]
     pub wait: bool,
     #[arg(long, value_name = "SECONDS", default_value_t = 120, help = "Maximum time to wait with --wait",

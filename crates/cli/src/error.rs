@@ -44,6 +44,8 @@ pub(crate) enum Error {
         seconds: u64,
         last: String,
     },
+    #[error("the agent of {name} did not respond within {seconds} s ({last}); see: scalebox logs --console {name}")]
+    AgentTimeout { name: String, seconds: u64, last: String },
     #[error("cannot run ssh: {0}; is the OpenSSH client installed?")]
     Ssh(io::Error),
     #[error("cannot create {} for SSH host keys: {why}", path.display())]
@@ -161,7 +163,7 @@ impl Error {
             }
             Error::TokenRefused { .. } | Error::NoToken { .. } => (ErrorCode::Unauthorized, None, Map::new()),
             Error::NotRunning { .. } => (ErrorCode::WrongState, None, Map::new()),
-            Error::SshTimeout { .. } => (ErrorCode::Timeout, None, Map::new()),
+            Error::SshTimeout { .. } | Error::AgentTimeout { .. } => (ErrorCode::Timeout, None, Map::new()),
             Error::FileExists(_) | Error::NameInUse(_) => (ErrorCode::NameTaken, None, Map::new()),
             _ if self.is_user_error() => (ErrorCode::InvalidRequest, None, Map::new()),
             _ => (ErrorCode::Other("failed".to_owned()), None, Map::new()),

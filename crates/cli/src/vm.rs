@@ -7,7 +7,7 @@ use crate::output::{Output, STATUS, Table, number, text};
 use crate::{create, ssh, wait};
 use jiff::Timestamp;
 use scalebox_api::{
-    CreateVm, CreateVmQuery, RestartPolicy, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmSource, VmStatus,
+    CreateVm, CreateVmQuery, Init, RestartPolicy, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmSource, VmStatus,
 };
 use scalebox_client::{Client, ClientError};
 use std::time::Duration;
@@ -18,7 +18,7 @@ pub(crate) fn create(client: &Client, args: &CreateArgs, output: &Output) -> Res
     let mut vm = create::create(client, &request, query, "creating the VM", output)?;
     let mut waited = None;
     if args.wait {
-        let (booted, took) = wait::until_ssh(client, vm, Duration::from_secs(args.timeout), output)?;
+        let (booted, took) = wait::until_booted(client, vm, Duration::from_secs(args.timeout), output)?;
         (vm, waited) = (booted, Some(took));
     }
     if output.json {
@@ -26,7 +26,7 @@ pub(crate) fn create(client: &Client, args: &CreateArgs, output: &Output) -> Res
     }
     output.line(&summary(&vm))?;
     if let Some(took) = waited {
-        output.line(&ssh_ready(&vm, took))?;
+        output.line(&booted(&vm, took))?;
     }
     output.line(&next_step(&vm))
 }
@@ -321,16 +321,20 @@ pub(crate) fn delete_all(
 
 pub(crate) fn wait(client: &Client, vm: &str, timeout: u64, output: &Output) -> Result<(), Error> {
     let vm = client.vm(vm)?;
-    let (vm, took) = wait::until_ssh(client, vm, Duration::from_secs(timeout), output)?;
+    let (vm, took) = wait::until_booted(client, vm, Duration::from_secs(timeout), output)?;
     if output.json {
         output.json(&vm)
     } else {
-        output.line(&ssh_ready(&vm, took))
+        output.line(&booted(&vm, took))
     }
 }
 
-fn ssh_ready(vm: &Vm, took: Duration) -> String {
-    format!("{} responds to SSH (waited {:.1} s)", vm.name, took.as_secs_f64())
+fn booted(vm: &Vm, took: Duration) -> String {
+    let (name, seconds) = (&vm.name, took.as_secs_f64());
+    match vm.init {
+        Some(Init::Agent) => format!("the agent of {name} responds (waited {seconds:.1} s)"),
+        _ => format!("{name} responds to SSH (waited {seconds:.1} s)"),
+    }
 }
 
 fn summary(vm: &Vm) -> String {
@@ -347,8 +351,11 @@ fn summary(vm: &Vm) -> String {
 }
 
 fn next_step(vm: &Vm) -> String {
-    match vm.status {
-        VmStatus::Running => format!("log in with: scalebox vm ssh {}\n         or: {}", vm.name, vm.ssh),
-        _ => format!("start it with: scalebox vm start {}", vm.name),
+    let name = &vm.name;
+    match (vm.status, vm.init) {
+        // Such a guest has no SSH server, unless its image starts one.
+        (VmStatus::Running, Some(Init::Agent)) => format!("open a shell with: scalebox shell {name}"),
+        (VmStatus::Running, _) => format!("log in with: scalebox vm ssh {name}\n         or: {}", vm.ssh),
+        _ => format!("start it with: scalebox vm start {name}"),
     }
 }

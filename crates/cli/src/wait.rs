@@ -1,10 +1,11 @@
-//! Waits until a guest responds to SSH, which means that it has booted.
+//! Waits until a guest has booted: until it responds to SSH, or its agent responds in a guest
+//! without an init system, which has no SSH.
 
 use crate::error::Error;
 use crate::output::Output;
 use crate::running::check_runs;
 use indicatif::ProgressBar;
-use scalebox_api::Vm;
+use scalebox_api::{Init, Vm};
 use scalebox_client::{Client, ClientError};
 use std::io::{self, Read};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -19,37 +20,62 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(2);
 /// Maximum time to wait for a connection, and for the SSH banner on it.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Waits until `vm` sends an SSH banner. Returns the VM as the server describes it then, and the
-/// time it took.
+/// Waits until `vm` has booted. Returns the VM as the server describes it then, and the time it
+/// took.
 ///
 /// # Errors
 /// Fails with the VM's status as soon as it stops running, and after `timeout`.
-pub(crate) fn until_ssh(client: &Client, vm: Vm, timeout: Duration, output: &Output) -> Result<(Vm, Duration), Error> {
-    let progress = output.progress(&format!("waiting for SSH of {}", vm.name));
+pub(crate) fn until_booted(
+    client: &Client,
+    vm: Vm,
+    timeout: Duration,
+    output: &Output,
+) -> Result<(Vm, Duration), Error> {
+    let progress = output.progress(&format!("waiting for {} of {}", awaited(&vm), vm.name));
     let began = Instant::now();
     let (mut vm, mut queried) = (vm, began);
     loop {
         check_runs(&vm)?;
         let left = timeout.saturating_sub(began.elapsed());
-        let last_error = match read_ssh_banner(&vm, left.clamp(RETRY_INTERVAL, ATTEMPT_TIMEOUT)) {
-            Ok(()) => return Ok((refresh(client, vm)?, began.elapsed())),
-            Err(error) => describe(&error),
+        let attempt = match vm.init {
+            Some(Init::Agent) => client.stats(&vm.id).map(drop).map_err(|error| error.to_string()),
+            _ => read_ssh_banner(&vm, left.clamp(RETRY_INTERVAL, ATTEMPT_TIMEOUT)).map_err(|error| describe(&error)),
+        };
+        let Err(last_error) = attempt else {
+            return Ok((refresh(client, vm)?, began.elapsed()));
         };
         show(&progress, &vm, &last_error);
         if began.elapsed() >= timeout {
-            let address = format!("{}:{}", vm.ip, vm.ssh_port);
-            return Err(Error::SshTimeout {
-                name: vm.name,
-                address,
-                seconds: timeout.as_secs(),
-                last: last_error,
-            });
+            return Err(timed_out(vm, timeout.as_secs(), last_error));
         }
         thread::sleep(RETRY_INTERVAL);
         if queried.elapsed() >= STATUS_INTERVAL {
             vm = refresh(client, vm)?;
             queried = Instant::now();
         }
+    }
+}
+
+fn awaited(vm: &Vm) -> &'static str {
+    match vm.init {
+        Some(Init::Agent) => "the agent",
+        _ => "SSH",
+    }
+}
+
+fn timed_out(vm: Vm, seconds: u64, last: String) -> Error {
+    match vm.init {
+        Some(Init::Agent) => Error::AgentTimeout {
+            name: vm.name,
+            seconds,
+            last,
+        },
+        _ => Error::SshTimeout {
+            address: format!("{}:{}", vm.ip, vm.ssh_port),
+            name: vm.name,
+            seconds,
+            last,
+        },
     }
 }
 
@@ -64,10 +90,12 @@ fn refresh(client: &Client, vm: Vm) -> Result<Vm, Error> {
 }
 
 fn show(progress: &ProgressBar, vm: &Vm, last_error: &str) {
-    progress.set_message(format!(
-        "waiting for SSH of {} at {}:{} ({last_error})",
-        vm.name, vm.ip, vm.ssh_port
-    ));
+    let address = match vm.init {
+        Some(Init::Agent) => String::new(),
+        _ => format!(" at {}:{}", vm.ip, vm.ssh_port),
+    };
+    let what = awaited(vm);
+    progress.set_message(format!("waiting for {what} of {}{address} ({last_error})", vm.name));
 }
 
 /// Connects and reads until the identification line of an SSH 2 server. Other lines may precede it

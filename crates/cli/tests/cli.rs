@@ -655,6 +655,32 @@ fn create_with_wait_prints_how_to_log_in() {
 }
 
 #[test]
+fn wait_needs_the_agent_of_a_vm_without_an_init_system() {
+    let created = vm(json!({"init": "agent", "main": {"argv": ["nginx"], "restart": "never"}}));
+    let server = Server::new(vec![
+        ("POST /vms", 201, created.clone()),
+        ("GET /vms/vm-0123456789ab", 200, created),
+    ]);
+    let home = Home::new();
+    let key = home.file("key.pub", KEY, 0o644);
+    let ran = run(home
+        .scalebox(&server, &["vm", "create", "web", "--wait", "--timeout", "1", "--key"])
+        .arg(key));
+    assert_eq!(ran.code, 1, "{}", ran.out);
+    assert!(
+        ran.err.contains("the agent of calm-red-fox did not respond within 1 s"),
+        "{}",
+        ran.err
+    );
+    let asked = server.requests();
+    assert!(
+        asked
+            .iter()
+            .any(|request| request.line == "GET /vms/vm-0123456789ab/stats")
+    );
+}
+
+#[test]
 fn wait_fails_with_the_reason_when_the_vm_fails() {
     let port = guest(vec![""]);
     let failed = json!({"ssh_port": port, "status": "failed", "status_reason": "its process ended: out of memory"});

@@ -398,9 +398,15 @@ fn the_main_process_of_an_image_is_supervised(scene: &mut Scene) {
         "MODE=vm",
         "--restart",
         "always",
+        "--wait",
     ];
     let created = scalebox(host, &create);
     assert!(created.status.success(), "{}", output_of(&created));
+    assert!(
+        output_of(&created).contains("scalebox shell web"),
+        "{}",
+        output_of(&created)
+    );
     let line = "started as 33 in /srv with vm\n";
     let logs = |times: usize| {
         eventually("the output of the main process", || {

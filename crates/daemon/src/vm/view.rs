@@ -50,6 +50,7 @@ fn describe_by(host: &Host, record: &Record, accounts: Option<&PoolUsage>) -> Vm
         disk_mbps: record.limits.disk_mbps,
         net_mbps: record.limits.net_mbps,
         autostart: record.autostart,
+        init: record.guest.as_ref().and_then(|guest| guest.init),
         main: record.guest.as_ref().and_then(|guest| guest.main.clone()),
         disk: None,
         storage: accounts.and_then(|accounts| usage_tracker::disk_usage(accounts, record)),
