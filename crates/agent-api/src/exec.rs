@@ -121,7 +121,7 @@ pub struct ExecStatus {
     /// The command. Arguments beyond [`MAX_STATUS_ARGV`] bytes are left out, and the last remaining
     /// argument then ends with `…`.
     pub argv: Vec<String>,
-    /// The process id in the guest; 0 if the main process could not be started.
+    /// The process id in the guest; 0 if the main process has not started, or could not be started.
     pub pid: u32,
     /// The start time, in milliseconds since 1970 by the guest's clock.
     pub started_at_ms: u64,

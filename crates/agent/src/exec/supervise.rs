@@ -43,18 +43,17 @@ pub(crate) async fn supervise(execs: Arc<Execs>, main: MainProcess, run_dir: Run
     let stop_signal = main.stop_signal.unwrap_or(libc::SIGTERM);
     let request = request_of(main);
     let (mut delay, mut restarts) = (MIN_DELAY, 0);
-    let mut reservation = Some(reservation);
+    // The host finds the exec from the first request on.
+    reservation.fill(&Arc::new(exec_of(&request, None, &output, restarts)));
     let end = loop {
         let launched = launch_main(&request, &output).await;
         if let Ok(launched) = &launched {
             let pid = launched.pid;
             record_running(&run_dir, Running { pid, stop_signal });
         }
-        let exec = Arc::new(exec_of(&request, &launched, &output, restarts));
-        match reservation.take() {
-            Some(reservation) => reservation.fill(&exec),
-            None => execs.replace(&exec),
-        }
+        let pid = launched.as_ref().ok().map(|launched| launched.pid);
+        let exec = Arc::new(exec_of(&request, pid, &output, restarts));
+        execs.replace(&exec);
         let (end, duration) = run_once(&execs, &exec, launched).await;
         run_dir.remove_running();
         let is_last = !restarts_after(policy, end) || run_dir.is_ending();
@@ -117,8 +116,7 @@ async fn launch_main(request: &StartExec, output: &Output) -> Result<Launched, i
     }
 }
 
-fn exec_of(request: &StartExec, launched: &Result<Launched, i32>, output: &Arc<Output>, count: u64) -> Exec {
-    let pid = launched.as_ref().ok().map(|launched| launched.pid);
+fn exec_of(request: &StartExec, pid: Option<Pid>, output: &Arc<Output>, count: u64) -> Exec {
     let mut exec = start::exec(request, pid, None, Arc::clone(output));
     exec.restarts = Some(Restarts { count, pending: false }.into());
     exec
