@@ -7,6 +7,7 @@ use crate::setup::Setup;
 use scalebox_api::{CreateExec, ExecResult};
 use scalebox_client::Client;
 use serde::Serialize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use ureq::Agent;
 
@@ -20,8 +21,10 @@ const PROCESSES: u32 = 100;
 /// Commands that ran at the same time.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Concurrent {
-    /// Durations.
+    /// Durations, also of those that failed.
     pub samples: Samples,
+    /// Number of commands that succeeded and returned all their output.
+    pub complete: usize,
     /// The daemon's resident memory before, in bytes.
     pub before_bytes: u64,
     /// The peak of its resident memory meanwhile, in bytes.
@@ -79,32 +82,43 @@ pub(crate) fn process_time(client: &Client, vm: &str) -> Outcome<Duration> {
     Ok(Duration::from_nanos(nanos) / PROCESSES)
 }
 
-/// Runs [`CONCURRENT`] commands at the same time, and measures the daemon's memory. All must
-/// complete, with all their output.
+/// Runs [`CONCURRENT`] commands at the same time, and measures the daemon's memory.
 pub(crate) fn concurrent(daemon: &Daemon, vm: &str) -> Outcome<Concurrent> {
     let client = daemon.client();
     // Opens the connection to the agent.
     client.run_exec(vm, &CreateExec::of_argv(vec!["true".to_owned()]))?;
     let exec = CreateExec::of_command(format!("head -c {OUTPUT} /dev/zero | tr '\\0' x"));
+    let complete = AtomicUsize::new(0);
     daemon.reset_peak()?;
     let before_bytes = daemon.resident_bytes()?;
-    let samples = measure::run(CONCURRENT, CONCURRENT, |_| {
-        let (time, ended) = timed(|| Ok(client.run_exec(vm, &exec)?))?;
-        let complete = ended.exit_code == Some(0) && !ended.truncated && ended.stdout.len() == OUTPUT;
-        match complete && ended.stdout.bytes().all(|byte| byte == b'x') {
-            true => Ok(time),
-            false => Err(format!(
-                "a command of {CONCURRENT} is incomplete: {} bytes of output, exit code {:?}, {}",
-                ended.stdout.len(),
-                ended.exit_code,
-                ended.stderr
-            )
-            .into()),
+    let samples = measure::run(CONCURRENT, CONCURRENT, |number| {
+        let (time, ended) = timed(|| Ok(client.run_exec(vm, &exec).map_err(|error| error.to_string())))?;
+        match ended.and_then(require_complete) {
+            Ok(()) => {
+                complete.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(error) => eprintln!("bench: exec {number} of {CONCURRENT}: {error}"),
         }
+        Ok(time)
     })?;
     Ok(Concurrent {
         samples,
+        complete: complete.into_inner(),
         before_bytes,
         peak_bytes: daemon.peak_bytes()?,
     })
+}
+
+/// Checks that a command of [`concurrent`] succeeded, and that its output is complete.
+fn require_complete(ended: ExecResult) -> Result<(), String> {
+    let all = ended.stdout.len() == OUTPUT && ended.stdout.bytes().all(|byte| byte == b'x');
+    match ended.exit_code == Some(0) && !ended.truncated && all {
+        true => Ok(()),
+        false => Err(format!(
+            "exit code {:?}, {} bytes of output, {}",
+            ended.exit_code,
+            ended.stdout.len(),
+            ended.stderr
+        )),
+    }
 }

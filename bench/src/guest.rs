@@ -44,25 +44,27 @@ pub(crate) struct GuestResults {
 pub(crate) fn measure(setup: &Setup) -> Outcome<GuestResults> {
     let daemon = Daemon::start(setup)?;
     let boots = measure_boots(setup, &daemon)?;
-    let (live_grow_s, live_grow_confirmed) = grow(daemon.client(), &boots.running)?;
+    let (client, vm) = (daemon.client(), &boots.running);
+    let (live_grow_s, live_grow_confirmed) = grow(client, vm)?;
+    let execs = execs::latency(setup, client, &vm.id)?;
+    let process_ms = milliseconds(execs::process_time(client, &vm.id)?);
+    let transfers = transfers::measure(setup, client, vm)?;
     drop(daemon);
     // Memory that the daemon has freed before would hide its growth, so another daemon takes over.
     let daemon = Daemon::start(setup)?;
-    let (client, vm) = (daemon.client(), &boots.running);
     let concurrent_execs = execs::concurrent(&daemon, &vm.id)?;
-    let results = GuestResults {
+    daemon.client().delete_vm(&vm.id)?;
+    Ok(GuestResults {
         boot: boots.median,
         first_exec_s: boots.first_exec_s,
         first_exec_agent_s: boots.first_exec_agent_s,
         live_grow_s,
         live_grow_confirmed,
-        execs: execs::latency(setup, client, &vm.id)?,
-        process_ms: milliseconds(execs::process_time(client, &vm.id)?),
+        execs,
+        process_ms,
         concurrent_execs,
-        transfers: transfers::measure(setup, client, vm)?,
-    };
-    client.delete_vm(&vm.id)?;
-    Ok(results)
+        transfers,
+    })
 }
 
 /// The measured boots.

@@ -229,6 +229,12 @@ fn guest_goals(results: &GuestResults) -> Vec<Goal> {
             "×",
             0.5,
         ),
+        Goal::at_least(
+            &format!("complete execs of {CONCURRENT_EXECS} at once with 1 MiB each"),
+            concurrent.complete as f64,
+            "",
+            CONCURRENT_EXECS as f64,
+        ),
         Goal::at_most(
             &format!("growth of the daemon's memory in {CONCURRENT_EXECS} execs with 1 MiB each"),
             mib(concurrent.peak_bytes.saturating_sub(concurrent.before_bytes)),
