@@ -3,7 +3,8 @@
 #   sudo make demo         from nothing to SSH in a VM, in a scratch folder (KEEP=1 keeps it)
 #   sudo make test         all tests, with real pools, a real kernel and real guests
 #   sudo make test-faults  every system call of every operation fails once (docs/crash-safety.md)
-#   sudo make bench        measures disk creation (docs/benchmarks.md); QUICK=1 for a small run
+#   sudo make bench        measures disks, guests and pulls (docs/benchmarks.md); QUICK=1 for a
+#                          small run, ROWS="guest pull" for some groups of rows
 #   sudo make test-host    tests on a whole emulated server (scripts/test-host.sh);
 #                          CASES="install reboot" selects cases
 #   make lint              formatting, clippy, shell scripts, spelling, dependencies

@@ -2,8 +2,9 @@
 # Sets up a scratch folder, runs the benchmark, and cleans up, also after a failure or an
 # interruption.
 #
-#   make bench            a full run, at most ten minutes
-#   make bench QUICK=1    a small run
+#   make bench                      a full run, at most ten minutes
+#   make bench QUICK=1              a small run
+#   make bench ROWS="guest pull"    some groups of rows: disks, writes, guest, pull
 #
 # The pool has a device of its own, a loop device over a sparse 4 TiB file, so that 32 disks of 100
 # GiB are admitted at once on any host. The disks are clones; less than 5 GB are actually written.
@@ -11,6 +12,8 @@ set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 # shellcheck source=scripts/scratch.sh
 source scripts/scratch.sh
+# shellcheck source=scripts/registry.sh
+source scripts/registry.sh
 
 scaleboxd=$PWD/target/release/scaleboxd
 [[ $EUID -eq 0 ]] || { echo "run.sh: needs root; run: sudo make bench" >&2; exit 1; }
@@ -33,6 +36,7 @@ down() {
 			sleep 0.1
 		done
 	fi
+	registry_down
 	# An interrupted seed.sh may have left a file system mounted.
 	findmnt --raw --noheadings --output TARGET | grep -F -- "$SCRATCH/mnt/" | while read -r mounted; do umount -- "$mounted"; done || true
 	mountpoint -q "$BENCH_EXT4" && umount -- "$BENCH_EXT4"
@@ -44,7 +48,7 @@ down() {
 
 scratch_up bench 7
 export SUBNET=172.29.0.0/16 PORT_MIN=10000 PORT_MAX=19999 OVERCOMMIT_RATIO=100 LOG_LEVEL=info
-export SCRATCH SCALEBOXD BENCH_EXT4=$SCRATCH/ext4 QUICK=${QUICK:-}
+export SCRATCH SCALEBOXD BENCH_EXT4=$SCRATCH/ext4 QUICK=${QUICK:-} ROWS=${ROWS:-}
 trap down EXIT
 trap 'exit 130' INT TERM
 
@@ -61,5 +65,7 @@ mount -o noatime "$ext4_loop" "$BENCH_EXT4"
 ssh-keygen -q -t ed25519 -N '' -C bench -f "$SCRATCH/key"
 "$scaleboxd" --config /dev/null pool init >/dev/null
 "$scaleboxd" --config /dev/null template build debian-base --cache "$SCALEBOX_CACHE" >/dev/null
+registry_up "$SCRATCH/registry" anonymous
+export REGISTRY
 
 target/release/scalebox-bench

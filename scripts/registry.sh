@@ -1,28 +1,25 @@
 # shellcheck shell=bash
-# Sourced by the demo: runs a container registry with a password on loopback, with one image.
+# Sourced by the demo and the benchmark: runs a container registry on loopback.
 #
-#   registry_up FOLDER    starts it, with its files in FOLDER; sets REGISTRY (host and port),
-#                         REGISTRY_USER, REGISTRY_PASSWORD and REGISTRY_PID
+#   registry_up FOLDER [anonymous]
+#                         starts it, with its files in FOLDER; sets REGISTRY (host and port) and
+#                         REGISTRY_PID. It demands a password, REGISTRY_PASSWORD of REGISTRY_USER,
+#                         unless it is anonymous
 #   registry_image NAME   makes an image of busybox and pushes it as NAME
 #   registry_down         stops it
 
 registry_up() {
-	local folder=$1 hash tries
+	local folder=$1 access=${2:-password} tries
 	registry_folder=$folder
 	mkdir -p -- "$folder"
 	REGISTRY=127.0.0.1:$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-	REGISTRY_USER=demo
-	REGISTRY_PASSWORD=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-	hash=$(PASSWORD=$REGISTRY_PASSWORD python3 -W ignore -c \
-		'import crypt, os; print(crypt.crypt(os.environ["PASSWORD"], crypt.mksalt(crypt.METHOD_BLOWFISH)))')
-	(umask 077 && printf '%s:%s\n' "$REGISTRY_USER" "$hash" >"$folder/htpasswd")
 	cat >"$folder/config.yml" <<-YML
 		version: 0.1
 		log: {accesslog: {disabled: true}, level: error}
 		storage: {filesystem: {rootdirectory: $folder/data}}
 		http: {addr: '$REGISTRY'}
-		auth: {htpasswd: {realm: demo, path: $folder/htpasswd}}
 	YML
+	[[ $access == anonymous ]] || registry_password
 	docker-registry serve "$folder/config.yml" >"$folder/log" 2>&1 &
 	REGISTRY_PID=$!
 	for ((tries = 0; tries < 300; tries++)); do
@@ -33,6 +30,17 @@ registry_up() {
 	echo "registry.sh: the registry did not start; its log:" >&2
 	cat "$folder/log" >&2
 	return 1
+}
+
+# registry_password: makes the password, and adds it to the configuration.
+registry_password() {
+	local folder=$registry_folder hash
+	REGISTRY_USER=demo
+	REGISTRY_PASSWORD=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+	hash=$(PASSWORD=$REGISTRY_PASSWORD python3 -W ignore -c \
+		'import crypt, os; print(crypt.crypt(os.environ["PASSWORD"], crypt.mksalt(crypt.METHOD_BLOWFISH)))')
+	(umask 077 && printf '%s:%s\n' "$REGISTRY_USER" "$hash" >"$folder/htpasswd")
+	echo "auth: {htpasswd: {realm: demo, path: $folder/htpasswd}}" >>"$folder/config.yml"
 }
 
 registry_image() {

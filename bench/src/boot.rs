@@ -1,10 +1,14 @@
-//! Measures how long a guest takes from the request to SSH, and where the time goes.
+//! Measures how long a guest takes from the request to SSH or to its first command, and where the
+//! time goes.
 
+use crate::command::{SSH_OPTIONS, run};
 use crate::disks::{DiskFactory, TEMPLATE};
+use crate::measure::timed;
 use crate::outcome::Outcome;
 use crate::setup::Setup;
 use crate::wait::wait_until;
-use scalebox_api::{CreateVm, Vm};
+use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, Vm, WaitFor};
+use scalebox_client::Client;
 use serde::Serialize;
 use std::io::Read;
 use std::net::TcpStream;
@@ -45,31 +49,38 @@ pub(crate) fn measure(setup: &Setup, factory: &DiskFactory<'_>) -> Outcome<(Boot
     Ok((boot, vm))
 }
 
+/// Creates a VM of `template`, and runs `command` in it as soon as its agent responds. Returns the
+/// time from the request to the command's result, and deletes the VM.
+pub(crate) fn measure_first_exec(client: &Client, template: &str, command: &[&str]) -> Outcome<Duration> {
+    let request = CreateVm::new(template.parse()?, None);
+    let query = CreateVmQuery {
+        wait: Some(WaitFor::Agent),
+        wait_seconds: Some(240),
+    };
+    let exec = CreateExec::of_argv(command.iter().map(|&word| word.to_owned()).collect());
+    let (time, (vm, ended)) = timed(|| {
+        let vm = client.create_vm_and_wait(&request, query)?;
+        let ended = client.run_exec(&vm.id, &exec)?;
+        Ok((vm, ended))
+    })?;
+    client.delete_vm(&vm.id)?;
+    match ended.exit_code {
+        Some(0) => Ok(time),
+        _ => Err(format!("{command:?} failed in a VM of {template}: {ended:?}").into()),
+    }
+}
+
 /// Asks the guest's systemd when it started, in microseconds since the kernel did
 /// (`UserspaceTimestampMonotonic`, org.freedesktop.systemd1(5)).
 fn kernel_time(setup: &Setup, port: u16) -> Outcome<Duration> {
-    let output = Command::new("ssh")
-        .args([
-            "-o",
-            "BatchMode=yes",
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-        ])
-        .args(["-o", "LogLevel=ERROR", "-i"])
-        .arg(setup.scratch.join("key"))
-        .args(["-p", &port.to_string(), "user@127.0.0.1"])
-        .args(["systemctl", "show", "--value", "--property=UserspaceTimestampMonotonic"])
-        .output()
-        .map_err(|error| format!("cannot run ssh: {error}; install it with scripts/deps.sh"))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let micros = text.trim().parse().map_err(|_| {
-        format!(
-            "the guest does not report its boot times: {text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        )
-    })?;
+    let mut command = Command::new("ssh");
+    command.args(SSH_OPTIONS).arg("-i").arg(setup.scratch.join("key"));
+    command.args(["-p", &port.to_string(), "user@127.0.0.1"]);
+    command.args(["systemctl", "show", "--value", "--property=UserspaceTimestampMonotonic"]);
+    let text = run(&mut command)?;
+    let micros = text
+        .parse()
+        .map_err(|_| format!("the guest does not report its boot times: {text}"))?;
     Ok(Duration::from_micros(micros))
 }
 

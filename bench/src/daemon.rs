@@ -60,11 +60,26 @@ impl Daemon {
 
     /// Returns the daemon's resident memory in bytes.
     pub(crate) fn resident_bytes(&self) -> Outcome<u64> {
+        self.status("VmRSS:")
+    }
+
+    /// Returns the peak of the daemon's resident memory since [`Daemon::reset_peak`], in bytes.
+    pub(crate) fn peak_bytes(&self) -> Outcome<u64> {
+        self.status("VmHWM:")
+    }
+
+    /// Sets the peak to the present resident memory (proc_pid_clear_refs(5)).
+    pub(crate) fn reset_peak(&self) -> Outcome<()> {
+        Ok(fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?)
+    }
+
+    /// Returns a size in `/proc/PID/status`, in bytes.
+    fn status(&self, field: &str) -> Outcome<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
         let kib: u64 = line
             .and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok())
-            .ok_or("/proc/PID/status of the daemon has no VmRSS")?;
+            .ok_or_else(|| format!("/proc/PID/status of the daemon has no {field}"))?;
         Ok(kib << 10)
     }
 }

@@ -5,26 +5,40 @@
 //!
 //! | file | job |
 //! |---|---|
+//! | `groups` | the groups of rows, and the choice of them |
 //! | `stages` | runs the measurements in order |
 //! | `disks` | four methods to create a disk |
 //! | `daemon` | the daemon under test |
 //! | `setup` | reads the environment that `bench/run.sh` has prepared |
 //! | `outcome` | the result of a step |
-//! | `boot` | measures the time of a guest to SSH |
+//! | `guest` | measures boots, and a running guest |
+//! | `boot` | measures a guest's way to SSH, and to its first command |
+//! | `execs` | measures commands in a guest |
+//! | `transfers` | measures files to and from a guest |
+//! | `images` | makes container images and pushes them |
+//! | `pull` | measures a pull from a registry |
+//! | `command` | runs the programs to compare with |
 //! | `measure` | measures operations, sequential or concurrent |
 //! | `wait` | waits for something to happen |
 //! | `random_writes` | random writes with fio |
 //! | `report` | the table, the JSON and the chart |
 
 mod boot;
+mod command;
 mod daemon;
 mod disks;
+mod execs;
+mod groups;
+mod guest;
+mod images;
 mod measure;
 mod outcome;
+mod pull;
 mod random_writes;
 mod report;
 mod setup;
 mod stages;
+mod transfers;
 mod wait;
 
 use setup::Setup;

@@ -74,6 +74,12 @@ pub(crate) fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
+/// Returns the median, in seconds; zero without samples.
+pub(crate) fn median_seconds(mut times: Vec<Duration>) -> f64 {
+    times.sort_unstable();
+    percentile(&times, 50).as_secs_f64()
+}
+
 /// Runs `work`; returns its duration and its result.
 pub(crate) fn timed<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<(Duration, T)> {
     let begun = Instant::now();

@@ -1,8 +1,13 @@
 //! Writes the table, the JSON and the chart.
 
 use crate::disks::Method;
+use crate::execs::CONCURRENT as CONCURRENT_EXECS;
+use crate::guest::GuestResults;
 use crate::outcome::Outcome;
-use crate::stages::{CONCURRENT_CLIENTS, Results, Series};
+use crate::pull::Pulls;
+use crate::random_writes::Passes;
+use crate::stages::{CONCURRENT_CLIENTS, DiskResults, Results, Series};
+use crate::transfers::SIZE_MIB;
 use comfy_table::{CellAlignment, Table, presets};
 use plotters::prelude::*;
 use rustix::system::uname;
@@ -20,8 +25,8 @@ struct Goal {
     /// `true` if the goal is a maximum, `false` if it is a minimum.
     at_most: bool,
     reached: bool,
-    /// The same figure of the fastest method that is possible here, measured in the same run. That
-    /// is a bare clone with two flushes.
+    /// The same figure of the fastest method that is possible here, measured in the same run: a
+    /// bare clone with two flushes, or a process that the guest starts itself.
     limit: Option<f64>,
     /// The measured figure divided by the limit.
     of_limit: Option<f64>,
@@ -42,7 +47,8 @@ struct Report<'a> {
     results: &'a Results,
 }
 
-/// Prints the tables, and writes `bench/results/bench.json` and `bench.svg`.
+/// Prints the tables of the measured groups. After a complete run, also writes
+/// `bench/results/bench.json` and `bench.svg`.
 pub(crate) fn write(results: &Results) -> Outcome<()> {
     let report = Report {
         machine: Machine {
@@ -57,16 +63,25 @@ pub(crate) fn write(results: &Results) -> Outcome<()> {
         "{} cores, Linux {}; pool: {}\n",
         report.machine.cores, report.machine.kernel, report.machine.pool
     );
-    println!("{}\n", disks_table(results));
-    println!("{}\n", writes_table(results));
+    if let Some(disks) = &results.disks {
+        println!("{}\n", disks_table(disks));
+    }
+    if let Some(writes) = &results.random_writes {
+        println!("{}\n", writes_table(writes));
+    }
     println!("{}", goals_table(&report.goals));
+    let (Some(disks), Some(_), Some(_), Some(_)) =
+        (&results.disks, &results.random_writes, &results.guest, &results.pulls)
+    else {
+        return Ok(());
+    };
     let folder = Path::new("bench/results");
     fs::create_dir_all(folder)?;
     fs::write(folder.join("bench.json"), serde_json::to_string_pretty(&report)? + "\n")?;
-    draw(results, &folder.join("bench.svg"))
+    draw(disks, &folder.join("bench.svg"))
 }
 
-impl Results {
+impl DiskResults {
     fn find(&self, method: Method, size_gib: u64, disks: usize, clients: usize) -> Outcome<&Series> {
         let found = self.series.iter().find(|series| {
             (series.method, series.size_gib, series.disks, series.samples.clients) == (method, size_gib, disks, clients)
@@ -79,25 +94,30 @@ impl Results {
     }
 }
 
-/// Returns all figures with their goals, and at the end the figures without a goal.
+/// Returns all figures of the measured groups with their goals, and at the end the figures without
+/// a goal.
 fn goals(results: &Results) -> Outcome<Vec<Goal>> {
-    let mut goals = creation_goals(results)?;
-    goals.push(memory_goal(results));
-    goals.push(random_write_goal(results)?);
-    goals.extend(running_goals(results));
-    let boot = &results.boot;
-    let parts = [
-        ("POST /vms to SSH, median", boot.to_ssh_s),
-        ("… until the machine runs", boot.vmm_s),
-        ("… until the guest's kernel has started its init", boot.kernel_s),
-        ("… until user space responds to SSH", boot.user_space_s),
-    ];
-    goals.extend(parts.map(|(figure, seconds)| Goal::none(figure, seconds, "s")));
+    let mut goals = Vec::new();
+    if let Some(disks) = &results.disks {
+        goals.extend(creation_goals(disks)?);
+        goals.extend(daemon_goals(disks));
+    }
+    if let Some(writes) = &results.random_writes {
+        goals.push(random_write_goal(writes)?);
+    }
+    if let Some(guest) = &results.guest {
+        goals.extend(guest_goals(guest));
+    }
+    if let Some(pulls) = &results.pulls {
+        goals.push(pull_goal(pulls));
+    }
+    goals.extend(results.guest.iter().flat_map(guest_figures));
+    goals.extend(results.pulls.iter().flat_map(pull_figures));
     Ok(goals)
 }
 
 /// Returns the goals of `POST /vms`, each with a new connection. Their limit is a bare clone.
-fn creation_goals(results: &Results) -> Outcome<Vec<Goal>> {
+fn creation_goals(results: &DiskResults) -> Outcome<Vec<Goal>> {
     let p50 = |method, size, disks| results.find(method, size, disks, 1).map(|series| series.samples.p50_ms);
     let rate = |method| {
         let concurrent = results.find(method, 2, 10, CONCURRENT_CLIENTS);
@@ -135,15 +155,20 @@ fn creation_goals(results: &Results) -> Outcome<Vec<Goal>> {
     ])
 }
 
-/// Returns the goals of a running guest, and of a daemon with many VMs.
-fn running_goals(results: &Results) -> Vec<Goal> {
+/// Returns the goals of a daemon with many VMs.
+fn daemon_goals(results: &DiskResults) -> Vec<Goal> {
     let vms = format!(
         "{} stopped and {} running VMs",
         results.list_stopped, results.list_running
     );
     let list = results.list.as_ref().map_or(f64::NAN, |list| list.p99_ms);
     vec![
-        Goal::at_most("live grow 10 → 20 GiB, idle guest", results.live_grow_s, "s", 2.0),
+        Goal::at_most(
+            &format!("the daemon's memory with {} stopped VMs", results.resident_vms),
+            mib(results.resident_bytes),
+            "MiB",
+            40.0,
+        ),
         Goal::at_most(&format!("GET /vms with {vms}, p99"), list, "ms", 10.0),
         Goal::at_most(
             &format!("daemon's restart to ready with {vms}"),
@@ -154,18 +179,13 @@ fn running_goals(results: &Results) -> Vec<Goal> {
     ]
 }
 
-fn memory_goal(results: &Results) -> Goal {
-    Goal::at_most(
-        &format!("the daemon's memory with {} stopped VMs", results.resident_vms),
-        results.resident_bytes as f64 / f64::from(1 << 20),
-        "MiB",
-        40.0,
-    )
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
-fn random_write_goal(results: &Results) -> Outcome<Goal> {
+fn random_write_goal(results: &[Passes]) -> Outcome<Goal> {
     let last = |on: &str| {
-        let passes = results.random_writes.iter().find(|passes| passes.on == on);
+        let passes = results.iter().find(|passes| passes.on == on);
         passes
             .and_then(|passes| passes.iops.last().copied())
             .ok_or_else(|| format!("no writes to {on} were measured"))
@@ -174,6 +194,101 @@ fn random_write_goal(results: &Results) -> Outcome<Goal> {
     let ratio = last("a clone in the pool")? / ext4;
     let figure = "4 KiB random writes, third pass: clone ÷ ext4 on a loop device";
     Ok(Goal::at_least(figure, ratio, "×", 0.6))
+}
+
+/// Returns the goals of booting and running guests. The limit of a command is a process in the
+/// guest.
+fn guest_goals(results: &GuestResults) -> Vec<Goal> {
+    let (to_ssh, transfers) = (results.boot.to_ssh_s, &results.transfers);
+    let concurrent = &results.concurrent_execs;
+    vec![
+        Goal::at_most("live grow 10 → 20 GiB, idle guest", results.live_grow_s, "s", 2.0),
+        Goal::at_most(
+            "POST /vms to the first exec ÷ to SSH, medians",
+            results.first_exec_s / to_ssh,
+            "×",
+            0.5,
+        ),
+        Goal::at_most(
+            "POST /vms to the first exec, one-program image ÷ Debian to SSH",
+            results.first_exec_agent_s / to_ssh,
+            "×",
+            0.35,
+        ),
+        Goal::at_most("exec of `true`, kept connection, p50", results.execs.p50_ms, "ms", 15.0)
+            .with_limit(results.process_ms),
+        Goal::at_least(
+            &format!("upload of {SIZE_MIB} MiB: rate ÷ that of scp"),
+            transfers.upload / transfers.scp_upload,
+            "×",
+            0.5,
+        ),
+        Goal::at_least(
+            &format!("download of {SIZE_MIB} MiB: rate ÷ that of scp"),
+            transfers.download / transfers.scp_download,
+            "×",
+            0.5,
+        ),
+        Goal::at_least(
+            &format!("complete execs of {CONCURRENT_EXECS} at once with 1 MiB each"),
+            concurrent.complete as f64,
+            "execs",
+            CONCURRENT_EXECS as f64,
+        ),
+        Goal::at_most(
+            &format!("growth of the daemon's memory in {CONCURRENT_EXECS} execs with 1 MiB each"),
+            mib(concurrent.peak_bytes.saturating_sub(concurrent.before_bytes)),
+            "MiB",
+            32.0,
+        ),
+    ]
+}
+
+/// Returns the figures of guests that have no goal.
+fn guest_figures(results: &GuestResults) -> Vec<Goal> {
+    let (boot, transfers) = (&results.boot, &results.transfers);
+    let seconds = [
+        ("POST /vms to SSH, median", boot.to_ssh_s),
+        ("… until the machine runs", boot.vmm_s),
+        ("… until the guest's kernel has started its init", boot.kernel_s),
+        ("… until user space responds to SSH", boot.user_space_s),
+        ("POST /vms to the first exec, median", results.first_exec_s),
+        ("… one-program image", results.first_exec_agent_s),
+    ];
+    let rates = [
+        ("upload", transfers.upload),
+        ("… scp", transfers.scp_upload),
+        ("download", transfers.download),
+        ("… scp", transfers.scp_download),
+    ];
+    let execs = &results.concurrent_execs.samples;
+    let mut figures: Vec<Goal> = seconds.map(|(figure, value)| Goal::none(figure, value, "s")).into();
+    figures.extend(rates.map(|(figure, value)| Goal::none(figure, value, "MiB/s")));
+    figures.push(Goal::none(
+        &format!("{} execs at once with 1 MiB each", execs.count),
+        execs.count as f64 / execs.per_second,
+        "s",
+    ));
+    figures
+}
+
+fn pull_goal(results: &Pulls) -> Goal {
+    let figure = format!(
+        "pull of {:.0} MiB in {} layers ÷ skopeo copy and umoci unpack",
+        mib(results.image_bytes),
+        results.image_layers
+    );
+    let others = results.skopeo_s + results.umoci_s;
+    Goal::at_most(&figure, results.pull_s / others, "×", 3.0)
+}
+
+/// Returns the figures of a pull that have no goal.
+fn pull_figures(results: &Pulls) -> Vec<Goal> {
+    vec![
+        Goal::none("pull of that image", results.pull_s, "s"),
+        Goal::none("… skopeo copy", results.skopeo_s, "s"),
+        Goal::none("… umoci unpack", results.umoci_s, "s"),
+    ]
 }
 
 impl Goal {
@@ -229,7 +344,7 @@ fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table 
     table
 }
 
-fn disks_table(results: &Results) -> Table {
+fn disks_table(results: &DiskResults) -> Table {
     let seed = |series: &Series| {
         let same = results.find(Method::Seed, series.size_gib, series.disks, series.samples.clients);
         same.map_or_else(
@@ -265,8 +380,8 @@ fn disks_table(results: &Results) -> Table {
     table(&header, rows)
 }
 
-fn writes_table(results: &Results) -> Table {
-    let rows = results.random_writes.iter().map(|passes| {
+fn writes_table(results: &[Passes]) -> Table {
+    let rows = results.iter().map(|passes| {
         let mut row = vec![passes.on.to_owned()];
         row.extend(passes.iops.iter().map(|iops| format!("{iops:.0}")));
         row
@@ -306,7 +421,7 @@ fn number(value: f64, unit: &str) -> String {
 }
 
 /// Draws one bar per method and size with one client: the median on a logarithmic scale.
-fn draw(results: &Results, path: &Path) -> Outcome<()> {
+fn draw(results: &DiskResults, path: &Path) -> Outcome<()> {
     let bars: Vec<(String, f64, RGBColor)> = results
         .series
         .iter()

@@ -1,14 +1,17 @@
 //! Runs all measurements in order.
 
-use crate::boot::{self, Boot, wait_for_ssh};
+use crate::boot::wait_for_ssh;
 use crate::daemon::Daemon;
 use crate::disks::{DiskFactory, Method, TEMPLATE};
+use crate::groups::Group;
+use crate::guest::{self, GuestResults};
 use crate::measure::{self, Samples, milliseconds};
 use crate::outcome::Outcome;
+use crate::pull::{self, Pulls};
 use crate::random_writes::{self, Passes};
 use crate::setup::Setup;
 use crate::wait::wait_until;
-use scalebox_api::{CreateVm, UpdateVm};
+use scalebox_api::CreateVm;
 use scalebox_client::Client;
 use serde::Serialize;
 use std::fs::File;
@@ -32,9 +35,26 @@ pub(crate) struct Series {
     pub samples: Samples,
 }
 
-/// The results of all measurements.
+/// The results of the measured groups.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Results {
+    /// Disks, and a daemon with many VMs.
+    #[serde(flatten)]
+    pub disks: Option<DiskResults>,
+    /// Rates of 4 KiB random writes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub random_writes: Option<Vec<Passes>>,
+    /// Boots, and a running guest.
+    #[serde(flatten)]
+    pub guest: Option<GuestResults>,
+    /// Pulls from a registry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pulls: Option<Pulls>,
+}
+
+/// The figures of disks, and of a daemon with many VMs.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct DiskResults {
     /// One series per method, size and number of clients.
     #[serde(rename = "made")]
     pub series: Vec<Series>,
@@ -52,19 +72,33 @@ pub(crate) struct Results {
     pub resident_bytes: u64,
     /// Number of stopped VMs when the memory was measured.
     pub resident_vms: usize,
-    /// Rates of 4 KiB random writes.
-    pub random_writes: Vec<Passes>,
-    /// The boot of median duration.
-    pub boot: Boot,
-    /// Duration of `PATCH /vms/{id}` from 10 to 20 GiB with a running, idle guest, in seconds.
-    pub live_grow_s: f64,
-    /// `true` if the guest confirmed that growth.
-    pub live_grow_confirmed: bool,
 }
 
-/// Runs all stages.
+/// Runs all stages of the chosen groups.
 pub(crate) fn run(setup: &Setup) -> Outcome<Results> {
     let mut results = Results::default();
+    for group in Group::ALL.into_iter().filter(|group| setup.groups.contains(group)) {
+        match group {
+            Group::Disks => results.disks = Some(measure_disks(setup)?),
+            Group::Writes => {
+                report_stage("random writes");
+                results.random_writes = Some(random_writes::run(setup)?);
+            }
+            Group::Guest => {
+                report_stage("boots, and commands and files in a guest");
+                results.guest = Some(guest::measure(setup)?);
+            }
+            Group::Pull => {
+                report_stage("pulls from a registry");
+                results.pulls = Some(pull::measure(setup)?);
+            }
+        }
+    }
+    Ok(results)
+}
+
+fn measure_disks(setup: &Setup) -> Outcome<DiskResults> {
+    let mut results = DiskResults::default();
     let (listed, running) = if setup.quick { (50, 2) } else { (200, 8) };
     let (many, max) = if setup.quick { (200, 400) } else { (1000, 5000) };
 
@@ -75,7 +109,7 @@ pub(crate) fn run(setup: &Setup) -> Outcome<Results> {
         fill(&factory, &daemon, 10)?;
         for size_gib in [2, 10, 100] {
             for method in [Method::Api, Method::Seed, Method::Bare, Method::Library] {
-                results.measure_disks(setup, &factory, method, size_gib, 10)?;
+                results.measure(setup, &factory, method, size_gib, 10)?;
             }
         }
         let admissions = measure::run(2000, 1, |_| factory.admit())?;
@@ -105,13 +139,9 @@ pub(crate) fn run(setup: &Setup) -> Outcome<Results> {
             results.resident_vms = disks;
         }
         for method in [Method::Bare, Method::Library, Method::Api] {
-            results.measure_disks(setup, &factory, method, 2, disks)?;
+            results.measure(setup, &factory, method, 2, disks)?;
         }
     }
-    report_stage("random writes");
-    results.random_writes = random_writes::run(setup)?;
-    report_stage("boot and live growth of a guest");
-    measure_guest(setup, &factory, &daemon, &mut results)?;
     Ok(results)
 }
 
@@ -139,9 +169,9 @@ fn boot(factory: &DiskFactory<'_>, daemon: &Daemon, guests: usize) -> Outcome<Ve
     Ok(booted.into_iter().map(|vm| vm.id).collect())
 }
 
-impl Results {
+impl DiskResults {
     /// Measures creations one at a time, then concurrent ones, and removes the disks.
-    fn measure_disks(
+    fn measure(
         &mut self,
         setup: &Setup,
         factory: &DiskFactory<'_>,
@@ -190,38 +220,4 @@ fn flush(setup: &Setup, client: &Client) -> Outcome<()> {
         Ok(client.pool()?.committed_bytes == provisioned)
     })?;
     Ok(rustix::fs::syncfs(File::open(&setup.pool)?)?)
-}
-
-fn measure_guest(setup: &Setup, factory: &DiskFactory<'_>, daemon: &Daemon, results: &mut Results) -> Outcome<()> {
-    let client = daemon.client();
-    let runs = if setup.quick { 1 } else { 3 };
-    let mut boots = Vec::new();
-    for run in 0..runs {
-        let (boot, vm) = boot::measure(setup, factory)?;
-        boots.push(boot);
-        if run + 1 == runs {
-            wait_for_agent(client, &vm.id)?;
-            let grow = |disk_size_gib| measure::timed(|| Ok(client.update_vm(&vm.id, &UpdateVm::grow(disk_size_gib))?));
-            let (time, grown) = grow(20)?;
-            results.live_grow_s = time.as_secs_f64();
-            results.live_grow_confirmed = grown.disk.is_some_and(|disk| disk.confirmed);
-        }
-        client.delete_vm(&vm.id)?;
-    }
-    boots.sort_by(|a, b| a.to_ssh_s.total_cmp(&b.to_ssh_s));
-    results.boot = boots[boots.len() / 2];
-    Ok(())
-}
-
-/// Grows the disk until the guest's agent confirms a growth, and so is running. Ends with a disk of
-/// 10 GiB.
-fn wait_for_agent(client: &Client, id: &str) -> Outcome<()> {
-    for disk_size_gib in 4..=10 {
-        let grown = client.update_vm(id, &UpdateVm::grow(disk_size_gib))?;
-        if grown.disk.is_some_and(|disk| disk.confirmed) {
-            break;
-        }
-    }
-    client.update_vm(id, &UpdateVm::grow(10))?;
-    Ok(())
 }

@@ -18,7 +18,7 @@
 //! | request | body → response |
 //! |---|---|
 //! | `GET /v1/info` | → [`Info`] |
-//! | `POST /v1/execs` | [`StartExec`] → [`ExecStatus`] |
+//! | `POST /v1/execs?follow=BOOL` | [`StartExec`] → [`ExecStatus`], or [frames](frame) from the start on |
 //! | `GET /v1/execs` | → list of [`ExecStatus`] |
 //! | `GET /v1/execs/{id}` | → [`ExecStatus`] |
 //! | `GET /v1/execs/{id}/output?since=OFFSET&follow=BOOL` | → [frames](frame) |

@@ -38,7 +38,14 @@ use std::sync::Arc;
 pub(crate) async fn respond(execs: &Arc<Execs>, request: Request, rest: &[&str]) -> Result<Response, Failure> {
     let method = request.method().clone();
     match (method, rest) {
-        (Method::POST, []) => Ok(json(&start::start(execs, read_json(request).await?).await?)),
+        (Method::POST, []) => {
+            let follow = Query::of(&request).flag("follow")?;
+            let status = start::start(execs, read_json(request).await?).await?;
+            match follow {
+                true => Ok(output::follow(&*execs.get(&status.id)?, 0)),
+                false => Ok(json(&status)),
+            }
+        }
         (Method::GET, []) => Ok(json(&execs.list())),
         (Method::GET, [id]) => Ok(json(&execs.get(id)?.status())),
         (Method::GET, [id, "output"]) => output::respond(&*execs.get(id)?, &Query::of(&request)),

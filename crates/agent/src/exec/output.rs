@@ -18,23 +18,32 @@ pub(crate) fn respond(exec: &Exec, query: &Query) -> Result<Response, Failure> {
         let error = format!("the offset {position} is after the end of the output, {end}");
         return Err(Failure::new(FailureCode::Invalid, error));
     }
-    let reader = match query.flag("follow")? {
-        true => Reader {
-            following: Some(output.follow(position)),
-            output,
-            position,
-            until: u64::MAX,
-        },
-        false => Reader {
+    match query.flag("follow")? {
+        true => Ok(follow(exec, position)),
+        false => Ok(frames(Reader {
             following: None,
             output,
             position,
             until: end,
-        },
-    };
-    Ok(stream(futures::stream::unfold(Some(reader), |reader| async {
+        })),
+    }
+}
+
+/// Responds with the frames from the offset `position` on, until the exec has ended.
+pub(crate) fn follow(exec: &Exec, position: u64) -> Response {
+    let output = Arc::clone(&exec.output);
+    frames(Reader {
+        following: Some(output.follow(position)),
+        output,
+        position,
+        until: u64::MAX,
+    })
+}
+
+fn frames(reader: Reader) -> Response {
+    stream(futures::stream::unfold(Some(reader), |reader| async {
         reader?.next().await
-    })))
+    }))
 }
 
 struct Reader {

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// Maximum time that a start waits for other starts in progress.
-const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(45);
 
 /// Starts an exec and returns its state.
 ///

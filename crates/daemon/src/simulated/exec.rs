@@ -425,6 +425,9 @@ fn an_agent_that_answers_for_another_exec_or_ends_early_is_an_error() {
     sim.run(async |host| {
         let answer = post(&host, "/vms/liar/exec", json!({ "command": "true" })).await;
         assert_eq!(answer.error(), (503, "unreachable".to_owned()));
+        let background = json!({ "command": "true", "background": true });
+        let answer = post(&host, "/vms/liar/exec", background).await;
+        assert_eq!(answer.error(), (503, "unreachable".to_owned()));
         assert!(
             answer.json()["error"].as_str().unwrap().contains("another exec"),
             "{}",

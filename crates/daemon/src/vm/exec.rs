@@ -37,6 +37,8 @@ pub(crate) struct Started {
     /// Its id.
     pub(crate) id: ExecId,
     begun: Instant,
+    /// Its output from the start on, if the agent returned it with the start.
+    output: Option<Output>,
     following: Following,
 }
 
@@ -64,7 +66,7 @@ pub(crate) async fn start(host: &Host, reference: &str, request: &CreateExec) ->
     let stdin = request.stdin_bytes()?.unwrap_or_default();
     let exec = of_request(request, &guest.record, &id, !stdin.is_empty());
     let begun = Instant::now();
-    start_on(&mut guest, &exec).await?;
+    let output = start_on(&mut guest, &exec).await?;
     if !stdin.is_empty() {
         let written = write_stdin_later(&guest, &id, stdin, !request.open_stdin);
         // Later input of the client comes after it. The start does not wait for a command that does
@@ -81,26 +83,34 @@ pub(crate) async fn start(host: &Host, reference: &str, request: &CreateExec) ->
         guest,
         id,
         begun,
+        output,
         following,
     })
 }
 
-/// Sends the request to start. Repeats it once if the connection has ended: the agent may have been
-/// restarted since its last use.
-async fn start_on(guest: &mut Guest, exec: &wire::StartExec) -> Result<(), ServiceError> {
-    let error = match guest.agent.start_exec(exec).await {
-        Ok(_) => return Ok(()),
+/// Sends the request to start, and returns the output of a command that is followed. Repeats the
+/// request once if the connection has ended: the agent may have been restarted since its last use.
+async fn start_on(guest: &mut Guest, exec: &wire::StartExec) -> Result<Option<Output>, ServiceError> {
+    let error = match start_once(guest, exec).await {
+        Ok(output) => return Ok(output),
         Err(error) => error,
     };
     if error.is_refusal() || !guest.agent.is_closed() {
         return Err(guest.failed(&error));
     }
     guest.reconnect().await?;
-    match guest.agent.start_exec(exec).await {
-        Ok(_) => Ok(()),
+    match start_once(guest, exec).await {
+        Ok(output) => Ok(output),
         // The first request has arrived.
-        Err(AgentError::Refused(failure)) if failure.code == FailureCode::Exists => Ok(()),
+        Err(AgentError::Refused(failure)) if failure.code == FailureCode::Exists => Ok(None),
         Err(error) => Err(guest.failed(&error)),
+    }
+}
+
+async fn start_once(guest: &Guest, exec: &wire::StartExec) -> Result<Option<Output>, AgentError> {
+    match exec.attached {
+        true => guest.agent.start_and_follow(exec).await.map(Some),
+        false => guest.agent.start_exec(exec).await.map(|_| None),
     }
 }
 
@@ -205,7 +215,10 @@ impl Started {
     /// # Errors
     /// 503.
     pub(crate) async fn follow(self) -> Result<Follow, ServiceError> {
-        let mut follow = Follow::open(self.guest, self.id, 0, true).await?;
+        let mut follow = match self.output {
+            Some(output) => Follow::new(self.guest, self.id, output, 0, true),
+            None => Follow::open(self.guest, self.id, 0, true).await?,
+        };
         follow.begun = Some(self.begun);
         // From here on, the stream's own guard counts.
         drop(self.following);
@@ -248,8 +261,12 @@ impl Follow {
     async fn open(guest: Guest, id: ExecId, since: u64, follow: bool) -> Result<Follow, ServiceError> {
         let output = guest.agent.output(id.as_str(), since, follow).await;
         let output = output.map_err(|error| guest.failed(&error))?;
+        Ok(Follow::new(guest, id, output, since, follow))
+    }
+
+    fn new(guest: Guest, id: ExecId, output: Output, since: u64, follow: bool) -> Follow {
         let following = guest.host.execs.follow(&guest.record.id, &id);
-        Ok(Follow {
+        Follow {
             guest,
             id,
             output,
@@ -259,7 +276,7 @@ impl Follow {
             reconnects: 0,
             is_lost: false,
             _following: following,
-        })
+        }
     }
 
     /// Returns the VM of the command.

@@ -15,6 +15,9 @@ use std::time::Duration;
 
 /// Timeout of most requests. An emulated guest under load responds in about half a second.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of a request that starts a command or reads its output. Longer than the agent queues the
+/// starts of many commands at once.
+const EXEC_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout of a request that changes many files, or walks a file system.
 const LONG_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -78,8 +81,16 @@ impl AgentConnection {
     /// Starts a command.
     pub async fn start_exec(&self, exec: &StartExec) -> Result<ExecStatus, AgentError> {
         let call = Call::post("/v1/execs".to_owned()).with_json(exec);
-        let status = self.json(call, RESPONSE_TIMEOUT).await?;
+        let status = self.json(call, EXEC_TIMEOUT).await?;
         checked(status, &exec.id)
+    }
+
+    /// Starts a command, and returns its output until it ends: as [`start_exec`](Self::start_exec)
+    /// and [`output`](Self::output), in one request.
+    pub async fn start_and_follow(&self, exec: &StartExec) -> Result<Output, AgentError> {
+        let call = Call::post("/v1/execs?follow=true".to_owned()).with_json(exec);
+        let response = self.send(call, EXEC_TIMEOUT).await?;
+        Ok(Output::new(Download::new(response.into_body(), self), 0))
     }
 
     /// Lists the commands that run or have ended recently.
@@ -110,7 +121,7 @@ impl AgentConnection {
     pub async fn output(&self, id: &str, since: u64, follow: bool) -> Result<Output, AgentError> {
         let id = encoded(id.as_bytes());
         let call = Call::get(format!("/v1/execs/{id}/output?since={since}&follow={follow}"));
-        let response = self.send(call, RESPONSE_TIMEOUT).await?;
+        let response = self.send(call, EXEC_TIMEOUT).await?;
         Ok(Output::new(Download::new(response.into_body(), self), since))
     }
 
