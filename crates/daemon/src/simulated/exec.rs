@@ -422,8 +422,10 @@ fn an_agent_that_answers_for_another_exec_or_ends_early_is_an_error() {
     sim.vmm
         .set_guest(|guest| guest.agent = scripted(|_| (200, running("exec-0123456789ab"))));
     let vm = sim.create("liar");
+    sim.create("other");
     sim.run(async |host| {
-        let answer = post(&host, "/vms/liar/exec", json!({ "command": "true" })).await;
+        // JSON is no frame of output.
+        let answer = post(&host, "/vms/other/exec", json!({ "command": "true" })).await;
         assert_eq!(answer.error(), (503, "unreachable".to_owned()));
         let background = json!({ "command": "true", "background": true });
         let answer = post(&host, "/vms/liar/exec", background).await;
@@ -433,7 +435,6 @@ fn an_agent_that_answers_for_another_exec_or_ends_early_is_an_error() {
             "{}",
             answer.json()
         );
-        // The agent sends JSON as output, which is not a frame.
         let output = call(&host, "GET", "/vms/liar/execs/exec-0123456789ab/output?follow=true", "").await;
         assert_eq!(output.lines().last().unwrap()["code"], "unreachable");
     });
