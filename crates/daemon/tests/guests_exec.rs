@@ -13,37 +13,17 @@ mod registry;
 mod support;
 
 use registry::{Layout, PASSWORD, Registry, USER};
-use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, OutputLine, SnapshotVm, UpdateVm, Vm, WaitFor};
+use scalebox_api::{CreateExec, OutputLine, SnapshotVm, UpdateVm};
 use scalebox_client::{Client, Upload};
 use std::fs;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::guest::{Key, scalebox, scalebox_with_input, wait_for_ssh};
+use support::guest::{Key, WAIT, create, scalebox, scalebox_with_input, sh, wait_for_ssh};
 use support::{Host, Options, eventually, guarantee, output_of, run, text};
 
 const VM: &str = "box";
-
-const WAIT: CreateVmQuery = CreateVmQuery {
-    wait: Some(WaitFor::Agent),
-    wait_seconds: Some(300),
-};
-
-fn create(client: &Client, template: &str, name: &str) -> Vm {
-    let request = CreateVm {
-        name: Some(name.parse().unwrap()),
-        ..CreateVm::new(template.parse().unwrap(), None)
-    };
-    client.create_vm_and_wait(&request, WAIT).unwrap()
-}
-
-/// Returns the output of a command line, which must succeed.
-fn sh(client: &Client, vm: &str, command: &str) -> String {
-    let ended = client.run_exec(vm, &CreateExec::of_command(command)).unwrap();
-    assert_eq!(ended.exit_code, Some(0), "{command}: {ended:?}");
-    ended.stdout.trim().to_owned()
-}
 
 struct Scene {
     host: Host,

@@ -204,6 +204,12 @@ impl Host {
         self.scaleboxd_ok(&["template", "build", "debian-base", "--cache", text(&cache)]);
     }
 
+    /// Adds the template `debian-dev` and its kernel in the same way.
+    pub(crate) fn import_debian_dev(&self) {
+        let cache = template_cache().join("debian-dev");
+        self.scaleboxd_ok(&["template", "build", "debian-dev", "--cache", text(&cache)]);
+    }
+
     pub(crate) fn scaleboxd(&self, args: &[&str]) -> Command {
         let program = env!("CARGO_BIN_EXE_scaleboxd");
         let mut command = match self.runner.split_first() {
