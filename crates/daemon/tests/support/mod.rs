@@ -122,6 +122,8 @@ pub(crate) struct Host {
     runner: Vec<String>,
     pub url: String,
     pub bridge: String,
+    /// The beginning of the addresses of its guests, such as `172.31.7.`.
+    pub guest_addresses: String,
     _slot: NetworkSlot,
     _scratch: TempDir,
 }
@@ -134,6 +136,7 @@ impl Host {
         let folder = scratch.path().to_owned();
         let (number, first_port) = (slot.number, 23000 + slot.number * 100);
         let bridge = format!("sbtest{number}");
+        let guest_addresses = format!("172.31.{number}.");
         let image = options.image_dir.unwrap_or(&folder).join("pool.img");
         let path = |name: &str| text(&folder.join(name)).to_owned();
         let mut env: Vec<(String, String)> = [
@@ -148,7 +151,7 @@ impl Host {
             ("API_TOKEN", TOKEN.to_owned()),
             ("HOST_IP", "127.0.0.1".to_owned()),
             ("BRIDGE", bridge.clone()),
-            ("SUBNET", format!("172.31.{number}.0/24")),
+            ("SUBNET", format!("{guest_addresses}0/24")),
             ("PORT_MIN", first_port.to_string()),
             ("PORT_MAX", (first_port + 99).to_string()),
             ("LOG_LEVEL", "debug,hyper=info".to_owned()),
@@ -168,6 +171,7 @@ impl Host {
             runner: Vec::new(),
             url: String::new(),
             bridge,
+            guest_addresses,
             _slot: slot,
             _scratch: scratch,
         };
