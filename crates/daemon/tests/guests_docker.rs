@@ -106,11 +106,12 @@ impl Scene {
             VM,
             "docker run -d --name web -p 8000:80 -m 64m web /bin/busybox httpd -f -h /",
         );
-        let get = format!(
-            "curl -sS --retry 60 --retry-connrefused http://{}:8000/page",
-            self.vm.ip
-        );
-        assert_eq!(sh(&self.client, VM, &get), "from the container");
+        // Published for the host, through the guest's network card.
+        let address = "ip -4 -br address show eth0 | tr -s ' ' | cut -d' ' -f3";
+        let address = sh(&self.client, VM, address);
+        let page = format!("http://{}:8000/page", address.split('/').next().unwrap());
+        let got = run("curl", &["-sS", "--retry", "60", "--retry-connrefused", &page]);
+        assert_eq!(got, "from the container\n");
         let inside = |file: &str| sh(&self.client, VM, &format!("docker exec web /bin/cat {file}"));
         assert_eq!(inside("/sys/fs/cgroup/memory.max"), "67108864");
         assert_eq!(inside("/proc/self/attr/current"), "docker-default (enforce)");

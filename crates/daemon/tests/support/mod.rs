@@ -11,6 +11,7 @@
 )]
 
 pub(crate) mod guest;
+pub(crate) mod tmux;
 
 use rustix::fs::{FlockOperation, flock};
 use scalebox_api::{CreateVm, Vm};
