@@ -17,7 +17,7 @@ SHELL := /bin/bash
 export PATH := $(shell scripts/toolchain.sh path)
 export RUSTUP_HOME := $(shell scripts/toolchain.sh rustup-home)
 
-# The cache of the Debian template, which is built once.
+# The cache of the templates for tests, which are built once.
 test-programs test test-host demo bench: export SCALEBOX_CACHE ?= $(CURDIR)/target/template-cache
 
 # Tests kill the daemon at its fault points; a release has none. The same in scripts/run-tests.sh.
@@ -39,6 +39,7 @@ release:
 	$(CARGO) build --locked --release --bin scaleboxd --bin scalebox
 
 test: test-programs
+	scripts/template-cache.sh target/debug/scaleboxd all
 	scripts/run-tests.sh
 
 # The programs and the Debian template that the tests run.

@@ -19,7 +19,7 @@ run=(
 	qemu-utils fdisk
 )
 test=(openssh-client xfsprogs dosfstools mtools procps curl shellcheck strace systemd fio iptables python3-venv
-	busybox-static docker-registry skopeo umoci)
+	busybox-static docker-registry skopeo umoci tmux)
 
 list=false
 if [[ ${1:-} == --list ]]; then

@@ -293,7 +293,8 @@ case_legacy_groups() {
 # The drivers' test suite passes with real KVM, for QEMU and for Firecracker, with no row skipped.
 case_drivers() {
 	on <<-'SH' | tee "$WORK/drivers"
-		PATH=/payload/firecracker:$PATH /payload/tests/drivers --nocapture --test-threads 1
+		PATH=/payload/firecracker:/payload/tests:$PATH SCALEBOX_CACHE=/payload/cache \
+			/payload/tests/drivers --nocapture --test-threads 1
 	SH
 	note "$(grep -c ' passed$' "$WORK/drivers") rows passed"
 	needs_firecracker || return 0

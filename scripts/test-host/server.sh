@@ -51,7 +51,8 @@ payload() {
 	chmod -R go+rX "$to"
 }
 
-# Copies the tests that need KVM or Firecracker, from the build that all tests share.
+# Copies the tests that need KVM or Firecracker, from the build that all tests share, and busybox
+# for the roots of their guests.
 test_binaries() {
 	local to=$1 test output
 	output=$(cargo test --locked --no-run --workspace --features scaleboxd/fault-points --test drivers --test firecracker 2>&1) || {
@@ -61,6 +62,7 @@ test_binaries() {
 	for test in drivers firecracker; do
 		strip -o "$to/$test" "$(sed -n "s/.*Executable tests\/$test.rs (\(.*\))$/\1/p" <<<"$output")"
 	done
+	cp /bin/busybox "$to/busybox"
 }
 
 free_port() {

@@ -12,8 +12,11 @@ use scalebox_client::Client;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
-/// Starts bash, or sh where there is no bash, as a login shell.
-const LOGIN_SHELL: &str = "if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -l; fi";
+/// Starts bash, or sh where there is no bash, as a login shell. Debian's locale is set by PAM at
+/// other logins; without it, editors show no UTF-8.
+const LOGIN_SHELL: &str = "\
+    if [ -z \"$LANG$LC_ALL\" ] && [ -r /etc/default/locale ]; then set -a; . /etc/default/locale; set +a; fi; \
+    if [ -x /bin/bash ]; then exec /bin/bash -l; else exec /bin/sh -l; fi";
 
 pub(crate) fn exec(client: &Client, args: &ExecArgs, output: &Output) -> Result<ExitCode, Error> {
     if args.list {

@@ -22,30 +22,11 @@ use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::guest::{Key, scalebox, scalebox_with_input, wait_for_ssh};
-use support::{Host, Options, eventually, guarantee, output_of, run, text};
+use support::guest::{Key, WAIT, create, program, scalebox, scalebox_with_input, sh, wait_for_ssh};
+use support::tmux::Tmux;
+use support::{Host, Options, TOKEN, eventually, guarantee, output_of, run, text};
 
 const VM: &str = "box";
-
-const WAIT: CreateVmQuery = CreateVmQuery {
-    wait: Some(WaitFor::Agent),
-    wait_seconds: Some(300),
-};
-
-fn create(client: &Client, template: &str, name: &str) -> Vm {
-    let request = CreateVm {
-        name: Some(name.parse().unwrap()),
-        ..CreateVm::new(template.parse().unwrap(), None)
-    };
-    client.create_vm_and_wait(&request, WAIT).unwrap()
-}
-
-/// Returns the output of a command line, which must succeed.
-fn sh(client: &Client, vm: &str, command: &str) -> String {
-    let ended = client.run_exec(vm, &CreateExec::of_command(command)).unwrap();
-    assert_eq!(ended.exit_code, Some(0), "{command}: {ended:?}");
-    ended.stdout.trim().to_owned()
-}
 
 struct Scene {
     host: Host,
@@ -67,6 +48,10 @@ fn a_debian_guest_runs_commands_and_transfers_files_without_ssh() {
     guarantee(&mut scene, commands_have_their_own_output_status_user_and_signals);
     guarantee(&mut scene, files_arrive_whole_and_with_their_mode);
     guarantee(&mut scene, the_command_line_passes_streams_and_status_on);
+    guarantee(
+        &mut scene,
+        a_shell_in_tmux_redraws_resizes_interrupts_and_returns_its_status,
+    );
     guarantee(&mut scene, a_killed_daemon_loses_no_line_of_a_background_command);
     guarantee(&mut scene, a_disk_grows_and_the_agent_confirms_it);
     guarantee(&mut scene, a_snapshot_contains_nothing_of_the_agent);
@@ -132,6 +117,77 @@ fn the_command_line_passes_streams_and_status_on(scene: &mut Scene) {
     let output = scalebox(&scene.host, &["cp", "-r", text(&folder), &format!("{VM}:/srv/copied")]);
     assert!(output.status.success(), "{}", output_of(&output));
     assert_eq!(sh(&scene.client, VM, "cat /srv/copied/below/file"), "content");
+}
+
+fn a_shell_in_tmux_redraws_resizes_interrupts_and_returns_its_status(scene: &mut Scene) {
+    let program = program("scalebox");
+    let command = format!(
+        "HOME={} SCALEBOX_URL={} SCALEBOX_TOKEN={TOKEN} {} shell {VM}; echo status $?; stty -a; sleep 1000",
+        text(&scene.host.folder),
+        scene.host.url,
+        text(&program)
+    );
+    let tmux = Tmux::start(&scene.host.folder, 30, 100, &command);
+    let has = |text: &'static str| move |screen: &[String]| screen.iter().any(|line| line == text);
+    let prompt = |screen: &[String]| {
+        let last = screen.iter().rfind(|line| !line.is_empty());
+        last.is_some_and(|line| line.ends_with('#'))
+    };
+    tmux.wait_for("a prompt", prompt);
+    tmux.enter("cd; stty size");
+    tmux.wait_for("the size of the window", has("30 100"));
+
+    an_editor_draws_on_the_whole_window(&tmux);
+
+    let back = tmux.wait_for("the shell again", |screen| prompt(screen) && has("30 100")(screen));
+    assert!(
+        !back.iter().any(|line| line.contains("nano 7")),
+        "the editor is still there"
+    );
+    tmux.enter("clear; stty size; cat poem");
+    tmux.wait_for("the new size, and the file", |screen| {
+        has("18 70")(screen) && has("first line")(screen) && has("second line: ä")(screen)
+    });
+
+    tmux.enter("clear; sleep 1000");
+    eventually("the command", || {
+        (sh(&scene.client, VM, "pgrep -cx sleep || true") == "1").then_some(())
+    });
+    tmux.press(&["C-c"]);
+    tmux.wait_for("the prompt after Ctrl-C", |screen| prompt(screen) && has("^C")(screen));
+    tmux.enter("echo code $?");
+    tmux.wait_for("the status of the command", has("code 130"));
+    tmux.enter("exit 7");
+    let ended = tmux.wait_for("the status of the shell", |screen| {
+        has("status 7")(screen) && screen.iter().any(|line| line.contains("icanon"))
+    });
+    assert!(
+        !ended.iter().any(|line| line.contains("-icanon")),
+        "the terminal stays raw"
+    );
+}
+
+/// Writes a file with nano, while the window is resized.
+fn an_editor_draws_on_the_whole_window(tmux: &Tmux) {
+    let help_is_last = |rows: usize| {
+        move |screen: &[String]| {
+            let first = screen.first().is_some_and(|line| line.contains("GNU nano"));
+            first && screen.len() == rows && screen[rows - 1].contains("^X Exit")
+        }
+    };
+    tmux.enter("nano poem");
+    tmux.wait_for("the editor", help_is_last(30));
+    tmux.enter("first line");
+    tmux.type_text("second line: ä");
+    let typed = |screen: &[String]| screen.iter().any(|line| line == "second line: ä");
+    tmux.wait_for("the typed text", typed);
+    tmux.resize(18, 70);
+    tmux.wait_for("the redrawn editor", |screen| help_is_last(18)(screen) && typed(screen));
+    tmux.press(&["C-o", "Enter"]);
+    tmux.wait_for("the message", |screen| {
+        screen.iter().any(|line| line.contains("Wrote 2 lines"))
+    });
+    tmux.press(&["C-x"]);
 }
 
 /// Reads the lines of a background command until the daemon is killed, and from that offset after
@@ -277,14 +333,15 @@ fn roots_without_an_init_boot_with_the_agent_as_process_1() {
 
 fn a_busybox_root_has_name_network_and_users(scene: &mut Scene) {
     let begun = Instant::now();
-    let vm = create(&scene.client, "alpine-like", "alp");
+    create(&scene.client, "alpine-like", "alp");
     assert_eq!(sh(&scene.client, "alp", "hostname"), "alp");
     println!(
         "POST /vms to the first exec without an init: {:.1} s",
         begun.elapsed().as_secs_f64()
     );
-    let addresses = sh(&scene.client, "alp", "ip -4 -o address");
-    assert!(addresses.contains(&format!("{}/", vm.ip)), "{addresses}");
+    let addresses = sh(&scene.client, "alp", "ip -4 -o address show dev eth0");
+    let ours = format!("inet {}", scene.host.guest_addresses);
+    assert!(addresses.contains(&ours), "{addresses}");
     assert!(sh(&scene.client, "alp", "ip route").contains("default via"));
     assert!(sh(&scene.client, "alp", "cat /etc/resolv.conf").contains("nameserver"));
     let as_web = CreateExec {

@@ -6,10 +6,12 @@ use crate::error::StorageError;
 use crate::image::digest::digest;
 use crate::image::format;
 use crate::image::pack::{self, UnpackError};
+use crate::image::scrub::{EditedFile, Scrub};
 use crate::local::files::{self, PARTIAL};
 use crate::pool::Pool;
 use crate::publish::NewTemplate;
 use crate::record::{PulledImage, TemplateSource};
+use crate::snapshot::MAX_SCRUB_WRITES;
 use crate::template::Template;
 use rustix::fs::OFlags;
 use scalebox_fault_points::{crash_point, fault_point};
@@ -46,7 +48,7 @@ impl Drop for PendingImport {
 }
 
 /// A bare ext4 image that was made from an image of another kind.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ConvertedImage<'i> {
     /// The file.
     pub path: &'i Path,
@@ -56,6 +58,8 @@ pub struct ConvertedImage<'i> {
     pub config: Option<ImageConfig>,
     /// The first process of its VMs.
     pub init: Option<Init>,
+    /// Text files whose lines are changed in the template.
+    pub edited_files: &'i [EditedFile<'i>],
 }
 
 /// A template opened for export. Deleting the template does not affect it.
@@ -158,11 +162,22 @@ impl Pool {
         pending.source = image.pulled.map_or(TemplateSource::Import, TemplateSource::Pull);
         pending.config = image.config;
         pending.init = image.init;
-        self.copy_image(pending, &what, &file)
+        self.fill(&mut pending, &what, &file)?;
+        self.check_import(&pending, &what)?;
+        if !image.edited_files.is_empty() {
+            self.edit_import(&mut pending, &what, image.edited_files)?;
+        }
+        self.publish_import(pending)
     }
 
     /// Copies a bare image, and makes a template of the copy.
     fn copy_image(&self, mut pending: PendingImport, what: &str, file: &File) -> Result<Template, StorageError> {
+        self.fill(&mut pending, what, file)?;
+        self.finish_import(pending, what)
+    }
+
+    /// Copies a bare image.
+    fn fill(&self, pending: &mut PendingImport, what: &str, file: &File) -> Result<(), StorageError> {
         let failed = |error| StorageError::io("read", what, error);
         let data = files::allocated_of(file).map_err(|errno| failed(errno.into()))?;
         pending.room.push(self.admit(data)?);
@@ -170,7 +185,7 @@ impl Pool {
         if files::reflink(file, &pending.file).is_err() {
             files::copy_sparse(file, &pending.file).map_err(|error| StorageError::io("copy", what, error))?;
         }
-        self.finish_import(pending, what)
+        Ok(())
     }
 
     /// Imports a whole block device that is not mounted.
@@ -284,8 +299,14 @@ impl Pool {
     }
 
     /// Checks the imported image, and publishes it as a template.
-    fn finish_import(&self, mut pending: PendingImport, what: &str) -> Result<Template, StorageError> {
-        let (partial, name) = (pending.partial.as_path(), &pending.name);
+    fn finish_import(&self, pending: PendingImport, what: &str) -> Result<Template, StorageError> {
+        self.check_import(&pending, what)?;
+        self.publish_import(pending)
+    }
+
+    /// Replays the journal of the imported image, and checks the image.
+    fn check_import(&self, pending: &PendingImport, what: &str) -> Result<(), StorageError> {
+        let partial = pending.partial.as_path();
         let refused = |error| match error {
             StorageError::FileSystem(_) => StorageError::not_a_template(what, error),
             other => other,
@@ -294,7 +315,31 @@ impl Pool {
         self.images.repair(partial).map_err(refused)?;
         fault_point("import: repaired").map_err(StorageError::step)?;
         // A repair can fail to write and report success.
-        self.images.check(partial).map_err(refused)?;
+        self.images.check(partial).map_err(refused)
+    }
+
+    /// Changes lines of text files in the imported image, which was checked.
+    fn edit_import(
+        &self,
+        pending: &mut PendingImport,
+        what: &str,
+        edited_files: &[EditedFile<'_>],
+    ) -> Result<(), StorageError> {
+        pending.room.push(self.admit(MAX_SCRUB_WRITES)?);
+        let edits = Scrub {
+            edited_files,
+            ..Scrub::default()
+        };
+        let edited = self.images.scrub(&pending.partial, &pending.file, &edits);
+        edited.map_err(|error| match error {
+            StorageError::UnfitDisk(_) | StorageError::FileSystem(_) => StorageError::not_a_template(what, error),
+            other => other,
+        })
+    }
+
+    /// Publishes the imported image as a template.
+    fn publish_import(&self, mut pending: PendingImport) -> Result<Template, StorageError> {
+        let (partial, name) = (pending.partial.as_path(), &pending.name);
         pending
             .file
             .sync_all()

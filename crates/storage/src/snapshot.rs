@@ -19,9 +19,9 @@ use scalebox_units::{Bytes, ImageConfig, Init, KernelId, TemplateName, VmId};
 use std::fs::File;
 use std::path::PathBuf;
 
-/// Maximum data written while scrubbing a clone: the new journal, and the metadata blocks that it
+/// Maximum data written while scrubbing an image: the new journal, and the metadata blocks that it
 /// no longer shares.
-const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
+pub(crate) const MAX_SCRUB_WRITES: Bytes = Bytes::from_mib(256);
 
 /// A template that is being made from a disk. Dropping it before it is finished removes it.
 #[derive(Debug)]

@@ -71,6 +71,7 @@ fn a_pulled_image_keeps_its_reference_settings_and_init() {
         pulled: Some(pulled.clone()),
         config: Some(config.clone()),
         init: Some(Init::Agent),
+        edited_files: &[],
     };
     pool.import_converted(&name("box"), converted.clone(), false).unwrap();
     let template = pool.template(&name("box")).unwrap();

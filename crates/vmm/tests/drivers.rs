@@ -10,11 +10,16 @@
     reason = "helpers of tests are not in a `cfg(test)`"
 )]
 
+#[path = "support/linux.rs"]
+mod linux;
 mod support;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use linux::{HOSTNAME, command, connect, in_a_terminal, read, run_in};
 use rustix::process::Signal;
+use scalebox_agent_api::StartExec;
+use scalebox_guest::{PutFile, Upload};
 use scalebox_testkit::{SimQga, SimVmm};
 use scalebox_units::{Bytes, DiskLocation};
 use scalebox_vmm::{
@@ -25,7 +30,7 @@ use std::fs::{self, File};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use support::guest::Guest;
 use support::{Lab, TEST_TIMEOUT, processes_with, signal, status_line, until};
 use tempfile::TempDir;
@@ -92,6 +97,15 @@ const TESTS: &[Test] = &[
     }),
     ("older machines lack the agent's socket", Needs::Traits, |bench| {
         no_socket_of_the_agent(bench).boxed()
+    }),
+    ("exec in a booted guest", Needs::Guest, |bench| {
+        exec_in_guest(bench).boxed()
+    }),
+    ("files in a booted guest", Needs::Guest, |bench| {
+        files_in_guest(bench).boxed()
+    }),
+    ("a command outlives its holder", Needs::Guest, |bench| {
+        exec_after_adoption(bench).boxed()
     }),
 ];
 
@@ -438,6 +452,118 @@ async fn no_socket_of_the_agent(bench: Bench) {
     assert!(matches!(refused, Err(Error::Agent { .. })), "{:?}", refused.err());
     machine.pause().await.unwrap();
     machine.resume().await.unwrap();
+    machine.kill().await.unwrap();
+    bench.assert_no_leftovers();
+}
+
+async fn exec_in_guest(mut bench: Bench) {
+    linux::boot(&bench.lab, &mut bench.spec);
+    let machine = bench.vmm.launch(&bench.spec).await.unwrap();
+    let agent = connect(&*machine).await;
+    let split = "hostname; echo err >&2; exit 7";
+    let (written, code) = run_in(&agent, command("exec-000000000001", split)).await;
+    assert_eq!(
+        (written.stdout, written.stderr),
+        (format!("{HOSTNAME}\n"), "err\n".into())
+    );
+    assert_eq!(code, Some(7));
+
+    let typed = StartExec {
+        stdin: true,
+        ..command("exec-000000000002", "cat; exit 3")
+    };
+    agent.start_exec(&typed).await.unwrap();
+    let megabyte = "x".repeat(1 << 20);
+    let sent = agent.write_stdin(&typed.id, Upload::bytes(megabyte.clone()), true);
+    let (sent, back) = tokio::join!(sent, read(&agent, &typed.id, 0, usize::MAX));
+    sent.unwrap();
+    assert!(back.stdout == megabyte, "{} bytes", back.stdout.len());
+
+    let shown = in_a_terminal(command("exec-000000000003", "stty size; sleep 1000"), 31, 97);
+    agent.start_exec(&shown).await.unwrap();
+    assert_eq!(read(&agent, &shown.id, 0, 1).await.stdout, "31 97\r\n");
+    agent
+        .write_stdin(&shown.id, Upload::bytes("\x03"), false)
+        .await
+        .unwrap();
+    read(&agent, &shown.id, 0, usize::MAX).await;
+    let status = agent.exec(&shown.id).await.unwrap();
+    assert_eq!(status.end.unwrap().signal, Some(2), "Ctrl-C");
+    machine.kill().await.unwrap();
+    bench.assert_no_leftovers();
+}
+
+async fn files_in_guest(mut bench: Bench) {
+    linux::boot(&bench.lab, &mut bench.spec);
+    let machine = bench.vmm.launch(&bench.spec).await.unwrap();
+    let agent = connect(&*machine).await;
+    let content: Vec<u8> = (0..4 << 20).map(|at: u32| (at % 251) as u8).collect();
+    let put = PutFile {
+        mode: Some(0o640),
+        parents: true,
+        ..PutFile::default()
+    };
+    let path = b"/srv/folder/file";
+    agent
+        .write_file(path, &put, Upload::bytes(content.clone()))
+        .await
+        .unwrap();
+    let (head, mut download) = agent.read_file(path).await.unwrap();
+    assert_eq!((head.mode, head.size), (0o640, content.len() as u64));
+    let mut back = Vec::new();
+    while let Some(piece) = download.next().await {
+        back.extend(piece.unwrap());
+    }
+    assert!(back == content, "the content differs");
+    let listing = agent.list(b"/srv/folder").await.unwrap();
+    assert_eq!(listing.entries.len(), 1);
+    let missing = agent.read_file(b"/srv/missing").await.err().unwrap();
+    assert!(missing.is_refusal(), "{missing}");
+
+    // The disk grows under the guest, and the agent grows the file system.
+    machine.resize_root(Bytes::from_mib(64)).await.unwrap();
+    let resized = Instant::now();
+    // The kernel reads the new size when it handles the device's interrupt.
+    while agent.grow().await.unwrap().total < 48 << 20 {
+        assert!(resized.elapsed() < TEST_TIMEOUT, "the file system does not grow");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    agent.freeze().await.unwrap();
+    agent.thaw().await.unwrap();
+    agent.sync(TEST_TIMEOUT).await.unwrap();
+    // The agent is process 1, and obeys QEMU's power button. Firecracker has only Ctrl+Alt+Del, for
+    // which this guest has no keyboard driver, so the agent is asked as well, as the daemon does.
+    let asked = async {
+        if bench.vmm.name() == "firecracker" {
+            // The guest may end before it has responded.
+            let _ = agent.shut_down(true).await;
+        }
+    };
+    let (ended, ()) = tokio::join!(machine.stop(TEST_TIMEOUT), asked);
+    assert_eq!(ended.unwrap(), ExitReason::GuestShutdown);
+    bench.assert_no_leftovers();
+}
+
+/// Checks that the next holder of a machine continues the output of a command at its offset.
+async fn exec_after_adoption(mut bench: Bench) {
+    linux::boot(&bench.lab, &mut bench.spec);
+    let machine = bench.vmm.launch(&bench.spec).await.unwrap();
+    let agent = connect(&*machine).await;
+    let count = "i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo line $i; sleep 0.05; done";
+    let exec = command("exec-000000000001", count);
+    agent.start_exec(&exec).await.unwrap();
+    let before = read(&agent, &exec.id, 0, 10).await;
+    agent.close();
+    drop((agent, machine));
+
+    let machine = bench.vmm.adopt(&bench.spec.id, &bench.spec.run_dir).await.unwrap();
+    let machine = machine.expect("it runs");
+    let agent = connect(&*machine).await;
+    let after = read(&agent, &exec.id, before.end, usize::MAX).await;
+    let expected: String = (1..=100).map(|number| format!("line {number}\n")).collect();
+    assert_eq!([before.stdout, after.stdout].concat(), expected);
+    let status = agent.exec(&exec.id).await.unwrap();
+    assert_eq!(status.end.unwrap().exit_code, Some(0));
     machine.kill().await.unwrap();
     bench.assert_no_leftovers();
 }

@@ -4,9 +4,9 @@ use crate::commands::failed::CommandFailed;
 use crate::commands::progress;
 use crate::settings::Settings;
 use scalebox_images::Recipe;
-use scalebox_images::convert::recognise;
+use scalebox_images::convert::{FSTAB, recognise, without_partitions};
 use scalebox_images::oci::{Limits, Phase, Room, Supervisor, Task};
-use scalebox_storage::{ConvertedImage, KernelFiles, Pool, Template};
+use scalebox_storage::{ConvertedImage, EditedFile, KernelFiles, Pool, Template};
 use scalebox_units::{Bytes, TemplateName};
 use std::error::Error;
 use std::path::Path;
@@ -90,11 +90,17 @@ fn convert(
     };
     let task = Task::new(Arc::new(Admission(Arc::clone(pool))), limits);
     let made = scalebox_images::convert::convert(file, &pool.build_dir()?, &task)?;
+    let fstab = [EditedFile {
+        path: FSTAB,
+        edit: &without_partitions,
+    }];
     let image = ConvertedImage {
         path: &made.image,
         pulled: None,
         config: made.config.clone(),
         init: Some(made.init),
+        // An image of containers has settings instead of partitions.
+        edited_files: if made.config.is_some() { &[] } else { &fstab },
     };
     Ok(pool.import_converted(name, image, replace)?)
 }

@@ -171,6 +171,7 @@ async fn import(
             }),
             config: made.config.clone(),
             init: Some(made.init),
+            edited_files: &[],
         };
         pool.import_converted(&name, image, replace)
     })

@@ -1,7 +1,8 @@
 //! Guests as their users access them: keys, SSH through the forward, and the hypervisor processes.
 
 use super::{Host, TOKEN, eventually, output_of, run, text};
-use scalebox_api::{CreateVm, Vm};
+use scalebox_api::{CreateExec, CreateVm, CreateVmQuery, Vm, WaitFor};
+use scalebox_client::Client;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
@@ -87,6 +88,33 @@ pub(crate) fn wait_for_ssh(vm: &Vm) {
     });
 }
 
+/// Waits until the agent responds.
+pub(crate) const WAIT: CreateVmQuery = CreateVmQuery {
+    wait: Some(WaitFor::Agent),
+    wait_seconds: Some(300),
+};
+
+/// Creates a VM without a key, and waits until commands can run in it.
+pub(crate) fn create(client: &Client, template: &str, name: &str) -> Vm {
+    let request = CreateVm {
+        name: Some(name.parse().unwrap()),
+        ..CreateVm::new(template.parse().unwrap(), None)
+    };
+    client.create_vm_and_wait(&request, WAIT).unwrap()
+}
+
+/// Returns the output of a command line, which must succeed.
+pub(crate) fn sh(client: &Client, vm: &str, command: &str) -> String {
+    let ended = client.run_exec(vm, &CreateExec::of_command(command)).unwrap();
+    assert_eq!(ended.exit_code, Some(0), "{command}: {ended:?}");
+    ended.stdout.trim().to_owned()
+}
+
+/// Returns the path of a program that is built next to the daemon.
+pub(crate) fn program(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name(name)
+}
+
 /// Runs the command line without a terminal, key or input.
 pub(crate) fn scalebox(host: &Host, args: &[&str]) -> Output {
     scalebox_with_input(host, args, "")
@@ -94,7 +122,7 @@ pub(crate) fn scalebox(host: &Host, args: &[&str]) -> Output {
 
 /// Runs the command line with `input` on stdin.
 pub(crate) fn scalebox_with_input(host: &Host, args: &[&str], input: &str) -> Output {
-    let program = Path::new(env!("CARGO_BIN_EXE_scaleboxd")).with_file_name("scalebox");
+    let program = program("scalebox");
     let mut command = Command::new(&program);
     command
         .args(args)

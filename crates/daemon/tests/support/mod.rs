@@ -11,6 +11,7 @@
 )]
 
 pub(crate) mod guest;
+pub(crate) mod tmux;
 
 use rustix::fs::{FlockOperation, flock};
 use scalebox_api::{CreateVm, Vm};
@@ -122,6 +123,8 @@ pub(crate) struct Host {
     runner: Vec<String>,
     pub url: String,
     pub bridge: String,
+    /// The beginning of the addresses of its guests, such as `172.31.7.`.
+    pub guest_addresses: String,
     _slot: NetworkSlot,
     _scratch: TempDir,
 }
@@ -134,6 +137,7 @@ impl Host {
         let folder = scratch.path().to_owned();
         let (number, first_port) = (slot.number, 23000 + slot.number * 100);
         let bridge = format!("sbtest{number}");
+        let guest_addresses = format!("172.31.{number}.");
         let image = options.image_dir.unwrap_or(&folder).join("pool.img");
         let path = |name: &str| text(&folder.join(name)).to_owned();
         let mut env: Vec<(String, String)> = [
@@ -148,7 +152,7 @@ impl Host {
             ("API_TOKEN", TOKEN.to_owned()),
             ("HOST_IP", "127.0.0.1".to_owned()),
             ("BRIDGE", bridge.clone()),
-            ("SUBNET", format!("172.31.{number}.0/24")),
+            ("SUBNET", format!("{guest_addresses}0/24")),
             ("PORT_MIN", first_port.to_string()),
             ("PORT_MAX", (first_port + 99).to_string()),
             ("LOG_LEVEL", "debug,hyper=info".to_owned()),
@@ -168,6 +172,7 @@ impl Host {
             runner: Vec::new(),
             url: String::new(),
             bridge,
+            guest_addresses,
             _slot: slot,
             _scratch: scratch,
         };
@@ -202,6 +207,12 @@ impl Host {
     pub(crate) fn import_debian(&self) {
         let cache = template_cache();
         self.scaleboxd_ok(&["template", "build", "debian-base", "--cache", text(&cache)]);
+    }
+
+    /// Adds the template `debian-dev` and its kernel in the same way.
+    pub(crate) fn import_debian_dev(&self) {
+        let cache = template_cache().join("debian-dev");
+        self.scaleboxd_ok(&["template", "build", "debian-dev", "--cache", text(&cache)]);
     }
 
     pub(crate) fn scaleboxd(&self, args: &[&str]) -> Command {

@@ -9,13 +9,16 @@
 //! | `recognise` | [`recognise`]: the kind of a file |
 //! | `qcow2` | qcow2 to raw, without backing files |
 //! | `partitions` | the root partition of a raw disk |
+//! | `fstab` | [`without_partitions`]: the mounts of a disk without its other partitions |
 
+mod fstab;
 mod partitions;
 mod qcow2;
 mod recognise;
 #[cfg(test)]
 mod tests;
 
+pub use fstab::{FSTAB, without_partitions};
 pub use recognise::{Kind, recognise};
 
 use crate::oci::{Made, OciError, Task, archive::Archive};

@@ -103,7 +103,7 @@ fn require_gone(before: &File, after: &File, removed: &HashSet<u64>, kept: &Hash
 
 fn still_exists(what: &str) -> StorageError {
     StorageError::Host {
-        doing: "remove the identity of a VM from an image",
+        doing: "edit a file system",
         reason: format!("{what} still exists"),
     }
 }
@@ -382,7 +382,7 @@ impl<'i> Pass<'i> {
         }
         let script = ScratchFile::new(self.path, ".script", std::mem::take(&mut self.script).as_bytes())?;
         let input = File::open(&script.path).map_err(|error| StorageError::io("read", script.path.display(), error))?;
-        let unfit = |why: &str| StorageError::UnfitDisk(format!("the identity of its VM cannot be removed: {why}"));
+        let unfit = |why: &str| StorageError::UnfitDisk(format!("its files cannot be changed: {why}"));
         let answer = match run_on_image(self.path, DEBUGFS, &["-w", "-f", "-"], Some(input)) {
             Err(ProgramError::Killed { why, .. }) => return Err(unfit(&format!("a program {why}"))),
             other => other?,
