@@ -3,12 +3,13 @@
 Failures are ignored in a few cases only: a job that can be read after it was cancelled; and,
 recognized by the error message, a valid request that the state of the host does not allow (a disk
 that would shrink) or that breaks a rule which the schema cannot state, a host without a kernel for
-guests, a host with the maximum of jobs, and a full pool, which other requests of the run cause by
+guests, a host with the maximum of jobs, a registry that does not exist, and a full pool, which other requests of the run cause by
 shrinking it.
 """
 
 import base64
 import os
+import re
 import struct
 
 import requests
@@ -19,6 +20,8 @@ URL = os.environ["SCALEBOX_URL"]
 AUTHORIZATION = {"Authorization": "Bearer " + os.environ["SCALEBOX_TOKEN"]}
 # The template of the scratch host. The API does not delete or replace a template of this name.
 TEMPLATE = "debian-base"
+# An image of a registry that cannot be reached.
+IMAGE = "localhost:1/image:1"
 # The number of VMs and templates to keep; older ones are deleted.
 MAX_KEPT = 12
 
@@ -56,10 +59,13 @@ schemathesis.openapi.format("ssh-public-key", st.builds("{}{}{}".format, KEYS, C
 @schemathesis.hook
 def before_call(context, case, kwargs):
     label = case.operation.label
-    if label == "POST /vms" and isinstance(case.body, dict) and case.body.get("start", True) is True:
-        case.body["start"] = False
-        if isinstance(case.body.get("template"), str) and not case.body["template"].startswith("-"):
-            case.body["template"] = TEMPLATE
+    if label == "POST /vms" and isinstance(case.body, dict):
+        if case.body.get("start", True) is True:
+            case.body["start"] = False
+            if isinstance(case.body.get("template"), str) and not case.body["template"].startswith("-"):
+                case.body["template"] = TEMPLATE
+        if isinstance(case.body.get("image"), str) and re.fullmatch("[!-~]{1,4096}", case.body["image"]):
+            case.body["image"] = IMAGE
     # The VM is not started, so that there is no agent to wait for.
     if label == "POST /vms" and (case.query or {}).get("wait") in (None, "agent"):
         case.query = {name: value for name, value in (case.query or {}).items() if not name.startswith("wait")}
@@ -132,5 +138,6 @@ def filter_failure(context, failure, case, response):
         no_kernel = response.status_code == 503 and "has no guest kernel" in error
         full = response.status_code == 507 and error.startswith("Insufficient storage: ")
         busy = response.status_code == 503 and "jobs are already running" in error
-        return not (no_kernel or full or busy)
+        no_registry = response.status_code == 503 and "cannot reach localhost:1" in error
+        return not (no_kernel or full or busy or no_registry)
     return True

@@ -66,8 +66,10 @@ pub use limits::Limits;
 pub use main_process::{CreateMain, MainProcess, RestartPolicy};
 pub use output::OutputLine;
 pub use pool::{PoolInfo, ResizePool, StorageUsage, Trimmed};
-pub use scalebox_units::{ExecId, ImageConfig, Init, InvalidFormat, SshPublicKey, TemplateName, VmId, VmName};
+pub use scalebox_units::{
+    ExecId, ImageConfig, ImageReference, Init, InvalidFormat, SshPublicKey, TemplateName, VmId, VmName,
+};
 pub use signal::Signal;
 pub use stats::{AgentInfo, VmStats};
 pub use templates::{Snapshot, SnapshotVm, Template, TemplateList};
-pub use vms::{AutoExtend, CreateVm, CreateVmQuery, Disk, UpdateVm, Vm, VmList, VmStatus, WaitFor};
+pub use vms::{AutoExtend, CreateVm, CreateVmQuery, Disk, UpdateVm, Vm, VmList, VmSource, VmStatus, WaitFor};

@@ -10,11 +10,12 @@ use crate::idempotency::IdempotencyKey;
 use crate::limits::Limits;
 use crate::main_process::{CreateMain, MainProcess};
 use crate::pool::StorageUsage;
-use scalebox_units::{InvalidFormat, SshPublicKey, TemplateName, VmName};
+use scalebox_units::{ImageReference, InvalidFormat, SshPublicKey, TemplateName, VmName};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 /// A VM, as `POST /vms` and `GET /vms/{id or name}` return it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,13 +160,43 @@ const DISK_MBPS: &str = "disk_mbps";
 const NET_MBPS: &str = "net_mbps";
 const AUTOSTART: &str = "autostart";
 
+/// The origin of a new VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmSource {
+    /// A template.
+    Template(TemplateName),
+    /// The template of an image in a registry, which is pulled if it does not exist. Its name is
+    /// [`ImageReference::template_name`].
+    Image(ImageReference),
+}
+
+impl VmSource {
+    const TEMPLATE: &str = "template";
+    const IMAGE: &str = "image";
+
+    fn read(fields: &Fields<'_>) -> Result<Self, Invalid> {
+        const HINT: &str = "send the name of a template, which GET /templates lists, or an image";
+        match fields.optional_text(Self::IMAGE)? {
+            None => fields.text(Self::TEMPLATE, HINT).map(VmSource::Template),
+            Some(_) if fields.require(Self::TEMPLATE, HINT).is_ok() => Err(Invalid::Form {
+                field: Self::IMAGE,
+                form: InvalidFormat::new("cannot be combined with template: send one of them"),
+            }),
+            Some(image) => Ok(VmSource::Image(image)),
+        }
+    }
+}
+
 /// The body of `POST /vms`. The host chooses the value of an absent field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CreateVm {
-    /// Template to clone the disk from.
-    pub template: TemplateName,
+    /// The origin of the disk. In JSON, it is the field `template` or the field `image`.
+    #[serde(flatten)]
+    #[cfg_attr(feature = "openapi", schema(ignore))]
+    pub source: VmSource,
     /// SSH public key that may log in to the guest's account `user`. Without a key, logins over SSH
     /// are not possible.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -234,8 +265,9 @@ fn is_true(value: &bool) -> bool {
 }
 
 impl CreateVm {
-    const FIELDS: [&str; 14] = [
-        "template",
+    const FIELDS: [&str; 15] = [
+        VmSource::TEMPLATE,
+        VmSource::IMAGE,
         "ssh_public_key",
         "name",
         "vcpu_count",
@@ -254,10 +286,15 @@ impl CreateVm {
     /// Maximum size of `env`, in bytes, with two for each variable.
     pub const MAX_ENV_BYTES: usize = 64 << 10;
 
-    /// Creates a request for a running VM; the host chooses everything else.
+    /// Creates a request for a running VM of a template; the host chooses everything else.
     pub fn new(template: TemplateName, ssh_public_key: Option<SshPublicKey>) -> Self {
+        CreateVm::from_source(VmSource::Template(template), ssh_public_key)
+    }
+
+    /// Creates a request like [`CreateVm::new`], of a template or an image.
+    pub fn from_source(source: VmSource, ssh_public_key: Option<SshPublicKey>) -> Self {
         CreateVm {
-            template,
+            source,
             ssh_public_key,
             name: None,
             vcpu_count: None,
@@ -281,9 +318,8 @@ impl CreateVm {
     /// # Errors
     /// Returns the first problem found, with the field and its valid values.
     pub fn parse(body: &[u8], limits: &Limits) -> Result<Self, Invalid> {
-        const TEMPLATE: &str = "send the name of a template; GET /templates lists them";
         let fields = Fields::read(body, &Self::FIELDS)?;
-        fields.require("template", TEMPLATE)?;
+        let source = VmSource::read(&fields)?;
         let mem_mib = limits.min_mem_mib..=limits.max_mem_mib;
         let vcpus = fields.optional_number("vcpu_count", 1..=limits.max_vcpus.into())?;
         Ok(CreateVm {
@@ -298,7 +334,7 @@ impl CreateVm {
             env: Self::read_env(&fields)?,
             main: CreateMain::read(&fields)?,
             start: fields.optional_bool("start")?.unwrap_or(true),
-            template: fields.text("template", TEMPLATE)?,
+            source,
             name: fields.optional_text("name")?,
             ssh_public_key: fields.optional_text("ssh_public_key")?,
             idempotency_key: None,
@@ -322,7 +358,8 @@ impl CreateVm {
 pub struct CreateVmQuery {
     /// The event after which the response is sent; none for the start of the machine.
     pub wait: Option<WaitFor>,
-    /// Maximum time to wait, 1 to [`MAX_WAIT_SECONDS`](Self::MAX_WAIT_SECONDS); by default
+    /// Maximum time to wait for the pull of an image, and then once more for the event: 1 to
+    /// [`MAX_WAIT_SECONDS`](Self::MAX_WAIT_SECONDS); by default
     /// [`DEFAULT_WAIT_SECONDS`](Self::DEFAULT_WAIT_SECONDS).
     pub wait_seconds: Option<u64>,
 }
@@ -345,7 +382,7 @@ impl CreateVmQuery {
     /// Parses the decoded parameters of a query.
     ///
     /// # Errors
-    /// An unknown or repeated parameter, an invalid value, or `wait_seconds` without `wait`.
+    /// An unknown or repeated parameter, or an invalid value.
     pub fn parse<'q>(parameters: impl IntoIterator<Item = (&'q str, &'q str)>) -> Result<Self, Invalid> {
         let mut query = CreateVmQuery::default();
         for (name, value) in parameters {
@@ -358,14 +395,33 @@ impl CreateVmQuery {
                 return Err(Invalid::Duplicate(name.to_owned()));
             }
         }
-        if query.wait.is_none() && query.wait_seconds.is_some() {
-            let form = InvalidFormat::new("is only valid together with wait=agent");
-            return Err(Invalid::Form {
-                field: "wait_seconds",
-                form,
-            });
-        }
         Ok(query)
+    }
+
+    /// Checks that the query fits its request.
+    ///
+    /// # Errors
+    /// `wait` for a VM that is not started, or `wait_seconds` without anything to wait for.
+    pub fn check(&self, request: &CreateVm) -> Result<(), Invalid> {
+        let invalid = |field, form| {
+            let form = InvalidFormat::new(form);
+            Err(Invalid::Form { field, form })
+        };
+        let may_pull = matches!(request.source, VmSource::Image(_));
+        match self.wait {
+            Some(_) if !request.start => {
+                invalid("wait", "needs a VM that is started: omit it, or send \"start\": true")
+            }
+            None if self.wait_seconds.is_some() && !may_pull => {
+                invalid("wait_seconds", "is only valid together with wait=agent or an image")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the maximum time to wait for a pull, and for an agent.
+    pub fn max_wait(&self) -> Duration {
+        Duration::from_secs(self.wait_seconds.unwrap_or(Self::DEFAULT_WAIT_SECONDS))
     }
 }
 
@@ -571,7 +627,6 @@ mod tests {
             (&[("wait", "agent"), ("wait_seconds", "601")], Some("wait_seconds")),
             (&[("wait", "agent"), ("wait_seconds", "+5")], Some("wait_seconds")),
             (&[("wait", "agent"), ("wait_seconds", "")], Some("wait_seconds")),
-            (&[("wait_seconds", "5")], Some("wait_seconds")),
             (&[("waits", "agent")], None),
         ] {
             let refused = parse(pairs).unwrap_err();
@@ -579,6 +634,26 @@ mod tests {
         }
         let unknown = parse(&[("waits", "agent")]).unwrap_err().to_string();
         assert!(unknown.contains("did you mean wait?"), "{unknown}");
+    }
+
+    #[test]
+    fn the_query_of_a_creation_fits_its_request() {
+        let of_template = CreateVm::new("box".parse().unwrap(), None);
+        let of_image = CreateVm::from_source(VmSource::Image("box:1".parse().unwrap()), None);
+        let stopped = |request: &CreateVm| CreateVm {
+            start: false,
+            ..request.clone()
+        };
+        let field = |query: &CreateVmQuery, request: &CreateVm| {
+            let refused = query.check(request).err();
+            refused.and_then(|refused| refused.field().map(str::to_owned))
+        };
+        let [waits, seconds] = [(Some(WaitFor::Agent), None), (None, Some(5))]
+            .map(|(wait, wait_seconds)| CreateVmQuery { wait, wait_seconds });
+        assert_eq!(field(&waits, &of_template), None);
+        assert_eq!(field(&waits, &stopped(&of_image)).as_deref(), Some("wait"));
+        assert_eq!(field(&seconds, &of_template).as_deref(), Some("wait_seconds"));
+        assert_eq!(field(&seconds, &stopped(&of_image)), None);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Tests which requests are valid, and the message for each invalid one.
 
 use proptest::prelude::*;
-use scalebox_api::{AutoExtend, CreateMain, CreateVm, Invalid, Limits, RestartPolicy, SshPublicKey, UpdateVm};
+use scalebox_api::{
+    AutoExtend, CreateMain, CreateVm, Invalid, Limits, RestartPolicy, SshPublicKey, UpdateVm, VmSource,
+};
 use serde_json::{Value, json};
 
 const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKu6/ItCJ89EaUvwZxaYjzC8kOadG6pYNRTO562Y9T9S me@laptop";
@@ -14,7 +16,7 @@ const LIMITS: Limits = Limits {
 const DISK: &str = "disk_size_gib must be between 1 and 100";
 const VCPUS: &str = "vcpu_count must be a whole number between 1 and 4";
 const MEM: &str = "mem_size_mib must be a whole number between 128 and 4096";
-const FIELDS: &str = "template, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, disk_auto_extend, disk_iops, disk_mbps, net_mbps, autostart, env, main, start";
+const FIELDS: &str = "template, image, ssh_public_key, name, vcpu_count, mem_size_mib, disk_size_gib, disk_auto_extend, disk_iops, disk_mbps, net_mbps, autostart, env, main, start";
 const EXTEND: AutoExtend = AutoExtend {
     threshold_percent: 80,
     increment_gib: 5,
@@ -208,7 +210,7 @@ fn a_template_is_required_and_a_key_is_not() {
     let no_template = json!({"ssh_public_key": KEY}).to_string();
     assert_eq!(
         refusal(parse(&no_template)),
-        "template is missing: send the name of a template; GET /templates lists them"
+        "template is missing: send the name of a template, which GET /templates lists, or an image"
     );
     let no_key = parse(&json!({"template": "debian-base"}).to_string()).unwrap();
     assert_eq!(no_key, CreateVm::new("debian-base".parse().unwrap(), None));
@@ -217,6 +219,23 @@ fn a_template_is_required_and_a_key_is_not() {
         json!({"template": "debian-base", "start": true})
     );
     assert!(refusal(parse("{}")).starts_with("template is missing"));
+}
+
+#[test]
+fn an_image_takes_the_place_of_a_template() {
+    let body = json!({"image": "python:3.12-slim", "start": true});
+    let request = parse(&body.to_string()).unwrap();
+    let image = VmSource::Image("python:3.12-slim".parse().unwrap());
+    assert_eq!(request, CreateVm::from_source(image, None));
+    assert_eq!(serde_json::to_value(request).unwrap(), body);
+    assert_eq!(
+        refusal(with("image", "\"a:1\"")),
+        "image cannot be combined with template: send one of them"
+    );
+    for value in ["\"\"", "\"a b\"", "\"a\\n\"", "7", "null"] {
+        let refused = parse(&format!("{{\"image\": {value}}}")).unwrap_err();
+        assert_eq!(refused.field(), Some("image"), "{value}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use clap_complete::engine::ArgValueCompleter;
-use scalebox_api::{AutoExtend, CreateMain, IdempotencyKey, RestartPolicy, TemplateName, VmName};
+use scalebox_api::{AutoExtend, CreateMain, IdempotencyKey, ImageReference, RestartPolicy, TemplateName, VmName};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -243,7 +243,7 @@ const TIMEOUT: &str = "Maximum time to wait";
     after_help = "Prints the VM's name and how to log in. Without --name, the server generates a name of three words.\n\n\
     Examples:\n  scalebox vm create\n  scalebox vm create debian-base --name build-7 --disk 10 --vcpus 2 --memory 1024 --wait\n  \
     scalebox vm create nginx --name web --env TZ=Europe/Berlin --restart always\n  \
-    scalebox vm create python-3.12-slim -- python -m http.server 80"
+    scalebox vm create --image python:3.12-slim -- python -m http.server 80"
 )]
 pub(crate) struct CreateArgs {
     /// Template to clone the disk from
@@ -253,6 +253,9 @@ pub(crate) struct CreateArgs {
     /// Same as the argument TEMPLATE
     #[arg(long = "template", value_name = "TEMPLATE", conflicts_with = "template")]
     pub template_flag: Option<TemplateName>,
+    /// Image of a registry instead of a template; the server pulls it if it is not a template yet
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["template", "template_flag"])]
+    pub image: Option<ImageReference>,
     /// Name of the VM, also the guest's host name: lower-case letters, digits and dashes
     #[arg(long, value_name = "NAME")]
     pub name: Option<VmName>,
@@ -471,8 +474,8 @@ pub(crate) enum TemplateCommand {
 )]
 pub(crate) struct PullArgs {
     /// Image to pull: [REGISTRY/]NAME[:TAG][@sha256:DIGEST]
-    #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new())]
-    pub reference: String,
+    #[arg(value_name = "IMAGE")]
+    pub reference: ImageReference,
     /// Name of the new template [default: name and tag of the image, such as python-3.12-slim]
     #[arg(long, value_name = "NAME")]
     pub name: Option<TemplateName>,

@@ -81,10 +81,6 @@ pub(crate) enum Error {
         known_templates(known)
     )]
     NoImage { image: String, known: Vec<String> },
-    #[error(
-        "the template {name} is not the image {image}; pull it under another name: scalebox template pull {image} --name NAME"
-    )]
-    OtherImage { image: String, name: String },
     #[error("name {0} is in use by another VM; choose another, or omit --name to have one generated")]
     NameInUse(String),
     #[error("the server at {url} rejected the token; nothing was stored")]
@@ -166,9 +162,7 @@ impl Error {
             Error::TokenRefused { .. } | Error::NoToken { .. } => (ErrorCode::Unauthorized, None, Map::new()),
             Error::NotRunning { .. } => (ErrorCode::WrongState, None, Map::new()),
             Error::SshTimeout { .. } => (ErrorCode::Timeout, None, Map::new()),
-            Error::FileExists(_) | Error::NameInUse(_) | Error::OtherImage { .. } => {
-                (ErrorCode::NameTaken, None, Map::new())
-            }
+            Error::FileExists(_) | Error::NameInUse(_) => (ErrorCode::NameTaken, None, Map::new()),
             _ if self.is_user_error() => (ErrorCode::InvalidRequest, None, Map::new()),
             _ => (ErrorCode::Other("failed".to_owned()), None, Map::new()),
         };

@@ -5,7 +5,7 @@ use crate::complete;
 use crate::numbers::{processor_count, whole_number};
 use clap::builder::NonEmptyStringValueParser;
 use clap_complete::engine::ArgValueCompleter;
-use scalebox_api::{CreateExec, ExecId, FileOwner, GuestPath, VmName};
+use scalebox_api::{CreateExec, ExecId, FileOwner, GuestPath, ImageReference, VmName};
 use std::path::PathBuf;
 
 const VM: &str = "Name or id of the VM";
@@ -165,6 +165,7 @@ The exit code is that of the command; 128 + N if signal N killed it; 124 after -
 
 Examples:
   scalebox run debian-base -- uname -a
+  scalebox run python:3.12-slim -- python3 -c 'print(6 * 7)'
   scalebox run -t debian-base
   scalebox run --memory 2048 -v ./project:/srv/project debian-base -- make -C /srv/project test
   scalebox run --keep --name box debian-base -- apt-get install -y git";
@@ -202,10 +203,10 @@ pub(crate) struct RunArgs {
     pub surroundings: Surroundings,
     #[command(flatten)]
     pub streams: Streams,
-    /// Template to create the VM from
-    #[arg(value_name = "IMAGE", value_parser = NonEmptyStringValueParser::new(),
-          add = ArgValueCompleter::new(complete::templates))]
-    pub image: String,
+    /// Template, or image of a registry with a tag, a digest or a path; the server pulls an image if
+    /// it is not a template yet
+    #[arg(value_name = "IMAGE", add = ArgValueCompleter::new(complete::templates))]
+    pub image: ImageReference,
     /// Command and its arguments [default: the entrypoint and command of the image, or a shell]
     #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<String>,

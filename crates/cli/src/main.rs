@@ -8,6 +8,7 @@
 //! - `settings`: finds the server's address and token in flags, environment and files
 //! - `source`: the source of a setting, for messages
 //! - `vm`: `scalebox vm create|list|get|start|stop|restart|resize|set|trim|snapshot|delete|wait`
+//! - `create`: creates a VM, and shows the pull of its image
 //! - `run`: `scalebox run`
 //! - `exec`: `scalebox exec` and `scalebox shell`
 //! - `session`: connects this process to a command in a VM
@@ -36,6 +37,7 @@ mod archive;
 mod args;
 mod complete;
 mod copy;
+mod create;
 mod error;
 mod events;
 mod exec;

@@ -1,6 +1,7 @@
 //! The command `scalebox run`: a VM for one command.
 
 use crate::copy::Target;
+use crate::create::create;
 use crate::error::Error;
 use crate::exec;
 use crate::guest_args::{RunArgs, Streams};
@@ -8,10 +9,10 @@ use crate::output::Output;
 use crate::session::{Link, exit_code};
 use crate::signals::on_signal;
 use crate::ssh;
-use crate::template_pull;
 use rustix::process::Signal;
 use scalebox_api::{
-    AttachMessage, CreateMain, CreateVm, CreateVmQuery, ErrorCode, Init, PullTemplate, Template, VmName, WaitFor,
+    AttachMessage, CreateMain, CreateVm, CreateVmQuery, ErrorCode, ImageReference, Template, Vm, VmName, VmSource,
+    WaitFor,
 };
 use scalebox_client::{Client, ClientError};
 use std::io::{self, IsTerminal};
@@ -19,11 +20,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
-    let template = template_of(client, &args.image, output)?;
-    let command = match args.command.is_empty() {
-        true => command_of(&template),
-        false => args.command.clone(),
-    };
+    let source = source_of(client, &args.image)?;
     let name = match &args.name {
         Some(name) => free_name(client, name)?,
         None => generated_name()?,
@@ -35,54 +32,33 @@ pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<Ex
     };
     vm.handle_signals()?;
     let result = vm
-        .create(&create_request(&template, name, args, output)?, args.wait, output)
-        .and_then(|()| vm.use_it(command, args, output));
+        .create(&create_request(source, name, args, output)?, args.wait, output)
+        .and_then(|created| vm.use_it(&created, args, output));
     vm.end(args.keep, output);
     result
 }
 
-/// Returns the template of an image. An image of a registry that is not a template yet is pulled
-/// first.
-fn template_of(client: &Client, image: &str, output: &Output) -> Result<Template, Error> {
-    let templates = client.templates()?;
-    if let Some(found) = templates.iter().find(|template| template.name == image) {
-        return Ok(found.clone());
-    }
+/// Returns what `image` names: an image of a registry, or an existing template.
+fn source_of(client: &Client, image: &ImageReference) -> Result<VmSource, Error> {
     // A name without a tag is more likely a misspelled template than an image of a registry.
-    if !image.contains(['/', ':', '@']) {
-        return Err(Error::NoImage {
-            image: image.to_owned(),
-            known: templates.into_iter().map(|template| template.name).collect(),
-        });
+    if image.as_str().contains(['/', ':', '@']) {
+        return Ok(VmSource::Image(image.clone()));
     }
-    let name = template_pull::name_of(image).map_err(|_| Error::NoTemplateName(image.to_owned()))?;
-    let Some(other) = templates.into_iter().find(|template| template.name == name.as_str()) else {
-        return template_pull::pull_image(client, &name, &PullTemplate::of(image), output);
-    };
-    match &other.reference {
-        Some(reference) if is_reference_to(reference, image) => Ok(other),
-        _ => Err(Error::OtherImage {
-            image: image.to_owned(),
-            name: other.name,
+    let templates = client.templates()?;
+    let found = templates.iter().find(|template| template.name == image.as_str());
+    match found.and_then(|template| template.name.parse().ok()) {
+        Some(name) => Ok(VmSource::Template(name)),
+        None => Err(Error::NoImage {
+            image: image.to_string(),
+            known: templates.into_iter().map(|template| template.name).collect(),
         }),
     }
 }
 
 /// Returns the command of the image that a template was made of; empty if there is none.
-fn command_of(template: &Template) -> Vec<String> {
-    let config = template.config.clone().unwrap_or_default();
+fn command_of(template: Template) -> Vec<String> {
+    let config = template.config.unwrap_or_default();
     [config.entrypoint, config.cmd].concat()
-}
-
-/// Returns whether a complete reference, such as `docker.io/library/nginx:latest`, is that of
-/// `image`.
-fn is_reference_to(reference: &str, image: &str) -> bool {
-    let last = image.rsplit('/').next().unwrap_or(image);
-    let tagged = match last.contains([':', '@']) {
-        true => image.to_owned(),
-        false => format!("{image}:latest"),
-    };
-    reference == tagged || reference.ends_with(&format!("/{tagged}"))
 }
 
 /// Checks that a name is free. The VM with this name is deleted at the end, so it must be the one
@@ -103,9 +79,7 @@ fn generated_name() -> Result<VmName, Error> {
     name.parse().map_err(|_| Error::InvalidVmId(name))
 }
 
-fn create_request(template: &Template, name: VmName, args: &RunArgs, output: &Output) -> Result<CreateVm, Error> {
-    let invalid = |_| Error::NoTemplateName(template.name.clone());
-    let clone_of = template.name.parse().map_err(invalid)?;
+fn create_request(source: VmSource, name: VmName, args: &RunArgs, output: &Output) -> Result<CreateVm, Error> {
     // Only a VM that is kept needs a key for SSH.
     let ssh_public_key = match args.keep {
         true => ssh::public_key_or_own(None, output)?,
@@ -118,8 +92,8 @@ fn create_request(template: &Template, name: VmName, args: &RunArgs, output: &Ou
         vcpu_count: args.cpus,
         autostart: args.keep,
         // The command of this call takes its place.
-        main: (template.init == Some(Init::Agent)).then(CreateMain::none),
-        ..CreateVm::new(clone_of, ssh_public_key)
+        main: Some(CreateMain::none()),
+        ..CreateVm::from_source(source, ssh_public_key)
     })
 }
 
@@ -181,28 +155,28 @@ impl Disposable {
         *lock(&self.phase) = phase;
     }
 
-    fn create(&self, request: &CreateVm, wait_seconds: u64, output: &Output) -> Result<(), Error> {
-        let creating = output.progress(&format!(
-            "creating the VM {} and waiting until it has booted",
-            self.name
-        ));
+    fn create(&self, request: &CreateVm, wait_seconds: u64, output: &Output) -> Result<Vm, Error> {
+        let text = format!("creating the VM {} and waiting until it has booted", self.name);
         let query = CreateVmQuery {
             wait: Some(WaitFor::Agent),
             wait_seconds: Some(wait_seconds),
         };
         self.enter(Phase::Preparing);
-        let created = self.client.create_vm_and_wait(request, query);
-        creating.finish_and_clear();
-        if let Err(ClientError::Refused { body, .. }) = &created
+        let created = create(&self.client, request, query, &text, output);
+        if let Err(Error::Client(ClientError::Refused { body, .. })) = &created
             && body.code != ErrorCode::Timeout
         {
             self.enter(Phase::Absent);
         }
-        created.map(drop).map_err(Error::from)
+        created
     }
 
-    /// Copies files to the VM and runs the command; without one, a shell.
-    fn use_it(&self, command: Vec<String>, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
+    /// Copies files to the VM and runs the command; without one, that of its image, or a shell.
+    fn use_it(&self, created: &Vm, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
+        let command = match args.command.is_empty() {
+            true => command_of(self.client.template(&created.template)?),
+            false => args.command.clone(),
+        };
         for volume in &args.volume {
             let target = Target {
                 client: &self.client,

@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::human::bytes;
 use crate::output::Output;
 use indicatif::ProgressBar;
-use scalebox_api::{InvalidFormat, Job, PullTemplate, Template, TemplateName};
+use scalebox_api::{Job, PullTemplate, Template, TemplateName};
 use scalebox_client::Client;
 use std::io::{self, BufRead};
 use std::thread::sleep;
@@ -13,18 +13,19 @@ use std::time::Duration;
 
 /// Interval of queries for the progress of the job.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// Maximum length of a template's name.
-const MAX_NAME: usize = 63;
 
 /// Pulls an image, and waits until it is a template. An interruption of the wait does not end the
 /// job.
 pub(crate) fn pull(client: &Client, args: &PullArgs, output: &Output) -> Result<(), Error> {
     let name = match &args.name {
         Some(name) => name.clone(),
-        None => name_of(&args.reference).map_err(|_| Error::NoTemplateName(args.reference.clone()))?,
+        None => {
+            let named = args.reference.template_name();
+            named.map_err(|_| Error::NoTemplateName(args.reference.to_string()))?
+        }
     };
     let request = PullTemplate {
-        reference: args.reference.clone(),
+        reference: args.reference.to_string(),
         username: args.username.clone(),
         password: args.username.is_some().then(read_password).transpose()?,
         insecure: args.insecure,
@@ -36,27 +37,26 @@ pub(crate) fn pull(client: &Client, args: &PullArgs, output: &Output) -> Result<
     }
     output.line(&format!(
         "pulled {} as the template {name}: {} used of {}",
-        template.reference.as_deref().unwrap_or(&args.reference),
+        template.reference.as_deref().unwrap_or(args.reference.as_str()),
         bytes(template.used_bytes),
         bytes(template.size_bytes)
     ))
 }
 
-/// Pulls an image as the template `name`, shows the progress, and returns the template.
-pub(crate) fn pull_image(
+fn pull_image(
     client: &Client,
     name: &TemplateName,
     request: &PullTemplate,
     output: &Output,
 ) -> Result<Template, Error> {
     let mut job = client.pull_template(name.as_str(), request)?;
-    let mut shown = Shown::default();
+    let mut progress = Progress::default();
     while job.is_running() {
-        shown.update(&job, output);
+        progress.update(&job, output);
         sleep(POLL_INTERVAL);
         job = client.job(&job.id)?;
     }
-    drop(shown);
+    drop(progress);
     if job.status != "done" {
         let reason = job
             .error
@@ -69,14 +69,6 @@ pub(crate) fn pull_image(
     Ok(client.template(name.as_str())?)
 }
 
-/// Derives the name of a template: `ghcr.io/a/python:3.12-slim` becomes `python-3.12-slim`.
-pub(crate) fn name_of(reference: &str) -> Result<TemplateName, InvalidFormat> {
-    let (tagged, _digest) = reference.split_once('@').unwrap_or((reference, ""));
-    let last = tagged.rsplit('/').next().unwrap_or(tagged);
-    let name: String = last.strip_suffix(":latest").unwrap_or(last).replace(':', "-");
-    name.chars().take(MAX_NAME).collect::<String>().parse()
-}
-
 /// Reads a password from the first line of standard input.
 fn read_password() -> Result<String, Error> {
     let mut line = String::new();
@@ -86,46 +78,38 @@ fn read_password() -> Result<String, Error> {
 
 /// The progress bar of the present phase.
 #[derive(Default)]
-struct Shown {
-    phase: String,
+pub(crate) struct Progress {
+    text: String,
     bar: Option<ProgressBar>,
 }
 
-impl Shown {
-    fn update(&mut self, job: &Job, output: &Output) {
-        if self.phase != job.phase {
-            self.phase.clone_from(&job.phase);
-            let text = match job.phase.as_str() {
-                "resolve" => "looking for the image",
-                "download" => "downloading",
-                "unpack" => "unpacking",
-                "write" => "writing the file system",
-                "import" => "making the template",
-                other => other,
-            };
-            self.bar = Some(output.bar(text, (job.total_bytes > 0).then_some(job.total_bytes)));
+impl Progress {
+    /// Shows a phase, if it is not shown already.
+    pub(crate) fn begin(&mut self, text: &str, total_bytes: Option<u64>, output: &Output) {
+        if self.text != text {
+            text.clone_into(&mut self.text);
+            // The old bar must be gone before the new one is drawn.
+            self.bar = None;
+            self.bar = Some(match total_bytes {
+                Some(_) => output.bar(text, total_bytes),
+                None => output.progress(text),
+            });
         }
+    }
+
+    /// Shows the progress of a job.
+    pub(crate) fn update(&mut self, job: &Job, output: &Output) {
+        let text = match job.phase.as_str() {
+            "resolve" => "looking for the image",
+            "download" => "downloading",
+            "unpack" => "unpacking",
+            "write" => "writing the file system",
+            "import" => "making the template",
+            other => other,
+        };
+        self.begin(text, (job.total_bytes > 0).then_some(job.total_bytes), output);
         if let Some(bar) = &self.bar {
             bar.set_position(job.done_bytes);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_name_of_a_template_comes_from_the_image() {
-        for (reference, name) in [
-            ("nginx", "nginx"),
-            ("nginx:latest", "nginx"),
-            ("python:3.12-slim", "python-3.12-slim"),
-            ("localhost:5000/a/b:1@sha256:00", "b-1"),
-            ("ghcr.io/owner/tool@sha256:00", "tool"),
-        ] {
-            assert_eq!(name_of(reference).unwrap().as_str(), name);
-        }
-        assert!(name_of("").is_err());
     }
 }

@@ -4,17 +4,18 @@ use crate::args::{CreateArgs, Limit, SetArgs, Switch};
 use crate::error::Error;
 use crate::human;
 use crate::output::{Output, STATUS, Table, number, text};
-use crate::{ssh, wait};
+use crate::{create, ssh, wait};
 use jiff::Timestamp;
-use scalebox_api::{CreateVm, RestartPolicy, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmStatus};
+use scalebox_api::{
+    CreateVm, CreateVmQuery, RestartPolicy, SnapshotVm, TemplateName, UpdateVm, Vm, VmList, VmSource, VmStatus,
+};
 use scalebox_client::{Client, ClientError};
 use std::time::Duration;
 
 pub(crate) fn create(client: &Client, args: &CreateArgs, output: &Output) -> Result<(), Error> {
     let request = create_request(args, output)?;
-    let creating = output.progress("creating the VM");
-    let mut vm = client.create_vm(&request)?;
-    drop(creating);
+    let query = CreateVmQuery::default();
+    let mut vm = create::create(client, &request, query, "creating the VM", output)?;
     let mut waited = None;
     if args.wait {
         let (booted, took) = wait::until_ssh(client, vm, Duration::from_secs(args.timeout), output)?;
@@ -31,7 +32,11 @@ pub(crate) fn create(client: &Client, args: &CreateArgs, output: &Output) -> Res
 }
 
 fn create_request(args: &CreateArgs, output: &Output) -> Result<CreateVm, Error> {
-    let template = args.template_flag.as_ref().unwrap_or(&args.template).clone();
+    let template = args.template_flag.as_ref().unwrap_or(&args.template);
+    let source = match &args.image {
+        Some(image) => VmSource::Image(image.clone()),
+        None => VmSource::Template(template.clone()),
+    };
     Ok(CreateVm {
         name: args.name.clone(),
         vcpu_count: args.vcpus,
@@ -46,7 +51,7 @@ fn create_request(args: &CreateArgs, output: &Output) -> Result<CreateVm, Error>
         main: args.commands.main(),
         start: !args.no_start,
         idempotency_key: args.idempotency_key.clone(),
-        ..CreateVm::new(template, ssh::public_key_or_own(args.key.as_deref(), output)?)
+        ..CreateVm::from_source(source, ssh::public_key_or_own(args.key.as_deref(), output)?)
     })
 }
 

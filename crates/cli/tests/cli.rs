@@ -441,6 +441,8 @@ fn usage_errors_exit_with_2_without_a_request() {
         &["vm", "create", "--name", "Bad_Name"],
         &["vm", "create", "--disk", "ten"],
         &["vm", "create", "a", "--template", "b"],
+        &["vm", "create", "a", "--image", "b:1"],
+        &["vm", "create", "--image", "a b"],
         &["vm", "wait", "box", "--timeout", "0"],
         &["vm", "create", "--key", "/no/such/file"],
         &["--url", "localhost:8080", "status"],
@@ -449,6 +451,26 @@ fn usage_errors_exit_with_2_without_a_request() {
         assert_eq!((ran.code, ran.out.as_str()), (2, ""), "{arguments:?}: {}", ran.err);
     }
     assert!(server.requests().is_empty());
+}
+
+#[test]
+fn create_waits_for_the_pull_of_an_image() {
+    let pending = json!({"error": "it is still being pulled", "code": "timeout", "details": {"job": "job-0"}});
+    let created = vm(json!({"status": "stopped", "template": "box-1"}));
+    let server = Server::new(vec![("POST /vms", 504, pending), ("POST /vms", 201, created)]);
+    let home = Home::new();
+    home.file(".ssh/id_ed25519.pub", &format!("{KEY}\n"), 0o644);
+    let arguments = ["vm", "create", "--image", "team/box:1", "--no-start", "--json"];
+    let ran = run(&mut home.scalebox(&server, &arguments));
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let printed: Value = serde_json::from_str(&ran.out).unwrap();
+    assert_eq!(printed["template"], "box-1");
+    let sent = server.requests();
+    let expected = json!({"image": "team/box:1", "ssh_public_key": KEY, "start": false});
+    assert_eq!(sent.len(), 2);
+    for request in sent {
+        assert_eq!(serde_json::from_str::<Value>(&request.body).unwrap(), expected);
+    }
 }
 
 #[test]

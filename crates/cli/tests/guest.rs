@@ -524,7 +524,13 @@ fn run_without_a_command_runs_that_of_the_image_instead_of_a_main_process() {
     let web = json!({"name": "web", "size_bytes": 1, "used_bytes": 1, "created_at": "2026-01-02T03:04:05Z",
         "used_by": 0, "protected": false, "init": "agent",
         "config": {"entrypoint": ["/entry"], "cmd": ["--serve", "80"], "env": ["A=1"]}});
-    guest.respond("GET /templates", 200, json!({ "templates": [web] }));
+    guest.respond("GET /templates", 200, json!({ "templates": [web.clone()] }));
+    guest.respond("GET /templates/web", 200, web);
+    guest.respond(
+        "POST /vms?wait=agent&wait_seconds=120",
+        201,
+        vm(json!({"name": "job", "template": "web"})),
+    );
     let home = Home::new();
     let ran = run(quiet(&mut home.at(&guest.url(), &["run", "--name", "job", "web"])));
     assert_eq!(ran.code, 0, "{}", ran.err);
@@ -610,10 +616,28 @@ fn run_creates_a_vm_copies_folders_runs_the_command_and_deletes_the_vm() {
     assert_eq!((ran.code, ran.out.as_str(), ran.err.as_str()), (9, "done\n", ""));
     let created = guest.body("POST /vms?wait=agent&wait_seconds=120");
     let expected = json!({"template": "debian-base", "name": "job", "vcpu_count": 2, "disk_size_gib": 3,
-                          "autostart": false, "start": true});
+                          "autostart": false, "main": {"run": false}, "start": true});
     assert_eq!(created, expected);
     let lines = guest.lines();
     assert!(lines.contains(&put.to_owned()));
+    assert_eq!(lines.last().unwrap(), "DELETE /vms/job");
+}
+
+#[test]
+fn run_creates_a_vm_of_an_image_with_a_tag() {
+    let home = Home::new();
+    let guest = Guest::new(|_, socket| end(socket, Some(0), None, false));
+    for_run(&guest, "job");
+    let ran = run(quiet(
+        &mut home.at(&guest.url(), &["run", "--name", "job", "team/box:1", "true"]),
+    ));
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+    let created = guest.body("POST /vms?wait=agent&wait_seconds=120");
+    let expected = json!({"image": "team/box:1", "name": "job", "autostart": false, "main": {"run": false},
+        "start": true});
+    assert_eq!(created, expected);
+    let lines = guest.lines();
+    assert!(!lines.contains(&"GET /templates".to_owned()));
     assert_eq!(lines.last().unwrap(), "DELETE /vms/job");
 }
 

@@ -73,4 +73,13 @@ impl ClientError {
             _ => None,
         }
     }
+
+    /// Returns the id of the job that still pulls the image of a VM, if `POST /vms` did not wait
+    /// for its end. No VM was created.
+    pub fn pending_pull(&self) -> Option<&str> {
+        match self {
+            ClientError::Refused { body, .. } if body.code == ErrorCode::Timeout => body.details.get("job")?.as_str(),
+            _ => None,
+        }
+    }
 }

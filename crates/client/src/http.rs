@@ -5,7 +5,7 @@ use crate::event_stream::EventStream;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use scalebox_api::{
     CreateVm, CreateVmQuery, ErrorBody, Health, HostInfo, Job, JobList, PoolInfo, PullTemplate, ResizePool, Snapshot,
-    SnapshotVm, Template, TemplateList, Trimmed, UpdateVm, Vm, VmList,
+    SnapshotVm, Template, TemplateList, Trimmed, UpdateVm, Vm, VmList, VmSource,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -106,17 +106,22 @@ impl Client {
         self.create_vm_and_wait(request, CreateVmQuery::default())
     }
 
-    /// Sends `POST /vms` with a query: `wait` returns only when the guest's agent responds.
+    /// Sends `POST /vms` with a query: `wait` returns only when the guest's agent responds, and
+    /// `wait_seconds` bounds this wait, and that for the pull of an image.
     ///
     /// # Errors
-    /// See [`ClientError`]. After a refusal with the code `timeout`, the VM exists.
+    /// See [`ClientError`]. After a refusal with the code `timeout`, the VM exists, unless
+    /// [`pending_pull`](ClientError::pending_pull) returns a job.
     pub fn create_vm_and_wait(&self, request: &CreateVm, query: CreateVmQuery) -> Result<Vm, ClientError> {
-        let mut path = "/vms".to_owned();
-        if let Some(wait) = query.wait {
-            let seconds = query.wait_seconds.unwrap_or(CreateVmQuery::DEFAULT_WAIT_SECONDS);
-            path += &format!("?wait={}&wait_seconds={seconds}", wait.as_str());
-        }
-        let waiting = Duration::from_secs(query.wait_seconds.unwrap_or(0));
+        let mut parameters = Vec::new();
+        parameters.extend(query.wait.map(|wait| format!("wait={}", wait.as_str())));
+        parameters.extend(query.wait_seconds.map(|seconds| format!("wait_seconds={seconds}")));
+        let path = match parameters.is_empty() {
+            true => "/vms".to_owned(),
+            false => format!("/vms?{}", parameters.join("&")),
+        };
+        let waits = u32::from(matches!(request.source, VmSource::Image(_))) + u32::from(query.wait.is_some());
+        let waiting = waits * query.max_wait();
         let mut call = ApiRequest::new(self, Method::POST, &path, OPERATION_TIMEOUT + waiting);
         call.idempotency_key = request.idempotency_key.as_ref().map(|key| format!("\"{key}\""));
         let body = serde_json::to_vec(request).map_err(|error| call.protocol(error.to_string()))?;

@@ -8,7 +8,7 @@
 
 mod support;
 
-use scalebox_api::{CreateVm, UpdateVm};
+use scalebox_api::{CreateVm, UpdateVm, VmSource};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -76,7 +76,7 @@ fn a_file_system_that_cannot_grow_while_mounted_grows_as_advised() {
     let client = host.client();
     let vm = client
         .create_vm(&CreateVm {
-            template: "rigid".parse().unwrap(),
+            source: VmSource::Template("rigid".parse().unwrap()),
             disk_size_gib: Some(2),
             ..key.request("rigid")
         })

@@ -8,7 +8,7 @@
 
 mod support;
 
-use scalebox_api::{CreateVm, SnapshotVm, Vm};
+use scalebox_api::{CreateVm, SnapshotVm, Vm, VmSource};
 use std::process::{Command, Stdio};
 use support::guest::{Key, scalebox, wait_for_ssh};
 use support::{Host, Options, eventually, guarantee, output_of, run, text};
@@ -188,7 +188,7 @@ fn a_guest_whose_file_system_has_quotas_boots_and_is_snapshotted() {
     host.serve();
     let key = Key::new(&host, "anna");
     let request = |name: &str, template: &str| CreateVm {
-        template: template.parse().unwrap(),
+        source: VmSource::Template(template.parse().unwrap()),
         ..key.request(name)
     };
     let vm = host.client().create_vm(&request("counted", "quotas")).unwrap();

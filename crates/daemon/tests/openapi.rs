@@ -114,7 +114,14 @@ fn responses_have_the_fields_of_their_schemas() {
     }
     // The documented fields are there, with their types.
     let create = schema("CreateVm");
-    assert_eq!(create["required"], json!(["template"]));
+    assert_eq!(
+        create["oneOf"],
+        json!([{ "required": ["template"] }, { "required": ["image"] }])
+    );
+    assert_eq!(
+        create["properties"]["image"]["$ref"],
+        "#/components/schemas/ImageReference"
+    );
     assert_eq!(
         document["paths"]["/vms"]["post"]["responses"]["507"]["content"]["application/json"]["schema"],
         json!({"$ref": "#/components/schemas/ErrorBody"})

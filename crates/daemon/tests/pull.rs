@@ -12,10 +12,11 @@ mod registry;
 mod support;
 
 use registry::{PASSWORD, Registry, USER, small};
-use scalebox_api::{ErrorCode, Init, Job, PullTemplate};
-use scalebox_client::Client;
+use scalebox_api::{CreateVm, CreateVmQuery, ErrorCode, Init, Job, PullTemplate, Vm, VmSource};
+use scalebox_client::{Client, ClientError};
 use std::fs;
 use std::net::TcpListener;
+use std::thread;
 use support::{Host, Options, eventually};
 
 fn request(reference: &str) -> PullTemplate {
@@ -146,4 +147,63 @@ fn a_running_pull_can_be_cancelled() {
     // A stop of the daemon does not wait for a job.
     client.pull_template("box", &request(&reference)).unwrap();
     assert!(host.terminate().success());
+}
+
+/// Creates a stopped VM of an image.
+fn create(client: &Client, image: &str, wait_seconds: u64) -> Result<Vm, ClientError> {
+    let request = CreateVm {
+        start: false,
+        ..CreateVm::from_source(VmSource::Image(image.parse().unwrap()), None)
+    };
+    let query = CreateVmQuery {
+        wait_seconds: Some(wait_seconds),
+        ..CreateVmQuery::default()
+    };
+    client.create_vm_and_wait(&request, query)
+}
+
+#[test]
+fn vms_of_an_image_are_created_at_once_after_one_pull() {
+    let (registry, mut host) = (Registry::open(), Host::new(&Options::default()));
+    registry.push(&small(), "team/box:1");
+    host.serve();
+    let (client, image) = (host.client(), format!("{}/team/box:1", registry.host));
+    let vms = thread::scope(|scope| {
+        let creating = [(); 4].map(|()| scope.spawn(|| create(&client, &image, 60).unwrap()));
+        creating.map(|creating| creating.join().unwrap())
+    });
+    assert!(vms.iter().all(|vm| vm.template == "box-1"));
+    let jobs = client.jobs().unwrap();
+    assert_eq!((jobs.len(), jobs[0].reference.as_ref()), (1, Some(&image)));
+    let template = client.template("box-1").unwrap();
+    assert_eq!((template.reference.as_ref(), template.used_by), (Some(&image), 4));
+    // Another image with the same name is not taken for it.
+    registry.push(&small(), "other/box:1");
+    let other = create(&client, &format!("{}/other/box:1", registry.host), 60).unwrap_err();
+    assert_eq!(other.code(), Some(&ErrorCode::NameTaken));
+    assert!(other.to_string().contains("team/box:1"), "{other}");
+    assert_eq!(leftovers(&host), [""; 0]);
+}
+
+#[test]
+fn a_creation_fails_like_its_pull_or_leaves_it_running() {
+    let (registry, mut host) = (Registry::start(), Host::new(&Options::default()));
+    host.serve();
+    let client = host.client();
+    let private = create(&client, &format!("{}/box:1", registry.host), 60).unwrap_err();
+    assert_eq!(private.code(), Some(&ErrorCode::Forbidden));
+    // It accepts connections, and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let image = format!("{}/slow:1", silent.local_addr().unwrap());
+    let pending = create(&client, &image, 1).unwrap_err();
+    assert_eq!(pending.status(), Some(504));
+    let job = client.job(pending.pending_pull().unwrap()).unwrap();
+    assert!(job.is_running() && job.template == "slow-1", "{job:?}");
+    let joined = create(&client, &image, 1).unwrap_err();
+    assert_eq!(joined.pending_pull(), Some(job.id.as_str()));
+    client.cancel_job(&job.id).unwrap();
+    assert_eq!(ended(&client, &job).status, "cancelled");
+    assert_eq!(client.vms().unwrap(), []);
+    assert_eq!(client.pool().unwrap().reserved_bytes, 0);
+    assert_eq!(leftovers(&host), [""; 0]);
 }

@@ -16,6 +16,7 @@
 //! | `key` | [`SshPublicKey`] |
 //! | `mac` | [`Mac`] |
 //! | `disk_location` | [`DiskLocation`] |
+//! | `image_reference` | [`ImageReference`]: an image in a registry |
 //! | `image_config` | [`ImageConfig`]: the settings that an image carries |
 //! | `init` | [`Init`]: the first process of a guest |
 //! | `format` | [`InvalidFormat`]: the error of the parsers |
@@ -27,6 +28,7 @@ mod disk_location;
 mod exec_id;
 mod format;
 mod image_config;
+mod image_reference;
 mod init;
 mod kernel_id;
 mod key;
@@ -41,6 +43,7 @@ pub use disk_location::DiskLocation;
 pub use exec_id::ExecId;
 pub use format::InvalidFormat;
 pub use image_config::ImageConfig;
+pub use image_reference::ImageReference;
 pub use init::Init;
 pub use kernel_id::KernelId;
 pub use key::SshPublicKey;

@@ -33,7 +33,7 @@ pub struct TemplateName(String);
 pub struct VmName(String);
 
 /// Maximum length of a label of a host name (RFC 1035, section 2.3.4).
-const MAX_LENGTH: usize = 63;
+pub(crate) const MAX_LENGTH: usize = 63;
 
 const TEMPLATE_FORM: &str =
     "must be 1 to 63 letters, digits, dashes, dots or underscores and begin with a letter or a digit";

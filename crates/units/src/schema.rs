@@ -1,7 +1,7 @@
 //! The JSON schema of each type, for the OpenAPI document. The patterns match the texts that the
 //! parsers accept.
 
-use crate::{ExecId, SshPublicKey, TemplateName, VmName};
+use crate::{ExecId, ImageReference, SshPublicKey, TemplateName, VmName};
 use std::borrow::Cow;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, SchemaFormat, SchemaType, Type};
 use utoipa::openapi::{KnownFormat, RefOr};
@@ -42,6 +42,23 @@ impl PartialSchema for TemplateName {
             .pattern(Some("^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"))
             .max_length(Some(63))
             .examples(["debian-base"])
+            .into()
+    }
+}
+
+impl ToSchema for ImageReference {
+    fn name() -> Cow<'static, str> {
+        "ImageReference".into()
+    }
+}
+
+impl PartialSchema for ImageReference {
+    fn schema() -> RefOr<Schema> {
+        text()
+            .description(Some("An image in a registry: `[REGISTRY/]NAME[:TAG][@sha256:DIGEST]`."))
+            .pattern(Some("^[!-~]{1,4096}$"))
+            .max_length(Some(4096))
+            .examples(["python:3.12-slim"])
             .into()
     }
 }

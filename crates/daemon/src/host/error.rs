@@ -12,7 +12,7 @@ use scalebox_units::Gib;
 use serde_json::Value;
 
 /// A rejected or failed request. Input from a client never causes [`ServiceError::Internal`].
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum ServiceError {
     /// The request is malformed, or a value in it is out of bounds.
     #[error("{message}")]
@@ -76,6 +76,14 @@ pub(crate) enum ServiceError {
     /// The guest did not complete an operation in time.
     #[error("{message}")]
     GuestTimeout {
+        /// The operation that did not finish, and the time limit, as a sentence.
+        message: String,
+        /// The names in the sentence, for programs: an object.
+        details: Value,
+    },
+    /// A registry did not respond in time, or a pull goes on for longer than the client waits.
+    #[error("{message}")]
+    PullTimeout {
         /// The operation that did not finish, and the time limit, as a sentence.
         message: String,
         /// The names in the sentence, for programs: an object.
@@ -208,7 +216,10 @@ impl From<OciError> for ServiceError {
             OciError::Reference { .. } => ServiceError::invalid_field("reference", text),
             OciError::Unauthorized { .. } => ServiceError::Forbidden(text),
             OciError::NotFound { .. } => ServiceError::NotFound(text),
-            OciError::Stalled { .. } | OciError::Deadline { .. } => ServiceError::Timeout(text),
+            OciError::Stalled { .. } | OciError::Deadline { .. } => ServiceError::PullTimeout {
+                message: text,
+                details: Value::Null,
+            },
             OciError::Unreachable { .. } | OciError::Status { .. } => ServiceError::NotReady(text),
             OciError::Refused(reason) => match reason.downcast::<StorageError>() {
                 Ok(refused) => (*refused).into(),

@@ -8,6 +8,7 @@ use crate::host::random::random_hex;
 use crate::host::rfc3339;
 use scalebox_api::Job;
 use std::collections::VecDeque;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
@@ -29,6 +30,19 @@ pub(crate) struct Jobs {
 pub(crate) struct JobEntry {
     state: Mutex<State>,
     cancel: CancellationToken,
+    ended: CancellationToken,
+}
+
+/// The running job, for the task that does its work. Dropping it ends the job as failed, if it has
+/// not ended: the task panicked.
+pub(crate) struct RunningJob(Arc<JobEntry>);
+
+/// The job that makes a template.
+pub(crate) enum Begun {
+    /// This call has begun it.
+    New(RunningJob),
+    /// It was running already.
+    Running(Arc<JobEntry>),
 }
 
 struct State {
@@ -48,53 +62,35 @@ impl Jobs {
         kind: &str,
         template: &str,
         reference: Option<String>,
-    ) -> Result<Arc<JobEntry>, ServiceError> {
-        let id = random_hex(6).map_err(|error| ServiceError::Internal(error.to_string()))?;
-        let job = Job {
-            id: format!("job-{id}"),
-            kind: kind.to_owned(),
-            template: template.to_owned(),
-            reference,
-            status: "running".to_owned(),
-            phase: "resolve".to_owned(),
-            done_bytes: 0,
-            total_bytes: 0,
-            started_at: rfc3339(jiff::Timestamp::now()),
-            ended_at: None,
-            error: None,
-        };
+    ) -> Result<RunningJob, ServiceError> {
         let mut table = self.lock();
-        let running: Vec<Job> = table
-            .iter()
-            .map(|entry| entry.describe())
-            .filter(Job::is_running)
-            .collect();
-        if let Some(other) = running.iter().find(|job| job.template == template) {
-            return Err(ServiceError::Busy(format!(
-                "the template {template} is already being made by {}: wait for it, or cancel it",
-                other.id
-            )));
+        match making(&table, template) {
+            Some(other) => Err(already_made(&other.describe())),
+            None => start(&mut table, kind, template, reference),
         }
-        if running.len() >= MAX_RUNNING {
-            return Err(ServiceError::NotReady(format!(
-                "{MAX_RUNNING} jobs are already running: try again later"
-            )));
+    }
+
+    /// Begins a job like [`Jobs::begin`], or finds the running job that makes `template` of the
+    /// same image.
+    ///
+    /// # Errors
+    /// Those of [`Jobs::begin`], if the running job makes it of another image.
+    pub(crate) fn begin_or_join(&self, kind: &str, template: &str, reference: &str) -> Result<Begun, ServiceError> {
+        let mut table = self.lock();
+        let Some(other) = making(&table, template) else {
+            return start(&mut table, kind, template, Some(reference.to_owned())).map(Begun::New);
+        };
+        let job = other.describe();
+        match job.reference.as_deref() == Some(reference) {
+            true => Ok(Begun::Running(other)),
+            false => Err(already_made(&job)),
         }
-        if table.len() >= MAX_JOBS
-            && let Some(oldest) = table.iter().position(|entry| !entry.describe().is_running())
-        {
-            table.remove(oldest);
-        }
-        let entry = Arc::new(JobEntry {
-            state: Mutex::new(State {
-                job,
-                failure: None,
-                reported: None,
-            }),
-            cancel: CancellationToken::new(),
-        });
-        table.push_back(Arc::clone(&entry));
-        Ok(entry)
+    }
+
+    /// Removes a job that was not started after all. A task that waits for it gets `failure`.
+    pub(crate) fn withdraw(&self, job: &RunningJob, failure: ServiceError) {
+        self.lock().retain(|entry| !Arc::ptr_eq(entry, &job.0));
+        job.end("failed", Some(Arc::new(failure)));
     }
 
     /// Lists all jobs, oldest first.
@@ -117,6 +113,92 @@ impl Jobs {
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<JobEntry>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns the running job that makes a template.
+fn making(table: &VecDeque<Arc<JobEntry>>, template: &str) -> Option<Arc<JobEntry>> {
+    let makes = |entry: &&Arc<JobEntry>| {
+        let state = entry.lock();
+        state.job.template == template && state.job.is_running()
+    };
+    table.iter().find(makes).cloned()
+}
+
+fn already_made(job: &Job) -> ServiceError {
+    ServiceError::Busy(format!(
+        "the template {} is already being made by {}: wait for it, or cancel it",
+        job.template, job.id
+    ))
+}
+
+/// Adds a running job to the table, which drops the oldest one that has ended.
+fn start(
+    table: &mut VecDeque<Arc<JobEntry>>,
+    kind: &str,
+    template: &str,
+    reference: Option<String>,
+) -> Result<RunningJob, ServiceError> {
+    let is_running = |entry: &Arc<JobEntry>| entry.lock().job.is_running();
+    if table.iter().filter(|entry| is_running(entry)).count() >= MAX_RUNNING {
+        return Err(ServiceError::NotReady(format!(
+            "{MAX_RUNNING} jobs are already running: try again later"
+        )));
+    }
+    let id = random_hex(6).map_err(|error| ServiceError::Internal(error.to_string()))?;
+    if table.len() >= MAX_JOBS
+        && let Some(oldest) = table.iter().position(|entry| !is_running(entry))
+    {
+        table.remove(oldest);
+    }
+    let job = Job {
+        id: format!("job-{id}"),
+        kind: kind.to_owned(),
+        template: template.to_owned(),
+        reference,
+        status: "running".to_owned(),
+        phase: "resolve".to_owned(),
+        done_bytes: 0,
+        total_bytes: 0,
+        started_at: rfc3339(jiff::Timestamp::now()),
+        ended_at: None,
+        error: None,
+    };
+    let state = State {
+        job,
+        failure: None,
+        reported: None,
+    };
+    let entry = Arc::new(JobEntry {
+        state: Mutex::new(state),
+        cancel: CancellationToken::new(),
+        ended: CancellationToken::new(),
+    });
+    table.push_back(Arc::clone(&entry));
+    Ok(RunningJob(entry))
+}
+
+impl RunningJob {
+    /// Returns the job for others than its task.
+    pub(crate) fn entry(&self) -> Arc<JobEntry> {
+        Arc::clone(&self.0)
+    }
+}
+
+impl Deref for RunningJob {
+    type Target = JobEntry;
+
+    fn deref(&self) -> &JobEntry {
+        &self.0
+    }
+}
+
+impl Drop for RunningJob {
+    fn drop(&mut self) {
+        if self.describe().is_running() {
+            let why = "internal error; see the scaleboxd log".to_owned();
+            self.end("failed", Some(Arc::new(ServiceError::Internal(why))));
+        }
     }
 }
 
@@ -152,7 +234,13 @@ impl JobEntry {
         state.job.status = status.to_owned();
         state.failure = failure;
         state.job.ended_at = Some(rfc3339(jiff::Timestamp::now()));
+        self.ended.cancel();
         state.job.clone()
+    }
+
+    /// Waits until the job has ended.
+    pub(crate) fn ended(&self) -> WaitForCancellationFuture<'_> {
+        self.ended.cancelled()
     }
 
     /// Cancels the job, which ends soon afterwards.
@@ -191,9 +279,7 @@ mod tests {
         let begin = |template: &str| jobs.begin("pull", template, None);
         let first = begin("first").ok().unwrap();
         assert!(matches!(begin("first"), Err(ServiceError::Busy(_))));
-        for name in ["b", "c", "d"] {
-            begin(name).ok().unwrap();
-        }
+        let _others = ["b", "c", "d"].map(|name| begin(name).ok().unwrap());
         assert!(matches!(begin("e"), Err(ServiceError::NotReady(_))));
         first.end("done", None);
         assert!(matches!(first.cancel(), Err(ServiceError::WrongState(_))));
@@ -203,6 +289,37 @@ mod tests {
         assert_eq!(jobs.list().len(), MAX_JOBS);
         assert!(jobs.get(&first.describe().id).is_err());
         assert_eq!(jobs.list().iter().filter(|job| job.describe().is_running()).count(), 3);
+    }
+
+    #[test]
+    fn a_job_is_joined_by_requests_for_the_same_image() {
+        let jobs = Jobs::default();
+        let join = |reference: &str| jobs.begin_or_join("pull", "box", reference);
+        let Ok(Begun::New(first)) = join("a/box:1") else {
+            panic!("it is the first")
+        };
+        let Ok(Begun::Running(same)) = join("a/box:1") else {
+            panic!("it is running")
+        };
+        assert_eq!(same.describe().id, first.describe().id);
+        assert!(matches!(join("b/box:1"), Err(ServiceError::Busy(_))));
+        first.end("done", None);
+        let Ok(Begun::New(next)) = join("b/box:1") else {
+            panic!("the first has ended")
+        };
+        jobs.withdraw(&next, ServiceError::NameTaken("taken".to_owned()));
+        assert_eq!(jobs.list().len(), 1);
+        assert!(matches!(*next.failure().unwrap(), ServiceError::NameTaken(_)));
+    }
+
+    #[tokio::test]
+    async fn a_job_whose_task_panics_has_failed() {
+        let jobs = Jobs::default();
+        let job = jobs.begin("pull", "box", None).ok().unwrap();
+        let entry = job.entry();
+        drop(job);
+        entry.ended().await;
+        assert_eq!(entry.describe().status, "failed");
     }
 
     #[test]

@@ -12,9 +12,9 @@ use scalebox_units::VmId;
 use scalebox_vmm::Machine;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 /// The table of VMs. A clone is another handle on the same table.
 #[derive(Clone)]
@@ -192,7 +192,7 @@ impl Vms {
         let Some(creation) = found else {
             return Cancellation::NotBeingCreated;
         };
-        creation.cancelled.store(true, Ordering::Relaxed);
+        creation.cancelled.cancel();
         loop {
             // The wait is registered before the check, so that the end of an operation in between
             // is noticed.
@@ -349,7 +349,7 @@ fn usable_port(port: u16) -> bool {
 /// A creation in progress.
 #[derive(Default)]
 struct Creation {
-    cancelled: AtomicBool,
+    cancelled: CancellationToken,
     /// The VM's id; set when the VM has been created.
     id: OnceLock<VmId>,
 }
@@ -400,13 +400,20 @@ impl Claim {
     /// # Errors
     /// [`ServiceError::WrongState`] if the VM was deleted while it was being created.
     pub(crate) fn require_not_cancelled(&self) -> Result<(), ServiceError> {
-        if self.creation.cancelled.load(Ordering::Relaxed) {
-            let name = &self.name;
-            return Err(ServiceError::WrongState(format!(
-                "VM {name} was deleted while it was being created"
-            )));
+        match self.creation.cancelled.is_cancelled() {
+            true => Err(self.cancellation()),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Waits until the creation is cancelled, and returns its error.
+    pub(crate) async fn cancelled(&self) -> ServiceError {
+        self.creation.cancelled.cancelled().await;
+        self.cancellation()
+    }
+
+    fn cancellation(&self) -> ServiceError {
+        ServiceError::WrongState(format!("VM {} was deleted while it was being created", self.name))
     }
 }
 

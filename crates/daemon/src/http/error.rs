@@ -27,7 +27,9 @@ fn code_and_status(error: &ServiceError) -> (ErrorCode, StatusCode) {
             (ErrorCode::InsufficientStorage, StatusCode::INSUFFICIENT_STORAGE)
         }
         ServiceError::Unreachable(_) => (ErrorCode::Unreachable, StatusCode::SERVICE_UNAVAILABLE),
-        ServiceError::GuestTimeout { .. } => (ErrorCode::Timeout, StatusCode::GATEWAY_TIMEOUT),
+        ServiceError::GuestTimeout { .. } | ServiceError::PullTimeout { .. } => {
+            (ErrorCode::Timeout, StatusCode::GATEWAY_TIMEOUT)
+        }
         ServiceError::GuestFull(_) => (ErrorCode::InsufficientStorage, StatusCode::INSUFFICIENT_STORAGE),
         ServiceError::Internal(_) | ServiceError::HostFailed { .. } => {
             (ErrorCode::Internal, StatusCode::INTERNAL_SERVER_ERROR)
@@ -43,7 +45,9 @@ pub(crate) fn body(error: &ServiceError) -> ErrorBody {
             None,
             json!({ "available_gib": available.as_u64(), "need_gib": need.as_u64() }),
         ),
-        ServiceError::GuestTimeout { details, .. } => (None, details.clone()),
+        ServiceError::GuestTimeout { details, .. } | ServiceError::PullTimeout { details, .. } => {
+            (None, details.clone())
+        }
         _ => (None, json!({})),
     };
     ErrorBody {

@@ -9,7 +9,7 @@ use crate::http::query::MAX_OFFSET;
 use axum::Extension;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use scalebox_api::{CreateVmQuery, ErrorBody, ErrorCode, Limits};
+use scalebox_api::{CreateVmQuery, ErrorBody, ErrorCode, ImageReference, Limits, TemplateName};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use utoipa::openapi::OpenApi as Document;
@@ -27,7 +27,7 @@ use utoipa::{Modify, OpenApi};
             `HEAD` works wherever `GET` does. Maximum sizes are those of the host that serves this document.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
-    components(schemas(ErrorBody)),
+    components(schemas(ErrorBody, ImageReference, TemplateName)),
     security(("token" = [])),
     modifiers(&TokenScheme),
     tags(
@@ -79,6 +79,7 @@ pub(crate) fn complete(document: &Document, limits: &Limits) -> Value {
     document["paths"]["/pool/shrink"]["post"]["requestBody"]["content"] = json_body("ShrinkPool");
     document["components"]["schemas"]["ErrorBody"]["properties"]["code"]["enum"] = json!(ErrorCode::NAMES);
     bound_requests(&mut document["components"]["schemas"], limits);
+    describe_sources(&mut document);
     without_links(&mut document);
     document
 }
@@ -202,6 +203,26 @@ fn add(responses: &mut Map<String, Value>, status: &str, description: &str) {
     responses
         .entry(status.to_owned())
         .or_insert_with(|| json!({ "description": description }));
+}
+
+/// Adds the two fields for the source of a VM, one of which a request has.
+fn describe_sources(document: &mut Value) {
+    let create = &mut document["components"]["schemas"]["CreateVm"];
+    let field = |description: &str, schema: &str| {
+        let mut field = reference(schema);
+        field["description"] = description.into();
+        field
+    };
+    create["properties"]["template"] = field("Template to clone the disk from.", "TemplateName");
+    create["properties"]["image"] = field(
+        "Image of a registry, in place of a template. If it is not a template yet, it is pulled, without credentials.",
+        "ImageReference",
+    );
+    create["oneOf"] = json!([{ "required": ["template"] }, { "required": ["image"] }]);
+    document["paths"]["/vms"]["post"]["requestBody"]["content"]["application/json"]["examples"] = json!({
+        "template": { "value": { "template": "debian-base", "disk_size_gib": 10 } },
+        "image": { "value": { "image": "python:3.12-slim", "name": "py" } },
+    });
 }
 
 /// Adds this host's minima and maxima to the numbers in requests.

@@ -22,7 +22,6 @@ use scalebox_api::{
 };
 use scalebox_units::Gib;
 use std::sync::Arc;
-use std::time::Duration;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -94,24 +93,25 @@ async fn health() -> impl IntoResponse {
     (CLOSE_AFTER_RESPONSE, Json(Health::ok()))
 }
 
-/// Creates a VM and starts it.
+/// Creates a VM and starts it. An `image` is pulled first, if it is not a template yet.
 #[utoipa::path(
     post, path = "/vms", tag = "VMs", request_body = CreateVm,
     params(
         ("Idempotency-Key" = Option<String>, Header, description = "While the VM exists, repeating the request with the same key returns this VM instead of creating another."),
         ("wait" = Option<String>, Query, description = "`agent` responds when the agent in the guest does, which is when commands can run."),
-        ("wait_seconds" = Option<u64>, Query, description = "Maximum time to wait, 1 to 600; by default 120."),
+        ("wait_seconds" = Option<u64>, Query, description = "Maximum time to wait for the pull of an image, and then once more for the agent: 1 to 600; by default 120."),
     ),
     responses(
         (status = 201, body = Vm, description = "The VM. Its guest is still booting, unless the request waits for its agent.", headers(
             ("Idempotent-Replayed" = Option<String>, description = "`true` if an earlier request with the same key created the VM.")
         )),
         (status = 400, description = "A field is invalid; the error names it."),
-        (status = 404, description = "No such template."),
-        (status = 409, description = "The name is in use, a request with this key is still running, or the VM was deleted while it was being created."),
+        (status = 403, description = "The registry denies access to the image, or the template name is protected."),
+        (status = 404, description = "No such template, or the registry does not have the image."),
+        (status = 409, description = "The name is in use, another template has the name of the image's, the pull was cancelled, a request with this key is still running, or the VM was deleted while it was being created."),
         (status = 422, description = "The key was used for a different request."),
-        (status = 503, description = "The host is not ready: it has no guest kernel or no free port, or the pool is not mounted."),
-        (status = 504, description = "The agent did not respond in time. The VM is kept; `details` has its `id` and `name`."),
+        (status = 503, description = "The host is not ready: it has no guest kernel or no free port, the pool is not mounted, the registry cannot be reached, or too many jobs are running."),
+        (status = 504, description = "The pull did not end in time: it continues, no VM was created, and `details` has its `job`. Or the agent did not respond in time: the VM is kept, and `details` has its `id` and `name`."),
         (status = 507, description = "The disk does not fit into the pool, or the state disk is full."),
     )
 )]
@@ -124,15 +124,11 @@ async fn create_vm(
     let query = Params::parse(&uri, &["wait", "wait_seconds"])?;
     let query = CreateVmQuery::parse(query.texts()?)?;
     let mut request = CreateVm::parse(&body, host.limits())?;
-    if query.wait.is_some() && !request.start {
-        let advice = "wait=agent needs a VM that is started: omit it, or send \"start\": true";
-        return Err(ServiceError::invalid_field("wait", advice));
-    }
+    query.check(&request)?;
     request.idempotency_key = idempotency_key(&headers)?;
-    let (vm, replayed) = vm::create(&host, request).await?;
+    let (vm, replayed) = vm::create(&host, request, query.max_wait()).await?;
     if query.wait == Some(WaitFor::Agent) {
-        let seconds = query.wait_seconds.unwrap_or(CreateVmQuery::DEFAULT_WAIT_SECONDS);
-        vm::guest::wait_for_agent(&host, &vm.id, Duration::from_secs(seconds)).await?;
+        vm::guest::wait_for_agent(&host, &vm.id, query.max_wait()).await?;
     }
     // A replay has the same status as the first response, as
     // draft-ietf-httpapi-idempotency-key-header requires; the header marks it.

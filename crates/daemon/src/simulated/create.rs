@@ -1,7 +1,7 @@
 //! Tests of creations, and of the host after a creation fails.
 
 use crate::host::error::ServiceError;
-use crate::simulated::sim::{CAPACITY, Sim, TEMPLATE, create_request, id};
+use crate::simulated::sim::{CAPACITY, PULL_WAIT, Sim, TEMPLATE, create_request, id};
 use crate::vm;
 use scalebox_api::{EventKind, VmStatus};
 use scalebox_net::NetworkCall;
@@ -113,7 +113,7 @@ fn a_repeated_request_with_its_key_returns_the_same_vm() {
     let create = |name: &str| {
         let mut request = create_request(sim.host(), json!({ "name": name }));
         request.idempotency_key = Some("key-1".parse().unwrap());
-        sim.run(async |host| vm::create(&host, request).await)
+        sim.run(async |host| vm::create(&host, request, PULL_WAIT).await)
     };
     let (vm, found) = create("box").unwrap();
     assert!(!found);
@@ -130,7 +130,7 @@ fn a_key_whose_creation_failed_can_be_used_again() {
     let create = || {
         let mut request = create_request(sim.host(), json!({ "name": "box" }));
         request.idempotency_key = Some("key-1".parse().unwrap());
-        sim.run(async |host| vm::create(&host, request).await)
+        sim.run(async |host| vm::create(&host, request, PULL_WAIT).await)
     };
     create().unwrap_err();
     assert!(!create().unwrap().1);
@@ -141,7 +141,7 @@ fn deleting_a_vm_that_is_being_created_undoes_the_creation() {
     let sim = Sim::new();
     let gate = sim.vmm.next(Operation::Launch).waits();
     let (created, deleted) = sim.run(async |host| {
-        let create = vm::create(&host, create_request(&host, json!({ "name": "box" })));
+        let create = vm::create(&host, create_request(&host, json!({ "name": "box" })), PULL_WAIT);
         let delete = async {
             gate.reached().await;
             let deletion = vm::delete(&host, "box".to_owned());
@@ -161,7 +161,7 @@ fn a_client_that_disconnects_does_not_interrupt_a_creation() {
     let sim = Sim::new();
     let gate = sim.vmm.next(Operation::Launch).waits();
     sim.run(async |host| {
-        let create = vm::create(&host, create_request(&host, json!({ "name": "box" })));
+        let create = vm::create(&host, create_request(&host, json!({ "name": "box" })), PULL_WAIT);
         tokio::select! {
             _ = create => panic!("it waits at the gate"),
             () = gate.reached() => {}
@@ -176,7 +176,13 @@ fn a_client_that_disconnects_does_not_interrupt_a_creation() {
 fn concurrent_creations_get_different_addresses_and_ports() {
     let sim = Sim::new();
     let vms = sim.run(async |host| {
-        let create = |n: u8| vm::create(&host, create_request(&host, json!({ "name": format!("box-{n}") })));
+        let create = |n: u8| {
+            vm::create(
+                &host,
+                create_request(&host, json!({ "name": format!("box-{n}") })),
+                PULL_WAIT,
+            )
+        };
         futures::future::join_all((0..8).map(create)).await
     });
     let mut ports: Vec<_> = vms.into_iter().map(|created| created.unwrap().0.ssh_port).collect();

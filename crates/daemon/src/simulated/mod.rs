@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `sim` | the simulated host, and the operations of tests on it |
 //! | `create` | creation, and the host after a creation fails |
+//! | `image` | creation of an image, and the pull that it waits for |
 //! | `lifecycle` | start, stop, restart, deletion, machines that end |
 //! | `change` | growth of a disk, limits, settings |
 //! | `agent` | the connection to a guest's agent |
@@ -26,6 +27,7 @@ mod change;
 mod create;
 mod exec;
 mod http;
+mod image;
 mod kernels;
 mod lifecycle;
 mod main_process;

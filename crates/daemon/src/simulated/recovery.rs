@@ -1,7 +1,7 @@
 //! Tests of recovery at the daemon's next start.
 
 use crate::host::error::ServiceError;
-use crate::simulated::sim::{Sim, create_request, id};
+use crate::simulated::sim::{PULL_WAIT, Sim, create_request, id};
 use crate::state::State;
 use crate::vm;
 use scalebox_api::{EventKind, VmStatus};
@@ -113,7 +113,7 @@ fn a_creation_that_a_crash_interrupted_leaves_nothing() {
     let gate = sim.vmm.next(Operation::Launch).waits();
     sim.run(async |host| {
         tokio::select! {
-            _ = vm::create(&host, create_request(&host, json!({ "name": "box" }))) => panic!("it waits at the gate"),
+            _ = vm::create(&host, create_request(&host, json!({ "name": "box" })), PULL_WAIT) => panic!("it waits at the gate"),
             () = gate.reached() => {}
         }
     });

@@ -31,6 +31,8 @@ pub(super) const CAPACITY: Gib = Gib::new(100);
 /// Limit on waiting for something to happen, by the simulated clock.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(600);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Limit on the pull of an image that a creation waits for.
+pub(super) const PULL_WAIT: Duration = Duration::from_secs(100);
 
 /// A host whose machines, network and space are simulated.
 pub(super) struct Sim {
@@ -228,7 +230,7 @@ impl Sim {
     pub(super) fn try_create(&self, fields: Value) -> Result<Vm, ServiceError> {
         self.run(async move |host| {
             let request = create_request(&host, fields);
-            vm::create(&host, request).await.map(|(vm, _)| vm)
+            vm::create(&host, request, PULL_WAIT).await.map(|(vm, _)| vm)
         })
     }
 
@@ -396,10 +398,13 @@ pub(super) fn id(vm: &Vm) -> VmId {
     vm.id.parse().unwrap()
 }
 
-/// Returns a request for a VM, with these fields besides template and key.
+/// Returns a request for a VM, with these fields besides key, and template if there is no image.
 pub(super) fn create_request(host: &Host, fields: Value) -> CreateVm {
     let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBvQAo3wEbrBSpyYtmK9GRzs7IJ9GbPmnvOJvzTNDUHt test";
-    let mut request = json!({ "template": TEMPLATE, "ssh_public_key": key });
+    let mut request = match fields.get("image") {
+        None => json!({ "template": TEMPLATE, "ssh_public_key": key }),
+        Some(_) => json!({ "ssh_public_key": key }),
+    };
     request
         .as_object_mut()
         .unwrap()

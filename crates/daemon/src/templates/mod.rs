@@ -1,6 +1,7 @@
 //! The list of templates, their deletion, and pulls. Export and import are in
 //! [`http`](crate::http).
 
+pub(crate) mod image;
 pub(crate) mod pull;
 
 use crate::host::error::ServiceError;

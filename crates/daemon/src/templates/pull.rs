@@ -5,7 +5,7 @@
 //! import.
 
 use crate::host::error::ServiceError;
-use crate::host::jobs::JobEntry;
+use crate::host::jobs::{JobEntry, RunningJob};
 use crate::host::{BASE_TEMPLATE, Host, blocking};
 use scalebox_api::{EventKind, Job, PullTemplate, TemplateName};
 use scalebox_images::oci::{
@@ -22,27 +22,57 @@ use tracing::Instrument;
 /// Maximum size of the cache of layers.
 const MAX_CACHE: Bytes = Bytes::from_mib(10 << 10);
 
+/// The kind of the jobs.
+pub(crate) const KIND: &str = "pull";
+
 /// Starts to pull an image as the template `name`.
 ///
 /// # Errors
 /// 400 for a malformed name or reference; 403 for [`BASE_TEMPLATE`]; 409 if the name is in use, or
 /// a job makes the template already; 503 if too many jobs are running.
 pub(crate) async fn pull(host: &Host, name: String, request: PullTemplate) -> Result<Job, ServiceError> {
-    if name == BASE_TEMPLATE {
-        return Err(ServiceError::Forbidden(format!(
-            "the template {BASE_TEMPLATE} is protected: choose another name"
-        )));
-    }
+    require_unprotected(&name)?;
     let form = |form| ServiceError::invalid(format!("the template name {form}"));
     let parsed: TemplateName = name.parse().map_err(form)?;
     let reference = complete_reference(&request.reference)
         .map_err(|error| ServiceError::invalid_field("reference", error.to_string()))?;
-    require_free(host, &parsed, request.replace).await?;
-    let job = host.jobs.begin("pull", &name, Some(reference))?;
+    let job = host.jobs.begin(KIND, &name, Some(reference))?;
+    host.detached(|host| async move { start(&host, parsed, request, job).await })
+        .await
+}
+
+/// Checks that a template may be made by pulling.
+///
+/// # Errors
+/// 403 for [`BASE_TEMPLATE`].
+pub(crate) fn require_unprotected(name: &str) -> Result<(), ServiceError> {
+    match name {
+        BASE_TEMPLATE => Err(ServiceError::Forbidden(format!(
+            "the template {BASE_TEMPLATE} is protected: choose another name"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Starts the work of a job. The name is checked while the job keeps others from making a template
+/// of this name.
+///
+/// # Errors
+/// 409 if the name is in use. The job is then withdrawn.
+pub(crate) async fn start(
+    host: &Host,
+    name: TemplateName,
+    request: PullTemplate,
+    job: RunningJob,
+) -> Result<Job, ServiceError> {
+    if let Err(error) = require_free(host, &name, request.replace).await {
+        host.jobs.withdraw(&job, error.clone());
+        return Err(error);
+    }
     let started = job.describe();
     let details = json!({ "job": started.id, "kind": started.kind, "template": name });
     host.events.publish(EventKind::JobStarted, None, details);
-    let running = run(host.clone(), parsed, request, job);
+    let running = run(host.clone(), name, request, job);
     host.tasks.spawn(running.in_current_span());
     Ok(started)
 }
@@ -60,9 +90,9 @@ async fn require_free(host: &Host, name: &TemplateName, replace: bool) -> Result
 }
 
 /// Runs the job, and reports its end.
-async fn run(host: Host, name: TemplateName, request: PullTemplate, job: Arc<JobEntry>) {
+async fn run(host: Host, name: TemplateName, request: PullTemplate, job: RunningJob) {
     let made = tokio::select! {
-        made = make(&host, &request, &job) => Some(made),
+        made = make(&host, &request, job.entry()) => Some(made),
         () = job.cancelled() => None,
         () = host.closing.cancelled() => None,
     };
@@ -89,7 +119,7 @@ async fn run(host: Host, name: TemplateName, request: PullTemplate, job: Arc<Job
 }
 
 /// Pulls the image into a file system.
-async fn make(host: &Host, request: &PullTemplate, job: &Arc<JobEntry>) -> Result<Made, ServiceError> {
+async fn make(host: &Host, request: &PullTemplate, job: Arc<JobEntry>) -> Result<Made, ServiceError> {
     let pool = Arc::clone(&host.pool);
     let (work, cache) = blocking(move || {
         let work = pool.build_dir()?;
@@ -103,7 +133,7 @@ async fn make(host: &Host, request: &PullTemplate, job: &Arc<JobEntry>) -> Resul
     };
     let watch = Watch {
         host: host.clone(),
-        job: Arc::clone(job),
+        job,
     };
     let credentials = request.username.clone().zip(request.password.clone());
     let wanted = PullRequest {

@@ -1,6 +1,6 @@
 //! Creating a VM, step by step.
 //!
-//! Claim a name, an address and a port → admit → clone the disk → (seed drive → tap and forward →
+//! Claim a name, an address and a port → (pull the image) → admit → clone the disk → (seed drive → tap and forward →
 //! launch) → record. A VM becomes visible when it is recorded, and only then does the client get a
 //! response. A crash at any point leaves either a recorded VM or leftovers that
 //! [`recovery`](crate::vm::recovery) removes at the next start. Creations run concurrently; the
@@ -10,13 +10,15 @@ use crate::host::error::ServiceError;
 use crate::host::files::remove_dir;
 use crate::host::kernels_in_use::KernelInUse;
 use crate::host::random::random_hex;
+use crate::host::templates_in_use::TemplateInUse;
 use crate::host::undo::Steps;
 use crate::host::vms::Claim;
 use crate::host::{Host, blocking, fault_point, rfc3339};
 use crate::pool::{admission, kernels};
 use crate::state::{KeyedRequest, Record, VmLimits};
+use crate::templates::image::Image;
 use crate::vm::{auto_extend, lifecycle, main_process, view};
-use scalebox_api::{CreateVm, EventKind, Vm, VmStatus};
+use scalebox_api::{CreateVm, EventKind, TemplateName, Vm, VmSource, VmStatus};
 use scalebox_fault_points::crash_point;
 use scalebox_net::Lease;
 use scalebox_storage::{Pool, Reservation};
@@ -24,16 +26,19 @@ use scalebox_units::{Gib, InvalidFormat, VmId};
 use scalebox_vmm::Machine;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
 
-pub(crate) async fn create_now(host: &Host, request: CreateVm) -> Result<Vm, ServiceError> {
+/// Creates the VM of a request. `pull_wait` is the maximum time to wait for the pull of an image.
+pub(crate) async fn create_now(host: &Host, request: CreateVm, pull_wait: Duration) -> Result<Vm, ServiceError> {
     let inner = host;
     let claim = inner.vms.claim(request.name.as_ref().map(|name| name.as_str()))?;
-    let in_use = inner.templates_in_use.hold(request.template.as_str());
+    let (template, in_use) = template_of(host, &request, &claim, pull_wait).await?;
     let request = Arc::new(request);
     let admit_and_clone = || {
-        let (host, request, name, lease) = (host.clone(), Arc::clone(&request), claim.name.clone(), claim.lease);
+        let (host, request, template) = (host.clone(), Arc::clone(&request), template.clone());
+        let (name, lease) = (claim.name.clone(), claim.lease);
         // One blocking task for both: a second thread hop costs as much as the clone.
-        blocking(move || admit_and_clone(&host, &request, name, lease))
+        blocking(move || admit_and_clone(&host, &request, &template, name, lease))
     };
     // The guard keeps the kernel from being removed until the VM is in the table.
     let (record, reservation, _kernel) = admission::until_admitted(host, admit_and_clone).await?;
@@ -86,15 +91,59 @@ fn publish_created(host: &Host, record: &Record) {
     }
 }
 
+/// Returns the template to clone, and keeps it from being deleted. Pulls the image if it is not a
+/// template yet; the pull continues if the creation ends before it.
+async fn template_of(
+    host: &Host,
+    request: &CreateVm,
+    claim: &Claim,
+    pull_wait: Duration,
+) -> Result<(TemplateName, TemplateInUse), ServiceError> {
+    let image = match &request.source {
+        VmSource::Template(name) => return Ok((name.clone(), host.templates_in_use.hold(name.as_str()))),
+        VmSource::Image(image) => Image::of(image)?,
+    };
+    let found = match image.find(host).await? {
+        Some(found) => found,
+        None => {
+            require_creatable(host, request).await?;
+            tokio::select! {
+                pulled = image.pull(host, pull_wait) => pulled?,
+                cancelled = claim.cancelled() => return Err(cancelled),
+            }
+        }
+    };
+    Ok((image.template().clone(), found))
+}
+
+/// Checks what a creation needs besides its template, before that is pulled. The disk is at least
+/// as large as is checked here.
+async fn require_creatable(host: &Host, request: &CreateVm) -> Result<(), ServiceError> {
+    let size = request.disk_size_gib.map_or(host.settings.default_disk_size, Gib::new);
+    if let Some(extend) = request.disk_auto_extend {
+        auto_extend::check(extend, size)?;
+    }
+    if request.start {
+        let host = host.clone();
+        blocking(move || {
+            let newest = kernels::choose(&host, None)?;
+            kernels::require(&host, newest.as_ref().map(|held| held.id())).map(drop)
+        })
+        .await?;
+    }
+    admission::admit(host, size.bytes()).await.map(drop)
+}
+
 /// Admits the request and clones the disk. Blocks. Leaves nothing behind on failure.
 fn admit_and_clone(
     host: &Host,
     request: &CreateVm,
+    template: &TemplateName,
     name: String,
     lease: Lease,
 ) -> Result<(Record, Reservation, Option<KernelInUse>), ServiceError> {
     let inner = host;
-    let template = inner.pool.template(&request.template)?;
+    let template = inner.pool.template(template)?;
     let requested = request.disk_size_gib.map(Gib::new);
     let disk_size = Pool::disk_size(&template, requested, inner.settings.default_disk_size)?;
     if disk_size > inner.settings.max_disk_size {
@@ -114,7 +163,7 @@ fn admit_and_clone(
     let reservation = inner.pool.admit(disk_size.bytes())?;
 
     let kernel = kernels::choose(host, template.kernel.as_ref())?;
-    let mut record = new_record(host, request, name, lease, disk_size)?;
+    let mut record = new_record(host, request, &template.name, (name, lease), disk_size)?;
     record.kernel = kernel.as_ref().map(|held| held.id().clone());
     record.guest = guest;
     tracing::info!(
@@ -133,15 +182,15 @@ fn admit_and_clone(
 fn new_record(
     host: &Host,
     request: &CreateVm,
-    name: String,
-    lease: Lease,
+    template: &TemplateName,
+    (name, lease): (String, Lease),
     disk_size: Gib,
 ) -> Result<Record, ServiceError> {
     let inner = host;
     Ok(Record {
         id: new_id()?,
         name,
-        template: request.template.as_str().to_owned(),
+        template: template.to_string(),
         ssh_public_key: request.ssh_public_key.as_ref().map(|key| key.as_str().to_owned()),
         created_at: rfc3339(jiff::Timestamp::now()),
         vcpu_count: request

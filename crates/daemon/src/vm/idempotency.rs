@@ -12,20 +12,21 @@ use crate::vm::create::create_now;
 use crate::vm::view;
 use scalebox_api::{CreateVm, Vm};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Creates the VM, or finds the VM created by the same request. Returns whether it was found.
 ///
 /// # Errors
 /// 409 while a request with the same key is in progress; 422 if the key belongs to a different
 /// request; and the errors of a creation.
-pub(crate) async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
+pub(crate) async fn create(host: &Host, request: CreateVm, pull_wait: Duration) -> Result<(Vm, bool), ServiceError> {
     let Some(keyed) = KeyedRequest::of(&request) else {
-        return create_now(host, request).await.map(|vm| (vm, false));
+        return create_now(host, request, pull_wait).await.map(|vm| (vm, false));
     };
     let _in_use = host.keys.begin(&keyed.key)?;
     let (state, key) = (Arc::clone(&host.state), keyed.key.clone());
     match blocking(move || state.created_by(&key)).await? {
-        None => create_now(host, request).await.map(|vm| (vm, false)),
+        None => create_now(host, request, pull_wait).await.map(|vm| (vm, false)),
         Some((vm, digest)) if digest == keyed.digest => view::get(host, vm.as_str()).map(|vm| (vm, true)),
         Some((vm, _)) => Err(ServiceError::IdempotencyMismatch(format!(
             "Idempotency-Key {} was used for a different request, which created {vm}: use a new key for each VM",

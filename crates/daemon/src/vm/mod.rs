@@ -28,6 +28,7 @@ pub(crate) mod view;
 use crate::host::Host;
 use crate::host::error::ServiceError;
 use scalebox_api::{CreateVm, Trimmed, UpdateVm, Vm};
+use std::time::Duration;
 
 /// Creates a VM. Completes even if the caller stops waiting.
 ///
@@ -36,10 +37,10 @@ use scalebox_api::{CreateVm, Trimmed, UpdateVm, Vm};
 ///
 /// # Errors
 /// 404 if there is no such template, 400 if the disk is smaller than the template, 409 if the
-/// name is in use, 507 if the disk does not fit, 503 if the host is not ready. Nothing is left
-/// behind.
-pub(crate) async fn create(host: &Host, request: CreateVm) -> Result<(Vm, bool), ServiceError> {
-    host.detached(|host| async move { idempotency::create(&host, request).await })
+/// name is in use, 507 if the disk does not fit, 503 if the host is not ready. Those of the pull of
+/// an image, and 504 if it does not end within `pull_wait`. Nothing is left behind.
+pub(crate) async fn create(host: &Host, request: CreateVm, pull_wait: Duration) -> Result<(Vm, bool), ServiceError> {
+    host.detached(|host| async move { idempotency::create(&host, request, pull_wait).await })
         .await
 }
 

@@ -29,7 +29,22 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
+    /// Starts a registry that demands the password.
     pub(crate) fn start() -> Registry {
+        Registry::with(|folder| {
+            let htpasswd = folder.join("htpasswd");
+            fs::write(&htpasswd, HTPASSWD).unwrap();
+            format!("auth: {{htpasswd: {{realm: test, path: {}}}}}\n", htpasswd.display())
+        })
+    }
+
+    /// Starts a registry that is open to everyone.
+    #[allow(dead_code, reason = "not all tests need one")]
+    pub(crate) fn open() -> Registry {
+        Registry::with(|_| String::new())
+    }
+
+    fn with(access: impl FnOnce(&Path) -> String) -> Registry {
         let folder = tempfile::tempdir().unwrap();
         let host = TcpListener::bind("127.0.0.1:0")
             .unwrap()
@@ -37,12 +52,11 @@ impl Registry {
             .unwrap()
             .to_string();
         let path = |name: &str| folder.path().join(name);
-        fs::write(path("htpasswd"), HTPASSWD).unwrap();
+        let access = access(folder.path());
         let config = format!(
             "version: 0.1\nlog: {{accesslog: {{disabled: true}}, level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
-             http: {{addr: '{host}'}}\nauth: {{htpasswd: {{realm: test, path: {}}}}}\n",
-            path("data").display(),
-            path("htpasswd").display()
+             http: {{addr: '{host}'}}\n{access}",
+            path("data").display()
         );
         fs::write(path("config.yml"), config).unwrap();
         let process = Command::new("docker-registry")
