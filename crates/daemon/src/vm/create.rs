@@ -1,8 +1,8 @@
 //! Creating a VM, step by step.
 //!
-//! Claim a name, an address and a port → (pull the image) → admit → clone the disk → (seed drive → tap and forward →
-//! launch) → record. A VM becomes visible when it is recorded, and only then does the client get a
-//! response. A crash at any point leaves either a recorded VM or leftovers that
+//! Claim a name, an address and a port → (pull the image) → admit → clone the disk → (seed drive →
+//! tap and forward → launch) → record. A VM becomes visible when it is recorded, and only then does
+//! the client get a response. A crash at any point leaves either a recorded VM or leftovers that
 //! [`recovery`](crate::vm::recovery) removes at the next start. Creations run concurrently; the
 //! only lock they share is held for microseconds.
 
