@@ -1,7 +1,8 @@
-//! The list of templates, their deletion, and pulls. Export and import are in
+//! The list of templates, their deletion, pulls and imports. Their transfers over HTTP are in
 //! [`http`](crate::http).
 
 pub(crate) mod image;
+pub(crate) mod import;
 pub(crate) mod pull;
 
 use crate::host::error::ServiceError;

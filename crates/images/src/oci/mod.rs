@@ -73,4 +73,6 @@ pub use digest::{Digest, InvalidDigest};
 pub use error::OciError;
 pub use limits::{Deadlines, Limits};
 pub use pull::{PullRequest, complete_reference, pull};
+pub(crate) use error::quoted;
 pub use task::{Phase, Room, Supervisor, Task};
+pub(crate) use task::GrowingRoom;
