@@ -140,7 +140,7 @@ async fn make(host: &Host, request: &PullTemplate, job: Arc<JobEntry>) -> Result
         reference: request.reference.clone(),
         credentials: credentials.map(|(username, password)| Credentials { username, password }),
         insecure: request.insecure,
-        mirrors: Vec::new(),
+        mirrors: host.settings.registry_mirrors.clone(),
         deadlines: Deadlines::default(),
     };
     let made = pull_image(&wanted, &cache, &work, &Task::new(Arc::new(watch), limits)).await?;

@@ -3,7 +3,7 @@
 use crate::oci::cache::{LayerCache, PartialLayer};
 use crate::oci::digest::Hasher;
 use crate::oci::error::OciError;
-use crate::oci::limits::{BLOB_GRACE, MAX_ATTEMPTS, MIN_SPEED};
+use crate::oci::limits::{BLOB_GRACE, MIN_SPEED};
 use crate::oci::manifest::Blob;
 use crate::oci::registry::{Registry, next_chunk};
 use crate::oci::task::{Phase, Task};
@@ -134,14 +134,14 @@ impl<'d> Downloads<'d> {
                 Ok(()) => break,
                 Err(error) if error.is_transient() => {
                     tracing::debug!(layer = %blob.digest, received, %error, "resuming a layer");
-                    if failures + 1 >= MAX_ATTEMPTS {
+                    if failures + 1 >= self.registry.attempts() {
                         return Err(error);
                     }
                 }
                 Err(error) => return Err(error),
             }
             // Without an error, the body ended early, as it does when a connection is cut.
-            if failures + 1 >= MAX_ATTEMPTS {
+            if failures + 1 >= self.registry.attempts() {
                 return Err(self.wrong_size(blob, received));
             }
             self.registry.pause(failures).await;
