@@ -10,6 +10,7 @@ use crate::oci::task::{Phase, Task};
 use bytes::Bytes as Chunk;
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::StatusCode;
+use scalebox_fault_points::fault_point;
 use std::fs::File;
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -205,6 +206,7 @@ fn write(mut partial: PartialLayer, mut chunks: mpsc::Receiver<Chunk>, expected:
             .write_all(&chunk)
             .map_err(OciError::io("write", &partial.path))?;
     }
+    fault_point("layer: written").map_err(OciError::io("write", &partial.path))?;
     let what = format!("the layer {}", expected.digest);
     if size != expected.size {
         return Err(OciError::WrongSize {
