@@ -285,11 +285,11 @@ fn disk_images_and_archives_are_imported_over_http_by_their_content() {
 #[test]
 fn disk_images_and_archives_that_are_unusable_leave_nothing() {
     let host = Host::with_tiny_template(&Options {
-        env: &[("MAX_DISK_SIZE_GIB", "1")],
+        env: &[("MAX_DISK_SIZE_GIB", "1"), ("DEFAULT_DISK_SIZE_GIB", "1")],
         ..Options::default()
     });
     let client = host.client();
-    let disk = fs::read(disk(&host, "gpt")).unwrap();
+    let disk = fs::read(disk(&host, "dos")).unwrap();
     let layout = small();
     let archive = host.folder.join("oci");
     run(
@@ -303,8 +303,9 @@ fn disk_images_and_archives_that_are_unusable_leave_nothing() {
     );
     let archive = fs::read(archive).unwrap();
     let mut forged = archive.clone();
-    let middle = forged.len() / 2;
-    forged[middle] ^= 1;
+    // In the data of a layer, after the header of gzip.
+    let layer = forged.windows(3).position(|bytes| bytes == [0x1f, 0x8b, 8]).unwrap();
+    forged[layer + 12] ^= 1;
     let huge = host.folder.join("huge");
     run("qemu-img", &["create", "-q", "-f", "qcow2", text(&huge), "2G"]);
     let qcow2 = fs::read(&huge).unwrap();
