@@ -20,8 +20,8 @@ URL = os.environ["SCALEBOX_URL"]
 AUTHORIZATION = {"Authorization": "Bearer " + os.environ["SCALEBOX_TOKEN"]}
 # The template of the scratch host. The API does not delete or replace a template of this name.
 TEMPLATE = "debian-base"
-# An image of a registry that cannot be reached.
-IMAGE = "localhost:1/image:1"
+# An image whose template would have that name: it is refused at once, and not pulled.
+IMAGE = "localhost:1/debian-base"
 # The number of VMs and templates to keep; older ones are deleted.
 MAX_KEPT = 12
 

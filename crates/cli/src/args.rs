@@ -431,10 +431,11 @@ pub(crate) enum TemplateCommand {
         #[arg(long)]
         force: bool,
     },
-    /// Create a template from an ext4 image, uncompressed or compressed with zstd
+    /// Create a template from an ext4 image, a disk image or an archive of a container image
     #[command(
-        after_help = "The server checks the image; the template appears when the import is complete.\n\n\
-        Examples:\n  scalebox template import my-template my-template.ext4.zst\n  scalebox template import my-template rootfs.ext4 --replace"
+        after_help = "The server recognises the image by its content: ext4, also compressed with zstd; a disk with GPT or \
+        MBR; qcow2; an OCI archive; the output of docker save. It checks the image; the template appears when the import \
+        is complete.\n\nExamples:\n  scalebox template import my-template my-template.ext4.zst\n  scalebox template import my-template rootfs.ext4 --replace"
     )]
     Import {
         /// Name of the new template

@@ -11,7 +11,8 @@ use crate::signals::on_signal;
 use crate::ssh;
 use rustix::process::Signal;
 use scalebox_api::{
-    AttachMessage, CreateMain, CreateVm, CreateVmQuery, ErrorCode, ImageReference, Vm, VmName, VmSource, WaitFor,
+    AttachMessage, CreateMain, CreateVm, CreateVmQuery, ErrorCode, ImageReference, Template, Vm, VmName, VmSource,
+    WaitFor,
 };
 use scalebox_client::{Client, ClientError};
 use std::io::{self, IsTerminal};
@@ -32,7 +33,7 @@ pub(crate) fn run(client: &Client, args: &RunArgs, output: &Output) -> Result<Ex
     vm.handle_signals()?;
     let result = vm
         .create(&create_request(source, name, args, output)?, args.wait, output)
-        .and_then(|created| vm.use_it(command_of(client, &created, args)?, args, output));
+        .and_then(|created| vm.use_it(&created, args, output));
     vm.end(args.keep, output);
     result
 }
@@ -54,14 +55,10 @@ fn source_of(client: &Client, image: &ImageReference) -> Result<VmSource, Error>
     }
 }
 
-/// Returns the command to run, by default that of the image that the VM was created from; empty if
-/// there is none.
-fn command_of(client: &Client, vm: &Vm, args: &RunArgs) -> Result<Vec<String>, Error> {
-    if !args.command.is_empty() {
-        return Ok(args.command.clone());
-    }
-    let config = client.template(&vm.template)?.config.unwrap_or_default();
-    Ok([config.entrypoint, config.cmd].concat())
+/// Returns the command of the image that a template was made of; empty if there is none.
+fn command_of(template: Template) -> Vec<String> {
+    let config = template.config.unwrap_or_default();
+    [config.entrypoint, config.cmd].concat()
 }
 
 /// Checks that a name is free. The VM with this name is deleted at the end, so it must be the one
@@ -174,8 +171,12 @@ impl Disposable {
         created
     }
 
-    /// Copies files to the VM and runs the command; without one, a shell.
-    fn use_it(&self, command: Vec<String>, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
+    /// Copies files to the VM and runs the command; without one, that of its image, or a shell.
+    fn use_it(&self, created: &Vm, args: &RunArgs, output: &Output) -> Result<ExitCode, Error> {
+        let command = match args.command.is_empty() {
+            true => command_of(self.client.template(&created.template)?),
+            false => args.command.clone(),
+        };
         for volume in &args.volume {
             let target = Target {
                 client: &self.client,

@@ -524,8 +524,13 @@ fn run_without_a_command_runs_that_of_the_image_instead_of_a_main_process() {
     let web = json!({"name": "web", "size_bytes": 1, "used_bytes": 1, "created_at": "2026-01-02T03:04:05Z",
         "used_by": 0, "protected": false, "init": "agent",
         "config": {"entrypoint": ["/entry"], "cmd": ["--serve", "80"], "env": ["A=1"]}});
-    guest.respond("GET /templates", 200, json!({ "templates": [&web] }));
-    guest.respond("GET /templates/debian-base", 200, web);
+    guest.respond("GET /templates", 200, json!({ "templates": [web.clone()] }));
+    guest.respond("GET /templates/web", 200, web);
+    guest.respond(
+        "POST /vms?wait=agent&wait_seconds=120",
+        201,
+        vm(json!({"name": "job", "template": "web"})),
+    );
     let home = Home::new();
     let ran = run(quiet(&mut home.at(&guest.url(), &["run", "--name", "job", "web"])));
     assert_eq!(ran.code, 0, "{}", ran.err);

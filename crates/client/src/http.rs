@@ -43,6 +43,8 @@ pub(crate) const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Timeout of operations. It exceeds every timeout of the daemon (a guest's shutdown, the check of
 /// a template), so that the client receives the result.
 pub(crate) const OPERATION_TIMEOUT: Duration = Duration::from_secs(300);
+/// Timeout of the response to an image that was sent completely: disk images are converted first.
+const IMPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Maximum silence on a stream. On a stream of events, the daemon sends data every 15 seconds.
 const STREAM_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const IS_RUNNING: &str = "is it running? (systemctl status scaleboxd)";
@@ -275,8 +277,8 @@ impl Client {
         })
     }
 
-    /// Sends `POST /templates/{name}/import`: creates a template from an ext4 image, uncompressed
-    /// or compressed with zstd. `replace` allows it to replace an existing one.
+    /// Sends `POST /templates/{name}/import`: creates a template from an image, whose kind the
+    /// daemon recognises by its content. `replace` allows it to replace an existing one.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -287,7 +289,7 @@ impl Client {
         replace: bool,
     ) -> Result<Template, ClientError> {
         let path = template_path(name, &format!("/import?replace={replace}"));
-        ApiRequest::new(self, Method::POST, &path, OPERATION_TIMEOUT)
+        ApiRequest::new(self, Method::POST, &path, IMPORT_TIMEOUT)
             .upload(image, None)?
             .json()
     }

@@ -12,6 +12,9 @@
     reason = "a failed step fails the test"
 )]
 
+#[path = "../../images/tests/support/registry.rs"]
+#[allow(dead_code, reason = "the tests of pulls use the rest")]
+mod registry;
 mod support;
 #[path = "../../vmm/tests/support/guest.rs"]
 #[allow(dead_code, clippy::unwrap_used, reason = "the tests of the hypervisor use the rest")]
@@ -25,7 +28,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use support::run;
 use support::text;
-use walk::{BUILDS, DISKS, Findings, LIVE, MACHINES, Operation, POOLS, Reported, Scene, names_in};
+use walk::{BUILDS, DISKS, Findings, LIVE, MACHINES, Operation, POOLS, PULLS, Reported, Scene, names_in};
 
 /// The kind of fault at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +74,7 @@ fn a_kill_or_an_error_at_any_step_loses_nothing_reported_and_leaves_nothing_behi
     let sources = Sources::read();
     let rows: Vec<Row> = std::thread::scope(|scope| {
         let workers =
-            [DISKS, MACHINES, POOLS, BUILDS, LIVE].map(|operations| scope.spawn(|| walk(operations, &sources)));
+            [DISKS, MACHINES, POOLS, BUILDS, PULLS, LIVE].map(|operations| scope.spawn(|| walk(operations, &sources)));
         workers
             .into_iter()
             .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))

@@ -11,6 +11,9 @@
     reason = "a failed step fails the test"
 )]
 
+#[path = "../../images/tests/support/registry.rs"]
+#[allow(dead_code, reason = "fault_walk uses it")]
+mod registry;
 mod support;
 #[path = "../../vmm/tests/support/guest.rs"]
 #[allow(dead_code, clippy::unwrap_used, reason = "the tests of the hypervisor use the rest")]

@@ -63,15 +63,25 @@ fn is_jailed(host: &Host, vm: &Vm) {
     let disk = host.disk(vm).metadata().unwrap();
     assert_eq!(process.join("root/disk").metadata().unwrap().ino(), disk.ino());
 
-    // The kernel is hard-linked into the jail, so that the host's page cache holds it once for all
-    // VMs.
-    let kernels: Vec<_> = fs::read_dir(host.folder.join("pool/kernels")).unwrap().collect();
-    assert_eq!(kernels.len(), 1);
-    let kernel = kernels.into_iter().next().unwrap().unwrap().path();
-    for file in ["vmlinuz", "initrd.img", "modules.img"] {
-        let file = kernel.join(file).metadata().unwrap();
-        assert_eq!((file.nlink(), file.mode() & 0o777), (2, 0o644));
+    // Kernel and initramfs are hard-linked into the jail, so that the host's page cache holds them
+    // once for all VMs.
+    let kernels = host.folder.join("pool/kernels");
+    let (initramfs, kernel) = (kernels.join("initramfs"), other_than(&kernels, "initramfs"));
+    let with_agent = other_than(&initramfs, "");
+    for file in [&kernel.join("vmlinuz"), &kernel.join("modules.img"), &with_agent] {
+        let found = file.metadata().unwrap();
+        assert_eq!((found.nlink(), found.mode() & 0o777), (2, 0o644), "{file:?}");
     }
+}
+
+/// Returns the only entry of a folder besides the one called `name`.
+fn other_than(folder: &Path, name: &str) -> PathBuf {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut others: Vec<_> = entries
+        .filter(|path| name.is_empty() || !path.ends_with(name))
+        .collect();
+    assert_eq!(others.len(), 1, "{others:?}");
+    others.remove(0)
 }
 
 #[test]

@@ -8,7 +8,7 @@
 
 mod support;
 
-use scalebox_api::{CreateExec, CreateVm, SnapshotVm, UpdateVm, Vm};
+use scalebox_api::{CreateExec, CreateVm, SnapshotVm, UpdateVm, Vm, VmSource};
 use scalebox_client::Client;
 use std::time::Instant;
 use support::guest::{Key, WAIT, sh};
@@ -147,7 +147,7 @@ impl Scene {
 
 fn create(client: &Client, key: &Key, template: &str, name: &str) -> Vm {
     let request = CreateVm {
-        template: template.parse().unwrap(),
+        source: VmSource::Template(template.parse().unwrap()),
         ..key.request(name)
     };
     client.create_vm_and_wait(&request, WAIT).unwrap()

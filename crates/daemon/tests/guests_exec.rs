@@ -13,9 +13,7 @@ mod registry;
 mod support;
 
 use registry::{Layout, PASSWORD, Registry, USER};
-use scalebox_api::{
-    CreateExec, CreateVm, CreateVmQuery, ExecId, ExecStatus, OutputLine, Signal, SnapshotVm, UpdateVm, Vm, WaitFor,
-};
+use scalebox_api::{CreateExec, ExecId, ExecStatus, OutputLine, Signal, SnapshotVm, UpdateVm};
 use scalebox_client::{Client, Upload};
 use std::fs;
 use std::io::{Cursor, Read};

@@ -140,10 +140,9 @@ impl Source {
         let client = self.host.client();
         client.delete_vm(&self.vm.id).unwrap();
 
-        let template = TEMPLATE.parse().unwrap();
         let copy = client
             .create_vm(&CreateVm {
-                source: VmSource::Template(template),
+                source: VmSource::Template(TEMPLATE.parse().unwrap()),
                 ..self.key.request("copy")
             })
             .unwrap();

@@ -7,8 +7,13 @@
     reason = "a failed step fails the test"
 )]
 
+#[path = "../../images/tests/support/registry.rs"]
+#[allow(dead_code, reason = "the tests of pulls use the rest")]
+mod registry;
 mod support;
 
+use registry::small;
+use scalebox_api::Init;
 use scalebox_client::ClientError;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -45,6 +50,11 @@ fn partial_files(host: &Host) -> usize {
                 .contains("partial")
         })
         .count()
+}
+
+/// Counts the folders with files of conversions.
+fn work_files(host: &Host) -> usize {
+    fs::read_dir(host.folder.join("pool/build")).map_or(0, Iterator::count)
 }
 
 fn rejection(error: ClientError) -> (u16, String) {
@@ -197,6 +207,138 @@ fn both_kinds_of_import_have_the_same_maximum_and_name_the_rejected_format() {
     tar[257..262].copy_from_slice(b"ustar");
     let (status, message) = host.send("POST", "/templates/tar/import", &tar);
     assert!(status == 400 && message.contains("a tar archive"), "{message}");
+    assert_eq!(partial_files(&host), 0);
+}
+
+/// Creates a disk with a partition table, and an ext4 file system in its only partition.
+fn disk(host: &Host, label: &str) -> PathBuf {
+    let (root, disk) = (host.folder.join("root.ext4"), host.folder.join(label));
+    if !root.exists() {
+        image(&host.folder, "root.ext4", "30M", 4);
+    }
+    run("truncate", &["-s", "40M", text(&disk)]);
+    let script = host.folder.join("script");
+    fs::write(&script, format!("label: {label}\nstart=2048, size=61440\n")).unwrap();
+    let command = format!("sfdisk -q {} <{}", text(&disk), text(&script));
+    run("sh", &["-c", &command]);
+    run(
+        "dd",
+        &[
+            "status=none",
+            "bs=1M",
+            "seek=1",
+            "conv=notrunc",
+            &format!("if={}", text(&root)),
+            &format!("of={}", text(&disk)),
+        ],
+    );
+    disk
+}
+
+#[test]
+fn disk_images_and_archives_are_imported_over_http_by_their_content() {
+    let host = Host::with_tiny_template(&Options::default());
+    let client = host.client();
+    let path = |name: &str| host.folder.join(name);
+    let (gpt, mbr) = (disk(&host, "gpt"), disk(&host, "dos"));
+    let qcow2 = path("qcow2");
+    run("qemu-img", &["convert", "-c", "-O", "qcow2", text(&gpt), text(&qcow2)]);
+    let layout = small();
+    let (oci, docker) = (path("oci"), path("docker"));
+    for target in [
+        format!("oci-archive:{}", text(&oci)),
+        format!("docker-archive:{}:box:1", text(&docker)),
+    ] {
+        run("skopeo", &["copy", "-q", &layout.image(), &target]);
+    }
+    for (file, is_container) in [
+        (&gpt, false),
+        (&mbr, false),
+        (&qcow2, false),
+        (&oci, true),
+        (&docker, true),
+    ] {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        let made = client.import_template(name, File::open(file).unwrap(), false).unwrap();
+        assert_eq!((made.name.as_str(), made.source.as_deref()), (name, Some("import")));
+        assert_eq!(
+            made.config.is_some_and(|config| config.cmd == ["/bin/tool"]),
+            is_container
+        );
+        assert_eq!(made.init == Some(Init::Agent), is_container, "{name}");
+        run("e2fsck", &["-fn", text(&template(&host, name))]);
+        let taken = client.import_template(name, File::open(file).unwrap(), false);
+        assert_eq!(rejection(taken.unwrap_err()).0, 409);
+    }
+    let vm = host.create_stopped("docker", Some(1));
+    assert_eq!(vm.template, "docker");
+    client
+        .import_template("gpt", File::open(&qcow2).unwrap(), true)
+        .unwrap();
+    // Both commands take the same files.
+    host.scaleboxd_ok(&["template", "import", "own", text(&qcow2)]);
+    let imported = scalebox(&host, &["template", "import", "sent", text(&oci)]);
+    assert!(imported.status.success(), "{}", output_of(&imported));
+    assert_eq!(work_files(&host), 0);
+}
+
+#[test]
+fn disk_images_and_archives_that_are_unusable_leave_nothing() {
+    let host = Host::with_tiny_template(&Options {
+        env: &[("MAX_DISK_SIZE_GIB", "1"), ("DEFAULT_DISK_SIZE_GIB", "1")],
+        ..Options::default()
+    });
+    let client = host.client();
+    let disk = fs::read(disk(&host, "dos")).unwrap();
+    let layout = small();
+    let archive = host.folder.join("oci");
+    run(
+        "skopeo",
+        &[
+            "copy",
+            "-q",
+            &layout.image(),
+            &format!("oci-archive:{}", text(&archive)),
+        ],
+    );
+    let archive = fs::read(archive).unwrap();
+    let mut forged = archive.clone();
+    // In the data of a layer, after the header of gzip.
+    let layer = forged.windows(3).position(|bytes| bytes == [0x1f, 0x8b, 8]).unwrap();
+    forged[layer + 12] ^= 1;
+    let huge = host.folder.join("huge");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", text(&huge), "2G"]);
+    let qcow2 = fs::read(&huge).unwrap();
+    for (bytes, why) in [
+        (disk[..20 << 20].to_vec(), "no partition has an ext4"),
+        (b"QFI\xfb, and nothing else".to_vec(), "cannot use the disk image"),
+        (qcow2, "larger than"),
+        (archive[..archive.len() / 2].to_vec(), ""),
+        (forged, ""),
+    ] {
+        let sent = client.import_template("broken", std::io::Cursor::new(bytes), false);
+        let (status, message) = rejection(sent.unwrap_err());
+        assert!(status == 400 && message.contains(why), "{status} {message}");
+        assert!(!message.contains(text(&host.folder)), "{message}");
+    }
+    // Zeros need no space, and are too many nevertheless.
+    let endless = std::io::Cursor::new(disk.clone()).chain(std::io::repeat(0).take(2 << 30));
+    let (status, message) = rejection(client.import_template("broken", endless, false).unwrap_err());
+    assert!(status == 400 && message.contains("larger than 2 GiB"), "{message}");
+
+    // A client that disconnects in the middle.
+    let mut stream = TcpStream::connect(host.url.strip_prefix("http://").unwrap()).unwrap();
+    let head = format!(
+        "POST /templates/cut/import HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {}\r\n\r\n",
+        disk.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&disk[..20 << 20]).unwrap();
+    eventually("the import to begin", || (work_files(&host) == 1).then_some(()));
+    drop(stream);
+    eventually("the file to be removed", || (work_files(&host) == 0).then_some(()));
+    assert_eq!(client.templates().unwrap().len(), 1);
+    assert_eq!(client.pool().unwrap().reserved_bytes, 0);
     assert_eq!(partial_files(&host), 0);
 }
 

@@ -65,4 +65,5 @@ pub use error::Error;
 pub use initramfs::{agent_archive, agent_tag};
 pub use progress::{Progress, Step};
 pub use recipe::{DEV_TEMPLATE, Recipe};
+pub use scratch::remove_abandoned;
 pub use template::{Artifacts, build};

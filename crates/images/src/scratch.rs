@@ -21,8 +21,8 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// Creates a directory in `work_dir`, after removing those of interrupted builds.
     pub(crate) fn new(work_dir: &Path) -> Result<Self, Error> {
-        // The folder is locked until the new directory is locked: another build would take an
-        // unlocked one for abandoned.
+        // Locked until the new directory is locked: another build would take an unlocked one for
+        // abandoned.
         let _sweeping = lock_dir(work_dir)?;
         sweep(work_dir)?;
         let path = tempfile::Builder::new()
@@ -52,6 +52,15 @@ fn lock_dir(path: &Path) -> Result<File, Error> {
     let dir = File::open(path).map_err(Error::io("open", path))?;
     flock(&dir, FlockOperation::LockExclusive).map_err(|errno| Error::io("lock", path)(errno.into()))?;
     Ok(dir)
+}
+
+/// Removes what interrupted builds, pulls and conversions left in `work_dir`.
+///
+/// # Errors
+/// If a folder cannot be read or removed.
+pub fn remove_abandoned(work_dir: &Path) -> Result<(), Error> {
+    let _sweeping = lock_dir(work_dir)?;
+    sweep(work_dir)
 }
 
 fn sweep(work_dir: &Path) -> Result<(), Error> {
@@ -98,6 +107,9 @@ mod tests {
         fs::create_dir(&other).unwrap();
 
         let running = Scratch::new(work.path()).unwrap();
+        assert!(!abandoned.exists());
+        fs::create_dir_all(abandoned.join("root/etc")).unwrap();
+        remove_abandoned(work.path()).unwrap();
         assert!(!abandoned.exists());
         let second = Scratch::new(work.path()).unwrap();
         assert!(running.path().exists() && second.path().exists() && other.exists());

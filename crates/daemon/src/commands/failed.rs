@@ -4,7 +4,6 @@ use crate::host::drivers::DriversError;
 use crate::host::error::ServiceError;
 use crate::settings::SettingsError;
 use crate::state::StateError;
-use scalebox_images::oci::OciError;
 use scalebox_storage::StorageError;
 use scalebox_units::InvalidFormat;
 use std::io;
@@ -38,10 +37,7 @@ pub(crate) enum CommandFailed {
     /// The template cannot be built.
     #[error("{0}")]
     Image(#[from] scalebox_images::Error),
-    /// A disk image or an archive cannot be converted.
-    #[error(transparent)]
-    Conversion(#[from] OciError),
-    /// Recovery or another operation of the service failed.
+    /// Recovery, an import or another operation of the service failed.
     #[error(transparent)]
     Host(#[from] ServiceError),
     /// The pool's disks do not belong to this state.

@@ -3,12 +3,10 @@
 use crate::commands::failed::CommandFailed;
 use crate::commands::progress;
 use crate::settings::Settings;
+use crate::templates::import::Import;
 use scalebox_images::Recipe;
-use scalebox_images::convert::{FSTAB, recognise, without_partitions};
-use scalebox_images::oci::{Limits, Phase, Room, Supervisor, Task};
-use scalebox_storage::{ConvertedImage, EditedFile, KernelFiles, Pool, Template};
-use scalebox_units::{Bytes, TemplateName};
-use std::error::Error;
+use scalebox_storage::{KernelFiles, Pool};
+use scalebox_units::TemplateName;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -57,61 +55,11 @@ fn open_upgraded(settings: &Settings) -> Result<Pool, CommandFailed> {
 pub(crate) fn import(settings: &Settings, name: &str, file: &Path, replace: bool) -> Result<(), CommandFailed> {
     scalebox_storage::require_programs()?;
     let pool = open_upgraded(settings)?;
-    let name: TemplateName = name.parse()?;
-    let template = match is_convertible(file)? {
-        true => convert(settings, &Arc::new(pool), &name, file, replace)?,
-        false => pool.import_template(&name, file, settings.max_disk_size.bytes(), replace)?,
-    };
+    let import = Import::new(Arc::new(pool), name.parse()?, settings.max_disk_size.bytes(), replace);
+    let template = import.file(file)?;
     println!(
         "The template {name} is ready: {} large, {} on disk.",
         template.size, template.used
     );
     Ok(())
-}
-
-/// Returns whether a file is a disk image or an archive. Only a regular file is opened: opening a
-/// FIFO would wait for a writer.
-fn is_convertible(file: &Path) -> Result<bool, CommandFailed> {
-    let is_file = std::fs::metadata(file).is_ok_and(|meta| meta.is_file());
-    Ok(is_file && recognise(file)?.is_convertible())
-}
-
-/// Imports a disk image or an archive.
-fn convert(
-    settings: &Settings,
-    pool: &Arc<Pool>,
-    name: &TemplateName,
-    file: &Path,
-    replace: bool,
-) -> Result<Template, CommandFailed> {
-    let limits = Limits {
-        max_disk: settings.max_disk_size.bytes(),
-        ..Limits::default()
-    };
-    let task = Task::new(Arc::new(Admission(Arc::clone(pool))), limits);
-    let made = scalebox_images::convert::convert(file, &pool.build_dir()?, &task)?;
-    let fstab = [EditedFile {
-        path: FSTAB,
-        edit: &without_partitions,
-    }];
-    let image = ConvertedImage {
-        path: &made.image,
-        pulled: None,
-        config: made.config.clone(),
-        init: Some(made.init),
-        // An image of containers has settings instead of partitions.
-        edited_files: if made.config.is_some() { &[] } else { &fstab },
-    };
-    Ok(pool.import_converted(name, image, replace)?)
-}
-
-/// Admits the space of a conversion.
-struct Admission(Arc<Pool>);
-
-impl Supervisor for Admission {
-    fn reserve(&self, bytes: Bytes) -> Result<Room, Box<dyn Error + Send + Sync>> {
-        Ok(Box::new(self.0.admit(bytes)?))
-    }
-
-    fn progress(&self, _phase: Phase, _done: Bytes, _total: Bytes) {}
 }

@@ -6,6 +6,7 @@
 //! log, and in the last line of a failed command.
 
 use scalebox_images::Error as ImageError;
+use scalebox_images::oci::OciError;
 use scalebox_net::Error as NetError;
 use scalebox_programs::ProgramError;
 use scalebox_storage::{DeviceRefusal, FstabError, InitWarning, PoolSizeError, StorageError};
@@ -32,6 +33,7 @@ pub(crate) fn advice(error: &(dyn Error + 'static)) -> Option<String> {
             .or_else(|| error.downcast_ref().and_then(of_net))
             .or_else(|| error.downcast_ref().and_then(of_vmm))
             .or_else(|| error.downcast_ref().and_then(of_image))
+            .or_else(|| error.downcast_ref().and_then(of_oci))
             .or_else(|| error.downcast_ref().and_then(of_program))
     })
 }
@@ -184,6 +186,13 @@ fn of_image(error: &ImageError) -> Option<String> {
         ImageError::Program(error) => return of_program(error),
         _ => return None,
     })
+}
+
+fn of_oci(error: &OciError) -> Option<String> {
+    match error {
+        OciError::Program(error) => of_program(error),
+        _ => None,
+    }
 }
 
 fn of_program(error: &ProgramError) -> Option<String> {

@@ -211,7 +211,7 @@ impl From<StorageError> for ServiceError {
 
 impl From<OciError> for ServiceError {
     fn from(error: OciError) -> Self {
-        let text = error.to_string();
+        let text = advised(&error);
         match error {
             OciError::Reference { .. } => ServiceError::invalid_field("reference", text),
             OciError::Unauthorized { .. } => ServiceError::Forbidden(text),

@@ -1,14 +1,14 @@
 //! Template export and import: `GET /templates/{name}/export` and `POST /templates/{name}/import`.
 //!
-//! Both stream: the image is compressed or decompressed in transit, without a temporary file. Each
-//! transfer blocks a thread on the network, so their number is limited, and every wait has a
-//! deadline.
+//! Both stream: the image is compressed or decompressed in transit, without a temporary file. Only
+//! an image that has to be converted is stored in one. Each transfer blocks a thread on the
+//! network, so their number is limited, and every wait has a deadline.
 
 use crate::host::error::ServiceError;
 use crate::host::handle::MAX_TRANSFERS;
 use crate::host::{BASE_TEMPLATE, Host, blocking, template_name};
 use crate::http::extract::{BODY_TIMEOUT, Segment, require_supported_encoding, root_cause};
-use crate::templates;
+use crate::templates::{self, import::Import};
 use axum::Json;
 use axum::body::{self, Body};
 use axum::extract::{Query, State};
@@ -17,6 +17,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
 use scalebox_api::{EventKind, Template, TemplateName};
+use scalebox_images::oci::Task;
 use scalebox_units::Bytes;
 use serde::Deserialize;
 use serde_json::json;
@@ -110,7 +111,8 @@ fn export_head(name: &str, size: Bytes) -> Result<[(HeaderName, HeaderValue); 3]
     ])
 }
 
-/// Creates a template from the ext4 image in the body, which may be compressed with zstd.
+/// Creates a template from the image in the body: an ext4 file system, also compressed with zstd, a
+/// disk with a partition table, a qcow2 image, an OCI archive, or the output of `docker save`.
 #[utoipa::path(
     post, path = "/templates/{name}/import", tag = "Templates",
     params(
@@ -120,7 +122,7 @@ fn export_head(name: &str, size: Bytes) -> Result<[(HeaderName, HeaderValue); 3]
     request_body(content = [u8], content_type = "application/octet-stream"),
     responses(
         (status = 201, body = Template),
-        (status = 400, description = "Not a template image, damaged, or over MAX_DISK_SIZE_GIB."),
+        (status = 400, description = "Not an image of a known kind, damaged, incomplete, or over MAX_DISK_SIZE_GIB."),
         (status = 403, description = "The template name is protected."),
         (status = 409, description = "The name is in use, or a VM is being created from the template."),
         (status = 503, description = "Too many templates are being exported or imported."),
@@ -289,22 +291,23 @@ async fn import_template(
         if replace {
             host.templates_in_use.require_idle(&name)?;
         }
-        let (pool, max_size) = (Arc::clone(&host.pool), host.settings.max_disk_size.bytes());
-        let made = blocking(move || {
-            let made = pool.unpack_template(&parsed, &mut input, max_size, replace);
-            match made {
-                Err(_) if input.stalled => Err(ServiceError::Timeout(format!(
-                    "the image is incomplete: no data received for {} s; send it again",
-                    BODY_TIMEOUT.as_secs()
-                ))),
-                Err(error) => {
-                    input.drain();
-                    Err(error.into())
-                }
-                Ok(made) => Ok(made),
+        let max_disk = host.settings.max_disk_size.bytes();
+        let import = Import::new(Arc::clone(&host.pool), parsed, max_disk, replace);
+        let stopping = tokio::spawn(cancel_when_closing(import.task(), host.closing.clone()));
+        let made = blocking(move || match import.stream(&mut input) {
+            Err(_) if input.stalled => Err(ServiceError::Timeout(format!(
+                "the image is incomplete: no data received for {} s; send it again",
+                BODY_TIMEOUT.as_secs()
+            ))),
+            Err(error) => {
+                input.drain();
+                Err(error)
             }
+            Ok(made) => Ok(made),
         })
-        .await?;
+        .await;
+        stopping.abort();
+        let made = made?;
         host.cleanups.sweep_soon();
         tracing::info!(template = name, size_bytes = made.size.as_u64(), "template imported");
         let events = &host.events;
@@ -312,4 +315,10 @@ async fn import_template(
         Ok(templates::describe(&host, made))
     })
     .await
+}
+
+/// Ends a conversion when the daemon is to stop: the client can repeat the request.
+async fn cancel_when_closing(task: Task, closing: CancellationToken) {
+    closing.cancelled().await;
+    task.cancel();
 }

@@ -217,6 +217,12 @@ mod tests {
             ("VMM", "xen", "one of auto, qemu"),
             ("ACCEL", "hvf", "one of auto, kvm, tcg"),
             ("GUEST_TRIM_INTERVAL_MINUTES", "daily", "from 0 to"),
+            ("REGISTRY_MIRRORS", "mirror.example", "REGISTRY=URL pairs such as"),
+            (
+                "REGISTRY_MIRRORS",
+                "docker.io=https://a docker.io=https://b/c",
+                "docker.io=https://b/c cannot be used: the URL must end after the host",
+            ),
             ("LOG_FORMAT", "xml", "one of text, json"),
         ] {
             let error = settings(&[(key, value)]).expect_err(key);
@@ -255,6 +261,15 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert_eq!(error, "/etc/scaleboxd/config line 2: the line is not UTF-8");
+    }
+
+    #[test]
+    fn mirrors_keep_their_order() {
+        let text = "docker.io=https://one  docker.io=http://two:5000 ghcr.io=https://one";
+        let mirrors = settings(&[("REGISTRY_MIRRORS", text)]).unwrap().registry_mirrors;
+        let expected = text.split_whitespace().map(|mirror| mirror.parse().unwrap());
+        assert_eq!(mirrors, expected.collect::<Vec<_>>());
+        assert_eq!(settings(&[]).unwrap().registry_mirrors, []);
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub(super) const MIN_MEM_MIB: u64 = 128;
 pub(super) const SECRET: &str = "API_TOKEN";
 
 /// All settings, in the order in which they are listed.
-pub(super) static SETTINGS: [Setting; 31] = [
+pub(super) static SETTINGS: [Setting; 32] = [
     Setting {
         key: "STORAGE_SIZE",
         default: DefaultValue::Depends("80 % of the free space"),
@@ -241,6 +241,13 @@ pub(super) static SETTINGS: [Setting; 31] = [
         default: DefaultValue::Fixed("1440"),
         form: Form::Number(0..=525_600),
         meaning: "how often each guest discards the blocks of deleted files; 0 for never",
+    },
+    Setting {
+        key: "REGISTRY_MIRRORS",
+        default: DefaultValue::Depends("none"),
+        form: Form::Text("REGISTRY=URL pairs such as docker.io=https://mirror.example:5000, separated by spaces"),
+        meaning: "mirrors that images are pulled from before their registry, such as \
+                  `docker.io=https://mirror.example:5000`, separated by spaces",
     },
     Setting {
         key: "LOG_FORMAT",

@@ -5,6 +5,7 @@ use crate::settings::given::Given;
 use crate::settings::table::{self, MIN_MEM_MIB, SECRET};
 use ipnet::Ipv4Net;
 use scalebox_api::Limits;
+use scalebox_images::oci::{InvalidMirror, Mirror};
 use scalebox_net::{NetConfig, PRIVATE_NETWORKS, unusable_resolver};
 use scalebox_storage::{Backing, Bounds, PoolPlan, RequestedSize};
 use scalebox_units::Gib;
@@ -64,6 +65,8 @@ pub(crate) struct Settings {
     pub default_mem_size_mib: u64,
     /// `GUEST_TRIM_INTERVAL_MINUTES`: the interval of trims of each guest; zero for never.
     pub guest_trim_interval: Duration,
+    /// `REGISTRY_MIRRORS`: the mirrors of registries, in the order in which they are tried.
+    pub registry_mirrors: Vec<Mirror>,
     /// `LOG_FORMAT`.
     pub log_format: LogFormat,
     /// `LOG_LEVEL`: a level, or a filter by module as the crate `tracing-subscriber` parses it.
@@ -163,6 +166,7 @@ impl Settings {
             default_vcpu_count: given.number("DEFAULT_VCPU_COUNT")?,
             default_mem_size_mib: given.number("DEFAULT_MEM_SIZE_MIB")?,
             guest_trim_interval: Duration::from_secs(60 * trim_minutes),
+            registry_mirrors: mirrors(given)?,
             log_format: match given.word("LOG_FORMAT")? {
                 "json" => LogFormat::Json,
                 _ => LogFormat::Text,
@@ -327,4 +331,18 @@ fn resolvers(given: &Given) -> Result<Vec<Ipv4Addr>, SettingsError> {
         }
     };
     parts.map(resolver).collect()
+}
+
+fn mirrors(given: &Given) -> Result<Vec<Mirror>, SettingsError> {
+    const KEY: &str = "REGISTRY_MIRRORS";
+    let mirror = |part: &str| {
+        part.parse().map_err(|error: InvalidMirror| {
+            given.wrong(
+                KEY,
+                format!("{}: {part} cannot be used: {error}", table::requirement(KEY)),
+            )
+        })
+    };
+    let text = given.get(KEY).unwrap_or_default();
+    text.split_whitespace().map(mirror).collect()
 }

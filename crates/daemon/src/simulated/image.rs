@@ -11,7 +11,7 @@ use scalebox_api::Vm;
 use scalebox_storage::{ConvertedImage, PulledImage};
 use scalebox_units::Bytes;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::sleep;
@@ -27,7 +27,7 @@ fn begin(host: &Host) -> RunningJob {
 }
 
 /// Makes the template of an image, as its pull does.
-fn add_template(host: &Host, image: &PathBuf, reference: &str) {
+fn add_template(host: &Host, image: &Path, reference: &str) {
     let image = ConvertedImage {
         path: image,
         pulled: Some(PulledImage {
@@ -36,6 +36,7 @@ fn add_template(host: &Host, image: &PathBuf, reference: &str) {
         }),
         config: None,
         init: None,
+        edited_files: &[],
     };
     host.pool
         .import_converted(&NAME.parse().unwrap(), image, false)

@@ -42,6 +42,7 @@ fn add(sim: &Sim, name: &str, config: ImageConfig, init: Init) {
         pulled: None,
         config: Some(config),
         init: Some(init),
+        edited_files: &[],
     };
     let pool = &sim.host().pool;
     pool.import_converted(&name.parse().unwrap(), image, false).unwrap();

@@ -1,13 +1,15 @@
-//! The list of templates, their deletion, and pulls. Export and import are in
+//! The list of templates, their deletion, pulls and imports. Their transfers over HTTP are in
 //! [`http`](crate::http).
 
 pub(crate) mod image;
+pub(crate) mod import;
 pub(crate) mod pull;
 
 use crate::host::error::ServiceError;
 use crate::host::{BASE_TEMPLATE, Host, blocking, rfc3339, template_name, usage_tracker};
 use crate::pool::kernels;
 use scalebox_api::{EventKind, Template};
+use scalebox_images::oci::LayerCache;
 use scalebox_storage::TemplateSource;
 use serde_json::json;
 use std::sync::Arc;
@@ -31,6 +33,21 @@ pub(crate) async fn get(host: &Host, name: String) -> Result<Template, ServiceEr
     let pool = Arc::clone(&host.pool);
     let template = blocking(move || pool.template(&parsed)).await?;
     Ok(describe(host, template))
+}
+
+/// Removes what pulls, imports and builds left that ended with an earlier daemon. Complete layers
+/// stay for the next pull.
+///
+/// # Errors
+/// If a file cannot be removed.
+pub(crate) async fn remove_abandoned(host: &Host) -> Result<(), ServiceError> {
+    let pool = Arc::clone(&host.pool);
+    blocking(move || {
+        LayerCache::open(&pool.layers_dir())?;
+        let removed = scalebox_images::remove_abandoned(&pool.build_dir()?);
+        removed.map_err(|error| ServiceError::Internal(error.to_string()))
+    })
+    .await
 }
 
 /// Describes a template, with the latest measurement of its blocks.

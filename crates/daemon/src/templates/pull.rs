@@ -6,7 +6,7 @@
 
 use crate::host::error::ServiceError;
 use crate::host::jobs::{JobEntry, RunningJob};
-use crate::host::{BASE_TEMPLATE, Host, blocking};
+use crate::host::{BASE_TEMPLATE, Host, blocking, fault_point};
 use scalebox_api::{EventKind, Job, PullTemplate, TemplateName};
 use scalebox_images::oci::{
     Credentials, Deadlines, LayerCache, Limits, Made, Phase, PullRequest, Room, Supervisor, Task, complete_reference,
@@ -140,7 +140,7 @@ async fn make(host: &Host, request: &PullTemplate, job: Arc<JobEntry>) -> Result
         reference: request.reference.clone(),
         credentials: credentials.map(|(username, password)| Credentials { username, password }),
         insecure: request.insecure,
-        mirrors: Vec::new(),
+        mirrors: host.settings.registry_mirrors.clone(),
         deadlines: Deadlines::default(),
     };
     let made = pull_image(&wanted, &cache, &work, &Task::new(Arc::new(watch), limits)).await?;
@@ -156,6 +156,7 @@ async fn import(
     replace: bool,
     job: &JobEntry,
 ) -> Result<(), ServiceError> {
+    fault_point("pull: file system made")?;
     report(host, job, "import", 0, 0);
     let (pool, template) = (Arc::clone(&host.pool), name.to_string());
     if replace {

@@ -1,16 +1,19 @@
 //! Operations that durably change a host, and the conditions that must hold after each, whatever
 //! failed.
 
+use crate::registry::{Layout, Registry};
 use crate::support::{Host, Options, eventually, output_of, run, text};
 use crate::tiny_guest;
-use scalebox_api::{CreateVm, SnapshotVm, UpdateVm, Vm, VmStatus};
+use scalebox_api::{CreateVm, PullTemplate, SnapshotVm, UpdateVm, Vm, VmStatus};
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The size of the pools, in GiB: the minimum.
@@ -218,6 +221,16 @@ pub(crate) const BUILDS: &[Operation] = &[
     },
 ];
 
+/// A pull takes seconds; therefore it runs only once per step.
+pub(crate) const PULLS: &[Operation] = &[Operation {
+    name: "template pull",
+    times: 1,
+    prepare: Scene::remove_layers,
+    perform: Scene::pull,
+    reached: |scene| scene.templates().contains(MADE),
+    ..OPERATION
+}];
+
 /// The guest has no agent, and the daemon waits seconds for one; therefore this runs only once per
 /// step.
 pub(crate) const LIVE: &[Operation] = &[Operation {
@@ -248,6 +261,8 @@ pub(crate) struct Reported {
 pub(crate) struct Scene {
     pub host: Host,
     pub image: PathBuf,
+    /// With the image `box:1`; started by the first pull.
+    registry: OnceLock<Registry>,
 }
 
 impl Scene {
@@ -267,6 +282,7 @@ impl Scene {
         let scene = Scene {
             image: host.folder.join("pool.img"),
             host,
+            registry: OnceLock::new(),
         };
         scene.create_named(KEPT, "base", 1, false).unwrap();
         scene
@@ -388,6 +404,14 @@ impl Scene {
             .chain([".grown".to_owned()]);
         orphans("the template", "pool/templates", &files.collect());
         orphans("the kernel", "pool/kernels", &self.kernels());
+        orphans("the work folder", "pool/build", &BTreeSet::new());
+        let layers = names_in(&self.host.folder.join("pool/layers/sha256"));
+        let is_complete = |name: &String| !name.ends_with(".partial");
+        orphans(
+            "the layer",
+            "pool/layers/sha256",
+            &layers.into_iter().filter(is_complete).collect(),
+        );
         for base_image in names_in(&self.host.folder.join("pool/templates/.grown")) {
             let of = base_image.split_once('@').map_or("", |(template, _)| template);
             if !templates.contains(of) || base_image.ends_with(".partial") {
@@ -543,7 +567,37 @@ impl Scene {
         self.command(&["template", "build", BUILT, "--replace", "--cache", text(&cache)])
     }
 
-    /// Deletes a template: the daemon then removes the kernels that nothing uses.
+    /// Pulls an image with one layer, and waits for the end of the job.
+    fn pull(&self) -> Result<(), String> {
+        let registry = self.registry.get_or_init(|| {
+            let (registry, image) = (Registry::open(), Layout::new());
+            image.layer(|root| fs::write(root.join("content"), CONTENT).unwrap());
+            registry.push(&image, "box:1");
+            registry
+        });
+        let client = self.host.client();
+        let request = PullTemplate::of(format!("{}/box:1", registry.host));
+        let mut job = client
+            .pull_template(MADE, &request)
+            .map_err(|error| error.to_string())?;
+        while job.is_running() {
+            thread::sleep(Duration::from_millis(20));
+            job = client.job(&job.id).map_err(|error| error.to_string())?;
+        }
+        match job.error {
+            None if job.status == "done" => Ok(()),
+            None => Err(job.status),
+            Some(error) => Err(error.error),
+        }
+    }
+
+    /// Removes the layers that earlier pulls have kept, so that the next pull downloads them.
+    fn remove_layers(&self) {
+        for name in names_in(&self.host.folder.join("pool/layers/sha256")) {
+            fs::remove_file(self.host.folder.join("pool/layers/sha256").join(name)).unwrap();
+        }
+    }
+
     /// Removes the initramfs that VMs boot, so that the next start makes it.
     fn remove_initramfs(&self) {
         let folder = self.host.folder.join("pool/kernels/initramfs");
@@ -552,6 +606,7 @@ impl Scene {
         }
     }
 
+    /// Deletes a template: the daemon then removes the kernels that nothing uses.
     fn remove_unused_kernels(&self) {
         self.import(MADE, false).unwrap();
         self.host.client().delete_template(MADE).unwrap();

@@ -7,19 +7,24 @@
 //! | file | contents |
 //! |---|---|
 //! | `recognise` | [`recognise`]: the kind of a file |
+//! | `receive` | [`receive`]: stores an image that arrives as a stream |
 //! | `qcow2` | qcow2 to raw, without backing files |
 //! | `partitions` | the root partition of a raw disk |
 //! | `fstab` | [`without_partitions`]: the mounts of a disk without its other partitions |
+//! | `unreadable` | the error of a program that cannot read an image |
 
 mod fstab;
 mod partitions;
 mod qcow2;
+mod receive;
 mod recognise;
 #[cfg(test)]
 mod tests;
+mod unreadable;
 
 pub use fstab::{FSTAB, without_partitions};
-pub use recognise::{Kind, recognise};
+pub use receive::{Received, receive};
+pub use recognise::{HEAD_BYTES, Kind, needs_conversion, recognise};
 
 use crate::oci::{Made, OciError, Task, archive::Archive};
 use crate::scratch::Scratch;
@@ -47,6 +52,11 @@ pub fn convert(source: &Path, work: &Path, task: &Task) -> Result<Made, OciError
         }
         Kind::PartitionedDisk => partitions::root_of(source, Scratch::new(work)?, task),
         Kind::Ext4 | Kind::Compressed => Err(OciError::Disk("it needs no conversion: import it as it is".to_owned())),
+        Kind::Tar => Err(OciError::Disk(
+            "it is a tar archive, but neither an OCI archive nor one of docker save: extract it, and make an ext4 \
+             image of the files with mke2fs -d"
+                .to_owned(),
+        )),
         Kind::Unknown => Err(OciError::Disk(
             "its format is unknown; known are ext4, disks with GPT or MBR, qcow2, OCI archives and docker save"
                 .to_owned(),

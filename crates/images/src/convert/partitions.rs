@@ -4,6 +4,7 @@
 //! and MBR allocate as much memory as the table specifies (gptman 3.1), or follow a ring of
 //! extended partitions for ever (mbrman 0.6).
 
+use crate::convert::unreadable::unreadable;
 use crate::oci::{Made, OciError, Phase, Task};
 use crate::programs::SFDISK;
 use crate::scratch::Scratch;
@@ -90,7 +91,8 @@ fn read_table(raw: &Path) -> Result<Table, OciError> {
     let text = Run::of(SFDISK.within(LIMIT))
         .args(["--json", "--"])
         .args([raw])
-        .stdout()?;
+        .stdout()
+        .map_err(|error| unreadable(error, raw))?;
     let output: Output = serde_json::from_str(&text)
         .map_err(|error| OciError::Disk(format!("sfdisk cannot read its partition table: {error}")))?;
     Ok(output.partitiontable)

@@ -4,6 +4,7 @@
 //! read with the rights of this process. Therefore its description is checked first, and the
 //! conversion names the format, so that nothing is probed.
 
+use crate::convert::unreadable::unreadable;
 use crate::oci::{OciError, Phase, Task};
 use crate::programs::QEMU_IMG;
 use scalebox_programs::Run;
@@ -64,7 +65,8 @@ pub(super) fn convert(source: &Path, raw: &Path, task: &Task) -> Result<(), OciE
     Run::of(QEMU_IMG.within(limit))
         .args(["convert", "-f", "qcow2", "-O", "raw", "-S", "4k", "--"])
         .args([source, raw])
-        .stdout()?;
+        .stdout()
+        .map_err(|error| unreadable(error, source))?;
     task.progress(Phase::Unpack, info.virtual_size, info.virtual_size);
     let written = fs::metadata(raw).map_err(OciError::io("read", raw))?.len();
     match Bytes::new(written) == Bytes::new(info.virtual_size) {
@@ -78,7 +80,8 @@ fn info(source: &Path) -> Result<Info, OciError> {
     let text = Run::of(QEMU_IMG.within(INFO_LIMIT))
         .args(["info", "--output=json", "-U", "-f", "qcow2", "--"])
         .args([source])
-        .stdout()?;
+        .stdout()
+        .map_err(|error| unreadable(error, source))?;
     serde_json::from_str(&text).map_err(|error| OciError::Disk(format!("qemu-img cannot read it: {error}")))
 }
 

@@ -22,6 +22,8 @@ pub enum Kind {
     OciArchive,
     /// A tar archive of `docker save`.
     DockerArchive,
+    /// Another tar archive.
+    Tar,
     /// Anything else.
     Unknown,
 }
@@ -31,11 +33,13 @@ impl Kind {
     pub fn is_convertible(self) -> bool {
         match self {
             Kind::PartitionedDisk | Kind::Qcow2 | Kind::OciArchive | Kind::DockerArchive => true,
-            Kind::Ext4 | Kind::Compressed | Kind::Unknown => false,
+            Kind::Ext4 | Kind::Compressed | Kind::Tar | Kind::Unknown => false,
         }
     }
 }
 
+/// The number of bytes at the start of an image that [`needs_conversion`] looks at.
+pub const HEAD_BYTES: usize = 2048;
 /// Bytes of a header of tar, and the unit of its content.
 const BLOCK: u64 = 512;
 /// Maximum number of entries that are inspected in a tar archive.
@@ -51,35 +55,58 @@ pub fn recognise(path: &Path) -> Result<Kind, OciError> {
     kind(&file).map_err(OciError::io("read", path))
 }
 
+/// Returns whether an image that begins with `head`, its first [`HEAD_BYTES`] bytes, has to be
+/// stored as a file and converted. If not, it is an ext4 file system, possibly compressed, or
+/// nothing that [`convert`](super::convert) understands.
+pub fn needs_conversion(head: &[u8]) -> bool {
+    match of_head(head) {
+        Head::Tar => true,
+        Head::Kind(kind) => kind.is_convertible(),
+    }
+}
+
+/// The kind of an image, by its first bytes.
+pub(super) enum Head {
+    /// A tar archive, whose entries tell the kind.
+    Tar,
+    Kind(Kind),
+}
+
 fn kind(file: &File) -> io::Result<Kind> {
-    let mut head = [0; 2048];
+    let mut head = [0; HEAD_BYTES];
     let length = read_up_to(file, &mut head, 0)?;
-    let head = &head[..length];
+    match of_head(&head[..length]) {
+        Head::Tar => tar_kind(file),
+        Head::Kind(kind) => Ok(kind),
+    }
+}
+
+pub(super) fn of_head(head: &[u8]) -> Head {
     let has = |at: usize, mark: &[u8]| head.get(at..at + mark.len()) == Some(mark);
     let skippable = matches!(head, [first, 0x2a, 0x4d, 0x18, ..] if first & 0xf0 == 0x50);
     if has(0, b"QFI\xfb") {
-        return Ok(Kind::Qcow2);
+        return Head::Kind(Kind::Qcow2);
     }
     if has(0, &[0x28, 0xb5, 0x2f, 0xfd]) || skippable {
-        return Ok(Kind::Compressed);
+        return Head::Kind(Kind::Compressed);
     }
     // ext4 is checked before the partition tables: the first 1024 bytes of a file system are free,
     // and can look like a partition table.
     if has(1080, &[0x53, 0xef]) {
-        return Ok(Kind::Ext4);
+        return Head::Kind(Kind::Ext4);
     }
     if has(512, b"EFI PART") || has(510, &[0x55, 0xaa]) {
-        return Ok(Kind::PartitionedDisk);
+        return Head::Kind(Kind::PartitionedDisk);
     }
     match has(257, b"ustar") {
-        true => tar_kind(file),
-        false => Ok(Kind::Unknown),
+        true => Head::Tar,
+        false => Head::Kind(Kind::Unknown),
     }
 }
 
 /// Looks for the files that mark an archive of an image.
 fn tar_kind(file: &File) -> io::Result<Kind> {
-    let (mut at, mut found) = (0_u64, Kind::Unknown);
+    let (mut at, mut found) = (0_u64, Kind::Tar);
     for _ in 0..MAX_ENTRIES {
         let mut header = [0; BLOCK as usize];
         if read_up_to(file, &mut header, at)? < header.len() || header[0] == 0 {

@@ -1,6 +1,6 @@
 //! Conversions of real disk images and hand-made archives.
 
-use super::{Kind, convert, recognise};
+use super::{HEAD_BYTES, Kind, convert, needs_conversion, recognise};
 use crate::oci::hand_made::{Tar, gzip};
 use crate::oci::{Digest, Limits, Made, OciError, Task};
 use serde_json::{Value, json};
@@ -159,7 +159,10 @@ fn qcow2_images_are_converted_unless_they_refer_to_other_files() {
     run("qemu-img", &["create", "-q", "-f", "qcow2", &huge, "200G"], "");
     assert!(matches!(place.refused(huge.as_ref()), OciError::TooLarge { .. }));
     let cut = place.write("cut.qcow2", &fs::read(&qcow2).unwrap()[..5000]);
-    place.refused(&cut);
+    match place.refused(&cut) {
+        OciError::Disk(reason) => assert!(!reason.contains("cut.qcow2"), "{reason}"),
+        other => panic!("{other}"),
+    }
 }
 
 /// Returns the layers of an image, its configuration, and the digests of both.
@@ -245,12 +248,14 @@ fn other_files_are_not_taken_for_images() {
         (b"", Kind::Unknown),
         (b"QFI\xfb", Kind::Qcow2),
         (&[0x28, 0xb5, 0x2f, 0xfd, 0], Kind::Compressed),
-        (&archive, Kind::Unknown),
+        (&archive, Kind::Tar),
         (&[0; 4096], Kind::Unknown),
     ];
     for (content, kind) in cases {
         let path = place.write("file", content);
         assert_eq!(recognise(&path).unwrap(), kind);
+        let head = &content[..content.len().min(HEAD_BYTES)];
+        assert_eq!(needs_conversion(head), matches!(kind, Kind::Qcow2 | Kind::Tar));
         place.refused(&path);
     }
     let ext4 = place.file_system("plain", 8);

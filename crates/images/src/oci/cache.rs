@@ -3,12 +3,14 @@
 //! A layer is written under another name, and renamed once it is complete, verified and flushed.
 //! Therefore a file whose name is a digest is a complete layer. The unfinished file is locked while
 //! it is written: if two pulls need the same layer, the second waits for the first. Unfinished
-//! files of interrupted pulls are not locked, and are removed when the cache is opened.
+//! files of interrupted pulls are not locked, and are removed when the cache is opened, which
+//! happens at each start of the daemon.
 
 use crate::oci::digest::Digest;
 use crate::oci::error::OciError;
 use crate::oci::manifest::Blob;
 use rustix::fs::{FlockOperation, flock};
+use scalebox_fault_points::fault_point;
 use scalebox_units::Bytes;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -162,8 +164,10 @@ impl PartialLayer {
     /// Gives the complete and verified layer its name, durably.
     pub(crate) fn finish(mut self) -> Result<(), OciError> {
         self.file.sync_all().map_err(OciError::io("flush", &self.path))?;
+        fault_point("layer: flushed").map_err(OciError::io("flush", &self.path))?;
         fs::rename(&self.path, &self.target).map_err(OciError::io("rename to", &self.target))?;
         self.finished = true;
+        fault_point("layer: in place").map_err(OciError::io("rename to", &self.target))?;
         let dir = self.target.parent().unwrap_or(Path::new("."));
         let flushed = File::open(dir).and_then(|dir| dir.sync_all());
         flushed.map_err(OciError::io("flush", dir))

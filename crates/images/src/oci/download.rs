@@ -3,13 +3,14 @@
 use crate::oci::cache::{LayerCache, PartialLayer};
 use crate::oci::digest::Hasher;
 use crate::oci::error::OciError;
-use crate::oci::limits::{BLOB_GRACE, MAX_ATTEMPTS, MIN_SPEED};
+use crate::oci::limits::{BLOB_GRACE, MIN_SPEED};
 use crate::oci::manifest::Blob;
 use crate::oci::registry::{Registry, next_chunk};
 use crate::oci::task::{Phase, Task};
 use bytes::Bytes as Chunk;
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::StatusCode;
+use scalebox_fault_points::fault_point;
 use std::fs::File;
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -134,14 +135,14 @@ impl<'d> Downloads<'d> {
                 Ok(()) => break,
                 Err(error) if error.is_transient() => {
                     tracing::debug!(layer = %blob.digest, received, %error, "resuming a layer");
-                    if failures + 1 >= MAX_ATTEMPTS {
+                    if failures + 1 >= self.registry.attempts() {
                         return Err(error);
                     }
                 }
                 Err(error) => return Err(error),
             }
             // Without an error, the body ended early, as it does when a connection is cut.
-            if failures + 1 >= MAX_ATTEMPTS {
+            if failures + 1 >= self.registry.attempts() {
                 return Err(self.wrong_size(blob, received));
             }
             self.registry.pause(failures).await;
@@ -205,6 +206,7 @@ fn write(mut partial: PartialLayer, mut chunks: mpsc::Receiver<Chunk>, expected:
             .write_all(&chunk)
             .map_err(OciError::io("write", &partial.path))?;
     }
+    fault_point("layer: written").map_err(OciError::io("write", &partial.path))?;
     let what = format!("the layer {}", expected.digest);
     if size != expected.size {
         return Err(OciError::WrongSize {

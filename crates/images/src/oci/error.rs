@@ -208,6 +208,9 @@ pub enum OciError {
     /// A disk image cannot be converted.
     #[error("cannot use the disk image: {0}")]
     Disk(String),
+    /// An image did not arrive completely.
+    #[error("the image is incomplete: {0}; send it again")]
+    Incomplete(io::Error),
     /// The caller refused the space that the image needs.
     #[error(transparent)]
     Refused(Box<dyn std::error::Error + Send + Sync>),

@@ -63,6 +63,8 @@ pub(crate) const MAX_SETTINGS: usize = 128 << 10;
 pub(crate) const MAX_LAYERS: usize = 512;
 /// Number of attempts at one request, without progress between them.
 pub(crate) const MAX_ATTEMPTS: u32 = 4;
+/// The same at a mirror: without it, the registry itself is next.
+pub(crate) const MAX_MIRROR_ATTEMPTS: u32 = 2;
 /// Number of redirects that one request follows.
 pub(crate) const MAX_REDIRECTS: u32 = 5;
 /// Minimum average speed of a blob, in bytes per second, after the first ten minutes.

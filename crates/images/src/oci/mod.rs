@@ -31,6 +31,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `pull` | [`pull`]: from a reference to a file system |
+//! | `mirror` | [`Mirror`]: another host with the images of a registry |
 //! | `registry`, `access`, `address` | requests to a registry; its challenges; the addresses that it may refer to |
 //! | `download`, `cache` | layers: fetching, resuming and verifying them; where they are kept |
 //! | `manifest`, `digest` | documents of an image; digests |
@@ -58,6 +59,7 @@ mod image_tests;
 mod layer;
 mod limits;
 mod manifest;
+mod mirror;
 mod pull;
 mod registry;
 #[cfg(test)]
@@ -71,6 +73,9 @@ pub use build::Made;
 pub use cache::LayerCache;
 pub use digest::{Digest, InvalidDigest};
 pub use error::OciError;
+pub(crate) use error::quoted;
 pub use limits::{Deadlines, Limits};
+pub use mirror::{InvalidMirror, Mirror};
 pub use pull::{PullRequest, complete_reference, pull};
+pub(crate) use task::GrowingRoom;
 pub use task::{Phase, Room, Supervisor, Task};

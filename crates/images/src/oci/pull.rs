@@ -8,6 +8,7 @@ use crate::oci::download::{Downloads, blocking};
 use crate::oci::error::{OciError, quoted};
 use crate::oci::limits::Deadlines;
 use crate::oci::manifest::{self, Blob, Configuration, Document, Manifest};
+use crate::oci::mirror::Mirror;
 use crate::oci::registry::{Registry, read_document};
 use crate::oci::task::Task;
 use oci_spec::distribution::Reference;
@@ -26,9 +27,9 @@ pub struct PullRequest {
     pub credentials: Option<Credentials>,
     /// Allows plain HTTP, if HTTPS does not work. Registries on loopback may always use it.
     pub insecure: bool,
-    /// Mirrors of `docker.io`, as `HOST[:PORT]`: tried in their order, before the registry itself,
-    /// and without the credentials.
-    pub mirrors: Vec<String>,
+    /// Mirrors of this and other registries. Those of this one are tried in their order, before the
+    /// registry itself, and without the credentials.
+    pub mirrors: Vec<Mirror>,
     /// Deadlines of the communication.
     pub deadlines: Deadlines,
 }
@@ -65,23 +66,30 @@ fn parse(text: &str) -> Result<Reference, OciError> {
 pub async fn pull(request: &PullRequest, cache: &LayerCache, work: &Path, task: &Task) -> Result<Made, OciError> {
     let reference = parse(&request.reference)?;
     let _cancel = CancelOnDrop(task);
-    let mirrors: &[String] = match reference.registry() {
-        "docker.io" => &request.mirrors,
-        _ => &[],
-    };
-    for mirror in mirrors {
-        let found = fetch(mirror, None, request, &reference, cache, task).await;
-        match found {
+    let registry = reference.registry();
+    for mirror in request.mirrors.iter().filter(|mirror| mirror.is_of(registry)) {
+        let mirror = Registry::mirror(mirror.base(), request.deadlines)?;
+        match fetch(&mirror, &reference, cache, task).await {
             Ok(fetched) => return finish(fetched, &reference, work, task).await,
-            Err(error @ (OciError::Refused(_) | OciError::Cancelled)) => return Err(error),
+            Err(error) if is_own(&error) => return Err(error),
             Err(error) => {
-                tracing::warn!(%mirror, image = %reference, %error, "cannot pull from a mirror; trying the next")
+                let mirror = mirror.name();
+                tracing::warn!(mirror, image = %reference, %error, "cannot pull from a mirror; trying the next")
             }
         }
     }
     let credentials = request.credentials.clone();
-    let fetched = fetch(reference.registry(), credentials, request, &reference, cache, task).await?;
+    let registry = Registry::open(registry, request.insecure, credentials, request.deadlines).await?;
+    let fetched = fetch(&registry, &reference, cache, task).await?;
     finish(fetched, &reference, work, task).await
+}
+
+/// Returns whether the cause of an error is here, and not at the registry.
+fn is_own(error: &OciError) -> bool {
+    matches!(
+        error,
+        OciError::Refused(_) | OciError::Cancelled | OciError::Io { .. } | OciError::FileSystem(_)
+    )
 }
 
 /// Cancels the blocking part of a pull with the rest of it.
@@ -103,20 +111,17 @@ struct Fetched {
 
 /// Fetches everything of an image from one registry.
 async fn fetch(
-    host: &str,
-    credentials: Option<Credentials>,
-    request: &PullRequest,
+    registry: &Registry,
     reference: &Reference,
     cache: &LayerCache,
     task: &Task,
 ) -> Result<Fetched, OciError> {
-    let registry = Registry::open(host, request.insecure, credentials, request.deadlines).await?;
-    let (digest, manifest) = resolve(&registry, reference, task).await?;
+    let (digest, manifest) = resolve(registry, reference, task).await?;
     let repository = reference.repository();
-    let body = config_blob(&registry, repository, &manifest.config).await?;
+    let body = config_blob(registry, repository, &manifest.config).await?;
     let configuration = manifest::configuration(&body, &reference.whole(), manifest.layers.len())?;
     let stored = manifest.stored();
-    let downloads = Downloads::new(&registry, repository, cache, task, stored);
+    let downloads = Downloads::new(registry, repository, cache, task, stored);
     Ok(Fetched {
         digest,
         configuration,

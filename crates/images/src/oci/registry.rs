@@ -8,7 +8,7 @@
 use crate::oci::access::{Access, Credentials};
 use crate::oci::address::{Forbidden, Reach, Resolver, authority};
 use crate::oci::error::{OciError, quoted};
-use crate::oci::limits::{Deadlines, MAX_ATTEMPTS, MAX_DOCUMENT, MAX_REDIRECTS};
+use crate::oci::limits::{Deadlines, MAX_ATTEMPTS, MAX_DOCUMENT, MAX_MIRROR_ATTEMPTS, MAX_REDIRECTS};
 use http_auth::{ChallengeRef, parse_challenges};
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION, RANGE, WWW_AUTHENTICATE};
 use reqwest::redirect::Policy;
@@ -40,6 +40,8 @@ pub(crate) struct Registry {
     /// The response to the last challenge.
     access: Mutex<Option<Access>>,
     deadlines: Deadlines,
+    /// Maximum number of attempts of a request, or of those in a row without progress of a layer.
+    attempts: u32,
 }
 
 impl Registry {
@@ -77,6 +79,17 @@ impl Registry {
         }
     }
 
+    /// Prepares requests to a mirror, without credentials.
+    ///
+    /// # Errors
+    /// [`OciError::Unreachable`] if the system's certificates cannot be read.
+    pub(crate) fn mirror(base: &Url, deadlines: Deadlines) -> Result<Registry, OciError> {
+        Ok(Registry {
+            attempts: MAX_MIRROR_ATTEMPTS,
+            ..Registry::at(&authority(base), base.clone(), None, deadlines)?
+        })
+    }
+
     fn at(name: &str, base: Url, credentials: Option<Credentials>, deadlines: Deadlines) -> Result<Registry, OciError> {
         // Fails if a provider is installed already, which is equally good.
         let _installed = rustls::crypto::ring::default_provider().install_default();
@@ -100,6 +113,7 @@ impl Registry {
             credentials,
             access: Mutex::new(None),
             deadlines,
+            attempts: MAX_ATTEMPTS,
         })
     }
 
@@ -109,6 +123,10 @@ impl Registry {
 
     pub(crate) fn credentials(&self) -> Option<&Credentials> {
         self.credentials.as_ref()
+    }
+
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempts
     }
 
     pub(crate) fn deadlines(&self) -> &Deadlines {
@@ -159,7 +177,7 @@ impl Registry {
         let mut failures = 0;
         loop {
             match attempt().await {
-                Err(error) if error.is_transient() && failures + 1 < MAX_ATTEMPTS => {
+                Err(error) if error.is_transient() && failures + 1 < self.attempts => {
                     tracing::debug!(registry = self.name, %error, "retrying a request");
                     self.pause(failures).await;
                     failures += 1;

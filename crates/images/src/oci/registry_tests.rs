@@ -379,6 +379,85 @@ async fn a_dropped_pull_removes_what_it_has_written() {
     place.assert_nothing_is_left();
 }
 
+/// A request for an image of `registry`, with mirrors at these hosts.
+fn mirrored(registry: &FakeRegistry, mirrors: &[&str]) -> PullRequest {
+    let mirror = |host: &&str| format!("{}=http://{host}", registry.host()).parse().unwrap();
+    PullRequest {
+        mirrors: mirrors.iter().map(mirror).collect(),
+        ..request(registry)
+    }
+}
+
+#[tokio::test]
+async fn a_mirror_takes_the_place_of_its_registry_only() {
+    let (image, place) = (FakeImage::new(), Place::new());
+    let (registry, mirror) = (FakeRegistry::of(&image, |_| None), FakeRegistry::of(&image, |_| None));
+    let request = mirrored(&registry, &[&mirror.host()]);
+    let made = place.pull(&with_password(request.clone())).await.unwrap();
+    assert_eq!(made.reference, Some(format!("{}/box:1", registry.host())));
+    assert!(registry.seen("").is_empty(), "{:?}", registry.seen(""));
+    assert_eq!(mirror.seen("manifests").len(), 1);
+    // It is not a mirror of another registry.
+    let other = PullRequest {
+        mirrors: vec![format!("docker.io=http://{}", mirror.host()).parse().unwrap()],
+        ..request
+    };
+    Place::new().pull(&other).await.unwrap();
+    assert_eq!(
+        (mirror.seen("manifests").len(), registry.seen("manifests").len()),
+        (1, 1)
+    );
+}
+
+#[tokio::test]
+async fn a_mirror_that_fails_is_passed_over_and_never_gets_the_credentials() {
+    let image = FakeImage::new();
+    let (layer, manifest) = (image.layer.as_str(), image.manifest.as_str());
+    let forged = vec![b'x'; image.layer_bytes().len()];
+    let closed = FakeRegistry::of(&image, |_| None).host();
+    for (path, reply) in [
+        ("", Reply::status(404)),
+        ("", Reply::status(503)),
+        ("", Reply::with(401, "www-authenticate", "Basic realm=\"x\"")),
+        (manifest, Reply::Stall(Vec::new())),
+        (manifest, Reply::ok(b"<html>")),
+        (layer, Reply::status(404)),
+        (layer, Reply::ok(&forged)),
+        (layer, Reply::Cut(Vec::new(), 1000)),
+    ] {
+        let what: String = format!("{path} {reply:?}").chars().take(120).collect();
+        let (place, path) = (Place::new(), path.to_owned());
+        let mirror = FakeRegistry::of(&image, move |request| {
+            request.path.contains(&path).then(|| reply.clone())
+        });
+        let registry = FakeRegistry::of(&image, |request: &Request| match &request.authorization {
+            None if request.path != "/v2/" => Some(Reply::with(401, "www-authenticate", "Basic realm=\"x\"")),
+            _ => None,
+        });
+        let request = with_password(mirrored(&registry, &[&closed, &mirror.host()]));
+        let made = place.pull(&request).await.unwrap();
+        assert_eq!(hello(&made.image).len(), 400_000, "{what}");
+        let seen = mirror.seen("");
+        assert!(
+            !seen.is_empty() && seen.iter().all(|request| request.authorization.is_none()),
+            "{what}"
+        );
+        assert!(seen.len() < 8, "{what}: {seen:?}");
+        drop(made);
+        assert_eq!(place.names("work"), [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn the_error_of_the_registry_is_reported_when_mirrors_fail_too() {
+    let (image, place) = (FakeImage::new(), Place::new());
+    let mirror = FakeRegistry::of(&image, |_| Some(Reply::status(503)));
+    let registry = FakeRegistry::of(&image, |_| Some(Reply::status(404)));
+    let error = place.refused(&mirrored(&registry, &[&mirror.host()])).await;
+    assert!(matches!(error, OciError::NotFound { .. }), "{error}");
+    place.assert_nothing_is_left();
+}
+
 #[tokio::test]
 async fn malformed_references_are_rejected() {
     let place = Place::new();

@@ -23,6 +23,7 @@ use crate::host::error::ServiceError;
 use crate::host::{Host, blocking};
 use crate::pool::kernels::remove_unused;
 use crate::state::Record;
+use crate::templates;
 use crate::vm::lifecycle;
 use crate::vm::spec::endpoint;
 use decide::{Found, Observed, Verdict, decide};
@@ -73,6 +74,10 @@ pub(crate) async fn recover(host: &Host) -> Result<Recovered, ServiceError> {
     recovered.files_removed = swept.removed.len();
     for path in &swept.removed {
         tracing::info!(path = %path.display(), "removed an orphaned file");
+    }
+    // They take space, and nothing else: the next pull or build tries again.
+    if let Err(error) = templates::remove_abandoned(host).await {
+        tracing::warn!(%error, "cannot remove what an interrupted pull or build left");
     }
 
     let rebooted = is_another_boot(host).await?;
