@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks the text in the repository: spelling (typos, https://github.com/crate-ci/typos) and the
-# width of comments and Markdown.
+# Checks the text in the repository: spelling (typos, https://github.com/crate-ci/typos), the width
+# of comments and Markdown, and that no file is cut off.
 #
 # Comments and Markdown wrap at 100 columns. Exempt are lines that cannot be wrapped: tables, code
 # blocks, links and diagrams. `.typos.toml` lists the words that are spelled correctly here.
@@ -17,7 +17,7 @@ if [[ $(cat "$venv/version" 2>/dev/null) != "$typos" ]]; then
 fi
 "$venv/bin/typos" --format brief
 
-too_wide=$(
+found=$(
 	# shellcheck disable=SC2016 # the program is Perl
 	git ls-files -z -- '*.rs' '*.md' '*.sh' '*.toml' Makefile | xargs -0 perl -CSD -ne '
 		if ($. == 1) { $fence = 0; $md = $ARGV =~ /\.md$/; $marker = $ARGV =~ /\.rs$/ ? "//[/!]?" : "#" }
@@ -28,12 +28,13 @@ too_wide=$(
 			my $exempt = $fence || $text =~ m{^\s*\||://|^ {4}|[│─┌└]};
 			print "$ARGV:$.: ", length $line, " columns\n" if length $line > 100 && !$exempt;
 		}
+		print "$ARGV:$.: cut off: the last line has no line break\n" if eof && !/\n\z/;
 		close ARGV if eof;
 	'
 )
-if [[ -n $too_wide ]]; then
-	echo "$too_wide" >&2
-	echo "lint-text.sh: wrap these lines at 100 columns" >&2
+if [[ -n $found ]]; then
+	echo "$found" >&2
+	echo "lint-text.sh: wrap these lines at 100 columns, and end files with a line break" >&2
 	exit 1
 fi
 echo "text ok"

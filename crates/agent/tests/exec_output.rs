@@ -128,8 +128,8 @@ async fn output_is_read_without_following_while_the_command_runs() {
         .unwrap();
 }
 
-/// Starts the program in a process of its own, whose memory is the agent's. Its port is a socket.
-/// Needs root, because the agent changes its root.
+/// Starts the agent in its own process, so that a test can measure its memory. A socket pair serves
+/// as its port. Needs root, because the agent calls chroot(2).
 async fn start_agent() -> (Child, Host) {
     let (ours, theirs) = StdUnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();

@@ -1,4 +1,4 @@
-//! What commands have in common: arguments and environment, with the limits of Linux.
+//! Arguments and environment of commands, with the limits of Linux.
 
 use crate::body::{Fields, Invalid};
 use scalebox_agent_api::exec::{MAX_ARGUMENT, MAX_ARGUMENTS};

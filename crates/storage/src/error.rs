@@ -207,16 +207,16 @@ pub enum DeviceRefusal {
     /// The path is a file or a folder.
     #[error("it is not a block device")]
     NotABlockDevice,
-    /// It has the signatures of several owners.
+    /// The device has the signatures of several owners.
     #[error("it contains {0}, so the owner of its data is unclear")]
     Ambiguous(String),
-    /// It has other contents.
+    /// The device has other contents.
     #[error("it contains {0}")]
     ForeignContents(String),
-    /// It is smaller than any pool.
+    /// The device is smaller than any pool.
     #[error("it has {0}, and a pool needs at least {MIN_DEFAULT_SIZE} GiB")]
     TooSmall(Bytes),
-    /// It is smaller than the requested size.
+    /// The device is smaller than the requested size.
     #[error("it has {found}, less than the requested {requested}")]
     SmallerThanRequested {
         /// The size of the device.

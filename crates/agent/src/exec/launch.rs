@@ -76,7 +76,9 @@ fn explain(error: io::Error, request: &StartExec, cwd: &str) -> Failure {
         ),
         Some(libc::ENOEXEC) => Failure::new(
             FailureCode::Invalid,
-            format!("cannot run {program}: it is not a program of this machine, nor a script that starts with #!"),
+            format!(
+                "cannot run {program}: not an executable for this architecture, and not a script that starts with #!"
+            ),
         ),
         _ => Failure::io(format!("run {program}"))(error),
     }

@@ -78,15 +78,15 @@ pub(crate) enum ServiceError {
     GuestTimeout {
         /// The operation that did not finish, and the time limit, as a sentence.
         message: String,
-        /// The names in the sentence, for programs: an object.
+        /// The names in `message`, as a JSON object for programs.
         details: Value,
     },
-    /// A registry did not respond in time, or a pull goes on for longer than the client waits.
+    /// A registry did not respond in time, or a pull takes longer than the client waits.
     #[error("{message}")]
     PullTimeout {
         /// The operation that did not finish, and the time limit, as a sentence.
         message: String,
-        /// The names in the sentence, for programs: an object.
+        /// The names in `message`, as a JSON object for programs.
         details: Value,
     },
     /// The disk of a guest is full.

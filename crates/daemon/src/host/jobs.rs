@@ -70,11 +70,12 @@ impl Jobs {
         }
     }
 
-    /// Begins a job like [`Jobs::begin`], or finds the running job that makes `template` of the
-    /// same image.
+    /// Begins a job like [`Jobs::begin`], or finds the running job that makes `template` from
+    /// the same image.
     ///
     /// # Errors
-    /// Those of [`Jobs::begin`], if the running job makes it of another image.
+    /// 409 if a running job makes the template from another image; 503 if too many jobs are
+    /// running.
     pub(crate) fn begin_or_join(&self, kind: &str, template: &str, reference: &str) -> Result<Begun, ServiceError> {
         let mut table = self.lock();
         let Some(other) = making(&table, template) else {
@@ -127,7 +128,7 @@ fn making(table: &VecDeque<Arc<JobEntry>>, template: &str) -> Option<Arc<JobEntr
 
 fn already_made(job: &Job) -> ServiceError {
     ServiceError::Busy(format!(
-        "the template {} is already being made by {}: wait for it, or cancel it",
+        "the template {} is already being made by {}: wait for that job, or cancel it",
         job.template, job.id
     ))
 }

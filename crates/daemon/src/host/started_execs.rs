@@ -38,8 +38,8 @@ pub(crate) struct Start {
     pub watch: bool,
 }
 
-/// A stream that follows a command to its end, until it is dropped. The watch does not query such
-/// commands.
+/// Guard of a stream that follows a command. The watch does not query the command until all its
+/// guards are dropped.
 pub(crate) struct Following {
     execs: StartedExecs,
     vm: VmId,

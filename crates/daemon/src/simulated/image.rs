@@ -52,7 +52,7 @@ fn stopped(sim: &Sim) -> Result<Vm, ServiceError> {
     sim.try_create(json!({ "image": IMAGE, "start": false }))
 }
 
-/// Sends `POST /vms` with these fields, while the job ends as `end` tells it.
+/// Sends `POST /vms` with these fields, while `end` ends the job.
 fn post_while(sim: &Sim, fields: Value, end: impl FnOnce(&RunningJob)) -> Answer {
     sim.run(async |host| {
         let job = begin(&host);

@@ -104,7 +104,7 @@ fn requests_change_the_main_process_or_leave_it_out() {
     assert_eq!(none.main, None);
     // The commands of a VM without a main process have the settings nevertheless.
     assert!(record(&sim, &none).guest.is_some());
-    // So do VMs of any template, for which it says nothing else.
+    // `run: false` is valid for every template.
     let plain = sim.try_create(json!({ "main": { "run": false } })).unwrap();
     assert_eq!((plain.main.clone(), record(&sim, &plain).guest), (None, None));
 }

@@ -1,4 +1,4 @@
-//! What a VM takes over from its template and its request for the commands in its guest.
+//! The settings for the commands in a guest, from the VM's template and the request for the VM.
 
 use scalebox_api::{ImageConfig, Init, MainProcess};
 use serde::{Deserialize, Serialize};

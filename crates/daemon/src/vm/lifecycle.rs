@@ -114,7 +114,7 @@ async fn assign_kernel(host: &Host, record: &Record) -> Result<Record, ServiceEr
             vm = %record.id,
             gone = gone.as_str(),
             kernel = kernel.as_str(),
-            "the VM's kernel is missing; it boots the newest"
+            "the VM's kernel is missing; starting the VM with the newest kernel"
         );
     }
     let (state, id, chosen) = (Arc::clone(&host.state), record.id.clone(), kernel.clone());

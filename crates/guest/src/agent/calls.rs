@@ -15,8 +15,8 @@ use std::time::Duration;
 
 /// Timeout of most requests. An emulated guest under load responds in about half a second.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout of a request that starts a command or reads its output. Longer than the agent queues the
-/// starts of many commands at once.
+/// Timeout of a request that starts a command or reads its output. It exceeds the agent's queue
+/// timeout of 45 s for starts.
 const EXEC_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout of a request that changes many files, or walks a file system.
 const LONG_TIMEOUT: Duration = Duration::from_secs(120);
@@ -73,7 +73,7 @@ fn encoded(bytes: &[u8]) -> String {
 /// Commands. Every method fails with an [`AgentError`].
 #[allow(clippy::missing_errors_doc, reason = "the section names the error of all methods")]
 impl AgentConnection {
-    /// Returns the agent's version and the guest's boot.
+    /// Returns the agent's version and the guest's boot id.
     pub async fn info(&self) -> Result<Info, AgentError> {
         self.json(Call::get("/v1/info".to_owned()), RESPONSE_TIMEOUT).await
     }

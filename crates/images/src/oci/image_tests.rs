@@ -79,7 +79,7 @@ fn make(layers: &[Vec<u8>]) -> Result<Made, OciError> {
 
 fn uncompressed(layer: &[u8]) -> Vec<u8> {
     let mut plain = Vec::new();
-    // The part before the damage is enough for a damaged layer.
+    // Ignores the error of a damaged layer, and returns the part before the damage.
     let _damaged = match layer {
         [0x1f, 0x8b, ..] => flate2::read::GzDecoder::new(layer).read_to_end(&mut plain),
         [0x28, 0xb5, ..] => zstd::Decoder::new(layer).unwrap().read_to_end(&mut plain),

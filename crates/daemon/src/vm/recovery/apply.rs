@@ -22,7 +22,8 @@ pub(super) async fn apply(host: &Host, record: Record, machine: Option<Arc<dyn M
             name = record.name,
             "VM was running when the host went down"
         );
-        // The state keeps it as running: after a crash, the next start continues.
+        // Only the table shows the VM as stopped; the state file still has it as running. If the
+        // daemon crashes here, its next start boots the VM.
         let waiting = Record {
             status: VmStatus::Stopped,
             status_reason: Some(WAITING.to_owned()),
