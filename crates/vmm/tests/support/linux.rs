@@ -132,7 +132,8 @@ pub(crate) struct Written {
     pub end: u64,
 }
 
-/// Reads the output of a command from `since` to its end, or until stdout has `lines` complete lines.
+/// Reads the output of a command from `since` to its end, or until stdout has `lines` complete
+/// lines.
 pub(crate) async fn read(agent: &AgentConnection, id: &str, since: u64, lines: usize) -> Written {
     let mut output = agent.output(id, since, true).await.unwrap();
     let mut written = Written {
