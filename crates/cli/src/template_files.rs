@@ -13,6 +13,12 @@ use zstd::stream::write::Decoder;
 
 /// First bytes of a zstd frame (RFC 8878, section 3.1.1).
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// The magic of ext4, and its place: in the superblock, which begins after 1024 bytes
+/// (Documentation/filesystems/ext4/super.rst of Linux).
+const EXT4_MAGIC: [u8; 2] = [0x53, 0xef];
+const EXT4_MAGIC_AT: usize = 1080;
+/// Bytes that decide whether a file is an ext4 file system.
+const HEAD_BYTES: usize = EXT4_MAGIC_AT + EXT4_MAGIC.len();
 /// Compression level, the same as the server's.
 const ZSTD_LEVEL: i32 = 3;
 /// File name that means standard input or output.
@@ -115,7 +121,8 @@ impl Write for Count<'_> {
     }
 }
 
-/// Creates a template from an ext4 image. An uncompressed image is compressed for the upload.
+/// Creates a template from an image. An ext4 file system is compressed for the upload; the server
+/// recognises other images by their content, so they are sent as they are.
 pub(crate) fn import(client: &Client, name: &str, file: &Path, replace: bool, output: &Output) -> Result<(), Error> {
     let (input, size): (Box<dyn Read>, _) = if file == Path::new(STDIO) {
         (Box::new(io::stdin()), None)
@@ -135,16 +142,16 @@ pub(crate) fn import(client: &Client, name: &str, file: &Path, replace: bool, ou
     let mut head = Vec::new();
     input
         .by_ref()
-        .take(ZSTD_MAGIC.len() as u64)
+        .take(HEAD_BYTES as u64)
         .read_to_end(&mut head)
         .map_err(|error| Error::file(file, error))?;
-    let is_compressed = head == ZSTD_MAGIC;
+    let is_file_system = !head.starts_with(&ZSTD_MAGIC) && head.get(EXT4_MAGIC_AT..) == Some(&EXT4_MAGIC);
     let image = io::Cursor::new(head).chain(input);
-    let created = if is_compressed {
-        client.import_template(name, image, replace)
-    } else {
+    let created = if is_file_system {
         let encoder = Encoder::new(image, ZSTD_LEVEL).map_err(|error| Error::file(file, error))?;
         client.import_template(name, encoder, replace)
+    } else {
+        client.import_template(name, image, replace)
     };
     bar.finish_and_clear();
     let template = created?;
